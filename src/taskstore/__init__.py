@@ -1,0 +1,1 @@
+"""taskstore: the durable ledger of background work for Python programs."""

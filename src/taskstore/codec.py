@@ -1,0 +1,244 @@
+"""Bytes to record and back: one encoding for row, journal and snapshot.
+
+A payload is the record as a JSON object whose first member is its format
+version, ``{"v":"1.0","task_id":…}``; fields at their default are left out.
+The current version is decoded straight into a :class:`TaskRecord`.  Any
+other goes the slow way: older ones through the upcasters, a newer minor
+version by keeping the members that this version does not know, so that
+writing the record back loses nothing.  A newer major version is refused.
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import Raw
+from msgspec.structs import force_setattr, replace
+
+from taskstore.errors import CorruptStoreError
+from taskstore.journal import SetAside, Snapshot
+from taskstore.records import FORMAT_VERSION, NO_METADATA, TaskRecord, validated
+
+UPCASTERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+"""From an older version to the next: payload as a dict, changed ``v`` included."""
+
+SNAPSHOT_FORMAT = "taskstore-snapshot/1"
+"""The format that :func:`encode_snapshot` writes."""
+
+_T = TypeVar("_T")
+_BLOCK_LINES = 256
+_MAJOR = FORMAT_VERSION.split(".", maxsplit=1)[0]
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(TaskRecord)
+_FIELDS = {field.encode_name for field in msgspec.structs.fields(TaskRecord)} - {"_unknown"} | {"v"}
+
+
+def checksum(payload: bytes) -> int:
+    """CRC-32 of a payload, as an integer from 0 to 2**32 - 1."""
+    return zlib.crc32(payload)
+
+
+def encode_record(record: TaskRecord) -> bytes:
+    """The payload of a record.  The same record always gives the same bytes."""
+    if record.unknown_json is None:
+        return _encoder.encode(record)
+    members = msgspec.json.decode(_encoder.encode(replace(record, unknown_json=None)), type=dict)
+    return _encoder.encode({**members, **msgspec.json.decode(record.unknown_json)})
+
+
+def decode_record(payload: bytes, where: str = "record") -> TaskRecord:
+    """The record of a payload.
+
+    Raises :class:`CorruptStoreError`, naming ``where``, for anything that is
+    not a record of this major version.
+    """
+    try:
+        record = _decoder.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return _decode_slowly(payload, where)
+    if record.unknown_json is not None:
+        return _decode_slowly(payload, where)
+    if record.metadata_json is not NO_METADATA:
+        # A Raw is a view into the whole payload; the copy lets that go.
+        force_setattr(record, "metadata_json", record.metadata_json.copy())
+    return record
+
+
+def _decode_slowly(payload: bytes, where: str) -> TaskRecord:
+    """Decode another version, or say why the payload does not decode."""
+    try:
+        members = msgspec.json.decode(payload)
+        if not isinstance(members, dict):
+            raise CorruptStoreError(where, "is not a JSON object")
+        while (version := members.get("v")) in UPCASTERS:
+            members = UPCASTERS[version](members)
+        major, _, minor = str(version).partition(".")
+        if major != _MAJOR or not minor.isdecimal():
+            raise CorruptStoreError(where, f"has the record format {version!r}, not {_MAJOR}.x")
+        unknown = {name: value for name, value in members.items() if name not in _FIELDS}
+        known = {name: value for name, value in members.items() if name in _FIELDS}
+        if version != FORMAT_VERSION:
+            unknown["v"] = version
+        record = _decoder.decode(_encoder.encode({**known, "v": FORMAT_VERSION}))
+        kept = Raw(msgspec.json.encode(unknown, order="deterministic")) if unknown else None
+        return replace(record, metadata_json=record.metadata_json.copy(), unknown_json=kept)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CorruptStoreError(where, f"does not decode: {error}") from error
+
+
+def decode_or_set_aside(payload: bytes, where: str) -> TaskRecord | SetAside:
+    """The record of a payload, or the payload as bytes to keep and report."""
+    try:
+        return decode_record(payload, where)
+    except CorruptStoreError as error:
+        return set_aside(payload, where, error.reason)
+
+
+def set_aside(payload: bytes, where: str, reason: str) -> SetAside:
+    """Wrap a payload that does not decode, with what can still be told of it."""
+    task_id = revision = None
+    try:
+        members = msgspec.json.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        members = None
+    if isinstance(members, dict):
+        if isinstance(members.get("task_id"), str):
+            task_id = members["task_id"]
+        if type(members.get("revision")) is int:
+            revision = members["revision"]
+    return SetAside(bytes(payload), where, reason, task_id, revision)
+
+
+def encode_snapshot(snapshot: Snapshot) -> bytes:
+    """A whole snapshot as one value, for stores that keep everything in one.
+
+    Each record is validated: :class:`ValidationError` for one that may not be stored.
+    """
+    payloads = (
+        encode_record(validated(snapshot.records[task_id])) for task_id in sorted(snapshot.records)
+    )
+    header = {"seq": snapshot.seq, "at": snapshot.at}
+    return b"".join(write_snapshot(header, payloads, snapshot.set_aside))
+
+
+def decode_snapshot(data: bytes, where: str = "snapshot") -> Snapshot:
+    """The snapshot that :func:`encode_snapshot` wrote.
+
+    A record that does not decode is set aside.  Raises
+    :class:`CorruptStoreError`, naming ``where``, for damage.
+    """
+    reader = SnapshotReader(io.BytesIO(data), where)
+    return reader.snapshot()
+
+
+def write_snapshot(
+    header: dict[str, Any], payloads: Iterable[bytes], aside: Iterable[SetAside] = ()
+) -> Iterator[bytes]:
+    """Write a snapshot in blocks of bytes: a JSON document with one payload a line.
+
+    ``header`` holds at least ``seq`` and ``at``.  Memory is bounded by a block.
+    The last line is the CRC-32 of everything before it.
+    """
+    head = _encoder.encode({"format": SNAPSHOT_FORMAT, **header})
+    crc = 0
+    for block in _blocks(head, payloads, aside):
+        crc = zlib.crc32(block, crc)
+        yield block
+    yield b'"checksum":"%08x"}\n' % crc
+
+
+def _blocks(head: bytes, payloads: Iterable[bytes], aside: Iterable[SetAside]) -> Iterator[bytes]:
+    yield head[:-1] + b',"records":[\n'
+    yield from _lines(payloads)
+    yield b'],"set_aside":[\n'
+    yield from _lines(map(_encoder.encode, aside))
+    yield b"],\n"
+
+
+def _lines(values: Iterable[bytes]) -> Iterator[bytes]:
+    """JSON values as the lines of an array, a few hundred a block."""
+    values = iter(values)
+    block = list(islice(values, _BLOCK_LINES))
+    while block:
+        following = list(islice(values, _BLOCK_LINES))
+        yield b",\n".join(block) + (b",\n" if following else b"\n")
+        block = following
+
+
+class SnapshotReader:
+    """Reads what :func:`write_snapshot` wrote, line by line, in bounded memory.
+
+    ``header`` is the decoded header (``dict``).  Iterating gives the payloads
+    (``bytes``) in order of task_id; when the iteration has ended without an error,
+    the checksum has been found right and ``aside`` holds what was set aside.
+    Everything else is :class:`CorruptStoreError` naming ``where``.
+    """
+
+    def __init__(self, lines: Iterable[bytes], where: str) -> None:
+        self._lines = iter(lines)
+        self._where = where
+        self._crc = 0
+        self._offset = 0
+        self.aside: list[SetAside] = []
+        first = self._line()
+        if not first.endswith(b',"records":[\n'):
+            raise self._damaged("the header line is damaged")
+        self.header: dict[str, Any] = self._json(first[: -len(b',"records":[\n')] + b"}", dict)
+        if self.header.get("format") != SNAPSHOT_FORMAT:
+            raise self._damaged(f"the format is not {SNAPSHOT_FORMAT}")
+        if type(self.header.get("seq")) is not int or type(self.header.get("at")) is not int:
+            raise self._damaged("the header names no seq and time")
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self._until(b'],"set_aside":[\n')
+        self.aside = [self._json(line, SetAside) for line in self._until(b"],\n")]
+        expected = b'"checksum":"%08x"}\n' % self._crc
+        if self._line() != expected:
+            raise self._damaged("the checksum does not match")
+        if next(self._lines, None) is not None:
+            raise self._damaged("there is something after the checksum")
+
+    def snapshot(self) -> Snapshot:
+        """Everything at once, decoded."""
+        records: dict[str, TaskRecord] = {}
+        found: list[SetAside] = []
+        for payload in self:
+            item = decode_or_set_aside(payload, self._where)
+            if isinstance(item, SetAside):
+                found.append(item)
+            else:
+                records[item.task_id] = item
+        return Snapshot(
+            self.header["seq"],
+            MappingProxyType(records),
+            self.header["at"],
+            (*self.aside, *found),
+        )
+
+    def _until(self, end: bytes) -> Iterator[bytes]:
+        while (line := self._line()) != end:
+            yield line[:-2] if line.endswith(b",\n") else line[:-1]
+
+    def _line(self) -> bytes:
+        line = next(self._lines, None)
+        if line is None or not line.endswith(b"\n"):
+            raise self._damaged("the file ends too early")
+        if not line.startswith(b'"checksum"'):
+            self._crc = zlib.crc32(line, self._crc)
+            self._offset += len(line)
+        return line
+
+    def _json(self, value: bytes, kind: type[_T]) -> _T:
+        try:
+            return msgspec.json.decode(value, type=kind)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise self._damaged(f"does not decode: {error}") from error
+
+    def _damaged(self, reason: str) -> CorruptStoreError:
+        return CorruptStoreError(self._where, reason, offset=self._offset)

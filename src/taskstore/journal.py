@@ -1,0 +1,226 @@
+"""Changes, commits, entries, snapshots, and how one becomes the other: all pure.
+
+A caller hands a batch of changes to a store; the store commits it as journal
+entries with contiguous seqs; folding entries over a snapshot gives the newer
+snapshot.  Every store is built from these functions or proved against them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
+from types import MappingProxyType
+
+from msgspec import Struct
+from msgspec.structs import force_setattr
+
+from taskstore.errors import Conflict, ConflictError, CorruptStoreError, ValidationError
+from taskstore.records import TaskRecord, check_int, check_key, validated
+
+
+class EntryKind(StrEnum):
+    """What a journal entry did to its task."""
+
+    UPSERTED = "upserted"
+    DELETED = "deleted"
+
+
+class Put(Struct, frozen=True):
+    """Store this record, whose revision is one more than the stored one.
+
+    Revision 1 creates the task.  The record is validated here, so that no
+    store ever sees one that may not be stored.
+    """
+
+    record: TaskRecord
+
+    def __post_init__(self) -> None:
+        force_setattr(self, "record", validated(self.record))
+
+    @property
+    def task_id(self) -> str:
+        """The id of the task (``str``)."""
+        return self.record.task_id
+
+    @property
+    def revision(self) -> int:
+        """The revision that the task has afterwards (``int`` ≥ 1)."""
+        return self.record.revision
+
+
+class Remove(Struct, frozen=True):
+    """Delete this task; ``revision`` is one more than the stored one (``int`` ≥ 2)."""
+
+    task_id: str
+    revision: int
+
+    def __post_init__(self) -> None:
+        check_key("task_id", self.task_id)
+        check_int("revision", self.revision, 2)
+
+
+Change = Put | Remove
+"""What a caller asks a store for."""
+
+
+class Commit(Struct, frozen=True):
+    """What a store committed: the seqs of the first and last change, and when.
+
+    ``at`` is in Unix milliseconds UTC and never less than that of the commit
+    before; ``commit_id`` is unique to this commit (empty where a store keeps none).
+    """
+
+    first_seq: int
+    last_seq: int
+    at: int
+    commit_id: str = ""
+
+
+class SetAside(Struct, frozen=True):
+    """A stored record that could not be decoded, kept as the bytes that it is.
+
+    ``where`` says where it lies and ``reason`` why it does not decode
+    (``str``).  ``task_id`` and ``revision`` are given as far as they can be told.
+    """
+
+    raw: bytes
+    where: str
+    reason: str
+    task_id: str | None = None
+    revision: int | None = None
+
+
+class JournalEntry(Struct, frozen=True):
+    """One committed change.
+
+    ``seq`` is its place in the journal (``int`` ≥ 1), ``at`` the time of the
+    commit (Unix milliseconds), ``revision`` the task's afterwards.
+    ``record`` is ``None`` for a deletion, and for an upsert that could not be
+    decoded: then ``set_aside`` has its bytes.
+    """
+
+    seq: int
+    at: int
+    kind: EntryKind
+    task_id: str
+    revision: int
+    record: TaskRecord | None
+    commit_id: str = ""
+    set_aside: SetAside | None = None
+
+
+_EMPTY: Mapping[str, TaskRecord] = MappingProxyType({})
+
+
+class Snapshot(Struct, frozen=True):
+    """Every live record as of one seq.
+
+    ``records`` maps task_id to record and cannot be changed: a mapping given
+    to the constructor is copied.  ``at`` is the time of the commit at
+    ``seq`` (Unix milliseconds, 0 before the first).  ``set_aside`` holds what
+    could not be decoded; it travels with the snapshot, so that nothing that
+    rewrites a store drops it.
+    """
+
+    seq: int
+    records: Mapping[str, TaskRecord] = _EMPTY
+    at: int = 0
+    set_aside: tuple[SetAside, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_int("seq", self.seq)
+        if not isinstance(self.records, MappingProxyType):
+            force_setattr(self, "records", MappingProxyType(dict(self.records)))
+
+
+class Step(Struct, frozen=True):
+    """What a batch does to one task, all its changes taken together.
+
+    ``base`` is the revision that has to be stored beforehand (0: absent),
+    ``record`` the last image (``None``: removed) and ``revision`` the last revision.
+    """
+
+    task_id: str
+    base: int
+    revision: int
+    record: TaskRecord | None
+
+    @property
+    def booking(self) -> tuple[str, str] | None:
+        """The (run_id, booking) that a task created here claims, if any."""
+        record = self.record
+        if self.base or record is None or record.run_id is None or record.booking is None:
+            return None
+        return (record.run_id, record.booking)
+
+
+def plan(changes: Sequence[Change]) -> list[Step]:
+    """Reduce a batch to one step per task, in order of first appearance.
+
+    Raises :class:`ValidationError` for an empty batch or something that is
+    not a change, :class:`ConflictError` where the batch contradicts itself.
+    """
+    if not changes:
+        raise ValidationError("changes", "must not be empty")
+    steps: dict[str, Step] = {}
+    for change in changes:
+        if not isinstance(change, Put | Remove):
+            raise ValidationError("changes", f"must be Put or Remove, not {type(change).__name__}")
+        task_id, revision = change.task_id, change.revision
+        record = change.record if isinstance(change, Put) else None
+        before = steps.get(task_id)
+        if before is None:
+            steps[task_id] = Step(task_id, revision - 1, revision, record)
+            continue
+        if before.record is None:
+            raise ConflictError([Conflict(task_id, revision - 1, 0, deleted=True)])
+        if revision != before.revision + 1:
+            raise ConflictError([Conflict(task_id, revision - 1, before.revision)])
+        steps[task_id] = Step(task_id, before.base, revision, record)
+    booked: dict[tuple[str, str], str] = {}
+    for step in steps.values():
+        if step.booking is not None:
+            holder = booked.setdefault(step.booking, step.task_id)
+            if holder != step.task_id:
+                raise ConflictError([Conflict(step.task_id, 0, 0, booked_by=holder)])
+    return list(steps.values())
+
+
+def entries_of(changes: Sequence[Change], commit: Commit) -> list[JournalEntry]:
+    """The journal entries that a commit made of its changes, in order."""
+    return [
+        JournalEntry(
+            seq=seq,
+            at=commit.at,
+            kind=EntryKind.UPSERTED if isinstance(change, Put) else EntryKind.DELETED,
+            task_id=change.task_id,
+            revision=change.revision,
+            record=change.record if isinstance(change, Put) else None,
+            commit_id=commit.commit_id,
+        )
+        for seq, change in enumerate(changes, commit.first_seq)
+    ]
+
+
+def fold(snapshot: Snapshot, entries: Iterable[JournalEntry]) -> Snapshot:
+    """Bring a snapshot forward over the entries that follow it.
+
+    Raises :class:`CorruptStoreError` if the entries do not continue the
+    snapshot without a gap.
+    """
+    records = dict(snapshot.records)
+    aside = list(snapshot.set_aside)
+    seq, at = snapshot.seq, snapshot.at
+    for entry in entries:
+        if entry.seq != seq + 1:
+            raise CorruptStoreError("journal", f"seq {entry.seq} follows seq {seq}")
+        seq, at = entry.seq, entry.at
+        if aside:
+            aside = [item for item in aside if item.task_id != entry.task_id]
+        if entry.record is not None:
+            records[entry.task_id] = entry.record
+        else:
+            records.pop(entry.task_id, None)
+            if entry.set_aside is not None:
+                aside.append(entry.set_aside)
+    return Snapshot(seq, MappingProxyType(records), at, tuple(aside))

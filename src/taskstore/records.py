@@ -1,0 +1,398 @@
+"""The task record and what may stand in it.
+
+A :class:`TaskRecord` is the immutable state of one task at one revision.
+Validation lives here and nowhere else, so that every backend accepts and
+refuses exactly the same records.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import Raw, Struct
+from msgspec.structs import replace
+
+from taskstore.errors import ValidationError
+
+KEY_BYTES = 255
+"""Longest key (ids, session keys, labels) in bytes of UTF-8."""
+SUMMARY_BYTES = 4096
+"""Longest progress or terminal summary in bytes of UTF-8."""
+ERROR_BYTES = 64 * 1024
+"""Longest error text in bytes of UTF-8."""
+TASK_BYTES = 1024 * 1024
+"""Longest task text in bytes of UTF-8."""
+METADATA_BYTES = 64 * 1024
+"""Longest metadata in bytes of canonical JSON."""
+METADATA_DEPTH = 64
+"""Deepest nesting of objects and arrays in metadata."""
+MAX_INT = 2**53 - 1
+"""Greatest time and revision: what every JSON reader holds exactly."""
+
+
+class TaskStatus(StrEnum):
+    """Where a task is in its life."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    TIMED_OUT = "timed_out"
+    CANCELLED = "cancelled"
+    LOST = "lost"
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the task has ended (``bool``): anything but queued and running."""
+        return self not in ACTIVE_STATUSES
+
+
+ACTIVE_STATUSES = frozenset({TaskStatus.QUEUED, TaskStatus.RUNNING})
+"""The statuses of a task that has not ended."""
+TERMINAL_STATUSES = frozenset(TaskStatus) - ACTIVE_STATUSES
+"""The statuses of a task that has ended."""
+
+
+class DeliveryStatus(StrEnum):
+    """How far the answer got on its way to whoever asked."""
+
+    PENDING = "pending"
+    DELIVERED = "delivered"
+    SESSION_QUEUED = "session_queued"
+    FAILED = "failed"
+    PARENT_MISSING = "parent_missing"
+    NOT_APPLICABLE = "not_applicable"
+
+
+class NotifyPolicy(StrEnum):
+    """What the owner wants to hear of: the end, every change of status, or nothing."""
+
+    DONE_ONLY = "done_only"
+    STATE_CHANGES = "state_changes"
+    SILENT = "silent"
+
+
+class ScopeKind(StrEnum):
+    """Whether a task belongs to someone's session or to the system itself."""
+
+    SESSION = "session"
+    SYSTEM = "system"
+
+
+class TerminalOutcome(StrEnum):
+    """What a finished run achieved: its aim, or the finding that it is blocked."""
+
+    SUCCEEDED = "succeeded"
+    BLOCKED = "blocked"
+
+
+class DeliveryContext(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """Where the answer goes: each part a key of at most 255 bytes, or ``None``."""
+
+    channel: str | None = None
+    to: str | None = None
+    account_id: str | None = None
+    thread_id: str | None = None
+
+
+NO_METADATA = Raw(b"{}")
+
+FORMAT_VERSION = "1.0"
+"""Version of the encoded record: ``major.minor``, the first member of each payload."""
+
+
+class TaskRecord(
+    Struct,
+    frozen=True,
+    kw_only=True,
+    omit_defaults=True,
+    forbid_unknown_fields=True,
+    gc=False,
+    tag_field="v",
+    tag=FORMAT_VERSION,
+):
+    """The immutable state of one task at one revision.
+
+    Times are Unix milliseconds UTC (``int``), keys are ``str`` of at most 255
+    bytes of UTF-8.  Records are shared freely; to change one, the registry
+    makes the next revision of it.  The constructor does not validate:
+    ``Put`` does, and everything that reaches a store is in a ``Put``.
+    """
+
+    task_id: str
+    revision: int
+    runtime: str
+    task: str
+    status: TaskStatus
+    created_at: int
+    task_kind: str | None = None
+    source_id: str | None = None
+    label: str | None = None
+    requester_session_key: str | None = None
+    owner_key: str | None = None
+    scope_kind: ScopeKind = ScopeKind.SYSTEM
+    child_session_key: str | None = None
+    parent_flow_id: str | None = None
+    parent_task_id: str | None = None
+    agent_id: str | None = None
+    requester_agent_id: str | None = None
+    run_id: str | None = None
+    booking: str | None = None
+    delivery_status: DeliveryStatus = DeliveryStatus.NOT_APPLICABLE
+    notify_policy: NotifyPolicy = NotifyPolicy.DONE_ONLY
+    requester_origin: DeliveryContext | None = None
+    started_at: int | None = None
+    ended_at: int | None = None
+    last_event_at: int | None = None
+    last_notified_event_at: int | None = None
+    cleanup_after: int | None = None
+    error: str | None = None
+    progress_summary: str | None = None
+    terminal_summary: str | None = None
+    terminal_outcome: TerminalOutcome | None = None
+    metadata_json: Raw = msgspec.field(default=NO_METADATA, name="metadata")
+    unknown_json: Raw | None = msgspec.field(default=None, name="_unknown")
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The task's metadata, decoded into a fresh ``dict`` at each access."""
+        decoded: dict[str, Any] = msgspec.json.decode(self.metadata_json)
+        return decoded
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the task has ended (``bool``)."""
+        return self.status not in ACTIVE_STATUSES
+
+    @property
+    def sort_key(self) -> tuple[int, str]:
+        """``(created_at, task_id)``: lists are in descending order of it."""
+        return (self.created_at, self.task_id)
+
+    def __hash__(self) -> int:
+        return hash((self.task_id, self.revision))
+
+
+REQUIRED_KEYS = ("task_id", "runtime")
+OPTIONAL_KEYS = (
+    "task_kind",
+    "source_id",
+    "label",
+    "requester_session_key",
+    "owner_key",
+    "child_session_key",
+    "parent_flow_id",
+    "parent_task_id",
+    "agent_id",
+    "requester_agent_id",
+    "run_id",
+    "booking",
+)
+NEVER_EMPTY = frozenset({"task_id", "runtime", "owner_key", "run_id", "booking"})
+TEXT_LIMITS = {
+    "task": TASK_BYTES,
+    "error": ERROR_BYTES,
+    "progress_summary": SUMMARY_BYTES,
+    "terminal_summary": SUMMARY_BYTES,
+}
+OPTIONAL_TIMES = (
+    "started_at",
+    "ended_at",
+    "last_event_at",
+    "last_notified_event_at",
+    "cleanup_after",
+)
+ENUM_FIELDS: dict[str, type[StrEnum]] = {
+    "status": TaskStatus,
+    "scope_kind": ScopeKind,
+    "delivery_status": DeliveryStatus,
+    "notify_policy": NotifyPolicy,
+}
+_RUNTIME = re.compile(r"[a-z][a-z0-9_.-]*\Z")
+_OptionalEnum = TypeVar("_OptionalEnum", bound=StrEnum)
+
+
+def check_text(field: str, value: object, limit: int) -> str:
+    """Return ``value`` if it is storable text of at most ``limit`` bytes of UTF-8.
+
+    Raises :class:`ValidationError` for another type, NUL (which PostgreSQL
+    cannot hold), lone surrogates (which are not UTF-8) and over-long text.
+    """
+    if not isinstance(value, str):
+        raise ValidationError(field, f"must be text, not {type(value).__name__}")
+    if value.isascii():
+        size = len(value)
+    else:
+        try:
+            size = len(value.encode())
+        except UnicodeEncodeError:
+            raise ValidationError(field, "holds a lone surrogate, which is not text") from None
+    if size > limit:
+        raise ValidationError(field, f"is {size} bytes of UTF-8 long, at most {limit} are allowed")
+    if "\0" in value:
+        raise ValidationError(field, "holds a NUL character")
+    return value
+
+
+def check_key(field: str, value: object) -> str:
+    """Return ``value`` if it is a key: text of at most 255 bytes, not empty where it identifies."""
+    text = check_text(field, value, KEY_BYTES)
+    if not text and field in NEVER_EMPTY:
+        raise ValidationError(field, "must not be empty")
+    if field == "runtime" and not _RUNTIME.match(text):
+        raise ValidationError(field, f"must be a lower-case token, not {text!r}")
+    return text
+
+
+def check_int(field: str, value: object, least: int = 0) -> int:
+    """Return ``value`` if it is an integer from ``least`` to 2**53 - 1."""
+    if type(value) is not int:
+        raise ValidationError(field, f"must be an integer, not {type(value).__name__}")
+    if not least <= value <= MAX_INT:
+        raise ValidationError(field, f"must be from {least} to {MAX_INT}, not {value}")
+    return value
+
+
+def check_enum(field: str, value: object, kind: type[_OptionalEnum]) -> _OptionalEnum:
+    """Return the member of ``kind`` that ``value`` is or spells."""
+    if isinstance(value, kind):
+        return value
+    names = ", ".join(kind)
+    if not isinstance(value, str):
+        raise ValidationError(field, f"must be one of {names}, not {type(value).__name__}")
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValidationError(field, f"must be one of {names}, not {value!r}") from None
+
+
+def check_origin(value: object) -> DeliveryContext | None:
+    """Return ``value`` as a :class:`DeliveryContext`; a mapping of its fields is taken too."""
+    if isinstance(value, Mapping):
+        unknown = set(value) - set(DeliveryContext.__struct_fields__)
+        if unknown:
+            raise ValidationError("requester_origin", f"has no field {sorted(map(str, unknown))}")
+        value = DeliveryContext(**value)
+    if value is None:
+        return None
+    if not isinstance(value, DeliveryContext):
+        raise ValidationError(
+            "requester_origin", f"must be a DeliveryContext, not {type(value).__name__}"
+        )
+    for name in DeliveryContext.__struct_fields__:
+        part = getattr(value, name)
+        if part is not None:
+            check_text(f"requester_origin.{name}", part, KEY_BYTES)
+    return value
+
+
+def encode_metadata(value: object) -> Raw:
+    """Turn a JSON object into canonical bytes: sorted keys, no white space.
+
+    Only ``dict``, ``list``, ``tuple``, ``str``, ``int`` (64 bits), finite
+    ``float``, ``bool`` and ``None`` are taken; anything else, NaN and
+    infinities included, raises :class:`ValidationError`.
+    """
+    if not isinstance(value, Mapping):
+        raise ValidationError("metadata", f"must be a mapping, not {type(value).__name__}")
+    plain = _plain_json(value, "metadata", METADATA_DEPTH)
+    encoded = msgspec.json.encode(plain, order="deterministic")
+    if len(encoded) > METADATA_BYTES:
+        raise ValidationError(
+            "metadata", f"is {len(encoded)} bytes of JSON, at most {METADATA_BYTES} are allowed"
+        )
+    return Raw(encoded) if encoded != b"{}" else NO_METADATA
+
+
+def _plain_json(value: object, path: str, depth: int) -> object:
+    """Copy a JSON value into plain containers, checking every leaf."""
+    if value is None or value is True or value is False:
+        return value
+    if isinstance(value, str):
+        return check_text(path, str(value), METADATA_BYTES)
+    if isinstance(value, int):
+        if not -(2**63) <= value < 2**64:
+            raise ValidationError(path, "holds an integer beyond 64 bits")
+        return int(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValidationError(path, f"holds {value}, which is not JSON")
+        return float(value)
+    if depth == 0:
+        raise ValidationError("metadata", f"is nested more than {METADATA_DEPTH} deep")
+    if isinstance(value, Mapping):
+        members = {}
+        for key, member in value.items():
+            name = check_text(f"{path} key", key, METADATA_BYTES)
+            members[name] = _plain_json(member, f"{path}.{name}", depth - 1)
+        return members
+    if isinstance(value, list | tuple):
+        return [
+            _plain_json(item, f"{path}[{position}]", depth - 1)
+            for position, item in enumerate(value)
+        ]
+    raise ValidationError(path, f"holds a {type(value).__name__}, which is not JSON")
+
+
+def validated(record: object) -> TaskRecord:
+    """Return ``record`` if it may be stored, its enum fields made members.
+
+    Raises :class:`ValidationError` naming the first field that may not.
+    """
+    if not isinstance(record, TaskRecord):
+        raise ValidationError("record", f"must be a TaskRecord, not {type(record).__name__}")
+    coerced: dict[str, Any] = {}
+    for field in REQUIRED_KEYS:
+        check_key(field, getattr(record, field))
+    for field in OPTIONAL_KEYS:
+        value = getattr(record, field)
+        if value is not None:
+            check_key(field, value)
+    for field, limit in TEXT_LIMITS.items():
+        value = getattr(record, field)
+        if value is not None or field == "task":
+            check_text(field, value, limit)
+    check_int("revision", record.revision, 1)
+    check_int("created_at", record.created_at)
+    for field in OPTIONAL_TIMES:
+        value = getattr(record, field)
+        if value is not None:
+            check_int(field, value)
+    for field, kind in ENUM_FIELDS.items():
+        value = getattr(record, field)
+        if type(value) is not kind:
+            coerced[field] = check_enum(field, value, kind)
+    if record.terminal_outcome is not None and type(record.terminal_outcome) is not TerminalOutcome:
+        coerced["terminal_outcome"] = check_enum(
+            "terminal_outcome", record.terminal_outcome, TerminalOutcome
+        )
+    if record.requester_origin is not None:
+        origin = check_origin(record.requester_origin)
+        if origin is not record.requester_origin:
+            coerced["requester_origin"] = origin
+    _check_metadata_bytes(record.metadata_json)
+    checked = replace(record, **coerced) if coerced else record
+    if checked.scope_kind is ScopeKind.SESSION and checked.owner_key is None:
+        raise ValidationError("owner_key", "is required unless scope_kind is system")
+    return checked
+
+
+def _check_metadata_bytes(encoded: object) -> None:
+    """Refuse metadata that did not come from :func:`encode_metadata`."""
+    if encoded is NO_METADATA:
+        return
+    if not isinstance(encoded, Raw):
+        raise ValidationError("metadata", f"must be encoded JSON, not {type(encoded).__name__}")
+    if len(bytes(encoded)) > METADATA_BYTES:
+        raise ValidationError("metadata", f"is over {METADATA_BYTES} bytes of JSON")
+    try:
+        value = msgspec.json.decode(encoded)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ValidationError("metadata", f"is not JSON: {error}") from None
+    if encode_metadata(value) != encoded:
+        raise ValidationError("metadata", "is not in canonical form")

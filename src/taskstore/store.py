@@ -1,0 +1,273 @@
+"""The seam: what a store promises the registry.
+
+A store is the durable side of a ledger.  It knows nothing of lifecycles,
+indexes or hooks; it keeps a gap-free journal of changes and the records that
+follow from it.  To write one, subclass :class:`TaskRegistryStore`, implement
+``load_snapshot`` and ``save_snapshot``, and prove it with
+``taskstore.testing.StoreContract``.  Everything else is an optional ability:
+a ``Supports…`` protocol whose methods the store simply has.
+
+The numbers in brackets are the invariants of ``docs/concepts.md``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self, runtime_checkable
+
+from msgspec import Struct
+
+from taskstore.clock import Clock, system_clock
+from taskstore.errors import (
+    Conflict,
+    ConflictError,
+    ReadOnlyError,
+    StoreClosedError,
+)
+from taskstore.journal import (
+    Change,
+    Commit,
+    JournalEntry,
+    SetAside,
+    Snapshot,
+    Step,
+    entries_of,
+    fold,
+    plan,
+)
+from taskstore.policy import CompactionPolicy, CompactionReport
+from taskstore.query import Page, TaskQuery
+
+
+class StoreReport(Struct, frozen=True):
+    """What a store has to tell its operator.
+
+    ``set_aside`` are the records that do not decode, as found by the last
+    load [12].  ``notices`` are sentences: a torn line that was cut, an
+    affected SQLite library, a durability that the server decides.
+    """
+
+    set_aside: tuple[SetAside, ...] = ()
+    notices: tuple[str, ...] = ()
+
+
+class VerifyReport(Struct, frozen=True):
+    """What :meth:`SupportsIntegrity.verify` found.
+
+    ``problems`` are sentences, none when the ledger is whole; ``records`` and
+    ``entries`` say how much was checked, ``seq`` up to which commit.
+    """
+
+    seq: int
+    records: int
+    entries: int
+    problems: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found wrong (``bool``)."""
+        return not self.problems
+
+
+class TaskRegistryStore(ABC):
+    """The durable side of a ledger: one open instance of a backend.
+
+    Instances are used from several threads at once, but the registry never
+    calls :meth:`apply` from two at a time.  A store that implements only the
+    two abstract methods serves one process.
+    """
+
+    clock: Clock = staticmethod(system_clock)
+    """Where commit times come from; a registry with a clock of its own sets it."""
+
+    location: str = ""
+    """Where the data lies, for messages: a path or URL without its password."""
+
+    durability: str = "full"
+    """What an acknowledged change survives [4]: ``full`` (power loss) or ``process`` (kill -9)."""
+
+    def __init__(self, *, read_only: bool = False) -> None:
+        self.read_only = read_only
+        self._closed = False
+
+    @abstractmethod
+    def load_snapshot(self) -> Snapshot:
+        """Return every live record as of one seq, head and records from one moment [5].
+
+        A new store gives ``Snapshot(0, {})``.  Records that do not decode are
+        in the snapshot's ``set_aside`` [12].  Raises
+        :class:`~taskstore.CorruptStoreError` when the storage is damaged.
+        """
+
+    @abstractmethod
+    def save_snapshot(self, snapshot: Snapshot) -> None:
+        """Atomically make ``snapshot`` the whole content.
+
+        Afterwards head = ``snapshot.seq``, the journal is empty and floor =
+        ``snapshot.seq`` + 1.  On a store whose head is not 0, ``snapshot.seq``
+        must exceed it, else :class:`~taskstore.ConflictError`.  Durable when
+        it returns [4]; killed half-way, the old content is still there.
+        """
+
+    def apply(self, changes: Sequence[Change]) -> Commit:
+        """Commit a batch of changes: all of it or nothing [3].
+
+        Each change gets the next seq, in order.  A change to revision r + 1
+        applies over stored revision r; revision 1 over absence, when the
+        journal holds no deletion of that id and nobody else holds the
+        record's (run_id, booking).  Otherwise
+        :class:`~taskstore.ConflictError` names every task in the way and
+        nothing is written, not even a seq.  Durable when it returns [4].
+        A batch is validated first: :class:`~taskstore.ValidationError`.
+
+        Note for implementers: this default loads and saves everything, which
+        is right but slow, and safe for one process only.
+        """
+        self._check_writable()
+        steps = plan(changes)
+        stored = self.load_snapshot()
+        check_steps(steps, stored)
+        commit = Commit(stored.seq + 1, stored.seq + len(changes), max(self.clock(), stored.at))
+        self.save_snapshot(fold(stored, entries_of(changes, commit)))
+        return commit
+
+    def report(self) -> StoreReport:
+        """Say what the operator should know.  Never raises, reads nothing new."""
+        return StoreReport()
+
+    def close(self) -> None:
+        """Release everything.  Closing twice is fine; any other call afterwards
+        raises :class:`~taskstore.StoreClosedError`."""
+        self._closed = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreClosedError(f"the store {self.location or type(self).__name__} is closed")
+
+    def _check_writable(self) -> None:
+        self._check_open()
+        if self.read_only:
+            raise ReadOnlyError(
+                f"the store {self.location or type(self).__name__} was opened read-only"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.location}>"
+
+
+@runtime_checkable
+class SupportsJournal(Protocol):
+    """Keeps the entries behind the records: history, change feeds, several processes."""
+
+    def head(self) -> int:
+        """Return the last seq, 0 before the first."""
+        ...
+
+    def floor(self) -> int:
+        """Return the first seq kept; head + 1 when the journal is empty, 1 when it is new."""
+        ...
+
+    def read_journal(self, after: int, limit: int) -> Sequence[JournalEntry]:
+        """Return the entries after seq ``after``, in order, at most ``limit``.
+
+        Empty when there are none.  Who sees seq n can see everything from the
+        floor to n [2].  Raises :class:`~taskstore.CursorExpiredError` when
+        ``after`` < floor - 1.
+        """
+        ...
+
+    def read_snapshot(self, at: int) -> Snapshot | None:
+        """Return the newest retained snapshot whose seq is at most ``at``, or ``None``.
+
+        When the floor is above 1, the snapshot at floor - 1 is retained.
+        """
+        ...
+
+    def wait_for(self, after: int, timeout: float) -> bool:
+        """Wait until the head exceeds ``after``, at most ``timeout`` seconds.
+
+        Returns whether it does.  Never misses a commit and never spins.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsHistory(Protocol):
+    """Finds one task's entries without reading the whole journal."""
+
+    def read_history(self, task_id: str) -> Sequence[JournalEntry]:
+        """Return the entries of one task that are kept, oldest first."""
+        ...
+
+
+@runtime_checkable
+class SupportsCompaction(Protocol):
+    """Folds its journal into snapshots."""
+
+    def compact(self, policy: CompactionPolicy) -> CompactionReport:
+        """Publish a snapshot and trim the journal as far as ``policy`` says.
+
+        Changes no answer but how far back history reaches, and may be killed
+        at any instruction [7].  Does nothing, and says so, when the policy
+        finds that it is not due.  One compactor at a time:
+        :class:`~taskstore.StoreBusyError` for the second.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsQuery(Protocol):
+    """Answers queries itself, without loading the ledger."""
+
+    def query(self, query: TaskQuery) -> Page:
+        """Return the page; its ``seq`` is the commit that it is true for."""
+        ...
+
+
+@runtime_checkable
+class SupportsIntegrity(Protocol):
+    """Checks itself."""
+
+    def verify(self) -> VerifyReport:
+        """Check contiguity, checksums, revisions, and that folding the journal
+        gives the records [5].  Reads only; memory may grow with the ledger."""
+        ...
+
+
+def check_steps(steps: Sequence[Step], stored: Snapshot) -> None:
+    """Raise :class:`~taskstore.ConflictError` unless the steps apply over ``stored``.
+
+    For stores that keep no journal: deletions of the past are not known.
+    """
+    records: Mapping[str, Any] = stored.records
+    aside = {item.task_id: item.revision or 0 for item in stored.set_aside if item.task_id}
+    conflicts = []
+    for step in steps:
+        if step.task_id in records:
+            found = records[step.task_id].revision
+        else:
+            found = aside.get(step.task_id, 0)
+        if found != step.base or (step.task_id in aside and not step.base):
+            conflicts.append(Conflict(step.task_id, step.base, found))
+    claims = {step.booking: step.task_id for step in steps if step.booking is not None}
+    if claims:
+        leaving = {step.task_id for step in steps if step.record is None}
+        for record in records.values():
+            claimant = claims.get((record.run_id, record.booking))
+            if claimant is not None and record.task_id not in leaving:
+                conflicts.append(Conflict(claimant, 0, 0, booked_by=record.task_id))
+    if conflicts:
+        raise ConflictError(conflicts)

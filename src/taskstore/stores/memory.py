@@ -1,0 +1,252 @@
+"""The memory store: the reference, from which the contract is best understood.
+
+It keeps every promise of the seam but durability: what it holds ends with
+the process.  Instances that share a :class:`MemoryStorage` see one ledger.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from taskstore.errors import (
+    Conflict,
+    ConflictError,
+    CursorExpiredError,
+    ValidationError,
+)
+from taskstore.journal import (
+    Change,
+    Commit,
+    EntryKind,
+    JournalEntry,
+    Snapshot,
+    Step,
+    entries_of,
+    fold,
+    plan,
+)
+from taskstore.policy import CompactionPolicy, CompactionReport, JournalStats, SnapshotMark
+from taskstore.query import Page, TaskQuery, evaluate
+from taskstore.records import TaskRecord, validated
+from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport
+
+
+class MemoryStorage:
+    """What several :class:`MemoryStore` instances share: one ledger in memory."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition(threading.RLock())
+        self.current: dict[str, TaskRecord] = {}
+        self.bookings: dict[tuple[str, str], str] = {}
+        self.head = 0
+        self.last_at = 0
+        self.journal: list[JournalEntry] = []
+        self.deleted: set[str] = set()
+        self.snapshots: dict[int, Snapshot] = {}
+        self.kept = Snapshot(0)
+
+    @property
+    def floor(self) -> int:
+        """The first seq kept."""
+        return self.head - len(self.journal) + 1
+
+
+class MemoryStore(TaskRegistryStore):
+    """A store in this process's memory; ``memory:`` opens an empty one."""
+
+    durability = "none"
+
+    def __init__(self, storage: MemoryStorage | None = None, *, read_only: bool = False) -> None:
+        super().__init__(read_only=read_only)
+        self.location = "memory:"
+        self.storage = storage if storage is not None else MemoryStorage()
+
+    def load_snapshot(self) -> Snapshot:
+        self._check_open()
+        storage = self.storage
+        with storage.changed:
+            return Snapshot(storage.head, storage.current, storage.last_at, storage.kept.set_aside)
+
+    def save_snapshot(self, snapshot: Snapshot) -> None:
+        self._check_writable()
+        for record in snapshot.records.values():
+            validated(record)
+        storage = self.storage
+        with storage.changed:
+            if storage.head and snapshot.seq <= storage.head:
+                raise ConflictError(
+                    [], f"the snapshot is at seq {snapshot.seq}, the head at {storage.head}"
+                )
+            storage.head = snapshot.seq
+            storage.last_at = max(snapshot.at, storage.last_at)
+            storage.current = dict(snapshot.records)
+            storage.bookings = {
+                (record.run_id, record.booking): task_id
+                for task_id, record in snapshot.records.items()
+                if record.run_id is not None and record.booking is not None
+            }
+            storage.journal = []
+            storage.deleted = set()
+            storage.snapshots = {snapshot.seq: snapshot}
+            storage.kept = snapshot
+            storage.changed.notify_all()
+
+    def apply(self, changes: Sequence[Change]) -> Commit:
+        self._check_writable()
+        steps = plan(changes)
+        storage = self.storage
+        with storage.changed:
+            self._check(steps)
+            first = storage.head + 1
+            at = max(self.clock(), storage.last_at)
+            commit = Commit(first, storage.head + len(changes), at)
+            # Removals first: the run that they booked may be booked again.
+            for step in sorted(steps, key=lambda step: step.record is not None):
+                self._write(step)
+            entries = entries_of(changes, commit)
+            storage.journal += entries
+            storage.deleted.update(
+                entry.task_id for entry in entries if entry.kind is EntryKind.DELETED
+            )
+            storage.head, storage.last_at = commit.last_seq, at
+            storage.changed.notify_all()
+            return commit
+
+    def _check(self, steps: Sequence[Step]) -> None:
+        storage = self.storage
+        leaving = {step.task_id for step in steps if step.record is None}
+        conflicts = []
+        for step in steps:
+            stored = storage.current.get(step.task_id)
+            found = stored.revision if stored is not None else 0
+            deleted = step.task_id in storage.deleted
+            holder = storage.bookings.get(step.booking) if step.booking is not None else None
+            if found != step.base or deleted:
+                conflicts.append(Conflict(step.task_id, step.base, found, deleted=deleted))
+            elif holder is not None and holder not in leaving:
+                conflicts.append(Conflict(step.task_id, 0, 0, booked_by=holder))
+        if conflicts:
+            raise ConflictError(conflicts)
+
+    def _write(self, step: Step) -> None:
+        storage = self.storage
+        if step.record is None:
+            gone = storage.current.pop(step.task_id, None)
+            if gone is not None and gone.run_id is not None and gone.booking is not None:
+                storage.bookings.pop((gone.run_id, gone.booking), None)
+            return
+        storage.current[step.task_id] = step.record
+        if step.booking is not None:
+            storage.bookings[step.booking] = step.task_id
+
+    def report(self) -> StoreReport:
+        return StoreReport(
+            self.storage.kept.set_aside, ("what this store holds ends with the process",)
+        )
+
+    # -- journal ----------------------------------------------------------
+
+    def head(self) -> int:
+        self._check_open()
+        return self.storage.head
+
+    def floor(self) -> int:
+        self._check_open()
+        return self.storage.floor
+
+    def read_journal(self, after: int, limit: int) -> Sequence[JournalEntry]:
+        self._check_open()
+        storage = self.storage
+        with storage.changed:
+            floor = storage.floor
+            if after < floor - 1:
+                raise CursorExpiredError(after, floor)
+            start = after - (floor - 1)
+            return tuple(storage.journal[start : start + limit])
+
+    def read_history(self, task_id: str) -> Sequence[JournalEntry]:
+        self._check_open()
+        with self.storage.changed:
+            return tuple(entry for entry in self.storage.journal if entry.task_id == task_id)
+
+    def read_snapshot(self, at: int) -> Snapshot | None:
+        self._check_open()
+        with self.storage.changed:
+            seqs = [seq for seq in self.storage.snapshots if seq <= at]
+            return self.storage.snapshots[max(seqs)] if seqs else None
+
+    def wait_for(self, after: int, timeout: float) -> bool:
+        self._check_open()
+        with self.storage.changed:
+            return self.storage.changed.wait_for(lambda: self.storage.head > after, timeout)
+
+    # -- compaction, query, integrity -------------------------------------
+
+    def compact(self, policy: CompactionPolicy) -> CompactionReport:
+        self._check_writable()
+        started = time.monotonic()
+        storage = self.storage
+        with storage.changed:
+            head, floor, now = storage.head, storage.floor, self.clock()
+            newest = max(storage.snapshots, default=0)
+            since = storage.journal[newest - (floor - 1) :] if newest >= floor - 1 else []
+            stats = JournalStats(
+                entries=len(since),
+                records=len(storage.current),
+                now=now,
+                oldest_at=since[0].at if since else None,
+            )
+            reason = policy.due(stats)
+            if reason is None:
+                return CompactionReport(compacted=False, reason="not due", seq=newest, floor=floor)
+            snapshot = self.load_snapshot()
+            storage.snapshots[head] = snapshot
+            marks = [
+                SnapshotMark(seq, storage.snapshots[seq].at) for seq in sorted(storage.snapshots)
+            ]
+            kept, new_floor = policy.retained(marks, head=head, floor=floor, now=now)
+            trimmed = storage.journal[: new_floor - floor]
+            storage.journal = storage.journal[new_floor - floor :]
+            storage.deleted -= {e.task_id for e in trimmed if e.kind is EntryKind.DELETED}
+            storage.snapshots = {
+                seq: storage.snapshots[seq] for seq in kept if seq in storage.snapshots
+            }
+            return CompactionReport(
+                compacted=True,
+                reason=reason,
+                seq=head,
+                floor=new_floor,
+                records=len(snapshot.records),
+                trimmed=len(trimmed),
+                snapshots=tuple(sorted(storage.snapshots)),
+                duration_s=time.monotonic() - started,
+            )
+
+    def query(self, query: TaskQuery) -> Page:
+        self._check_open()
+        with self.storage.changed:
+            return evaluate(query, self.storage.current.values(), self.storage.head)
+
+    def verify(self) -> VerifyReport:
+        self._check_open()
+        storage = self.storage
+        with storage.changed:
+            base = storage.snapshots.get(storage.floor - 1, Snapshot(storage.floor - 1))
+            problems = []
+            if fold(base, storage.journal).records != storage.current:
+                problems.append("folding the journal does not give the records")
+            return VerifyReport(
+                storage.head, len(storage.current), len(storage.journal), tuple(problems)
+            )
+
+
+def open_memory(
+    url: str, *, durability: str = "full", migrate: str = "auto", read_only: bool = False
+) -> MemoryStore:
+    """Open an empty memory store.  Nothing of ``memory:`` can be named, so no two share it."""
+    del durability, migrate  # there is nothing to sync and no schema
+    if url not in ("memory:", "memory://"):
+        raise ValidationError("url", f"a memory store has no name: use memory:, not {url!r}")
+    return MemoryStore(read_only=read_only)
