@@ -1,1 +1,121 @@
-"""taskstore: the durable ledger of background work for Python programs."""
+"""taskstore: the durable ledger of background work for Python programs.
+
+Open a :class:`TaskRegistry` and record what happens to your tasks; it is
+there after a crash, for other processes, and for whoever asks later.
+"""
+
+from taskstore.backends import open_store
+from taskstore.compaction import Compactor, compact
+from taskstore.errors import (
+    BackendNotFoundError,
+    Conflict,
+    ConflictError,
+    CorruptStoreError,
+    CursorExpiredError,
+    InvalidTransition,
+    OutcomeUnknownError,
+    ReadOnlyError,
+    SchemaMismatchError,
+    StoreBusyError,
+    StoreClosedError,
+    StoreUnavailableError,
+    TaskNotFound,
+    TaskStoreError,
+    UnsupportedError,
+    ValidationError,
+)
+from taskstore.hooks import Deleted, Event, Hook, Restored, Upserted
+from taskstore.journal import (
+    Change,
+    Commit,
+    EntryKind,
+    JournalEntry,
+    Put,
+    Remove,
+    SetAside,
+    Snapshot,
+    fold,
+)
+from taskstore.policy import CompactionPolicy, CompactionReport
+from taskstore.query import Page, Summary, TaskQuery
+from taskstore.records import (
+    DeliveryContext,
+    DeliveryStatus,
+    NotifyPolicy,
+    ScopeKind,
+    TaskRecord,
+    TaskStatus,
+    TerminalOutcome,
+)
+from taskstore.registry import TaskRegistry
+from taskstore.runs import RunScope
+from taskstore.store import (
+    StoreReport,
+    SupportsCompaction,
+    SupportsHistory,
+    SupportsIntegrity,
+    SupportsJournal,
+    SupportsQuery,
+    TaskRegistryStore,
+    VerifyReport,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendNotFoundError",
+    "Change",
+    "Commit",
+    "CompactionPolicy",
+    "CompactionReport",
+    "Compactor",
+    "Conflict",
+    "ConflictError",
+    "CorruptStoreError",
+    "CursorExpiredError",
+    "Deleted",
+    "DeliveryContext",
+    "DeliveryStatus",
+    "EntryKind",
+    "Event",
+    "Hook",
+    "InvalidTransition",
+    "JournalEntry",
+    "NotifyPolicy",
+    "OutcomeUnknownError",
+    "Page",
+    "Put",
+    "ReadOnlyError",
+    "Remove",
+    "Restored",
+    "RunScope",
+    "SchemaMismatchError",
+    "ScopeKind",
+    "SetAside",
+    "Snapshot",
+    "StoreBusyError",
+    "StoreClosedError",
+    "StoreReport",
+    "StoreUnavailableError",
+    "Summary",
+    "SupportsCompaction",
+    "SupportsHistory",
+    "SupportsIntegrity",
+    "SupportsJournal",
+    "SupportsQuery",
+    "TaskNotFound",
+    "TaskQuery",
+    "TaskRecord",
+    "TaskRegistry",
+    "TaskRegistryStore",
+    "TaskStatus",
+    "TaskStoreError",
+    "TerminalOutcome",
+    "UnsupportedError",
+    "Upserted",
+    "ValidationError",
+    "VerifyReport",
+    "compact",
+    "fold",
+    "open_store",
+]

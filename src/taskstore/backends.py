@@ -111,3 +111,14 @@ def _load(scheme: str) -> Any:
 
 def _owner(entry: EntryPoint) -> str:
     return entry.dist.name if entry.dist is not None else entry.value
+
+
+def default_url() -> str:
+    """Return the URL of the ledger that is used when none is named: an SQLite
+    file under the platform's user state directory."""
+    from urllib.parse import quote
+
+    from platformdirs import user_state_path
+
+    path = user_state_path("taskstore", appauthor=False) / "tasks.db"
+    return f"sqlite:///{quote(path.as_posix())}"

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from enum import StrEnum
-from typing import Any, overload
+from typing import Any, Self, overload
 
 import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
 
 from taskstore.errors import ValidationError
 from taskstore.records import (
+    ACTIVE_STATUSES,
     ENUM_FIELDS,
     OPTIONAL_KEYS,
     OPTIONAL_TIMES,
@@ -126,6 +130,50 @@ class Page(Sequence[TaskRecord]):
 
     def __repr__(self) -> str:
         return f"Page({list(self.records)!r}, next_cursor={self.next_cursor!r}, seq={self.seq})"
+
+
+class Summary(Struct, frozen=True, kw_only=True):
+    """How many tasks there are.
+
+    ``total`` counts the records, ``by_status`` and ``by_runtime`` map names
+    to counts above 0, ``seq`` is the commit that it is true for.
+    """
+
+    total: int
+    by_status: dict[str, int]
+    by_runtime: dict[str, int]
+    seq: int = 0
+
+    @property
+    def active(self) -> int:
+        """How many tasks have not ended (``int``)."""
+        return sum(self.by_status.get(status, 0) for status in ACTIVE_STATUSES)
+
+    def exchanged(self, before: TaskRecord | None, after: TaskRecord | None) -> Self:
+        """Count one record as changed from ``before`` to ``after`` (``None``: absent)."""
+        statuses, runtimes = Counter(self.by_status), Counter(self.by_runtime)
+        for record, step in ((before, -1), (after, 1)):
+            if record is not None:
+                statuses[str(record.status)] += step
+                runtimes[record.runtime] += step
+        return replace(
+            self,
+            total=self.total + (after is not None) - (before is not None),
+            by_status=dict(+statuses),
+            by_runtime=dict(+runtimes),
+        )
+
+
+def summarize(records: Iterable[TaskRecord], seq: int) -> Summary:
+    """Count records without keeping them."""
+    statuses: Counter[str] = Counter()
+    runtimes: Counter[str] = Counter()
+    for record in records:
+        statuses[str(record.status)] += 1
+        runtimes[record.runtime] += 1
+    return Summary(
+        total=statuses.total(), by_status=dict(statuses), by_runtime=dict(runtimes), seq=seq
+    )
 
 
 def page_of(newest_first: Iterator[TaskRecord], query: TaskQuery, seq: int) -> Page:

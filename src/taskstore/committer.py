@@ -1,0 +1,180 @@
+"""The commit protocol: store, then memory, then hooks.
+
+An operation is a function over a :class:`~taskstore.mirror.Staging`: it
+looks records up and stages changes.  It holds no state of its own, so that
+it can run again over fresher records when another writer was faster.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from taskstore.errors import (
+    ConflictError,
+    CursorExpiredError,
+    InvalidTransition,
+    OutcomeUnknownError,
+    ReadOnlyError,
+    TaskNotFound,
+    TaskStoreError,
+)
+from taskstore.hooks import Event, Hooks, Restored
+from taskstore.journal import Change, Commit, JournalEntry, entries_of
+from taskstore.mirror import Mirror, Staging
+from taskstore.store import SupportsJournal, TaskRegistryStore
+
+logger = logging.getLogger("taskstore")
+
+T = TypeVar("T")
+Operation = Callable[[Staging], T]
+"""Looks records up, stages changes, returns what the caller gets."""
+
+ATTEMPTS = 64
+"""How often an operation runs when other writers keep being faster."""
+
+EAGER_ATTEMPTS = 2
+"""How many of these follow at once; later ones wait a little first."""
+
+PAGE_ENTRIES = 1000
+"""How many journal entries are read at a time."""
+
+
+class Committer:
+    """Runs operations against one store, one at a time, and mirrors what is committed."""
+
+    def __init__(self, store: TaskRegistryStore, mirror: Mirror, hooks: Hooks) -> None:
+        self._store = store
+        self._mirror = mirror
+        self._hooks = hooks
+        self._lock = threading.Lock()
+        # Set when memory may not be what the store has: reload before the next use.
+        self._stale = False
+        self._load()
+        hooks.deliver()
+
+    def run(self, operation: Operation[T]) -> T:
+        """Run an operation, commit what it staged, mirror it, and deliver its events."""
+        if self._store.read_only:
+            raise ReadOnlyError(f"{self._store.location} was opened read-only")
+        try:
+            with self._lock:
+                return self._commit(operation)
+        finally:
+            self._hooks.deliver()
+
+    def refresh(self) -> None:
+        """Bring in what other writers committed."""
+        try:
+            with self._lock:
+                if self._stale or not isinstance(self._store, SupportsJournal):
+                    self._load()
+                else:
+                    self._catch_up(self._store)
+        finally:
+            self._hooks.deliver()
+
+    def _commit(self, operation: Operation[T]) -> T:
+        """Run until the store takes it.  The caller holds the commit lock."""
+        for attempt in range(1, ATTEMPTS + 1):
+            if self._stale:
+                self._load()
+            staging = Staging(self._mirror)
+            try:
+                result = operation(staging)
+            except (TaskNotFound, InvalidTransition, ConflictError):
+                # It may only look so because memory is behind the store.
+                if attempt < ATTEMPTS and self._behind():
+                    continue
+                raise
+            if not staging.changes:
+                return result
+            try:
+                commit = self._store.apply(staging.changes)
+            except ConflictError:
+                if attempt == ATTEMPTS or not self._behind(reload=True):
+                    raise
+                _pause(attempt)
+                continue
+            except OutcomeUnknownError:
+                self._stale = True
+                raise
+            self._publish(commit, staging.changes)
+            return result
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _behind(self, *, reload: bool = False) -> bool:
+        """Catch up with the store; returns whether there was anything to catch up with."""
+        if isinstance(self._store, SupportsJournal):
+            return self._catch_up(self._store)
+        if reload:
+            # Without a journal there is one writer, and only a lost outcome
+            # explains that memory differs.
+            before = dict(self._mirror.records)
+            self._load()
+            return before != self._mirror.records
+        return False
+
+    def _publish(self, commit: Commit, changes: Sequence[Change]) -> None:
+        """Mirror a commit, and before it what others committed in between."""
+        gap = commit.first_seq - self._mirror.seq - 1
+        if gap:
+            try:
+                self._fill(gap)
+            except TaskStoreError:
+                # The change is committed: that must not look like a failure.
+                logger.exception("cannot read what was committed before seq %d", commit.first_seq)
+                self._stale = True
+        if self._mirror.seq == commit.first_seq - 1:
+            self._mirror_entries(entries_of(changes, commit), local=True)
+
+    def _fill(self, gap: int) -> None:
+        """Mirror the entries between memory and our own commit."""
+        store = self._store
+        if gap < 0 or not isinstance(store, SupportsJournal):
+            self._load()
+            return
+        try:
+            while gap > 0:
+                entries = store.read_journal(self._mirror.seq, min(gap, PAGE_ENTRIES))
+                self._mirror_entries(entries, local=False)
+                gap -= len(entries)
+        except CursorExpiredError:
+            self._load()
+
+    def _catch_up(self, store: SupportsJournal) -> bool:
+        """Mirror everything that is in the journal and not in memory."""
+        moved = False
+        try:
+            while entries := store.read_journal(self._mirror.seq, PAGE_ENTRIES):
+                self._mirror_entries(entries, local=False)
+                moved = True
+        except CursorExpiredError:
+            self._load()
+            return True
+        return moved
+
+    def _mirror_entries(self, entries: Sequence[JournalEntry], *, local: bool) -> None:
+        events: list[Event] = []
+        for entry in entries:
+            event = self._mirror.publish(entry, local=local)
+            if event is not None:
+                events.append(event)
+        self._hooks.emit(events)
+
+    def _load(self) -> None:
+        """Start over from the store, and say so to the hooks."""
+        snapshot = self._store.load_snapshot()
+        self._mirror.reset(snapshot)
+        self._stale = False
+        self._hooks.emit([Restored(snapshot.seq, len(snapshot.records), snapshot.records)])
+
+
+def _pause(attempt: int) -> None:
+    """Let the others get on: nothing at first, then up to a few milliseconds, jittered."""
+    if attempt > EAGER_ATTEMPTS:
+        time.sleep(random.uniform(0, min(0.0005 * 2**attempt, 0.01)))  # noqa: S311 (jitter)

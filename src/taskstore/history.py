@@ -1,0 +1,133 @@
+"""The past: what was committed, and what stood at an earlier time.
+
+Everything here reads a store through :class:`~taskstore.SupportsJournal`;
+one without it raises :class:`~taskstore.UnsupportedError`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from itertools import takewhile
+
+from taskstore.errors import CursorExpiredError, UnsupportedError, ValidationError
+from taskstore.journal import JournalEntry, Snapshot, fold
+from taskstore.records import check_int
+from taskstore.store import SupportsHistory, SupportsJournal, TaskRegistryStore
+
+PAGE_ENTRIES = 1000
+"""How many journal entries are read at a time."""
+
+EARLIEST_TIME = 10**11
+"""Integers from here on are Unix milliseconds (this one is in March 1973), below it seqs."""
+
+
+def journal_of(store: TaskRegistryStore, wanted: str) -> SupportsJournal:
+    """Return the store as one with a journal; raises :class:`UnsupportedError`."""
+    if not isinstance(store, SupportsJournal):
+        raise UnsupportedError(f"{wanted} needs a journal, which {store!r} does not keep")
+    return store
+
+
+def entries_after(store: SupportsJournal, after: int) -> Iterator[JournalEntry]:
+    """Yield every entry after a seq that is there now or comes while reading."""
+    while entries := store.read_journal(after, PAGE_ENTRIES):
+        yield from entries
+        after = entries[-1].seq
+
+
+def changes(store: TaskRegistryStore, after: int, wait: float | None) -> Iterator[JournalEntry]:
+    """Yield the entries after a seq; with ``wait``, go on until none came for so many seconds."""
+    journal = journal_of(store, "changes")
+    check_int("after", after)
+    floor = journal.floor()
+    if after < floor - 1:
+        raise CursorExpiredError(after, floor)
+    return _follow(journal, after, wait)
+
+
+def _follow(journal: SupportsJournal, after: int, wait: float | None) -> Iterator[JournalEntry]:
+    deadline = None if wait is None else time.monotonic() + wait
+    while True:
+        for entry in entries_after(journal, after):
+            yield entry
+            after = entry.seq
+            if wait is not None:
+                deadline = time.monotonic() + wait
+        if deadline is None or not journal.wait_for(after, max(0.0, deadline - time.monotonic())):
+            return
+
+
+def history(store: TaskRegistryStore, task_id: str) -> Sequence[JournalEntry]:
+    """Return a task's entries while they are kept, oldest first."""
+    journal = journal_of(store, "history")
+    if isinstance(store, SupportsHistory):
+        return tuple(store.read_history(task_id))
+    while True:
+        try:
+            entries = entries_after(journal, journal.floor() - 1)
+            return tuple(entry for entry in entries if entry.task_id == task_id)
+        except CursorExpiredError:
+            continue  # trimmed between the two calls: begin where it begins now
+
+
+def as_of(store: TaskRegistryStore, moment: int | datetime) -> Snapshot:
+    """Return every record as it stood at a seq or time.
+
+    ``moment`` is a seq, a time as Unix milliseconds (from 10**11 on), or an
+    aware :class:`datetime.datetime`.  Raises :class:`CursorExpiredError`
+    for what lies before floor - 1 and :class:`ValidationError` for a seq
+    beyond the head.
+    """
+    journal = journal_of(store, "as_of")
+    at_time = _milliseconds(moment)
+    if at_time is not None:
+        return _as_of_time(journal, at_time)
+    seq = check_int("as_of", moment)
+    if seq > journal.head():
+        raise ValidationError("as_of", f"seq {seq} is beyond the head, {journal.head()}")
+    base = _base(journal, seq)
+    if base.seq == seq:
+        return base
+    entries = takewhile(lambda entry: entry.seq <= seq, entries_after(journal, base.seq))
+    return fold(base, entries)
+
+
+def _as_of_time(journal: SupportsJournal, at: int) -> Snapshot:
+    # The times of commits never go back, so the entries up to a time are a prefix.
+    base = _base(journal, journal.floor() - 1)
+    if base.at > at:
+        raise CursorExpiredError(base.seq - 1, base.seq + 1)
+    seq = base.seq
+    for entry in entries_after(journal, base.seq):
+        if entry.at > at:
+            break
+        seq = entry.seq
+    nearest = _base(journal, seq)
+    return fold(
+        nearest, takewhile(lambda entry: entry.seq <= seq, entries_after(journal, nearest.seq))
+    )
+
+
+def _base(journal: SupportsJournal, seq: int) -> Snapshot:
+    """The newest snapshot at or before a seq; the empty one before the first entry."""
+    floor = journal.floor()
+    if seq < floor - 1:
+        raise CursorExpiredError(seq, floor)
+    snapshot = journal.read_snapshot(seq)
+    if snapshot is not None:
+        return snapshot
+    if floor > 1:
+        raise CursorExpiredError(seq, floor)
+    return Snapshot(0)
+
+
+def _milliseconds(moment: object) -> int | None:
+    """The time that ``moment`` is, or ``None`` if it is a seq."""
+    if isinstance(moment, datetime):
+        if moment.tzinfo is None:
+            raise ValidationError("as_of", "a time needs a time zone")
+        return int(moment.timestamp() * 1000)
+    value = check_int("as_of", moment)
+    return value if value >= EARLIEST_TIME else None

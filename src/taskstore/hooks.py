@@ -1,0 +1,147 @@
+"""Events, and their delivery to whoever watches.
+
+Hooks observe: they are called after the commit, outside its lock, one event
+at a time and in the order of the journal.  What a hook raises is logged and
+counted; it undoes nothing and stops no other hook.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import ClassVar
+
+from msgspec import Struct
+
+from taskstore.records import TaskRecord
+
+logger = logging.getLogger("taskstore.hooks")
+
+
+class Restored(Struct, frozen=True):
+    """The registry (re)loaded its records; sent for an empty store too.
+
+    ``seq`` is the commit that they are true for, ``count`` their number and
+    ``records`` an immutable mapping of task_id to record.
+    """
+
+    kind: ClassVar[str] = "restored"
+
+    seq: int
+    count: int
+    records: Mapping[str, TaskRecord]
+    local: bool = True
+
+
+class Upserted(Struct, frozen=True):
+    """A task was created (``previous`` is ``None``) or changed.
+
+    ``at`` is the time of the commit (Unix milliseconds).  ``local`` tells
+    whether this registry made the change or another writer did.
+    """
+
+    kind: ClassVar[str] = "upserted"
+
+    seq: int
+    at: int
+    record: TaskRecord
+    previous: TaskRecord | None
+    local: bool = True
+
+
+class Deleted(Struct, frozen=True):
+    """A task was deleted; ``previous`` is its last record, where it was known.
+
+    ``at`` is the time of the commit (Unix milliseconds).  ``local`` tells
+    whether this registry made the change or another writer did.
+    """
+
+    kind: ClassVar[str] = "deleted"
+
+    seq: int
+    at: int
+    task_id: str
+    previous: TaskRecord | None
+    local: bool = True
+
+
+Event = Restored | Upserted | Deleted
+"""What a hook is called with."""
+
+Hook = Callable[[Event], object]
+"""Anything that takes an event."""
+
+
+class Hooks:
+    """The hooks of one registry, and the queue of events that they are owed.
+
+    ``errors`` counts the calls that raised.
+    """
+
+    def __init__(self, hooks: Iterable[Hook] = ()) -> None:
+        self._hooks: tuple[Hook, ...] = ()
+        self._queue: deque[Event] = deque()
+        self._delivering = threading.Lock()
+        self._edit = threading.Lock()
+        self.errors = 0
+        for hook in hooks:
+            self.add(hook)
+
+    def add(self, hook: Hook) -> Callable[[], None]:
+        """Call ``hook`` with every event from now on.
+
+        Returns a function that removes it again; calling that twice is fine.
+        """
+        if not callable(hook):
+            raise TypeError(f"a hook is called with events: {hook!r} is not callable")
+        handle = _Handle(hook)
+        with self._edit:
+            self._hooks = (*self._hooks, handle)
+
+        def remove() -> None:
+            with self._edit:
+                self._hooks = tuple(other for other in self._hooks if other is not handle)
+
+        return remove
+
+    def emit(self, events: Iterable[Event]) -> None:
+        """Queue events in the order of their seqs.  The caller holds the commit lock."""
+        self._queue.extend(events)
+
+    def deliver(self) -> None:
+        """Deliver what is queued, unless another call is at it: then that one does.
+
+        Called without the commit lock.  A hook that changes the registry
+        comes back here, finds the place taken, and its event follows after
+        the one being delivered.
+        """
+        # Looked at again after the place is given up: what was queued between
+        # the last look and the release found it taken.
+        while self._queue and self._delivering.acquire(blocking=False):
+            try:
+                while self._queue:
+                    self._call(self._queue.popleft())
+            finally:
+                self._delivering.release()
+
+    def _call(self, event: Event) -> None:
+        for hook in self._hooks:
+            try:
+                hook(event)
+            except Exception:
+                self.errors += 1
+                logger.exception("a hook raised on %s at seq %d", event.kind, event.seq)
+
+
+class _Handle:
+    """One registration: the same callable may be added more than once."""
+
+    __slots__ = ("_hook",)
+
+    def __init__(self, hook: Hook) -> None:
+        self._hook = hook
+
+    def __call__(self, event: Event) -> object:
+        return self._hook(event)

@@ -1,0 +1,362 @@
+"""The records in memory, and how they are found.
+
+:class:`Lookups` is the one interface through which the registry looks
+records up.  :class:`Mirror` answers from indexes over what is committed,
+:class:`Staging` from the same with uncommitted changes laid over it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from abc import ABC, abstractmethod
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from taskstore.errors import Conflict, ConflictError, TaskNotFound
+from taskstore.hooks import Deleted, Event, Upserted
+from taskstore.journal import Change, JournalEntry, Put, Remove, Snapshot
+from taskstore.lifecycle import next_revision
+from taskstore.query import SESSION_KEY, Page, Summary, TaskQuery, page_of
+from taskstore.records import ACTIVE_STATUSES, TaskRecord
+
+Key = tuple[int, str]
+"""A record's place in the order of lists: (created_at, task_id)."""
+
+Booking = tuple[str, str]
+"""(run_id, digest of the run scope): what one task holds at most."""
+
+INDEXED = (
+    "status",
+    "runtime",
+    "owner_key",
+    "run_id",
+    "child_session_key",
+    "requester_session_key",
+    "parent_task_id",
+    "parent_flow_id",
+    "agent_id",
+)
+"""Fields by which records are found without reading others."""
+
+
+def booking_of(record: TaskRecord) -> Booking | None:
+    """The booking that a record holds, if it was created for a run."""
+    if record.run_id is None or record.booking is None:
+        return None
+    return (record.run_id, record.booking)
+
+
+class Lookups(ABC):
+    """Finding records: everything follows from four questions."""
+
+    @abstractmethod
+    def get(self, task_id: str) -> TaskRecord | None:
+        """Return the record of an id, or ``None``."""
+
+    @abstractmethod
+    def select(self, query: TaskQuery) -> Iterator[TaskRecord]:
+        """Yield what matches, newest first, after the query's cursor; its limit is not applied."""
+
+    @abstractmethod
+    def booked(self, booking: Booking) -> str | None:
+        """Return the id of the task that holds a booking, or ``None``."""
+
+    @abstractmethod
+    def summary(self) -> Summary:
+        """Count the records."""
+
+    def require(self, task_id: str) -> TaskRecord:
+        """Return the record of an id; raises :class:`TaskNotFound`."""
+        record = self.get(task_id)
+        if record is None:
+            raise TaskNotFound(task_id)
+        return record
+
+    def find_by_run(self, run_id: str) -> TaskRecord | None:
+        """Return the run's newest active task, or its newest, or ``None``."""
+        return self._preferred(run_id=run_id)
+
+    def find(self, token: str) -> TaskRecord | None:
+        """Return the task with this id, or of this run, or of this session, or ``None``."""
+        return (
+            self.get(token)
+            or self._preferred(run_id=token)
+            or self._preferred(**{SESSION_KEY: token})
+        )
+
+    def page(self, query: TaskQuery, seq: int) -> Page:
+        """Return one page of what matches."""
+        return page_of(self.select(query), query, seq)
+
+    def run_scope(
+        self, run_id: str, runtime: str | None, session_key: str | None
+    ) -> list[TaskRecord]:
+        """Return the tasks of a run, oldest first; none when the run is ambiguous.
+
+        A run is ambiguous when its tasks belong to more than one (runtime,
+        scope kind, owner, child session).
+        """
+        filters: dict[str, Any] = {"run_id": run_id}
+        if runtime is not None:
+            filters["runtime"] = runtime
+        if session_key is not None:
+            filters["child_session_key"] = session_key
+        records = list(self.select(TaskQuery(**filters)))
+        scopes = {(r.runtime, r.scope_kind, r.owner_key, r.child_session_key) for r in records}
+        return records[::-1] if len(scopes) == 1 else []
+
+    def _preferred(self, **filters: Any) -> TaskRecord | None:
+        active = next(self.select(TaskQuery(status=ACTIVE_STATUSES, **filters)), None)
+        return active or next(self.select(TaskQuery(**filters)), None)
+
+
+class Mirror(Lookups):
+    """What is committed, as far as this process has seen it.
+
+    ``seq`` is the last seq mirrored.  Writers hold the registry's commit
+    lock; ``lock`` is held while the indexes change or are read.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.reset(Snapshot(0))
+
+    def reset(self, snapshot: Snapshot) -> None:
+        """Start over from a snapshot."""
+        with self.lock:
+            self.seq = snapshot.seq
+            self.records: dict[str, TaskRecord] = dict(snapshot.records)
+            self._keys: list[Key] = []
+            self._groups: dict[str, dict[object, list[Key]]] = {field: {} for field in INDEXED}
+            self._bookings: dict[Booking, str] = {}
+            self._runtimes: Counter[str] = Counter()
+            # In the order of the keys, so that every index is filled by appending.
+            for record in sorted(self.records.values(), key=lambda record: record.sort_key):
+                self._add(record)
+
+    def get(self, task_id: str) -> TaskRecord | None:
+        """Return the record of an id, or ``None``."""
+        return self.records.get(task_id)
+
+    def booked(self, booking: Booking) -> str | None:
+        """Return the id of the task that holds a booking, or ``None``."""
+        return self._bookings.get(booking)
+
+    def summary(self) -> Summary:
+        """Count the records, without looking at them."""
+        statuses = self._groups["status"]
+        return Summary(
+            total=len(self.records),
+            by_status={str(status): len(keys) for status, keys in statuses.items() if keys},
+            by_runtime={name: count for name, count in self._runtimes.items() if count},
+            seq=self.seq,
+        )
+
+    def select(self, query: TaskQuery) -> Iterator[TaskRecord]:
+        """Yield what matches, newest first, from the smallest index that has it all."""
+        last: Key | None = None
+        for key in self._candidates(query):
+            if query.since is not None and key[0] < query.since:
+                return
+            # A record of both sessions stands in two merged indexes.
+            if key != last:
+                last = key
+                record = self.records[key[1]]
+                if query.matches(record):
+                    yield record
+
+    def _candidates(self, query: TaskQuery) -> Iterator[Key]:
+        """The keys that may match, newest first, after the cursor."""
+        best = [self._keys]
+        for field, wanted in query.where.items():
+            lists = self._indexed(field, wanted)
+            if lists is not None and sum(map(len, lists)) < sum(map(len, best)):
+                best = lists
+        cursor = query.cursor
+        before = [
+            _descending(keys, len(keys) if cursor is None else bisect_left(keys, cursor))
+            for keys in best
+        ]
+        return before[0] if len(before) == 1 else heapq.merge(*before, reverse=True)
+
+    def _indexed(self, field: str, wanted: Iterable[object]) -> list[list[Key]] | None:
+        """The index lists that hold all records with one of these values, if there are any."""
+        if field == SESSION_KEY:
+            fields: tuple[str, ...] = ("child_session_key", "requester_session_key")
+        elif field in self._groups:
+            fields = (field,)
+        else:
+            return None
+        if None in wanted:
+            return None
+        return [self._groups[name].get(value, []) for name in fields for value in wanted]
+
+    def publish(self, entry: JournalEntry, *, local: bool) -> Event | None:
+        """Mirror one entry, the next in order, and return the event that it makes.
+
+        An entry whose record does not decode makes none: its task is set aside.
+        """
+        with self.lock:
+            previous = self.records.get(entry.task_id)
+            if entry.record is not None:
+                self.records[entry.task_id] = entry.record
+                if previous is None:
+                    self._add(entry.record)
+                else:
+                    self._move(previous, entry.record)
+            elif previous is not None:
+                del self.records[entry.task_id]
+                self._discard(previous)
+            self.seq = entry.seq
+        if entry.record is not None:
+            return Upserted(entry.seq, entry.at, entry.record, previous, local)
+        if entry.set_aside is not None:
+            return None
+        return Deleted(entry.seq, entry.at, entry.task_id, previous, local)
+
+    def _add(self, record: TaskRecord) -> None:
+        key = record.sort_key
+        _insert(self._keys, key)
+        for field, groups in self._groups.items():
+            value = getattr(record, field)
+            if value is not None:
+                _insert(groups.setdefault(value, []), key)
+        booking = booking_of(record)
+        if booking is not None:
+            self._bookings[booking] = record.task_id
+        self._runtimes[record.runtime] += 1
+
+    def _discard(self, record: TaskRecord) -> None:
+        key = record.sort_key
+        _delete(self._keys, key)
+        for field in INDEXED:
+            self._ungroup(field, record)
+        booking = booking_of(record)
+        if booking is not None and self._bookings.get(booking) == record.task_id:
+            del self._bookings[booking]
+        self._runtimes[record.runtime] -= 1
+
+    def _move(self, old: TaskRecord, new: TaskRecord) -> None:
+        """Index a changed record: only the indexes whose value changed are touched."""
+        if old.created_at != new.created_at or old.booking != new.booking:
+            self._discard(old)
+            self._add(new)
+            return
+        for field, groups in self._groups.items():
+            value = getattr(new, field)
+            if value != getattr(old, field):
+                self._ungroup(field, old)
+                if value is not None:
+                    _insert(groups.setdefault(value, []), new.sort_key)
+
+    def _ungroup(self, field: str, record: TaskRecord) -> None:
+        value = getattr(record, field)
+        if value is None:
+            return
+        keys = self._groups[field][value]
+        _delete(keys, record.sort_key)
+        if not keys:
+            del self._groups[field][value]
+
+
+class Staging(Lookups):
+    """Changes that are not committed yet, laid over what they change.
+
+    ``changes`` is what the store will be asked for, in order.
+    """
+
+    def __init__(self, under: Lookups) -> None:
+        self._under = under
+        self._over: dict[str, TaskRecord | None] = {}
+        self._bookings: dict[Booking, str] = {}
+        self.changes: list[Change] = []
+
+    def get(self, task_id: str) -> TaskRecord | None:
+        """Return the record of an id as it would be, or ``None``."""
+        if task_id in self._over:
+            return self._over[task_id]
+        return self._under.get(task_id)
+
+    def booked(self, booking: Booking) -> str | None:
+        """Return the id of the task that would hold a booking, or ``None``."""
+        holder = self._bookings.get(booking) or self._under.booked(booking)
+        return holder if holder is not None and self.get(holder) is not None else None
+
+    def select(self, query: TaskQuery) -> Iterator[TaskRecord]:
+        """Yield what would match, newest first."""
+        if not self._over:
+            return self._under.select(query)
+        over, cursor = self._over, query.cursor
+        staged = sorted(
+            (
+                record
+                for record in over.values()
+                if record is not None
+                and query.matches(record)
+                and (cursor is None or record.sort_key < cursor)
+            ),
+            key=lambda record: record.sort_key,
+            reverse=True,
+        )
+        under = (record for record in self._under.select(query) if record.task_id not in over)
+        return heapq.merge(under, staged, key=lambda record: record.sort_key, reverse=True)
+
+    def summary(self) -> Summary:
+        """Count the records as they would be."""
+        summary = self._under.summary()
+        for task_id, record in self._over.items():
+            summary = summary.exchanged(self._under.get(task_id), record)
+        return summary
+
+    def create(self, record: TaskRecord) -> TaskRecord:
+        """Stage a new task; raises :class:`ConflictError` if its id is taken."""
+        standing = self.get(record.task_id)
+        if standing is not None:
+            raise ConflictError([Conflict(record.task_id, 0, standing.revision)])
+        return self._put(record)
+
+    def update(self, before: TaskRecord, after: TaskRecord) -> TaskRecord:
+        """Stage what became of a record; nothing if it is still the same."""
+        return before if after is before else self._put(next_revision(after, before))
+
+    def delete(self, record: TaskRecord) -> None:
+        """Stage a deletion."""
+        self.changes.append(Remove(record.task_id, record.revision + 1))
+        self._over[record.task_id] = None
+
+    def absorb(self, later: Staging) -> None:
+        """Take over what was staged on top of this."""
+        self.changes += later.changes
+        self._over.update(later._over)
+        self._bookings.update(later._bookings)
+
+    def _put(self, record: TaskRecord) -> TaskRecord:
+        change = Put(record)
+        self.changes.append(change)
+        self._over[record.task_id] = change.record
+        booking = booking_of(record)
+        if booking is not None:
+            self._bookings[booking] = record.task_id
+        return change.record
+
+
+def _descending(keys: list[Key], end: int) -> Iterator[Key]:
+    """The keys before ``end``, last first."""
+    return map(keys.__getitem__, range(end - 1, -1, -1))
+
+
+def _insert(keys: list[Key], key: Key) -> None:
+    """Insert in order; new tasks are the newest, so this mostly appends."""
+    if not keys or keys[-1] < key:
+        keys.append(key)
+    else:
+        insort(keys, key)
+
+
+def _delete(keys: list[Key], key: Key) -> None:
+    position = bisect_left(keys, key)
+    if position < len(keys) and keys[position] == key:
+        del keys[position]
