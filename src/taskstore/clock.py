@@ -60,3 +60,8 @@ class UUIDv7:
 
 new_task_id = UUIDv7()
 """The process-wide source of task ids: ``new_task_id() -> str``."""
+
+
+def new_commit_id() -> str:
+    """Return 32 random hexadecimal digits: what tells one commit from every other."""
+    return secrets.token_hex(16)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Self, overload
 
@@ -38,6 +38,7 @@ SESSION_KEY = "session_key"
 _TEXT_FIELDS = frozenset({*REQUIRED_KEYS, *OPTIONAL_KEYS, *TEXT_LIMITS, SESSION_KEY})
 _INT_FIELDS = frozenset({"revision", "created_at", *OPTIONAL_TIMES})
 _ENUMS: dict[str, type[StrEnum]] = {**ENUM_FIELDS, "terminal_outcome": TerminalOutcome}
+_FILTERS = _TEXT_FIELDS | _INT_FIELDS | _ENUMS.keys()
 _LONGEST = max(TEXT_LIMITS.values())
 
 Cursor = tuple[int, str]
@@ -222,7 +223,9 @@ def decode_cursor(cursor: str) -> Cursor:
 
 def _wanted(field: str, value: Any) -> frozenset[Any]:
     """The values that a filter accepts, checked for their field."""
-    many = isinstance(value, Collection) and not isinstance(value, str | bytes)
+    if field not in _FILTERS:
+        raise ValidationError(field, "is not a field that records can be filtered by")
+    many = isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
     return frozenset(_value(field, item) for item in (value if many else (value,)))
 
 
@@ -231,9 +234,7 @@ def _value(field: str, value: Any) -> Any:
         return None if value is None else check_enum(field, value, _ENUMS[field])
     if field in _TEXT_FIELDS:
         return None if value is None else check_text(field, value, _LONGEST)
-    if field in _INT_FIELDS:
-        return None if value is None else check_int(field, value)
-    raise ValidationError(field, "is not a field that records can be filtered by")
+    return None if value is None else check_int(field, value)
 
 
 def _test(field: str, wanted: frozenset[Any]) -> Callable[[TaskRecord], bool]:

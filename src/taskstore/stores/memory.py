@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from taskstore.clock import new_commit_id
 from taskstore.errors import (
     Conflict,
     ConflictError,
@@ -101,7 +102,7 @@ class MemoryStore(TaskRegistryStore):
             self._check(steps)
             first = storage.head + 1
             at = max(self.clock(), storage.last_at)
-            commit = Commit(first, storage.head + len(changes), at)
+            commit = Commit(first, storage.head + len(changes), at, new_commit_id())
             # Removals first: the run that they booked may be booked again.
             for step in sorted(steps, key=lambda step: step.record is not None):
                 self._write(step)

@@ -1,0 +1,142 @@
+"""batch(): all or nothing, one commit, seen by nobody else before."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from taskstore import InvalidTransition, ReadOnlyError, TaskNotFound
+
+
+def test_a_batch_is_one_commit(open_ledger):
+    events = []
+    registry = open_ledger(hooks=[events.append])
+    with registry.batch() as same:
+        assert same is registry
+        one = registry.create(runtime="cli", task="1")
+        registry.mark_running(one.task_id)
+        two = registry.create(runtime="cli", task="2", parent_task_id=one.task_id)
+        assert len(events) == 1
+    entries = list(registry.changes())
+    assert [(entry.task_id, entry.revision) for entry in entries] == [
+        (one.task_id, 1),
+        (one.task_id, 2),
+        (two.task_id, 1),
+    ]
+    assert len({entry.commit_id for entry in entries}) == 1
+    assert [event.seq for event in events] == [0, 1, 2, 3]
+    assert open_ledger().summary().total == 2
+
+
+def test_reads_inside_see_what_is_staged_and_nobody_else_does(registry):
+    before = registry.create(runtime="cli", task="0", owner_key="me", run_id="r")
+    gone = registry.create(runtime="cli", task="gone")
+    outside = {}
+
+    def look():
+        outside["ids"] = {record.task_id for record in registry.list()}
+        outside["status"] = registry.get(before.task_id).status
+
+    with registry.batch():
+        registry.finish(before.task_id, "failed")
+        new = registry.create(runtime="cron", task="1", owner_key="me", parent_task_id="p")
+        registry.delete(gone.task_id)
+        assert registry.get(before.task_id).status == "failed"
+        assert [record.task_id for record in registry.list(owner_key="me")] == [
+            new.task_id,
+            before.task_id,
+        ]
+        assert [record.task_id for record in registry.active()] == [new.task_id]
+        assert [record.task_id for record in registry.children("p")] == [new.task_id]
+        assert registry.find("r").status == "failed"
+        assert registry.find_by_run("r").task_id == before.task_id
+        summary = registry.summary()
+        assert (summary.total, summary.active) == (2, 1)
+        assert summary.by_runtime == {"cli": 1, "cron": 1}
+        with pytest.raises(TaskNotFound):
+            registry.get(gone.task_id)
+        page = registry.list(limit=1)
+        assert registry.list(limit=1, after=page.next_cursor)[0].task_id == before.task_id
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+    assert outside == {"ids": {before.task_id, gone.task_id}, "status": "queued"}
+    assert registry.get(new.task_id).runtime == "cron"
+
+
+def test_an_exception_in_the_body_writes_nothing(registry):
+    with pytest.raises(RuntimeError), registry.batch():  # noqa: PT012
+        registry.create(runtime="cli", task="1")
+        raise RuntimeError
+    assert registry.seq == 0
+    assert registry.summary().total == 0
+    assert registry.create(runtime="cli", task="2").revision == 1
+
+
+def test_a_refused_change_in_the_body_spoils_only_itself(registry):
+    with registry.batch():
+        task = registry.create(runtime="cli", task="1")
+        registry.finish(task.task_id, "succeeded")
+        with pytest.raises(InvalidTransition):
+            registry.mark_running(task.task_id)
+    assert registry.get(task.task_id).status == "succeeded"
+    assert registry.seq == 2
+
+
+def test_batches_within_batches_join(registry):
+    with registry.batch():
+        registry.create(runtime="cli", task="1")
+        with registry.batch():
+            registry.create(runtime="cli", task="2")
+        assert registry.seq == 0
+    assert registry.seq == 2
+    assert len({entry.commit_id for entry in registry.changes()}) == 1
+
+
+def test_an_empty_batch_writes_nothing(registry):
+    with registry.batch():
+        pass
+    assert registry.seq == 0
+
+
+def test_a_batch_that_meets_another_writer_runs_again_over_what_is_there(open_ledger):
+    one, two = open_ledger(), open_ledger()
+    task = one.create(runtime="cli", task="x")
+    with one.batch():
+        one.mark_running(task.task_id)
+        one.update_metadata(task.task_id, {"mine": 1})
+        two.refresh()
+        two.update_metadata(task.task_id, {"theirs": 2})
+    final = one.get(task.task_id)
+    assert final.metadata == {"mine": 1, "theirs": 2}
+    assert (final.revision, final.status) == (4, "running")
+    two.refresh()
+    assert two.get(task.task_id) == final
+
+
+def test_a_batch_that_another_writer_made_impossible_writes_nothing(open_ledger):
+    one, two = open_ledger(), open_ledger()
+    task = one.create(runtime="cli", task="x")
+    with pytest.raises(InvalidTransition), one.batch():
+        one.create(runtime="cli", task="companion")
+        one.mark_running(task.task_id)
+        two.refresh()
+        two.cancel(task.task_id)
+    assert one.get(task.task_id).status == "cancelled"
+    assert one.summary().total == 1
+
+
+def test_a_run_verb_inside_a_batch_joins_it(registry):
+    registry.create(runtime="cli", task="1", run_id="r")
+    with registry.batch():
+        assert [record.status for record in registry.run("r").finish("failed")] == ["failed"]
+        assert registry.seq == 1
+    assert registry.seq == 2
+
+
+def test_a_read_only_registry_opens_no_batch(open_ledger):
+    open_ledger().create(runtime="cli", task="x")
+    reader = open_ledger(read_only=True)
+    with pytest.raises(ReadOnlyError), reader.batch():
+        pass
