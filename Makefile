@@ -1,0 +1,81 @@
+# Everything here works on a machine that has nothing but Python 3.11 or newer,
+# pip and make: what is needed is installed into a virtual environment of its own.
+#
+#     make demo            see it at work
+#     make test            run the whole test suite
+#     make check           lint, types and imports: the quick checks
+#     make PYTHON=python3.13 VENV=.venv-3.13 test
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+python := $(VENV)/bin/python
+pip := $(python) -m pip --disable-pip-version-check
+made := $(VENV)/.made
+runtime := $(VENV)/.runtime-installed
+dev := $(VENV)/.dev-installed
+
+# Made anew when its interpreter is gone or the checkout was moved.
+stale := $(shell { $(python) -c '' && grep -qxF '$(CURDIR)' $(made); } 2>/dev/null || echo anew)
+
+.PHONY: help demo test dev check lint format types imports dist clean anew
+
+help:
+	@sed -n 's/^#     //p' Makefile
+
+demo: $(runtime)
+	$(VENV)/bin/taskstore demo
+
+test: $(dev)
+	$(python) -m pytest $(PYTEST_ARGS)
+
+dev: $(dev)
+
+check: lint types imports
+
+lint: $(dev)
+	$(python) -m ruff check
+	$(python) -m ruff format --check
+
+format: $(dev)
+	$(python) -m ruff check --fix
+	$(python) -m ruff format
+
+types: $(dev)
+	$(python) -m mypy
+
+imports: $(dev)
+	$(VENV)/bin/lint-imports --no-logo
+
+# The sdist, and the wheel that is built from it.
+dist: $(dev)
+	rm -rf dist
+	$(python) -m build --no-isolation
+
+clean:
+	rm -rf $(VENV) build dist
+
+$(made): $(stale)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "taskstore needs Python 3.11 or newer, and $(PYTHON) is not." \
+	    "Name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@# Debian ships ensurepip apart, in python3-venv; its pip can fill in.
+	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then \
+	  $(PYTHON) -m venv --clear $(VENV); \
+	elif $(PYTHON) -m pip --version >/dev/null 2>&1; then \
+	  $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --python $(python) install --quiet pip; \
+	else \
+	  echo "$(PYTHON) has neither ensurepip nor pip, so that no virtual environment" \
+	    "can be filled. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
+	fi
+	@echo '$(CURDIR)' > $@
+
+$(runtime): pyproject.toml $(made)
+	$(pip) install --quiet --editable .
+	@touch $@
+
+$(dev): pyproject.toml $(made)
+	$(pip) install --quiet --editable '.[dev]'
+	@touch $(runtime) $@
