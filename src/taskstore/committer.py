@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from taskstore.errors import (
     ConflictError,
@@ -172,6 +172,27 @@ class Committer:
         self._mirror.reset(snapshot)
         self._stale = False
         self._hooks.emit([Restored(snapshot.seq, len(snapshot.records), snapshot.records)])
+
+
+class Batch:
+    """The operations of one ``with registry.batch()``, and what they would make."""
+
+    def __init__(self, mirror: Mirror) -> None:
+        self.staging = Staging(mirror)
+        self.operations: list[Operation[Any]] = []
+
+    def add(self, operation: Operation[T]) -> T:
+        """Run an operation provisionally; one that raises leaves no trace."""
+        trial = Staging(self.staging)
+        result = operation(trial)
+        self.staging.absorb(trial)
+        self.operations.append(operation)
+        return result
+
+    def replay(self, staging: Staging) -> None:
+        """Run everything again over what is committed by now."""
+        for operation in self.operations:
+            operation(staging)
 
 
 def _pause(attempt: int) -> None:

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from taskstore import history, lifecycle
+from taskstore import lifecycle
 from taskstore.backends import default_url, open_store
 from taskstore.clock import Clock, new_task_id
-from taskstore.committer import Committer, Operation
+from taskstore.committer import Batch, Committer, Operation
 from taskstore.errors import (
     Conflict,
     ConflictError,
     ReadOnlyError,
-    StoreClosedError,
-    ValidationError,
 )
 from taskstore.hooks import Hook, Hooks
-from taskstore.journal import JournalEntry, Snapshot
-from taskstore.mirror import Lookups, Mirror, Staging, booking_of
-from taskstore.query import Page, Summary, TaskQuery
-from taskstore.records import ACTIVE_STATUSES, TaskRecord, check_int, check_key
+from taskstore.mirror import Lookups, Staging, booking_of
+from taskstore.reader import LedgerReader
+from taskstore.records import TaskRecord, check_int, check_key
 from taskstore.runs import RunScope
 from taskstore.store import TaskRegistryStore
 
@@ -34,7 +30,7 @@ Mutation = Callable[[TaskRecord, int], TaskRecord]
 """From a record and now (Unix milliseconds) to what should stand: pure."""
 
 
-class TaskRegistry:
+class TaskRegistry(LedgerReader):
     """Every task of one ledger: the rules of their lives, on top of one store.
 
     Safe to use from several threads.  A change is committed by the store
@@ -55,12 +51,10 @@ class TaskRegistry:
     ) -> None:
         if clock is not None:
             store.clock = clock
-        self._store = store
+        super().__init__(store)
         self._hooks = Hooks(hooks)
-        self._mirror = Mirror()
         self._local = threading.local()
         self._owns_store = False
-        self._closed = False
         self._committer = Committer(store, self._mirror, self._hooks)
 
     @classmethod
@@ -97,19 +91,9 @@ class TaskRegistry:
         return registry
 
     @property
-    def store(self) -> TaskRegistryStore:
-        """The store underneath."""
-        return self._store
-
-    @property
     def hooks(self) -> Hooks:
         """The registry's hooks: ``hooks.add(fn)`` returns a function that removes it."""
         return self._hooks
-
-    @property
-    def seq(self) -> int:
-        """The last seq mirrored (``int``, 0 before the first)."""
-        return self._mirror.seq
 
     # -- creating and changing ----------------------------------------------
 
@@ -372,7 +356,7 @@ class TaskRegistry:
             return
         if self._store.read_only:
             raise ReadOnlyError(f"{self._store.location} was opened read-only")
-        batch = _Batch(self._mirror)
+        batch = Batch(self._mirror)
         self._local.batch = batch
         try:
             yield self
@@ -381,50 +365,7 @@ class TaskRegistry:
         if batch.operations:
             self._committer.run(batch.replay)
 
-    # -- looking up ---------------------------------------------------------
-
-    def get(self, task_id: str) -> TaskRecord:
-        """Return the task with this id; raises :class:`TaskNotFound`."""
-        return self._read(lambda records: records.require(check_key("task_id", task_id)))
-
-    def find(self, token: str) -> TaskRecord | None:
-        """Return the task with this id, or else of this run, or else of this session.
-
-        Of a run's or session's tasks the newest active one, or the newest; or ``None``.
-        """
-        return self._read(lambda records: records.find(token))
-
-    def find_by_run(self, run_id: str) -> TaskRecord | None:
-        """Return the run's newest active task, or its newest, or ``None``."""
-        return self._read(lambda records: records.find_by_run(run_id))
-
-    def list(self, query: TaskQuery | None = None, /, **filters: Any) -> Page:
-        """Return the tasks that match, newest first.
-
-        Takes a :class:`TaskQuery` or its arguments: record field names,
-        ``since``, ``limit`` (default: no limit) and ``after`` (a cursor).
-        Raises :class:`ValidationError` for what is not one of them.
-        """
-        if query is None:
-            query = TaskQuery(**filters)
-        elif filters:
-            raise ValidationError(next(iter(filters)), "give a query or filters, not both")
-        asked = query
-        return self._read(lambda records: records.page(asked, self._mirror.seq))
-
-    def active(self) -> Page:
-        """Return the tasks that have not ended, newest first."""
-        return self.list(status=ACTIVE_STATUSES)
-
-    def children(self, task_id: str) -> Page:
-        """Return the tasks whose ``parent_task_id`` is this id, newest first."""
-        return self.list(parent_task_id=check_key("task_id", task_id))
-
-    def summary(self) -> Summary:
-        """Return how many tasks there are, by status and by runtime."""
-        return self._read(lambda records: records.summary())
-
-    # -- the journal --------------------------------------------------------
+    # -- keeping up and the end -------------------------------------------
 
     def refresh(self) -> int:
         """Bring in what other processes committed; returns the last seq mirrored.
@@ -434,39 +375,6 @@ class TaskRegistry:
         self._check_open()
         self._committer.refresh()
         return self._mirror.seq
-
-    def changes(self, after: int = 0, wait: float | None = None) -> Iterator[JournalEntry]:
-        """Iterate the journal entries after seq ``after``, in order, and end.
-
-        With ``wait`` it goes on until none has come for so many seconds.
-        Raises :class:`CursorExpiredError` for entries that are no longer
-        kept, :class:`UnsupportedError` for a store without a journal.
-        """
-        self._check_open()
-        return history.changes(self._store, after, wait)
-
-    def history(self, task_id: str) -> Sequence[JournalEntry]:
-        """Return a task's journal entries while they are kept, oldest first.
-
-        Of a deleted task too; none for an id that never was.  Raises
-        :class:`UnsupportedError` for a store without a journal.
-        """
-        self._check_open()
-        return history.history(self._store, check_key("task_id", task_id))
-
-    def as_of(self, moment: int | datetime) -> Snapshot:
-        """Return every record as it stood at a seq or time.
-
-        ``moment`` is a seq from floor - 1 to the head, Unix milliseconds
-        (from 10**11 on) or an aware datetime.  Raises
-        :class:`CursorExpiredError` for what lies further back,
-        :class:`ValidationError` for a seq beyond the head, and
-        :class:`UnsupportedError` for a store without a journal.
-        """
-        self._check_open()
-        return history.as_of(self._store, moment)
-
-    # -- the end ------------------------------------------------------------
 
     def close(self) -> None:
         """Close the registry, and the store if :meth:`open` made it.  Twice is fine."""
@@ -492,17 +400,13 @@ class TaskRegistry:
     # -- within -------------------------------------------------------------
 
     @property
-    def _batch(self) -> _Batch | None:
+    def _batch(self) -> Batch | None:
         """The batch that the calling thread is in."""
-        batch: _Batch | None = getattr(self._local, "batch", None)
+        batch: Batch | None = getattr(self._local, "batch", None)
         return batch
 
     def _now(self) -> int:
         return self._store.clock()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise StoreClosedError(f"the registry over {self._store.location} is closed")
 
     def _run(self, operation: Operation[T]) -> T:
         self._check_open()
@@ -512,11 +416,9 @@ class TaskRegistry:
                 return batch.add(operation)
         return self._committer.run(operation)
 
-    def _read(self, question: Callable[[Lookups], T]) -> T:
-        self._check_open()
+    def _records(self) -> Lookups:
         batch = self._batch
-        with self._mirror.lock:
-            return question(self._mirror if batch is None else batch.staging)
+        return self._mirror if batch is None else batch.staging
 
     def _change(self, task_id: str, mutation: Mutation, if_revision: int | None) -> TaskRecord:
         """Run a pure function over one record and store what comes out."""
@@ -530,27 +432,6 @@ class TaskRegistry:
             return staging.update(record, mutation(record, now))
 
         return self._run(operation)
-
-
-class _Batch:
-    """The operations of one ``with registry.batch()``, and what they would make."""
-
-    def __init__(self, mirror: Mirror) -> None:
-        self.staging = Staging(mirror)
-        self.operations: list[Operation[Any]] = []
-
-    def add(self, operation: Operation[T]) -> T:
-        """Run an operation provisionally; one that raises leaves no trace."""
-        trial = Staging(self.staging)
-        result = operation(trial)
-        self.staging.absorb(trial)
-        self.operations.append(operation)
-        return result
-
-    def replay(self, staging: Staging) -> None:
-        """Run everything again over what is committed by now."""
-        for operation in self.operations:
-            operation(staging)
 
 
 def _expect(record: TaskRecord, revision: int | None) -> None:

@@ -66,7 +66,7 @@ def test_reads_inside_see_what_is_staged_and_nobody_else_does(registry):
 
 
 def test_an_exception_in_the_body_writes_nothing(registry):
-    with pytest.raises(RuntimeError), registry.batch():  # noqa: PT012
+    with pytest.raises(RuntimeError), registry.batch():
         registry.create(runtime="cli", task="1")
         raise RuntimeError
     assert registry.seq == 0

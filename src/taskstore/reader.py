@@ -1,0 +1,129 @@
+"""Reading a ledger: lookups from memory, and the journal behind them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from typing import Any, TypeVar
+
+from taskstore import history
+from taskstore.errors import StoreClosedError, ValidationError
+from taskstore.journal import JournalEntry, Snapshot
+from taskstore.mirror import Lookups, Mirror
+from taskstore.query import Page, Summary, TaskQuery
+from taskstore.records import ACTIVE_STATUSES, TaskRecord, check_key
+from taskstore.store import TaskRegistryStore
+
+T = TypeVar("T")
+
+
+class LedgerReader(ABC):
+    """Everything that a registry answers: none of it waits for a commit.
+
+    Lookups come from memory; the journal is read from the store.
+    """
+
+    def __init__(self, store: TaskRegistryStore) -> None:
+        self._store = store
+        self._mirror = Mirror()
+        self._closed = False
+
+    @property
+    def store(self) -> TaskRegistryStore:
+        """The store underneath."""
+        return self._store
+
+    @property
+    def seq(self) -> int:
+        """The last seq mirrored (``int``, 0 before the first)."""
+        return self._mirror.seq
+
+    # -- looking up ---------------------------------------------------------
+
+    def get(self, task_id: str) -> TaskRecord:
+        """Return the task with this id; raises :class:`TaskNotFound`."""
+        return self._read(lambda records: records.require(check_key("task_id", task_id)))
+
+    def find(self, token: str) -> TaskRecord | None:
+        """Return the task with this id, or else of this run, or else of this session.
+
+        Of a run's or session's tasks the newest active one, or the newest; or ``None``.
+        """
+        return self._read(lambda records: records.find(token))
+
+    def find_by_run(self, run_id: str) -> TaskRecord | None:
+        """Return the run's newest active task, or its newest, or ``None``."""
+        return self._read(lambda records: records.find_by_run(run_id))
+
+    def list(self, query: TaskQuery | None = None, /, **filters: Any) -> Page:
+        """Return the tasks that match, newest first.
+
+        Takes a :class:`TaskQuery` or its arguments: record field names,
+        ``since``, ``limit`` (default: no limit) and ``after`` (a cursor).
+        Raises :class:`ValidationError` for what is not one of them.
+        """
+        if query is None:
+            query = TaskQuery(**filters)
+        elif filters:
+            raise ValidationError(next(iter(filters)), "give a query or filters, not both")
+        asked = query
+        return self._read(lambda records: records.page(asked, self._mirror.seq))
+
+    def active(self) -> Page:
+        """Return the tasks that have not ended, newest first."""
+        return self.list(status=ACTIVE_STATUSES)
+
+    def children(self, task_id: str) -> Page:
+        """Return the tasks whose ``parent_task_id`` is this id, newest first."""
+        return self.list(parent_task_id=check_key("task_id", task_id))
+
+    def summary(self) -> Summary:
+        """Return how many tasks there are, by status and by runtime."""
+        return self._read(lambda records: records.summary())
+
+    # -- the journal --------------------------------------------------------
+
+    def changes(self, after: int = 0, wait: float | None = None) -> Iterator[JournalEntry]:
+        """Iterate the journal entries after seq ``after``, in order, and end.
+
+        With ``wait`` it goes on until none has come for so many seconds.
+        Raises :class:`CursorExpiredError` for entries that are no longer
+        kept, :class:`UnsupportedError` for a store without a journal.
+        """
+        self._check_open()
+        return history.changes(self._store, after, wait)
+
+    def history(self, task_id: str) -> Sequence[JournalEntry]:
+        """Return a task's journal entries while they are kept, oldest first.
+
+        Of a deleted task too; none for an id that never was.  Raises
+        :class:`UnsupportedError` for a store without a journal.
+        """
+        self._check_open()
+        return history.history(self._store, check_key("task_id", task_id))
+
+    def as_of(self, moment: int | datetime) -> Snapshot:
+        """Return every record as it stood at a seq or time.
+
+        ``moment`` is a seq from floor - 1 to the head, Unix milliseconds
+        (from 10**11 on) or an aware datetime.  Raises
+        :class:`CursorExpiredError` for what lies further back,
+        :class:`ValidationError` for a seq beyond the head, and
+        :class:`UnsupportedError` for a store without a journal.
+        """
+        self._check_open()
+        return history.as_of(self._store, moment)
+
+    @abstractmethod
+    def _records(self) -> Lookups:
+        """What the calling thread sees: the mirror, or its batch laid over it."""
+
+    def _read(self, question: Callable[[Lookups], T]) -> T:
+        self._check_open()
+        with self._mirror.lock:
+            return question(self._records())
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreClosedError(f"the registry over {self._store.location} is closed")
