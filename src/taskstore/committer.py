@@ -11,7 +11,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from taskstore.errors import (
@@ -23,6 +23,7 @@ from taskstore.errors import (
     TaskNotFound,
     TaskStoreError,
 )
+from taskstore.groupcommit import CommitQueue, Operation, Request
 from taskstore.hooks import Event, Hooks, Restored
 from taskstore.journal import Change, Commit, JournalEntry, entries_of
 from taskstore.mirror import Mirror, Staging
@@ -31,11 +32,12 @@ from taskstore.store import SupportsJournal, TaskRegistryStore
 logger = logging.getLogger("taskstore")
 
 T = TypeVar("T")
-Operation = Callable[[Staging], T]
-"""Looks records up, stages changes, returns what the caller gets."""
 
 ATTEMPTS = 64
 """How often an operation runs when other writers keep being faster."""
+
+GROUP_ATTEMPTS = 4
+"""How often a group of operations does, before each goes by itself."""
 
 EAGER_ATTEMPTS = 2
 """How many of these follow at once; later ones wait a little first."""
@@ -52,6 +54,7 @@ class Committer:
         self._mirror = mirror
         self._hooks = hooks
         self._lock = threading.Lock()
+        self._queue = CommitQueue(self._serve)
         # Set when memory may not be what the store has: reload before the next use.
         self._stale = False
         self._load()
@@ -62,10 +65,14 @@ class Committer:
         if self._store.read_only:
             raise ReadOnlyError(f"{self._store.location} was opened read-only")
         try:
-            with self._lock:
-                return self._commit(operation)
+            return self._queue.run(operation)
         finally:
             self._hooks.deliver()
+
+    def close(self) -> None:
+        """Commit what is under way, deliver its events, and take nothing more."""
+        self._queue.close()
+        self._hooks.deliver()
 
     def refresh(self) -> None:
         """Bring in what other writers committed."""
@@ -77,6 +84,59 @@ class Committer:
                     self._catch_up(self._store)
         finally:
             self._hooks.deliver()
+
+    def _serve(self, requests: Sequence[Request[Any]]) -> None:
+        """Commit what has come together: as one, or each by itself where that fails."""
+        with self._lock:
+            try:
+                alone = requests if len(requests) == 1 else self._together(requests)
+                for request in alone:
+                    self._alone(request)
+            except BaseException:
+                self._stale = True
+                raise
+
+    def _together(self, requests: Sequence[Request[Any]]) -> Sequence[Request[Any]]:
+        """Commit requests as one; returns those that have to go by themselves.
+
+        One that raises harms only itself: it goes alone, where memory is
+        brought up to date first.
+        """
+        for attempt in range(1, GROUP_ATTEMPTS + 1):
+            if self._stale:
+                self._load()
+            staging = Staging(self._mirror)
+            alone = []
+            for request in requests:
+                trial = Staging(staging)
+                try:
+                    request.succeed(request.operation(trial))
+                except Exception:  # noqa: BLE001 (it comes again when the request goes alone)
+                    alone.append(request)
+                else:
+                    staging.absorb(trial)
+            if not staging.changes:
+                return alone
+            try:
+                commit = self._store.apply(staging.changes)
+            except ConflictError:
+                if not self._behind(reload=True):
+                    return requests
+                _pause(attempt)
+            except OutcomeUnknownError:
+                raise
+            except Exception:  # noqa: BLE001 (whose fault it is shows when each goes alone)
+                return requests
+            else:
+                self._publish(commit, staging.changes)
+                return alone
+        return requests
+
+    def _alone(self, request: Request[Any]) -> None:
+        try:
+            request.succeed(self._commit(request.operation))
+        except Exception as error:  # noqa: BLE001 (it is raised in the caller's thread)
+            request.fail(error)
 
     def _commit(self, operation: Operation[T]) -> T:
         """Run until the store takes it.  The caller holds the commit lock."""

@@ -11,12 +11,13 @@ from typing import Any, Self, TypeVar
 from taskstore import lifecycle
 from taskstore.backends import default_url, open_store
 from taskstore.clock import Clock, new_task_id
-from taskstore.committer import Batch, Committer, Operation
+from taskstore.committer import Batch, Committer
 from taskstore.errors import (
     Conflict,
     ConflictError,
     ReadOnlyError,
 )
+from taskstore.groupcommit import Operation
 from taskstore.hooks import Hook, Hooks
 from taskstore.mirror import Lookups, Staging, booking_of
 from taskstore.reader import LedgerReader
@@ -380,6 +381,7 @@ class TaskRegistry(LedgerReader):
         """Close the registry, and the store if :meth:`open` made it.  Twice is fine."""
         if not self._closed:
             self._closed = True
+            self._committer.close()
             if self._owns_store:
                 self._store.close()
 

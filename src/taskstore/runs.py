@@ -7,7 +7,7 @@ from typing import Any
 
 from taskstore import lifecycle
 from taskstore.clock import Clock
-from taskstore.committer import Operation
+from taskstore.groupcommit import Operation
 from taskstore.mirror import Staging
 from taskstore.records import TaskRecord, TaskStatus
 

@@ -1,0 +1,192 @@
+"""Many callers, few commits: who waits, who leads, and when a thread of its own takes over.
+
+A caller that is alone commits its own operation: no other thread is woken.
+While it does, others queue up; when it is done it goes home, and a writer
+thread commits what has come together, all at once, until nobody is left.
+(Whoever commits last would otherwise have to stay and serve the others, and
+callers that take turns at leading form small batches.)
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+from taskstore.errors import OutcomeUnknownError, StoreClosedError, TaskStoreError
+from taskstore.mirror import Staging
+
+T = TypeVar("T")
+
+Operation = Callable[[Staging], T]
+"""Looks records up, stages changes, returns what the caller gets."""
+
+IDLE_S = 5.0
+"""How long the writer thread waits for company before it ends, in seconds."""
+
+
+class Request(Generic[T]):
+    """One caller's operation, and in the end its result or error."""
+
+    __slots__ = ("_error", "_finished", "_result", "operation")
+
+    def __init__(self, operation: Operation[T]) -> None:
+        self.operation = operation
+        self._result: T | None = None
+        self._error: BaseException | None = None
+        # A plain lock is the cheapest thing that one thread can wait for and
+        # another can release.
+        self._finished = threading.Lock()
+        self._finished.acquire()
+
+    def succeed(self, result: T) -> None:
+        """Keep the result; the caller is not told before :meth:`settle`."""
+        self._result = result
+        self._error = None
+
+    def fail(self, error: BaseException) -> None:
+        """Keep the error; the caller is not told before :meth:`settle`."""
+        self._error = error
+
+    def settle(self) -> None:
+        """Let the caller go on."""
+        self._finished.release()
+
+    def wait(self) -> None:
+        """Wait until somebody settles this."""
+        self._finished.acquire()
+
+    def outcome(self) -> T:
+        """Return the result, or raise the error."""
+        if self._error is not None:
+            raise self._error
+        return self._result  # type: ignore[return-value]  # T may itself be None
+
+
+class CommitQueue:
+    """Gathers requests and has them committed, in the order in which they came.
+
+    ``commit`` is called with a list of requests by one thread at a time, and
+    gives each a result or an error; what it raises goes to all of them.
+    """
+
+    def __init__(self, commit: Callable[[Sequence[Request[Any]]], None]) -> None:
+        self._commit = commit
+        # Guards everything below; notified when nobody leads any more.
+        self._gate = threading.Condition(threading.Lock())
+        self._queue: list[Request[Any]] = []
+        # Who commits at present: a caller's own request, the writer thread, or nobody.
+        self._leader: Request[Any] | threading.Thread | None = None
+        self._writer: threading.Thread | None = None
+        self._wake = threading.Semaphore(0)
+        self._closed = False
+        self._pid = os.getpid()
+
+    def run(self, operation: Operation[T]) -> T:
+        """Have an operation committed; returns its result or raises its error."""
+        request = Request(operation)
+        try:
+            if self._enter(request):
+                self._serve([request])
+            else:
+                self._await(request)
+        finally:
+            # Looked up rather than remembered: an interrupt can strike between
+            # taking the lead and noting it.
+            if self._leader is request:
+                self._hand_over()
+        return request.outcome()
+
+    def close(self) -> None:
+        """Take nothing more, and return when everything that was taken is committed."""
+        if self._pid != os.getpid():
+            return
+        with self._gate:
+            self._closed = True
+            self._gate.wait_for(lambda: self._leader is None)
+            writer, self._writer = self._writer, None
+        if writer is not None:
+            self._wake.release()
+            writer.join()
+
+    def _enter(self, request: Request[Any]) -> bool:
+        """Take the lead if nobody has it, else queue up; returns whether it leads."""
+        if self._pid != os.getpid():
+            raise TaskStoreError(
+                "this registry was opened before the process forked",
+                hint="open one of its own in each process",
+            )
+        with self._gate:
+            if self._closed:
+                raise StoreClosedError("the registry is closed")
+            if self._leader is None:
+                self._leader = request
+                return True
+            self._queue.append(request)
+            return False
+
+    def _await(self, request: Request[Any]) -> None:
+        try:
+            request.wait()
+        except BaseException:
+            # Interrupted: what nobody has begun yet is not done at all.
+            with self._gate:
+                if request in self._queue:
+                    self._queue.remove(request)
+            raise
+
+    def _serve(self, requests: Sequence[Request[Any]]) -> None:
+        """Have requests committed, and let their callers go on whatever happens."""
+        try:
+            self._commit(requests)
+        except Exception as error:  # noqa: BLE001 (it is raised in the callers' threads)
+            for request in requests:
+                request.fail(error)
+        except BaseException:
+            for request in requests:
+                request.fail(OutcomeUnknownError("the thread that committed this was interrupted"))
+            raise
+        finally:
+            for request in requests:
+                request.settle()
+
+    def _hand_over(self) -> None:
+        """Give up the lead; to the writer thread if somebody came meanwhile."""
+        with self._gate:
+            if not self._queue:
+                self._leader = None
+                self._gate.notify_all()
+                return
+            if self._writer is None:
+                self._writer = threading.Thread(
+                    target=self._write, name="taskstore-writer", daemon=True
+                )
+                self._writer.start()
+            self._leader = self._writer
+        self._wake.release()
+
+    def _write(self) -> None:
+        """Serve the queue whenever it is handed over; end when closed or long idle."""
+        while self._wake.acquire(timeout=IDLE_S) or not self._retire():
+            if self._leader is not threading.current_thread():
+                return
+            while requests := self._take():
+                self._serve(requests)
+
+    def _retire(self) -> bool:
+        """Let the writer thread end, unless the queue is being handed to it right now."""
+        with self._gate:
+            if self._leader is threading.current_thread():
+                return False
+            self._writer = None
+            return True
+
+    def _take(self) -> list[Request[Any]]:
+        """Everything that is queued; when that is nothing, the lead is given up."""
+        with self._gate:
+            requests, self._queue = self._queue, []
+            if not requests:
+                self._leader = None
+                self._gate.notify_all()
+            return requests
