@@ -22,12 +22,15 @@ DURABILITIES = ("full", "process")
 MIGRATIONS = ("auto", "never")
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-_PASSWORD = re.compile(r"(?<=://)([^/?#\s]*?):[^/?#\s]*@")
+# As SQLAlchemy reads it, a password is everything up to the first @, slashes
+# included; up to the last one before the path where an @ was not escaped.
+_PASSWORD = re.compile(r"(?<=://)([^:/?#\s]*):[^@]*@(?:[^/?#\s]*@)?")
+_PASSWORD_OPTION = re.compile(r"([?&][^=&\s]*passw[^=&\s]*=)[^&\s]*", re.IGNORECASE)
 
 
 def redacted(url: str) -> str:
     """Return a URL without the password that it may carry, for messages and logs."""
-    return _PASSWORD.sub(r"\1:***@", url)
+    return _PASSWORD_OPTION.sub(r"\1***", _PASSWORD.sub(r"\1:***@", url))
 
 
 def scheme_of(url: str) -> str:

@@ -11,6 +11,7 @@ writing the record back loses nothing.  A newer major version is refused.
 from __future__ import annotations
 
 import io
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -22,8 +23,8 @@ from msgspec import Raw
 from msgspec.structs import force_setattr, replace
 
 from taskstore.errors import CorruptStoreError
-from taskstore.journal import SetAside, Snapshot
-from taskstore.records import FORMAT_VERSION, NO_METADATA, TaskRecord, validated
+from taskstore.journal import SetAside, Snapshot, validated_snapshot
+from taskstore.records import FORMAT_VERSION, MAX_INT, NO_METADATA, TaskRecord
 
 UPCASTERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 """From an older version to the next: payload as a dict, changed ``v`` included."""
@@ -33,7 +34,9 @@ SNAPSHOT_FORMAT = "taskstore-snapshot/1"
 
 _T = TypeVar("_T")
 _BLOCK_LINES = 256
+_BRACE = ord("{")
 _MAJOR = FORMAT_VERSION.split(".", maxsplit=1)[0]
+_SAME_MAJOR = re.compile(rf"{_MAJOR}\.[0-9]+\Z")
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(TaskRecord)
 _FIELDS = {field.encode_name for field in msgspec.structs.fields(TaskRecord)} - {"_unknown"} | {"v"}
@@ -60,14 +63,21 @@ def decode_record(payload: bytes, where: str = "record") -> TaskRecord:
     """
     try:
         record = _decoder.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return _decode_slowly(payload, where)
     if record.unknown_json is not None:
         return _decode_slowly(payload, where)
     if record.metadata_json is not NO_METADATA:
-        # A Raw is a view into the whole payload; the copy lets that go.
-        force_setattr(record, "metadata_json", record.metadata_json.copy())
+        force_setattr(record, "metadata_json", _metadata(record.metadata_json, where))
     return record
+
+
+def _metadata(encoded: Raw, where: str) -> Raw:
+    """A copy: a ``Raw`` is a view into the whole payload, and would keep it alive."""
+    copy = encoded.copy()
+    if memoryview(copy)[0] != _BRACE:
+        raise CorruptStoreError(where, "has metadata that is not a JSON object")
+    return copy
 
 
 def _decode_slowly(payload: bytes, where: str) -> TaskRecord:
@@ -76,10 +86,9 @@ def _decode_slowly(payload: bytes, where: str) -> TaskRecord:
         members = msgspec.json.decode(payload)
         if not isinstance(members, dict):
             raise CorruptStoreError(where, "is not a JSON object")
-        while (version := members.get("v")) in UPCASTERS:
+        while isinstance(version := members.get("v"), str) and version in UPCASTERS:
             members = UPCASTERS[version](members)
-        major, _, minor = str(version).partition(".")
-        if major != _MAJOR or not minor.isdecimal():
+        if not isinstance(version, str) or not _SAME_MAJOR.match(version):
             raise CorruptStoreError(where, f"has the record format {version!r}, not {_MAJOR}.x")
         unknown = {name: value for name, value in members.items() if name not in _FIELDS}
         known = {name: value for name, value in members.items() if name in _FIELDS}
@@ -87,9 +96,13 @@ def _decode_slowly(payload: bytes, where: str) -> TaskRecord:
             unknown["v"] = version
         record = _decoder.decode(_encoder.encode({**known, "v": FORMAT_VERSION}))
         kept = Raw(msgspec.json.encode(unknown, order="deterministic")) if unknown else None
-        return replace(record, metadata_json=record.metadata_json.copy(), unknown_json=kept)
+        metadata = _metadata(record.metadata_json, where)
+        return replace(record, metadata_json=metadata, unknown_json=kept)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptStoreError(where, f"does not decode: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        # An upcaster stumbled over what is missing or of another type.
+        raise CorruptStoreError(where, f"does not decode: {error!r}") from error
 
 
 def decode_or_set_aside(payload: bytes, where: str) -> TaskRecord | SetAside:
@@ -118,11 +131,10 @@ def set_aside(payload: bytes, where: str, reason: str) -> SetAside:
 def encode_snapshot(snapshot: Snapshot) -> bytes:
     """A whole snapshot as one value, for stores that keep everything in one.
 
-    Each record is validated: :class:`ValidationError` for one that may not be stored.
+    It is validated: :class:`ValidationError` for what may not be stored.
     """
-    payloads = (
-        encode_record(validated(snapshot.records[task_id])) for task_id in sorted(snapshot.records)
-    )
+    snapshot = validated_snapshot(snapshot)
+    payloads = (encode_record(snapshot.records[task_id]) for task_id in sorted(snapshot.records))
     header = {"seq": snapshot.seq, "at": snapshot.at}
     return b"".join(write_snapshot(header, payloads, snapshot.set_aside))
 
@@ -192,8 +204,10 @@ class SnapshotReader:
         self.header: dict[str, Any] = self._json(first[: -len(b',"records":[\n')] + b"}", dict)
         if self.header.get("format") != SNAPSHOT_FORMAT:
             raise self._damaged(f"the format is not {SNAPSHOT_FORMAT}")
-        if type(self.header.get("seq")) is not int or type(self.header.get("at")) is not int:
-            raise self._damaged("the header names no seq and time")
+        for name in ("seq", "at"):
+            value = self.header.get(name)
+            if type(value) is not int or not 0 <= value <= MAX_INT:
+                raise self._damaged(f"the header names no {name}")
 
     def __iter__(self) -> Iterator[bytes]:
         yield from self._until(b'],"set_aside":[\n')

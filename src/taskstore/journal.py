@@ -55,7 +55,7 @@ class Remove(Struct, frozen=True):
     revision: int
 
     def __post_init__(self) -> None:
-        check_key("task_id", self.task_id)
+        force_setattr(self, "task_id", check_key("task_id", self.task_id))
         check_int("revision", self.revision, 2)
 
 
@@ -131,6 +131,26 @@ class Snapshot(Struct, frozen=True):
         check_int("seq", self.seq)
         if not isinstance(self.records, MappingProxyType):
             force_setattr(self, "records", MappingProxyType(dict(self.records)))
+
+
+def validated_snapshot(snapshot: Snapshot) -> Snapshot:
+    """Return ``snapshot`` as it may become the content of a store, its mapping copied.
+
+    Raises :class:`ValidationError` for a record that may not be stored, for
+    one under another id than its own, and for two that hold the same booking.
+    """
+    records: dict[str, TaskRecord] = {}
+    booked: dict[tuple[str, str], str] = {}
+    for task_id, given in snapshot.records.items():
+        record = validated(given)
+        if record.task_id != task_id:
+            raise ValidationError("records", f"has task {record.task_id!r} under {task_id!r}")
+        if record.run_id is not None and record.booking is not None:
+            holder = booked.setdefault((record.run_id, record.booking), task_id)
+            if holder != task_id:
+                raise ValidationError("records", f"{task_id!r} and {holder!r} book the same run")
+        records[record.task_id] = record
+    return Snapshot(snapshot.seq, MappingProxyType(records), snapshot.at, snapshot.set_aside)
 
 
 class Step(Struct, frozen=True):

@@ -29,6 +29,7 @@ from taskstore.records import (
     TerminalOutcome,
     check_enum,
     check_int,
+    check_key,
     check_text,
 )
 
@@ -216,9 +217,12 @@ def decode_cursor(cursor: str) -> Cursor:
     try:
         raw = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
         created_at, task_id = msgspec.json.decode(raw, type=tuple[int, str])
+        key = (check_int("after", created_at), check_key("task_id", task_id))
+        if encode_cursor(key) == text:
+            return key
     except (binascii.Error, ValueError):
-        raise ValidationError("after", "is not the next_cursor of a page") from None
-    return created_at, task_id
+        pass
+    raise ValidationError("after", "is not the next_cursor of a page")
 
 
 def _wanted(field: str, value: Any) -> frozenset[Any]:

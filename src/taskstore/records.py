@@ -213,6 +213,8 @@ ENUM_FIELDS: dict[str, type[StrEnum]] = {
     "delivery_status": DeliveryStatus,
     "notify_policy": NotifyPolicy,
 }
+_MEMBERS = {field.encode_name for field in msgspec.structs.fields(TaskRecord)} - {"_unknown"}
+_SAME_MAJOR = re.compile(rf"{FORMAT_VERSION.partition('.')[0]}\.[0-9]+\Z")
 _RUNTIME = re.compile(r"[a-z][a-z0-9_.-]*\Z")
 _OptionalEnum = TypeVar("_OptionalEnum", bound=StrEnum)
 
@@ -220,11 +222,14 @@ _OptionalEnum = TypeVar("_OptionalEnum", bound=StrEnum)
 def check_text(field: str, value: object, limit: int) -> str:
     """Return ``value`` if it is storable text of at most ``limit`` bytes of UTF-8.
 
+    A subclass of ``str`` becomes ``str``: encoders and drivers do not know it.
     Raises :class:`ValidationError` for another type, NUL (which PostgreSQL
     cannot hold), lone surrogates (which are not UTF-8) and over-long text.
     """
-    if not isinstance(value, str):
-        raise ValidationError(field, f"must be text, not {type(value).__name__}")
+    if type(value) is not str:
+        if not isinstance(value, str):
+            raise ValidationError(field, f"must be text, not {type(value).__name__}")
+        value = str.__str__(value)
     if value.isascii():
         size = len(value)
     else:
@@ -346,17 +351,7 @@ def validated(record: object) -> TaskRecord:
     """
     if not isinstance(record, TaskRecord):
         raise ValidationError("record", f"must be a TaskRecord, not {type(record).__name__}")
-    coerced: dict[str, Any] = {}
-    for field in REQUIRED_KEYS:
-        check_key(field, getattr(record, field))
-    for field in OPTIONAL_KEYS:
-        value = getattr(record, field)
-        if value is not None:
-            check_key(field, value)
-    for field, limit in TEXT_LIMITS.items():
-        value = getattr(record, field)
-        if value is not None or field == "task":
-            check_text(field, value, limit)
+    coerced = _check_texts(record)
     check_int("revision", record.revision, 1)
     check_int("created_at", record.created_at)
     for field in OPTIONAL_TIMES:
@@ -376,23 +371,60 @@ def validated(record: object) -> TaskRecord:
         if origin is not record.requester_origin:
             coerced["requester_origin"] = origin
     _check_metadata_bytes(record.metadata_json)
+    if record.unknown_json is not None:
+        _check_unknown(record.unknown_json)
     checked = replace(record, **coerced) if coerced else record
     if checked.scope_kind is ScopeKind.SESSION and checked.owner_key is None:
         raise ValidationError("owner_key", "is required unless scope_kind is system")
     return checked
 
 
+def _check_texts(record: TaskRecord) -> dict[str, Any]:
+    """Check every text of a record; return those that are not plain ``str``, made so."""
+    coerced: dict[str, Any] = {}
+    for field in (*REQUIRED_KEYS, *OPTIONAL_KEYS):
+        value = getattr(record, field)
+        if value is not None or field in REQUIRED_KEYS:
+            text = check_key(field, value)
+            if text is not value:
+                coerced[field] = text
+    for field, limit in TEXT_LIMITS.items():
+        value = getattr(record, field)
+        if value is not None or field == "task":
+            text = check_text(field, value, limit)
+            if text is not value:
+                coerced[field] = text
+    return coerced
+
+
 def _check_metadata_bytes(encoded: object) -> None:
     """Refuse metadata that did not come from :func:`encode_metadata`."""
     if encoded is NO_METADATA:
         return
-    if not isinstance(encoded, Raw):
-        raise ValidationError("metadata", f"must be encoded JSON, not {type(encoded).__name__}")
-    if len(bytes(encoded)) > METADATA_BYTES:
+    if isinstance(encoded, Raw) and len(bytes(encoded)) > METADATA_BYTES:
         raise ValidationError("metadata", f"is over {METADATA_BYTES} bytes of JSON")
-    try:
-        value = msgspec.json.decode(encoded)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ValidationError("metadata", f"is not JSON: {error}") from None
+    value = _decoded("metadata", encoded)
     if encode_metadata(value) != encoded:
         raise ValidationError("metadata", "is not in canonical form")
+
+
+def _check_unknown(encoded: object) -> None:
+    """Refuse unknown members that would make a payload nobody can decode."""
+    members = _decoded("unknown_json", encoded)
+    if not isinstance(members, dict):
+        raise ValidationError("unknown_json", "must be a JSON object")
+    known = _MEMBERS & set(members)
+    if known:
+        raise ValidationError("unknown_json", f"holds {sorted(known)}, which are known fields")
+    version = members.get("v", FORMAT_VERSION)
+    if not isinstance(version, str) or not _SAME_MAJOR.match(version):
+        raise ValidationError("unknown_json", f"is of another format: {version!r}")
+
+
+def _decoded(field: str, encoded: object) -> object:
+    if not isinstance(encoded, Raw):
+        raise ValidationError(field, f"must be encoded JSON, not {type(encoded).__name__}")
+    try:
+        return msgspec.json.decode(encoded)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValidationError(field, f"is not JSON: {error}") from None

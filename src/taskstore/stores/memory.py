@@ -22,15 +22,17 @@ from taskstore.journal import (
     Commit,
     EntryKind,
     JournalEntry,
+    SetAside,
     Snapshot,
     Step,
     entries_of,
     fold,
     plan,
+    validated_snapshot,
 )
 from taskstore.policy import CompactionPolicy, CompactionReport, JournalStats, SnapshotMark
 from taskstore.query import Page, TaskQuery, evaluate
-from taskstore.records import TaskRecord, validated
+from taskstore.records import TaskRecord
 from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport
 
 
@@ -46,7 +48,7 @@ class MemoryStorage:
         self.journal: list[JournalEntry] = []
         self.deleted: set[str] = set()
         self.snapshots: dict[int, Snapshot] = {}
-        self.kept = Snapshot(0)
+        self.set_aside: tuple[SetAside, ...] = ()
 
     @property
     def floor(self) -> int:
@@ -68,12 +70,11 @@ class MemoryStore(TaskRegistryStore):
         self._check_open()
         storage = self.storage
         with storage.changed:
-            return Snapshot(storage.head, storage.current, storage.last_at, storage.kept.set_aside)
+            return Snapshot(storage.head, storage.current, storage.last_at, storage.set_aside)
 
     def save_snapshot(self, snapshot: Snapshot) -> None:
         self._check_writable()
-        for record in snapshot.records.values():
-            validated(record)
+        snapshot = validated_snapshot(snapshot)
         storage = self.storage
         with storage.changed:
             if storage.head and snapshot.seq <= storage.head:
@@ -91,7 +92,7 @@ class MemoryStore(TaskRegistryStore):
             storage.journal = []
             storage.deleted = set()
             storage.snapshots = {snapshot.seq: snapshot}
-            storage.kept = snapshot
+            storage.set_aside = snapshot.set_aside
             storage.changed.notify_all()
 
     def apply(self, changes: Sequence[Change]) -> Commit:
@@ -118,13 +119,14 @@ class MemoryStore(TaskRegistryStore):
     def _check(self, steps: Sequence[Step]) -> None:
         storage = self.storage
         leaving = {step.task_id for step in steps if step.record is None}
+        aside = {item.task_id: item.revision or 0 for item in storage.set_aside}
         conflicts = []
         for step in steps:
             stored = storage.current.get(step.task_id)
-            found = stored.revision if stored is not None else 0
+            found = stored.revision if stored is not None else aside.get(step.task_id, 0)
             deleted = step.task_id in storage.deleted
             holder = storage.bookings.get(step.booking) if step.booking is not None else None
-            if found != step.base or deleted:
+            if found != step.base or deleted or (step.task_id in aside and not step.base):
                 conflicts.append(Conflict(step.task_id, step.base, found, deleted=deleted))
             elif holder is not None and holder not in leaving:
                 conflicts.append(Conflict(step.task_id, 0, 0, booked_by=holder))
@@ -133,6 +135,9 @@ class MemoryStore(TaskRegistryStore):
 
     def _write(self, step: Step) -> None:
         storage = self.storage
+        storage.set_aside = tuple(
+            item for item in storage.set_aside if item.task_id != step.task_id
+        )
         if step.record is None:
             gone = storage.current.pop(step.task_id, None)
             if gone is not None and gone.run_id is not None and gone.booking is not None:
@@ -144,7 +149,7 @@ class MemoryStore(TaskRegistryStore):
 
     def report(self) -> StoreReport:
         return StoreReport(
-            self.storage.kept.set_aside, ("what this store holds ends with the process",)
+            self.storage.set_aside, ("what this store holds ends with the process",)
         )
 
     # -- journal ----------------------------------------------------------
@@ -248,6 +253,6 @@ def open_memory(
 ) -> MemoryStore:
     """Open an empty memory store.  Nothing of ``memory:`` can be named, so no two share it."""
     del durability, migrate  # there is nothing to sync and no schema
-    if url not in ("memory:", "memory://"):
+    if url.lower() not in ("memory:", "memory://"):
         raise ValidationError("url", f"a memory store has no name: use memory:, not {url!r}")
     return MemoryStore(read_only=read_only)

@@ -1,0 +1,110 @@
+"""The contract that every store keeps, to be run against any of them.
+
+A backend author subclasses :class:`StoreContract` and overrides one fixture::
+
+    class TestMyStore(StoreContract):
+        @pytest.fixture
+        def make_store(self, tmp_path):
+            return lambda *, read_only=False: MyStore(tmp_path / "ledger", read_only=read_only)
+
+Each call of what it returns opens the same storage once more.  A clause for
+an ability that the store does not have is skipped, naming the ability.  The
+numbers in the clauses' docstrings are the invariants of ``docs/concepts.md``.
+
+Needs the extra ``testing``: ``pip install 'taskstore[testing]'``.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+# Before they are imported, so that a failing clause shows its values.
+pytest.register_assert_rewrite(
+    *(
+        f"taskstore.testing.{module}"
+        for module in (
+            "base",
+            "contract_apply",
+            "contract_compaction",
+            "contract_core",
+            "contract_integrity",
+            "contract_journal",
+            "contract_query",
+            "contract_shared",
+            "contract_values",
+            "machine",
+            "threads",
+        )
+    )
+)
+
+from taskstore.testing.base import (  # noqa: E402 - see above
+    ContractBase,
+    Ledger,
+    OpenStore,
+    as_of,
+    needs,
+)
+from taskstore.testing.contract_apply import ApplyContract  # noqa: E402
+from taskstore.testing.contract_compaction import CompactionContract  # noqa: E402
+from taskstore.testing.contract_core import CoreContract  # noqa: E402
+from taskstore.testing.contract_integrity import IntegrityContract  # noqa: E402
+from taskstore.testing.contract_journal import JournalContract  # noqa: E402
+from taskstore.testing.contract_query import QueryContract  # noqa: E402
+from taskstore.testing.contract_shared import SharedContract  # noqa: E402
+from taskstore.testing.contract_values import ValuesContract  # noqa: E402
+from taskstore.testing.factories import (  # noqa: E402
+    EPOCH_MS,
+    Model,
+    create,
+    delete,
+    make_put,
+    make_record,
+    next_of,
+    play,
+    removal_of,
+    update,
+)
+from taskstore.testing.machine import (  # noqa: E402
+    ModelContract,
+    StoreMachine,
+    run_store_machine,
+)
+from taskstore.testing.values import NASTY, Nasty  # noqa: E402
+
+__all__ = [
+    "EPOCH_MS",
+    "NASTY",
+    "ContractBase",
+    "Ledger",
+    "Model",
+    "Nasty",
+    "OpenStore",
+    "StoreContract",
+    "StoreMachine",
+    "as_of",
+    "create",
+    "delete",
+    "make_put",
+    "make_record",
+    "needs",
+    "next_of",
+    "play",
+    "removal_of",
+    "run_store_machine",
+    "update",
+]
+
+
+class StoreContract(
+    CoreContract,
+    ApplyContract,
+    ValuesContract,
+    JournalContract,
+    CompactionContract,
+    QueryContract,
+    IntegrityContract,
+    SharedContract,
+    ModelContract,
+):
+    """Everything that a store promises.  Subclass it and override ``make_store``."""

@@ -1,0 +1,244 @@
+"""Journal: gap-free, complete, readable from any point that is kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar
+
+import pytest
+
+from taskstore.errors import ConflictError, CursorExpiredError
+from taskstore.journal import EntryKind, JournalEntry, Put, Remove, Snapshot
+from taskstore.store import SupportsHistory, SupportsJournal
+from taskstore.testing.base import ContractBase, FullStore, Ledger, as_of, journal_of, needs
+from taskstore.testing.factories import (
+    EPOCH_MS,
+    Model,
+    create,
+    delete,
+    make_put,
+    make_record,
+    next_of,
+    play,
+    removal_of,
+    update,
+)
+from taskstore.testing.threads import PATIENCE_S, meanwhile
+
+
+def facts_of(entry: JournalEntry) -> tuple[object, ...]:
+    """What a model knows of an entry."""
+    return (entry.seq, entry.kind, entry.task_id, entry.revision, entry.record)
+
+
+def check_woken(waiting: FullStore, commit: Callable[[], object]) -> None:
+    """Check that a store that waits for the next commit hears of it."""
+    head = waiting.head()
+    started = time.monotonic()
+    answers: list[bool] = []
+    with meanwhile(lambda: answers.append(waiting.wait_for(head, PATIENCE_S))):
+        time.sleep(0.05)
+        commit()
+    assert answers == [True]
+    assert time.monotonic() - started < PATIENCE_S / 2
+
+
+class JournalContract(ContractBase):
+    """What ``SupportsJournal`` promises."""
+
+    level = "journal"
+    abilities: ClassVar[tuple[type, ...]] = (SupportsJournal,)
+
+    def test_a_new_journal(self, ledger: Ledger) -> None:
+        """[2] A new ledger has head 0, floor 1 and no entries."""
+        for store in ledger.twice():
+            assert (store.head(), store.floor()) == (0, 1)
+            assert list(store.read_journal(0, 10)) == []
+            assert store.read_snapshot(0) in (None, Snapshot(0))
+
+    def test_entries_are_what_was_committed(self, ledger: Ledger) -> None:
+        """[2] The journal holds each change with its seq, kind, revision and exact record."""
+        model = play(ledger.store)
+        for store in ledger.twice():
+            assert (store.head(), store.floor()) == (model.head, 1)
+            assert [facts_of(entry) for entry in journal_of(store)] == model.entries
+
+    def test_entries_carry_their_commit(self, ledger: Ledger) -> None:
+        """[2] Entries have the time and id of their commit; ids of commits differ."""
+        commits = [ledger.store.apply([make_put() for _ in range(size)]) for size in (1, 3, 2)]
+        for store in ledger.twice():
+            entries = {entry.seq: entry for entry in journal_of(store)}
+            for commit in commits:
+                for seq in range(commit.first_seq, commit.last_seq + 1):
+                    assert entries[seq].at == commit.at
+                    assert entries[seq].commit_id == commit.commit_id
+        named = [commit.commit_id for commit in commits if commit.commit_id]
+        assert len(set(named)) == len(named)
+        assert len(named) in (0, len(commits)), "a store keeps commit ids always or never"
+
+    def test_times_never_go_back(self, ledger: Ledger) -> None:
+        """[2] The times of the journal are in order, whatever the clock did."""
+        for store in ledger.twice():
+            for step in (10, -7, 3, -(10**9), 0):
+                store.clock = lambda step=step: EPOCH_MS + step  # type: ignore[misc]
+                store.apply([make_put()])
+        for store in ledger.twice():
+            times = [entry.at for entry in journal_of(store)]
+            assert times == sorted(times)
+            assert len(times) == 10
+
+    @pytest.mark.parametrize("limit", [1, 2, 3, 7, 1000])
+    def test_paging_reads_everything_once(self, ledger: Ledger, limit: int) -> None:
+        """[2] Reading on from the last seq, page by page, gives the whole journal in order."""
+        model = play(ledger.store)
+        for store in ledger.twice():
+            after, seen = 0, []
+            while page := store.read_journal(after, limit):
+                assert len(page) <= limit
+                assert len(page) == min(limit, model.head - after)
+                seen += [facts_of(entry) for entry in page]
+                after = page[-1].seq
+            assert seen == model.entries
+
+    def test_reading_from_every_point(self, ledger: Ledger) -> None:
+        """[2] What comes after a seq is what was committed after it, inside a batch too."""
+        model = play(ledger.store)
+        for store in ledger.twice():
+            for after in range(model.head + 1):
+                seqs = [entry.seq for entry in store.read_journal(after, 5)]
+                assert seqs == list(range(after + 1, min(after + 5, model.head) + 1))
+
+    def test_reading_beyond_the_head(self, ledger: Ledger) -> None:
+        """[2] Beyond the head there is nothing, and that is no error."""
+        head = play(ledger.store).head
+        for store in ledger.twice():
+            for after in (head, head + 1, head + 1000, 2**53 - 1):
+                assert list(store.read_journal(after, 10)) == []
+
+    def test_fold_gives_the_records_at_every_seq(self, ledger: Ledger) -> None:
+        """[5] For every seq from floor - 1: retained snapshot plus journal are the records."""
+        model = play(ledger.store)
+        for store in ledger.twice():
+            for seq, records in model.states.items():
+                assert dict(as_of(store, seq).records) == records, f"as of seq {seq}"
+                assert as_of(store, seq).seq == seq
+            assert dict(as_of(store, store.head()).records) == dict(store.load_snapshot().records)
+
+    def test_save_empties_the_journal(self, ledger: Ledger) -> None:
+        """[2] After save the head is the snapshot's seq and the journal is empty."""
+        head = play(ledger.store).head
+        record = make_record()
+        ledger.store.save_snapshot(Snapshot(head + 10, {record.task_id: record}, EPOCH_MS))
+        for store in ledger.twice():
+            assert (store.head(), store.floor()) == (head + 10, head + 11)
+            assert journal_of(store) == []
+            for after in (0, head, head + 9):
+                with pytest.raises(CursorExpiredError) as caught:
+                    store.read_journal(after, 10)
+                assert (caught.value.after, caught.value.floor) == (after, head + 11)
+
+    def test_what_was_saved_is_retained(self, ledger: Ledger) -> None:
+        """[5] After save, history begins with the snapshot that was saved."""
+        play(ledger.store)
+        record = make_record()
+        ledger.store.save_snapshot(Snapshot(100, {record.task_id: record}, EPOCH_MS))
+        model = play(ledger.store, Model(ledger.store.load_snapshot()))
+        for store in ledger.twice():
+            kept = store.read_snapshot(100)
+            assert kept is not None
+            assert (kept.seq, dict(kept.records)) == (100, {record.task_id: record})
+            assert store.read_snapshot(99) is None
+            for seq, records in model.states.items():
+                assert dict(as_of(store, seq).records) == records
+
+    def test_the_ones_before_the_floor_are_expired(self, ledger: Ledger) -> None:
+        """[2] A cursor before floor - 1 is told so; one at floor - 1 reads everything."""
+        ledger.store.save_snapshot(Snapshot(5))
+        model = play(ledger.store, Model(Snapshot(5)))
+        for store in ledger.twice():
+            assert len(store.read_journal(5, 1000)) == len(model.entries)
+            for after in (4, 1, 0, -1):
+                with pytest.raises(CursorExpiredError):
+                    store.read_journal(after, 1000)
+
+    def test_refused_batches_leave_no_entry(self, ledger: Ledger) -> None:
+        """[3] What was not committed is not in the journal."""
+        model = play(ledger.store)
+        with ledger.unchanged(), pytest.raises(ConflictError):
+            ledger.store.apply([make_put(), Remove("absent", 2)])
+        for store in ledger.twice():
+            assert [facts_of(entry) for entry in journal_of(store)] == model.entries
+
+    def test_a_task_that_came_and_went(self, ledger: Ledger) -> None:
+        """[2] A task created and deleted in one batch leaves both entries."""
+        record = make_record()
+        ledger.store.apply([Put(record), removal_of(record)])
+        for store in ledger.twice():
+            assert [(e.seq, e.kind, e.record) for e in journal_of(store)] == [
+                (1, EntryKind.UPSERTED, record),
+                (2, EntryKind.DELETED, None),
+            ]
+
+    def test_entries_read_before_stay_as_they_were(self, ledger: Ledger) -> None:
+        """[10] A page that was read does not grow with the journal."""
+        play(ledger.store)
+        for store in ledger.twice():
+            page = store.read_journal(0, 1000)
+            before = list(page)
+            create(store)
+            assert list(page) == before
+
+    # -- history ----------------------------------------------------------
+
+    @needs(SupportsHistory)
+    def test_history_of_one_task(self, ledger: Ledger) -> None:
+        """[7] One task's entries, oldest first, also of a deleted one; none of others."""
+        record = create(ledger.store, task_id="task")
+        create(ledger.store, task_id="Task")
+        record = update(ledger.store, record, label="a")
+        ledger.store.apply([next_of(record, label="b"), make_put(task_id="task ")])
+        ledger.store.apply([Remove("task", 4)])
+        for store in ledger.twice():
+            history = store.read_history("task")
+            assert [entry.revision for entry in history] == [1, 2, 3, 4]
+            assert list(history) == [e for e in journal_of(store) if e.task_id == "task"]
+            assert [entry.seq for entry in store.read_history("Task")] == [2]
+            assert list(store.read_history("absent")) == []
+
+    # -- waiting ----------------------------------------------------------
+
+    def test_wait_for_what_is_there(self, ledger: Ledger) -> None:
+        """[2] A head that is ahead already is not waited for."""
+        head = play(ledger.store).head
+        for store in ledger.twice():
+            started = time.monotonic()
+            assert store.wait_for(head - 1, PATIENCE_S) is True
+            assert store.wait_for(0, 0) is True
+            assert time.monotonic() - started < PATIENCE_S / 2
+
+    def test_wait_for_what_does_not_come(self, ledger: Ledger) -> None:
+        """[2] The answer is False once the time is over, and no sooner."""
+        head = play(ledger.store).head
+        for store in ledger.twice():
+            assert store.wait_for(head, 0) is False
+            started = time.monotonic()
+            assert store.wait_for(head, 0.2) is False
+            assert time.monotonic() - started >= 0.19
+
+    def test_waiting_does_not_spin(self, ledger: Ledger) -> None:
+        """[2] Waiting costs no processor time to speak of."""
+        create(ledger.store)
+        ledger.store.wait_for(1, 0)
+        used = time.thread_time()
+        assert ledger.store.wait_for(1, 0.5) is False
+        assert time.thread_time() - used < 0.25
+
+    def test_a_commit_ends_the_wait(self, ledger: Ledger) -> None:
+        """[2] A commit by another thread wakes who waits for it."""
+        record = create(ledger.store)
+        for store in ledger.twice():
+            check_woken(store, partial(update, store, record))
+            record = store.load_snapshot().records[record.task_id]
+        delete(ledger.store, record)

@@ -1,0 +1,170 @@
+"""Records and changes for tests, each call with whatever the test does not care about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from msgspec import Raw
+from msgspec.structs import replace
+
+from taskstore.clock import new_task_id
+from taskstore.journal import Change, EntryKind, Put, Remove, Snapshot
+from taskstore.lifecycle import booking_of
+from taskstore.records import TaskRecord, TaskStatus, encode_metadata
+from taskstore.store import TaskRegistryStore
+
+EPOCH_MS = 1_700_000_000_000
+"""When the records of tests are created, unless they say otherwise: Unix milliseconds."""
+
+
+def make_record(**fields: Any) -> TaskRecord:
+    """A queued system task of revision 1 with a fresh id; ``fields`` overrides anything.
+
+    ``metadata`` may be given as a mapping, and a ``run_id`` brings its booking
+    with it.  Nothing else is validated: ``Put`` does that.
+    """
+    metadata = fields.pop("metadata", None)
+    if metadata is not None:
+        fields["metadata_json"] = (
+            metadata if isinstance(metadata, Raw) else encode_metadata(metadata)
+        )
+    record = TaskRecord(
+        **{
+            "task_id": new_task_id(),
+            "revision": 1,
+            "runtime": "subagent",
+            "task": "Summarise the inbox",
+            "status": TaskStatus.QUEUED,
+            "created_at": EPOCH_MS,
+            **fields,
+        }
+    )
+    if record.run_id is not None and "booking" not in fields:
+        record = replace(record, booking=booking_of(record))
+    return record
+
+
+def make_put(**fields: Any) -> Put:
+    """The change that creates :func:`make_record` of the same fields."""
+    return Put(make_record(**fields))
+
+
+def next_of(record: TaskRecord, **fields: Any) -> Put:
+    """The change to the next revision of ``record``, with ``fields`` replaced."""
+    return Put(replace(record, **{"revision": record.revision + 1, **fields}))
+
+
+def removal_of(record: TaskRecord) -> Remove:
+    """The change that deletes ``record``."""
+    return Remove(record.task_id, record.revision + 1)
+
+
+def create(store: TaskRegistryStore, **fields: Any) -> TaskRecord:
+    """Create a task in a store, in a commit of its own, and return its record."""
+    change = make_put(**fields)
+    store.apply([change])
+    return change.record
+
+
+def update(store: TaskRegistryStore, record: TaskRecord, **fields: Any) -> TaskRecord:
+    """Store the next revision of a task, in a commit of its own, and return it."""
+    change = next_of(record, **fields)
+    store.apply([change])
+    return change.record
+
+
+def delete(store: TaskRegistryStore, *records: TaskRecord) -> None:
+    """Delete tasks from a store, in one commit."""
+    store.apply([removal_of(record) for record in records])
+
+
+class Model:
+    """What a ledger should hold, in plain dicts: the opponent of every store.
+
+    ``states`` maps each seq to the records as of it, ``entries`` is the
+    journal as ``(seq, kind, task_id, revision, record)``.
+    """
+
+    def __init__(self, snapshot: Snapshot | None = None) -> None:
+        snapshot = snapshot if snapshot is not None else Snapshot(0)
+        self.head = snapshot.seq
+        self.floor = snapshot.seq + 1
+        self.states: dict[int, dict[str, TaskRecord]] = {snapshot.seq: dict(snapshot.records)}
+        self.entries: list[tuple[int, EntryKind, str, int, TaskRecord | None]] = []
+
+    @property
+    def records(self) -> Mapping[str, TaskRecord]:
+        """The records as of the head."""
+        return self.states[self.head]
+
+    @property
+    def deleted(self) -> set[str]:
+        """The ids of which the journal still holds a deletion."""
+        return {entry[2] for entry in self.entries if entry[1] is EntryKind.DELETED}
+
+    def accepts(self, changes: list[Change], *, remembers_deletions: bool = True) -> bool:
+        """Whether a batch may be applied: revisions, deletions and bookings [3]."""
+        records = dict(self.records)
+        gone = self.deleted if remembers_deletions else set()
+        for change in changes:
+            stored = records.pop(change.task_id, None)
+            base = 0 if stored is None else stored.revision
+            if change.task_id in gone or change.revision != base + 1:
+                return False
+            if isinstance(change, Put):
+                records[change.task_id] = change.record
+            else:
+                gone.add(change.task_id)
+        booked = [(r.run_id, r.booking) for r in records.values() if r.run_id and r.booking]
+        return len(booked) == len(set(booked))
+
+    def commit(self, changes: list[Change]) -> None:
+        """Do what a store has to do with a batch that it accepts."""
+        for change in changes:
+            records = dict(self.records)
+            self.head += 1
+            if isinstance(change, Put):
+                records[change.task_id] = change.record
+                kind, record = EntryKind.UPSERTED, change.record
+            else:
+                del records[change.task_id]
+                kind, record = EntryKind.DELETED, None
+            self.states[self.head] = records
+            self.entries.append((self.head, kind, change.task_id, change.revision, record))
+
+    def trim(self, floor: int) -> None:
+        """Forget the history before ``floor``."""
+        self.floor = floor
+        self.entries = [entry for entry in self.entries if entry[0] >= floor]
+        self.states = {seq: state for seq, state in self.states.items() if seq >= floor - 1}
+
+
+def play(store: TaskRegistryStore, model: Model | None = None) -> Model:
+    """Live through an eventful history on ``store`` and return what it should hold.
+
+    Creations, updates, deletions, batches that mix them, several changes of
+    one task in a batch, a task that comes and goes within one, and a run
+    that is booked again after its task was deleted.
+    """
+    model = model if model is not None else Model(store.load_snapshot())
+    first = make_record(label="first", run_id=f"run-{model.head}", metadata={"n": 1})
+    again = make_record(label="first", run_id=f"run-{model.head}", metadata={"n": 2})
+    many = [make_record(label=f"many {n}", created_at=EPOCH_MS + n % 3) for n in range(6)]
+    fleeting = make_record(label="fleeting")
+    second = next_of(first, status=TaskStatus.RUNNING, started_at=EPOCH_MS + 5)
+    third = next_of(second.record, error="no answer", metadata_json=encode_metadata({"n": [1, {}]}))
+    batches: list[list[Change]] = [
+        [Put(first)],
+        [second],
+        [Put(record) for record in many],
+        [Put(fleeting), next_of(fleeting, error="gone"), Remove(fleeting.task_id, 3)],
+        [third, next_of(many[0], label="changed"), removal_of(many[1])],
+        [removal_of(third.record), removal_of(many[2])],
+        [Put(again), next_of(again, status=TaskStatus.FAILED), next_of(many[3], label="")],
+        [next_of(many[4], progress_summary="3 of 10")],
+    ]
+    for changes in batches:
+        store.apply(changes)
+        model.commit(changes)
+    return model

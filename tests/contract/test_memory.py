@@ -1,0 +1,17 @@
+"""The memory store keeps the contract, but for persistence."""
+
+from __future__ import annotations
+
+import pytest
+
+from taskstore.stores.memory import MemoryStorage, MemoryStore
+from taskstore.testing import OpenStore, StoreContract
+
+
+class TestMemoryStore(StoreContract):
+    persistent = False
+
+    @pytest.fixture
+    def make_store(self) -> OpenStore:
+        storage = MemoryStorage()
+        return lambda *, read_only=False: MemoryStore(storage, read_only=read_only)
