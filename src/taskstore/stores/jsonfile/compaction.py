@@ -1,0 +1,223 @@
+"""Compaction: fold the journal into a snapshot, publish it, trim.
+
+The write lock is held twice for a moment: to begin a new segment at N + 1,
+so that everything up to N lies in files that no longer change, and to tell
+the others that the floor has moved.  In between the old snapshot is streamed
+and merged with the last images of the journal, in memory bounded by the keys.
+Publishing the snapshot at N, whose header declares the floor, is what moves
+it; the files below it are removed afterwards, oldest first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from taskstore import codec
+from taskstore.clock import Clock
+from taskstore.journal import EntryKind, SetAside
+from taskstore.policy import CompactionPolicy, CompactionReport, JournalStats, SnapshotMark
+from taskstore.stores.jsonfile.files import (
+    TORN,
+    publish,
+    remove_all,
+    segment_name,
+    sync_directory,
+)
+from taskstore.stores.jsonfile.index import keys_of
+from taskstore.stores.jsonfile.layout import Layout, read_layout, read_snapshot_header
+from taskstore.stores.jsonfile.lines import image
+from taskstore.stores.jsonfile.segments import Found, Walk
+from taskstore.stores.jsonfile.snapshots import opened, write_snapshot
+from taskstore.stores.jsonfile.writing import Writer
+
+
+def compact(writer: Writer, policy: CompactionPolicy, clock: Clock) -> CompactionReport:
+    """Do what :meth:`SupportsCompaction.compact` promises."""
+    lock = writer.compact_lock()
+    try:
+        with lock.held(0, "another compactor"):
+            return _compact(writer, policy, clock)
+    finally:
+        lock.close()
+
+
+def _compact(writer: Writer, policy: CompactionPolicy, clock: Clock) -> CompactionReport:
+    started = time.monotonic()
+    with writer.entered():
+        now = clock()
+        newest = writer.layout.newest.seq if writer.layout.newest is not None else 0
+        reason = policy.due(_stats(writer, newest, now))
+        if reason is None:
+            return CompactionReport(
+                compacted=False, reason="not due", seq=newest, floor=writer.layout.floor
+            )
+        layout = writer.roll()
+        seq, at = writer.place.seq, writer.place.at
+    _remove(layout, layout.void)
+    marks = [mark for mark in _marks(layout) if mark.seq != seq] + [SnapshotMark(seq, at)]
+    kept, floor = policy.retained(marks, head=seq, floor=layout.floor, now=now)
+    merge = Merge(layout, seq)
+    path = layout.snapshot_path(seq)
+    temporary = write_snapshot(
+        path,
+        merge.payloads(),
+        merge.aside(),
+        identity=layout.identity,
+        at=at,
+        floor=floor,
+        deleted={task_id: at_seq for task_id, at_seq in merge.deleted.items() if at_seq >= floor},
+    )
+    publish(temporary, path)
+    with writer.entered():
+        writer.settle(floor)
+    dropped = [layout.snapshot_path(mark.seq) for mark in marks if mark.seq not in kept]
+    _remove(layout, (*read_layout(layout.directory).void, *dropped))
+    if policy.erase_deleted:
+        _remove(layout, tuple(layout.directory.glob(f"*{TORN}")))
+    return CompactionReport(
+        compacted=True,
+        reason=reason,
+        seq=seq,
+        floor=floor,
+        records=merge.count,
+        trimmed=floor - layout.floor,
+        snapshots=tuple(sorted(kept & {mark.seq for mark in marks})),
+        duration_s=time.monotonic() - started,
+    )
+
+
+def _stats(writer: Writer, newest: int, now: int) -> JournalStats:
+    """What the policy looks at.  Under the lock."""
+    assert writer.index is not None
+    since = [segment for segment in writer.layout.segments if segment.first > newest]
+    place = writer.layout.after_newest()
+    first = next(iter(Walk(writer.layout, place)), None)
+    return JournalStats(
+        entries=writer.place.seq - newest,
+        records=len(writer.index.revisions),
+        now=now,
+        bytes=sum(segment.path.stat().st_size - segment.start for segment in since),
+        oldest_at=first.line.at if first is not None else None,
+    )
+
+
+def _marks(layout: Layout) -> list[SnapshotMark]:
+    return [
+        SnapshotMark(seq, read_snapshot_header(layout.snapshot_path(seq), seq).at)
+        for seq in layout.snapshots
+    ]
+
+
+def _remove(layout: Layout, paths: tuple[Path, ...]) -> None:
+    """Remove files in this order.  The directory is synced in between, so
+    that no crash shows a later one gone and an earlier one still there."""
+    if paths:
+        remove_all(paths)
+        sync_directory(layout.directory)
+
+
+class _Image(NamedTuple):
+    """Where the last payload of a task lies."""
+
+    segment: int
+    offset: int
+    length: int
+
+
+class Merge:
+    """The newest snapshot merged with the last images of the journal up to ``seq``.
+
+    Only keys are held in memory.  A payload whose keys cannot be told is moved
+    to what is set aside; any other stays as the bytes that it is, also when
+    it does not decode.
+    """
+
+    def __init__(self, layout: Layout, seq: int) -> None:
+        self.count = 0
+        self.deleted: dict[str, int] = {}
+        self._layout = layout
+        self._images: dict[str, _Image | None] = {}
+        self._aside: dict[str, SetAside] = {}
+        self._unknown: list[SetAside] = []
+        if layout.newest is not None:
+            with opened(layout, layout.newest.seq) as reader:
+                self.deleted.update(reader.deleted)
+        for found in Walk(layout, layout.after_newest()):
+            if found.line.seq > seq:
+                break
+            self._take(found)
+
+    def _take(self, found: Found) -> None:
+        position = 0
+        for entry in found.line.entries:
+            self._aside.pop(entry.task_id, None)
+            self._images[entry.task_id] = None
+            if entry.kind is EntryKind.DELETED:
+                self.deleted[entry.task_id] = found.line.seq
+                continue
+            payload = bytes(entry.record)
+            position = found.raw.index(payload, position)
+            keys = keys_of(payload)
+            if keys is not None and keys.task_id == entry.task_id:
+                self._images[entry.task_id] = _Image(
+                    found.segment.first, found.offset + position, len(payload)
+                )
+            else:
+                item = image(entry, found.where, strict=False)
+                if not isinstance(item, SetAside):  # pragma: no cover - a record has its keys
+                    item = codec.set_aside(payload, found.where, "is the record of another task")
+                self._aside[entry.task_id] = item
+            position += len(payload)
+
+    def payloads(self) -> Iterator[bytes]:
+        """The live payloads in order of task_id."""
+        with contextlib.ExitStack() as stack:
+            files: dict[int, int] = {}
+
+            def read(found: _Image) -> bytes:
+                self.count += 1
+                if found.segment not in files:
+                    path = self._layout.directory / segment_name(found.segment)
+                    files[found.segment] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    stack.callback(os.close, files[found.segment])
+                return os.pread(files[found.segment], found.length, found.offset)
+
+            live = sorted(
+                ((task_id, found) for task_id, found in self._images.items() if found is not None),
+                reverse=True,
+            )
+            for task_id, payload in self._old():
+                while live and live[-1][0] < task_id:
+                    yield read(live.pop()[1])
+                if task_id not in self._images:
+                    self.count += 1
+                    yield payload
+            while live:
+                yield read(live.pop()[1])
+
+    def aside(self) -> Iterator[SetAside]:
+        """What is set aside, to be asked for after the payloads."""
+        for item in (*self._unknown, *self._aside.values()):
+            self.count += 1
+            yield item
+
+    def _old(self) -> Iterator[tuple[str, bytes]]:
+        """The payloads of the old snapshot with their task ids."""
+        layout = self._layout
+        if layout.newest is None:
+            return
+        with opened(layout, layout.newest.seq) as reader:
+            for payload in reader:
+                keys = keys_of(payload)
+                if keys is not None:
+                    yield keys.task_id, payload
+                else:
+                    where = str(layout.snapshot_path(layout.newest.seq))
+                    self._unknown.append(codec.set_aside(payload, where, "its id cannot be told"))
+            self._unknown += reader.aside
+            self._unknown = [item for item in self._unknown if item.task_id not in self._images]

@@ -1,0 +1,156 @@
+"""Locks between processes: flock on a descriptor held open.
+
+The file ``lock`` also holds one line, ``<pid> <generation>``.  The pid is
+the last writer's, for messages.  The generation tells everybody whether the
+set of files may have changed: a writer that rolls or replaces makes it odd
+before and even after, under the lock.  It means something only among living
+processes, so it is never synced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from taskstore.errors import StoreBusyError
+
+_FIRST_PAUSE_S = 0.0002
+_LONGEST_PAUSE_S = 0.01
+_STATE_BYTES = 64
+
+
+class FileLock:
+    """An exclusive lock on one file, which it creates with mode 0600.
+
+    Two instances exclude each other, also within one process; threads that
+    share an instance have to exclude each other themselves.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = -1
+        self._owner = 0
+
+    def acquire(self, timeout_s: float) -> bool:
+        """Take the lock, waiting at most ``timeout_s`` seconds; whether it was got."""
+        if self._owner != os.getpid():
+            # A forked child shares its parent's lock: it needs one of its own.
+            self._reopen()
+        deadline = None
+        pause = _FIRST_PAUSE_S
+        while True:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                now = time.monotonic()
+                deadline = now + timeout_s if deadline is None else deadline
+                if now >= deadline:
+                    return False
+                time.sleep(min(pause, deadline - now))
+                pause = min(pause * 1.5, _LONGEST_PAUSE_S)
+                continue
+            if os.fstat(self._descriptor).st_nlink:
+                return True
+            # Somebody removed the file: a lock on it excludes nobody any more.
+            self._reopen()
+
+    def release(self) -> None:
+        """Give the lock back."""
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Release everything.  Closing twice is fine."""
+        descriptor, self._descriptor, self._owner = self._descriptor, -1, 0
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def _reopen(self) -> None:
+        self.close()
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._owner = os.getpid()
+
+    @contextmanager
+    def held(self, timeout_s: float, what: str) -> Iterator[None]:
+        """Hold the lock, or raise :class:`StoreBusyError` saying that ``what`` holds it."""
+        if not self.acquire(timeout_s):
+            raise busy(self.path, what, timeout_s)
+        try:
+            yield
+        finally:
+            self.release()
+
+
+class WriteLock(FileLock):
+    """The lock of the directory's writers, with the generation of its files."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.generation = 0
+
+    def read_state(self) -> int:
+        """Return the generation and leave our pid as the last writer's.  Under the lock."""
+        pid, self.generation = _parse(os.pread(self._descriptor, _STATE_BYTES, 0))
+        if pid == 0:
+            # A new lock file: nobody may take its generation for an old one.
+            self.generation = time.time_ns() & ~1
+        if pid != self._owner:
+            self._write_state()
+        return self.generation
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Tell everybody that the set of files changes.  Under the lock.
+
+        When the body raises, the generation stays odd: the next writer looks
+        through the directory and clears up.
+        """
+        self.generation += 1 + self.generation % 2
+        self._write_state()
+        yield
+        self.settle()
+
+    def settle(self) -> None:
+        """Tell everybody that the set of files has changed.  Under the lock."""
+        self.generation += 2 - self.generation % 2
+        self._write_state()
+
+    def _write_state(self) -> None:
+        os.pwrite(self._descriptor, b"%010d %020d\n" % (self._owner, self.generation), 0)
+
+
+def read_generation(path: Path) -> int | None:
+    """The generation, read without the lock; ``None`` when it cannot be told or is changing."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        pid, generation = _parse(os.pread(descriptor, _STATE_BYTES, 0))
+    finally:
+        os.close(descriptor)
+    return generation if pid and generation % 2 == 0 else None
+
+
+def busy(path: Path, what: str, waited_s: float) -> StoreBusyError:
+    """The error of somebody who waited in vain for the lock at ``path``."""
+    holder = ""
+    with contextlib.suppress(OSError):
+        pid, _ = _parse(path.read_bytes()[:_STATE_BYTES])
+        holder = f" (pid {pid})" if pid else ""
+    waited = f" for {waited_s:g} s" if waited_s else ""
+    return StoreBusyError(
+        f"the store {path.parent} is busy: {what}{holder} has held {path.name}{waited}",
+        hint="try again, or see what that process is doing",
+    )
+
+
+def _parse(state: bytes) -> tuple[int, int]:
+    pid, _, generation = state.strip().partition(b" ")
+    if pid.isdigit() and generation.isdigit():
+        return int(pid), int(generation)
+    return 0, 0

@@ -1,0 +1,220 @@
+"""Reading without a lock: a consistent prefix, whatever writers and compactors do meanwhile.
+
+A reader looks through the directory once and again only when the generation
+in the lock file has changed.  When a file vanishes under it, or something
+looks damaged that may just be changing, it looks again, a few times.
+"""
+
+from __future__ import annotations
+
+import bisect
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from taskstore.errors import (
+    CorruptStoreError,
+    CursorExpiredError,
+    StoreUnavailableError,
+)
+from taskstore.journal import JournalEntry
+from taskstore.stores.jsonfile.files import LOCK_NAME
+from taskstore.stores.jsonfile.layout import Layout, Place, read_layout
+from taskstore.stores.jsonfile.lines import decode_commit, id_needle, is_sound, journal_entry
+from taskstore.stores.jsonfile.locks import read_generation
+from taskstore.stores.jsonfile.segments import Found, Walk
+
+_T = TypeVar("_T")
+_ATTEMPTS = 20
+_DAMAGED_ATTEMPTS = 3
+_PAUSE_S = 0.002
+_SPARSE_BYTES = 256 * 1024
+_PAGES = 32
+
+
+class Reader:
+    """Reads one directory, remembering where what lies.  Safe for any number of threads."""
+
+    def __init__(self, directory: Path, *, strict: bool) -> None:
+        self.directory = directory
+        self.strict = strict
+        self._guard = threading.Lock()
+        self._layout: Layout | None = None
+        self._generation: int | None = None
+        self._tail: Place | None = None
+        self._sparse: list[Place] = []
+        self._pages: OrderedDict[int, Place] = OrderedDict()
+
+    def settled(self, work: Callable[[Layout], _T]) -> _T:
+        """Do ``work`` over a layout, again with a fresh one while files change under it."""
+        attempt = damaged = 0
+        while True:
+            attempt += 1
+            try:
+                return work(self.layout(again=attempt > 1))
+            except FileNotFoundError:
+                if attempt == _ATTEMPTS or not self.directory.is_dir():
+                    raise
+            except CorruptStoreError:
+                damaged += 1
+                if damaged == _DAMAGED_ATTEMPTS:
+                    raise
+            self.forget()
+            time.sleep(_PAUSE_S * attempt)
+
+    def layout(self, *, again: bool = False) -> Layout:
+        """The files as of now."""
+        # The generation is read first: a change in between is then seen next time.
+        generation = read_generation(self.directory / LOCK_NAME)
+        known = self._layout
+        changing = generation is None or generation != self._generation
+        if known is not None and not again and not changing:
+            return known
+        layout = read_layout(self.directory)
+        if layout.fresh:
+            raise StoreUnavailableError(
+                f"there is no ledger in {self.directory}", hint="check the path"
+            )
+        with self._guard:
+            if known is not None and not _continues(known, layout):
+                self._clear()
+            self._layout, self._generation = layout, generation
+        return layout
+
+    @property
+    def lost(self) -> str | None:
+        """What the last look through the directory found missing."""
+        layout = self._layout
+        return layout.lost if layout is not None else None
+
+    def forget(self) -> None:
+        """Remember nothing of what was read."""
+        with self._guard:
+            self._clear()
+            self._layout = None
+
+    def _clear(self) -> None:
+        self._tail = None
+        self._sparse = []
+        self._pages = OrderedDict()
+
+    def end(self, layout: Layout) -> Place:
+        """The place after the last commit."""
+        if not layout.segments:
+            return layout.after_newest()
+        last = layout.segments[-1]
+        tail = self._tail
+        start = layout.start_of(last)
+        if tail is not None and tail.first == last.first:
+            size = last.path.stat().st_size
+            if size == tail.offset:
+                return tail
+            if size > tail.offset:
+                start = tail
+        walk = Walk(layout, start)
+        for found in walk:
+            self._note(found, walk.place)
+        self._tail = walk.place
+        return walk.place
+
+    def read(self, layout: Layout, after: int, limit: int) -> Sequence[JournalEntry]:
+        """The entries after a seq, at most ``limit``."""
+        if after < layout.floor - 1:
+            raise CursorExpiredError(after, layout.floor)
+        entries: list[JournalEntry] = []
+        if limit <= 0:
+            return ()
+        before = self._nearest(layout, after)
+        walk = Walk(layout, before)
+        for found in walk:
+            line = found.line
+            if line.last > after:
+                for index in range(max(after + 1 - line.seq, 0), len(line.entries)):
+                    entries.append(journal_entry(line, index, found.where, strict=self.strict))
+                    if len(entries) == limit:
+                        seq = line.seq + index
+                        self._remember(seq, walk.place if seq == line.last else before)
+                        return tuple(entries)
+            self._note(found, walk.place)
+            before = walk.place
+        if entries:
+            self._remember(walk.place.seq, walk.place)
+        return tuple(entries)
+
+    def history(self, layout: Layout, task_id: str) -> Sequence[JournalEntry]:
+        """The entries of one task: only lines that name it are looked at."""
+        needle = id_needle(task_id)
+        entries = []
+        for found in self._lines_with(layout, needle):
+            entries += [
+                journal_entry(found.line, index, found.where, strict=self.strict)
+                for index, entry in enumerate(found.line.entries)
+                if entry.task_id == task_id
+            ]
+        return tuple(entries)
+
+    def _lines_with(self, layout: Layout, needle: bytes) -> Iterator[Found]:
+        for segment in layout.segments:
+            offset = segment.start
+            with segment.path.open("rb", buffering=_SPARSE_BYTES) as file:
+                file.seek(offset)
+                for raw in file:
+                    if needle in raw:
+                        if is_sound(raw):
+                            line = decode_commit(raw, str(segment.path), offset)
+                            yield Found(segment, offset, raw, line)
+                        elif segment is not layout.segments[-1] or file.read(1):
+                            raise CorruptStoreError(
+                                str(segment.path),
+                                "the line does not match its checksum",
+                                offset=offset,
+                            )
+                    offset += len(raw)
+
+    def _nearest(self, layout: Layout, after: int) -> Place:
+        """The last known place at or before a seq."""
+        best = layout.before(after + 1)
+        with self._guard:
+            candidates = [self._tail, self._pages.get(after)]
+            position = bisect.bisect_right(self._sparse, after, key=_seq_of)
+            if position:
+                candidates.append(self._sparse[position - 1])
+        firsts = {segment.first for segment in layout.segments}
+        for place in candidates:
+            if place is not None and best.seq <= place.seq <= after and place.first in firsts:
+                # At a boundary the start of the later segment is as good.
+                best = place if place.first >= best.first else best
+        return best
+
+    def _note(self, found: Found, place: Place) -> None:
+        """Remember a place in every quarter of a megabyte."""
+        if found.offset // _SPARSE_BYTES == place.offset // _SPARSE_BYTES:
+            return
+        with self._guard:
+            position = bisect.bisect_left(self._sparse, place.seq, key=_seq_of)
+            if position == len(self._sparse) or self._sparse[position].seq != place.seq:
+                self._sparse.insert(position, place)
+
+    def _remember(self, seq: int, place: Place) -> None:
+        """Remember where the page that ended at ``seq`` is continued."""
+        with self._guard:
+            self._pages[seq] = place
+            self._pages.move_to_end(seq)
+            if len(self._pages) > _PAGES:
+                self._pages.popitem(last=False)
+
+
+def _seq_of(place: Place) -> int:
+    return place.seq
+
+
+def _continues(known: Layout, layout: Layout) -> bool:
+    """Whether places in the known layout still mean the same in the new one."""
+    if not known.segments:
+        return False
+    inodes = {segment.first: segment.inode for segment in layout.segments}
+    last = known.segments[-1]
+    return known.identity == layout.identity and inodes.get(last.first) == last.inode

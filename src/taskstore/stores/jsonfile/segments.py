@@ -1,0 +1,154 @@
+"""Segments: walking over their commits, creating them, cutting a torn tail."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from taskstore.errors import CorruptStoreError
+from taskstore.stores.jsonfile.files import (
+    TORN,
+    sync_directory,
+    sync_file,
+    write_temporary,
+)
+from taskstore.stores.jsonfile.layout import Layout, Place, SegmentFile
+from taskstore.stores.jsonfile.lines import (
+    STAMP_BYTES,
+    Identity,
+    Line,
+    decode_commit,
+    encode_header,
+    is_sound,
+)
+
+_BUFFER = 1 << 18
+
+
+class Found(NamedTuple):
+    """A commit and where it lies: ``raw`` is its line at ``offset`` of ``segment``."""
+
+    segment: SegmentFile
+    offset: int
+    raw: bytes
+    line: Line
+
+    @property
+    def where(self) -> str:
+        """The place in words."""
+        return f"{self.segment.path} at offset {self.offset}"
+
+
+class Walk:
+    """The commits after a place, over as many segments as follow.
+
+    While it is iterated, ``place`` is right after the last commit given.  It
+    ends at the end of the last segment, where a torn line counts as nothing.
+    Everything else that is not the next commit is :class:`CorruptStoreError`.
+    """
+
+    def __init__(self, layout: Layout, place: Place) -> None:
+        self.layout = layout
+        self.place = place
+
+    def __iter__(self) -> Iterator[Found]:
+        for segment in self.layout.segments:
+            if segment.first < self.place.first:
+                continue
+            if segment.first > self.place.first:
+                self._step_into(segment)
+            yield from self.within(segment)
+
+    def to_end(self) -> Place:
+        """Walk without looking at anything; returns the place at the end."""
+        for _ in self:
+            pass
+        return self.place
+
+    def _step_into(self, segment: SegmentFile) -> None:
+        if segment.first != self.place.seq + 1:
+            raise CorruptStoreError(
+                str(segment.path),
+                f"begins at seq {segment.first}, but the journal before it ends at "
+                f"seq {self.place.seq}",
+                offset=0,
+                hint="nothing was changed; put the missing part back or restore a backup",
+            )
+        self.place = self.layout.start_of(segment)
+
+    def within(self, segment: SegmentFile) -> Iterator[Found]:
+        """The commits after the place, to the end of its segment."""
+        last = segment is self.layout.segments[-1]
+        path, first = str(segment.path), segment.first
+        seq = self.place.seq
+        with segment.path.open("rb", buffering=_BUFFER) as file:
+            offset = self.place.offset or segment.start
+            file.seek(offset)
+            if not self.place.offset:
+                self.place = self.place._replace(offset=offset, inode=segment.inode)
+            for raw in file:
+                if not is_sound(raw):
+                    if last and not file.read(1):
+                        return
+                    raise CorruptStoreError(
+                        path, "the line does not match its checksum", offset=offset
+                    )
+                line = decode_commit(raw, path, offset)
+                if line.seq != seq + 1:
+                    raise CorruptStoreError(
+                        path, f"seq {line.seq} follows seq {seq}", offset=offset
+                    )
+                seq = line.last
+                end = offset + len(raw)
+                self.place = Place(
+                    first, seq, line.at, end, segment.inode, offset, raw[:STAMP_BYTES]
+                )
+                yield Found(segment, offset, raw, line)
+                offset = end
+
+
+def prepare_segment(path: Path, identity: Identity, *, at: int, base: bool = False) -> Path:
+    """Write what shall become the segment ``path`` beside it; returns where."""
+    first = int(path.stem.partition("-")[2])
+    return write_temporary(path, [encode_header(identity, seq=first, at=at, base=base)])
+
+
+def cut_tail(path: Path, offset: int) -> str:
+    """Cut what lies after ``offset``, keeping its bytes; returns the notice about it.
+
+    Only for who holds the write lock.
+    """
+    with path.open("rb") as file:
+        file.seek(offset)
+        tail = file.read()
+    kept = keep_torn(path, offset, tail)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.ftruncate(descriptor, offset)
+        sync_file(descriptor)
+    finally:
+        os.close(descriptor)
+    return (
+        f"{path}: a torn line of {len(tail)} bytes at offset {offset} was never acknowledged; "
+        f"it was cut and kept as {kept.name}"
+    )
+
+
+def keep_torn(path: Path, offset: int, tail: bytes) -> Path:
+    """Write torn bytes beside their segment, durably, under a name that is free."""
+    count = 1
+    while True:
+        suffix = f".{offset}{TORN}" if count == 1 else f".{offset}-{count}{TORN}"
+        kept = path.with_name(path.name + suffix)
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(kept, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with open(descriptor, "wb") as file:  # noqa: PTH123 - it is a descriptor
+                file.write(tail)
+                file.flush()
+                sync_file(descriptor)
+            sync_directory(path.parent)
+            return kept
+        count += 1

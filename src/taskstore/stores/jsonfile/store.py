@@ -1,0 +1,241 @@
+"""The store over a directory of files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import unquote_to_bytes
+
+from taskstore import codec
+from taskstore.backends import DURABILITIES
+from taskstore.errors import ValidationError
+from taskstore.journal import Change, Commit, JournalEntry, SetAside, Snapshot, plan
+from taskstore.policy import CompactionPolicy, CompactionReport
+from taskstore.query import Page, TaskQuery, evaluate
+from taskstore.records import validated
+from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport
+from taskstore.stores.jsonfile import compaction
+from taskstore.stores.jsonfile.files import make_directory, translated
+from taskstore.stores.jsonfile.index import Index
+from taskstore.stores.jsonfile.layout import Layout
+from taskstore.stores.jsonfile.lines import Identity, encode_changes
+from taskstore.stores.jsonfile.reading import Reader
+from taskstore.stores.jsonfile.snapshots import load, read_snapshot
+from taskstore.stores.jsonfile.verify import verify
+from taskstore.stores.jsonfile.writing import Writer
+
+LOCK_TIMEOUT_S = 30.0
+"""How long a write waits for other writers unless told otherwise."""
+
+_T = TypeVar("_T")
+_FIRST_PAUSE_S = 0.001
+_LONGEST_PAUSE_S = 0.05
+
+
+class JSONStore(TaskRegistryStore):
+    """A ledger in a directory of JSON files, for any number of processes on one machine.
+
+    ``path`` is the directory (``str`` or ``Path``), created when it is not
+    there.  ``durability`` is ``"full"`` or ``"process"``; ``strict`` raises
+    for a record that does not decode instead of setting it aside;
+    ``lock_timeout_s`` is how long a write waits for other writers before
+    :class:`~taskstore.StoreBusyError`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        durability: str = "full",
+        read_only: bool = False,
+        strict: bool = False,
+        lock_timeout_s: float = LOCK_TIMEOUT_S,
+    ) -> None:
+        super().__init__(read_only=read_only)
+        if durability not in DURABILITIES:
+            raise ValidationError(
+                "durability", f"must be one of {DURABILITIES}, not {durability!r}"
+            )
+        if not str(path) or "\0" in str(path):
+            raise ValidationError("path", "must be the path of a directory")
+        self.durability = durability
+        self.directory = Path(path)
+        self.location = str(path)
+        self.strict = strict
+        self._reader = Reader(self.directory, strict=strict)
+        self._writer: Writer | None = None
+        self._set_aside: tuple[SetAside, ...] = ()
+        with translated(self.directory):
+            if read_only:
+                self._reader.settled(lambda layout: layout)
+                return
+            make_directory(self.directory)
+            writer = Writer(
+                self.directory, sync=durability == "full", lock_timeout_s=lock_timeout_s
+            )
+            try:
+                with writer.entered(indexed=False):
+                    self._writer = writer
+            except BaseException:
+                writer.close()
+                raise
+
+    @property
+    def identity(self) -> Identity:
+        """Which ledger this is, and which life of it."""
+        return self._read(lambda layout: layout.identity)
+
+    def _read(self, work: Callable[[Layout], _T]) -> _T:
+        self._check_open()
+        with translated(self.directory):
+            return self._reader.settled(work)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[Writer]:
+        self._check_writable()
+        assert self._writer is not None
+        with translated(self.directory):
+            yield self._writer
+
+    # -- content ----------------------------------------------------------
+
+    def load_snapshot(self) -> Snapshot:
+        writer = self._writer
+        index = Index() if writer is not None and writer.index is None else None
+
+        def work(layout: Layout) -> Snapshot:
+            nonlocal index
+            index = Index() if index is not None else None
+            snapshot, place = load(layout, strict=self.strict, index=index)
+            if writer is not None and index is not None:
+                writer.adopt(index, place)
+            return snapshot
+
+        snapshot = self._read(work)
+        self._set_aside = snapshot.set_aside
+        return snapshot
+
+    def save_snapshot(self, snapshot: Snapshot) -> None:
+        with self._writing() as writer:
+            payloads = [
+                codec.encode_record(validated(snapshot.records[task_id]))
+                for task_id in sorted(snapshot.records)
+            ]
+            lock = writer.compact_lock()
+            try:
+                with lock.held(writer.timeout_s, "a compactor"), writer.entered(indexed=False):
+                    writer.replace(snapshot, payloads)
+            finally:
+                lock.close()
+        self._set_aside = snapshot.set_aside
+
+    def apply(self, changes: Sequence[Change]) -> Commit:
+        self._check_writable()
+        steps = plan(changes)
+        entries = encode_changes(changes)
+        with self._writing() as writer:
+            writer.enter()
+            try:
+                return writer.commit(steps, len(changes), entries, self.clock)
+            finally:
+                writer.leave()
+
+    def report(self) -> StoreReport:
+        notices = list(self._writer.notices) if self._writer is not None else []
+        lost = self._reader.lost
+        return StoreReport(self._set_aside, (*notices, *([lost] if lost else [])))
+
+    def close(self) -> None:
+        if not self._closed:
+            super().close()
+            if self._writer is not None:
+                self._writer.close()
+
+    # -- journal ----------------------------------------------------------
+
+    def head(self) -> int:
+        return self._read(lambda layout: self._reader.end(layout).seq)
+
+    def floor(self) -> int:
+        return self._read(lambda layout: layout.floor)
+
+    def read_journal(self, after: int, limit: int) -> Sequence[JournalEntry]:
+        return self._read(lambda layout: self._reader.read(layout, after, limit))
+
+    def read_history(self, task_id: str) -> Sequence[JournalEntry]:
+        return self._read(lambda layout: self._reader.history(layout, task_id))
+
+    def read_snapshot(self, at: int) -> Snapshot | None:
+        def work(layout: Layout) -> Snapshot | None:
+            seqs = [seq for seq in layout.snapshots if seq <= at]
+            return read_snapshot(layout, seqs[-1], strict=self.strict) if seqs else None
+
+        return self._read(work)
+
+    def wait_for(self, after: int, timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
+        pause = _FIRST_PAUSE_S
+        while self.head() <= after:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(pause, left))
+            pause = min(pause * 1.5, _LONGEST_PAUSE_S)
+        return True
+
+    # -- compaction, query, integrity -------------------------------------
+
+    def compact(self, policy: CompactionPolicy) -> CompactionReport:
+        with self._writing() as writer:
+            return compaction.compact(writer, policy, self.clock)
+
+    def query(self, query: TaskQuery) -> Page:
+        snapshot = self.load_snapshot()
+        return evaluate(query, snapshot.records.values(), snapshot.seq)
+
+    def verify(self) -> VerifyReport:
+        self._check_open()
+        with translated(self.directory):
+            return verify(self.directory)
+
+
+def open_json(
+    url: str,
+    *,
+    durability: str = "full",
+    migrate: str = "auto",
+    read_only: bool = False,
+    strict: bool = False,
+    lock_timeout_s: float = LOCK_TIMEOUT_S,
+) -> JSONStore:
+    """Open the directory that a URL names: ``json:///relative/dir`` or ``json:////absolute/dir``.
+
+    A path is percent-decoded (``%20`` is a space).  There is no schema, so
+    ``migrate`` changes nothing.
+    """
+    del migrate
+    return JSONStore(
+        _path_of(url),
+        durability=durability,
+        read_only=read_only,
+        strict=strict,
+        lock_timeout_s=lock_timeout_s,
+    )
+
+
+def _path_of(url: str) -> Path:
+    scheme, _, rest = url.partition(":")
+    if scheme.lower() != "json" or not rest.startswith("///"):
+        raise ValidationError(
+            "url", f"{url!r} is not json:///relative/dir or json:////absolute/dir"
+        )
+    if "?" in rest:
+        raise ValidationError("url", f"{url!r} has a query, but a JSON store takes no options")
+    path = os.fsdecode(unquote_to_bytes(rest.removeprefix("///")))
+    if not path or "\0" in path:
+        raise ValidationError("url", f"{url!r} names no directory")
+    return Path(path)

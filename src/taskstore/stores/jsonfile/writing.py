@@ -1,0 +1,385 @@
+"""The writing side: under the lock, catch up with the others, check, append.
+
+What a writer remembers between two commits is the place where the journal
+ended, and the index as of there.  Everything it does begins with
+:meth:`Writer.enter`, which takes the lock and brings both up to date.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from taskstore.errors import (
+    ConflictError,
+    CorruptStoreError,
+    OutcomeUnknownError,
+    StoreBusyError,
+    StoreUnavailableError,
+)
+from taskstore.journal import Commit, Snapshot, Step
+from taskstore.stores.jsonfile.files import (
+    COMPACT_LOCK_NAME,
+    LOCK_NAME,
+    TEMPORARY,
+    publish,
+    remove_all,
+    segment_name,
+    snapshot_name,
+    sync_data,
+    sync_directory,
+    sync_file,
+    write_at,
+)
+from taskstore.stores.jsonfile.index import Index
+from taskstore.stores.jsonfile.layout import Layout, Place, SegmentFile, read_layout
+from taskstore.stores.jsonfile.lines import STAMP_BYTES, Identity, encode_commit
+from taskstore.stores.jsonfile.locks import FileLock, WriteLock, busy
+from taskstore.stores.jsonfile.segments import Walk, cut_tail, keep_torn, prepare_segment
+from taskstore.stores.jsonfile.snapshots import index_of, write_snapshot
+
+
+class Writer:
+    """The one who changes the files of a directory."""
+
+    def __init__(self, directory: Path, *, sync: bool, lock_timeout_s: float) -> None:
+        self.directory = directory
+        self.notices: list[str] = []
+        self.layout = Layout(directory)
+        self.place = Place(1, 0, 0)
+        self.index: Index | None = None
+        self._lock = WriteLock(directory / LOCK_NAME)
+        self._sync = sync
+        self.timeout_s = lock_timeout_s
+        self._mutex = threading.Lock()
+        self._generation: int | None = None
+        self._descriptor = -1
+        self._refusal: str | None = None
+
+    # -- the lock -----------------------------------------------------------
+
+    @contextmanager
+    def entered(self, *, indexed: bool = True) -> Iterator[None]:
+        """Hold the lock, up to date."""
+        self.enter(indexed=indexed)
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def enter(self, *, indexed: bool = True) -> None:
+        """Take the lock and bring place and index up to date."""
+        if not self._mutex.acquire(timeout=self.timeout_s):
+            raise StoreBusyError(
+                f"the store {self.directory} is busy: another thread has written "
+                f"for {self.timeout_s:g} s"
+            )
+        try:
+            self._lock_files()
+            try:
+                self._catch_up(indexed=indexed)
+            except BaseException:
+                self._lock.release()
+                raise
+        except BaseException:
+            self._mutex.release()
+            raise
+
+    def _lock_files(self) -> None:
+        if self._refusal is not None:
+            raise StoreUnavailableError(self._refusal, hint="close it and open it again")
+        if not self._lock.acquire(self.timeout_s):
+            raise busy(self._lock.path, "another writer", self.timeout_s)
+
+    def leave(self) -> None:
+        """Give the lock back."""
+        try:
+            self._lock.release()
+        finally:
+            self._mutex.release()
+
+    def compact_lock(self) -> FileLock:
+        """A new handle on the lock that compactors and replacers hold."""
+        return FileLock(self.directory / COMPACT_LOCK_NAME)
+
+    def close(self) -> None:
+        """Release everything, after whoever is writing."""
+        with self._mutex:
+            self._refusal = f"the store {self.directory} is closed"
+            self._close_segment()
+            self._lock.close()
+
+    # -- catching up --------------------------------------------------------
+
+    def _catch_up(self, *, indexed: bool) -> None:
+        generation = self._lock.read_state()
+        known = generation == self._generation and (self.index is not None or not indexed)
+        if known:
+            size = os.fstat(self._descriptor).st_size
+            if size == self.place.offset:
+                return
+            known = size > self.place.offset
+        # Until it has succeeded, nothing that is remembered may be relied on.
+        self._generation = None
+        try:
+            self._follow(self.layout if known else self._found(), indexed=indexed)
+        except CorruptStoreError:
+            if self.index is None:
+                raise
+            # What looks damaged may be a place that is no longer what it was.
+            self.index = None
+            self._follow(self._found(), indexed=indexed)
+        if generation % 2:
+            self._lock.settle()
+        self._generation = self._lock.generation
+
+    def _follow(self, layout: Layout, *, indexed: bool) -> None:
+        """Read what others wrote since the place, to the end, and be there."""
+        if self.index is not None and self._is_there(layout):
+            index, place = self.index, self.place
+        elif indexed:
+            index, place = index_of(layout)
+        else:
+            index, place = None, layout.start_of(layout.segments[-1])
+        walk = Walk(layout, place)
+        for found in walk:
+            if index is not None:
+                index.replay(found.line)
+        last = layout.segments[-1]
+        if walk.place.first != last.first:
+            raise CorruptStoreError(str(last.path), "does not continue the journal", offset=0)
+        if last.path.stat().st_size > walk.place.offset:
+            self.notices.append(cut_tail(last.path, walk.place.offset))
+        self._open_segment(last)
+        self.layout, self.place, self.index = layout, walk.place, index
+
+    def _found(self) -> Layout:
+        """Look through the directory, create or mend the beginning of a segment, clear up."""
+        layout = read_layout(self.directory)
+        if layout.unborn is not None:
+            self._bring_forth(layout, layout.unborn)
+        elif layout.fresh:
+            path = self.directory / segment_name(1)
+            publish(prepare_segment(path, Identity(uuid.uuid4().hex, 1), at=0), path)
+        else:
+            self._clear_up(layout)
+            return layout
+        return read_layout(self.directory)
+
+    def _bring_forth(self, layout: Layout, path: Path) -> None:
+        """Write the header of a segment that was torn before it held anything."""
+        first = int(path.stem.partition("-")[2])
+        torn = path.read_bytes()
+        kept = keep_torn(path, 0, torn)
+        if layout.fresh:
+            identity, at = Identity(uuid.uuid4().hex, 1), 0
+        else:
+            end = layout.after_newest()
+            if layout.segments and layout.segments[-1].first >= end.first:
+                end = Walk(layout, layout.start_of(layout.segments[-1])).to_end()
+            if end.seq != first - 1:
+                raise CorruptStoreError(str(path), f"follows seq {end.seq}", offset=0)
+            identity, at = layout.identity, end.at
+        publish(prepare_segment(path, identity, at=at), path)
+        self.notices.append(
+            f"{path}: a torn header was never followed by anything; it was kept as {kept.name}"
+        )
+
+    def _clear_up(self, layout: Layout) -> None:
+        """Remove what killed writers and compactors left."""
+        leftovers = list(self.directory.glob(f"*{TEMPORARY}"))
+        ours = [path for path in leftovers if path.name.startswith("journal-")]
+        remove_all(ours)
+        others = [path for path in leftovers if path.name.startswith("snapshot-")]
+        if not others and not layout.void:
+            return
+        # A compactor that is at work clears up after itself.
+        lock = self.compact_lock()
+        try:
+            if lock.acquire(0):
+                remove_all([*layout.void, *others])
+                sync_directory(self.directory)
+        finally:
+            lock.close()
+
+    def _is_there(self, layout: Layout) -> bool:
+        """Whether the remembered place is still what it was."""
+        place = self.place
+        for segment in layout.segments:
+            if (segment.first, segment.inode) == (place.first, place.inode):
+                with segment.path.open("rb") as file:
+                    file.seek(place.mark)
+                    return not place.stamp or file.read(STAMP_BYTES) == place.stamp
+        return False
+
+    def _open_segment(self, segment: SegmentFile) -> None:
+        if self._descriptor >= 0:
+            if os.fstat(self._descriptor).st_ino == segment.inode:
+                return
+            self._close_segment()
+        self._descriptor = os.open(segment.path, os.O_RDWR | os.O_CLOEXEC)
+        if self._sync:
+            # A writer may have died between writing and syncing.
+            sync_data(self._descriptor)
+
+    def _close_segment(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def adopt(self, index: Index, place: Place) -> None:
+        """Take over an index that a load built on its way, if there is none yet."""
+        with self._mutex:
+            if self.index is None and place.inode:
+                self.index, self.place, self._generation = index, place, None
+
+    # -- changing -----------------------------------------------------------
+
+    def commit(
+        self, steps: Sequence[Step], count: int, entries: bytes, clock: Callable[[], int]
+    ) -> Commit:
+        """Check a batch of ``count`` changes and append it.  Under the lock."""
+        index = self.index
+        assert index is not None
+        index.check(steps, self._floor)
+        seq = self.place.seq
+        commit = Commit(seq + 1, seq + count, max(clock(), self.place.at), os.urandom(16).hex())
+        line = encode_commit(commit, entries)
+        self._append(line)
+        try:
+            index.commit(steps, commit.first_seq)
+            end = self.place.offset
+            self.place = Place(
+                self.place.first,
+                commit.last_seq,
+                commit.at,
+                end + len(line),
+                self.place.inode,
+                end,
+                line[:STAMP_BYTES],
+            )
+        except BaseException:  # an interrupt: it is committed, but half remembered
+            self.index = None
+            raise
+        return commit
+
+    def _floor(self) -> int:
+        return read_layout(self.directory).floor
+
+    def _append(self, line: bytes) -> None:
+        """Write a line and sync it, or take it back."""
+        written = False
+        try:
+            write_at(self._descriptor, line, self.place.offset)
+            written = True
+            if self._sync:
+                sync_data(self._descriptor)
+        except BaseException as error:
+            self._take_back(error, syncing=written and isinstance(error, OSError))
+            raise
+
+    def _take_back(self, error: BaseException, *, syncing: bool) -> None:
+        """Truncate a line that failed; refuse further writes if what is on disk is unknown."""
+        refusal = (
+            f"the store {self.directory} refuses writes until it is reopened: "
+            f"{'syncing' if syncing else 'taking back'} a commit failed: {error}"
+        )
+        try:
+            os.ftruncate(self._descriptor, self.place.offset)
+            self._lock.settle()  # somebody may have read it without the lock
+            self._generation = self._lock.generation
+        except OSError:
+            self._refusal = refusal
+            if syncing:
+                raise OutcomeUnknownError(refusal, hint="close it and open it again") from error
+            raise StoreUnavailableError(refusal, hint="close it and open it again") from error
+        if syncing:
+            self._refusal = refusal
+            raise StoreUnavailableError(refusal, hint="close it and open it again") from error
+
+    @contextmanager
+    def _refusing(self, what: str) -> Iterator[None]:
+        """Whatever goes wrong in the body leaves files that only reopening can judge."""
+        try:
+            yield
+        except BaseException as error:
+            self._refusal = (
+                f"the store {self.directory} refuses writes until it is reopened: "
+                f"{what} failed: {error}"
+            )
+            self.index = None
+            raise
+
+    def roll(self) -> Layout:
+        """Begin a new segment unless the last one is empty; returns the files.  Under the lock."""
+        if self.place.seq >= self.place.first:
+            path = self.directory / segment_name(self.place.seq + 1)
+            temporary = prepare_segment(path, self.layout.identity, at=self.place.at)
+            with self._refusing("beginning a segment"), self._lock.changing():
+                # Others may have written without syncing; once the segment is
+                # no longer the last, nobody would tolerate that it is torn.
+                sync_file(self._descriptor)
+                publish(temporary, path)
+                self._move_to(path)
+            self._generation = self._lock.generation
+        return self.layout
+
+    def _move_to(self, path: Path) -> None:
+        """Be at the start of the newest segment, which is empty."""
+        self.layout = read_layout(self.directory)
+        last = self.layout.segments[-1]
+        assert last.path == path, "a new segment is the last one"
+        self._open_segment(last)
+        self.place = Walk(self.layout, self.layout.start_of(last)).to_end()
+
+    def settle(self, index_floor: int) -> None:
+        """Tell everybody that a compaction has moved the floor.  Under the lock."""
+        self._lock.settle()
+        self._generation = self._lock.generation
+        self.layout = read_layout(self.directory)
+        if self.index is not None:
+            deleted = self.index.deleted
+            for task_id in [i for i, seq in deleted.items() if seq < index_floor]:
+                del deleted[task_id]
+
+    def replace(self, snapshot: Snapshot, payloads: Iterable[bytes]) -> None:
+        """Make a snapshot the whole content.  Under both locks."""
+        head, at = self.place.seq, max(snapshot.at, self.place.at)
+        if head and snapshot.seq <= head:
+            raise ConflictError([], f"the snapshot is at seq {snapshot.seq}, the head at {head}")
+        known = self.layout.identity
+        identity = Identity(known.ledger, known.timeline + 1) if head else known
+        path = self.directory / snapshot_name(snapshot.seq)
+        temporary = write_snapshot(
+            path,
+            payloads,
+            snapshot.set_aside,
+            identity=identity,
+            at=at,
+            floor=snapshot.seq + 1,
+            deleted={},
+        )
+        try:
+            segment = self.directory / segment_name(snapshot.seq + 1)
+            begun = prepare_segment(segment, identity, at=at, base=True)
+            with self._refusing("replacing the content"), self._lock.changing():
+                publish(begun, segment)
+                publish(temporary, path)
+                layout = read_layout(self.directory)
+                remove_all(layout.void)
+                sync_directory(self.directory)
+                self._move_to(segment)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        self._generation = self._lock.generation
+        self.index = Index()
+        for record in snapshot.records.values():
+            self.index.add(record)
+        for item in snapshot.set_aside:
+            self.index.add_set_aside(item)
