@@ -1,0 +1,79 @@
+"""What the documents show is what happens, and what they link to is there."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+from doc_blocks import DOCUMENTS, ROOT, Reader, blocks_of
+
+import taskstore
+
+LANGUAGES = {"", "python", "console", "sh", "text", "toml", "json", "sql", "ini"}
+NOT_RUN = 3
+"""How many blocks are shown and not run: a number to keep small."""
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_what_a_document_shows_happens(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TASKSTORE_URL", raising=False)
+    reader = Reader()
+    for block in blocks_of(path):
+        reader.follow(block)
+
+
+def test_few_blocks_are_not_run() -> None:
+    left_out = [
+        block.place for path in DOCUMENTS for block in blocks_of(path) if block.remark == "not run"
+    ]
+    assert len(left_out) <= NOT_RUN, left_out
+
+
+def test_every_block_names_a_language_that_is_known() -> None:
+    strange = {
+        block.place: block.language
+        for path in DOCUMENTS
+        for block in blocks_of(path)
+        if block.language not in LANGUAGES
+    }
+    assert not strange
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_links_lead_somewhere(path: Path) -> None:
+    prose = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        there = path.parent / file if file else path
+        assert there.exists(), f"{name_of(path)} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", there.read_text(), re.MULTILINE)
+            anchors = {
+                re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings
+            }
+            assert anchor in anchors, f"{name_of(path)} links to {target}"
+
+
+def modules() -> list[str]:
+    found = pkgutil.walk_packages(taskstore.__path__, "taskstore.")
+    return ["taskstore", *(module.name for module in found if "__main__" not in module.name)]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_examples_in_docstrings(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(name)
+    assert doctest.testmod(module, optionflags=doctest.ELLIPSIS).failed == 0

@@ -1,0 +1,48 @@
+"""The backend of docs/writing-a-backend.md, packaged and installed as its author would."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from doc_blocks import ROOT, Reader, blocks_of
+
+GUIDE = ROOT / "docs" / "writing-a-backend.md"
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The files that the guide shows, written down."""
+    monkeypatch.chdir(tmp_path)
+    reader = Reader()
+    for block in blocks_of(GUIDE):
+        if block.remark == "file":
+            reader.follow(block)
+    return tmp_path
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_scheme_works_once_it_is_installed(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist"]
+    run(*build, str(project))
+    [wheel] = (project / "dist").glob("*.whl")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    run(*pip, "install", "--quiet", "--no-index", "--no-deps", "--target", "site", str(wheel))
+    (project / "onefile.py").unlink()
+    monkeypatch.setenv("PYTHONPATH", str(project / "site"))
+    run(sys.executable, "use_it.py")
+    assert (project / "ledger.json").read_text().startswith('{"format":"taskstore-snapshot/1"')
+
+
+def test_the_smallest_backend_is_small(project: Path) -> None:
+    lines = [line for line in (project / "onefile.py").read_text().splitlines() if line.strip()]
+    assert len(lines) <= 60
