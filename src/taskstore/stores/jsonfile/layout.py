@@ -13,9 +13,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -25,6 +26,10 @@ from taskstore.errors import CorruptStoreError
 from taskstore.stores.jsonfile.files import numbered, segment_name, snapshot_name
 from taskstore.stores.jsonfile.lines import Identity, decode_header, is_sound
 
+_T = TypeVar("_T")
+_ATTEMPTS = 20
+_DAMAGED_ATTEMPTS = 3
+_PAUSE_S = 0.002
 _RECORDS = b',"records":[\n'
 
 
@@ -118,6 +123,28 @@ class Layout(NamedTuple):
             return self.after_newest()
         holding = [segment for segment in self.segments if segment.first <= seq]
         return self.start_of(holding[-1] if holding else self.segments[0])
+
+
+def settled(directory: Path, work: Callable[[int], _T]) -> _T:
+    """Do ``work``, given the number of the attempt from 1, while files change under it.
+
+    A compactor removes files without keeping anybody out.  So when one has
+    vanished, or something looks damaged that may just be changing, the work
+    is done again, a few times.
+    """
+    attempt = damaged = 0
+    while True:
+        attempt += 1
+        try:
+            return work(attempt)
+        except FileNotFoundError:
+            if attempt == _ATTEMPTS or not directory.is_dir():
+                raise
+        except CorruptStoreError:
+            damaged += 1
+            if damaged == _DAMAGED_ATTEMPTS:
+                raise
+        time.sleep(_PAUSE_S * (attempt - 1))
 
 
 def read_layout(directory: Path) -> Layout:

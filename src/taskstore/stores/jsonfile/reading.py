@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,15 +21,12 @@ from taskstore.errors import (
 )
 from taskstore.journal import JournalEntry
 from taskstore.stores.jsonfile.files import LOCK_NAME
-from taskstore.stores.jsonfile.layout import Layout, Place, read_layout
+from taskstore.stores.jsonfile.layout import Layout, Place, read_layout, settled
 from taskstore.stores.jsonfile.lines import decode_commit, id_needle, is_sound, journal_entry
 from taskstore.stores.jsonfile.locks import read_generation
 from taskstore.stores.jsonfile.segments import Found, Walk
 
 _T = TypeVar("_T")
-_ATTEMPTS = 20
-_DAMAGED_ATTEMPTS = 3
-_PAUSE_S = 0.002
 _SPARSE_BYTES = 256 * 1024
 _PAGES = 32
 
@@ -50,28 +46,21 @@ class Reader:
 
     def settled(self, work: Callable[[Layout], _T]) -> _T:
         """Do ``work`` over a layout, again with a fresh one while files change under it."""
-        attempt = damaged = 0
-        while True:
-            attempt += 1
-            try:
-                return work(self.layout(again=attempt > 1))
-            except FileNotFoundError:
-                if attempt == _ATTEMPTS or not self.directory.is_dir():
-                    raise
-            except CorruptStoreError:
-                damaged += 1
-                if damaged == _DAMAGED_ATTEMPTS:
-                    raise
-            self.forget()
-            time.sleep(_PAUSE_S * attempt)
 
-    def layout(self, *, again: bool = False) -> Layout:
+        def attempt(number: int) -> _T:
+            if number > 1:
+                self._forget()
+            return work(self.layout())
+
+        return settled(self.directory, attempt)
+
+    def layout(self) -> Layout:
         """The files as of now."""
         # The generation is read first: a change in between is then seen next time.
         generation = read_generation(self.directory / LOCK_NAME)
         known = self._layout
         changing = generation is None or generation != self._generation
-        if known is not None and not again and not changing:
+        if known is not None and not changing:
             return known
         layout = read_layout(self.directory)
         if layout.fresh:
@@ -90,7 +79,7 @@ class Reader:
         layout = self._layout
         return layout.lost if layout is not None else None
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         """Remember nothing of what was read."""
         with self._guard:
             self._clear()

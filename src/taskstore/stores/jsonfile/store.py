@@ -13,10 +13,17 @@ from urllib.parse import unquote_to_bytes
 from taskstore import codec
 from taskstore.backends import DURABILITIES
 from taskstore.errors import ValidationError
-from taskstore.journal import Change, Commit, JournalEntry, SetAside, Snapshot, plan
+from taskstore.journal import (
+    Change,
+    Commit,
+    JournalEntry,
+    SetAside,
+    Snapshot,
+    plan,
+    validated_snapshot,
+)
 from taskstore.policy import CompactionPolicy, CompactionReport
 from taskstore.query import Page, TaskQuery, evaluate
-from taskstore.records import validated
 from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport
 from taskstore.stores.jsonfile import compaction
 from taskstore.stores.jsonfile.files import make_directory, translated
@@ -121,8 +128,9 @@ class JSONStore(TaskRegistryStore):
 
     def save_snapshot(self, snapshot: Snapshot) -> None:
         with self._writing() as writer:
+            snapshot = validated_snapshot(snapshot)
             payloads = [
-                codec.encode_record(validated(snapshot.records[task_id]))
+                codec.encode_record(snapshot.records[task_id])
                 for task_id in sorted(snapshot.records)
             ]
             lock = writer.compact_lock()

@@ -8,12 +8,11 @@ from taskstore.errors import CorruptStoreError
 from taskstore.journal import EntryKind
 from taskstore.store import VerifyReport
 from taskstore.stores.jsonfile.index import keys_of
-from taskstore.stores.jsonfile.layout import Layout, SegmentFile, read_layout
+from taskstore.stores.jsonfile.layout import Layout, SegmentFile, read_layout, settled
 from taskstore.stores.jsonfile.lines import Entry
 from taskstore.stores.jsonfile.segments import Found, Walk
 from taskstore.stores.jsonfile.snapshots import opened
 
-_ATTEMPTS = 5
 _SHOWN = 3
 
 _Content = dict[str, tuple[int, bytes]]
@@ -25,19 +24,15 @@ def verify(directory: Path) -> VerifyReport:
 
     Once more when something is wrong: files may have changed meanwhile.
     """
-    attempt = 1
-    while True:
-        try:
-            report = _Check(read_layout(directory)).report()
-        except CorruptStoreError as error:
-            report = VerifyReport(0, 0, 0, (str(error),))
-        except FileNotFoundError:
-            if attempt == _ATTEMPTS:
-                raise
-            report = None
-        if report is not None and (report.ok or attempt > 1):
-            return report
-        attempt += 1
+    report = settled(directory, lambda _: _verify(directory))
+    return report if report.ok else settled(directory, lambda _: _verify(directory))
+
+
+def _verify(directory: Path) -> VerifyReport:
+    try:
+        return _Check(read_layout(directory)).report()
+    except CorruptStoreError as error:
+        return VerifyReport(0, 0, 0, (str(error),))
 
 
 class _Check:

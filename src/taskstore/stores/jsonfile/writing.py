@@ -11,10 +11,11 @@ import contextlib
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from taskstore.clock import Clock, new_commit_id
 from taskstore.errors import (
     ConflictError,
     CorruptStoreError,
@@ -37,7 +38,7 @@ from taskstore.stores.jsonfile.files import (
     write_at,
 )
 from taskstore.stores.jsonfile.index import Index
-from taskstore.stores.jsonfile.layout import Layout, Place, SegmentFile, read_layout
+from taskstore.stores.jsonfile.layout import Layout, Place, SegmentFile, read_layout, settled
 from taskstore.stores.jsonfile.lines import STAMP_BYTES, Identity, encode_commit
 from taskstore.stores.jsonfile.locks import FileLock, WriteLock, busy
 from taskstore.stores.jsonfile.segments import Walk, cut_tail, keep_torn, prepare_segment
@@ -126,14 +127,15 @@ class Writer:
             known = size > self.place.offset
         # Until it has succeeded, nothing that is remembered may be relied on.
         self._generation = None
-        try:
-            self._follow(self.layout if known else self._found(), indexed=indexed)
-        except CorruptStoreError:
-            if self.index is None:
-                raise
-            # What looks damaged may be a place that is no longer what it was.
-            self.index = None
-            self._follow(self._found(), indexed=indexed)
+
+        def attempt(number: int) -> None:
+            if number > 1:
+                # What looks damaged may be a place that is no longer what it was.
+                self.index = None
+            layout = self.layout if known and number == 1 else self._found()
+            self._follow(layout, indexed=indexed)
+
+        settled(self.directory, attempt)
         if generation % 2:
             self._lock.settle()
         self._generation = self._lock.generation
@@ -234,21 +236,22 @@ class Writer:
 
     def adopt(self, index: Index, place: Place) -> None:
         """Take over an index that a load built on its way, if there is none yet."""
-        with self._mutex:
-            if self.index is None and place.inode:
-                self.index, self.place, self._generation = index, place, None
+        if self._mutex.acquire(blocking=False):
+            try:
+                if self.index is None and place.inode:
+                    self.index, self.place, self._generation = index, place, None
+            finally:
+                self._mutex.release()
 
     # -- changing -----------------------------------------------------------
 
-    def commit(
-        self, steps: Sequence[Step], count: int, entries: bytes, clock: Callable[[], int]
-    ) -> Commit:
+    def commit(self, steps: Sequence[Step], count: int, entries: bytes, clock: Clock) -> Commit:
         """Check a batch of ``count`` changes and append it.  Under the lock."""
         index = self.index
         assert index is not None
         index.check(steps, self._floor)
         seq = self.place.seq
-        commit = Commit(seq + 1, seq + count, max(clock(), self.place.at), os.urandom(16).hex())
+        commit = Commit(seq + 1, seq + count, max(clock(), self.place.at), new_commit_id())
         line = encode_commit(commit, entries)
         self._append(line)
         try:
@@ -269,7 +272,7 @@ class Writer:
         return commit
 
     def _floor(self) -> int:
-        return read_layout(self.directory).floor
+        return settled(self.directory, lambda _: read_layout(self.directory).floor)
 
     def _append(self, line: bytes) -> None:
         """Write a line and sync it, or take it back."""
