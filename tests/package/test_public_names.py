@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from types import FunctionType
 
@@ -46,7 +46,8 @@ def test_one_root_of_errors() -> None:
 
 
 def public_members(cls: type) -> Iterator[tuple[str, object]]:
-    for name, member in vars(cls).items():
+    ours = [base for base in cls.__mro__ if base.__module__.startswith("taskstore")]
+    for name, member in chain.from_iterable(vars(base).items() for base in ours):
         if name.startswith("_"):
             continue
         if isinstance(member, classmethod | staticmethod):
