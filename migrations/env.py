@@ -1,0 +1,52 @@
+"""How Alembic runs our migrations: from the package, or by hand in a checkout.
+
+The package hands over a connection with its transaction begun and the lock
+taken.  By hand, the URL is that of ``-x url=…``, of ``TASKSTORE_URL``, or of
+``sqlalchemy.url`` in ``alembic.ini``, in this order.
+"""
+
+from __future__ import annotations
+
+import os
+
+from alembic import context
+
+from taskstore.stores.sql.migrate import VERSION_TABLE, include_name, locked_url
+from taskstore.stores.sql.tables import metadata
+
+config = context.config
+
+
+def _url() -> str:
+    url = (
+        context.get_x_argument(as_dictionary=True).get("url")
+        or os.environ.get("TASKSTORE_URL")
+        or config.get_main_option("sqlalchemy.url")
+    )
+    if not url:
+        raise SystemExit("which database? alembic -x url=sqlite:///tasks.db upgrade head")
+    return url
+
+
+def _run(**target: object) -> None:
+    context.configure(
+        target_metadata=metadata,
+        version_table=VERSION_TABLE,
+        include_name=include_name,
+        compare_type=True,
+        # SQLite alters tables by copying them.
+        render_as_batch=True,
+        **target,  # type: ignore[arg-type]
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+connection = config.attributes.get("connection")
+if connection is not None:
+    _run(connection=connection)
+elif context.is_offline_mode():
+    _run(url=_url(), literal_binds=True)
+else:
+    with locked_url(_url()) as locked:
+        _run(connection=locked)

@@ -1,0 +1,180 @@
+"""The ledger: tasks, journal, snapshots, what was set aside, and the head row.
+
+A migration describes its own moment: the tables are written out here, and
+not imported from the metadata, which moves on.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import op
+from sqlalchemy.dialects import mysql
+
+revision = "0001"
+down_revision = None
+branch_labels = None
+depends_on = None
+
+_ACTIVE = sa.text("status IN ('queued', 'running')")
+
+
+def _key(length: int = 255) -> sa.String:
+    return (
+        sa.String(length)
+        .with_variant(sa.String(length, collation="C"), "postgresql")
+        .with_variant(
+            mysql.VARCHAR(length, charset="utf8mb4", collation="utf8mb4_nopad_bin"),
+            "mysql",
+            "mariadb",
+        )
+    )
+
+
+def _blob() -> sa.LargeBinary:
+    return sa.LargeBinary().with_variant(mysql.MEDIUMBLOB(), "mysql", "mariadb")
+
+
+def _seq() -> sa.BigInteger:
+    return sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
+
+def _where(predicate: sa.TextClause) -> dict[str, Any]:
+    return {"sqlite_where": predicate, "postgresql_where": predicate}
+
+
+def _present(column: str) -> dict[str, Any]:
+    return _where(sa.text(f"{column} IS NOT NULL"))
+
+
+def upgrade() -> None:
+    """Create everything."""
+    _create_tasks()
+    _create_journal()
+    _create_snapshots()
+    _create_head()
+
+
+def _create_tasks() -> None:
+    op.create_table(
+        "tasks",
+        sa.Column("task_id", _key(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.Column("status", _key(32), nullable=False),
+        sa.Column("runtime", _key(), nullable=False),
+        sa.Column("owner_key", _key()),
+        sa.Column("requester_session_key", _key()),
+        sa.Column("child_session_key", _key()),
+        sa.Column("run_id", _key()),
+        sa.Column("booking", _key()),
+        sa.Column("parent_task_id", _key()),
+        sa.Column("parent_flow_id", _key()),
+        sa.Column("payload", _blob(), nullable=False),
+        sa.Column("checksum", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("task_id", name="pk_tasks"),
+    )
+    op.create_index("ix_tasks_created", "tasks", ["created_at", "task_id"])
+    op.create_index("ix_tasks_owner", "tasks", ["owner_key", "created_at", "task_id"])
+    op.create_index("ix_tasks_active", "tasks", ["created_at", "task_id"], **_where(_ACTIVE))
+    op.create_index(
+        "uq_tasks_booking", "tasks", ["run_id", "booking"], unique=True, **_present("run_id")
+    )
+    for name, column in (
+        ("ix_tasks_child", "child_session_key"),
+        ("ix_tasks_requester", "requester_session_key"),
+        ("ix_tasks_parent", "parent_task_id"),
+    ):
+        op.create_index(name, "tasks", [column], **_present(column))
+
+
+def _create_journal() -> None:
+    op.create_table(
+        "task_journal",
+        sa.Column("seq", _seq(), autoincrement=False, nullable=False),
+        sa.Column("at", sa.BigInteger(), nullable=False),
+        sa.Column("kind", _key(16), nullable=False),
+        sa.Column("task_id", _key(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("commit_id", _key(32), nullable=False),
+        sa.Column("payload", _blob()),
+        sa.Column("checksum", sa.BigInteger()),
+        sa.PrimaryKeyConstraint("seq", name="pk_task_journal"),
+    )
+    op.create_index("ix_task_journal_task", "task_journal", ["task_id", "seq"])
+
+
+def _create_snapshots() -> None:
+    op.create_table(
+        "task_snapshots",
+        sa.Column("seq", _seq(), autoincrement=False, nullable=False),
+        sa.Column("at", sa.BigInteger(), nullable=False),
+        sa.Column("state", _key(16), nullable=False),
+        sa.Column("chunks", sa.BigInteger(), nullable=False),
+        sa.Column("records", sa.BigInteger(), nullable=False),
+        sa.Column("set_aside", sa.BigInteger(), nullable=False),
+        sa.Column("size", sa.BigInteger(), nullable=False),
+        sa.Column("checksum", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("seq", name="pk_task_snapshots"),
+    )
+    op.create_table(
+        "task_snapshot_chunks",
+        sa.Column("seq", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("chunk", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("payload", _blob(), nullable=False),
+        sa.Column("checksum", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("seq", "chunk", name="pk_task_snapshot_chunks"),
+    )
+    op.create_table(
+        "task_set_aside",
+        sa.Column("id", _seq(), autoincrement=False, nullable=False),
+        sa.Column("payload", _blob(), nullable=False),
+        sa.Column("checksum", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name="pk_task_set_aside"),
+    )
+
+
+def _create_head() -> None:
+    head = op.create_table(
+        "taskstore_head",
+        sa.Column("id", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("ledger_id", _key(32), nullable=False),
+        sa.Column("timeline", sa.BigInteger(), nullable=False),
+        sa.Column("head_seq", sa.BigInteger(), nullable=False),
+        sa.Column("floor", sa.BigInteger(), nullable=False),
+        sa.Column("last_at", sa.BigInteger(), nullable=False),
+        sa.Column("schema_epoch", sa.BigInteger(), nullable=False),
+        sa.Column("lease_owner", _key(32)),
+        sa.Column("lease_until", sa.BigInteger()),
+        sa.PrimaryKeyConstraint("id", name="pk_taskstore_head"),
+        sa.CheckConstraint("id = 1", name="ck_taskstore_head_one_row"),
+    )
+    op.bulk_insert(
+        head,
+        [
+            {
+                "id": 1,
+                "ledger_id": secrets.token_hex(16),
+                "timeline": 1,
+                "head_seq": 0,
+                "floor": 1,
+                "last_at": 0,
+                "schema_epoch": 1,
+            }
+        ],
+    )
+
+
+def downgrade() -> None:
+    """Drop everything, records and history with it."""
+    for table in (
+        "taskstore_head",
+        "task_set_aside",
+        "task_snapshot_chunks",
+        "task_snapshots",
+        "task_journal",
+        "tasks",
+    ):
+        op.drop_table(table)

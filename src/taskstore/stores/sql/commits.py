@@ -1,0 +1,264 @@
+"""How a batch of changes is committed.
+
+One transaction: claim seqs on the head row, which is also the lock that keeps
+other writers out; then deletions (their bookings become free), updates,
+insertions, journal entries.  Each statement says itself what has to hold, so
+the number of rows that it touched tells whether it did.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from taskstore.clock import Clock
+from taskstore.codec import checksum, encode_record
+from taskstore.errors import Conflict, ConflictError, SchemaMismatchError
+from taskstore.journal import Change, Commit, Put, Step, plan
+from taskstore.records import TaskRecord
+from taskstore.stores.sql.connections import Connections
+from taskstore.stores.sql.errors import Fault
+from taskstore.stores.sql.session import Session
+from taskstore.stores.sql.statements import pieces
+from taskstore.stores.sql.tables import SCHEMA_EPOCH, task_journal, tasks, taskstore_head
+
+_LOT = 500
+_TRIES = 8
+
+
+class _Moved(Exception):
+    """Some row was not as the batch expects it: find out which, after rolling back."""
+
+
+class Batch:
+    """A batch of changes, encoded and sorted by what is to be done."""
+
+    def __init__(self, changes: Sequence[Change]) -> None:
+        self.steps = plan(changes)
+        self.count = len(changes)
+        self.commit_id = secrets.token_hex(16)
+        last: dict[str, tuple[bytes, int]] = {}
+        self._entries: list[tuple[str, str, int, bytes | None, int | None]] = []
+        for change in changes:
+            if isinstance(change, Put):
+                payload = encode_record(change.record)
+                last[change.task_id] = (payload, checksum(payload))
+                self._entries.append(
+                    ("upserted", change.task_id, change.revision, *last[change.task_id])
+                )
+            else:
+                self._entries.append(("deleted", change.task_id, change.revision, None, None))
+        self.deletes: list[tuple[str, int]] = []
+        self.updates: list[tuple[Any, ...]] = []
+        self.inserts: list[tuple[Any, ...]] = []
+        self.passing: list[Step] = []
+        """Tasks that are created and removed in the batch itself."""
+        for step in self.steps:
+            if step.record is None:
+                if step.base:
+                    self.deletes.append((step.task_id, step.base))
+                else:
+                    self.passing.append(step)
+            elif step.base:
+                self.updates.append(update_row(step, *last[step.task_id]))
+            else:
+                self.inserts.append(insert_row(step.record, *last[step.task_id]))
+
+    def journal(self, first_seq: int, at: int) -> list[tuple[Any, ...]]:
+        """The rows of the journal, once it is known where they go."""
+        return [
+            (seq, at, kind, task_id, revision, self.commit_id, payload, check)
+            for seq, (kind, task_id, revision, payload, check) in enumerate(
+                self._entries, first_seq
+            )
+        ]
+
+
+def insert_row(record: TaskRecord, payload: bytes, check: int) -> tuple[Any, ...]:
+    """A row of ``tasks``, in order of its columns."""
+    return (
+        record.task_id,
+        record.revision,
+        record.created_at,
+        # Some drivers know str only, and not what is derived from it.
+        record.status.value,
+        record.runtime,
+        record.owner_key,
+        record.requester_session_key,
+        record.child_session_key,
+        record.run_id,
+        record.booking,
+        record.parent_task_id,
+        record.parent_flow_id,
+        payload,
+        check,
+    )
+
+
+def update_row(step: Step, payload: bytes, check: int) -> tuple[Any, ...]:
+    """The parameters of an update: ``NARROW_ORDER`` of the statements."""
+    record = step.record
+    assert record is not None
+    return (
+        step.task_id,
+        step.base,
+        record.revision,
+        record.status.value,
+        payload,
+        check,
+        record.created_at,
+        record.runtime,
+        record.owner_key,
+        record.requester_session_key,
+        record.child_session_key,
+        record.run_id,
+        record.booking,
+        record.parent_task_id,
+        record.parent_flow_id,
+    )
+
+
+def commit(connections: Connections, changes: Sequence[Change], clock: Clock) -> Commit:
+    """Commit a batch; see ``TaskRegistryStore.apply`` for what that promises."""
+    batch = Batch(changes)
+    database = connections.database
+    claimed: list[Commit] = []
+
+    def work(session: Session) -> Commit:
+        claimed.clear()
+        head, at, floor = claim(connections, session, batch.count, clock())
+        done = Commit(head - batch.count + 1, head, at, batch.commit_id)
+        claimed.append(done)
+        try:
+            _write(connections, session, batch, floor)
+        except database.translator.errors as error:
+            # Only a booking that an update carries off can do this; which one,
+            # the transaction can no longer tell.
+            if database.translator.fault_of(error) is Fault.INTEGRITY:
+                raise _Moved from error
+            raise
+        for lot in pieces(batch.journal(done.first_seq, at)):
+            session.execute(database.sql.insert_journal(len(lot)), _flat(lot))
+        return done
+
+    def happened(session: Session) -> Commit | None:
+        [done] = claimed
+        session.rows(database.sql.lock_head)
+        row = session.row(database.sql.commit_at, (done.first_seq,))
+        return done if row is not None and row[0] == batch.commit_id else None
+
+    for _ in range(_TRIES):
+        try:
+            return connections.write(work, happened=happened)
+        except _Moved as moved:
+            conflicts = connections.write(lambda session: find_conflicts(session, batch.steps))
+            if conflicts:
+                raise ConflictError(conflicts) from moved.__cause__
+    raise ConflictError([Conflict(step.task_id, step.base, step.base) for step in batch.steps])
+
+
+def claim(connections: Connections, session: Session, count: int, now: int) -> tuple[int, int, int]:
+    """Take ``count`` seqs and the head lock: (head, last_at, floor) afterwards.
+
+    Raises :class:`~taskstore.SchemaMismatchError` when a newer version of
+    taskstore has made the schema one that we may not write any more.
+    """
+    claimed = connections.database.claim(session, count, now)
+    if claimed is not None:
+        return claimed
+    head = session.row(connections.database.sql.head)
+    epoch = None if head is None else head[5]
+    raise SchemaMismatchError(
+        f"{connections.database.location} has schema epoch {epoch}, "
+        f"this version of taskstore works with {SCHEMA_EPOCH}",
+        found=None if epoch is None else f"epoch {epoch}",
+        needed=f"epoch {SCHEMA_EPOCH}",
+        hint="upgrade taskstore",
+    )
+
+
+def _write(connections: Connections, session: Session, batch: Batch, floor: int) -> None:
+    """Bring the rows of ``tasks`` to what the batch makes of them."""
+    sql = connections.database.sql
+    for deletes in pieces(batch.deletes):
+        _expect(session.execute(sql.delete_tasks(len(deletes)), _flat(deletes)), deletes)
+    for updates in pieces(batch.updates):
+        count, parameters = len(updates), _flat(updates)
+        done = session.execute(sql.update_tasks(count), parameters)
+        if done < count:
+            # Those whose projections change as well; the others no longer match.
+            done += session.execute(sql.update_tasks_wide(count), parameters)
+        _expect(done, updates)
+    for inserts in pieces(batch.inserts):
+        done = session.execute(sql.insert_tasks(len(inserts)), (*_flat(inserts), floor))
+        _expect(done, inserts)
+    if batch.passing and find_conflicts(session, batch.passing):
+        raise _Moved
+
+
+def _expect(done: int, rows: Sequence[Any]) -> None:
+    if done != len(rows):
+        raise _Moved
+
+
+def _flat(rows: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
+    return rows[0] if len(rows) == 1 else tuple(value for row in rows for value in row)
+
+
+def find_conflicts(session: Session, steps: Sequence[Step]) -> list[Conflict]:
+    """Compare what is stored with what the steps expect, under the head lock."""
+    head = taskstore_head.c
+    connection = session.connection
+    floor = connection.execute(
+        sa.select(head.floor).where(head.id == 1).with_for_update()
+    ).scalar_one()
+    ids = [step.task_id for step in steps]
+    revisions: dict[str, int] = {}
+    deleted: set[str] = set()
+    for lot in _lots(ids):
+        found = sa.select(tasks.c.task_id, tasks.c.revision).where(tasks.c.task_id.in_(lot))
+        revisions.update({row[0]: row[1] for row in connection.execute(found)})
+        gone = sa.select(task_journal.c.task_id).where(
+            task_journal.c.task_id.in_(lot),
+            task_journal.c.kind == "deleted",
+            task_journal.c.seq >= floor,
+        )
+        deleted.update(connection.execute(gone).scalars())
+    holders = _holders(connection, steps)
+    leaving = {step.task_id for step in steps if step.record is None}
+    conflicts = []
+    for step in steps:
+        stored = revisions.get(step.task_id, 0)
+        holder = holders.get(_booking(step))
+        if stored != step.base or step.task_id in deleted:
+            conflicts.append(
+                Conflict(step.task_id, step.base, stored, deleted=step.task_id in deleted)
+            )
+        elif holder is not None and holder not in leaving and holder != step.task_id:
+            conflicts.append(Conflict(step.task_id, step.base, stored, booked_by=holder))
+    return conflicts
+
+
+def _booking(step: Step) -> tuple[str | None, str | None]:
+    record = step.record
+    return (None, None) if record is None else (record.run_id, record.booking)
+
+
+def _holders(connection: sa.Connection, steps: Sequence[Step]) -> dict[Any, str]:
+    """Which tasks hold the bookings that the steps claim or keep."""
+    claims = [_booking(step) for step in steps]
+    holders: dict[Any, str] = {}
+    for lot in _lots([claim for claim in claims if None not in claim]):
+        query = sa.select(tasks.c.run_id, tasks.c.booking, tasks.c.task_id).where(
+            tasks.c.run_id.in_([run_id for run_id, _ in lot]),
+            tasks.c.booking.in_([booking for _, booking in lot]),
+        )
+        holders.update({(row[0], row[1]): row[2] for row in connection.execute(query)})
+    return holders
+
+
+def _lots(items: Sequence[Any]) -> list[Sequence[Any]]:
+    return [items[start : start + _LOT] for start in range(0, len(items), _LOT)]

@@ -1,0 +1,303 @@
+"""Compaction: publish a snapshot of the rows, move the floor, trim.
+
+Nothing here holds the head lock for longer than one small transaction.  The
+rows are read in one read transaction into a temporary file, and written to
+the database from there: a read transaction that lasted as long as the writing
+would keep SQLite's log from being emptied and PostgreSQL's dead rows from
+being vacuumed, and would need a second connection, which a host's pool may
+not have.
+
+A lease on the head row keeps other compactors away.  It is renewed with every
+transaction, each of which fails when the lease is gone; so one that was
+stopped for too long does no harm when it wakes.
+"""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeVar
+
+import sqlalchemy as sa
+
+from taskstore.clock import Clock, system_clock
+from taskstore.errors import StoreBusyError, StoreUnavailableError
+from taskstore.policy import CompactionPolicy, CompactionReport, JournalStats, SnapshotMark
+from taskstore.stores.sql.connections import Connections
+from taskstore.stores.sql.rows import Head, Tally, aside_line, chunks_of, line_of
+from taskstore.stores.sql.session import Session
+from taskstore.stores.sql.snapshots import chunk_row, read_head, read_set_aside, scan_tasks
+from taskstore.stores.sql.tables import (
+    task_journal,
+    task_snapshot_chunks,
+    task_snapshots,
+    tasks,
+    taskstore_head,
+)
+
+LEASE_MS = 60_000
+"""How long a compactor that was killed keeps others away, in milliseconds."""
+STEP = 2000
+"""How many journal rows one transaction deletes."""
+CHUNK_STEP = 8
+"""How many chunks of a dropped snapshot one transaction deletes."""
+
+_SPOOL_BYTES = 4 * 1024 * 1024
+_T = TypeVar("_T")
+
+
+class _Picture(NamedTuple):
+    """What was read in one moment: the head row, and the chunks of its snapshot."""
+
+    head: Head
+    tally: Tally
+    sizes: list[int]
+
+
+def compact(connections: Connections, policy: CompactionPolicy, clock: Clock) -> CompactionReport:
+    """Compact when the policy says so; see ``SupportsCompaction.compact``."""
+    started = time.monotonic()
+    now = clock()
+    head, newest, reason = connections.read(
+        lambda session: _due(session, connections, policy, now), one_moment=True
+    )
+    if reason is None:
+        return CompactionReport(compacted=False, reason="not due", seq=newest, floor=head.floor)
+    lease = _Lease(connections)
+    lease.take()
+    try:
+        _clear_leftovers(lease)
+        seq, records = _publish(connections, lease)
+        floor, kept, before = _move_floor(lease, policy, clock())
+        _clear_leftovers(lease)
+    finally:
+        lease.give_back()
+    if policy.erase_deleted:
+        connections.erase()
+    return CompactionReport(
+        compacted=True,
+        reason=reason,
+        seq=seq,
+        floor=floor,
+        records=records,
+        trimmed=floor - before,
+        snapshots=tuple(sorted(kept)),
+        duration_s=time.monotonic() - started,
+    )
+
+
+def _due(
+    session: Session, connections: Connections, policy: CompactionPolicy, now: int
+) -> tuple[Head, int, str | None]:
+    """The head row, the newest snapshot's seq, and why compaction is due."""
+    head = read_head(session, connections.database.sql)
+    row = session.row(connections.database.sql.snapshot_at, (head.head_seq,))
+    newest = 0 if row is None else int(row[0])
+    run = session.connection.execute
+    records = run(sa.select(sa.func.count()).select_from(tasks)).scalar_one()
+    oldest = run(
+        sa.select(task_journal.c.at).where(task_journal.c.seq == max(newest + 1, head.floor))
+    ).scalar()
+    stats = JournalStats(entries=head.head_seq - newest, records=records, now=now, oldest_at=oldest)
+    return head, newest, policy.due(stats)
+
+
+class _Lease:
+    """The right to compact, noted on the head row."""
+
+    def __init__(self, connections: Connections) -> None:
+        self.connections = connections
+        self._owner = secrets.token_hex(16)
+
+    def take(self) -> None:
+        """Take the lease if it is free or its holder's time is up.
+
+        Raises :class:`~taskstore.StoreBusyError` otherwise.
+        """
+        head = taskstore_head.c
+        now = system_clock()
+
+        def work(session: Session) -> bool:
+            free = sa.or_(
+                head.lease_owner.is_(None), head.lease_owner == self._owner, head.lease_until < now
+            )
+            return self._set(session, self._owner, now + LEASE_MS, free)
+
+        if not self.connections.write(work):
+            raise StoreBusyError(
+                f"{self.connections.database.location} is being compacted by another process",
+                hint="a compactor that was killed keeps others away for a minute",
+            )
+
+    def give_back(self) -> None:
+        """Let others compact."""
+        mine = taskstore_head.c.lease_owner == self._owner
+        self.connections.write(lambda session: self._set(session, None, None, mine))
+
+    def step(self, work: Callable[[Session], _T]) -> _T:
+        """Run one small write transaction, under the lease, which it renews."""
+
+        def renewed(session: Session) -> _T:
+            mine = taskstore_head.c.lease_owner == self._owner
+            if not self._set(session, self._owner, system_clock() + LEASE_MS, mine):
+                raise StoreBusyError(
+                    f"{self.connections.database.location}: another process has taken over the "
+                    "compaction or replaced the content"
+                )
+            return work(session)
+
+        return self.connections.write(renewed)
+
+    @staticmethod
+    def _set(
+        session: Session, owner: str | None, until: int | None, where: sa.ColumnElement[bool]
+    ) -> bool:
+        done = session.connection.execute(
+            sa.update(taskstore_head).where(where).values(lease_owner=owner, lease_until=until)
+        )
+        return bool(done.rowcount)
+
+
+def _publish(connections: Connections, lease: _Lease) -> tuple[int, int]:
+    """Write and publish a snapshot of this moment: (its seq, how many records it holds)."""
+    database = connections.database
+    sql = database.sql
+    with _spool(database.scratch) as spool:
+        picture = connections.read(
+            lambda session: _read_all(session, connections, spool), one_moment=True
+        )
+        head, tally = picture.head, Tally()
+        seq = head.head_seq
+        there = connections.read(lambda session: session.row(sql.snapshot_at, (seq,)))
+        if there is None or there[0] != seq:
+            lease.step(lambda session: _mark(session, picture, "building"))
+            spool.seek(0)
+            for size in picture.sizes:
+                row = chunk_row(seq, tally, spool.read(size))
+                lease.step(_insert_chunk(sql.insert_rows(task_snapshot_chunks, 1), row))
+            lease.step(lambda session: _mark(session, picture, "published"))
+    return seq, picture.tally.records + picture.tally.aside
+
+
+def _spool(place: Path | None) -> IO[bytes]:
+    try:
+        return tempfile.TemporaryFile(dir=place)
+    except OSError as error:
+        raise StoreUnavailableError(f"{place}: no temporary file can be made: {error}") from error
+
+
+def _read_all(session: Session, connections: Connections, spool: IO[bytes]) -> _Picture:
+    sql = connections.database.sql
+    spool.seek(0)
+    spool.truncate()
+    head = read_head(session, sql)
+    tally, sizes = Tally(), []
+    for chunk in chunks_of(_lines(session, connections)):
+        tally.add(chunk)
+        sizes.append(len(chunk))
+        _spill(spool, chunk)
+    return _Picture(head, tally, sizes)
+
+
+def _spill(spool: IO[bytes], chunk: bytes) -> None:
+    try:
+        spool.write(chunk)
+    except OSError as error:
+        raise StoreUnavailableError(
+            f"the temporary file of the compaction cannot be written: {error}",
+            hint="free some space and try again",
+        ) from error
+
+
+def _lines(session: Session, connections: Connections) -> Iterator[bytes]:
+    sql = connections.database.sql
+    yield from map(line_of, scan_tasks(session, sql))
+    yield from map(aside_line, read_set_aside(session, sql))
+
+
+def _mark(session: Session, picture: _Picture, state: str) -> None:
+    """Note a snapshot as being built, or publish it.  Repeating it is the same."""
+    seq, at = picture.head.head_seq, picture.head.last_at
+    row = picture.tally.row(seq, at, state)
+    values = dict(zip((column.name for column in task_snapshots.columns), row, strict=True))
+    run = session.connection.execute
+    run(sa.delete(task_snapshots).where(task_snapshots.c.seq == seq))
+    run(sa.insert(task_snapshots).values(values))
+
+
+def _insert_chunk(sql: str, row: tuple[Any, ...]) -> Callable[[Session], None]:
+    def work(session: Session) -> None:
+        chunks = task_snapshot_chunks.c
+        # Doing it twice is the same, should the first answer have been lost.
+        session.connection.execute(
+            sa.delete(task_snapshot_chunks).where(chunks.seq == row[0], chunks.chunk == row[1])
+        )
+        session.execute(sql, row)
+
+    return work
+
+
+def _move_floor(
+    lease: _Lease, policy: CompactionPolicy, now: int
+) -> tuple[int, frozenset[int], int]:
+    """Move the floor and drop snapshots: (the new floor, seqs retained, the old floor).
+
+    One transaction, after which no reader sees what is then deleted in steps.
+    """
+    sql = lease.connections.database.sql
+    floors: list[int] = []
+
+    def work(session: Session) -> tuple[int, frozenset[int], int]:
+        head = read_head(session, sql, lock=True)
+        floors.append(head.floor)
+        run = session.connection.execute
+        seq, state = task_snapshots.c.seq, task_snapshots.c.state
+        found = run(sa.select(seq, task_snapshots.c.at).where(state == "published").order_by(seq))
+        marks = [SnapshotMark(row[0], row[1]) for row in found]
+        kept, floor = policy.retained(marks, head=head.head_seq, floor=head.floor, now=now)
+        gone = [mark.seq for mark in marks if mark.seq not in kept]
+        run(sa.update(task_snapshots).where(seq.in_(gone)).values(state="dropped"))
+        run(sa.update(taskstore_head).values(floor=floor))
+        retained = frozenset(mark.seq for mark in marks if mark.seq in kept)
+        # Should the transaction run twice, the first floor is the old one.
+        return floor, retained, floors[0]
+
+    return lease.step(work)
+
+
+def _clear_leftovers(lease: _Lease) -> None:
+    """Delete, in small steps, what no reader sees: entries below the floor, and
+    snapshots that were dropped or never finished."""
+    sql = lease.connections.database.sql
+    seq, chunk = task_snapshot_chunks.c.seq, task_snapshot_chunks.c.chunk
+    entry = task_journal.c.seq
+
+    def trim(session: Session) -> bool:
+        floor = read_head(session, sql).floor
+        run = session.connection.execute
+        lowest = run(sa.select(sa.func.min(entry))).scalar()
+        if lowest is None or lowest >= floor:
+            return False
+        run(sa.delete(task_journal).where(entry < min(floor, lowest + STEP)))
+        return True
+
+    def drop(session: Session) -> bool:
+        run = session.connection.execute
+        dead = sa.select(task_snapshots.c.seq).where(task_snapshots.c.state != "published")
+        victim = run(dead.limit(1)).scalar()
+        if victim is None:
+            return False
+        last = run(sa.select(sa.func.max(chunk)).where(seq == victim)).scalar()
+        if last is None:
+            run(sa.delete(task_snapshots).where(task_snapshots.c.seq == victim))
+        else:
+            run(sa.delete(task_snapshot_chunks).where(seq == victim, chunk > last - CHUNK_STEP))
+        return True
+
+    while lease.step(drop):
+        pass
+    while lease.step(trim):
+        pass

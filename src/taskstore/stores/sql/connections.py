@@ -1,0 +1,282 @@
+"""Connections, transactions, and what happens when they break.
+
+Everything that talks to the database goes through :class:`Connections`:
+``read`` and ``write`` run a function in one transaction and run it again
+when the database asks for it, so these functions must bear repetition.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+import sqlalchemy as sa
+
+from taskstore.errors import OutcomeUnknownError, StoreBusyError, StoreUnavailableError
+from taskstore.stores.sql.engines import Database
+from taskstore.stores.sql.errors import Fault
+from taskstore.stores.sql.session import Session
+
+BUSY_S = 30.0
+"""How long a write waits for other writers, in seconds."""
+RECONNECT_S = 8.0
+"""How long a broken connection is tried again, in seconds."""
+
+_T = TypeVar("_T")
+
+
+class Connections:
+    """The connections of one open store.
+
+    With an engine of our own, one writing connection is held; with a host's,
+    each call borrows one and gives it back, because the pool is not ours.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self._lock = threading.RLock()
+        self._held: Session | None = None
+        self._refused: str | None = None
+
+    def prepare(self) -> None:
+        """Look at the database, and set it up, once its schema is known to be ours."""
+        with self.database.translator:
+            session = self._connect()
+            try:
+                self.database.prepare(session)
+            except BaseException:
+                self._abandon(session)
+                raise
+            session.connection.close()
+
+    # -- reading ----------------------------------------------------------
+
+    def read(self, work: Callable[[Session], _T], *, one_moment: bool = False) -> _T:
+        """Run ``work`` on a connection, with ``one_moment`` in one read transaction.
+
+        Driver errors are translated; a lost connection is tried again.
+        """
+        trouble = Trouble(self.database)
+        while True:
+            try:
+                with self._reading(one_moment=one_moment) as session:
+                    result = work(session)
+            except self.database.translator.errors as error:
+                trouble.pause_or_raise(error)
+            else:
+                self.database.after_read()
+                return result
+
+    @contextmanager
+    def _reading(self, *, one_moment: bool) -> Iterator[Session]:
+        session = self._connect()
+        try:
+            if one_moment:
+                session.execute(self.database.begin_read)
+            yield session
+            if one_moment:
+                session.execute("COMMIT")
+        except BaseException:
+            self._abandon(session)
+            raise
+        session.connection.close()
+
+    # -- writing ----------------------------------------------------------
+
+    def write(
+        self,
+        work: Callable[[Session], _T],
+        *,
+        happened: Callable[[Session], _T | None] | None = None,
+    ) -> _T:
+        """Run ``work`` in one write transaction and commit it.
+
+        When the connection dies during COMMIT, ``happened`` is asked on a new
+        one, the head row locked: what it returns is the result, ``None``
+        means that nothing was committed, and ``work`` runs again.  Without
+        it, ``work`` must be such that doing it twice is the same.
+        """
+        with self._lock:
+            trouble = Trouble(self.database)
+            while True:
+                self._check_trusted()
+                try:
+                    return self._write_once(work)
+                except CommitBrokenError as broken:
+                    found = self._outcome(broken, trouble, happened)
+                    if found is not None:
+                        return found
+                except self.database.translator.errors as error:
+                    trouble.pause_or_raise(error)
+
+    def _write_once(self, work: Callable[[Session], _T]) -> _T:
+        session = self._writer()
+        try:
+            self.database.begin_write(session)
+            result = work(session)
+        except BaseException:
+            self._abandon(session)
+            raise
+        try:
+            session.execute("COMMIT")
+        except self.database.translator.errors as error:
+            fault = self.database.translator.fault_of(error)
+            self._abandon(session)
+            if fault in (Fault.LOST, Fault.SYNC):
+                raise CommitBrokenError(fault, error) from error
+            raise
+        except BaseException:
+            self._abandon(session)
+            raise
+        self._done(session)
+        return result
+
+    def _outcome(
+        self,
+        broken: CommitBrokenError,
+        trouble: Trouble,
+        happened: Callable[[Session], _T | None] | None,
+    ) -> _T | None:
+        """Find out what became of a COMMIT that was not answered."""
+        translator = self.database.translator
+        if broken.fault is Fault.SYNC:
+            # What the system failed to write, it may have dropped from its
+            # cache as if written: nothing that this instance sees can be trusted.
+            self._refused = "a commit could not be forced to disk"
+            raise OutcomeUnknownError(
+                f"{translator.location}: whether the last commit reached the disk is unknown: "
+                f"{translator.text(broken.error)}",
+                hint="check the disk, and open the store again",
+            ) from translator.cause(broken.error)
+        if happened is None:
+            trouble.pause_or_raise(broken.error)
+            return None
+        while True:
+            try:
+                session = self._writer()
+                try:
+                    self.database.begin_write(session)
+                    return happened(session)
+                finally:
+                    # Nothing was written; this gives the head row free.
+                    self._abandon(session)
+            except translator.errors as error:
+                try:
+                    trouble.pause_or_raise(error)
+                except (StoreBusyError, StoreUnavailableError) as final:
+                    raise OutcomeUnknownError(
+                        f"{translator.location}: the connection broke during a commit, and "
+                        f"whether it happened cannot be read back: {final}",
+                        hint="read the store again when it can be reached",
+                    ) from final
+
+    def erase(self) -> None:
+        """Get rid of deleted bytes that the database still keeps in its files."""
+        with self._lock, self.database.translator:
+            session = self._connect()
+            try:
+                self.database.erase(session)
+            finally:
+                self._abandon(session)
+
+    # -- connections ------------------------------------------------------
+
+    def _connect(self) -> Session:
+        database = self.database
+        connection = database.engine.connect()
+        try:
+            if not database.owned:
+                connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+            raw = connection.connection.driver_connection
+            return Session(connection, raw, database.cursor(raw))
+        except BaseException:
+            connection.close()
+            raise
+
+    def _writer(self) -> Session:
+        session = self._held if self._held is not None else self._connect()
+        if self.database.owned:
+            self._held = session
+        return session
+
+    def _done(self, session: Session) -> None:
+        if session is not self._held:
+            self.database.after_write(session)
+            session.connection.close()
+
+    def _abandon(self, session: Session) -> None:
+        """Roll back, quietly: the error that brought us here is the one to report.
+
+        A connection that cannot even do that is not used again.
+        """
+        try:
+            self.database.rollback(session)
+            if session is not self._held:
+                self.database.after_write(session)
+                session.connection.close()
+        except Exception:  # noqa: BLE001 - whatever a broken driver raises
+            if session is self._held:
+                self._held = None
+            with suppress(Exception):
+                session.connection.invalidate()
+            with suppress(Exception):
+                session.connection.close()
+
+    def _check_trusted(self) -> None:
+        if self._refused is not None:
+            raise StoreUnavailableError(
+                f"{self.database.location} takes no more writes from this instance: "
+                f"{self._refused}",
+                hint="check the disk, and open the store again",
+            )
+
+    def close(self) -> None:
+        """Give back what is held; an engine of our own is disposed of."""
+        with self._lock:
+            if self._held is not None:
+                with suppress(Exception):
+                    self._held.connection.close()
+                self._held = None
+            self.database.close()
+
+
+class CommitBrokenError(Exception):
+    """COMMIT was sent and not answered, or the disk did not take it."""
+
+    def __init__(self, fault: Fault, error: Exception) -> None:
+        super().__init__(str(fault))
+        self.fault = fault
+        self.error = error
+
+
+class Trouble:
+    """How long one call goes on trying, and how it waits between tries."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._started = time.monotonic()
+        self._tries = 0
+
+    def pause_or_raise(self, error: BaseException) -> None:
+        """Sleep a little before the next try; raise ``error``, translated, when
+        trying again cannot help or has gone on long enough."""
+        translator = self._database.translator
+        fault = translator.fault_of(error)
+        patience = {
+            Fault.BUSY: BUSY_S if self._database.busy_is_instant else 0.0,
+            Fault.RETRY: BUSY_S,
+            Fault.LOST: RECONNECT_S,
+        }.get(fault, 0.0)
+        if isinstance(error, sa.exc.TimeoutError):
+            patience = 0.0
+        if time.monotonic() - self._started >= patience:
+            raise translator.translate(error) from translator.cause(error)
+        # Doubling from half a millisecond to a tenth of a second, with jitter,
+        # so that writers that met once do not keep meeting.
+        ceiling = min(0.1, 0.0005 * 2 ** min(self._tries, 12))
+        self._tries += 1
+        time.sleep(random.uniform(ceiling / 4, ceiling))  # noqa: S311 - not a secret

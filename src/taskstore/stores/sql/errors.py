@@ -1,0 +1,203 @@
+"""The one place where driver errors become ours.
+
+``fault_of`` says what kind of trouble an exception is, so that callers can
+decide whether to try again; ``translated`` turns whatever is left into an
+error of :mod:`taskstore.errors`, from its cause.  No message carries the
+password of the engine's URL: where a cause does, the cause is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from types import TracebackType
+from urllib.parse import quote, quote_plus
+
+import sqlalchemy as sa
+
+from taskstore.errors import (
+    CorruptStoreError,
+    SchemaMismatchError,
+    StoreBusyError,
+    StoreUnavailableError,
+    TaskStoreError,
+)
+
+
+class Fault(Enum):
+    """What kind of trouble a driver reports."""
+
+    BUSY = "busy"
+    """A lock was not given in time."""
+    RETRY = "retry"
+    """A serialization failure or deadlock: the transaction may be run again at once."""
+    LOST = "lost"
+    """The connection is gone, or there is none to be had."""
+    CORRUPT = "corrupt"
+    """The database is damaged, or the file is none."""
+    FULL = "full"
+    """No space is left."""
+    SYNC = "sync"
+    """What was written may not have reached the disk."""
+    READ_ONLY = "read-only"
+    """The database takes no writes."""
+    SCHEMA = "schema"
+    """A table or column is missing."""
+    INTEGRITY = "integrity"
+    """A constraint was violated."""
+    OTHER = "other"
+    """Anything else."""
+
+
+_SQLITE = {
+    5: Fault.BUSY,
+    6: Fault.BUSY,
+    8: Fault.READ_ONLY,
+    11: Fault.CORRUPT,
+    13: Fault.FULL,
+    19: Fault.INTEGRITY,
+    26: Fault.CORRUPT,
+}
+"""Primary result codes of SQLite."""
+
+_SQLITE_SYNC = {10, 10 | (4 << 8), 10 | (5 << 8)}
+"""SQLITE_IOERR without detail, …_FSYNC, …_DIR_FSYNC."""
+
+_POSTGRESQL = {
+    "08": Fault.LOST,
+    "22": Fault.OTHER,
+    "23": Fault.INTEGRITY,
+    "25006": Fault.READ_ONLY,
+    "40001": Fault.RETRY,
+    "40P01": Fault.RETRY,
+    "40003": Fault.LOST,
+    "42P01": Fault.SCHEMA,
+    "42703": Fault.SCHEMA,
+    "53100": Fault.FULL,
+    "55P03": Fault.BUSY,
+    "57014": Fault.BUSY,
+    "57P0": Fault.LOST,
+    "XX001": Fault.CORRUPT,
+    "XX002": Fault.CORRUPT,
+}
+"""SQLSTATEs, or the beginning of them; the longest that fits counts."""
+
+
+def driver_error(error: BaseException) -> BaseException:
+    """The driver's exception inside SQLAlchemy's, if it is one of these."""
+    if isinstance(error, sa.exc.DBAPIError) and error.orig is not None:
+        return error.orig
+    return error
+
+
+def sqlite_fault(error: BaseException) -> Fault:
+    """Classify an exception of an SQLite module by its result code."""
+    code: int | None = getattr(driver_error(error), "sqlite_errorcode", None)
+    if code is None:
+        return Fault.OTHER
+    if code in _SQLITE_SYNC:
+        return Fault.SYNC
+    if code & 0xFF == 1 and "no such" in str(driver_error(error)):
+        return Fault.SCHEMA
+    return _SQLITE.get(code & 0xFF, Fault.OTHER)
+
+
+def postgresql_fault(error: BaseException) -> Fault:
+    """Classify an exception of psycopg by its SQLSTATE."""
+    cause = driver_error(error)
+    state: str | None = getattr(cause, "sqlstate", None)
+    if state is None:
+        # Without one, the server did not say it: the connection broke or
+        # could not be made.
+        return Fault.LOST if type(cause).__name__ == "OperationalError" else Fault.OTHER
+    for length in (5, 4, 2):
+        fault = _POSTGRESQL.get(state[:length])
+        if fault is not None:
+            return fault
+    return Fault.OTHER
+
+
+class Translator:
+    """Turns driver errors of one database into ours: a context manager, reusable.
+
+    ``location`` names the database without its password, ``secret`` is that
+    password, ``fault_of`` the classification of its dialect, and ``driver``
+    the root of the driver's exceptions.
+    """
+
+    def __init__(
+        self,
+        location: str,
+        driver: type[Exception],
+        fault_of: Callable[[BaseException], Fault],
+        secret: str | None = None,
+    ) -> None:
+        self.location = location
+        self.errors: tuple[type[Exception], ...] = (driver, sa.exc.SQLAlchemyError)
+        self.fault_of = fault_of
+        self._secrets = _spellings(secret)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, self.errors):
+            raise self.translate(error) from self.cause(error)
+
+    def cause(self, error: BaseException) -> BaseException | None:
+        """The driver's exception, or ``None`` when it would give the password away."""
+        cause = driver_error(error)
+        return None if any(secret in str(cause) for secret in self._secrets) else cause
+
+    def translate(self, error: BaseException) -> TaskStoreError:
+        """Our error for a driver's, its text without the password."""
+        where, text = self.location, self.text(error)
+        if isinstance(error, sa.exc.TimeoutError):
+            return StoreBusyError(
+                f"{where}: the engine's pool had no free connection",
+                hint="give the engine a larger pool",
+            )
+        match self.fault_of(error):
+            case Fault.BUSY | Fault.RETRY:
+                return StoreBusyError(f"{where} is locked by another writer: {text}")
+            case Fault.CORRUPT:
+                return CorruptStoreError(where, text)
+            case Fault.FULL:
+                return StoreUnavailableError(
+                    f"{where}: no space is left: {text}", hint="free some space and try again"
+                )
+            case Fault.READ_ONLY:
+                return StoreUnavailableError(
+                    f"{where} cannot be written: {text}",
+                    hint="check the permissions of the file and its directory, "
+                    "or whether the server is a standby",
+                )
+            case Fault.SCHEMA:
+                return SchemaMismatchError(
+                    f"{where} does not have our tables: {text}", found=None, needed=None
+                )
+            case Fault.INTEGRITY:
+                return CorruptStoreError(
+                    where, f"a row stands where none should: {text}", hint="run taskstore verify"
+                )
+            case _:
+                return StoreUnavailableError(f"{where} cannot be used: {text}")
+
+    def text(self, error: BaseException) -> str:
+        """What the driver said, on one line, without the password."""
+        text = " ".join(str(driver_error(error)).split())
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text or type(error).__name__
+
+
+def _spellings(secret: str | None) -> tuple[str, ...]:
+    """A password as it may appear in texts: as it is, and encoded for a URL."""
+    if not secret:
+        return ()
+    return tuple(sorted({secret, quote(secret, safe=""), quote_plus(secret)}, key=len))[::-1]

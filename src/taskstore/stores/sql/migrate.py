@@ -1,0 +1,292 @@
+"""The schema of a database: what is there, what is needed, and getting from one to the other.
+
+A database is created by running the migrations, never from the metadata.
+Alembic is imported only when there is something to migrate: opening a ledger
+whose schema is right does not pay for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import sqlalchemy as sa
+
+import taskstore
+from taskstore.backends import redacted
+from taskstore.errors import SchemaMismatchError, TaskStoreError, ValidationError
+from taskstore.stores.sql.engines import LOCK_S, Database, host_database, open_database
+from taskstore.stores.sql.errors import Fault
+from taskstore.stores.sql.tables import (
+    REVISIONS,
+    SCHEMA_EPOCH,
+    TABLES,
+    metadata,
+    task_journal,
+    tasks,
+    taskstore_head,
+)
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+log = logging.getLogger("taskstore")
+
+VERSION_TABLE = "taskstore_alembic_version"
+"""Where Alembic notes our revision: beside, not among, those of a host."""
+
+_version = sa.Table(VERSION_TABLE, sa.MetaData(), sa.Column("version_num", sa.String(32)))
+
+
+class SchemaState(NamedTuple):
+    """What a database holds of us: its revision, schema epoch, and which of our tables."""
+
+    revision: str | None
+    epoch: int | None
+    tables: frozenset[str]
+
+
+def migrations_path() -> Path:
+    """Where the migration scripts lie: inside the installed package, or in the checkout."""
+    package = Path(taskstore.__file__).parent
+    for place in (package / "migrations", package.parents[1] / "migrations"):
+        if (place / "env.py").is_file():
+            return place
+    raise TaskStoreError(
+        f"the migration scripts are missing from {package}", hint="reinstall taskstore"
+    )
+
+
+def head_revision() -> str:
+    """The newest revision among the scripts (``str``)."""
+    from alembic.script import ScriptDirectory
+
+    head = ScriptDirectory.from_config(_config()).get_current_head()
+    assert head is not None
+    return head
+
+
+def history() -> list[tuple[str, str]]:
+    """Every revision with the first line of what it does, newest first."""
+    from alembic.script import ScriptDirectory
+
+    scripts = ScriptDirectory.from_config(_config()).walk_revisions()
+    return [(script.revision, script.doc) for script in scripts]
+
+
+def engine_for_url(url: str, *, read_only: bool = False) -> sa.Engine:
+    """An engine set up as ours are, for the functions of this module."""
+    return open_database(url, read_only=read_only).engine
+
+
+def current(engine: sa.Engine) -> str | None:
+    """The revision that a database is at, ``None`` when it holds nothing of us."""
+    with _connected(engine) as (_, connection):
+        return _state(connection).revision
+
+
+def upgrade(engine: sa.Engine, revision: str = "head") -> None:
+    """Bring a database up to a revision, in one transaction, under a lock.
+
+    Other processes that do the same wait, and then find it done.
+    """
+    from alembic import command
+
+    with _locked(engine) as connection:
+        command.upgrade(_config(connection), revision)
+
+
+def downgrade(engine: sa.Engine, revision: str, *, allow_data_loss: bool = False) -> None:
+    """Take a database back to a revision (``"base"``: without our tables).
+
+    Refused with :class:`~taskstore.ValidationError` when that would drop
+    records or history, unless ``allow_data_loss``.
+    """
+    from alembic import command
+
+    with _locked(engine) as connection:
+        if revision == "base" and not allow_data_loss:
+            _refuse_loss(connection)
+        command.downgrade(_config(connection), revision)
+
+
+def check(engine: sa.Engine) -> list[str]:
+    """What differs between a database and what this version declares, one sentence each."""
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
+    with _connected(engine) as (_, connection):
+        context = MigrationContext.configure(
+            connection,
+            opts={
+                "version_table": VERSION_TABLE,
+                "include_name": include_name,
+                "compare_type": True,
+                "target_metadata": metadata,
+            },
+        )
+        found = _state(connection)
+        problems = [_difference(item) for item in compare_metadata(context, metadata)]
+    if found.revision != REVISIONS[-1]:
+        problems.insert(0, f"the revision is {found.revision}, not {REVISIONS[-1]}")
+    return problems
+
+
+def include_name(name: str | None, kind: str, parents: Any) -> bool:
+    """For Alembic: compare our tables only, whatever else a host's database holds."""
+    del parents
+    return kind != "table" or name in TABLES
+
+
+def ensure_schema(database: Database, migrate: str, url: str | None = None) -> None:
+    """Make sure that a database has the schema that this version works with.
+
+    With ``migrate="auto"`` one that holds nothing of us is given it; nothing
+    else is ever changed.  Raises :class:`~taskstore.SchemaMismatchError`,
+    naming what was found, what is needed, and the command to run.
+    """
+    with _connected(database.engine, database) as (_, connection):
+        state = _state(connection)
+    fresh = state.revision is None and not state.tables
+    if fresh and migrate == "auto" and not database.read_only:
+        with database.translator:
+            upgrade(database.engine)
+        return
+    command = f"taskstore db upgrade --url {redacted(url or database.location)}"
+    needed, where = REVISIONS[-1], database.location
+    if fresh:
+        raise SchemaMismatchError(
+            f"{where} holds no ledger", found=None, needed=needed, hint=f"run: {command}"
+        )
+    if state.revision is None:
+        names = ", ".join(sorted(state.tables))
+        raise SchemaMismatchError(
+            f"{where} has tables of our names that are not ours ({names}): {VERSION_TABLE} "
+            "does not say which revision they are of",
+            found=None,
+            needed=needed,
+            hint="use another database or schema",
+        )
+    if state.epoch is not None and state.epoch > SCHEMA_EPOCH:
+        raise SchemaMismatchError(
+            f"{where} is at revision {state.revision}, schema epoch {state.epoch}: too new for "
+            f"this version of taskstore, which works with {needed}, epoch {SCHEMA_EPOCH}",
+            found=state.revision,
+            needed=needed,
+            hint="upgrade taskstore",
+        )
+    if state.revision in REVISIONS[:-1]:
+        raise SchemaMismatchError(
+            f"{where} is at revision {state.revision}, needed is {needed}",
+            found=state.revision,
+            needed=needed,
+            hint=f"run: {command}",
+        )
+    if state.revision != needed:
+        database.notice(
+            f"{where} is at revision {state.revision}, which is newer than {needed} and "
+            "compatible with it"
+        )
+
+
+def _state(connection: sa.Connection) -> SchemaState:
+    names = set(sa.inspect(connection).get_table_names())
+    revision = epoch = None
+    if VERSION_TABLE in names:
+        revision = connection.execute(sa.select(_version.c.version_num)).scalars().first()
+    if revision is not None and "taskstore_head" in names:
+        epoch = connection.execute(sa.select(taskstore_head.c.schema_epoch)).scalars().first()
+    return SchemaState(revision, epoch, frozenset(names & TABLES))
+
+
+def _refuse_loss(connection: sa.Connection) -> None:
+    here = _state(connection).tables
+    for table in (tasks, task_journal):
+        if table.name in here and connection.execute(sa.select(table).limit(1)).first():
+            raise ValidationError(
+                "revision", f"base drops every record and all history, and {table.name} has some"
+            )
+
+
+@contextmanager
+def _connected(
+    engine: sa.Engine, database: Database | None = None
+) -> Iterator[tuple[Database, sa.Connection]]:
+    """A connection in the driver's autocommit, its errors translated."""
+    if database is None:
+        database = host_database(engine, durability="full", read_only=False)
+        try:
+            with _connected(engine, database) as found:
+                yield found
+        finally:
+            database.close()
+        return
+    with database.translator, engine.connect() as plain:
+        yield database, plain.execution_options(isolation_level="AUTOCOMMIT")
+
+
+@contextmanager
+def _locked(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """The one transaction that changes the schema, others waiting for its end."""
+    with _connected(engine) as (database, connection):
+        _patiently(database, lambda: _begin(connection, database.begin_schema))
+        try:
+            yield connection
+        except BaseException:
+            connection.exec_driver_sql("ROLLBACK")
+            raise
+        connection.exec_driver_sql("COMMIT")
+
+
+def _begin(connection: sa.Connection, statements: Sequence[str]) -> None:
+    for statement in statements:
+        connection.exec_driver_sql(statement)
+
+
+def _patiently(database: Database, work: Callable[[], None]) -> None:
+    """Try again while the database says at once that it is busy."""
+    started = time.monotonic()
+    while True:
+        try:
+            return work()
+        except database.translator.errors as error:
+            busy = database.fault_of(error) is Fault.BUSY and database.busy_is_instant
+            if not busy or time.monotonic() - started > LOCK_S:
+                raise
+        time.sleep(random.uniform(0.001, 0.02))  # noqa: S311 - not a secret
+
+
+def _config(connection: sa.Connection | None = None) -> Config:
+    from alembic.config import Config
+
+    config = Config()
+    # The value goes through ConfigParser, to which % means something.
+    config.set_main_option("script_location", str(migrations_path()).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    return config
+
+
+def _difference(item: Any) -> str:
+    """One operation of Alembic's comparison as a sentence."""
+    if isinstance(item, list):
+        return "; ".join(map(_difference, item))
+    kind, *details = item
+    named = [str(getattr(detail, "name", detail)) for detail in details if detail is not None]
+    return f"{kind.replace('_', ' ')}: {' '.join(named)}"
+
+
+@contextmanager
+def locked_url(url: str) -> Iterator[sa.Connection]:
+    """For ``env.py`` in a checkout: connect, begin and lock; commit at the end."""
+    engine = engine_for_url(url)
+    try:
+        with _locked(engine) as connection:
+            yield connection
+    finally:
+        engine.dispose()

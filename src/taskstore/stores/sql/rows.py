@@ -1,0 +1,182 @@
+"""From rows to records, entries and chunks, and what to do with damaged ones: pure."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from taskstore.codec import checksum, decode_or_set_aside, set_aside
+from taskstore.errors import CorruptStoreError
+from taskstore.journal import EntryKind, JournalEntry, SetAside
+from taskstore.records import TaskRecord
+
+CHUNK_BYTES = 1024 * 1024
+"""A chunk of a snapshot is closed when it holds this much, so that it stays
+well below what servers take in one statement."""
+CHUNK_RECORDS = 1000
+
+_ASIDE = b"!"
+
+
+class Head(NamedTuple):
+    """The head row, in order of its columns."""
+
+    id: int
+    ledger_id: str
+    timeline: int
+    head_seq: int
+    floor: int
+    last_at: int
+    schema_epoch: int
+    lease_owner: str | None
+    lease_until: int | None
+
+
+class TaskRow(NamedTuple):
+    """What is read of a row of ``tasks``."""
+
+    task_id: str
+    revision: int
+    payload: bytes
+    checksum: int
+
+
+def damage_of(payload: bytes, stored: int | None) -> str | None:
+    """Say what is wrong with a payload, going by its checksum; ``None`` if nothing."""
+    found = checksum(payload)
+    return None if found == stored else f"the checksum is {found}, stored with it is {stored}"
+
+
+def record_of(row: TaskRow) -> TaskRecord | SetAside:
+    """The record of a row of ``tasks``, or its bytes when it is damaged.
+
+    A row is also damaged when its payload is of another task: two rows must
+    not become one record.
+    """
+    where = f"tasks, row {row.task_id!r}"
+    payload = as_bytes(row.payload)
+    damage = damage_of(payload, row.checksum)
+    if damage is None:
+        found = decode_or_set_aside(payload, where)
+        if isinstance(found, TaskRecord) and found.task_id == row.task_id:
+            return found
+        damage = (
+            found.reason
+            if isinstance(found, SetAside)
+            else f"the payload is of task {found.task_id!r}"
+        )
+    return SetAside(payload, where, damage, row.task_id, row.revision)
+
+
+def entry_of(row: Sequence[Any], where: str) -> JournalEntry:
+    """The journal entry of a row (in order of the columns of ``task_journal``).
+
+    An upsert that does not decode keeps its bytes in ``set_aside``.
+    """
+    seq, at, kind, task_id, revision, commit_id, payload, stored = row
+    if kind == "deleted":
+        return JournalEntry(seq, at, EntryKind.DELETED, task_id, revision, None, commit_id)
+    if kind != "upserted":
+        raise CorruptStoreError(where, f"an entry is of unknown kind {kind!r}", offset=seq)
+    place = f"task_journal, seq {seq}"
+    payload = as_bytes(payload)
+    damage = damage_of(payload, stored)
+    found = (
+        decode_or_set_aside(payload, place) if damage is None else set_aside(payload, place, damage)
+    )
+    if isinstance(found, TaskRecord):
+        if (found.task_id, found.revision) == (task_id, revision):
+            return JournalEntry(seq, at, EntryKind.UPSERTED, task_id, revision, found, commit_id)
+        found = SetAside(payload, place, f"the payload is of task {found.task_id!r}")
+    kept = msgspec.structs.replace(found, task_id=task_id, revision=revision)
+    return JournalEntry(
+        seq, at, EntryKind.UPSERTED, task_id, revision, None, commit_id, set_aside=kept
+    )
+
+
+def as_bytes(value: object) -> bytes:
+    """Bytes, whatever somebody else put into a column of bytes."""
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogateescape")
+    return b"" if value is None else bytes(value)  # type: ignore[call-overload]
+
+
+# -- chunks ----------------------------------------------------------------
+
+
+def line_of(row: TaskRow) -> bytes:
+    """The line by which a snapshot carries a row: its payload, or what is damaged, wrapped.
+
+    The payload is not decoded: a checksum that fits vouches for it.
+    """
+    payload = as_bytes(row.payload)
+    if damage_of(payload, row.checksum) is None and payload[:1] == b"{" and b"\n" not in payload:
+        return payload
+    found = record_of(row)
+    if isinstance(found, TaskRecord):
+        return msgspec.json.format(payload, indent=-1)
+    return aside_line(found)
+
+
+def aside_line(item: SetAside) -> bytes:
+    """The line by which a snapshot carries something that does not decode."""
+    return _ASIDE + msgspec.json.encode(item)
+
+
+def read_lines(data: bytes, where: str) -> Iterator[TaskRecord | SetAside]:
+    """What the lines of a chunk hold."""
+    for line in data.split(b"\n"):
+        if line[:1] == _ASIDE:
+            try:
+                yield msgspec.json.decode(line[1:], type=SetAside)
+            except msgspec.DecodeError as error:
+                raise CorruptStoreError(where, f"a line does not decode: {error}") from error
+        elif line:
+            yield decode_or_set_aside(line, where)
+
+
+def chunks_of(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Join lines into chunks of bounded size."""
+    chunk: list[bytes] = []
+    size = 0
+    for line in lines:
+        chunk.append(line)
+        size += len(line) + 1
+        if size >= CHUNK_BYTES or len(chunk) == CHUNK_RECORDS:
+            yield b"\n".join(chunk)
+            chunk, size = [], 0
+    if chunk:
+        yield b"\n".join(chunk)
+
+
+class Tally:
+    """Counts what goes into a snapshot, and its checksum over all chunks."""
+
+    def __init__(self) -> None:
+        self.chunks = 0
+        self.records = 0
+        self.aside = 0
+        self.size = 0
+        self.checksum = 0
+
+    def add(self, chunk: bytes) -> None:
+        """Count one more chunk."""
+        self.chunks += 1
+        self.size += len(chunk)
+        self.checksum = zlib.crc32(chunk, self.checksum)
+        for line in chunk.split(b"\n"):
+            if line[:1] == _ASIDE:
+                self.aside += 1
+            else:
+                self.records += 1
+
+    def row(self, seq: int, at: int, state: str) -> tuple[Any, ...]:
+        """The row of ``task_snapshots``, in order of its columns."""
+        return (
+            seq, at, state, self.chunks, self.records, self.aside, self.size, self.checksum,
+        )  # fmt: skip

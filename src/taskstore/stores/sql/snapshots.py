@@ -1,0 +1,240 @@
+"""Whole ledgers: loading the rows, reading and writing snapshots, replacing everything."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+
+from taskstore.codec import checksum, encode_record
+from taskstore.errors import Conflict, ConflictError, CorruptStoreError
+from taskstore.journal import SetAside, Snapshot, Step
+from taskstore.records import TaskRecord, validated
+from taskstore.stores.sql.commits import claim, insert_row
+from taskstore.stores.sql.connections import Connections
+from taskstore.stores.sql.rows import (
+    Head,
+    Tally,
+    TaskRow,
+    aside_line,
+    chunks_of,
+    damage_of,
+    read_lines,
+    record_of,
+)
+from taskstore.stores.sql.session import Session
+from taskstore.stores.sql.statements import PAGE, Statements, pieces
+from taskstore.stores.sql.tables import (
+    task_journal,
+    task_set_aside,
+    task_snapshot_chunks,
+    task_snapshots,
+    tasks,
+    taskstore_head,
+)
+
+
+class _Collector:
+    """Pauses the garbage collector while many records are made: half of the time it
+    would look for cycles among objects that cannot have any.  Loads may overlap."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pauses = 0
+        self._was_on = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        with self._lock:
+            if self._pauses == 0:
+                self._was_on = gc.isenabled()
+                gc.disable()
+            self._pauses += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pauses -= 1
+                if self._pauses == 0 and self._was_on:
+                    gc.enable()
+
+
+_collector = _Collector()
+
+
+def read_head(session: Session, sql: Statements, *, lock: bool = False) -> Head:
+    """The head row, with ``lock`` keeping other writers out."""
+    row = session.row(sql.lock_head if lock else sql.head)
+    if row is None:
+        raise CorruptStoreError("taskstore_head", "the head row is missing")
+    return Head(*row)
+
+
+def scan_tasks(session: Session, sql: Statements) -> Iterator[TaskRow]:
+    """Every row of ``tasks`` in order of id, a page at a time."""
+    after = ""
+    while True:
+        rows = session.rows(sql.scan_tasks, (after,))
+        yield from map(TaskRow._make, rows)
+        if len(rows) < PAGE:
+            return
+        after = rows[-1][0]
+
+
+def read_set_aside(session: Session, sql: Statements) -> list[SetAside]:
+    """What came in with a saved snapshot and did not decode."""
+    found = []
+    for number, payload, stored in session.rows(sql.read_set_aside):
+        where = f"task_set_aside, row {number}"
+        damage = damage_of(payload, stored)
+        try:
+            item = msgspec.json.decode(payload, type=SetAside)
+        except msgspec.DecodeError as error:
+            damage = damage or str(error)
+        found.append(item if damage is None else SetAside(payload, where, damage))
+    return found
+
+
+def load(connections: Connections) -> Snapshot:
+    """Every live record, head and rows of one moment."""
+    sql = connections.database.sql
+
+    def work(session: Session) -> Snapshot:
+        head = read_head(session, sql)
+        aside = read_set_aside(session, sql)
+        records: dict[str, TaskRecord] = {}
+        for row in scan_tasks(session, sql):
+            found = record_of(row)
+            if isinstance(found, TaskRecord):
+                records[found.task_id] = found
+            else:
+                aside.append(found)
+        return Snapshot(head.head_seq, MappingProxyType(records), head.last_at, tuple(aside))
+
+    with _collector.paused():
+        return connections.read(work, one_moment=True)
+
+
+def read_snapshot(connections: Connections, at: int) -> Snapshot | None:
+    """The newest published snapshot at or before a seq."""
+    sql = connections.database.sql
+
+    def work(session: Session) -> Snapshot | None:
+        row = session.row(sql.snapshot_at, (at,))
+        if row is None:
+            return None
+        records: dict[str, TaskRecord] = {}
+        aside: list[SetAside] = []
+        for item in read_chunks(session, sql, row, connections.database.location):
+            if isinstance(item, TaskRecord):
+                records[item.task_id] = item
+            else:
+                aside.append(item)
+        return Snapshot(row[0], MappingProxyType(records), row[1], tuple(aside))
+
+    with _collector.paused():
+        return connections.read(work, one_moment=True)
+
+
+def read_chunks(
+    session: Session, sql: Statements, mark: Sequence[Any], location: str
+) -> Iterator[TaskRecord | SetAside]:
+    """What a published snapshot holds; ``mark`` is its row of ``task_snapshots``.
+
+    Raises :class:`~taskstore.CorruptStoreError` for a chunk that is missing or damaged.
+    """
+    seq, chunks = mark[0], mark[3]
+    for number in range(chunks):
+        where = f"{location}: task_snapshot_chunks, seq {seq}, chunk {number}"
+        row = session.row(sql.read_chunk, (seq, number))
+        damage = "is missing" if row is None else damage_of(row[0], row[1])
+        if damage is not None:
+            raise CorruptStoreError(where, damage)
+        yield from read_lines(row[0], where)
+
+
+def save(connections: Connections, snapshot: Snapshot) -> None:
+    """Replace everything by a snapshot, in one transaction."""
+    records = [validated(record) for record in snapshot.records.values()]
+    sql = connections.database.sql
+
+    def work(session: Session) -> bool:
+        claim(connections, session, 0, 0)
+        head = read_head(session, sql)
+        if head.head_seq and snapshot.seq <= head.head_seq:
+            raise ConflictError(
+                [], f"the snapshot is at seq {snapshot.seq}, the head at {head.head_seq}"
+            )
+        for table in (
+            tasks, task_journal, task_snapshot_chunks, task_snapshots, task_set_aside,
+        ):  # fmt: skip
+            session.connection.execute(sa.delete(table))
+        tally = Tally()
+        for chunk in chunks_of(_store_all(session, sql, records, snapshot.set_aside)):
+            _insert(session, sql, task_snapshot_chunks, [chunk_row(snapshot.seq, tally, chunk)])
+        _insert(session, sql, task_snapshots, [tally.row(snapshot.seq, snapshot.at, "published")])
+        session.connection.execute(
+            sa.update(taskstore_head).values(
+                head_seq=snapshot.seq,
+                floor=snapshot.seq + 1,
+                last_at=max(snapshot.at, head.last_at),
+                # Another content under the same seqs is another life of the ledger.
+                timeline=head.timeline + (1 if head.head_seq else 0),
+                lease_owner=None,
+                lease_until=None,
+            )
+        )
+        return True
+
+    def happened(session: Session) -> bool | None:
+        head = read_head(session, sql, lock=True)
+        return (head.head_seq, head.floor) == (snapshot.seq, snapshot.seq + 1) or None
+
+    _check_bookings(records)
+    connections.write(work, happened=happened)
+
+
+def chunk_row(seq: int, tally: Tally, chunk: bytes) -> tuple[Any, ...]:
+    """The next row of ``task_snapshot_chunks``, counted in ``tally``."""
+    number = tally.chunks
+    tally.add(chunk)
+    return (seq, number, chunk, checksum(chunk))
+
+
+def _store_all(
+    session: Session, sql: Statements, records: Sequence[TaskRecord], aside: Sequence[SetAside]
+) -> Iterator[bytes]:
+    """Insert the rows, and give the lines of their snapshot."""
+    encoded = sorted((record.task_id, record, encode_record(record)) for record in records)
+    for lot in pieces(encoded):
+        rows = [insert_row(record, payload, checksum(payload)) for _, record, payload in lot]
+        _insert(session, sql, tasks, rows)
+        yield from (payload for _, _, payload in lot)
+    for number, item in enumerate(aside, 1):
+        payload = msgspec.json.encode(item)
+        _insert(session, sql, task_set_aside, [(number, payload, checksum(payload))])
+        yield aside_line(item)
+
+
+def _insert(session: Session, sql: Statements, table: sa.Table, rows: list[Any]) -> None:
+    for lot in pieces(rows):
+        session.execute(
+            sql.insert_rows(table, len(lot)), tuple(value for row in lot for value in row)
+        )
+
+
+def _check_bookings(records: Iterable[TaskRecord]) -> None:
+    """Refuse two records that hold one booking: which one is right, nobody can tell."""
+    holders: dict[tuple[str, str], str] = {}
+    for record in records:
+        booking = Step(record.task_id, 0, record.revision, record).booking
+        if booking is not None:
+            holder = holders.setdefault(booking, record.task_id)
+            if holder != record.task_id:
+                raise ConflictError([Conflict(record.task_id, 0, 0, booked_by=holder)])

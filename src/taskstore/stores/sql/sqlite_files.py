@@ -1,0 +1,200 @@
+"""What only SQLite needs: which library, and how its files are made and opened.
+
+Everything else about dialects is in :mod:`taskstore.stores.sql.engines`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sqlite3
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import quote
+
+from taskstore.errors import StoreUnavailableError
+
+log = logging.getLogger("taskstore")
+
+WAL_RESET = (
+    "SQLite {version} (module {module}) has the WAL-reset bug, which can corrupt a database that "
+    "several connections write and checkpoint; install pysqlite3, or Python with SQLite 3.51.3"
+)
+
+
+def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
+    """Whether this version of SQLite can corrupt a WAL database (3.7.0 to 3.51.2)."""
+    if (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45):
+        return False
+    return (3, 7, 0) <= version < (3, 51, 3)
+
+
+def sqlite_module() -> ModuleType:
+    """The DB-API module with the best SQLite that is installed: pysqlite3, or the
+    standard library's."""
+    try:
+        return importlib.import_module("pysqlite3.dbapi2")
+    except ImportError:
+        return sqlite3.dbapi2
+
+
+def library_notice(module: Any) -> str | None:
+    """A warning when the SQLite of this module has the WAL-reset bug."""
+    if not has_wal_reset_bug(module.sqlite_version_info):
+        return None
+    return WAL_RESET.format(version=module.sqlite_version, module=module.__name__.split(".")[0])
+
+
+class _OpenFiles:
+    """Which SQLite library holds which file in this process.
+
+    File locks belong to the process: when one library closes a file, it
+    drops the locks by which the other protects it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: dict[str, list[str]] = {}
+
+    def hold(self, path: str, library: str) -> str | None:
+        """Note that a library holds a file; a warning when another one does already."""
+        with self._lock:
+            held = self._held.setdefault(path, [])
+            others = sorted({name for name in held if name != library})
+            held.append(library)
+        if not others:
+            return None
+        return (
+            f"{path} is open in this process through two SQLite libraries, {library} and "
+            f"{', '.join(others)}: closing it in one drops the file locks of the other, and "
+            "committed data can be lost; use one engine, or one module=, for both"
+        )
+
+    def release(self, path: str, library: str) -> None:
+        """Forget one holder."""
+        with self._lock:
+            held = self._held.get(path, [])
+            if library in held:
+                held.remove(library)
+            if not held:
+                self._held.pop(path, None)
+
+
+open_files = _OpenFiles()
+"""The files that this process's stores hold open."""
+
+
+def library_of(module: Any) -> str:
+    """The name by which :data:`open_files` tells libraries apart."""
+    return str(module.__name__).split(".", maxsplit=1)[0].removeprefix("_")
+
+
+def create_privately(path: Path) -> None:
+    """Make the file if it is not there, readable by its owner only.
+
+    New directories are 0700, the file 0600; SQLite gives its ``-wal`` and
+    ``-shm`` the mode of the file.  What exists is left as it is.
+    """
+    try:
+        missing = [parent for parent in path.parents if not parent.exists()]
+        for parent in reversed(missing):
+            parent.mkdir(mode=0o700, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        if path.is_dir():
+            raise StoreUnavailableError(f"{path} is a directory, not a database file") from None
+    except OSError as error:
+        raise StoreUnavailableError(
+            f"{path} cannot be created: {error.strerror or error}",
+            hint=f"is {path.parent} a directory that you may write?",
+        ) from error
+
+
+def opener(
+    module: Any, path: Path, *, busy_timeout_s: float, read_only: bool, immutable: bool
+) -> Callable[[], Any]:
+    """A function that opens one connection to a file, in driver-level autocommit."""
+    # The path is quoted for a URI: it may hold %, ? and #.
+    name = str(path)
+    if read_only:
+        name = f"file:{quote(name)}?mode=ro" + ("&immutable=1" if immutable else "")
+
+    def connect() -> Any:
+        return module.connect(
+            name,
+            timeout=busy_timeout_s,
+            isolation_level=None,
+            check_same_thread=False,
+            uri=read_only,
+        )
+
+    return connect
+
+
+class ImmutableWatch:
+    """Notices when a file that was opened as immutable changed after all.
+
+    SQLite then neither locks nor looks for a ``-wal``: what it reads is right
+    only as long as nobody writes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._seen = self._state()
+
+    def _state(self) -> tuple[object, ...]:
+        found = self._path.stat()
+        return (found.st_ino, found.st_size, found.st_mtime_ns, wal_exists(self._path))
+
+    def check(self) -> None:
+        """Raise :class:`~taskstore.StoreUnavailableError` when a writer has appeared."""
+        try:
+            unchanged = self._state() == self._seen
+        except OSError:
+            unchanged = False
+        if not unchanged:
+            raise StoreUnavailableError(
+                f"{self._path} was changed by a writer while it was read without locks",
+                hint=f"open it again, or make {self._path.parent} writable",
+            )
+
+
+def wal_exists(path: Path) -> bool:
+    """Whether a write-ahead log lies beside the database."""
+    return Path(f"{path}-wal").exists()
+
+
+def needs_immutable(module: Any, path: Path) -> bool:
+    """Find out whether a file can only be read as immutable.
+
+    Raises :class:`~taskstore.StoreUnavailableError` where it cannot be read
+    at all: no such file, no right to, or a ``-wal`` without the ``-shm`` that
+    this user may not create.
+    """
+    if not path.is_file():
+        kind = "is not a file" if path.exists() else "does not exist"
+        raise StoreUnavailableError(f"{path} {kind}", hint="open it for writing to create it")
+    if not os.access(path, os.R_OK):
+        raise StoreUnavailableError(f"{path} cannot be read: permission denied")
+    connection = None
+    try:
+        connection = opener(module, path, busy_timeout_s=1.0, read_only=True, immutable=False)()
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except module.OperationalError as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF not in (8, 14):  # READONLY, CANTOPEN
+            raise
+        if not wal_exists(path):
+            return True
+        raise StoreUnavailableError(
+            f"{path} has a write-ahead log, and {path.parent} cannot be written, "
+            "which SQLite needs to read it",
+            hint="read it as its owner, or let its writer close it",
+        ) from error
+    finally:
+        if connection is not None:
+            connection.close()
+    return False

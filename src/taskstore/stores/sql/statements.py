@@ -1,0 +1,382 @@
+"""The statements of the hot path, each compiled once per dialect.
+
+A commit runs its SQL as text on the driver's cursor: building and executing
+Core statements anew costs several times what the database itself does.
+Every statement here is compiled with positional parameters, whose order is
+declared beside it and checked when it is compiled.
+
+Statements over several rows exist for a few row counts only (``SIZES``), so
+that any batch takes few driver calls and the number of distinct statements,
+which drivers and servers keep prepared, stays bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy import ColumnElement, bindparam, column, values
+from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.sql.expression import CTE, Executable
+
+from taskstore.stores.sql.tables import (
+    PROJECTED,
+    task_journal,
+    task_set_aside,
+    task_snapshot_chunks,
+    task_snapshots,
+    tasks,
+    taskstore_head,
+)
+
+SIZES = (256, 64, 16, 4, 1)
+"""How many rows one statement takes, greatest first."""
+
+PAGE = 1000
+"""How many rows a scan reads at a time."""
+
+_Row = TypeVar("_Row")
+_KEPT = tuple(name for name in PROJECTED if name != "status")
+
+INSERT_ORDER = tuple(col.name for col in tasks.columns)
+"""Parameters of one row of :meth:`Statements.insert_tasks`."""
+NARROW_ORDER = ("task_id", "base", "revision", "status", "payload", "checksum", *_KEPT)
+"""Parameters of one row of :meth:`Statements.update_tasks`."""
+WIDE_ORDER = NARROW_ORDER
+"""Parameters of one row of :meth:`Statements.update_tasks_wide`."""
+JOURNAL_ORDER = tuple(col.name for col in task_journal.columns)
+"""Parameters of one row of :meth:`Statements.insert_journal`."""
+
+
+def pieces(rows: Sequence[_Row]) -> Iterator[Sequence[_Row]]:
+    """Cut rows into lots of the sizes that statements exist for."""
+    start, left = 0, len(rows)
+    for size in SIZES:
+        while left >= size:
+            yield rows[start : start + size]
+            start += size
+            left -= size
+
+
+class Statements:
+    """The compiled statements of one dialect (``str`` each)."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self._dialect = dialect
+        self._many: dict[tuple[str, int], str] = {}
+
+    def _compile(self, statement: Executable, *order: str) -> str:
+        compiled = statement.compile(dialect=self._dialect)  # type: ignore[attr-defined]
+        found = tuple(compiled.positiontup or ())
+        if found != order:
+            raise AssertionError(f"parameters are {found}, not {order}: {compiled}")
+        return str(compiled)
+
+    # -- the head row -----------------------------------------------------
+
+    def _claim(self) -> sa.Update:
+        head = taskstore_head.c
+        now = bindparam("now", type_=sa.BigInteger)
+        return (
+            sa.update(taskstore_head)
+            .where(head.id == sa.literal_column("1"))
+            .where(head.schema_epoch <= bindparam("epoch", type_=sa.BigInteger))
+            .values(
+                head_seq=head.head_seq + bindparam("count", type_=sa.BigInteger),
+                last_at=sa.case((head.last_at < now, now), else_=head.last_at),
+            )
+        )
+
+    @cached_property
+    def claim(self) -> str:
+        """Take ``count`` seqs; nothing is updated when the schema epoch is too high."""
+        return self._compile(self._claim(), "count", "now", "now", "epoch")
+
+    @cached_property
+    def claim_returning(self) -> str:
+        """:attr:`claim`, giving (head_seq, last_at, floor) as they are afterwards."""
+        head = taskstore_head.c
+        return self._compile(
+            self._claim().returning(head.head_seq, head.last_at, head.floor),
+            "count",
+            "now",
+            "now",
+            "epoch",
+        )
+
+    @cached_property
+    def claimed(self) -> str:
+        """Read (head_seq, last_at, floor)."""
+        head = taskstore_head.c
+        return self._compile(
+            sa.select(head.head_seq, head.last_at, head.floor).where(
+                head.id == sa.literal_column("1")
+            )
+        )
+
+    @cached_property
+    def head(self) -> str:
+        """Read the whole head row."""
+        return self._compile(
+            sa.select(taskstore_head).where(taskstore_head.c.id == sa.literal_column("1"))
+        )
+
+    @cached_property
+    def lock_head(self) -> str:
+        """Read the whole head row and keep other writers out until the transaction ends."""
+        return self._compile(
+            sa.select(taskstore_head)
+            .where(taskstore_head.c.id == sa.literal_column("1"))
+            .with_for_update()
+        )
+
+    # -- tasks ------------------------------------------------------------
+
+    def insert_tasks(self, count: int) -> str:
+        """Insert new tasks: those whose id and booking are free and were not deleted.
+
+        Parameters: ``count`` rows of :data:`INSERT_ORDER`, then the floor.  The
+        head row is locked, so what is free stays free.
+        """
+        return self._cached("insert_tasks", count)
+
+    def _insert_tasks(self, count: int) -> str:
+        new, order = _rows(tasks.columns, count)
+        gone = task_journal.alias("gone")
+        same = tasks.alias("same")
+        booked = tasks.alias("booked")
+        statement = sa.insert(tasks).from_select(
+            list(INSERT_ORDER),
+            sa.select(new)
+            .where(
+                ~sa.exists().where(
+                    gone.c.task_id == new.c.task_id,
+                    gone.c.kind == sa.literal_column("'deleted'"),
+                    gone.c.seq >= bindparam("floor", type_=sa.BigInteger),
+                )
+            )
+            .where(~sa.exists().where(same.c.task_id == new.c.task_id))
+            .where(
+                ~sa.exists().where(
+                    booked.c.run_id == new.c.run_id, booked.c.booking == new.c.booking
+                )
+            ),
+        )
+        return self._compile(statement, *order, "floor")
+
+    def update_tasks(self, count: int) -> str:
+        """Bring tasks from revision ``base`` to a later one whose projections,
+        but for the status, are as stored: no full index is touched.
+
+        Parameters: ``count`` rows of :data:`NARROW_ORDER`.
+        """
+        return self._cached("update_tasks", count)
+
+    def _update_tasks(self, count: int) -> str:
+        names = ("revision", "status", "payload", "checksum")
+        return self._update(
+            count,
+            names,
+            lambda new: [tasks.c[name].is_not_distinct_from(new[name]) for name in _KEPT],
+        )
+
+    def update_tasks_wide(self, count: int) -> str:
+        """Bring tasks from revision ``base`` to a later one, every projection with it.
+
+        Parameters: ``count`` rows of :data:`WIDE_ORDER`.
+        """
+        return self._cached("update_tasks_wide", count)
+
+    def _update_tasks_wide(self, count: int) -> str:
+        names = ("revision", "status", "payload", "checksum", *_KEPT)
+        return self._update(count, names, lambda _: [])
+
+    def _update(self, count: int, names: Sequence[str], also: Any) -> str:
+        base = sa.Column("base", sa.BigInteger)
+        columns = [base if name == "base" else tasks.c[name] for name in NARROW_ORDER]
+        new, order = _rows(columns, count)
+        statement = (
+            sa.update(tasks)
+            .values({name: new.c[name] for name in names})
+            .where(tasks.c.task_id == new.c.task_id, tasks.c.revision == new.c.base)
+            .where(*also(new.c))
+        )
+        return self._compile(statement, *order)
+
+    def delete_tasks(self, count: int) -> str:
+        """Delete tasks; parameters: ``count`` times (task_id, revision)."""
+        return self._cached("delete_tasks", count)
+
+    def _delete_tasks(self, count: int) -> str:
+        terms: list[ColumnElement[bool]] = []
+        order: list[str] = []
+        for row in range(count):
+            key, revision = f"task_id_{row}", f"revision_{row}"
+            terms.append(
+                sa.and_(
+                    tasks.c.task_id == bindparam(key, type_=tasks.c.task_id.type),
+                    tasks.c.revision == bindparam(revision, type_=sa.BigInteger),
+                )
+            )
+            order += (key, revision)
+        return self._compile(sa.delete(tasks).where(sa.or_(*terms)), *order)
+
+    @cached_property
+    def scan_tasks(self) -> str:
+        """Read (task_id, revision, payload, checksum) of :data:`PAGE` tasks after an id.
+
+        The payload is cast, because SQLite would hand out whatever type was put there.
+        """
+        return self._compile(
+            sa.select(
+                tasks.c.task_id,
+                tasks.c.revision,
+                _as_bytes(tasks.c.payload),
+                tasks.c.checksum,
+            )
+            .where(tasks.c.task_id > bindparam("after", type_=tasks.c.task_id.type))
+            .order_by(tasks.c.task_id)
+            .limit(sa.literal_column(str(PAGE)))
+            # SQLite's compiler makes a parameter of an offset that is not there.
+            .offset(sa.literal_column("0")),
+            "after",
+        )
+
+    # -- journal ----------------------------------------------------------
+
+    def insert_journal(self, count: int) -> str:
+        """Append entries; parameters: ``count`` rows of :data:`JOURNAL_ORDER`."""
+        return self._cached("insert_journal", count)
+
+    def _insert_journal(self, count: int) -> str:
+        return self._insert(task_journal, count)
+
+    def insert_rows(self, table: sa.Table, count: int) -> str:
+        """Insert ``count`` rows, in order of the table's columns, whatever is there."""
+        key = (f"insert {table.name}", count)
+        if key not in self._many:
+            self._many[key] = self._insert(table, count)
+        return self._many[key]
+
+    def _insert(self, table: sa.Table, count: int) -> str:
+        order = [f"{col.name}_{row}" for row in range(count) for col in table.columns]
+        rows = [
+            {col.name: bindparam(f"{col.name}_{row}", type_=col.type) for col in table.columns}
+            for row in range(count)
+        ]
+        return self._compile(sa.insert(table).values(rows), *order)
+
+    @cached_property
+    def read_journal(self) -> str:
+        """Read (floor, head, entry…) of the entries in a range of seqs, from one moment.
+
+        There is one row without an entry when there is none in the range.
+        Parameters: the seq before, the last seq.
+        """
+        head, entry = taskstore_head.c, task_journal.c
+        joined = taskstore_head.outerjoin(
+            task_journal,
+            sa.and_(
+                entry.seq > bindparam("after", type_=sa.BigInteger),
+                entry.seq <= bindparam("last", type_=sa.BigInteger),
+                entry.seq >= head.floor,
+            ),
+        )
+        return self._compile(
+            sa.select(head.floor, head.head_seq, *_entry())
+            .select_from(joined)
+            .where(head.id == sa.literal_column("1"))
+            .order_by(entry.seq),
+            "after",
+            "last",
+        )
+
+    @cached_property
+    def read_history(self) -> str:
+        """Read the kept entries of one task, oldest first."""
+        entry = task_journal.c
+        floor = sa.select(taskstore_head.c.floor).scalar_subquery()
+        return self._compile(
+            sa.select(*_entry())
+            .where(entry.task_id == bindparam("task_id", type_=entry.task_id.type))
+            .where(entry.seq >= floor)
+            .order_by(entry.seq),
+            "task_id",
+        )
+
+    @cached_property
+    def commit_at(self) -> str:
+        """Read the commit id of the entry at a seq."""
+        return self._compile(
+            sa.select(task_journal.c.commit_id).where(
+                task_journal.c.seq == bindparam("seq", type_=sa.BigInteger)
+            ),
+            "seq",
+        )
+
+    # -- snapshots and what was set aside ---------------------------------
+
+    @cached_property
+    def snapshot_at(self) -> str:
+        """Read the newest published snapshot at or before a seq."""
+        return self._compile(
+            sa.select(task_snapshots)
+            .where(task_snapshots.c.state == sa.literal_column("'published'"))
+            .where(task_snapshots.c.seq <= bindparam("at", type_=sa.BigInteger))
+            .order_by(task_snapshots.c.seq.desc())
+            .limit(sa.literal_column("1"))
+            .offset(sa.literal_column("0")),
+            "at",
+        )
+
+    @cached_property
+    def read_chunk(self) -> str:
+        """Read (payload, checksum) of one chunk; parameters: seq, number."""
+        chunks = task_snapshot_chunks.c
+        return self._compile(
+            sa.select(_as_bytes(chunks.payload), chunks.checksum).where(
+                chunks.seq == bindparam("seq", type_=sa.BigInteger),
+                chunks.chunk == bindparam("chunk", type_=sa.BigInteger),
+            ),
+            "seq",
+            "chunk",
+        )
+
+    @cached_property
+    def read_set_aside(self) -> str:
+        """Read (id, payload, checksum) of everything set aside."""
+        aside = task_set_aside.c
+        return self._compile(
+            sa.select(aside.id, _as_bytes(aside.payload), aside.checksum).order_by(aside.id)
+        )
+
+    def _cached(self, name: str, count: int) -> str:
+        key = (name, count)
+        sql = self._many.get(key)
+        if sql is None:
+            sql = self._many[key] = getattr(self, f"_{name}")(count)
+        return sql
+
+
+def _entry() -> list[ColumnElement[Any]]:
+    entry = task_journal.c
+    return [_as_bytes(col) if col is entry.payload else col for col in task_journal.columns]
+
+
+def _as_bytes(col: ColumnElement[Any]) -> ColumnElement[Any]:
+    return sa.cast(col, sa.LargeBinary).label(str(col.key))
+
+
+def _rows(columns: Any, count: int) -> tuple[CTE, list[str]]:
+    """``count`` rows of parameters as a table, and the names of these in order."""
+    names = [(col.name, col.type) for col in columns]
+    data = [
+        tuple(bindparam(f"{name}_{row}", type_=kind) for name, kind in names)
+        for row in range(count)
+    ]
+    order = [f"{name}_{row}" for row in range(count) for name, _ in names]
+    return values(*(column(name, kind) for name, kind in names), name="new").data(data).cte(
+        "new"
+    ), order

@@ -1,0 +1,250 @@
+"""The SQL store: the seam on top of one database."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from taskstore.backends import DURABILITIES, MIGRATIONS
+from taskstore.errors import (
+    CorruptStoreError,
+    CursorExpiredError,
+    StoreClosedError,
+    ValidationError,
+)
+from taskstore.journal import Change, Commit, JournalEntry, SetAside, Snapshot
+from taskstore.policy import CompactionPolicy, CompactionReport
+from taskstore.query import Page, TaskQuery
+from taskstore.records import MAX_INT, check_key
+from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport
+from taskstore.stores.sql import compaction, snapshots
+from taskstore.stores.sql.commits import commit
+from taskstore.stores.sql.connections import Connections
+from taskstore.stores.sql.engines import Database, host_database, open_database
+from taskstore.stores.sql.migrate import ensure_schema
+from taskstore.stores.sql.query import answer
+from taskstore.stores.sql.rows import Head, entry_of
+from taskstore.stores.sql.verify import verify
+
+_SHORTEST_NAP_S = 0.002
+_LONGEST_NAP_S = 0.1
+
+
+class SQLStore(TaskRegistryStore):
+    """A ledger in the tables of an SQL database: one instance on one engine.
+
+    ``engine`` is a host's own, which stays the host's: a connection is
+    borrowed for each call and given back as it was, and :meth:`close` does
+    not dispose of it.  Its pool has to have a connection for every thread
+    that calls.  To open a URL with an engine of our own, use
+    ``taskstore.open_store``.  ``strict`` makes a load raise
+    :class:`~taskstore.CorruptStoreError` for the first record that does not
+    decode, instead of setting it aside.
+    """
+
+    def __init__(
+        self,
+        engine: sa.Engine,
+        *,
+        durability: str = "full",
+        migrate: str = "auto",
+        read_only: bool = False,
+        strict: bool = False,
+    ) -> None:
+        _check_options(durability, migrate)
+        database = host_database(engine, durability=durability, read_only=read_only)
+        self._open(database, migrate=migrate, strict=strict)
+
+    @classmethod
+    def _on(cls, database: Database, *, migrate: str, strict: bool, url: str) -> SQLStore:
+        """A store on a database of our own."""
+        store = cls.__new__(cls)
+        store._open(database, migrate=migrate, strict=strict, url=url)  # noqa: SLF001 - its own
+        return store
+
+    def _open(
+        self, database: Database, *, migrate: str, strict: bool, url: str | None = None
+    ) -> None:
+        super().__init__(read_only=database.read_only)
+        self.durability = database.durability
+        self.location = database.location
+        self._strict = strict
+        self._pid = os.getpid()
+        self._database = database
+        self._connections = Connections(database)
+        self._aside: tuple[SetAside, ...] = ()
+        self._met: dict[str, SetAside] = {}
+        self._committed = threading.Condition()
+        self._seen = 0
+        try:
+            ensure_schema(database, migrate, url)
+            self._connections.prepare()
+        except BaseException:
+            self._connections.close()
+            raise
+
+    # -- the seam ---------------------------------------------------------
+
+    def load_snapshot(self) -> Snapshot:
+        self._check_open()
+        loaded = snapshots.load(self._connections)
+        self._aside, self._met = loaded.set_aside, {}
+        if self._strict and loaded.set_aside:
+            first = loaded.set_aside[0]
+            raise CorruptStoreError(f"{self.location}: {first.where}", first.reason)
+        return loaded
+
+    def save_snapshot(self, snapshot: Snapshot) -> None:
+        self._check_writable()
+        snapshots.save(self._connections, snapshot)
+        self._announce(snapshot.seq)
+
+    def apply(self, changes: Sequence[Change]) -> Commit:
+        self._check_writable()
+        done = commit(self._connections, changes, self.clock)
+        self._announce(done.last_seq)
+        return done
+
+    def report(self) -> StoreReport:
+        met = tuple(
+            item
+            for task_id, item in self._met.items()
+            if all(known.task_id != task_id for known in self._aside)
+        )
+        return StoreReport((*self._aside, *met), tuple(self._database.notices))
+
+    def close(self) -> None:
+        if not self._closed:
+            super().close()
+            with self._committed:
+                self._committed.notify_all()
+            if self._pid == os.getpid():
+                self._connections.close()
+
+    def _check_open(self) -> None:
+        super()._check_open()
+        if self._pid != os.getpid():
+            # What a fork copied of connections and locks belongs to the parent.
+            raise StoreClosedError(
+                f"the store {self.location} was opened by process {self._pid}",
+                hint="open it again after the fork",
+            )
+
+    # -- journal ----------------------------------------------------------
+
+    def head(self) -> int:
+        return self._head().head_seq
+
+    def floor(self) -> int:
+        return self._head().floor
+
+    def _head(self) -> Head:
+        self._check_open()
+        sql = self._database.sql
+        return self._connections.read(lambda session: snapshots.read_head(session, sql))
+
+    def read_journal(self, after: int, limit: int) -> Sequence[JournalEntry]:
+        self._check_open()
+        last = min(after + max(limit, 0), MAX_INT)
+        rows = self._rows(self._database.sql.read_journal, (after, last))
+        if not rows:
+            raise CorruptStoreError(self.location, "the head row is missing")
+        floor, head = rows[0][:2]
+        if after < floor - 1:
+            raise CursorExpiredError(after, floor)
+        entries = tuple(entry_of(row[2:], self.location) for row in rows if row[2] is not None)
+        for seq, entry in enumerate(entries, after + 1):
+            if entry.seq != seq:
+                raise self._gap(seq)
+        if len(entries) < min(last, head) - after:
+            raise self._gap(after + len(entries) + 1)
+        return entries
+
+    def _gap(self, seq: int) -> CorruptStoreError:
+        return CorruptStoreError(f"{self.location}: task_journal", f"seq {seq} is missing")
+
+    def read_history(self, task_id: str) -> Sequence[JournalEntry]:
+        self._check_open()
+        try:
+            check_key("task_id", task_id)
+        except ValidationError:
+            return ()  # nothing can have such an id, and some drivers choke on it
+        rows = self._rows(self._database.sql.read_history, (task_id,))
+        return tuple(entry_of(row, self.location) for row in rows)
+
+    def read_snapshot(self, at: int) -> Snapshot | None:
+        self._check_open()
+        return snapshots.read_snapshot(self._connections, at)
+
+    def wait_for(self, after: int, timeout: float) -> bool:
+        """Wait until the head exceeds ``after``.
+
+        Our own commits wake us; those of other processes are looked for, at
+        first every 2 ms, then ever more rarely down to every 100 ms.
+        """
+        deadline = time.monotonic() + timeout
+        nap = _SHORTEST_NAP_S
+        while self.head() <= after:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            with self._committed:
+                if self._seen <= after:
+                    self._committed.wait(min(nap, left))
+            nap = min(nap * 1.5, _LONGEST_NAP_S)
+        return True
+
+    def _announce(self, seq: int) -> None:
+        with self._committed:
+            self._seen = seq
+            self._committed.notify_all()
+
+    def _rows(self, sql: str, parameters: tuple[object, ...]) -> list[Any]:
+        return self._connections.read(lambda session: session.rows(sql, parameters))
+
+    # -- compaction, query, integrity -------------------------------------
+
+    def compact(self, policy: CompactionPolicy) -> CompactionReport:
+        self._check_writable()
+        return compaction.compact(self._connections, policy, self.clock)
+
+    def query(self, query: TaskQuery) -> Page:
+        self._check_open()
+        return answer(self._connections, query, self._met)
+
+    def verify(self) -> VerifyReport:
+        self._check_open()
+        return verify(self._connections)
+
+
+def open_sql(
+    url: str,
+    *,
+    durability: str = "full",
+    migrate: str = "auto",
+    read_only: bool = False,
+    strict: bool = False,
+) -> SQLStore:
+    """Open the ledger in the database that a URL names, with an engine of our own.
+
+    ``sqlite:///`` and a path (three slashes relative, four absolute; taken as
+    it stands), or ``postgresql+psycopg://user:password@host/database``.
+    Options as for :func:`taskstore.open_store`; ``strict`` as for :class:`SQLStore`.
+    """
+    _check_options(durability, migrate)
+    database = open_database(url, durability=durability, read_only=read_only)
+    return SQLStore._on(database, migrate=migrate, strict=strict, url=url)  # noqa: SLF001 - ours
+
+
+def _check_options(durability: str, migrate: str) -> None:
+    for name, value, known in (
+        ("durability", durability, DURABILITIES),
+        ("migrate", migrate, MIGRATIONS),
+    ):
+        if value not in known:
+            raise ValidationError(name, f"must be one of {known}, not {value!r}")
