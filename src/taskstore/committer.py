@@ -57,17 +57,29 @@ class Committer:
         self._queue = CommitQueue(self._serve)
         # Set when memory may not be what the store has: reload before the next use.
         self._stale = False
-        self._load()
-        hooks.deliver()
+
+    def load(self) -> None:
+        """Load everything from the store, and deliver that."""
+        with self._lock:
+            self._load()
+        self._hooks.deliver()
 
     def run(self, operation: Operation[T]) -> T:
         """Run an operation, commit what it staged, mirror it, and deliver its events."""
-        if self._store.read_only:
-            raise ReadOnlyError(f"{self._store.location} was opened read-only")
+        self._check_writable()
         try:
             return self._queue.run(operation)
         finally:
             self._hooks.deliver()
+
+    def post(self, request: Request[Any]) -> None:
+        """Have a request committed by the writer thread; delivering is left to the caller."""
+        self._check_writable()
+        self._queue.post(request)
+
+    def withdraw(self, request: Request[Any]) -> bool:
+        """Take a posted request back, if it has not begun; returns whether that succeeded."""
+        return self._queue.withdraw(request)
 
     def close(self) -> None:
         """Commit what is under way, deliver its events, and take nothing more."""
@@ -84,6 +96,15 @@ class Committer:
                     self._catch_up(self._store)
         finally:
             self._hooks.deliver()
+
+    def batch(self) -> Batch:
+        """Begin to collect operations that are committed together."""
+        self._check_writable()
+        return Batch(self._mirror)
+
+    def _check_writable(self) -> None:
+        if self._store.read_only:
+            raise ReadOnlyError(f"{self._store.location} was opened read-only")
 
     def _serve(self, requests: Sequence[Request[Any]]) -> None:
         """Commit what has come together: as one, or each by itself where that fails."""

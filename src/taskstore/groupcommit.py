@@ -27,18 +27,19 @@ IDLE_S = 5.0
 
 
 class Request(Generic[T]):
-    """One caller's operation, and in the end its result or error."""
+    """One caller's operation, and in the end its result or error.
 
-    __slots__ = ("_error", "_finished", "_result", "operation")
+    ``settle`` is called by the thread that committed it, when it is time for
+    the caller to look at the outcome.
+    """
 
-    def __init__(self, operation: Operation[T]) -> None:
+    __slots__ = ("_error", "_result", "operation", "settle")
+
+    def __init__(self, operation: Operation[T], settle: Callable[[], None]) -> None:
         self.operation = operation
+        self.settle = settle
         self._result: T | None = None
         self._error: BaseException | None = None
-        # A plain lock is the cheapest thing that one thread can wait for and
-        # another can release.
-        self._finished = threading.Lock()
-        self._finished.acquire()
 
     def succeed(self, result: T) -> None:
         """Keep the result; the caller is not told before :meth:`settle`."""
@@ -48,14 +49,6 @@ class Request(Generic[T]):
     def fail(self, error: BaseException) -> None:
         """Keep the error; the caller is not told before :meth:`settle`."""
         self._error = error
-
-    def settle(self) -> None:
-        """Let the caller go on."""
-        self._finished.release()
-
-    def wait(self) -> None:
-        """Wait until somebody settles this."""
-        self._finished.acquire()
 
     def outcome(self) -> T:
         """Return the result, or raise the error."""
@@ -85,18 +78,37 @@ class CommitQueue:
 
     def run(self, operation: Operation[T]) -> T:
         """Have an operation committed; returns its result or raises its error."""
-        request = Request(operation)
+        # A plain lock is the cheapest thing that one thread can wait for and
+        # another can release.
+        finished = threading.Lock()
+        finished.acquire()
+        request = Request(operation, finished.release)
         try:
             if self._enter(request):
                 self._serve([request])
             else:
-                self._await(request)
+                self._await(request, finished)
         finally:
             # Looked up rather than remembered: an interrupt can strike between
             # taking the lead and noting it.
             if self._leader is request:
                 self._hand_over()
         return request.outcome()
+
+    def post(self, request: Request[Any]) -> None:
+        """Have a request committed by the writer thread; its ``settle`` tells when."""
+        if self._enter(request):
+            with self._gate:
+                self._queue.insert(0, request)
+            self._hand_over()
+
+    def withdraw(self, request: Request[Any]) -> bool:
+        """Take a request back that nobody has begun yet; returns whether that succeeded."""
+        with self._gate:
+            if request not in self._queue:
+                return False
+            self._queue.remove(request)
+            return True
 
     def close(self) -> None:
         """Take nothing more, and return when everything that was taken is committed."""
@@ -126,14 +138,12 @@ class CommitQueue:
             self._queue.append(request)
             return False
 
-    def _await(self, request: Request[Any]) -> None:
+    def _await(self, request: Request[Any], finished: threading.Lock) -> None:
         try:
-            request.wait()
+            finished.acquire()
         except BaseException:
             # Interrupted: what nobody has begun yet is not done at all.
-            with self._gate:
-                if request in self._queue:
-                    self._queue.remove(request)
+            self.withdraw(request)
             raise
 
     def _serve(self, requests: Sequence[Request[Any]]) -> None:

@@ -108,7 +108,13 @@ class Hooks:
 
     def emit(self, events: Iterable[Event]) -> None:
         """Queue events in the order of their seqs.  The caller holds the commit lock."""
-        self._queue.extend(events)
+        if self._hooks:
+            self._queue.extend(events)
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is something to deliver (``bool``)."""
+        return bool(self._queue)
 
     def deliver(self) -> None:
         """Deliver what is queued, unless another call is at it: then that one does.

@@ -1,15 +1,12 @@
-"""Reading a ledger: lookups from memory, and the journal behind them."""
+"""Looking records up: answered from memory, whatever the store is doing."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-from taskstore import history
 from taskstore.errors import StoreClosedError, ValidationError
-from taskstore.journal import JournalEntry, Snapshot
 from taskstore.mirror import Lookups, Mirror
 from taskstore.query import Page, Summary, TaskQuery
 from taskstore.records import ACTIVE_STATUSES, TaskRecord, check_key
@@ -19,10 +16,7 @@ T = TypeVar("T")
 
 
 class LedgerReader(ABC):
-    """Everything that a registry answers: none of it waits for a commit.
-
-    Lookups come from memory; the journal is read from the store.
-    """
+    """The lookups of a registry.  None of them waits for a commit or the store."""
 
     def __init__(self, store: TaskRegistryStore) -> None:
         self._store = store
@@ -81,39 +75,6 @@ class LedgerReader(ABC):
     def summary(self) -> Summary:
         """Return how many tasks there are, by status and by runtime."""
         return self._read(lambda records: records.summary())
-
-    # -- the journal --------------------------------------------------------
-
-    def changes(self, after: int = 0, wait: float | None = None) -> Iterator[JournalEntry]:
-        """Iterate the journal entries after seq ``after``, in order, and end.
-
-        With ``wait`` it goes on until none has come for so many seconds.
-        Raises :class:`CursorExpiredError` for entries that are no longer
-        kept, :class:`UnsupportedError` for a store without a journal.
-        """
-        self._check_open()
-        return history.changes(self._store, after, wait)
-
-    def history(self, task_id: str) -> Sequence[JournalEntry]:
-        """Return a task's journal entries while they are kept, oldest first.
-
-        Of a deleted task too; none for an id that never was.  Raises
-        :class:`UnsupportedError` for a store without a journal.
-        """
-        self._check_open()
-        return history.history(self._store, check_key("task_id", task_id))
-
-    def as_of(self, moment: int | datetime) -> Snapshot:
-        """Return every record as it stood at a seq or time.
-
-        ``moment`` is a seq from floor - 1 to the head, Unix milliseconds
-        (from 10**11 on) or an aware datetime.  Raises
-        :class:`CursorExpiredError` for what lies further back,
-        :class:`ValidationError` for a seq beyond the head, and
-        :class:`UnsupportedError` for a store without a journal.
-        """
-        self._check_open()
-        return history.as_of(self._store, moment)
 
     @abstractmethod
     def _records(self) -> Lookups:

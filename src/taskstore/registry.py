@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from taskstore import lifecycle
+from taskstore import history
 from taskstore.backends import default_url, open_store
-from taskstore.clock import Clock, new_task_id
+from taskstore.clock import Clock
 from taskstore.committer import Batch, Committer
-from taskstore.errors import (
-    Conflict,
-    ConflictError,
-    ReadOnlyError,
-)
 from taskstore.groupcommit import Operation
 from taskstore.hooks import Hook, Hooks
-from taskstore.mirror import Lookups, Staging, booking_of
+from taskstore.journal import JournalEntry, Snapshot
+from taskstore.mirror import Lookups
 from taskstore.reader import LedgerReader
-from taskstore.records import TaskRecord, check_int, check_key
-from taskstore.runs import RunScope
+from taskstore.records import check_key
 from taskstore.store import TaskRegistryStore
+from taskstore.verbs import Verbs
 
 T = TypeVar("T")
 
-Mutation = Callable[[TaskRecord, int], TaskRecord]
-"""From a record and now (Unix milliseconds) to what should stand: pure."""
 
-
-class TaskRegistry(LedgerReader):
+class TaskRegistry(LedgerReader, Verbs):
     """Every task of one ledger: the rules of their lives, on top of one store.
 
     Safe to use from several threads.  A change is committed by the store
@@ -57,6 +51,7 @@ class TaskRegistry(LedgerReader):
         self._local = threading.local()
         self._owns_store = False
         self._committer = Committer(store, self._mirror, self._hooks)
+        self._committer.load()
 
     @classmethod
     def open(
@@ -96,251 +91,7 @@ class TaskRegistry(LedgerReader):
         """The registry's hooks: ``hooks.add(fn)`` returns a function that removes it."""
         return self._hooks
 
-    # -- creating and changing ----------------------------------------------
-
-    def create(
-        self,
-        *,
-        runtime: str,
-        task: str,
-        status: str = "queued",
-        task_id: str | None = None,
-        **fields: Any,
-    ) -> TaskRecord:
-        """Record a new task, or find the one that is already booked for this run.
-
-        ``runtime`` is a lower-case token (``subagent``, ``acp``, ``cron``,
-        ``cli`` or your own), ``task`` what was asked, ``status`` queued or
-        running.  ``fields`` are further record fields, ``metadata`` a
-        mapping; times are Unix milliseconds.
-
-        Without ``run_id`` every call makes a new task.  With it, the same
-        (run_id, runtime, scope kind, owner, child session, flow, label, task)
-        again returns the first task, filled in where it lacked something; an
-        ended one is returned as it is.  That holds across processes.
-
-        Raises :class:`ValidationError`, and :class:`ConflictError` if
-        ``task_id`` is or was in use.
-        """
-        record = lifecycle.new_record(
-            now=self._now(),
-            task_id=new_task_id() if task_id is None else task_id,
-            runtime=runtime,
-            task=task,
-            status=status,
-            fields=fields,
-        )
-        booking = booking_of(record)
-
-        def operation(staging: Staging) -> TaskRecord:
-            holder = None if booking is None else staging.booked(booking)
-            if holder is None:
-                return staging.create(record)
-            standing = staging.require(holder)
-            return staging.update(standing, lifecycle.attach(standing, record))
-
-        return self._run(operation)
-
-    def mark_running(
-        self, task_id: str, *, started_at: int | None = None, if_revision: int | None = None
-    ) -> TaskRecord:
-        """Note that a queued task has started, at ``started_at`` (Unix ms, default now).
-
-        A running task is returned as it is.  Raises :class:`TaskNotFound`,
-        :class:`InvalidTransition` for an ended one, and
-        :class:`ConflictError` if ``if_revision`` is given and not its revision.
-        """
-        return self._change(
-            task_id,
-            lambda record, now: lifecycle.start(record, now, started_at=started_at),
-            if_revision,
-        )
-
-    def record_progress(
-        self, task_id: str, summary: str, *, if_revision: int | None = None
-    ) -> TaskRecord:
-        """Note how far an active task has come; white space in ``summary`` is folded.
-
-        The same summary again writes nothing.  Errors as in :meth:`mark_running`.
-        """
-        return self._change(
-            task_id, lambda record, now: lifecycle.progress(record, now, summary), if_revision
-        )
-
-    def finish(
-        self,
-        task_id: str,
-        status: str,
-        *,
-        error: str | None = None,
-        summary: str | None = None,
-        outcome: str | None = None,
-        ended_at: int | None = None,
-        if_revision: int | None = None,
-    ) -> TaskRecord:
-        """End a task: succeeded, failed, timed_out, cancelled or lost.
-
-        ``error`` is free text, ``summary`` one line, ``outcome`` succeeded or
-        blocked, ``ended_at`` Unix milliseconds (default now).  The end is
-        final: only ``succeeded`` may be corrected, to failed, timed_out or
-        cancelled.  Repeating what holds writes nothing.  Errors as in
-        :meth:`mark_running`.
-        """
-        return self._change(
-            task_id,
-            lambda record, now: lifecycle.finish(
-                record,
-                now,
-                status,
-                error=error,
-                summary=summary,
-                outcome=outcome,
-                ended_at=ended_at,
-            ),
-            if_revision,
-        )
-
-    def mark_lost(
-        self, task_id: str, *, error: str | None = None, if_revision: int | None = None
-    ) -> TaskRecord:
-        """Note that nobody can tell any more what became of an active task.
-
-        A lost task is returned as it is.  Errors as in :meth:`mark_running`.
-        """
-        return self._change(
-            task_id, lambda record, now: lifecycle.lose(record, now, error=error), if_revision
-        )
-
-    def recover(
-        self,
-        task_id: str,
-        status: str = "running",
-        *,
-        error: str | None = None,
-        summary: str | None = None,
-        outcome: str | None = None,
-        ended_at: int | None = None,
-        if_revision: int | None = None,
-    ) -> TaskRecord:
-        """Correct a lost task to what it really is: active, or how it really ended.
-
-        Facts as in :meth:`finish`, for an ended status only.  Errors as in
-        :meth:`mark_running`; a task that is not lost raises
-        :class:`InvalidTransition` unless ``status`` already holds.
-        """
-        return self._change(
-            task_id,
-            lambda record, now: lifecycle.recover(
-                record,
-                now,
-                status,
-                error=error,
-                summary=summary,
-                outcome=outcome,
-                ended_at=ended_at,
-            ),
-            if_revision,
-        )
-
-    def cancel(
-        self, task_id: str, reason: str | None = None, *, if_revision: int | None = None
-    ) -> TaskRecord:
-        """End an active task as cancelled, ``reason`` kept as its error.
-
-        A cancelled task is returned as it is.  Errors as in :meth:`mark_running`.
-        """
-        return self._change(
-            task_id, lambda record, now: lifecycle.cancel(record, now, reason=reason), if_revision
-        )
-
-    def set_delivery_status(
-        self,
-        task_id: str,
-        status: str,
-        *,
-        last_notified_event_at: int | None = None,
-        if_revision: int | None = None,
-    ) -> TaskRecord:
-        """Note how far the answer got on its way to whoever asked.
-
-        ``delivered`` also sets ``last_notified_event_at`` (Unix milliseconds)
-        to the task's last event, unless another is given.  Allowed after the
-        end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
-        """
-        return self._change(
-            task_id,
-            lambda record, _: lifecycle.deliver(
-                record, status, last_notified_event_at=last_notified_event_at
-            ),
-            if_revision,
-        )
-
-    def set_notify_policy(
-        self, task_id: str, policy: str, *, if_revision: int | None = None
-    ) -> TaskRecord:
-        """Set what the owner wants to hear of: done_only, state_changes or silent.
-
-        Allowed after the end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
-        """
-        return self._change(
-            task_id, lambda record, _: lifecycle.notify(record, policy), if_revision
-        )
-
-    def set_cleanup_after(
-        self, task_id: str, cleanup_after: int | None, *, if_revision: int | None = None
-    ) -> TaskRecord:
-        """Set from when on the record may be removed (Unix ms; ``None``: never).
-
-        Allowed after the end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
-        """
-        return self._change(
-            task_id, lambda record, _: lifecycle.retain(record, cleanup_after), if_revision
-        )
-
-    def link_flow(
-        self, task_id: str, parent_flow_id: str | None, *, if_revision: int | None = None
-    ) -> TaskRecord:
-        """Set the flow that the task belongs to, or ``None`` for none.
-
-        Allowed after the end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
-        """
-        return self._change(
-            task_id, lambda record, _: lifecycle.link_flow(record, parent_flow_id), if_revision
-        )
-
-    def update_metadata(
-        self, task_id: str, changes: Mapping[str, Any], *, if_revision: int | None = None
-    ) -> TaskRecord:
-        """Merge a mapping into the task's metadata, key by key at the top level.
-
-        Allowed after the end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
-        """
-        return self._change(
-            task_id, lambda record, _: lifecycle.merge_metadata(record, changes), if_revision
-        )
-
-    def delete(self, task_id: str, *, if_revision: int | None = None) -> bool:
-        """Remove a task's record; returns whether there was one.
-
-        Its text stays in journal and snapshots until compaction passes it.
-        Raises :class:`ConflictError` for another revision than ``if_revision``.
-        """
-        check_key("task_id", task_id)
-        _check_revision(if_revision)
-        return self._run(lambda staging: _delete(staging, task_id, if_revision))
-
-    def run(
-        self, run_id: str, *, runtime: str | None = None, session_key: str | None = None
-    ) -> RunScope:
-        """Address every task of a run with the same verbs.
-
-        ``runtime`` and ``session_key`` (the child's session) narrow it down;
-        a run whose tasks belong to several scopes matches nothing.
-        """
-        check_key("run_id", run_id)
-        return RunScope(
-            lambda staging: staging.run_scope(run_id, runtime, session_key), self._run, self._now
-        )
+    # -- committing -----------------------------------------------------------
 
     @contextmanager
     def batch(self) -> Iterator[Self]:
@@ -355,9 +106,7 @@ class TaskRegistry(LedgerReader):
         if self._batch is not None:
             yield self
             return
-        if self._store.read_only:
-            raise ReadOnlyError(f"{self._store.location} was opened read-only")
-        batch = Batch(self._mirror)
+        batch = self._committer.batch()
         self._local.batch = batch
         try:
             yield self
@@ -365,6 +114,39 @@ class TaskRegistry(LedgerReader):
             self._local.batch = None
         if batch.operations:
             self._committer.run(batch.replay)
+
+    # -- the journal --------------------------------------------------------
+
+    def changes(self, after: int = 0, wait: float | None = None) -> Iterator[JournalEntry]:
+        """Iterate the journal entries after seq ``after``, in order, and end.
+
+        With ``wait`` it goes on until none has come for so many seconds.
+        Raises :class:`CursorExpiredError` for entries that are no longer
+        kept, :class:`UnsupportedError` for a store without a journal.
+        """
+        self._check_open()
+        return history.changes(self._store, after, wait)
+
+    def history(self, task_id: str) -> Sequence[JournalEntry]:
+        """Return a task's journal entries while they are kept, oldest first.
+
+        Of a deleted task too; none for an id that never was.  Raises
+        :class:`UnsupportedError` for a store without a journal.
+        """
+        self._check_open()
+        return history.history(self._store, check_key("task_id", task_id))
+
+    def as_of(self, moment: int | datetime) -> Snapshot:
+        """Return every record as it stood at a seq or time.
+
+        ``moment`` is a seq from floor - 1 to the head, Unix milliseconds
+        (from 10**11 on) or an aware datetime.  Raises
+        :class:`CursorExpiredError` for what lies further back,
+        :class:`ValidationError` for a seq beyond the head, and
+        :class:`UnsupportedError` for a store without a journal.
+        """
+        self._check_open()
+        return history.as_of(self._store, moment)
 
     # -- keeping up and the end -------------------------------------------
 
@@ -421,35 +203,3 @@ class TaskRegistry(LedgerReader):
     def _records(self) -> Lookups:
         batch = self._batch
         return self._mirror if batch is None else batch.staging
-
-    def _change(self, task_id: str, mutation: Mutation, if_revision: int | None) -> TaskRecord:
-        """Run a pure function over one record and store what comes out."""
-        check_key("task_id", task_id)
-        _check_revision(if_revision)
-        now = self._now()
-
-        def operation(staging: Staging) -> TaskRecord:
-            record = staging.require(task_id)
-            _expect(record, if_revision)
-            return staging.update(record, mutation(record, now))
-
-        return self._run(operation)
-
-
-def _expect(record: TaskRecord, revision: int | None) -> None:
-    if revision is not None and record.revision != revision:
-        raise ConflictError([Conflict(record.task_id, revision, record.revision)])
-
-
-def _check_revision(revision: int | None) -> None:
-    if revision is not None:
-        check_int("if_revision", revision, 1)
-
-
-def _delete(staging: Staging, task_id: str, if_revision: int | None) -> bool:
-    record = staging.get(task_id)
-    if record is None:
-        return False
-    _expect(record, if_revision)
-    staging.delete(record)
-    return True

@@ -1,0 +1,375 @@
+"""The registry for asyncio: the same verbs, awaitable.
+
+Nothing here waits for a store on the event loop's thread.  Changes go to a
+writer thread, so that coroutines share commits as threads do, and the loop is
+woken once for all that were committed together.  Lookups come from memory
+and stay synchronous.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import time
+from collections import deque
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from datetime import datetime
+from types import MappingProxyType, TracebackType
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+
+from taskstore import history
+from taskstore.backends import default_url, open_store
+from taskstore.clock import Clock
+from taskstore.committer import Batch, Committer
+from taskstore.groupcommit import Operation, Request
+from taskstore.hooks import Hook, Hooks
+from taskstore.journal import JournalEntry, Snapshot
+from taskstore.mirror import Lookups
+from taskstore.reader import LedgerReader
+from taskstore.records import TaskRecord, check_int, check_key
+from taskstore.runs import RunScope
+from taskstore.store import TaskRegistryStore
+from taskstore.verbs import Verbs
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+WAIT_SLICE_S = 0.5
+"""How long a thread waits for news at a time, in seconds: so long may it outlive its caller."""
+
+_batches: ContextVar[Mapping[int, Batch]] = ContextVar("taskstore-batches")
+"""The batches that the current asyncio task is in, by the id of their registry."""
+
+
+class _Operations(Verbs):
+    """The verbs, giving the operation that they make instead of having it committed."""
+
+    def __init__(self, store: TaskRegistryStore) -> None:
+        self._store = store
+
+    def _run(self, operation: Operation[T]) -> T:
+        return operation  # type: ignore[return-value]  # _awaitable() knows
+
+    def _now(self) -> int:
+        return self._store.clock()
+
+
+def _awaitable(
+    verb: Callable[Concatenate[Verbs, P], T],
+) -> Callable[Concatenate[AsyncTaskRegistry, P], Coroutine[Any, Any, T]]:
+    """Make an awaitable verb of one of :class:`~taskstore.verbs.Verbs`."""
+
+    @functools.wraps(verb)
+    async def call(self: AsyncTaskRegistry, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        operation: Any = verb(self._operations, *args, **kwargs)
+        result: T = await self._commit(operation)
+        return result
+
+    return call
+
+
+def _awaitable_for_run(
+    verb: Callable[Concatenate[RunScope, P], list[TaskRecord]],
+) -> Callable[Concatenate[AsyncRunScope, P], Coroutine[Any, Any, list[TaskRecord]]]:
+    """Make an awaitable verb of one of :class:`~taskstore.RunScope`."""
+
+    @functools.wraps(verb)
+    async def call(self: AsyncRunScope, /, *args: P.args, **kwargs: P.kwargs) -> list[TaskRecord]:
+        operation: Any = verb(self._scope, *args, **kwargs)
+        records: list[TaskRecord] = await self._commit(operation)
+        return records
+
+    return call
+
+
+class AsyncRunScope:
+    """The verbs for every task of a run, awaitable: see :class:`taskstore.RunScope`."""
+
+    def __init__(self, scope: RunScope, commit: Callable[[Operation[Any]], Awaitable[Any]]) -> None:
+        self._scope = scope
+        self._commit = commit
+
+    mark_running = _awaitable_for_run(RunScope.mark_running)
+    record_progress = _awaitable_for_run(RunScope.record_progress)
+    finish = _awaitable_for_run(RunScope.finish)
+    mark_lost = _awaitable_for_run(RunScope.mark_lost)
+    recover = _awaitable_for_run(RunScope.recover)
+    cancel = _awaitable_for_run(RunScope.cancel)
+    set_delivery_status = _awaitable_for_run(RunScope.set_delivery_status)
+    set_notify_policy = _awaitable_for_run(RunScope.set_notify_policy)
+    set_cleanup_after = _awaitable_for_run(RunScope.set_cleanup_after)
+    link_flow = _awaitable_for_run(RunScope.link_flow)
+    update_metadata = _awaitable_for_run(RunScope.update_metadata)
+    delete = _awaitable_for_run(RunScope.delete)
+
+
+class AsyncTaskRegistry(LedgerReader):
+    """A :class:`taskstore.TaskRegistry` for one event loop.
+
+    ``async with await AsyncTaskRegistry.open(url) as registry:``.  Verbs are
+    awaited; lookups (``get``, ``find``, ``list``, …) are not.  A cancelled
+    wait leaves its change fully done or not done.  Hooks are called in a
+    thread of their own, in order, and before the verb returns whose event
+    they are called with, unless they are at an earlier one just then.
+    """
+
+    def __init__(
+        self, store: TaskRegistryStore, *, hooks: Iterable[Hook] = (), clock: Clock | None = None
+    ) -> None:
+        """For :meth:`open` and :meth:`over`, which load the ledger as well."""
+        if clock is not None:
+            store.clock = clock
+        super().__init__(store)
+        self._hooks = Hooks(hooks)
+        self._committer = Committer(store, self._mirror, self._hooks)
+        self._operations = _Operations(store)
+        self._owns_store = False
+        self._loop = asyncio.get_running_loop()
+        self._settled: deque[asyncio.Future[None]] = deque()
+        self._woken = False
+        self._delivering = False
+        # What may wait for the store, and what may wait for news, and hooks.
+        self._threads = ThreadPoolExecutor(thread_name_prefix="taskstore-aio")
+        self._hook_thread = ThreadPoolExecutor(1, thread_name_prefix="taskstore-hooks")
+
+    @classmethod
+    async def open(
+        cls,
+        url: str | None = None,
+        *,
+        hooks: Iterable[Hook] = (),
+        durability: str = "full",
+        migrate: str = "auto",
+        read_only: bool = False,
+        clock: Clock | None = None,
+        **options: Any,
+    ) -> Self:
+        """Open the ledger at a URL and load it: see :meth:`taskstore.TaskRegistry.open`."""
+        store = await asyncio.to_thread(
+            open_store,
+            default_url() if url is None else url,
+            durability=durability,
+            migrate=migrate,
+            read_only=read_only,
+            **options,
+        )
+        try:
+            registry = await cls.over(store, hooks=hooks, clock=clock)
+        except BaseException:
+            await asyncio.to_thread(store.close)
+            raise
+        registry._owns_store = True  # noqa: SLF001 (its own class)
+        return registry
+
+    @classmethod
+    async def over(
+        cls, store: TaskRegistryStore, *, hooks: Iterable[Hook] = (), clock: Clock | None = None
+    ) -> Self:
+        """Make a registry over a store and load it; closing the store is left to you."""
+        registry = cls(store, hooks=hooks, clock=clock)
+        await registry._in_thread(registry._committer.load)
+        return registry
+
+    @property
+    def hooks(self) -> Hooks:
+        """The registry's hooks: ``hooks.add(fn)`` returns a function that removes it."""
+        return self._hooks
+
+    # -- creating and changing ------------------------------------------------
+
+    create = _awaitable(Verbs.create)
+    mark_running = _awaitable(Verbs.mark_running)
+    record_progress = _awaitable(Verbs.record_progress)
+    finish = _awaitable(Verbs.finish)
+    mark_lost = _awaitable(Verbs.mark_lost)
+    recover = _awaitable(Verbs.recover)
+    cancel = _awaitable(Verbs.cancel)
+    set_delivery_status = _awaitable(Verbs.set_delivery_status)
+    set_notify_policy = _awaitable(Verbs.set_notify_policy)
+    set_cleanup_after = _awaitable(Verbs.set_cleanup_after)
+    link_flow = _awaitable(Verbs.link_flow)
+    update_metadata = _awaitable(Verbs.update_metadata)
+    delete = _awaitable(Verbs.delete)
+
+    def run(
+        self, run_id: str, *, runtime: str | None = None, session_key: str | None = None
+    ) -> AsyncRunScope:
+        """Address every task of a run: see :meth:`taskstore.TaskRegistry.run`."""
+        scope = self._operations.run(run_id, runtime=runtime, session_key=session_key)
+        return AsyncRunScope(scope, self._commit)
+
+    @asynccontextmanager
+    async def batch(self) -> AsyncIterator[Self]:
+        """Make all changes in the ``async with`` body one commit: all or nothing.
+
+        For the current asyncio task, and those that it starts in the body.
+        Otherwise as :meth:`taskstore.TaskRegistry.batch`.
+        """
+        self._check_open()
+        if self._batch is not None:
+            yield self
+            return
+        batch = self._committer.batch()
+        token = _batches.set(MappingProxyType({**_batches.get({}), id(self): batch}))
+        try:
+            yield self
+        finally:
+            _batches.reset(token)
+        if batch.operations:
+            await self._commit(batch.replay)
+
+    # -- the journal ------------------------------------------------------------
+
+    async def refresh(self) -> int:
+        """Bring in what other processes committed; returns the last seq mirrored."""
+        self._check_open()
+        await self._in_thread(self._committer.refresh)
+        return self._mirror.seq
+
+    async def changes(
+        self, after: int = 0, wait: float | None = None
+    ) -> AsyncIterator[JournalEntry]:
+        """Iterate the journal entries after seq ``after``, in order, and end.
+
+        With ``wait`` it goes on until none has come for so many seconds.
+        Errors as in :meth:`taskstore.TaskRegistry.changes`, at the first step.
+        """
+        self._check_open()
+        journal = history.journal_of(self._store, "changes")
+        check_int("after", after)
+        while True:
+            while entries := await self._in_thread(
+                journal.read_journal, after, history.PAGE_ENTRIES
+            ):
+                for entry in entries:
+                    yield entry
+                after = entries[-1].seq
+            if wait is None or not await self._news(journal.wait_for, after, wait):
+                return
+
+    async def history(self, task_id: str) -> Sequence[JournalEntry]:
+        """Return a task's journal entries: see :meth:`taskstore.TaskRegistry.history`."""
+        self._check_open()
+        key = check_key("task_id", task_id)
+        return await self._in_thread(history.history, self._store, key)
+
+    async def as_of(self, moment: int | datetime) -> Snapshot:
+        """Return every record as of a seq or time: see :meth:`taskstore.TaskRegistry.as_of`."""
+        self._check_open()
+        return await self._in_thread(history.as_of, self._store, moment)
+
+    # -- the end ------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Commit what is under way, then close the registry, and the store if
+        :meth:`open` made it.  Twice is fine."""
+        if self._closed:
+            return
+        self._closed = True
+        await self._in_thread(self._committer.close)
+        if self._owns_store:
+            await self._in_thread(self._store.close)
+        self._threads.shutdown(wait=False)
+        self._hook_thread.shutdown(wait=False)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"<AsyncTaskRegistry {self._store.location} at seq {self._mirror.seq}>"
+
+    # -- within -------------------------------------------------------------------
+
+    @property
+    def _batch(self) -> Batch | None:
+        """The batch that the current asyncio task is in."""
+        return _batches.get({}).get(id(self))
+
+    def _records(self) -> Lookups:
+        batch = self._batch
+        return self._mirror if batch is None else batch.staging
+
+    async def _commit(self, operation: Operation[T]) -> T:
+        """Have an operation committed by the writer thread."""
+        self._check_open()
+        batch = self._batch
+        if batch is not None:
+            with self._mirror.lock:
+                return batch.add(operation)
+        settled: asyncio.Future[None] = self._loop.create_future()
+        request = Request(operation, functools.partial(self._note, settled))
+        self._committer.post(request)
+        try:
+            await settled
+        except asyncio.CancelledError:
+            self._committer.withdraw(request)
+            raise
+        return request.outcome()
+
+    def _note(self, settled: asyncio.Future[None]) -> None:
+        """Wake the loop, once for all that is settled until it looks.  In the writer thread."""
+        self._settled.append(settled)
+        if not self._woken:
+            self._woken = True
+            # A loop that is closed has nobody left who waits.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._look)
+
+    def _look(self) -> None:
+        """Let everybody go on whose change is settled, after the hooks have heard of it."""
+        self._woken = False
+        settled = []
+        while self._settled:
+            settled.append(self._settled.popleft())
+        if not self._hooks.pending or self._delivering:
+            _release(settled)
+            return
+        self._delivering = True
+
+        def delivered(_: object) -> None:
+            self._delivering = False
+            _release(settled)
+
+        self._loop.run_in_executor(self._hook_thread, self._hooks.deliver).add_done_callback(
+            delivered
+        )
+
+    async def _news(self, wait_for: Callable[[int, float], bool], after: int, wait: float) -> bool:
+        """Wait in slices, so that no thread waits long for a caller that is gone."""
+        deadline = time.monotonic() + wait
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            if await self._in_thread(wait_for, after, min(left, WAIT_SLICE_S)):
+                return True
+            if left <= WAIT_SLICE_S:
+                return False
+
+    async def _in_thread(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        threads: Executor = self._threads
+        return await self._loop.run_in_executor(threads, functools.partial(call, *args, **kwargs))
+
+
+def _release(settled: Iterable[asyncio.Future[None]]) -> None:
+    for future in settled:
+        if not future.done():
+            future.set_result(None)
