@@ -58,7 +58,6 @@ def _compact(writer: Writer, policy: CompactionPolicy, clock: Clock) -> Compacti
             )
         layout = writer.roll()
         seq, at = writer.place.seq, writer.place.at
-    _remove(layout, layout.void)
     marks = [mark for mark in _marks(layout) if mark.seq != seq] + [SnapshotMark(seq, at)]
     kept, floor = policy.retained(marks, head=seq, floor=layout.floor, now=now)
     merge = Merge(layout, seq)

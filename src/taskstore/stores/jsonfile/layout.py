@@ -187,8 +187,8 @@ def read_layout(directory: Path) -> Layout:
         floor=floor,
         void=(
             *(directory / segment_name(first) for first in abandoned),
-            *(directory / segment_name(first) for first in sorted(segments) if first < floor),
-            *(directory / snapshot_name(seq) for seq in snapshots if seq < floor - 1),
+            *(directory / segment_name(first) for first in sorted(segments) if first < declared),
+            *(directory / snapshot_name(seq) for seq in snapshots if seq < declared - 1),
         ),
         unborn=unborn,
         lost=f"the journal from seq {declared} to {floor - 1} is missing"
@@ -245,7 +245,10 @@ def read_snapshot_header(path: Path, seq: int, hint: str | None = None) -> Snaps
         ) from error
     if header.format != SNAPSHOT_FORMAT or header.seq != seq:
         raise CorruptStoreError(
-            str(path), f"the header is not that of {SNAPSHOT_FORMAT} at seq {seq}", offset=0
+            str(path),
+            f"the header is not that of {SNAPSHOT_FORMAT} at seq {seq}",
+            offset=0,
+            hint=hint,
         )
     return header
 

@@ -74,6 +74,14 @@ def opened(layout: Layout, seq: int) -> Iterator[_Reader]:
             ) from error
 
 
+def check_newest(layout: Layout) -> None:
+    """Raise :class:`CorruptStoreError` unless the newest snapshot matches its checksum."""
+    if layout.newest is not None:
+        with opened(layout, layout.newest.seq) as reader:
+            for _ in reader:
+                pass
+
+
 def read_snapshot(layout: Layout, seq: int, *, strict: bool) -> Snapshot:
     """A retained snapshot, decoded."""
     records: dict[str, TaskRecord] = {}

@@ -42,7 +42,7 @@ from taskstore.stores.jsonfile.layout import Layout, Place, SegmentFile, read_la
 from taskstore.stores.jsonfile.lines import STAMP_BYTES, Identity, encode_commit
 from taskstore.stores.jsonfile.locks import FileLock, WriteLock, busy
 from taskstore.stores.jsonfile.segments import Walk, cut_tail, keep_torn, prepare_segment
-from taskstore.stores.jsonfile.snapshots import index_of, write_snapshot
+from taskstore.stores.jsonfile.snapshots import check_newest, index_of, write_snapshot
 
 
 class Writer:
@@ -204,6 +204,8 @@ class Writer:
         lock = self.compact_lock()
         try:
             if lock.acquire(0):
+                # What is void stands in a header that nobody has checked yet.
+                check_newest(layout)
                 remove_all([*layout.void, *others])
                 sync_directory(self.directory)
         finally:

@@ -1,0 +1,167 @@
+"""A torn last line was never acknowledged: writers cut and keep it, readers ignore it."""
+
+from __future__ import annotations
+
+import pytest
+from jsonfiles import FOLD, damaged, names, segments, state_of
+
+from taskstore import CorruptStoreError
+from taskstore.journal import Put
+from taskstore.testing.factories import create, make_record, update
+
+
+def torn_variants(line: bytes) -> dict[str, bytes]:
+    return {
+        "one byte": line[:1],
+        "half": line[: len(line) // 2],
+        "all but the newline": line[:-1],
+        "a wrong byte": line[:40] + b"!" + line[41:],
+        "zeros": b"\0" * len(line),
+        "zeros and the end": b"\0" * 100 + line[100:],
+        "only a newline": b"\n",
+        "not JSON": b"hello\n",
+    }
+
+
+VARIANTS = list(torn_variants(b"x" * 200))
+
+
+@pytest.fixture(params=VARIANTS)
+def torn(request, directory, open_):
+    """A ledger of two commits and a torn line after them: (the torn bytes, their offset)."""
+    store = open_()
+    create(store, label="one")
+    create(store, label="two")
+    offset = segments(directory)[0].stat().st_size
+    create(store, label="three")
+    store.close()
+    data = segments(directory)[0].read_bytes()
+    tail = torn_variants(data[offset:])[request.param]
+    segments(directory)[0].write_bytes(data[:offset] + tail)
+    return tail, offset
+
+
+def test_a_writer_cuts_keeps_and_reports_it(torn, directory, open_):
+    tail, offset = torn
+    store = open_()
+    kept = directory / f"{segments(directory)[0].name}.{offset}.torn"
+    assert kept.read_bytes() == tail
+    assert segments(directory)[0].stat().st_size == offset
+    (notice,) = store.report().notices
+    assert str(segments(directory)[0]) in notice
+    assert f"offset {offset}" in notice
+    assert kept.name in notice
+    assert store.head() == 2
+    create(store, label="again")
+    assert [record.label for record in open_().load_snapshot().records.values()] == [
+        "one",
+        "two",
+        "again",
+    ]
+    assert store.verify().ok
+    assert open_().report().notices == ()
+
+
+def test_a_reader_ignores_it_and_leaves_it(torn, directory, open_):
+    before = state_of(directory)
+    reader = open_(read_only=True)
+    assert reader.head() == 2
+    assert len(reader.load_snapshot().records) == 2
+    assert len(reader.read_journal(0, 10)) == 2
+    assert reader.verify().ok
+    assert reader.report().notices == ()
+    assert state_of(directory) == before
+
+
+def test_what_another_process_left_is_cut_at_the_next_commit(directory, open_):
+    store = open_()
+    create(store)
+    with segments(directory)[0].open("ab") as file:
+        file.write(b'{"crc":"0000')
+    create(store)
+    assert store.head() == 2
+    assert len(store.report().notices) == 1
+    assert open_().verify().ok
+
+
+def test_the_same_offset_torn_twice_keeps_both(directory, open_):
+    open_().close()
+    for tail in (b"first", b"second"):
+        with segments(directory)[0].open("ab") as file:
+            file.write(tail)
+        open_().close()
+    kept = sorted(directory.glob("*.torn"))
+    assert [path.read_bytes() for path in kept] == [b"second", b"first"]
+
+
+def test_half_a_batch_is_never_kept(directory, open_):
+    store = open_()
+    create(store)
+    store.apply([Put(make_record()) for _ in range(5)])
+    store.close()
+    segment = segments(directory)[0]
+    segment.write_bytes(segment.read_bytes()[:-20])
+    assert len(open_().load_snapshot().records) == 1
+
+
+def test_a_complete_line_that_was_never_acknowledged_is_committed(directory, open_):
+    store = open_()
+    task = create(store)
+    store.close()
+    before = segments(directory)[0].read_bytes()
+    other = open_()
+    update(other, task)
+    other.close()
+    after = segments(directory)[0].read_bytes()
+    # As if the writer had died between writing the line and returning.
+    segments(directory)[0].write_bytes(before)
+    survivor = open_()
+    with segments(directory)[0].open("ab") as file:
+        file.write(after[len(before) :])
+    assert survivor.head() == 2
+    create(survivor)
+    assert survivor.head() == 3
+
+
+@pytest.mark.parametrize("header", [b"", b'{"crc":"', b'{"crc":"00000000","format":1}\n'])
+def test_a_torn_header_of_the_last_segment_is_written_again(header, directory, open_):
+    store = open_()
+    create(store)
+    store.compact(FOLD)
+    store.close()
+    last = segments(directory)[-1]
+    good = last.read_bytes()
+    last.write_bytes(header)
+    reader = open_(read_only=True)
+    assert (reader.head(), len(reader.load_snapshot().records)) == (1, 1)
+    assert last.read_bytes() == header
+    store = open_()
+    assert last.read_bytes() == good
+    assert (directory / f"{last.name}.0.torn").read_bytes() == header
+    assert last.name in store.report().notices[0]
+    create(store)
+    assert open_().head() == 2
+
+
+def test_a_torn_header_of_the_only_segment_is_a_fresh_ledger(directory, open_):
+    open_().close()
+    segments(directory)[0].write_bytes(b'{"crc"')
+    store = open_()
+    assert store.head() == 0
+    create(store)
+    assert names(directory) >= {"journal-00000000000000000001.jsonl.0.torn"}
+
+
+def test_a_torn_line_that_is_not_in_the_last_segment_is_damage(directory, open_):
+    store = open_()
+    create(store)
+    create(store)
+    store.compact(FOLD)
+    store.close()
+    first = segments(directory)[0]
+    data = damaged(first, first.stat().st_size - 30)
+    reader = open_()
+    with pytest.raises(CorruptStoreError) as caught:
+        reader.read_journal(0, 10)
+    assert caught.value.where == str(first)
+    assert first.read_bytes() == data
