@@ -1,0 +1,112 @@
+"""Commands that change records: cancel, notify, delete."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from taskstore import lifecycle
+from taskstore.cli import ledger, render
+from taskstore.cli.options import Misuse, Token, Url, url_of
+from taskstore.query import TaskQuery
+from taskstore.records import ACTIVE_STATUSES, NotifyPolicy, TaskRecord
+from taskstore.store import TaskRegistryStore
+
+
+def cancel(
+    ctx: typer.Context,
+    token: Token,
+    *,
+    reason: Annotated[str | None, typer.Option(help="Kept as the task's error.")] = None,
+    url: Url = None,
+) -> None:
+    """Record a task as cancelled. That stops nothing by itself: who runs it has to look."""
+    with ledger.open_existing(url_of(ctx, url)) as store:
+        task_id = only(store, token, status=ACTIVE_STATUSES).task_id
+        record = ledger.change(
+            store, task_id, lambda record, now: lifecycle.cancel(record, now, reason=reason)
+        )
+    render.print_line(f"cancelled {render.visible(record.task_id)}")
+    process = _process_of(record)
+    if process is not None:
+        render.note(f"its process was not stopped by this: {process}")
+
+
+def notify(
+    ctx: typer.Context,
+    token: Token,
+    policy: Annotated[NotifyPolicy, typer.Argument(help="What the owner wants to hear of.")],
+    *,
+    url: Url = None,
+) -> None:
+    """Set what a task's owner wants to hear of."""
+    with ledger.open_existing(url_of(ctx, url)) as store:
+        task_id = only(store, token).task_id
+        record = ledger.change(store, task_id, lambda record, _: lifecycle.notify(record, policy))
+    render.print_line(f"{render.visible(record.task_id)} notifies {record.notify_policy}")
+
+
+def delete(
+    ctx: typer.Context,
+    token: Token,
+    *,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    url: Url = None,
+) -> None:
+    """Delete a task's record. Its text stays in the journal until compaction passes it."""
+    with ledger.open_existing(url_of(ctx, url)) as store:
+        record = only(store, token)
+        if not yes:
+            confirm(f"Delete {record.task_id} ({record.status}: {render.what(record)})?")
+        ledger.remove(store, record)
+    render.print_line(f"deleted {render.visible(record.task_id)}")
+
+
+def only(store: TaskRegistryStore, token: str, **preferred: Any) -> TaskRecord:
+    """The one task that a token names; of several, the only one with the preferred fields.
+
+    A change must not hit whichever task happens to be newest, so a token that
+    names several is refused.
+    """
+    found = ledger.find(store, token)
+    if not found.others:
+        return found.record
+    if preferred:
+        preferred[found.field] = token
+        matching = ledger.ask(store, TaskQuery(**preferred, limit=2))
+        if len(matching) == 1:
+            return matching[0]
+    option = "--run" if found.field == "run_id" else "--session"
+    raise Misuse(
+        f"{token!r} names several tasks; give the id of one",
+        f"taskstore list {option} {shlex.quote(token)}",
+    )
+
+
+def confirm(question: str) -> None:
+    """Ask on the terminal; where there is none, ``--yes`` has to be given."""
+    if not sys.stdin.isatty():
+        raise Misuse("there is no terminal to ask on", "--yes goes on without")
+    typer.confirm(render.visible(question), abort=True, err=True)
+
+
+def _process_of(record: TaskRecord) -> str | None:
+    """The process that ``taskstore run`` noted in a record, for a person."""
+    metadata = record.metadata
+    pid, host = metadata.get("pid"), metadata.get("host")
+    if record.runtime != "cli" or type(pid) is not int or pid <= 1:
+        return None
+    if host != socket.gethostname():
+        return f"pid {pid} on {host}"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:
+        pass
+    return f"kill {pid} ends it and its command"

@@ -1,0 +1,164 @@
+"""Commands for the schema of an SQL ledger: ``taskstore db …``.
+
+Only these commands, and the creation of a new ledger, ever change a schema.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from taskstore.backends import installed_backends, redacted, scheme_of
+from taskstore.cli import render
+from taskstore.cli.options import AsJson, Misuse, Url, url_of
+from taskstore.errors import BackendNotFoundError, ValidationError
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+app = typer.Typer(help="Look after the schema of an SQL ledger.", no_args_is_help=True)
+
+_SQL = "taskstore.stores.sql:"
+
+
+@app.command()
+def upgrade(
+    ctx: typer.Context,
+    revision: Annotated[str, typer.Argument(help="Where to.")] = "head",
+    *,
+    url: Url = None,
+) -> None:
+    """Bring the schema up to a revision; creates a ledger where there is none."""
+    from taskstore.stores.sql import migrate
+
+    with _engine(sql_url_of(ctx, url)) as engine:
+        before = migrate.current(engine)
+        migrate.upgrade(engine, revision)
+        _tell_move(before, migrate.current(engine))
+
+
+@app.command()
+def downgrade(
+    ctx: typer.Context,
+    revision: Annotated[
+        str | None, typer.Argument(help="Where to; base removes the tables. Default: one back.")
+    ] = None,
+    *,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Go on when that drops records or history.")
+    ] = False,
+    url: Url = None,
+) -> None:
+    """Take the schema back to an earlier revision."""
+    from taskstore.stores.sql import migrate
+
+    where = sql_url_of(ctx, url)
+    with _engine(where, read_only=True) as engine:
+        before = migrate.current(engine)
+    if before is None:
+        raise Misuse("there is no ledger to take back")
+    with _engine(where) as engine:
+        target = _one_back(before) if revision is None else revision
+        try:
+            migrate.downgrade(engine, target, allow_data_loss=yes)
+        except ValidationError as error:
+            raise Misuse(error.reason, "--yes does it") from error
+        _tell_move(before, migrate.current(engine))
+
+
+@app.command()
+def current(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> None:
+    """Print the revision that the ledger's schema is at."""
+    from taskstore.stores.sql import migrate
+
+    with _engine(sql_url_of(ctx, url), read_only=True) as engine:
+        revision = migrate.current(engine)
+    head = migrate.head_revision()
+    if as_json:
+        render.print_json({"revision": revision, "head": head})
+    else:
+        render.print_line(f"{revision or 'none'}{' (head)' if revision == head else ''}")
+
+
+@app.command()
+def history(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> None:
+    """List the revisions that there are, newest first; with --url mark the ledger's."""
+    from taskstore.stores.sql import migrate
+
+    here = None
+    if url is not None:
+        with _engine(sql_url_of(ctx, url), read_only=True) as engine:
+            here = migrate.current(engine)
+    revisions = migrate.history()
+    if as_json:
+        listed = [{"revision": name, "description": text} for name, text in revisions]
+        render.print_json({"revisions": listed, "current": here})
+        return
+    rows = ((name, "current" if name == here else "", text) for name, text in revisions)
+    render.print_rows(("REVISION", "", "DESCRIPTION"), rows)
+
+
+@app.command()
+def check(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> int:
+    """Compare the ledger's schema with the one that this version declares."""
+    from taskstore.stores.sql import migrate
+
+    with _engine(sql_url_of(ctx, url), read_only=True) as engine:
+        problems = migrate.check(engine)
+        revision = migrate.current(engine)
+    if as_json:
+        render.print_json({"ok": not problems, "revision": revision, "problems": problems})
+    else:
+        for problem in problems:
+            render.print_line(f"problem: {render.visible(problem)}")
+        if not problems:
+            render.print_line(f"the schema is as declared, at revision {revision}")
+    return 1 if problems else 0
+
+
+def sql_url_of(ctx: typer.Context, url: str | None) -> str:
+    """The ledger's URL, if it is an SQL one."""
+    where = url_of(ctx, url)
+    scheme = scheme_of(where)
+    declared = installed_backends()
+    if scheme not in declared:
+        raise BackendNotFoundError(scheme, declared)
+    if not declared[scheme][0].value.startswith(_SQL):
+        raise Misuse(f"{redacted(where)} is not an SQL ledger: it has no schema")
+    return where
+
+
+@contextmanager
+def _engine(url: str, *, read_only: bool = False) -> Iterator[Engine]:
+    """An engine on the ledger; what Alembic cannot make sense of is wrong usage."""
+    from alembic.util import CommandError
+
+    from taskstore.stores.sql import migrate
+
+    engine = migrate.engine_for_url(url, read_only=read_only)
+    try:
+        yield engine
+    except CommandError as error:
+        raise Misuse(str(error)) from error
+    finally:
+        engine.dispose()
+
+
+def _one_back(revision: str) -> str:
+    """The revision before one."""
+    from taskstore.stores.sql import migrate
+
+    names = [name for name, _ in migrate.history()] + ["base"]
+    if revision not in names:
+        raise Misuse(f"revision {revision} is not one of {', '.join(names)}")
+    return names[names.index(revision) + 1]
+
+
+def _tell_move(before: str | None, after: str | None) -> None:
+    if before == after:
+        render.print_line(f"the schema stays at revision {after or 'none'}")
+    else:
+        render.print_line(f"the schema is at revision {after or 'none'}, was {before or 'none'}")

@@ -1,0 +1,156 @@
+"""The ledger as single commands use it: one question or one change, nothing loaded.
+
+A command asks or changes a handful of records and ends; a
+:class:`~taskstore.TaskRegistry`, which mirrors the whole ledger first, would
+make that cost as much as the ledger is large.  The rules of a task's life
+are the same pure functions that the registry uses, and the store's
+compare-and-set is what makes them hold against other writers.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from taskstore.backends import open_store
+from taskstore.errors import ConflictError, TaskNotFound
+from taskstore.journal import Put, Remove
+from taskstore.lifecycle import next_revision
+from taskstore.query import SESSION_KEY, Page, Summary, TaskQuery, evaluate
+from taskstore.records import ACTIVE_STATUSES, TaskRecord
+from taskstore.store import SupportsQuery, TaskRegistryStore
+
+Mutation = Callable[[TaskRecord, int], TaskRecord]
+"""From a record and now (Unix milliseconds) to what should stand: pure."""
+
+ATTEMPTS = 20
+"""How often a change is tried while other writers are faster."""
+
+PAGE_RECORDS = 1000
+"""How many records are read at a time where all of them count."""
+
+
+def open_reader(url: str) -> TaskRegistryStore:
+    """Open a ledger to read it; nothing is created or changed."""
+    return open_store(url, read_only=True, migrate="never")
+
+
+def open_existing(url: str) -> TaskRegistryStore:
+    """Open a ledger to change it; a mistyped URL creates nothing."""
+    open_reader(url).close()
+    return open_store(url, migrate="never")
+
+
+def ask(store: TaskRegistryStore, query: TaskQuery) -> Page:
+    """Answer a query: by the store itself, or over its snapshot where it cannot."""
+    if isinstance(store, SupportsQuery):
+        return store.query(query)
+    snapshot = store.load_snapshot()
+    return evaluate(query, snapshot.records.values(), snapshot.seq)
+
+
+def get(store: TaskRegistryStore, task_id: str) -> TaskRecord:
+    """Return one record; raises :class:`~taskstore.TaskNotFound`."""
+    page = ask(store, TaskQuery(task_id=task_id, limit=1))
+    if not page:
+        raise TaskNotFound(task_id)
+    return page[0]
+
+
+class Found(NamedTuple):
+    """What a token names: a record, the field that it matched, and whether others match too."""
+
+    record: TaskRecord
+    field: str
+    others: bool
+
+
+def find(store: TaskRegistryStore, token: str) -> Found:
+    """Return the task with this id, or else of this run, or else of this session.
+
+    Of a run's or session's tasks the newest active one, or the newest.
+    Raises :class:`~taskstore.TaskNotFound`.
+    """
+    for field in ("task_id", "run_id", SESSION_KEY):
+        named: dict[str, Any] = {field: token}
+        newest = ask(store, TaskQuery(**named, limit=2))
+        if not newest:
+            continue
+        if len(newest) == 1:
+            return Found(newest[0], field, others=False)
+        active = ask(store, TaskQuery(**named, status=ACTIVE_STATUSES, limit=1))
+        return Found((active or newest)[0], field, others=True)
+    raise TaskNotFound(token)
+
+
+def change(
+    store: TaskRegistryStore,
+    task_id: str,
+    mutation: Mutation,
+    *,
+    known: TaskRecord | None = None,
+) -> TaskRecord:
+    """Run a pure function over one record and store what comes out.
+
+    ``known`` is the record as last seen: with it nothing is read first.
+    When another writer was faster the function runs again on the fresh record.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        record = get(store, task_id) if known is None else known
+        after = mutation(record, store.clock())
+        if after is record:
+            return record
+        after = next_revision(after, record)
+        try:
+            store.apply([Put(after)])
+        except ConflictError:
+            if attempt == ATTEMPTS:
+                raise
+            known = None
+            _pause(attempt)
+            continue
+        return after
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def remove(store: TaskRegistryStore, record: TaskRecord) -> None:
+    """Delete the record of a task, whatever revision it has come to."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            store.apply([Remove(record.task_id, record.revision + 1)])
+        except ConflictError:
+            if attempt == ATTEMPTS:
+                raise
+            _pause(attempt)
+            record = get(store, record.task_id)
+        else:
+            return
+
+
+def count(store: TaskRegistryStore) -> Summary:
+    """Count the tasks by status and runtime, a page at a time.
+
+    Tasks created while counting are not counted; ``seq`` is where it began.
+    """
+    statuses: Counter[str] = Counter()
+    runtimes: Counter[str] = Counter()
+    page = ask(store, TaskQuery(limit=PAGE_RECORDS))
+    seq = page.seq
+    while True:
+        for record in page:
+            statuses[str(record.status)] += 1
+            runtimes[record.runtime] += 1
+        if page.next_cursor is None:
+            break
+        page = ask(store, TaskQuery(limit=PAGE_RECORDS, after=page.next_cursor))
+    return Summary(
+        total=statuses.total(), by_status=dict(statuses), by_runtime=dict(runtimes), seq=seq
+    )
+
+
+def _pause(attempt: int) -> None:
+    """Let the others get on, for a jittered few milliseconds."""
+    time.sleep(random.uniform(0, min(0.001 * 2**attempt, 0.05)))  # noqa: S311 (jitter)

@@ -1,0 +1,360 @@
+"""Commands that ask: list, show, log, summary, changes.
+
+They open the ledger read-only and let the store answer; none loads it.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Annotated, Any
+
+import typer
+
+from taskstore import history
+from taskstore.cli import ledger, render
+from taskstore.cli.options import AsJson, Token, Url, moment, url_of
+from taskstore.errors import TaskNotFound, ValidationError
+from taskstore.journal import EntryKind, JournalEntry
+from taskstore.query import SESSION_KEY, Page, TaskQuery
+from taskstore.records import TaskRecord, TaskStatus
+from taskstore.store import TaskRegistryStore
+
+FOLLOW_S = 3600.0
+"""How long one wait for changes lasts before the next one begins."""
+
+_NOT_IN_A_LOG = ("task_id", "revision", "booking", "last_event_at")
+
+
+@contextmanager
+def reading(ctx: typer.Context, url: str | None) -> Iterator[TaskRegistryStore]:
+    """The ledger, opened to be read; what it has to report is told at the end."""
+    with ledger.open_reader(url_of(ctx, url)) as store:
+        yield store
+        render.tell_report(store)
+
+
+def list_tasks(
+    ctx: typer.Context,
+    *,
+    status: Annotated[
+        list[TaskStatus] | None, typer.Option(help="Only these; may be given several times.")
+    ] = None,
+    runtime: Annotated[str | None, typer.Option(help="Only of this runtime, such as cli.")] = None,
+    owner: Annotated[str | None, typer.Option(help="Only with this owner key.")] = None,
+    session: Annotated[
+        str | None, typer.Option(help="Only of this session: the child's or the requester's.")
+    ] = None,
+    run: Annotated[str | None, typer.Option(help="Only of this run id.")] = None,
+    since: Annotated[
+        int | None,
+        typer.Option(
+            parser=moment,
+            metavar="TIME",
+            help="Only created since then: 2h, 3d, 2026-01-31T14:00Z or Unix milliseconds.",
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
+    after: Annotated[
+        str | None, typer.Option(metavar="CURSOR", help="Go on where the page before ended.")
+    ] = None,
+    as_json: AsJson = False,
+    url: Url = None,
+) -> None:
+    """List tasks, newest first.
+
+    On a terminal a table; elsewhere one line per task with tabs in between:
+    id, status, runtime, owner, run, created, ended, label, task, last word.
+    Times are UTC. With --json one object: tasks, next_cursor, seq.
+    """
+    filters: dict[str, Any] = {
+        name: value
+        for name, value in (
+            ("status", status),
+            ("runtime", runtime),
+            ("owner_key", owner),
+            (SESSION_KEY, session),
+            ("run_id", run),
+        )
+        if value
+    }
+    query = TaskQuery(since=since, limit=limit, after=after, **filters)
+    with reading(ctx, url) as store:
+        page = ledger.ask(store, query)
+    if as_json:
+        render.print_json(
+            {
+                "tasks": [render.record_members(record) for record in page],
+                "next_cursor": page.next_cursor,
+                "seq": page.seq,
+            }
+        )
+        return
+    _print_page(page)
+    if page.next_cursor is not None:
+        given = ctx.params | {"after": page.next_cursor, "since": since}
+        render.note(f"there are more; next page: {_command_again(given)}")
+
+
+def _print_page(page: Page) -> None:
+    if not sys.stdout.isatty():
+        render.print_lines(map(_list_line, page))
+    elif not page:
+        render.note("no tasks match")
+    else:
+        render.print_rows(
+            ("TASK", "STATUS", "AGE", "TOOK", "WHAT"),
+            (
+                (
+                    record.task_id,
+                    record.status,
+                    render.ago(record.created_at),
+                    render.took(record),
+                    f"{render.what(record)}: {render.last_word(record)}",
+                )
+                for record in page
+            ),
+            stretch=("WHAT",),
+        )
+
+
+def _list_line(record: TaskRecord) -> Sequence[str]:
+    return (
+        record.task_id,
+        record.status,
+        record.runtime,
+        record.owner_key or render.NOTHING,
+        record.run_id or render.NOTHING,
+        render.when(record.created_at),
+        render.when(record.ended_at),
+        record.label or render.NOTHING,
+        record.task,
+        render.last_word(record),
+    )
+
+
+def _command_again(given: dict[str, Any]) -> str:
+    """The list command with these options; the URL is left out, it may hold a password."""
+    words = ["taskstore", "list"]
+    for name in ("status", "runtime", "owner", "session", "run", "since", "limit", "after"):
+        value = given.get(name)
+        values = value if isinstance(value, list | tuple) else (value,)
+        words += [f"--{name}={item}" for item in values if item is not None]
+    return shlex.join(words)
+
+
+def show(ctx: typer.Context, token: Token, *, as_json: AsJson = False, url: Url = None) -> None:
+    """Show everything about one task.
+
+    Of a run's or session's tasks the newest active one, or the newest.
+    """
+    with reading(ctx, url) as store:
+        found = ledger.find(store, token)
+    if found.others:
+        option = "--run" if found.field == "run_id" else "--session"
+        render.note(f"others match too: taskstore list {option} {shlex.quote(token)}")
+    if as_json:
+        render.print_json(render.record_members(found.record))
+        return
+    members = render.record_members(found.record)
+    render.print_fields((name, _shown(name, value)) for name, value in members.items() if value)
+
+
+def _shown(name: str, value: Any) -> str:
+    """A field's value as people read it."""
+    if value is None or value == {}:
+        return render.NOTHING
+    if name.endswith("_at") or name == "cleanup_after":
+        return render.when(value, precise=True)
+    return render.to_json(value) if isinstance(value, dict) else str(value)
+
+
+def log(ctx: typer.Context, token: Token, *, as_json: AsJson = False, url: Url = None) -> None:
+    """Show a task's history: what changed at each revision, also of a deleted task by its id.
+
+    One line per changed field: seq, time, revision, field, before, after.
+    """
+    with reading(ctx, url) as store:
+        history.journal_of(store, "log")
+        try:
+            task_id = ledger.find(store, token).record.task_id
+        except TaskNotFound:
+            task_id = token
+        entries = history.history(store, task_id)
+    if not entries:
+        raise TaskNotFound(token)
+    if entries[0].revision > 1:
+        render.note(f"what was before revision {entries[0].revision} has been compacted away")
+    steps = [
+        (entry, changed_fields(before, entry))
+        for before, entry in zip([None, *entries], entries, strict=False)
+    ]
+    if as_json:
+        render.print_json(
+            {
+                "task_id": task_id,
+                "complete": entries[0].revision == 1,
+                "entries": [
+                    _entry_members(entry) | {"changed": changed} for entry, changed in steps
+                ],
+            }
+        )
+        return
+    rows = (row for entry, changed in steps for row in _log_rows(entry, changed))
+    if sys.stdout.isatty():
+        _print_log(rows)
+    else:
+        render.print_lines(rows)
+
+
+def _print_log(rows: Iterable[Sequence[str]]) -> None:
+    """For people: a paragraph for each revision, nothing cut off."""
+    shown = None
+    for seq, at, revision, field, before, after in rows:
+        if shown != seq:
+            shown = seq
+            render.print_line(f"revision {revision}  {at}  seq {seq}")
+        arrow = (
+            "" if before == render.NOTHING else f"{render.visible(before)} \N{RIGHTWARDS ARROW} "
+        )
+        render.print_line(f"    {render.visible(field)}: {arrow}{render.visible(after)}")
+
+
+def changed_fields(before: JournalEntry | None, entry: JournalEntry) -> dict[str, list[Any]]:
+    """What an entry changed: field to [before, after]; everything that is set, for the first."""
+    if entry.record is None:
+        return {}
+    old = {} if before is None or before.record is None else render.record_members(before.record)
+    new = render.record_members(entry.record)
+    return {
+        name: [old.get(name), value]
+        for name, value in new.items()
+        if name not in _NOT_IN_A_LOG and (old.get(name) or None) != (value or None)
+    }
+
+
+def _log_rows(entry: JournalEntry, changed: dict[str, list[Any]]) -> Iterator[list[str]]:
+    """A row for each field that an entry changed; metadata member by member."""
+    place = [str(entry.seq), render.when(entry.at, precise=True), str(entry.revision)]
+    if entry.kind is EntryKind.DELETED:
+        yield [*place, "deleted", render.NOTHING, render.NOTHING]
+    elif entry.record is None:
+        yield [*place, "set aside", render.NOTHING, render.NOTHING]
+    for name, (old, new) in changed.items():
+        if name != "metadata":
+            yield [*place, name, _shown(name, old), _shown(name, new)]
+            continue
+        before: dict[str, Any] = old or {}
+        for key in sorted({*before, *new}):
+            values = (_member(before, key), _member(new, key))
+            if values[0] != values[1]:
+                yield [*place, f"metadata.{key}", *values]
+
+
+def _member(members: dict[str, Any], key: str) -> str:
+    return render.to_json(members[key]) if key in members else render.NOTHING
+
+
+def summary(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> None:
+    """Count the tasks by status and by runtime."""
+    with reading(ctx, url) as store:
+        counted = ledger.count(store)
+        location = store.location
+    if as_json:
+        render.print_json(
+            {
+                "total": counted.total,
+                "active": counted.active,
+                "by_status": {
+                    str(status): counted.by_status.get(status, 0) for status in TaskStatus
+                },
+                "by_runtime": dict(sorted(counted.by_runtime.items())),
+                "seq": counted.seq,
+            }
+        )
+        return
+    rows = [["total", "", str(counted.total)], ["active", "", str(counted.active)]]
+    rows += [["status", s, str(counted.by_status[s])] for s in TaskStatus if s in counted.by_status]
+    rows += [["runtime", name, str(n)] for name, n in sorted(counted.by_runtime.items())]
+    render.print_rows(("", "", "TASKS"), rows)
+    if sys.stdout.isatty():
+        render.print_line(f"{render.visible(location)}, seq {counted.seq}")
+
+
+def changes(
+    ctx: typer.Context,
+    *,
+    after: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SEQ", help="Only what came after this seq, or after now: head. Default: all."
+        ),
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as they come.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
+    as_json: AsJson = False,
+    url: Url = None,
+) -> None:
+    """Print the journal: every change, in the order in which it was committed.
+
+    A line each with tabs in between: seq, time, kind, id, revision, status,
+    what. With --json one object per line.
+    """
+    with reading(ctx, url) as store:
+        for entry in islice(_entries(store, after, follow=follow), limit):
+            if as_json:
+                render.print_line(render.to_json(_entry_members(entry)))
+            else:
+                render.print_line(_change_line(entry))
+            if follow:
+                sys.stdout.flush()
+
+
+def _entries(
+    store: TaskRegistryStore, after: str | None, *, follow: bool
+) -> Iterator[JournalEntry]:
+    journal = history.journal_of(store, "changes")
+    if after is None:
+        seq = journal.floor() - 1
+    elif after == "head":
+        seq = journal.head()
+    elif after.isdecimal():
+        seq = int(after)
+    else:
+        raise ValidationError("after", f"must be a seq or head, not {after!r}")
+    while True:
+        for entry in history.changes(store, seq, FOLLOW_S if follow else None):
+            yield entry
+            seq = entry.seq
+        if not follow:
+            return
+
+
+def _entry_members(entry: JournalEntry) -> dict[str, Any]:
+    """A journal entry as a JSON object."""
+    members: dict[str, Any] = {
+        "seq": entry.seq,
+        "at": entry.at,
+        "kind": str(entry.kind),
+        "task_id": entry.task_id,
+        "revision": entry.revision,
+        "record": None if entry.record is None else render.record_members(entry.record),
+    }
+    if entry.set_aside is not None:
+        members["set_aside"] = {"where": entry.set_aside.where, "reason": entry.set_aside.reason}
+    return members
+
+
+def _change_line(entry: JournalEntry) -> str:
+    record = entry.record
+    cells = [str(entry.seq), render.when(entry.at), entry.kind, entry.task_id, str(entry.revision)]
+    cells += [render.NOTHING] * 2 if record is None else [record.status, _what_now(record)]
+    return "\t".join(map(render.visible, cells))
+
+
+def _what_now(record: TaskRecord) -> str:
+    last = render.last_word(record)
+    return render.what(record) if last == render.NOTHING else last

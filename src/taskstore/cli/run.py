@@ -1,0 +1,264 @@
+"""``taskstore run``: record a real command."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from queue import Empty
+from typing import Annotated, Any, NamedTuple, TextIO
+
+import typer
+
+from taskstore import lifecycle
+from taskstore.backends import open_store
+from taskstore.cli import ledger, render
+from taskstore.cli.child import Child, Ending, Event, Events, forwarded_signals
+from taskstore.cli.options import Misuse, Url, positive_seconds, seconds, url_of
+from taskstore.cli.recorder import Recorder
+from taskstore.clock import new_task_id
+from taskstore.errors import ConflictError
+from taskstore.journal import Put
+from taskstore.records import METADATA_BYTES, TASK_BYTES, TaskRecord, TaskStatus
+from taskstore.store import TaskRegistryStore
+
+RUNTIME = "cli"
+TIMED_OUT, NOT_EXECUTABLE, NOT_FOUND, BY_SIGNAL = 124, 126, 127, 128
+"""Exit statuses as in timeout(1) and the shell; death by signal n is 128 + n."""
+
+GRACE_S = 10.0
+"""How long a command that was told to end may take, before SIGKILL."""
+
+END_PATIENCE_S = 30.0
+"""How long recording the end may take before it is given up."""
+
+DEAF_S = 2.0
+"""For how long of that a signal does not cut it short: who presses Ctrl-C twice
+wants the command to end, not its record to be lost."""
+
+
+class Verdict(NamedTuple):
+    """What is recorded of an end, and the exit status that tells of it."""
+
+    status: TaskStatus
+    exit_status: int
+    error: str | None = None
+
+
+def run(
+    ctx: typer.Context,
+    command: Annotated[
+        list[str], typer.Argument(metavar="CMD", help="The command.", show_default=False)
+    ],
+    *,
+    label: Annotated[str | None, typer.Option(help="A short name for lists.")] = None,
+    owner: Annotated[str | None, typer.Option(help="The owner key of the task.")] = None,
+    session: Annotated[str | None, typer.Option(help="The requester's session key.")] = None,
+    run_id: Annotated[
+        str | None,
+        typer.Option(help="Run it once: not started if this run of it is recorded already (1)."),
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(parser=positive_seconds, metavar="S", help="End it after 90, 5m, 2h..."),
+    ] = None,
+    grace: Annotated[
+        float | None,
+        typer.Option(
+            parser=seconds,
+            metavar="S",
+            help=f"How long it may take to end before SIGKILL; default {GRACE_S:g}.",
+        ),
+    ] = None,
+    id_file: Annotated[
+        Path | None,
+        typer.Option(help="Write the task id there when it is recorded, before the start."),
+    ] = None,
+    url: Url = None,
+) -> int:
+    """Run a command and record it as a task.
+
+    Output passes through untouched; its last line becomes the task's
+    progress. The command writes to pipes and has no controlling terminal. It
+    is over when it has exited and nobody holds its output open, as in a
+    pipeline. Exits as the command does: 128+n when killed by signal n, 124 at
+    the timeout, 126 or 127 when it cannot be started. If it cannot be
+    recorded (3), it is not started; later trouble is told and it goes on.
+    Ctrl-C, SIGTERM and SIGHUP are passed on; a second one kills.
+    """
+    id_out = _opened(id_file)
+    events: Events = Events()
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(open_store(url_of(ctx, url)))
+        stack.enter_context(forwarded_signals(events))
+        record = new_command_record(
+            store.clock(),
+            command,
+            label=label,
+            owner_key=owner,
+            requester_session_key=session,
+            run_id=run_id,
+        )
+        if not _create(store, record):
+            return 1
+        if id_out is not None:
+            with id_out:
+                id_out.write(f"{record.task_id}\n")
+        recorder = Recorder(store, record, lambda: events.put(Event("recorded")))
+        verdict = _attend(
+            command,
+            recorder,
+            events,
+            timeout_s=timeout,
+            grace_s=GRACE_S if grace is None else grace,
+        )
+        recorder.finish(
+            verdict.status,
+            error=verdict.error,
+            exit_status=verdict.exit_status,
+            patience_s=END_PATIENCE_S,
+        )
+        if not _recorded(events):
+            stack.pop_all()  # the store hangs: closing it would as well
+    _report(recorder, verdict)
+    return verdict.exit_status
+
+
+def new_command_record(now: int, command: Sequence[str], **fields: Any) -> TaskRecord:
+    """The first revision of a command's task, already running.
+
+    What is too long to be stored is cut off; what is no text is replaced.
+    """
+    argv = [_storable(word) for word in command]
+    try:
+        cwd = _storable(os.getcwd())  # noqa: PTH109 (Path.cwd says the same with more)
+    except OSError:
+        cwd = ""
+    metadata: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname(), "cwd": cwd}
+    if sum(2 * len(word.encode()) + 8 for word in argv) < METADATA_BYTES // 2:
+        metadata["argv"] = argv
+    return lifecycle.new_record(
+        now=now,
+        task_id=new_task_id(),
+        runtime=RUNTIME,
+        task=shlex.join(argv).encode()[:TASK_BYTES].decode(errors="ignore"),
+        status="running",
+        fields={**fields, "metadata": metadata},
+    )
+
+
+def verdict_of(ending: Ending, timeout_s: float | None) -> Verdict:
+    """What an ending means."""
+    if ending.timed_out:
+        error = f"timed out after {render.duration(timeout_s or 0)}"
+        return Verdict(TaskStatus.TIMED_OUT, TIMED_OUT, error)
+    if ending.signal:
+        error = f"ended by {_name(ending.signal)}"
+        return Verdict(TaskStatus.CANCELLED, BY_SIGNAL + ending.signal, error)
+    if ending.returncode is None or ending.returncode < 0:
+        number = -(ending.returncode or 0)
+        return Verdict(TaskStatus.FAILED, BY_SIGNAL + number, f"killed by {_name(number)}")
+    if ending.returncode:
+        return Verdict(TaskStatus.FAILED, ending.returncode, f"exit status {ending.returncode}")
+    return Verdict(TaskStatus.SUCCEEDED, 0)
+
+
+def _attend(
+    command: Sequence[str],
+    recorder: Recorder,
+    events: Events,
+    *,
+    timeout_s: float | None,
+    grace_s: float,
+) -> Verdict:
+    """Start the command, unless a signal came first, and see it to its end."""
+    with contextlib.suppress(Empty):
+        number = events.get_nowait().number
+        error = f"ended by {_name(number)} before it started"
+        return Verdict(TaskStatus.CANCELLED, BY_SIGNAL + number, error)
+    try:
+        child = Child(command, events, recorder.progress)
+    except OSError as error:
+        reason = f"cannot run {_storable(command[0])}: {error.strerror or error}"
+        render.note(reason)
+        missing = isinstance(error, FileNotFoundError)
+        return Verdict(TaskStatus.FAILED, NOT_FOUND if missing else NOT_EXECUTABLE, reason)
+    with child:
+        recorder.note(child_pid=child.pid)
+        return verdict_of(child.attend(timeout_s=timeout_s, grace_s=grace_s), timeout_s)
+
+
+def _create(store: TaskRegistryStore, record: TaskRecord) -> bool:
+    """Record the task as running; false, and told, if its run is recorded already."""
+    try:
+        store.apply([Put(record)])
+    except ConflictError as error:
+        holder = next((c.booked_by for c in error.conflicts if c.booked_by is not None), None)
+        if holder is None:
+            raise
+        standing = ledger.get(store, holder)
+        render.note(
+            f"run {record.run_id} of this command is recorded already, as {holder} "
+            f"({standing.status}); it was not started again"
+        )
+        return False
+    return True
+
+
+def _recorded(events: Events) -> bool:
+    """Wait until the end is recorded or given up; false when the store hangs."""
+    begun = time.monotonic()
+    # A little longer than the recorder itself tries.
+    while (left := begun + END_PATIENCE_S + 1 - time.monotonic()) > 0:
+        try:
+            event = events.get(timeout=left)
+        except Empty:
+            break
+        if event.kind == "recorded":
+            return True
+        if event.kind == "signal" and time.monotonic() - begun > DEAF_S:
+            break
+    return False
+
+
+def _report(recorder: Recorder, verdict: Verdict) -> None:
+    """Say so, loudly, if the ledger does not tell what became of the command."""
+    record = recorder.record
+    if record.status is verdict.status and recorder.recorded:
+        return
+    ended = f"the command ended as {verdict.status} (exit status {verdict.exit_status})"
+    if recorder.recorded:
+        render.note(f"{ended}, but task {record.task_id} had been ended as {record.status} before")
+        return
+    reason = recorder.failure or f"the store did not answer for {END_PATIENCE_S:g} s"
+    render.note(
+        f"NOT RECORDED: {ended}, but task {record.task_id} still says {record.status}: {reason}"
+    )
+
+
+def _opened(path: Path | None) -> TextIO | None:
+    """Open the id file before anything happens, so that it is no surprise later."""
+    if path is None:
+        return None
+    try:
+        return path.open("w", encoding="ascii")
+    except OSError as error:
+        raise Misuse(f"--id-file {path}: {error.strerror}") from None
+
+
+def _storable(word: str) -> str:
+    """A word of the command line as text: bytes that are not UTF-8 are replaced."""
+    return os.fsencode(word).decode(errors="replace")
+
+
+def _name(number: int) -> str:
+    """A signal's name, or its number where it has none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
