@@ -46,7 +46,7 @@ types: $(dev)
 	$(python) -m mypy
 
 imports: $(dev)
-	$(VENV)/bin/lint-imports --no-logo
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 
 # The sdist, and the wheel that is built from it.
 dist: $(dev)

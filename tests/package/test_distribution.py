@@ -135,7 +135,8 @@ def test_the_life_of_a_database(
     [task] = json.loads(installed.run("taskstore", "list", "--json", env=env))["tasks"]
     assert task["status"] == "succeeded"
     installed.run("taskstore", "verify", env=env)
-    installed.run("taskstore", "db", "downgrade", "base", env=env)
+    installed.run("taskstore", "db", "downgrade", "base", env=env, status=2)
+    installed.run("taskstore", "db", "downgrade", "base", "--yes", env=env)
     installed.run("taskstore", "db", "check", env=env, status=1)
     installed.run("taskstore", "db", "upgrade", env=env)
     installed.run("taskstore", "db", "check", env=env)
