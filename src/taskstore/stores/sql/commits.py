@@ -8,13 +8,12 @@ the number of rows that it touched tells whether it did.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
-from taskstore.clock import Clock
+from taskstore.clock import Clock, new_commit_id
 from taskstore.codec import checksum, encode_record
 from taskstore.errors import Conflict, ConflictError, SchemaMismatchError
 from taskstore.journal import Change, Commit, Put, Step, plan
@@ -39,7 +38,7 @@ class Batch:
     def __init__(self, changes: Sequence[Change]) -> None:
         self.steps = plan(changes)
         self.count = len(changes)
-        self.commit_id = secrets.token_hex(16)
+        self.commit_id = new_commit_id()
         last: dict[str, tuple[bytes, int]] = {}
         self._entries: list[tuple[str, str, int, bytes | None, int | None]] = []
         for change in changes:
@@ -233,7 +232,9 @@ def find_conflicts(session: Session, steps: Sequence[Step]) -> list[Conflict]:
     for step in steps:
         stored = revisions.get(step.task_id, 0)
         holder = holders.get(_booking(step))
-        if stored != step.base or step.task_id in deleted:
+        # What was set aside may have a row of which not even the revision is known.
+        in_the_way = step.task_id in revisions and not step.base
+        if stored != step.base or step.task_id in deleted or in_the_way:
             conflicts.append(
                 Conflict(step.task_id, step.base, stored, deleted=step.task_id in deleted)
             )

@@ -9,11 +9,13 @@ driver's errors mean.  Adding a dialect is adding a subclass and naming it in
 from __future__ import annotations
 
 import logging
+import os
 import random
 import sys
 import time
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import unquote_to_bytes
 
 import sqlalchemy as sa
 from sqlalchemy import event
@@ -21,6 +23,7 @@ from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.engine.interfaces import Dialect
 
+from taskstore.backends import scheme_of
 from taskstore.errors import StoreBusyError, StoreUnavailableError, ValidationError
 from taskstore.stores.sql.errors import Fault, Translator, postgresql_fault, sqlite_fault
 from taskstore.stores.sql.session import Session
@@ -102,6 +105,9 @@ class Database:
         """A cursor of the driver that gives tuples."""
         return raw.cursor()
 
+    def hold(self) -> None:
+        """Note that a store has the database open."""
+
     def prepare(self, session: Session) -> None:
         """Look at the database, and set it up, when its schema is known to be ours."""
 
@@ -164,7 +170,6 @@ class SQLiteDatabase(Database):
                 hint="install pysqlite3",
             )
         self.notice(library_notice(module))
-        self.notice(open_files.hold(self.location, self._library))
 
     def _location(self) -> str:
         if self.owned:
@@ -242,6 +247,9 @@ class SQLiteDatabase(Database):
             "write-ahead log, which still holds them",
             hint="compact with erase_deleted again when they are done",
         )
+
+    def hold(self) -> None:
+        self.notice(open_files.hold(self.location, self._library))
 
     def close(self) -> None:
         super().close()
@@ -328,10 +336,22 @@ def open_database(url: str, *, durability: str = "full", read_only: bool = False
     understand, :class:`~taskstore.StoreUnavailableError` for a path that
     cannot be used.
     """
-    parsed = _parse(url)
-    if parsed.get_backend_name() == "sqlite":
-        return _open_sqlite(parsed, durability=durability, read_only=read_only)
-    return _open_server(parsed, durability=durability, read_only=read_only)
+    if scheme_of(url) == "sqlite":
+        return _open_sqlite(_path_of(url), durability=durability, read_only=read_only)
+    return _open_server(_parse(url), durability=durability, read_only=read_only)
+
+
+def _path_of(url: str) -> Path:
+    """The file that an SQLite URL names; escapes are decoded, as everywhere in URLs."""
+    rest = url.partition(":")[2]
+    if rest in ("", "//", "///") or ":memory:" in rest:
+        raise ValidationError("url", "an in-memory SQLite database is not durable: use memory:")
+    if not rest.startswith("///") or "?" in rest:
+        raise ValidationError("url", f"{url!r} is not sqlite:/// and a path, without options")
+    path = os.fsdecode(unquote_to_bytes(rest[3:]))
+    if "\0" in path:
+        raise ValidationError("url", "holds a NUL character")
+    return Path(path).absolute()
 
 
 def _parse(url: str) -> sa.URL:
@@ -343,17 +363,12 @@ def _parse(url: str) -> sa.URL:
         # From None: the cause may repeat the URL with its password.
         raise ValidationError("url", "is not a database URL") from None
     if kind is None or driver != kind.driver:
-        known = ", ".join(f"{name}+{kind.driver}:" for name, kind in _DIALECTS.items())
+        known = "sqlite:, postgresql+psycopg:"
         raise ValidationError("url", f"{parsed.drivername}: is not one of {known}")
     return parsed
 
 
-def _open_sqlite(url: sa.URL, *, durability: str, read_only: bool) -> SQLiteDatabase:
-    if not url.database or ":memory:" in url.database:
-        raise ValidationError("url", "an in-memory SQLite database is not durable: use memory:")
-    if url.query or url.host:
-        raise ValidationError("url", "an SQLite URL is sqlite:/// and a path, without options")
-    path = Path(url.database).absolute()
+def _open_sqlite(path: Path, *, durability: str, read_only: bool) -> SQLiteDatabase:
     module = sqlite_module()
     driver_errors = Translator(str(path), module.Error, sqlite_fault)
     watch = None

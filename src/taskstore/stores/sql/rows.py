@@ -9,14 +9,18 @@ from typing import Any, NamedTuple
 import msgspec
 
 from taskstore.codec import checksum, decode_or_set_aside, set_aside
-from taskstore.errors import CorruptStoreError
+from taskstore.errors import CorruptStoreError, ValidationError
 from taskstore.journal import EntryKind, JournalEntry, SetAside
-from taskstore.records import TaskRecord
+from taskstore.records import TaskRecord, check_int, check_key
 
 CHUNK_BYTES = 1024 * 1024
 """A chunk of a snapshot is closed when it holds this much, so that it stays
 well below what servers take in one statement."""
 CHUNK_RECORDS = 1000
+
+CARRIED = -1
+"""The checksum of a row of ``tasks`` that came in with a saved snapshot and did not
+decode: no payload has it, so none of these is taken for a record by chance."""
 
 _ASIDE = b"!"
 
@@ -59,6 +63,8 @@ def record_of(row: TaskRow) -> TaskRecord | SetAside:
     where = f"tasks, row {row.task_id!r}"
     payload = as_bytes(row.payload)
     damage = damage_of(payload, row.checksum)
+    if row.checksum == CARRIED:
+        damage = "it was set aside in the snapshot that this ledger was made from"
     if damage is None:
         found = decode_or_set_aside(payload, where)
         if isinstance(found, TaskRecord) and found.task_id == row.task_id:
@@ -152,6 +158,18 @@ def chunks_of(lines: Iterable[bytes]) -> Iterator[bytes]:
             chunk, size = [], 0
     if chunk:
         yield b"\n".join(chunk)
+
+
+def aside_row(item: SetAside) -> tuple[Any, ...] | None:
+    """The row of ``tasks`` that stands for something set aside, so that nobody takes
+    its id; ``None`` when it has no id that could be one."""
+    try:
+        task_id = check_key("task_id", item.task_id)
+        revision = check_int("revision", item.revision or 0)
+    except ValidationError:
+        return None
+    unset = (None,) * 7
+    return (task_id, revision, 0, "", "", *unset, item.raw, CARRIED)
 
 
 class Tally:

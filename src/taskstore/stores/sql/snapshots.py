@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -13,9 +13,9 @@ import msgspec
 import sqlalchemy as sa
 
 from taskstore.codec import checksum, encode_record
-from taskstore.errors import Conflict, ConflictError, CorruptStoreError
-from taskstore.journal import SetAside, Snapshot, Step
-from taskstore.records import TaskRecord, validated
+from taskstore.errors import ConflictError, CorruptStoreError
+from taskstore.journal import SetAside, Snapshot, validated_snapshot
+from taskstore.records import TaskRecord
 from taskstore.stores.sql.commits import claim, insert_row
 from taskstore.stores.sql.connections import Connections
 from taskstore.stores.sql.rows import (
@@ -23,6 +23,7 @@ from taskstore.stores.sql.rows import (
     Tally,
     TaskRow,
     aside_line,
+    aside_row,
     chunks_of,
     damage_of,
     read_lines,
@@ -161,7 +162,7 @@ def read_chunks(
 
 def save(connections: Connections, snapshot: Snapshot) -> None:
     """Replace everything by a snapshot, in one transaction."""
-    records = [validated(record) for record in snapshot.records.values()]
+    snapshot = validated_snapshot(snapshot)
     sql = connections.database.sql
 
     def work(session: Session) -> bool:
@@ -176,7 +177,7 @@ def save(connections: Connections, snapshot: Snapshot) -> None:
         ):  # fmt: skip
             session.connection.execute(sa.delete(table))
         tally = Tally()
-        for chunk in chunks_of(_store_all(session, sql, records, snapshot.set_aside)):
+        for chunk in chunks_of(_store_all(session, sql, snapshot)):
             _insert(session, sql, task_snapshot_chunks, [chunk_row(snapshot.seq, tally, chunk)])
         _insert(session, sql, task_snapshots, [tally.row(snapshot.seq, snapshot.at, "published")])
         session.connection.execute(
@@ -196,7 +197,6 @@ def save(connections: Connections, snapshot: Snapshot) -> None:
         head = read_head(session, sql, lock=True)
         return (head.head_seq, head.floor) == (snapshot.seq, snapshot.seq + 1) or None
 
-    _check_bookings(records)
     connections.write(work, happened=happened)
 
 
@@ -207,18 +207,24 @@ def chunk_row(seq: int, tally: Tally, chunk: bytes) -> tuple[Any, ...]:
     return (seq, number, chunk, checksum(chunk))
 
 
-def _store_all(
-    session: Session, sql: Statements, records: Sequence[TaskRecord], aside: Sequence[SetAside]
-) -> Iterator[bytes]:
+def _store_all(session: Session, sql: Statements, snapshot: Snapshot) -> Iterator[bytes]:
     """Insert the rows, and give the lines of their snapshot."""
-    encoded = sorted((record.task_id, record, encode_record(record)) for record in records)
-    for lot in pieces(encoded):
-        rows = [insert_row(record, payload, checksum(payload)) for _, record, payload in lot]
+    for ids in pieces(sorted(snapshot.records)):
+        lot = [
+            (snapshot.records[task_id], encode_record(snapshot.records[task_id])) for task_id in ids
+        ]
+        rows = [insert_row(record, payload, checksum(payload)) for record, payload in lot]
         _insert(session, sql, tasks, rows)
-        yield from (payload for _, _, payload in lot)
-    for number, item in enumerate(aside, 1):
-        payload = msgspec.json.encode(item)
-        _insert(session, sql, task_set_aside, [(number, payload, checksum(payload))])
+        yield from (payload for _, payload in lot)
+    taken = set(snapshot.records)
+    for number, item in enumerate(snapshot.set_aside, 1):
+        row = aside_row(item)
+        if row is not None and row[0] not in taken:
+            taken.add(row[0])
+            _insert(session, sql, tasks, [row])
+        else:
+            payload = msgspec.json.encode(item)
+            _insert(session, sql, task_set_aside, [(number, payload, checksum(payload))])
         yield aside_line(item)
 
 
@@ -227,14 +233,3 @@ def _insert(session: Session, sql: Statements, table: sa.Table, rows: list[Any])
         session.execute(
             sql.insert_rows(table, len(lot)), tuple(value for row in lot for value in row)
         )
-
-
-def _check_bookings(records: Iterable[TaskRecord]) -> None:
-    """Refuse two records that hold one booking: which one is right, nobody can tell."""
-    holders: dict[tuple[str, str], str] = {}
-    for record in records:
-        booking = Step(record.task_id, 0, record.revision, record).booking
-        if booking is not None:
-            holder = holders.setdefault(booking, record.task_id)
-            if holder != record.task_id:
-                raise ConflictError([Conflict(record.task_id, 0, 0, booked_by=holder)])

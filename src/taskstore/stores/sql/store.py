@@ -83,6 +83,7 @@ class SQLStore(TaskRegistryStore):
         self._seen = 0
         try:
             ensure_schema(database, migrate, url)
+            database.hold()
             self._connections.prepare()
         except BaseException:
             self._connections.close()
@@ -232,8 +233,8 @@ def open_sql(
 ) -> SQLStore:
     """Open the ledger in the database that a URL names, with an engine of our own.
 
-    ``sqlite:///`` and a path (three slashes relative, four absolute; taken as
-    it stands), or ``postgresql+psycopg://user:password@host/database``.
+    ``sqlite:///`` and a path (three slashes relative, four absolute; ``%20`` is
+    a space), or ``postgresql+psycopg://user:password@host/database``.
     Options as for :func:`taskstore.open_store`; ``strict`` as for :class:`SQLStore`.
     """
     _check_options(durability, migrate)
