@@ -122,7 +122,11 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(task_id=_ids, revision=st.integers(1, 5))
     def put_any_revision(self, task_id: str, revision: int) -> None:
         """Store a revision that may or may not follow."""
-        self._apply(Put(make_record(task_id=task_id, revision=revision)))
+        stored = self.model.records.get(task_id)
+        # A task keeps the run that it was created for, whatever else changes.
+        run, booking = (stored.run_id, stored.booking) if stored else (None, None)
+        record = make_record(task_id=task_id, revision=revision, run_id=run, booking=booking)
+        self._apply(Put(record))
 
     @rule(task_id=_ids)
     def remove(self, task_id: str) -> None:
@@ -224,6 +228,8 @@ class StoreMachine(RuleBasedStateMachine):
             store = self.instances[-1]
             assert (store.head(), store.floor()) == (self.model.head, self.model.floor)
             assert [facts_of(entry) for entry in journal_of(store)] == self.model.entries
+            for seq in (self.model.floor - 1, self.model.head):
+                assert dict(as_of(store, seq).records) == self.model.states[seq]
 
     @rule(back=st.integers(0, 8))
     def read_at_seq(self, back: int) -> None:
@@ -254,24 +260,25 @@ class StoreMachine(RuleBasedStateMachine):
             assert self.store.verify().problems == ()
 
 
-def run_store_machine(open_store: OpenStore, *, lives: int = 40, steps: int = 25) -> None:
-    """Run the machine on a store: ``lives`` histories of up to ``steps`` rules each.
+MACHINE_SETTINGS = settings(
+    max_examples=40,
+    stateful_step_count=25,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
+)
+"""How long the clause runs: 40 lives of up to 25 rules each."""
+
+
+def run_store_machine(open_store: OpenStore, *, settings: settings = MACHINE_SETTINGS) -> None:
+    """Run the machine on a store, with settings of Hypothesis.
 
     Everything happens in the one storage that ``open_store`` opens; each
     life begins by emptying it.
     """
     machine = type("StoreMachine", (StoreMachine,), {"open_store": staticmethod(open_store)})
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=lives,
-            stateful_step_count=steps,
-            deadline=None,
-            database=None,
-            phases=[Phase.generate, Phase.shrink],
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run_state_machine_as_test(machine, settings=settings)
 
 
 class ModelContract(ContractBase):

@@ -1,0 +1,229 @@
+"""Stores that read, compact or check wrongly: each the shortest edit of the right one."""
+
+from __future__ import annotations
+
+import time
+
+from broken_writers import Broken
+from msgspec.structs import replace
+
+from taskstore.errors import CursorExpiredError
+from taskstore.journal import Commit, plan
+from taskstore.query import Page, decode_cursor, encode_cursor
+
+# -- journal ----------------------------------------------------------------
+
+
+class ShowsASeqBeforeTheOnesBeforeIt(Broken):
+    def apply(self, changes):
+        commit = super().apply(changes)
+        with self.storage.changed:
+            hidden = self.storage.journal.pop()
+            last_visible = self.storage.head
+        time.sleep(0.0005)
+        with self.storage.changed:
+            self.storage.journal.append(hidden)
+            self.storage.head = last_visible
+        return commit
+
+    def read_journal(self, after, limit):
+        visible = [e for e in list(self.storage.journal) if e.seq <= self.storage.head]
+        return tuple(visible[after : after + limit])
+
+
+class IgnoresTheLimit(Broken):
+    def read_journal(self, after, limit):
+        return super().read_journal(after, 10**9)
+
+
+class ReadsFromTheSeqInsteadOfAfterIt(Broken):
+    def read_journal(self, after, limit):
+        return super().read_journal(max(after - 1, self.floor() - 1), limit)
+
+
+class DoesNotExpireCursors(Broken):
+    def read_journal(self, after, limit):
+        try:
+            return super().read_journal(after, limit)
+        except CursorExpiredError:
+            return ()
+
+
+class NeverWakesUp(Broken):
+    def wait_for(self, after, timeout):
+        self._check_open()
+        answer = self.storage.head > after
+        if not answer:
+            time.sleep(timeout)
+        return answer
+
+
+class SpinsWhileItWaits(Broken):
+    def wait_for(self, after, timeout):
+        self._check_open()
+        end = time.monotonic() + timeout
+        while self.storage.head <= after:
+            if time.monotonic() > end:
+                return False
+        return True
+
+
+class FindsTheHistoryOfOthers(Broken):
+    def read_history(self, task_id):
+        return [e for e in self.storage.journal if e.task_id.lower() == task_id.lower()]
+
+
+# -- compaction -------------------------------------------------------------
+
+
+class GivesASeqAgainAfterEverythingWasTrimmed(Broken):
+    def compact(self, policy):
+        report = super().compact(policy)
+        if not self.storage.journal and not self.storage.current:
+            self.storage.head = 0
+            self.storage.snapshots = {}
+        return report
+
+
+class LosesTheLastEntryAtCompaction(Broken):
+    def compact(self, policy):
+        report = super().compact(policy)
+        del self.storage.journal[-1:]
+        return report
+
+
+class CompactsWhatARetainedSnapshotStillNeeds(Broken):
+    def compact(self, policy):
+        report = super().compact(policy)
+        kept = {max(report.snapshots, default=0)}
+        self.storage.snapshots = {s: v for s, v in self.storage.snapshots.items() if s in kept}
+        return report
+
+
+class KeepsDeletedRecordsInTheSnapshot(Broken):
+    def compact(self, policy):
+        ghosts = {e.task_id: e.record for e in self.storage.journal if e.record is not None}
+        report = super().compact(policy)
+        for seq, snapshot in self.storage.snapshots.items():
+            self.storage.snapshots[seq] = replace(snapshot, records={**ghosts, **snapshot.records})
+        return report
+
+
+class TrimsWhatCameWhileItFolded(Broken):
+    def compact(self, policy):
+        folded = self.load_snapshot()
+        time.sleep(0.001)
+        report = super().compact(policy)
+        if report.compacted:
+            self.storage.snapshots = {report.seq: replace(folded, seq=report.seq)}
+        return report
+
+
+class CompactsWhenItIsNotDue(Broken):
+    def compact(self, policy):
+        return super().compact(policy.forced())
+
+
+class RemembersTheErased(Broken):
+    def compact(self, policy):
+        before = dict(self.storage.snapshots)
+        report = super().compact(policy)
+        self.storage.snapshots = before | self.storage.snapshots
+        return report
+
+
+class DropsWhatWasSetAsideAtCompaction(Broken):
+    def compact(self, policy):
+        self.storage.set_aside = ()
+        return super().compact(policy)
+
+
+class StampsSnapshotsWithTheTimeOfCompaction(Broken):
+    def compact(self, policy):
+        report = super().compact(policy)
+        for seq, snapshot in self.storage.snapshots.items():
+            self.storage.snapshots[seq] = replace(snapshot, at=self.clock())
+        return report
+
+
+# -- query and integrity ----------------------------------------------------
+
+
+class SortsIdsLikeALanguage(Broken):
+    def query(self, query):
+        page = super().query(query)
+        ordered = sorted(page, key=lambda r: (r.created_at, r.task_id.casefold()), reverse=True)
+        return Page(ordered, next_cursor=page.next_cursor, seq=page.seq)
+
+
+class SkipsTiesAcrossPages(Broken):
+    def query(self, query):
+        if query.cursor is not None:
+            created_at, _ = decode_cursor(query.after)
+            query.cursor = (created_at, "")
+        return super().query(query)
+
+
+class PointsBeyondTheLastPage(Broken):
+    def query(self, query):
+        page = super().query(query)
+        cursor = page.next_cursor or (encode_cursor(page[-1].sort_key) if page else None)
+        return Page(page, next_cursor=cursor, seq=page.seq)
+
+
+class FindsEverythingForNoValues(Broken):
+    def query(self, query):
+        query._tests = [
+            test for test, values in zip(query._tests, query.where.values(), strict=True) if values
+        ]
+        return super().query(query)
+
+
+class AnswersForTheWrongSeq(Broken):
+    def query(self, query):
+        page = super().query(query)
+        return Page(page, next_cursor=page.next_cursor, seq=max(page.seq - 1, 0))
+
+
+class FiltersWithoutCase(Broken):
+    def query(self, query):
+        found = {
+            field: {v.lower() if isinstance(v, str) else v for v in values}
+            for field, values in query.where.items()
+        }
+        query._tests = [
+            lambda r, field=field, values=values: (
+                (v.lower() if isinstance(v := getattr(r, field, None), str) else v) in values
+            )
+            for field, values in found.items()
+        ]
+        return super().query(query)
+
+
+class FindsFaultWithAGoodLedger(Broken):
+    def verify(self):
+        report = super().verify()
+        return replace(report, problems=("nothing in particular",) if report.entries else ())
+
+
+class CountsWrong(Broken):
+    def verify(self):
+        return replace(super().verify(), records=0)
+
+
+class VerifiesByWriting(Broken):
+    def verify(self):
+        self._check_writable()
+        return super().verify()
+
+
+class ForgetsACommitNowAndThen(Broken):
+    """Not in any one clause's way: for the machine to find."""
+
+    def apply(self, changes):
+        if len(changes) > 2 and self.storage.deleted and self.storage.snapshots:
+            plan(changes)
+            self._check(plan(changes))
+            head = self.storage.head
+            return Commit(head + 1, head + len(changes), self.storage.last_at)
+        return super().apply(changes)

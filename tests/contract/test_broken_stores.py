@@ -1,0 +1,170 @@
+"""The suite catches what it is for: each wrong store fails the clause meant for it."""
+
+from __future__ import annotations
+
+import re
+
+import broken_readers as readers
+import broken_writers as writers
+import pytest
+from hypothesis import Phase, settings
+
+from taskstore.stores.memory import MemoryStorage
+from taskstore.testing import NASTY, Ledger, StoreContract
+from taskstore.testing.contract_compaction import FOLD
+from taskstore.testing.machine import MACHINE_SETTINGS, run_store_machine
+
+ROWS = {row.name: row for row in NASTY}
+
+CAUGHT = [
+    (writers.AcknowledgesBeforeItIsThere, "every_call_opens_the_same_storage"),
+    (writers.AppliesHalfABatch, "a_batch_is_all_or_nothing"),
+    (writers.IgnoresTheExpectedRevision, "stale_and_skipped_revisions", 2),
+    (writers.IgnoresTheExpectedRevision, "delete_of_another_revision", 99),
+    (writers.IgnoresTheExpectedRevision, "update_of_absent"),
+    (writers.IgnoresTheExpectedRevision, "delete_of_absent"),
+    (writers.IgnoresTheExpectedRevision, "the_same_change_again"),
+    (writers.IgnoresTheExpectedRevision, "revisions_are_compared_across_instances"),
+    (writers.ComparesOutsideTheTransaction, "no_update_is_lost"),
+    (writers.SkipsASeq, "seqs_are_contiguous"),
+    (writers.TakesASeqForARefusedBatch, "a_refused_batch_takes_no_seq"),
+    (writers.ForgetsDeletions, "a_deleted_task_stays_deleted"),
+    (writers.ForgetsDeletions, "deletions_hold_across_instances"),
+    (writers.ForgetsWhatCameAndWentInOneBatch, "what_came_and_went_in_one_batch_stays_deleted"),
+    (writers.BooksTheSameRunTwiceFromTwoInstances, "bookings_hold_across_instances"),
+    (writers.BooksTheSameRunTwiceFromTwoInstances, "one_of_many_gets_the_booking"),
+    (writers.NeverFreesABooking, "deletion_frees_the_booking"),
+    (writers.ComparesRunsWithoutTheirCase, "runs_that_differ_only_in_case_or_space"),
+    (writers.NamesOnlyTheFirstConflict, "every_task_in_the_way_is_named"),
+    (writers.LetsTimeGoBack, "the_time_never_goes_back"),
+    (writers.LetsTimeGoBack, "times_never_go_back"),
+    (writers.LetsTimeGoBackAtSave, "the_time_never_goes_back_over_a_save"),
+    (writers.JournalsTheLastImagesOnly, "entries_are_what_was_committed"),
+    (writers.GivesEachEntryACommitIdOfItsOwn, "entries_carry_their_commit"),
+    (writers.SavesBehindTheHead, "save_behind_the_head_is_refused"),
+    (writers.SavesBehindTheHead, "save_of_the_same_snapshot_again_is_refused"),
+    (writers.SavesOnTopOfWhatIsThere, "save_replaces_the_whole_content"),
+    (writers.SavesOnTopOfWhatIsThere, "save_of_nothing_empties_the_store"),
+    (writers.SavesWithoutTheBookings, "save_replaces_the_bookings"),
+    (writers.SavesWithoutForgettingDeletions, "save_forgets_deletions"),
+    (writers.SavesWhatIsNotValid, "save_validates_every_record"),
+    (writers.SavesWhatIsNotValid, "save_refuses_a_record_under_another_id"),
+    (writers.SavesWhatIsNotValid, "save_refuses_a_run_booked_twice"),
+    (writers.SavesWhatIsNotValid, "nasty_value_is_refused", ROWS["nul_in_key"]),
+    (writers.SavesWhatIsNotValid, "nasty_value_is_refused", ROWS["metadata_not_canonical"]),
+    (writers.DropsWhatWasSetAside, "what_was_set_aside_travels"),
+    (writers.LoadsHeadAndRecordsFromTwoMoments, "loading_is_one_moment"),
+    (writers.ReturnsTheLiveMapping, "what_was_loaded_stays_as_it_was"),
+    (writers.ReturnsAMutableMapping, "what_is_loaded_cannot_be_changed"),
+    (writers.AnswersWhenClosed, "a_closed_store_refuses_every_call"),
+    (writers.WritesWhenOpenedReadOnly, "read_only_reads_and_refuses_to_write"),
+    (writers.TurnsAnEmptyStringIntoNull, "nasty_value_is_stored_exactly", ROWS["empty_key"]),
+    (writers.TurnsAnEmptyStringIntoNull, "nasty_value_is_saved_exactly", ROWS["empty_error"]),
+    (writers.StripsTrailingSpace, "nasty_value_is_stored_exactly", ROWS["trailing_space"]),
+    (writers.NormalisesUnicode, "nasty_value_is_stored_exactly", ROWS["combining"]),
+    (writers.TruncatesLongKeys, "nasty_value_is_stored_exactly", ROWS["longest_key"]),
+    (writers.TruncatesLongTexts, "nasty_value_is_stored_exactly", ROWS["longest_task"]),
+    (writers.KeepsTimesInSeconds, "nasty_value_is_stored_exactly", ROWS["times_at_most"]),
+    (writers.RoundsIntegersBeyondADouble, "nasty_value_is_stored_exactly", ROWS["metadata_ints"]),
+    (writers.FoldsIdsThatDifferOnlyInCase, "nasty_value_is_stored_exactly", ROWS["case_id"]),
+    (writers.FoldsIdsThatDifferOnlyInCase, "all_nasty_values_together"),
+    (writers.DropsTheUnknownFieldsOfANewerPayload, "what_a_newer_minor_version_wrote_is_kept"),
+    (readers.ShowsASeqBeforeTheOnesBeforeIt, "readers_see_no_gap"),
+    (readers.IgnoresTheLimit, "paging_reads_everything_once", 3),
+    (readers.ReadsFromTheSeqInsteadOfAfterIt, "reading_from_every_point"),
+    (readers.DoesNotExpireCursors, "the_ones_before_the_floor_are_expired"),
+    (readers.DoesNotExpireCursors, "a_saved_snapshot_reaches_the_other"),
+    (readers.NeverWakesUp, "a_commit_ends_the_wait"),
+    (readers.NeverWakesUp, "waiting_for_the_other"),
+    (readers.SpinsWhileItWaits, "waiting_does_not_spin"),
+    (readers.FindsTheHistoryOfOthers, "history_of_one_task"),
+    (readers.GivesASeqAgainAfterEverythingWasTrimmed, "seqs_are_not_given_again"),
+    (readers.LosesTheLastEntryAtCompaction, "folding_changes_no_answer"),
+    (readers.LosesTheLastEntryAtCompaction, "life_goes_on", FOLD),
+    (readers.CompactsWhatARetainedSnapshotStillNeeds, "history_by_entries"),
+    (readers.CompactsWhatARetainedSnapshotStillNeeds, "snapshots_that_are_kept"),
+    (readers.KeepsDeletedRecordsInTheSnapshot, "folding_changes_no_answer"),
+    (readers.KeepsDeletedRecordsInTheSnapshot, "trimming_keeps_the_records"),
+    (readers.CompactsWhenItIsNotDue, "not_due"),
+    (readers.CompactsWhenItIsNotDue, "due_by_entries"),
+    (readers.RemembersTheErased, "deleted_text_is_erased"),
+    (readers.DropsWhatWasSetAsideAtCompaction, "what_was_set_aside_is_carried"),
+    (readers.StampsSnapshotsWithTheTimeOfCompaction, "snapshots_know_their_time"),
+    (readers.SortsIdsLikeALanguage, "ids_are_ordered_byte_by_byte"),
+    (readers.SkipsTiesAcrossPages, "pages", 2),
+    (readers.SkipsTiesAcrossPages, "every_cursor"),
+    (readers.PointsBeyondTheLastPage, "pages", 28),
+    (readers.FindsEverythingForNoValues, "filter", "label"),
+    (readers.AnswersForTheWrongSeq, "the_seq_of_the_answer"),
+    (readers.FiltersWithoutCase, "filter", "label"),
+    (readers.FiltersWithoutCase, "nasty_value_is_stored_exactly", ROWS["case"]),
+    (readers.FindsFaultWithAGoodLedger, "a_good_ledger_is_whole"),
+    (readers.CountsWrong, "a_good_ledger_is_whole"),
+    (readers.VerifiesByWriting, "verifying_changes_nothing"),
+    (readers.TrimsWhatCameWhileItFolded, "compacting_while_writing"),
+]
+
+
+def run(store_class, clause, *arguments):
+    storage = MemoryStorage()
+    ledger = Ledger(lambda *, read_only=False: store_class(storage, read_only=read_only))
+    try:
+        getattr(StoreContract(), f"test_{clause}")(ledger, *arguments)
+    finally:
+        ledger.close()
+
+
+def name_of(case):
+    store_class, clause, *arguments = case
+    return "-".join([store_class.__name__, clause, *(getattr(a, "name", "") for a in arguments)])
+
+
+@pytest.mark.parametrize("case", CAUGHT, ids=name_of)
+def test_the_clause_catches_the_fault(case, monkeypatch):
+    monkeypatch.setattr("taskstore.testing.contract_journal.PATIENCE_S", 0.5)
+    monkeypatch.setattr("taskstore.testing.threads.PATIENCE_S", 5.0)
+    store_class, *clause = case
+    run(writers.Broken, *clause)
+    with pytest.raises((Exception, pytest.fail.Exception)) as caught:
+        run(store_class, *clause)
+    assert not isinstance(caught.value, TypeError | NameError), "the broken store is broken"
+
+
+FOUND_BY_THE_MACHINE = [
+    readers.ForgetsACommitNowAndThen,
+    readers.KeepsDeletedRecordsInTheSnapshot,
+    readers.CompactsWhatARetainedSnapshotStillNeeds,
+    writers.AppliesHalfABatch,
+    writers.FoldsIdsThatDifferOnlyInCase,
+    writers.NeverFreesABooking,
+]
+
+
+@pytest.mark.parametrize("store_class", FOUND_BY_THE_MACHINE)
+def test_the_machine_finds_the_fault(store_class):
+    storage = MemoryStorage()
+    quick = settings(MACHINE_SETTINGS, max_examples=300, phases=[Phase.generate], derandomize=True)
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - whatever the fault leads to
+        run_store_machine(
+            lambda *, read_only=False: store_class(storage, read_only=read_only), settings=quick
+        )
+    assert not isinstance(caught.value, TypeError | NameError), "the broken store is broken"
+
+
+def test_every_broken_store_is_caught():
+    stores = {
+        value
+        for value in (vars(writers) | vars(readers)).values()
+        if isinstance(value, type) and issubclass(value, writers.Broken)
+    }
+    assert {case[0] for case in CAUGHT} | set(FOUND_BY_THE_MACHINE) == stores - {
+        writers.Broken,
+        writers.Rewrites,
+    }
+
+
+def test_every_clause_cites_its_invariant():
+    clauses = [name for name in dir(StoreContract) if name.startswith("test_")]
+    assert len(clauses) > 100
+    for name in clauses:
+        assert re.match(r"(\[\d+\] )+\w", getattr(StoreContract, name).__doc__), name
