@@ -1,3 +1,8 @@
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
 import pytest
 
 from taskstore.stores.jsonfile import JSONStore
@@ -20,3 +25,18 @@ def open_(directory):
     yield open_once
     for store in opened:
         store.close()
+
+
+@pytest.fixture
+def fast_path(tmp_path):
+    """A directory where syncing costs nothing, for tests that kill a hundred times.
+
+    What survives the death of a process does not depend on the disk.
+    """
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    path = Path(tempfile.mkdtemp(dir=memory))
+    yield path
+    shutil.rmtree(path)

@@ -1,0 +1,169 @@
+"""A write that fails leaves disk and memory as they were, or the instance refuses to go on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+
+import pytest
+from jsonfiles import FOLD, names, output_of, segments, state_of
+
+from taskstore import OutcomeUnknownError, StoreUnavailableError
+from taskstore.journal import Snapshot
+from taskstore.stores.jsonfile import writing
+from taskstore.testing.factories import create, make_put, make_record, update
+
+
+def without(state, *ignored: str):
+    return {name: value[-1] for name, value in state.items() if name not in ("lock", *ignored)}
+
+
+@pytest.fixture
+def limit():
+    """Limit the size of files for real: what goes beyond is EFBIG, after a partial write."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def set_limit(size: int | None) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if size is None else size, before[1]))
+
+    yield set_limit
+    set_limit(None)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_partial_append_is_taken_back_and_the_next_one_works(directory, open_, limit):
+    store, other = open_(), open_()
+    task = create(store)
+    before = state_of(directory)
+    limit(segments(directory)[0].stat().st_size + 100)
+    for _ in range(3):
+        with pytest.raises(StoreUnavailableError, match=str(directory)) as caught:
+            update(store, task, task="x" * 4096)
+        assert caught.value.__cause__.errno == errno.EFBIG
+        assert without(state_of(directory)) == without(before)
+        assert store.head() == other.head() == 1
+    limit(None)
+    # Memory did not run ahead: the same change applies, and only once.
+    task = update(store, task, task="x" * 4096)
+    update(other, task)
+    assert store.verify().ok
+    assert store.report().notices == ()
+
+
+def test_a_full_disk_in_another_process(directory):
+    printed = output_of(
+        """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+store = JSONStore(sys.argv[1])
+create(store)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+done = 1
+while True:
+    try:
+        create(store, task="y" * 300)
+    except StoreUnavailableError as error:
+        print(done == store.head() == len(store.load_snapshot().records), sys.argv[1] in str(error))
+        break
+    done += 1
+""",
+        directory,
+    )
+    assert printed == "True True\n"
+    assert segments(directory)[0].read_bytes().endswith(b"}\n")
+
+
+def test_a_compaction_that_finds_no_room_leaves_no_trace_and_the_writer_goes_on(
+    directory, open_, limit
+):
+    store = open_()
+    tasks = [create(store, task="x" * 1000) for _ in range(10)]
+    limit(5000)
+    with pytest.raises(StoreUnavailableError):
+        store.compact(FOLD)
+    assert not list(directory.glob("snapshot-*"))
+    update(store, tasks[0])
+    limit(None)
+    assert store.compact(FOLD).compacted
+    assert store.verify().ok
+
+
+def test_a_replacement_that_finds_no_room_leaves_the_old_content(directory, open_, limit):
+    store = open_()
+    task = create(store)
+    limit(5000)
+    records = [make_record(task="x" * 1000) for _ in range(10)]
+    with pytest.raises(StoreUnavailableError):
+        store.save_snapshot(Snapshot(50, {record.task_id: record for record in records}))
+    assert names(directory) == {segments(directory)[0].name, "lock", "compact.lock"}
+    update(store, task)
+    limit(None)
+    store.save_snapshot(Snapshot(50, {record.task_id: record for record in records}))
+    assert len(open_().load_snapshot().records) == 10
+
+
+def test_after_a_failed_sync_an_instance_refuses_writes_until_it_is_reopened(
+    directory, open_, monkeypatch
+):
+    store = open_()
+    task = create(store)
+    before = state_of(directory)
+
+    def failing(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "sync_data", failing)
+        with pytest.raises(StoreUnavailableError, match="reopened") as caught:
+            update(store, task)
+        assert caught.value.__cause__.errno == errno.EIO
+    assert without(state_of(directory)) == without(before)
+    for work in (
+        lambda: store.apply([make_put()]),
+        lambda: store.compact(FOLD),
+        lambda: store.save_snapshot(Snapshot(9)),
+    ):
+        with pytest.raises(StoreUnavailableError, match="refuses writes until it is reopened"):
+            work()
+    assert store.load_snapshot().records == {task.task_id: task}
+    store.close()
+    update(open_(), task)
+
+
+def test_when_a_line_cannot_even_be_taken_back_the_outcome_is_unknown(
+    directory, open_, monkeypatch
+):
+    store = open_()
+    task = create(store)
+
+    def failing(descriptor: int, *_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "sync_data", failing)
+        patch.setattr(writing.os, "ftruncate", failing)
+        with pytest.raises(OutcomeUnknownError):
+            update(store, task)
+    with pytest.raises(StoreUnavailableError, match="reopened"):
+        update(store, task)
+    assert open_().head() == 2
+
+
+def test_an_interrupted_commit_is_taken_back(directory, open_, monkeypatch):
+    store = open_()
+    task = create(store)
+    before = state_of(directory)
+
+    def interrupted(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "sync_data", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            update(store, task)
+    assert without(state_of(directory)) == without(before)
+    update(store, task)
+    assert store.verify().ok
