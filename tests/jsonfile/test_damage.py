@@ -289,3 +289,12 @@ def test_a_journal_that_shrank_under_a_writer_is_read_again(directory, open_):
     assert store.head() == 1
     assert store.apply([make_put()]).first_seq == 2
     assert store.verify().ok
+
+
+def test_verify_finds_that_a_writer_remembers_something_else(open_):
+    store = open_()
+    task = create(store)
+    assert store.verify().ok
+    store._writer.index.revisions[task.task_id] = 7
+    (problem,) = store.verify().problems
+    assert task.task_id in problem

@@ -167,3 +167,25 @@ def test_an_interrupted_commit_is_taken_back(directory, open_, monkeypatch):
     assert without(state_of(directory)) == without(before)
     update(store, task)
     assert store.verify().ok
+
+
+def test_when_replacing_fails_half_way_the_outcome_is_unknown_and_reopening_tells(
+    directory, open_, monkeypatch
+):
+    store = open_()
+    task = create(store)
+    publish = writing.publish
+
+    def failing(temporary, path) -> None:
+        publish(temporary, path)
+        if path.name.startswith("snapshot"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "publish", failing)
+        with pytest.raises(OutcomeUnknownError):
+            store.save_snapshot(Snapshot(50))
+    with pytest.raises(StoreUnavailableError, match="reopened"):
+        update(store, task)
+    assert open_().load_snapshot() == store.load_snapshot()
+    assert open_().head() == 50

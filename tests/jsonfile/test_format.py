@@ -196,3 +196,16 @@ def test_a_path_that_is_a_file_is_unavailable(tmp_path):
         with pytest.raises(StoreUnavailableError, match=str(path)) as caught:
             JSONStore(path)
         assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_a_relative_path_stays_where_it_was_opened(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with open_json("json:///ledger") as store:
+        create(store)
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        create(store)
+        store.compact(FOLD)
+        assert store.head() == 2
+    assert snapshots(tmp_path / "ledger")
+    assert names(tmp_path / "elsewhere") == set()

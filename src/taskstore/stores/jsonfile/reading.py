@@ -120,6 +120,7 @@ class Reader:
         walk = Walk(layout, before)
         for found in walk:
             line = found.line
+            self._note(found, walk.place)
             if line.last > after:
                 for index in range(max(after + 1 - line.seq, 0), len(line.entries)):
                     entries.append(journal_entry(line, index, found.where, strict=self.strict))
@@ -127,7 +128,6 @@ class Reader:
                         seq = line.seq + index
                         self._remember(seq, walk.place if seq == line.last else before)
                         return tuple(entries)
-            self._note(found, walk.place)
             before = walk.place
         if entries:
             self._remember(walk.place.seq, walk.place)

@@ -70,7 +70,7 @@ class JSONStore(TaskRegistryStore):
         if not str(path) or "\0" in str(path):
             raise ValidationError("path", "must be the path of a directory")
         self.durability = durability
-        self.directory = Path(path)
+        self.directory = Path(path).absolute()  # whatever becomes of the working directory
         self.location = str(path)
         self.strict = strict
         self._reader = Reader(self.directory, strict=strict)
@@ -208,7 +208,7 @@ class JSONStore(TaskRegistryStore):
     def verify(self) -> VerifyReport:
         self._check_open()
         with translated(self.directory):
-            return verify(self.directory)
+            return verify(self.directory, self._writer)
 
 
 def open_json(

@@ -12,6 +12,7 @@ from taskstore.stores.jsonfile.layout import Layout, SegmentFile, read_layout, s
 from taskstore.stores.jsonfile.lines import Entry
 from taskstore.stores.jsonfile.segments import Found, Walk
 from taskstore.stores.jsonfile.snapshots import opened
+from taskstore.stores.jsonfile.writing import Writer
 
 _SHOWN = 3
 
@@ -19,18 +20,18 @@ _Content = dict[str, tuple[int, bytes]]
 """Revision and payload by task id."""
 
 
-def verify(directory: Path) -> VerifyReport:
-    """Check the files of a directory.
+def verify(directory: Path, writer: Writer | None) -> VerifyReport:
+    """Check the files of a directory, and what a writer remembers of them.
 
     Once more when something is wrong: files may have changed meanwhile.
     """
-    report = settled(directory, lambda _: _verify(directory))
-    return report if report.ok else settled(directory, lambda _: _verify(directory))
+    report = settled(directory, lambda _: _verify(directory, writer))
+    return report if report.ok else settled(directory, lambda _: _verify(directory, writer))
 
 
-def _verify(directory: Path) -> VerifyReport:
+def _verify(directory: Path, writer: Writer | None) -> VerifyReport:
     try:
-        return _Check(read_layout(directory)).report()
+        return _Check(read_layout(directory)).report(writer)
     except CorruptStoreError as error:
         return VerifyReport(0, 0, 0, (str(error),))
 
@@ -48,7 +49,7 @@ class _Check:
         self.whole = True
         self.at = 0
 
-    def report(self) -> VerifyReport:
+    def report(self, writer: Writer | None) -> VerifyReport:
         layout = self.layout
         base = layout.floor - 1
         if base in layout.snapshots:
@@ -64,6 +65,8 @@ class _Check:
             seq = self._segment(segment)
         if layout.newest is not None and layout.newest.seq == seq and seq > base:
             self._compare(seq)
+        if writer is not None and self.whole:
+            self._compare_index(writer, seq)
         return VerifyReport(seq, len(self.content), self.entries, tuple(self.problems))
 
     def _segment(self, segment: SegmentFile) -> int:
@@ -124,6 +127,17 @@ class _Check:
             if ids:
                 shown = ", ".join(sorted(ids)[:_SHOWN])
                 self.problems.append(f"{path}: {what} {len(ids)} tasks: {shown}")
+
+    def _compare_index(self, writer: Writer, seq: int) -> None:
+        """Compare what a writer remembers, if that is of the same moment."""
+        before, index = writer.place, writer.index
+        if index is None or before.seq != seq:
+            return
+        revisions = dict(index.revisions)
+        stored = {task_id: revision for task_id, (revision, _) in self.content.items()}
+        if writer.place == before and revisions != stored:
+            ids = [task_id for task_id, _ in revisions.items() ^ stored.items()]
+            self.problems.append(f"the writer's index is wrong about {sorted(set(ids))[:_SHOWN]}")
 
     def _snapshot(self, seq: int) -> _Content | None:
         """The content of a snapshot, or ``None`` and a problem."""

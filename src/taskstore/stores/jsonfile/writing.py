@@ -313,11 +313,15 @@ class Writer:
         try:
             yield
         except BaseException as error:
+            self.index = None
             self._refusal = (
                 f"the store {self.directory} refuses writes until it is reopened: "
                 f"{what} failed: {error}"
             )
-            self.index = None
+            if isinstance(error, OSError):
+                raise OutcomeUnknownError(
+                    self._refusal, hint="close it and open it again"
+                ) from error
             raise
 
     def roll(self) -> Layout:
