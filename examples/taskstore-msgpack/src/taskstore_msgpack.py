@@ -4,42 +4,70 @@ import os
 from pathlib import Path
 from urllib.parse import unquote
 
-from msgspec import MsgspecError, Struct, msgpack
-from taskstore import ConflictError, CorruptStoreError, OutcomeUnknownError, SetAside, Snapshot
-from taskstore import StoreReport, StoreUnavailableError, TaskRegistryStore
-from taskstore.codec import decode_or_set_aside, encode_record
-from taskstore.journal import validated_snapshot
+import taskstore
+from msgspec import MsgspecError, msgpack
+from taskstore.codec import checksum, decode_or_set_aside, encode_record
+from taskstore.journal import SetAside, Snapshot, validated_snapshot
+
+Ledger = tuple[int, int, list[bytes], tuple[SetAside, ...]]  # seq, at, records, set aside
 
 
-class Document(Struct):
-    """What is in the file, as one msgpack map."""
-
-    seq: int
-    at: int
-    records: list[bytes]
-    set_aside: list[SetAside]
-
-
-class MsgpackStore(TaskRegistryStore):
+class MsgpackStore(taskstore.TaskRegistryStore):
     """A ledger in the file at ``path``, which is replaced as a whole at each commit."""
 
-    def __init__(self, path: Path, *, durability: str = "full", read_only: bool = False) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
         super().__init__(read_only=read_only)
-        self.path, self.location, self.durability = path, str(path), durability
-        self._report = StoreReport()
+        self.path, self.new, self.location = path, Path(f"{path}.new"), str(path)
+        self.aside: tuple[SetAside, ...] = ()
 
     def load_snapshot(self) -> Snapshot:
         self._check_open()
         try:
-            document = msgpack.decode(self.path.read_bytes(), type=Document)
+            check, data = msgpack.decode(self.path.read_bytes(), type=tuple[int, bytes])
+            if checksum(data) != check:
+                raise taskstore.CorruptStoreError(self.location, "the checksum does not match")
+            seq, at, payloads, aside = msgpack.decode(data, type=Ledger)
         except FileNotFoundError:
-            document = Document(0, 0, [], [])
+            return Snapshot(0)
         except OSError as error:
-            raise StoreUnavailableError(f"cannot read {self.path}: {error.strerror}") from error
+            raise taskstore.StoreUnavailableError(f"cannot read {self.path}: {error}") from error
         except MsgspecError as error:
-            raise CorruptStoreError(self.location, f"is not a ledger: {error}") from error
-        found = [decode_or_set_aside(payload, self.location) for payload in document.records]
-        aside = (*document.set_aside, *(item for item in found if isinstance(item, SetAside)))
+            raise taskstore.CorruptStoreError(self.location, f"is no ledger: {error}") from error
+        found = [decode_or_set_aside(payload, self.location) for payload in payloads]
         records = {item.task_id: item for item in found if not isinstance(item, SetAside)}
-        self._report = StoreReport(set_aside=aside)
-        return Snapshot(document.seq, records, document.at, aside)
+        self.aside = (*aside, *(item for item in found if isinstance(item, SetAside)))
+        return Snapshot(seq, records, at, self.aside)
+
+    def save_snapshot(self, snapshot: Snapshot) -> None:
+        self._check_writable()
+        snapshot, old = validated_snapshot(snapshot), self.load_snapshot()
+        if old.seq and snapshot.seq <= old.seq:
+            raise taskstore.ConflictError([], f"seq {snapshot.seq} is not ahead of {old.seq}")
+        records = [encode_record(record) for record in snapshot.records.values()]
+        data = msgpack.encode((snapshot.seq, max(snapshot.at, old.at), records, snapshot.set_aside))
+        trouble: type[taskstore.TaskStoreError] = taskstore.StoreUnavailableError
+        try:
+            self.new.touch(0o600)
+            self.new.write_bytes(msgpack.encode((checksum(data), data)))
+            _sync(self.new)  # its bytes are on disk before it gets the ledger's name,
+            self.new.replace(self.path)
+            trouble = taskstore.OutcomeUnknownError
+            _sync(self.path.parent)  # and the name is before anybody is told
+        except OSError as error:
+            raise trouble(f"cannot write {self.path}: {error}") from error
+
+    def report(self) -> taskstore.StoreReport:
+        return taskstore.StoreReport(set_aside=self.aside)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def open_msgpack(url: str, *, durability: str, migrate: str, read_only: bool) -> MsgpackStore:
+    """Open ``msgpack:///relative/path`` or ``msgpack:////absolute/path``."""
+    return MsgpackStore(Path(unquote(url.partition(":///")[2])), read_only=read_only)

@@ -1,0 +1,152 @@
+"""The contract suite, and what it cannot know: the file, its damage, its directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from msgspec import msgpack
+from taskstore import (
+    CorruptStoreError,
+    OutcomeUnknownError,
+    Snapshot,
+    StoreUnavailableError,
+    TaskRegistry,
+    open_store,
+)
+from taskstore.codec import checksum, encode_record
+from taskstore.testing import OpenStore, StoreContract, create, make_record, update
+
+import taskstore_msgpack
+from taskstore_msgpack import MsgpackStore
+
+
+class TestMsgpackStore(StoreContract):
+    @pytest.fixture
+    def make_store(self, tmp_path: Path) -> OpenStore:
+        return lambda *, read_only=False: MsgpackStore(tmp_path / "ledger", read_only=read_only)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ledger"
+
+
+def test_it_is_found_by_its_scheme(path: Path) -> None:
+    with TaskRegistry.open(f"msgpack:///{path}") as registry:
+        task = registry.create(runtime="cli", task="Try a backend")
+        registry.finish(task.task_id, "succeeded")
+        assert isinstance(registry.store, MsgpackStore)
+    with TaskRegistry.open(f"MSGPACK:///{path}", read_only=True) as registry:
+        assert registry.get(task.task_id).status == "succeeded"
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_path_is_percent_decoded(tmp_path: Path) -> None:
+    with open_store(f"msgpack:///{tmp_path}/two%20words") as store:
+        create(store)
+    assert (tmp_path / "two words").exists()
+
+
+def test_reading_only_creates_nothing(path: Path) -> None:
+    with open_store(f"msgpack:///{path}", read_only=True) as store:
+        assert store.load_snapshot() == Snapshot(0)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_every_damaged_byte_is_found(path: Path) -> None:
+    with MsgpackStore(path) as store:
+        create(store, label="whole")
+        good = path.read_bytes()
+        for place in range(len(good)):
+            path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+            with pytest.raises(CorruptStoreError, match=str(path)):
+                store.load_snapshot()
+            with pytest.raises(CorruptStoreError):
+                create(store)
+
+
+@pytest.mark.parametrize("content", [b"", b"not msgpack", b"\x92\x00\xc4\x00", msgpack.encode([])])
+def test_another_file_is_left_alone(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    with MsgpackStore(path) as store, pytest.raises(CorruptStoreError):
+        create(store)
+    assert path.read_bytes() == content
+
+
+def test_what_a_newer_version_wrote_is_carried(path: Path) -> None:
+    known = make_record(label="known")
+    newer = b'{"v":"9.0","task_id":"future","revision":3}'
+    data = msgpack.encode((7, 0, [encode_record(known), newer], ()))
+    path.write_bytes(msgpack.encode((checksum(data), data)))
+    with MsgpackStore(path) as store:
+        assert [item.raw for item in store.load_snapshot().set_aside] == [newer]
+        update(store, known)
+        assert [item.raw for item in store.report().set_aside] == [newer]
+    with MsgpackStore(path) as store:
+        assert [item.task_id for item in store.load_snapshot().set_aside] == ["future"]
+
+
+def test_a_directory_that_takes_no_files(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with MsgpackStore(path) as store:
+        record = create(store)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "touch", refuse)  # the tests may run as root, whom nothing stops
+            with pytest.raises(StoreUnavailableError, match=str(path)):
+                update(store, record)
+        assert dict(store.load_snapshot().records) == {record.task_id: record}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_directory(path: Path) -> None:
+    with MsgpackStore(path) as store:
+        record = create(store)
+        path.parent.chmod(0o500)
+        try:
+            with pytest.raises(StoreUnavailableError, match=str(path)):
+                update(store, record)
+        finally:
+            path.parent.chmod(0o700)
+
+
+def test_no_directory(tmp_path: Path) -> None:
+    with MsgpackStore(tmp_path / "nowhere" / "ledger") as store:
+        with pytest.raises(StoreUnavailableError):
+            create(store)
+        (tmp_path / "file").touch()
+    with (
+        MsgpackStore(tmp_path / "file" / "ledger") as store,
+        pytest.raises(StoreUnavailableError),
+    ):
+        store.load_snapshot()
+
+
+@pytest.mark.parametrize("synced", ["file", "directory"])
+def test_a_disk_that_does_not_take_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch, synced: str
+) -> None:
+    with MsgpackStore(path) as store:
+        record = create(store)
+        fails = path.parent if synced == "directory" else Path(f"{path}.new")
+        real = taskstore_msgpack._sync
+
+        def sync(target: Path) -> None:
+            if target == fails:
+                raise OSError(5, "Input/output error")
+            real(target)
+
+        monkeypatch.setattr(taskstore_msgpack, "_sync", sync)
+        error = OutcomeUnknownError if synced == "directory" else StoreUnavailableError
+        with pytest.raises(error):
+            update(store, record)
+        expected = record.revision + (synced == "directory")
+        assert store.load_snapshot().records[record.task_id].revision == expected
+
+
+def test_it_is_small() -> None:
+    source = Path(taskstore_msgpack.__file__).read_text()
+    assert sum(bool(line.strip()) for line in source.splitlines()) <= 60
