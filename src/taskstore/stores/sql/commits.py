@@ -98,16 +98,16 @@ def insert_row(record: TaskRecord, payload: bytes, check: int) -> tuple[Any, ...
 
 
 def update_row(step: Step, payload: bytes, check: int) -> tuple[Any, ...]:
-    """The parameters of an update: ``NARROW_ORDER`` of the statements."""
+    """The parameters of an update: ``UPDATE_ORDER`` of the statements."""
     record = step.record
     assert record is not None
     return (
-        step.task_id,
-        step.base,
         record.revision,
         record.status.value,
         payload,
         check,
+        step.task_id,
+        step.base,
         record.created_at,
         record.runtime,
         record.owner_key,
@@ -210,23 +210,20 @@ def _flat(rows: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
 def find_conflicts(session: Session, steps: Sequence[Step]) -> list[Conflict]:
     """Compare what is stored with what the steps expect, under the head lock."""
     head = taskstore_head.c
-    connection = session.connection
-    floor = connection.execute(
-        sa.select(head.floor).where(head.id == 1).with_for_update()
-    ).scalar_one()
+    floor = session.scalar(sa.select(head.floor).where(head.id == 1).with_for_update())
     ids = [step.task_id for step in steps]
     revisions: dict[str, int] = {}
     deleted: set[str] = set()
     for lot in _lots(ids):
         found = sa.select(tasks.c.task_id, tasks.c.revision).where(tasks.c.task_id.in_(lot))
-        revisions.update({row[0]: row[1] for row in connection.execute(found)})
+        revisions.update({row[0]: row[1] for row in session.ask(found)})
         gone = sa.select(task_journal.c.task_id).where(
             task_journal.c.task_id.in_(lot),
             task_journal.c.kind == "deleted",
             task_journal.c.seq >= floor,
         )
-        deleted.update(connection.execute(gone).scalars())
-    holders = _holders(connection, steps)
+        deleted.update(row[0] for row in session.ask(gone))
+    holders = _holders(session, steps)
     leaving = {step.task_id for step in steps if step.record is None}
     conflicts = []
     for step in steps:
@@ -248,7 +245,7 @@ def _booking(step: Step) -> tuple[str | None, str | None]:
     return (None, None) if record is None else (record.run_id, record.booking)
 
 
-def _holders(connection: sa.Connection, steps: Sequence[Step]) -> dict[Any, str]:
+def _holders(session: Session, steps: Sequence[Step]) -> dict[Any, str]:
     """Which tasks hold the bookings that the steps claim or keep."""
     claims = [_booking(step) for step in steps]
     holders: dict[Any, str] = {}
@@ -257,7 +254,7 @@ def _holders(connection: sa.Connection, steps: Sequence[Step]) -> dict[Any, str]
             tasks.c.run_id.in_([run_id for run_id, _ in lot]),
             tasks.c.booking.in_([booking for _, booking in lot]),
         )
-        holders.update({(row[0], row[1]): row[2] for row in connection.execute(query)})
+        holders.update({(row[0], row[1]): row[2] for row in session.ask(query)})
     return holders
 
 

@@ -8,8 +8,8 @@ being vacuumed, and would need a second connection, which a host's pool may
 not have.
 
 A lease on the head row keeps other compactors away.  It is renewed with every
-transaction, each of which fails when the lease is gone; so one that was
-stopped for too long does no harm when it wakes.
+transaction, each of which fails once another has taken it over; so one that
+was stopped for too long does no harm when it wakes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from taskstore.stores.sql.tables import (
     taskstore_head,
 )
 
-LEASE_MS = 60_000
+LEASE_MS = 20_000
 """How long a compactor that was killed keeps others away, in milliseconds."""
 STEP = 2000
 """How many journal rows one transaction deletes."""
@@ -96,11 +96,10 @@ def _due(
     head = read_head(session, connections.database.sql)
     row = session.row(connections.database.sql.snapshot_at, (head.head_seq,))
     newest = 0 if row is None else int(row[0])
-    run = session.connection.execute
-    records = run(sa.select(sa.func.count()).select_from(tasks)).scalar_one()
-    oldest = run(
+    records = session.scalar(sa.select(sa.func.count()).select_from(tasks))
+    oldest = session.scalar(
         sa.select(task_journal.c.at).where(task_journal.c.seq == max(newest + 1, head.floor))
-    ).scalar()
+    )
     stats = JournalStats(entries=head.head_seq - newest, records=records, now=now, oldest_at=oldest)
     return head, newest, policy.due(stats)
 
@@ -129,7 +128,7 @@ class _Lease:
         if not self.connections.write(work):
             raise StoreBusyError(
                 f"{self.connections.database.location} is being compacted by another process",
-                hint="a compactor that was killed keeps others away for a minute",
+                hint="a compactor that was killed keeps others away for a short while",
             )
 
     def give_back(self) -> None:
@@ -155,10 +154,8 @@ class _Lease:
     def _set(
         session: Session, owner: str | None, until: int | None, where: sa.ColumnElement[bool]
     ) -> bool:
-        done = session.connection.execute(
-            sa.update(taskstore_head).where(where).values(lease_owner=owner, lease_until=until)
-        )
-        return bool(done.rowcount)
+        lease = {"lease_owner": owner, "lease_until": until}
+        return session.change(sa.update(taskstore_head).where(where).values(lease)) == 1
 
 
 def _publish(connections: Connections, lease: _Lease) -> tuple[int, int]:
@@ -221,18 +218,16 @@ def _lines(session: Session, connections: Connections) -> Iterator[bytes]:
 def _mark(session: Session, picture: _Picture, state: str) -> None:
     """Note a snapshot as being built, or publish it.  Repeating it is the same."""
     seq, at = picture.head.head_seq, picture.head.last_at
-    row = picture.tally.row(seq, at, state)
-    values = dict(zip((column.name for column in task_snapshots.columns), row, strict=True))
-    run = session.connection.execute
-    run(sa.delete(task_snapshots).where(task_snapshots.c.seq == seq))
-    run(sa.insert(task_snapshots).values(values))
+    values = picture.tally.mark(seq, at, state)._asdict()
+    session.change(sa.delete(task_snapshots).where(task_snapshots.c.seq == seq))
+    session.change(sa.insert(task_snapshots).values(values))
 
 
 def _insert_chunk(sql: str, row: tuple[Any, ...]) -> Callable[[Session], None]:
     def work(session: Session) -> None:
         chunks = task_snapshot_chunks.c
         # Doing it twice is the same, should the first answer have been lost.
-        session.connection.execute(
+        session.change(
             sa.delete(task_snapshot_chunks).where(chunks.seq == row[0], chunks.chunk == row[1])
         )
         session.execute(sql, row)
@@ -253,14 +248,13 @@ def _move_floor(
     def work(session: Session) -> tuple[int, frozenset[int], int]:
         head = read_head(session, sql, lock=True)
         floors.append(head.floor)
-        run = session.connection.execute
         seq, state = task_snapshots.c.seq, task_snapshots.c.state
-        found = run(sa.select(seq, task_snapshots.c.at).where(state == "published").order_by(seq))
-        marks = [SnapshotMark(row[0], row[1]) for row in found]
+        published = sa.select(seq, task_snapshots.c.at).where(state == "published")
+        marks = [SnapshotMark(*row) for row in session.ask(published.order_by(seq))]
         kept, floor = policy.retained(marks, head=head.head_seq, floor=head.floor, now=now)
         gone = [mark.seq for mark in marks if mark.seq not in kept]
-        run(sa.update(task_snapshots).where(seq.in_(gone)).values(state="dropped"))
-        run(sa.update(taskstore_head).values(floor=floor))
+        session.change(sa.update(task_snapshots).where(seq.in_(gone)).values(state="dropped"))
+        session.change(sa.update(taskstore_head).values(floor=floor))
         retained = frozenset(mark.seq for mark in marks if mark.seq in kept)
         # Should the transaction run twice, the first floor is the old one.
         return floor, retained, floors[0]
@@ -277,24 +271,23 @@ def _clear_leftovers(lease: _Lease) -> None:
 
     def trim(session: Session) -> bool:
         floor = read_head(session, sql).floor
-        run = session.connection.execute
-        lowest = run(sa.select(sa.func.min(entry))).scalar()
+        lowest = session.scalar(sa.select(sa.func.min(entry)))
         if lowest is None or lowest >= floor:
             return False
-        run(sa.delete(task_journal).where(entry < min(floor, lowest + STEP)))
+        session.change(sa.delete(task_journal).where(entry < min(floor, lowest + STEP)))
         return True
 
     def drop(session: Session) -> bool:
-        run = session.connection.execute
         dead = sa.select(task_snapshots.c.seq).where(task_snapshots.c.state != "published")
-        victim = run(dead.limit(1)).scalar()
+        victim = session.scalar(dead.limit(1))
         if victim is None:
             return False
-        last = run(sa.select(sa.func.max(chunk)).where(seq == victim)).scalar()
+        last = session.scalar(sa.select(sa.func.max(chunk)).where(seq == victim))
         if last is None:
-            run(sa.delete(task_snapshots).where(task_snapshots.c.seq == victim))
+            session.change(sa.delete(task_snapshots).where(task_snapshots.c.seq == victim))
         else:
-            run(sa.delete(task_snapshot_chunks).where(seq == victim, chunk > last - CHUNK_STEP))
+            last_ones = sa.delete(task_snapshot_chunks).where(chunk > last - CHUNK_STEP)
+            session.change(last_ones.where(seq == victim))
         return True
 
     while lease.step(drop):

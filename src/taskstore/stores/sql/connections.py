@@ -17,7 +17,7 @@ from typing import TypeVar
 import sqlalchemy as sa
 
 from taskstore.errors import OutcomeUnknownError, StoreBusyError, StoreUnavailableError
-from taskstore.stores.sql.engines import Database
+from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.errors import Fault
 from taskstore.stores.sql.session import Session
 
@@ -192,7 +192,7 @@ class Connections:
             if not database.owned:
                 connection = connection.execution_options(isolation_level="AUTOCOMMIT")
             raw = connection.connection.driver_connection
-            return Session(connection, raw, database.cursor(raw))
+            return Session(connection, raw, database.cursor(raw), database.compiler)
         except BaseException:
             connection.close()
             raise
@@ -264,10 +264,11 @@ class Trouble:
     def pause_or_raise(self, error: BaseException) -> None:
         """Sleep a little before the next try; raise ``error``, translated, when
         trying again cannot help or has gone on long enough."""
-        translator = self._database.translator
+        database = self._database
+        translator = database.translator
         fault = translator.fault_of(error)
         patience = {
-            Fault.BUSY: BUSY_S if self._database.busy_is_instant else 0.0,
+            Fault.BUSY: 0.0 if database.waits_for_locks or database.read_only else BUSY_S,
             Fault.RETRY: BUSY_S,
             Fault.LOST: RECONNECT_S,
         }.get(fault, 0.0)

@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +20,8 @@ import sqlalchemy as sa
 import taskstore
 from taskstore.backends import redacted
 from taskstore.errors import SchemaMismatchError, TaskStoreError, ValidationError
-from taskstore.stores.sql.engines import LOCK_S, Database, host_database, open_database
+from taskstore.stores.sql.dialects import LOCK_S, Database
+from taskstore.stores.sql.engines import host_database, open_database
 from taskstore.stores.sql.errors import Fault
 from taskstore.stores.sql.tables import (
     REVISIONS,
@@ -86,7 +87,7 @@ def engine_for_url(url: str, *, read_only: bool = False) -> sa.Engine:
 
 def current(engine: sa.Engine) -> str | None:
     """The revision that a database is at, ``None`` when it holds nothing of us."""
-    with _connected(engine) as (_, connection):
+    with _database(engine) as database, _connected(database) as connection:
         return _state(connection).revision
 
 
@@ -95,9 +96,14 @@ def upgrade(engine: sa.Engine, revision: str = "head") -> None:
 
     Other processes that do the same wait, and then find it done.
     """
+    with _database(engine) as database:
+        _upgrade(database, revision)
+
+
+def _upgrade(database: Database, revision: str) -> None:
     from alembic import command
 
-    with _locked(engine) as connection:
+    with _locked(database) as connection:
         command.upgrade(_config(connection), revision)
 
 
@@ -109,7 +115,7 @@ def downgrade(engine: sa.Engine, revision: str, *, allow_data_loss: bool = False
     """
     from alembic import command
 
-    with _locked(engine) as connection:
+    with _database(engine) as database, _locked(database) as connection:
         if revision == "base" and not allow_data_loss:
             _refuse_loss(connection)
         command.downgrade(_config(connection), revision)
@@ -120,7 +126,7 @@ def check(engine: sa.Engine) -> list[str]:
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
-    with _connected(engine) as (_, connection):
+    with _database(engine) as database, _connected(database) as connection:
         context = MigrationContext.configure(
             connection,
             opts={
@@ -150,12 +156,11 @@ def ensure_schema(database: Database, migrate: str, url: str | None = None) -> N
     else is ever changed.  Raises :class:`~taskstore.SchemaMismatchError`,
     naming what was found, what is needed, and the command to run.
     """
-    with _connected(database.engine, database) as (_, connection):
+    with _connected(database) as connection:
         state = _state(connection)
     fresh = state.revision is None and not state.tables
     if fresh and migrate == "auto" and not database.read_only:
-        with database.translator:
-            upgrade(database.engine)
+        _upgrade(database, "head")
         return
     command = f"taskstore db upgrade --url {redacted(url or database.location)}"
     needed, where = REVISIONS[-1], database.location
@@ -214,31 +219,46 @@ def _refuse_loss(connection: sa.Connection) -> None:
 
 
 @contextmanager
-def _connected(
-    engine: sa.Engine, database: Database | None = None
-) -> Iterator[tuple[Database, sa.Connection]]:
-    """A connection in the driver's autocommit, its errors translated."""
-    if database is None:
-        database = host_database(engine, durability="full", read_only=False)
-        try:
-            with _connected(engine, database) as found:
-                yield found
-        finally:
-            database.close()
-        return
-    with database.translator, engine.connect() as plain:
-        yield database, plain.execution_options(isolation_level="AUTOCOMMIT")
+def _database(engine: sa.Engine) -> Iterator[Database]:
+    """The database of any engine; the engine stays its owner's."""
+    database = host_database(engine, durability="full", read_only=False)
+    try:
+        yield database
+    finally:
+        database.close()
 
 
 @contextmanager
-def _locked(engine: sa.Engine) -> Iterator[sa.Connection]:
+def _connected(database: Database) -> Iterator[sa.Connection]:
+    """A connection in the driver's autocommit, its errors translated.
+
+    It is the engine's, but without the listeners that a host may have put on
+    it, which may begin transactions where we do.
+    """
+    with database.translator, database.engine.connect() as borrowed:
+        plain = borrowed.execution_options(isolation_level="AUTOCOMMIT")
+        raw = plain.connection.driver_connection
+        bare = sa.create_engine(
+            database.engine.url,
+            module=database.engine.dialect.loaded_dbapi,
+            creator=lambda: raw,
+            poolclass=sa.StaticPool,
+            isolation_level="AUTOCOMMIT",
+        )
+        with bare.connect() as connection:
+            yield connection
+
+
+@contextmanager
+def _locked(database: Database) -> Iterator[sa.Connection]:
     """The one transaction that changes the schema, others waiting for its end."""
-    with _connected(engine) as (database, connection):
+    with _connected(database) as connection:
         _patiently(database, lambda: _begin(connection, database.begin_schema))
         try:
             yield connection
         except BaseException:
-            connection.exec_driver_sql("ROLLBACK")
+            with suppress(sa.exc.SQLAlchemyError):
+                connection.exec_driver_sql("ROLLBACK")
             raise
         connection.exec_driver_sql("COMMIT")
 
@@ -255,7 +275,7 @@ def _patiently(database: Database, work: Callable[[], None]) -> None:
         try:
             return work()
         except database.translator.errors as error:
-            busy = database.fault_of(error) is Fault.BUSY and database.busy_is_instant
+            busy = database.fault_of(error) is Fault.BUSY and not database.waits_for_locks
             if not busy or time.monotonic() - started > LOCK_S:
                 raise
         time.sleep(random.uniform(0.001, 0.02))  # noqa: S311 - not a secret
@@ -284,9 +304,9 @@ def _difference(item: Any) -> str:
 @contextmanager
 def locked_url(url: str) -> Iterator[sa.Connection]:
     """For ``env.py`` in a checkout: connect, begin and lock; commit at the end."""
-    engine = engine_for_url(url)
+    database = open_database(url)
     try:
-        with _locked(engine) as connection:
+        with _locked(database) as connection:
             yield connection
     finally:
-        engine.dispose()
+        database.close()

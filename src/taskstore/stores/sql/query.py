@@ -71,10 +71,8 @@ def _pages(session: Session, query: TaskQuery, met: dict[str, SetAside]) -> Page
 
 def _place(session: Session, row: TaskRow) -> Cursor:
     """Where a row stands in the order, by its columns: its payload may be damaged."""
-    created_at = session.connection.execute(
-        sa.select(tasks.c.created_at).where(tasks.c.task_id == row.task_id)
-    ).scalar_one()
-    return (created_at, row.task_id)
+    found = sa.select(tasks.c.created_at).where(tasks.c.task_id == row.task_id)
+    return (session.scalar(found), row.task_id)
 
 
 def _note(found: list[TaskRecord | SetAside], met: dict[str, SetAside]) -> None:
@@ -106,7 +104,7 @@ def _fetch(
         .select_from(taskstore_head.outerjoin(some, sa.true()))
         .order_by(some.c.created_at.desc(), some.c.task_id.desc())
     )
-    rows = session.connection.execute(statement).all()
+    rows = session.ask(statement)
     if not rows:
         raise CorruptStoreError("taskstore_head", "the head row is missing")
     return rows[0][0], [TaskRow(*row[1:]) for row in rows if row[1] is not None]

@@ -39,6 +39,19 @@ class Head(NamedTuple):
     lease_until: int | None
 
 
+class Mark(NamedTuple):
+    """A row of ``task_snapshots``, in order of its columns."""
+
+    seq: int
+    at: int
+    state: str
+    chunks: int
+    records: int
+    set_aside: int
+    size: int
+    checksum: int
+
+
 class TaskRow(NamedTuple):
     """What is read of a row of ``tasks``."""
 
@@ -193,8 +206,6 @@ class Tally:
             else:
                 self.records += 1
 
-    def row(self, seq: int, at: int, state: str) -> tuple[Any, ...]:
-        """The row of ``task_snapshots``, in order of its columns."""
-        return (
-            seq, at, state, self.chunks, self.records, self.aside, self.size, self.checksum,
-        )  # fmt: skip
+    def mark(self, seq: int, at: int, state: str) -> Mark:
+        """The row of ``task_snapshots``."""
+        return Mark(seq, at, state, self.chunks, self.records, self.aside, self.size, self.checksum)

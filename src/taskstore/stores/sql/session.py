@@ -6,22 +6,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.sql.expression import Executable
 
 
 class Session:
     """One connection, in the driver's autocommit, and a cursor of the driver on it.
 
-    The methods run SQL text with positional parameters; ``connection`` is
-    SQLAlchemy's, for statements that are built where they are used.
+    Everything runs on that cursor, also what is built with Core: a host's
+    engine may have listeners that begin transactions when SQLAlchemy does.
     ``restore`` is what a host's connection is to be set back to afterwards.
     """
 
-    __slots__ = ("connection", "cursor", "raw", "restore")
+    __slots__ = ("_dialect", "connection", "cursor", "raw", "restore")
 
-    def __init__(self, connection: sa.Connection, raw: Any, cursor: Any) -> None:
+    def __init__(self, connection: sa.Connection, raw: Any, cursor: Any, dialect: Dialect) -> None:
         self.connection = connection
         self.raw = raw
         self.cursor = cursor
+        self._dialect = dialect
         self.restore: tuple[str, ...] = ()
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> int:
@@ -38,3 +41,25 @@ class Session:
         """The first row of a query, or ``None``."""
         rows = self.rows(sql, parameters)
         return rows[0] if rows else None
+
+    # -- statements that are built where they are used ---------------------
+
+    def change(self, statement: Executable) -> int:
+        """Run a Core statement; returns how many rows it touched."""
+        return self.execute(*self._compiled(statement))
+
+    def ask(self, query: Executable) -> list[Any]:
+        """All rows of a Core query, as tuples."""
+        return self.rows(*self._compiled(query))
+
+    def scalar(self, query: Executable) -> Any:
+        """The first value of the first row of a Core query, or ``None``."""
+        rows = self.ask(query)
+        return rows[0][0] if rows else None
+
+    def _compiled(self, statement: Executable) -> tuple[str, tuple[Any, ...]]:
+        compiled = statement.compile(  # type: ignore[attr-defined]
+            dialect=self._dialect, compile_kwargs={"render_postcompile": True}
+        )
+        values = compiled.params
+        return str(compiled), tuple(values[name] for name in compiled.positiontup or ())

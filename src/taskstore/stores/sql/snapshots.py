@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +21,7 @@ from taskstore.stores.sql.commits import claim, insert_row
 from taskstore.stores.sql.connections import Connections
 from taskstore.stores.sql.rows import (
     Head,
+    Mark,
     Tally,
     TaskRow,
     aside_line,
@@ -130,34 +132,40 @@ def read_snapshot(connections: Connections, at: int) -> Snapshot | None:
         row = session.row(sql.snapshot_at, (at,))
         if row is None:
             return None
+        mark = Mark(*row)
         records: dict[str, TaskRecord] = {}
         aside: list[SetAside] = []
-        for item in read_chunks(session, sql, row, connections.database.location):
+        for item in read_chunks(session, sql, mark, connections.database.location):
             if isinstance(item, TaskRecord):
                 records[item.task_id] = item
             else:
                 aside.append(item)
-        return Snapshot(row[0], MappingProxyType(records), row[1], tuple(aside))
+        return Snapshot(mark.seq, MappingProxyType(records), mark.at, tuple(aside))
 
     with _collector.paused():
         return connections.read(work, one_moment=True)
 
 
 def read_chunks(
-    session: Session, sql: Statements, mark: Sequence[Any], location: str
+    session: Session, sql: Statements, mark: Mark, location: str
 ) -> Iterator[TaskRecord | SetAside]:
-    """What a published snapshot holds; ``mark`` is its row of ``task_snapshots``.
+    """What a published snapshot holds.
 
     Raises :class:`~taskstore.CorruptStoreError` for a chunk that is missing or damaged.
     """
-    seq, chunks = mark[0], mark[3]
-    for number in range(chunks):
-        where = f"{location}: task_snapshot_chunks, seq {seq}, chunk {number}"
-        row = session.row(sql.read_chunk, (seq, number))
+    total = 0
+    for number in range(mark.chunks):
+        where = f"{location}: task_snapshot_chunks, seq {mark.seq}, chunk {number}"
+        row = session.row(sql.read_chunk, (mark.seq, number))
         damage = "is missing" if row is None else damage_of(row[0], row[1])
         if damage is not None:
             raise CorruptStoreError(where, damage)
+        total = zlib.crc32(row[0], total)
         yield from read_lines(row[0], where)
+    if total != mark.checksum:
+        raise CorruptStoreError(
+            f"{location}: task_snapshots, seq {mark.seq}", "its chunks are not those it was made of"
+        )
 
 
 def save(connections: Connections, snapshot: Snapshot) -> None:
@@ -175,12 +183,12 @@ def save(connections: Connections, snapshot: Snapshot) -> None:
         for table in (
             tasks, task_journal, task_snapshot_chunks, task_snapshots, task_set_aside,
         ):  # fmt: skip
-            session.connection.execute(sa.delete(table))
+            session.change(sa.delete(table))
         tally = Tally()
         for chunk in chunks_of(_store_all(session, sql, snapshot)):
             _insert(session, sql, task_snapshot_chunks, [chunk_row(snapshot.seq, tally, chunk)])
-        _insert(session, sql, task_snapshots, [tally.row(snapshot.seq, snapshot.at, "published")])
-        session.connection.execute(
+        _insert(session, sql, task_snapshots, [tally.mark(snapshot.seq, snapshot.at, "published")])
+        session.change(
             sa.update(taskstore_head).values(
                 head_seq=snapshot.seq,
                 floor=snapshot.seq + 1,

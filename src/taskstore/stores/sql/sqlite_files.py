@@ -105,8 +105,13 @@ def create_privately(path: Path) -> None:
             parent.mkdir(mode=0o700, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError:
-        if path.is_dir():
-            raise StoreUnavailableError(f"{path} is a directory, not a database file") from None
+        if not path.is_file():
+            kind = "is a directory" if path.is_dir() else "is no regular file"
+            raise StoreUnavailableError(f"{path} {kind}, not a database") from None
+        if not os.access(path, os.R_OK | os.W_OK):
+            raise StoreUnavailableError(
+                f"{path} cannot be written: permission denied", hint="open it read-only"
+            ) from None
     except OSError as error:
         raise StoreUnavailableError(
             f"{path} cannot be created: {error.strerror or error}",
@@ -121,7 +126,7 @@ def opener(
     # The path is quoted for a URI: it may hold %, ? and #.
     name = str(path)
     if read_only:
-        name = f"file:{quote(name)}?mode=ro" + ("&immutable=1" if immutable else "")
+        name = f"file:{quote(os.fsencode(path))}?mode=ro" + ("&immutable=1" if immutable else "")
 
     def connect() -> Any:
         return module.connect(

@@ -38,14 +38,13 @@ PAGE = 1000
 """How many rows a scan reads at a time."""
 
 _Row = TypeVar("_Row")
+_ALWAYS = ("revision", "status", "payload", "checksum")
 _KEPT = tuple(name for name in PROJECTED if name != "status")
 
 INSERT_ORDER = tuple(col.name for col in tasks.columns)
 """Parameters of one row of :meth:`Statements.insert_tasks`."""
-NARROW_ORDER = ("task_id", "base", "revision", "status", "payload", "checksum", *_KEPT)
-"""Parameters of one row of :meth:`Statements.update_tasks`."""
-WIDE_ORDER = NARROW_ORDER
-"""Parameters of one row of :meth:`Statements.update_tasks_wide`."""
+UPDATE_ORDER = (*_ALWAYS, "task_id", "base", *_KEPT)
+"""Parameters of one row of :meth:`Statements.update_tasks`, narrow or wide."""
 JOURNAL_ORDER = tuple(col.name for col in task_journal.columns)
 """Parameters of one row of :meth:`Statements.insert_journal`."""
 
@@ -170,40 +169,32 @@ class Statements:
         """Bring tasks from revision ``base`` to a later one whose projections,
         but for the status, are as stored: no full index is touched.
 
-        Parameters: ``count`` rows of :data:`NARROW_ORDER`.
+        Parameters: ``count`` rows of :data:`UPDATE_ORDER`.
         """
         return self._cached("update_tasks", count)
 
     def _update_tasks(self, count: int) -> str:
-        names = ("revision", "status", "payload", "checksum")
-        return self._update(
-            count,
-            names,
-            lambda new: [tasks.c[name].is_not_distinct_from(new[name]) for name in _KEPT],
-        )
+        if count == 1:
+            # By far the most frequent: without the detour through a table of one row.
+            order = [f"{name}_0" for name in UPDATE_ORDER]
+            new = {
+                column.name: bindparam(f"{column.name}_0", type_=column.type)
+                for column in _update_columns()
+            }
+            return self._compile(_narrow_update(new), *order)
+        rows, order = _rows(_update_columns(), count)
+        return self._compile(_narrow_update(rows.c), *order)
 
     def update_tasks_wide(self, count: int) -> str:
         """Bring tasks from revision ``base`` to a later one, every projection with it.
 
-        Parameters: ``count`` rows of :data:`WIDE_ORDER`.
+        Parameters: ``count`` rows of :data:`UPDATE_ORDER`.
         """
         return self._cached("update_tasks_wide", count)
 
     def _update_tasks_wide(self, count: int) -> str:
-        names = ("revision", "status", "payload", "checksum", *_KEPT)
-        return self._update(count, names, lambda _: [])
-
-    def _update(self, count: int, names: Sequence[str], also: Any) -> str:
-        base = sa.Column("base", sa.BigInteger)
-        columns = [base if name == "base" else tasks.c[name] for name in NARROW_ORDER]
-        new, order = _rows(columns, count)
-        statement = (
-            sa.update(tasks)
-            .values({name: new.c[name] for name in names})
-            .where(tasks.c.task_id == new.c.task_id, tasks.c.revision == new.c.base)
-            .where(*also(new.c))
-        )
-        return self._compile(statement, *order)
+        rows, order = _rows(_update_columns(), count)
+        return self._compile(_update(rows.c, (*_ALWAYS, *_KEPT)), *order)
 
     def delete_tasks(self, count: int) -> str:
         """Delete tasks; parameters: ``count`` times (task_id, revision)."""
@@ -358,6 +349,24 @@ class Statements:
         if sql is None:
             sql = self._many[key] = getattr(self, f"_{name}")(count)
         return sql
+
+
+def _update_columns() -> list[sa.Column[Any]]:
+    base = sa.Column("base", sa.BigInteger)
+    return [base if name == "base" else tasks.c[name] for name in UPDATE_ORDER]
+
+
+def _update(new: Any, names: Sequence[str]) -> sa.Update:
+    return (
+        sa.update(tasks)
+        .values({name: new[name] for name in names})
+        .where(tasks.c.task_id == new["task_id"], tasks.c.revision == new["base"])
+    )
+
+
+def _narrow_update(new: Any) -> sa.Update:
+    unchanged = [tasks.c[name].is_not_distinct_from(new[name]) for name in _KEPT]
+    return _update(new, _ALWAYS).where(*unchanged)
 
 
 def _entry() -> list[ColumnElement[Any]]:

@@ -25,7 +25,8 @@ from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport
 from taskstore.stores.sql import compaction, snapshots
 from taskstore.stores.sql.commits import commit
 from taskstore.stores.sql.connections import Connections
-from taskstore.stores.sql.engines import Database, host_database, open_database
+from taskstore.stores.sql.dialects import Database
+from taskstore.stores.sql.engines import host_database, open_database
 from taskstore.stores.sql.migrate import ensure_schema
 from taskstore.stores.sql.query import answer
 from taskstore.stores.sql.rows import Head, entry_of
@@ -151,6 +152,7 @@ class SQLStore(TaskRegistryStore):
 
     def read_journal(self, after: int, limit: int) -> Sequence[JournalEntry]:
         self._check_open()
+        after = min(after, MAX_INT)
         last = min(after + max(limit, 0), MAX_INT)
         rows = self._rows(self._database.sql.read_journal, (after, last))
         if not rows:
@@ -180,7 +182,7 @@ class SQLStore(TaskRegistryStore):
 
     def read_snapshot(self, at: int) -> Snapshot | None:
         self._check_open()
-        return snapshots.read_snapshot(self._connections, at)
+        return snapshots.read_snapshot(self._connections, min(at, MAX_INT))
 
     def wait_for(self, after: int, timeout: float) -> bool:
         """Wait until the head exceeds ``after``.

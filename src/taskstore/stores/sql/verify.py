@@ -12,7 +12,7 @@ from taskstore.journal import EntryKind, JournalEntry, SetAside
 from taskstore.records import TaskRecord
 from taskstore.store import VerifyReport
 from taskstore.stores.sql.connections import Connections
-from taskstore.stores.sql.rows import CARRIED, Head, TaskRow, entry_of, record_of
+from taskstore.stores.sql.rows import CARRIED, Head, Mark, TaskRow, entry_of, record_of
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.snapshots import read_chunks, read_head, read_set_aside
 from taskstore.stores.sql.statements import PAGE
@@ -59,11 +59,9 @@ class _Check:
 
     def _snapshots(self, head: Head) -> None:
         """Read every published snapshot; the one at floor - 1 is where folding begins."""
-        marks = self._session.connection.execute(
-            sa.select(task_snapshots)
-            .where(task_snapshots.c.state == "published")
-            .order_by(task_snapshots.c.seq)
-        ).all()
+        published = sa.select(task_snapshots).where(task_snapshots.c.state == "published")
+        rows = self._session.ask(published.order_by(task_snapshots.c.seq))
+        marks = [Mark(*row) for row in rows]
         base = head.floor - 1
         if base > 0 and base not in [mark.seq for mark in marks]:
             self._tell(f"there is no snapshot at seq {base}, where the journal begins")
@@ -128,9 +126,8 @@ class _Check:
         columns = task_journal.c
         after = floor - 1
         while True:
-            rows = self._session.connection.execute(
-                sa.select(task_journal).where(columns.seq > after).order_by(columns.seq).limit(PAGE)
-            ).all()
+            page = sa.select(task_journal).where(columns.seq > after).order_by(columns.seq)
+            rows = self._session.ask(page.limit(PAGE))
             for row in rows:
                 try:
                     yield entry_of(row, f"{self._location}: task_journal")
@@ -138,42 +135,40 @@ class _Check:
                     self._tell(str(error))
             if len(rows) < PAGE:
                 return
-            after = rows[-1].seq
+            after = rows[-1][0]
 
     def _tasks(self) -> int:
         """Compare the rows with what the journal leads to, and with their own columns."""
         count, after = 0, ""
         missing = set(self._expected)
+        names = [column.name for column in tasks.columns]
         while True:
-            rows = self._session.connection.execute(
-                sa.select(tasks)
-                .where(tasks.c.task_id > after)
-                .order_by(tasks.c.task_id)
-                .limit(PAGE)
-            ).all()
+            page = sa.select(tasks).where(tasks.c.task_id > after).order_by(tasks.c.task_id)
+            rows = self._session.ask(page.limit(PAGE))
             for row in rows:
                 count += 1
-                missing.discard(row.task_id)
-                self._row(row)
+                missing.discard(row[0])
+                self._row(dict(zip(names, row, strict=True)))
             if len(rows) < PAGE:
                 break
-            after = rows[-1].task_id
+            after = rows[-1][0]
         for task_id in sorted(missing):
             if self._expected[task_id] is not None:
                 self._tell(f"task {task_id!r} is in the journal, but has no row")
         return count
 
-    def _row(self, row: Any) -> None:
-        found = record_of(TaskRow(row.task_id, row.revision, row.payload, row.checksum))
+    def _row(self, row: dict[str, Any]) -> None:
+        task_id = row["task_id"]
+        found = record_of(TaskRow(task_id, row["revision"], row["payload"], row["checksum"]))
         if isinstance(found, SetAside):
             # What came in with a saved snapshot as it is, is as it should be.
-            if row.checksum != CARRIED:
+            if row["checksum"] != CARRIED:
                 self._tell(f"{found.where}: {found.reason}")
             return
-        if row.task_id not in self._expected:
-            self._tell(f"task {row.task_id!r} has a row, but is not in the journal")
-        elif self._expected[row.task_id] != found:
-            self._tell(f"task {row.task_id!r} is not what the journal leads to")
+        if task_id not in self._expected:
+            self._tell(f"task {task_id!r} has a row, but is not in the journal")
+        elif self._expected[task_id] != found:
+            self._tell(f"task {task_id!r} is not what the journal leads to")
         for name in ("revision", *PROJECTED):
-            if getattr(row, name) != getattr(found, name):
-                self._tell(f"the column {name} of task {row.task_id!r} is not as its payload says")
+            if row[name] != getattr(found, name):
+                self._tell(f"the column {name} of task {task_id!r} is not as its payload says")
