@@ -105,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line on ``argv`` (default: the process's); returns the exit status."""
     _prepare_streams()
     # What a store logs for its host it also reports; here that is told once.
-    logging.getLogger("taskstore").addHandler(logging.NullHandler())
+    if not (logger := logging.getLogger("taskstore")).handlers:
+        logger.addHandler(logging.NullHandler())
     try:
         status = _invoke(sys.argv[1:] if argv is None else list(argv))
         sys.stdout.flush()
@@ -187,6 +188,10 @@ def _prepare_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

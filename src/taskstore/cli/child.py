@@ -77,6 +77,7 @@ class Child:
     ) -> None:
         self._events = events
         self._on_line = on_line
+        self._over = False
         self._process = subprocess.Popen(  # noqa: S603 (running what it is given is its purpose)
             argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, start_new_session=True
         )
@@ -124,7 +125,7 @@ class Child:
     def send(self, number: int) -> None:
         """Send a signal to the command and all that it started, but for other sessions."""
         # Its leader is not reaped before the end, so the number cannot be another group's.
-        if self._process.returncode is None:
+        if not self._over:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, number)
                 if number != signal.SIGKILL:
@@ -134,7 +135,7 @@ class Child:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process.returncode is None:
+        if not self._over:
             self.send(signal.SIGKILL)
             self._reap()
 
@@ -147,6 +148,7 @@ class Child:
             return None
 
     def _reap(self) -> int | None:
+        self._over = True
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(LINGER_S)
         return None

@@ -33,8 +33,10 @@ _NOT_IN_A_LOG = ("task_id", "revision", "booking", "last_event_at")
 def reading(ctx: typer.Context, url: str | None) -> Iterator[TaskRegistryStore]:
     """The ledger, opened to be read; what it has to report is told at the end."""
     with ledger.open_reader(url_of(ctx, url)) as store:
-        yield store
-        render.tell_report(store)
+        try:
+            yield store
+        finally:
+            render.tell_report(store)
 
 
 def list_tasks(
@@ -276,7 +278,7 @@ def summary(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> 
             }
         )
         return
-    rows = [["total", "", str(counted.total)], ["active", "", str(counted.active)]]
+    rows = [["total", "-", str(counted.total)], ["active", "-", str(counted.active)]]
     rows += [["status", s, str(counted.by_status[s])] for s in TaskStatus if s in counted.by_status]
     rows += [["runtime", name, str(n)] for name, n in sorted(counted.by_runtime.items())]
     render.print_rows(("", "", "TASKS"), rows)

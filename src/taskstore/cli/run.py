@@ -21,7 +21,7 @@ from taskstore.cli import ledger, render
 from taskstore.cli.child import Child, Ending, Event, Events, forwarded_signals
 from taskstore.cli.options import Misuse, Url, positive_seconds, seconds, url_of
 from taskstore.cli.recorder import Recorder
-from taskstore.clock import new_task_id
+from taskstore.clock import new_task_id, system_clock
 from taskstore.errors import ConflictError
 from taskstore.journal import Put
 from taskstore.records import METADATA_BYTES, TASK_BYTES, TaskRecord, TaskStatus
@@ -34,8 +34,11 @@ TIMED_OUT, NOT_EXECUTABLE, NOT_FOUND, BY_SIGNAL = 124, 126, 127, 128
 GRACE_S = 10.0
 """How long a command that was told to end may take, before SIGKILL."""
 
-END_PATIENCE_S = 30.0
-"""How long recording the end may take before it is given up."""
+END_PATIENCE_S = 5.0
+"""For how long recording the end is tried again when the store refuses it."""
+
+HANG_S = 45.0
+"""How long a store may take for it without an answer; ours give up a lock after 30 s."""
 
 DEAF_S = 2.0
 """For how long of that a signal does not cut it short: who presses Ctrl-C twice
@@ -91,19 +94,14 @@ def run(
     recorded (3), it is not started; later trouble is told and it goes on.
     Ctrl-C, SIGTERM and SIGHUP are passed on; a second one kills.
     """
+    record = new_command_record(
+        command, label=label, owner_key=owner, requester_session_key=session, run_id=run_id
+    )
     id_out = _opened(id_file)
     events: Events = Events()
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(open_store(url_of(ctx, url)))
         stack.enter_context(forwarded_signals(events))
-        record = new_command_record(
-            store.clock(),
-            command,
-            label=label,
-            owner_key=owner,
-            requester_session_key=session,
-            run_id=run_id,
-        )
         if not _create(store, record):
             return 1
         if id_out is not None:
@@ -129,7 +127,7 @@ def run(
     return verdict.exit_status
 
 
-def new_command_record(now: int, command: Sequence[str], **fields: Any) -> TaskRecord:
+def new_command_record(command: Sequence[str], **fields: Any) -> TaskRecord:
     """The first revision of a command's task, already running.
 
     What is too long to be stored is cut off; what is no text is replaced.
@@ -143,7 +141,7 @@ def new_command_record(now: int, command: Sequence[str], **fields: Any) -> TaskR
     if sum(2 * len(word.encode()) + 8 for word in argv) < METADATA_BYTES // 2:
         metadata["argv"] = argv
     return lifecycle.new_record(
-        now=now,
+        now=system_clock(),
         task_id=new_task_id(),
         runtime=RUNTIME,
         task=shlex.join(argv).encode()[:TASK_BYTES].decode(errors="ignore"),
@@ -213,8 +211,7 @@ def _create(store: TaskRegistryStore, record: TaskRecord) -> bool:
 def _recorded(events: Events) -> bool:
     """Wait until the end is recorded or given up; false when the store hangs."""
     begun = time.monotonic()
-    # A little longer than the recorder itself tries.
-    while (left := begun + END_PATIENCE_S + 1 - time.monotonic()) > 0:
+    while (left := begun + HANG_S - time.monotonic()) > 0:
         try:
             event = events.get(timeout=left)
         except Empty:
@@ -235,7 +232,7 @@ def _report(recorder: Recorder, verdict: Verdict) -> None:
     if recorder.recorded:
         render.note(f"{ended}, but task {record.task_id} had been ended as {record.status} before")
         return
-    reason = recorder.failure or f"the store did not answer for {END_PATIENCE_S:g} s"
+    reason = recorder.failure or "the store did not answer"
     render.note(
         f"NOT RECORDED: {ended}, but task {record.task_id} still says {record.status}: {reason}"
     )

@@ -1,0 +1,77 @@
+"""``taskstore`` as tests run it: as a process, or in this one."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from taskstore.cli import main
+from taskstore.cli.options import URL_VARIABLE
+
+TASKSTORE = [sys.executable, "-m", "taskstore"]
+
+
+class CLI:
+    """``taskstore`` on one ledger."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.env = {**os.environ, URL_VARIABLE: url}
+
+    def __call__(self, *words: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+        """Run it as a process, to its end."""
+        options.setdefault("stdin", subprocess.DEVNULL)
+        return subprocess.run(
+            [*TASKSTORE, *words],
+            check=False,
+            env=self.env,
+            capture_output=True,
+            timeout=60,
+            **options,
+        )
+
+    def start(self, *words: str, **options: Any) -> subprocess.Popen[bytes]:
+        options.setdefault("stdout", subprocess.PIPE)
+        options.setdefault("stderr", subprocess.PIPE)
+        return subprocess.Popen([*TASKSTORE, *words], env=self.env, **options)
+
+    def json(self, *words: str) -> Any:
+        """Ask in this process, which is faster."""
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            status = main([*words, "--json", "--url", self.url])
+        assert status == 0
+        return json.loads(out.getvalue())
+
+    def tasks(self) -> list[dict[str, Any]]:
+        return self.json("list")["tasks"]
+
+    def only_task(self) -> dict[str, Any]:
+        [task] = self.tasks()
+        return task
+
+
+class Said:
+    """What a command said in this process, and its exit status."""
+
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status = status
+        self.out = out
+        self.err = err
+
+    @property
+    def lines(self) -> list[list[str]]:
+        return [line.split("\t") for line in self.out.splitlines()]
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Say = Callable[..., Said]

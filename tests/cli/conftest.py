@@ -1,0 +1,35 @@
+"""The command line as a user meets it: real processes on real files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cli_process import CLI, Said, Say
+
+from taskstore.cli import main
+from taskstore.cli.options import URL_VARIABLE
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'tasks.db'}"
+
+
+@pytest.fixture
+def cli(url: str) -> CLI:
+    return CLI(url)
+
+
+@pytest.fixture
+def say(url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Say:
+    """Run a command in this process: for everything that needs no process of its own."""
+    monkeypatch.setenv(URL_VARIABLE, url)
+
+    def run(*words: str) -> Said:
+        capsys.readouterr()
+        status = main(words)
+        captured = capsys.readouterr()
+        return Said(status, captured.out, captured.err)
+
+    return run

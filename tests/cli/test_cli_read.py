@@ -1,0 +1,328 @@
+"""list, show, log, summary, changes."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pysqlite3
+import pytest
+import sqlalchemy
+from cli_process import CLI, Say
+
+from taskstore import (
+    DeliveryContext,
+    Snapshot,
+    TaskRecord,
+    TaskRegistry,
+    TaskRegistryStore,
+    open_store,
+)
+from taskstore.cli import ledger
+
+T0 = 1_700_000_000_000
+
+
+@pytest.fixture(params=["json", "sqlite"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return f"{request.param}:///{tmp_path / 'ledger'}"
+
+
+@pytest.fixture
+def ids(url: str) -> dict[str, str]:
+    """A ledger with a little of everything; ids by label."""
+    with TaskRegistry.open(url, clock=iter(range(T0, T0 + 10**6, 1000)).__next__) as registry:
+        make = registry.create
+        done = make(runtime="cli", task="make", label="done", owner_key="me", status="running")
+        registry.record_progress(done.task_id, "half")
+        registry.finish(done.task_id, "succeeded", summary="made")
+        origin = DeliveryContext(channel="mail", to="x@y")
+        make(
+            runtime="subagent", task="think", label="thinking", run_id="run-1", owner_key="you",
+            child_session_key="s-1", requester_origin=origin, metadata={"n": [1, 2.5, None]},
+        )  # fmt: skip
+        make(runtime="subagent", task="again", label="again", run_id="run-1", owner_key="you")
+        gone = make(runtime="cron", task="gone", label="gone")
+        registry.cancel(gone.task_id, "no use")
+        registry.delete(gone.task_id)
+        tasks = {task.label or "": task.task_id for task in registry.list()}
+        return {**tasks, "gone": gone.task_id}
+
+
+@pytest.mark.parametrize(
+    ("filters", "labels"),
+    [
+        ((), ["again", "thinking", "done"]),
+        (("--status", "queued"), ["again", "thinking"]),
+        (("--status", "queued", "--status", "succeeded"), ["again", "thinking", "done"]),
+        (("--runtime", "cli"), ["done"]),
+        (("--owner", "you"), ["again", "thinking"]),
+        (("--session", "s-1"), ["thinking"]),
+        (("--run", "run-1"), ["again", "thinking"]),
+        (("--limit", "1"), ["again"]),
+        (("--since", "2023-11-14T22:13:30"), []),
+        (("--since", "2023-11-14T23:13:22+01:00"), ["again", "thinking"]),
+        (("--since", str(T0 + 2000)), ["again", "thinking"]),
+        (("--since", "1h"), []),
+        (("--since", "10000d"), ["again", "thinking", "done"]),
+    ],
+)
+def test_filters(
+    say: Say, ids: dict[str, str], filters: tuple[str, ...], labels: list[str]
+) -> None:
+    said = say("list", *filters)
+    assert said.status == 0
+    assert [line[7] for line in said.lines] == labels
+    assert [line[0] for line in said.lines] == [ids[label] for label in labels]
+    answer = say("list", *filters, "--json").json
+    assert [task["label"] for task in answer["tasks"]] == labels
+    assert set(answer) == {"tasks", "next_cursor", "seq"}
+
+
+def test_pages_follow_each_other_by_the_printed_command(say: Say, ids: dict[str, str]) -> None:
+    seen, words = [], ["list", "--limit", "1", "--runtime", "subagent"]
+    while words:
+        said = say(*words)
+        seen += [line[7] for line in said.lines]
+        _, more, command = said.err.strip().partition("next page: taskstore ")
+        words = command.split() if more else []
+    assert seen == ["again", "thinking"]
+
+
+def test_the_json_of_a_record_has_every_field(say: Say, ids: dict[str, str]) -> None:
+    record = say("show", ids["thinking"], "--json").json
+    fields = set(TaskRecord.__struct_fields__) - {"metadata_json", "unknown_json"} | {"metadata"}
+    assert set(record) == fields
+    assert record["metadata"] == {"n": [1, 2.5, None]}
+    assert record["requester_origin"] == {
+        "channel": "mail",
+        "to": "x@y",
+        "account_id": None,
+        "thread_id": None,
+    }
+    assert T0 < record["created_at"] < T0 + 10_000
+    assert record["ended_at"] is None
+
+
+def test_show_finds_by_id_run_and_session(say: Say, ids: dict[str, str]) -> None:
+    assert f"task_id: {ids['done']}\n" in say("show", ids["done"]).out
+    by_run = say("show", "run-1")
+    assert f"task_id: {ids['again']}\n" in by_run.out
+    assert "others match too: taskstore list --run run-1" in by_run.err
+    assert say("show", "s-1", "--json").json["task_id"] == ids["thinking"]
+    missing = say("show", "nothing")
+    assert (missing.status, missing.out) == (1, "")
+    assert missing.err == "taskstore: no task 'nothing'\n"
+
+
+def test_log_says_what_changed_at_each_revision(say: Say, ids: dict[str, str]) -> None:
+    entries = say("log", ids["done"], "--json").json["entries"]
+    assert [entry["revision"] for entry in entries] == [1, 2, 3]
+    assert entries[0]["changed"]["status"] == [None, "running"]
+    assert entries[1]["changed"] == {"progress_summary": [None, "half"]}
+    assert entries[2]["changed"]["status"] == ["running", "succeeded"]
+    assert entries[2]["record"]["terminal_summary"] == "made"
+    lines = [line for line in say("log", ids["done"]).lines if line[2] == "3"]
+    assert [line[3:] for line in lines if line[3] == "status"] == [
+        ["status", "running", "succeeded"]
+    ]
+
+
+def test_log_of_a_deleted_task(say: Say, ids: dict[str, str]) -> None:
+    said = say("log", ids["gone"])
+    assert said.status == 0
+    assert said.lines[-1][2:] == ["3", "deleted", "-", "-"]
+    assert say("show", ids["gone"]).status == 1
+    assert say("log", "never-was").status == 1
+
+
+def test_log_says_when_the_beginning_is_gone(say: Say, ids: dict[str, str], url: str) -> None:
+    assert say("compact", "--keep-days", "0").status == 0
+    with TaskRegistry.open(url) as registry:
+        registry.set_notify_policy(ids["done"], "silent")
+    said = say("log", ids["done"])
+    assert "before revision 4 has been compacted away" in said.err
+    assert say("log", ids["done"], "--json").json["complete"] is False
+
+
+def test_summary(say: Say, ids: dict[str, str]) -> None:
+    counted = say("summary", "--json").json
+    assert (counted["total"], counted["active"]) == (3, 2)
+    assert counted["by_status"] == {
+        "queued": 2,
+        "running": 0,
+        "succeeded": 1,
+        "failed": 0,
+        "timed_out": 0,
+        "cancelled": 0,
+        "lost": 0,
+    }
+    assert counted["by_runtime"] == {"cli": 1, "subagent": 2}
+    assert ["runtime", "subagent", "2"] in say("summary").lines
+
+
+def test_summary_counts_page_by_page(
+    say: Say, ids: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "PAGE_RECORDS", 1)
+    assert say("summary", "--json").json["total"] == 3
+
+
+def test_changes(say: Say, ids: dict[str, str]) -> None:
+    lines = [json.loads(line) for line in say("changes", "--json").out.splitlines()]
+    assert [line["seq"] for line in lines] == list(range(1, 9))
+    assert (lines[-1]["kind"], lines[-1]["record"]) == ("deleted", None)
+    assert lines[2]["record"]["status"] == "succeeded"
+    assert [line[0] for line in say("changes", "--after", "6").lines] == ["7", "8"]
+    assert [line[0] for line in say("changes", "--limit", "2").lines] == ["1", "2"]
+    assert say("changes", "--after", "head").out == ""
+    assert say("changes", "--after", "soon").status == 2
+
+
+def test_changes_that_are_gone(say: Say, ids: dict[str, str]) -> None:
+    say("compact", "--keep-days", "0")
+    said = say("changes", "--after", "1")
+    assert said.status == 1
+    assert "the journal begins at seq 9" in said.err
+    assert say("changes").status == 0
+
+
+def test_changes_follow(cli: CLI, url: str, ids: dict[str, str]) -> None:
+    following = cli.start("changes", "--follow", "--after", "7", "--json")
+    assert following.stdout is not None
+    assert json.loads(following.stdout.readline())["seq"] == 8
+    with TaskRegistry.open(url) as registry:
+        registry.set_notify_policy(ids["done"], "silent")
+    assert json.loads(following.stdout.readline())["record"]["notify_policy"] == "silent"
+    following.send_signal(signal.SIGINT)
+    assert following.communicate(timeout=20)[1] == b""
+    assert following.returncode == 130
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+def test_nothing_reads_the_whole_ledger(
+    say: Say, ids: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the ledger was loaded")
+
+    monkeypatch.setattr("taskstore.stores.sql.store.SQLStore.load_snapshot", refuse)
+    monkeypatch.setattr("taskstore.registry.TaskRegistry.__init__", refuse)
+    for words in (["list"], ["show", "run-1"], ["log", ids["done"]], ["summary"], ["changes"]):
+        assert say(*words).status == 0
+    for words in (["cancel", "s-1"], ["notify", ids["done"], "silent"], ["delete", "s-1", "--yes"]):
+        assert say(*words).status == 0
+
+
+class Minimal(TaskRegistryStore):
+    """What the smallest of plugins can do."""
+
+    def __init__(self, inner: TaskRegistryStore) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def load_snapshot(self) -> Snapshot:
+        return self._inner.load_snapshot()
+
+    def save_snapshot(self, snapshot: Snapshot) -> None:
+        self._inner.save_snapshot(snapshot)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+def test_a_store_that_cannot_query_is_asked_for_everything(
+    say: Say, ids: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        ledger, "open_store", lambda url, **options: Minimal(open_store(url, **options))
+    )
+    assert [line[7] for line in say("list").lines] == ["again", "thinking", "done"]
+    assert say("show", "run-1", "--json").json["task_id"] == ids["again"]
+    assert say("cancel", "s-1").status == 0
+    for words in (["log", ids["done"]], ["changes"], ["verify"], ["compact"]):
+        assert say(*words).status == 2
+
+
+# -- SQL only ---------------------------------------------------------------
+
+
+@pytest.fixture
+def statements(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Every statement that reaches SQLite."""
+    seen: list[str] = []
+
+    def trace(connection: Any, _: object) -> None:
+        connection.set_trace_callback(seen.append)
+
+    sqlalchemy.event.listen(sqlalchemy.Pool, "connect", trace)
+    yield seen
+    sqlalchemy.event.remove(sqlalchemy.Pool, "connect", trace)
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+def test_a_list_is_one_select_with_a_limit(
+    say: Say, ids: dict[str, str], statements: list[str]
+) -> None:
+    assert say("list", "--status", "queued", "--limit", "2").status == 0
+    assert statements, "nothing was traced"
+    of_tasks = [text for text in statements if re.search(r"FROM tasks\b", text)]
+    assert len(of_tasks) == 1, of_tasks
+    assert "LIMIT" in of_tasks[0]
+    assert not [text for text in statements if text.startswith(("INSERT", "UPDATE", "CREATE"))]
+
+
+LIST_AND_TELL_PEAK = """
+import re, sys
+from taskstore.cli import main
+main(["list", "--limit", "10", "--url", sys.argv[1]])
+print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+def test_a_list_takes_the_same_memory_whatever_the_size(tmp_path: Path, url: str) -> None:
+    peaks = []
+    for count in (10, 100_000):
+        where = f"sqlite:///{tmp_path}/{count}.db"
+        with open_store(where) as store:
+            records = {
+                f"t-{number:06}": TaskRecord(
+                    task_id=f"t-{number:06}",
+                    revision=1,
+                    runtime="cli",
+                    task=f"task {number}",
+                    status="queued",  # type: ignore[arg-type]
+                    created_at=T0 + number,
+                )
+                for number in range(count)
+            }
+            store.save_snapshot(Snapshot(count, records, T0))
+        # ru_maxrss would tell of this process, which the child is forked from.
+        out = subprocess.check_output(
+            [sys.executable, "-c", LIST_AND_TELL_PEAK, where], encoding="utf-8"
+        )
+        *listed, peak = out.splitlines()
+        assert len(listed) == 10
+        peaks.append(int(peak))
+    assert peaks[1] - peaks[0] < 10 * 1024, peaks
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+def test_what_does_not_decode_is_told(say: Say, ids: dict[str, str], tmp_path: Path) -> None:
+    connection = pysqlite3.connect(tmp_path / "ledger")
+    connection.execute("UPDATE tasks SET payload = 'oops' WHERE task_id = ?", (ids["thinking"],))
+    connection.commit()
+    connection.close()
+    said = say("list")
+    assert [line[7] for line in said.lines] == ["again", "done"]
+    assert f"set aside: {ids['thinking']}" in said.err
+    assert f"set aside: {ids['thinking']}" in say("show", ids["thinking"]).err
+    assert say("verify").status == 1

@@ -1,0 +1,156 @@
+"""The parts of ``taskstore run``, each by itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taskstore import Change, Commit, Put, StoreUnavailableError
+from taskstore.cli import child as child_module
+from taskstore.cli.child import Child, Events
+from taskstore.cli.lines import LastLine, summary_of
+from taskstore.cli.recorder import Recorder
+from taskstore.cli.run import new_command_record
+from taskstore.records import SUMMARY_BYTES, check_text
+from taskstore.stores.memory import MemoryStore
+
+
+@pytest.mark.parametrize(
+    ("line", "summary"),
+    [
+        (b"\x1b[1;32mok\x1b[0m", "ok"),
+        (b"\x1b]0;a title\x07done", "done"),
+        (b"\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\", "link"),
+        (b"a\tb  c \x0b d", "a b c d"),
+        (b"nul\0 bell\x07 del\x7f c1\xc2\x9b", "nul bell del c1"),
+        (b"h\xc3\xa9 \xff", "h\N{LATIN SMALL LETTER E WITH ACUTE} \N{REPLACEMENT CHARACTER}"),
+        (b" \x1b[0m ", ""),
+    ],
+)
+def test_a_line_becomes_a_summary(line: bytes, summary: str) -> None:
+    assert summary_of(line) == summary
+
+
+@given(st.binary(max_size=200) | st.text(max_size=3000).map(lambda text: text.encode() * 3))
+def test_any_line_can_be_stored(line: bytes) -> None:
+    summary = summary_of(line)
+    assert check_text("progress_summary", summary, SUMMARY_BYTES) == summary
+    assert summary == " ".join(summary.split())
+    assert summary_of(summary.encode()) == summary
+
+
+@given(
+    st.lists(st.sampled_from([b"a", b"bc", b" ", b"\n", b"\r", b"\r\n", b"\x1b[0m", b"\xc3\xa9"])),
+    st.data(),
+)
+def test_how_a_stream_is_cut_makes_no_difference(parts: list[bytes], data: st.DataObject) -> None:
+    stream = b"".join(parts)
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(stream)))))
+    lines = [summary_of(line) for line in stream.replace(b"\r", b"\n").split(b"\n")]
+    expected = next((line for line in reversed(lines) if line), None)
+    last, follower = None, LastLine()
+    for begin, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+        last = follower.feed(stream[begin:end]) or last
+    assert (follower.close() or last) == expected
+
+
+def test_a_line_without_end_takes_no_memory() -> None:
+    follower = LastLine()
+    for _ in range(1000):
+        assert follower.feed(b"x" * 10_000) is None
+    assert len(follower._begun) < 100_000
+    assert follower.close() == "x" * SUMMARY_BYTES
+
+
+class Faulty(MemoryStore):
+    """A store that is slow, or refuses so many commits."""
+
+    def __init__(self, *, delay_s: float = 0, refusals: int = 0) -> None:
+        super().__init__()
+        self.delay_s = 0.0
+        self.refusals = 0
+        self.record = new_command_record(["true"])
+        self.apply([Put(self.record)])
+        self.delay_s, self.refusals = delay_s, refusals
+
+    def apply(self, changes: Sequence[Change]) -> Commit:
+        time.sleep(self.delay_s)
+        if self.refusals:
+            self.refusals -= 1
+            raise StoreUnavailableError("the disk is full")
+        return super().apply(changes)
+
+
+def finished(store: Faulty, work: Callable[[Recorder], Any], patience_s: float = 5) -> Recorder:
+    done = threading.Event()
+    recorder = Recorder(store, store.record, done.set)
+    work(recorder)
+    recorder.finish("succeeded", error=None, exit_status=0, patience_s=patience_s)
+    assert done.wait(20)
+    return recorder
+
+
+def test_a_slow_store_holds_nothing_up() -> None:
+    store = Faulty(delay_s=0.4)
+    taken: list[float] = []
+
+    def work(recorder: Recorder) -> None:
+        for number in range(10):
+            begun = time.monotonic()
+            recorder.progress(f"line {number}")
+            taken.append(time.monotonic() - begun)
+            time.sleep(0.02)
+
+    recorder = finished(store, work)
+    assert max(taken) < 0.2
+    assert recorder.record.progress_summary == "line 9"
+    assert recorder.recorded
+
+
+def test_a_store_that_recovers_has_the_end() -> None:
+    recorder = finished(Faulty(refusals=3), lambda recorder: recorder.progress("half"))
+    assert recorder.recorded
+    assert recorder.failure is None
+    assert recorder.record.status == "succeeded"
+
+
+def test_a_store_that_does_not_recover_is_given_up() -> None:
+    recorder = finished(Faulty(refusals=10**6), lambda _: None, patience_s=0.3)
+    assert not recorder.recorded
+    assert isinstance(recorder.failure, StoreUnavailableError)
+    assert recorder.record.status == "running"
+
+
+def test_nothing_of_a_command_outlives_an_exception() -> None:
+    with pytest.raises(RuntimeError, match="of ours"), Child(["sleep", "79"], Events(), print) as c:
+        raise RuntimeError("of ours")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(c.pid, 0)
+
+
+def test_a_child_that_cannot_be_attended_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    popen = child_module.subprocess.Popen
+
+    def noting(*args: Any, **options: Any) -> Any:
+        started.append(popen(*args, **options))
+        return started[-1]
+
+    def no_threads(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(child_module.subprocess, "Popen", noting)
+    monkeypatch.setattr(Child, "_spawn", no_threads)
+    with pytest.raises(RuntimeError):
+        Child(["sleep", "80"], Events(), print)
+    assert started[0].returncode == -signal.SIGKILL
+    for pipe in (started[0].stdout, started[0].stderr):
+        pipe.close()
