@@ -196,6 +196,15 @@ def test_somebody_who_may_only_read_cannot_open_it_for_writing(readable):
     assert state_of(readable) == before
 
 
+def test_a_directory_that_cannot_take_new_files_is_refused_at_once(readable):
+    for path in readable.iterdir():
+        path.chmod(0o666)
+    before = state_of(readable)
+    said = as_nobody(lambda: JSONStore(readable))
+    assert said.startswith("StoreUnavailableError")
+    assert state_of(readable) == before
+
+
 def test_a_new_directory_where_one_may_not_write_is_unavailable(readable):
     said = as_nobody(lambda: JSONStore(readable / "new"))
     assert said.startswith("StoreUnavailableError")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 from jsonfiles import FOLD, FOLD_AND_TRIM, forged, segments, snapshots
 
 from taskstore import ConflictError, CorruptStoreError
@@ -70,6 +71,20 @@ def test_one_whose_id_is_gone_is_carried_too(directory, open_):
     assert store.verify().ok
 
 
+def test_one_whose_id_is_gone_can_be_replaced_through_its_entry(directory, open_):
+    store = open_()
+    bad = create(store)
+    store.close()
+    text = b'"record":{"v":"1.0","task_id":"%b"' % bad.task_id.encode()
+    forged(segments(directory)[0], text, b'"record":{"v":"1.0"')
+    store = open_()
+    mended = update(store, bad)
+    store.compact(FOLD_AND_TRIM)
+    assert store.load_snapshot().set_aside == ()
+    assert store.load_snapshot().records == {mended.task_id: mended}
+    assert store.verify().ok
+
+
 def test_one_in_a_snapshot_without_an_id_is_carried_too(directory, open_):
     from zlib import crc32
 
@@ -130,13 +145,20 @@ def test_its_booking_still_holds(directory, open_):
     bad = create(store, run_id="run-1", label="bad")
     store.close()
     forged(segments(directory)[0], b'"label":"bad"', b'"label":[false]')
-    for _ in range(2):
+    for loaded in (False, True, False, True):
         store = open_()
+        if loaded:
+            store.load_snapshot()
         with pytest.raises(ConflictError) as caught:
             store.apply([make_put(run_id="run-1", booking=bad.booking)])
         assert caught.value.conflicts[0].booked_by == bad.task_id
         store.compact(FOLD_AND_TRIM)
         store.close()
+    store = open_()
+    store.save_snapshot(replace(store.load_snapshot(), seq=50))
+    for instance in (store, open_()):
+        with pytest.raises(ConflictError):
+            instance.apply([make_put(run_id="run-1", booking=bad.booking)])
 
 
 def test_a_newer_minor_version_keeps_its_members_through_a_compaction(directory, open_):
