@@ -20,6 +20,7 @@ from taskstore.journal import Change, Commit, Put, Step, plan
 from taskstore.records import TaskRecord
 from taskstore.stores.sql.connections import Connections
 from taskstore.stores.sql.errors import Fault
+from taskstore.stores.sql.rows import Head
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.statements import pieces
 from taskstore.stores.sql.tables import SCHEMA_EPOCH, task_journal, tasks, taskstore_head
@@ -168,8 +169,8 @@ def claim(connections: Connections, session: Session, count: int, now: int) -> t
     claimed = connections.database.claim(session, count, now)
     if claimed is not None:
         return claimed
-    head = session.row(connections.database.sql.head)
-    epoch = None if head is None else head[5]
+    row = session.row(connections.database.sql.head)
+    epoch = None if row is None else Head(*row).schema_epoch
     raise SchemaMismatchError(
         f"{connections.database.location} has schema epoch {epoch}, "
         f"this version of taskstore works with {SCHEMA_EPOCH}",

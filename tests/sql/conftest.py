@@ -1,0 +1,61 @@
+"""Databases of each kind, and ways to look behind the store's back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlkit import Spy
+
+from taskstore.stores.sql import SQLStore, open_sql
+from taskstore.testing.servers import PostgresServer
+
+ENGINES = ("sqlite", "postgresql")
+
+
+@pytest.fixture
+def sqlite_path(tmp_path: Path) -> Path:
+    return tmp_path / "tasks.db"
+
+
+@pytest.fixture(params=ENGINES)
+def empty_url(request: pytest.FixtureRequest, sqlite_path: Path) -> str:
+    """The URL of a database that holds nothing at all, on each engine."""
+    if request.param == "sqlite":
+        return f"sqlite:///{sqlite_path}"
+    server: PostgresServer = request.getfixturevalue("postgres_server")
+    return server.new_database()
+
+
+@pytest.fixture(params=ENGINES)
+def url(request: pytest.FixtureRequest, sqlite_path: Path) -> str:
+    """The URL of an empty ledger, on each engine."""
+    if request.param == "sqlite":
+        return f"sqlite:///{sqlite_path}"
+    return str(request.getfixturevalue("postgres_url"))
+
+
+@pytest.fixture
+def open_() -> Iterator[Callable[..., SQLStore]]:
+    """Open a URL; everything is closed at the end."""
+    opened: list[SQLStore] = []
+
+    def once(url: str, **options: Any) -> SQLStore:
+        opened.append(open_sql(url, **options))
+        return opened[-1]
+
+    yield once
+    for store in opened:
+        store.close()
+
+
+@pytest.fixture
+def store(url: str, open_: Callable[..., SQLStore]) -> SQLStore:
+    return open_(url)
+
+
+@pytest.fixture
+def spy(store: SQLStore) -> Spy:
+    return Spy(store)

@@ -1,0 +1,66 @@
+"""Ways to look behind the store's back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from taskstore.stores.sql import SQLStore
+
+
+class Spy:
+    """Stands between a store and its driver: records statements, and may act on them.
+
+    ``before`` and ``after`` are called with each statement; what they raise
+    is what the driver is seen to raise.
+    """
+
+    def __init__(self, store: SQLStore) -> None:
+        self.statements: list[str] = []
+        self.before: Callable[[str], None] = lambda _sql: None
+        self.after: Callable[[str], None] = lambda _sql: None
+        self._database = store._database
+        self._cursor = self._database.cursor
+        store._connections._held = None
+        self._database.cursor = self._wrapped  # type: ignore[method-assign]
+
+    def _wrapped(self, raw: Any) -> Any:
+        return _SpiedCursor(self._cursor(raw), self)
+
+    def matching(self, text: str) -> list[str]:
+        return [sql for sql in self.statements if text in sql]
+
+
+class _SpiedCursor:
+    def __init__(self, cursor: Any, spy: Spy) -> None:
+        self._real = cursor
+        self._spy = spy
+
+    def execute(self, sql: str, parameters: Any = ()) -> Any:
+        self._spy.statements.append(sql)
+        self._spy.before(sql)
+        result = self._real.execute(sql, parameters)
+        self._spy.after(sql)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+def in_process(script: str, *arguments: object) -> subprocess.Popen[str]:
+    """Run a Python script in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def output_of(process: subprocess.Popen[str]) -> str:
+    """What a process printed; it has to succeed."""
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    return printed
