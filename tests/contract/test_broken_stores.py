@@ -59,7 +59,7 @@ CAUGHT = [
     (writers.AnswersWhenClosed, "a_closed_store_refuses_every_call"),
     (writers.WritesWhenOpenedReadOnly, "read_only_reads_and_refuses_to_write"),
     (writers.TurnsAnEmptyStringIntoNull, "nasty_value_is_stored_exactly", ROWS["empty_key"]),
-    (writers.TurnsAnEmptyStringIntoNull, "nasty_value_is_saved_exactly", ROWS["empty_error"]),
+    (writers.TurnsAnEmptyStringIntoNull, "nasty_value_is_stored_exactly", ROWS["empty_error"]),
     (writers.StripsTrailingSpace, "nasty_value_is_stored_exactly", ROWS["trailing_space"]),
     (writers.NormalisesUnicode, "nasty_value_is_stored_exactly", ROWS["combining"]),
     (writers.TruncatesLongKeys, "nasty_value_is_stored_exactly", ROWS["longest_key"]),
@@ -136,7 +136,6 @@ FOUND_BY_THE_MACHINE = [
     readers.CompactsWhatARetainedSnapshotStillNeeds,
     writers.AppliesHalfABatch,
     writers.FoldsIdsThatDifferOnlyInCase,
-    writers.NeverFreesABooking,
 ]
 
 

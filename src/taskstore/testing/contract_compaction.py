@@ -60,8 +60,9 @@ def agrees(store: FullStore, model: Model) -> None:
     assert (loaded.seq, dict(loaded.records)) == (model.head, dict(model.records))
     assert (store.head(), store.floor()) == (model.head, model.floor)
     assert [facts_of(entry) for entry in journal_of(store)] == model.entries
-    for seq, records in model.states.items():
-        assert dict(as_of(store, seq).records) == records, f"as of seq {seq}"
+    for seq in sorted(model.states)[:: max(1, len(model.states) // 12)]:
+        assert dict(as_of(store, seq).records) == model.states[seq], f"as of seq {seq}"
+    assert dict(as_of(store, model.head).records) == dict(model.records)
     if model.floor > 1:
         with pytest.raises(CursorExpiredError):
             store.read_journal(model.floor - 2, 10)

@@ -261,14 +261,14 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 MACHINE_SETTINGS = settings(
-    max_examples=40,
+    max_examples=25,
     stateful_step_count=25,
     deadline=None,
     database=None,
     phases=[Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
 )
-"""How long the clause runs: 40 lives of up to 25 rules each."""
+"""How long the clause runs: 25 lives of up to 25 rules each."""
 
 
 def run_store_machine(open_store: OpenStore, *, settings: settings = MACHINE_SETTINGS) -> None:
