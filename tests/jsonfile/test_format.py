@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import zlib
 
@@ -11,7 +12,7 @@ from jsonfiles import FOLD, FOLD_AND_TRIM, names, segments, snapshots
 
 from taskstore import StoreUnavailableError, ValidationError, open_store
 from taskstore.codec import decode_record
-from taskstore.journal import Put
+from taskstore.journal import Put, Snapshot
 from taskstore.stores.jsonfile import JSONStore, open_json
 from taskstore.testing.factories import create, delete, make_record, next_of, update
 
@@ -118,6 +119,23 @@ def test_replacing_the_content_begins_the_next_timeline(directory, open_):
         "compact.lock",
     }
     assert open_().identity == store.identity
+
+
+def test_the_lock_file_names_the_last_writer_and_an_even_generation(directory, open_):
+    store = open_()
+    generations = []
+    for change in (
+        lambda: create(store),
+        lambda: create(store),
+        lambda: store.compact(FOLD),
+        lambda: store.save_snapshot(Snapshot(9)),
+    ):
+        change()
+        pid, generation = (directory / "lock").read_text().split()
+        assert int(pid) == os.getpid()
+        generations.append(int(generation))
+    assert all(generation % 2 == 0 for generation in generations)
+    assert generations[0] == generations[1] < generations[2] < generations[3]
 
 
 def test_trimming_leaves_only_what_counts(directory, open_):

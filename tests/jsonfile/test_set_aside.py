@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from msgspec.structs import replace
 from jsonfiles import FOLD, FOLD_AND_TRIM, forged, segments, snapshots
+from msgspec.structs import replace
 
 from taskstore import ConflictError, CorruptStoreError
 from taskstore.journal import EntryKind, Remove
@@ -69,6 +69,8 @@ def test_one_whose_id_is_gone_is_carried_too(directory, open_):
     with pytest.raises(ConflictError):
         store.apply([make_put(task_id=bad.task_id)])
     assert store.verify().ok
+    with pytest.raises(CorruptStoreError):
+        open_(strict=True).load_snapshot()
 
 
 def test_one_whose_id_is_gone_can_be_replaced_through_its_entry(directory, open_):
