@@ -4,11 +4,14 @@
 #     make demo            see it at work
 #     make test            run the whole test suite
 #     make check           lint, types and imports: the quick checks
+#     make soak            kill writers a few hundred times (ROUNDS=...)
+#     make bench           measure (see benchmarks/README.md)
 #     make PYTHON=python3.13 VENV=.venv-3.13 test
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+ROUNDS ?= 200
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check
@@ -19,7 +22,7 @@ dev := $(VENV)/.dev-installed
 # Made anew when its interpreter is gone or the checkout was moved.
 stale := $(shell { $(python) -c '' && grep -qxF '$(CURDIR)' $(made); } 2>/dev/null || echo anew)
 
-.PHONY: help demo test dev check lint format types imports dist clean anew
+.PHONY: help demo test dev check lint format types imports soak bench dist clean anew
 
 help:
 	@sed -n 's/^#     //p' Makefile
@@ -47,6 +50,12 @@ types: $(dev)
 
 imports: $(dev)
 	$(VENV)/bin/lint-imports --no-logo --no-cache
+
+soak: $(dev)
+	TASKSTORE_KILL_ROUNDS=$(ROUNDS) $(python) -m pytest tests/crash $(PYTEST_ARGS)
+
+bench: $(dev)
+	$(python) benchmarks/growth.py
 
 # The sdist, and the wheel that is built from it.
 dist: $(dev)

@@ -12,6 +12,7 @@ import pytest
 from doc_blocks import DOCUMENTS, ROOT, Reader, blocks_of
 
 import taskstore
+from taskstore.stores.sql.tables import metadata
 
 LANGUAGES = {"", "python", "console", "sh", "text", "toml", "json", "sql", "ini"}
 NOT_RUN = 3
@@ -65,6 +66,19 @@ def test_links_lead_somewhere(path: Path) -> None:
                 re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings
             }
             assert anchor in anchors, f"{name_of(path)} links to {target}"
+
+
+def test_every_table_and_column_is_described() -> None:
+    described = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "formats.md").read_text()))
+    for table in metadata.tables.values():
+        assert {table.name, *table.columns.keys()} <= described, table.name
+
+
+def test_every_error_says_what_to_do() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text()
+    errors = [name for name in taskstore.__all__ if name.endswith(("Error", "NotFound"))]
+    for name in [*errors, "InvalidTransition"]:
+        assert name == "TaskStoreError" or f"| `{name}` |" in text, name
 
 
 def modules() -> list[str]:

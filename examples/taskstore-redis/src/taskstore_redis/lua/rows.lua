@@ -1,0 +1,9 @@
+-- Read records by their ids, head and records of one moment.
+-- KEYS: head, rows, facts.  ARGV: ids.  Returns the state, then facts and
+-- image of each id, null where there is none.
+local reply = {state(KEYS[1])}
+for _, id in ipairs(ARGV) do
+  reply[#reply + 1] = redis.call('HGET', KEYS[3], id)
+  reply[#reply + 1] = redis.call('HGET', KEYS[2], id)
+end
+return reply

@@ -1,0 +1,372 @@
+"""Reading a ledger: everything at one moment, the journal, snapshots.
+
+A large ledger is read in pages, so that the server is never held up for long,
+and writers go on meanwhile.  What they change is in the journal: replaying it
+over the pages gives the records as of the last entry replayed, whatever each
+page had seen of it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+from taskstore import (
+    CorruptStoreError,
+    CursorExpiredError,
+    JournalEntry,
+    SchemaMismatchError,
+    SetAside,
+    Snapshot,
+    TaskRecord,
+    fold,
+)
+
+from taskstore_redis.layout import (
+    ALL,
+    FORMAT,
+    Keys,
+    Mark,
+    RawEntry,
+    State,
+    entry_of,
+    id_at,
+    items_of,
+    marks_of,
+    raw_entry,
+    record_of,
+    revision_in,
+    state_of,
+)
+from taskstore_redis.link import Link
+
+PAGE_ROWS = 1000
+PAGE_BYTES = 1024 * 1024
+"""What a page holds at most; one record more may make it larger."""
+JOURNAL_PAGE = 200
+HISTORY_PAGE = 100
+PAGE_GROWTH = 16
+PAGE_ATTEMPTS = 4
+"""When the ledger moves away under a reader, pages grow; the last attempt takes all at once."""
+
+_REMEMBERED = 256
+
+
+class MovedError(Exception):
+    """What was read in pages cannot be brought to one moment: the journal in between is gone."""
+
+
+class Row(NamedTuple):
+    """A record as it stands in Redis, at its place in the order of the index."""
+
+    place: bytes
+    facts: bytes | None
+    image: bytes | None
+
+
+class Range(NamedTuple):
+    """Members of the index: those that begin with ``prefix``, between two bounds."""
+
+    prefix: bytes
+    first: bytes
+    last: bytes
+
+
+EVERYTHING = Range(ALL, b"[" + ALL, b"(" + ALL + b":")
+
+
+class Pages(NamedTuple):
+    """How much is read at a time: 0 is no limit."""
+
+    rows: int
+    size: int
+
+    @classmethod
+    def attempts(cls) -> Iterator[Pages]:
+        """Ever larger pages, at last one that holds everything."""
+        rows, size = PAGE_ROWS, PAGE_BYTES
+        for _ in range(PAGE_ATTEMPTS - 1):
+            yield cls(rows, size)
+            rows, size = rows * PAGE_GROWTH, size * PAGE_GROWTH
+        yield cls(0, 0)
+
+
+class Scan(NamedTuple):
+    """What one call of the script gave: the state, and a page of each range."""
+
+    state: State
+    aside: list[bytes]
+    pages: list[tuple[bool, list[Row]]]
+    """Whether there may be more, and the rows."""
+
+
+class Trail:
+    """The commits that this instance has seen at some seqs.
+
+    A server that restarts without its last writes gives their seqs again.
+    A reader who goes on from one of them is told so, by the commit id.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._commits: OrderedDict[int, str] = OrderedDict()
+        self.newest = 0
+        self.losses: list[str] = []
+
+    def saw(self, seq: int, commit_id: str) -> None:
+        """Remember that the entry at ``seq`` is of this commit."""
+        with self._lock:
+            self.newest = max(self.newest, seq)
+            self._commits[seq] = commit_id
+            self._commits.move_to_end(seq)
+            if len(self._commits) > _REMEMBERED:
+                self._commits.popitem(last=False)
+
+    def at(self, seq: int) -> str:
+        """The commit that was seen at ``seq``, or nothing."""
+        with self._lock:
+            return self._commits.get(seq, "")
+
+    def lost(self, head: int) -> None:
+        """Note that the server no longer has what was seen after ``head``."""
+        with self._lock:
+            self.losses.append(
+                f"the server has lost commits that it had acknowledged: "
+                f"its head went from seq {self.newest} back to {head}"
+            )
+            del self.losses[:-3]
+            self.newest = head
+            self._commits.clear()
+
+
+class Reader:
+    """Reads one ledger."""
+
+    def __init__(self, link: Link, keys: Keys, location: str) -> None:
+        self.link = link
+        self.keys = keys
+        self.location = location
+        self.trail = Trail()
+
+    def state(self) -> State:
+        """The head of the ledger as it is now."""
+        fields = ("ledger", "timeline", "head", "floor", "at", "commit", "format")
+        return self.checked(self.link.call("HMGET", self.keys["head"], *fields))
+
+    def checked(self, reply: Sequence[Any]) -> State:
+        """The state in a reply; a layout that is not ours is refused."""
+        if reply[2] is not None and reply[6] != FORMAT:
+            raise wrong_format(self.location, reply[6])
+        return state_of(reply)
+
+    # -- records ------------------------------------------------------------------
+
+    def scan(
+        self,
+        ranges: Sequence[Range],
+        pages: Pages,
+        *,
+        newest_first: bool = False,
+        with_aside: bool = False,
+    ) -> Scan:
+        """Read one page of each range, all of one moment."""
+        bounds: list[Any] = []
+        for range_ in ranges:
+            ends = (range_.last, range_.first) if newest_first else (range_.first, range_.last)
+            bounds += (len(range_.prefix), *ends)
+        reply = self.link.run(
+            "scan",
+            self.keys.named("head", "index", "rows", "facts", "aside"),
+            pages.rows,
+            pages.size,
+            int(with_aside),
+            "REV" if newest_first else "",
+            *bounds,
+        )
+        found = [
+            (bool(page[0]), [Row(*page[n : n + 3]) for n in range(1, len(page), 3)])
+            for page in reply[2:]
+        ]
+        return Scan(self.checked(reply[0]), reply[1], found)
+
+    def decoded(self, row: Row) -> TaskRecord | SetAside | None:
+        """What a row holds; ``None`` for a place whose row is gone."""
+        if row.image is None:
+            return None
+        task_id = id_at(row.place)
+        where = f"{self.location}: rows, field {task_id!r}"
+        return record_of(row.image, where, task_id, revision_in(row.facts))
+
+    def load(self) -> Snapshot:
+        """Every live record as of one seq."""
+        for pages in Pages.attempts():
+            try:
+                return self._load(pages)
+            except MovedError:
+                continue
+        raise AssertionError("unreachable: the last attempt is one moment")
+
+    def _load(self, pages: Pages) -> Snapshot:
+        scan = self.scan([EVERYTHING], pages, with_aside=True)
+        start, moments = scan.state, 1
+        aside = [self._aside(value) for value in sorted(scan.aside)]
+        records: dict[str, TaskRecord] = {}
+        while True:
+            [(more, rows)] = scan.pages
+            for row in rows:
+                found = self.decoded(row)
+                if isinstance(found, TaskRecord):
+                    records[found.task_id] = found
+                elif found is not None:
+                    aside.append(found)
+            if not more or not rows:
+                break
+            scan = self.scan([EVERYTHING._replace(first=b"(" + ALL + rows[-1].place)], pages)
+            moments += 1
+        snapshot = Snapshot(start.head, records, start.at, tuple(aside))
+        if moments == 1:
+            self.trail.saw(start.head, start.commit)
+            return snapshot
+        return fold(snapshot, self.since(start))
+
+    def since(self, start: State) -> list[JournalEntry]:
+        """Every entry after an earlier state; raises :class:`MovedError` if some are gone."""
+        entries: list[JournalEntry] = []
+        after = start.head
+        while True:
+            state, raw = self._journal(after, JOURNAL_PAGE)
+            if raw is None or state.life != start.life:
+                raise MovedError
+            if not raw:
+                return entries
+            entries += (entry_of(item, self.location) for item in raw)
+            after = entries[-1].seq
+            self.trail.saw(after, entries[-1].commit_id)
+
+    def _aside(self, value: bytes) -> SetAside:
+        try:
+            return msgspec.json.decode(value, type=SetAside)
+        except msgspec.DecodeError as error:
+            return SetAside(value, f"{self.location}: aside", f"does not decode: {error}")
+
+    # -- the journal ------------------------------------------------------------------
+
+    def journal(self, after: int, limit: int) -> tuple[JournalEntry, ...]:
+        """The entries after a seq, at most ``limit``."""
+        entries: list[JournalEntry] = []
+        start = after
+        while len(entries) < limit:
+            state, raw = self._journal(start, min(limit - len(entries), JOURNAL_PAGE))
+            if raw is None:
+                if entries:
+                    break  # trimmed in between: the next call will say so
+                raise CursorExpiredError(after, state.floor)
+            if not raw:
+                break
+            entries += (entry_of(item, self.location) for item in raw)
+            start = entries[-1].seq
+        if entries:
+            self.trail.saw(start, entries[-1].commit_id)
+        return tuple(entries)
+
+    def _journal(self, after: int, limit: int) -> tuple[State, list[RawEntry] | None]:
+        """A page of the journal, ``None`` where it does not reach back to ``after``."""
+        seen = self.trail.at(after)
+        reply = self.link.run("journal", self.keys.named("head", "journal"), after, limit, seen)
+        state = self.checked(reply[0])
+        if reply[1] != b"ok":
+            if reply[1] == b"lost":
+                self.trail.lost(state.head)
+            return state, None
+        entries = [raw_entry(item, self.location) for item in reply[2]]
+        for seq, entry in enumerate(entries, after + 1):
+            if entry.seq != seq:
+                raise CorruptStoreError(
+                    f"{self.location}: journal", f"seq {seq} is missing", offset=seq
+                )
+        if not entries and after < state.head:
+            raise CorruptStoreError(
+                f"{self.location}: journal", f"seq {after + 1} is missing", offset=after + 1
+            )
+        return state, entries
+
+    def history(self, task_id: str) -> tuple[JournalEntry, ...]:
+        """The entries of one task, oldest first."""
+        keys = self.keys.named("head", "facts", "deleted", "journal")
+        newest_first: list[JournalEntry] = []
+        start = b""
+        while True:
+            found, start, trouble = self.link.run("history", keys, task_id, start, HISTORY_PAGE)
+            newest_first += (
+                entry_of(raw_entry(item, self.location), self.location) for item in found
+            )
+            if trouble and int(start) >= self.state().floor:
+                raise CorruptStoreError(
+                    f"{self.location}: journal", f"seq {int(start)} is missing", offset=int(start)
+                )
+            if trouble or not start:
+                return tuple(reversed(newest_first))
+
+    # -- snapshots --------------------------------------------------------------------
+
+    def marks(self) -> list[Mark]:
+        """The snapshots that are kept, in order of seq."""
+        return marks_of(self.link.call("HGETALL", self.keys["snapshots"]))
+
+    def snapshot(self, at: int) -> Snapshot | None:
+        """The newest kept snapshot at or before a seq."""
+        while True:
+            marks = [mark for mark in self.marks() if mark.seq <= at]
+            if not marks:
+                return None
+            try:
+                return self._snapshot(marks[-1])
+            except CorruptStoreError:
+                if marks[-1] in self.marks():
+                    raise
+                # It was dropped while we read it.
+
+    def _snapshot(self, mark: Mark) -> Snapshot:
+        records: dict[str, TaskRecord] = {}
+        where = f"{self.location}: the snapshot at seq {mark.seq}"
+        aside = self.snapshot_aside(mark)
+        count = len(aside)
+        for task_id, revision, image in self.items(mark):
+            count += 1
+            found = record_of(image, where, task_id, revision)
+            if isinstance(found, TaskRecord):
+                records[task_id] = found
+            else:
+                aside.append(found)
+        if count != mark.records:
+            raise CorruptStoreError(where, f"has {count} records, not {mark.records}")
+        return Snapshot(mark.seq, records, mark.at, tuple(aside))
+
+    def snapshot_aside(self, mark: Mark) -> list[SetAside]:
+        """What a snapshot carries that came set aside."""
+        lines = self.link.call("HGET", self.keys.snapshot(mark.token), "aside")
+        return [self._aside(line) for line in sorted((lines or b"").split(b"\n")) if line]
+
+    def items(self, mark: Mark) -> Iterator[tuple[str, int, bytes]]:
+        """Task id, revision and image of each record of a snapshot, a chunk at a time."""
+        key = self.keys.snapshot(mark.token)
+        for number in range(mark.chunks):
+            where = f"{self.location}: the snapshot at seq {mark.seq}, chunk {number}"
+            chunk = self.link.call("HGET", key, number)
+            if chunk is None:
+                raise CorruptStoreError(where, "is missing")
+            yield from items_of(chunk, where)
+
+
+def wrong_format(location: str, found: bytes | None) -> SchemaMismatchError:
+    """The error for a layout of keys that is not ours."""
+    shown = (found or b"none").decode("utf-8", "replace")
+    return SchemaMismatchError(
+        f"{location} has its keys in format {shown}, this version works with {FORMAT.decode()}",
+        found=shown,
+        needed=FORMAT.decode(),
+        hint="upgrade taskstore-redis",
+    )

@@ -1,0 +1,87 @@
+"""Where a ledger lies: the URL of a server, and a namespace on it."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from msgspec import Struct
+from taskstore import ValidationError
+from taskstore.backends import redacted
+
+SHAPE = "redis://[user:password@]host[:port][/db][?namespace=NAME]"
+DEFAULT_NAMESPACE = "taskstore"
+DEFAULT_PORT = 6379
+NAMESPACE_BYTES = 200
+
+
+class Target(Struct, frozen=True):
+    """A server, a database on it, and the namespace that all keys begin with."""
+
+    host: str
+    port: int
+    db: int
+    namespace: str
+    username: str | None
+    password: str | None
+    tls: bool
+
+    @property
+    def location(self) -> str:
+        """The URL without user and password (``str``)."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        scheme = "rediss" if self.tls else "redis"
+        return f"{scheme}://{host}:{self.port}/{self.db}?namespace={self.namespace}"
+
+    def __repr__(self) -> str:
+        return f"<Target {self.location}>"
+
+
+def parse(url: str) -> Target:
+    """Read a URL; raises :class:`~taskstore.ValidationError`, without the password in it."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        # Its text may quote the part that it stumbled over, so it goes no further.
+        del error
+        raise _wrong(url, f"is not {SHAPE}") from None
+    if parts.scheme.lower() not in ("redis", "rediss") or parts.fragment:
+        raise _wrong(url, f"is not {SHAPE}")
+    db = parts.path.removeprefix("/")
+    if db and not (db.isascii() and db.isdecimal()):
+        raise _wrong(url, "names a database that is not a number")
+    options: dict[str, str] = {}
+    for name, value in parse_qsl(parts.query, keep_blank_values=True):
+        if name != "namespace" or name in options:
+            raise _wrong(url, f"has the option {name!r}, of which nothing is known")
+        options[name] = value
+    return Target(
+        host=parts.hostname or "localhost",
+        port=DEFAULT_PORT if port is None else port,
+        db=int(db or 0),
+        namespace=check_namespace(options.get("namespace", DEFAULT_NAMESPACE)),
+        username=unquote(parts.username) if parts.username else None,
+        password=unquote(parts.password) if parts.password is not None else None,
+        tls=parts.scheme.lower() == "rediss",
+    )
+
+
+def check_namespace(namespace: Any) -> str:
+    """Return what can stand between the braces of a hash tag."""
+    if not isinstance(namespace, str) or not namespace:
+        raise ValidationError("namespace", "must be text, and not empty")
+    try:
+        size = len(namespace.encode())
+    except UnicodeEncodeError:
+        raise ValidationError("namespace", "holds a lone surrogate, which is not text") from None
+    if size > NAMESPACE_BYTES or any(char in "{}" or not char.isprintable() for char in namespace):
+        raise ValidationError(
+            "namespace",
+            f"must be at most {NAMESPACE_BYTES} bytes of printable text without braces",
+        )
+    return namespace
+
+
+def _wrong(url: str, reason: str) -> ValidationError:
+    return ValidationError("url", f"{redacted(url)!r} {reason}")
