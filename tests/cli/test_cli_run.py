@@ -151,8 +151,19 @@ def test_a_timeout_ends_the_whole_group(cli: CLI, tmp_path: Path) -> None:
     assert task["progress_summary"] == "begun"
 
 
+def test_who_outlives_the_leader_is_ended_too(cli: CLI, tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    deaf = f"trap '' TERM; echo $$ > {pid_file}; exec sleep 81"
+    script = f"sh -c \"{deaf}\" >/dev/null 2>&1 & trap 'exit 0' TERM; while :; do sleep 0.05; done"
+    script = script.replace("$$", "\\$\\$")
+    assert cli("run", "--timeout", "1", "--", "sh", "-c", script).returncode == 124
+    pid = int(pid_file.read_text())
+    wait_until(lambda: not is_alive(pid))
+
+
 def test_who_reacts_to_sigterm_may_end_by_itself(cli: CLI, tmp_path: Path) -> None:
-    script = "trap 'echo cleaned up; exit 0' TERM; echo begun; while :; do sleep 0.05; done"
+    # What sh itself says of its sleep being terminated would be the last line.
+    script = "exec 2>&-; trap 'echo cleaned up; exit 0' TERM; while :; do sleep 0.05; done"
     done = cli("run", "--timeout", "0.5", "--", "sh", "-c", script)
     assert done.returncode == 124
     assert cli.only_task()["progress_summary"] == "cleaned up"
@@ -268,3 +279,14 @@ def test_long_command_lines_are_cut_in_the_record_only(cli: CLI) -> None:
     task = cli.only_task()
     assert "argv" not in task["metadata"]
     assert len(task["task"]) > 100_000
+
+
+def test_the_same_on_postgresql(postgres_url: str) -> None:
+    cli = CLI(postgres_url)
+    assert cli("run", "--label", "there", "--", "sh", "-c", "echo hi; exit 7").returncode == 7
+    task = cli.only_task()
+    assert (task["status"], task["progress_summary"]) == ("failed", "hi")
+    assert cli.json("log", task["task_id"])["complete"]
+    assert cli.json("compact")["compacted"]
+    assert cli.json("verify")["ok"]
+    assert cli.json("db", "check")["ok"]

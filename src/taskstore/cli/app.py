@@ -137,6 +137,9 @@ def _invoke(arguments: list[str]) -> int:
     except TaskStoreError as error:
         complain(error.message, error.hint)
         return status_of(error)
+    except OSError as error:
+        complain(f"{error.strerror or error}{_at(error.filename)}")
+        return TROUBLE
     except Exception as error:
         # Which library the exceptions of usage come from depends on Typer's version.
         if hasattr(error, "format_message"):
@@ -150,6 +153,10 @@ def _invoke(arguments: list[str]) -> int:
         )
         return TROUBLE
     return status if isinstance(status, int) else FINE
+
+
+def _at(filename: object) -> str:
+    return "" if filename is None else f": {filename}"
 
 
 def status_of(error: TaskStoreError) -> int:
