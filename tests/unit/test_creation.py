@@ -1,0 +1,171 @@
+"""Creation, bookings, and what a repeated create fills in."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec.structs import asdict
+
+from taskstore import lifecycle
+from taskstore.errors import ValidationError
+from taskstore.records import (
+    TERMINAL_STATUSES,
+    DeliveryContext,
+    DeliveryStatus,
+    ScopeKind,
+    TaskStatus,
+)
+from taskstore.testing import make_record
+
+NOW = 5_000
+S = TaskStatus
+
+
+def new(**fields):
+    known = {"task_id": "t", "runtime": "cli", "task": "do it", "status": "queued"}
+    main = {name: fields.pop(name, value) for name, value in known.items()}
+    return lifecycle.new_record(now=NOW, fields=fields, **main)
+
+
+def test_a_new_system_task():
+    record = new()
+    assert (record.revision, record.status, record.scope_kind) == (1, S.QUEUED, ScopeKind.SYSTEM)
+    assert record.delivery_status is DeliveryStatus.NOT_APPLICABLE
+    assert (record.created_at, record.last_event_at, record.started_at) == (NOW, NOW, None)
+    assert record.booking is None
+
+
+@pytest.mark.parametrize("owner", ["owner_key", "requester_session_key"])
+def test_a_new_task_of_somebody(owner):
+    if owner == "requester_session_key":
+        with pytest.raises(ValidationError) as caught:
+            new(requester_session_key="s")
+        assert caught.value.field == "owner_key"
+        record = new(requester_session_key="s", owner_key="o")
+    else:
+        record = new(owner_key="o")
+    assert record.scope_kind is ScopeKind.SESSION
+    assert record.delivery_status is DeliveryStatus.PENDING
+
+
+def test_a_new_running_task_has_started():
+    assert new(status="running").started_at == NOW
+    assert new(status="running", started_at=1).started_at == NOW
+    assert new(status="running", created_at=1, started_at=3).started_at == 3
+
+
+def test_times_of_creation_are_raised():
+    record = new(created_at=100, started_at=1, last_event_at=2, cleanup_after=3)
+    assert (record.started_at, record.last_event_at, record.cleanup_after) == (100, 100, 100)
+
+
+@pytest.mark.parametrize("status", sorted(TERMINAL_STATUSES))
+def test_a_task_is_not_born_ended(status):
+    with pytest.raises(ValidationError):
+        new(status=status)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"colour": "red"},
+        {"error": "x"},
+        {"ended_at": 1},
+        {"terminal_summary": "x"},
+        {"terminal_outcome": "blocked"},
+        {"revision": 2},
+        {"booking": "x"},
+        {"metadata_json": b"{}"},
+        {"unknown_json": b"{}"},
+        {"last_notified_event_at": 1},
+        {"created_at": "now"},
+        {"progress_summary": 5},
+        {"metadata": []},
+        {"requester_origin": {"colour": "red"}},
+        {"label": "\0"},
+        {"owner_key": ""},
+    ],
+)
+def test_what_creation_refuses(fields):
+    with pytest.raises(ValidationError) as caught:
+        new(**fields)
+    assert caught.value.field == next(iter(fields))
+
+
+def test_none_means_not_given():
+    assert new(label=None, created_at=None, metadata=None, owner_key=None) == new()
+
+
+SCOPE = {
+    "run_id": "run-1",
+    "owner_key": "o",
+    "child_session_key": "c",
+    "parent_flow_id": "f",
+    "label": "l",
+}
+
+
+def test_the_booking_is_the_scope():
+    record = new(**SCOPE)
+    assert record.booking == lifecycle.booking_of(record)
+    assert len(record.booking) == 32
+    same = new(**SCOPE, task_id="other", source_id="x", agent_id="a", metadata={"a": 1})
+    assert same.booking == record.booking
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{name: f"{value} "} for name, value in SCOPE.items()]
+    + [{name: None} for name in SCOPE if name not in ("run_id", "owner_key")]
+    + [{"runtime": "cron"}, {"task": "do it!"}, {"scope_kind": "system"}, {"label": ""}],
+)
+def test_another_scope_is_another_booking(changed):
+    assert new(**{**SCOPE, **changed}).booking != new(**SCOPE).booking
+
+
+def test_scopes_cannot_be_shifted_into_each_other():
+    one = new(run_id="r", child_session_key="a", parent_flow_id="b")
+    two = new(run_id="r", child_session_key="ab", parent_flow_id="")
+    assert one.booking != two.booking
+
+
+# -- attach -----------------------------------------------------------------
+
+
+def test_attach_fills_what_was_missing():
+    existing = new(run_id="r", owner_key="o", agent_id="a")
+    asked = new(
+        run_id="r",
+        owner_key="other",
+        agent_id="b",
+        source_id="s",
+        cleanup_after=99_000,
+        progress_summary="x",
+        requester_origin=DeliveryContext(to="Ann"),
+        metadata={"a": 1},
+    )
+    filled = lifecycle.attach(existing, asked)
+    assert (filled.owner_key, filled.agent_id, filled.source_id) == ("o", "a", "s")
+    assert (filled.cleanup_after, filled.progress_summary) == (99_000, "x")
+    assert filled.requester_origin == DeliveryContext(to="Ann")
+    assert filled.metadata == {"a": 1}
+    unchanged = {"task_id", "revision", "status", "created_at", "booking", "run_id", "task"}
+    assert {k: v for k, v in asdict(filled).items() if k in unchanged} == {
+        k: v for k, v in asdict(existing).items() if k in unchanged
+    }
+    assert lifecycle.attach(filled, asked) is filled
+
+
+def test_attach_does_not_merge_metadata():
+    existing = new(run_id="r", metadata={"a": 1})
+    assert lifecycle.attach(existing, new(run_id="r", metadata={"b": 1})) is existing
+
+
+@pytest.mark.parametrize("status", sorted(TERMINAL_STATUSES))
+def test_attach_leaves_the_ended_alone(status):
+    ended = make_record(status=status, run_id="r")
+    assert lifecycle.attach(ended, new(source_id="s")) is ended
+
+
+def test_attach_leaves_what_holds():
+    existing = new(run_id="r")
+    assert lifecycle.attach(existing, new(run_id="r", task_id="other")) is existing

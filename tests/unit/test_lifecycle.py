@@ -1,0 +1,270 @@
+"""The rules of the end, for every status and every verb [6]."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from taskstore import lifecycle
+from taskstore.errors import InvalidTransition, ValidationError
+from taskstore.lifecycle import RETENTION_MS
+from taskstore.records import (
+    ACTIVE_STATUSES,
+    TERMINAL_STATUSES,
+    NotifyPolicy,
+    TaskStatus,
+    TerminalOutcome,
+)
+from taskstore.testing import make_record
+
+NOW = 5_000
+S = TaskStatus
+FINAL = ("status", "started_at", "ended_at", "last_event_at", "error", "terminal_outcome")
+
+
+def in_status(status, **fields):
+    """A record as the verbs would have left it in this status."""
+    times = {"created_at": 1000, "started_at": 2000, "last_event_at": 3000}
+    if status in TERMINAL_STATUSES:
+        times |= {"ended_at": 3000, "cleanup_after": 3000 + RETENTION_MS}
+    return make_record(status=status, **{**times, **fields})
+
+
+VERBS = {
+    "start": lambda r: lifecycle.start(r, NOW),
+    "progress": lambda r: lifecycle.progress(r, NOW, "3 of 10"),
+    "finish_succeeded": lambda r: lifecycle.finish(r, NOW, "succeeded"),
+    "finish_failed": lambda r: lifecycle.finish(r, NOW, "failed"),
+    "finish_timed_out": lambda r: lifecycle.finish(r, NOW, "timed_out"),
+    "finish_cancelled": lambda r: lifecycle.finish(r, NOW, "cancelled"),
+    "finish_lost": lambda r: lifecycle.finish(r, NOW, "lost"),
+    "lose": lambda r: lifecycle.lose(r, NOW),
+    "cancel": lambda r: lifecycle.cancel(r, NOW),
+    "recover_queued": lambda r: lifecycle.recover(r, NOW, "queued"),
+    "recover": lambda r: lifecycle.recover(r, NOW),
+    "recover_succeeded": lambda r: lifecycle.recover(r, NOW, "succeeded"),
+    "recover_failed": lambda r: lifecycle.recover(r, NOW, "failed"),
+    "recover_timed_out": lambda r: lifecycle.recover(r, NOW, "timed_out"),
+    "recover_cancelled": lambda r: lifecycle.recover(r, NOW, "cancelled"),
+}
+
+# For each verb: what becomes of a task that is queued, running, succeeded, failed, timed_out,
+# cancelled, lost.  "=" the record itself; "!" InvalidTransition.
+TABLE = {
+    "start":             "running = ! ! ! ! !",
+    "progress":          "queued running ! ! ! ! !",
+    "finish_succeeded":  "succeeded succeeded = ! ! ! !",
+    "finish_failed":     "failed failed failed = ! ! !",
+    "finish_timed_out":  "timed_out timed_out timed_out ! = ! !",
+    "finish_cancelled":  "cancelled cancelled cancelled ! ! = !",
+    "finish_lost":       "lost lost ! ! ! ! =",
+    "lose":              "lost lost ! ! ! ! =",
+    "cancel":            "cancelled cancelled ! ! ! = !",
+    "recover_queued":    "= ! ! ! ! ! queued",
+    "recover":           "! = ! ! ! ! running",
+    "recover_succeeded": "! ! = ! ! ! succeeded",
+    "recover_failed":    "! ! ! = ! ! failed",
+    "recover_timed_out": "! ! ! ! = ! timed_out",
+    "recover_cancelled": "! ! ! ! ! = cancelled",
+}  # fmt: skip
+
+
+ROWS = [
+    pytest.param(verb, status, outcome, id=f"{verb}-{status}")
+    for verb, outcomes in TABLE.items()
+    for status, outcome in zip(TaskStatus, outcomes.split(), strict=True)
+]
+
+
+@pytest.mark.parametrize(("verb", "status", "outcome"), ROWS)
+def test_every_verb_in_every_status(verb, status, outcome):
+    record = in_status(status)
+    if outcome == "!":
+        with pytest.raises(InvalidTransition) as caught:
+            VERBS[verb](record)
+        assert caught.value.task_id == record.task_id
+        assert caught.value.status == status
+    elif outcome == "=":
+        assert VERBS[verb](record) is record
+    else:
+        changed = VERBS[verb](record)
+        assert changed.status == outcome
+        assert changed is not record
+        assert changed.revision == record.revision
+        again = VERBS[verb](changed)
+        assert again is changed
+
+
+@pytest.mark.parametrize("status", TaskStatus)
+def test_what_stays_editable(status):
+    record = in_status(status)
+    edits = [
+        lifecycle.deliver(record, "delivered"),
+        lifecycle.deliver(record, "failed", last_notified_event_at=9000),
+        lifecycle.notify(record, "silent"),
+        lifecycle.retain(record, 99_000),
+        lifecycle.retain(record, None),
+        lifecycle.link_flow(record, "flow-1"),
+        lifecycle.merge_metadata(record, {"a": 1}),
+    ]
+    for edited in edits:
+        assert [getattr(edited, field) for field in FINAL] == [
+            getattr(record, field) for field in FINAL
+        ]
+    assert sum(edited is not record for edited in edits) >= 6
+
+
+@pytest.mark.parametrize("status", TaskStatus)
+def test_repeating_an_edit_changes_nothing(status):
+    record = in_status(status, parent_flow_id="flow-1", metadata={"a": 1})
+    for edit in (
+        lambda r: lifecycle.deliver(r, "session_queued"),
+        lambda r: lifecycle.deliver(r, "delivered"),
+        lambda r: lifecycle.notify(r, NotifyPolicy.STATE_CHANGES),
+        lambda r: lifecycle.retain(r, 99_000),
+        lambda r: lifecycle.link_flow(r, "flow-2"),
+        lambda r: lifecycle.merge_metadata(r, {"a": 2}),
+    ):
+        once = edit(record)
+        assert once is not record
+        assert edit(once) is once
+    assert lifecycle.merge_metadata(record, {}) is record
+    assert lifecycle.merge_metadata(record, {"a": 1}) is record
+    assert lifecycle.link_flow(record, "flow-1") is record
+
+
+@pytest.mark.parametrize(
+    ("end", "start"), list(itertools.product(sorted(TERMINAL_STATUSES), sorted(ACTIVE_STATUSES)))
+)
+def test_an_end_has_its_facts(end, start):
+    record = lifecycle.finish(
+        in_status(start), NOW, end, error="why", summary="  10 \n mails  ", outcome="blocked"
+    )
+    assert (record.status, record.error, record.terminal_summary) == (end, "why", "10 mails")
+    assert record.terminal_outcome is TerminalOutcome.BLOCKED
+    assert (record.ended_at, record.last_event_at) == (NOW, NOW)
+    assert record.cleanup_after == NOW + RETENTION_MS
+
+
+@pytest.mark.parametrize("end", sorted(TERMINAL_STATUSES))
+def test_the_same_end_with_other_facts_is_refused(end):
+    record = lifecycle.finish(in_status(S.RUNNING), NOW, end, error="why", summary="s")
+    assert lifecycle.finish(record, NOW + 9, end, error="why") is record
+    assert lifecycle.finish(record, NOW + 9, end, summary="s", ended_at=NOW) is record
+    for facts in ({"error": "other"}, {"summary": "t"}, {"outcome": "blocked"}, {"ended_at": 4000}):
+        with pytest.raises(InvalidTransition):
+            lifecycle.finish(record, NOW, end, **facts)
+
+
+@pytest.mark.parametrize("end", ["failed", "timed_out", "cancelled"])
+def test_a_correction_of_success(end):
+    record = lifecycle.finish(in_status(S.RUNNING), 4000, "succeeded", outcome="succeeded")
+    corrected = lifecycle.finish(record, NOW, end, error="it did not")
+    assert (corrected.status, corrected.error) == (end, "it did not")
+    assert corrected.terminal_outcome is None
+    assert corrected.ended_at == 4000
+    with pytest.raises(InvalidTransition):
+        lifecycle.finish(corrected, NOW, "succeeded")
+
+
+def test_a_cancel_is_not_overwritten_by_a_late_success():
+    record = lifecycle.cancel(in_status(S.RUNNING), NOW, reason="enough")
+    assert record.error == "enough"
+    for verb in ("finish_succeeded", "start", "progress", "lose", "recover"):
+        with pytest.raises(InvalidTransition):
+            VERBS[verb](record)
+
+
+def test_recovery_brings_back_to_life():
+    lost = lifecycle.lose(in_status(S.RUNNING), 4000, error="no heartbeat")
+    assert (lost.error, lost.ended_at, lost.cleanup_after) == (
+        "no heartbeat",
+        4000,
+        4000 + RETENTION_MS,
+    )
+    alive = lifecycle.recover(lost, NOW)
+    assert (alive.status, alive.error, alive.ended_at) == (S.RUNNING, None, None)
+    assert (alive.cleanup_after, alive.started_at) == (None, 2000)
+    ended = lifecycle.recover(lost, NOW, "failed", error="it had", ended_at=3500)
+    assert (ended.status, ended.error, ended.ended_at) == (S.FAILED, "it had", 3500)
+    assert ended.cleanup_after == 3500 + RETENTION_MS
+
+
+def test_recovery_keeps_a_retention_that_was_set():
+    lost = lifecycle.lose(in_status(S.RUNNING, cleanup_after=77_000), 4000)
+    assert lost.cleanup_after == 77_000
+    assert lifecycle.recover(lost, NOW).cleanup_after == 77_000
+
+
+def test_recovery_as_running_gives_a_start():
+    lost = lifecycle.lose(in_status(S.QUEUED, started_at=None), 4000)
+    assert lifecycle.recover(lost, NOW).started_at == NOW
+    assert lifecycle.recover(lost, NOW, "queued").started_at is None
+
+
+def test_recovery_refuses_what_makes_no_sense():
+    lost = in_status(S.LOST)
+    with pytest.raises(ValidationError):
+        lifecycle.recover(lost, NOW, "lost")
+    with pytest.raises(ValidationError):
+        lifecycle.recover(lost, NOW, "running", error="x")
+
+
+@pytest.mark.parametrize("status", sorted(ACTIVE_STATUSES))
+def test_finish_needs_an_end(status):
+    with pytest.raises(ValidationError):
+        lifecycle.finish(in_status(S.RUNNING), NOW, status)
+
+
+def test_times_do_not_go_before_creation():
+    record = in_status(S.QUEUED, created_at=10_000, started_at=None, last_event_at=10_000)
+    assert lifecycle.start(record, 5).started_at == 10_000
+    assert lifecycle.start(record, 5, started_at=6).started_at == 10_000
+    assert lifecycle.finish(record, 5, "failed", ended_at=7).ended_at == 10_000
+    assert lifecycle.finish(record, 5, "failed").ended_at == 10_000
+    assert lifecycle.retain(record, 1).cleanup_after == 10_000
+    assert (
+        lifecycle.deliver(record, "failed", last_notified_event_at=3).last_notified_event_at
+        == 10_000
+    )
+
+
+def test_the_last_event_does_not_go_back():
+    record = lifecycle.progress(in_status(S.RUNNING, last_event_at=9000), NOW, "x")
+    assert record.last_event_at == 9000
+
+
+def test_progress_folds_white_space():
+    record = lifecycle.progress(in_status(S.RUNNING), NOW, "  3\n of\t10 ")
+    assert record.progress_summary == "3 of 10"
+    assert lifecycle.progress(record, NOW + 1, "3 of   10") is record
+    with pytest.raises(ValidationError):
+        lifecycle.progress(record, NOW, 5)
+    with pytest.raises(ValidationError):
+        lifecycle.progress(record, NOW, None)
+    with pytest.raises(ValidationError):
+        lifecycle.progress(record, NOW, "x" * 4097)
+
+
+def test_delivered_notes_the_event():
+    record = in_status(S.SUCCEEDED)
+    assert lifecycle.deliver(record, "delivered").last_notified_event_at == record.last_event_at
+    assert lifecycle.deliver(record, "failed").last_notified_event_at is None
+
+
+def test_metadata_merges_at_the_top():
+    record = in_status(S.RUNNING, metadata={"a": {"x": 1}, "b": 2})
+    assert lifecycle.merge_metadata(record, {"a": {"y": 1}, "c": None}).metadata == {
+        "a": {"y": 1},
+        "b": 2,
+        "c": None,
+    }
+    for wrong in (None, [("a", 1)], "a"):
+        with pytest.raises(ValidationError):
+            lifecycle.merge_metadata(record, wrong)
+
+
+def test_next_revision():
+    base = make_record(revision=4)
+    assert lifecycle.next_revision(base, base).revision == 5
