@@ -94,14 +94,19 @@ def run(
     recorded (3), it is not started; later trouble is told and it goes on.
     Ctrl-C, SIGTERM and SIGHUP are passed on; a second one kills.
     """
-    record = new_command_record(
-        command, label=label, owner_key=owner, requester_session_key=session, run_id=run_id
-    )
+    fields = {
+        "label": label,
+        "owner_key": owner,
+        "requester_session_key": session,
+        "run_id": run_id,
+    }
+    new_command_record(command, **fields)  # what may not be stored is refused before anything
     id_out = _opened(id_file)
     events: Events = Events()
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(open_store(url_of(ctx, url)))
         stack.enter_context(forwarded_signals(events))
+        record = new_command_record(command, **fields)
         if not _create(store, record):
             return 1
         if id_out is not None:
