@@ -74,21 +74,25 @@ def fill(store: TaskRegistryStore, count: int = 30) -> None:
     delete(store, puts[1].record, puts[2].record)
 
 
-def expected(store: TaskRegistryStore, query: TaskQuery) -> Page:
-    """What the query means: evaluate() over everything."""
-    loaded = store.load_snapshot()
-    return evaluate(query, loaded.records.values(), loaded.seq)
+class Questions:
+    """Asks a store and compares each answer with what the query means."""
 
+    def __init__(self, store: FullStore) -> None:
+        self.store = store
+        self.loaded = store.load_snapshot()
 
-def check(store: FullStore, **asked: Any) -> Page:
-    """Ask the store and compare with what the query means."""
-    query = TaskQuery(**asked)
-    # A query of its own, lest the store change the one that it was given.
-    page, right = store.query(TaskQuery(**asked)), expected(store, query)
-    assert list(page) == list(right), f"the answer to {query!r} is wrong"
-    assert page.next_cursor == right.next_cursor, f"the cursor after {query!r} is wrong"
-    assert page.seq == right.seq
-    return page
+    def right(self, **asked: Any) -> Page:
+        """What a query means: evaluate() over all records."""
+        return evaluate(TaskQuery(**asked), self.loaded.records.values(), self.loaded.seq)
+
+    def __call__(self, **asked: Any) -> Page:
+        """Ask, compare, and return the store's answer."""
+        # A query of its own, lest the store change the one that it was given.
+        page, right = self.store.query(TaskQuery(**asked)), self.right(**asked)
+        assert list(page) == list(right), f"the answer to {TaskQuery(**asked)!r} is wrong"
+        assert page.next_cursor == right.next_cursor
+        assert page.seq == right.seq
+        return page
 
 
 def pages(store: FullStore, **asked: Any) -> Iterator[Page]:
@@ -111,15 +115,17 @@ class QueryContract(ContractBase):
     def test_an_empty_store(self, ledger: Ledger) -> None:
         """[5] Nothing is found where nothing is, as of seq 0."""
         for store in ledger.twice():
-            page = check(store)
+            ask = Questions(store)
+            page = ask()
             assert (len(page), page.next_cursor, page.seq) == (0, None, 0)
-            check(store, limit=1, status="queued")
+            ask(limit=1, status="queued")
 
     def test_everything_newest_first(self, ledger: Ledger) -> None:
         """[5] Without filters all records come, newest first by (created_at, task_id)."""
         fill(ledger.store)
         for store in ledger.twice():
-            page = check(store)
+            ask = Questions(store)
+            page = ask()
             assert len(page) == 28
             keys = [record.sort_key for record in page]
             assert keys == sorted(keys, reverse=True)
@@ -129,7 +135,8 @@ class QueryContract(ContractBase):
         ids = ["a", "B", "b", "A", "a ", "a-", "_a", "á", "é", "z", "Z", "10", "9", "🎉", "\uffff"]
         ledger.store.apply([make_put(task_id=task_id) for task_id in ids])
         for store in ledger.twice():
-            assert [record.task_id for record in check(store)] == sorted(ids, reverse=True)
+            ask = Questions(store)
+            assert [record.task_id for record in ask()] == sorted(ids, reverse=True)
             found = [record.task_id for page in pages(store, limit=2) for record in page]
             assert found == sorted(ids, reverse=True)
 
@@ -145,36 +152,39 @@ class QueryContract(ContractBase):
         number = field == "revision" or field.endswith(("_at", "_after"))
         absent: Any = 77 if number else "nobody has this"
         for store in ledger.twice():
+            ask = Questions(store)
             for value in values:
-                check(store, **{field: value})
-            check(store, **{field: None})
-            check(store, **{field: values})
-            check(store, **{field: values[:2]})
-            check(store, **{field: tuple(values[1:])}, limit=3)
-            check(store, **{field: []})
+                ask(**{field: value})
+            ask(**{field: None})
+            ask(**{field: values})
+            ask(**{field: values[:2]})
+            ask(**{field: tuple(values[1:])}, limit=3)
+            ask(**{field: []})
             if field not in _CHOICES or field in ("runtime", "created_at"):
-                assert len(check(store, **{field: absent})) == 0
-                check(store, **{field: {absent, values[0]}})
+                assert len(ask(**{field: absent})) == 0
+                ask(**{field: {absent, values[0]}})
 
     def test_filters_together(self, ledger: Ledger) -> None:
         """[5] Several filters have to hold at once."""
         fill(ledger.store)
         for store in ledger.twice():
+            ask = Questions(store)
             for status in TaskStatus:
-                check(store, status=status, owner_key="o1")
-                check(store, status=[status, "running"], label=[None, "a"], limit=4)
-                check(store, runtime="cli", status=str(status), since=EPOCH_MS + 1)
-            check(store, session_key="a", owner_key=["o0", "o2"], notify_policy="silent")
-            check(store, session_key="a", child_session_key=None)
-            check(store, session_key=[None, "b"], limit=2)
+                ask(status=status, owner_key="o1")
+                ask(status=[status, "running"], label=[None, "a"], limit=4)
+                ask(runtime="cli", status=str(status), since=EPOCH_MS + 1)
+            ask(session_key="a", owner_key=["o0", "o2"], notify_policy="silent")
+            ask(session_key="a", child_session_key=None)
+            ask(session_key=[None, "b"], limit=2)
 
     def test_since(self, ledger: Ledger) -> None:
         """[5] since is the earliest created_at, itself included."""
         fill(ledger.store)
         for store in ledger.twice():
+            ask = Questions(store)
             for since in (0, EPOCH_MS, EPOCH_MS + 1, EPOCH_MS + 5, EPOCH_MS + 6, 2**53 - 1):
-                check(store, since=since)
-                check(store, since=since, limit=2)
+                ask(since=since)
+                ask(since=since, limit=2)
 
     @pytest.mark.parametrize("limit", [1, 2, 3, 5, 13, 27, 28, 29, 1000])
     def test_pages(self, ledger: Ledger, limit: int) -> None:
@@ -182,7 +192,7 @@ class QueryContract(ContractBase):
         fill(ledger.store)
         for store in ledger.twice():
             for asked in ({}, {"status": list(TaskStatus)[:4]}, {"since": EPOCH_MS + 1}):
-                whole = list(expected(store, TaskQuery(**asked)))
+                whole = list(Questions(store).right(**asked))
                 found = list(pages(store, **asked, limit=limit))
                 assert [record for page in found for record in page] == whole
                 assert all(len(page) == limit for page in found[:-1])
@@ -192,10 +202,11 @@ class QueryContract(ContractBase):
         """[5] From the cursor of any record, with or without a limit, come the ones after it."""
         fill(ledger.store)
         for store in ledger.twice():
+            ask = Questions(store)
             for page in pages(store, limit=1):
                 if page.next_cursor is not None:
-                    check(store, after=page.next_cursor)
-                    check(store, after=page.next_cursor, limit=2, scope_kind="session")
+                    ask(after=page.next_cursor)
+                    ask(after=page.next_cursor, limit=2, scope_kind="session")
 
     def test_the_cursor_of_a_deleted_record(self, ledger: Ledger) -> None:
         """[7] A cursor is a place in the order, whether or not its record is still there."""
@@ -204,7 +215,8 @@ class QueryContract(ContractBase):
         rest = list(ledger.store.query(TaskQuery(after=page.next_cursor)))
         delete(ledger.store, page[-1], rest[0])
         for store in ledger.twice():
-            assert list(check(store, after=page.next_cursor)) == rest[1:]
+            ask = Questions(store)
+            assert list(ask(after=page.next_cursor)) == rest[1:]
 
     def test_what_came_in_between(self, ledger: Ledger) -> None:
         """[5] A newer record does not shift the pages that are still to come."""
@@ -213,7 +225,8 @@ class QueryContract(ContractBase):
         rest = list(ledger.store.query(TaskQuery(after=page.next_cursor)))
         create(ledger.store, created_at=EPOCH_MS + 10**6)
         for store in ledger.twice():
-            assert list(check(store, after=page.next_cursor)) == rest
+            ask = Questions(store)
+            assert list(ask(after=page.next_cursor)) == rest
 
     def test_the_seq_of_the_answer(self, ledger: Ledger) -> None:
         """[5] A page names the commit that it is true for."""
@@ -227,26 +240,27 @@ class QueryContract(ContractBase):
         record = create(ledger.store, status="queued", label="old", error=None)
         update(ledger.store, record, status=TaskStatus.FAILED, label=None, error="e" * 60_000)
         for store in ledger.twice():
-            assert len(check(store, status="queued")) == 0
-            assert len(check(store, label="old")) == 0
-            assert len(check(store, status="failed", label=None)) == 1
-            assert len(check(store, error="e" * 60_000)) == 1
-            assert len(check(store, error="e" * 59_999)) == 0
+            ask = Questions(store)
+            assert len(ask(status="queued")) == 0
+            assert len(ask(label="old")) == 0
+            assert len(ask(status="failed", label=None)) == 1
+            assert len(ask(error="e" * 60_000)) == 1
+            assert len(ask(error="e" * 59_999)) == 0
 
     def test_long_texts_that_begin_alike(self, ledger: Ledger) -> None:
         """[11] Texts are compared to their end, however late they differ."""
         long = "x" * 500_000
         one, two = create(ledger.store, task=long + "1"), create(ledger.store, task=long + "2")
         for store in ledger.twice():
+            ask = Questions(store)
             for record in (one, two):
-                assert [found.task_id for found in check(store, task=record.task)] == [
-                    record.task_id
-                ]
-            assert len(check(store, task=long)) == 0
+                assert [found.task_id for found in ask(task=record.task)] == [record.task_id]
+            assert len(ask(task=long)) == 0
 
     def test_many_values(self, ledger: Ledger) -> None:
         """[5] A filter takes more values than a statement has parameters for."""
         fill(ledger.store)
         many = [f"nobody-{n}" for n in range(70_000)]
         for store in ledger.twice():
-            check(store, task_id=[*many, "task-07", "task-08", "task-09"], limit=2)
+            ask = Questions(store)
+            ask(task_id=[*many, "task-07", "task-08", "task-09"], limit=2)

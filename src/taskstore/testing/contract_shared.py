@@ -105,6 +105,8 @@ class SharedContract(ContractBase):
             assert caught.value.conflicts == (
                 Conflict("gone", change.revision - 1, 0, deleted=True),
             )
+        for store in ledger.twice():
+            check_history(store)
 
     def test_bookings_hold_across_instances(self, ledger: Ledger) -> None:
         """[3] A run that the other instance booked is answered with its task."""
@@ -118,6 +120,8 @@ class SharedContract(ContractBase):
         create(one, run_id="run-1")
         with pytest.raises(ConflictError):
             create(two, run_id="run-1")
+        for store in ledger.twice():
+            check_history(store)
 
     def test_times_do_not_go_back_across_instances(self, ledger: Ledger) -> None:
         """[2] A clock that is behind the other instance's does not take the journal back."""
@@ -125,6 +129,8 @@ class SharedContract(ContractBase):
         one.clock, two.clock = lambda: EPOCH_MS, lambda: EPOCH_MS - 60_000
         assert one.apply([make_put()]).at == EPOCH_MS
         assert two.apply([make_put()]).at == EPOCH_MS
+        for store in ledger.twice():
+            assert [entry.at for entry in journal_of(store)] == [EPOCH_MS, EPOCH_MS]
 
     def test_a_saved_snapshot_reaches_the_other(self, ledger: Ledger) -> None:
         """[2] What one instance replaced, the other one does not go on from."""
@@ -139,6 +145,8 @@ class SharedContract(ContractBase):
             one.save_snapshot(Snapshot(model.head + 5))
         assert one.apply([next_of(record)]).first_seq == model.head + 6
         assert two.head() == model.head + 6
+        for store in ledger.twice():
+            assert [entry.seq for entry in journal_of(store)] == [model.head + 6]
 
     @needs(SupportsCompaction)
     def test_a_compaction_reaches_the_other(self, ledger: Ledger) -> None:
@@ -175,6 +183,8 @@ class SharedContract(ContractBase):
             assert reader.head() == seq
             assert dict(reader.load_snapshot().records) == {record.task_id: record}
             assert [entry.seq for entry in reader.read_journal(seq - 1, 10)] == [seq]
+        for store in ledger.twice():
+            assert store.head() == seq
 
     def test_waiting_for_the_other(self, ledger: Ledger) -> None:
         """[2] A commit of one instance ends the wait of another."""
@@ -182,6 +192,8 @@ class SharedContract(ContractBase):
         for other in (ledger.open(), ledger.open(read_only=True)):
             check_woken(other, partial(update, ledger.store, record))
             record = ledger.store.load_snapshot().records[record.task_id]
+        for store in ledger.twice():
+            assert store.load_snapshot().records[record.task_id].revision == 3
 
     # -- threads ----------------------------------------------------------
 
