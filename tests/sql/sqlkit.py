@@ -23,7 +23,9 @@ class Spy:
         self.after: Callable[[str], None] = lambda _sql: None
         self._database = store._database
         self._cursor = self._database.cursor
-        store._connections._held = None
+        if store._connections._held is not None:
+            store._connections._release(store._connections._held)
+            store._connections._held = None
         self._database.cursor = self._wrapped  # type: ignore[method-assign]
 
     def _wrapped(self, raw: Any) -> Any:

@@ -184,16 +184,16 @@ def _write(connections: Connections, session: Session, batch: Batch, floor: int)
     """Bring the rows of ``tasks`` to what the batch makes of them."""
     sql = connections.database.sql
     for deletes in pieces(batch.deletes):
-        _expect(session.execute(sql.delete_tasks(len(deletes)), _flat(deletes)), deletes)
+        _expect(session.touch(sql.delete_tasks(len(deletes)), _flat(deletes)), deletes)
     for updates in pieces(batch.updates):
         count, parameters = len(updates), _flat(updates)
-        done = session.execute(sql.update_tasks(count), parameters)
+        done = session.touch(sql.update_tasks(count), parameters)
         if done < count:
             # Those whose projections change as well; the others no longer match.
-            done += session.execute(sql.update_tasks_wide(count), parameters)
+            done += session.touch(sql.update_tasks_wide(count), parameters)
         _expect(done, updates)
     for inserts in pieces(batch.inserts):
-        done = session.execute(sql.insert_tasks(len(inserts)), (*_flat(inserts), floor))
+        done = session.touch(sql.insert_tasks(len(inserts)), (*_flat(inserts), floor))
         _expect(done, inserts)
     if batch.passing and find_conflicts(session, batch.passing):
         raise _Moved

@@ -16,7 +16,12 @@ from typing import TypeVar
 
 import sqlalchemy as sa
 
-from taskstore.errors import OutcomeUnknownError, StoreBusyError, StoreUnavailableError
+from taskstore.errors import (
+    OutcomeUnknownError,
+    StoreBusyError,
+    StoreClosedError,
+    StoreUnavailableError,
+)
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.errors import Fault
 from taskstore.stores.sql.session import Session
@@ -39,6 +44,9 @@ class Connections:
     def __init__(self, database: Database) -> None:
         self.database = database
         self._lock = threading.RLock()
+        self._gate = threading.Lock()
+        self._borrowed = 0
+        self._closed = False
         self._held: Session | None = None
         self._refused: str | None = None
 
@@ -51,7 +59,7 @@ class Connections:
             except BaseException:
                 self._abandon(session)
                 raise
-            session.connection.close()
+            self._release(session)
 
     # -- reading ----------------------------------------------------------
 
@@ -83,7 +91,7 @@ class Connections:
         except BaseException:
             self._abandon(session)
             raise
-        session.connection.close()
+        self._release(session)
 
     # -- writing ----------------------------------------------------------
 
@@ -187,15 +195,34 @@ class Connections:
 
     def _connect(self) -> Session:
         database = self.database
-        connection = database.engine.connect()
+        with self._gate:
+            if self._closed:
+                raise StoreClosedError(f"the store {database.location} is closed")
+            self._borrowed += 1
+        connection = None
         try:
+            connection = database.engine.connect()
             if not database.owned:
                 connection = connection.execution_options(isolation_level="AUTOCOMMIT")
             raw = connection.connection.driver_connection
             return Session(connection, raw, database.cursor(raw), database.compiler)
         except BaseException:
-            connection.close()
+            self._give_back(connection)
             raise
+
+    def _release(self, session: Session) -> None:
+        self._give_back(session.connection)
+
+    def _give_back(self, connection: sa.Connection | None) -> None:
+        try:
+            if connection is not None:
+                connection.close()
+        finally:
+            with self._gate:
+                self._borrowed -= 1
+                last = self._closed and not self._borrowed
+            if last:
+                self.database.close()
 
     def _writer(self) -> Session:
         session = self._held if self._held is not None else self._connect()
@@ -206,25 +233,26 @@ class Connections:
     def _done(self, session: Session) -> None:
         if session is not self._held:
             self.database.after_write(session)
-            session.connection.close()
+            self._release(session)
 
     def _abandon(self, session: Session) -> None:
         """Roll back, quietly: the error that brought us here is the one to report.
 
         A connection that cannot even do that is not used again.
         """
+        held = session is self._held
         try:
             self.database.rollback(session)
-            if session is not self._held:
+            if not held:
                 self.database.after_write(session)
-                session.connection.close()
         except Exception:  # noqa: BLE001 - whatever a broken driver raises
-            if session is self._held:
-                self._held = None
+            if held:
+                self._held, held = None, False
             with suppress(Exception):
                 session.connection.invalidate()
+        if not held:
             with suppress(Exception):
-                session.connection.close()
+                self._release(session)
 
     def _check_trusted(self) -> None:
         if self._refused is not None:
@@ -235,13 +263,19 @@ class Connections:
             )
 
     def close(self) -> None:
-        """Give back what is held; an engine of our own is disposed of."""
+        """Give back what is held; an engine of our own is disposed of, once calls
+        that are under way in other threads have given back their connections."""
         with self._lock:
-            if self._held is not None:
+            with self._gate:
+                if self._closed:
+                    return
+                self._closed = True
+                self._borrowed += 1
+            held, self._held = self._held, None
+            if held is not None:
                 with suppress(Exception):
-                    self._held.connection.close()
-                self._held = None
-            self.database.close()
+                    self._release(held)
+            self._give_back(None)
 
 
 class CommitBrokenError(Exception):

@@ -61,7 +61,8 @@ _SQLITE = {
 """Primary result codes of SQLite."""
 
 _SQLITE_SYNC = {10, 10 | (4 << 8), 10 | (5 << 8)}
-"""SQLITE_IOERR without detail, …_FSYNC, …_DIR_FSYNC."""
+"""SQLITE_IOERR_FSYNC, …_DIR_FSYNC, and SQLITE_IOERR without detail, which is all that
+pysqlite3 tells and therefore taken for the worst."""
 
 _POSTGRESQL = {
     "08": Fault.LOST,

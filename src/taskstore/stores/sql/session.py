@@ -27,10 +27,18 @@ class Session:
         self._dialect = dialect
         self.restore: tuple[str, ...] = ()
 
-    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> int:
-        """Run a statement; returns how many rows it touched."""
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> None:
+        """Run a statement."""
         self.cursor.execute(sql, parameters)
-        return int(self.cursor.rowcount)
+
+    def touch(self, sql: str, parameters: Sequence[Any] = ()) -> int:
+        """Run an INSERT, UPDATE or DELETE; returns how many rows it touched."""
+        self.cursor.execute(sql, parameters)
+        count = int(self.cursor.rowcount)
+        if count < 0:
+            # The standard library's sqlite3 does not count where a WITH comes first.
+            count = int(self.row("SELECT changes()")[0])
+        return count
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
         """All rows of a query: SQLite holds its read lock until the last one is fetched."""
@@ -46,7 +54,7 @@ class Session:
 
     def change(self, statement: Executable) -> int:
         """Run a Core statement; returns how many rows it touched."""
-        return self.execute(*self._compiled(statement))
+        return self.touch(*self._compiled(statement))
 
     def ask(self, query: Executable) -> list[Any]:
         """All rows of a Core query, as tuples."""

@@ -9,6 +9,7 @@ import importlib
 import logging
 import os
 import sqlite3
+import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -180,9 +181,13 @@ def needs_immutable(module: Any, path: Path) -> bool:
     at all: no such file, no right to, or a ``-wal`` without the ``-shm`` that
     this user may not create.
     """
-    if not path.is_file():
-        kind = "is not a file" if path.exists() else "does not exist"
-        raise StoreUnavailableError(f"{path} {kind}", hint="open it for writing to create it")
+    try:
+        found = path.stat()
+    except OSError as error:
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else error.strerror
+        raise StoreUnavailableError(f"{path} cannot be read: {reason}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise StoreUnavailableError(f"{path} is not a file")
     if not os.access(path, os.R_OK):
         raise StoreUnavailableError(f"{path} cannot be read: permission denied")
     connection = None
