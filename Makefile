@@ -4,6 +4,7 @@
 #     make demo            see it at work
 #     make test            run the whole test suite
 #     make check           lint, types and imports: the quick checks
+#     make coverage        the suite, and which lines of which file it does not reach
 #     make soak            kill writers a few hundred times (ROUNDS=...)
 #     make bench           measure (see benchmarks/README.md)
 #     make PYTHON=python3.13 VENV=.venv-3.13 test
@@ -22,7 +23,7 @@ dev := $(VENV)/.dev-installed
 # Made anew when its interpreter is gone or the checkout was moved.
 stale := $(shell { $(python) -c '' && grep -qxF '$(CURDIR)' $(made); } 2>/dev/null || echo anew)
 
-.PHONY: help demo test dev check lint format types imports soak bench dist clean anew
+.PHONY: help demo test dev check lint format types imports coverage soak bench dist clean anew
 
 help:
 	@sed -n 's/^#     //p' Makefile
@@ -50,6 +51,9 @@ types: $(dev)
 
 imports: $(dev)
 	$(VENV)/bin/lint-imports --no-logo --no-cache
+
+coverage: $(dev)
+	$(python) -m pytest --cov --cov-report=term-missing $(PYTEST_ARGS)
 
 soak: $(dev)
 	TASKSTORE_KILL_ROUNDS=$(ROUNDS) $(python) -m pytest tests/crash $(PYTEST_ARGS)

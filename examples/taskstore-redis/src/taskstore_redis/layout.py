@@ -242,9 +242,7 @@ def entry_of(raw: RawEntry, location: str) -> JournalEntry:
         raise CorruptStoreError(
             f"{location}: journal", f"an entry is of unknown kind {raw.kind!r}", offset=raw.seq
         )
-    return JournalEntry(
-        raw.seq, raw.at, kind, raw.task_id, raw.revision, record, raw.commit, aside
-    )
+    return JournalEntry(raw.seq, raw.at, kind, raw.task_id, raw.revision, record, raw.commit, aside)
 
 
 # -- snapshots --------------------------------------------------------------------

@@ -237,7 +237,7 @@ class Reader:
         entries: list[JournalEntry] = []
         after = start.head
         while True:
-            state, raw = self._journal(after, JOURNAL_PAGE)
+            state, raw = self.raw_journal(after, JOURNAL_PAGE)
             if raw is None or state.life != start.life:
                 raise MovedError
             if not raw:
@@ -259,7 +259,7 @@ class Reader:
         entries: list[JournalEntry] = []
         start = after
         while len(entries) < limit:
-            state, raw = self._journal(start, min(limit - len(entries), JOURNAL_PAGE))
+            state, raw = self.raw_journal(start, min(limit - len(entries), JOURNAL_PAGE))
             if raw is None:
                 if entries:
                     break  # trimmed in between: the next call will say so
@@ -272,7 +272,7 @@ class Reader:
             self.trail.saw(start, entries[-1].commit_id)
         return tuple(entries)
 
-    def _journal(self, after: int, limit: int) -> tuple[State, list[RawEntry] | None]:
+    def raw_journal(self, after: int, limit: int) -> tuple[State, list[RawEntry] | None]:
         """A page of the journal, ``None`` where it does not reach back to ``after``."""
         seen = self.trail.at(after)
         reply = self.link.run("journal", self.keys.named("head", "journal"), after, limit, seen)

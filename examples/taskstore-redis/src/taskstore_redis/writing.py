@@ -8,7 +8,8 @@ that a command which is still on its way comes too late.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -51,9 +52,6 @@ MAX_BATCH_BYTES = 256 * 1024 * 1024
 APPLY_KEYS = (
     "head", "rows", "facts", "index", "bookings", "journal", "commits", "deleted", "aside",
     "aside_ids", "lease", "cut", "saved",
-)  # fmt: skip
-SWITCH_KEYS = (
-    "head", "staging", "snapshots", "commits", "void", "journal", "deleted", "cut", "saved",
 )  # fmt: skip
 
 
@@ -181,49 +179,56 @@ class Writer:
         if head and snapshot.seq <= head:
             raise _behind(snapshot, head)
 
-        def send(token: str) -> Any:
-            try:
-                chunks = self._stage(token, snapshot)
-                if chunks is None:
-                    return [b"gone"]
-                reply = self._link.run_once(
-                    "switch",
-                    [
-                        *self._keys.named(*SWITCH_KEYS[:4]),
-                        self._keys.void(token),
-                        *self._keys.named(*SWITCH_KEYS[5:], *CONTENT),
-                        *self._keys.staged(token),
-                    ],
-                    FORMAT,
-                    token,
-                    secrets.token_hex(16),
-                    snapshot.seq,
-                    snapshot.at,
-                    len(snapshot.records) + len(snapshot.set_aside),
-                    chunks,
-                    self._keys.snapshot(""),
-                )
-            except AnswerLostError:
-                raise
-            except BaseException:
-                self.forget(token)
-                raise
-            if reply[0] != b"ok":
-                self.forget(token)
-            return reply
+        given_up: list[str] = []
 
-        token, reply = self._decided(send)
+        def send(token: str) -> Any:
+            while given_up:
+                self.forget(given_up.pop())
+            given_up.append(token)
+            chunks = self._stage(token, snapshot)
+            return [b"gone"] if chunks is None else self._switch(token, snapshot, chunks)
+
+        try:
+            token, reply = self._decided(send)
+        except OutcomeUnknownError:
+            raise
+        except BaseException:
+            self._forget_quietly(given_up)
+            raise
+        if reply[0] != b"ok":
+            self._forget_quietly(given_up)
         if reply[0] == b"behind":
             raise _behind(snapshot, int(reply[1]))
         if reply[0] != b"ok":
             raise self._refusal(reply)
         self._reader.trail.saw(snapshot.seq, token)
 
+    def _switch(self, token: str, snapshot: Snapshot, chunks: int) -> Any:
+        """Put what was staged in the place of the live content, once."""
+        return self._link.run_once(
+            "switch",
+            [
+                *self._keys.named("head", "staging", "snapshots", "commits"),
+                self._keys.void(token),
+                *self._keys.named("journal", "deleted", "cut", "saved", *CONTENT),
+                *self._keys.staged(token),
+            ],
+            FORMAT,
+            token,
+            secrets.token_hex(16),
+            snapshot.seq,
+            snapshot.at,
+            len(snapshot.records) + len(snapshot.set_aside),
+            chunks,
+            self._keys.snapshot(""),
+        )
+
     def _stage(self, token: str, snapshot: Snapshot) -> int | None:
         """Build content beside the live one; returns its number of chunks, ``None`` if cleared."""
         staging, snap = self._keys["staging"], self._keys.snapshot(token)
         staged = self._keys.staged(token)
-        self._link.call("HSET", staging, token, 0)
+        seconds = int(self._link.call("TIME")[0])
+        self._link.call("HSET", staging, token, seconds * 1000 + STAGING_MS)
         chunks = 0
         keys = [staging, *staged[:4], snap]
         for rows in _portions(snapshot):
@@ -253,8 +258,14 @@ class Writer:
         keys = [self._keys["staging"], *self._keys.staged(token), self._keys.snapshot(token)]
         self._link.run("forget", keys, token)
 
+    def _forget_quietly(self, tokens: Sequence[str]) -> None:
+        """As :meth:`forget`; where that fails too, the next compaction clears them."""
+        with suppress(TaskStoreError):
+            for token in tokens:
+                self.forget(token)
 
-def _portions(snapshot: Snapshot) -> Any:
+
+def _portions(snapshot: Snapshot) -> Iterator[list[Any]]:
     """The records in portions: id, facts and image of each, one after the other."""
     rows: list[Any] = []
     size = 0

@@ -1,0 +1,266 @@
+"""Compaction beside writers, killed at every step, and what it leaves behind."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import redis
+from taskstore import CompactionPolicy, Put, Remove, Snapshot, StoreBusyError
+from taskstore.testing import Model, OpenStore, as_of, create, make_record, next_of, play, update
+
+from taskstore_redis import RedisStore
+from taskstore_redis.compaction import Compactor
+from taskstore_redis.link import Link
+
+FOLD = CompactionPolicy(force=True)
+TRIM = CompactionPolicy(force=True, history_entries=0, history_s=0, keep_snapshots=1)
+IDS = [f"task-{n}" for n in range(12)]
+
+
+def keys_of(client: redis.Redis, namespace: str) -> set[str]:
+    prefix = f"{{{namespace}}}:"
+    return {key.decode().removeprefix(prefix) for key in client.scan_iter(match=f"{prefix}*")}
+
+
+def agrees(store: RedisStore, model: Model) -> None:
+    loaded = store.load_snapshot()
+    assert (loaded.seq, dict(loaded.records)) == (model.head, dict(model.records))
+    assert (store.head(), store.floor()) == (model.head, model.floor)
+    for seq, records in model.states.items():
+        assert dict(as_of(store, seq).records) == records, f"as of seq {seq}"
+    assert store.verify().problems == ()
+
+
+def change_something(store: RedisStore, model: Model, chance: random.Random) -> None:
+    """A commit of a few changes: new tasks, other tasks, other times, no more tasks."""
+    changes: list[Put | Remove] = []
+    for task_id in chance.sample(IDS, chance.randint(1, 3)):
+        record = model.records.get(task_id)
+        facts = {
+            "created_at": chance.randrange(5),
+            "label": chance.choice("abc"),
+            "status": chance.choice(["queued", "running"]),
+        }
+        if record is None and task_id not in model.deleted:
+            changes.append(Put(make_record(task_id=task_id, **facts)))
+        elif record is not None and chance.random() < 0.2:
+            changes.append(Remove(task_id, record.revision + 1))
+        elif record is not None:
+            changes.append(next_of(record, **facts))
+    if changes:
+        store.apply(changes)
+        model.commit(list(changes))
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.usefixtures("small_steps")
+def test_the_picture_is_of_one_seq_whatever_is_written_meanwhile(
+    make_store: OpenStore, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """[7] Between any two steps of the compactor something is changed."""
+    chance = random.Random(seed)
+    model = Model()
+    with make_store() as store, make_store() as writer:
+        for _ in range(12):
+            change_something(store, model, chance)
+        step = Compactor._step
+
+        def step_and_change(self: Compactor, name: str, *rest: Any) -> Any:
+            reply = step(self, name, *rest)
+            for _ in range(chance.randrange(3)):
+                change_something(writer, model, chance)
+            return reply
+
+        monkeypatch.setattr(Compactor, "_step", step_and_change)
+        for policy in (FOLD, TRIM, FOLD, TRIM):
+            report = store.compact(policy)
+            if not report.compacted:
+                continue
+            kept = store.read_snapshot(report.seq)
+            assert dict(kept.records) == model.states[report.seq]
+            assert len(kept.records) == report.records
+            model.trim(report.floor)
+            agrees(store, model)
+
+
+class KilledError(BaseException):
+    """Stands for SIGKILL: nothing of what would follow is done."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, number: int, *, after: bool) -> Callable[[], None]:
+    """Let the link die at its n-th command, before it is sent or after; returns the revival."""
+    count = 0
+    run, run_once, call = Link.run, Link.run_once, Link.call
+
+    def dying(original: Any) -> Any:
+        def method(self: Link, *arguments: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count > number or (count == number and not after):
+                raise KilledError
+            reply = original(self, *arguments)
+            if count == number:
+                raise KilledError
+            return reply
+
+        return method
+
+    patch = pytest.MonkeyPatch()
+    for name, original in (("run", run), ("run_once", run_once), ("call", call)):
+        patch.setattr(Link, name, dying(original))
+    return patch.undo
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("policy", [FOLD, TRIM], ids=["fold", "trim"])
+@pytest.mark.usefixtures("small_steps")
+def test_killed_at_every_step(
+    make_store: OpenStore,
+    monkeypatch: pytest.MonkeyPatch,
+    client: redis.Redis,
+    namespace: str,
+    policy: CompactionPolicy,
+    after: bool,
+) -> None:
+    """[7] Nothing is lost, the next writer goes on, the next compaction clears up."""
+    model = Model()
+    with make_store() as store:
+        play(store, model)
+        store.compact(FOLD)
+    for number in range(1, 100):
+        with make_store() as store:
+            play(store, model)
+            revive = kill_at(monkeypatch, number, after=after)
+            try:
+                store.compact(policy)
+            except KilledError:
+                survived = False
+            else:
+                survived = True
+            finally:
+                revive()
+        with make_store() as store:
+            model.trim(store.floor())
+            agrees(store, model)
+            if client.exists(f"{{{namespace}}}:lease"):
+                with pytest.raises(StoreBusyError):
+                    store.compact(policy)
+            play(store, model)
+            agrees(store, model)
+            client.delete(f"{{{namespace}}}:lease")  # its time is up
+            play(store, model)
+            model.trim(store.compact(policy).floor)
+            agrees(store, model)
+            left = keys_of(client, namespace)
+            snapshots = {key for key in left if key.startswith("snap:")}
+            assert snapshots == {f"snap:{mark.token}" for mark in store._reader.marks()}
+            assert not left & {"staging", "cut", "saved", "lease"}
+        if survived:
+            return
+    pytest.fail("it never came to its end")
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.usefixtures("small_steps")
+def test_a_save_killed_at_every_step(
+    make_store: OpenStore,
+    monkeypatch: pytest.MonkeyPatch,
+    client: redis.Redis,
+    namespace: str,
+    after: bool,
+) -> None:
+    """[5] The old content is there, or the new one; what was staged is cleared in time."""
+    for number in range(1, 100):
+        with make_store() as store:
+            before = play(store, Model(store.load_snapshot()))
+            saved = {f"new-{n}": make_record(task_id=f"new-{n}") for n in range(5)}
+            revive = kill_at(monkeypatch, number, after=after)
+            try:
+                store.save_snapshot(Snapshot(before.head + 10, saved))
+            except KilledError:
+                survived = False
+            else:
+                survived = True
+            finally:
+                revive()
+        with make_store() as store:
+            loaded = store.load_snapshot()
+            if loaded.seq == before.head:
+                agrees(store, before)
+                assert not survived
+            else:
+                assert (loaded.seq, dict(loaded.records)) == (before.head + 10, saved)
+                assert store.verify().problems == ()
+            staged = client.hgetall(f"{{{namespace}}}:staging")
+            for token in staged:  # ten minutes later
+                client.hset(f"{{{namespace}}}:staging", token, 1)
+            create(store)
+            store.compact(FOLD)
+            assert not [key for key in keys_of(client, namespace) if key.startswith("staging")]
+            assert store.verify().problems == ()
+        if survived:
+            return
+    pytest.fail("it never came to its end")
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_a_save_takes_the_ledger_away_from_a_compactor(
+    make_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make_store() as store, make_store() as other:
+        head = play(store).head
+        step = Compactor._step
+
+        def step_and_save(self: Compactor, name: str, *rest: Any) -> Any:
+            if name == "copy":
+                other.save_snapshot(Snapshot(head + 1))
+                monkeypatch.undo()
+            return step(self, name, *rest)
+
+        monkeypatch.setattr(Compactor, "_step", step_and_save)
+        with pytest.raises(StoreBusyError, match="overtaken"):
+            store.compact(FOLD)
+        assert store.load_snapshot() == Snapshot(head + 1)
+        assert store.verify().problems == ()
+
+
+def test_one_compactor_at_a_time(make_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    with make_store() as store, make_store() as other:
+        play(store)
+        step = Compactor._step
+
+        def step_beside(self: Compactor, *rest: Any) -> Any:
+            monkeypatch.undo()
+            with pytest.raises(StoreBusyError, match="its lease ends in"):
+                other.compact(FOLD)
+            return step(self, *rest)
+
+        monkeypatch.setattr(Compactor, "_step", step_beside)
+        assert store.compact(FOLD).compacted
+        update(store, create(store))
+        assert other.compact(FOLD).compacted
+
+
+def test_a_compactor_whose_lease_ran_out_publishes_nothing(
+    make_store: OpenStore, monkeypatch: pytest.MonkeyPatch, client: redis.Redis, namespace: str
+) -> None:
+    with make_store() as store, make_store() as other:
+        model = play(store)
+        step = Compactor._step
+        reports = []
+
+        def step_late(self: Compactor, name: str, *rest: Any) -> Any:
+            if name == "publish":
+                monkeypatch.undo()
+                client.delete(f"{{{namespace}}}:lease")
+                reports.append(other.compact(TRIM))
+            return step(self, name, *rest)
+
+        monkeypatch.setattr(Compactor, "_step", step_late)
+        with pytest.raises(StoreBusyError, match="overtaken"):
+            store.compact(FOLD)
+        model.trim(reports[0].floor)
+        agrees(store, model)

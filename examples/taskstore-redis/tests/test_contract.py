@@ -1,0 +1,21 @@
+"""The Redis store keeps the contract, against a real server."""
+
+from __future__ import annotations
+
+import pytest
+from taskstore.testing import OpenStore, StoreContract
+
+
+class TestRedisStore(StoreContract):
+    @pytest.fixture
+    def make_store(self, make_store: OpenStore) -> OpenStore:
+        return make_store
+
+
+@pytest.mark.usefixtures("small_steps")
+class TestRedisStoreInSmallSteps(StoreContract):
+    """Once more, with pages and chunks of two records: the seams between them."""
+
+    @pytest.fixture
+    def make_store(self, make_store: OpenStore) -> OpenStore:
+        return make_store
