@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
 from msgspec import Struct
@@ -87,6 +87,11 @@ class TaskRegistryStore(ABC):
 
     durability: str = "full"
     """What an acknowledged change survives [4]: ``full`` (power loss) or ``process`` (kill -9)."""
+
+    withholds: Mapping[str, str] = MappingProxyType({})
+    """What this store does not promise, with the reason: ``processes`` (several
+    processes on one storage) and ``crash-safe`` (the writer killed at any
+    instruction).  The contract suite skips those clauses and says why."""
 
     def __init__(self, *, read_only: bool = False) -> None:
         self.read_only = read_only

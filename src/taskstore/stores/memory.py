@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from types import MappingProxyType
 
 from taskstore.clock import new_commit_id
 from taskstore.errors import (
@@ -60,6 +61,12 @@ class MemoryStore(TaskRegistryStore):
     """A store in this process's memory; ``memory:`` opens an empty one."""
 
     durability = "none"
+    withholds = MappingProxyType(
+        {
+            "processes": "its storage is the memory of one process",
+            "crash-safe": "its storage ends with the process",
+        }
+    )
 
     def __init__(self, storage: MemoryStorage | None = None, *, read_only: bool = False) -> None:
         super().__init__(read_only=read_only)

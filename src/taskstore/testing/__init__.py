@@ -27,8 +27,10 @@ pytest.register_assert_rewrite(
             "contract_apply",
             "contract_compaction",
             "contract_core",
+            "contract_crash",
             "contract_integrity",
             "contract_journal",
+            "contract_processes",
             "contract_query",
             "contract_shared",
             "contract_values",
@@ -48,8 +50,10 @@ from taskstore.testing.base import (  # noqa: E402 - see above
 from taskstore.testing.contract_apply import ApplyContract  # noqa: E402
 from taskstore.testing.contract_compaction import CompactionContract  # noqa: E402
 from taskstore.testing.contract_core import CoreContract  # noqa: E402
+from taskstore.testing.contract_crash import CrashContract  # noqa: E402
 from taskstore.testing.contract_integrity import IntegrityContract  # noqa: E402
 from taskstore.testing.contract_journal import JournalContract  # noqa: E402
+from taskstore.testing.contract_processes import ProcessesContract  # noqa: E402
 from taskstore.testing.contract_query import QueryContract  # noqa: E402
 from taskstore.testing.contract_shared import SharedContract  # noqa: E402
 from taskstore.testing.contract_values import ValuesContract  # noqa: E402
@@ -105,6 +109,8 @@ class StoreContract(
     QueryContract,
     IntegrityContract,
     SharedContract,
+    ProcessesContract,
+    CrashContract,
     ModelContract,
 ):
     """Everything that a store promises.  Subclass it and override ``make_store``."""

@@ -181,6 +181,8 @@ class ContractBase:
 
     level: ClassVar[str] = "core"
     abilities: ClassVar[tuple[type, ...]] = ()
+    promise: ClassVar[str | None] = None
+    """What a store may withhold, by the name that it has in ``store.withholds``."""
     persistent: ClassVar[bool] = True
     """Whether what the store holds outlives the process; ``False`` for memory alone."""
 
@@ -208,3 +210,6 @@ class ContractBase:
         missing = [ability.__name__ for ability in wanted if not isinstance(store, ability)]
         if missing:
             pytest.skip(f"the store has no {', '.join(missing)}")
+        promise: str | None = vars(room).get("promise")
+        if promise is not None and promise in store.withholds:
+            pytest.skip(f"the store withholds {promise}: {store.withholds[promise]}")
