@@ -12,7 +12,6 @@ import pytest
 from doc_blocks import DOCUMENTS, ROOT, Reader, blocks_of
 
 import taskstore
-from taskstore.stores.sql.tables import metadata
 
 LANGUAGES = {"", "python", "console", "sh", "text", "toml", "json", "sql", "ini"}
 NOT_RUN = 3
@@ -69,6 +68,8 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def test_every_table_and_column_is_described() -> None:
+    from taskstore.stores.sql.tables import metadata
+
     described = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "formats.md").read_text()))
     for table in metadata.tables.values():
         assert {table.name, *table.columns.keys()} <= described, table.name
