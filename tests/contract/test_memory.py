@@ -9,8 +9,6 @@ from taskstore.testing import OpenStore, StoreContract
 
 
 class TestMemoryStore(StoreContract):
-    persistent = False
-
     @pytest.fixture
     def make_store(self) -> OpenStore:
         storage = MemoryStorage()

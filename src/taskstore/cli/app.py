@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from taskstore.backends import redacted
-from taskstore.cli import change, db, demo, maintain, read, run
+from taskstore.cli import change, contract, db, demo, maintain, read, run
 from taskstore.cli.options import URL_VARIABLE, Misuse
 from taskstore.cli.render import visible
 from taskstore.errors import (
@@ -63,6 +63,7 @@ app.command("delete", rich_help_panel=CHANGE)(change.delete)
 app.command("compact", rich_help_panel=CARE)(maintain.compact)
 app.command("verify", rich_help_panel=CARE)(maintain.verify)
 app.command("backends", rich_help_panel=CARE)(maintain.backends)
+app.command("contract", rich_help_panel=CARE)(contract.contract)
 app.add_typer(db.app, name="db", rich_help_panel=CARE)
 
 

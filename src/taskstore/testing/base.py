@@ -146,7 +146,7 @@ class Ledger:
     def reopened(self) -> FullStore:
         """Close every instance, as at the end of a process, and open the storage again.
 
-        What is not persistent lives in storage that ``make_store`` shares
+        What ends with the process lives in storage that ``make_store`` shares
         among the instances; for it this is a second instance.
         """
         self.close()
@@ -179,12 +179,11 @@ class ContractBase:
     those without which all of them are skipped.
     """
 
+    is_taskstore_contract: ClassVar[bool] = True
     level: ClassVar[str] = "core"
     abilities: ClassVar[tuple[type, ...]] = ()
     promise: ClassVar[str | None] = None
     """What a store may withhold, by the name that it has in ``store.withholds``."""
-    persistent: ClassVar[bool] = True
-    """Whether what the store holds outlives the process; ``False`` for memory alone."""
 
     @pytest.fixture
     def make_store(self) -> OpenStore:

@@ -1,0 +1,70 @@
+"""New, empty ledgers on a backend that is known by its URL only.
+
+A backend says how to make one by a second entry point, in the group
+``taskstore.scratch``: its scheme, and a callable that takes a URL and returns
+a context manager; that gives what ``make_store`` returns, a callable that
+opens the new ledger, and removes it at the end.  Without one, a URL that is a
+scheme and a path is taken for a file or directory, and the new ledger is made
+in a temporary directory beside it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from taskstore.backends import open_store, redacted, scheme_of
+from taskstore.errors import UnsupportedError
+from taskstore.store import TaskRegistryStore
+from taskstore.stores.memory import MemoryStorage, MemoryStore
+from taskstore.testing.base import OpenStore
+
+GROUP = "taskstore.scratch"
+"""The entry-point group in which backends say how to make a new ledger."""
+
+
+def scratch(url: str) -> AbstractContextManager[OpenStore]:
+    """Make a new, empty ledger on the backend of ``url``; what is there stays untouched.
+
+    Raises :class:`~taskstore.BackendNotFoundError` for an unknown scheme and
+    :class:`~taskstore.UnsupportedError` for a backend that does not say how.
+    """
+    scheme = scheme_of(url)
+    for entry in entry_points(group=GROUP, name=scheme):
+        made: AbstractContextManager[OpenStore] = entry.load()(url)
+        return made
+    rest = url.partition(":")[2]
+    if rest.startswith("///") and "?" not in rest:
+        return _beside(scheme, Path(rest[3:]))
+    raise UnsupportedError(
+        f"the backend of {redacted(url)} does not say how to make a ledger for tests",
+        hint=f"it can, by an entry point in the group {GROUP}; or subclass StoreContract",
+    )
+
+
+@contextmanager
+def _beside(scheme: str, path: Path) -> Iterator[OpenStore]:
+    """A ledger in a file or directory, on the same file system as ``path``."""
+    parent = next(folder for folder in path.absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix="taskstore-contract-", dir=parent) as directory:
+        yield opener(f"{scheme}:///{directory}/ledger")
+
+
+def opener(url: str) -> OpenStore:
+    """Return a callable that opens the ledger at ``url`` again and again."""
+
+    def open_one(*, read_only: bool = False) -> TaskRegistryStore:
+        return open_store(url, read_only=read_only)
+
+    return open_one
+
+
+@contextmanager
+def memory(url: str) -> Iterator[OpenStore]:
+    """Make a ledger in memory, which its instances share."""
+    del url
+    storage = MemoryStorage()
+    yield lambda *, read_only=False: MemoryStore(storage, read_only=read_only)
