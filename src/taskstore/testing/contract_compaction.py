@@ -282,6 +282,18 @@ class CompactionContract(ContractBase):
                     assert dict(snapshot.records) == model.states[snapshot.seq]
                 agrees(store, model)
 
+    def test_one_run_right_after_another(self, ledger: Ledger) -> None:
+        """[7] What one run dropped, the next does not look for, though nothing came in between."""
+        policy = CompactionPolicy(force=True, history_entries=0, keep_snapshots=1)
+        model = Model()
+        for last in (FOLD, policy, ERASE, ERASE, TRIM):
+            for _ in range(3):
+                play(ledger.store, model)
+                model.trim(ledger.store.compact(policy).floor)
+            model.trim(ledger.store.compact(last).floor)
+            for store in ledger.twice():
+                agrees(store, model)
+
     def test_the_newest_snapshot_before(self, ledger: Ledger) -> None:
         """[5] read_snapshot gives the newest at or before the seq, never a later one."""
         create(ledger.store)

@@ -58,7 +58,9 @@ def _compact(writer: Writer, policy: CompactionPolicy, clock: Clock) -> Compacti
             )
         layout = writer.roll()
         seq, at = writer.place.seq, writer.place.at
-    marks = [mark for mark in _marks(layout) if mark.seq != seq] + [SnapshotMark(seq, at)]
+    # Read again: what the last run removed may still be in the layout that the writer keeps.
+    found = _marks(read_layout(layout.directory))
+    marks = [mark for mark in found if mark.seq != seq] + [SnapshotMark(seq, at)]
     kept, floor = policy.retained(marks, head=seq, floor=layout.floor, now=now)
     merge = Merge(layout, seq)
     path = layout.snapshot_path(seq)
