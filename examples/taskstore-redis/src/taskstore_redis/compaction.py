@@ -8,9 +8,11 @@ record that the picture has not come to, it puts the old one into *saved*
 once, and what is held besides the snapshot is only what changed meanwhile.
 
 One compactor at a time: a lease with an expiry, renewed by each step, and
-each step fails once it is somebody else's.  One that was killed leaves a
-lease that ends by itself, a cut that the next writer removes, and staged
-chunks and untrimmed entries that the next compaction clears.
+each step fails once it is somebody else's.  The lease names a connection that
+its holder keeps open: when the server knows that it is gone, so is the
+holder, and the lease may be taken over at once.  One that was killed leaves a
+cut that the next writer removes, and staged chunks and untrimmed entries that
+the next compaction clears.
 """
 
 from __future__ import annotations
@@ -32,6 +34,10 @@ from taskstore_redis.writing import Writer
 
 LEASE_MS = 5000
 """How long a compactor may be silent before another one takes over, in milliseconds."""
+LEASE_TRIES = 3
+LEASE_PAUSE_S = 0.02
+"""How often, and how far apart in seconds, it is tried: the server may be about
+to find out that a holder is gone."""
 STEP_ROWS = 256
 STEP_BYTES = 256 * 1024
 """What one step copies at most (one record more may make it larger): under a
@@ -56,18 +62,20 @@ class Compactor:
         self._reader = reader
         self._writer = writer
         self._keys = reader.keys
-        self._token = secrets.token_hex(16)
+        self._token = ""
 
     def compact(self, policy: CompactionPolicy, clock: Clock) -> CompactionReport:
         """Do what :meth:`SupportsCompaction.compact` promises."""
         started = time.monotonic()
-        found = self._acquire()
-        try:
-            self._trim()
-            return self._compact(policy, clock(), found, started)
-        finally:
-            with suppress(TaskStoreError):  # it ends by itself
-                self._reader.link.run("release", self._keys.named("lease"), self._token)
+        with self._reader.link.presence() as connection_id:
+            self._token = f"{secrets.token_hex(16)}.{connection_id}"
+            found = self._acquire()
+            try:
+                self._trim()
+                return self._compact(policy, clock(), found, started)
+            finally:
+                with suppress(TaskStoreError):  # it ends by itself
+                    self._reader.link.run("release", self._keys.named("lease"), self._token)
 
     def _compact(
         self, policy: CompactionPolicy, now: int, found: _Found, started: float
@@ -110,17 +118,7 @@ class Compactor:
 
     def _acquire(self) -> _Found:
         """Take the lease, clear what others left, and see what there is."""
-        reply = self._reader.link.run(
-            "acquire",
-            self._keys.named("head", "lease", "snapshots", "staging", "facts", "journal"),
-            self._token,
-            LEASE_MS,
-        )
-        if reply[0] == b"busy":
-            raise StoreBusyError(
-                f"{self._reader.location} is being compacted by another",
-                hint=f"if that one was killed, its lease ends in {int(reply[1])} ms",
-            )
+        reply = self._take_lease()
         state = self._reader.checked(reply[1])
         marks = marks_of(reply[2])
         now = int(reply[5])
@@ -130,6 +128,24 @@ class Compactor:
                 self._writer.forget(token.decode())
         oldest = [raw_entry(entry, self._reader.location) for entry in reply[6]]
         return _Found(state, marks, int(reply[4]), oldest[0].at if oldest else None)
+
+    def _take_lease(self) -> Any:
+        """Take the lease, from nobody or from one who is gone; what there is to compact."""
+        keys = self._keys.named("head", "lease", "snapshots", "staging", "facts", "journal")
+        gone = ""
+        for _ in range(LEASE_TRIES):
+            reply = self._reader.link.run("acquire", keys, self._token, LEASE_MS, gone)
+            if reply[0] == b"ok":
+                return reply
+            holder = reply[1].decode()
+            if self._reader.link.is_gone(int(holder.rpartition(".")[2])):
+                gone = holder
+            else:
+                time.sleep(LEASE_PAUSE_S)
+        raise StoreBusyError(
+            f"{self._reader.location} is being compacted by another",
+            hint=f"if that one is gone, its lease ends in {int(reply[2])} ms",
+        )
 
     def _copy(self) -> tuple[int, int, int, int]:
         """Copy everything: seq and time of the picture, its records and chunks."""

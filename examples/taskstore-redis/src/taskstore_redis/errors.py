@@ -51,7 +51,7 @@ _UNAVAILABLE = {
     "MOVED": ("belongs to a cluster, where another node has this ledger", "name that node"),
     "NOPERM": (
         "does not let this user do what the store has to",
-        "grant it ~{NAMESPACE}:* +@all -@dangerous +info +config|get",
+        "grant it ~{NAMESPACE}:* +@all -@dangerous +info +config|get +client|list",
     ),
 }
 """What an answer means, and what to do."""

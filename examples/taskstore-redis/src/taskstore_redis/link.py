@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import redis
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError
 from redis.retry import Retry
-from taskstore import StoreClosedError
+from taskstore import StoreClosedError, TaskStoreError
 
 from taskstore_redis.errors import ERRORS, NETWORK, NOT_RUN, REFUSED, Translator
 from taskstore_redis.scripts import Script, script
@@ -104,6 +105,25 @@ class Link:
             self._translated(lambda: self._again(lambda: self._exchange(self._waiting, command)))
         )
 
+    @contextmanager
+    def presence(self) -> Iterator[int]:
+        """Keep a connection open, whose end tells others that we are gone; its id."""
+        with self._translator():
+            connection = self._again(self._pool.get_connection)
+        try:
+            with self._translator():
+                number = int(_ask(connection, ("CLIENT", "ID")))
+            yield number
+        finally:
+            self._pool.release(connection)
+
+    def is_gone(self, number: int) -> bool:
+        """Whether the server knows that a connection has ended; ``False`` if it does not tell."""
+        try:
+            return not self.call("CLIENT", "LIST", "ID", number).strip()
+        except TaskStoreError:
+            return False
+
     def close(self) -> None:
         """Close every connection; who waits on one is told."""
         self._closed.set()
@@ -167,8 +187,13 @@ class Link:
                 pause_s = min(pause_s * 2, 0.5)
 
     def _translated(self, work: Callable[[], _T]) -> _T:
-        try:
+        with self._translator():
             return work()
+
+    @contextmanager
+    def _translator(self) -> Iterator[None]:
+        try:
+            yield
         except ERRORS as error:
             if self._closed.is_set():
                 raise StoreClosedError(f"{self.translate.location} was closed") from None

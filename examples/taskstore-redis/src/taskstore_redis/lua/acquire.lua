@@ -1,13 +1,14 @@
 -- Take the lease, and say what there is to compact.
 -- KEYS: head, lease, snapshots, staging, facts, journal.
--- ARGV: token, ms that the lease lasts.
+-- ARGV: token, ms that the lease lasts, the token of a holder who is known to
+-- be gone ('' if none is).
 -- Returns the state, the snapshots, what is staged and until when, how many
 -- records there are, the server's time, and the first entry since the newest
 -- snapshot.
 local HEAD, LEASE, SNAPSHOTS, STAGING, FACTS, JOURNAL = unpack(KEYS)
 local holder = redis.call('GET', LEASE)
-if holder and holder ~= ARGV[1] then
-  return {'busy', digits(redis.call('PTTL', LEASE))}
+if holder and holder ~= ARGV[1] and holder ~= ARGV[3] then
+  return {'busy', holder, digits(redis.call('PTTL', LEASE))}
 end
 local known = state(HEAD)
 local marks = redis.call('HGETALL', SNAPSHOTS)

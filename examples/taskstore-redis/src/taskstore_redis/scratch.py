@@ -1,0 +1,53 @@
+"""New, empty ledgers for the contract suite: each in a namespace of its own."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from msgspec.structs import replace
+from taskstore.testing import OpenStore
+
+from taskstore_redis.layout import Keys
+from taskstore_redis.link import Link
+from taskstore_redis.store import TIMEOUT_S, RedisStore
+from taskstore_redis.urls import parse
+
+_LOT = 1000
+
+
+@contextmanager
+def scratch(url: str) -> Iterator[OpenStore]:
+    """Give what opens a new ledger on the server of ``url``; it is deleted at the end.
+
+    The namespace of ``url`` is not touched.
+    """
+    target = replace(parse(url), namespace=f"taskstore-contract-{uuid.uuid4().hex}")
+
+    def open_one(*, read_only: bool = False) -> RedisStore:
+        return RedisStore(target, read_only=read_only)
+
+    try:
+        yield open_one
+    finally:
+        link = Link(target, TIMEOUT_S)
+        try:
+            remove(link, Keys(target.namespace))
+        finally:
+            link.close()
+
+
+def remove(link: Link, keys: Keys) -> None:
+    """Delete every key of a namespace, a few at a time."""
+    # A namespace has no braces; what else SCAN's pattern would read is quoted.
+    pattern = b"".join(
+        b"\\" + bytes([byte]) if byte in b"*?[]^-\\" else bytes([byte]) for byte in keys.prefix
+    )
+    cursor = b"0"
+    while True:
+        cursor, found = link.call("SCAN", cursor, "MATCH", pattern + b"*", "COUNT", _LOT)
+        if found:
+            link.call("UNLINK", *found)
+        if cursor == b"0":
+            return
