@@ -111,17 +111,21 @@ class MemoryStore(TaskRegistryStore):
             first = storage.head + 1
             at = max(self.clock(), storage.last_at)
             commit = Commit(first, storage.head + len(changes), at, new_commit_id())
-            # Removals first: the run that they booked may be booked again.
-            for step in sorted(steps, key=lambda step: step.record is not None):
-                self._write(step)
-            entries = entries_of(changes, commit)
-            storage.journal += entries
-            storage.deleted.update(
-                entry.task_id for entry in entries if entry.kind is EntryKind.DELETED
-            )
-            storage.head, storage.last_at = commit.last_seq, at
-            storage.changed.notify_all()
+            self._take_in(changes, steps, commit)
             return commit
+
+    def _take_in(self, changes: Sequence[Change], steps: Sequence[Step], commit: Commit) -> None:
+        storage = self.storage
+        # Removals first: the run that they booked may be booked again.
+        for step in sorted(steps, key=lambda step: step.record is not None):
+            self._write(step)
+        entries = entries_of(changes, commit)
+        storage.journal += entries
+        storage.deleted.update(
+            entry.task_id for entry in entries if entry.kind is EntryKind.DELETED
+        )
+        storage.head, storage.last_at = commit.last_seq, commit.at
+        storage.changed.notify_all()
 
     def _check(self, steps: Sequence[Step]) -> None:
         storage = self.storage
@@ -155,9 +159,7 @@ class MemoryStore(TaskRegistryStore):
             storage.bookings[step.booking] = step.task_id
 
     def report(self) -> StoreReport:
-        return StoreReport(
-            self.storage.set_aside, ("what this store holds ends with the process",)
-        )
+        return StoreReport(self.storage.set_aside, ("what this store holds ends with the process",))
 
     # -- journal ----------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import time
 from collections.abc import Callable, Sequence
 from typing import ClassVar
@@ -62,7 +63,7 @@ class CrashContract(ContractBase):
         """[4] [7] At any moment of a life full of commits and compactions."""
         chance = random.Random(4)  # noqa: S311 - moments, not secrets
         for _ in range(KILLS):
-            deeds = deeds_of(ledger.store, repeat=40)
+            deeds = deeds_of(ledger.store, repeat=80)
             before = dict(ledger.store.load_snapshot().records)
             ledger.close()
             child = Child(lambda report, deeds=deeds: _live(ledger, deeds, report))  # type: ignore[misc]
@@ -70,6 +71,23 @@ class CrashContract(ContractBase):
             time.sleep(chance.uniform(0, LONGEST_LIFE_S))
             child.kill()
             check_survival(ledger, before, deeds, child.finish())
+
+    def test_killed_right_after_an_answer(self, ledger: Ledger) -> None:
+        """[4] What was acknowledged is stored at that very moment, not a little later."""
+        for reached in range(1, len(deeds_of(ledger.store)) + 1):
+            deeds = deeds_of(ledger.store)[:reached]
+            before = dict(ledger.store.load_snapshot().records)
+            ledger.close()
+
+            def work(report: Report, deeds: Sequence[Deed] = deeds) -> None:
+                with ledger.open_store() as store:
+                    for deed in deeds:
+                        deed.does(store)
+                    report("acknowledged")
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            assert Child(work).finish() == ["acknowledged"]
+            check_survival(ledger, before, deeds, [str(reached - 1)])
 
     @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
     def test_killed_at_every_step(self, ledger: Ledger, after: bool) -> None:  # noqa: FBT001

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -40,12 +41,14 @@ class ProcessesContract(ContractBase):
 
         def work(report: Report) -> None:
             with ledger.open_store() as store:
-                first = make_record()
-                patiently(lambda: store.apply([Put(first)]))
-                report(first.task_id)
+                for _ in range(TURNS):
+                    record = make_record()
+                    patiently(partial(store.apply, [Put(record)]))
+                    report(record.task_id)
 
         told = _together(ledger, work)
         for store in ledger.twice():
+            assert len(told) == PROCESSES * TURNS
             assert set(store.load_snapshot().records) == set(told)
             check_history(store)
 

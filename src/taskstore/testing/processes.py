@@ -61,8 +61,21 @@ class Child:
 
     @classmethod
     def all_of(cls, works: Sequence[Callable[[Report], None]]) -> list[Self]:
-        """Start a child for each, at once."""
-        return [cls(work) for work in works]
+        """Start a child for each; they begin to work at the same moment."""
+        gate, opening = os.pipe()
+
+        def waiting(work: Callable[[Report], None]) -> Callable[[Report], None]:
+            def begin(report: Report) -> None:
+                os.close(opening)
+                os.read(gate, 1)  # comes back when the parent has closed its end
+                work(report)
+
+            return begin
+
+        children = [cls(waiting(work)) for work in works]
+        os.close(opening)
+        os.close(gate)
+        return children
 
     def line(self) -> str:
         """The next line that the child tells; empty when it has ended."""

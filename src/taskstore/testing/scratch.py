@@ -16,8 +16,8 @@ from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from taskstore.backends import open_store, redacted, scheme_of
-from taskstore.errors import UnsupportedError
+from taskstore.backends import installed_backends, open_store, redacted, scheme_of
+from taskstore.errors import BackendNotFoundError, UnsupportedError
 from taskstore.store import TaskRegistryStore
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 from taskstore.testing.base import OpenStore
@@ -36,6 +36,8 @@ def scratch(url: str) -> AbstractContextManager[OpenStore]:
     for entry in entry_points(group=GROUP, name=scheme):
         made: AbstractContextManager[OpenStore] = entry.load()(url)
         return made
+    if scheme not in (installed := installed_backends()):
+        raise BackendNotFoundError(scheme, installed)
     rest = url.partition(":")[2]
     if rest.startswith("///") and "?" not in rest:
         return _beside(scheme, Path(rest[3:]))
