@@ -31,11 +31,12 @@ class TestLogStore(StoreContract):
 
 @pytest.mark.parametrize("case", CAUGHT, ids=lambda case: f"{case[0].__name__}-{case[1]}")
 def test_the_clause_catches_the_fault(case, tmp_path):
-    store_class, clause, *arguments = case
+    store_class, name, *arguments = case
+    clause = getattr(StoreContract(), f"test_{name}")
     ledger = Ledger(lambda *, read_only=False: store_class(tmp_path / "log", read_only=read_only))
     try:
         with pytest.raises((Exception, pytest.fail.Exception)) as caught:
-            getattr(StoreContract(), f"test_{clause}")(ledger, *arguments)
+            clause(ledger, *arguments)
         assert not isinstance(caught.value, TypeError | NameError), "the broken store is broken"
     finally:
         ledger.close()
