@@ -10,17 +10,22 @@ in a temporary directory beside it.
 
 from __future__ import annotations
 
+import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from taskstore.backends import installed_backends, open_store, redacted, scheme_of
-from taskstore.errors import BackendNotFoundError, UnsupportedError
+from taskstore.errors import BackendNotFoundError, StoreUnavailableError, UnsupportedError
 from taskstore.store import TaskRegistryStore
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 from taskstore.testing.base import OpenStore
+
+if TYPE_CHECKING:
+    import sqlalchemy
 
 GROUP = "taskstore.scratch"
 """The entry-point group in which backends say how to make a new ledger."""
@@ -70,3 +75,60 @@ def memory(url: str) -> Iterator[OpenStore]:
     del url
     storage = MemoryStorage()
     yield lambda *, read_only=False: MemoryStore(storage, read_only=read_only)
+
+
+@contextmanager
+def postgresql(url: str) -> Iterator[OpenStore]:
+    """Make a ledger in a schema of its own, in the database at ``url``."""
+    name = _new_name()
+    with _server(url) as (parsed, execute):
+        execute(f"CREATE SCHEMA {name}")
+        try:
+            options = f"{parsed.query.get('options', '')} -csearch_path={name}".strip()
+            yield opener(_text(parsed.update_query_dict({"options": options})))
+        finally:
+            execute(f"DROP SCHEMA {name} CASCADE")
+
+
+@contextmanager
+def mariadb(url: str) -> Iterator[OpenStore]:
+    """Make a ledger in a database of its own, on the server at ``url``."""
+    name = _new_name()
+    with _server(url) as (parsed, execute):
+        execute(f"CREATE DATABASE {name} CHARACTER SET utf8mb4")
+        try:
+            yield opener(_text(parsed.set(database=name)))
+        finally:
+            execute(f"DROP DATABASE {name}")
+
+
+def _new_name() -> str:
+    return f"taskstore_contract_{secrets.token_hex(6)}"
+
+
+def _text(url: sqlalchemy.URL) -> str:
+    return url.render_as_string(hide_password=False)
+
+
+@contextmanager
+def _server(url: str) -> Iterator[tuple[sqlalchemy.URL, Callable[[str], object]]]:
+    """The URL as SQLAlchemy reads it, and a function that executes one statement there."""
+    import sqlalchemy as sa
+
+    engine = sa.create_engine(url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
+
+    def execute(statement: str) -> None:
+        try:
+            with engine.connect() as connection:
+                connection.exec_driver_sql(statement)
+        except sa.exc.SQLAlchemyError as error:
+            reason = str(getattr(error, "orig", None) or type(error).__name__).strip()
+            # From None: the cause may repeat the URL with its password.
+            raise StoreUnavailableError(
+                f"{redacted(url)}: no ledger can be made for the tests: {reason}"
+            ) from None
+
+    try:
+        yield engine.url, execute
+    finally:
+        engine.dispose()
