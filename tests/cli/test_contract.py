@@ -1,0 +1,164 @@
+"""``taskstore contract`` and the suite under pytest: one runner, one verdict."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+FORGETFUL = """
+from taskstore.stores.memory import MemoryStorage, MemoryStore
+
+class ForgetfulStore(MemoryStore):
+    def apply(self, changes):
+        commit = super().apply(changes)
+        self.storage.deleted.clear()
+        return commit
+
+def open_forgetful(url, **options):
+    raise NotImplementedError
+
+from contextlib import contextmanager
+
+@contextmanager
+def scratch(url):
+    storage = MemoryStorage()
+    yield lambda *, read_only=False: ForgetfulStore(storage, read_only=read_only)
+"""
+ENTRY_POINTS = """
+[taskstore.backends]
+forgetful = forgetful:open_forgetful
+
+[taskstore.scratch]
+forgetful = forgetful:scratch
+"""
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A directory outside the checkout, and an environment with one more backend installed."""
+    site = tmp_path / "site"
+    installed = site / "forgetful-1.0.dist-info"
+    installed.mkdir(parents=True)
+    (site / "forgetful.py").write_text(FORGETFUL)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: forgetful\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text(ENTRY_POINTS)
+    work = tmp_path / "work"
+    work.mkdir()
+    return work, {**os.environ, "PYTHONPATH": str(site)}
+
+
+def contract(elsewhere, *arguments):
+    work, environment = elsewhere
+    return subprocess.run(
+        [sys.executable, "-m", "taskstore", "contract", *arguments],
+        cwd=work,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+
+
+def suite(elsewhere, *arguments):
+    work, environment = elsewhere
+    return subprocess.run(
+        [
+            sys.executable,
+            *("-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(work)),
+            *("--pyargs", "taskstore.testing.suite", *arguments),
+        ],
+        cwd=work,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+
+
+def test_a_good_backend_is_kept(elsewhere):
+    done = contract(elsewhere, "memory:")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = dict(line.split("\t")[:2] for line in done.stdout.splitlines() if line)
+    assert rows == {
+        "core": "kept",
+        "journal": "kept",
+        "compaction": "kept",
+        "query": "kept",
+        "integrity": "kept",
+        "shared": "kept in part",
+        "crash-safe": "not claimed",
+    }
+    assert "its storage is the memory of one process" in done.stdout
+    assert suite(elsewhere, "--taskstore-url", "memory:").returncode == 0
+
+
+def test_a_broken_one_is_told_by_the_clause(elsewhere):
+    done = contract(elsewhere, "forgetful:x", "--level", "core", "--json")
+    assert done.returncode == 1, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert told["ok"] is False
+    assert set(told["levels"]) == {"core"}
+    broken = [clause for clause in told["clauses"] if clause["outcome"] == "failed"]
+    assert "a_deleted_task_stays_deleted" in {clause["clause"] for clause in broken}
+    assert all(clause["promise"].startswith("[") for clause in broken)
+    done = suite(elsewhere, "--taskstore-url", "forgetful:x", "--taskstore-level", "core")
+    assert done.returncode == 1
+    assert f"{len(broken)} failed" in done.stdout
+
+
+def test_what_is_at_the_url_stays_untouched(elsewhere):
+    work, _ = elsewhere
+    (work / "ledger").mkdir()
+    (work / "ledger" / "precious.txt").write_text("do not touch")
+    done = contract(elsewhere, "json:///ledger", "--level", "integrity", "--level", "crash-safe")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [path.name for path in work.iterdir()] == ["ledger"]
+    assert [path.name for path in (work / "ledger").iterdir()] == ["precious.txt"]
+
+
+def test_wrong_usage_is_told_in_a_line(elsewhere):
+    unknown = contract(elsewhere, "nothing:x")
+    assert (unknown.returncode, len(unknown.stderr.splitlines())) == (2, 1)
+    assert "installed:" in unknown.stderr
+    level = contract(elsewhere, "memory:", "--level", "heroic")
+    assert level.returncode == 2
+    nowhere = contract(elsewhere, "postgresql+psycopg://me:geheim@127.0.0.1:1/db")
+    assert nowhere.returncode == 3
+    assert "geheim" not in nowhere.stderr
+    missing = suite(elsewhere)
+    assert missing.returncode == 4
+    assert "--taskstore-url" in missing.stdout + missing.stderr
+
+
+def test_the_plugin_is_light_when_it_is_not_used(elsewhere):
+    work, environment = elsewhere
+    (work / "test_light.py").write_text(
+        "import sys\ndef test_light():\n"
+        "    assert 'taskstore_pytest' in sys.modules\n"
+        "    assert not {'taskstore', 'hypothesis', 'sqlalchemy'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:hypothesispytest",
+        ],
+        cwd=work,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
