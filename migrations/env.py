@@ -10,8 +10,15 @@ from __future__ import annotations
 import os
 
 from alembic import context
+from sqlalchemy import Connection, make_url
 
-from taskstore.stores.sql.migrate import VERSION_TABLE, include_name, locked_url
+from taskstore.stores.sql.migrate import (
+    VERSION_TABLE,
+    check_free,
+    include_name,
+    include_object_on,
+    locked_url,
+)
 from taskstore.stores.sql.tables import metadata
 
 config = context.config
@@ -28,11 +35,12 @@ def _url() -> str:
     return url
 
 
-def _run(**target: object) -> None:
+def _run(dialect: str, **target: object) -> None:
     context.configure(
         target_metadata=metadata,
         version_table=VERSION_TABLE,
         include_name=include_name,
+        include_object=include_object_on(dialect),
         compare_type=True,
         # SQLite alters tables by copying them.
         render_as_batch=True,
@@ -42,11 +50,16 @@ def _run(**target: object) -> None:
         context.run_migrations()
 
 
-connection = config.attributes.get("connection")
-if connection is not None:
-    _run(connection=connection)
+def _run_on(connection: Connection) -> None:
+    check_free(connection)
+    _run(connection.dialect.name, connection=connection)
+
+
+given = config.attributes.get("connection")
+if given is not None:
+    _run_on(given)
 elif context.is_offline_mode():
-    _run(url=_url(), literal_binds=True)
+    _run(make_url(_url()).get_backend_name(), url=_url(), literal_binds=True)
 else:
     with locked_url(_url()) as locked:
-        _run(connection=locked)
+        _run_on(locked)

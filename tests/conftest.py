@@ -1,13 +1,14 @@
-"""What tests of every kind share: the PostgreSQL server of this session."""
+"""What tests of every kind share: the database servers of this session."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 
-from taskstore.testing.servers import PostgresServer
+from taskstore.testing.servers import MARIADB_MISSING, MariaDBServer, PostgresServer
 
 # A slow machine is no failure.
 hypothesis.settings.register_profile("tests", deadline=None)
@@ -29,4 +30,31 @@ def postgres_server() -> Iterator[PostgresServer]:
 def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
     """The URL of an empty, migrated ledger."""
     with postgres_server.ledger() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def mariadb_server() -> Iterator[MariaDBServer]:
+    """A real server: the one that runs here, or one started at first use.
+
+    There is none in a wheel.  A machine without one skips, saying what is
+    missing; where everything has to be tested, that is a failure.
+    """
+    server = MariaDBServer()
+    try:
+        server.start()
+    except RuntimeError as error:
+        if str(error) != MARIADB_MISSING or os.environ.get("CI"):
+            raise
+        pytest.skip(MARIADB_MISSING)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def mariadb_url(mariadb_server: MariaDBServer) -> Iterator[str]:
+    """The URL of an empty, migrated ledger."""
+    with mariadb_server.ledger() as url:
         yield url

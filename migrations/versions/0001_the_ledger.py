@@ -18,6 +18,8 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
+_SERVER_OPTIONS = {"engine": "InnoDB", "row_format": "DYNAMIC", "charset": "utf8mb4"}
+
 _ACTIVE = sa.text("status IN ('queued', 'running')")
 
 
@@ -49,6 +51,34 @@ def _present(column: str) -> dict[str, Any]:
     return _where(sa.text(f"{column} IS NOT NULL"))
 
 
+def _commits_by_itself() -> bool:
+    """Whether each statement here stands when the next one is not reached.
+
+    Then they bear repetition, so that a migration that was killed is
+    completed by running it again.
+    """
+    return op.get_context().dialect.name in ("mysql", "mariadb")
+
+
+def _create_table(name: str, *columns: sa.schema.SchemaItem, comment: str) -> sa.Table:
+    options = {
+        f"{dialect}_{option}": value
+        for dialect in ("mysql", "mariadb")
+        for option, value in _SERVER_OPTIONS.items()
+    }
+    return op.create_table(
+        name,
+        *columns,
+        comment=f"taskstore: {comment}",
+        if_not_exists=_commits_by_itself(),
+        **options,
+    )
+
+
+def _create_index(name: str, table: str, columns: list[str], **options: Any) -> None:
+    op.create_index(name, table, columns, if_not_exists=_commits_by_itself(), **options)
+
+
 def upgrade() -> None:
     """Create everything."""
     _create_tasks()
@@ -58,7 +88,7 @@ def upgrade() -> None:
 
 
 def _create_tasks() -> None:
-    op.create_table(
+    _create_table(
         "tasks",
         sa.Column("task_id", _key(), nullable=False),
         sa.Column("revision", sa.BigInteger(), nullable=False),
@@ -75,11 +105,15 @@ def _create_tasks() -> None:
         sa.Column("payload", _blob(), nullable=False),
         sa.Column("checksum", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("task_id", name="pk_tasks"),
+        comment="one row per live task",
     )
-    op.create_index("ix_tasks_created", "tasks", ["created_at", "task_id"])
-    op.create_index("ix_tasks_owner", "tasks", ["owner_key", "created_at", "task_id"])
-    op.create_index("ix_tasks_active", "tasks", ["created_at", "task_id"], **_where(_ACTIVE))
-    op.create_index(
+    _create_index("ix_tasks_created", "tasks", ["created_at", "task_id"])
+    _create_index("ix_tasks_owner", "tasks", ["owner_key", "created_at", "task_id"])
+    if op.get_context().dialect.name in ("mysql", "mariadb"):
+        _create_index("ix_tasks_status", "tasks", ["status", "created_at", "task_id"])
+    else:
+        _create_index("ix_tasks_active", "tasks", ["created_at", "task_id"], **_where(_ACTIVE))
+    _create_index(
         "uq_tasks_booking", "tasks", ["run_id", "booking"], unique=True, **_present("run_id")
     )
     for name, column in (
@@ -87,11 +121,11 @@ def _create_tasks() -> None:
         ("ix_tasks_requester", "requester_session_key"),
         ("ix_tasks_parent", "parent_task_id"),
     ):
-        op.create_index(name, "tasks", [column], **_present(column))
+        _create_index(name, "tasks", [column], **_present(column))
 
 
 def _create_journal() -> None:
-    op.create_table(
+    _create_table(
         "task_journal",
         sa.Column("seq", _seq(), autoincrement=False, nullable=False),
         sa.Column("at", sa.BigInteger(), nullable=False),
@@ -102,12 +136,13 @@ def _create_journal() -> None:
         sa.Column("payload", _blob()),
         sa.Column("checksum", sa.BigInteger()),
         sa.PrimaryKeyConstraint("seq", name="pk_task_journal"),
+        comment="one row per committed change",
     )
-    op.create_index("ix_task_journal_task", "task_journal", ["task_id", "seq"])
+    _create_index("ix_task_journal_task", "task_journal", ["task_id", "seq"])
 
 
 def _create_snapshots() -> None:
-    op.create_table(
+    _create_table(
         "task_snapshots",
         sa.Column("seq", _seq(), autoincrement=False, nullable=False),
         sa.Column("at", sa.BigInteger(), nullable=False),
@@ -118,26 +153,29 @@ def _create_snapshots() -> None:
         sa.Column("size", sa.BigInteger(), nullable=False),
         sa.Column("checksum", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("seq", name="pk_task_snapshots"),
+        comment="one row per snapshot",
     )
-    op.create_table(
+    _create_table(
         "task_snapshot_chunks",
         sa.Column("seq", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("chunk", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("payload", _blob(), nullable=False),
         sa.Column("checksum", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("seq", "chunk", name="pk_task_snapshot_chunks"),
+        comment="the payloads of snapshots",
     )
-    op.create_table(
+    _create_table(
         "task_set_aside",
         sa.Column("id", _seq(), autoincrement=False, nullable=False),
         sa.Column("payload", _blob(), nullable=False),
         sa.Column("checksum", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_task_set_aside"),
+        comment="what came in and does not decode",
     )
 
 
 def _create_head() -> None:
-    head = op.create_table(
+    head = _create_table(
         "taskstore_head",
         sa.Column("id", sa.Integer(), autoincrement=False, nullable=False),
         sa.Column("ledger_id", _key(32), nullable=False),
@@ -150,7 +188,10 @@ def _create_head() -> None:
         sa.Column("lease_until", sa.BigInteger()),
         sa.PrimaryKeyConstraint("id", name="pk_taskstore_head"),
         sa.CheckConstraint("id = 1", name="ck_taskstore_head_one_row"),
+        comment="the one row that every commit updates first",
     )
+    if not op.get_context().as_sql and op.get_bind().scalar(sa.select(head.c.id)) is not None:
+        return  # it was killed after this, and is being run again
     op.bulk_insert(
         head,
         [
@@ -177,4 +218,4 @@ def downgrade() -> None:
         "task_journal",
         "tasks",
     ):
-        op.drop_table(table)
+        op.drop_table(table, if_exists=_commits_by_itself())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 
+import pymysql
 import pysqlite3.dbapi2
 import pytest
 import sqlalchemy as sa
@@ -163,7 +164,10 @@ def test_what_is_refused(tmp_path):
     for engine, reason in (
         (sa.create_engine("sqlite://", module=pysqlite3.dbapi2), "in-memory"),
         ("sqlite:///tasks.db", "must be an Engine, not str"),
-        (sa.create_engine("mysql+pymysql://u:secret@h/d"), r"mysql\+pymysql; supported"),
+        (
+            sa.create_engine("mysql+mysqldb://u:secret@h/d", module=pymysql),
+            r"mysql\+mysqldb; supported",
+        ),
     ):
         with pytest.raises(ValidationError, match=reason):
             SQLStore(engine)

@@ -22,7 +22,7 @@ from taskstore.stores.sql.connections import Connections
 from taskstore.stores.sql.errors import Fault
 from taskstore.stores.sql.rows import Head
 from taskstore.stores.sql.session import Session
-from taskstore.stores.sql.statements import pieces
+from taskstore.stores.sql.statements import flat, pieces
 from taskstore.stores.sql.tables import SCHEMA_EPOCH, task_journal, tasks, taskstore_head
 
 _LOT = 500
@@ -140,8 +140,8 @@ def commit(connections: Connections, changes: Sequence[Change], clock: Clock) ->
             if database.translator.fault_of(error) is Fault.INTEGRITY:
                 raise _Moved from error
             raise
-        for lot in pieces(batch.journal(done.first_seq, at)):
-            session.execute(database.sql.insert_journal(len(lot)), _flat(lot))
+        for lot in database.lots(batch.journal(done.first_seq, at)):
+            session.execute(database.sql.insert_journal(len(lot)), flat(lot))
         return done
 
     def happened(session: Session) -> Commit | None:
@@ -182,19 +182,19 @@ def claim(connections: Connections, session: Session, count: int, now: int) -> t
 
 def _write(connections: Connections, session: Session, batch: Batch, floor: int) -> None:
     """Bring the rows of ``tasks`` to what the batch makes of them."""
-    sql = connections.database.sql
+    database = connections.database
+    sql = database.sql
     for deletes in pieces(batch.deletes):
-        _expect(session.touch(sql.delete_tasks(len(deletes)), _flat(deletes)), deletes)
-    for updates in pieces(batch.updates):
-        count, parameters = len(updates), _flat(updates)
+        _expect(session.touch(sql.delete_tasks(len(deletes)), flat(deletes)), deletes)
+    for updates in database.lots(batch.updates):
+        count, parameters = len(updates), flat(updates)
         done = session.touch(sql.update_tasks(count), parameters)
         if done < count:
             # Those whose projections change as well; the others no longer match.
             done += session.touch(sql.update_tasks_wide(count), parameters)
         _expect(done, updates)
-    for inserts in pieces(batch.inserts):
-        done = session.touch(sql.insert_tasks(len(inserts)), (*_flat(inserts), floor))
-        _expect(done, inserts)
+    for inserts in database.lots(batch.inserts):
+        _expect(database.insert(session, inserts, floor), inserts)
     if batch.passing and find_conflicts(session, batch.passing):
         raise _Moved
 
@@ -202,10 +202,6 @@ def _write(connections: Connections, session: Session, batch: Batch, floor: int)
 def _expect(done: int, rows: Sequence[Any]) -> None:
     if done != len(rows):
         raise _Moved
-
-
-def _flat(rows: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
-    return rows[0] if len(rows) == 1 else tuple(value for row in rows for value in row)
 
 
 def find_conflicts(session: Session, steps: Sequence[Step]) -> list[Conflict]:

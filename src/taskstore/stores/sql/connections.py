@@ -84,7 +84,8 @@ class Connections:
         session = self._connect()
         try:
             if one_moment:
-                session.execute(self.database.begin_read)
+                for statement in self.database.begin_read:
+                    session.execute(statement)
             yield session
             if one_moment:
                 session.execute("COMMIT")
@@ -225,9 +226,12 @@ class Connections:
                 self.database.close()
 
     def _writer(self) -> Session:
-        session = self._held if self._held is not None else self._connect()
+        if self._held is not None:
+            return self._held
+        session = self._connect()
         if self.database.owned:
             self._held = session
+            self.database.dedicate(session)
         return session
 
     def _done(self, session: Session) -> None:
@@ -310,8 +314,9 @@ class Trouble:
             patience = 0.0
         if time.monotonic() - self._started >= patience:
             raise translator.translate(error) from translator.cause(error)
-        # Doubling from half a millisecond to a tenth of a second, with jitter,
-        # so that writers that met once do not keep meeting.
-        ceiling = min(0.1, 0.0005 * 2 ** min(self._tries, 12))
+        # Doubling from half a millisecond, with jitter, so that writers that met
+        # once do not keep meeting.  Who waits for a lock without a queue has to look
+        # often: others leave it free for moments only, and would starve him.
+        ceiling = min(0.0005 * 2 ** min(self._tries, 12), 0.002 if fault is Fault.BUSY else 0.1)
         self._tries += 1
         time.sleep(random.uniform(ceiling / 4, ceiling))  # noqa: S311 - not a secret

@@ -83,6 +83,23 @@ _POSTGRESQL = {
 }
 """SQLSTATEs, or the beginning of them; the longest that fits counts."""
 
+_MARIADB = {
+    Fault.BUSY: {1317, 1907, 1969},
+    # 1205, a lock that was not given in time, has undone its statement only; what
+    # we run again after it is the whole transaction.
+    Fault.RETRY: {1020, 1040, 1203, 1205, 1213, 1614},
+    Fault.LOST: {
+        1053, 1077, 1079, 1152, 1158, 1159, 1160, 1161, 1180, 1927, 2002, 2003, 2006, 2013, 2014,
+        2027, 2055, 4031,
+    },
+    Fault.CORRUPT: {1033, 1034, 1035, 1194, 1195, 1712, 1877, 1932},
+    Fault.FULL: {1021, 1041, 1114},
+    Fault.READ_ONLY: {1142, 1290, 1792, 1836},
+    Fault.SCHEMA: {1054, 1146},
+    Fault.INTEGRITY: {1022, 1048, 1062, 1169, 1557, 1586, 4025},
+}  # fmt: skip
+"""Error numbers of MariaDB and of its client."""
+
 
 def driver_error(error: BaseException) -> BaseException:
     """The driver's exception inside SQLAlchemy's, if it is one of these."""
@@ -116,6 +133,17 @@ def postgresql_fault(error: BaseException) -> Fault:
         if fault is not None:
             return fault
     return Fault.OTHER
+
+
+def mariadb_fault(error: BaseException) -> Fault:
+    """Classify an exception of PyMySQL by its error number."""
+    cause = driver_error(error)
+    number = cause.args[0] if cause.args else None
+    if not isinstance(number, int) or number == 0:
+        # The driver's own words: the connection was closed, or talks nonsense.
+        broken = type(cause).__name__ in ("InterfaceError", "InternalError", "OperationalError")
+        return Fault.LOST if broken else Fault.OTHER
+    return next((fault for fault, numbers in _MARIADB.items() if number in numbers), Fault.OTHER)
 
 
 class Translator:

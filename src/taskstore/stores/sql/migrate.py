@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,10 +20,12 @@ import sqlalchemy as sa
 import taskstore
 from taskstore.backends import redacted
 from taskstore.errors import SchemaMismatchError, TaskStoreError, ValidationError
-from taskstore.stores.sql.dialects import LOCK_S, Database
+from taskstore.stores.sql.dialects import DIALECTS, LOCK_S, Database
 from taskstore.stores.sql.engines import host_database, open_database
 from taskstore.stores.sql.errors import Fault
 from taskstore.stores.sql.tables import (
+    MARK,
+    ONLY_ON,
     REVISIONS,
     SCHEMA_EPOCH,
     TABLES,
@@ -92,7 +94,8 @@ def current(engine: sa.Engine) -> str | None:
 
 
 def upgrade(engine: sa.Engine, revision: str = "head") -> None:
-    """Bring a database up to a revision, in one transaction, under a lock.
+    """Bring a database up to a revision, under a lock, in one transaction where the
+    database has such for its schema.
 
     Other processes that do the same wait, and then find it done.
     """
@@ -132,6 +135,7 @@ def check(engine: sa.Engine) -> list[str]:
             opts={
                 "version_table": VERSION_TABLE,
                 "include_name": include_name,
+                "include_object": include_object_on(connection.dialect.name),
                 "compare_type": True,
                 "target_metadata": metadata,
             },
@@ -149,6 +153,15 @@ def include_name(name: str | None, kind: str, parents: Any) -> bool:
     return kind != "table" or name in TABLES
 
 
+def include_object_on(dialect: str) -> Callable[..., bool]:
+    """For Alembic: leave out what we declare for other dialects only."""
+
+    def include_object(_item: Any, name: str | None, *_details: Any) -> bool:
+        return name not in ONLY_ON or dialect in ONLY_ON[name]
+
+    return include_object
+
+
 def ensure_schema(database: Database, migrate: str, url: str | None = None) -> None:
     """Make sure that a database has the schema that this version works with.
 
@@ -158,7 +171,8 @@ def ensure_schema(database: Database, migrate: str, url: str | None = None) -> N
     """
     with _connected(database) as connection:
         state = _state(connection)
-    fresh = state.revision is None and not state.tables
+        unfinished = _is_unfinished(connection, state)
+    fresh = state.revision is None and (unfinished or not state.tables)
     if fresh and migrate == "auto" and not database.read_only:
         _upgrade(database, "head")
         return
@@ -166,17 +180,15 @@ def ensure_schema(database: Database, migrate: str, url: str | None = None) -> N
     needed, where = REVISIONS[-1], database.location
     if fresh:
         raise SchemaMismatchError(
-            f"{where} holds no ledger", found=None, needed=needed, hint=f"run: {command}"
-        )
-    if state.revision is None:
-        names = ", ".join(sorted(state.tables))
-        raise SchemaMismatchError(
-            f"{where} has tables of our names that are not ours ({names}): {VERSION_TABLE} "
-            "does not say which revision they are of",
+            f"{where} holds a ledger that is only half made"
+            if unfinished
+            else f"{where} holds no ledger",
             found=None,
             needed=needed,
-            hint="use another database or schema",
+            hint=f"run: {command}",
         )
+    if state.revision is None:
+        raise _foreign(where, state)
     if state.epoch is not None and state.epoch > SCHEMA_EPOCH:
         raise SchemaMismatchError(
             f"{where} is at revision {state.revision}, schema epoch {state.epoch}: too new for "
@@ -191,6 +203,14 @@ def ensure_schema(database: Database, migrate: str, url: str | None = None) -> N
             found=state.revision,
             needed=needed,
             hint=f"run: {command}",
+        )
+    missing = TABLES - state.tables
+    if state.revision == needed and missing:
+        raise SchemaMismatchError(
+            f"{where} is at revision {needed}, but lacks the tables {', '.join(sorted(missing))}",
+            found=needed,
+            needed=needed,
+            hint="restore them; if a downgrade was interrupted, run it again",
         )
     if state.revision != needed:
         database.notice(
@@ -207,6 +227,46 @@ def _state(connection: sa.Connection) -> SchemaState:
     if revision is not None and "taskstore_head" in names:
         epoch = connection.execute(sa.select(taskstore_head.c.schema_epoch)).scalars().first()
     return SchemaState(revision, epoch, frozenset(names & TABLES))
+
+
+def check_free(connection: sa.Connection) -> None:
+    """For ``env.py``: refuse a database whose tables of our names are not ours.
+
+    Raises :class:`~taskstore.SchemaMismatchError`.
+    """
+    state = _state(connection)
+    if state.revision is None and state.tables and not _is_unfinished(connection, state):
+        raise _foreign(connection.engine.url.render_as_string(hide_password=True), state)
+
+
+def _foreign(where: str, state: SchemaState) -> SchemaMismatchError:
+    names = ", ".join(sorted(state.tables))
+    return SchemaMismatchError(
+        f"{where} has tables of our names that are not ours ({names}): {VERSION_TABLE} "
+        "does not say which revision they are of",
+        found=None,
+        needed=REVISIONS[-1],
+        hint="use another database or schema",
+    )
+
+
+def _is_unfinished(connection: sa.Connection, state: SchemaState) -> bool:
+    """Whether all that a database holds of us was left by a first migration that was
+    killed, or is being made by one that goes on: our own tables, and nothing in them."""
+    kind = DIALECTS[connection.dialect.name]
+    if state.revision is not None or not state.tables or not kind.schema_commits:
+        return False
+    inspector = sa.inspect(connection)
+    for name in state.tables:
+        if not (inspector.get_table_comment(name)["text"] or "").startswith(MARK):
+            return False
+        table = metadata.tables[name]
+        rows: sa.Select[Any] = sa.select(sa.literal_column("1")).select_from(table)
+        if table is taskstore_head:
+            rows = rows.where(table.c.head_seq != 0)
+        if connection.execute(rows.limit(1)).first() is not None:
+            return False
+    return True
 
 
 def _refuse_loss(connection: sa.Connection) -> None:
@@ -246,26 +306,22 @@ def _connected(database: Database) -> Iterator[sa.Connection]:
             isolation_level="AUTOCOMMIT",
         )
         with bare.connect() as connection:
+            database.examine(connection)
             yield connection
 
 
 @contextmanager
 def _locked(database: Database) -> Iterator[sa.Connection]:
-    """The one transaction that changes the schema, others waiting for its end."""
+    """A connection that changes the schema, others waiting until it is done."""
     with _connected(database) as connection:
-        _patiently(database, lambda: _begin(connection, database.begin_schema))
+        _patiently(database, lambda: database.lock_schema(connection))
         try:
             yield connection
         except BaseException:
             with suppress(sa.exc.SQLAlchemyError):
-                connection.exec_driver_sql("ROLLBACK")
+                database.unlock_schema(connection, done=False)
             raise
-        connection.exec_driver_sql("COMMIT")
-
-
-def _begin(connection: sa.Connection, statements: Sequence[str]) -> None:
-    for statement in statements:
-        connection.exec_driver_sql(statement)
+        database.unlock_schema(connection, done=True)
 
 
 def _patiently(database: Database, work: Callable[[], None]) -> None:

@@ -19,6 +19,7 @@ from taskstore.journal import SetAside, Snapshot, validated_snapshot
 from taskstore.records import TaskRecord
 from taskstore.stores.sql.commits import claim, insert_row
 from taskstore.stores.sql.connections import Connections
+from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.rows import (
     Head,
     Mark,
@@ -32,7 +33,7 @@ from taskstore.stores.sql.rows import (
     record_of,
 )
 from taskstore.stores.sql.session import Session
-from taskstore.stores.sql.statements import PAGE, Statements, pieces
+from taskstore.stores.sql.statements import PAGE, Statements, flat, pieces
 from taskstore.stores.sql.tables import (
     task_journal,
     task_set_aside,
@@ -171,7 +172,8 @@ def read_chunks(
 def save(connections: Connections, snapshot: Snapshot) -> None:
     """Replace everything by a snapshot, in one transaction."""
     snapshot = validated_snapshot(snapshot)
-    sql = connections.database.sql
+    database = connections.database
+    sql = database.sql
 
     def work(session: Session) -> bool:
         claim(connections, session, 0, 0)
@@ -185,9 +187,13 @@ def save(connections: Connections, snapshot: Snapshot) -> None:
         ):  # fmt: skip
             session.change(sa.delete(table))
         tally = Tally()
-        for chunk in chunks_of(_store_all(session, sql, snapshot)):
-            _insert(session, sql, task_snapshot_chunks, [chunk_row(snapshot.seq, tally, chunk)])
-        _insert(session, sql, task_snapshots, [tally.mark(snapshot.seq, snapshot.at, "published")])
+        for chunk in chunks_of(_store_all(session, database, snapshot)):
+            _insert(
+                session, database, task_snapshot_chunks, [chunk_row(snapshot.seq, tally, chunk)]
+            )
+        _insert(
+            session, database, task_snapshots, [tally.mark(snapshot.seq, snapshot.at, "published")]
+        )
         session.change(
             sa.update(taskstore_head).values(
                 head_seq=snapshot.seq,
@@ -215,29 +221,27 @@ def chunk_row(seq: int, tally: Tally, chunk: bytes) -> tuple[Any, ...]:
     return (seq, number, chunk, checksum(chunk))
 
 
-def _store_all(session: Session, sql: Statements, snapshot: Snapshot) -> Iterator[bytes]:
+def _store_all(session: Session, database: Database, snapshot: Snapshot) -> Iterator[bytes]:
     """Insert the rows, and give the lines of their snapshot."""
     for ids in pieces(sorted(snapshot.records)):
         lot = [
             (snapshot.records[task_id], encode_record(snapshot.records[task_id])) for task_id in ids
         ]
         rows = [insert_row(record, payload, checksum(payload)) for record, payload in lot]
-        _insert(session, sql, tasks, rows)
+        _insert(session, database, tasks, rows)
         yield from (payload for _, payload in lot)
     taken = set(snapshot.records)
     for number, item in enumerate(snapshot.set_aside, 1):
         row = aside_row(item)
         if row is not None and row[0] not in taken:
             taken.add(row[0])
-            _insert(session, sql, tasks, [row])
+            _insert(session, database, tasks, [row])
         else:
             payload = msgspec.json.encode(item)
-            _insert(session, sql, task_set_aside, [(number, payload, checksum(payload))])
+            _insert(session, database, task_set_aside, [(number, payload, checksum(payload))])
         yield aside_line(item)
 
 
-def _insert(session: Session, sql: Statements, table: sa.Table, rows: list[Any]) -> None:
-    for lot in pieces(rows):
-        session.execute(
-            sql.insert_rows(table, len(lot)), tuple(value for row in lot for value in row)
-        )
+def _insert(session: Session, database: Database, table: sa.Table, rows: list[Any]) -> None:
+    for lot in database.lots(rows):
+        session.execute(database.sql.insert_rows(table, len(lot)), flat(lot))

@@ -59,6 +59,11 @@ def pieces(rows: Sequence[_Row]) -> Iterator[Sequence[_Row]]:
             left -= size
 
 
+def flat(rows: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """The parameters of a statement over several rows."""
+    return rows[0] if len(rows) == 1 else tuple(value for row in rows for value in row)
+
+
 class Statements:
     """The compiled statements of one dialect (``str`` each)."""
 

@@ -33,6 +33,11 @@ REVISIONS = ("0001",)
 SCHEMA_EPOCH = 1
 """The newest schema epoch that this version can work with."""
 
+MARK = "taskstore: "
+"""What the comment of each of our tables begins with, where tables have comments.
+Where changes of the schema commit one by one, it tells what a migration that was
+killed has left from what somebody else called by our names."""
+
 ACTIVE = "status IN ('queued', 'running')"
 """The predicate of the index of active tasks; a query has to say it in these words."""
 
@@ -81,9 +86,11 @@ tasks = Table(
     Column("parent_flow_id", _key()),
     Column("payload", _blob(), nullable=False),
     Column("checksum", BigInteger, nullable=False),
+    comment=f"{MARK}one row per live task",
 )
 """One row per live task.  ``payload`` is the truth; the columns before it are
-projections for filters, and what changes at every event is in no index."""
+projections for filters, and what changes at every event is in no full index
+(but on MariaDB, which has only these, for the status)."""
 
 PROJECTED = (
     "created_at",
@@ -117,10 +124,18 @@ Index(
     sqlite_where=text(ACTIVE),
     postgresql_where=text(ACTIVE),
 )
+Index("ix_tasks_status", tasks.c.status, tasks.c.created_at, tasks.c.task_id)
 Index("uq_tasks_booking", tasks.c.run_id, tasks.c.booking, unique=True, **_present("run_id"))
 Index("ix_tasks_child", tasks.c.child_session_key, **_present("child_session_key"))
 Index("ix_tasks_requester", tasks.c.requester_session_key, **_present("requester_session_key"))
 Index("ix_tasks_parent", tasks.c.parent_task_id, **_present("parent_task_id"))
+
+ONLY_ON = {
+    "ix_tasks_active": frozenset({"sqlite", "postgresql"}),
+    # Where an index cannot leave rows out.
+    "ix_tasks_status": frozenset({"mysql", "mariadb"}),
+}
+"""The indexes that not every dialect has, and which do."""
 
 task_journal = Table(
     "task_journal",
@@ -133,6 +148,7 @@ task_journal = Table(
     Column("commit_id", _key(32), nullable=False),
     Column("payload", _blob()),
     Column("checksum", BigInteger),
+    comment=f"{MARK}one row per committed change",
 )
 """One row per committed change; ``payload`` is null for a deletion.  Rows below
 the floor of the head row are leftovers of a trim: no answer depends on them."""
@@ -150,6 +166,7 @@ task_snapshots = Table(
     Column("set_aside", BigInteger, nullable=False),
     Column("size", BigInteger, nullable=False),
     Column("checksum", BigInteger, nullable=False),
+    comment=f"{MARK}one row per snapshot",
 )
 """One row per snapshot.  Only those whose ``state`` is ``published`` exist for
 readers; ``building`` and ``dropped`` ones are cleared by the next compaction."""
@@ -161,6 +178,7 @@ task_snapshot_chunks = Table(
     Column("chunk", BigInteger, primary_key=True, autoincrement=False),
     Column("payload", _blob(), nullable=False),
     Column("checksum", BigInteger, nullable=False),
+    comment=f"{MARK}the payloads of snapshots",
 )
 """The payloads of a snapshot, some hundred in each chunk."""
 
@@ -170,6 +188,7 @@ task_set_aside = Table(
     Column("id", _seq(), primary_key=True, autoincrement=False),
     Column("payload", _blob(), nullable=False),
     Column("checksum", BigInteger, nullable=False),
+    comment=f"{MARK}what came in and does not decode",
 )
 """What came in with a saved snapshot and does not decode [12].  It may have no
 id at all, so it cannot be a row of ``tasks``."""
@@ -187,6 +206,7 @@ taskstore_head = Table(
     Column("lease_owner", _key(32)),
     Column("lease_until", BigInteger),
     CheckConstraint("id = 1", name="one_row"),
+    comment=f"{MARK}the one row that every commit updates first",
 )
 """The one row that every commit updates first: it gives out seqs and is the lock."""
 

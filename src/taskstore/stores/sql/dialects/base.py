@@ -1,0 +1,158 @@
+"""What every database has in common: the hooks that a dialect overrides."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import sqlalchemy as sa
+from sqlalchemy.engine.interfaces import Dialect
+
+from taskstore.stores.sql.errors import Fault, Translator
+from taskstore.stores.sql.session import Session
+from taskstore.stores.sql.statements import Statements, flat, pieces
+from taskstore.stores.sql.tables import SCHEMA_EPOCH
+
+log = logging.getLogger("taskstore")
+
+LOCK_S = 30
+"""How long we wait for locks, and a server keeps our idle transactions, in seconds."""
+
+
+_PLACE = ("host", "port", "unix_socket")
+
+
+class Database:
+    """One database.  ``owned`` tells that the engine is ours and not a host's."""
+
+    driver: ClassVar[str]
+    """The driver that the statements are compiled for."""
+    compiler: ClassVar[Dialect]
+    statements: ClassVar[type[Statements]] = Statements
+    begin_read: ClassVar[tuple[str, ...]] = ("BEGIN",)
+    """Begins a transaction that sees one moment and writes nothing."""
+    begin_schema: ClassVar[tuple[str, ...]] = ("BEGIN",)
+    """Begins the only transaction that changes the schema."""
+    schema_commits: ClassVar[bool] = False
+    """Whether each change of the schema commits by itself, so that a migration
+    that is killed leaves what it had done."""
+    waits_for_locks: ClassVar[bool] = True
+    """Whether the database queues for locks; if not, trying again is left to us."""
+    _compiled: ClassVar[Statements]
+
+    def __init__(
+        self, engine: sa.Engine, *, owned: bool, durability: str = "full", read_only: bool = False
+    ) -> None:
+        self.engine = engine
+        self.owned = owned
+        self.durability = durability
+        self.read_only = read_only
+        self.notices: list[str] = []
+        self.location = self._location()
+        dbapi: Any = engine.dialect.loaded_dbapi
+        self.translator = Translator(
+            self.location, dbapi.Error, self.fault_of, _password(engine.url)
+        )
+
+    def __init_subclass__(cls) -> None:
+        cls._compiled = cls.statements(cls.compiler)
+
+    @property
+    def sql(self) -> Statements:
+        """The compiled statements, shared by all databases of the dialect."""
+        return self._compiled
+
+    @property
+    def scratch(self) -> Path | None:
+        """A directory for temporary files; ``None`` is the system's."""
+        return None
+
+    def _location(self) -> str:
+        url = self.engine.url
+        place = {name: url.query[name] for name in _PLACE if name in url.query}
+        return url.set(query=place).render_as_string(hide_password=True)
+
+    @staticmethod
+    def fault_of(error: BaseException) -> Fault:
+        """Say what kind of trouble a driver's exception is."""
+        raise AssertionError(error)
+
+    def notice(self, text: str | None) -> None:
+        """Tell the operator: in the report, and once in the log."""
+        if text is not None and text not in self.notices:
+            self.notices.append(text)
+            log.warning("%s", text)
+
+    def cursor(self, raw: Any) -> Any:
+        """A cursor of the driver that gives tuples."""
+        return raw.cursor()
+
+    def examine(self, connection: sa.Connection) -> None:
+        """Refuse a server, or a host's way to speak to it, that we cannot work with."""
+
+    def lock_schema(self, connection: sa.Connection) -> None:
+        """Begin to change the schema, others waiting for :meth:`unlock_schema`."""
+        for statement in self.begin_schema:
+            connection.exec_driver_sql(statement)
+
+    def unlock_schema(self, connection: sa.Connection, *, done: bool) -> None:
+        """Keep the changes of the schema, or undo them as far as the database can."""
+        connection.exec_driver_sql("COMMIT" if done else "ROLLBACK")
+
+    def hold(self) -> None:
+        """Note that a store has the database open."""
+
+    def prepare(self, session: Session) -> None:
+        """Look at the database, and set it up, when its schema is known to be ours."""
+
+    def dedicate(self, session: Session) -> None:
+        """Set up the one connection of our own that writes."""
+
+    def begin_write(self, session: Session) -> None:
+        """Begin a transaction that writes."""
+        raise AssertionError(session)
+
+    def after_write(self, session: Session) -> None:
+        """Set a host's connection back to how it was."""
+        for statement in session.restore:
+            session.rows(statement)
+        session.restore = ()
+
+    def after_read(self) -> None:
+        """Check that what was read can be trusted."""
+
+    def rollback(self, session: Session) -> None:
+        """End the transaction if there is one; raises when the connection is broken."""
+        raise AssertionError(session)
+
+    def claim(self, session: Session, count: int, now: int) -> tuple[int, int, int] | None:
+        """Take seqs under the head lock: (head, last_at, floor) afterwards.
+
+        ``None`` when the schema epoch is not one that we may write.
+        """
+        rows = session.rows(self.sql.claim_returning, (count, now, now, SCHEMA_EPOCH))
+        return rows[0] if rows else None
+
+    def insert(self, session: Session, rows: Sequence[tuple[Any, ...]], floor: int) -> int:
+        """Insert new tasks whose ids and bookings are free and were not deleted since
+        ``floor``; returns how many.  ``rows`` are as many as statements exist for."""
+        return session.touch(self.sql.insert_tasks(len(rows)), (*flat(rows), floor))
+
+    def lots(self, rows: Sequence[tuple[Any, ...]]) -> Iterator[Sequence[tuple[Any, ...]]]:
+        """Cut rows into what one statement takes."""
+        return pieces(rows)
+
+    def erase(self, session: Session) -> None:
+        """Get rid of deleted bytes that the database still keeps in its files."""
+
+    def close(self) -> None:
+        """Give up the engine, if it is ours."""
+        if self.owned:
+            self.engine.dispose()
+
+
+def _password(url: sa.URL) -> str | None:
+    found = url.password or url.query.get("password") or url.query.get("passwd")
+    return str(found) if found else None
