@@ -38,10 +38,10 @@ LEASE_TRIES = 3
 LEASE_PAUSE_S = 0.02
 """How often, and how far apart in seconds, it is tried: the server may be about
 to find out that a holder is gone."""
-STEP_ROWS = 256
+STEP_ROWS = 64
 STEP_BYTES = 256 * 1024
-"""What one step copies at most (one record more may make it larger): under a
-millisecond of the server's time."""
+"""What one step copies at most (one record more may make it larger): about half
+a millisecond of the server's time, for so long does a writer wait."""
 STEP_ENTRIES = 500
 """How many entries one step trims."""
 

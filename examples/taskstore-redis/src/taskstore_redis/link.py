@@ -194,10 +194,14 @@ class Link:
     def _translator(self) -> Iterator[None]:
         try:
             yield
-        except ERRORS as error:
+        except Exception as error:
             if self._closed.is_set():
+                # Closing takes connections from under who uses them, and a
+                # driver may say anything about that.
                 raise StoreClosedError(f"{self.translate.location} was closed") from None
-            raise self.translate(error) from self.translate.cause(error)
+            if isinstance(error, ERRORS):
+                raise self.translate(error) from self.translate.cause(error)
+            raise
 
 
 def _ask(connection: Any, command: Sequence[Any]) -> Any:

@@ -66,7 +66,7 @@ class Search:
         """The answer; raises :class:`MovedError` if it cannot be brought to one moment."""
         query, wanted = self._query, None if self._query.limit is None else self._query.limit + 1
         ranges = ranges_of(query)
-        scan = self._scan(ranges)
+        scan = self._scan(ranges, wanted)
         found: list[TaskRecord] = []
         frontier = b""
         for row in self._merged(ranges, scan):
@@ -102,9 +102,13 @@ class Search:
             raise MovedError
         return page
 
-    def _scan(self, ranges: list[Range]) -> Scan:
+    def _scan(self, ranges: list[Range], wanted: int | None = None) -> Scan:
+        """Read a page of each range; of the first, no more than are ``wanted``."""
         self.moments += 1
-        return self._reader.scan(ranges, self._pages, newest_first=True)
+        pages = self._pages
+        if wanted is not None and pages.rows and len(self._query.where) <= 1:
+            pages = pages._replace(rows=min(pages.rows, wanted))
+        return self._reader.scan(ranges, pages, newest_first=True)
 
     def _merged(self, ranges: list[Range], scan: Scan) -> Iterator[Row]:
         rows = heapq.merge(

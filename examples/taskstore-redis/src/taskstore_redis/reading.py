@@ -43,7 +43,7 @@ from taskstore_redis.layout import (
 )
 from taskstore_redis.link import Link
 
-PAGE_ROWS = 1000
+PAGE_ROWS = 256
 PAGE_BYTES = 1024 * 1024
 """What a page holds at most; one record more may make it larger."""
 JOURNAL_PAGE = 200
@@ -53,6 +53,7 @@ PAGE_ATTEMPTS = 4
 """When the ledger moves away under a reader, pages grow; the last attempt takes all at once."""
 
 _REMEMBERED = 256
+_SHOWN_LOSSES = 3
 
 
 class MovedError(Exception):
@@ -130,16 +131,17 @@ class Trail:
         with self._lock:
             return self._commits.get(seq, "")
 
-    def lost(self, head: int) -> None:
-        """Note that the server no longer has what was seen after ``head``."""
+    def lost(self, seq: int, head: int) -> None:
+        """Note that the server, at ``head``, no longer has the commit that was seen at ``seq``.
+
+        It stays remembered: whoever else goes on from there has to hear of it too.
+        """
+        text = f"the server has lost commits that it had acknowledged, that of seq {seq} among them"
         with self._lock:
-            self.losses.append(
-                f"the server has lost commits that it had acknowledged: "
-                f"its head went from seq {self.newest} back to {head}"
-            )
-            del self.losses[:-3]
             self.newest = head
-            self._commits.clear()
+            if text not in self.losses:
+                self.losses.append(text)
+                del self.losses[:-_SHOWN_LOSSES]
 
 
 class Reader:
@@ -279,7 +281,7 @@ class Reader:
         state = self.checked(reply[0])
         if reply[1] != b"ok":
             if reply[1] == b"lost":
-                self.trail.lost(state.head)
+                self.trail.lost(after, state.head)
             return state, None
         entries = [raw_entry(item, self.location) for item in reply[2]]
         for seq, entry in enumerate(entries, after + 1):

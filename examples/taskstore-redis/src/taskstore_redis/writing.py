@@ -43,8 +43,8 @@ VOID_MS = 24 * 60 * 60 * 1000
 """For how long a commit that was given up must not happen any more, in milliseconds."""
 STAGING_MS = 10 * 60 * 1000
 """For how long what is staged lies untouched before others clear it, in milliseconds."""
-STAGED_ROWS = 500
-STAGED_BYTES = 1024 * 1024
+STAGED_ROWS = 64
+STAGED_BYTES = 256 * 1024
 """What is staged at a time; one record more may make it larger."""
 MAX_BATCH_BYTES = 256 * 1024 * 1024
 """The longest batch: well below what a server takes as one command."""
@@ -108,7 +108,7 @@ class Writer:
             case b"ok":
                 first, last, at = map(int, reply[1:4])
                 if first <= known:
-                    self._reader.trail.lost(first - 1)
+                    self._reader.trail.lost(known, first - 1)
                 self._reader.trail.saw(last, commit_id)
                 return Commit(first, last, at, commit_id)
             case b"conflict":

@@ -1,0 +1,94 @@
+"""A proxy before a Redis server that breaks connections at chosen moments."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable
+
+from taskstore_redis.scripts import script
+
+
+class Proxy:
+    """Forwards to a server; ``trouble`` says what to do with a request for one script.
+
+    ``lose_request``: break the connection instead of forwarding it.
+    ``lose_answer``: forward it, and break the connection before the answer.
+    ``hold``: break the connection, and forward it when :meth:`deliver` is called.
+    ``stall``: neither forward it nor break the connection.
+    """
+
+    def __init__(self, host: str, port: int, script_name: str = "apply") -> None:
+        self._target = (host, port)
+        self._mark = script(script_name).digest.encode()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets: list[socket.socket] = []
+        self._held: list[Callable[[], None]] = []
+        self.port = self._listener.getsockname()[1]
+        self.trouble: list[str] = []
+        self.seen: list[str] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                try:
+                    server = socket.create_connection(self._target)
+                except OSError:
+                    client.close()
+                    continue
+                self._sockets += [client, server]
+                threading.Thread(target=self._requests, args=(client, server), daemon=True).start()
+
+    def _requests(self, client: socket.socket, server: socket.socket) -> None:
+        answers_go_on = threading.Event()
+        answers_go_on.set()
+
+        def answers() -> None:
+            with contextlib.suppress(OSError):
+                while data := server.recv(65536):
+                    if not answers_go_on.is_set():
+                        break
+                    client.sendall(data)
+            _close(client, server)
+
+        threading.Thread(target=answers, daemon=True).start()
+        with contextlib.suppress(OSError):
+            while data := client.recv(1 << 20):
+                if self._mark in data and self.trouble:
+                    trouble = self.trouble.pop(0)
+                    self.seen.append(trouble)
+                    if trouble == "stall":
+                        continue
+                    if trouble == "hold":
+                        self._held.append(lambda data=data: server.sendall(data))
+                        client.shutdown(socket.SHUT_RDWR)
+                        return  # the server's side stays open
+                    answers_go_on.clear()
+                    if trouble == "lose_answer":
+                        server.sendall(data)
+                        continue
+                    break
+                server.sendall(data)
+        _close(client, server)
+
+    def deliver(self) -> None:
+        """Forward what was held, as a network does that was slow."""
+        while self._held:
+            self._held.pop()()
+
+    def close(self) -> None:
+        """Break everything, and accept nothing more."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        _close(*self._sockets)
+
+
+def _close(*sockets: socket.socket) -> None:
+    for each in sockets:
+        with contextlib.suppress(OSError):
+            each.shutdown(socket.SHUT_RDWR)
+        each.close()

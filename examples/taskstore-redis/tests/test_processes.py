@@ -1,0 +1,104 @@
+"""Real processes: hammering the same tasks, and killed while they compact."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+
+import pytest
+from taskstore import TaskRegistry
+from taskstore.testing.crash import kill_round
+
+from taskstore_redis import open_redis
+
+PROCESSES = 4
+TASKS = 5
+TURNS = 40
+
+HAMMER = """
+import sys
+from taskstore import TaskRegistry
+
+url, name, turns, *tasks = sys.argv[1:]
+with TaskRegistry.open(url) as registry:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for turn in range(int(turns)):
+        for task in tasks:
+            registry.update_metadata(task, {f"{name}": turn + 1})
+"""
+
+COMPACT = """
+import sys
+from taskstore import CompactionPolicy, StoreBusyError
+from taskstore.testing import create, next_of
+from taskstore_redis import compaction, open_redis
+compaction.STEP_ROWS = 3
+policy = CompactionPolicy(force=True, history_entries=20, history_s=0, keep_snapshots=1)
+with open_redis(sys.argv[1]) as store:
+    print("ready", flush=True)
+    while True:
+        records = [create(store) for _ in range(3)]
+        store.apply([next_of(record) for record in records])
+        store.compact(policy)
+        print(store.head(), flush=True)
+"""
+
+
+def test_four_processes_on_five_tasks(url: str) -> None:
+    """[3] Everybody changes every task, and nobody's change is lost."""
+    with TaskRegistry.open(url) as registry:
+        tasks = [registry.create(runtime="cli", task=f"{n}").task_id for n in range(TASKS)]
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", HAMMER, url, f"writer-{n}", str(TURNS), *tasks],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(PROCESSES)
+    ]
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    for writer in writers:
+        writer.communicate(timeout=120)
+        assert writer.returncode == 0
+    with open_redis(url) as store:
+        records = store.load_snapshot().records
+        for task in tasks:
+            assert records[task].metadata == {f"writer-{n}": TURNS for n in range(PROCESSES)}
+            assert records[task].revision == 1 + PROCESSES * TURNS
+        assert store.head() == TASKS * (1 + PROCESSES * TURNS)
+        assert store.verify().problems == ()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_while_compacting(url: str, seed: int) -> None:
+    """[7] With SIGKILL, again and again: what was told is there, and the next one goes on."""
+    chance = random.Random(seed)
+    for _ in range(4):
+        with subprocess.Popen(
+            [sys.executable, "-c", COMPACT, url], stdout=subprocess.PIPE, text=True
+        ) as writer:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "ready\n"
+            heads = [int(writer.stdout.readline()) for _ in range(chance.randrange(1, 8))]
+            writer.kill()
+            heads += [int(line) for line in writer.stdout.read().splitlines()]
+        with open_redis(url) as store:
+            assert store.head() >= heads[-1]
+            assert store.verify().problems == ()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_any_moment(url: str, seed: int) -> None:
+    """[4] The kit's own kill harness, with its compactor always at work."""
+    chance = random.Random(seed)
+    for _ in range(2):
+        assert kill_round(url, after_s=chance.uniform(0.05, 0.5), seed=seed) == []
