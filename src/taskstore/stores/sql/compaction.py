@@ -14,9 +14,12 @@ was stopped for too long does no harm when it wakes.
 
 from __future__ import annotations
 
+import os
 import secrets
+import socket
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
@@ -39,9 +42,11 @@ from taskstore.stores.sql.tables import (
 )
 
 LEASE_MS = 20_000
-"""How long a compactor that was killed keeps others away, in milliseconds."""
+"""How long a compactor that fell silent on another machine keeps others away, in milliseconds."""
 STEP = 2000
 """How many journal rows one transaction deletes."""
+PAUSE_S = 0.02
+"""The longest pause between two steps, in seconds."""
 CHUNK_STEP = 8
 """How many chunks of a dropped snapshot one transaction deletes."""
 
@@ -109,10 +114,10 @@ class _Lease:
 
     def __init__(self, connections: Connections) -> None:
         self.connections = connections
-        self._owner = secrets.token_hex(16)
+        self._owner = f"{_MACHINE}{os.getpid():08x}{secrets.token_hex(8)}"
 
     def take(self) -> None:
-        """Take the lease if it is free or its holder's time is up.
+        """Take the lease if it is free, its holder's time is up, or its holder is dead.
 
         Raises :class:`~taskstore.StoreBusyError` otherwise.
         """
@@ -120,9 +125,11 @@ class _Lease:
         now = system_clock()
 
         def work(session: Session) -> bool:
-            free = sa.or_(
-                head.lease_owner.is_(None), head.lease_owner == self._owner, head.lease_until < now
-            )
+            holder = session.scalar(sa.select(head.lease_owner))
+            free = sa.or_(head.lease_owner.is_(None), head.lease_until < now)
+            if holder is not None and _is_dead(holder):
+                # Mistaken or not, this is safe: each step of the other is fenced.
+                free = sa.or_(free, head.lease_owner == holder)
             return self._set(session, self._owner, now + LEASE_MS, free)
 
         if not self.connections.write(work):
@@ -148,7 +155,12 @@ class _Lease:
                 )
             return work(session)
 
-        return self.connections.write(renewed)
+        started = time.monotonic()
+        result = self.connections.write(renewed)
+        # As long again for others: who waits for SQLite's lock does so asleep,
+        # and would not be awake in the moment between two of our steps.
+        time.sleep(min(time.monotonic() - started, PAUSE_S))
+        return result
 
     @staticmethod
     def _set(
@@ -156,6 +168,31 @@ class _Lease:
     ) -> bool:
         lease = {"lease_owner": owner, "lease_until": until}
         return session.change(sa.update(taskstore_head).where(where).values(lease)) == 1
+
+
+def _machine() -> str:
+    """Where our process ids mean something, as 8 hexadecimal digits."""
+    try:
+        namespace = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        namespace = 0
+    return f"{zlib.crc32(f'{socket.gethostname()} {namespace}'.encode()):08x}"
+
+
+_MACHINE = _machine()
+
+
+def _is_dead(owner: str) -> bool:
+    """Whether the holder of a lease was a process of this machine that is gone."""
+    if not owner.startswith(_MACHINE):
+        return False
+    try:
+        os.kill(int(owner[8:16], 16), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, OverflowError):
+        pass
+    return False
 
 
 def _publish(connections: Connections, lease: _Lease) -> tuple[int, int]:
