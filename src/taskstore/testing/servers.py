@@ -316,6 +316,9 @@ class MariaDBServer(DatabaseServer):
         if install is None or shutil.which("mariadbd", path=_PATH) is None:
             raise RuntimeError(MARIADB_MISSING)
         self._directory = Path(tempfile.mkdtemp(prefix="taskstore-mariadb-"))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
         made = subprocess.run(  # noqa: S603 - a program that we found ourselves
             [
                 install, "--no-defaults", *self._where(), "--skip-test-db", "--skip-name-resolve",
@@ -333,9 +336,6 @@ class MariaDBServer(DatabaseServer):
         return [f"--datadir={self._directory}/data", *user]
 
     def _launch(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
         program = shutil.which("mariadbd", path=_PATH)
         assert program is not None
         with Path(f"{self._directory}/log").open("ab") as log:

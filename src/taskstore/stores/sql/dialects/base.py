@@ -154,5 +154,5 @@ class Database:
 
 
 def _password(url: sa.URL) -> str | None:
-    found = url.password or url.query.get("password") or url.query.get("passwd")
+    found = url.password or url.query.get("password")
     return str(found) if found else None

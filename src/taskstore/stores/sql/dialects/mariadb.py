@@ -35,8 +35,7 @@ _MODE = "SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'"
 """What does not fit is an error, and nothing means anything else than it says."""
 
 _SERVER = """
-SELECT @@max_allowed_packet, @@innodb_flush_log_at_trx_commit, @@log_bin, @@sync_binlog,
-       @@binlog_format"""
+SELECT @@max_allowed_packet, @@innodb_flush_log_at_trx_commit, @@log_bin, @@sync_binlog"""
 
 _HOST = """
 SELECT @@character_set_client, @@character_set_connection, @@character_set_results, @@sql_mode"""
@@ -146,8 +145,17 @@ class MariaDBDatabase(Database):
     # -- what there has to be ----------------------------------------------
 
     def examine(self, connection: sa.Connection) -> None:
-        if self.owned:
-            return  # looked at when it was made
+        if not self.owned:
+            self._examine_host(connection)
+        log = connection.exec_driver_sql("SELECT @@log_bin, @@binlog_format").one()
+        if not self.read_only and log == (1, "STATEMENT"):
+            raise StoreUnavailableError(
+                f"{self.location}: the server writes a binary log with binlog_format=STATEMENT, "
+                "which does not take what is written at READ COMMITTED",
+                hint="set binlog_format to MIXED or ROW",
+            )
+
+    def _examine_host(self, connection: sa.Connection) -> None:
         refuse_version(connection.exec_driver_sql("SELECT VERSION()").scalar_one(), self.location)
         *charsets, mode = connection.exec_driver_sql(_HOST).one()
         if set(charsets) != {"utf8mb4"}:
@@ -169,16 +177,10 @@ class MariaDBDatabase(Database):
             )
 
     def prepare(self, session: Session) -> None:
-        packet, flush, binary_log, sync, binary_format = session.row(_SERVER)
+        packet, flush, binary_log, sync = session.row(_SERVER)
         self._packet = int(packet)
         if self.read_only:
             return
-        if binary_log and binary_format == "STATEMENT":
-            raise StoreUnavailableError(
-                f"{self.location}: the server writes a binary log with binlog_format=STATEMENT, "
-                "which does not take what is written at READ COMMITTED",
-                hint="set binlog_format to MIXED or ROW",
-            )
         if self._packet < _DEFAULT_PACKET:
             self.notice(
                 f"{self.location}: max_allowed_packet is {self._packet}: the largest records, of "
@@ -212,7 +214,7 @@ class MariaDBDatabase(Database):
             session.restore = (f"SET SESSION sql_mode = '{mode}'",)
             session.execute(_MODE)
             session.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
-        session.execute("START TRANSACTION READ WRITE")
+        session.execute("START TRANSACTION")
 
     def rollback(self, session: Session) -> None:
         session.execute("ROLLBACK")
@@ -292,7 +294,7 @@ class _MeasuringCursor:
 
 
 def _longest(row: tuple[Any, ...]) -> int:
-    """What a row comes to at most as text: any byte of its payload may need another one."""
+    """What a row comes to at most as text, in which a byte of its payload is two characters."""
     return _ROW_BYTES + sum(2 * len(value) for value in row if isinstance(value, bytes))
 
 
@@ -333,6 +335,9 @@ def open_mariadb(url: sa.URL, *, durability: str, read_only: bool) -> MariaDBDat
             f"the driver of {url.drivername} is not installed: {error}",
             hint="pip install 'taskstore[mysql]'",
         ) from error
+    except (TypeError, ValueError):
+        # From None: the cause may repeat the URL with its password.
+        raise ValidationError("url", "has an option that its driver does not take") from None
     _check_options(engine, url)
     database = MariaDBDatabase(engine, owned=True, durability=durability, read_only=read_only)
     access = ", READ ONLY" if read_only else ""
@@ -355,11 +360,6 @@ def _check_options(engine: sa.Engine, url: sa.URL) -> None:
     """Refuse options that the driver does not know."""
     from pymysql.connections import Connection
 
-    try:
-        _, options = engine.dialect.create_connect_args(url)
-        unknown = options.keys() - inspect.signature(Connection).parameters.keys()
-    except (TypeError, ValueError):
-        # From None: the cause may repeat the URL with its password.
-        raise ValidationError("url", "has an option that its driver does not take") from None
-    if unknown:
+    _, options = engine.dialect.create_connect_args(url)
+    if unknown := options.keys() - inspect.signature(Connection).parameters.keys():
         raise ValidationError("url", f"has options that its driver does not know: {min(unknown)}")
