@@ -119,9 +119,7 @@ def _owner(entry: EntryPoint) -> str:
 def default_url() -> str:
     """Return the URL of the ledger that is used when none is named: an SQLite
     file under the platform's user state directory."""
-    from urllib.parse import quote
-
     from platformdirs import user_state_path
 
     path = user_state_path("taskstore", appauthor=False) / "tasks.db"
-    return f"sqlite:///{quote(path.as_posix())}"
+    return f"sqlite:///{path.as_posix()}"

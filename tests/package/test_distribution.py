@@ -104,7 +104,7 @@ def urls(tmp_path: Path, request: pytest.FixtureRequest, backend: str) -> str:
     return {
         "json": "json:///ledger",
         "sqlite": "sqlite:///tasks.db",
-        "odd": f"sqlite:///{tmp_path}/a%20b%25c%40d.db",
+        "odd": f"sqlite:///{tmp_path}/a b%20c%d@e.db",
     }[backend]
 
 

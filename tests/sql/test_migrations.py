@@ -114,9 +114,9 @@ def test_alembic_in_the_checkout(empty_url, open_):
 
 
 def test_alembic_takes_the_url_of_the_environment(tmp_path):
-    url = f"sqlite:///{tmp_path}/100%25 of%20it%40home.db"
+    url = f"sqlite:///{tmp_path}/100% of%20it@home.db"
     alembic(url, "upgrade", "head", env_url=True)
-    assert (tmp_path / "100% of it@home.db").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "100% of%20it@home.db").stat().st_mode & 0o777 == 0o600
 
 
 def test_alembic_writes_sql_without_a_database():

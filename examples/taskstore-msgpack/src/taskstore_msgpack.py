@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from urllib.parse import unquote
 
 import taskstore
 from msgspec import MsgspecError, msgpack
@@ -70,4 +69,4 @@ def _sync(path: Path) -> None:
 
 def open_msgpack(url: str, *, durability: str, migrate: str, read_only: bool) -> MsgpackStore:
     """Open ``msgpack:///relative/path`` or ``msgpack:////absolute/path``."""
-    return MsgpackStore(Path(unquote(url.partition(":///")[2])), read_only=read_only)
+    return MsgpackStore(Path(url.partition(":///")[2]), read_only=read_only)

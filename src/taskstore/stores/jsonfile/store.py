@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import unquote_to_bytes
 
 from taskstore import codec
 from taskstore.backends import DURABILITIES
@@ -222,7 +220,7 @@ def open_json(
 ) -> JSONStore:
     """Open the directory that a URL names: ``json:///relative/dir`` or ``json:////absolute/dir``.
 
-    A path is percent-decoded (``%20`` is a space).  There is no schema, so
+    The path is taken as it stands, without decoding.  There is no schema, so
     ``migrate`` changes nothing.
     """
     del migrate
@@ -243,7 +241,7 @@ def _path_of(url: str) -> Path:
         )
     if "?" in rest:
         raise ValidationError("url", f"{url!r} has a query, but a JSON store takes no options")
-    path = os.fsdecode(unquote_to_bytes(rest.removeprefix("///")))
+    path = rest.removeprefix("///")
     if not path or "\0" in path:
         raise ValidationError("url", f"{url!r} names no directory")
     return Path(path)

@@ -235,8 +235,8 @@ def open_sql(
 ) -> SQLStore:
     """Open the ledger in the database that a URL names, with an engine of our own.
 
-    ``sqlite:///`` and a path (three slashes relative, four absolute; ``%20`` is
-    a space), or ``postgresql+psycopg://user:password@host/database``.
+    ``sqlite:///`` and a path as it stands (three slashes relative, four
+    absolute), or ``postgresql+psycopg://user:password@host/database``.
     Options as for :func:`taskstore.open_store`; ``strict`` as for :class:`SQLStore`.
     """
     _check_options(durability, migrate)

@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import unquote_to_bytes
 
 import sqlalchemy as sa
 from sqlalchemy import event
@@ -155,13 +154,13 @@ class SQLiteDatabase(Database):
 
 
 def path_of(url: str) -> Path:
-    """The file that an SQLite URL names; escapes are decoded, as everywhere in URLs."""
+    """The file that an SQLite URL names: the path as it stands, as SQLAlchemy reads it."""
     rest = url.partition(":")[2]
     if rest in ("", "//", "///") or ":memory:" in rest:
         raise ValidationError("url", "an in-memory SQLite database is not durable: use memory:")
     if not rest.startswith("///") or "?" in rest:
         raise ValidationError("url", f"{url!r} is not sqlite:/// and a path, without options")
-    path = os.fsdecode(unquote_to_bytes(rest[3:]))
+    path = rest[3:]
     if "\0" in path:
         raise ValidationError("url", "holds a NUL character")
     # Links are followed, so that the file itself is made private and locked by one name.
