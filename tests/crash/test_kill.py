@@ -16,10 +16,12 @@ from taskstore.testing.crash import kill_round
 ROUNDS = int(os.environ.get("TASKSTORE_KILL_ROUNDS", "10"))
 
 
-@pytest.mark.parametrize("scheme", ["json", "sqlite"])
+@pytest.mark.parametrize("scheme", ["json", "sqlite", "mariadb"])
 @pytest.mark.parametrize("seed", [20261122])
-def test_nothing_acknowledged_is_lost_to_sigkill(tmp_path, scheme, seed):
+def test_nothing_acknowledged_is_lost_to_sigkill(tmp_path, request, scheme, seed):
     url = f"{scheme}:///{tmp_path / 'ledger'}"
+    if scheme == "mariadb":
+        url = request.getfixturevalue("mariadb_url")
     chance = random.Random(seed)
     for number in range(ROUNDS):
         problems = kill_round(url, after_s=chance.uniform(0.01, 0.4), seed=seed + number)

@@ -14,7 +14,7 @@ from taskstore.stores.memory import MemoryStorage, MemoryStore
 OpenLedger = Callable[..., TaskRegistry]
 
 
-@pytest.fixture(params=["memory", "json", "sqlite", "postgresql"])
+@pytest.fixture(params=["memory", "json", "sqlite", "postgresql", "mariadb"])
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -27,7 +27,8 @@ def ledger_url(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> 
         return f"json:///{tmp_path / 'ledger'}"
     if backend == "sqlite":
         return f"sqlite:///{tmp_path / 'tasks.db'}"
-    return str(request.getfixturevalue("postgres_url"))
+    server = {"postgresql": "postgres_url", "mariadb": "mariadb_url"}[backend]
+    return str(request.getfixturevalue(server))
 
 
 @pytest.fixture
