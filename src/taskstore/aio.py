@@ -46,9 +46,6 @@ from taskstore.verbs import Verbs
 P = ParamSpec("P")
 T = TypeVar("T")
 
-WAIT_SLICE_S = 0.5
-"""How long a thread waits for news at a time, in seconds: so long may it outlive its caller."""
-
 _batches: ContextVar[Mapping[int, Batch]] = ContextVar("taskstore-batches")
 """The batches that the current asyncio task is in, by the id of their registry."""
 
@@ -140,8 +137,9 @@ class AsyncTaskRegistry(LedgerReader):
         self._settled: deque[asyncio.Future[None]] = deque()
         self._woken = False
         self._delivering = False
-        # What may wait for the store, and what may wait for news, and hooks.
-        self._threads = ThreadPoolExecutor(thread_name_prefix="taskstore-aio")
+        # Apart from each other: those who wait for news hold up nobody else.
+        self._threads = ThreadPoolExecutor(4, thread_name_prefix="taskstore-aio")
+        self._news_threads = ThreadPoolExecutor(4, thread_name_prefix="taskstore-news")
         self._hook_thread = ThreadPoolExecutor(1, thread_name_prefix="taskstore-hooks")
 
     @classmethod
@@ -214,20 +212,21 @@ class AsyncTaskRegistry(LedgerReader):
     async def batch(self) -> AsyncIterator[Self]:
         """Make all changes in the ``async with`` body one commit: all or nothing.
 
-        For the current asyncio task, and those that it starts in the body.
-        Otherwise as :meth:`taskstore.TaskRegistry.batch`.
+        For the current asyncio task, and those that it starts in the body,
+        until the body ends.  Otherwise as :meth:`taskstore.TaskRegistry.batch`.
         """
         self._check_open()
-        if self._batch is not None:
-            yield self
-            return
-        batch = self._committer.batch()
+        outer = self._batch
+        batch = self._committer.batch() if outer is None else outer.within()
         token = _batches.set(MappingProxyType({**_batches.get({}), id(self): batch}))
         try:
             yield self
         finally:
+            batch.closed = True
             _batches.reset(token)
-        if batch.operations:
+        if outer is not None:
+            outer.join(batch)
+        elif batch.operations:
             await self._commit(batch.replay)
 
     # -- the journal ------------------------------------------------------------
@@ -249,7 +248,9 @@ class AsyncTaskRegistry(LedgerReader):
         self._check_open()
         journal = history.journal_of(self._store, "changes")
         check_int("after", after)
+        history.check_wait(wait)
         while True:
+            self._check_open()
             while entries := await self._in_thread(
                 journal.read_journal, after, history.PAGE_ENTRIES
             ):
@@ -282,6 +283,7 @@ class AsyncTaskRegistry(LedgerReader):
         if self._owns_store:
             await self._in_thread(self._store.close)
         self._threads.shutdown(wait=False)
+        self._news_threads.shutdown(wait=False)
         self._hook_thread.shutdown(wait=False)
 
     async def __aenter__(self) -> Self:
@@ -303,7 +305,8 @@ class AsyncTaskRegistry(LedgerReader):
     @property
     def _batch(self) -> Batch | None:
         """The batch that the current asyncio task is in."""
-        return _batches.get({}).get(id(self))
+        batch = _batches.get({}).get(id(self))
+        return None if batch is None or batch.closed else batch
 
     def _records(self) -> Lookups:
         batch = self._batch
@@ -344,11 +347,18 @@ class AsyncTaskRegistry(LedgerReader):
         if not self._hooks.pending or self._delivering:
             _release(settled)
             return
+        self._deliver(settled)
+
+    def _deliver(self, settled: Sequence[asyncio.Future[None]]) -> None:
+        """Let the hooks hear of everything, then let go on who waited for that."""
         self._delivering = True
 
         def delivered(_: object) -> None:
             self._delivering = False
             _release(settled)
+            # What came while nobody looked would have to wait for the next change.
+            if self._hooks.pending and not self._closed:
+                self._deliver(())
 
         self._loop.run_in_executor(self._hook_thread, self._hooks.deliver).add_done_callback(
             delivered
@@ -358,10 +368,13 @@ class AsyncTaskRegistry(LedgerReader):
         """Wait in slices, so that no thread waits long for a caller that is gone."""
         deadline = time.monotonic() + wait
         while True:
+            self._check_open()
             left = max(0.0, deadline - time.monotonic())
-            if await self._in_thread(wait_for, after, min(left, WAIT_SLICE_S)):
+            if await self._loop.run_in_executor(
+                self._news_threads, wait_for, after, min(left, history.WAIT_SLICE_S)
+            ):
                 return True
-            if left <= WAIT_SLICE_S:
+            if left <= history.WAIT_SLICE_S:
                 return False
 
     async def _in_thread(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

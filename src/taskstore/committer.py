@@ -26,7 +26,7 @@ from taskstore.errors import (
 from taskstore.groupcommit import CommitQueue, Operation, Request
 from taskstore.hooks import Event, Hooks, Restored
 from taskstore.journal import Change, Commit, JournalEntry, entries_of
-from taskstore.mirror import Mirror, Staging
+from taskstore.mirror import Lookups, Mirror, Staging
 from taskstore.store import SupportsJournal, TaskRegistryStore
 
 logger = logging.getLogger("taskstore")
@@ -120,8 +120,9 @@ class Committer:
     def _together(self, requests: Sequence[Request[Any]]) -> Sequence[Request[Any]]:
         """Commit requests as one; returns those that have to go by themselves.
 
-        One that raises harms only itself: it goes alone, where memory is
-        brought up to date first.
+        One that raises, or finds nothing to do, goes alone, where memory is
+        brought up to date first: it harms nobody, and nobody is told what is
+        no longer so.
         """
         for attempt in range(1, GROUP_ATTEMPTS + 1):
             if self._stale:
@@ -136,6 +137,8 @@ class Committer:
                     alone.append(request)
                 else:
                     staging.absorb(trial)
+                    if not trial.changes:
+                        alone.append(request)
             if not staging.changes:
                 return alone
             try:
@@ -173,6 +176,9 @@ class Committer:
                     continue
                 raise
             if not staging.changes:
+                # Nothing to do, as far as memory knows: is that so?
+                if attempt < ATTEMPTS and self._behind():
+                    continue
                 return result
             try:
                 commit = self._store.apply(staging.changes)
@@ -195,9 +201,9 @@ class Committer:
         if reload:
             # Without a journal there is one writer, and only a lost outcome
             # explains that memory differs.
-            before = dict(self._mirror.records)
+            before = self._mirror.seq
             self._load()
-            return before != self._mirror.records
+            return before != self._mirror.seq
         return False
 
     def _publish(self, commit: Commit, changes: Sequence[Change]) -> None:
@@ -210,8 +216,13 @@ class Committer:
                 # The change is committed: that must not look like a failure.
                 logger.exception("cannot read what was committed before seq %d", commit.first_seq)
                 self._stale = True
+        entries = entries_of(changes, commit)
         if self._mirror.seq == commit.first_seq - 1:
-            self._mirror_entries(entries_of(changes, commit), local=True)
+            self._mirror_entries(entries, local=True)
+        elif self._stale:
+            # Who wrote it can read it; the hooks hear of everything when it is reloaded.
+            for entry in entries:
+                self._mirror.publish(entry, local=True)
 
     def _fill(self, gap: int) -> None:
         """Mirror the entries between memory and our own commit."""
@@ -222,6 +233,9 @@ class Committer:
         try:
             while gap > 0:
                 entries = store.read_journal(self._mirror.seq, min(gap, PAGE_ENTRIES))
+                if not entries:
+                    self._load()
+                    return
                 self._mirror_entries(entries, local=False)
                 gap -= len(entries)
         except CursorExpiredError:
@@ -231,6 +245,9 @@ class Committer:
         """Mirror everything that is in the journal and not in memory."""
         moved = False
         try:
+            if self._diverged(store):
+                self._load()
+                return True
             while entries := store.read_journal(self._mirror.seq, PAGE_ENTRIES):
                 self._mirror_entries(entries, local=False)
                 moved = True
@@ -238,6 +255,18 @@ class Committer:
             self._load()
             return True
         return moved
+
+    def _diverged(self, store: SupportsJournal) -> bool:
+        """Whether the store no longer holds the last entry that was mirrored.
+
+        A backup was restored, or a standby took over without the last
+        commits: going on from there would mix two histories.
+        """
+        seq, commit_id = self._mirror.seq, self._mirror.commit_id
+        if not seq or seq < store.floor():
+            return False
+        entries = store.read_journal(seq - 1, 1)
+        return not entries or bool(commit_id and entries[0].commit_id != commit_id)
 
     def _mirror_entries(self, entries: Sequence[JournalEntry], *, local: bool) -> None:
         events: list[Event] = []
@@ -251,16 +280,33 @@ class Committer:
         """Start over from the store, and say so to the hooks."""
         snapshot = self._store.load_snapshot()
         self._mirror.reset(snapshot)
+        self._mirror.commit_id = self._commit_id_at(snapshot.seq)
         self._stale = False
         self._hooks.emit([Restored(snapshot.seq, len(snapshot.records), snapshot.records)])
 
+    def _commit_id_at(self, seq: int) -> str:
+        """The id of the commit that a loaded snapshot ends with, as far as it can be told."""
+        store = self._store
+        if not seq or not isinstance(store, SupportsJournal):
+            return ""
+        try:
+            entries = store.read_journal(seq - 1, 1)
+        except CursorExpiredError:
+            return ""
+        return entries[0].commit_id if entries and entries[0].seq == seq else ""
+
 
 class Batch:
-    """The operations of one ``with registry.batch()``, and what they would make."""
+    """The operations of one ``with registry.batch()``, and what they would make.
 
-    def __init__(self, mirror: Mirror) -> None:
-        self.staging = Staging(mirror)
+    ``closed`` is set when the body has ended: whoever still holds it, such as
+    an asyncio task that was started in the body, is on its own from then on.
+    """
+
+    def __init__(self, under: Lookups) -> None:
+        self.staging = Staging(under)
         self.operations: list[Operation[Any]] = []
+        self.closed = False
 
     def add(self, operation: Operation[T]) -> T:
         """Run an operation provisionally; one that raises leaves no trace."""
@@ -269,6 +315,15 @@ class Batch:
         self.staging.absorb(trial)
         self.operations.append(operation)
         return result
+
+    def within(self) -> Batch:
+        """Begin a batch inside this one: it joins, or leaves no trace."""
+        return Batch(self.staging)
+
+    def join(self, inner: Batch) -> None:
+        """Take over a batch that ended well inside this one."""
+        self.staging.absorb(inner.staging)
+        self.operations += inner.operations
 
     def replay(self, staging: Staging) -> None:
         """Run everything again over what is committed by now."""

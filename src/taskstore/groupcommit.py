@@ -97,10 +97,15 @@ class CommitQueue:
 
     def post(self, request: Request[Any]) -> None:
         """Have a request committed by the writer thread; its ``settle`` tells when."""
-        if self._enter(request):
-            with self._gate:
-                self._queue.insert(0, request)
-            self._hand_over()
+        self._check_process()
+        with self._gate:
+            self._check_closed()
+            if self._leader is None:
+                if not self._has_writer():
+                    raise TaskStoreError("no thread can be started to commit this")
+                self._leader = self._writer
+                self._wake.release()
+            self._queue.append(request)
 
     def withdraw(self, request: Request[Any]) -> bool:
         """Take a request back that nobody has begun yet; returns whether that succeeded."""
@@ -124,19 +129,25 @@ class CommitQueue:
 
     def _enter(self, request: Request[Any]) -> bool:
         """Take the lead if nobody has it, else queue up; returns whether it leads."""
-        if self._pid != os.getpid():
-            raise TaskStoreError(
-                "this registry was opened before the process forked",
-                hint="open one of its own in each process",
-            )
+        self._check_process()
         with self._gate:
-            if self._closed:
-                raise StoreClosedError("the registry is closed")
+            self._check_closed()
             if self._leader is None:
                 self._leader = request
                 return True
             self._queue.append(request)
             return False
+
+    def _check_process(self) -> None:
+        if self._pid != os.getpid():
+            raise TaskStoreError(
+                "this registry was opened before the process forked",
+                hint="open one of its own in each process",
+            )
+
+    def _check_closed(self) -> None:
+        if self._closed:
+            raise StoreClosedError("the registry is closed")
 
     def _await(self, request: Request[Any], finished: threading.Lock) -> None:
         try:
@@ -168,13 +179,24 @@ class CommitQueue:
                 self._leader = None
                 self._gate.notify_all()
                 return
-            if self._writer is None:
-                self._writer = threading.Thread(
-                    target=self._write, name="taskstore-writer", daemon=True
-                )
-                self._writer.start()
-            self._leader = self._writer
-        self._wake.release()
+            if self._has_writer():
+                self._leader = self._writer
+                self._wake.release()
+                return
+        # No thread to be had: whoever leads serves the others too.
+        while requests := self._take():
+            self._serve(requests)
+
+    def _has_writer(self) -> bool:
+        """Start the writer thread unless there is one; whether there is one now."""
+        if self._writer is None:
+            writer = threading.Thread(target=self._write, name="taskstore-writer", daemon=True)
+            try:
+                writer.start()
+            except RuntimeError:  # the system gives no more threads
+                return False
+            self._writer = writer
+        return True
 
     def _write(self) -> None:
         """Serve the queue whenever it is handed over; end when closed or long idle."""

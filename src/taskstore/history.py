@@ -7,7 +7,7 @@ one without it raises :class:`~taskstore.UnsupportedError`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from itertools import takewhile
 
@@ -18,6 +18,12 @@ from taskstore.store import SupportsHistory, SupportsJournal, TaskRegistryStore
 
 PAGE_ENTRIES = 1000
 """How many journal entries are read at a time."""
+
+WAIT_SLICE_S = 0.5
+"""How long one waits for news at a time, in seconds: so soon it is seen that nobody wants any."""
+
+LONGEST_S = 10.0**9
+"""The longest wait, in seconds: some thirty years."""
 
 EARLIEST_TIME = 10**11
 """Integers from here on are Unix milliseconds (this one is in March 1973), below it seqs."""
@@ -37,25 +43,48 @@ def entries_after(store: SupportsJournal, after: int) -> Iterator[JournalEntry]:
         after = entries[-1].seq
 
 
-def changes(store: TaskRegistryStore, after: int, wait: float | None) -> Iterator[JournalEntry]:
-    """Yield the entries after a seq; with ``wait``, go on until none came for so many seconds."""
+def changes(
+    store: TaskRegistryStore,
+    after: int,
+    wait: float | None,
+    check: Callable[[], object] = lambda: None,
+) -> Iterator[JournalEntry]:
+    """Yield the entries after a seq; with ``wait``, go on until none came for so many seconds.
+
+    ``check`` is called now and then, to raise when it is time to give up.
+    """
     journal = journal_of(store, "changes")
     check_int("after", after)
+    check_wait(wait)
     floor = journal.floor()
     if after < floor - 1:
         raise CursorExpiredError(after, floor)
-    return _follow(journal, after, wait)
+    return _follow(journal, after, wait, check)
 
 
-def _follow(journal: SupportsJournal, after: int, wait: float | None) -> Iterator[JournalEntry]:
-    deadline = None if wait is None else time.monotonic() + wait
+def check_wait(wait: object) -> None:
+    """Raise :class:`ValidationError` unless ``wait`` is ``None`` or seconds from 0 on."""
+    if wait is None:
+        return
+    if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait <= LONGEST_S:
+        raise ValidationError("wait", f"must be seconds from 0 to {LONGEST_S:g}, not {wait!r}")
+
+
+def _follow(
+    journal: SupportsJournal, after: int, wait: float | None, check: Callable[[], object]
+) -> Iterator[JournalEntry]:
+    deadline = time.monotonic() + (wait or 0)
     while True:
+        check()
         for entry in entries_after(journal, after):
             yield entry
+            check()
             after = entry.seq
-            if wait is not None:
-                deadline = time.monotonic() + wait
-        if deadline is None or not journal.wait_for(after, max(0.0, deadline - time.monotonic())):
+            deadline = time.monotonic() + (wait or 0)
+        left = max(0.0, deadline - time.monotonic())
+        if wait is None or (
+            not journal.wait_for(after, min(left, WAIT_SLICE_S)) and left <= WAIT_SLICE_S
+        ):
             return
 
 
@@ -82,9 +111,19 @@ def as_of(store: TaskRegistryStore, moment: int | datetime) -> Snapshot:
     """
     journal = journal_of(store, "as_of")
     at_time = _milliseconds(moment)
-    if at_time is not None:
-        return _as_of_time(journal, at_time)
-    seq = check_int("as_of", moment)
+    while True:
+        floor = journal.floor()
+        try:
+            if at_time is not None:
+                return _as_of_time(journal, at_time)
+            return _as_of_seq(journal, check_int("as_of", moment))
+        except CursorExpiredError:
+            # Compaction may have passed by between two reads: then begin anew.
+            if journal.floor() == floor:
+                raise
+
+
+def _as_of_seq(journal: SupportsJournal, seq: int) -> Snapshot:
     if seq > journal.head():
         raise ValidationError("as_of", f"seq {seq} is beyond the head, {journal.head()}")
     base = _base(journal, seq)

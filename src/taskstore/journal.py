@@ -129,8 +129,8 @@ class Snapshot(Struct, frozen=True):
 
     def __post_init__(self) -> None:
         check_int("seq", self.seq)
-        if not isinstance(self.records, MappingProxyType):
-            force_setattr(self, "records", MappingProxyType(dict(self.records)))
+        # Copied even if it is a proxy: of whose mapping, nobody knows.
+        force_setattr(self, "records", MappingProxyType(dict(self.records)))
 
 
 def validated_snapshot(snapshot: Snapshot) -> Snapshot:

@@ -12,8 +12,9 @@ failed, timed_out or cancelled, and :func:`recover` alone corrects ``lost``.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -22,6 +23,7 @@ from msgspec.structs import replace
 from taskstore.errors import InvalidTransition, ValidationError
 from taskstore.records import (
     ERROR_BYTES,
+    MAX_INT,
     NO_METADATA,
     OPTIONAL_KEYS,
     SUMMARY_BYTES,
@@ -43,6 +45,14 @@ from taskstore.records import (
 RETENTION_MS = 7 * 24 * 60 * 60 * 1000
 """How long an ended task is kept unless told otherwise: 7 days."""
 
+_REHEARSAL = TaskRecord(
+    task_id="rehearsal",
+    revision=1,
+    runtime="rehearsal",
+    task="",
+    status=TaskStatus.QUEUED,
+    created_at=0,
+)
 _CORRECTIONS = frozenset({TaskStatus.FAILED, TaskStatus.TIMED_OUT, TaskStatus.CANCELLED})
 _CREATABLE = frozenset(
     {
@@ -166,6 +176,8 @@ def attach(existing: TaskRecord, asked: TaskRecord) -> TaskRecord:
         for name in sorted(_FILLABLE)
         if getattr(existing, name) is None and getattr(asked, name) is not None
     }
+    if "cleanup_after" in filled:
+        filled["cleanup_after"] = max(filled["cleanup_after"], existing.created_at)
     if existing.metadata_json == NO_METADATA and asked.metadata_json != NO_METADATA:
         filled["metadata_json"] = asked.metadata_json
     return replace(existing, **filled) if filled else existing
@@ -322,11 +334,19 @@ def link_flow(record: TaskRecord, parent_flow_id: str | None) -> TaskRecord:
     return _changed(record, parent_flow_id=parent_flow_id)
 
 
-def merge_metadata(record: TaskRecord, changes: object) -> TaskRecord:
+def merge_metadata(record: TaskRecord, changes: Mapping[str, Any]) -> TaskRecord:
     """Merge a mapping into the metadata, key by key at the top level; ``None`` is a value."""
-    if not isinstance(changes, Mapping):
-        raise ValidationError("metadata", f"must be a mapping, not {type(changes).__name__}")
     return _changed(record, metadata_json=encode_metadata({**record.metadata, **changes}))
+
+
+def rehearse(mutation: Callable[[TaskRecord, int], TaskRecord]) -> None:
+    """Let a mutation check its arguments, whatever task it is meant for.
+
+    Wrong arguments raise :class:`ValidationError` here, also when the task
+    turns out to be unknown, ended or already as asked.
+    """
+    with contextlib.suppress(InvalidTransition):
+        mutation(_REHEARSAL, 0)
 
 
 def next_revision(record: TaskRecord, base: TaskRecord) -> TaskRecord:
@@ -385,7 +405,7 @@ def _ended(
         ended_at = max(now, record.created_at)
     cleanup_after = record.cleanup_after
     if cleanup_after is None:
-        cleanup_after = ended_at + RETENTION_MS
+        cleanup_after = min(ended_at + RETENTION_MS, MAX_INT)
     return replace(
         record,
         **{

@@ -38,6 +38,10 @@ INDEXED = (
     "parent_task_id",
     "parent_flow_id",
     "agent_id",
+    "requester_agent_id",
+    "label",
+    "task_kind",
+    "source_id",
 )
 """Fields by which records are found without reading others."""
 
@@ -116,7 +120,8 @@ class Lookups(ABC):
 class Mirror(Lookups):
     """What is committed, as far as this process has seen it.
 
-    ``seq`` is the last seq mirrored.  Writers hold the registry's commit
+    ``seq`` is the last seq mirrored, ``commit_id`` that of its commit (empty
+    when it is not known).  Writers hold the registry's commit
     lock; ``lock`` is held while the indexes change or are read.
     """
 
@@ -128,6 +133,7 @@ class Mirror(Lookups):
         """Start over from a snapshot."""
         with self.lock:
             self.seq = snapshot.seq
+            self.commit_id = ""
             self.records: dict[str, TaskRecord] = dict(snapshot.records)
             self._keys: list[Key] = []
             self._groups: dict[str, dict[object, list[Key]]] = {field: {} for field in INDEXED}
@@ -210,7 +216,7 @@ class Mirror(Lookups):
             elif previous is not None:
                 del self.records[entry.task_id]
                 self._discard(previous)
-            self.seq = entry.seq
+            self.seq, self.commit_id = entry.seq, entry.commit_id
         if entry.record is not None:
             return Upserted(entry.seq, entry.at, entry.record, previous, local)
         if entry.set_aside is not None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from taskstore.errors import StoreClosedError, ValidationError
 from taskstore.mirror import Lookups, Mirror
 from taskstore.query import Page, Summary, TaskQuery
-from taskstore.records import ACTIVE_STATUSES, TaskRecord, check_key
+from taskstore.records import ACTIVE_STATUSES, KEY_BYTES, TaskRecord, check_key, check_text
 from taskstore.store import TaskRegistryStore
 
 T = TypeVar("T")
@@ -44,10 +44,12 @@ class LedgerReader(ABC):
 
         Of a run's or session's tasks the newest active one, or the newest; or ``None``.
         """
+        check_text("token", token, KEY_BYTES)
         return self._read(lambda records: records.find(token))
 
     def find_by_run(self, run_id: str) -> TaskRecord | None:
         """Return the run's newest active task, or its newest, or ``None``."""
+        check_text("run_id", run_id, KEY_BYTES)
         return self._read(lambda records: records.find_by_run(run_id))
 
     def list(self, query: TaskQuery | None = None, /, **filters: Any) -> Page:
@@ -61,6 +63,8 @@ class LedgerReader(ABC):
             query = TaskQuery(**filters)
         elif filters:
             raise ValidationError(next(iter(filters)), "give a query or filters, not both")
+        elif not isinstance(query, TaskQuery):
+            raise ValidationError("query", f"must be a TaskQuery, not {type(query).__name__}")
         asked = query
         return self._read(lambda records: records.page(asked, self._mirror.seq))
 

@@ -303,10 +303,7 @@ def encode_metadata(value: object) -> Raw:
     ``float``, ``bool`` and ``None`` are taken; anything else, NaN and
     infinities included, raises :class:`ValidationError`.
     """
-    if not isinstance(value, Mapping):
-        raise ValidationError("metadata", f"must be a mapping, not {type(value).__name__}")
-    plain = _plain_json(value, "metadata", METADATA_DEPTH)
-    encoded = msgspec.json.encode(plain, order="deterministic")
+    encoded = msgspec.json.encode(plain_metadata(value), order="deterministic")
     if len(encoded) > METADATA_BYTES:
         raise ValidationError(
             "metadata", f"is {len(encoded)} bytes of JSON, at most {METADATA_BYTES} are allowed"
@@ -314,12 +311,20 @@ def encode_metadata(value: object) -> Raw:
     return Raw(encoded) if encoded != b"{}" else NO_METADATA
 
 
+def plain_metadata(value: object) -> dict[str, Any]:
+    """Copy a JSON object into plain containers that nobody else holds; errors as above."""
+    if not isinstance(value, Mapping):
+        raise ValidationError("metadata", f"must be a mapping, not {type(value).__name__}")
+    copied: Any = _plain_json(value, "metadata", METADATA_DEPTH)
+    return copied  # type: ignore[no-any-return]  # a mapping is copied into a dict
+
+
 def _plain_json(value: object, path: str, depth: int) -> object:
     """Copy a JSON value into plain containers, checking every leaf."""
     if value is None or value is True or value is False:
         return value
     if isinstance(value, str):
-        return check_text(path, str(value), METADATA_BYTES)
+        return check_text(path, value, METADATA_BYTES)
     if isinstance(value, int):
         if not -(2**63) <= value < 2**64:
             raise ValidationError(path, "holds an integer beyond 64 bits")

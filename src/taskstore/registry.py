@@ -99,20 +99,21 @@ class TaskRegistry(LedgerReader, Verbs):
 
         For the calling thread only.  Reads in the body see what it has
         staged, and nobody else does; the records returned in it are
-        provisional.  An exception in the body writes nothing.  A batch
-        within a batch joins it.
+        provisional.  An exception in the body writes nothing of it.  A batch
+        within a batch joins it when it ends well.
         """
         self._check_open()
-        if self._batch is not None:
-            yield self
-            return
-        batch = self._committer.batch()
+        outer = self._batch
+        batch = self._committer.batch() if outer is None else outer.within()
         self._local.batch = batch
         try:
             yield self
         finally:
-            self._local.batch = None
-        if batch.operations:
+            batch.closed = True
+            self._local.batch = outer
+        if outer is not None:
+            outer.join(batch)
+        elif batch.operations:
             self._committer.run(batch.replay)
 
     # -- the journal --------------------------------------------------------
@@ -125,7 +126,7 @@ class TaskRegistry(LedgerReader, Verbs):
         kept, :class:`UnsupportedError` for a store without a journal.
         """
         self._check_open()
-        return history.changes(self._store, after, wait)
+        return history.changes(self._store, after, wait, self._check_open)
 
     def history(self, task_id: str) -> Sequence[JournalEntry]:
         """Return a task's journal entries while they are kept, oldest first.
@@ -156,7 +157,12 @@ class TaskRegistry(LedgerReader, Verbs):
         Hooks hear of it with ``local`` false.  A store without a journal is loaded anew.
         """
         self._check_open()
-        self._committer.refresh()
+        # What hooks do about it is no part of a batch that we may be in.
+        outer, self._local.batch = self._batch, None
+        try:
+            self._committer.refresh()
+        finally:
+            self._local.batch = outer
         return self._mirror.seq
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from taskstore import lifecycle
 from taskstore.clock import Clock
 from taskstore.groupcommit import Operation
 from taskstore.mirror import Staging
-from taskstore.records import TaskRecord, TaskStatus
+from taskstore.records import TaskRecord, TaskStatus, plain_metadata
 
 Records = list[TaskRecord]
 
@@ -117,7 +117,8 @@ class RunScope:
 
     def update_metadata(self, changes: Mapping[str, Any]) -> Records:
         """Merge a mapping into the tasks' metadata, for ended tasks too."""
-        return self._all(lambda record, _: lifecycle.merge_metadata(record, changes))
+        copied = plain_metadata(changes)
+        return self._all(lambda record, _: lifecycle.merge_metadata(record, copied))
 
     def delete(self) -> Records:
         """Remove the records of the run's tasks; returns what they were."""
@@ -141,6 +142,7 @@ class RunScope:
         applies: Callable[[TaskRecord], bool],
         mutation: Callable[[TaskRecord, int], TaskRecord],
     ) -> Records:
+        lifecycle.rehearse(mutation)
         now = self._now()
 
         def operation(staging: Staging) -> Records:

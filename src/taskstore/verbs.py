@@ -11,7 +11,7 @@ from taskstore.clock import new_task_id
 from taskstore.errors import Conflict, ConflictError
 from taskstore.groupcommit import Operation
 from taskstore.mirror import Staging, booking_of
-from taskstore.records import TaskRecord, check_int, check_key
+from taskstore.records import TaskRecord, check_int, check_key, plain_metadata
 from taskstore.runs import RunScope
 
 T = TypeVar("T")
@@ -249,8 +249,9 @@ class Verbs(ABC):
 
         Allowed after the end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
         """
+        copied = plain_metadata(changes)
         return self._change(
-            task_id, lambda record, _: lifecycle.merge_metadata(record, changes), if_revision
+            task_id, lambda record, _: lifecycle.merge_metadata(record, copied), if_revision
         )
 
     def delete(self, task_id: str, *, if_revision: int | None = None) -> bool:
@@ -280,6 +281,7 @@ class Verbs(ABC):
         """Run a pure function over one record and store what comes out."""
         check_key("task_id", task_id)
         _check_revision(if_revision)
+        lifecycle.rehearse(mutation)
         now = self._now()
 
         def operation(staging: Staging) -> TaskRecord:

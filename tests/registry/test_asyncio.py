@@ -243,3 +243,62 @@ def test_the_loop_goes_on_while_the_store_is_slow():
         return turns
 
     assert asyncio.run(main()) > 20
+
+
+def test_a_task_that_outlives_the_batch_it_was_started_in_is_on_its_own():
+    async def main():
+        registry = await AsyncTaskRegistry.over(MemoryStore())
+        go = asyncio.Event()
+
+        async def worker():
+            await go.wait()
+            return await registry.create(runtime="cli", task="from worker")
+
+        async with registry.batch():
+            await registry.create(runtime="cli", task="in batch")
+            child = asyncio.create_task(worker())
+            await asyncio.sleep(0)
+        go.set()
+        record = await child
+        assert registry.store.load_snapshot().records[record.task_id] == record
+        await registry.close()
+
+    asyncio.run(main())
+
+
+def test_no_event_waits_for_the_next_change():
+    async def main():
+        events = []
+        registry = await AsyncTaskRegistry.over(MemoryStore(), hooks=[events.append])
+        for _ in range(200):
+            await asyncio.gather(*(registry.create(runtime="cli", task="x") for _ in range(3)))
+            await asyncio.sleep(0.001)
+            for _ in range(200):
+                if not registry.hooks.pending:
+                    break
+                await asyncio.sleep(0.005)
+            assert not registry.hooks.pending
+        await registry.close()
+        assert [event.seq for event in events] == list(range(601))
+
+    asyncio.run(main())
+
+
+def test_following_holds_up_nobody_else():
+    async def main():
+        registry = await AsyncTaskRegistry.over(MemoryStore())
+
+        async def follow():
+            return [entry async for entry in registry.changes(wait=1)]
+
+        followers = [asyncio.create_task(follow()) for _ in range(20)]
+        await asyncio.sleep(0.05)
+        started = time.monotonic()
+        await registry.refresh()
+        assert time.monotonic() - started < 0.4
+        for follower in followers:
+            follower.cancel()
+        await asyncio.gather(*followers, return_exceptions=True)
+        await registry.close()
+
+    asyncio.run(main())

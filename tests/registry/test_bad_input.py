@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+
 import pytest
 
 from taskstore import (
@@ -166,3 +168,44 @@ def test_what_is_not_a_url_is_refused(url):
 def test_an_unknown_option_value_is_refused(option):
     with pytest.raises(ValidationError):
         TaskRegistry.open("memory:", **option)
+
+
+def test_wrong_arguments_are_told_whatever_the_task(registry):
+    ended = registry.create(**GOOD, run_id="r")
+    registry.finish(ended.task_id, "failed")
+    running = registry.create(**GOOD, status="running")
+    run = registry.run("r")
+    for refuse in (
+        lambda: run.finish("sucess"),
+        lambda: run.finish("failed", error="a\0b"),
+        lambda: run.record_progress(5),
+        lambda: run.update_metadata([1]),
+        lambda: registry.run("unknown").set_notify_policy("often"),
+        lambda: registry.finish("nobody", "nope"),
+        lambda: registry.record_progress("nobody", 5),
+        lambda: registry.update_metadata("nobody", [1]),
+        lambda: registry.set_delivery_status("nobody", "zz"),
+        lambda: registry.mark_running(running.task_id, started_at="x"),
+        lambda: registry.recover(running.task_id, "lost"),
+        lambda: registry.find({}),
+        lambda: registry.find_by_run(5),
+        lambda: registry.list(5),
+        lambda: registry.changes(wait="x"),
+        lambda: registry.changes(wait=-1),
+        lambda: registry.changes(wait=float("nan")),
+    ):
+        with pytest.raises(ValidationError):
+            refuse()
+
+
+def test_enums_in_metadata_are_stored_by_their_value(registry):
+    class Colour(str, enum.Enum):  # noqa: UP042 (the kind whose str() is its name)
+        RED = "red"
+
+    task = registry.create(**GOOD, metadata={Colour.RED: Colour.RED})
+    assert registry.get(task.task_id).metadata == {"red": "red"}
+
+
+def test_an_end_at_the_end_of_time_is_kept_till_then(registry):
+    task = registry.create(**GOOD)
+    assert registry.finish(task.task_id, "failed", ended_at=2**53 - 1).cleanup_after == 2**53 - 1

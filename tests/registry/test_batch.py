@@ -140,3 +140,40 @@ def test_a_read_only_registry_opens_no_batch(open_ledger):
     reader = open_ledger(read_only=True)
     with pytest.raises(ReadOnlyError), reader.batch():
         pass
+
+
+def test_an_inner_batch_that_fails_leaves_no_trace_in_the_outer(registry):
+    with registry.batch():
+        outer = registry.create(runtime="cli", task="outer")
+        with pytest.raises(RuntimeError), registry.batch():
+            registry.create(runtime="cli", task="inner")
+            registry.mark_running(outer.task_id)
+            raise RuntimeError
+        assert registry.get(outer.task_id).status == "queued"
+    assert [record.task for record in registry.list()] == ["outer"]
+
+
+def test_what_a_hook_does_about_a_refresh_is_no_part_of_the_batch(open_ledger):
+    one, two = open_ledger(), open_ledger()
+
+    def note(event):
+        if event.kind == "upserted" and not event.local:
+            two.create(runtime="cli", task="noted")
+
+    two.hooks.add(note)
+    one.create(runtime="cli", task="theirs")
+    with pytest.raises(RuntimeError), two.batch():
+        two.create(runtime="cli", task="mine")
+        two.refresh()
+        raise RuntimeError
+    assert sorted(record.task for record in two.list()) == ["noted", "theirs"]
+
+
+def test_what_was_handed_over_is_the_callers_again(registry):
+    mine = {"a": [1]}
+    with registry.batch():
+        task = registry.create(runtime="cli", task="x", metadata=mine)
+        registry.update_metadata(task.task_id, mine)
+        mine["a"].append(float("nan"))
+        mine["b"] = 2
+    assert registry.get(task.task_id).metadata == {"a": [1]}

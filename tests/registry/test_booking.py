@@ -108,3 +108,9 @@ def test_an_id_is_given_once(registry):
     with pytest.raises(ConflictError):
         registry.create(runtime="cli", task="y", task_id="mine")
     assert registry.seq == 2
+
+
+def test_what_is_filled_in_keeps_to_the_times_of_the_first(registry):
+    first = registry.create(**SCOPE)
+    filled = registry.create(**SCOPE, created_at=10, cleanup_after=20)
+    assert filled.cleanup_after == first.created_at

@@ -241,3 +241,20 @@ def test_an_interrupted_caller_leaves_its_change_done_or_not_done():
     assert outcomes
     stored = registry.store.load_snapshot().records
     assert stored == {record.task_id: record for record in registry.list()}
+
+
+def test_without_threads_to_be_had_everybody_is_served_all_the_same(monkeypatch):
+    registry = TaskRegistry(SlowStore())
+    starting = threading.Thread.start
+
+    def start(thread):
+        if thread.name == "taskstore-writer":
+            raise RuntimeError("can't start new thread")
+        starting(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    in_threads(8, lambda _: [registry.create(runtime="cli", task="x") for _ in range(5)])
+    assert registry.summary().total == 40
+    monkeypatch.undo()
+    in_threads(8, lambda _: registry.create(runtime="cli", task="x"))
+    registry.close()

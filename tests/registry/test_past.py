@@ -11,12 +11,14 @@ from taskstore import (
     CompactionPolicy,
     CursorExpiredError,
     Snapshot,
+    StoreClosedError,
     TaskRegistry,
     TaskRegistryStore,
     UnsupportedError,
     ValidationError,
     compact,
 )
+from taskstore.stores.memory import MemoryStore
 
 KEEP_NOTHING = CompactionPolicy(history_s=0, history_entries=0, keep_snapshots=1).forced()
 
@@ -143,3 +145,37 @@ def test_a_store_without_a_journal_says_so():
     assert registry.refresh() == 2
     with pytest.raises(UnsupportedError):
         compact(registry.store)
+
+
+def test_looking_back_while_compaction_passes_by():
+    class Racing(MemoryStore):
+        """Compacts just after it was asked for its floor."""
+
+        race = False
+
+        def floor(self):
+            floor = super().floor()
+            if self.race:
+                self.race = False
+                compact(self, KEEP_NOTHING)
+            return floor
+
+    store = Racing()
+    registry = TaskRegistry(store)
+    for number in range(10):
+        registry.create(runtime="cli", task=str(number))
+    compact(store, KEEP_NOTHING)
+    registry.create(runtime="cli", task="10")
+    store.race = True
+    assert registry.as_of(11).seq == 11
+    assert store.floor() == 12, "it did not pass by"
+
+
+def test_following_ends_when_the_registry_is_closed():
+    registry = TaskRegistry(MemoryStore())
+    following = registry.changes(wait=30)
+    closing = threading.Timer(0.1, registry.close)
+    closing.start()
+    with pytest.raises(StoreClosedError):
+        list(following)
+    closing.join()

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from taskstore import ConflictError, Deleted, InvalidTransition, TaskNotFound, Upserted
+from taskstore import (
+    ConflictError,
+    Deleted,
+    InvalidTransition,
+    StoreUnavailableError,
+    TaskNotFound,
+    TaskRegistry,
+    Upserted,
+)
+from taskstore.stores.memory import MemoryStorage, MemoryStore
 
 
 def test_refresh_brings_in_what_another_wrote(open_ledger):
@@ -93,3 +102,87 @@ def test_a_mirror_that_fell_behind_the_floor_is_restored(open_ledger):
     assert two.get(task.task_id).status == "running"
     ours = two.create(runtime="cli", task="y")
     assert (two.seq, events[-1].record) == (3, ours)
+
+
+def test_nothing_is_answered_from_memory_that_is_no_longer_so(open_ledger):
+    one, two = open_ledger(), open_ledger()
+    task = one.create(runtime="cli", task="x", run_id="r", owner_key="me")
+    assert two.delete(task.task_id) is True
+
+    task = one.create(runtime="cli", task="y", run_id="s", owner_key="me")
+    assert len(two.run("s").mark_running()) == 1
+
+    one.record_progress(task.task_id, "first")
+    two.refresh()
+    one.record_progress(task.task_id, "second")
+    assert two.record_progress(task.task_id, "first").progress_summary == "first"
+    assert two.store.load_snapshot().records[task.task_id].progress_summary == "first"
+
+    one.update_metadata(task.task_id, {"k": 2})
+    two.refresh()
+    revision = two.get(task.task_id).revision
+    one.update_metadata(task.task_id, {"k": 3})
+    with pytest.raises(ConflictError):
+        two.update_metadata(task.task_id, {"k": 2}, if_revision=revision)
+
+    one.refresh()
+    two.delete(task.task_id)
+    again = one.create(runtime="cli", task="y", run_id="s", owner_key="me")
+    assert again.task_id != task.task_id
+    assert one.store.load_snapshot().records[again.task_id] == again
+
+
+def test_a_mirror_of_a_ledger_that_lost_commits_starts_over():
+    storage, events = MemoryStorage(), []
+    one = TaskRegistry(MemoryStore(storage))
+    kept = one.create(runtime="cli", task="kept")
+    mirror = TaskRegistry(MemoryStore(storage), hooks=[events.append])
+    lost = one.create(runtime="cli", task="lost")
+    mirror.refresh()
+    # A standby takes over that never got the last commit, and goes on.
+    storage.journal.pop()
+    del storage.current[lost.task_id]
+    storage.head -= 1
+    other = TaskRegistry(MemoryStore(storage)).create(runtime="cli", task="other")
+    mirror.refresh()
+    assert {record.task_id for record in mirror.list()} == {kept.task_id, other.task_id}
+    assert [event.kind for event in events] == ["restored", "upserted", "restored"]
+    storage.journal.pop()
+    del storage.current[other.task_id]
+    storage.head -= 1
+    mirror.refresh()
+    assert [record.task_id for record in mirror.list()] == [kept.task_id]
+
+
+def test_a_commit_is_seen_by_its_writer_though_the_gap_before_it_cannot_be_read(caplog):
+    class Unreadable(MemoryStore):
+        broken = False
+
+        def read_journal(self, after, limit):
+            if self.broken:
+                raise StoreUnavailableError("the line is down")
+            return super().read_journal(after, limit)
+
+    storage, events = MemoryStorage(), []
+    registry = TaskRegistry(Unreadable(storage), hooks=[events.append])
+    theirs = TaskRegistry(MemoryStore(storage)).create(runtime="cli", task="theirs")
+    registry.store.broken = True
+    ours = registry.create(runtime="cli", task="ours")
+    assert registry.get(ours.task_id) == ours
+    registry.store.broken = False
+    registry.refresh()
+    assert registry.get(theirs.task_id) == theirs
+    assert [event.kind for event in events] == ["restored", "restored"]
+    assert "cannot read what was committed" in caplog.text
+
+
+def test_a_journal_that_gives_nothing_does_not_hold_anybody_up():
+    class Silent(MemoryStore):
+        def read_journal(self, after, limit):
+            return ()
+
+    storage = MemoryStorage()
+    registry = TaskRegistry(Silent(storage))
+    theirs = TaskRegistry(MemoryStore(storage)).create(runtime="cli", task="theirs")
+    ours = registry.create(runtime="cli", task="ours")
+    assert {r.task_id for r in registry.list()} == {ours.task_id, theirs.task_id}

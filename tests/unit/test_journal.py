@@ -140,8 +140,10 @@ def test_a_snapshot_copies_what_can_change():
     assert list(snapshot.records) == ["a"]
     with pytest.raises(TypeError):
         snapshot.records["b"] = None
-    proxy = MappingProxyType({})
-    assert Snapshot(1, proxy).records is proxy
+    held = {"a": make_record(task_id="a")}
+    snapshot = Snapshot(1, MappingProxyType(held))
+    held.clear()
+    assert list(snapshot.records) == ["a"]
 
 
 @pytest.mark.parametrize("seq", [-1, 1.0, "1", None, True, 2**53])
