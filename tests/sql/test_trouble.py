@@ -86,7 +86,7 @@ def test_paths_that_cannot_be(tmp_path, open_):
         "sqlite:///:memory:",
         "sqlite://host/tasks.db",
         "sqlite:///tasks.db?mode=ro",
-        "sqlite:///a%00b.db",
+        "sqlite:///a\0b.db",
         "postgresql+psycopg2://u:secret@h/d",
         "postgresql+nonsense://u:secret@h/d",
         "postgresql+psycopg://u:secret@h:port/d",
