@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlkit import Spy
+from sqlkit import Spy, reap
 
 from taskstore.stores.sql import SQLStore, open_sql
 from taskstore.testing.servers import PostgresServer
 
 ENGINES = ("sqlite", "postgresql")
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    yield
+    reap()
 
 
 @pytest.fixture

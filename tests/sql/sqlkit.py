@@ -53,12 +53,25 @@ class _SpiedCursor:
 
 def in_process(script: str, *arguments: object) -> subprocess.Popen[str]:
     """Run a Python script in a process of its own."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    _started.append(process)
+    return process
+
+
+def reap() -> None:
+    """End what a test has left running."""
+    while _started:
+        with _started.pop() as process:
+            process.kill()
+
+
+_started: list[subprocess.Popen[str]] = []
 
 
 def output_of(process: subprocess.Popen[str]) -> str:

@@ -173,15 +173,7 @@ def test_a_closed_ledger_is_read_as_immutable(shut):
 
 @needs_root
 def test_a_writer_that_appears_meanwhile_is_noticed(shut):
-    import subprocess
-    import sys
-
-    process = subprocess.Popen(
-        [sys.executable, "-c", READ, f"sqlite:///{shut}", "stay"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    process = in_process(READ, f"sqlite:///{shut}", "stay")
     assert process.stdout is not None
     assert process.stdout.readline().split() == ["1", "1"]
     assert process.stdout.readline() == "loaded\n"
@@ -210,15 +202,7 @@ with open_store(sys.argv[1]) as store:
     print("ready", flush=True)
     sys.stdin.readline()
 """
-    import subprocess
-    import sys
-
-    writer = subprocess.Popen(
-        [sys.executable, "-c", script, f"sqlite:///{shut}"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    writer = in_process(script, f"sqlite:///{shut}")
     assert writer.stdout is not None
     assert writer.stdout.readline() == "ready\n"
     assert output_of(in_process(READ, f"sqlite:///{shut}")).split() == ["2", "2"]

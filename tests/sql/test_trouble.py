@@ -25,11 +25,9 @@ from taskstore.testing.factories import create, make_put
 # -- paths --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["100%.db", "a b#c.db", "who@where.db", "ü%2e.db", "q?uery.db"])
+@pytest.mark.parametrize("name", ["100%.db", "100%25.db", "a b#c.db", "me:x@y.db", "ü%2e.db"])
 def test_special_characters_in_paths(tmp_path, open_, name):
-    from urllib.parse import quote
-
-    url = f"sqlite:///{quote(str(tmp_path))}/{quote(name)}"
+    url = f"sqlite:///{tmp_path}/{name}"
     with open_(url) as store:
         create(store)
         assert store.location == str(tmp_path / name)

@@ -130,6 +130,8 @@ class SQLiteDatabase(Database):
     def erase(self, session: Session) -> None:
         # Deleted bytes are overwritten in the file (secure_delete), but the
         # log keeps earlier images of pages until it is emptied.
+        [patience] = session.row("PRAGMA busy_timeout")
+        session.restore = (f"PRAGMA busy_timeout = {patience}",)
         session.rows("PRAGMA busy_timeout = 100")
         started = time.monotonic()
         while time.monotonic() - started < self.erase_s:
