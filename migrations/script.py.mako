@@ -2,7 +2,8 @@
 
 Say here whether old code can go on with the new schema (an expanding
 migration) or not: then the first thing that it does is raise
-taskstore_head.schema_epoch.
+taskstore_head.schema_epoch.  On MariaDB each statement commits by itself, so
+that this comes before the rest, and everything here has to bear repetition.
 """
 
 from __future__ import annotations

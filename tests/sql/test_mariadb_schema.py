@@ -128,9 +128,7 @@ def test_a_downgrade_that_is_cut_short_is_done_again(url, engine, monkeypatch):
     with pytest.raises(PowerCutError):
         migrate.downgrade(engine, "base")
     monkeypatch.undo()
-    with pytest.raises(
-        SchemaMismatchError, match="tables task_set_aside, taskstore_head"
-    ):
+    with pytest.raises(SchemaMismatchError, match="tables task_set_aside, taskstore_head"):
         open_store(url)
     migrate.downgrade(engine, "base")
     assert tables_of(engine) == {migrate.VERSION_TABLE}

@@ -298,7 +298,12 @@ class MariaDBServer(DatabaseServer):
         import pymysql
 
         return pymysql.connect(
-            host="127.0.0.1", port=self._port, user="root", database=database, autocommit=True
+            host="127.0.0.1",
+            port=self._port,
+            user="root",
+            database=database,
+            autocommit=True,
+            ssl_disabled=True,
         )
 
     def _answers(self) -> bool:

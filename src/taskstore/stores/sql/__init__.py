@@ -1,4 +1,4 @@
-"""The SQL store: SQLite and PostgreSQL, through SQLAlchemy Core."""
+"""The SQL store: SQLite, PostgreSQL and MariaDB, through SQLAlchemy Core."""
 
 from taskstore.stores.sql.store import SQLStore, open_sql
 

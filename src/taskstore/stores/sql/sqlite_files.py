@@ -1,6 +1,6 @@
 """What only SQLite needs: which library, and how its files are made and opened.
 
-Everything else about dialects is in :mod:`taskstore.stores.sql.engines`.
+Everything else about dialects is in :mod:`taskstore.stores.sql.dialects`.
 """
 
 from __future__ import annotations

@@ -80,6 +80,7 @@ class SQLStore(TaskRegistryStore):
         self._connections = Connections(database)
         self._aside: tuple[SetAside, ...] = ()
         self._met: dict[str, SetAside] = {}
+        self._kept: list[SetAside] = []
         self._committed = threading.Condition()
         self._seen = 0
         try:
@@ -95,7 +96,7 @@ class SQLStore(TaskRegistryStore):
     def load_snapshot(self) -> Snapshot:
         self._check_open()
         loaded = snapshots.load(self._connections)
-        self._aside, self._met = loaded.set_aside, {}
+        self._aside, self._met, self._kept = loaded.set_aside, {}, []
         if self._strict and loaded.set_aside:
             first = loaded.set_aside[0]
             raise CorruptStoreError(f"{self.location}: {first.where}", first.reason)
@@ -118,7 +119,7 @@ class SQLStore(TaskRegistryStore):
             for task_id, item in self._met.items()
             if all(known.task_id != task_id for known in self._aside)
         )
-        return StoreReport((*self._aside, *met), tuple(self._database.notices))
+        return StoreReport((*self._aside, *met, *self._kept), tuple(self._database.notices))
 
     def close(self) -> None:
         if not self._closed:
@@ -214,7 +215,7 @@ class SQLStore(TaskRegistryStore):
 
     def compact(self, policy: CompactionPolicy) -> CompactionReport:
         self._check_writable()
-        return compaction.compact(self._connections, policy, self.clock)
+        return compaction.compact(self._connections, policy, self.clock, self._kept.append)
 
     def query(self, query: TaskQuery) -> Page:
         self._check_open()
@@ -236,7 +237,8 @@ def open_sql(
     """Open the ledger in the database that a URL names, with an engine of our own.
 
     ``sqlite:///`` and a path as it stands (three slashes relative, four
-    absolute), or ``postgresql+psycopg://user:password@host/database``.
+    absolute), or ``postgresql+psycopg://user:password@host/database``,
+    or the same with ``mariadb+pymysql``.
     Options as for :func:`taskstore.open_store`; ``strict`` as for :class:`SQLStore`.
     """
     _check_options(durability, migrate)
