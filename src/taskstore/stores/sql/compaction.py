@@ -20,7 +20,8 @@ import socket
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
@@ -28,6 +29,7 @@ import sqlalchemy as sa
 
 from taskstore.clock import Clock, system_clock
 from taskstore.errors import StoreBusyError, StoreUnavailableError
+from taskstore.journal import SetAside
 from taskstore.policy import CompactionPolicy, CompactionReport, JournalStats, SnapshotMark
 from taskstore.stores.sql.connections import Connections
 from taskstore.stores.sql.rows import Head, Tally, aside_line, chunks_of, line_of
@@ -40,6 +42,7 @@ from taskstore.stores.sql.tables import (
     tasks,
     taskstore_head,
 )
+from taskstore.stores.sql.trimming import Findings, check_rows, examine, set_aside_entries
 
 LEASE_MS = 20_000
 """How long a compactor that fell silent on another machine keeps others away, in milliseconds."""
@@ -62,8 +65,16 @@ class _Picture(NamedTuple):
     sizes: list[int]
 
 
-def compact(connections: Connections, policy: CompactionPolicy, clock: Clock) -> CompactionReport:
-    """Compact when the policy says so; see ``SupportsCompaction.compact``."""
+def compact(
+    connections: Connections,
+    policy: CompactionPolicy,
+    clock: Clock,
+    on_kept: Callable[[SetAside], object],
+) -> CompactionReport:
+    """Compact when the policy says so; see ``SupportsCompaction.compact``.
+
+    ``on_kept`` is called with what was set aside of entries that were trimmed.
+    """
     started = time.monotonic()
     now = clock()
     head, newest, reason = connections.read(
@@ -74,10 +85,11 @@ def compact(connections: Connections, policy: CompactionPolicy, clock: Clock) ->
     lease = _Lease(connections)
     lease.take()
     try:
-        _clear_leftovers(lease)
-        seq, records = _publish(connections, lease)
-        floor, kept, before = _move_floor(lease, policy, clock())
-        _clear_leftovers(lease)
+        _clear_leftovers(lease, on_kept)
+        plan = _Plan(policy, clock())
+        seq, records = _publish(connections, lease, plan)
+        floor, kept, before = _move_floor(lease, plan)
+        _clear_leftovers(lease, on_kept)
     finally:
         lease.give_back()
     if policy.erase_deleted:
@@ -107,6 +119,37 @@ def _due(
     )
     stats = JournalStats(entries=head.head_seq - newest, records=records, now=now, oldest_at=oldest)
     return head, newest, policy.due(stats)
+
+
+class _Plan:
+    """Which snapshots are to be kept, as of the moment that the new one is of."""
+
+    def __init__(self, policy: CompactionPolicy, now: int) -> None:
+        self._policy = policy
+        self._now = now
+        self._head = 0
+        self._at = 0
+
+    def at(self, session: Session, head: Head, location: str) -> None:
+        """Note the moment, and refuse a plan by which something would be lost."""
+        self._head, self._at = head.head_seq, head.last_at
+        _, floor = self.retained(_marks(session), head.floor)
+        check_rows(session, head.floor, floor, location)
+
+    def retained(self, marks: Sequence[SnapshotMark], floor: int) -> tuple[frozenset[int], int]:
+        """The seqs of the snapshots to keep, and the new floor."""
+        older = [mark for mark in marks if mark.seq != self._head]
+        mine = SnapshotMark(self._head, self._at)
+        kept, new = self._policy.retained(
+            [*older, mine], head=self._head, floor=floor, now=self._now
+        )
+        return frozenset(kept), new
+
+
+def _marks(session: Session) -> list[SnapshotMark]:
+    seq, state = task_snapshots.c.seq, task_snapshots.c.state
+    published = sa.select(seq, task_snapshots.c.at).where(state == "published")
+    return [SnapshotMark(*row) for row in session.ask(published.order_by(seq))]
 
 
 class _Lease:
@@ -195,13 +238,13 @@ def _is_dead(owner: str) -> bool:
     return False
 
 
-def _publish(connections: Connections, lease: _Lease) -> tuple[int, int]:
+def _publish(connections: Connections, lease: _Lease, plan: _Plan) -> tuple[int, int]:
     """Write and publish a snapshot of this moment: (its seq, how many records it holds)."""
     database = connections.database
     sql = database.sql
     with _spool(database.scratch) as spool:
         picture = connections.read(
-            lambda session: _read_all(session, connections, spool), one_moment=True
+            lambda session: _read_all(session, connections, spool, plan), one_moment=True
         )
         head, tally = picture.head, Tally()
         seq = head.head_seq
@@ -223,11 +266,14 @@ def _spool(place: Path | None) -> IO[bytes]:
         raise StoreUnavailableError(f"{place}: no temporary file can be made: {error}") from error
 
 
-def _read_all(session: Session, connections: Connections, spool: IO[bytes]) -> _Picture:
+def _read_all(
+    session: Session, connections: Connections, spool: IO[bytes], plan: _Plan
+) -> _Picture:
     sql = connections.database.sql
     spool.seek(0)
     spool.truncate()
     head = read_head(session, sql)
+    plan.at(session, head, connections.database.location)
     tally, sizes = Tally(), []
     for chunk in chunks_of(_lines(session, connections)):
         tally.add(chunk)
@@ -272,9 +318,7 @@ def _insert_chunk(sql: str, row: tuple[Any, ...]) -> Callable[[Session], None]:
     return work
 
 
-def _move_floor(
-    lease: _Lease, policy: CompactionPolicy, now: int
-) -> tuple[int, frozenset[int], int]:
+def _move_floor(lease: _Lease, plan: _Plan) -> tuple[int, frozenset[int], int]:
     """Move the floor and drop snapshots: (the new floor, seqs retained, the old floor).
 
     One transaction, after which no reader sees what is then deleted in steps.
@@ -285,12 +329,12 @@ def _move_floor(
     def work(session: Session) -> tuple[int, frozenset[int], int]:
         head = read_head(session, sql, lock=True)
         floors.append(head.floor)
-        seq, state = task_snapshots.c.seq, task_snapshots.c.state
-        published = sa.select(seq, task_snapshots.c.at).where(state == "published")
-        marks = [SnapshotMark(*row) for row in session.ask(published.order_by(seq))]
-        kept, floor = policy.retained(marks, head=head.head_seq, floor=head.floor, now=now)
+        marks = _marks(session)
+        kept, floor = plan.retained(marks, head.floor)
         gone = [mark.seq for mark in marks if mark.seq not in kept]
-        session.change(sa.update(task_snapshots).where(seq.in_(gone)).values(state="dropped"))
+        session.change(
+            sa.update(task_snapshots).where(task_snapshots.c.seq.in_(gone)).values(state="dropped")
+        )
         session.change(sa.update(taskstore_head).values(floor=floor))
         retained = frozenset(mark.seq for mark in marks if mark.seq in kept)
         # Should the transaction run twice, the first floor is the old one.
@@ -299,20 +343,25 @@ def _move_floor(
     return lease.step(work)
 
 
-def _clear_leftovers(lease: _Lease) -> None:
+def _clear_leftovers(lease: _Lease, on_kept: Callable[[SetAside], object]) -> None:
     """Delete, in small steps, what no reader sees: entries below the floor, and
     snapshots that were dropped or never finished."""
     sql = lease.connections.database.sql
     seq, chunk = task_snapshot_chunks.c.seq, task_snapshot_chunks.c.chunk
     entry = task_journal.c.seq
 
-    def trim(session: Session) -> bool:
+    def look(session: Session) -> tuple[int, Findings] | None:
         floor = read_head(session, sql).floor
         lowest = session.scalar(sa.select(sa.func.min(entry)))
         if lowest is None or lowest >= floor:
-            return False
-        session.change(sa.delete(task_journal).where(entry < min(floor, lowest + STEP)))
-        return True
+            return None
+        end = min(floor, lowest + STEP)
+        return end, examine(session, sql, lowest, end)
+
+    def trim(session: Session, end: int, findings: Findings) -> list[SetAside]:
+        moved = set_aside_entries(session, sql, findings)
+        session.change(sa.delete(task_journal).where(entry < end))
+        return moved
 
     def drop(session: Session) -> bool:
         dead = sa.select(task_snapshots.c.seq).where(task_snapshots.c.state != "published")
@@ -329,5 +378,7 @@ def _clear_leftovers(lease: _Lease) -> None:
 
     while lease.step(drop):
         pass
-    while lease.step(trim):
-        pass
+    # What lies below the floor changes no more: it is read before the lock is taken.
+    while (found := lease.connections.read(look)) is not None:
+        for item in lease.step(partial(trim, end=found[0], findings=found[1])):
+            on_kept(item)
