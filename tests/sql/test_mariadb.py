@@ -121,7 +121,7 @@ def test_a_deadlock_is_run_again(store, raw, mariadb_server):
     assert store.verify().ok
 
 
-@pytest.mark.parametrize("number", [1205, 1213, 1020])
+@pytest.mark.parametrize("number", [1020, 1205, 1213, 1412])
 def test_what_the_server_gives_up_is_tried_again(store, number):
     spy = Spy(store)
     failures = [pymysql.OperationalError(number, "try again")] * 3

@@ -87,7 +87,7 @@ _MARIADB = {
     Fault.BUSY: {1317, 1907, 1969},
     # 1205, a lock that was not given in time, has undone its statement only; what
     # we run again after it is the whole transaction.
-    Fault.RETRY: {1020, 1040, 1203, 1205, 1213, 1614},
+    Fault.RETRY: {1020, 1040, 1203, 1205, 1213, 1412, 1614},
     Fault.LOST: {
         1053, 1077, 1079, 1152, 1158, 1159, 1160, 1161, 1180, 1927, 2002, 2003, 2006, 2013, 2014,
         2027, 2055, 4031,
