@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,13 @@ def test_the_scheme_works_once_it_is_installed(
     (project / "onefile.py").unlink()
     monkeypatch.setenv("PYTHONPATH", str(project / "site"))
     run(sys.executable, "use_it.py")
-    assert (project / "ledger.json").read_text().startswith('{"format":"taskstore-snapshot/1"')
+    used = (project / "ledger.json").read_text()
+    assert used.startswith('{"format":"taskstore-snapshot/1"')
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    proof = run("bash", "-e", "prove.sh")
+    assert proof.startswith("core\tkept\t"), proof
+    assert "crash-safe\tkept\t" in proof, proof
+    assert (project / "ledger.json").read_text() == used
 
 
 def test_the_smallest_backend_is_small(project: Path) -> None:
