@@ -1,4 +1,4 @@
-"""A torn last line was never acknowledged: writers cut and keep it, readers ignore it."""
+"""A torn last line: writers cut and keep it, readers leave it out, both report it."""
 
 from __future__ import annotations
 
@@ -51,6 +51,8 @@ def test_a_writer_cuts_keeps_and_reports_it(torn, directory, open_):
     assert str(segments(directory)[0]) in notice
     assert f"offset {offset}" in notice
     assert kept.name in notice
+    assert "not completely written, or was damaged afterwards" in notice
+    assert "acknowledged" not in notice
     assert store.head() == 2
     create(store, label="again")
     assert [record.label for record in open_().load_snapshot().records.values()] == [
@@ -69,7 +71,12 @@ def test_a_reader_ignores_it_and_leaves_it(torn, directory, open_):
     assert len(reader.load_snapshot().records) == 2
     assert len(reader.read_journal(0, 10)) == 2
     assert reader.verify().ok
-    assert reader.report().notices == ()
+    (notice,) = reader.report().notices
+    tail, offset = torn
+    assert (
+        f"{segments(directory)[0]}: the last line ({len(tail)} bytes at offset {offset})" in notice
+    )
+    assert "damaged afterwards" in notice
     assert state_of(directory) == before
 
 

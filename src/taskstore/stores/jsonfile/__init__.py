@@ -30,7 +30,7 @@ entry, its time (Unix milliseconds), its entries with contiguous seqs; a
      {"kind":"deleted","task_id":"…","revision":3}]}
 
 (on one line).  Only the last line of the last segment may be damaged: it was
-never acknowledged, counts as nothing, and is cut by the next writer.
+not completely written or damaged afterwards, counts as nothing, and is cut by the next writer.
 
 **Snapshots** are JSON documents, one record a line in order of task_id, as
 ``taskstore.codec.write_snapshot`` writes them; the last line is the CRC-32 of

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from taskstore.errors import StoreBusyError
 
@@ -35,6 +36,8 @@ class FileLock:
         self.path = path
         self._descriptor = -1
         self._owner = 0
+        self.opened = 0
+        """How often the file was opened: after another time it may be another file."""
 
     def acquire(self, timeout_s: float) -> bool:
         """Take the lock, waiting at most ``timeout_s`` seconds; whether it was got."""
@@ -54,9 +57,9 @@ class FileLock:
                 time.sleep(min(pause, deadline - now))
                 pause = min(pause * 1.5, _LONGEST_PAUSE_S)
                 continue
-            if os.fstat(self._descriptor).st_nlink:
+            if self._is_at_path():
                 return True
-            # Somebody removed the file: a lock on it excludes nobody any more.
+            # Somebody removed or replaced the file: a lock on it excludes nobody any more.
             self._reopen()
 
     def release(self) -> None:
@@ -69,8 +72,17 @@ class FileLock:
         if descriptor >= 0:
             os.close(descriptor)
 
+    def _is_at_path(self) -> bool:
+        mine = os.fstat(self._descriptor)
+        try:
+            there = os.stat(self.path)  # noqa: PTH116 - half the time
+        except FileNotFoundError:
+            return False
+        return (mine.st_ino, mine.st_dev) == (there.st_ino, there.st_dev)
+
     def _reopen(self) -> None:
         self.close()
+        self.opened += 1
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._owner = os.getpid()
 
@@ -123,17 +135,25 @@ class WriteLock(FileLock):
         os.pwrite(self._descriptor, b"%010d %020d\n" % (self._owner, self.generation), 0)
 
 
-def read_generation(path: Path) -> int | None:
+class Generation(NamedTuple):
+    """The generation of a directory's files, and by which lock file that is."""
+
+    number: int
+    inode: int
+
+
+def read_generation(path: Path) -> Generation | None:
     """The generation, read without the lock; ``None`` when it cannot be told or is changing."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     try:
-        pid, generation = _parse(os.pread(descriptor, _STATE_BYTES, 0))
+        pid, number = _parse(os.pread(descriptor, _STATE_BYTES, 0))
+        inode = os.fstat(descriptor).st_ino
     finally:
         os.close(descriptor)
-    return generation if pid and generation % 2 == 0 else None
+    return Generation(number, inode) if pid and number % 2 == 0 else None
 
 
 def busy(path: Path, what: str, waited_s: float) -> StoreBusyError:

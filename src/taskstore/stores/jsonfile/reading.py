@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,17 +19,19 @@ from taskstore.errors import (
     CorruptStoreError,
     CursorExpiredError,
     StoreUnavailableError,
+    TaskStoreError,
 )
 from taskstore.journal import JournalEntry
 from taskstore.stores.jsonfile.files import LOCK_NAME
 from taskstore.stores.jsonfile.layout import Layout, Place, read_layout, settled
 from taskstore.stores.jsonfile.lines import decode_commit, id_needle, is_sound, journal_entry
-from taskstore.stores.jsonfile.locks import read_generation
-from taskstore.stores.jsonfile.segments import Found, Walk
+from taskstore.stores.jsonfile.locks import Generation, read_generation
+from taskstore.stores.jsonfile.segments import Found, Walk, torn
 
 _T = TypeVar("_T")
 _SPARSE_BYTES = 256 * 1024
 _PAGES = 32
+_APPENDING_S = 0.01
 
 
 class Reader:
@@ -39,7 +42,7 @@ class Reader:
         self.strict = strict
         self._guard = threading.Lock()
         self._layout: Layout | None = None
-        self._generation: int | None = None
+        self._generation: Generation | None = None
         self._tail: Place | None = None
         self._sparse: list[Place] = []
         self._pages: OrderedDict[int, Place] = OrderedDict()
@@ -108,6 +111,28 @@ class Reader:
             self._note(found, walk.place)
         self._tail = walk.place
         return walk.place
+
+    def torn(self) -> str | None:
+        """What is to be said of bytes at the end of the last segment that are no commit."""
+
+        def look(layout: Layout) -> tuple[Path, int, int] | None:
+            if not layout.segments:
+                return None
+            place, path = self.end(layout), layout.segments[-1].path
+            size = path.stat().st_size - place.offset
+            return (path, size, place.offset) if size > 0 and place.offset else None
+
+        try:
+            found = self.settled(look)
+            if found is None:
+                return None
+            time.sleep(_APPENDING_S)  # a writer may just be writing it
+            if self.settled(look) != found:
+                return None
+        except (OSError, TaskStoreError):
+            return None
+        path, size, offset = found
+        return f"{path}: {torn(size, offset)}; it is left out"
 
     def read(self, layout: Layout, after: int, limit: int) -> Sequence[JournalEntry]:
         """The entries after a seq, at most ``limit``."""

@@ -132,8 +132,15 @@ def cut_tail(path: Path, offset: int) -> str:
     finally:
         os.close(descriptor)
     return (
-        f"{path}: a torn line of {len(tail)} bytes at offset {offset} was never acknowledged; "
-        f"it was cut and kept as {kept.name}"
+        f"{path}: {torn(len(tail), offset)}; it was cut off, and its bytes are kept in {kept.name}"
+    )
+
+
+def torn(size: int, offset: int) -> str:
+    """What is known of the end of the last segment that is no commit."""
+    return (
+        f"the last line ({size} bytes at offset {offset}) was not completely written, "
+        "or was damaged afterwards"
     )
 
 

@@ -152,8 +152,8 @@ class JSONStore(TaskRegistryStore):
 
     def report(self) -> StoreReport:
         notices = list(self._writer.notices) if self._writer is not None else []
-        lost = self._reader.lost
-        return StoreReport(self._set_aside, (*notices, *([lost] if lost else [])))
+        found = [self._reader.lost, self._reader.torn() if self.read_only else None]
+        return StoreReport(self._set_aside, (*notices, *filter(None, found)))
 
     def close(self) -> None:
         if not self._closed:

@@ -59,6 +59,7 @@ class Writer:
         self.timeout_s = lock_timeout_s
         self._mutex = threading.Lock()
         self._generation: int | None = None
+        self._opened = 0
         self._descriptor = -1
         self._refusal: str | None = None
 
@@ -119,12 +120,15 @@ class Writer:
 
     def _catch_up(self, *, indexed: bool) -> None:
         generation = self._lock.read_state()
+        if self._opened != self._lock.opened:
+            # Another lock file may be that of other files.
+            self._opened, self._generation = self._lock.opened, None
         known = generation == self._generation and (self.index is not None or not indexed)
         if known:
-            size = os.fstat(self._descriptor).st_size
-            if size == self.place.offset:
+            segment = os.fstat(self._descriptor)
+            if segment.st_size == self.place.offset and segment.st_nlink:
                 return
-            known = size > self.place.offset
+            known = segment.st_size > self.place.offset and segment.st_nlink > 0
         # Until it has succeeded, nothing that is remembered may be relied on.
         self._generation = None
 
@@ -163,6 +167,11 @@ class Writer:
     def _found(self) -> Layout:
         """Look through the directory, create or mend the beginning of a segment, clear up."""
         layout = read_layout(self.directory)
+        if layout.fresh and self.layout.segments:
+            reason = f"the files of the store {self.directory} are gone"
+            raise StoreUnavailableError(
+                reason, hint="put them back, or open it again to begin anew"
+            )
         if layout.unborn is not None:
             self._bring_forth(layout, layout.unborn)
         elif layout.fresh:
@@ -341,10 +350,9 @@ class Writer:
     def _move_to(self, path: Path) -> None:
         """Be at the start of the newest segment, which is empty."""
         self.layout = read_layout(self.directory)
-        last = self.layout.segments[-1]
-        assert last.path == path, "a new segment is the last one"
-        self._open_segment(last)
-        self.place = Walk(self.layout, self.layout.start_of(last)).to_end()
+        assert self.layout.segments[-1].path == path, "a new segment is the last one"
+        self._open_segment(self.layout.segments[-1])
+        self.place = Walk(self.layout, self.layout.start_of(self.layout.segments[-1])).to_end()
 
     def settle(self, index_floor: int) -> None:
         """Tell everybody that a compaction has moved the floor.  Under the lock."""
