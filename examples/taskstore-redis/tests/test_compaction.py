@@ -8,8 +8,18 @@ from typing import Any
 
 import pytest
 import redis
-from taskstore import CompactionPolicy, Put, Remove, Snapshot, StoreBusyError
-from taskstore.testing import Model, OpenStore, as_of, create, make_record, next_of, play, update
+from taskstore import CompactionPolicy, ConflictError, Put, Remove, Snapshot, StoreBusyError
+from taskstore.testing import (
+    Model,
+    OpenStore,
+    as_of,
+    create,
+    delete,
+    make_record,
+    next_of,
+    play,
+    update,
+)
 
 from taskstore_redis import RedisStore
 from taskstore_redis.compaction import Compactor
@@ -226,6 +236,81 @@ def test_a_save_takes_the_ledger_away_from_a_compactor(
             store.compact(FOLD)
         loaded = store.load_snapshot()
         assert (loaded.seq, dict(loaded.records)) == (head + 1, {})
+        assert store.verify().problems == ()
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_writers_stop_keeping_for_a_compactor_that_is_gone(
+    make_store: OpenStore, monkeypatch: pytest.MonkeyPatch, client: redis.Redis, namespace: str
+) -> None:
+    """Or what they keep would grow until somebody compacts again."""
+    prefix = f"{{{namespace}}}:"
+    with make_store() as store, make_store() as writer:
+        records = [create(store, created_at=n) for n in range(9)]
+        revive = kill_at(monkeypatch, 5, after=True)
+        try:
+            with pytest.raises(KilledError):
+                store.compact(FOLD)
+        finally:
+            revive()
+        records = [update(writer, record) for record in records]
+        assert client.exists(prefix + "cut", prefix + "saved") == 2
+        client.delete(prefix + "lease")  # its time is up
+        update(writer, records[0])
+        assert client.exists(prefix + "cut", prefix + "saved") == 0
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_what_was_kept_for_one_compactor_is_not_for_the_next(
+    make_store: OpenStore, monkeypatch: pytest.MonkeyPatch, client: redis.Redis, namespace: str
+) -> None:
+    with make_store() as store, make_store() as writer:
+        records = [create(store, created_at=n) for n in range(9)]
+        revive = kill_at(monkeypatch, 5, after=True)
+        try:
+            with pytest.raises(KilledError):
+                store.compact(FOLD)
+        finally:
+            revive()
+        records = [update(writer, record) for record in records]
+        client.delete(f"{{{namespace}}}:lease")
+        report = writer.compact(FOLD)
+        kept = writer.read_snapshot(report.seq)
+        assert set(kept.records.values()) == set(records)
+        assert writer.verify().problems == ()
+
+
+def test_an_id_is_free_once_the_floor_has_passed_its_deletion(
+    make_store: OpenStore, monkeypatch: pytest.MonkeyPatch, client: redis.Redis, namespace: str
+) -> None:
+    """[3] Also when the compactor was killed before it trimmed anything."""
+    with make_store() as store:
+        delete(store, create(store, task_id="again"))
+        trim = Compactor._trim
+        calls: list[int] = []
+
+        def trim_at_first(self: Compactor) -> None:
+            calls.append(1)
+            if len(calls) > 1:
+                raise KilledError
+            trim(self)
+
+        monkeypatch.setattr(Compactor, "_trim", trim_at_first)
+        with pytest.raises(KilledError):
+            store.compact(TRIM)
+        monkeypatch.undo()
+        assert store.floor() == 3
+        record = create(store, task_id="again")
+        assert [entry.seq for entry in store.read_history("again")] == [3]
+        assert store.verify().problems == ()
+        store.compact(TRIM)
+        assert client.exists(f"{{{namespace}}}:deleted") == 0
+        with pytest.raises(ConflictError):
+            create(store, task_id="again")
+        delete(store, record)
+        with pytest.raises(ConflictError) as caught:
+            create(store, task_id="again")
+        assert caught.value.conflicts[0].deleted
         assert store.verify().problems == ()
 
 

@@ -12,8 +12,10 @@ from taskstore import (
     CompactionPolicy,
     ConflictError,
     CorruptStoreError,
+    Remove,
     SchemaMismatchError,
     SetAside,
+    Snapshot,
     TaskQuery,
     TaskRegistry,
 )
@@ -79,6 +81,32 @@ def test_a_damaged_row_is_set_aside(make_store: OpenStore, door: Door, damage: s
         mended = update(store, bad, label="mended")
         assert store.load_snapshot().records["bad"] == mended
         assert store.load_snapshot().set_aside == ()
+
+
+@pytest.mark.parametrize("removed", [False, True], ids=["updated", "removed"])
+def test_writing_over_what_was_set_aside(make_store: OpenStore, *, removed: bool) -> None:
+    """[12] It came with a saved snapshot; a change over its revision takes its place."""
+    future = [
+        SetAside(f'{{"v":"9.{n}","task_id":"future"}}'.encode(), "afar", "format 9", "future", 3)
+        for n in range(2)
+    ]
+    other = SetAside(b"\0\xff", "afar", "damaged")
+    with make_store() as store:
+        store.save_snapshot(Snapshot(1, {}, 0, (*future, other)))
+        store.compact(CompactionPolicy(erase_deleted=True))
+        for revision in (1, 3, 5):
+            with pytest.raises(ConflictError) as caught:
+                store.apply([make_put(task_id="future", revision=revision)])
+            assert caught.value.conflicts[0].found == 3
+        put = make_put(task_id="future", revision=4)
+        store.apply([Remove("future", 4) if removed else put])
+        loaded = store.load_snapshot()
+        assert loaded.set_aside == (other,)
+        assert dict(loaded.records) == ({} if removed else {"future": put.record})
+        assert store.verify().problems == ()
+        kept = store.read_snapshot(store.compact(FOLD).seq)
+        assert kept.set_aside == (other,)
+        assert store.verify().problems == ()
 
 
 def test_a_damaged_entry_is_set_aside(make_store: OpenStore, door: Door) -> None:

@@ -175,7 +175,6 @@ for _, want in ipairs(steps) do
     if claim then
       redis.call('HSET', BOOKINGS, claim, id)
     end
-    redis.call('ZREM', DELETED, id)
   else
     redis.call('HDEL', ROWS, id)
     redis.call('HDEL', FACTS, id)
