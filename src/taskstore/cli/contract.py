@@ -108,7 +108,9 @@ def _verdict(clauses: list[dict[str, Any]]) -> dict[str, Any]:
     if counts["failed"]:
         verdict = "broken"
     elif counts["passed"]:
-        verdict = "kept" if not counts["skipped"] else "kept in part"
+        # A clause for an ability that the store does not have takes nothing from the rest.
+        withheld = any("withholds" in (clause["reason"] or "") for clause in clauses)
+        verdict = "kept in part" if withheld else "kept"
     else:
         verdict = "not claimed"
     reasons = sorted({clause["reason"] for clause in clauses if clause["outcome"] == "skipped"})
