@@ -127,6 +127,7 @@ class Connections:
         try:
             self.database.begin_write(session)
             result = work(session)
+            self.database.before_commit()
         except BaseException:
             self._abandon(session)
             raise

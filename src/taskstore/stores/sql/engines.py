@@ -58,6 +58,8 @@ def _parse(url: str) -> sa.URL:
     except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError, ValueError):
         # From None: the cause may repeat the URL with its password.
         raise ValidationError("url", "is not a database URL") from None
+    if "@" in (parsed.host or ""):
+        raise ValidationError("url", "has an @ in its user name or password: write it as %40")
     if kind is None or driver != kind.driver:
         known = ", ".join(["sqlite:", *(f"{name}+{DIALECTS[name].driver}:" for name in _SERVERS)])
         raise ValidationError("url", f"{parsed.drivername}: is not one of {known}")

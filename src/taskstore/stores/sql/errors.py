@@ -62,7 +62,10 @@ _SQLITE = {
 
 _SQLITE_SYNC = {10, 10 | (4 << 8), 10 | (5 << 8)}
 """SQLITE_IOERR_FSYNC, …_DIR_FSYNC, and SQLITE_IOERR without detail, which is all that
-pysqlite3 tells and therefore taken for the worst."""
+pysqlite3 tells and therefore, at a COMMIT, taken for the worst."""
+
+_SQLITE_WRITE = 10 | (3 << 8)
+"""SQLITE_IOERR_WRITE: the log did not take a page, so that the transaction is undone."""
 
 _POSTGRESQL = {
     "08": Fault.LOST,
@@ -115,6 +118,8 @@ def sqlite_fault(error: BaseException) -> Fault:
         return Fault.OTHER
     if code in _SQLITE_SYNC:
         return Fault.SYNC
+    if code == _SQLITE_WRITE:
+        return Fault.FULL
     if code & 0xFF == 1 and "no such" in str(driver_error(error)):
         return Fault.SCHEMA
     return _SQLITE.get(code & 0xFF, Fault.OTHER)
@@ -150,8 +155,9 @@ class Translator:
     """Turns driver errors of one database into ours: a context manager, reusable.
 
     ``location`` names the database without its password, ``secret`` is that
-    password, ``fault_of`` the classification of its dialect, and ``driver``
-    the root of the driver's exceptions.
+    password, ``tail`` what an unescaped @ in it has moved to the host,
+    ``fault_of`` the classification of its dialect, and ``driver`` the root of
+    the driver's exceptions.
     """
 
     def __init__(
@@ -160,11 +166,18 @@ class Translator:
         driver: type[Exception],
         fault_of: Callable[[BaseException], Fault],
         secret: str | None = None,
+        tail: str = "",
     ) -> None:
         self.location = location
-        self.errors: tuple[type[Exception], ...] = (driver, sa.exc.SQLAlchemyError)
-        self.fault_of = fault_of
+        # A message or a value of a damaged database may be no text.
+        self.errors: tuple[type[Exception], ...] = (
+            driver,
+            sa.exc.SQLAlchemyError,
+            UnicodeDecodeError,
+        )
+        self._fault_of = fault_of
         self._secrets = _spellings(secret)
+        self._tail = tail
 
     def __enter__(self) -> None:
         return None
@@ -178,10 +191,16 @@ class Translator:
         if isinstance(error, self.errors):
             raise self.translate(error) from self.cause(error)
 
+    def fault_of(self, error: BaseException) -> Fault:
+        """What kind of trouble an exception of the driver is."""
+        return Fault.CORRUPT if isinstance(error, UnicodeDecodeError) else self._fault_of(error)
+
     def cause(self, error: BaseException) -> BaseException | None:
         """The driver's exception, or ``None`` when it would give the password away."""
         cause = driver_error(error)
-        return None if any(secret in str(cause) for secret in self._secrets) else cause
+        said = str(cause)
+        gives_away = any(secret in said for secret in self._secrets)
+        return None if gives_away or (self._tail and self._tail in said) else cause
 
     def translate(self, error: BaseException) -> TaskStoreError:
         """Our error for a driver's, its text without the password."""
@@ -198,7 +217,8 @@ class Translator:
                 return CorruptStoreError(where, text)
             case Fault.FULL:
                 return StoreUnavailableError(
-                    f"{where}: no space is left: {text}", hint="free some space and try again"
+                    f"{where}: no space is left, or none may be used: {text}",
+                    hint="free some space or raise the limit, and try again",
                 )
             case Fault.READ_ONLY:
                 return StoreUnavailableError(
@@ -219,9 +239,15 @@ class Translator:
 
     def text(self, error: BaseException) -> str:
         """What the driver said, on one line, without the password."""
-        text = " ".join(str(driver_error(error)).split())
+        cause = driver_error(error)
+        said = str(cause)
+        if isinstance(cause, UnicodeDecodeError):
+            said = f"text that is none: {cause.object.decode('utf-8', 'replace')}"
+        text = " ".join(said.split())
         for secret in self._secrets:
             text = text.replace(secret, "***")
+        if self._tail:
+            text = text.replace(self._tail, "***@")
         return text or type(error).__name__
 
 

@@ -120,6 +120,15 @@ def create_privately(path: Path) -> None:
         ) from error
 
 
+def inode_of(path: str) -> tuple[int, int]:
+    """Which file lies at a path; (0, 0) where none can be seen."""
+    try:
+        found = os.stat(path)  # noqa: PTH116 - half the time
+    except OSError:
+        return (0, 0)
+    return (found.st_ino, found.st_dev)
+
+
 def opener(
     module: Any, path: Path, *, busy_timeout_s: float, read_only: bool, immutable: bool
 ) -> Callable[[], Any]:

@@ -53,7 +53,7 @@ class Database:
         self.location = self._location()
         dbapi: Any = engine.dialect.loaded_dbapi
         self.translator = Translator(
-            self.location, dbapi.Error, self.fault_of, _password(engine.url)
+            self.location, dbapi.Error, self.fault_of, _password(engine.url), _tail(engine.url)
         )
 
     def __init_subclass__(cls) -> None:
@@ -72,6 +72,8 @@ class Database:
     def _location(self) -> str:
         url = self.engine.url
         place = {name: url.query[name] for name in _PLACE if name in url.query}
+        if tail := _tail(url):
+            url = url.set(host=(url.host or "").removeprefix(tail))
         return url.set(query=place).render_as_string(hide_password=True)
 
     @staticmethod
@@ -114,6 +116,9 @@ class Database:
         """Begin a transaction that writes."""
         raise AssertionError(session)
 
+    def before_commit(self) -> None:
+        """Refuse to commit into a database that is no longer where it was opened."""
+
     def after_write(self, session: Session) -> None:
         """Set a host's connection back to how it was."""
         for statement in session.restore:
@@ -151,6 +156,12 @@ class Database:
         """Give up the engine, if it is ours."""
         if self.owned:
             self.engine.dispose()
+
+
+def _tail(url: sa.URL) -> str:
+    """What of a password has become part of the host, because an @ was not escaped."""
+    before, at, _ = (url.host or "").rpartition("@")
+    return before + at
 
 
 def _password(url: sa.URL) -> str | None:

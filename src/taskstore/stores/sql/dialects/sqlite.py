@@ -20,6 +20,7 @@ from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.sqlite_files import (
     ImmutableWatch,
     create_privately,
+    inode_of,
     library_notice,
     library_of,
     needs_immutable,
@@ -55,6 +56,8 @@ class SQLiteDatabase(Database):
         super().__init__(engine, owned=owned, durability=durability, read_only=read_only)
         self._watch = watch
         self._holds = False
+        # A host's connections may be of another time than we are.
+        self._inode = inode_of(self.location) if owned and not read_only else None
         module: Any = engine.dialect.loaded_dbapi
         self._library = library_of(module)
         if module.sqlite_version_info < (3, 35):
@@ -118,6 +121,14 @@ class SQLiteDatabase(Database):
             session.execute(f"PRAGMA synchronous = {_SYNCHRONOUS[self.durability]}")
             session.row("PRAGMA secure_delete = ON")
         session.execute("BEGIN IMMEDIATE")
+
+    def before_commit(self) -> None:
+        if self._inode is not None and inode_of(self.location) != self._inode:
+            raise StoreUnavailableError(
+                f"{self.location} was moved, removed or replaced while it was open: "
+                "nothing is written to it any more",
+                hint="open it again",
+            )
 
     def after_read(self) -> None:
         if self._watch is not None:
