@@ -137,6 +137,26 @@ def test_a_run_is_recorded_once(cli: CLI, tmp_path: Path) -> None:
     assert (tmp_path / "count").read_text() == "x\n"
 
 
+def test_who_left_the_group_and_holds_the_output_is_not_waited_for(cli: CLI) -> None:
+    script = "setsid sleep 30 & echo $!; exec sleep 30"
+    started = time.monotonic()
+    done = cli("run", "--timeout", "0.5s", "--", "sh", "-c", script)
+    took = time.monotonic() - started
+    os.kill(int(done.stdout), signal.SIGKILL)
+    assert done.returncode == 124
+    # The timeout, the short wait for the output, and what starting takes; not the grace of 10 s.
+    assert took < 7
+    assert cli.only_task()["status"] == "timed_out"
+
+
+def test_the_group_has_its_grace_when_its_leader_is_gone(cli: CLI, tmp_path: Path) -> None:
+    there = tmp_path / "cleaned up"
+    inner = f"trap 'sleep 3; touch \"{there}\"; exit' TERM; while :; do sleep 0.1; done"
+    script = f"({inner}) & exec sleep 30"
+    assert cli("run", "--timeout", "0.5s", "--", "sh", "-c", script).returncode == 124
+    assert there.exists()
+
+
 def test_a_timeout_ends_the_whole_group(cli: CLI, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     script = f"trap '' TERM; sleep 77 & echo $! > {pids}; echo $$ >> {pids}; echo begun; wait"

@@ -15,6 +15,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import NamedTuple, Self
 
@@ -25,6 +26,9 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 LINGER_S = 2.0
 """How long to wait, after SIGKILL, for a process that the kernel does not let go."""
+
+LOOK_S = 0.2
+"""How often to look whether a group that was told to end is gone."""
 
 CHUNK = 64 * 1024
 OUT, ERR = 1, 2
@@ -94,12 +98,19 @@ class Child:
         """Wait until the command is over, ending it at the timeout or when a signal comes.
 
         Its group gets the signal (SIGTERM at the timeout), after ``grace_s``
-        seconds or at a second signal SIGKILL.
+        seconds or at a second signal SIGKILL.  When nothing of the group is left,
+        whoever still holds its output is waited for only briefly.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         streams, exited, timed_out, forwarded, killed = 2, False, False, 0, False
         while streams or not exited:
-            event = self._next(deadline)
+            ending = exited and (timed_out or forwarded) and not killed
+            if ending and self._group_is_dead():
+                killed = True
+                deadline = time.monotonic() + LINGER_S
+            event, due = self._next(deadline, patient=not ending or killed)
+            if event is None and not due:
+                continue
             if event is None and killed:
                 break  # not even SIGKILL ended it, or another session holds its output
             if event is None and not (timed_out or forwarded):
@@ -139,13 +150,26 @@ class Child:
             self.send(signal.SIGKILL)
             self._reap()
 
-    def _next(self, deadline: float | None) -> Event | None:
-        """The next event, or ``None`` when the deadline has passed."""
+    def _next(self, deadline: float | None, *, patient: bool) -> tuple[Event | None, bool]:
+        """The next event, or ``None`` and whether the deadline has passed.
+
+        Who is not patient gets ``None`` after a moment, too.
+        """
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if not patient:
+            timeout = LOOK_S if timeout is None else min(timeout, LOOK_S)
         try:
-            return self._events.get(timeout=timeout)
+            return self._events.get(timeout=timeout), False
         except Empty:
-            return None
+            return None, deadline is not None and time.monotonic() >= deadline
+
+    def _group_is_dead(self) -> bool:
+        """Whether nothing of the command's group runs any more, as far as ``/proc`` tells."""
+        try:
+            processes = [name for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208
+        except OSError:
+            return False
+        return bool(processes) and not any(_runs_in(name, self.pid) for name in processes)
 
     def _reap(self) -> int | None:
         self._over = True
@@ -180,6 +204,16 @@ class Child:
     def _tell(self, line: str | None) -> None:
         if line is not None:
             self._on_line(line)
+
+
+def _runs_in(process: str, group: int) -> bool:
+    try:
+        stat = Path("/proc", process, "stat").read_bytes()
+    except OSError:
+        return False
+    # Its name, in parentheses, may hold anything.
+    state, _, its_group = stat.rpartition(b")")[2].split()[:3]
+    return int(its_group) == group and state not in (b"Z", b"X")
 
 
 def _write(sink: int, chunk: bytes) -> None:
