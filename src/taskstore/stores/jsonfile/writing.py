@@ -169,9 +169,7 @@ class Writer:
         layout = read_layout(self.directory)
         if layout.fresh and self.layout.segments:
             reason = f"the files of the store {self.directory} are gone"
-            raise StoreUnavailableError(
-                reason, hint="put them back, or open it again to begin anew"
-            )
+            raise StoreUnavailableError(reason, hint="put them back, or open it again")
         if layout.unborn is not None:
             self._bring_forth(layout, layout.unborn)
         elif layout.fresh:
