@@ -299,6 +299,25 @@ def test_a_commit_whose_answer_was_lost_is_found(pg_store, postgres_server, post
     assert any("FOR UPDATE" in sql for sql in spy.statements)
 
 
+def test_a_lost_answer_that_was_trimmed_away_is_unknown(pg_store, postgres_server, postgres_url):
+    spy, cut = Spy(pg_store), []
+
+    def after(sql: str) -> None:
+        if sql == "COMMIT" and not cut:
+            import psycopg
+
+            cut.append(sql)
+            name = postgres_url.partition("@/")[2].partition("?")[0]
+            postgres_server.execute("DELETE FROM task_journal", name)
+            postgres_server.execute("UPDATE taskstore_head SET floor = 3", name)
+            raise psycopg.OperationalError("server closed the connection unexpectedly")
+
+    spy.after = after
+    with pytest.raises(OutcomeUnknownError, match="trimmed past seq 2"):
+        create(pg_store)
+    assert len(pg_store.load_snapshot().records) == 2
+
+
 def test_an_outcome_that_cannot_be_read_is_unknown(pg_store, monkeypatch):
     import psycopg
 

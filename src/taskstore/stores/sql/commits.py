@@ -15,7 +15,12 @@ import sqlalchemy as sa
 
 from taskstore.clock import Clock, new_commit_id
 from taskstore.codec import checksum, encode_record
-from taskstore.errors import Conflict, ConflictError, SchemaMismatchError
+from taskstore.errors import (
+    Conflict,
+    ConflictError,
+    OutcomeUnknownError,
+    SchemaMismatchError,
+)
 from taskstore.journal import Change, Commit, Put, Step, plan
 from taskstore.records import TaskRecord
 from taskstore.stores.sql.connections import Connections
@@ -146,8 +151,14 @@ def commit(connections: Connections, changes: Sequence[Change], clock: Clock) ->
 
     def happened(session: Session) -> Commit | None:
         [done] = claimed
-        session.rows(database.sql.lock_head)
+        head = Head(*session.row(database.sql.lock_head))
         row = session.row(database.sql.commit_at, (done.first_seq,))
+        if row is None and done.first_seq < head.floor:
+            raise OutcomeUnknownError(
+                f"{database.location}: the connection broke during a commit, and the journal has "
+                f"been trimmed past seq {done.first_seq}, where it would be found",
+                hint="load the records again",
+            )
         return done if row is not None and row[0] == batch.commit_id else None
 
     for _ in range(_TRIES):
