@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from jsonfiles import FOLD, FOLD_AND_TRIM, forged, segments, snapshots
+from jsonfiles import FOLD, FOLD_AND_TRIM, forged, framed, segments, snapshots
 from msgspec.structs import replace
 
 from taskstore import ConflictError, CorruptStoreError
 from taskstore.journal import EntryKind, Remove
+from taskstore.stores.kept import kept_of
 from taskstore.testing.factories import create, make_put, next_of, update
 
 
@@ -81,10 +82,69 @@ def test_one_whose_id_is_gone_can_be_replaced_through_its_entry(directory, open_
     forged(segments(directory)[0], text, b'"record":{"v":"1.0"')
     store = open_()
     mended = update(store, bad)
-    store.compact(FOLD_AND_TRIM)
     assert store.load_snapshot().set_aside == ()
+    store.compact(FOLD_AND_TRIM)
+    # The entry is trimmed, its bytes are not; nor do they stand in the way of the record.
+    (kept,) = store.load_snapshot().set_aside
+    assert (kept_of(kept), kept.task_id) == (bad.task_id, None)
     assert store.load_snapshot().records == {mended.task_id: mended}
     assert store.verify().ok
+
+
+@pytest.fixture
+def superseded(directory, open_):
+    """A task of three changes, the second written by a version to come, and another task."""
+    store = open_()
+    record = create(store, task_id="B", run_id="run-1")
+    record = update(store, record, label="two")
+    record = update(store, record, label="three")
+    create(store, task_id="C")
+    store.close()
+    segment = segments(directory)[0]
+    lines = segment.read_bytes().splitlines(keepends=True)
+    lines[2] = framed(lines[2].replace(b'"v":"1.0"', b'"v":"2.0"')[18:-1])
+    segment.write_bytes(b"".join(lines))
+    return record
+
+
+def test_what_was_superseded_is_set_aside_when_it_is_trimmed(superseded, open_):
+    record = superseded
+    store = open_()
+    create(store)
+    store.compact(FOLD)
+    assert store.load_snapshot().set_aside == ()
+    create(store)
+    store.compact(FOLD_AND_TRIM)
+    for number in range(3):
+        for instance in (store, open_()):
+            if number or instance is not store:
+                instance.load_snapshot()
+            (item,) = instance.report().set_aside
+            assert b'"v":"2.0"' in item.raw
+            assert (item.task_id, kept_of(item)) == (None, "B")
+            assert "seq 2" in item.where
+            assert instance.load_snapshot().records["B"] == record
+            assert instance.verify().ok, instance.verify()
+            with pytest.raises(ConflictError):
+                instance.apply([make_put(run_id="run-1", booking=record.booking)])
+        record = update(store, record, label=f"on {number}")
+        update(open_(), record, label="and on")
+        record = store.load_snapshot().records["B"]
+        store.compact(FOLD_AND_TRIM)
+    store.save_snapshot(replace(store.load_snapshot(), seq=500))
+    record = update(store, record)
+    update(open_(), record)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_what_was_superseded_goes_when_its_task_is_deleted(before, superseded, open_):
+    store = open_()
+    if not before:
+        store.compact(FOLD_AND_TRIM)
+        assert len(store.load_snapshot().set_aside) == 1
+    store.apply([Remove("B", superseded.revision + 1)])
+    store.compact(FOLD_AND_TRIM)
+    assert open_().load_snapshot().set_aside == ()
 
 
 def test_one_in_a_snapshot_without_an_id_is_carried_too(directory, open_):

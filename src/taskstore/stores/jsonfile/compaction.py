@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,23 +30,37 @@ from taskstore.stores.jsonfile.files import (
 )
 from taskstore.stores.jsonfile.index import keys_of
 from taskstore.stores.jsonfile.layout import Layout, read_layout, read_snapshot_header
-from taskstore.stores.jsonfile.lines import image
+from taskstore.stores.jsonfile.lines import Entry, image
 from taskstore.stores.jsonfile.segments import Found, Walk
 from taskstore.stores.jsonfile.snapshots import opened, write_snapshot
 from taskstore.stores.jsonfile.writing import Writer
+from taskstore.stores.kept import keepsake, kept_of
 
 
-def compact(writer: Writer, policy: CompactionPolicy, clock: Clock) -> CompactionReport:
-    """Do what :meth:`SupportsCompaction.compact` promises."""
+def compact(
+    writer: Writer,
+    policy: CompactionPolicy,
+    clock: Clock,
+    on_kept: Callable[[SetAside], object],
+) -> CompactionReport:
+    """Do what :meth:`SupportsCompaction.compact` promises.
+
+    ``on_kept`` is called with what was set aside of entries that were trimmed.
+    """
     lock = writer.compact_lock()
     try:
         with lock.held(0, "another compactor"):
-            return _compact(writer, policy, clock)
+            return _compact(writer, policy, clock, on_kept)
     finally:
         lock.close()
 
 
-def _compact(writer: Writer, policy: CompactionPolicy, clock: Clock) -> CompactionReport:
+def _compact(
+    writer: Writer,
+    policy: CompactionPolicy,
+    clock: Clock,
+    on_kept: Callable[[SetAside], object],
+) -> CompactionReport:
     started = time.monotonic()
     with writer.entered():
         now = clock()
@@ -62,7 +76,8 @@ def _compact(writer: Writer, policy: CompactionPolicy, clock: Clock) -> Compacti
     found = _marks(read_layout(layout.directory))
     marks = [mark for mark in found if mark.seq != seq] + [SnapshotMark(seq, at)]
     kept, floor = policy.retained(marks, head=seq, floor=layout.floor, now=now)
-    merge = Merge(layout, seq)
+    trimmed = superseded(layout, floor, seq)
+    merge = Merge(layout, seq, trimmed)
     path = layout.snapshot_path(seq)
     temporary = write_snapshot(
         path,
@@ -76,6 +91,8 @@ def _compact(writer: Writer, policy: CompactionPolicy, clock: Clock) -> Compacti
     publish(temporary, path)
     with writer.entered():
         writer.settle(floor)
+    for item in trimmed:
+        on_kept(item)
     dropped = [layout.snapshot_path(mark.seq) for mark in marks if mark.seq not in kept]
     _remove(layout, (*read_layout(layout.directory).void, *dropped))
     if policy.erase_deleted:
@@ -130,6 +147,45 @@ class _Image(NamedTuple):
     length: int
 
 
+def superseded(layout: Layout, floor: int, last: int) -> list[SetAside]:
+    """What is kept of entries below ``floor`` that do not decode, though their tasks went on [12].
+
+    One that is still its task's image at ``last`` is carried as that, and one
+    whose task was deleted goes as every deleted record does.
+    """
+    damaged: dict[str, list[tuple[int, SetAside]]] = {}
+    ends: dict[str, tuple[int, EntryKind]] = {}
+    for found in Walk(layout, layout.before(layout.floor)):
+        line = found.line
+        if line.seq > last or (line.seq >= floor and not damaged):
+            break
+        for seq, entry in enumerate(line.entries, line.seq):
+            if entry.kind is EntryKind.UPSERTED and seq < floor:
+                item = _undecodable(entry, found.where, seq)
+                if item is not None:
+                    damaged.setdefault(entry.task_id, []).append((seq, item))
+            if entry.task_id in damaged:
+                ends[entry.task_id] = (seq, entry.kind)
+    return [
+        item
+        for task_id, items in damaged.items()
+        for seq, item in items
+        if ends[task_id][1] is EntryKind.UPSERTED and seq != ends[task_id][0]
+    ]
+
+
+def _undecodable(entry: Entry, where: str, seq: int) -> SetAside | None:
+    item = image(entry, where, strict=False)
+    if isinstance(item, SetAside):
+        reason = item.reason
+    elif (item.task_id, item.revision) != (entry.task_id, entry.revision):
+        reason = "is the record of another change"
+    else:
+        return None
+    raw = bytes(entry.record)
+    return keepsake(raw, f"{where}, seq {seq}", reason, entry.task_id, entry.revision)
+
+
 class Merge:
     """The newest snapshot merged with the last images of the journal up to ``seq``.
 
@@ -138,13 +194,13 @@ class Merge:
     it does not decode.
     """
 
-    def __init__(self, layout: Layout, seq: int) -> None:
+    def __init__(self, layout: Layout, seq: int, trimmed: Iterable[SetAside] = ()) -> None:
         self.count = 0
         self.deleted: dict[str, int] = {}
         self._layout = layout
         self._images: dict[str, _Image | None] = {}
         self._aside: dict[str, SetAside] = {}
-        self._unknown: list[SetAside] = []
+        self._unknown: list[SetAside] = list(trimmed)
         if layout.newest is not None:
             with opened(layout, layout.newest.seq) as reader:
                 self.deleted.update(reader.deleted)
@@ -221,4 +277,12 @@ class Merge:
                     where = str(layout.snapshot_path(layout.newest.seq))
                     self._unknown.append(codec.set_aside(payload, where, "its id cannot be told"))
             self._unknown += reader.aside
-            self._unknown = [item for item in self._unknown if item.task_id not in self._images]
+            self._unknown = [item for item in self._unknown if not self._is_replaced(item)]
+
+    def _is_replaced(self, item: SetAside) -> bool:
+        """Whether something newer stands for what was set aside, or its task was deleted."""
+        task_id = kept_of(item)
+        if task_id is None:
+            return item.task_id in self._images
+        deleted = task_id in self._images and self._images[task_id] is None
+        return deleted and task_id not in self._aside

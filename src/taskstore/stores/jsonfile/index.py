@@ -12,6 +12,7 @@ from taskstore.errors import Conflict, ConflictError
 from taskstore.journal import EntryKind, SetAside, Step
 from taskstore.records import FORMAT_VERSION, TaskRecord
 from taskstore.stores.jsonfile.lines import Line
+from taskstore.stores.kept import kept_of
 
 
 class Keys(Struct, frozen=True, gc=False):
@@ -78,6 +79,8 @@ class Index:
 
     def add_set_aside(self, item: SetAside) -> None:
         """Take in what is known of a record that does not decode."""
+        if kept_of(item) is not None:
+            return  # its task has gone on without it
         keys = keys_of(item.raw)
         if keys is not None:
             self.add(keys)

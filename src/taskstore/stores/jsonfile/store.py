@@ -197,7 +197,10 @@ class JSONStore(TaskRegistryStore):
 
     def compact(self, policy: CompactionPolicy) -> CompactionReport:
         with self._writing() as writer:
-            return compaction.compact(writer, policy, self.clock)
+            return compaction.compact(writer, policy, self.clock, self._keep)
+
+    def _keep(self, item: SetAside) -> None:
+        self._set_aside = (*self._set_aside, item)
 
     def query(self, query: TaskQuery) -> Page:
         snapshot = self.load_snapshot()

@@ -13,6 +13,7 @@ from taskstore.stores.jsonfile.lines import Entry
 from taskstore.stores.jsonfile.segments import Found, Walk
 from taskstore.stores.jsonfile.snapshots import opened
 from taskstore.stores.jsonfile.writing import Writer
+from taskstore.stores.kept import kept_of
 
 _SHOWN = 3
 
@@ -157,6 +158,8 @@ class _Check:
                     last = keys.task_id
                     content[keys.task_id] = (keys.revision, payload)
                 for item in reader.aside:
+                    if kept_of(item) is not None:
+                        continue  # of a change that the journal no longer has
                     content[item.task_id or repr(item.raw)] = (item.revision or 0, item.raw)
         except CorruptStoreError as error:
             self.problems.append(str(error))
