@@ -24,6 +24,7 @@ from taskstore.testing import (
 from taskstore_redis import RedisStore
 from taskstore_redis.compaction import Compactor
 from taskstore_redis.link import Link
+from taskstore_redis.writing import Writer
 
 FOLD = CompactionPolicy(force=True)
 TRIM = CompactionPolicy(force=True, history_entries=0, history_s=0, keep_snapshots=1)
@@ -312,6 +313,27 @@ def test_an_id_is_free_once_the_floor_has_passed_its_deletion(
             create(store, task_id="again")
         assert caught.value.conflicts[0].deleted
         assert store.verify().problems == ()
+
+
+def test_a_save_that_a_commit_overtakes_while_it_is_staged(
+    make_store: OpenStore, monkeypatch: pytest.MonkeyPatch, client: redis.Redis, namespace: str
+) -> None:
+    """[2] The head is compared when the content is switched, not before."""
+    with make_store() as store, make_store() as other:
+        record = create(store)
+        stage = Writer._stage
+
+        def stage_and_commit(self: Writer, *rest: Any) -> Any:
+            chunks = stage(self, *rest)
+            other.apply([next_of(record)])
+            return chunks
+
+        monkeypatch.setattr(Writer, "_stage", stage_and_commit)
+        with pytest.raises(ConflictError, match="the head at 2"):
+            store.save_snapshot(Snapshot(2))
+        assert store.load_snapshot().records[record.task_id].revision == 2
+        assert store.verify().problems == ()
+        assert not [key for key in keys_of(client, namespace) if key.startswith("staging")]
 
 
 def test_one_compactor_at_a_time(make_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> None:
