@@ -1,0 +1,141 @@
+"""Pages that are read one after the other, while somebody changes things in between."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from taskstore import CompactionPolicy, Put, Remove, Snapshot, TaskQuery
+from taskstore.query import evaluate
+from taskstore.testing import Model, OpenStore, make_record, next_of
+
+from taskstore_redis import RedisStore
+from taskstore_redis.reading import Reader, Scan
+
+TRIM = CompactionPolicy(force=True, history_entries=0, history_s=0, keep_snapshots=1)
+IDS = [f"task-{n:02}" for n in range(20)]
+QUESTIONS: list[dict[str, Any]] = [
+    {},
+    {"limit": 3},
+    {"limit": 7},
+    {"status": ["queued", "running"], "limit": 4},
+    {"status": ["queued", "running"]},
+    {"label": "a", "limit": 3},
+    {"session_key": ["s0", "s1"], "label": ["a", "b"], "limit": 5},
+    {"owner_key": "o1", "since": 3},
+]
+
+
+class Meddler:
+    """Changes a few things between any two pages, and keeps the books."""
+
+    def __init__(self, store: RedisStore, seed: int) -> None:
+        self.store = store
+        self.chance = random.Random(seed)
+        self.model = Model()
+        self.compacts = False
+        for _ in range(15):
+            self.meddle()
+
+    def meddle(self) -> None:
+        chance, model = self.chance, self.model
+        changes: list[Put | Remove] = []
+        for task_id in chance.sample(IDS, chance.randint(1, 3)):
+            record = model.records.get(task_id)
+            facts = {
+                "created_at": chance.randrange(8),
+                "label": chance.choice("abc"),
+                "status": chance.choice(["queued", "running", "lost"]),
+                "owner_key": chance.choice(["o0", "o1"]),
+                "child_session_key": chance.choice([None, "s0", "s1"]),
+                "requester_session_key": chance.choice([None, "s0", "s1"]),
+            }
+            if record is not None and chance.random() < 0.2:
+                changes.append(Remove(task_id, record.revision + 1))
+            elif record is not None:
+                changes.append(next_of(record, **facts))
+            elif task_id not in model.deleted:
+                changes.append(Put(make_record(task_id=task_id, **facts)))
+        if changes:
+            self.store.apply(changes)
+            model.commit(list(changes))
+        if self.compacts and chance.random() < 0.3:
+            kept = dict(model.states)
+            model.trim(self.store.compact(TRIM).floor)
+            model.states = kept
+
+
+@pytest.fixture
+def meddlers(make_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make one that goes to work once it is told to, and after each page from then on."""
+    stores: list[Any] = []
+
+    def make(seed: int) -> tuple[RedisStore, Meddler]:
+        reader, writer = make_store(), make_store()
+        stores.extend((reader, writer))
+        meddler = Meddler(writer, seed)
+        scan = Reader.scan
+
+        def scan_and_meddle(self: Reader, *rest: Any, **options: Any) -> Scan:
+            found = scan(self, *rest, **options)
+            if self is reader._reader:
+                meddler.meddle()
+            return found
+
+        monkeypatch.setattr(Reader, "scan", scan_and_meddle)
+        return reader, meddler
+
+    yield make
+    for store in stores:
+        store.close()
+
+
+@pytest.mark.parametrize("compacts", [False, True], ids=["", "trimmed"])
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.usefixtures("small_steps")
+def test_a_page_is_what_was_true_at_its_seq(meddlers: Any, seed: int, *, compacts: bool) -> None:
+    """[5] All of it: which records, which revisions, in which order, and the cursor."""
+    store, meddler = meddlers(seed)
+    meddler.compacts = compacts
+    for asked in QUESTIONS * 2:
+        after = None
+        for _ in range(3):
+            query = TaskQuery(**asked, after=after)
+            page = store.query(query)
+            right = evaluate(query, meddler.model.states[page.seq].values(), page.seq)
+            assert list(page) == list(right), asked
+            assert page.next_cursor == right.next_cursor
+            after = page.next_cursor
+            if after is None:
+                break
+
+
+@pytest.mark.parametrize("compacts", [False, True], ids=["", "trimmed"])
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.usefixtures("small_steps")
+def test_a_load_is_what_was_true_at_its_seq(meddlers: Any, seed: int, *, compacts: bool) -> None:
+    """[5] Head, time and records of one moment, however many pages it took."""
+    store, meddler = meddlers(seed)
+    meddler.compacts = compacts
+    for _ in range(10):
+        loaded = store.load_snapshot()
+        assert dict(loaded.records) == meddler.model.states[loaded.seq]
+        if not compacts:
+            [last] = meddler.store.read_journal(loaded.seq - 1, 1)
+            assert loaded.at == last.at
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_a_save_in_the_middle_of_a_load(meddlers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, meddler = meddlers(1)
+    saved = {f"saved-{n}": make_record(task_id=f"saved-{n}") for n in range(5)}
+    pages: list[int] = []
+
+    def save_instead() -> None:
+        pages.append(1)
+        if len(pages) == 2:
+            meddler.store.save_snapshot(Snapshot(meddler.store.head() + 1, saved))
+
+    meddler.meddle = save_instead
+    assert dict(store.load_snapshot().records) == saved
