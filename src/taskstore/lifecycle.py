@@ -39,6 +39,7 @@ from taskstore.records import (
     check_origin,
     check_text,
     encode_metadata,
+    plain_metadata,
     validated,
 )
 
@@ -334,9 +335,10 @@ def link_flow(record: TaskRecord, parent_flow_id: str | None) -> TaskRecord:
     return _changed(record, parent_flow_id=parent_flow_id)
 
 
-def merge_metadata(record: TaskRecord, changes: Mapping[str, Any]) -> TaskRecord:
+def merge_metadata(record: TaskRecord, changes: object) -> TaskRecord:
     """Merge a mapping into the metadata, key by key at the top level; ``None`` is a value."""
-    return _changed(record, metadata_json=encode_metadata({**record.metadata, **changes}))
+    merged = {**record.metadata, **plain_metadata(changes)}
+    return _changed(record, metadata_json=encode_metadata(merged))
 
 
 def rehearse(mutation: Callable[[TaskRecord, int], TaskRecord]) -> None:

@@ -188,6 +188,8 @@ def ensure_schema(database: Database, migrate: str, url: str | None = None) -> N
             hint=f"run: {command}",
         )
     if state.revision is None:
+        with _connected(database) as connection:
+            database.check_sound(connection)
         raise _foreign(where, state)
     if state.epoch is not None and state.epoch > SCHEMA_EPOCH:
         raise SchemaMismatchError(

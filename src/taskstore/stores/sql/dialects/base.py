@@ -149,6 +149,9 @@ class Database:
         """Cut rows into what one statement takes."""
         return pieces(rows)
 
+    def check_sound(self, connection: sa.Connection) -> None:
+        """Raise :class:`~taskstore.CorruptStoreError` if what looks strange is damage."""
+
     def erase(self, session: Session) -> None:
         """Get rid of deleted bytes that the database still keeps in its files."""
 

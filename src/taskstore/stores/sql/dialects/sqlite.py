@@ -13,7 +13,12 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 
-from taskstore.errors import StoreBusyError, StoreUnavailableError, ValidationError
+from taskstore.errors import (
+    CorruptStoreError,
+    StoreBusyError,
+    StoreUnavailableError,
+    ValidationError,
+)
 from taskstore.stores.sql.dialects.base import LOCK_S, Database
 from taskstore.stores.sql.errors import Fault, Translator, sqlite_fault
 from taskstore.stores.sql.session import Session
@@ -137,6 +142,11 @@ class SQLiteDatabase(Database):
     def rollback(self, session: Session) -> None:
         if session.raw.in_transaction:
             session.execute("ROLLBACK")
+
+    def check_sound(self, connection: sa.Connection) -> None:
+        found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+        if found != "ok":
+            raise CorruptStoreError(self.location, f"the database is malformed: {found}")
 
     def erase(self, session: Session) -> None:
         # Deleted bytes are overwritten in the file (secure_delete), but the
