@@ -11,9 +11,35 @@ import pytest
 from jsonfiles import FOLD, names, output_of, segments, state_of
 
 from taskstore import OutcomeUnknownError, StoreUnavailableError
+from taskstore.disk import Disk
 from taskstore.journal import Snapshot
-from taskstore.stores.jsonfile import writing
 from taskstore.testing.factories import create, make_put, make_record, update
+
+
+class Failing(Disk):
+    """A disk on which some steps can be made to fail: ``fails`` maps their names to errors."""
+
+    def __init__(self) -> None:
+        self.fails: dict[str, BaseException] = {}
+
+    def check(self, step: str) -> None:
+        if step in self.fails:
+            raise self.fails[step]
+
+    def sync_data(self, descriptor: int) -> None:
+        self.check("sync_data")
+        super().sync_data(descriptor)
+
+    def truncate(self, descriptor: int, size: int) -> None:
+        self.check("truncate")
+        super().truncate(descriptor, size)
+
+    def publish(self, temporary, path) -> None:
+        super().publish(temporary, path)
+        self.check(f"published {path.name.partition('-')[0]}")
+
+
+EIO = OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def without(state, *ignored: str):
@@ -105,21 +131,16 @@ def test_a_replacement_that_finds_no_room_leaves_the_old_content(directory, open
     assert len(open_().load_snapshot().records) == 10
 
 
-def test_after_a_failed_sync_an_instance_refuses_writes_until_it_is_reopened(
-    directory, open_, monkeypatch
-):
-    store = open_()
+def test_after_a_failed_sync_an_instance_refuses_writes_until_it_is_reopened(directory, open_):
+    disk = Failing()
+    store = open_(disk=disk)
     task = create(store)
     before = state_of(directory)
-
-    def failing(descriptor: int) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(writing, "sync_data", failing)
-        with pytest.raises(StoreUnavailableError, match="reopened") as caught:
-            update(store, task)
-        assert caught.value.__cause__.errno == errno.EIO
+    disk.fails = {"sync_data": EIO}
+    with pytest.raises(StoreUnavailableError, match="reopened") as caught:
+        update(store, task)
+    disk.fails = {}
+    assert caught.value.__cause__.errno == errno.EIO
     assert without(state_of(directory)) == without(before)
     for work in (
         lambda: store.apply([make_put()]),
@@ -133,58 +154,41 @@ def test_after_a_failed_sync_an_instance_refuses_writes_until_it_is_reopened(
     update(open_(), task)
 
 
-def test_when_a_line_cannot_even_be_taken_back_the_outcome_is_unknown(
-    directory, open_, monkeypatch
-):
-    store = open_()
+def test_when_a_line_cannot_even_be_taken_back_the_outcome_is_unknown(open_):
+    disk = Failing()
+    store = open_(disk=disk)
     task = create(store)
-
-    def failing(descriptor: int, *_: int) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(writing, "sync_data", failing)
-        patch.setattr(writing.os, "ftruncate", failing)
-        with pytest.raises(OutcomeUnknownError):
-            update(store, task)
+    disk.fails = {"sync_data": EIO, "truncate": EIO}
+    with pytest.raises(OutcomeUnknownError):
+        update(store, task)
+    disk.fails = {}
     with pytest.raises(StoreUnavailableError, match="reopened"):
         update(store, task)
     assert open_().head() == 2
 
 
-def test_an_interrupted_commit_is_taken_back(directory, open_, monkeypatch):
-    store = open_()
+def test_an_interrupted_commit_is_taken_back(directory, open_):
+    disk = Failing()
+    store = open_(disk=disk)
     task = create(store)
     before = state_of(directory)
-
-    def interrupted(descriptor: int) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(writing, "sync_data", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            update(store, task)
+    disk.fails = {"sync_data": KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        update(store, task)
+    disk.fails = {}
     assert without(state_of(directory)) == without(before)
     update(store, task)
     assert store.verify().ok
 
 
-def test_when_replacing_fails_half_way_the_outcome_is_unknown_and_reopening_tells(
-    directory, open_, monkeypatch
-):
-    store = open_()
+def test_when_replacing_fails_half_way_the_outcome_is_unknown_and_reopening_tells(open_):
+    disk = Failing()
+    store = open_(disk=disk)
     task = create(store)
-    publish = writing.publish
-
-    def failing(temporary, path) -> None:
-        publish(temporary, path)
-        if path.name.startswith("snapshot"):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(writing, "publish", failing)
-        with pytest.raises(OutcomeUnknownError):
-            store.save_snapshot(Snapshot(50))
+    disk.fails = {"published snapshot": EIO}
+    with pytest.raises(OutcomeUnknownError):
+        store.save_snapshot(Snapshot(50))
+    disk.fails = {}
     with pytest.raises(StoreUnavailableError, match="reopened"):
         update(store, task)
     assert open_().load_snapshot() == store.load_snapshot()

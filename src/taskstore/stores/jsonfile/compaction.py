@@ -19,15 +19,10 @@ from typing import NamedTuple
 
 from taskstore import codec
 from taskstore.clock import Clock
+from taskstore.disk import Disk
 from taskstore.journal import EntryKind, SetAside
 from taskstore.policy import CompactionPolicy, CompactionReport, JournalStats, SnapshotMark
-from taskstore.stores.jsonfile.files import (
-    TORN,
-    publish,
-    remove_all,
-    segment_name,
-    sync_directory,
-)
+from taskstore.stores.jsonfile.files import TORN, segment_name
 from taskstore.stores.jsonfile.index import keys_of
 from taskstore.stores.jsonfile.layout import Layout, read_layout, read_snapshot_header
 from taskstore.stores.jsonfile.lines import Entry, image
@@ -80,6 +75,7 @@ def _compact(
     merge = Merge(layout, seq, trimmed)
     path = layout.snapshot_path(seq)
     temporary = write_snapshot(
+        writer.disk,
         path,
         merge.payloads(),
         merge.aside(),
@@ -88,15 +84,15 @@ def _compact(
         floor=floor,
         deleted={task_id: at_seq for task_id, at_seq in merge.deleted.items() if at_seq >= floor},
     )
-    publish(temporary, path)
+    writer.disk.publish(temporary, path)
     with writer.entered():
         writer.settle(floor)
     for item in trimmed:
         on_kept(item)
     dropped = [layout.snapshot_path(mark.seq) for mark in marks if mark.seq not in kept]
-    _remove(layout, (*read_layout(layout.directory).void, *dropped))
+    _remove(writer.disk, layout, (*read_layout(layout.directory).void, *dropped))
     if policy.erase_deleted:
-        _remove(layout, tuple(layout.directory.glob(f"*{TORN}")))
+        _remove(writer.disk, layout, tuple(layout.directory.glob(f"*{TORN}")))
     return CompactionReport(
         compacted=True,
         reason=reason,
@@ -131,12 +127,12 @@ def _marks(layout: Layout) -> list[SnapshotMark]:
     ]
 
 
-def _remove(layout: Layout, paths: tuple[Path, ...]) -> None:
+def _remove(disk: Disk, layout: Layout, paths: tuple[Path, ...]) -> None:
     """Remove files in this order.  The directory is synced in between, so
     that no crash shows a later one gone and an earlier one still there."""
     if paths:
-        remove_all(paths)
-        sync_directory(layout.directory)
+        disk.remove_all(paths)
+        disk.sync_directory(layout.directory)
 
 
 class _Image(NamedTuple):

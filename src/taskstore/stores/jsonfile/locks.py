@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from taskstore.disk import Disk
 from taskstore.errors import StoreBusyError
 
 _FIRST_PAUSE_S = 0.0002
@@ -32,8 +33,9 @@ class FileLock:
     share an instance have to exclude each other themselves.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, disk: Disk) -> None:
         self.path = path
+        self._disk = disk
         self._descriptor = -1
         self._owner = 0
         self.opened = 0
@@ -70,7 +72,7 @@ class FileLock:
         """Release everything.  Closing twice is fine."""
         descriptor, self._descriptor, self._owner = self._descriptor, -1, 0
         if descriptor >= 0:
-            os.close(descriptor)
+            self._disk.close(descriptor)
 
     def _is_at_path(self) -> bool:
         mine = os.fstat(self._descriptor)
@@ -83,7 +85,7 @@ class FileLock:
     def _reopen(self) -> None:
         self.close()
         self.opened += 1
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._descriptor = self._disk.open(self.path, os.O_RDWR | os.O_CREAT)
         self._owner = os.getpid()
 
     @contextmanager
@@ -100,8 +102,8 @@ class FileLock:
 class WriteLock(FileLock):
     """The lock of the directory's writers, with the generation of its files."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, disk: Disk) -> None:
+        super().__init__(path, disk)
         self.generation = 0
 
     def read_state(self) -> int:
@@ -132,7 +134,8 @@ class WriteLock(FileLock):
         self._write_state()
 
     def _write_state(self) -> None:
-        os.pwrite(self._descriptor, b"%010d %020d\n" % (self._owner, self.generation), 0)
+        state = b"%010d %020d\n" % (self._owner, self.generation)
+        self._disk.pwrite(self._descriptor, state, 0)
 
 
 class Generation(NamedTuple):

@@ -8,13 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from taskstore.disk import Disk
 from taskstore.errors import CorruptStoreError
-from taskstore.stores.jsonfile.files import (
-    TORN,
-    sync_directory,
-    sync_file,
-    write_temporary,
-)
+from taskstore.stores.jsonfile.files import TORN
 from taskstore.stores.jsonfile.layout import Layout, Place, SegmentFile
 from taskstore.stores.jsonfile.lines import (
     STAMP_BYTES,
@@ -110,13 +106,15 @@ class Walk:
                 offset = end
 
 
-def prepare_segment(path: Path, identity: Identity, *, at: int, base: bool = False) -> Path:
+def prepare_segment(
+    disk: Disk, path: Path, identity: Identity, *, at: int, base: bool = False
+) -> Path:
     """Write what shall become the segment ``path`` beside it; returns where."""
     first = int(path.stem.partition("-")[2])
-    return write_temporary(path, [encode_header(identity, seq=first, at=at, base=base)])
+    return disk.write_temporary(path, [encode_header(identity, seq=first, at=at, base=base)])
 
 
-def cut_tail(path: Path, offset: int) -> str:
+def cut_tail(disk: Disk, path: Path, offset: int) -> str:
     """Cut what lies after ``offset``, keeping its bytes; returns the notice about it.
 
     Only for who holds the write lock.
@@ -124,13 +122,13 @@ def cut_tail(path: Path, offset: int) -> str:
     with path.open("rb") as file:
         file.seek(offset)
         tail = file.read()
-    kept = keep_torn(path, offset, tail)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    kept = keep_torn(disk, path, offset, tail)
+    descriptor = disk.open(path, os.O_WRONLY)
     try:
-        os.ftruncate(descriptor, offset)
-        sync_file(descriptor)
+        disk.truncate(descriptor, offset)
+        disk.sync_file(descriptor)
     finally:
-        os.close(descriptor)
+        disk.close(descriptor)
     return (
         f"{path}: {torn(len(tail), offset)}; it was cut off, and its bytes are kept in {kept.name}"
     )
@@ -144,18 +142,14 @@ def torn(size: int, offset: int) -> str:
     )
 
 
-def keep_torn(path: Path, offset: int, tail: bytes) -> Path:
+def keep_torn(disk: Disk, path: Path, offset: int, tail: bytes) -> Path:
     """Write torn bytes beside their segment, durably, under a name that is free."""
     count = 1
     while True:
         suffix = f".{offset}{TORN}" if count == 1 else f".{offset}-{count}{TORN}"
         kept = path.with_name(path.name + suffix)
         with contextlib.suppress(FileExistsError):
-            descriptor = os.open(kept, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            with open(descriptor, "wb") as file:  # noqa: PTH123 - it is a descriptor
-                file.write(tail)
-                file.flush()
-                sync_file(descriptor)
-            sync_directory(path.parent)
+            disk.write_new(kept, [tail])
+            disk.sync_directory(path.parent)
             return kept
         count += 1

@@ -9,10 +9,11 @@ from types import MappingProxyType
 from typing import Any
 
 from taskstore import codec
+from taskstore.disk import Disk
 from taskstore.errors import CorruptStoreError
 from taskstore.journal import EntryKind, SetAside, Snapshot
 from taskstore.records import TaskRecord
-from taskstore.stores.jsonfile.files import numbered, write_temporary
+from taskstore.stores.jsonfile.files import numbered
 from taskstore.stores.jsonfile.index import Index
 from taskstore.stores.jsonfile.layout import Layout, Place, damaged_snapshot_hint
 from taskstore.stores.jsonfile.lines import Entry, Identity, image
@@ -22,6 +23,7 @@ _BUFFER = 1 << 20
 
 
 def write_snapshot(
+    disk: Disk,
     path: Path,
     payloads: Iterable[bytes],
     aside: Iterable[SetAside],
@@ -44,7 +46,7 @@ def write_snapshot(
         "floor": floor,
         "deleted": dict(deleted),
     }
-    return write_temporary(path, codec.write_snapshot(header, payloads, aside))
+    return disk.write_temporary(path, codec.write_snapshot(header, payloads, aside))
 
 
 class _Reader(codec.SnapshotReader):

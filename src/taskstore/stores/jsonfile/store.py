@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from taskstore import codec
 from taskstore.backends import DURABILITIES
+from taskstore.disk import SYSTEM, Disk
 from taskstore.errors import ValidationError
 from taskstore.journal import (
     Change,
@@ -24,7 +25,7 @@ from taskstore.policy import CompactionPolicy, CompactionReport
 from taskstore.query import Page, TaskQuery, evaluate
 from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport
 from taskstore.stores.jsonfile import compaction
-from taskstore.stores.jsonfile.files import make_directory, translated
+from taskstore.stores.jsonfile.files import translated
 from taskstore.stores.jsonfile.index import Index
 from taskstore.stores.jsonfile.layout import Layout
 from taskstore.stores.jsonfile.lines import Identity, encode_changes
@@ -48,7 +49,8 @@ class JSONStore(TaskRegistryStore):
     there.  ``durability`` is ``"full"`` or ``"process"``; ``strict`` raises
     for a record that does not decode instead of setting it aside;
     ``lock_timeout_s`` is how long a write waits for other writers before
-    :class:`~taskstore.StoreBusyError`.
+    :class:`~taskstore.StoreBusyError`.  ``disk`` is the door through which
+    the files are changed.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class JSONStore(TaskRegistryStore):
         read_only: bool = False,
         strict: bool = False,
         lock_timeout_s: float = LOCK_TIMEOUT_S,
+        disk: Disk = SYSTEM,
     ) -> None:
         super().__init__(read_only=read_only)
         if durability not in DURABILITIES:
@@ -78,9 +81,12 @@ class JSONStore(TaskRegistryStore):
             if read_only:
                 self._reader.settled(lambda layout: layout)
                 return
-            make_directory(self.directory)
+            disk.make_directory(self.directory)
             writer = Writer(
-                self.directory, sync=durability == "full", lock_timeout_s=lock_timeout_s
+                self.directory,
+                sync=durability == "full",
+                lock_timeout_s=lock_timeout_s,
+                disk=disk,
             )
             try:
                 with writer.entered(indexed=False):

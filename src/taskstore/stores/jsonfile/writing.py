@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from taskstore.clock import Clock, new_commit_id
+from taskstore.disk import TEMPORARY, Disk
 from taskstore.errors import (
     ConflictError,
     CorruptStoreError,
@@ -27,15 +28,8 @@ from taskstore.journal import Commit, Snapshot, Step
 from taskstore.stores.jsonfile.files import (
     COMPACT_LOCK_NAME,
     LOCK_NAME,
-    TEMPORARY,
-    publish,
-    remove_all,
     segment_name,
     snapshot_name,
-    sync_data,
-    sync_directory,
-    sync_file,
-    write_at,
 )
 from taskstore.stores.jsonfile.index import Index
 from taskstore.stores.jsonfile.layout import Layout, Place, SegmentFile, read_layout, settled
@@ -48,13 +42,14 @@ from taskstore.stores.jsonfile.snapshots import check_newest, index_of, write_sn
 class Writer:
     """The one who changes the files of a directory."""
 
-    def __init__(self, directory: Path, *, sync: bool, lock_timeout_s: float) -> None:
+    def __init__(self, directory: Path, *, sync: bool, lock_timeout_s: float, disk: Disk) -> None:
         self.directory = directory
+        self.disk = disk
         self.notices: list[str] = []
         self.layout = Layout(directory)
         self.place = Place(1, 0, 0)
         self.index: Index | None = None
-        self._lock = WriteLock(directory / LOCK_NAME)
+        self._lock = WriteLock(directory / LOCK_NAME, disk)
         self._sync = sync
         self.timeout_s = lock_timeout_s
         self._mutex = threading.Lock()
@@ -107,7 +102,7 @@ class Writer:
 
     def compact_lock(self) -> FileLock:
         """A new handle on the lock that compactors and replacers hold."""
-        return FileLock(self.directory / COMPACT_LOCK_NAME)
+        return FileLock(self.directory / COMPACT_LOCK_NAME, self.disk)
 
     def close(self) -> None:
         """Release everything, after whoever is writing."""
@@ -160,7 +155,7 @@ class Writer:
         if walk.place.first != last.first:
             raise CorruptStoreError(str(last.path), "does not continue the journal", offset=0)
         if last.path.stat().st_size > walk.place.offset:
-            self.notices.append(cut_tail(last.path, walk.place.offset))
+            self.notices.append(cut_tail(self.disk, last.path, walk.place.offset))
         self._open_segment(last)
         self.layout, self.place, self.index = layout, walk.place, index
 
@@ -174,7 +169,8 @@ class Writer:
             self._bring_forth(layout, layout.unborn)
         elif layout.fresh:
             path = self.directory / segment_name(1)
-            publish(prepare_segment(path, Identity(uuid.uuid4().hex, 1), at=0), path)
+            begun = prepare_segment(self.disk, path, Identity(uuid.uuid4().hex, 1), at=0)
+            self.disk.publish(begun, path)
         else:
             self._clear_up(layout)
             return layout
@@ -184,7 +180,7 @@ class Writer:
         """Write the header of a segment that was torn before it held anything."""
         first = int(path.stem.partition("-")[2])
         torn = path.read_bytes()
-        kept = keep_torn(path, 0, torn)
+        kept = keep_torn(self.disk, path, 0, torn)
         if layout.fresh:
             identity, at = Identity(uuid.uuid4().hex, 1), 0
         else:
@@ -194,7 +190,7 @@ class Writer:
             if end.seq != first - 1:
                 raise CorruptStoreError(str(path), f"follows seq {end.seq}", offset=0)
             identity, at = layout.identity, end.at
-        publish(prepare_segment(path, identity, at=at), path)
+        self.disk.publish(prepare_segment(self.disk, path, identity, at=at), path)
         self.notices.append(
             f"{path}: a torn header was never followed by anything; it was kept as {kept.name}"
         )
@@ -203,7 +199,7 @@ class Writer:
         """Remove what killed writers and compactors left."""
         leftovers = list(self.directory.glob(f"*{TEMPORARY}"))
         ours = [path for path in leftovers if path.name.startswith("journal-")]
-        remove_all(ours)
+        self.disk.remove_all(ours)
         others = [path for path in leftovers if path.name.startswith("snapshot-")]
         if not others and not layout.void:
             return
@@ -213,8 +209,8 @@ class Writer:
             if lock.acquire(0):
                 # What is void stands in a header that nobody has checked yet.
                 check_newest(layout)
-                remove_all([*layout.void, *others])
-                sync_directory(self.directory)
+                self.disk.remove_all([*layout.void, *others])
+                self.disk.sync_directory(self.directory)
         finally:
             lock.close()
 
@@ -233,15 +229,15 @@ class Writer:
             if os.fstat(self._descriptor).st_ino == segment.inode:
                 return
             self._close_segment()
-        self._descriptor = os.open(segment.path, os.O_RDWR | os.O_CLOEXEC)
+        self._descriptor = self.disk.open(segment.path, os.O_RDWR)
         if self._sync:
             # A writer may have died between writing and syncing.
-            sync_data(self._descriptor)
+            self.disk.sync_data(self._descriptor)
 
     def _close_segment(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            os.close(descriptor)
+            self.disk.close(descriptor)
 
     def adopt(self, index: Index, place: Place) -> None:
         """Take over an index that a load built on its way, if there is none yet."""
@@ -287,10 +283,10 @@ class Writer:
         """Write a line and sync it, or take it back."""
         written = False
         try:
-            write_at(self._descriptor, line, self.place.offset)
+            self.disk.write_at(self._descriptor, line, self.place.offset)
             written = True
             if self._sync:
-                sync_data(self._descriptor)
+                self.disk.sync_data(self._descriptor)
         except BaseException as error:
             self._take_back(error, syncing=written and isinstance(error, OSError))
             raise
@@ -302,7 +298,7 @@ class Writer:
             f"{'syncing' if syncing else 'taking back'} a commit failed: {error}"
         )
         try:
-            os.ftruncate(self._descriptor, self.place.offset)
+            self.disk.truncate(self._descriptor, self.place.offset)
             self._lock.settle()  # somebody may have read it without the lock
             self._generation = self._lock.generation
         except OSError:
@@ -335,12 +331,12 @@ class Writer:
         """Begin a new segment unless the last one is empty; returns the files.  Under the lock."""
         if self.place.seq >= self.place.first:
             path = self.directory / segment_name(self.place.seq + 1)
-            temporary = prepare_segment(path, self.layout.identity, at=self.place.at)
+            temporary = prepare_segment(self.disk, path, self.layout.identity, at=self.place.at)
             with self._refusing("beginning a segment"), self._lock.changing():
                 # Others may have written without syncing; once the segment is
                 # no longer the last, nobody would tolerate that it is torn.
-                sync_file(self._descriptor)
-                publish(temporary, path)
+                self.disk.sync_file(self._descriptor)
+                self.disk.publish(temporary, path)
                 self._move_to(path)
             self._generation = self._lock.generation
         return self.layout
@@ -371,6 +367,7 @@ class Writer:
         identity = Identity(known.ledger, known.timeline + 1) if head else known
         path = self.directory / snapshot_name(snapshot.seq)
         temporary = write_snapshot(
+            self.disk,
             path,
             payloads,
             snapshot.set_aside,
@@ -381,17 +378,17 @@ class Writer:
         )
         try:
             segment = self.directory / segment_name(snapshot.seq + 1)
-            begun = prepare_segment(segment, identity, at=at, base=True)
+            begun = prepare_segment(self.disk, segment, identity, at=at, base=True)
             with self._refusing("replacing the content"), self._lock.changing():
-                publish(begun, segment)
-                publish(temporary, path)
+                self.disk.publish(begun, segment)
+                self.disk.publish(temporary, path)
                 layout = read_layout(self.directory)
-                remove_all(layout.void)
-                sync_directory(self.directory)
+                self.disk.remove_all(layout.void)
+                self.disk.sync_directory(self.directory)
                 self._move_to(segment)
         finally:
             with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+                self.disk.remove_all([temporary])
         self._generation = self._lock.generation
         self.index = Index()
         for record in snapshot.records.values():
