@@ -30,12 +30,12 @@ class Request(Generic[T]):
     """One caller's operation, and in the end its result or error.
 
     ``settle`` is called by the thread that committed it, when it is time for
-    the caller to look at the outcome.
+    the caller to look at the outcome; ``None`` where that is the same thread.
     """
 
     __slots__ = ("_error", "_result", "operation", "settle")
 
-    def __init__(self, operation: Operation[T], settle: Callable[[], None]) -> None:
+    def __init__(self, operation: Operation[T], settle: Callable[[], None] | None = None) -> None:
         self.operation = operation
         self.settle = settle
         self._result: T | None = None
@@ -66,8 +66,10 @@ class CommitQueue:
 
     def __init__(self, commit: Callable[[Sequence[Request[Any]]], None]) -> None:
         self._commit = commit
-        # Guards everything below; notified when nobody leads any more.
-        self._gate = threading.Condition(threading.Lock())
+        # Guards everything below.
+        self._gate = threading.Lock()
+        # Notified when nobody leads any more.
+        self._rest = threading.Condition(self._gate)
         self._queue: list[Request[Any]] = []
         # Who commits at present: a caller's own request, the writer thread, or nobody.
         self._leader: Request[Any] | threading.Thread | None = None
@@ -78,13 +80,10 @@ class CommitQueue:
 
     def run(self, operation: Operation[T]) -> T:
         """Have an operation committed; returns its result or raises its error."""
-        # A plain lock is the cheapest thing that one thread can wait for and
-        # another can release.
-        finished = threading.Lock()
-        finished.acquire()
-        request = Request(operation, finished.release)
+        request = Request(operation)
         try:
-            if self._enter(request):
+            finished = self._enter(request)
+            if finished is None:
                 self._serve([request])
             else:
                 self._await(request, finished)
@@ -121,22 +120,27 @@ class CommitQueue:
             return
         with self._gate:
             self._closed = True
-            self._gate.wait_for(lambda: self._leader is None)
+            self._rest.wait_for(lambda: self._leader is None)
             writer, self._writer = self._writer, None
         if writer is not None:
             self._wake.release()
             writer.join()
 
-    def _enter(self, request: Request[Any]) -> bool:
-        """Take the lead if nobody has it, else queue up; returns whether it leads."""
+    def _enter(self, request: Request[Any]) -> threading.Lock | None:
+        """Take the lead if nobody has it, else queue up; returns what to wait for then."""
         self._check_process()
         with self._gate:
             self._check_closed()
             if self._leader is None:
                 self._leader = request
-                return True
+                return None
+            # A plain lock is the cheapest thing that one thread can wait for and
+            # another can release.
+            finished = threading.Lock()
+            finished.acquire()
+            request.settle = finished.release
             self._queue.append(request)
-            return False
+            return finished
 
     def _check_process(self) -> None:
         if self._pid != os.getpid():
@@ -170,14 +174,15 @@ class CommitQueue:
             raise
         finally:
             for request in requests:
-                request.settle()
+                if request.settle is not None:
+                    request.settle()
 
     def _hand_over(self) -> None:
         """Give up the lead; to the writer thread if somebody came meanwhile."""
         with self._gate:
             if not self._queue:
                 self._leader = None
-                self._gate.notify_all()
+                self._rest.notify_all()
                 return
             if self._has_writer():
                 self._leader = self._writer
@@ -220,5 +225,5 @@ class CommitQueue:
             requests, self._queue = self._queue, []
             if not requests:
                 self._leader = None
-                self._gate.notify_all()
+                self._rest.notify_all()
             return requests

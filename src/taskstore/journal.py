@@ -15,7 +15,14 @@ from msgspec import Struct
 from msgspec.structs import force_setattr
 
 from taskstore.errors import Conflict, ConflictError, CorruptStoreError, ValidationError
-from taskstore.records import TaskRecord, check_int, check_key, validated
+from taskstore.records import (
+    TaskRecord,
+    TaskStatus,
+    check_int,
+    check_key,
+    validated,
+    validated_change,
+)
 
 
 class EntryKind(StrEnum):
@@ -46,6 +53,25 @@ class Put(Struct, frozen=True):
     def revision(self) -> int:
         """The revision that the task has afterwards (``int`` ≥ 1)."""
         return self.record.revision
+
+
+_A_PUT = Put(
+    TaskRecord(
+        task_id="any", revision=1, runtime="any", task="", status=TaskStatus.QUEUED, created_at=0
+    )
+)
+
+
+def put_over(before: TaskRecord, record: TaskRecord) -> Put:
+    """The :class:`Put` that makes ``record`` of ``before``, which is stored.
+
+    The errors are those of the constructor, but only what differs is looked
+    at: that is most of what a change costs before it reaches the store.
+    """
+    # Copied, because the constructor would look at everything.
+    put: Put = _A_PUT.__copy__()  # type: ignore[attr-defined]  # msgspec's stubs leave it out
+    force_setattr(put, "record", validated_change(record, before))
+    return put
 
 
 class Remove(Struct, frozen=True):

@@ -13,11 +13,12 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from operator import attrgetter
 from typing import Any
 
 from taskstore.errors import Conflict, ConflictError, TaskNotFound
 from taskstore.hooks import Deleted, Event, Upserted
-from taskstore.journal import Change, JournalEntry, Put, Remove, Snapshot
+from taskstore.journal import Change, JournalEntry, Put, Remove, Snapshot, put_over
 from taskstore.lifecycle import next_revision
 from taskstore.query import SESSION_KEY, Page, Summary, TaskQuery, page_of
 from taskstore.records import ACTIVE_STATUSES, TaskRecord
@@ -44,6 +45,8 @@ INDEXED = (
     "source_id",
 )
 """Fields by which records are found without reading others."""
+
+_indexed_of = attrgetter(*INDEXED)
 
 
 def booking_of(record: TaskRecord) -> Booking | None:
@@ -226,8 +229,7 @@ class Mirror(Lookups):
     def _add(self, record: TaskRecord) -> None:
         key = record.sort_key
         _insert(self._keys, key)
-        for field, groups in self._groups.items():
-            value = getattr(record, field)
+        for groups, value in zip(self._groups.values(), _indexed_of(record), strict=True):
             if value is not None:
                 _insert(groups.setdefault(value, []), key)
         booking = booking_of(record)
@@ -251,8 +253,10 @@ class Mirror(Lookups):
             self._discard(old)
             self._add(new)
             return
-        for field, groups in self._groups.items():
-            value = getattr(new, field)
+        values = _indexed_of(new)
+        if values == _indexed_of(old):
+            return
+        for (field, groups), value in zip(self._groups.items(), values, strict=True):
             if value != getattr(old, field):
                 self._ungroup(field, old)
                 if value is not None:
@@ -322,11 +326,13 @@ class Staging(Lookups):
         standing = self.get(record.task_id)
         if standing is not None:
             raise ConflictError([Conflict(record.task_id, 0, standing.revision)])
-        return self._put(record)
+        return self._put(Put(record))
 
     def update(self, before: TaskRecord, after: TaskRecord) -> TaskRecord:
         """Stage what became of a record; nothing if it is still the same."""
-        return before if after is before else self._put(next_revision(after, before))
+        if after is before:
+            return before
+        return self._put(put_over(before, next_revision(after, before)))
 
     def delete(self, record: TaskRecord) -> None:
         """Stage a deletion."""
@@ -339,14 +345,14 @@ class Staging(Lookups):
         self._over.update(later._over)
         self._bookings.update(later._bookings)
 
-    def _put(self, record: TaskRecord) -> TaskRecord:
-        change = Put(record)
+    def _put(self, change: Put) -> TaskRecord:
+        record = change.record
         self.changes.append(change)
-        self._over[record.task_id] = change.record
+        self._over[record.task_id] = record
         booking = booking_of(record)
         if booking is not None:
             self._bookings[booking] = record.task_id
-        return change.record
+        return record
 
 
 def _descending(keys: list[Key], end: int) -> Iterator[Key]:

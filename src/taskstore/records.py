@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
+from itertools import compress
+from operator import is_not
 from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Raw, Struct
-from msgspec.structs import replace
+from msgspec.structs import astuple, replace
 
 from taskstore.errors import ValidationError
 
@@ -382,6 +384,39 @@ def validated(record: object) -> TaskRecord:
     if checked.scope_kind is ScopeKind.SESSION and checked.owner_key is None:
         raise ValidationError("owner_key", "is required unless scope_kind is system")
     return checked
+
+
+def validated_change(record: TaskRecord, before: TaskRecord) -> TaskRecord:
+    """Return ``record`` if it may be stored in the place of ``before``, which is stored.
+
+    What both have in common was validated when ``before`` was.  Otherwise as
+    :func:`validated`, which is asked wherever something is not plainly in order.
+    """
+    values = astuple(record)
+    differs = map(is_not, values, astuple(before))
+    for field, value in compress(zip(TaskRecord.__struct_fields__, values, strict=True), differs):
+        if field not in _PLAINLY or not _PLAINLY[field](value):
+            return validated(record)
+    return record
+
+
+def _is_plain_int(value: object) -> bool:
+    return type(value) is int and 1 <= value <= MAX_INT
+
+
+def _is_plain_text(value: object) -> bool:
+    return (
+        type(value) is str and len(value) <= SUMMARY_BYTES and value.isascii() and "\0" not in value
+    )
+
+
+_PLAINLY: dict[str, Callable[[object], bool]] = {
+    "revision": _is_plain_int,
+    "status": lambda value: type(value) is TaskStatus,
+    **dict.fromkeys(OPTIONAL_TIMES, _is_plain_int),
+    **dict.fromkeys(TEXT_LIMITS, _is_plain_text),
+}
+"""Of the fields that change most, what is surely in order."""
 
 
 def _check_texts(record: TaskRecord) -> dict[str, Any]:
