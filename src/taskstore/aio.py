@@ -200,6 +200,9 @@ class AsyncTaskRegistry(LedgerReader):
     link_flow = _awaitable(Verbs.link_flow)
     update_metadata = _awaitable(Verbs.update_metadata)
     delete = _awaitable(Verbs.delete)
+    take_lease = _awaitable(Verbs.take_lease)
+    renew_lease = _awaitable(Verbs.renew_lease)
+    release_lease = _awaitable(Verbs.release_lease)
 
     def run(
         self, run_id: str, *, runtime: str | None = None, session_key: str | None = None

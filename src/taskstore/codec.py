@@ -1,11 +1,14 @@
 """Bytes to record and back: one encoding for row, journal and snapshot.
 
 A payload is the record as a JSON object whose first member is its format
-version, ``{"v":"1.0","task_id":…}``; fields at their default are left out.
-The current version is decoded straight into a :class:`TaskRecord`.  Any
-other goes the slow way: older ones through the upcasters, a newer minor
-version by keeping the members that this version does not know, so that
-writing the record back loses nothing.  A newer major version is refused.
+version, ``{"v":"1.1","task_id":…}``; fields at their default are left out.
+The current version is decoded straight into a :class:`TaskRecord`, and so are
+older ones that only lack optional fields.  Any other goes the slow way:
+older ones through the upcasters, a newer minor version by keeping the members
+that this version does not know, so that writing the record back loses
+nothing.  A newer major version is refused.
+
+1.1 added the optional ``lease_until`` and ``lease_token``.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ from taskstore.errors import CorruptStoreError
 from taskstore.journal import SetAside, Snapshot, validated_snapshot
 from taskstore.records import FORMAT_VERSION, MAX_INT, NO_METADATA, TaskRecord
 
-UPCASTERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+UPCASTERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "1.0": lambda members: {**members, "v": "1.1"},
+}
 """From an older version to the next: payload as a dict, changed ``v`` included."""
 
 SNAPSHOT_FORMAT = "taskstore-snapshot/1"
@@ -37,6 +42,9 @@ _BLOCK_LINES = 256
 _BRACE = ord("{")
 _MAJOR = FORMAT_VERSION.split(".", maxsplit=1)[0]
 _SAME_MAJOR = re.compile(rf"{_MAJOR}\.[0-9]+\Z")
+_CURRENT = b'{"v":"%s",' % FORMAT_VERSION.encode()
+_LACKING_ONLY = b'{"v":"1.0",'
+"""How a payload begins that is of this version but for optional fields it does not have."""
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(TaskRecord)
 _FIELDS = {field.encode_name for field in msgspec.structs.fields(TaskRecord)} - {"_unknown"} | {"v"}
@@ -61,6 +69,8 @@ def decode_record(payload: bytes, where: str = "record") -> TaskRecord:
     Raises :class:`CorruptStoreError`, naming ``where``, for anything that is
     not a record of this major version.
     """
+    if payload.startswith(_LACKING_ONLY):
+        payload = _CURRENT + payload[len(_LACKING_ONLY) :]
     try:
         record = _decoder.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

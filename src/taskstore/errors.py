@@ -64,6 +64,20 @@ class InvalidTransition(TaskStoreError):
         self.attempted = attempted
 
 
+class Leased(NamedTuple):
+    """Whose lease stood in the way: ``fence`` is the token that was shown, if any,
+    and ``until`` when the task's lease runs out (Unix ms), if it has one."""
+
+    fence: str | None
+    until: int | None
+
+    def __str__(self) -> str:
+        if self.fence is None:
+            return f"somebody holds its lease until {self.until}"
+        held = "it has no lease" if self.until is None else "its lease is somebody else's"
+        return f"the fence {self.fence!r} does not hold: {held}"
+
+
 class Conflict(NamedTuple):
     """One task that stood in the way of a commit.
 
@@ -71,7 +85,8 @@ class Conflict(NamedTuple):
     also 0 when the task was deleted while a change of it was under way.
     ``booked_by`` is the id of the task that already holds the booking, when
     that was what collided.  ``deleted`` tells that the journal still holds a
-    deletion of this id, so that it cannot be created again.
+    deletion of this id, so that it cannot be created again.  ``leased`` is
+    set when a lease was in the way.
     """
 
     task_id: str
@@ -79,8 +94,11 @@ class Conflict(NamedTuple):
     found: int
     booked_by: str | None = None
     deleted: bool = False
+    leased: Leased | None = None
 
     def __str__(self) -> str:
+        if self.leased is not None:
+            return f"task {self.task_id!r}: {self.leased}"
         if self.booked_by is not None:
             return f"task {self.task_id!r}: its run is already booked by {self.booked_by!r}"
         if self.deleted:

@@ -69,8 +69,8 @@ _CREATABLE = frozenset(
         "progress_summary",
         "metadata",
     }
-) - {"booking"}
-_FILLABLE = frozenset(OPTIONAL_KEYS) - {"run_id", "booking"} | {
+) - {"booking", "lease_token"}
+_FILLABLE = frozenset(OPTIONAL_KEYS) - {"run_id", "booking", "lease_token"} | {
     "requester_origin",
     "cleanup_after",
     "progress_summary",

@@ -104,7 +104,7 @@ class DeliveryContext(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
 
 NO_METADATA = Raw(b"{}")
 
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"
 """Version of the encoded record: ``major.minor``, the first member of each payload."""
 
 
@@ -157,6 +157,8 @@ class TaskRecord(
     progress_summary: str | None = None
     terminal_summary: str | None = None
     terminal_outcome: TerminalOutcome | None = None
+    lease_until: int | None = None
+    lease_token: str | None = None
     metadata_json: Raw = msgspec.field(default=NO_METADATA, name="metadata")
     unknown_json: Raw | None = msgspec.field(default=None, name="_unknown")
 
@@ -194,8 +196,11 @@ OPTIONAL_KEYS = (
     "requester_agent_id",
     "run_id",
     "booking",
+    "lease_token",
 )
-NEVER_EMPTY = frozenset({"task_id", "runtime", "owner_key", "run_id", "booking"})
+NEVER_EMPTY = frozenset(
+    {"task_id", "runtime", "owner_key", "run_id", "booking", "lease_token", "fence"}
+)
 TEXT_LIMITS = {
     "task": TASK_BYTES,
     "error": ERROR_BYTES,
@@ -208,6 +213,7 @@ OPTIONAL_TIMES = (
     "last_event_at",
     "last_notified_event_at",
     "cleanup_after",
+    "lease_until",
 )
 ENUM_FIELDS: dict[str, type[StrEnum]] = {
     "status": TaskStatus,

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from taskstore import lifecycle
+from taskstore import leases, lifecycle
 from taskstore.clock import new_task_id
-from taskstore.errors import Conflict, ConflictError
 from taskstore.groupcommit import Operation
 from taskstore.mirror import Staging, booking_of
-from taskstore.records import TaskRecord, check_int, check_key, plain_metadata
-from taskstore.runs import RunScope
+from taskstore.operations import changing, check_expected, deleting, giving
+from taskstore.records import TaskRecord, check_key, plain_metadata
+from taskstore.runs import Mutation, RunScope
 
 T = TypeVar("T")
-
-Mutation = Callable[[TaskRecord, int], TaskRecord]
-"""From a record and now (Unix milliseconds) to what should stand: pure."""
 
 
 class Verbs(ABC):
@@ -76,29 +73,44 @@ class Verbs(ABC):
         return self._run(operation)
 
     def mark_running(
-        self, task_id: str, *, started_at: int | None = None, if_revision: int | None = None
+        self,
+        task_id: str,
+        *,
+        started_at: int | None = None,
+        if_revision: int | None = None,
+        fence: str | None = None,
     ) -> TaskRecord:
         """Note that a queued task has started, at ``started_at`` (Unix ms, default now).
 
         A running task is returned as it is.  Raises :class:`TaskNotFound`,
         :class:`InvalidTransition` for an ended one, and
-        :class:`ConflictError` if ``if_revision`` is given and not its revision.
+        :class:`ConflictError` if ``if_revision`` is given and not its
+        revision, or ``fence`` and not the token of its lease.
         """
         return self._change(
             task_id,
             lambda record, now: lifecycle.start(record, now, started_at=started_at),
             if_revision,
+            fence,
         )
 
     def record_progress(
-        self, task_id: str, summary: str, *, if_revision: int | None = None
+        self,
+        task_id: str,
+        summary: str,
+        *,
+        if_revision: int | None = None,
+        fence: str | None = None,
     ) -> TaskRecord:
         """Note how far an active task has come; white space in ``summary`` is folded.
 
         The same summary again writes nothing.  Errors as in :meth:`mark_running`.
         """
         return self._change(
-            task_id, lambda record, now: lifecycle.progress(record, now, summary), if_revision
+            task_id,
+            lambda record, now: lifecycle.progress(record, now, summary),
+            if_revision,
+            fence,
         )
 
     def finish(
@@ -111,6 +123,7 @@ class Verbs(ABC):
         outcome: str | None = None,
         ended_at: int | None = None,
         if_revision: int | None = None,
+        fence: str | None = None,
     ) -> TaskRecord:
         """End a task: succeeded, failed, timed_out, cancelled or lost.
 
@@ -132,17 +145,26 @@ class Verbs(ABC):
                 ended_at=ended_at,
             ),
             if_revision,
+            fence,
         )
 
     def mark_lost(
-        self, task_id: str, *, error: str | None = None, if_revision: int | None = None
+        self,
+        task_id: str,
+        *,
+        error: str | None = None,
+        if_revision: int | None = None,
+        fence: str | None = None,
     ) -> TaskRecord:
         """Note that nobody can tell any more what became of an active task.
 
         A lost task is returned as it is.  Errors as in :meth:`mark_running`.
         """
         return self._change(
-            task_id, lambda record, now: lifecycle.lose(record, now, error=error), if_revision
+            task_id,
+            lambda record, now: lifecycle.lose(record, now, error=error),
+            if_revision,
+            fence,
         )
 
     def recover(
@@ -155,6 +177,7 @@ class Verbs(ABC):
         outcome: str | None = None,
         ended_at: int | None = None,
         if_revision: int | None = None,
+        fence: str | None = None,
     ) -> TaskRecord:
         """Correct a lost task to what it really is: active, or how it really ended.
 
@@ -174,17 +197,26 @@ class Verbs(ABC):
                 ended_at=ended_at,
             ),
             if_revision,
+            fence,
         )
 
     def cancel(
-        self, task_id: str, reason: str | None = None, *, if_revision: int | None = None
+        self,
+        task_id: str,
+        reason: str | None = None,
+        *,
+        if_revision: int | None = None,
+        fence: str | None = None,
     ) -> TaskRecord:
         """End an active task as cancelled, ``reason`` kept as its error.
 
         A cancelled task is returned as it is.  Errors as in :meth:`mark_running`.
         """
         return self._change(
-            task_id, lambda record, now: lifecycle.cancel(record, now, reason=reason), if_revision
+            task_id,
+            lambda record, now: lifecycle.cancel(record, now, reason=reason),
+            if_revision,
+            fence,
         )
 
     def set_delivery_status(
@@ -194,6 +226,7 @@ class Verbs(ABC):
         *,
         last_notified_event_at: int | None = None,
         if_revision: int | None = None,
+        fence: str | None = None,
     ) -> TaskRecord:
         """Note how far the answer got on its way to whoever asked.
 
@@ -207,43 +240,62 @@ class Verbs(ABC):
                 record, status, last_notified_event_at=last_notified_event_at
             ),
             if_revision,
+            fence,
         )
 
     def set_notify_policy(
-        self, task_id: str, policy: str, *, if_revision: int | None = None
+        self, task_id: str, policy: str, *, if_revision: int | None = None, fence: str | None = None
     ) -> TaskRecord:
         """Set what the owner wants to hear of: done_only, state_changes or silent.
 
         Allowed after the end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
         """
         return self._change(
-            task_id, lambda record, _: lifecycle.notify(record, policy), if_revision
+            task_id, lambda record, _: lifecycle.notify(record, policy), if_revision, fence
         )
 
     def set_cleanup_after(
-        self, task_id: str, cleanup_after: int | None, *, if_revision: int | None = None
+        self,
+        task_id: str,
+        cleanup_after: int | None,
+        *,
+        if_revision: int | None = None,
+        fence: str | None = None,
     ) -> TaskRecord:
         """Set from when on the record may be removed (Unix ms; ``None``: never).
 
         Allowed after the end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
         """
         return self._change(
-            task_id, lambda record, _: lifecycle.retain(record, cleanup_after), if_revision
+            task_id, lambda record, _: lifecycle.retain(record, cleanup_after), if_revision, fence
         )
 
     def link_flow(
-        self, task_id: str, parent_flow_id: str | None, *, if_revision: int | None = None
+        self,
+        task_id: str,
+        parent_flow_id: str | None,
+        *,
+        if_revision: int | None = None,
+        fence: str | None = None,
     ) -> TaskRecord:
         """Set the flow that the task belongs to, or ``None`` for none.
 
         Allowed after the end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
         """
         return self._change(
-            task_id, lambda record, _: lifecycle.link_flow(record, parent_flow_id), if_revision
+            task_id,
+            lambda record, _: lifecycle.link_flow(record, parent_flow_id),
+            if_revision,
+            fence,
         )
 
     def update_metadata(
-        self, task_id: str, changes: Mapping[str, Any], *, if_revision: int | None = None
+        self,
+        task_id: str,
+        changes: Mapping[str, Any],
+        *,
+        if_revision: int | None = None,
+        fence: str | None = None,
     ) -> TaskRecord:
         """Merge a mapping into the task's metadata, key by key at the top level.
 
@@ -251,18 +303,81 @@ class Verbs(ABC):
         """
         copied = plain_metadata(changes)
         return self._change(
-            task_id, lambda record, _: lifecycle.merge_metadata(record, copied), if_revision
+            task_id, lambda record, _: lifecycle.merge_metadata(record, copied), if_revision, fence
         )
 
-    def delete(self, task_id: str, *, if_revision: int | None = None) -> bool:
+    def delete(
+        self, task_id: str, *, if_revision: int | None = None, fence: str | None = None
+    ) -> bool:
         """Remove a task's record; returns whether there was one.
 
         Its text stays in journal and snapshots until compaction passes it.
-        Raises :class:`ConflictError` for another revision than ``if_revision``.
+        Raises :class:`ConflictError` for another revision than ``if_revision``
+        or another lease than that of ``fence``.
         """
-        check_key("task_id", task_id)
-        _check_revision(if_revision)
-        return self._run(lambda staging: _delete(staging, task_id, if_revision))
+        check_expected(task_id, if_revision, fence)
+        return self._run(deleting(task_id, if_revision, fence))
+
+    # -- leases -------------------------------------------------------------
+
+    def take_lease(
+        self,
+        task_id: str,
+        lease_s: float = leases.LEASE_S,
+        *,
+        if_revision: int | None = None,
+        fence: str | None = None,
+    ) -> str:
+        """Take the lease of an active task for ``lease_s`` seconds; returns its token.
+
+        The token is what :meth:`renew_lease` and the ``fence`` of every verb
+        want.  With the ``fence`` of the lease that stands, that one is
+        replaced: a way to hand the task to somebody else.  Raises
+        :class:`ConflictError` while somebody else's lease runs; otherwise
+        errors as in :meth:`mark_running`.
+        """
+        check_expected(task_id, if_revision, fence)
+        lease_ms = leases.check_lease(lease_s)
+        token, now = new_task_id(), self._now()
+
+        def mutation(record: TaskRecord) -> TaskRecord:
+            return leases.take(record, now, token, lease_ms, fence=fence)
+
+        return self._run(giving(token, changing(task_id, mutation, if_revision, fence)))
+
+    def renew_lease(
+        self,
+        task_id: str,
+        lease_s: float = leases.LEASE_S,
+        *,
+        fence: str,
+        if_revision: int | None = None,
+    ) -> str:
+        """Tell that the holder of a lease is alive; returns the token, ``fence``, again.
+
+        It then runs for ``lease_s`` seconds from now.  Written only once less
+        than half of that is left, so call it as often as you like.  Raises
+        :class:`ConflictError` when the lease is not yours any more and
+        :class:`InvalidTransition` when the task has ended: stop working on it.
+        """
+        check_expected(task_id, if_revision, fence)
+        lease_ms = leases.check_lease(lease_s)
+        now = self._now()
+
+        def mutation(record: TaskRecord) -> TaskRecord:
+            return leases.renew(record, now, lease_ms)
+
+        return self._run(giving(fence, changing(task_id, mutation, if_revision, fence)))
+
+    def release_lease(
+        self, task_id: str, *, fence: str, if_revision: int | None = None
+    ) -> TaskRecord:
+        """Give a lease back before it runs out, so that others need not wait for that.
+
+        Errors as in :meth:`renew_lease`, but an ended task's is given back too.
+        """
+        check_expected(task_id, if_revision, fence)
+        return self._run(changing(task_id, leases.release, if_revision, fence))
 
     def run(
         self, run_id: str, *, runtime: str | None = None, session_key: str | None = None
@@ -277,35 +392,13 @@ class Verbs(ABC):
             lambda staging: staging.run_scope(run_id, runtime, session_key), self._run, self._now
         )
 
-    def _change(self, task_id: str, mutation: Mutation, if_revision: int | None) -> TaskRecord:
+    def _change(
+        self, task_id: str, mutation: Mutation, if_revision: int | None, fence: str | None
+    ) -> TaskRecord:
         """Run a pure function over one record and store what comes out."""
-        check_key("task_id", task_id)
-        _check_revision(if_revision)
+        check_expected(task_id, if_revision, fence)
         lifecycle.rehearse(mutation)
         now = self._now()
-
-        def operation(staging: Staging) -> TaskRecord:
-            record = staging.require(task_id)
-            _expect(record, if_revision)
-            return staging.update(record, mutation(record, now))
-
-        return self._run(operation)
-
-
-def _expect(record: TaskRecord, revision: int | None) -> None:
-    if revision is not None and record.revision != revision:
-        raise ConflictError([Conflict(record.task_id, revision, record.revision)])
-
-
-def _check_revision(revision: int | None) -> None:
-    if revision is not None:
-        check_int("if_revision", revision, 1)
-
-
-def _delete(staging: Staging, task_id: str, if_revision: int | None) -> bool:
-    record = staging.get(task_id)
-    if record is None:
-        return False
-    _expect(record, if_revision)
-    staging.delete(record)
-    return True
+        return self._run(
+            changing(task_id, lambda record: mutation(record, now), if_revision, fence)
+        )

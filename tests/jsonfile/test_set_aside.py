@@ -57,8 +57,8 @@ def test_one_whose_id_is_gone_is_carried_too(directory, open_):
     store = open_()
     bad = create(store)
     store.close()
-    text = b'"record":{"v":"1.0","task_id":"%b"' % bad.task_id.encode()
-    forged(segments(directory)[0], text, b'"record":{"v":"1.0"')
+    text = b'"record":{"v":"1.1","task_id":"%b"' % bad.task_id.encode()
+    forged(segments(directory)[0], text, b'"record":{"v":"1.1"')
     store = open_()
     (before,) = store.load_snapshot().set_aside
     assert (before.task_id, before.revision) == (bad.task_id, 1)
@@ -78,8 +78,8 @@ def test_one_whose_id_is_gone_can_be_replaced_through_its_entry(directory, open_
     store = open_()
     bad = create(store)
     store.close()
-    text = b'"record":{"v":"1.0","task_id":"%b"' % bad.task_id.encode()
-    forged(segments(directory)[0], text, b'"record":{"v":"1.0"')
+    text = b'"record":{"v":"1.1","task_id":"%b"' % bad.task_id.encode()
+    forged(segments(directory)[0], text, b'"record":{"v":"1.1"')
     store = open_()
     mended = update(store, bad)
     assert store.load_snapshot().set_aside == ()
@@ -102,7 +102,7 @@ def superseded(directory, open_):
     store.close()
     segment = segments(directory)[0]
     lines = segment.read_bytes().splitlines(keepends=True)
-    lines[2] = framed(lines[2].replace(b'"v":"1.0"', b'"v":"2.0"')[18:-1])
+    lines[2] = framed(lines[2].replace(b'"v":"1.1"', b'"v":"2.0"')[18:-1])
     segment.write_bytes(b"".join(lines))
     return record
 
@@ -227,7 +227,7 @@ def test_a_newer_minor_version_keeps_its_members_through_a_compaction(directory,
     store = open_()
     task = create(store, run_id="run-1")
     store.close()
-    forged(segments(directory)[0], b'{"v":"1.0"', b'{"v":"1.7","colour":"red"')
+    forged(segments(directory)[0], b'{"v":"1.1"', b'{"v":"1.7","colour":"red"')
     store = open_()
     store.compact(FOLD_AND_TRIM)
     assert b'"colour":"red"' in snapshots(directory)[0].read_bytes()

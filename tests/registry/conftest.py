@@ -57,13 +57,14 @@ def registry(open_ledger: OpenLedger) -> TaskRegistry:
 
 
 class Ticker:
-    """A clock that a test sets: Unix milliseconds, a second further at each look."""
+    """A clock that a test sets: Unix ms, ``step`` further at each look."""
 
     def __init__(self, now: int = 1_700_000_000_000) -> None:
         self.now = now
+        self.step = 1000
 
     def __call__(self) -> int:
-        self.now += 1000
+        self.now += self.step
         return self.now
 
 

@@ -17,7 +17,7 @@ from taskstore.testing.factories import create, delete, update
 ALL = CompactionPolicy(force=True, history_s=0, history_entries=0, keep_snapshots=1)
 
 DAMAGE = {
-    "flipped bit": b'{"v":"1.0","task_id":"x","revision":1,"runtime":"cli","tbsk":""}',
+    "flipped bit": b'{"v":"1.1","task_id":"x","revision":1,"runtime":"cli","tbsk":""}',
     "no JSON": b"\x00\xff\xfe garbage \n\n with lines",
     "empty": b"",
     "an array": b"[1,2]",

@@ -33,7 +33,7 @@ BASE = {
 }
 
 
-def payload(version="1.0", **members) -> bytes:
+def payload(version=FORMAT_VERSION, **members) -> bytes:
     return json.dumps({"v": version, **BASE, **members}).encode()
 
 
@@ -49,7 +49,7 @@ def test_defaults_are_left_out():
             make_record(task_id="a", **{k: BASE[k] for k in ("runtime", "task", "created_at")})
         )
     ) == {
-        "v": "1.0",
+        "v": FORMAT_VERSION,
         **BASE,
     }
 
@@ -63,7 +63,7 @@ def test_no_metadata_is_shared():
     assert decode_record(payload()).metadata_json is NO_METADATA
 
 
-@pytest.mark.parametrize("version", ["1.1", "1.7", "1.99999"])
+@pytest.mark.parametrize("version", ["1.2", "1.7", "1.99999"])
 def test_a_newer_minor_keeps_what_it_does_not_know(version):
     raw = payload(version, colour=["red", {"deep": 1}], metadata={"b": 1.5}, _unknown={"x": 1})
     record = decode_record(raw)
@@ -72,6 +72,16 @@ def test_a_newer_minor_keeps_what_it_does_not_know(version):
     again = encode_record(replace(record, revision=2))
     assert json.loads(again) == {**json.loads(raw), "revision": 2}
     assert decode_record(again) == replace(record, revision=2)
+
+
+def test_the_version_before_leases_is_read_as_this_one():
+    now = encode_record(make_record(metadata={"a": 1}))
+    before = now.replace(b'{"v":"1.1",', b'{"v":"1.0",')
+    assert before != now
+    assert encode_record(decode_record(before)) == now
+    assert encode_record(decode_record(before.replace(b'{"v"', b'{ "v"'))) == now
+    kept = decode_record(before.replace(b'{"v":"1.0",', b'{"v":"1.0","colour":"red",'))
+    assert json.loads(encode_record(kept)) == {**json.loads(now), "colour": "red"}
 
 
 def test_unknown_fields_of_this_version_are_kept():
@@ -120,7 +130,7 @@ def test_an_upcaster_that_stumbles_over_damage(monkeypatch):
         b"\xff\xfe",
         b"{" * 100_000,
         b"[" * 100_000,
-        b'{"v":"1.0","metadata":' + b"[" * 100_000,
+        b'{"v":"1.1","metadata":' + b"[" * 100_000,
         payload()[:-1],
         payload() + b"x",
         payload(status="paused"),
@@ -139,7 +149,7 @@ def test_an_upcaster_that_stumbles_over_damage(monkeypatch):
         payload(metadata=None),
         payload("1.7", metadata="x"),
         payload(task="\ud800"),
-        b'{"v":"1.0","task_id":"\xff\xff"}',
+        b'{"v":"1.1","task_id":"\xff\xff"}',
     ],
 )
 def test_damage_is_corrupt_and_nothing_else(raw):

@@ -53,7 +53,7 @@ def test_a_damaged_row_is_set_aside(make_store: OpenStore, door: Door, damage: s
         bad = update(store, create(store, task_id="bad", label="x"))
         image = door("HGET", "rows", "bad")
         assert isinstance(image, bytes)
-        newer = image[8:].replace(b'"v":"1.0"', b'"v":"9.0"')
+        newer = image[8:].replace(b'"v":"1.1"', b'"v":"9.0"')
         broken = {
             "flipped bit": image[:30] + bytes([image[30] ^ 1]) + image[31:],
             "cut": image[:40],

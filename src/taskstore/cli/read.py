@@ -169,7 +169,7 @@ def _shown(name: str, value: Any) -> str:
     """A field's value as people read it."""
     if value is None or value == {}:
         return render.NOTHING
-    if name.endswith("_at") or name == "cleanup_after":
+    if name.endswith("_at") or name in ("cleanup_after", "lease_until"):
         return render.when(value, precise=True)
     return render.to_json(value) if isinstance(value, dict) else str(value)
 

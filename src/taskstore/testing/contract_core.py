@@ -83,7 +83,7 @@ class CoreContract(ContractBase):
     def test_what_a_newer_minor_version_wrote_is_kept(self, ledger: Ledger) -> None:
         """[12] Fields that this version does not know survive an update by it."""
         payload = encode_record(make_record(label="new", metadata={"m": 1}))
-        payload = payload.replace(b'{"v":"1.0"', b'{"v":"1.7","colour":["red",{"deep":1}]', 1)
+        payload = payload.replace(b'{"v":"1.1"', b'{"v":"1.7","colour":["red",{"deep":1}]', 1)
         record = decode_record(payload)
         ledger.store.apply([make_put(task_id="other")])
         changed = next_of(replace(record, revision=1), error="changed here")

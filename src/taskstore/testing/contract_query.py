@@ -9,6 +9,7 @@ import pytest
 
 from taskstore.query import Page, TaskQuery, evaluate
 from taskstore.records import (
+    OPTIONAL_TIMES,
     DeliveryStatus,
     NotifyPolicy,
     ScopeKind,
@@ -46,19 +47,12 @@ def varied(count: int) -> list[dict[str, Any]]:
     for n in range(count):
         row: dict[str, Any] = {"task_id": f"task-{(n * 7) % count:02}", "owner_key": f"o{n % 3}"}
         for place, field in enumerate(FILTERS):
-            choices = _CHOICES.get(field, _TIMES if field.endswith(("_at", "_after")) else _TEXTS)
-            if field in (
-                "session_key",
-                "task_id",
-                "revision",
-                "owner_key",
-                "booking",
-                "run_id",
-                "session_key",
-            ):
+            if field in ("session_key", "task_id", "revision", "owner_key", "booking", "run_id"):
                 continue
+            choices = _CHOICES.get(field, _TIMES if field in OPTIONAL_TIMES else _TEXTS)
             row[field] = choices[(n * (place % 5 + 1) + place) % len(choices)]
         row["task"] = row["task"] or ""
+        row["lease_token"] = row["lease_token"] or None
         row["run_id"] = (None, f"run-{n % 4}")[n % 2]
         row["booking"] = f"{n:032}" if row["run_id"] else None
         rows.append(row)
@@ -149,7 +143,7 @@ class QueryContract(ContractBase):
             values = [1, 2, 3]
         if field == "session_key":
             values = list(_TEXTS)
-        number = field == "revision" or field.endswith(("_at", "_after"))
+        number = field in ("revision", "created_at", *OPTIONAL_TIMES)
         absent: Any = 77 if number else "nobody has this"
         for store in ledger.twice():
             ask = Questions(store)

@@ -12,7 +12,7 @@ from taskstore.codec import encode_record
 from taskstore.errors import ValidationError
 from taskstore.journal import Put, Snapshot
 from taskstore.query import TaskQuery
-from taskstore.records import DeliveryContext, TaskRecord, TaskStatus
+from taskstore.records import OPTIONAL_TIMES, DeliveryContext, TaskRecord, TaskStatus
 from taskstore.store import SupportsCompaction, SupportsJournal, SupportsQuery
 from taskstore.testing.base import ContractBase, FullStore, Ledger, journal_of
 from taskstore.testing.contract_compaction import FOLD
@@ -141,7 +141,7 @@ class ValuesContract(ContractBase):
             for field in TaskRecord.__struct_fields__
             if field not in ("metadata_json", "unknown_json", "revision", "runtime")
         }
-        times = [field for field in full if field.endswith(("_at", "_after"))]
+        times = ("created_at", *OPTIONAL_TIMES)
         full |= {field: 1000 + place for place, field in enumerate(times)}
         full |= {
             "status": "lost",

@@ -1,0 +1,68 @@
+"""Operations over one task: what is done to it, if it is as the caller expects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from taskstore import leases
+from taskstore.errors import Conflict, ConflictError
+from taskstore.groupcommit import Operation
+from taskstore.mirror import Staging
+from taskstore.records import TaskRecord, check_int, check_key
+
+T = TypeVar("T")
+
+
+def changing(
+    task_id: str,
+    mutation: Callable[[TaskRecord], TaskRecord],
+    if_revision: int | None,
+    fence: str | None,
+) -> Operation[TaskRecord]:
+    """Store what a pure function makes of one record."""
+
+    def operation(staging: Staging) -> TaskRecord:
+        record = staging.require(task_id)
+        _expect(record, if_revision, fence)
+        return staging.update(record, mutation(record))
+
+    return operation
+
+
+def deleting(task_id: str, if_revision: int | None, fence: str | None) -> Operation[bool]:
+    """Delete one record; gives whether there was one."""
+
+    def operation(staging: Staging) -> bool:
+        record = staging.get(task_id)
+        if record is None:
+            return False
+        _expect(record, if_revision, fence)
+        staging.delete(record)
+        return True
+
+    return operation
+
+
+def giving(value: T, operation: Operation[object]) -> Operation[T]:
+    """The same operation, with another result."""
+
+    def given(staging: Staging) -> T:
+        operation(staging)
+        return value
+
+    return given
+
+
+def check_expected(task_id: str, if_revision: int | None, fence: str | None) -> None:
+    """Raise :class:`ValidationError` for what cannot be an id, a revision or a token."""
+    check_key("task_id", task_id)
+    if if_revision is not None:
+        check_int("if_revision", if_revision, 1)
+    leases.check_fence(fence)
+
+
+def _expect(record: TaskRecord, if_revision: int | None, fence: str | None) -> None:
+    if if_revision is not None and record.revision != if_revision:
+        raise ConflictError([Conflict(record.task_id, if_revision, record.revision)])
+    leases.guard(record, fence)
