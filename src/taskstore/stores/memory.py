@@ -193,9 +193,16 @@ class MemoryStore(TaskRegistryStore):
             return self.storage.snapshots[max(seqs)] if seqs else None
 
     def wait_for(self, after: int, timeout: float) -> bool:
-        self._check_open()
+        storage, timeout = self.storage, min(timeout, threading.TIMEOUT_MAX)
+        with storage.changed:
+            storage.changed.wait_for(lambda: self._closed or storage.head > after, timeout)
+            self._check_open()
+            return storage.head > after
+
+    def close(self) -> None:
+        super().close()
         with self.storage.changed:
-            return self.storage.changed.wait_for(lambda: self.storage.head > after, timeout)
+            self.storage.changed.notify_all()
 
     # -- compaction, query, integrity -------------------------------------
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +23,7 @@ from taskstore.journal import (
 from taskstore.policy import CompactionPolicy, CompactionReport
 from taskstore.query import Page, TaskQuery, evaluate
 from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport
+from taskstore.stores.feed import Feed, PollingWatch, Watch
 from taskstore.stores.jsonfile import compaction
 from taskstore.stores.jsonfile.files import translated
 from taskstore.stores.jsonfile.index import Index
@@ -38,8 +38,8 @@ LOCK_TIMEOUT_S = 30.0
 """How long a write waits for other writers unless told otherwise."""
 
 _T = TypeVar("_T")
-_FIRST_PAUSE_S = 0.001
-_LONGEST_PAUSE_S = 0.05
+LONGEST_NAP_S = 0.02
+"""The longest pause between two looks at the files while somebody waits, in seconds."""
 
 
 class JSONStore(TaskRegistryStore):
@@ -77,6 +77,7 @@ class JSONStore(TaskRegistryStore):
         self._reader = Reader(self.directory, strict=strict)
         self._writer: Writer | None = None
         self._set_aside: tuple[SetAside, ...] = ()
+        self._feed = Feed(self.head, self._watch, self.location)
         with translated(self.directory):
             if read_only:
                 self._reader.settled(lambda layout: layout)
@@ -144,6 +145,7 @@ class JSONStore(TaskRegistryStore):
             finally:
                 lock.close()
         self._set_aside = snapshot.set_aside
+        self._feed.announce(snapshot.seq)
 
     def apply(self, changes: Sequence[Change]) -> Commit:
         self._check_writable()
@@ -152,9 +154,11 @@ class JSONStore(TaskRegistryStore):
         with self._writing() as writer:
             writer.enter()
             try:
-                return writer.commit(steps, len(changes), entries, self.clock)
+                done = writer.commit(steps, len(changes), entries, self.clock)
             finally:
                 writer.leave()
+        self._feed.announce(done.last_seq)
+        return done
 
     def report(self) -> StoreReport:
         notices = list(self._writer.notices) if self._writer is not None else []
@@ -164,6 +168,7 @@ class JSONStore(TaskRegistryStore):
     def close(self) -> None:
         if not self._closed:
             super().close()
+            self._feed.close()
             if self._writer is not None:
                 self._writer.close()
 
@@ -189,15 +194,15 @@ class JSONStore(TaskRegistryStore):
         return self._read(work)
 
     def wait_for(self, after: int, timeout: float) -> bool:
-        deadline = time.monotonic() + timeout
-        pause = _FIRST_PAUSE_S
-        while self.head() <= after:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
-            time.sleep(min(pause, left))
-            pause = min(pause * 1.5, _LONGEST_PAUSE_S)
-        return True
+        self._check_open()
+        return self._feed.wait_for(after, timeout)
+
+    def _watch(self) -> Watch:
+        return PollingWatch(self.head, self._sign, longest_nap_s=LONGEST_NAP_S)
+
+    def _sign(self) -> object:
+        with translated(self.directory):
+            return self._reader.sign()
 
     # -- compaction, query, integrity -------------------------------------
 

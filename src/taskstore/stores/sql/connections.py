@@ -212,6 +212,25 @@ class Connections:
             self._give_back(connection)
             raise
 
+    def borrow(self) -> Session:
+        """A connection for longer than one call; see :meth:`give_back`."""
+        return self._connect()
+
+    def give_back(self, session: Session, *, broken: bool = False) -> None:
+        """Return what was borrowed, ``broken`` if nobody is to use it any more."""
+        if broken:
+            with suppress(Exception):
+                session.connection.invalidate()
+        with suppress(Exception):
+            self._release(session)
+
+    def writing_pid(self) -> int | None:
+        """The server's process behind the connection that is held for writing, if told."""
+        held = self._held
+        with suppress(Exception):
+            return int(held.raw.info.backend_pid) if held is not None else None
+        return None
+
     def _release(self, session: Session) -> None:
         self._give_back(session.connection)
 

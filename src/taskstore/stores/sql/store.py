@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
-import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -22,6 +21,7 @@ from taskstore.policy import CompactionPolicy, CompactionReport
 from taskstore.query import Page, TaskQuery
 from taskstore.records import MAX_INT, check_key
 from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport
+from taskstore.stores.feed import LINGER_S, Feed
 from taskstore.stores.sql import compaction, snapshots
 from taskstore.stores.sql.commits import commit
 from taskstore.stores.sql.connections import Connections
@@ -31,9 +31,6 @@ from taskstore.stores.sql.migrate import ensure_schema
 from taskstore.stores.sql.query import answer
 from taskstore.stores.sql.rows import Head, entry_of
 from taskstore.stores.sql.verify import verify
-
-_SHORTEST_NAP_S = 0.002
-_LONGEST_NAP_S = 0.1
 
 
 class SQLStore(TaskRegistryStore):
@@ -81,8 +78,13 @@ class SQLStore(TaskRegistryStore):
         self._aside: tuple[SetAside, ...] = ()
         self._met: dict[str, SetAside] = {}
         self._kept: list[SetAside] = []
-        self._committed = threading.Condition()
-        self._seen = 0
+        self._feed = Feed(
+            self.head,
+            partial(database.watch, self._connections, self.head),
+            self.location,
+            # A connection of a host's pool is not kept for nobody.
+            linger_s=LINGER_S if database.owned else 0.0,
+        )
         try:
             ensure_schema(database, migrate, url)
             database.hold()
@@ -105,12 +107,12 @@ class SQLStore(TaskRegistryStore):
     def save_snapshot(self, snapshot: Snapshot) -> None:
         self._check_writable()
         snapshots.save(self._connections, snapshot)
-        self._announce(snapshot.seq)
+        self._feed.announce(snapshot.seq)
 
     def apply(self, changes: Sequence[Change]) -> Commit:
         self._check_writable()
         done = commit(self._connections, changes, self.clock)
-        self._announce(done.last_seq)
+        self._feed.announce(done.last_seq)
         return done
 
     def report(self) -> StoreReport:
@@ -124,9 +126,8 @@ class SQLStore(TaskRegistryStore):
     def close(self) -> None:
         if not self._closed:
             super().close()
-            with self._committed:
-                self._committed.notify_all()
             if self._pid == os.getpid():
+                self._feed.close()
                 self._connections.close()
 
     def _check_open(self) -> None:
@@ -186,27 +187,8 @@ class SQLStore(TaskRegistryStore):
         return snapshots.read_snapshot(self._connections, min(at, MAX_INT))
 
     def wait_for(self, after: int, timeout: float) -> bool:
-        """Wait until the head exceeds ``after``.
-
-        Our own commits wake us; those of other processes are looked for, at
-        first every 2 ms, then ever more rarely down to every 100 ms.
-        """
-        deadline = time.monotonic() + timeout
-        nap = _SHORTEST_NAP_S
-        while self.head() <= after:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
-            with self._committed:
-                if self._seen <= after:
-                    self._committed.wait(min(nap, left))
-            nap = min(nap * 1.5, _LONGEST_NAP_S)
-        return True
-
-    def _announce(self, seq: int) -> None:
-        with self._committed:
-            self._seen = seq
-            self._committed.notify_all()
+        self._check_open()
+        return self._feed.wait_for(after, timeout)
 
     def _rows(self, sql: str, parameters: tuple[object, ...]) -> list[Any]:
         return self._connections.read(lambda session: session.rows(sql, parameters))

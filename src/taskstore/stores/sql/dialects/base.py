@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine.interfaces import Dialect
 
+from taskstore.stores.feed import Watch
 from taskstore.stores.sql.errors import Fault, Translator
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.statements import Statements, flat, pieces
 from taskstore.stores.sql.tables import SCHEMA_EPOCH
+from taskstore.stores.sql.watches import polling_watch
 
 log = logging.getLogger("taskstore")
 
@@ -40,6 +42,9 @@ class Database:
     that is killed leaves what it had done."""
     waits_for_locks: ClassVar[bool] = True
     """Whether the database queues for locks; if not, trying again is left to us."""
+    watch: ClassVar[Callable[..., Watch]] = staticmethod(polling_watch)
+    """Looks out for the commits of others: made of the store's connections and of a
+    function that reads the head."""
     _compiled: ClassVar[Statements]
 
     def __init__(

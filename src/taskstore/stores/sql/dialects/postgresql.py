@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import sqlalchemy as sa
 from sqlalchemy import event
@@ -12,18 +13,68 @@ from taskstore.errors import StoreUnavailableError
 from taskstore.stores.sql.dialects.base import LOCK_S, Database
 from taskstore.stores.sql.errors import postgresql_fault
 from taskstore.stores.sql.session import Session
+from taskstore.stores.sql.statements import Statements
+from taskstore.stores.sql.tables import SCHEMA_EPOCH, taskstore_head
+from taskstore.stores.sql.watches import ListeningWatch
+
+_CHANNEL = "taskstore_"
+_KEY = "hashtextextended({}, 0)"
+
+
+class PostgreSQLStatements(Statements):
+    """Whoever claims seqs notifies those who listen, when he commits.
+
+    A commit that notifies holds a lock of the whole server while it is written
+    to disk.  So that nobody pays for what nobody listens to, a listener
+    shares an advisory lock, and a claim looks whether it could have it alone.
+    It keeps it then until the end of the transaction, so that who wants to
+    listen gets the lock after that, and looks at the head after that.
+    """
+
+    @cached_property
+    def claim_notifying(self) -> str:
+        """As ``claim_returning``, with a fourth column that means nothing."""
+        head = taskstore_head.c
+        channel = f"'{_CHANNEL}' || taskstore_head.ledger_id"
+        notified: sa.ColumnElement[Any] = sa.literal_column(
+            f"CASE WHEN pg_try_advisory_xact_lock({_KEY.format(channel)}) THEN NULL "
+            f"ELSE CAST(pg_notify({channel}, '') AS text) END"
+        )
+        return self._compile(
+            self._claim().returning(head.head_seq, head.last_at, head.floor, notified),
+            "count",
+            "now",
+            "now",
+            "epoch",
+        )
+
+    be_heard = f"SELECT pg_try_advisory_lock_shared({_KEY.format('%s')})"
+    """Let writers know that somebody listens; parameter: the channel."""
+    be_quiet = f"SELECT pg_advisory_unlock_shared({_KEY.format('%s')})"
+    """The opposite; parameter: the channel."""
+
+    @staticmethod
+    def channel_of(ledger_id: str) -> str:
+        """Where the commits of a ledger are told of."""
+        return _CHANNEL + ledger_id
 
 
 class PostgreSQLDatabase(Database):
     """A PostgreSQL database, through psycopg 3."""
 
     driver = "psycopg"
+    statements = PostgreSQLStatements
+    watch = ListeningWatch
     compiler = PGDialect_psycopg(paramstyle="format")  # type: ignore[no-untyped-call]
     begin_read = ("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",)
     # Any number will do, as long as it is always the same: "task" in ASCII.
     begin_schema = ("BEGIN", "SELECT pg_advisory_xact_lock(1952543595)")
     fault_of = staticmethod(postgresql_fault)
     _begin_write = "BEGIN ISOLATION LEVEL READ COMMITTED"
+
+    @property
+    def sql(self) -> PostgreSQLStatements:
+        return cast("PostgreSQLStatements", self._compiled)
 
     def cursor(self, raw: Any) -> Any:
         from psycopg.rows import tuple_row
@@ -55,6 +106,13 @@ class PostgreSQLDatabase(Database):
     def begin_write(self, session: Session) -> None:
         # Never prepared: it may be two statements, in one round trip.
         session.raw.execute(self._begin_write, prepare=False)
+
+    def claim(self, session: Session, count: int, now: int) -> tuple[int, int, int] | None:
+        rows = session.rows(self.sql.claim_notifying, (count, now, now, SCHEMA_EPOCH))
+        if not rows:
+            return None
+        head, last_at, floor, _ = rows[0]
+        return head, last_at, floor
 
     def rollback(self, session: Session) -> None:
         raw = session.raw

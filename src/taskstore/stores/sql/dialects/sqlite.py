@@ -33,6 +33,7 @@ from taskstore.stores.sql.sqlite_files import (
     opener,
     sqlite_module,
 )
+from taskstore.stores.sql.watches import DataVersionWatch
 
 _SYNCHRONOUS = {"full": "FULL", "process": "NORMAL"}
 """SQLite's word for each durability."""
@@ -45,6 +46,7 @@ class SQLiteDatabase(Database):
     compiler = SQLiteDialect_pysqlite(paramstyle="qmark")
     begin_schema = ("BEGIN IMMEDIATE",)
     waits_for_locks = False
+    watch = DataVersionWatch
     erase_s: ClassVar[float] = 10.0
     """How long erasing waits for readers to let go of the log, in seconds."""
     fault_of = staticmethod(sqlite_fault)
