@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import time
 from collections import deque
 from collections.abc import (
     AsyncIterator,
@@ -33,10 +32,12 @@ from taskstore import history
 from taskstore.backends import default_url, open_store
 from taskstore.clock import Clock
 from taskstore.committer import Batch, Committer
+from taskstore.errors import StoreClosedError
 from taskstore.groupcommit import Operation, Request
 from taskstore.hooks import Hook, Hooks
 from taskstore.journal import JournalEntry, Snapshot
 from taskstore.mirror import Lookups
+from taskstore.news import News
 from taskstore.reader import LedgerReader
 from taskstore.records import TaskRecord, check_int, check_key
 from taskstore.runs import RunScope
@@ -139,7 +140,7 @@ class AsyncTaskRegistry(LedgerReader):
         self._delivering = False
         # Apart from each other: those who wait for news hold up nobody else.
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="taskstore-aio")
-        self._news_threads = ThreadPoolExecutor(4, thread_name_prefix="taskstore-news")
+        self._news = News(self._loop)
         self._hook_thread = ThreadPoolExecutor(1, thread_name_prefix="taskstore-hooks")
 
     @classmethod
@@ -260,7 +261,7 @@ class AsyncTaskRegistry(LedgerReader):
                 for entry in entries:
                     yield entry
                 after = entries[-1].seq
-            if wait is None or not await self._news(journal.wait_for, after, wait):
+            if wait is None or not await self._news.wait_for(journal, after, wait):
                 return
 
     async def history(self, task_id: str) -> Sequence[JournalEntry]:
@@ -282,11 +283,11 @@ class AsyncTaskRegistry(LedgerReader):
         if self._closed:
             return
         self._closed = True
+        self._news.close(StoreClosedError(f"the registry over {self._store.location} is closed"))
         await self._in_thread(self._committer.close)
         if self._owns_store:
             await self._in_thread(self._store.close)
         self._threads.shutdown(wait=False)
-        self._news_threads.shutdown(wait=False)
         self._hook_thread.shutdown(wait=False)
 
     async def __aenter__(self) -> Self:
@@ -366,19 +367,6 @@ class AsyncTaskRegistry(LedgerReader):
         self._loop.run_in_executor(self._hook_thread, self._hooks.deliver).add_done_callback(
             delivered
         )
-
-    async def _news(self, wait_for: Callable[[int, float], bool], after: int, wait: float) -> bool:
-        """Wait in slices, so that no thread waits long for a caller that is gone."""
-        deadline = time.monotonic() + wait
-        while True:
-            self._check_open()
-            left = max(0.0, deadline - time.monotonic())
-            if await self._loop.run_in_executor(
-                self._news_threads, wait_for, after, min(left, history.WAIT_SLICE_S)
-            ):
-                return True
-            if left <= history.WAIT_SLICE_S:
-                return False
 
     async def _in_thread(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         threads: Executor = self._threads
