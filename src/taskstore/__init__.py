@@ -52,6 +52,7 @@ from taskstore.runs import RunScope
 from taskstore.store import (
     StoreReport,
     SupportsCompaction,
+    SupportsExclusive,
     SupportsHistory,
     SupportsIntegrity,
     SupportsJournal,
@@ -99,6 +100,7 @@ __all__ = [
     "StoreUnavailableError",
     "Summary",
     "SupportsCompaction",
+    "SupportsExclusive",
     "SupportsHistory",
     "SupportsIntegrity",
     "SupportsJournal",

@@ -11,7 +11,8 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from taskstore.errors import (
@@ -27,7 +28,7 @@ from taskstore.groupcommit import CommitQueue, Operation, Request
 from taskstore.hooks import Event, Hooks, Restored
 from taskstore.journal import Change, Commit, JournalEntry, entries_of
 from taskstore.mirror import Lookups, Mirror, Staging
-from taskstore.store import SupportsJournal, TaskRegistryStore
+from taskstore.store import SupportsExclusive, SupportsJournal, TaskRegistryStore
 
 logger = logging.getLogger("taskstore")
 
@@ -41,6 +42,9 @@ GROUP_ATTEMPTS = 4
 
 EAGER_ATTEMPTS = 2
 """How many of these follow at once; later ones wait a little first."""
+
+CONTENDED_S = 1.0
+"""How long after a conflict the others are kept out while an operation runs, in seconds."""
 
 PAGE_ENTRIES = 1000
 """How many journal entries are read at a time."""
@@ -57,6 +61,8 @@ class Committer:
         self._queue = CommitQueue(self._serve)
         # Set when memory may not be what the store has: reload before the next use.
         self._stale = False
+        # Until when others are taken to be changing the same tasks (monotonic seconds).
+        self._contended_until = 0.0
 
     def load(self) -> None:
         """Load everything from the store, and deliver that."""
@@ -127,34 +133,41 @@ class Committer:
         for attempt in range(1, GROUP_ATTEMPTS + 1):
             if self._stale:
                 self._load()
-            staging = Staging(self._mirror)
-            alone = []
-            for request in requests:
-                trial = Staging(staging)
+            with self._keeping_others_out() as news:
+                staging, alone = self._stage(requests)
+                if not staging.changes:
+                    return alone
+                self._look_out(news, staging.changes)
                 try:
-                    request.succeed(request.operation(trial))
-                except Exception:  # noqa: BLE001 (it comes again when the request goes alone)
-                    alone.append(request)
-                else:
-                    staging.absorb(trial)
-                    if not trial.changes:
-                        alone.append(request)
-            if not staging.changes:
-                return alone
-            try:
-                commit = self._store.apply(staging.changes)
-            except ConflictError:
-                if not self._behind(reload=True):
+                    commit = self._store.apply(staging.changes)
+                except ConflictError:
+                    pass
+                except OutcomeUnknownError:
+                    raise
+                except Exception:  # noqa: BLE001 (whose fault it is shows when each goes alone)
                     return requests
-                _pause(attempt)
-            except OutcomeUnknownError:
-                raise
-            except Exception:  # noqa: BLE001 (whose fault it is shows when each goes alone)
+                else:
+                    self._publish(commit, staging.changes)
+                    return alone
+            if not self._conflicted(attempt):
                 return requests
-            else:
-                self._publish(commit, staging.changes)
-                return alone
         return requests
+
+    def _stage(self, requests: Sequence[Request[Any]]) -> tuple[Staging, list[Request[Any]]]:
+        """Run requests over memory, one on top of the other; and which have to go alone."""
+        staging = Staging(self._mirror)
+        alone = []
+        for request in requests:
+            trial = Staging(staging)
+            try:
+                request.succeed(request.operation(trial))
+            except Exception:  # noqa: BLE001 (it comes again when the request goes alone)
+                alone.append(request)
+            else:
+                staging.absorb(trial)
+                if not trial.changes:
+                    alone.append(request)
+        return staging, alone
 
     def _alone(self, request: Request[Any]) -> None:
         try:
@@ -167,32 +180,70 @@ class Committer:
         for attempt in range(1, ATTEMPTS + 1):
             if self._stale:
                 self._load()
-            staging = Staging(self._mirror)
-            try:
-                result = operation(staging)
-            except (TaskNotFound, InvalidTransition, ConflictError):
-                # It may only look so because memory is behind the store.
-                if attempt < ATTEMPTS and self._behind():
-                    continue
-                raise
-            if not staging.changes:
-                # Nothing to do, as far as memory knows: is that so?
-                if attempt < ATTEMPTS and self._behind():
-                    continue
-                return result
-            try:
-                commit = self._store.apply(staging.changes)
-            except ConflictError:
-                if attempt == ATTEMPTS or not self._behind(reload=True):
+            with self._keeping_others_out() as news:
+                staging = Staging(self._mirror)
+                try:
+                    result = operation(staging)
+                except (TaskNotFound, InvalidTransition, ConflictError):
+                    # It may only look so because memory is behind the store.
+                    if attempt < ATTEMPTS and self._behind():
+                        continue
                     raise
-                _pause(attempt)
-                continue
-            except OutcomeUnknownError:
-                self._stale = True
-                raise
-            self._publish(commit, staging.changes)
-            return result
+                if not staging.changes:
+                    # Nothing to do, as far as memory knows: is that so?
+                    if attempt < ATTEMPTS and self._behind():
+                        continue
+                    return result
+                self._look_out(news, staging.changes)
+                try:
+                    commit = self._store.apply(staging.changes)
+                except ConflictError as error:
+                    conflict = error
+                except OutcomeUnknownError:
+                    self._stale = True
+                    raise
+                else:
+                    self._publish(commit, staging.changes)
+                    return result
+            if attempt == ATTEMPTS or not self._conflicted(attempt):
+                raise conflict
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    @contextmanager
+    def _keeping_others_out(self) -> Iterator[set[str]]:
+        """Where others change the same tasks, let them wait from here until we have committed.
+
+        Nobody comes in between what is read and what is committed then, so
+        that everybody gets on, in turn.  As long as nobody conflicts, nobody
+        waits for more than the commit itself.  Gives the ids of the tasks
+        that others had changed.
+        """
+        store, news = self._store, set[str]()
+        if (
+            time.monotonic() < self._contended_until
+            and isinstance(store, SupportsExclusive)
+            and isinstance(store, SupportsJournal)
+        ):
+            with store.exclusive():
+                with suppress(CursorExpiredError):  # then what is committed conflicts or reloads
+                    news = self._read_on(store)
+                yield news
+        else:
+            yield news
+
+    def _look_out(self, news: set[str], changes: Sequence[Change]) -> None:
+        """Go on keeping others out if that has just prevented a conflict."""
+        if any(change.task_id in news for change in changes):
+            self._contended_until = time.monotonic() + CONTENDED_S
+
+    def _conflicted(self, attempt: int) -> bool:
+        """Prepare to run again after a conflict; returns whether that makes sense."""
+        if not self._behind(reload=True):
+            return False
+        self._contended_until = time.monotonic() + CONTENDED_S
+        if not isinstance(self._store, SupportsExclusive):
+            _pause(attempt)
+        return True
 
     def _behind(self, *, reload: bool = False) -> bool:
         """Catch up with the store; returns whether there was anything to catch up with."""
@@ -243,18 +294,22 @@ class Committer:
 
     def _catch_up(self, store: SupportsJournal) -> bool:
         """Mirror everything that is in the journal and not in memory."""
-        moved = False
         try:
             if self._diverged(store):
                 self._load()
                 return True
-            while entries := store.read_journal(self._mirror.seq, PAGE_ENTRIES):
-                self._mirror_entries(entries, local=False)
-                moved = True
+            return bool(self._read_on(store))
         except CursorExpiredError:
             self._load()
             return True
-        return moved
+
+    def _read_on(self, store: SupportsJournal) -> set[str]:
+        """Mirror what comes after memory in the journal; returns which tasks that concerns."""
+        news = set[str]()
+        while entries := store.read_journal(self._mirror.seq, PAGE_ENTRIES):
+            self._mirror_entries(entries, local=False)
+            news.update(entry.task_id for entry in entries)
+        return news
 
     def _diverged(self, store: SupportsJournal) -> bool:
         """Whether the store no longer holds the last entry that was mirrored.

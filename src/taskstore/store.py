@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import MappingProxyType, TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -205,6 +206,22 @@ class SupportsJournal(Protocol):
         """Wait until the head exceeds ``after``, at most ``timeout`` seconds.
 
         Returns whether it does.  Never misses a commit and never spins.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsExclusive(Protocol):
+    """Lets a writer look and decide while the others wait."""
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Keep other writers out from here to the first ``apply``, or to the end of the body.
+
+        In the body the calling thread sees with ``read_journal`` whatever is
+        committed, and what it applies conflicts with nobody who came in
+        between.  Entering, leaving and raising write nothing.  The body is
+        short, reads, and applies at most once.  Raises
+        :class:`~taskstore.StoreBusyError` when another writer holds on.
         """
         ...
 

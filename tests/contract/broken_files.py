@@ -26,6 +26,7 @@ class LogStore(MemoryStore):
     withholds = MappingProxyType({})
     durability = "process"
     compact = None
+    exclusive = None
 
     def __init__(self, path, *, read_only=False):
         super().__init__(MemoryStorage(), read_only=read_only)

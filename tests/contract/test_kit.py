@@ -12,6 +12,7 @@ import pytest
 from taskstore.journal import Snapshot
 from taskstore.store import (
     SupportsCompaction,
+    SupportsExclusive,
     SupportsHistory,
     SupportsIntegrity,
     SupportsJournal,
@@ -122,6 +123,7 @@ def test_rooms_and_their_abilities():
     }
     assert asked == {
         SupportsJournal,
+        SupportsExclusive,
         SupportsHistory,
         SupportsCompaction,
         SupportsQuery,

@@ -18,6 +18,7 @@ from taskstore.errors import UnsupportedError
 from taskstore.policy import CompactionPolicy, CompactionReport
 from taskstore.store import (
     SupportsCompaction,
+    SupportsExclusive,
     SupportsHistory,
     SupportsIntegrity,
     SupportsJournal,
@@ -27,6 +28,7 @@ from taskstore.store import (
 
 ABILITIES: dict[str, type] = {
     "journal": SupportsJournal,
+    "exclusive": SupportsExclusive,
     "history": SupportsHistory,
     "query": SupportsQuery,
     "compaction": SupportsCompaction,

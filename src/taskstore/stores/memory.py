@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 
 from taskstore.clock import new_commit_id
@@ -157,6 +158,12 @@ class MemoryStore(TaskRegistryStore):
         storage.current[step.task_id] = step.record
         if step.booking is not None:
             storage.bookings[step.booking] = step.task_id
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        self._check_writable()
+        with self.storage.changed:
+            yield
 
     def report(self) -> StoreReport:
         return StoreReport(self.storage.set_aside, ("what this store holds ends with the process",))

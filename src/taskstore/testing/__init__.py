@@ -28,6 +28,7 @@ pytest.register_assert_rewrite(
             "contract_compaction",
             "contract_core",
             "contract_crash",
+            "contract_exclusive",
             "contract_integrity",
             "contract_journal",
             "contract_processes",
@@ -51,6 +52,7 @@ from taskstore.testing.contract_apply import ApplyContract  # noqa: E402
 from taskstore.testing.contract_compaction import CompactionContract  # noqa: E402
 from taskstore.testing.contract_core import CoreContract  # noqa: E402
 from taskstore.testing.contract_crash import CrashContract  # noqa: E402
+from taskstore.testing.contract_exclusive import ExclusiveContract  # noqa: E402
 from taskstore.testing.contract_integrity import IntegrityContract  # noqa: E402
 from taskstore.testing.contract_journal import JournalContract  # noqa: E402
 from taskstore.testing.contract_processes import ProcessesContract  # noqa: E402
@@ -109,6 +111,7 @@ class StoreContract(
     QueryContract,
     IntegrityContract,
     SharedContract,
+    ExclusiveContract,
     ProcessesContract,
     CrashContract,
     ModelContract,

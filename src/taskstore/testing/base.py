@@ -12,6 +12,7 @@ from taskstore.journal import JournalEntry, Snapshot, fold
 from taskstore.records import TaskRecord
 from taskstore.store import (
     SupportsCompaction,
+    SupportsExclusive,
     SupportsHistory,
     SupportsIntegrity,
     SupportsJournal,
@@ -47,6 +48,7 @@ class OpenStore(Protocol):
 class FullStore(
     TaskRegistryStore,
     SupportsJournal,
+    SupportsExclusive,
     SupportsHistory,
     SupportsCompaction,
     SupportsQuery,

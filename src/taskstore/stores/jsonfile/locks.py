@@ -20,9 +20,8 @@ from typing import NamedTuple
 
 from taskstore.disk import Disk
 from taskstore.errors import StoreBusyError
+from taskstore.stores.turnstile import Turnstile
 
-_FIRST_PAUSE_S = 0.0002
-_LONGEST_PAUSE_S = 0.01
 _STATE_BYTES = 64
 
 
@@ -36,6 +35,7 @@ class FileLock:
     def __init__(self, path: Path, disk: Disk) -> None:
         self.path = path
         self._disk = disk
+        self._turnstile = Turnstile(path.with_name(f"{path.name}.turn"))
         self._descriptor = -1
         self._owner = 0
         self.opened = 0
@@ -46,19 +46,17 @@ class FileLock:
         if self._owner != os.getpid():
             # A forked child shares its parent's lock: it needs one of its own.
             self._reopen()
-        deadline = None
-        pause = _FIRST_PAUSE_S
+        if timeout_s <= 0:
+            return self._attempt()
+        return self._turnstile.wait(self._attempt, timeout_s)
+
+    def _attempt(self) -> bool:
+        """Take the lock if it is free; whether it was."""
         while True:
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                now = time.monotonic()
-                deadline = now + timeout_s if deadline is None else deadline
-                if now >= deadline:
-                    return False
-                time.sleep(min(pause, deadline - now))
-                pause = min(pause * 1.5, _LONGEST_PAUSE_S)
-                continue
+                return False
             if self._is_at_path():
                 return True
             # Somebody removed or replaced the file: a lock on it excludes nobody any more.
@@ -70,6 +68,10 @@ class FileLock:
 
     def close(self) -> None:
         """Release everything.  Closing twice is fine."""
+        self._turnstile.close()
+        self._close()
+
+    def _close(self) -> None:
         descriptor, self._descriptor, self._owner = self._descriptor, -1, 0
         if descriptor >= 0:
             self._disk.close(descriptor)
@@ -83,7 +85,7 @@ class FileLock:
         return (mine.st_ino, mine.st_dev) == (there.st_ino, there.st_dev)
 
     def _reopen(self) -> None:
-        self.close()
+        self._close()
         self.opened += 1
         self._descriptor = self._disk.open(self.path, os.O_RDWR | os.O_CREAT)
         self._owner = os.getpid()

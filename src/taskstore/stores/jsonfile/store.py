@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -76,6 +77,8 @@ class JSONStore(TaskRegistryStore):
         self.strict = strict
         self._reader = Reader(self.directory, strict=strict)
         self._writer: Writer | None = None
+        # The thread that has entered the writer and not applied anything yet.
+        self._entered_by = 0
         self._set_aside: tuple[SetAside, ...] = ()
         self._feed = Feed(self.head, self._watch, self.location)
         with translated(self.directory):
@@ -152,13 +155,27 @@ class JSONStore(TaskRegistryStore):
         steps = plan(changes)
         entries = encode_changes(changes)
         with self._writing() as writer:
-            writer.enter()
+            if self._entered_by != threading.get_ident():
+                writer.enter()
+            self._entered_by = 0
             try:
                 done = writer.commit(steps, len(changes), entries, self.clock)
             finally:
                 writer.leave()
         self._feed.announce(done.last_seq)
         return done
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        with self._writing() as writer:
+            writer.enter()
+        self._entered_by = threading.get_ident()
+        try:
+            yield
+        finally:
+            if self._entered_by == threading.get_ident():
+                self._entered_by = 0
+                writer.leave()
 
     def report(self) -> StoreReport:
         notices = list(self._writer.notices) if self._writer is not None else []

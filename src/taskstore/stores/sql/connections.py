@@ -48,6 +48,9 @@ class Connections:
         self._borrowed = 0
         self._closed = False
         self._held: Session | None = None
+        # A transaction that has begun and waits for its work, and whose thread that is.
+        self._begun: Session | None = None
+        self._begun_by = 0
         self._refused: str | None = None
 
     def prepare(self) -> None:
@@ -68,6 +71,15 @@ class Connections:
 
         Driver errors are translated; a lost connection is tried again.
         """
+        begun = self._begun
+        if begun is not None and self._begun_by == threading.get_ident() and not one_moment:
+            try:
+                return work(begun)
+            except self.database.translator.errors:
+                # The transaction is lost, and with it what kept others out; the
+                # connection may be lost too, which is no reason not to read.
+                self._begun = None
+                self._abandon(begun)
         trouble = Trouble(self.database)
         while True:
             try:
@@ -122,10 +134,44 @@ class Connections:
                 except self.database.translator.errors as error:
                     trouble.pause_or_raise(error)
 
-    def _write_once(self, work: Callable[[Session], _T]) -> _T:
+    @contextmanager
+    def exclusive(self, lock: Callable[[Session], object]) -> Iterator[None]:
+        """Begin a write transaction in which the next :meth:`write` does its work.
+
+        ``lock`` makes other writers wait, where beginning does not.
+        """
+        with self._lock:
+            trouble = Trouble(self.database)
+            while self._begun is None:
+                self._check_trusted()
+                try:
+                    self._begin(lock)
+                except self.database.translator.errors as error:
+                    trouble.pause_or_raise(error)
+            try:
+                yield
+            finally:
+                begun, self._begun = self._begun, None
+                if begun is not None:
+                    self._abandon(begun)
+
+    def _begin(self, lock: Callable[[Session], object] | None = None) -> None:
         session = self._writer()
         try:
             self.database.begin_write(session)
+            if lock is not None:
+                lock(session)
+        except BaseException:
+            self._abandon(session)
+            raise
+        self._begun, self._begun_by = session, threading.get_ident()
+
+    def _write_once(self, work: Callable[[Session], _T]) -> _T:
+        if self._begun is None:
+            self._begin()
+        session, self._begun = self._begun, None
+        assert session is not None
+        try:
             result = work(session)
             self.database.before_commit()
         except BaseException:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -114,6 +115,13 @@ class SQLStore(TaskRegistryStore):
         done = commit(self._connections, changes, self.clock)
         self._feed.announce(done.last_seq)
         return done
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        self._check_writable()
+        sql = self._database.sql
+        with self._connections.exclusive(lambda session: session.rows(sql.lock_head)):
+            yield
 
     def report(self) -> StoreReport:
         met = tuple(

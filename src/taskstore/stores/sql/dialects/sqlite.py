@@ -34,6 +34,7 @@ from taskstore.stores.sql.sqlite_files import (
     sqlite_module,
 )
 from taskstore.stores.sql.watches import DataVersionWatch
+from taskstore.stores.turnstile import Turnstile
 
 _SYNCHRONOUS = {"full": "FULL", "process": "NORMAL"}
 """SQLite's word for each durability."""
@@ -62,6 +63,7 @@ class SQLiteDatabase(Database):
     ) -> None:
         super().__init__(engine, owned=owned, durability=durability, read_only=read_only)
         self._watch = watch
+        self._turnstile = Turnstile(Path(f"{self.location}-turn"))
         self._holds = False
         # A host's connections may be of another time than we are.
         self._inode = inode_of(self.location) if owned and not read_only else None
@@ -127,7 +129,22 @@ class SQLiteDatabase(Database):
             )
             session.execute(f"PRAGMA synchronous = {_SYNCHRONOUS[self.durability]}")
             session.row("PRAGMA secure_delete = ON")
-        session.execute("BEGIN IMMEDIATE")
+        error: Exception | None = None
+
+        def begin() -> bool:
+            nonlocal error
+            try:
+                session.execute("BEGIN IMMEDIATE")
+            except self.translator.errors as raised:
+                if self.fault_of(raised) is not Fault.BUSY:
+                    raise
+                error = raised
+                return False
+            return True
+
+        if not self._turnstile.wait(begin, LOCK_S):
+            assert error is not None
+            raise error
 
     def before_commit(self) -> None:
         if self._inode is not None and inode_of(self.location) != self._inode:
@@ -173,6 +190,7 @@ class SQLiteDatabase(Database):
 
     def close(self) -> None:
         super().close()
+        self._turnstile.close()
         if self._holds:
             self._holds = False
             open_files.release(self.location, self._library)
