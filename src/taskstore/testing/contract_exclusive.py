@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import ClassVar
 
 import pytest
@@ -70,6 +71,7 @@ class ExclusiveContract(ContractBase):
                     for entry in store.read_journal(seen, 1000):
                         assert entry.record is not None
                         record, seen = entry.record, entry.seq
+                    time.sleep(0.001)  # time enough for others, if they could
                     change = next_of(record)
                     assert isinstance(change, Put)
                     commit = store.apply([change])
