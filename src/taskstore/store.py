@@ -205,7 +205,13 @@ class SupportsJournal(Protocol):
     def wait_for(self, after: int, timeout: float) -> bool:
         """Wait until the head exceeds ``after``, at most ``timeout`` seconds.
 
-        Returns whether it does.  Never misses a commit and never spins.
+        Returns whether it does, of whatever process the commit is; ``timeout``
+        may be 0 and may be years.  Never misses a commit: set up whatever tells
+        of commits first, then look at the head, then wait.  Never spins: a
+        waiting thread, and any that works for it, computes next to nothing.
+        Any number of threads may wait; they hold up no other call, and
+        :meth:`~TaskRegistryStore.close` ends every wait at once, with
+        :class:`~taskstore.StoreClosedError`.
         """
         ...
 

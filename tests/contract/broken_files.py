@@ -42,6 +42,7 @@ class LogStore(MemoryStore):
     @contextmanager
     def locked(self):
         with self.storage.changed:
+            self._check_open()
             fcntl.flock(self.descriptor, fcntl.LOCK_EX)
             try:
                 yield
@@ -114,7 +115,8 @@ class LogStore(MemoryStore):
     def close(self):
         if not self._closed:
             super().close()
-            os.close(self.descriptor)
+            with self.storage.changed:
+                os.close(self.descriptor)
 
     def wait_for(self, after, timeout):
         import time
@@ -237,3 +239,7 @@ class ChecksBookingsInItsOwnMemoryOnly(LogStore):
             return super().apply(changes)
         finally:
             self._check = right
+
+
+class HearsOfItsOwnCommitsOnly(LogStore):
+    wait_for = MemoryStore.wait_for

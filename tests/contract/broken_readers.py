@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 from broken_writers import Broken
@@ -66,6 +67,52 @@ class SpinsWhileItWaits(Broken):
             if time.monotonic() > end:
                 return False
         return True
+
+
+class SpinsInAThreadOfItsOwn(Broken):
+    def wait_for(self, after, timeout):
+        spinning = threading.Thread(target=SpinsWhileItWaits.wait_for, args=(self, after, timeout))
+        spinning.start()
+        spinning.join()
+        self._check_open()
+        return self.storage.head > after
+
+
+class WaitsForTheNextCommit(Broken):
+    """Misses the one between looking and waiting."""
+
+    def wait_for(self, after, timeout):
+        self._check_open()
+        if self.storage.head <= after and timeout:
+            time.sleep(0.002)
+            with self.storage.changed:
+                self.storage.changed.wait(min(timeout, 1000))
+        return self.storage.head > after
+
+
+class WakesOnlyOne(Broken):
+    def apply(self, changes):
+        changed = self.storage.changed
+        everybody, changed.notify_all = changed.notify_all, changed.notify
+        try:
+            return super().apply(changes)
+        finally:
+            changed.notify_all = everybody
+
+
+class GoesOnWaitingWhenItIsClosed(Broken):
+    def wait_for(self, after, timeout):
+        self._check_open()
+        storage = self.storage
+        with storage.changed:
+            return storage.changed.wait_for(lambda: storage.head > after, min(timeout, 1000))
+
+
+class TakesNoLongTime(Broken):
+    def wait_for(self, after, timeout):
+        if timeout > 10**6:
+            raise OverflowError("timeout value is too large")
+        return super().wait_for(after, timeout)
 
 
 class FindsTheHistoryOfOthers(Broken):

@@ -77,6 +77,11 @@ CAUGHT = [
     (readers.NeverWakesUp, "a_commit_ends_the_wait"),
     (readers.NeverWakesUp, "waiting_for_the_other"),
     (readers.SpinsWhileItWaits, "waiting_does_not_spin"),
+    (readers.SpinsInAThreadOfItsOwn, "waiting_does_not_spin"),
+    (readers.WaitsForTheNextCommit, "no_commit_is_missed"),
+    (readers.WakesOnlyOne, "everybody_who_waits_is_woken"),
+    (readers.GoesOnWaitingWhenItIsClosed, "closing_ends_the_wait"),
+    (readers.TakesNoLongTime, "any_timeout", 10.0**9),
     (readers.FindsTheHistoryOfOthers, "history_of_one_task"),
     (readers.GivesASeqAgainAfterEverythingWasTrimmed, "seqs_are_not_given_again"),
     (readers.LosesTheLastEntryAtCompaction, "folding_changes_no_answer"),
@@ -124,6 +129,7 @@ def name_of(case):
 @pytest.mark.parametrize("case", CAUGHT, ids=name_of)
 def test_the_clause_catches_the_fault(case, monkeypatch):
     monkeypatch.setattr("taskstore.testing.contract_journal.PATIENCE_S", 0.5)
+    monkeypatch.setattr("taskstore.testing.contract_shared.PATIENCE_S", 0.5)
     monkeypatch.setattr("taskstore.testing.threads.PATIENCE_S", 5.0)
     store_class, *clause = case
     run(writers.Broken, *clause)

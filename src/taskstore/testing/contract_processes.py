@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
@@ -17,7 +18,7 @@ from taskstore.testing.base import ContractBase, Ledger
 from taskstore.testing.contract_shared import check_history, count_up
 from taskstore.testing.factories import create, make_record
 from taskstore.testing.processes import Child, Report
-from taskstore.testing.threads import patiently
+from taskstore.testing.threads import PATIENCE_S, patiently
 
 PROCESSES = 4
 TURNS = 10
@@ -112,6 +113,35 @@ class ProcessesContract(ContractBase):
             pass  # so that the reader finds something to open
         children = Child.all_of([write, write, read])
         assert [child.finish() for child in children] == [["wrote"], ["wrote"], ["read"]]
+
+    def test_another_process_ends_the_wait(self, ledger: Ledger) -> None:
+        """[2] What another process commits wakes who waits for it, whenever that is."""
+        ledger.close()
+
+        def write(report: Report) -> None:
+            with ledger.open_store() as store:
+                for turn in range(3 * TURNS):
+                    time.sleep(turn % 5 * 0.003)
+                    patiently(lambda: store.apply([Put(make_record())]))
+            report("wrote")
+
+        def wait(report: Report) -> None:
+            seen = 0
+            with ledger.open_store(read_only=True) as store:
+                assert isinstance(store, SupportsJournal)
+                while seen < 3 * TURNS:
+                    started = time.monotonic()
+                    assert store.wait_for(seen, PATIENCE_S), f"after seq {seen}"
+                    assert time.monotonic() - started < PATIENCE_S / 2, f"late after seq {seen}"
+                    head = store.head()
+                    assert head > seen
+                    seen = head
+            report("heard")
+
+        with ledger.open_store():
+            pass  # so that the one who waits finds something to open
+        children = Child.all_of([write, wait])
+        assert [child.finish() for child in children] == [["wrote"], ["heard"]]
 
 
 def _together(ledger: Ledger, work: Callable[[Report], None]) -> list[str]:

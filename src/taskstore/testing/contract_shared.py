@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
@@ -29,9 +30,10 @@ from taskstore.testing.factories import (
     removal_of,
     update,
 )
-from taskstore.testing.threads import patiently, run_together
+from taskstore.testing.threads import PATIENCE_S, meanwhile, patiently, run_together
 
 THREADS = 4
+TURNS = 40
 COMMITS = 12
 """How many commits each thread makes: enough to collide, few enough for a slow disk."""
 
@@ -194,6 +196,28 @@ class SharedContract(ContractBase):
             record = ledger.store.load_snapshot().records[record.task_id]
         for store in ledger.twice():
             assert store.load_snapshot().records[record.task_id].revision == 3
+
+    def test_no_commit_is_missed(self, ledger: Ledger) -> None:
+        """[2] A commit right before, in, or after the moment in which somebody begins to wait."""
+        waiting, writing = ledger.open(), ledger.open()
+        record = create(ledger.store)
+        started = time.monotonic()
+        gate = threading.Semaphore(0)
+
+        def write() -> None:
+            newest = record
+            for turn in range(TURNS):
+                assert gate.acquire(timeout=PATIENCE_S)
+                time.sleep(turn % 10 * 0.0003)
+                newest = update(writing, newest)
+
+        with meanwhile(write):
+            for seq in range(2, 2 + TURNS):
+                gate.release()
+                assert waiting.wait_for(seq - 1, PATIENCE_S) is True, f"seq {seq} was missed"
+        assert time.monotonic() - started < PATIENCE_S / 2
+        for store in ledger.twice():
+            assert store.head() == 1 + TURNS
 
     # -- threads ----------------------------------------------------------
 
