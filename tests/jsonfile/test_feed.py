@@ -1,0 +1,103 @@
+"""Waiting on a directory: whatever becomes of its files is noticed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+
+import pytest
+
+from taskstore import Snapshot, StoreUnavailableError
+from taskstore.stores.jsonfile import JSONStore
+from taskstore.testing import make_put
+from taskstore.testing.contract_compaction import TRIM
+from taskstore.testing.threads import meanwhile
+
+PATIENCE_S = 20
+
+
+@pytest.fixture
+def pair(tmp_path):
+    with JSONStore(tmp_path / "ledger") as one, JSONStore(tmp_path / "ledger") as two:
+        one.apply([make_put(), make_put()])
+        yield one, two
+
+
+def woken(store, after, change):
+    """Whether a change ends a wait, and that it does so soon."""
+    answers = []
+    with meanwhile(lambda: answers.append(store.wait_for(after, PATIENCE_S))):
+        time.sleep(0.06)
+        started = time.monotonic()
+        change()
+    assert time.monotonic() - started < 2
+    return answers == [True]
+
+
+def test_a_commit_after_the_journal_was_rolled_and_compacted(pair):
+    one, two = pair
+
+    def change():
+        one.compact(TRIM)
+        time.sleep(0.06)
+        one.apply([make_put()])
+
+    assert woken(two, 2, change)
+    assert woken(two, 3, lambda: one.apply([make_put()]))
+
+
+def test_content_that_was_replaced(pair):
+    one, two = pair
+    assert woken(two, 2, lambda: one.save_snapshot(Snapshot(10)))
+    assert woken(two, 10, lambda: one.apply([make_put()]))
+
+
+def test_a_directory_that_was_replaced(pair, tmp_path):
+    _one, two = pair
+    with JSONStore(tmp_path / "other") as other:
+        other.apply([make_put() for _ in range(5)])
+
+    def change():
+        (tmp_path / "ledger").rename(tmp_path / "away")
+        shutil.copytree(tmp_path / "other", tmp_path / "ledger")
+
+    # In between there may be nothing there at all, which is told.
+    try:
+        assert woken(two, 2, change)
+    except StoreUnavailableError:
+        assert two.wait_for(2, 0)
+
+
+def test_an_idle_wait_reads_no_journal(pair, monkeypatch):
+    _, two = pair
+    reads = []
+    end = two._reader.end
+    monkeypatch.setattr(two._reader, "end", lambda layout: reads.append(0) or end(layout))
+    assert not two.wait_for(2, 0.4)
+    assert len(reads) <= 2
+
+
+def test_a_torn_end_is_not_read_over_and_over(pair, tmp_path, monkeypatch):
+    _, two = pair
+    [segment] = (tmp_path / "ledger").glob("journal-*")
+    with segment.open("ab") as file:
+        file.write(b"half a line")
+    test_an_idle_wait_reads_no_journal(pair, monkeypatch)
+    assert two.head() == 2
+
+
+def test_a_fork_waits_for_itself(pair):
+    """Who waits in the parent does nothing for the child."""
+    one, two = pair
+    answers = []
+    with meanwhile(lambda: answers.append(two.wait_for(2, PATIENCE_S))):
+        time.sleep(0.05)
+        child = os.fork()
+        if child == 0:
+            heard = two.wait_for(2, PATIENCE_S)
+            os._exit(0 if heard and two.wait_for(1, 0) else 1)
+        time.sleep(0.05)
+        one.apply([make_put()])
+    assert answers == [True]
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
