@@ -18,7 +18,7 @@ from taskstore.errors import (
     TaskStoreError,
     ValidationError,
 )
-from taskstore.stores.sql import connections, open_sql
+from taskstore.stores.sql import open_sql
 from taskstore.stores.sql.sqlite_files import has_wal_reset_bug, sqlite_module
 from taskstore.testing.factories import create, make_put
 
@@ -318,10 +318,11 @@ def test_a_lost_answer_that_was_trimmed_away_is_unknown(pg_store, postgres_serve
     assert len(pg_store.load_snapshot().records) == 2
 
 
-def test_an_outcome_that_cannot_be_read_is_unknown(pg_store, monkeypatch):
+def test_an_outcome_that_cannot_be_read_is_unknown(postgres_url, open_, monkeypatch):
     import psycopg
 
-    monkeypatch.setattr(connections, "RECONNECT_S", 0.3)
+    pg_store = open_(postgres_url, reconnect_s=0.3)
+    create(pg_store)
     spy = Spy(pg_store)
 
     def before(sql: str) -> None:

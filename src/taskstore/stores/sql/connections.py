@@ -23,13 +23,14 @@ from taskstore.errors import (
     StoreUnavailableError,
 )
 from taskstore.stores.sql.dialects import Database
-from taskstore.stores.sql.errors import Fault
+from taskstore.stores.sql.errors import GONE, Fault
+from taskstore.stores.sql.outage import Outage
 from taskstore.stores.sql.session import Session
 
 BUSY_S = 30.0
 """How long a write waits for other writers, in seconds."""
-RECONNECT_S = 8.0
-"""How long a broken connection is tried again, in seconds."""
+RECONNECT_S = 30.0
+"""How long a server may be away before callers hear of it, in seconds."""
 
 _T = TypeVar("_T")
 
@@ -39,10 +40,14 @@ class Connections:
 
     With an engine of our own, one writing connection is held; with a host's,
     each call borrows one and gives it back, because the pool is not ours.
+    ``reconnect_s`` is how long a server may be away before callers hear of it.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, reconnect_s: float = RECONNECT_S) -> None:
         self.database = database
+        # A standby may answer readers while there is nobody to write to.
+        self._reading_outage = Outage(database.location, reconnect_s)
+        self._writing_outage = Outage(database.location, reconnect_s)
         self._lock = threading.RLock()
         self._gate = threading.Lock()
         self._borrowed = 0
@@ -75,12 +80,12 @@ class Connections:
         if begun is not None and self._begun_by == threading.get_ident() and not one_moment:
             try:
                 return work(begun)
-            except self.database.translator.errors:
+            except self.database.translator.errors as error:
                 # The transaction is lost, and with it what kept others out; the
                 # connection may be lost too, which is no reason not to read.
                 self._begun = None
-                self._abandon(begun)
-        trouble = Trouble(self.database)
+                self._abandon(begun, error)
+        trouble = Trouble(self.database, self._reading_outage)
         while True:
             try:
                 with self._reading(one_moment=one_moment) as session:
@@ -88,6 +93,7 @@ class Connections:
             except self.database.translator.errors as error:
                 trouble.pause_or_raise(error)
             else:
+                self._reading_outage.end()
                 self.database.after_read()
                 return result
 
@@ -101,8 +107,8 @@ class Connections:
             yield session
             if one_moment:
                 session.execute("COMMIT")
-        except BaseException:
-            self._abandon(session)
+        except BaseException as error:
+            self._abandon(session, error)
             raise
         self._release(session)
 
@@ -122,17 +128,20 @@ class Connections:
         it, ``work`` must be such that doing it twice is the same.
         """
         with self._lock:
-            trouble = Trouble(self.database)
+            trouble = Trouble(self.database, self._writing_outage)
             while True:
                 self._check_trusted()
                 try:
-                    return self._write_once(work)
+                    result = self._write_once(work)
                 except CommitBrokenError as broken:
                     found = self._outcome(broken, trouble, happened)
                     if found is not None:
                         return found
                 except self.database.translator.errors as error:
                     trouble.pause_or_raise(error)
+                else:
+                    self._writing_outage.end()
+                    return result
 
     @contextmanager
     def exclusive(self, lock: Callable[[Session], object]) -> Iterator[None]:
@@ -141,7 +150,7 @@ class Connections:
         ``lock`` makes other writers wait, where beginning does not.
         """
         with self._lock:
-            trouble = Trouble(self.database)
+            trouble = Trouble(self.database, self._writing_outage)
             while self._begun is None:
                 self._check_trusted()
                 try:
@@ -161,8 +170,8 @@ class Connections:
             self.database.begin_write(session)
             if lock is not None:
                 lock(session)
-        except BaseException:
-            self._abandon(session)
+        except BaseException as error:
+            self._abandon(session, error)
             raise
         self._begun, self._begun_by = session, threading.get_ident()
 
@@ -174,19 +183,19 @@ class Connections:
         try:
             result = work(session)
             self.database.before_commit()
-        except BaseException:
-            self._abandon(session)
+        except BaseException as error:
+            self._abandon(session, error)
             raise
         try:
-            session.execute("COMMIT")
+            self.database.commit(session)
         except self.database.translator.errors as error:
             fault = self.database.translator.fault_of(error)
-            self._abandon(session)
+            self._abandon(session, error)
             if fault in (Fault.LOST, Fault.SYNC):
                 raise CommitBrokenError(fault, error) from error
             raise
-        except BaseException:
-            self._abandon(session)
+        except BaseException as error:
+            self._abandon(session, error)
             raise
         self._done(session)
         return result
@@ -213,13 +222,7 @@ class Connections:
             return None
         while True:
             try:
-                session = self._writer()
-                try:
-                    self.database.begin_write(session)
-                    return happened(session)
-                finally:
-                    # Nothing was written; this gives the head row free.
-                    self._abandon(session)
+                return self._read_back(happened)
             except translator.errors as error:
                 try:
                     trouble.pause_or_raise(error)
@@ -229,6 +232,21 @@ class Connections:
                         f"whether it happened cannot be read back: {final}",
                         hint="read the store again when it can be reached",
                     ) from final
+
+    def _read_back(self, happened: Callable[[Session], _T | None]) -> _T | None:
+        session = self._writer()
+        try:
+            self.database.begin_write(session)
+            found = happened(session)
+            if found is not None:
+                # A primary that died while it waited for its standby shows, once it is
+                # back, what the standby may not have.  A commit waits for all before it.
+                self.database.commit(session)
+        except BaseException as error:
+            self._abandon(session, error)
+            raise
+        self._abandon(session)  # nothing was written; this gives the head row free
+        return found
 
     def erase(self) -> None:
         """Get rid of deleted bytes that the database still keeps in its files."""
@@ -305,17 +323,25 @@ class Connections:
             self.database.after_write(session)
             self._release(session)
 
-    def _abandon(self, session: Session) -> None:
-        """Roll back, quietly: the error that brought us here is the one to report.
+    def _abandon(self, session: Session, error: BaseException | None = None) -> None:
+        """Roll back, quietly: the ``error`` that brought us here is the one to report.
 
-        A connection that cannot even do that is not used again.
+        A connection that cannot even do that is not used again, nor is one to
+        a server that is going, or that is not the one to write to.
         """
         held = session is self._held
-        try:
-            self.database.rollback(session)
-            if not held:
-                self.database.after_write(session)
-        except Exception:  # noqa: BLE001 - whatever a broken driver raises
+        translator = self.database.translator
+        gone = isinstance(error, translator.errors) and translator.fault_of(error) in GONE
+        if gone:
+            self.database.renew()
+        else:
+            try:
+                self.database.rollback(session)
+                if not held:
+                    self.database.after_write(session)
+            except Exception:  # noqa: BLE001 - whatever a broken driver raises
+                gone = True
+        if gone:
             if held:
                 self._held, held = None, False
             with suppress(Exception):
@@ -358,10 +384,16 @@ class CommitBrokenError(Exception):
 
 
 class Trouble:
-    """How long one call goes on trying, and how it waits between tries."""
+    """How long one call goes on trying, and how it waits between tries.
 
-    def __init__(self, database: Database) -> None:
+    The patience with a server that is away is shared by all calls: it is
+    ``outage`` that knows since when.
+    """
+
+    def __init__(self, database: Database, outage: Outage) -> None:
+        outage.check()
         self._database = database
+        self._outage = outage
         self._started = time.monotonic()
         self._tries = 0
 
@@ -371,14 +403,17 @@ class Trouble:
         database = self._database
         translator = database.translator
         fault = translator.fault_of(error)
-        patience = {
-            Fault.BUSY: 0.0 if database.waits_for_locks or database.read_only else BUSY_S,
-            Fault.RETRY: BUSY_S,
-            Fault.LOST: RECONNECT_S,
-        }.get(fault, 0.0)
         if isinstance(error, sa.exc.TimeoutError):
-            patience = 0.0
-        if time.monotonic() - self._started >= patience:
+            enough = True
+        elif fault in GONE:
+            enough = self._outage.has_lasted(translator.text(error))
+        else:
+            patience = {
+                Fault.BUSY: 0.0 if database.waits_for_locks or database.read_only else BUSY_S,
+                Fault.RETRY: BUSY_S,
+            }.get(fault, 0.0)
+            enough = time.monotonic() - self._started >= patience
+        if enough:
             raise translator.translate(error) from translator.cause(error)
         # Doubling from half a millisecond, with jitter, so that writers that met
         # once do not keep meeting.  Who waits for a lock without a queue has to look

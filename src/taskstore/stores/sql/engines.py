@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import sqlalchemy as sa
@@ -18,6 +19,9 @@ _SERVERS: dict[str, Callable[..., Database]] = {
     "mysql": open_mariadb,
     "mariadb": open_mariadb,
 }
+
+_SEVERAL_HOSTS = re.compile(r"@[^/?@]*,[^/?@]*(/|\?|$)")
+"""Hosts as libpq reads them, and SQLAlchemy does not."""
 
 
 def host_database(engine: sa.Engine, *, durability: str, read_only: bool) -> Database:
@@ -57,7 +61,10 @@ def _parse(url: str) -> sa.URL:
         driver = parsed.get_driver_name()
     except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError, ValueError):
         # From None: the cause may repeat the URL with its password.
-        raise ValidationError("url", "is not a database URL") from None
+        reason = "is not a database URL"
+        if _SEVERAL_HOSTS.search(url):
+            reason += "; several hosts are written ?host=one:5432&host=two:5432"
+        raise ValidationError("url", reason) from None
     if "@" in (parsed.host or ""):
         raise ValidationError("url", "has an @ in its user name or password: write it as %40")
     if kind is None or driver != kind.driver:

@@ -33,6 +33,8 @@ class Fault(Enum):
     """A serialization failure or deadlock: the transaction may be run again at once."""
     LOST = "lost"
     """The connection is gone, or there is none to be had."""
+    STANDBY = "standby"
+    """This server takes no writes; another one may, or this one will."""
     CORRUPT = "corrupt"
     """The database is damaged, or the file is none."""
     FULL = "full"
@@ -48,6 +50,9 @@ class Fault(Enum):
     OTHER = "other"
     """Anything else."""
 
+
+GONE = frozenset({Fault.LOST, Fault.STANDBY})
+"""What a new connection, a little later, may mend."""
 
 _SQLITE = {
     5: Fault.BUSY,
@@ -71,7 +76,7 @@ _POSTGRESQL = {
     "08": Fault.LOST,
     "22": Fault.OTHER,
     "23": Fault.INTEGRITY,
-    "25006": Fault.READ_ONLY,
+    "25006": Fault.STANDBY,
     "40001": Fault.RETRY,
     "40P01": Fault.RETRY,
     "40003": Fault.LOST,
@@ -220,7 +225,7 @@ class Translator:
                     f"{where}: no space is left, or none may be used: {text}",
                     hint="free some space or raise the limit, and try again",
                 )
-            case Fault.READ_ONLY:
+            case Fault.READ_ONLY | Fault.STANDBY:
                 return StoreUnavailableError(
                     f"{where} cannot be written: {text}",
                     hint="check the permissions of the file and its directory, "

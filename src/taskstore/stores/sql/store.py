@@ -25,7 +25,7 @@ from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport
 from taskstore.stores.feed import LINGER_S, Feed
 from taskstore.stores.sql import compaction, snapshots
 from taskstore.stores.sql.commits import commit
-from taskstore.stores.sql.connections import Connections
+from taskstore.stores.sql.connections import RECONNECT_S, Connections
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.engines import host_database, open_database
 from taskstore.stores.sql.migrate import ensure_schema
@@ -43,7 +43,9 @@ class SQLStore(TaskRegistryStore):
     that calls.  To open a URL with an engine of our own, use
     ``taskstore.open_store``.  ``strict`` makes a load raise
     :class:`~taskstore.CorruptStoreError` for the first record that does not
-    decode, instead of setting it aside.
+    decode, instead of setting it aside.  ``reconnect_s`` is how long a server
+    may be away, in seconds, before callers get
+    :class:`~taskstore.StoreUnavailableError`; until then they wait.
     """
 
     def __init__(
@@ -54,20 +56,31 @@ class SQLStore(TaskRegistryStore):
         migrate: str = "auto",
         read_only: bool = False,
         strict: bool = False,
+        reconnect_s: float = RECONNECT_S,
     ) -> None:
-        _check_options(durability, migrate)
+        _check_options(durability, migrate, reconnect_s)
         database = host_database(engine, durability=durability, read_only=read_only)
-        self._open(database, migrate=migrate, strict=strict)
+        self._open(database, migrate=migrate, strict=strict, reconnect_s=reconnect_s)
 
     @classmethod
-    def _on(cls, database: Database, *, migrate: str, strict: bool, url: str) -> SQLStore:
+    def _on(
+        cls, database: Database, *, migrate: str, strict: bool, reconnect_s: float, url: str
+    ) -> SQLStore:
         """A store on a database of our own."""
         store = cls.__new__(cls)
-        store._open(database, migrate=migrate, strict=strict, url=url)  # noqa: SLF001 - its own
+        store._open(  # noqa: SLF001 - its own
+            database, migrate=migrate, strict=strict, reconnect_s=reconnect_s, url=url
+        )
         return store
 
     def _open(
-        self, database: Database, *, migrate: str, strict: bool, url: str | None = None
+        self,
+        database: Database,
+        *,
+        migrate: str,
+        strict: bool,
+        reconnect_s: float,
+        url: str | None = None,
     ) -> None:
         super().__init__(read_only=database.read_only)
         self.durability = database.durability
@@ -75,7 +88,7 @@ class SQLStore(TaskRegistryStore):
         self._strict = strict
         self._pid = os.getpid()
         self._database = database
-        self._connections = Connections(database)
+        self._connections = Connections(database, reconnect_s)
         self._aside: tuple[SetAside, ...] = ()
         self._met: dict[str, SetAside] = {}
         self._kept: list[SetAside] = []
@@ -223,23 +236,29 @@ def open_sql(
     migrate: str = "auto",
     read_only: bool = False,
     strict: bool = False,
+    reconnect_s: float = RECONNECT_S,
 ) -> SQLStore:
     """Open the ledger in the database that a URL names, with an engine of our own.
 
     ``sqlite:///`` and a path as it stands (three slashes relative, four
     absolute), or ``postgresql+psycopg://user:password@host/database``,
     or the same with ``mariadb+pymysql``.
-    Options as for :func:`taskstore.open_store`; ``strict`` as for :class:`SQLStore`.
+    Options as for :func:`taskstore.open_store`; ``strict`` and ``reconnect_s`` as for
+    :class:`SQLStore`.
     """
-    _check_options(durability, migrate)
+    _check_options(durability, migrate, reconnect_s)
     database = open_database(url, durability=durability, read_only=read_only)
-    return SQLStore._on(database, migrate=migrate, strict=strict, url=url)  # noqa: SLF001 - ours
+    return SQLStore._on(  # noqa: SLF001 - ours
+        database, migrate=migrate, strict=strict, reconnect_s=reconnect_s, url=url
+    )
 
 
-def _check_options(durability: str, migrate: str) -> None:
+def _check_options(durability: str, migrate: str, reconnect_s: float) -> None:
     for name, value, known in (
         ("durability", durability, DURABILITIES),
         ("migrate", migrate, MIGRATIONS),
     ):
         if value not in known:
             raise ValidationError(name, f"must be one of {known}, not {value!r}")
+    if not isinstance(reconnect_s, (int, float)) or not reconnect_s >= 0:
+        raise ValidationError("reconnect_s", f"must be seconds, not {reconnect_s!r}")

@@ -124,6 +124,14 @@ class Database:
     def before_commit(self) -> None:
         """Refuse to commit into a database that is no longer where it was opened."""
 
+    def commit(self, session: Session) -> None:
+        """Commit; returns when the database vouches for it as it is set up to."""
+        session.execute("COMMIT")
+
+    def renew(self) -> None:
+        """Note that the server may be another one now: of our own connections, none that
+        was made before is lent again."""
+
     def after_write(self, session: Session) -> None:
         """Set a host's connection back to how it was."""
         for statement in session.restore:

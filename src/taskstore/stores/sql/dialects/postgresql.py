@@ -59,6 +59,19 @@ class PostgreSQLStatements(Statements):
         return _CHANNEL + ledger_id
 
 
+_DEFAULTS: dict[str, object] = {
+    "application_name": "taskstore",
+    # Of a host that is gone without a word: connecting takes this long for each, and
+    # a connection that was made is given up after 25 s.  The system's own limits are hours.
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,
+}
+"""What we ask of the driver, unless the URL asks for something else."""
+
+
 class PostgreSQLDatabase(Database):
     """A PostgreSQL database, through psycopg 3."""
 
@@ -71,6 +84,9 @@ class PostgreSQLDatabase(Database):
     begin_schema = ("BEGIN", "SELECT pg_advisory_xact_lock(1952543595)")
     fault_of = staticmethod(postgresql_fault)
     _begin_write = "BEGIN ISOLATION LEVEL READ COMMITTED"
+
+    generation = 0
+    """How often the server may have become another one."""
 
     @property
     def sql(self) -> PostgreSQLStatements:
@@ -114,6 +130,28 @@ class PostgreSQLDatabase(Database):
         head, last_at, floor, _ = rows[0]
         return head, last_at, floor
 
+    def commit(self, session: Session) -> None:
+        warnings: list[str] = []
+
+        def listen(notice: Any) -> None:
+            # It can be read only now: what it lies in is freed when this returns.
+            if notice.severity_nonlocalized == "WARNING":
+                warnings.append(f"{notice.message_primary} ({notice.message_detail})")
+
+        session.raw.add_notice_handler(listen)
+        try:
+            session.execute("COMMIT")
+        finally:
+            session.raw.remove_notice_handler(listen)
+        if warnings:
+            # A wait for the standby that was cancelled, say: committed here, and
+            # answered like any commit, but not as durable as it is asked to be.
+            dbapi: Any = self.engine.dialect.loaded_dbapi
+            raise dbapi.OperationalError(warnings[0])
+
+    def renew(self) -> None:
+        self.generation += 1
+
     def rollback(self, session: Session) -> None:
         raw = session.raw
         if raw.closed:
@@ -124,7 +162,9 @@ class PostgreSQLDatabase(Database):
 
 def open_postgresql(url: sa.URL, *, durability: str, read_only: bool) -> PostgreSQLDatabase:
     """A database by its URL, with an engine of our own."""
-    defaults = {"application_name": "taskstore", "connect_timeout": 10}
+    defaults = {**_DEFAULTS}
+    if _has_several_hosts(url):
+        defaults["target_session_attrs"] = "read-write"
     try:
         engine = sa.create_engine(
             url,
@@ -138,14 +178,30 @@ def open_postgresql(url: sa.URL, *, durability: str, read_only: bool) -> Postgre
             f"the driver of {url.drivername} is not installed: {error}",
             hint="pip install 'taskstore[postgres]'",
         ) from error
-    settings = [f"lock_timeout = '{LOCK_S}s'", f"idle_in_transaction_session_timeout = '{LOCK_S}s'"]
+    settings = [
+        f"lock_timeout = '{LOCK_S}s'",
+        f"idle_in_transaction_session_timeout = '{LOCK_S}s'",
+        "client_min_messages = warning",
+    ]
     if read_only:
         settings.append("default_transaction_read_only = on")
+    database = PostgreSQLDatabase(engine, owned=True, durability=durability, read_only=read_only)
 
     @event.listens_for(engine, "connect")
-    def configure(raw: Any, _record: object) -> None:
+    def configure(raw: Any, record: Any) -> None:
+        record.info["generation"] = database.generation
         for setting in settings:
             raw.execute(f"SET {setting}")
         raw.commit()
 
-    return PostgreSQLDatabase(engine, owned=True, durability=durability, read_only=read_only)
+    @event.listens_for(engine, "checkout")
+    def renew(_raw: object, record: Any, _borrowed: object) -> None:
+        if record.info["generation"] != database.generation:
+            raise sa.exc.DisconnectionError  # the pool makes a new one
+
+    return database
+
+
+def _has_several_hosts(url: sa.URL) -> bool:
+    hosts = url.query.get("host", url.host or "")
+    return not isinstance(hosts, str) or "," in hosts

@@ -1,0 +1,172 @@
+"""URLs that name several servers; servers that take no writes, or do not answer at all."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+
+import pytest
+
+from taskstore import TaskRegistry, open_store
+from taskstore.errors import StoreUnavailableError, TaskStoreError, ValidationError
+from taskstore.stores.sql import SQLStore, migrate
+from taskstore.testing.factories import create
+from taskstore.testing.replication import url_of
+
+NOBODY = "127.0.0.1:9"
+
+
+def cli(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "taskstore", *words], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(params=["host=H1&host=H2", "host=127.0.0.1,127.0.0.1&port=P1,P2"])
+def two_hosts(request, server, server_url):
+    """The same two hosts, of which the first does not answer, in each way to write them."""
+    places = request.param.replace("H1", NOBODY).replace("H2", server.address)
+    places = places.replace("P1", NOBODY.rpartition(":")[2]).replace("P2", str(server.port))
+    return server_url.partition("?")[0].replace("postgres@", "postgres:s3cret@") + "?" + places
+
+
+def test_a_ledger_on_one_of_two_hosts(two_hosts):
+    assert "is at revision" not in cli("--url", two_hosts, "db", "upgrade").stderr
+    with TaskRegistry.open(two_hosts) as registry:
+        task = registry.create(runtime="cli", task="made on the second")
+        assert NOBODY.rpartition(":")[2] in registry.store.location
+        for text in (repr(registry), registry.store.location):
+            assert "s3cret" not in text
+    listed = cli("--url", two_hosts, "list", "--json")
+    assert [found["task_id"] for found in json.loads(listed.stdout)["tasks"]] == [task.task_id]
+    engine = migrate.engine_for_url(two_hosts)
+    assert migrate.check(engine) == []
+    migrate.downgrade(engine, "base", allow_data_loss=True)
+    migrate.upgrade(engine)
+    engine.dispose()
+
+
+def test_no_host_answers(caplog):
+    url = f"postgresql+psycopg://me:s3cret@/db?host={NOBODY}&host=127.0.0.1:10"
+    with pytest.raises(StoreUnavailableError) as caught:
+        open_store(url)
+    told = cli("--url", url, "list")
+    assert told.returncode == 3
+    said = "".join(traceback.format_exception(caught.value)) + caplog.text
+    for text in (said, told.stdout + told.stderr):
+        assert "127.0.0.1" in text
+        assert "s3cret" not in text
+
+
+def test_hosts_written_as_libpq_does_are_explained():
+    with pytest.raises(ValidationError, match=r"\?host=one:5432&host=two:5432") as caught:
+        open_store("postgresql+psycopg://me:s3cret@one:5432,two:5432/db")
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_host_that_says_nothing_is_given_up(server, server_url):
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        url = server_url.replace("?", f"?host=127.0.0.1:{mute.getsockname()[1]}&connect_timeout=2&")
+        started = time.monotonic()
+        with TaskRegistry.open(url) as registry:
+            registry.create(runtime="cli", task="on the second")
+            assert registry.store.verify().ok
+        assert time.monotonic() - started < 15
+
+
+def test_a_connection_to_a_dead_host_is_given_up(server_url):
+    store = open_store(server_url)
+    with socket.socket(fileno=socket.dup(store._connections._writer().raw.fileno())) as wire:
+        for option, wanted in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, option):
+                assert wire.getsockopt(socket.IPPROTO_TCP, getattr(socket, option)) == wanted
+    store.close()
+
+
+def test_what_the_url_says_counts(server_url):
+    store = open_store(f"{server_url}&keepalives_idle=77&application_name=mine")
+    raw = store._connections._writer().raw
+    assert raw.info.get_parameters()["keepalives_idle"] == "77"
+    assert raw.info.get_parameters()["application_name"] == "mine"
+    store.close()
+
+
+def test_a_standby_is_written_to_once_it_is_promoted(primary):
+    open_store(url_of(primary)).close()
+    standby = primary.standby()
+    impatient = open_store(url_of(standby), reconnect_s=0.2)
+    with pytest.raises(StoreUnavailableError, match="is a standby"):
+        create(impatient)
+    impatient.close()
+    with open_store(url_of(standby)) as store:
+        made = []
+        writer = threading.Thread(target=lambda: made.append(create(store)))
+        writer.start()
+        time.sleep(0.3)
+        assert (store.head(), made) == (0, [])
+        standby.promote()
+        writer.join(30)
+        assert (store.head(), len(made)) == (1, 1)
+
+
+def test_connections_to_a_former_primary_are_not_used_again(server_url):
+    """When one connection shows that the server may be another, all others are made anew."""
+    with open_store(server_url) as store:
+        create(store)
+        pids = backends(store, 3)
+        assert backends(store, 3) == pids
+        store._database.renew()
+        assert not backends(store, 3) & pids
+
+
+def backends(store: SQLStore, number: int) -> set[int]:
+    """The processes that serve so many readers at once."""
+    together = threading.Barrier(number)
+
+    def read(session):
+        together.wait(10)
+        return session.row("SELECT pg_backend_pid()")[0]
+
+    found = []
+    readers = [
+        threading.Thread(target=lambda: found.append(store._connections.read(read)))
+        for _ in range(number)
+    ]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    return set(found)
+
+
+def test_patience_is_checked(server_url):
+    for wrong in (-1, "30", float("nan")):
+        with pytest.raises(ValidationError, match="reconnect_s"):
+            open_store(server_url, reconnect_s=wrong)
+
+
+def test_all_errors_are_ours(server, server_url):
+    with TaskRegistry.open(server_url, reconnect_s=0.3) as registry:
+        task = registry.create(runtime="cli", task="before")
+        server.kill()
+        try:
+            for call in (
+                registry.refresh,
+                lambda: registry.record_progress(task.task_id, "while it is away"),
+                lambda: list(registry.changes()),
+                lambda: registry.store.wait_for(registry.seq, 5),
+                registry.store.load_snapshot,
+                registry.store.verify,
+            ):
+                started = time.monotonic()
+                with pytest.raises(TaskStoreError):
+                    call()
+                assert time.monotonic() - started < 5
+        finally:
+            server.start()
+        assert registry.record_progress(task.task_id, "back").revision == 2
