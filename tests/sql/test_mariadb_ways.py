@@ -17,7 +17,7 @@ from test_host_engine import work_with
 from taskstore import open_store
 from taskstore.errors import StoreBusyError, StoreUnavailableError, TaskStoreError, ValidationError
 from taskstore.journal import Put
-from taskstore.stores.sql import SQLStore, connections, migrate
+from taskstore.stores.sql import SQLStore, migrate, patience
 from taskstore.stores.sql.dialects import mariadb
 from taskstore.testing.factories import create, make_put, make_record, next_of, update
 from taskstore.testing.servers import MariaDBServer
@@ -139,7 +139,7 @@ def test_what_the_server_gives_up_is_tried_again(store, number):
 
 def test_a_lock_that_nobody_gives_back_is_told(mariadb_url, raw, monkeypatch):
     monkeypatch.setattr(mariadb, "LOCK_S", 1)
-    monkeypatch.setattr(connections, "BUSY_S", 0.5)
+    monkeypatch.setattr(patience, "BUSY_S", 0.5)
     raw.execute("SELECT * FROM taskstore_head FOR UPDATE")
     with open_store(mariadb_url) as store:
         assert store.load_snapshot().seq == 0, "reading waits for nobody"

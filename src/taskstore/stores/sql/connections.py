@@ -7,9 +7,7 @@ when the database asks for it, so these functions must bear repetition.
 
 from __future__ import annotations
 
-import random
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
@@ -24,13 +22,8 @@ from taskstore.errors import (
 )
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.errors import GONE, Fault
-from taskstore.stores.sql.outage import Outage
+from taskstore.stores.sql.patience import RECONNECT_S, Outage, Trouble
 from taskstore.stores.sql.session import Session
-
-BUSY_S = 30.0
-"""How long a write waits for other writers, in seconds."""
-RECONNECT_S = 30.0
-"""How long a server may be away before callers hear of it, in seconds."""
 
 _T = TypeVar("_T")
 
@@ -381,43 +374,3 @@ class CommitBrokenError(Exception):
         super().__init__(str(fault))
         self.fault = fault
         self.error = error
-
-
-class Trouble:
-    """How long one call goes on trying, and how it waits between tries.
-
-    The patience with a server that is away is shared by all calls: it is
-    ``outage`` that knows since when.
-    """
-
-    def __init__(self, database: Database, outage: Outage) -> None:
-        outage.check()
-        self._database = database
-        self._outage = outage
-        self._started = time.monotonic()
-        self._tries = 0
-
-    def pause_or_raise(self, error: BaseException) -> None:
-        """Sleep a little before the next try; raise ``error``, translated, when
-        trying again cannot help or has gone on long enough."""
-        database = self._database
-        translator = database.translator
-        fault = translator.fault_of(error)
-        if isinstance(error, sa.exc.TimeoutError):
-            enough = True
-        elif fault in GONE:
-            enough = self._outage.has_lasted(translator.text(error))
-        else:
-            patience = {
-                Fault.BUSY: 0.0 if database.waits_for_locks or database.read_only else BUSY_S,
-                Fault.RETRY: BUSY_S,
-            }.get(fault, 0.0)
-            enough = time.monotonic() - self._started >= patience
-        if enough:
-            raise translator.translate(error) from translator.cause(error)
-        # Doubling from half a millisecond, with jitter, so that writers that met
-        # once do not keep meeting.  Who waits for a lock without a queue has to look
-        # often: others leave it free for moments only, and would starve him.
-        ceiling = min(0.0005 * 2 ** min(self._tries, 12), 0.002 if fault is Fault.BUSY else 0.1)
-        self._tries += 1
-        time.sleep(random.uniform(ceiling / 4, ceiling))  # noqa: S311 - not a secret

@@ -25,10 +25,11 @@ from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport
 from taskstore.stores.feed import LINGER_S, Feed
 from taskstore.stores.sql import compaction, snapshots
 from taskstore.stores.sql.commits import commit
-from taskstore.stores.sql.connections import RECONNECT_S, Connections
+from taskstore.stores.sql.connections import Connections
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.engines import host_database, open_database
 from taskstore.stores.sql.migrate import ensure_schema
+from taskstore.stores.sql.patience import RECONNECT_S
 from taskstore.stores.sql.query import answer
 from taskstore.stores.sql.rows import Head, entry_of
 from taskstore.stores.sql.verify import verify
