@@ -116,7 +116,7 @@ class SetAside(Struct, frozen=True):
     revision: int | None = None
 
 
-class JournalEntry(Struct, frozen=True):
+class JournalEntry(Struct, frozen=True, gc=False):
     """One committed change.
 
     ``seq`` is its place in the journal (``int`` ≥ 1), ``at`` the time of the
@@ -155,8 +155,13 @@ class Snapshot(Struct, frozen=True):
 
     def __post_init__(self) -> None:
         check_int("seq", self.seq)
-        # Copied even if it is a proxy: of whose mapping, nobody knows.
-        force_setattr(self, "records", MappingProxyType(dict(self.records)))
+        # Copied even if it is a proxy: of whose mapping, nobody knows.  A dict behind
+        # one copies itself at once, where dict() would ask for each item.
+        given = self.records
+        copied = given.copy() if isinstance(given, MappingProxyType) else given
+        if copied is given or type(copied) is not dict:
+            copied = dict(copied)
+        force_setattr(self, "records", MappingProxyType(copied))
 
 
 def validated_snapshot(snapshot: Snapshot) -> Snapshot:

@@ -10,50 +10,17 @@ from __future__ import annotations
 import heapq
 import threading
 from abc import ABC, abstractmethod
-from bisect import bisect_left, insort
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from operator import attrgetter
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from taskstore.errors import Conflict, ConflictError, TaskNotFound
 from taskstore.hooks import Deleted, Event, Upserted
+from taskstore.indexes import INDEXED, Booking, Indexes, Key, booking_of
 from taskstore.journal import Change, JournalEntry, Put, Remove, Snapshot, put_over
 from taskstore.lifecycle import next_revision
 from taskstore.query import SESSION_KEY, Page, Summary, TaskQuery, page_of
 from taskstore.records import ACTIVE_STATUSES, TaskRecord
-
-Key = tuple[int, str]
-"""A record's place in the order of lists: (created_at, task_id)."""
-
-Booking = tuple[str, str]
-"""(run_id, digest of the run scope): what one task holds at most."""
-
-INDEXED = (
-    "status",
-    "runtime",
-    "owner_key",
-    "run_id",
-    "child_session_key",
-    "requester_session_key",
-    "parent_task_id",
-    "parent_flow_id",
-    "agent_id",
-    "requester_agent_id",
-    "label",
-    "task_kind",
-    "source_id",
-)
-"""Fields by which records are found without reading others."""
-
-_indexed_of = attrgetter(*INDEXED)
-
-
-def booking_of(record: TaskRecord) -> Booking | None:
-    """The booking that a record holds, if it was created for a run."""
-    if record.run_id is None or record.booking is None:
-        return None
-    return (record.run_id, record.booking)
 
 
 class Lookups(ABC):
@@ -130,37 +97,43 @@ class Mirror(Lookups):
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.reset(Snapshot(0))
+        self.seq = 0
+        self.commit_id = ""
+        self._indexes = Indexes()
+
+    @property
+    def records(self) -> Mapping[str, TaskRecord]:
+        """All records by id."""
+        return self._indexes.records
 
     def reset(self, snapshot: Snapshot) -> None:
-        """Start over from a snapshot."""
+        """Start over from a snapshot.
+
+        The lock is held for a moment only: lookups see what was there before
+        until everything is indexed.
+        """
+        indexes = Indexes(snapshot.records)
         with self.lock:
+            self._indexes, before = indexes, self._indexes
             self.seq = snapshot.seq
             self.commit_id = ""
-            self.records: dict[str, TaskRecord] = dict(snapshot.records)
-            self._keys: list[Key] = []
-            self._groups: dict[str, dict[object, list[Key]]] = {field: {} for field in INDEXED}
-            self._bookings: dict[Booking, str] = {}
-            self._runtimes: Counter[str] = Counter()
-            # In the order of the keys, so that every index is filled by appending.
-            for record in sorted(self.records.values(), key=lambda record: record.sort_key):
-                self._add(record)
+        before.dismantle()
 
     def get(self, task_id: str) -> TaskRecord | None:
         """Return the record of an id, or ``None``."""
-        return self.records.get(task_id)
+        return self._indexes.records.get(task_id)
 
     def booked(self, booking: Booking) -> str | None:
         """Return the id of the task that holds a booking, or ``None``."""
-        return self._bookings.get(booking)
+        return self._indexes.booked(booking)
 
     def summary(self) -> Summary:
         """Count the records, without looking at them."""
-        statuses = self._groups["status"]
+        indexes = self._indexes
         return Summary(
-            total=len(self.records),
-            by_status={str(status): len(keys) for status, keys in statuses.items() if keys},
-            by_runtime={name: count for name, count in self._runtimes.items() if count},
+            total=len(indexes.records),
+            by_status=indexes.sizes("status"),
+            by_runtime={name: count for name, count in indexes.runtimes.items() if count},
             seq=self.seq,
         )
 
@@ -173,13 +146,13 @@ class Mirror(Lookups):
             # A record of both sessions stands in two merged indexes.
             if key != last:
                 last = key
-                record = self.records[key[1]]
+                record = self._indexes.records[key[1]]
                 if query.matches(record):
                     yield record
 
     def _candidates(self, query: TaskQuery) -> Iterator[Key]:
         """The keys that may match, newest first, after the cursor."""
-        best = [self._keys]
+        best: list[Sequence[Key]] = [self._indexes.keys]
         for field, wanted in query.where.items():
             lists = self._indexed(field, wanted)
             if lists is not None and sum(map(len, lists)) < sum(map(len, best)):
@@ -191,17 +164,17 @@ class Mirror(Lookups):
         ]
         return before[0] if len(before) == 1 else heapq.merge(*before, reverse=True)
 
-    def _indexed(self, field: str, wanted: Iterable[object]) -> list[list[Key]] | None:
-        """The index lists that hold all records with one of these values, if there are any."""
+    def _indexed(self, field: str, wanted: Iterable[object]) -> list[Sequence[Key]] | None:
+        """The keys of all records with one of these values, where there is an index."""
         if field == SESSION_KEY:
             fields: tuple[str, ...] = ("child_session_key", "requester_session_key")
-        elif field in self._groups:
+        elif field in INDEXED:
             fields = (field,)
         else:
             return None
         if None in wanted:
             return None
-        return [self._groups[name].get(value, []) for name in fields for value in wanted]
+        return [self._indexes.group(name, value) for name in fields for value in wanted]
 
     def publish(self, entry: JournalEntry, *, local: bool) -> Event | None:
         """Mirror one entry, the next in order, and return the event that it makes.
@@ -209,67 +182,16 @@ class Mirror(Lookups):
         An entry whose record does not decode makes none: its task is set aside.
         """
         with self.lock:
-            previous = self.records.get(entry.task_id)
             if entry.record is not None:
-                self.records[entry.task_id] = entry.record
-                if previous is None:
-                    self._add(entry.record)
-                else:
-                    self._move(previous, entry.record)
-            elif previous is not None:
-                del self.records[entry.task_id]
-                self._discard(previous)
+                previous = self._indexes.put(entry.record)
+            else:
+                previous = self._indexes.remove(entry.task_id)
             self.seq, self.commit_id = entry.seq, entry.commit_id
         if entry.record is not None:
             return Upserted(entry.seq, entry.at, entry.record, previous, local)
         if entry.set_aside is not None:
             return None
         return Deleted(entry.seq, entry.at, entry.task_id, previous, local)
-
-    def _add(self, record: TaskRecord) -> None:
-        key = record.sort_key
-        _insert(self._keys, key)
-        for groups, value in zip(self._groups.values(), _indexed_of(record), strict=True):
-            if value is not None:
-                _insert(groups.setdefault(value, []), key)
-        booking = booking_of(record)
-        if booking is not None:
-            self._bookings[booking] = record.task_id
-        self._runtimes[record.runtime] += 1
-
-    def _discard(self, record: TaskRecord) -> None:
-        key = record.sort_key
-        _delete(self._keys, key)
-        for field in INDEXED:
-            self._ungroup(field, record)
-        booking = booking_of(record)
-        if booking is not None and self._bookings.get(booking) == record.task_id:
-            del self._bookings[booking]
-        self._runtimes[record.runtime] -= 1
-
-    def _move(self, old: TaskRecord, new: TaskRecord) -> None:
-        """Index a changed record: only the indexes whose value changed are touched."""
-        if old.created_at != new.created_at or old.booking != new.booking:
-            self._discard(old)
-            self._add(new)
-            return
-        values = _indexed_of(new)
-        if values == _indexed_of(old):
-            return
-        for (field, groups), value in zip(self._groups.items(), values, strict=True):
-            if value != getattr(old, field):
-                self._ungroup(field, old)
-                if value is not None:
-                    _insert(groups.setdefault(value, []), new.sort_key)
-
-    def _ungroup(self, field: str, record: TaskRecord) -> None:
-        value = getattr(record, field)
-        if value is None:
-            return
-        keys = self._groups[field][value]
-        _delete(keys, record.sort_key)
-        if not keys:
-            del self._groups[field][value]
 
 
 class Staging(Lookups):
@@ -355,20 +277,6 @@ class Staging(Lookups):
         return record
 
 
-def _descending(keys: list[Key], end: int) -> Iterator[Key]:
+def _descending(keys: Sequence[Key], end: int) -> Iterator[Key]:
     """The keys before ``end``, last first."""
     return map(keys.__getitem__, range(end - 1, -1, -1))
-
-
-def _insert(keys: list[Key], key: Key) -> None:
-    """Insert in order; new tasks are the newest, so this mostly appends."""
-    if not keys or keys[-1] < key:
-        keys.append(key)
-    else:
-        insort(keys, key)
-
-
-def _delete(keys: list[Key], key: Key) -> None:
-    position = bisect_left(keys, key)
-    if position < len(keys) and keys[position] == key:
-        del keys[position]

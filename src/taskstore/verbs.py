@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from taskstore import leases, lifecycle
 from taskstore.clock import new_task_id
 from taskstore.groupcommit import Operation
-from taskstore.mirror import Staging, booking_of
+from taskstore.indexes import booking_of
+from taskstore.mirror import Staging
 from taskstore.operations import changing, check_expected, deleting, giving
 from taskstore.records import TaskRecord, check_key, plain_metadata
 from taskstore.runs import Mutation, RunScope

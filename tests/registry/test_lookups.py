@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskstore import TaskNotFound, TaskQuery, TaskRegistry, ValidationError
+from taskstore import Snapshot, TaskNotFound, TaskQuery, TaskRegistry, ValidationError
+from taskstore.indexes import Indexes
 from taskstore.query import evaluate
-from taskstore.stores.memory import MemoryStore
+from taskstore.stores.memory import MemoryStorage, MemoryStore
 
 
 def test_find_takes_an_id_then_a_run_then_a_session(registry):
@@ -192,3 +195,32 @@ def test_indexes_agree_with_a_plain_evaluation(taken, asked, committed):
     check()
     reopened = TaskRegistry(registry.store)
     assert list(reopened.list()) == list(registry.list())
+
+
+def test_lookups_go_on_while_everything_is_loaded_anew(monkeypatch):
+    storage = MemoryStorage()
+    registry = TaskRegistry(MemoryStore(storage))
+    task = registry.create(runtime="cli", task="x")
+    indexing, go_on = threading.Event(), threading.Event()
+
+    class SlowIndexes(Indexes):
+        def __init__(self, records):
+            indexing.set()
+            assert go_on.wait(10)
+            super().__init__(records)
+
+    monkeypatch.setattr("taskstore.mirror.Indexes", SlowIndexes)
+    other = MemoryStore(storage)
+    held = other.load_snapshot()
+    other.save_snapshot(Snapshot(held.seq + 1, {}))
+    refreshing = threading.Thread(target=registry.refresh)
+    refreshing.start()
+    assert indexing.wait(10)
+    looking = threading.Thread(target=lambda: (registry.get(task.task_id), registry.list(limit=5)))
+    looking.start()
+    looking.join(5)
+    assert not looking.is_alive(), "a lookup waits for the load"
+    go_on.set()
+    refreshing.join(10)
+    assert len(registry.list()) == 0
+    registry.close()

@@ -1,0 +1,256 @@
+"""How long does the event loop stand still while the ledger is at work?
+
+A watchdog on the loop sleeps for a millisecond again and again and notes how
+late it wakes, while beside it lookups (`get`, and `list` of the newest 50) go
+on.  Meanwhile: nothing at all, for comparison; 10,000 changes by 64
+coroutines; a compaction by the Compactor's thread, and one by another
+process; a refresh that mirrors 100,000 new records of another process; a
+reload of everything, because another process replaced it; and a compaction
+of all that.  Prints the longest lateness of each: the median over the runs,
+and every run.
+
+    python benchmarks/stalls.py [--url URL | --dir DIRECTORY] [--runs N] [--uvloop]
+
+For a reload also how long it took, against `load_snapshot` alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from taskstore import CompactionPolicy, Compactor, Put, Snapshot, compact, lifecycle
+from taskstore.aio import AsyncTaskRegistry
+from taskstore.clock import new_task_id
+from taskstore.testing.base import OpenStore
+from taskstore.testing.scratch import scratch
+
+COROUTINES = 64
+BATCH = 1_000
+FULL = CompactionPolicy(force=True, history_s=0, history_entries=0)
+
+
+def new_puts(store: Any, first: int, count: int) -> list[Put]:
+    return [
+        Put(
+            lifecycle.new_record(
+                now=store.clock(),
+                task_id=new_task_id(),
+                runtime="cli",
+                task=f"Summarise the inbox of account {number}",
+                status="running",
+                fields={
+                    "owner_key": f"agent:{number % 50}",
+                    "run_id": f"run-{number}",
+                    "child_session_key": f"session-{number}",
+                    "metadata": {"mails": number, "folder": "inbox"},
+                },
+            )
+        )
+        for number in range(first, first + count)
+    ]
+
+
+class Neighbour:
+    """Another process, which does to the ledger what it is told."""
+
+    def __init__(self, open_store: OpenStore) -> None:
+        # Forked, because how the ledger is opened is a function; before there are threads.
+        context = multiprocessing.get_context("fork")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=self._serve, args=(open_store, theirs), daemon=True)
+        self._process.start()
+
+    def tell(self, *command: Any) -> None:
+        self._pipe.send(command)
+        answer = self._pipe.recv()
+        if answer != "done":
+            raise RuntimeError(answer)
+
+    def stop(self) -> None:
+        self._pipe.send(("stop",))
+        self._process.join()
+
+    @staticmethod
+    def _serve(open_store: OpenStore, pipe: Connection) -> None:
+        while True:
+            name, *facts = pipe.recv()
+            if name == "stop":
+                return
+            try:
+                store = open_store()
+                if name == "create":
+                    for start in range(0, facts[0], BATCH):
+                        store.apply(new_puts(store, start, min(BATCH, facts[0] - start)))
+                elif name == "replace":
+                    held = store.load_snapshot()
+                    store.save_snapshot(Snapshot(held.seq + 1, held.records, held.at))
+                else:
+                    compact(store, FULL)
+                store.close()
+                pipe.send("done")
+            except Exception as error:  # noqa: BLE001 (the parent raises it)
+                pipe.send(repr(error))
+
+
+class Watchdog:
+    """The longest that the loop was late, in seconds."""
+
+    def __init__(self, registry: AsyncTaskRegistry) -> None:
+        self._registry = registry
+        self.longest = 0.0
+        self.lookups = 0
+
+    @contextlib.asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        self.longest = 0.0
+        tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._look())]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _watch(self) -> None:
+        while True:
+            asleep = time.perf_counter()
+            try:
+                await asyncio.sleep(0.001)
+            finally:
+                self.longest = max(self.longest, time.perf_counter() - asleep - 0.001)
+
+    async def _look(self) -> None:
+        while True:
+            for record in self._registry.list(limit=50):
+                self._registry.get(record.task_id)
+            self.lookups += 1
+            await asyncio.sleep(0.001)
+
+
+async def changes(registry: AsyncTaskRegistry, count: int) -> None:
+    async def work(number: int, left: int) -> None:
+        task = await registry.create(
+            runtime="cli",
+            task=f"Summarise {number}",
+            owner_key="agent:main",
+            run_id=f"async-{number}",
+        )
+        for step in range(left - 2):
+            await registry.record_progress(task.task_id, f"{step} of {left}")
+        await registry.finish(task.task_id, "succeeded")
+
+    await asyncio.gather(*(work(n, count // COROUTINES) for n in range(COROUTINES)))
+
+
+async def compaction(registry: AsyncTaskRegistry) -> None:
+    compactor = Compactor(registry.store, FULL)
+    remove = registry.hooks.add(compactor)
+    before = compactor.runs
+    # The compactor is woken by a change, as it is in a service.
+    while compactor.runs == before:
+        await registry.create(runtime="cli", task="one more")
+        await asyncio.to_thread(compactor.wait)
+    remove()
+    await asyncio.to_thread(compactor.close)
+    if compactor.failures:
+        raise RuntimeError("the compaction failed")
+
+
+class Run:
+    """One run on a ledger of its own."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.count = options.changes
+        self.records = options.records
+        self.stalls: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+
+    async def phase(self, name: str, watchdog: Watchdog, work: Awaitable[Any]) -> None:
+        started = time.perf_counter()
+        async with watchdog.watching():
+            await work
+        self.seconds[name] = time.perf_counter() - started
+        self.stalls[name] = watchdog.longest * 1e3
+
+    async def go(self, store: Any, neighbour: Neighbour) -> None:
+        registry = await AsyncTaskRegistry.over(store)
+        dog = Watchdog(registry)
+
+        def other(*command: Any) -> Awaitable[None]:
+            return asyncio.to_thread(neighbour.tell, *command)
+
+        await self.phase("nothing", dog, asyncio.sleep(1))
+        await self.phase(f"{self.count:,} changes", dog, changes(registry, self.count))
+        await self.phase("compaction in a thread", dog, compaction(registry))
+        await self.phase("compaction by another process", dog, other("compact"))
+        await self.phase("another process commits", dog, other("create", self.records))
+        await self.phase(f"refresh of {self.records:,}", dog, registry.refresh())
+        assert registry.summary().total > self.records
+        await other("replace")
+        await self.phase(f"reload of {self.records:,}", dog, registry.refresh())
+        assert registry.seq == store.head()
+        await self.phase("compaction of all that", dog, compaction(registry))
+        started = time.perf_counter()
+        await asyncio.to_thread(store.load_snapshot)
+        self.seconds["load_snapshot alone"] = time.perf_counter() - started
+        await registry.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--url", help="measure there, in a new ledger (default: SQLite)")
+    parser.add_argument("--dir", help="where the SQLite file is made (default: temporary files)")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--changes", type=int, default=10_000)
+    parser.add_argument("--records", type=int, default=100_000)
+    parser.add_argument("--uvloop", action="store_true")
+    options = parser.parse_args()
+    stalls: dict[str, list[float]] = defaultdict(list)
+    seconds: dict[str, list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory(dir=options.dir) as folder:
+        url = options.url or f"sqlite:///{Path(folder).resolve()}/tasks.db"
+        for _ in range(options.runs):
+            run = Run(options)
+            with scratch(url) as open_store:
+                neighbour = Neighbour(open_store)
+                store = open_store()
+                loop_factory = None
+                if options.uvloop:
+                    import uvloop
+
+                    loop_factory = uvloop.new_event_loop
+                with asyncio.Runner(loop_factory=loop_factory) as runner:
+                    runner.run(run.go(store, neighbour))
+                store.close()
+                neighbour.stop()
+            for name, stall in run.stalls.items():
+                stalls[name].append(stall)
+            for name, spent in run.seconds.items():
+                seconds[name].append(spent)
+    scheme = url.partition(":")[0]
+    for name, found in stalls.items():
+        every = " ".join(f"{stall:.0f}" for stall in found)
+        print(
+            f"{scheme} {name:>30}: longest stall {statistics.median(found):6.1f} ms (runs {every}),"
+            f" {statistics.median(seconds[name]):6.2f} s"
+        )
+    loads = zip(
+        seconds[f"reload of {options.records:,}"], seconds["load_snapshot alone"], strict=True
+    )
+    print(f"ratio reload / load_snapshot alone: {statistics.median(a / b for a, b in loads):.2f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""By which fields the records in memory are found.
+
+What is held for each task is such that the garbage collector does not look
+at it: a full collection holds up every thread for as long as it has objects
+to look at, and each new one may bring a dictionary of tuples back into its
+view.  So records, and text as keys and values; lists only where several
+tasks have the same value.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from types import MappingProxyType
+
+from taskstore.records import TaskRecord
+from taskstore.yielding import empty, in_order
+
+Key = tuple[int, str]
+"""A record's place in the order of lists: (created_at, task_id)."""
+
+Booking = tuple[str, str]
+"""(run_id, digest of the run scope): what one task holds at most."""
+
+INDEXED = (
+    "status",
+    "runtime",
+    "owner_key",
+    "run_id",
+    "child_session_key",
+    "requester_session_key",
+    "parent_task_id",
+    "parent_flow_id",
+    "agent_id",
+    "requester_agent_id",
+    "label",
+    "task_kind",
+    "source_id",
+)
+"""Fields by which records are found without reading others."""
+
+_indexed_of = attrgetter(*INDEXED)
+_fixed_of = attrgetter("created_at", "run_id", "booking", "runtime")
+_NO_RECORDS: Mapping[str, TaskRecord] = MappingProxyType({})
+
+
+def booking_of(record: TaskRecord) -> Booking | None:
+    """The booking that a record holds, if it was created for a run."""
+    if record.run_id is None or record.booking is None:
+        return None
+    return (record.run_id, record.booking)
+
+
+class Indexes:
+    """Records by id, in order, and by the value of each indexed field.
+
+    For one thread at a time.  ``keys`` are those of all records, in order.
+    """
+
+    def __init__(self, records: Mapping[str, TaskRecord] = _NO_RECORDS) -> None:
+        self.records: dict[str, TaskRecord] = {}
+        self.keys: list[Key] = []
+        self.runtimes: Counter[str] = Counter()
+        # Of each value, the id of its only task, or the keys of several in order.
+        self._groups: dict[str, dict[object, str | list[Key]]] = {field: {} for field in INDEXED}
+        self._bookings: dict[str, str] = {}
+        # In order, so that every index is filled by appending.
+        keys = [(record.created_at, task_id) for task_id, record in records.items()]
+        for _, task_id in in_order(keys):
+            self.put(records[task_id])
+
+    def put(self, record: TaskRecord) -> TaskRecord | None:
+        """Take in a record, in the place of the one with its id; returns that one."""
+        previous = self.records.get(record.task_id)
+        if previous is None:
+            self._add(record)
+        elif _fixed_of(previous) == _fixed_of(record):
+            self._move(previous, record)
+        else:
+            self._discard(previous)
+            self._add(record)
+        self.records[record.task_id] = record
+        return previous
+
+    def remove(self, task_id: str) -> TaskRecord | None:
+        """Forget a record; returns it, or ``None`` when there was none."""
+        record = self.records.pop(task_id, None)
+        if record is not None:
+            self._discard(record)
+        return record
+
+    def booked(self, booking: Booking) -> str | None:
+        """The id of the task that holds a booking, or ``None``."""
+        return self._bookings.get(_as_text(booking))
+
+    def group(self, field: str, value: object) -> Sequence[Key]:
+        """The keys of the records with this value in an indexed field, in order."""
+        held = self._groups[field].get(value, ())
+        return [self.records[held].sort_key] if isinstance(held, str) else held
+
+    def sizes(self, field: str) -> dict[str, int]:
+        """How many records have which value in an indexed field."""
+        groups = self._groups[field].items()
+        return {str(value): 1 if isinstance(held, str) else len(held) for value, held in groups}
+
+    def dismantle(self) -> None:
+        """Let go of everything, so that other threads can run in between."""
+        empty(self.records)
+        empty(self._bookings)
+        for groups in self._groups.values():
+            empty(groups)
+        while self.keys:
+            del self.keys[-1000:]
+
+    def _add(self, record: TaskRecord) -> None:
+        key = record.sort_key
+        _insert(self.keys, key)
+        for groups, value in zip(self._groups.values(), _indexed_of(record), strict=True):
+            if value is not None:
+                self._group(groups, value, key)
+        booking = booking_of(record)
+        if booking is not None:
+            self._bookings[_as_text(booking)] = record.task_id
+        self.runtimes[record.runtime] += 1
+
+    def _discard(self, record: TaskRecord) -> None:
+        key = record.sort_key
+        _delete(self.keys, key)
+        for groups, value in zip(self._groups.values(), _indexed_of(record), strict=True):
+            if value is not None:
+                _ungroup(groups, value, key)
+        booking = booking_of(record)
+        if booking is not None and self.booked(booking) == record.task_id:
+            del self._bookings[_as_text(booking)]
+        self.runtimes[record.runtime] -= 1
+
+    def _move(self, old: TaskRecord, new: TaskRecord) -> None:
+        """Index a changed record: only the indexes whose value changed are touched."""
+        before, after = _indexed_of(old), _indexed_of(new)
+        if before == after:
+            return
+        key = new.sort_key
+        for groups, left, entered in zip(self._groups.values(), before, after, strict=True):
+            if left != entered:
+                if left is not None:
+                    _ungroup(groups, left, key)
+                if entered is not None:
+                    self._group(groups, entered, key)
+
+    def _group(self, groups: dict[object, str | list[Key]], value: object, key: Key) -> None:
+        held = groups.get(value)
+        if held is None:
+            groups[value] = key[1]
+            return
+        if isinstance(held, str):
+            held = groups[value] = [self.records[held].sort_key]
+        _insert(held, key)
+
+
+def _ungroup(groups: dict[object, str | list[Key]], value: object, key: Key) -> None:
+    held = groups[value]
+    if not isinstance(held, str):
+        _delete(held, key)
+        if held:
+            return
+    del groups[value]
+
+
+def _as_text(booking: Booking) -> str:
+    """A booking as one text: neither part holds NUL."""
+    return "\0".join(booking)
+
+
+def _insert(keys: list[Key], key: Key) -> None:
+    """Insert in order; new tasks are the newest, so this mostly appends."""
+    if not keys or keys[-1] < key:
+        keys.append(key)
+    else:
+        insort(keys, key)
+
+
+def _delete(keys: list[Key], key: Key) -> None:
+    position = bisect_left(keys, key)
+    if position < len(keys) and keys[position] == key:
+        del keys[position]
