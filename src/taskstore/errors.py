@@ -143,10 +143,19 @@ class CorruptStoreError(TaskStoreError):
 class StoreBusyError(TaskStoreError):
     """Another writer or compactor held the store for longer than we wait.
 
-    Nothing was written.  The same call may succeed later.
+    As long as other writers make progress, one waits for them without it.
+    Nothing was written.  The same call may succeed later.  ``holders`` names
+    who held it, a text for each, as far as the system tells
+    (``tuple[str, ...]``).
     """
 
     retryable = True
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, holders: Iterable[str] = ()
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.holders = tuple(holders)
 
 
 class StoreUnavailableError(TaskStoreError):

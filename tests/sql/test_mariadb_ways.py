@@ -138,7 +138,7 @@ def test_what_the_server_gives_up_is_tried_again(store, number):
 
 
 def test_a_lock_that_nobody_gives_back_is_told(mariadb_url, raw, monkeypatch):
-    monkeypatch.setattr(mariadb, "LOCK_S", 1)
+    monkeypatch.setattr(mariadb, "LOCK_WAIT_S", 1)
     monkeypatch.setattr(patience, "BUSY_S", 0.5)
     raw.execute("SELECT * FROM taskstore_head FOR UPDATE")
     with open_store(mariadb_url) as store:

@@ -13,13 +13,14 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from taskstore.disk import Disk
 from taskstore.errors import StoreBusyError
+from taskstore.stores.holders import lock_holders, named, process
 from taskstore.stores.turnstile import Turnstile
 
 _STATE_BYTES = 64
@@ -161,16 +162,41 @@ def read_generation(path: Path) -> Generation | None:
     return Generation(number, inode) if pid and number % 2 == 0 else None
 
 
+def patiently(acquire: Callable[[float], bool], timeout_s: float, directory: Path) -> bool:
+    """Wait for a lock of the writers as long as these make progress; whether it was got.
+
+    It takes two looks at the journal to see that they make none.
+    """
+    seen: object = None
+    while not acquire(timeout_s / 2):
+        end = _end_of_journal(directory)
+        if end is None or end == seen or timeout_s <= 0:
+            return False
+        seen = end
+    return True
+
+
+def _end_of_journal(directory: Path) -> object:
+    """What differs when somebody has committed; ``None`` when it cannot be told."""
+    with contextlib.suppress(OSError, ValueError):
+        last = max(directory.glob("journal-*.jsonl"))
+        return (last, last.stat().st_size)
+    return None
+
+
 def busy(path: Path, what: str, waited_s: float) -> StoreBusyError:
     """The error of somebody who waited in vain for the lock at ``path``."""
-    holder = ""
-    with contextlib.suppress(OSError):
-        pid, _ = _parse(path.read_bytes()[:_STATE_BYTES])
-        holder = f" (pid {pid})" if pid else ""
+    holders = lock_holders(path)
+    if not holders:
+        with contextlib.suppress(OSError):
+            pid, _ = _parse(path.read_bytes()[:_STATE_BYTES])
+            # The lock itself tells nothing: the last writer is the likeliest.
+            holders = (f"perhaps {process(pid)}",) if pid else ()
     waited = f" for {waited_s:g} s" if waited_s else ""
     return StoreBusyError(
-        f"the store {path.parent} is busy: {what}{holder} has held {path.name}{waited}",
+        f"the store {path.parent} is busy: {what} has held {path.name}{waited}; {named(holders)}",
         hint="try again, or see what that process is doing",
+        holders=holders,
     )
 
 

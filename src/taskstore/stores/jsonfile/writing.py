@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from taskstore.stores.jsonfile.files import (
 from taskstore.stores.jsonfile.index import Index
 from taskstore.stores.jsonfile.layout import Layout, Place, SegmentFile, read_layout, settled
 from taskstore.stores.jsonfile.lines import STAMP_BYTES, Identity, encode_commit
-from taskstore.stores.jsonfile.locks import FileLock, WriteLock, busy
+from taskstore.stores.jsonfile.locks import FileLock, WriteLock, busy, patiently
 from taskstore.stores.jsonfile.segments import Walk, cut_tail, keep_torn, prepare_segment
 from taskstore.stores.jsonfile.snapshots import check_newest, index_of, write_snapshot
 
@@ -71,7 +71,7 @@ class Writer:
 
     def enter(self, *, indexed: bool = True) -> None:
         """Take the lock and bring place and index up to date."""
-        if not self._mutex.acquire(timeout=self.timeout_s):
+        if not self._patiently(lambda for_s: self._mutex.acquire(timeout=for_s)):
             raise StoreBusyError(
                 f"the store {self.directory} is busy: another thread has written "
                 f"for {self.timeout_s:g} s"
@@ -90,8 +90,11 @@ class Writer:
     def _lock_files(self) -> None:
         if self._refusal is not None:
             raise StoreUnavailableError(self._refusal, hint="close it and open it again")
-        if not self._lock.acquire(self.timeout_s):
+        if not self._patiently(self._lock.acquire):
             raise busy(self._lock.path, "another writer", self.timeout_s)
+
+    def _patiently(self, acquire: Callable[[float], bool]) -> bool:
+        return patiently(acquire, self.timeout_s, self.directory)
 
     def leave(self) -> None:
         """Give the lock back."""

@@ -23,6 +23,7 @@ from taskstore.errors import (
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.errors import GONE, Fault
 from taskstore.stores.sql.patience import RECONNECT_S, Outage, Trouble
+from taskstore.stores.sql.rivals import Rivals
 from taskstore.stores.sql.session import Session
 
 _T = TypeVar("_T")
@@ -121,7 +122,7 @@ class Connections:
         it, ``work`` must be such that doing it twice is the same.
         """
         with self._lock:
-            trouble = Trouble(self.database, self._writing_outage)
+            trouble = Trouble(self.database, self._writing_outage, rivals=self._rivals())
             while True:
                 self._check_trusted()
                 try:
@@ -136,6 +137,19 @@ class Connections:
                     self._writing_outage.end()
                     return result
 
+    def _rivals(self) -> Rivals:
+        database = self.database
+        return Rivals(
+            lambda: self._glance(lambda session: int(session.row(database.sql.claimed)[0])),
+            lambda: self._glance(database.holders),
+        )
+
+    def _glance(self, work: Callable[[Session], _T]) -> _T | None:
+        """Read something, at one attempt; ``None`` when it cannot be read."""
+        with suppress(Exception), self._reading(one_moment=False) as session:
+            return work(session)
+        return None
+
     @contextmanager
     def exclusive(self, lock: Callable[[Session], object]) -> Iterator[None]:
         """Begin a write transaction in which the next :meth:`write` does its work.
@@ -143,7 +157,7 @@ class Connections:
         ``lock`` makes other writers wait, where beginning does not.
         """
         with self._lock:
-            trouble = Trouble(self.database, self._writing_outage)
+            trouble = Trouble(self.database, self._writing_outage, rivals=self._rivals())
             while self._begun is None:
                 self._check_trusted()
                 try:

@@ -11,9 +11,10 @@ import sqlalchemy as sa
 from taskstore.errors import StoreUnavailableError
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.errors import GONE, Fault
+from taskstore.stores.sql.rivals import Rivals
 
 BUSY_S = 30.0
-"""How long a write waits for other writers, in seconds."""
+"""How long a write waits for other writers that make no progress, in seconds."""
 RECONNECT_S = 30.0
 """How long a server may be away before callers hear of it, in seconds."""
 PROBE_S = 0.25
@@ -71,13 +72,15 @@ class Trouble:
     """How long one call goes on trying, and how it waits between tries.
 
     The patience with a server that is away is shared by all calls: it is
-    ``outage`` that knows since when.
+    ``outage`` that knows since when.  A write goes on as long as its
+    ``rivals``, the other writers, make progress.
     """
 
-    def __init__(self, database: Database, outage: Outage) -> None:
+    def __init__(self, database: Database, outage: Outage, *, rivals: Rivals | None = None) -> None:
         outage.check()
         self._database = database
         self._outage = outage
+        self._rivals = rivals
         self._started = time.monotonic()
         self._tries = 0
 
@@ -96,12 +99,27 @@ class Trouble:
                 Fault.BUSY: 0.0 if database.waits_for_locks or database.read_only else BUSY_S,
                 Fault.RETRY: BUSY_S,
             }.get(fault, 0.0)
-            enough = time.monotonic() - self._started >= patience
+            enough = self._has_waited(patience, for_others=fault in (Fault.BUSY, Fault.RETRY))
         if enough:
-            raise translator.translate(error) from translator.cause(error)
+            told = translator.translate(error)
+            if self._rivals is not None:
+                told = self._rivals.explain(told)
+            raise told from translator.cause(error)
         # Doubling from half a millisecond, with jitter, so that writers that met
         # once do not keep meeting.  Who waits for a lock without a queue has to look
         # often: others leave it free for moments only, and would starve him.
         ceiling = min(0.0005 * 2 ** min(self._tries, 12), 0.002 if fault is Fault.BUSY else 0.1)
         self._tries += 1
         time.sleep(random.uniform(ceiling / 4, ceiling))  # noqa: S311 - not a secret
+
+    def _has_waited(self, patience_s: float, *, for_others: bool) -> bool:
+        rivals = self._rivals if for_others else None
+        if rivals is not None:
+            patience_s /= 2  # it takes two looks at them to see whether they make progress
+        now = time.monotonic()
+        if now - self._started < patience_s:
+            return False
+        if rivals is not None and rivals.go_on():
+            self._started = now
+            return False
+        return True

@@ -18,7 +18,7 @@ from sqlalchemy.dialects.mysql.mariadb import MariaDBDialect
 from sqlalchemy.dialects.mysql.pymysql import MySQLDialect_pymysql
 
 from taskstore.errors import StoreBusyError, StoreUnavailableError, ValidationError
-from taskstore.stores.sql.dialects.base import LOCK_S, Database
+from taskstore.stores.sql.dialects.base import LOCK_S, LOCK_WAIT_S, Database
 from taskstore.stores.sql.errors import mariadb_fault
 from taskstore.stores.sql.rows import Head
 from taskstore.stores.sql.session import Session
@@ -39,6 +39,16 @@ SELECT @@max_allowed_packet, @@innodb_flush_log_at_trx_commit, @@log_bin, @@sync
 
 _HOST = """
 SELECT @@character_set_client, @@character_set_connection, @@character_set_results, @@sql_mode"""
+
+_HOLDERS = """
+SELECT held.trx_mysql_thread_id, who.user, who.host, who.command,
+    TIMESTAMPDIFF(SECOND, held.trx_started, NOW())
+FROM information_schema.innodb_trx AS held
+JOIN information_schema.processlist AS who ON who.id = held.trx_mysql_thread_id
+WHERE who.db = DATABASE() AND who.id <> CONNECTION_ID()
+    AND held.trx_rows_locked > 0 AND held.trx_state <> 'LOCK WAIT'
+"""
+"""Who has locked rows of the database, and waits for nobody; needs the privilege PROCESS."""
 
 _OTHER_WORLDS = {"EMPTY_STRING_IS_NULL", "ORACLE"}
 """Modes in which our statements mean something else; reading does not change the mode."""
@@ -216,6 +226,12 @@ class MariaDBDatabase(Database):
             session.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
         session.execute("START TRANSACTION")
 
+    def holders(self, session: Session) -> Sequence[str]:
+        return [
+            f"connection {number}, {user} at {host}, {command}, in a transaction for {seconds} s"
+            for number, user, host, command, seconds in session.rows(_HOLDERS)
+        ]
+
     def rollback(self, session: Session) -> None:
         session.execute("ROLLBACK")
 
@@ -349,7 +365,7 @@ def open_mariadb(url: sa.URL, *, durability: str, read_only: bool) -> MariaDBDat
             refuse_version(cursor.fetchone()[0], database.location)
             cursor.execute(f"SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED{access}")
             cursor.execute(
-                f"{_MODE}, innodb_lock_wait_timeout = {LOCK_S}, lock_wait_timeout = {LOCK_S}, "
+                f"{_MODE}, innodb_lock_wait_timeout = {LOCK_WAIT_S}, lock_wait_timeout = {LOCK_S}, "
                 f"idle_transaction_timeout = {LOCK_S}"
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ from sqlalchemy import event
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 
 from taskstore.errors import StoreUnavailableError
-from taskstore.stores.sql.dialects.base import LOCK_S, Database
+from taskstore.stores.sql.dialects.base import LOCK_S, LOCK_WAIT_S, Database
 from taskstore.stores.sql.errors import postgresql_fault
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.statements import Statements
@@ -19,6 +20,18 @@ from taskstore.stores.sql.watches import ListeningWatch
 
 _CHANNEL = "taskstore_"
 _KEY = "hashtextextended({}, 0)"
+
+
+_HOLDERS = """
+SELECT DISTINCT held.pid, who.application_name, host(who.client_addr), who.state,
+    extract(epoch FROM clock_timestamp() - who.xact_start)::int
+FROM pg_locks AS held LEFT JOIN pg_stat_activity AS who ON who.pid = held.pid
+WHERE held.relation = 'taskstore_head'::regclass AND held.granted
+    AND held.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    AND held.mode <> 'AccessShareLock' AND held.pid <> pg_backend_pid()
+    AND NOT EXISTS (SELECT FROM pg_locks AS wait WHERE wait.pid = held.pid AND NOT wait.granted)
+"""
+"""Who has locked rows of the head's table, or all of it, and waits for nobody."""
 
 
 class PostgreSQLStatements(Statements):
@@ -130,6 +143,14 @@ class PostgreSQLDatabase(Database):
         head, last_at, floor, _ = rows[0]
         return head, last_at, floor
 
+    def holders(self, session: Session) -> Sequence[str]:
+        return [
+            f"server process {pid}, {name or 'unnamed'} at {host or 'this machine'}, "
+            f"{state or 'doing what is not told'}"
+            + (f", in a transaction for {seconds} s" if seconds is not None else "")
+            for pid, name, host, state, seconds in session.rows(_HOLDERS)
+        ]
+
     def commit(self, session: Session) -> None:
         warnings: list[str] = []
 
@@ -179,7 +200,7 @@ def open_postgresql(url: sa.URL, *, durability: str, read_only: bool) -> Postgre
             hint="pip install 'taskstore[postgres]'",
         ) from error
     settings = [
-        f"lock_timeout = '{LOCK_S}s'",
+        f"lock_timeout = '{LOCK_WAIT_S}s'",
         f"idle_in_transaction_session_timeout = '{LOCK_S}s'",
         "client_min_messages = warning",
     ]

@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +20,8 @@ from taskstore.errors import (
     StoreUnavailableError,
     ValidationError,
 )
-from taskstore.stores.sql.dialects.base import LOCK_S, Database
+from taskstore.stores.holders import lock_holders
+from taskstore.stores.sql.dialects.base import LOCK_S, LOCK_WAIT_S, Database
 from taskstore.stores.sql.errors import Fault, Translator, sqlite_fault
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.sqlite_files import (
@@ -35,6 +37,9 @@ from taskstore.stores.sql.sqlite_files import (
 )
 from taskstore.stores.sql.watches import DataVersionWatch
 from taskstore.stores.turnstile import Turnstile
+
+_WRITE_LOCK = 120
+"""The byte of the ``-shm`` file that whoever writes holds: part of SQLite's file format."""
 
 _SYNCHRONOUS = {"full": "FULL", "process": "NORMAL"}
 """SQLite's word for each durability."""
@@ -142,9 +147,15 @@ class SQLiteDatabase(Database):
                 return False
             return True
 
-        if not self._turnstile.wait(begin, LOCK_S):
+        if not self._turnstile.wait(begin, LOCK_WAIT_S) and not begin():
             assert error is not None
             raise error
+
+    def holders(self, session: Session) -> Sequence[str]:
+        del session
+        # A writer holds a byte of the shared memory; without a write-ahead log, of the file.
+        log = lock_holders(f"{self.location}-shm", byte=_WRITE_LOCK)
+        return log or lock_holders(self.location)
 
     def before_commit(self) -> None:
         if self._inode is not None and inode_of(self.location) != self._inode:

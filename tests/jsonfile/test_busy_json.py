@@ -1,0 +1,62 @@
+"""Who waits for the lock of a directory waits as long as others make progress."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+
+import pytest
+
+from taskstore import StoreBusyError
+from taskstore.stores.jsonfile import JSONStore
+from taskstore.testing import make_put
+from taskstore.testing.processes import Child
+
+
+def test_who_holds_the_lock_is_told(tmp_path):
+    go, gone = os.pipe()
+
+    def hold(report):
+        with JSONStore(tmp_path) as store, store._writer.entered():
+            report("held")
+            os.read(go, 1)
+
+    child = Child(hold)
+    assert child.line() == "held"
+    store = JSONStore.__new__(JSONStore)
+    with pytest.raises(StoreBusyError) as caught:
+        JSONStore.__init__(store, tmp_path, lock_timeout_s=0.2)
+    os.write(gone, b".")
+    child.finish()
+    os.close(go)
+    os.close(gone)
+    [told] = caught.value.holders
+    assert f"pid {child.pid}" in told
+    if sys.platform == "linux":
+        assert "perhaps" not in told
+        assert "python" in told
+
+
+def test_while_others_make_progress_nobody_hears_of_it(tmp_path, monkeypatch):
+    with JSONStore(tmp_path) as other, JSONStore(tmp_path, lock_timeout_s=0.2) as store:
+        released = threading.Event()
+        acquire = store._writer._lock.acquire
+
+        def late(timeout_s):
+            return acquire(timeout_s) if released.wait(timeout_s) else False
+
+        monkeypatch.setattr(store._writer._lock, "acquire", late)
+        with pytest.raises(StoreBusyError):
+            store.apply([make_put()])
+        waiting = threading.Thread(target=store.apply, args=([make_put()],))
+        waiting.start()
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            other.apply([make_put()])
+            time.sleep(0.01)
+        assert waiting.is_alive()
+        released.set()
+        waiting.join(10)
+        assert store.head() == other.head() > 1
