@@ -60,6 +60,8 @@ soak: $(dev)
 
 bench: $(dev)
 	$(python) benchmarks/growth.py
+	$(python) benchmarks/sharing.py
+	$(python) benchmarks/stalls.py
 
 # The sdist, and the wheel that is built from it.
 dist: $(dev)
