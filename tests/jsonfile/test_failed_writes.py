@@ -17,14 +17,18 @@ from taskstore.testing.factories import create, make_put, make_record, update
 
 
 class Failing(Disk):
-    """A disk on which some steps can be made to fail: ``fails`` maps their names to errors."""
+    """A disk on which some steps can be made to fail: ``fails`` maps their names to errors.
+
+    One that is in ``once`` as well fails the first time only.
+    """
 
     def __init__(self) -> None:
         self.fails: dict[str, BaseException] = {}
+        self.once: set[str] = set()
 
     def check(self, step: str) -> None:
         if step in self.fails:
-            raise self.fails[step]
+            raise self.fails.pop(step) if step in self.once else self.fails[step]
 
     def sync_data(self, descriptor: int) -> None:
         self.check("sync_data")
@@ -136,10 +140,9 @@ def test_after_a_failed_sync_an_instance_refuses_writes_until_it_is_reopened(dir
     store = open_(disk=disk)
     task = create(store)
     before = state_of(directory)
-    disk.fails = {"sync_data": EIO}
+    disk.fails, disk.once = {"sync_data": EIO}, {"sync_data"}
     with pytest.raises(StoreUnavailableError, match="reopened") as caught:
         update(store, task)
-    disk.fails = {}
     assert caught.value.__cause__.errno == errno.EIO
     assert without(state_of(directory)) == without(before)
     for work in (
@@ -152,6 +155,34 @@ def test_after_a_failed_sync_an_instance_refuses_writes_until_it_is_reopened(dir
     assert store.load_snapshot().records == {task.task_id: task}
     store.close()
     update(open_(), task)
+
+
+def test_when_taking_a_line_back_is_not_confirmed_the_outcome_is_unknown(directory, open_):
+    disk = Failing()
+    store = open_(disk=disk)
+    task = create(store)
+    before = state_of(directory)
+    disk.fails = {"sync_data": EIO}
+    with pytest.raises(OutcomeUnknownError):
+        update(store, task)
+    disk.fails = {}
+    # It looks as if it had been taken back, but a power loss may bring it back.
+    assert without(state_of(directory)) == without(before)
+    with pytest.raises(StoreUnavailableError, match="reopened"):
+        update(store, task)
+    update(open_(), task)
+
+
+def test_when_what_others_wrote_cannot_be_synced_an_instance_refuses_writes(open_):
+    disk = Failing()
+    store, other = open_(disk=disk), open_()
+    task = create(store)
+    task = update(other, task)
+    disk.fails, disk.once = {"sync_data": EIO}, {"sync_data"}
+    for _ in range(2):
+        with pytest.raises(StoreUnavailableError):
+            update(store, task)
+    update(other, task)
 
 
 def test_when_a_line_cannot_even_be_taken_back_the_outcome_is_unknown(open_):
@@ -172,7 +203,7 @@ def test_an_interrupted_commit_is_taken_back(directory, open_):
     store = open_(disk=disk)
     task = create(store)
     before = state_of(directory)
-    disk.fails = {"sync_data": KeyboardInterrupt()}
+    disk.fails, disk.once = {"sync_data": KeyboardInterrupt()}, {"sync_data"}
     with pytest.raises(KeyboardInterrupt):
         update(store, task)
     disk.fails = {}

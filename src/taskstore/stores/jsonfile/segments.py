@@ -117,7 +117,7 @@ def prepare_segment(
 def cut_tail(disk: Disk, path: Path, offset: int) -> str:
     """Cut what lies after ``offset``, keeping its bytes; returns the notice about it.
 
-    Only for who holds the write lock.
+    Only for who holds the write lock, and who syncs the segment before writing on.
     """
     with path.open("rb") as file:
         file.seek(offset)
@@ -126,7 +126,6 @@ def cut_tail(disk: Disk, path: Path, offset: int) -> str:
     descriptor = disk.open(path, os.O_WRONLY)
     try:
         disk.truncate(descriptor, offset)
-        disk.sync_file(descriptor)
     finally:
         disk.close(descriptor)
     return (

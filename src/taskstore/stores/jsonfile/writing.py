@@ -228,14 +228,25 @@ class Writer:
         return False
 
     def _open_segment(self, segment: SegmentFile) -> None:
-        if self._descriptor >= 0:
-            if os.fstat(self._descriptor).st_ino == segment.inode:
-                return
+        if self._descriptor >= 0 and os.fstat(self._descriptor).st_ino != segment.inode:
             self._close_segment()
-        self._descriptor = self.disk.open(segment.path, os.O_RDWR)
-        if self._sync:
-            # A writer may have died between writing and syncing.
+        if self._descriptor < 0:
+            self._descriptor = self.disk.open(segment.path, os.O_RDWR)
+        if not self._sync:
+            return
+        try:
+            # A writer may have died between writing and syncing.  With a line of
+            # ours behind it, nobody would tolerate that its line is torn.
             self.disk.sync_data(self._descriptor)
+        except OSError as error:
+            self._refusal = self._refuses("syncing what others wrote", error)
+            raise
+
+    def _refuses(self, what: str, error: BaseException) -> str:
+        return (
+            f"the store {self.directory} refuses writes until it is reopened: "
+            f"{what} failed: {error}"
+        )
 
     def _close_segment(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
@@ -291,24 +302,24 @@ class Writer:
             if self._sync:
                 self.disk.sync_data(self._descriptor)
         except BaseException as error:
-            self._take_back(error, syncing=written and isinstance(error, OSError))
+            self._take_back(error, written=written)
             raise
 
-    def _take_back(self, error: BaseException, *, syncing: bool) -> None:
+    def _take_back(self, error: BaseException, *, written: bool) -> None:
         """Truncate a line that failed; refuse further writes if what is on disk is unknown."""
-        refusal = (
-            f"the store {self.directory} refuses writes until it is reopened: "
-            f"{'syncing' if syncing else 'taking back'} a commit failed: {error}"
-        )
+        syncing = written and isinstance(error, OSError)
+        refusal = self._refuses("syncing" if syncing else "taking back", error)
         try:
             self.disk.truncate(self._descriptor, self.place.offset)
+            if self._sync:
+                # Or a power loss could bring it back, or mix it with the next line.
+                self.disk.sync_data(self._descriptor)
             self._lock.settle()  # somebody may have read it without the lock
             self._generation = self._lock.generation
         except OSError:
             self._refusal = refusal
-            if syncing:
-                raise OutcomeUnknownError(refusal, hint="close it and open it again") from error
-            raise StoreUnavailableError(refusal, hint="close it and open it again") from error
+            kind = OutcomeUnknownError if written else StoreUnavailableError
+            raise kind(refusal, hint="close it and open it again") from error
         if syncing:
             self._refusal = refusal
             raise StoreUnavailableError(refusal, hint="close it and open it again") from error
@@ -320,10 +331,7 @@ class Writer:
             yield
         except BaseException as error:
             self.index = None
-            self._refusal = (
-                f"the store {self.directory} refuses writes until it is reopened: "
-                f"{what} failed: {error}"
-            )
+            self._refusal = self._refuses(what, error)
             if isinstance(error, OSError):
                 raise OutcomeUnknownError(
                     self._refusal, hint="close it and open it again"
