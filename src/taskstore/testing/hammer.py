@@ -17,13 +17,14 @@ Prints what was measured, in milliseconds; exit status 1 when a promise is broke
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from typing import Any, cast
+from functools import partial
+from typing import IO, Any, cast
 
 import msgspec
 from msgspec import Struct
@@ -33,6 +34,7 @@ from taskstore.errors import TaskStoreError
 from taskstore.registry import TaskRegistry
 from taskstore.testing.account import Change, problems_of
 from taskstore.testing.base import FullStore
+from taskstore.testing.processes import Child, Report
 from taskstore.testing.threads import run_together
 
 RATIO = 50
@@ -107,38 +109,39 @@ def percentile(times: Sequence[float], share: float) -> float:
 
 
 class Process:
-    """One process with a registry of its own, which does as it is told."""
+    """A forked process with a registry of its own, which does as it is told."""
 
-    def __init__(self, url: str, name: str, task_ids: Sequence[str], threads: int) -> None:
-        self._process = subprocess.Popen(  # noqa: S603 (our own interpreter and module)
-            [
-                *(sys.executable, "-m", "taskstore.testing.hammer", url, "--work", name),
-                *("--threads", str(threads), "--on", *task_ids),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
+    def __init__(
+        self, work: Callable[[IO[bytes], Report], None], others: Sequence[Process]
+    ) -> None:
+        reading, self._orders = os.pipe()
+
+        def begin(report: Report) -> None:
+            # An end that a sibling keeps open would never be found closed.
+            for end in (self._orders, *(other._orders for other in others)):  # noqa: SLF001
+                os.close(end)
+            with os.fdopen(reading, "rb") as orders:
+                work(orders, report)
+
+        self._child = Child(begin)
+        os.close(reading)
 
     def tell(self, turns: int) -> None:
         """Let it begin."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(Order(turns)) + b"\n")
-        self._process.stdin.flush()
+        os.write(self._orders, msgspec.json.encode(Order(turns)) + b"\n")
 
     def hear(self) -> Told:
         """Wait until it has done what it was told."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._child.line()
         if not line:
-            raise RuntimeError(f"a process ended with status {self._process.wait()}")
+            self._child.finish()
+            raise AssertionError("a process ended before it was told to")
         return msgspec.json.decode(line, type=Told)
 
     def end(self) -> None:
         """Let it close its registry, and wait for that."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with self._process, closing(self._process.stdout):
-            self._process.stdin.close()
+        os.close(self._orders)
+        self._child.finish()
 
 
 def hammer(
@@ -193,9 +196,10 @@ def crew(
 ) -> Iterator[list[Process]]:
     """Processes that have opened the ledger and wait to be told."""
     with ExitStack() as stack:
-        workers = []
+        workers: list[Process] = []
         for number in range(processes):
-            workers.append(Process(url, f"p{number}", task_ids, threads))
+            job = partial(work, url, f"p{number}", task_ids, threads)
+            workers.append(Process(job, workers))
             stack.callback(workers[-1].end)
         for worker in workers:
             worker.hear()
@@ -220,12 +224,23 @@ def _account(
 # -- in the processes -------------------------------------------------------
 
 
-def work(url: str, name: str, task_ids: Sequence[str], threads: int) -> None:
+def work(
+    url: str,
+    name: str,
+    task_ids: Sequence[str],
+    threads: int,
+    orders: IO[bytes],
+    report: Report,
+) -> None:
     """Open the ledger and do as told, until nothing more comes."""
     done = [0] * threads
+
+    def say(told: Told) -> None:
+        report(msgspec.json.encode(told).decode())
+
     with TaskRegistry.open(url) as registry:
-        _say(Told())
-        for line in sys.stdin.buffer:
+        say(Told())
+        for line in orders:
             order, told = msgspec.json.decode(line, type=Order), Told()
             jobs = [
                 _job(registry, f"{name}t{number}", task_ids, order.turns, done, number, told)
@@ -238,7 +253,7 @@ def work(url: str, name: str, task_ids: Sequence[str], threads: int) -> None:
             if not order.turns:
                 registry.refresh()
                 told.revisions = {task_id: registry.get(task_id).revision for task_id in task_ids}
-            _say(told)
+            say(told)
 
 
 def _job(
@@ -273,11 +288,6 @@ def _job(
     return run
 
 
-def _say(told: Told) -> None:
-    sys.stdout.buffer.write(msgspec.json.encode(told) + b"\n")
-    sys.stdout.buffer.flush()
-
-
 # -- the command ------------------------------------------------------------
 
 
@@ -305,12 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tasks", type=int, default=5)
     parser.add_argument("--changes", type=int, default=500, help="of each process")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--work", help=argparse.SUPPRESS)
-    parser.add_argument("--on", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.work is not None:
-        work(options.url, options.work, options.on, options.threads)
-        return 0
     result = hammer(
         options.url,
         processes=options.processes,
