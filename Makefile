@@ -62,6 +62,7 @@ bench: $(dev)
 	$(python) benchmarks/growth.py
 	$(python) benchmarks/sharing.py
 	$(python) benchmarks/stalls.py
+	$(python) benchmarks/contention.py
 
 # The sdist, and the wheel that is built from it.
 dist: $(dev)
