@@ -27,9 +27,11 @@ from taskstore.errors import (
 from taskstore.hooks import Deleted, Event, Hook, Restored, Upserted
 from taskstore.journal import (
     Change,
+    ChangeSet,
     Commit,
     EntryKind,
     JournalEntry,
+    Position,
     Put,
     Remove,
     SetAside,
@@ -66,6 +68,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendNotFoundError",
     "Change",
+    "ChangeSet",
     "Commit",
     "CompactionPolicy",
     "CompactionReport",
@@ -85,6 +88,7 @@ __all__ = [
     "NotifyPolicy",
     "OutcomeUnknownError",
     "Page",
+    "Position",
     "Put",
     "ReadOnlyError",
     "Remove",

@@ -33,19 +33,23 @@ from taskstore.backends import default_url, open_store
 from taskstore.clock import Clock
 from taskstore.committer import Batch, Committer
 from taskstore.errors import StoreClosedError
+from taskstore.following import Follower
 from taskstore.groupcommit import Operation, Request
 from taskstore.hooks import Hook, Hooks
 from taskstore.journal import JournalEntry, Snapshot
 from taskstore.mirror import Lookups
 from taskstore.news import News
 from taskstore.reader import LedgerReader
-from taskstore.records import TaskRecord, check_int, check_key
+from taskstore.records import TaskRecord, check_key
 from taskstore.runs import RunScope
 from taskstore.store import TaskRegistryStore
 from taskstore.verbs import Verbs
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+LOOK_S = 2.0
+"""How often a follower that hears nothing looks at the journal itself, in seconds."""
 
 _batches: ContextVar[Mapping[int, Batch]] = ContextVar("taskstore-batches")
 """The batches that the current asyncio task is in, by the id of their registry."""
@@ -134,6 +138,7 @@ class AsyncTaskRegistry(LedgerReader):
         self._committer = Committer(store, self._mirror, self._hooks)
         self._operations = _Operations(store)
         self._owns_store = False
+        self._follower: Follower | None = None
         self._loop = asyncio.get_running_loop()
         self._settled: deque[asyncio.Future[None]] = deque()
         self._woken = False
@@ -242,26 +247,30 @@ class AsyncTaskRegistry(LedgerReader):
         return self._mirror.seq
 
     async def changes(
-        self, after: int = 0, wait: float | None = None
+        self, after: int | str = 0, wait: float | None = None
     ) -> AsyncIterator[JournalEntry]:
-        """Iterate the journal entries after seq ``after``, in order, and end.
+        """Iterate the journal entries after a seq, or an entry's ``cursor``, and end.
 
         With ``wait`` it goes on until none has come for so many seconds.
         Errors as in :meth:`taskstore.TaskRegistry.changes`, at the first step.
         """
         self._check_open()
         journal = history.journal_of(self._store, "changes")
-        check_int("after", after)
+        tail = history.Tail(journal, self._cursor(after))
         history.check_wait(wait)
+        deadline = self._loop.time() + (wait or 0)
         while True:
             self._check_open()
-            while entries := await self._in_thread(
-                journal.read_journal, after, history.PAGE_ENTRIES
-            ):
+            while entries := await self._in_thread(tail.page):
                 for entry in entries:
                     yield entry
-                after = entries[-1].seq
-            if wait is None or not await self._news.wait_for(journal, after, wait):
+                deadline = self._loop.time() + (wait or 0)
+            left = max(0.0, deadline - self._loop.time())
+            # Now and then it looks whether it is still the same journal.
+            if wait is None or (
+                not await self._news.wait_for(journal, tail.position.seq, min(left, LOOK_S))
+                and left <= LOOK_S
+            ):
                 return
 
     async def history(self, task_id: str) -> Sequence[JournalEntry]:
@@ -275,6 +284,17 @@ class AsyncTaskRegistry(LedgerReader):
         self._check_open()
         return await self._in_thread(history.as_of, self._store, moment)
 
+    def follow(self) -> Follower:
+        """Keep up with other processes: see :meth:`taskstore.TaskRegistry.follow`.
+
+        Hooks hear of what others commit in the thread that follows.
+        """
+        self._check_open()
+        if self._follower is None or not self._follower.alive:
+            journal = history.journal_of(self._store, "follow")
+            self._follower = Follower(journal, lambda: self._mirror.seq, self._committer.refresh)
+        return self._follower
+
     # -- the end ------------------------------------------------------------------
 
     async def close(self) -> None:
@@ -284,9 +304,14 @@ class AsyncTaskRegistry(LedgerReader):
             return
         self._closed = True
         self._news.close(StoreClosedError(f"the registry over {self._store.location} is closed"))
+        follower, self._follower = self._follower, None
+        if follower is not None:
+            follower.ask_to_stop()
         await self._in_thread(self._committer.close)
         if self._owns_store:
             await self._in_thread(self._store.close)
+        if follower is not None:
+            await self._in_thread(follower.stop)
         self._threads.shutdown(wait=False)
         self._hook_thread.shutdown(wait=False)
 

@@ -26,9 +26,14 @@ from taskstore.errors import (
 )
 from taskstore.groupcommit import CommitQueue, Operation, Request
 from taskstore.hooks import Event, Hooks, Restored
-from taskstore.journal import Change, Commit, JournalEntry, entries_of
+from taskstore.journal import Change, ChangeSet, Commit, JournalEntry, entries_of
 from taskstore.mirror import Lookups, Mirror, Staging
-from taskstore.store import SupportsExclusive, SupportsJournal, TaskRegistryStore
+from taskstore.store import (
+    SupportsExclusive,
+    SupportsJournal,
+    TaskRegistryStore,
+    entries_beyond,
+)
 
 logger = logging.getLogger("taskstore")
 
@@ -139,7 +144,7 @@ class Committer:
                     return alone
                 self._look_out(news, staging.changes)
                 try:
-                    commit = self._store.apply(staging.changes)
+                    commit = self._store.apply(self._made_over_memory(staging.changes))
                 except ConflictError:
                     pass
                 except OutcomeUnknownError:
@@ -196,7 +201,7 @@ class Committer:
                     return result
                 self._look_out(news, staging.changes)
                 try:
-                    commit = self._store.apply(staging.changes)
+                    commit = self._store.apply(self._made_over_memory(staging.changes))
                 except ConflictError as error:
                     conflict = error
                 except OutcomeUnknownError:
@@ -230,6 +235,10 @@ class Committer:
                 yield news
         else:
             yield news
+
+    def _made_over_memory(self, changes: Sequence[Change]) -> ChangeSet:
+        """The changes, and what they were worked out from."""
+        return ChangeSet(changes, self._mirror.position)
 
     def _look_out(self, news: set[str], changes: Sequence[Change]) -> None:
         """Go on keeping others out if that has just prevented a conflict."""
@@ -283,7 +292,7 @@ class Committer:
             return
         try:
             while gap > 0:
-                entries = store.read_journal(self._mirror.seq, min(gap, PAGE_ENTRIES))
+                entries = entries_beyond(store, self._mirror.position, min(gap, PAGE_ENTRIES))
                 if not entries:
                     self._load()
                     return
@@ -293,11 +302,12 @@ class Committer:
             self._load()
 
     def _catch_up(self, store: SupportsJournal) -> bool:
-        """Mirror everything that is in the journal and not in memory."""
+        """Mirror everything that is in the journal and not in memory.
+
+        When the journal does not hold what was mirrored last, or no longer, it
+        is loaded anew: going on from there would mix two histories.
+        """
         try:
-            if self._diverged(store):
-                self._load()
-                return True
             return bool(self._read_on(store))
         except CursorExpiredError:
             self._load()
@@ -306,22 +316,10 @@ class Committer:
     def _read_on(self, store: SupportsJournal) -> set[str]:
         """Mirror what comes after memory in the journal; returns which tasks that concerns."""
         news = set[str]()
-        while entries := store.read_journal(self._mirror.seq, PAGE_ENTRIES):
+        while entries := entries_beyond(store, self._mirror.position, PAGE_ENTRIES):
             self._mirror_entries(entries, local=False)
             news.update(entry.task_id for entry in entries)
         return news
-
-    def _diverged(self, store: SupportsJournal) -> bool:
-        """Whether the store no longer holds the last entry that was mirrored.
-
-        A backup was restored, or a standby took over without the last
-        commits: going on from there would mix two histories.
-        """
-        seq, commit_id = self._mirror.seq, self._mirror.commit_id
-        if not seq or seq < store.floor():
-            return False
-        entries = store.read_journal(seq - 1, 1)
-        return not entries or bool(commit_id and entries[0].commit_id != commit_id)
 
     def _mirror_entries(self, entries: Sequence[JournalEntry], *, local: bool) -> None:
         events: list[Event] = []

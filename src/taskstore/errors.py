@@ -214,14 +214,21 @@ class BackendNotFoundError(TaskStoreError):
 
 
 class CursorExpiredError(TaskStoreError):
-    """The journal no longer reaches back to this position.
+    """The journal no longer reaches back to this position, or never held it.
 
     ``after`` is the seq that was asked for, ``floor`` the first seq kept.
+    ``replaced`` tells that the position is of another history: a backup was
+    restored, or a standby took over without the last commits.
     """
 
-    def __init__(self, after: int, floor: int) -> None:
+    def __init__(self, after: int, floor: int, *, replaced: bool = False) -> None:
+        self.replaced = replaced
         super().__init__(
-            f"the journal begins at seq {floor}: what came after seq {after} is no longer complete",
+            f"the journal does not hold what was at seq {after}: a backup was restored, "
+            "or a standby took over without the last commits"
+            if replaced
+            else f"the journal begins at seq {floor}: "
+            f"what came after seq {after} is no longer complete",
             hint="load the current records and continue from their seq",
         )
         self.after = after

@@ -12,9 +12,14 @@ from datetime import datetime
 from itertools import takewhile
 
 from taskstore.errors import CursorExpiredError, UnsupportedError, ValidationError
-from taskstore.journal import JournalEntry, Snapshot, fold
+from taskstore.journal import JournalEntry, Position, Snapshot, fold
 from taskstore.records import check_int
-from taskstore.store import SupportsHistory, SupportsJournal, TaskRegistryStore
+from taskstore.store import (
+    SupportsHistory,
+    SupportsJournal,
+    TaskRegistryStore,
+    entries_beyond,
+)
 
 PAGE_ENTRIES = 1000
 """How many journal entries are read at a time."""
@@ -43,23 +48,45 @@ def entries_after(store: SupportsJournal, after: int) -> Iterator[JournalEntry]:
         after = entries[-1].seq
 
 
+class Tail:
+    """Reads a journal onward from a cursor, and notices when its history is another.
+
+    ``after`` is a seq or the ``cursor`` of an entry.  Raises
+    :class:`CursorExpiredError` for what is no longer complete, and for a
+    position that the journal does not hold: nothing is skipped in silence.
+    """
+
+    def __init__(self, journal: SupportsJournal, after: int | str | Position) -> None:
+        self._journal = journal
+        self.position = Position.of(after)
+
+    def check(self) -> None:
+        """Raise :class:`CursorExpiredError` unless there is a way on from here."""
+        entries_beyond(self._journal, self.position, 0)
+
+    def page(self) -> Sequence[JournalEntry]:
+        """The next entries that are there, none if it is at the end."""
+        entries = entries_beyond(self._journal, self.position, PAGE_ENTRIES)
+        if entries:
+            self.position = Position(entries[-1].seq, entries[-1].commit_id)
+        return entries
+
+
 def changes(
     store: TaskRegistryStore,
-    after: int,
+    after: int | str | Position,
     wait: float | None,
     check: Callable[[], object] = lambda: None,
 ) -> Iterator[JournalEntry]:
-    """Yield the entries after a seq; with ``wait``, go on until none came for so many seconds.
+    """Yield the entries after a cursor; with ``wait``, go on until none came for so many seconds.
 
     ``check`` is called now and then, to raise when it is time to give up.
     """
     journal = journal_of(store, "changes")
-    check_int("after", after)
+    tail = Tail(journal, after)
     check_wait(wait)
-    floor = journal.floor()
-    if after < floor - 1:
-        raise CursorExpiredError(after, floor)
-    return _follow(journal, after, wait, check)
+    tail.check()
+    return _follow(journal, tail, wait, check)
 
 
 def check_wait(wait: object) -> None:
@@ -71,19 +98,20 @@ def check_wait(wait: object) -> None:
 
 
 def _follow(
-    journal: SupportsJournal, after: int, wait: float | None, check: Callable[[], object]
+    journal: SupportsJournal, tail: Tail, wait: float | None, check: Callable[[], object]
 ) -> Iterator[JournalEntry]:
     deadline = time.monotonic() + (wait or 0)
     while True:
         check()
-        for entry in entries_after(journal, after):
-            yield entry
-            check()
-            after = entry.seq
+        while entries := tail.page():
+            for entry in entries:
+                yield entry
+                check()
             deadline = time.monotonic() + (wait or 0)
         left = max(0.0, deadline - time.monotonic())
         if wait is None or (
-            not journal.wait_for(after, min(left, WAIT_SLICE_S)) and left <= WAIT_SLICE_S
+            not journal.wait_for(tail.position.seq, min(left, WAIT_SLICE_S))
+            and left <= WAIT_SLICE_S
         ):
             return
 

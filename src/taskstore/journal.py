@@ -10,16 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from types import MappingProxyType
+from typing import NamedTuple, Self
 
 from msgspec import Struct
 from msgspec.structs import force_setattr
 
 from taskstore.errors import Conflict, ConflictError, CorruptStoreError, ValidationError
 from taskstore.records import (
+    KEY_BYTES,
     TaskRecord,
     TaskStatus,
     check_int,
     check_key,
+    check_text,
     validated,
     validated_change,
 )
@@ -89,6 +92,53 @@ Change = Put | Remove
 """What a caller asks a store for."""
 
 
+class Position(NamedTuple):
+    """A place in one history: right after the entry ``seq``, which is of ``commit_id``.
+
+    The id tells this history from another that has the same seqs: that of a
+    backup which was restored, or of a standby which took over without the
+    last commits.  It is empty where it is not known.
+    """
+
+    seq: int
+    commit_id: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.seq}:{self.commit_id}"
+
+    @classmethod
+    def of(cls, cursor: object) -> Self:
+        """The position that a seq or the text of a position (a cursor) names.
+
+        Raises :class:`ValidationError` for anything else.
+        """
+        if isinstance(cursor, Position):
+            return cls(*cursor)
+        if not isinstance(cursor, str):
+            return cls(check_int("after", cursor))
+        seq, _, commit_id = check_text("after", cursor, KEY_BYTES).partition(":")
+        if not (seq.isascii() and seq.isdecimal()):
+            raise ValidationError("after", f"must be a seq or a cursor, not {cursor!r}")
+        return cls(check_int("after", int(seq)), commit_id)
+
+
+class ChangeSet(tuple[Change, ...]):  # noqa: SLOT001 (a tuple cannot have any)
+    """Changes that were worked out from what stood at a position, ``over``.
+
+    :meth:`~taskstore.TaskRegistryStore.apply` takes it as any sequence of
+    changes.  A store that knows its commits refuses it when its history does
+    not hold that position: the same revision may be another record there.
+    """
+
+    over: Position
+
+    def __new__(cls, changes: Iterable[Change], over: Position) -> Self:
+        """A tuple of ``changes`` that remembers ``over``."""
+        made = super().__new__(cls, changes)
+        made.over = over
+        return made
+
+
 class Commit(Struct, frozen=True):
     """What a store committed: the seqs of the first and last change, and when.
 
@@ -133,6 +183,11 @@ class JournalEntry(Struct, frozen=True, gc=False):
     record: TaskRecord | None
     commit_id: str = ""
     set_aside: SetAside | None = None
+
+    @property
+    def cursor(self) -> str:
+        """Where this entry ends, for ``changes(after=…)``: unlike a seq it knows its history."""
+        return str(Position(self.seq, self.commit_id))
 
 
 _EMPTY: Mapping[str, TaskRecord] = MappingProxyType({})

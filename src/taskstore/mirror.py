@@ -17,7 +17,7 @@ from typing import Any
 from taskstore.errors import Conflict, ConflictError, TaskNotFound
 from taskstore.hooks import Deleted, Event, Upserted
 from taskstore.indexes import INDEXED, Booking, Indexes, Key, booking_of
-from taskstore.journal import Change, JournalEntry, Put, Remove, Snapshot, put_over
+from taskstore.journal import Change, JournalEntry, Position, Put, Remove, Snapshot, put_over
 from taskstore.lifecycle import next_revision
 from taskstore.query import SESSION_KEY, Page, Summary, TaskQuery, page_of
 from taskstore.records import ACTIVE_STATUSES, TaskRecord
@@ -118,6 +118,11 @@ class Mirror(Lookups):
             self.seq = snapshot.seq
             self.commit_id = ""
         before.dismantle()
+
+    @property
+    def position(self) -> Position:
+        """The last commit that was mirrored."""
+        return Position(self.seq, self.commit_id)
 
     def get(self, task_id: str) -> TaskRecord | None:
         """Return the record of an id, or ``None``."""

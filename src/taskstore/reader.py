@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from taskstore.errors import StoreClosedError, ValidationError
+from taskstore.journal import Position
 from taskstore.mirror import Lookups, Mirror
 from taskstore.query import Page, Summary, TaskQuery
 from taskstore.records import ACTIVE_STATUSES, KEY_BYTES, TaskRecord, check_key, check_text
@@ -79,6 +80,11 @@ class LedgerReader(ABC):
     def summary(self) -> Summary:
         """Return how many tasks there are, by status and by runtime."""
         return self._read(lambda records: records.summary())
+
+    def _cursor(self, after: int | str) -> int | str | Position:
+        """The same cursor, with the history to it where it is the seq that memory is at."""
+        position = self._mirror.position
+        return position if after == position.seq else after
 
     @abstractmethod
     def _records(self) -> Lookups:

@@ -13,6 +13,7 @@ from taskstore import history
 from taskstore.backends import default_url, open_store
 from taskstore.clock import Clock
 from taskstore.committer import Batch, Committer
+from taskstore.following import Follower
 from taskstore.groupcommit import Operation
 from taskstore.hooks import Hook, Hooks
 from taskstore.journal import JournalEntry, Snapshot
@@ -50,6 +51,7 @@ class TaskRegistry(LedgerReader, Verbs):
         self._hooks = Hooks(hooks)
         self._local = threading.local()
         self._owns_store = False
+        self._follower: Follower | None = None
         self._committer = Committer(store, self._mirror, self._hooks)
         self._committer.load()
 
@@ -118,15 +120,18 @@ class TaskRegistry(LedgerReader, Verbs):
 
     # -- the journal --------------------------------------------------------
 
-    def changes(self, after: int = 0, wait: float | None = None) -> Iterator[JournalEntry]:
-        """Iterate the journal entries after seq ``after``, in order, and end.
+    def changes(self, after: int | str = 0, wait: float | None = None) -> Iterator[JournalEntry]:
+        """Iterate the journal entries after a seq, or an entry's ``cursor``, and end.
 
         With ``wait`` it goes on until none has come for so many seconds.
         Raises :class:`CursorExpiredError` for entries that are no longer
-        kept, :class:`UnsupportedError` for a store without a journal.
+        kept, also while it follows, and for a position that the journal does
+        not hold: keep a ``cursor`` rather than a seq across restarts, because
+        it knows its history when a backup is restored.
+        :class:`UnsupportedError` for a store without a journal.
         """
         self._check_open()
-        return history.changes(self._store, after, wait, self._check_open)
+        return history.changes(self._store, self._cursor(after), wait, self._check_open)
 
     def history(self, task_id: str) -> Sequence[JournalEntry]:
         """Return a task's journal entries while they are kept, oldest first.
@@ -165,13 +170,33 @@ class TaskRegistry(LedgerReader, Verbs):
             self._local.batch = outer
         return self._mirror.seq
 
+    def follow(self) -> Follower:
+        """Keep up with other processes from a thread in the background.
+
+        What they commit reaches memory, and the hooks with ``local`` false,
+        as soon as the store tells of it.  It ends with ``stop()`` of what is
+        returned (also a context manager), or when the registry is closed; a
+        second call gives the one that follows already.  Raises
+        :class:`UnsupportedError` for a store without a journal.
+        """
+        self._check_open()
+        if self._follower is None or not self._follower.alive:
+            journal = history.journal_of(self._store, "follow")
+            self._follower = Follower(journal, lambda: self._mirror.seq, self._committer.refresh)
+        return self._follower
+
     def close(self) -> None:
         """Close the registry, and the store if :meth:`open` made it.  Twice is fine."""
         if not self._closed:
             self._closed = True
+            follower, self._follower = self._follower, None
+            if follower is not None:
+                follower.ask_to_stop()
             self._committer.close()
             if self._owns_store:
                 self._store.close()
+            if follower is not None:
+                follower.stop()
 
     def __enter__(self) -> Self:
         return self

@@ -24,13 +24,16 @@ from taskstore.clock import Clock, system_clock
 from taskstore.errors import (
     Conflict,
     ConflictError,
+    CursorExpiredError,
     ReadOnlyError,
     StoreClosedError,
 )
 from taskstore.journal import (
     Change,
+    ChangeSet,
     Commit,
     JournalEntry,
+    Position,
     SetAside,
     Snapshot,
     Step,
@@ -127,6 +130,10 @@ class TaskRegistryStore(ABC):
         :class:`~taskstore.ConflictError` names every task in the way and
         nothing is written, not even a seq.  Durable when it returns [4].
         A batch is validated first: :class:`~taskstore.ValidationError`.
+
+        ``changes`` may be a :class:`~taskstore.ChangeSet`: a store that keeps
+        commit ids then raises :class:`~taskstore.ConflictError` when its journal
+        does not hold the commit over which they were worked out.
 
         Note for implementers: this default loads and saves everything, which
         is right but slow, and safe for one process only.
@@ -273,6 +280,48 @@ class SupportsIntegrity(Protocol):
         """Check contiguity, checksums, revisions, and that folding the journal
         gives the records [5].  Reads only; memory may grow with the ledger."""
         ...
+
+
+def entries_beyond(
+    journal: SupportsJournal, position: Position, limit: int
+) -> Sequence[JournalEntry]:
+    """Return the entries after a position of this history, at most ``limit``.
+
+    Raises :class:`~taskstore.CursorExpiredError` when they are no longer
+    complete, or when the journal holds another commit there, or none yet.
+    A position whose own entry was trimmed, and nothing more, is believed.
+    """
+    seq, commit_id = position
+    if not seq:
+        return journal.read_journal(0, limit)
+    try:
+        entries = journal.read_journal(seq - 1, limit + 1)
+    except CursorExpiredError:
+        return journal.read_journal(seq, limit)
+    if not entries or (commit_id and entries[0].commit_id != commit_id):
+        raise CursorExpiredError(seq, journal.floor(), replaced=True)
+    return entries[1:]
+
+
+def check_history(journal: SupportsJournal, changes: Sequence[Change]) -> None:
+    """Raise :class:`~taskstore.ConflictError` for a :class:`ChangeSet` over another history.
+
+    A store calls it under its lock, unless it has a faster way.
+    """
+    if isinstance(changes, ChangeSet) and changes.over.seq:
+        try:
+            entries_beyond(journal, changes.over, 0)
+        except CursorExpiredError as error:
+            raise other_history(changes.over) from error
+
+
+def other_history(position: Position) -> ConflictError:
+    """The error of changes over a position that the journal does not hold."""
+    return ConflictError(
+        [],
+        f"the journal does not hold the commit at seq {position.seq} over which this was made: "
+        "a backup was restored, a standby took over, or the journal was trimmed since",
+    )
 
 
 def check_steps(steps: Sequence[Step], stored: Snapshot) -> None:

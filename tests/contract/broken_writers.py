@@ -36,6 +36,23 @@ class LetsOthersInMeanwhile(Broken):
 # -- apply ------------------------------------------------------------------
 
 
+class TrustsAnyHistory(Broken):
+    """Does not look over which commit the changes were made."""
+
+    def apply(self, changes):
+        return super().apply(list(changes))
+
+
+class DistrustsWhatWasTrimmed(Broken):
+    """Wants to see the commit over which the changes were made, always."""
+
+    def apply(self, changes):
+        over = getattr(changes, "over", None)
+        if over is not None and over.seq and over.seq < self.floor():
+            raise ConflictError([], "not to be seen")
+        return super().apply(changes)
+
+
 class AcknowledgesBeforeItIsThere(Broken):
     """Keeps the last commit for itself until the next one comes."""
 

@@ -106,6 +106,8 @@ CAUGHT = [
     (readers.FindsFaultWithAGoodLedger, "a_good_ledger_is_whole"),
     (readers.CountsWrong, "a_good_ledger_is_whole"),
     (readers.VerifiesByWriting, "verifying_changes_nothing"),
+    (writers.TrustsAnyHistory, "changes_over_another_history"),
+    (writers.DistrustsWhatWasTrimmed, "changes_over_what_was_trimmed"),
     (writers.LetsOthersInMeanwhile, "others_wait_for_who_keeps_them_out"),
     (writers.LetsOthersInMeanwhile, "who_looks_first_conflicts_with_nobody"),
     (readers.TrimsWhatCameWhileItFolded, "compacting_while_writing"),

@@ -17,7 +17,7 @@ import typer
 from taskstore import history
 from taskstore.cli import ledger, render
 from taskstore.cli.options import AsJson, Token, Url, moment, url_of
-from taskstore.errors import TaskNotFound, ValidationError
+from taskstore.errors import TaskNotFound
 from taskstore.journal import EntryKind, JournalEntry
 from taskstore.query import SESSION_KEY, Page, TaskQuery
 from taskstore.records import TaskRecord, TaskStatus
@@ -292,7 +292,8 @@ def changes(
     after: Annotated[
         str | None,
         typer.Option(
-            metavar="SEQ", help="Only what came after this seq, or after now: head. Default: all."
+            metavar="SEQ|CURSOR",
+            help="Only what came after this seq or cursor, or after now: head. Default: all.",
         ),
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as they come.")] = False,
@@ -320,17 +321,15 @@ def _entries(
 ) -> Iterator[JournalEntry]:
     journal = history.journal_of(store, "changes")
     if after is None:
-        seq = journal.floor() - 1
+        cursor: int | str = journal.floor() - 1
     elif after == "head":
-        seq = journal.head()
-    elif after.isdecimal():
-        seq = int(after)
+        cursor = journal.head()
     else:
-        raise ValidationError("after", f"must be a seq or head, not {after!r}")
+        cursor = after
     while True:
-        for entry in history.changes(store, seq, FOLLOW_S if follow else None):
+        for entry in history.changes(store, cursor, FOLLOW_S if follow else None):
             yield entry
-            seq = entry.seq
+            cursor = entry.cursor
         if not follow:
             return
 
@@ -339,6 +338,7 @@ def _entry_members(entry: JournalEntry) -> dict[str, Any]:
     """A journal entry as a JSON object."""
     members: dict[str, Any] = {
         "seq": entry.seq,
+        "cursor": entry.cursor,
         "at": entry.at,
         "kind": str(entry.kind),
         "task_id": entry.task_id,

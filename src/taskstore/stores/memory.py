@@ -35,7 +35,7 @@ from taskstore.journal import (
 from taskstore.policy import CompactionPolicy, CompactionReport, JournalStats, SnapshotMark
 from taskstore.query import Page, TaskQuery, evaluate
 from taskstore.records import TaskRecord
-from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport
+from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport, check_history
 
 
 class MemoryStorage:
@@ -108,6 +108,7 @@ class MemoryStore(TaskRegistryStore):
         steps = plan(changes)
         storage = self.storage
         with storage.changed:
+            check_history(self, changes)
             self._check(steps)
             first = storage.head + 1
             at = max(self.clock(), storage.last_at)

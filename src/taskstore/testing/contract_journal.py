@@ -12,7 +12,15 @@ from typing import ClassVar
 import pytest
 
 from taskstore.errors import ConflictError, CursorExpiredError, StoreClosedError
-from taskstore.journal import EntryKind, JournalEntry, Put, Remove, Snapshot
+from taskstore.journal import (
+    ChangeSet,
+    EntryKind,
+    JournalEntry,
+    Position,
+    Put,
+    Remove,
+    Snapshot,
+)
 from taskstore.store import SupportsHistory, SupportsJournal
 from taskstore.testing.base import ContractBase, FullStore, Ledger, as_of, journal_of, needs
 from taskstore.testing.factories import (
@@ -83,6 +91,49 @@ class JournalContract(ContractBase):
         named = [commit.commit_id for commit in commits if commit.commit_id]
         assert len(set(named)) == len(named)
         assert len(named) in (0, len(commits)), "a store keeps commit ids always or never"
+
+    def test_changes_over_another_history(self, ledger: Ledger) -> None:
+        """[3] Changes that were made over a commit which the journal does not hold conflict.
+
+        The ledger may be a restored backup, in which the same revision is another record.
+        """
+        first = ledger.store.apply([make_put(), make_put()])
+        last = ledger.store.apply([make_put()])
+        if not last.commit_id:
+            pytest.skip("the store keeps no commit ids")
+        for store in ledger.twice():
+            head = store.head()
+            for over in (
+                Position(last.last_seq, first.commit_id),
+                Position(last.last_seq, "of another history"),
+                Position(first.first_seq, last.commit_id),
+                Position(head + 1, last.commit_id),
+                Position(head + 1000, "of another history"),
+            ):
+                with pytest.raises(ConflictError):
+                    store.apply(ChangeSet([make_put()], over))
+            assert store.head() == head
+            for over in (
+                Position(0),
+                Position(first.first_seq, first.commit_id),
+                Position(first.last_seq, first.commit_id),
+                Position(last.last_seq, last.commit_id),
+                Position(last.last_seq),
+            ):
+                store.apply(ChangeSet([make_put()], over))
+            assert store.head() == head + 5
+
+    def test_changes_over_what_was_trimmed(self, ledger: Ledger) -> None:
+        """[3] Over the last entry before the floor changes apply, over earlier ones not."""
+        seq = 0
+        for store in ledger.twice():
+            store.apply([make_put(), make_put()])
+            seq += 5
+            store.save_snapshot(Snapshot(seq, store.load_snapshot().records))
+            with pytest.raises(ConflictError):
+                store.apply(ChangeSet([make_put()], Position(seq - 1, "whose entry is gone")))
+            commit = store.apply(ChangeSet([make_put()], Position(seq, "whose entry is gone")))
+            assert commit.first_seq == seq + 1
 
     def test_times_never_go_back(self, ledger: Ledger) -> None:
         """[2] The times of the journal are in order, whatever the clock did."""

@@ -269,6 +269,9 @@ class Reader:
             if not raw:
                 break
             entries += (entry_of(item, self.location) for item in raw)
+            for entry in entries[-len(raw) :]:
+                if self.trail.at(entry.seq) not in ("", entry.commit_id):
+                    self.trail.lost(entry.seq, state.head)
             start = entries[-1].seq
         if entries:
             self.trail.saw(start, entries[-1].commit_id)

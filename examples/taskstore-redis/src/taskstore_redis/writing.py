@@ -31,7 +31,8 @@ from taskstore import (
 )
 from taskstore.clock import Clock, new_commit_id
 from taskstore.codec import encode_record
-from taskstore.journal import Step, plan, validated_snapshot
+from taskstore.journal import ChangeSet, Position, Step, plan, validated_snapshot
+from taskstore.store import other_history
 
 from taskstore_redis.layout import CONTENT, FORMAT, facts_of, image_of
 from taskstore_redis.link import AnswerLostError
@@ -61,6 +62,8 @@ class Batch:
     def __init__(self, changes: Sequence[Change]) -> None:
         self.steps = plan(changes)
         self.count = len(changes)
+        over = changes.over if isinstance(changes, ChangeSet) else Position(0)
+        self.over = over if over.commit_id else Position(0)
         self._arguments: list[Any] = []
         last: dict[str, int] = {}
         size = 0
@@ -82,7 +85,8 @@ class Batch:
     def arguments(self, commit_id: str, now: int) -> list[Any]:
         """What the script is called with."""
         ledger = secrets.token_hex(16)
-        return [FORMAT, commit_id, now, ledger, self.count, len(self.steps), *self._arguments]
+        counts = [self.count, len(self.steps)]
+        return [FORMAT, commit_id, now, ledger, *counts, *self.over, *self._arguments]
 
 
 class Writer:
@@ -113,6 +117,8 @@ class Writer:
                 return Commit(first, last, at, commit_id)
             case b"conflict":
                 raise ConflictError(_conflicts(batch.steps, reply[1:]))
+            case b"elsewhere":
+                raise other_history(batch.over)
             case b"damaged":
                 task_id = reply[1].decode("utf-8", "replace")
                 where = f"{self._reader.location}: facts, field {task_id!r}"

@@ -14,6 +14,7 @@ from taskstore.disk import SYSTEM, Disk
 from taskstore.errors import ValidationError
 from taskstore.journal import (
     Change,
+    ChangeSet,
     Commit,
     JournalEntry,
     SetAside,
@@ -23,7 +24,7 @@ from taskstore.journal import (
 )
 from taskstore.policy import CompactionPolicy, CompactionReport
 from taskstore.query import Page, TaskQuery, evaluate
-from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport
+from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport, check_history
 from taskstore.stores.feed import Feed, PollingWatch, Watch
 from taskstore.stores.jsonfile import compaction
 from taskstore.stores.jsonfile.files import translated
@@ -159,6 +160,8 @@ class JSONStore(TaskRegistryStore):
                 writer.enter()
             self._entered_by = 0
             try:
+                if isinstance(changes, ChangeSet) and changes.over != writer.last:
+                    check_history(self, changes)
                 done = writer.commit(steps, len(changes), entries, self.clock)
             finally:
                 writer.leave()

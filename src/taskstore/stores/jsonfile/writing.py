@@ -24,7 +24,7 @@ from taskstore.errors import (
     StoreBusyError,
     StoreUnavailableError,
 )
-from taskstore.journal import Commit, Snapshot, Step
+from taskstore.journal import Commit, Position, Snapshot, Step
 from taskstore.stores.jsonfile.files import (
     COMPACT_LOCK_NAME,
     LOCK_NAME,
@@ -48,6 +48,8 @@ class Writer:
         self.notices: list[str] = []
         self.layout = Layout(directory)
         self.place = Place(1, 0, 0)
+        self.last = Position(0)
+        """The last commit that is known to be in the journal; of seq 0 when none is."""
         self.index: Index | None = None
         self._lock = WriteLock(directory / LOCK_NAME, disk)
         self._sync = sync
@@ -144,14 +146,16 @@ class Writer:
 
     def _follow(self, layout: Layout, *, indexed: bool) -> None:
         """Read what others wrote since the place, to the end, and be there."""
+        last_commit = Position(0)
         if self.index is not None and self._is_there(layout):
-            index, place = self.index, self.place
+            index, place, last_commit = self.index, self.place, self.last
         elif indexed:
             index, place = index_of(layout)
         else:
             index, place = None, layout.start_of(layout.segments[-1])
         walk = Walk(layout, place)
         for found in walk:
+            last_commit = Position(found.line.last, found.line.commit)
             if index is not None:
                 index.replay(found.line)
         last = layout.segments[-1]
@@ -161,6 +165,7 @@ class Writer:
             self.notices.append(cut_tail(self.disk, last.path, walk.place.offset))
         self._open_segment(last)
         self.layout, self.place, self.index = layout, walk.place, index
+        self.last = last_commit
 
     def _found(self) -> Layout:
         """Look through the directory, create or mend the beginning of a segment, clear up."""
@@ -259,6 +264,7 @@ class Writer:
             try:
                 if self.index is None and place.inode:
                     self.index, self.place, self._generation = index, place, None
+                    self.last = Position(0)
             finally:
                 self._mutex.release()
 
@@ -285,6 +291,7 @@ class Writer:
                 end,
                 line[:STAMP_BYTES],
             )
+            self.last = Position(commit.last_seq, commit.commit_id)
         except BaseException:  # an interrupt: it is committed, but half remembered
             self.index = None
             raise

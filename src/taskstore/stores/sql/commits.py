@@ -21,11 +21,12 @@ from taskstore.errors import (
     OutcomeUnknownError,
     SchemaMismatchError,
 )
-from taskstore.journal import Change, Commit, Put, Step, plan
+from taskstore.journal import Change, ChangeSet, Commit, Position, Put, Step, plan
 from taskstore.records import TaskRecord
+from taskstore.store import other_history
 from taskstore.stores.sql.connections import Connections
 from taskstore.stores.sql.errors import Fault
-from taskstore.stores.sql.rows import Head
+from taskstore.stores.sql.rows import Claimed, Head
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.statements import flat, pieces
 from taskstore.stores.sql.tables import SCHEMA_EPOCH, task_journal, tasks, taskstore_head
@@ -129,14 +130,17 @@ def update_row(step: Step, payload: bytes, check: int) -> tuple[Any, ...]:
 def commit(connections: Connections, changes: Sequence[Change], clock: Clock) -> Commit:
     """Commit a batch; see ``TaskRegistryStore.apply`` for what that promises."""
     batch = Batch(changes)
+    over = changes.over if isinstance(changes, ChangeSet) else Position(0)
     database = connections.database
     claimed: list[Commit] = []
 
     def work(session: Session) -> Commit:
         claimed.clear()
-        head, at, floor = claim(connections, session, batch.count, clock())
+        head, at, floor, found = claim(connections, session, batch.count, clock(), over.seq)
         done = Commit(head - batch.count + 1, head, at, batch.commit_id)
         claimed.append(done)
+        if not _holds(over, floor, found):
+            raise other_history(over)
         try:
             _write(connections, session, batch, floor)
         except database.translator.errors as error:
@@ -171,13 +175,25 @@ def commit(connections: Connections, changes: Sequence[Change], clock: Clock) ->
     raise ConflictError([Conflict(step.task_id, step.base, step.base) for step in batch.steps])
 
 
-def claim(connections: Connections, session: Session, count: int, now: int) -> tuple[int, int, int]:
-    """Take ``count`` seqs and the head lock: (head, last_at, floor) afterwards.
+def _holds(over: Position, floor: int, found: str | None) -> bool:
+    """Whether the journal holds the position over which changes were made.
+
+    Of one whose entry was trimmed, and nothing after it, that is believed.
+    """
+    if found is None:
+        return over.seq in (0, floor - 1)
+    return not over.commit_id or over.commit_id == found
+
+
+def claim(
+    connections: Connections, session: Session, count: int, now: int, over: int = 0
+) -> Claimed:
+    """Take ``count`` seqs and the head lock, and look which commit is at seq ``over``.
 
     Raises :class:`~taskstore.SchemaMismatchError` when a newer version of
     taskstore has made the schema one that we may not write any more.
     """
-    claimed = connections.database.claim(session, count, now)
+    claimed = connections.database.claim(session, count, now, over)
     if claimed is not None:
         return claimed
     row = session.row(connections.database.sql.head)

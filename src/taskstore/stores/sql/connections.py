@@ -24,6 +24,7 @@ from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.errors import GONE, Fault
 from taskstore.stores.sql.patience import RECONNECT_S, Outage, Trouble
 from taskstore.stores.sql.rivals import Rivals
+from taskstore.stores.sql.rows import Head
 from taskstore.stores.sql.session import Session
 
 _T = TypeVar("_T")
@@ -140,7 +141,7 @@ class Connections:
     def _rivals(self) -> Rivals:
         database = self.database
         return Rivals(
-            lambda: self._glance(lambda session: int(session.row(database.sql.claimed)[0])),
+            lambda: self._glance(lambda session: Head(*session.row(database.sql.head)).head_seq),
             lambda: self._glance(database.holders),
         )
 

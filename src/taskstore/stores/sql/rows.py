@@ -39,6 +39,19 @@ class Head(NamedTuple):
     lease_until: int | None
 
 
+class Claimed(NamedTuple):
+    """The head row after seqs were claimed, and which commit was asked about.
+
+    ``over`` is the id of the commit at the seq that was asked for, ``None`` if
+    there is none.
+    """
+
+    head_seq: int
+    last_at: int
+    floor: int
+    over: str | None
+
+
 class Mark(NamedTuple):
     """A row of ``task_snapshots``, in order of its columns."""
 

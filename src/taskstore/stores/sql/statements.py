@@ -95,36 +95,34 @@ class Statements:
 
     @cached_property
     def claim(self) -> str:
-        """Take ``count`` seqs; nothing is updated when the schema epoch is too high."""
-        return self._compile(self._claim(), "count", "now", "now", "epoch")
+        """Take ``count`` seqs, giving (head_seq, last_at, floor) as they are afterwards and
+        the id of the commit at seq ``over``.
 
-    @cached_property
-    def claim_returning(self) -> str:
-        """:attr:`claim`, giving (head_seq, last_at, floor) as they are afterwards."""
-        head = taskstore_head.c
-        return self._compile(
-            self._claim().returning(head.head_seq, head.last_at, head.floor),
-            "count",
-            "now",
-            "now",
-            "epoch",
-        )
+        Nothing is updated and given when the schema epoch is too high.
+        """
+        return self._claim_giving()
 
-    @cached_property
-    def claimed(self) -> str:
-        """Read (head_seq, last_at, floor)."""
+    def _claim_giving(self, *more: sa.ColumnElement[Any]) -> str:
         head = taskstore_head.c
-        return self._compile(
-            sa.select(head.head_seq, head.last_at, head.floor).where(
-                head.id == sa.literal_column("1")
-            )
-        )
+        over = _commit_id_at("over").scalar_subquery()
+        given = self._claim().returning(head.head_seq, head.last_at, head.floor, over, *more)
+        return self._compile(given, "count", "now", "now", "epoch", "over")
 
     @cached_property
     def head(self) -> str:
         """Read the whole head row."""
         return self._compile(
             sa.select(taskstore_head).where(taskstore_head.c.id == sa.literal_column("1"))
+        )
+
+    @cached_property
+    def lock_head_over(self) -> str:
+        """:attr:`lock_head`, and the id of the commit at seq ``over``."""
+        return self._compile(
+            sa.select(taskstore_head, _commit_id_at("over").scalar_subquery())
+            .where(taskstore_head.c.id == sa.literal_column("1"))
+            .with_for_update(),
+            "over",
         )
 
     @cached_property
@@ -305,12 +303,7 @@ class Statements:
     @cached_property
     def commit_at(self) -> str:
         """Read the commit id of the entry at a seq."""
-        return self._compile(
-            sa.select(task_journal.c.commit_id).where(
-                task_journal.c.seq == bindparam("seq", type_=sa.BigInteger)
-            ),
-            "seq",
-        )
+        return self._compile(_commit_id_at("seq"), "seq")
 
     # -- snapshots and what was set aside ---------------------------------
 
@@ -354,6 +347,13 @@ class Statements:
         if sql is None:
             sql = self._many[key] = getattr(self, f"_{name}")(count)
         return sql
+
+
+def _commit_id_at(seq: str) -> sa.Select[tuple[str]]:
+    """The commit id of the entry at the seq that the parameter of this name gives."""
+    return sa.select(task_journal.c.commit_id).where(
+        task_journal.c.seq == bindparam(seq, type_=sa.BigInteger)
+    )
 
 
 def _update_columns() -> list[sa.Column[Any]]:

@@ -1,6 +1,7 @@
 -- Commit a batch: compare everything, then write everything, or nothing.
 -- KEYS: see Keys.apply.  ARGV: format, commit id, now, ledger id, number of
--- changes, number of steps; then for each change its task, kind, revision and
+-- changes, number of steps, seq and id of the commit over which all this was
+-- worked out (0: any); then for each change its task, kind, revision and
 -- image; then for each step the place of its task's last change, the revision
 -- that has to be stored, and the facts ('' for a removal).
 --
@@ -12,13 +13,14 @@ local HEAD, ROWS, FACTS, INDEX, BOOKINGS, JOURNAL, COMMITS, DELETED, ASIDE, ASID
   SAVED, VOID = unpack(KEYS)
 local FORMAT, COMMIT, NOW, LEDGER = unpack(ARGV, 1, 4)
 local CHANGES, STEPS = tonumber(ARGV[5]), tonumber(ARGV[6])
+local OVER, OVER_COMMIT = unpack(ARGV, 7, 8)
 
 local function change(n)
-  return unpack(ARGV, 7 + (n - 1) * 4, 10 + (n - 1) * 4)
+  return unpack(ARGV, 9 + (n - 1) * 4, 12 + (n - 1) * 4)
 end
 
 local function step(n)
-  local at = 6 + CHANGES * 4 + (n - 1) * 3
+  local at = 8 + CHANGES * 4 + (n - 1) * 3
   local last = tonumber(ARGV[at + 1])
   local id, _, _, image = change(last)
   local facts = ARGV[at + 3]
@@ -43,6 +45,12 @@ elseif known[3] and known[7] ~= FORMAT then
   return {'format', known[7] or ''}
 end
 local head, floor, last_at = tonumber(known[3] or 0), tonumber(known[4] or 1), known[5] or '0'
+if OVER ~= '0' then
+  local entry = redis.call('XRANGE', JOURNAL, OVER .. '-0', OVER .. '-0')[1]
+  if not entry and tonumber(OVER) ~= floor - 1 or entry and entry[2][4] ~= OVER_COMMIT then
+    return {'elsewhere'}
+  end
+end
 redis.call('HLEN', ROWS)
 redis.call('ZCARD', INDEX)
 redis.call('HLEN', BOOKINGS)

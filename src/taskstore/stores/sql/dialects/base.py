@@ -12,6 +12,7 @@ from sqlalchemy.engine.interfaces import Dialect
 
 from taskstore.stores.feed import Watch
 from taskstore.stores.sql.errors import Fault, Translator
+from taskstore.stores.sql.rows import Claimed
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.statements import Statements, flat, pieces
 from taskstore.stores.sql.tables import SCHEMA_EPOCH
@@ -154,13 +155,13 @@ class Database:
         """End the transaction if there is one; raises when the connection is broken."""
         raise AssertionError(session)
 
-    def claim(self, session: Session, count: int, now: int) -> tuple[int, int, int] | None:
-        """Take seqs under the head lock: (head, last_at, floor) afterwards.
+    def claim(self, session: Session, count: int, now: int, over: int) -> Claimed | None:
+        """Take seqs under the head lock, and look which commit is at seq ``over``.
 
         ``None`` when the schema epoch is not one that we may write.
         """
-        rows = session.rows(self.sql.claim_returning, (count, now, now, SCHEMA_EPOCH))
-        return rows[0] if rows else None
+        rows = session.rows(self.sql.claim, (count, now, now, SCHEMA_EPOCH, over))
+        return Claimed(*rows[0]) if rows else None
 
     def insert(self, session: Session, rows: Sequence[tuple[Any, ...]], floor: int) -> int:
         """Insert new tasks whose ids and bookings are free and were not deleted since

@@ -20,7 +20,7 @@ from sqlalchemy.dialects.mysql.pymysql import MySQLDialect_pymysql
 from taskstore.errors import StoreBusyError, StoreUnavailableError, ValidationError
 from taskstore.stores.sql.dialects.base import LOCK_S, LOCK_WAIT_S, Database
 from taskstore.stores.sql.errors import mariadb_fault
-from taskstore.stores.sql.rows import Head
+from taskstore.stores.sql.rows import Claimed, Head
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.statements import UPDATE_ORDER, Statements, flat, pieces
 from taskstore.stores.sql.tables import SCHEMA_EPOCH, task_journal, tasks, taskstore_head
@@ -235,15 +235,15 @@ class MariaDBDatabase(Database):
     def rollback(self, session: Session) -> None:
         session.execute("ROLLBACK")
 
-    def claim(self, session: Session, count: int, now: int) -> tuple[int, int, int] | None:
+    def claim(self, session: Session, count: int, now: int, over: int) -> Claimed | None:
         # There is no UPDATE … RETURNING.
-        row = session.row(self.sql.lock_head)
-        if row is None or Head(*row).schema_epoch > SCHEMA_EPOCH:
+        row = session.row(self.sql.lock_head_over, (over,))
+        if row is None or Head(*row[:-1]).schema_epoch > SCHEMA_EPOCH:
             return None
-        head = Head(*row)
+        head = Head(*row[:-1])
         head_seq, last_at = head.head_seq + count, max(head.last_at, now)
         session.execute(self.sql.advance, (head_seq, last_at))
-        return head_seq, last_at, head.floor
+        return Claimed(head_seq, last_at, head.floor, row[-1])
 
     def insert(self, session: Session, rows: Sequence[tuple[Any, ...]], floor: int) -> int:
         # What is there already is a violation of a unique index, which the

@@ -13,9 +13,10 @@ from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from taskstore.errors import StoreUnavailableError
 from taskstore.stores.sql.dialects.base import LOCK_S, LOCK_WAIT_S, Database
 from taskstore.stores.sql.errors import postgresql_fault
+from taskstore.stores.sql.rows import Claimed
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.statements import Statements
-from taskstore.stores.sql.tables import SCHEMA_EPOCH, taskstore_head
+from taskstore.stores.sql.tables import SCHEMA_EPOCH
 from taskstore.stores.sql.watches import ListeningWatch
 
 _CHANNEL = "taskstore_"
@@ -46,20 +47,13 @@ class PostgreSQLStatements(Statements):
 
     @cached_property
     def claim_notifying(self) -> str:
-        """As ``claim_returning``, with a fourth column that means nothing."""
-        head = taskstore_head.c
+        """As ``claim``, with a fifth column that means nothing."""
         channel = f"'{_CHANNEL}' || taskstore_head.ledger_id"
         notified: sa.ColumnElement[Any] = sa.literal_column(
             f"CASE WHEN pg_try_advisory_xact_lock({_KEY.format(channel)}) THEN NULL "
             f"ELSE CAST(pg_notify({channel}, '') AS text) END"
         )
-        return self._compile(
-            self._claim().returning(head.head_seq, head.last_at, head.floor, notified),
-            "count",
-            "now",
-            "now",
-            "epoch",
-        )
+        return self._claim_giving(notified)
 
     be_heard = f"SELECT pg_try_advisory_lock_shared({_KEY.format('%s')})"
     """Let writers know that somebody listens; parameter: the channel."""
@@ -136,12 +130,9 @@ class PostgreSQLDatabase(Database):
         # Never prepared: it may be two statements, in one round trip.
         session.raw.execute(self._begin_write, prepare=False)
 
-    def claim(self, session: Session, count: int, now: int) -> tuple[int, int, int] | None:
-        rows = session.rows(self.sql.claim_notifying, (count, now, now, SCHEMA_EPOCH))
-        if not rows:
-            return None
-        head, last_at, floor, _ = rows[0]
-        return head, last_at, floor
+    def claim(self, session: Session, count: int, now: int, over: int) -> Claimed | None:
+        rows = session.rows(self.sql.claim_notifying, (count, now, now, SCHEMA_EPOCH, over))
+        return Claimed(*rows[0][:4]) if rows else None
 
     def holders(self, session: Session) -> Sequence[str]:
         return [
