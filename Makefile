@@ -5,14 +5,15 @@
 #     make test            run the whole test suite
 #     make check           lint, types and imports: the quick checks
 #     make coverage        the suite, and which lines of which file it does not reach
-#     make soak            kill writers a few hundred times (ROUNDS=...)
+#     make soak            kill 1,000 writers of each durable backend (ROUNDS=...), and servers
 #     make bench           measure (see benchmarks/README.md)
 #     make PYTHON=python3.13 VENV=.venv-3.13 test
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
-ROUNDS ?= 200
+ROUNDS ?= 1000
+FAILOVERS ?= 20
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check
@@ -56,7 +57,8 @@ coverage: $(dev)
 	$(python) -m pytest --cov --cov-report=term-missing $(PYTEST_ARGS)
 
 soak: $(dev)
-	TASKSTORE_KILL_ROUNDS=$(ROUNDS) $(python) -m pytest tests/crash $(PYTEST_ARGS)
+	TASKSTORE_KILL_ROUNDS=$(ROUNDS) TASKSTORE_FAILOVERS=$(FAILOVERS) \
+	  $(python) -m pytest tests/crash $(PYTEST_ARGS)
 
 bench: $(dev)
 	$(python) benchmarks/growth.py

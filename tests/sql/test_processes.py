@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 
-import pytest
 from sqlkit import in_process, output_of
-
-from taskstore.testing.crash import kill_round
 
 WRITER = """
 import json, random, sys
@@ -110,10 +107,3 @@ def test_a_follower_skips_nothing(url, open_):
     for writer in writers:
         output_of(writer)
     assert json.loads(output_of(follower)) == [total, True]
-
-
-@pytest.mark.parametrize("rounds", [3])
-def test_killed_writers_lose_nothing_on_a_server(postgres_url, rounds):
-    # On SQLite and JSON, tests/crash does the same many times over.
-    for number in range(rounds):
-        assert kill_round(postgres_url, after_s=0.1 * (number + 1), seed=number) == []
