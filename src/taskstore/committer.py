@@ -12,7 +12,8 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
 from taskstore.errors import (
@@ -53,6 +54,8 @@ CONTENDED_S = 1.0
 
 PAGE_ENTRIES = 1000
 """How many journal entries are read at a time."""
+
+_NOBODY_ELSE: AbstractContextManager[AbstractSet[str]] = nullcontext(frozenset())
 
 
 class Committer:
@@ -214,8 +217,7 @@ class Committer:
                 raise conflict
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    @contextmanager
-    def _keeping_others_out(self) -> Iterator[set[str]]:
+    def _keeping_others_out(self) -> AbstractContextManager[AbstractSet[str]]:
         """Where others change the same tasks, let them wait from here until we have committed.
 
         Nobody comes in between what is read and what is committed then, so
@@ -223,26 +225,32 @@ class Committer:
         waits for more than the commit itself.  Gives the ids of the tasks
         that others had changed.
         """
-        store, news = self._store, set[str]()
+        store = self._store
         if (
             time.monotonic() < self._contended_until
             and isinstance(store, SupportsExclusive)
             and isinstance(store, SupportsJournal)
         ):
-            with store.exclusive():
-                with suppress(CursorExpiredError):  # then what is committed conflicts or reloads
-                    news = self._read_on(store)
-                yield news
-        else:
+            return self._alone_with(store, store)
+        return _NOBODY_ELSE
+
+    @contextmanager
+    def _alone_with(
+        self, store: SupportsExclusive, journal: SupportsJournal
+    ) -> Iterator[AbstractSet[str]]:
+        news = set[str]()
+        with store.exclusive():
+            with suppress(CursorExpiredError):  # then what is committed conflicts or reloads
+                news = self._read_on(journal)
             yield news
 
     def _made_over_memory(self, changes: Sequence[Change]) -> ChangeSet:
         """The changes, and what they were worked out from."""
         return ChangeSet(changes, self._mirror.position)
 
-    def _look_out(self, news: set[str], changes: Sequence[Change]) -> None:
+    def _look_out(self, news: AbstractSet[str], changes: Sequence[Change]) -> None:
         """Go on keeping others out if that has just prevented a conflict."""
-        if any(change.task_id in news for change in changes):
+        if news and any(change.task_id in news for change in changes):
             self._contended_until = time.monotonic() + CONTENDED_S
 
     def _conflicted(self, attempt: int) -> bool:

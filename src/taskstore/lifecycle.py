@@ -200,7 +200,9 @@ def start(record: TaskRecord, now: int, *, started_at: int | None = None) -> Tas
 
 def progress(record: TaskRecord, now: int, summary: str) -> TaskRecord:
     """Note how far an active task has come.  The same summary again changes nothing."""
-    folded = check_text("progress_summary", _summary("progress_summary", summary), SUMMARY_BYTES)
+    folded = _summary("progress_summary", summary)
+    if folded is None:
+        raise ValidationError("progress_summary", "must be text, not NoneType")
     if record.is_terminal:
         raise InvalidTransition(record.task_id, record.status, "record progress")
     if folded == record.progress_summary:
