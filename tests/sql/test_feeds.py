@@ -154,6 +154,21 @@ def test_a_listening_connection_that_is_cut(pair, postgres_url):
     assert time.monotonic() - started < watches.SAFETY_S
 
 
+def test_a_server_that_another_has_taken_over_from(pair, only_notified, postgres_url):
+    """Who listens to the old one, which may be there still, begins anew."""
+    one, two = pair
+    answers = []
+    with waits(two, 0, answers):
+        until(lambda: listeners(postgres_url) == 1)
+        old = two._feed._watch
+        two._database.renew()
+        old.wake()
+        until(lambda: two._feed._watch not in (None, old))
+        one.apply([make_put()])
+    assert answers == [True]
+    assert listeners(postgres_url) == 0
+
+
 def test_a_server_on_which_nobody_may_listen(pair, monkeypatch):
     """As on a standby: the head is asked for, also while listening is tried again."""
     one, two = pair

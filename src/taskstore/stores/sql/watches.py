@@ -92,7 +92,9 @@ class ListeningWatch(_Held):
         del head  # it is read here, on the connection that listens
         super().__init__(connections)
         self._naps = Naps()
+        self._database = connections.database
         self._sql: Any = connections.database.sql
+        self._generation = self._database.generation
         self._channel = ""
         self._locked = self._deaf = self._heard = False
         self._seen: int | None = None
@@ -131,6 +133,10 @@ class ListeningWatch(_Held):
             self._heard, self._deaf = True, False
 
     def look(self) -> int | None:
+        if self._generation != self._database.generation:
+            # The server that we listen to may no longer be the one that is written to.
+            self._broken = True
+            raise WatchBrokenError
         if not (self._heard or self._rest() <= 0):
             return None
         return int(self._guarded(self._look))

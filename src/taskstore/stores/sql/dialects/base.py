@@ -50,6 +50,8 @@ class Database:
     watch: ClassVar[Callable[..., Watch]] = staticmethod(polling_watch)
     """Looks out for the commits of others: made of the store's connections and of a
     function that reads the head."""
+    generation = 0
+    """How often the server may have become another one."""
     _compiled: ClassVar[Statements]
 
     def __init__(

@@ -92,9 +92,6 @@ class PostgreSQLDatabase(Database):
     fault_of = staticmethod(postgresql_fault)
     _begin_write = "BEGIN ISOLATION LEVEL READ COMMITTED"
 
-    generation = 0
-    """How often the server may have become another one."""
-
     @property
     def sql(self) -> PostgreSQLStatements:
         return cast("PostgreSQLStatements", self._compiled)

@@ -1,0 +1,216 @@
+"""Waiting, with a watch that does what it is told."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from taskstore.errors import StoreClosedError, StoreUnavailableError
+from taskstore.stores import feed
+from taskstore.stores.feed import Feed, PollingWatch, WatchBrokenError
+from taskstore.testing.threads import meanwhile, run_together
+
+PATIENCE_S = 20
+
+
+class Ledger:
+    """A head that others move, and watches on it."""
+
+    def __init__(self, **options):
+        self.head = 0
+        self.moved = threading.Event()
+        self.watches = []
+        self.broken = False
+        self.feed = Feed(self.read, self.watch, "there", **options)
+
+    def read(self):
+        return self.head
+
+    def watch(self):
+        if self.broken:
+            raise WatchBrokenError
+        self.watches.append(Watch(self))
+        return self.watches[-1]
+
+    def commit(self):
+        self.head += 1
+        self.moved.set()
+
+
+class Watch:
+    def __init__(self, ledger):
+        self.ledger = ledger
+        self.closed = False
+        self.looks = 0
+        self.user = None
+
+    def look(self):
+        assert not self.closed
+        self.looks += 1
+        if self.ledger.broken:
+            raise WatchBrokenError
+        assert self.user in (None, threading.get_ident()), "one thread at a time"
+        self.ledger.moved.clear()
+        return self.ledger.head
+
+    def pause(self, seconds):
+        self.user = threading.get_ident()
+        self.ledger.moved.wait(seconds)
+        self.user = None
+
+    def wake(self):
+        self.ledger.moved.set()
+
+    def close(self):
+        assert not self.closed
+        self.closed = True
+
+
+@pytest.fixture
+def ledger():
+    ledger = Ledger()
+    yield ledger
+    ledger.feed.close()
+    assert all(watch.closed for watch in ledger.watches)
+
+
+def test_without_time_there_is_no_watch(ledger):
+    assert not ledger.feed.wait_for(0, 0)
+    assert not ledger.feed.wait_for(0, -1)
+    ledger.commit()
+    assert ledger.feed.wait_for(0, 0)
+    assert ledger.watches == []
+
+
+def test_one_watch_for_all_and_whoever_leads_may_leave(ledger):
+    """The one who looks out gives up first; those who are left look out in turn."""
+    left = []
+
+    def wait(seconds):
+        assert not ledger.feed.wait_for(0, seconds)
+        left.append(seconds)
+
+    stay = []
+    with meanwhile(lambda: run_together(*(lambda s=s: wait(s) for s in (0.05, 0.1, 0.15)))):
+        with meanwhile(lambda: stay.append(ledger.feed.wait_for(0, PATIENCE_S))):
+            time.sleep(0.3)
+            assert left == [0.05, 0.1, 0.15]
+            ledger.commit()
+        assert stay == [True]
+    assert len(ledger.watches) == 1
+
+
+def test_own_commits_wake_everybody(ledger):
+    answers = []
+    with meanwhile(
+        lambda: run_together(*[lambda: answers.append(ledger.feed.wait_for(0, PATIENCE_S))] * 5)
+    ):
+        time.sleep(0.05)
+        started = time.monotonic()
+        ledger.head = 1  # and the watch does not hear of it
+        ledger.feed.announce(1)
+    assert answers == [True] * 5
+    assert time.monotonic() - started < 1
+
+
+def test_what_was_said_before_is_no_answer(ledger):
+    """A head that went back, as after a restore: the old news count for nobody."""
+    ledger.feed.announce(10)
+    assert not ledger.feed.wait_for(5, 0.05)
+
+
+def test_a_watch_that_breaks_is_replaced_and_nothing_is_missed(ledger, monkeypatch):
+    monkeypatch.setattr(feed, "RETRY_S", 0.2)
+    answers = []
+    with meanwhile(lambda: answers.append(ledger.feed.wait_for(0, PATIENCE_S))):
+        time.sleep(0.05)
+        ledger.broken = True
+        ledger.watches[0].wake()
+        time.sleep(0.05)
+        assert isinstance(ledger.feed._watch, PollingWatch)
+        ledger.head += 1
+    assert answers == [True]
+    with meanwhile(lambda: answers.append(ledger.feed.wait_for(1, PATIENCE_S))):
+        ledger.broken = False
+        time.sleep(0.3)
+        assert ledger.feed._watch is ledger.watches[-1]
+        ledger.commit()
+    assert answers == [True, True]
+    assert len(ledger.watches) == 2
+
+
+def test_who_meets_trouble_raises_it_and_the_others_go_on(ledger):
+    victims = []
+    read = ledger.read
+
+    def wait():
+        try:
+            assert ledger.feed.wait_for(0, PATIENCE_S)
+        except StoreUnavailableError as error:
+            victims.append(error)
+
+    def fail(_watch):
+        ledger.watches[0].look = read
+        raise StoreUnavailableError("away for a moment")
+
+    with meanwhile(lambda: run_together(wait, wait, wait)):
+        time.sleep(0.05)
+        ledger.watches[0].look = lambda: fail(None)
+        ledger.watches[0].wake()
+        time.sleep(0.1)
+        ledger.commit()
+        ledger.feed.announce(1)
+    assert len(victims) == 1
+
+
+def test_a_watch_goes_when_nobody_has_waited_for_a_while():
+    ledger = Ledger(linger_s=0.1)
+    for _ in range(3):
+        assert not ledger.feed.wait_for(0, 0.05)
+        time.sleep(0.02)
+    assert len(ledger.watches) == 1
+    assert not ledger.watches[0].closed
+    time.sleep(0.25)
+    assert ledger.watches[0].closed
+    assert not ledger.feed.wait_for(0, 0.01)
+    assert len(ledger.watches) == 2
+    ledger.feed.close()
+    assert ledger.watches[1].closed
+
+
+@pytest.mark.parametrize("waiters", [0, 1, 3])
+def test_closing(ledger, waiters):
+    told = []
+
+    def wait():
+        with pytest.raises(StoreClosedError):
+            ledger.feed.wait_for(0, PATIENCE_S)
+        told.append(1)
+
+    jobs = [wait] * waiters
+    with meanwhile(lambda: run_together(*jobs) if jobs else None):
+        time.sleep(0.05)
+        started = time.monotonic()
+        ledger.feed.close()
+        ledger.feed.close()
+    assert len(told) == waiters
+    assert time.monotonic() - started < 1
+    with pytest.raises(StoreClosedError):
+        ledger.feed.wait_for(0, 1)
+
+
+def test_polling_asks_for_the_sign_only():
+    heads, sign = [], [0]
+    watch = PollingWatch(lambda: heads.append(0) or 7, lambda: sign[0])
+    assert watch.look() == 7
+    assert [watch.look() for _ in range(5)] == [None] * 5
+    sign[0] = 1
+    assert watch.look() == 7
+    assert len(heads) == 2
+    watch.pause(0.01)
+    watch.wake()
+    started = time.monotonic()
+    watch.pause(PATIENCE_S)
+    assert time.monotonic() - started < 1
