@@ -67,10 +67,14 @@ def test_who_had_the_lock_comes_after_who_waits_for_it(path):
     assert greedy.wait(lambda: lock.acquire(blocking=False), 1)
     waiting = threading.Event()
 
+    looks: list[None] = []
+
     def attempt() -> bool:
-        got = lock.acquire(blocking=False)
-        waiting.set()
-        return got
+        # Only after the first look does one know that one has to wait in line.
+        looks.append(None)
+        if len(looks) > 1:
+            waiting.set()
+        return lock.acquire(blocking=False)
 
     def wait() -> None:
         assert patient.wait(attempt, 10)
