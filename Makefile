@@ -5,7 +5,8 @@
 #     make test            run the whole test suite
 #     make check           lint, types and imports: the quick checks
 #     make coverage        the suite, and which lines of which file it does not reach
-#     make soak            kill 1,000 writers of each durable backend (ROUNDS=...), and servers
+#     make soak            kill 1,000 writers of each durable backend (ROUNDS=...), and servers;
+#                          every fault at every step
 #     make bench           measure (see benchmarks/README.md)
 #     make PYTHON=python3.13 VENV=.venv-3.13 test
 
@@ -57,7 +58,7 @@ coverage: $(dev)
 	$(python) -m pytest --cov --cov-report=term-missing $(PYTEST_ARGS)
 
 soak: $(dev)
-	TASKSTORE_KILL_ROUNDS=$(ROUNDS) TASKSTORE_FAILOVERS=$(FAILOVERS) \
+	TASKSTORE_KILL_ROUNDS=$(ROUNDS) TASKSTORE_FAILOVERS=$(FAILOVERS) TASKSTORE_FAULT_STEPS=0 \
 	  $(python) -m pytest tests/crash $(PYTEST_ARGS)
 
 bench: $(dev)

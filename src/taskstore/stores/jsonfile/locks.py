@@ -64,8 +64,12 @@ class FileLock:
             self._reopen()
 
     def release(self) -> None:
-        """Give the lock back."""
-        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        """Give the lock back.  Never fails: what was done under it is done."""
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._close()  # which gives it back, too
 
     def close(self) -> None:
         """Release everything.  Closing twice is fine."""

@@ -21,6 +21,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
@@ -28,7 +29,7 @@ from typing import IO, Any, NamedTuple, TypeVar
 import sqlalchemy as sa
 
 from taskstore.clock import Clock, system_clock
-from taskstore.errors import StoreBusyError, StoreUnavailableError
+from taskstore.errors import OutcomeUnknownError, StoreBusyError, StoreUnavailableError
 from taskstore.journal import SetAside
 from taskstore.policy import CompactionPolicy, CompactionReport, JournalStats, SnapshotMark
 from taskstore.stores.sql.connections import Connections
@@ -83,8 +84,8 @@ def compact(
     if reason is None:
         return CompactionReport(compacted=False, reason="not due", seq=newest, floor=head.floor)
     lease = _Lease(connections)
-    lease.take()
     try:
+        lease.take()
         _clear_leftovers(lease, on_kept)
         plan = _Plan(policy, clock())
         seq, records = _publish(connections, lease, plan)
@@ -175,6 +176,7 @@ class _Lease:
                 free = sa.or_(free, head.lease_owner == holder)
             return self._set(session, self._owner, now + LEASE_MS, free)
 
+        _held_here.add(self._owner)
         if not self.connections.write(work):
             raise StoreBusyError(
                 f"{self.connections.database.location} is being compacted by another process",
@@ -182,9 +184,16 @@ class _Lease:
             )
 
     def give_back(self) -> None:
-        """Let others compact."""
+        """Let others compact.
+
+        Where that fails, our process knows it all the same; for others it runs out.
+        """
         mine = taskstore_head.c.lease_owner == self._owner
-        self.connections.write(lambda session: self._set(session, None, None, mine))
+        try:
+            with suppress(StoreBusyError, StoreUnavailableError, OutcomeUnknownError):
+                self.connections.write(lambda session: self._set(session, None, None, mine))
+        finally:
+            _held_here.discard(self._owner)
 
     def step(self, work: Callable[[Session], _T]) -> _T:
         """Run one small write transaction, under the lease, which it renews."""
@@ -225,12 +234,19 @@ def _machine() -> str:
 _MACHINE = _machine()
 
 
+_held_here: set[str] = set()
+"""The leases that compactions of this process hold, or try to take."""
+
+
 def _is_dead(owner: str) -> bool:
-    """Whether the holder of a lease was a process of this machine that is gone."""
+    """Whether a lease's holder is gone: its process, or in ours, its compaction."""
     if not owner.startswith(_MACHINE):
         return False
     try:
-        os.kill(int(owner[8:16], 16), 0)
+        pid = int(owner[8:16], 16)
+        if pid == os.getpid():
+            return owner not in _held_here
+        os.kill(pid, 0)
     except ProcessLookupError:
         return True
     except (OSError, ValueError, OverflowError):

@@ -1,0 +1,63 @@
+"""Every fault at every step: the caller gets a named error or success, and memory equals disk.
+
+``TASKSTORE_FAULT_STEPS`` sets at how many steps of a scenario each fault strikes, each
+fault beginning at another one (default: a few); 0, as in ``make soak``, is all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from taskstore.testing.faults import problems, render, run_matrix
+
+STEPS = {"json": 3, "sqlite": 2, "postgres": 1, "mariadb": 1}
+"""What takes about as long on each."""
+
+
+def steps_of(scheme: str) -> int | None:
+    return int(os.environ.get("TASKSTORE_FAULT_STEPS", STEPS[scheme])) or None
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    """What goes wrong here does so on purpose."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.fixture
+def memory_path(tmp_path):
+    """A directory where syncing takes no time: what is slow about a disk is not what is tested."""
+    import tempfile
+
+    shared = Path("/dev/shm")
+    if not os.access(shared, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=shared, prefix="taskstore-") as directory:
+        yield Path(directory)
+
+
+def url_of(scheme: str, request) -> str:
+    if scheme in ("postgres", "mariadb"):
+        url = request.getfixturevalue(f"{scheme}_server").new_database()
+        return url + ("?ssl_disabled=true" if scheme == "mariadb" else "")
+    return f"{scheme}:///{request.getfixturevalue('memory_path')}/ledger"
+
+
+@pytest.mark.parametrize("scheme", STEPS)
+def test_every_fault_is_told_by_name_and_memory_equals_disk(scheme, request):
+    cells = run_matrix(url_of(scheme, request), steps=steps_of(scheme))
+    print(f"\n{render(cells)}")
+    assert not problems(cells), render(cells)
+    assert len({cell.scenario for cell in cells}) == 11
+    struck = [cell for cell in cells if cell.number]
+    # Both ends of the matter were reached: faults that were survived, and such that were told.
+    assert {"ok", "StoreUnavailableError"} <= {cell.got for cell in struck}
+    if STEPS[scheme] > 1:
+        assert any("OutcomeUnknownError" in cell.got for cell in struck)
