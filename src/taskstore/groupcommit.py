@@ -181,8 +181,7 @@ class CommitQueue:
         """Give up the lead; to the writer thread if somebody came meanwhile."""
         with self._gate:
             if not self._queue:
-                self._leader = None
-                self._rest.notify_all()
+                self._give_up()
                 return
             if self._has_writer():
                 self._leader = self._writer
@@ -224,6 +223,11 @@ class CommitQueue:
         with self._gate:
             requests, self._queue = self._queue, []
             if not requests:
-                self._leader = None
-                self._rest.notify_all()
+                self._give_up()
             return requests
+
+    def _give_up(self) -> None:
+        """Nobody leads any more: :meth:`close` may be waiting for that."""
+        self._leader = None
+        if self._closed:
+            self._rest.notify_all()

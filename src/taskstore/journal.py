@@ -294,18 +294,16 @@ def plan(changes: Sequence[Change]) -> list[Step]:
 
 def entries_of(changes: Sequence[Change], commit: Commit) -> list[JournalEntry]:
     """The journal entries that a commit made of its changes, in order."""
-    return [
-        JournalEntry(
-            seq=seq,
-            at=commit.at,
-            kind=EntryKind.UPSERTED if isinstance(change, Put) else EntryKind.DELETED,
-            task_id=change.task_id,
-            revision=change.revision,
-            record=change.record if isinstance(change, Put) else None,
-            commit_id=commit.commit_id,
+    at, commit_id = commit.at, commit.commit_id
+    entries = []
+    for seq, change in enumerate(changes, commit.first_seq):
+        kind, record = EntryKind.DELETED, None
+        if isinstance(change, Put):
+            kind, record = EntryKind.UPSERTED, change.record
+        entries.append(
+            JournalEntry(seq, at, kind, change.task_id, change.revision, record, commit_id)
         )
-        for seq, change in enumerate(changes, commit.first_seq)
-    ]
+    return entries
 
 
 def fold(snapshot: Snapshot, entries: Iterable[JournalEntry]) -> Snapshot:

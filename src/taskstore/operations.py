@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from taskstore import leases
-from taskstore.errors import Conflict, ConflictError
+from taskstore.errors import Conflict, ConflictError, InvalidTransition, TaskNotFound
 from taskstore.groupcommit import Operation
 from taskstore.mirror import Staging
 from taskstore.records import TaskRecord, check_int, check_key
@@ -19,13 +19,25 @@ def changing(
     mutation: Callable[[TaskRecord], TaskRecord],
     if_revision: int | None,
     fence: str | None,
+    rehearse: Callable[[], object] = lambda: None,
 ) -> Operation[TaskRecord]:
-    """Store what a pure function makes of one record."""
+    """Store what a pure function makes of one record.
+
+    ``rehearse`` lets the function check its arguments where the record gives
+    it no occasion to: it is unknown, another than expected or already as asked.
+    """
 
     def operation(staging: Staging) -> TaskRecord:
-        record = staging.require(task_id)
-        _expect(record, if_revision, fence)
-        return staging.update(record, mutation(record))
+        try:
+            record = staging.require(task_id)
+            _expect(record, if_revision, fence)
+            changed = mutation(record)
+        except (TaskNotFound, ConflictError, InvalidTransition):
+            rehearse()
+            raise
+        if changed is record:
+            rehearse()
+        return staging.update(record, changed)
 
     return operation
 

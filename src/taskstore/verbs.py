@@ -398,8 +398,13 @@ class Verbs(ABC):
     ) -> TaskRecord:
         """Run a pure function over one record and store what comes out."""
         check_expected(task_id, if_revision, fence)
-        lifecycle.rehearse(mutation)
         now = self._now()
         return self._run(
-            changing(task_id, lambda record: mutation(record, now), if_revision, fence)
+            changing(
+                task_id,
+                lambda record: mutation(record, now),
+                if_revision,
+                fence,
+                lambda: lifecycle.rehearse(mutation),
+            )
         )
