@@ -51,6 +51,12 @@ async def batch_of(registry):
         await registry.create(runtime="cli", task="batched")
 
 
+async def following_of(registry):
+    follower = registry.follow()
+    await registry.create(runtime="cli", task="followed")
+    await asyncio.to_thread(follower.stop)
+
+
 async def lease_of(registry, task_id):
     fence = await registry.take_lease(task_id)
     await registry.renew_lease(task_id, fence=fence)
@@ -80,6 +86,7 @@ USES = {
     "batch": lambda r, t: batch_of(r),
     "refresh": lambda r, t: r.refresh(),
     "changes": lambda r, t: events_of(r),
+    "follow": lambda r, t: following_of(r),
     "history": lambda r, t: r.history(t),
     "as_of": lambda r, t: r.as_of(1),
     "close": lambda r, t: r.close(),
