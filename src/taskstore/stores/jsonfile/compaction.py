@@ -15,7 +15,8 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+
+from msgspec import Struct
 
 from taskstore import codec
 from taskstore.clock import Clock
@@ -30,6 +31,7 @@ from taskstore.stores.jsonfile.segments import Found, Walk
 from taskstore.stores.jsonfile.snapshots import opened, write_snapshot
 from taskstore.stores.jsonfile.writing import Writer
 from taskstore.stores.kept import keepsake, kept_of
+from taskstore.yielding import in_order
 
 
 def compact(
@@ -135,8 +137,8 @@ def _remove(disk: Disk, layout: Layout, paths: tuple[Path, ...]) -> None:
         disk.sync_directory(layout.directory)
 
 
-class _Image(NamedTuple):
-    """Where the last payload of a task lies."""
+class _Image(Struct, frozen=True, gc=False):
+    """Where the last payload of a task lies; there are many, and no collector looks at them."""
 
     segment: int
     offset: int
@@ -232,7 +234,9 @@ class Merge:
         with contextlib.ExitStack() as stack:
             files: dict[int, int] = {}
 
-            def read(found: _Image) -> bytes:
+            def read(task_id: str) -> bytes:
+                found = self._images[task_id]
+                assert found is not None
                 self.count += 1
                 if found.segment not in files:
                     path = self._layout.directory / segment_name(found.segment)
@@ -240,18 +244,16 @@ class Merge:
                     stack.callback(os.close, files[found.segment])
                 return os.pread(files[found.segment], found.length, found.offset)
 
-            live = sorted(
-                ((task_id, found) for task_id, found in self._images.items() if found is not None),
-                reverse=True,
-            )
+            live = in_order(task_id for task_id, found in self._images.items() if found is not None)
+            live.reverse()
             for task_id, payload in self._old():
-                while live and live[-1][0] < task_id:
-                    yield read(live.pop()[1])
+                while live and live[-1] < task_id:
+                    yield read(live.pop())
                 if task_id not in self._images:
                     self.count += 1
                     yield payload
             while live:
-                yield read(live.pop()[1])
+                yield read(live.pop())
 
     def aside(self) -> Iterator[SetAside]:
         """What is set aside, to be asked for after the payloads."""
