@@ -102,8 +102,9 @@ class Turnstile:
 def _pause(waited: float) -> float:
     """How long to sleep before looking again, in seconds.
 
-    Commits are short, so that looking often pays at first, and the more the
-    longer one has waited; who waits for somebody that holds on looks rarely.
+    Whoever has waited long looks no less often than whoever has just come,
+    or it would wait for ever longer; only where somebody holds on for longer
+    than commits take does looking become rare.
     """
-    pause = 0.0004 if waited < 0.002 else 0.0002  # noqa: PLR2004 (see above)
-    return min(max(pause, waited / 50), _LONGEST_PAUSE_S) * random.uniform(0.5, 1)  # noqa: S311 (jitter)
+    pause = 0.0002 if waited < PATIENCE_S else min(waited / 100, _LONGEST_PAUSE_S)
+    return pause * random.uniform(0.5, 1)  # noqa: S311 (jitter)
