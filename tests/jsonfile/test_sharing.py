@@ -11,6 +11,7 @@ from jsonfiles import FOLD, FOLD_AND_TRIM, child, names, output_of, segments, sn
 
 from taskstore import CompactionPolicy, ConflictError, CursorExpiredError, StoreBusyError
 from taskstore.journal import Put, Snapshot
+from taskstore.stores.jsonfile.lines import decode_commit
 from taskstore.testing.factories import create, delete, make_put, make_record, next_of, update
 
 APPEND = """
@@ -371,3 +372,23 @@ def test_retained_snapshots_and_the_floor_follow_the_policy(directory, open_):
         assert report.floor == 1 or report.floor - 1 in kept
         assert store.verify().ok
     assert report.floor == 9
+
+
+def test_reading_on_costs_what_is_new_and_not_what_is_there(open_, monkeypatch):
+    ours, theirs = open_(), open_()
+    for _ in range(200):
+        ours.apply([make_put()])
+    theirs.apply([make_put()])
+    last = 200
+    decoded = []
+
+    def decode(*line):
+        decoded.append(line)
+        return decode_commit(*line)
+
+    monkeypatch.setattr("taskstore.stores.jsonfile.segments.decode_commit", decode)
+    for _ in range(10):
+        theirs.apply([make_put()])
+        assert ours.read_journal(last, 10)
+        last = ours.apply([make_put()]).last_seq
+    assert len(decoded) < 300  # the first time everything

@@ -167,8 +167,8 @@ class Reader:
                         self._remember(seq, walk.place if seq == line.last else before)
                         return tuple(entries)
             before = walk.place
-        if entries:
-            self._remember(walk.place.seq, walk.place)
+        if layout.segments:
+            self._tail = walk.place
         return tuple(entries)
 
     def history(self, layout: Layout, task_id: str) -> Sequence[JournalEntry]:
