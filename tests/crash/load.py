@@ -120,6 +120,7 @@ class Load:
             self.unknown.append(text)
         except (StoreUnavailableError, StoreBusyError):
             self.refused.append(text)
+            time.sleep(0.01)  # who is refused at once would do nothing but ask again
         else:
             self.acknowledged.append(text)
 

@@ -87,10 +87,14 @@ def test_a_synchronous_standby_takes_over(primary, standby, _round):
         ):
             load.until_acknowledged(random.randrange(100, 200))
             before = len(load.acknowledged)
-            primary.kill()
-            time.sleep(random.uniform(0, 0.5))
-            standby.promote()
-            load.until_acknowledged(100)
+            after, heard = reader.store.head() + before, []
+            with meanwhile(lambda: heard.append(reader.store.wait_for(after, 60))):
+                time.sleep(0.1)
+                primary.kill()
+                time.sleep(random.uniform(0, 0.5))
+                standby.promote()
+                load.until_acknowledged(before + 100)
+            assert heard == [True]  # who waited all the time
         # Reads come back too: of the mirror, of the store, and of who waits for news.
         assert reader.refresh() == registry.refresh()
         assert reader.store.query(TaskQuery()).seq == registry.seq
