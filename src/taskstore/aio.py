@@ -14,9 +14,7 @@ import functools
 from collections import deque
 from collections.abc import (
     AsyncIterator,
-    Awaitable,
     Callable,
-    Coroutine,
     Iterable,
     Mapping,
     Sequence,
@@ -26,9 +24,10 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from datetime import datetime
 from types import MappingProxyType, TracebackType
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 from taskstore import history
+from taskstore.awaitable import AsyncRunScope, Opening, Operations, awaitable
 from taskstore.backends import default_url, open_store
 from taskstore.clock import Clock
 from taskstore.committer import Batch, Committer
@@ -40,8 +39,7 @@ from taskstore.journal import JournalEntry, Snapshot
 from taskstore.mirror import Lookups
 from taskstore.news import News
 from taskstore.reader import LedgerReader
-from taskstore.records import TaskRecord, check_key
-from taskstore.runs import RunScope
+from taskstore.records import check_key
 from taskstore.store import TaskRegistryStore
 from taskstore.verbs import Verbs
 
@@ -55,72 +53,10 @@ _batches: ContextVar[Mapping[int, Batch]] = ContextVar("taskstore-batches")
 """The batches that the current asyncio task is in, by the id of their registry."""
 
 
-class _Operations(Verbs):
-    """The verbs, giving the operation that they make instead of having it committed."""
-
-    def __init__(self, store: TaskRegistryStore) -> None:
-        self._store = store
-
-    def _run(self, operation: Operation[T]) -> T:
-        return operation  # type: ignore[return-value]  # _awaitable() knows
-
-    def _now(self) -> int:
-        return self._store.clock()
-
-
-def _awaitable(
-    verb: Callable[Concatenate[Verbs, P], T],
-) -> Callable[Concatenate[AsyncTaskRegistry, P], Coroutine[Any, Any, T]]:
-    """Make an awaitable verb of one of :class:`~taskstore.verbs.Verbs`."""
-
-    @functools.wraps(verb)
-    async def call(self: AsyncTaskRegistry, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        operation: Any = verb(self._operations, *args, **kwargs)
-        result: T = await self._commit(operation)
-        return result
-
-    return call
-
-
-def _awaitable_for_run(
-    verb: Callable[Concatenate[RunScope, P], list[TaskRecord]],
-) -> Callable[Concatenate[AsyncRunScope, P], Coroutine[Any, Any, list[TaskRecord]]]:
-    """Make an awaitable verb of one of :class:`~taskstore.RunScope`."""
-
-    @functools.wraps(verb)
-    async def call(self: AsyncRunScope, /, *args: P.args, **kwargs: P.kwargs) -> list[TaskRecord]:
-        operation: Any = verb(self._scope, *args, **kwargs)
-        records: list[TaskRecord] = await self._commit(operation)
-        return records
-
-    return call
-
-
-class AsyncRunScope:
-    """The verbs for every task of a run, awaitable: see :class:`taskstore.RunScope`."""
-
-    def __init__(self, scope: RunScope, commit: Callable[[Operation[Any]], Awaitable[Any]]) -> None:
-        self._scope = scope
-        self._commit = commit
-
-    mark_running = _awaitable_for_run(RunScope.mark_running)
-    record_progress = _awaitable_for_run(RunScope.record_progress)
-    finish = _awaitable_for_run(RunScope.finish)
-    mark_lost = _awaitable_for_run(RunScope.mark_lost)
-    recover = _awaitable_for_run(RunScope.recover)
-    cancel = _awaitable_for_run(RunScope.cancel)
-    set_delivery_status = _awaitable_for_run(RunScope.set_delivery_status)
-    set_notify_policy = _awaitable_for_run(RunScope.set_notify_policy)
-    set_cleanup_after = _awaitable_for_run(RunScope.set_cleanup_after)
-    link_flow = _awaitable_for_run(RunScope.link_flow)
-    update_metadata = _awaitable_for_run(RunScope.update_metadata)
-    delete = _awaitable_for_run(RunScope.delete)
-
-
 class AsyncTaskRegistry(LedgerReader):
     """A :class:`taskstore.TaskRegistry` for one event loop.
 
-    ``async with await AsyncTaskRegistry.open(url) as registry:``.  Verbs are
+    ``async with AsyncTaskRegistry.open(url) as registry:``.  Verbs are
     awaited; lookups (``get``, ``find``, ``list``, …) are not.  A cancelled
     wait leaves its change fully done or not done.  Hooks are called in a
     thread of their own, in order, and before the verb returns whose event
@@ -130,13 +66,16 @@ class AsyncTaskRegistry(LedgerReader):
     def __init__(
         self, store: TaskRegistryStore, *, hooks: Iterable[Hook] = (), clock: Clock | None = None
     ) -> None:
-        """For :meth:`open` and :meth:`over`, which load the ledger as well."""
+        """Made over a store that is yours to close, it is loaded by ``async with``.
+
+        :meth:`open` and :meth:`over` do that at once.
+        """
         if clock is not None:
             store.clock = clock
         super().__init__(store)
         self._hooks = Hooks(hooks)
         self._committer = Committer(store, self._mirror, self._hooks)
-        self._operations = _Operations(store)
+        self._operations = Operations(store)
         self._owns_store = False
         self._follower: Follower | None = None
         self._loop = asyncio.get_running_loop()
@@ -149,7 +88,7 @@ class AsyncTaskRegistry(LedgerReader):
         self._hook_thread = ThreadPoolExecutor(1, thread_name_prefix="taskstore-hooks")
 
     @classmethod
-    async def open(
+    def open(
         cls,
         url: str | None = None,
         *,
@@ -159,9 +98,12 @@ class AsyncTaskRegistry(LedgerReader):
         read_only: bool = False,
         clock: Clock | None = None,
         **options: Any,
-    ) -> Self:
-        """Open the ledger at a URL and load it: see :meth:`taskstore.TaskRegistry.open`."""
-        store = await asyncio.to_thread(
+    ) -> Opening[Self]:
+        """Open the ledger at a URL and load it: see :meth:`taskstore.TaskRegistry.open`.
+
+        To be awaited, or entered with ``async with``, which closes it at the end.
+        """
+        make_store = functools.partial(
             open_store,
             default_url() if url is None else url,
             durability=durability,
@@ -169,6 +111,16 @@ class AsyncTaskRegistry(LedgerReader):
             read_only=read_only,
             **options,
         )
+        return Opening(cls._open(make_store, hooks, clock))
+
+    @classmethod
+    async def _open(
+        cls,
+        make_store: Callable[[], TaskRegistryStore],
+        hooks: Iterable[Hook],
+        clock: Clock | None,
+    ) -> Self:
+        store = await asyncio.to_thread(make_store)
         try:
             registry = await cls.over(store, hooks=hooks, clock=clock)
         except BaseException:
@@ -178,10 +130,16 @@ class AsyncTaskRegistry(LedgerReader):
         return registry
 
     @classmethod
-    async def over(
+    def over(
         cls, store: TaskRegistryStore, *, hooks: Iterable[Hook] = (), clock: Clock | None = None
-    ) -> Self:
+    ) -> Opening[Self]:
         """Make a registry over a store and load it; closing the store is left to you."""
+        return Opening(cls._over(store, hooks, clock))
+
+    @classmethod
+    async def _over(
+        cls, store: TaskRegistryStore, hooks: Iterable[Hook], clock: Clock | None
+    ) -> Self:
         registry = cls(store, hooks=hooks, clock=clock)
         await registry._in_thread(registry._committer.load)
         return registry
@@ -193,22 +151,22 @@ class AsyncTaskRegistry(LedgerReader):
 
     # -- creating and changing ------------------------------------------------
 
-    create = _awaitable(Verbs.create)
-    mark_running = _awaitable(Verbs.mark_running)
-    record_progress = _awaitable(Verbs.record_progress)
-    finish = _awaitable(Verbs.finish)
-    mark_lost = _awaitable(Verbs.mark_lost)
-    recover = _awaitable(Verbs.recover)
-    cancel = _awaitable(Verbs.cancel)
-    set_delivery_status = _awaitable(Verbs.set_delivery_status)
-    set_notify_policy = _awaitable(Verbs.set_notify_policy)
-    set_cleanup_after = _awaitable(Verbs.set_cleanup_after)
-    link_flow = _awaitable(Verbs.link_flow)
-    update_metadata = _awaitable(Verbs.update_metadata)
-    delete = _awaitable(Verbs.delete)
-    take_lease = _awaitable(Verbs.take_lease)
-    renew_lease = _awaitable(Verbs.renew_lease)
-    release_lease = _awaitable(Verbs.release_lease)
+    create = awaitable(Verbs.create)
+    mark_running = awaitable(Verbs.mark_running)
+    record_progress = awaitable(Verbs.record_progress)
+    finish = awaitable(Verbs.finish)
+    mark_lost = awaitable(Verbs.mark_lost)
+    recover = awaitable(Verbs.recover)
+    cancel = awaitable(Verbs.cancel)
+    set_delivery_status = awaitable(Verbs.set_delivery_status)
+    set_notify_policy = awaitable(Verbs.set_notify_policy)
+    set_cleanup_after = awaitable(Verbs.set_cleanup_after)
+    link_flow = awaitable(Verbs.link_flow)
+    update_metadata = awaitable(Verbs.update_metadata)
+    delete = awaitable(Verbs.delete)
+    take_lease = awaitable(Verbs.take_lease)
+    renew_lease = awaitable(Verbs.renew_lease)
+    release_lease = awaitable(Verbs.release_lease)
 
     def run(
         self, run_id: str, *, runtime: str | None = None, session_key: str | None = None
@@ -316,6 +274,8 @@ class AsyncTaskRegistry(LedgerReader):
         self._hook_thread.shutdown(wait=False)
 
     async def __aenter__(self) -> Self:
+        if not self._committer.loaded:
+            await self._in_thread(self._committer.load)
         return self
 
     async def __aexit__(

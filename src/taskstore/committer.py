@@ -68,9 +68,14 @@ class Committer:
         self._lock = threading.Lock()
         self._queue = CommitQueue(self._serve)
         # Set when memory may not be what the store has: reload before the next use.
-        self._stale = False
+        self._stale = True
         # Until when others are taken to be changing the same tasks (monotonic seconds).
         self._contended_until = 0.0
+
+    @property
+    def loaded(self) -> bool:
+        """Whether memory has been loaded, and nothing is known against it (``bool``)."""
+        return not self._stale
 
     def load(self) -> None:
         """Load everything from the store, and deliver that."""

@@ -14,7 +14,9 @@ from taskstore import (
     StoreClosedError,
     TaskNotFound,
     TaskRegistry,
+    TaskStoreError,
     ValidationError,
+    open_store,
 )
 from taskstore.aio import AsyncTaskRegistry
 from taskstore.stores.memory import MemoryStorage, MemoryStore
@@ -300,5 +302,37 @@ def test_following_holds_up_nobody_else():
             follower.cancel()
         await asyncio.gather(*followers, return_exceptions=True)
         await registry.close()
+
+    asyncio.run(main())
+
+
+def test_every_way_to_open_one(ledger_url):
+    async def main():
+        async with AsyncTaskRegistry.open(ledger_url) as registry:
+            task = await registry.create(runtime="cli", task="x")
+        with pytest.raises(StoreClosedError):
+            registry.get(task.task_id)
+        opened = await AsyncTaskRegistry.open(ledger_url)
+        await opened.close()
+        started = await asyncio.create_task(AsyncTaskRegistry.open(ledger_url))
+        await started.close()
+        store = await asyncio.to_thread(open_store, ledger_url)
+        async with AsyncTaskRegistry(store) as made:
+            assert len(made.list()) == (0 if ledger_url == "memory:" else 1)
+            await made.create(runtime="cli", task="y")
+        async with AsyncTaskRegistry.over(store) as over:
+            assert over.summary().total == len(made._mirror.records)
+        store.close()
+        given_up = AsyncTaskRegistry.open(ledger_url)
+        given_up.close()
+
+    asyncio.run(main())
+
+
+def test_one_that_cannot_be_opened(tmp_path):
+    async def main():
+        with pytest.raises(TaskStoreError):
+            async with AsyncTaskRegistry.open(f"nowhere:///{tmp_path}"):
+                raise AssertionError
 
     asyncio.run(main())

@@ -53,7 +53,7 @@ def hold(script, path, what, *more):
 def test_the_process_and_its_command(script, locked, what):
     with hold(script, locked, what) as process:
         [holder] = lock_holders(locked)
-        assert holder.startswith(f"pid {process.pid}, {sys.executable} {script}"[:90])
+        assert holder.startswith(f"pid {process.pid}, {sys.executable} {script}"[:80])
         assert lock_holders(locked, byte=120) == (holder,)
         assert lock_holders(locked, byte=7) == ((holder,) if what == "whole" else ())
         assert lock_holders(script) == ()
