@@ -6,6 +6,7 @@ import logging
 import threading
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlkit import Spy, in_process, output_of
@@ -20,7 +21,7 @@ from taskstore.errors import (
 )
 from taskstore.stores.sql import open_sql
 from taskstore.stores.sql.sqlite_files import has_wal_reset_bug, sqlite_module
-from taskstore.testing.factories import create, make_put
+from taskstore.testing.factories import create, make_put, next_of
 
 # -- paths --------------------------------------------------------------------
 
@@ -355,6 +356,31 @@ def test_serialization_failures_are_run_again(pg_store):
     create(pg_store)
     assert len(failures) == 3
     assert pg_store.head() == 2
+
+
+def test_a_real_deadlock_is_run_again(pg_store, postgres_url):
+    """Somebody locks a task and then the head; we lock them the other way round."""
+    import psycopg
+
+    task = create(pg_store)
+    spy, blocked = Spy(pg_store), []
+    with (
+        psycopg.connect(postgres_url.replace("+psycopg", "")) as other,
+        ThreadPoolExecutor(1) as executor,
+    ):
+        other.execute("SET deadlock_timeout = '60s'")  # we shall be the one to give way
+        other.execute("SELECT 1 FROM tasks WHERE task_id = %s FOR UPDATE", [task.task_id])
+
+        def before(sql: str) -> None:
+            if "UPDATE tasks SET" in sql and not blocked:
+                lock = "SELECT 1 FROM taskstore_head FOR UPDATE"
+                blocked.append(executor.submit(lambda: [other.execute(lock), other.rollback()]))
+
+        spy.before = before
+        pg_store.apply([next_of(task, error="after the deadlock")])
+        blocked[0].result(10)
+    assert len(spy.matching("UPDATE taskstore_head")) > 1
+    assert (pg_store.head(), pg_store.verify().ok) == (3, True)
 
 
 def test_a_lock_that_is_never_given_is_busy(postgres_url, open_):
