@@ -1,14 +1,37 @@
-"""Servers that tests may kill, and figures that they found."""
+"""Servers that tests may kill, places where nothing lasts, and figures that tests found."""
 
 from __future__ import annotations
 
+import logging
+import os
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from taskstore.testing.replication import PostgresNode, url_of
 
 _found = pytest.StashKey[list[tuple[str, str]]]()
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """Nothing is logged: what goes wrong does so on purpose."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.fixture
+def memory_path(tmp_path: Path) -> Iterator[Path]:
+    """A directory where syncing takes no time, for what is not about the disk itself."""
+    shared = Path("/dev/shm")  # a directory of the test's own is made in it
+    if not os.access(shared, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=shared, prefix="taskstore-") as directory:
+        yield Path(directory)
 
 
 @pytest.fixture(scope="module")

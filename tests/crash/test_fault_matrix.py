@@ -6,9 +6,7 @@ fault beginning at another one (default: a few); 0, as in ``make soak``, is all 
 
 from __future__ import annotations
 
-import logging
 import os
-from pathlib import Path
 
 import pytest
 
@@ -22,27 +20,6 @@ def steps_of(scheme: str) -> int | None:
     return int(os.environ.get("TASKSTORE_FAULT_STEPS", STEPS[scheme])) or None
 
 
-@pytest.fixture(autouse=True)
-def _quiet():
-    """What goes wrong here does so on purpose."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
-
-
-@pytest.fixture
-def memory_path(tmp_path):
-    """A directory where syncing takes no time: what is slow about a disk is not what is tested."""
-    import tempfile
-
-    shared = Path("/dev/shm")
-    if not os.access(shared, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=shared, prefix="taskstore-") as directory:
-        yield Path(directory)
-
-
 def url_of(scheme: str, request) -> str:
     if scheme in ("postgres", "mariadb"):
         url = request.getfixturevalue(f"{scheme}_server").new_database()
@@ -50,6 +27,7 @@ def url_of(scheme: str, request) -> str:
     return f"{scheme}:///{request.getfixturevalue('memory_path')}/ledger"
 
 
+@pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("scheme", STEPS)
 def test_every_fault_is_told_by_name_and_memory_equals_disk(scheme, request):
     cells = run_matrix(url_of(scheme, request), steps=steps_of(scheme))

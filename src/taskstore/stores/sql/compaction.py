@@ -17,14 +17,13 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import sqlalchemy as sa
 
@@ -36,6 +35,7 @@ from taskstore.stores.sql.connections import Connections
 from taskstore.stores.sql.rows import Head, Tally, aside_line, chunks_of, line_of
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.snapshots import chunk_row, read_head, read_set_aside, scan_tasks
+from taskstore.stores.sql.spool import Spool
 from taskstore.stores.sql.tables import (
     task_journal,
     task_snapshot_chunks,
@@ -54,7 +54,6 @@ PAUSE_S = 0.02
 CHUNK_STEP = 8
 """How many chunks of a dropped snapshot one transaction deletes."""
 
-_SPOOL_BYTES = 4 * 1024 * 1024
 _T = TypeVar("_T")
 
 
@@ -258,7 +257,7 @@ def _publish(connections: Connections, lease: _Lease, plan: _Plan) -> tuple[int,
     """Write and publish a snapshot of this moment: (its seq, how many records it holds)."""
     database = connections.database
     sql = database.sql
-    with _spool(database.scratch) as spool:
+    with closing(Spool(database)) as spool:
         picture = connections.read(
             lambda session: _read_all(session, connections, spool, plan), one_moment=True
         )
@@ -267,7 +266,7 @@ def _publish(connections: Connections, lease: _Lease, plan: _Plan) -> tuple[int,
         there = connections.read(lambda session: session.row(sql.snapshot_at, (seq,)))
         if there is None or there[0] != seq:
             lease.step(lambda session: _mark(session, picture, "building"))
-            spool.seek(0)
+            spool.rewind()
             for size in picture.sizes:
                 row = chunk_row(seq, tally, spool.read(size))
                 lease.step(_insert_chunk(sql.insert_rows(task_snapshot_chunks, 1), row))
@@ -275,37 +274,17 @@ def _publish(connections: Connections, lease: _Lease, plan: _Plan) -> tuple[int,
     return seq, picture.tally.records + picture.tally.aside
 
 
-def _spool(place: Path | None) -> IO[bytes]:
-    try:
-        return tempfile.TemporaryFile(dir=place)
-    except OSError as error:
-        raise StoreUnavailableError(f"{place}: no temporary file can be made: {error}") from error
-
-
-def _read_all(
-    session: Session, connections: Connections, spool: IO[bytes], plan: _Plan
-) -> _Picture:
+def _read_all(session: Session, connections: Connections, spool: Spool, plan: _Plan) -> _Picture:
     sql = connections.database.sql
-    spool.seek(0)
-    spool.truncate()
+    spool.clear()
     head = read_head(session, sql)
     plan.at(session, head, connections.database.location)
     tally, sizes = Tally(), []
     for chunk in chunks_of(_lines(session, connections)):
         tally.add(chunk)
         sizes.append(len(chunk))
-        _spill(spool, chunk)
-    return _Picture(head, tally, sizes)
-
-
-def _spill(spool: IO[bytes], chunk: bytes) -> None:
-    try:
         spool.write(chunk)
-    except OSError as error:
-        raise StoreUnavailableError(
-            f"the temporary file of the compaction cannot be written: {error}",
-            hint="free some space and try again",
-        ) from error
+    return _Picture(head, tally, sizes)
 
 
 def _lines(session: Session, connections: Connections) -> Iterator[bytes]:

@@ -1,0 +1,130 @@
+"""A disk that is really full: a file system of a few MB, filled, and given room again.
+
+Needs the right to mount one; without it, as for users in most containers, a limit
+on the size of files stands in (tests/jsonfile/test_failed_writes.py, tests/sql/test_trouble.py).
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+
+from taskstore import StoreUnavailableError, TaskRegistry, open_store
+from taskstore.compaction import compact
+
+SIZE_KB = 4096
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A directory that is a file system of its own, of a few megabytes."""
+    mount = shutil.which("mount")
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = [mount or "mount", "-t", "tmpfs", "-o", f"size={SIZE_KB}k", "none", str(place)]
+    if mount is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here: that takes root")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def fill(place, leaving: int = 0):
+    """Take all of the disk's room, but for ``leaving`` bytes; returns what takes it."""
+    ballast = place / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        with pytest.raises(OSError, match="No space left"):
+            while True:
+                file.write(bytes(4096))
+        file.truncate(max(file.tell() - leaving, 0))
+    return ballast
+
+
+def memory_equals_disk(registry, url: str) -> bool:
+    with open_store(url, read_only=True) as store:
+        stored = store.load_snapshot()
+        memory = {record.task_id: record for record in registry.list()}
+        return store.verify().ok and registry.seq == stored.seq and memory == dict(stored.records)
+
+
+@pytest.mark.parametrize("scheme", ["json", "sqlite"])
+@pytest.mark.parametrize("leaving", [0, 8192, 40_960])
+def test_writers_fail_by_name_while_it_is_full_and_go_on_when_there_is_room(
+    small_disk, scheme, leaving
+):
+    url = f"{scheme}:///{small_disk}/ledger"
+    acknowledged = {}
+    with TaskRegistry.open(url) as registry:
+
+        def create(size: int) -> None:
+            task = registry.create(runtime="cli", task="x" * size)
+            acknowledged[task.task_id] = task
+
+        create(100)
+        ballast = fill(small_disk, leaving)
+        failures: list[StoreUnavailableError] = []
+        for attempt in range(200):
+            try:
+                create(100 + 97 * attempt % 9000)
+            except StoreUnavailableError as error:
+                failures.append(error)
+            assert {task.task_id: task for task in registry.list()} == acknowledged
+            if len(failures) == 20:
+                break
+        assert len(failures) == 20
+        for told in failures:
+            assert str(small_disk) in str(told)
+            assert "space" in str(told)
+            assert told.retryable
+        ballast.unlink()
+        # The very same instance goes on: nothing has to be opened again.
+        for size in (100, 5000, 20_000):
+            create(size)
+        assert memory_equals_disk(registry, url)
+    with TaskRegistry.open(url) as registry:
+        assert {task.task_id: task for task in registry.list()} == acknowledged
+
+
+@pytest.mark.parametrize("scheme", ["json", "sqlite"])
+def test_a_compaction_that_finds_no_room_changes_no_answer(small_disk, scheme):
+    url = f"{scheme}:///{small_disk}/ledger"
+    with TaskRegistry.open(url) as registry:
+        for number in range(30):
+            registry.create(runtime="cli", task="x" * 3000, label=str(number))
+        before = [entry.task_id for entry in registry.changes()]
+        ballast = fill(small_disk, 16_384)
+        with pytest.raises(StoreUnavailableError, match=str(small_disk)):
+            compact(registry.store, erase_deleted=True)
+        assert [entry.task_id for entry in registry.changes()] == before
+        assert memory_equals_disk(registry, url)
+        ballast.unlink()
+        assert compact(registry.store, erase_deleted=True).compacted
+        assert memory_equals_disk(registry, url)
+        registry.create(runtime="cli", task="after")
+
+
+@pytest.mark.parametrize("scheme", ["json", "sqlite"])
+def test_a_ledger_that_finds_no_room_to_begin_begins_later(small_disk, scheme):
+    ballast = fill(small_disk)
+    url = f"{scheme}:///{small_disk}/new/ledger"
+    for _ in range(2):
+        with pytest.raises(StoreUnavailableError, match=str(small_disk)):
+            TaskRegistry.open(url)
+    ballast.unlink()
+    with TaskRegistry.open(url) as registry:
+        registry.create(runtime="cli", task="there at last")
+        assert memory_equals_disk(registry, url)
+
+
+@pytest.mark.parametrize("scheme", ["json", "sqlite"])
+def test_a_full_disk_can_be_read(small_disk, scheme):
+    url = f"{scheme}:///{small_disk}/ledger"
+    with TaskRegistry.open(url) as registry:
+        task = registry.create(runtime="cli", task="to be read")
+        fill(small_disk)
+        assert memory_equals_disk(registry, url)
+        with open_store(url, read_only=True) as store:
+            assert store.load_snapshot().records == {task.task_id: task}
