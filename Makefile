@@ -6,7 +6,7 @@
 #     make check           lint, types and imports: the quick checks
 #     make coverage        the suite, and which lines of which file it does not reach
 #     make soak            kill 1,000 writers of each durable backend (ROUNDS=...), and servers;
-#                          every fault at every step
+#                          every fault at every step; what power losses leave (POWER_STATES=...)
 #     make bench           measure (see benchmarks/README.md)
 #     make PYTHON=python3.13 VENV=.venv-3.13 test
 
@@ -15,6 +15,7 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 ROUNDS ?= 1000
 FAILOVERS ?= 20
+POWER_STATES ?= 300
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check
@@ -59,6 +60,7 @@ coverage: $(dev)
 
 soak: $(dev)
 	TASKSTORE_KILL_ROUNDS=$(ROUNDS) TASKSTORE_FAILOVERS=$(FAILOVERS) TASKSTORE_FAULT_STEPS=0 \
+	  TASKSTORE_POWER_STATES=$(POWER_STATES) \
 	  $(python) -m pytest tests/crash $(PYTEST_ARGS)
 
 bench: $(dev)

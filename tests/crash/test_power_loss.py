@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from taskstore.stores import jsonfile
-from taskstore.testing.powerloss import survey
-from taskstore.testing.powerloss.jsonfile import live_in_json, open_json
+from taskstore.testing.factories import make_put
+from taskstore.testing.powerloss import RecordedDisk, survey
+from taskstore.testing.powerloss.jsonfile import JSON_LIVES, open_json, open_unsynced
 
 STATES = int(os.environ.get("TASKSTORE_POWER_STATES", "12"))
 
@@ -30,7 +31,7 @@ UNNEEDED = {
 
 @pytest.fixture(scope="module")
 def surveyed():
-    return survey(open_json, life=live_in_json, most=STATES)
+    return survey(open_json, lives=JSON_LIVES, most=STATES)
 
 
 def test_nothing_acknowledged_is_lost_to_power(surveyed, report):
@@ -81,7 +82,8 @@ def test_every_place_in_the_store_that_changes_files_was_among_them(surveyed):
 
 
 def test_nothing_changes_files_beside_the_door():
-    """Or the record would not be the truth."""
+    """Or the record would not be the truth.  (Where writers wait in line lies elsewhere, and
+    is an empty file on which nothing relies.)"""
     changing = {"fsync", "fdatasync", "pwrite", "ftruncate", "rename", "unlink", "mkdir", "touch"}
     changing |= {
         "writelines",
@@ -100,6 +102,27 @@ def test_nothing_changes_files_beside_the_door():
                 assert is_door(called), f"{path.name}:{call.lineno}"
 
 
+def test_without_syncing_the_ledger_is_whole_or_told_to_be_corrupt():
+    """``durability="process"`` promises nothing here, but it never passes off half a commit."""
+    found = survey(
+        lambda directory, disk, *, read_only: (
+            open_unsynced if isinstance(disk, RecordedDisk) else open_json
+        )(directory, disk, read_only=read_only),
+        lives=(unsynced,),
+        most=STATES,
+    )
+    assert found.opened > 30
+    corrupt = [problem for problem in found.problems if "does not match its checksum" in problem]
+    assert found.problems == corrupt
+
+
+def unsynced(life):
+    store = life.open()
+    for size in (0, 2_000, 0, 2_000):
+        life.apply(store, make_put(error="x" * size or None), durable=False)
+    store.close()
+
+
 def test_each_sync_is_needed(surveyed, report):
     """A store that leaves out any single sync loses something, and the enumeration sees it."""
     names = calls_of_the_disk()
@@ -110,7 +133,7 @@ def test_each_sync_is_needed(surveyed, report):
     for site in sorted(syncs):
         found = survey(
             open_json,
-            life=live_in_json,
+            lives=JSON_LIVES,
             most=24,
             stop=True,
             omits=lambda step, place, site=site: (step, *place) == site,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -112,6 +113,26 @@ def prepare_segment(
     """Write what shall become the segment ``path`` beside it; returns where."""
     first = int(path.stem.partition("-")[2])
     return disk.write_temporary(path, [encode_header(identity, seq=first, at=at, base=base)])
+
+
+def bring_forth(disk: Disk, layout: Layout, path: Path) -> str:
+    """Write the header of a segment that was torn before it held anything; returns the notice.
+
+    Only for who holds the write lock.
+    """
+    first = int(path.stem.partition("-")[2])
+    kept = keep_torn(disk, path, 0, path.read_bytes())
+    if layout.fresh:
+        identity, at = Identity(uuid.uuid4().hex, 1), 0
+    else:
+        end = layout.after_newest()
+        if layout.segments and layout.segments[-1].first >= end.first:
+            end = Walk(layout, layout.start_of(layout.segments[-1])).to_end()
+        if end.seq != first - 1:
+            raise CorruptStoreError(str(path), f"follows seq {end.seq}", offset=0)
+        identity, at = layout.identity, end.at
+    disk.publish(prepare_segment(disk, path, identity, at=at), path)
+    return f"{path}: a torn header was never followed by anything; it was kept as {kept.name}"
 
 
 def cut_tail(disk: Disk, path: Path, offset: int) -> str:

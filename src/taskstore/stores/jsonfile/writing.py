@@ -35,7 +35,7 @@ from taskstore.stores.jsonfile.index import Index
 from taskstore.stores.jsonfile.layout import Layout, Place, SegmentFile, read_layout, settled
 from taskstore.stores.jsonfile.lines import STAMP_BYTES, Identity, encode_commit
 from taskstore.stores.jsonfile.locks import FileLock, WriteLock, busy, patiently
-from taskstore.stores.jsonfile.segments import Walk, cut_tail, keep_torn, prepare_segment
+from taskstore.stores.jsonfile.segments import Walk, bring_forth, cut_tail, prepare_segment
 from taskstore.stores.jsonfile.snapshots import check_newest, index_of, write_snapshot
 
 
@@ -174,7 +174,7 @@ class Writer:
             reason = f"the files of the store {self.directory} are gone"
             raise StoreUnavailableError(reason, hint="put them back, or open it again")
         if layout.unborn is not None:
-            self._bring_forth(layout, layout.unborn)
+            self.notices.append(bring_forth(self.disk, layout, layout.unborn))
         elif layout.fresh:
             path = self.directory / segment_name(1)
             begun = prepare_segment(self.disk, path, Identity(uuid.uuid4().hex, 1), at=0)
@@ -183,25 +183,6 @@ class Writer:
             self._clear_up(layout)
             return layout
         return read_layout(self.directory)
-
-    def _bring_forth(self, layout: Layout, path: Path) -> None:
-        """Write the header of a segment that was torn before it held anything."""
-        first = int(path.stem.partition("-")[2])
-        torn = path.read_bytes()
-        kept = keep_torn(self.disk, path, 0, torn)
-        if layout.fresh:
-            identity, at = Identity(uuid.uuid4().hex, 1), 0
-        else:
-            end = layout.after_newest()
-            if layout.segments and layout.segments[-1].first >= end.first:
-                end = Walk(layout, layout.start_of(layout.segments[-1])).to_end()
-            if end.seq != first - 1:
-                raise CorruptStoreError(str(path), f"follows seq {end.seq}", offset=0)
-            identity, at = layout.identity, end.at
-        self.disk.publish(prepare_segment(self.disk, path, identity, at=at), path)
-        self.notices.append(
-            f"{path}: a torn header was never followed by anything; it was kept as {kept.name}"
-        )
 
     def _clear_up(self, layout: Layout) -> None:
         """Remove what killed writers and compactors left."""

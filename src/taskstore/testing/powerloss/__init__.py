@@ -16,12 +16,14 @@ hold in each state in :mod:`~taskstore.testing.powerloss.survival`.
 ``python -m taskstore.testing.powerloss`` shows it on our own store.
 """
 
-from taskstore.testing.powerloss.life import Life, live
+from taskstore.testing.powerloss.life import Life
+from taskstore.testing.powerloss.lives import LIVES
 from taskstore.testing.powerloss.recorder import KilledError, RecordedDisk, Recorder, Trap
 from taskstore.testing.powerloss.survey import Survey, survey
 from taskstore.testing.powerloss.survival import OpenOn
 
 __all__ = [
+    "LIVES",
     "KilledError",
     "Life",
     "OpenOn",
@@ -29,6 +31,5 @@ __all__ = [
     "Recorder",
     "Survey",
     "Trap",
-    "live",
     "survey",
 ]

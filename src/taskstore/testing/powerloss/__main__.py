@@ -1,11 +1,14 @@
-"""Prove the JSON store against power loss, and show the figures."""
+"""Prove the JSON store and the SQLite store against power loss, and show the figures."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
+from pathlib import Path
 
-from taskstore.testing.powerloss.jsonfile import live_in_json, open_json
+from taskstore.testing.powerloss.jsonfile import JSON_LIVES, open_json
+from taskstore.testing.powerloss.sqlite import survey_sqlite
 from taskstore.testing.powerloss.survey import MOST, survey
 
 
@@ -19,9 +22,13 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=20261122, help="of what is drawn")
     options = parser.parse_args()
-    found = survey(open_json, life=live_in_json, most=options.states, seed=options.seed)
-    print(f"power loss, the JSON store\n{found}")  # noqa: T201 - a command
-    return 1 if found.problems else 0
+    found = survey(open_json, lives=JSON_LIVES, most=options.states, seed=options.seed)
+    print(f"power loss, the JSON store\n{found}\n")  # noqa: T201 - a command
+    with tempfile.TemporaryDirectory(prefix="taskstore-power-") as scratch:
+        rounds = max(options.states // 12, 1)
+        sqlite = survey_sqlite(Path(scratch), rounds=rounds, seed=options.seed)
+    print(f"power loss, the SQLite store\n{sqlite}")  # noqa: T201
+    return 1 if found.problems or sqlite.problems else 0
 
 
 if __name__ == "__main__":

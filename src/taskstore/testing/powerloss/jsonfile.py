@@ -1,4 +1,4 @@
-"""The life of the JSON store: what befalls every store of files, and what only this one knows."""
+"""The lives of the JSON store: what befalls every store of files, and what only this one knows."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 from taskstore.disk import Disk
 from taskstore.journal import Put
-from taskstore.store import TaskRegistryStore
 from taskstore.stores.jsonfile import JSONStore
 from taskstore.testing.factories import make_record
-from taskstore.testing.powerloss.life import FOLD, TRIM, Life, change, kill, live
+from taskstore.testing.powerloss.life import FOLD, Life
+from taskstore.testing.powerloss.lives import LIVES, LONG, TRIM, begun, change, kill
 
 
 def open_json(directory: Path, disk: Disk, *, read_only: bool) -> JSONStore:
@@ -23,38 +23,20 @@ def open_unsynced(directory: Path, disk: Disk, *, read_only: bool) -> JSONStore:
     return JSONStore(directory, durability="process", read_only=read_only, disk=disk)
 
 
-def live_in_json(life: Life) -> None:
-    """:func:`live`, and torn lines and headers, and a process that does not sync."""
-    live(life)
-    store = life.open()
-    store = _torn_line(life, store)
-    _beside_one_that_does_not_sync(life, store)
-    _torn_header(life, store)
-
-
-def _torn_line(life: Life, store: TaskRegistryStore) -> TaskRegistryStore:
+def torn_line(life: Life) -> None:
     """What is cut from the journal is kept beside it."""
+    store = begun(life)
     lost = "torn, but kept " * 40
     life.apply(store, Put(make_record(task=lost)), trap=kill("pwrite", written=600))
     store = life.open()
     life.promise(kept=(lost[:200].encode(),))
     life.apply(store, change(life, label="after a torn line"))
-    return store
+    store.close()
 
 
-def _beside_one_that_does_not_sync(life: Life, store: TaskRegistryStore) -> None:
-    """What another writes without syncing must not harm what is acknowledged around it."""
-    other = life.open(open_unsynced)
-    life.apply(other, change(life, error="not synced " * 100), durable=False)
-    life.compact(other, FOLD)
-    life.apply(store, change(life, error=None))
-    life.apply(other, change(life, error="not synced " * 100), durable=False)
-    life.apply(store, change(life, error=None))
-    other.close()
-
-
-def _torn_header(life: Life, store: TaskRegistryStore) -> None:
+def torn_header(life: Life) -> None:
     """The header of an empty segment is damaged, as by a drive that does not keep its word."""
+    store = begun(life)
     life.compact(store, TRIM)
     store.close()
     disk = life.disk()
@@ -65,3 +47,19 @@ def _torn_header(life: Life, store: TaskRegistryStore) -> None:
     store = life.open()
     life.apply(store, change(life, label="after a torn header"))
     store.close()
+
+
+def beside_one_that_does_not_sync(life: Life) -> None:
+    """What another writes without syncing does not harm what is acknowledged around it."""
+    store, other = begun(life), life.open(open_unsynced)
+    life.apply(other, change(life, error=LONG), durable=False)
+    life.compact(other, FOLD)
+    life.apply(store, change(life, error=None))
+    life.apply(other, change(life, error=LONG), durable=False)
+    life.apply(store, change(life, error=None))
+    other.close()
+    store.close()
+
+
+JSON_LIVES = (torn_line, torn_header, beside_one_that_does_not_sync, *LIVES)
+"""Everything that can happen to a JSON store."""

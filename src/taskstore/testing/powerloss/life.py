@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from msgspec.structs import replace
 
 from taskstore.errors import OutcomeUnknownError, TaskStoreError
-from taskstore.journal import Change, Put, Snapshot
+from taskstore.journal import Change, Snapshot
 from taskstore.policy import CompactionPolicy
 from taskstore.records import TaskRecord
 from taskstore.store import SupportsCompaction, TaskRegistryStore
-from taskstore.testing.factories import Model, make_record, next_of, removal_of
+from taskstore.testing.factories import Model
 from taskstore.testing.powerloss.recorder import KilledError, Omits, RecordedDisk, Recorder, Trap
 from taskstore.testing.powerloss.survival import Facts, Known, OpenOn
 
 FOLD = CompactionPolicy(force=True)
-"""Keeps all history."""
-
-TRIM = CompactionPolicy(force=True, history_s=0, history_entries=0, keep_snapshots=1)
-"""Keeps none."""
-
-ERASE = CompactionPolicy(erase_deleted=True)
-"""Keeps none, and no bytes of deleted records."""
-
-LONG = "x" * 5_000
-"""A text that makes a commit several blocks and pages long."""
+"""Keeps all history.  A life compacts by this policy, or by one that keeps none."""
 
 
 class Life:
@@ -120,7 +109,7 @@ class Life:
         erases: tuple[bytes, ...] = (),
         trap: Trap | None = None,
     ) -> None:
-        """Compact, when the store can, by :data:`FOLD`, :data:`TRIM` or :data:`ERASE`.
+        """Compact, when the store can, by :data:`FOLD` or a policy that keeps no history.
 
         ``erases`` are bytes that are gone afterwards.
         """
@@ -167,101 +156,3 @@ class Life:
     def _allow(self, *allowed: Known) -> None:
         self._allowed = allowed
         self._recorder.say(allowed)
-
-
-def live(life: Life) -> None:
-    """Everything that can happen to a ledger, in a few dozen deeds."""
-    life.killed_opening(kill("rename"))
-    store = life.open()
-    one, two, three = (make_record(label=label) for label in ("one", "two", "three"))
-    life.apply(store, Put(one))
-    life.apply(store, Put(two), Put(three), next_of(one, label="a batch"))
-    life.apply(store, next_of(two, error=LONG, label="long"))
-    _together(life, store)
-    store = _failing(life, store)
-    store = _killed(life, store)
-    _erased(life, store)
-    _replaced(life, store)
-
-
-def change(life: Life, **fields: object) -> Change:
-    """The next change of some task."""
-    return next_of(min(life.records.values(), key=lambda record: record.revision), **fields)
-
-
-def kill(step: str, *, after: int = 0, written: int = 0) -> Trap:
-    """Kill the process at a step, or at one of the same name ``after`` some others."""
-    return Trap(step, KilledError(), after, written)
-
-
-def _together(life: Life, store: TaskRegistryStore) -> None:
-    """Two processes take turns, one of them compacts, and then the other."""
-    other = life.open()
-    life.apply(other, change(life, label="by the other"))
-    life.apply(store, change(life), Put(make_record(run_id="run")))
-    life.compact(other, FOLD)
-    life.apply(store, change(life, label="after folding"))
-    life.compact(store, FOLD)
-    life.apply(other, change(life, label="after folding twice"))
-    life.compact(store, TRIM)
-    life.apply(other, change(life, label="after trimming"))
-    other.close()
-
-
-def _failing(life: Life, store: TaskRegistryStore) -> TaskRegistryStore:
-    """Steps fail: a full disk, a disk that is broken, an interrupt."""
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    broken = OSError(errno.EIO, os.strerror(errno.EIO))
-    for written in (0, 700):
-        life.apply(store, change(life, error=LONG), trap=Trap("pwrite", full, written=written))
-        life.apply(store, change(life, label="after a full disk"))
-    life.apply(store, change(life), trap=Trap("sync_data", KeyboardInterrupt()))
-    life.apply(store, change(life, error=LONG), trap=Trap("sync_data", KeyboardInterrupt()))
-    life.apply(store, change(life, label="after an interrupt"))
-    life.compact(store, TRIM, trap=Trap("sync_file", full))
-    life.apply(store, change(life, label="after a failed compaction"))
-    life.apply(store, change(life), trap=Trap("sync_data", broken))
-    store.close()
-    return life.open()
-
-
-def _killed(life: Life, store: TaskRegistryStore) -> TaskRegistryStore:
-    """Processes are killed in the middle of something, and the next one has to cope."""
-    for trap in (kill("pwrite", written=800), kill("pwrite"), kill("sync_data")):
-        life.apply(store, change(life, error=LONG), trap=trap)
-        store = life.open()
-        life.apply(store, change(life, error=None))
-    for trap in (kill("sync_data"), kill("pwrite", written=800)):
-        other = life.open()
-        life.apply(other, change(life, error=LONG), trap=trap)
-        life.look(store)
-        life.apply(store, change(life, error=None))
-    for trap in (
-        *(kill("rename", after=number) for number in (0, 1)),
-        *(kill("unlink", after=number) for number in (0, 2, 3)),
-    ):
-        life.compact(store, TRIM, trap=trap)
-        store = life.open()
-        life.apply(store, change(life, label="after a killed compaction"))
-    return store
-
-
-def _erased(life: Life, store: TaskRegistryStore) -> None:
-    """The text of a deleted task is erased."""
-    secret = make_record(task="a secret")
-    life.apply(store, Put(secret))
-    life.compact(store, FOLD)
-    life.apply(store, removal_of(secret))
-    life.compact(store, ERASE, erases=(b"a secret",))
-    life.apply(store, Put(make_record()))
-
-
-def _replaced(life: Life, store: TaskRegistryStore) -> None:
-    """Everything is replaced, also by one who is killed on the way."""
-    for trap in (None, kill("rename", after=1), kill("sync_directory", after=2)):
-        record = make_record(label="a new life")
-        life.save(store, {record.task_id: record}, trap)
-        store = life.open() if trap is not None else store
-        life.apply(store, Put(make_record(label="its first")))
-    life.compact(store, TRIM)
-    store.close()

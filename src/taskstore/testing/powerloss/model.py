@@ -26,6 +26,10 @@ So at any moment, of what is not synced:
   be there without an earlier one.  Any subset covers all three.  A rename is
   one step: the file is never under both names nor under none.
 
+After a sync that failed, a later one that succeeds is taken at its word, though
+Linux may have dropped the pages meanwhile: a store must not go on after the
+failure on the strength of what it wrote before.
+
 Pillai and others, "All File Systems Are Not Created Equal" (OSDI 2014), found
 this out for each file system; this model allows more than any of them, so
 that it may call for a sync that the one at hand would do without.

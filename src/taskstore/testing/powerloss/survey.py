@@ -14,7 +14,8 @@ from typing import cast
 
 from msgspec import Struct, field
 
-from taskstore.testing.powerloss.life import Life, live
+from taskstore.testing.powerloss.life import Life
+from taskstore.testing.powerloss.lives import LIVES
 from taskstore.testing.powerloss.model import Model, State
 from taskstore.testing.powerloss.recorder import Omits, Omitted, Recorder, Removed, Said, Synced
 from taskstore.testing.powerloss.survival import Known, OpenOn, check
@@ -72,7 +73,7 @@ class Survey(Struct, kw_only=True):
 def survey(
     open_on: OpenOn,
     *,
-    life: Callable[[Life], object] = live,
+    lives: Sequence[Callable[[Life], object]] = LIVES,
     omits: Omits | None = None,
     most: int = MOST,
     seed: int = 20261122,
@@ -80,45 +81,51 @@ def survey(
 ) -> Survey:
     """Prove a store that keeps files against power loss.
 
-    ``open_on`` opens it; ``life`` is what happens to it.  Of each moment at
-    most ``most`` states are opened, drawn with ``seed`` where there are more.
-    ``stop`` ends with the first problem.  ``omits`` leaves syncs out, to see
+    ``open_on`` opens it; each of ``lives`` happens to a new ledger.  Of each
+    moment at most ``most`` states are opened, drawn with ``seed`` where there
+    are more.  ``stop`` ends with the first problem.  ``omits`` leaves syncs out, to see
     that it is noticed (:meth:`Recorder.disk`).
     """
     started = time.monotonic()
     found = Survey()
     with fast_directory() as scratch:
-        (root := scratch / "live").mkdir()
-        recorder = Recorder(root)
-        life(lived := Life(recorder, open_on, omits))
-        where = lived.directory.relative_to(root)
-        found.steps, found.sites = recorder.steps, recorder.sites
-        for number, missing, state, allowed in _states(recorder, found, most, seed):
-            found.opened += 1
-            place = scratch / "state"
-            build(state, place)
-            problem = check(open_on, place / where, allowed)
-            if problem is not None:
-                operation = recorder.log[number - 1]
-                found.problems.append(f"after {number}, {operation!r:.80}: {missing}: {problem}")
-                if stop:
+        for number, live in enumerate(lives):
+            (root := scratch / f"life-{number}").mkdir()
+            recorder = Recorder(root)
+            live(life := Life(recorder, open_on, omits))
+            model = Model(most=most, seed=seed)
+            found.steps += recorder.steps
+            found.sites += recorder.sites
+            where = scratch / "state" / life.directory.relative_to(root)
+            for moment, state, allowed in _states(recorder, found, model, broken=omits is not None):
+                found.opened += 1
+                build(state, scratch / "state")
+                problem = check(open_on, where, allowed)
+                if problem is not None:
+                    operation = f"{recorder.log[moment - 1]!r:.80}"
+                    found.problems.append(
+                        f"{live.__name__}, after {moment} operations, the last {operation}, "
+                        f"missing {state.missing}: {problem}"
+                    )
+                shutil.rmtree(scratch / "state")
+                if stop and found.problems:
                     break
-            shutil.rmtree(place)
+            if stop and found.problems:
+                break
     found.seconds = time.monotonic() - started
     return found
 
 
 def _states(
-    recorder: Recorder, found: Survey, most: int, seed: int
-) -> Iterator[tuple[int, str, State, Sequence[Known]]]:
+    recorder: Recorder, found: Survey, model: Model, *, broken: bool
+) -> Iterator[tuple[int, State, Sequence[Known]]]:
     """The states that differ, in files or in what has to hold."""
     known: Sequence[Known] = ()
     # A sync that was left out makes a difference until the same file is synced or removed.
-    broken = any(isinstance(operation, Omitted) for operation in recorder.log)
     unsynced: set[int] = set()
     done = 0
     seen: set[tuple[bytes, tuple[int, ...]]] = set()
-    for moment in Model(most=most, seed=seed).moments(recorder.log):
+    for moment in model.moments(recorder.log):
         for operation in recorder.log[done : moment.number]:
             if isinstance(operation, Omitted):
                 unsynced.add(operation.node)
@@ -138,7 +145,7 @@ def _states(
             key = state.digest, tuple(map(id, known))
             if key not in seen:
                 seen.add(key)
-                yield moment.number, f"missing: {state.missing}", state, known
+                yield moment.number, state, known
 
 
 def build(state: State, place: Path) -> None:
