@@ -47,6 +47,7 @@ def test_the_scheme_works_once_it_is_installed(
     proof = run("bash", "-e", "prove.sh")
     assert proof.startswith("core\tkept\t"), proof
     assert "4 passed" in proof, proof
+    assert "memory equals disk" in run("bash", "-e", "faults.sh")
     assert (project / "ledger.json").read_text() == used
 
 

@@ -49,8 +49,8 @@ class MsgpackStore(taskstore.TaskRegistryStore):
             self.new.touch(0o600)
             self.new.write_bytes(msgpack.encode((checksum(data), data)))
             _sync(self.new)  # its bytes are on disk before it gets the ledger's name,
-            self.new.replace(self.path)
             trouble = taskstore.OutcomeUnknownError
+            self.new.replace(self.path)
             _sync(self.path.parent)  # and the name is before anybody is told
         except OSError as error:
             raise trouble(f"cannot write {self.path}: {error}") from error
