@@ -35,6 +35,7 @@ from taskstore.store import (
     TaskRegistryStore,
     entries_beyond,
 )
+from taskstore.yielding import collector
 
 logger = logging.getLogger("taskstore")
 
@@ -329,9 +330,10 @@ class Committer:
     def _read_on(self, store: SupportsJournal) -> set[str]:
         """Mirror what comes after memory in the journal; returns which tasks that concerns."""
         news = set[str]()
-        while entries := entries_beyond(store, self._mirror.position, PAGE_ENTRIES):
-            self._mirror_entries(entries, local=False)
-            news.update(entry.task_id for entry in entries)
+        with collector.paused():
+            while entries := entries_beyond(store, self._mirror.position, PAGE_ENTRIES):
+                self._mirror_entries(entries, local=False)
+                news.update(entry.task_id for entry in entries)
         return news
 
     def _mirror_entries(self, entries: Sequence[JournalEntry], *, local: bool) -> None:

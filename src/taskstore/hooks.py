@@ -35,7 +35,7 @@ class Restored(Struct, frozen=True):
     local: bool = True
 
 
-class Upserted(Struct, frozen=True):
+class Upserted(Struct, frozen=True, gc=False):
     """A task was created (``previous`` is ``None``) or changed.
 
     ``at`` is the time of the commit (Unix milliseconds).  ``local`` tells
@@ -51,7 +51,7 @@ class Upserted(Struct, frozen=True):
     local: bool = True
 
 
-class Deleted(Struct, frozen=True):
+class Deleted(Struct, frozen=True, gc=False):
     """A task was deleted; ``previous`` is its last record, where it was known.
 
     ``at`` is the time of the commit (Unix milliseconds).  ``local`` tells

@@ -35,7 +35,7 @@ class EntryKind(StrEnum):
     DELETED = "deleted"
 
 
-class Put(Struct, frozen=True):
+class Put(Struct, frozen=True, gc=False):
     """Store this record, whose revision is one more than the stored one.
 
     Revision 1 creates the task.  The record is validated here, so that no
@@ -77,7 +77,7 @@ def put_over(before: TaskRecord, record: TaskRecord) -> Put:
     return put
 
 
-class Remove(Struct, frozen=True):
+class Remove(Struct, frozen=True, gc=False):
     """Delete this task; ``revision`` is one more than the stored one (``int`` ≥ 2)."""
 
     task_id: str
@@ -139,7 +139,7 @@ class ChangeSet(tuple[Change, ...]):  # noqa: SLOT001 (a tuple cannot have any)
         return made
 
 
-class Commit(Struct, frozen=True):
+class Commit(Struct, frozen=True, gc=False):
     """What a store committed: the seqs of the first and last change, and when.
 
     ``at`` is in Unix milliseconds UTC and never less than that of the commit
@@ -152,7 +152,7 @@ class Commit(Struct, frozen=True):
     commit_id: str = ""
 
 
-class SetAside(Struct, frozen=True):
+class SetAside(Struct, frozen=True, gc=False):
     """A stored record that could not be decoded, kept as the bytes that it is.
 
     ``where`` says where it lies and ``reason`` why it does not decode
@@ -239,7 +239,7 @@ def validated_snapshot(snapshot: Snapshot) -> Snapshot:
     return Snapshot(snapshot.seq, MappingProxyType(records), snapshot.at, snapshot.set_aside)
 
 
-class Step(Struct, frozen=True):
+class Step(Struct, frozen=True, gc=False):
     """What a batch does to one task, all its changes taken together.
 
     ``base`` is the revision that has to be stored beforehand (0: absent),

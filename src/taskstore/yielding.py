@@ -7,7 +7,10 @@ event loop's among them, for as long as it takes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+import gc
+import threading
+from collections.abc import Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T", bound=Any)
@@ -34,3 +37,37 @@ def empty(mapping: MutableMapping[Any, Any]) -> None:
     """Remove everything from a mapping, one after the other."""
     while mapping:
         mapping.popitem()
+
+
+class Collector:
+    """Pauses the garbage collector while many records are made.
+
+    Half of the time it would look for cycles among objects that cannot have
+    any, and each of its great looks holds up every other thread.  Pauses may
+    overlap.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pauses = 0
+        self._was_on = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave it off in the body, and as it was afterwards."""
+        with self._lock:
+            if self._pauses == 0:
+                self._was_on = gc.isenabled()
+                gc.disable()
+            self._pauses += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pauses -= 1
+                if self._pauses == 0 and self._was_on:
+                    gc.enable()
+
+
+collector = Collector()
+"""The one that Python has."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -42,34 +39,7 @@ from taskstore.stores.sql.tables import (
     tasks,
     taskstore_head,
 )
-
-
-class _Collector:
-    """Pauses the garbage collector while many records are made: half of the time it
-    would look for cycles among objects that cannot have any.  Loads may overlap."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._pauses = 0
-        self._was_on = False
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        with self._lock:
-            if self._pauses == 0:
-                self._was_on = gc.isenabled()
-                gc.disable()
-            self._pauses += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._pauses -= 1
-                if self._pauses == 0 and self._was_on:
-                    gc.enable()
-
-
-_collector = _Collector()
+from taskstore.yielding import collector
 
 
 def read_head(session: Session, sql: Statements, *, lock: bool = False) -> Head:
@@ -121,7 +91,7 @@ def load(connections: Connections) -> Snapshot:
                 aside.append(found)
         return Snapshot(head.head_seq, MappingProxyType(records), head.last_at, tuple(aside))
 
-    with _collector.paused():
+    with collector.paused():
         return connections.read(work, one_moment=True)
 
 
@@ -143,7 +113,7 @@ def read_snapshot(connections: Connections, at: int) -> Snapshot | None:
                 aside.append(item)
         return Snapshot(mark.seq, MappingProxyType(records), mark.at, tuple(aside))
 
-    with _collector.paused():
+    with collector.paused():
         return connections.read(work, one_moment=True)
 
 
