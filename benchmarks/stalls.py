@@ -30,7 +30,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from taskstore import CompactionPolicy, Compactor, Put, Snapshot, compact, lifecycle
+from taskstore import CompactionPolicy, Compactor, Put, Snapshot, compact, creation
 from taskstore.aio import AsyncTaskRegistry
 from taskstore.clock import new_task_id
 from taskstore.testing.base import OpenStore
@@ -44,7 +44,7 @@ FULL = CompactionPolicy(force=True, history_s=0, history_entries=0)
 def new_puts(store: Any, first: int, count: int) -> list[Put]:
     return [
         Put(
-            lifecycle.new_record(
+            creation.new_record(
                 now=store.clock(),
                 task_id=new_task_id(),
                 runtime="cli",

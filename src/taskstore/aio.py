@@ -39,8 +39,8 @@ from taskstore.journal import JournalEntry, Snapshot
 from taskstore.mirror import Lookups
 from taskstore.news import News
 from taskstore.reader import LedgerReader
-from taskstore.records import check_key
 from taskstore.store import TaskRegistryStore
+from taskstore.validation import check_key
 from taskstore.verbs import Verbs
 
 P = ParamSpec("P")

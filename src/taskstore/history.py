@@ -13,13 +13,13 @@ from itertools import takewhile
 
 from taskstore.errors import CursorExpiredError, UnsupportedError, ValidationError
 from taskstore.journal import JournalEntry, Position, Snapshot, fold
-from taskstore.records import check_int
 from taskstore.store import (
     SupportsHistory,
     SupportsJournal,
     TaskRegistryStore,
     entries_beyond,
 )
+from taskstore.validation import check_int
 
 PAGE_ENTRIES = 1000
 """How many journal entries are read at a time."""

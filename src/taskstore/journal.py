@@ -16,16 +16,8 @@ from msgspec import Struct
 from msgspec.structs import force_setattr
 
 from taskstore.errors import Conflict, ConflictError, CorruptStoreError, ValidationError
-from taskstore.records import (
-    KEY_BYTES,
-    TaskRecord,
-    TaskStatus,
-    check_int,
-    check_key,
-    check_text,
-    validated,
-    validated_change,
-)
+from taskstore.records import KEY_BYTES, TaskRecord, TaskStatus
+from taskstore.validation import check_int, check_key, check_text, validated, validated_change
 
 
 class EntryKind(StrEnum):

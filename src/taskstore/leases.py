@@ -15,7 +15,8 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from taskstore.errors import Conflict, ConflictError, InvalidTransition, Leased, ValidationError
-from taskstore.records import MAX_INT, TaskRecord, check_key
+from taskstore.records import MAX_INT, TaskRecord
+from taskstore.validation import check_key
 
 LEASE_S = 60.0
 """How long a lease runs unless told otherwise, in seconds."""

@@ -13,34 +13,29 @@ failed, timed_out or cancelled, and :func:`recover` alone corrects ``lost``.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import msgspec
 from msgspec.structs import replace
 
 from taskstore.errors import InvalidTransition, ValidationError
 from taskstore.records import (
     ERROR_BYTES,
     MAX_INT,
-    NO_METADATA,
-    OPTIONAL_KEYS,
-    SUMMARY_BYTES,
     DeliveryStatus,
     NotifyPolicy,
-    ScopeKind,
     TaskRecord,
     TaskStatus,
     TerminalOutcome,
+)
+from taskstore.validation import (
     check_enum,
     check_int,
     check_key,
-    check_origin,
+    check_summary,
     check_text,
     encode_metadata,
     plain_metadata,
-    validated,
 )
 
 RETENTION_MS = 7 * 24 * 60 * 60 * 1000
@@ -55,133 +50,6 @@ _REHEARSAL = TaskRecord(
     created_at=0,
 )
 _CORRECTIONS = frozenset({TaskStatus.FAILED, TaskStatus.TIMED_OUT, TaskStatus.CANCELLED})
-_CREATABLE = frozenset(
-    {
-        *OPTIONAL_KEYS,
-        "scope_kind",
-        "delivery_status",
-        "notify_policy",
-        "requester_origin",
-        "created_at",
-        "started_at",
-        "last_event_at",
-        "cleanup_after",
-        "progress_summary",
-        "metadata",
-    }
-) - {"booking", "lease_token"}
-_FILLABLE = frozenset(OPTIONAL_KEYS) - {"run_id", "booking", "lease_token"} | {
-    "requester_origin",
-    "cleanup_after",
-    "progress_summary",
-}
-
-
-def fold_whitespace(text: str) -> str:
-    """Return ``text`` with each run of white space as one space, none at the ends."""
-    return " ".join(text.split())
-
-
-def _summary(field: str, value: object) -> str | None:
-    if value is None:
-        return None
-    # Folding first would let text of any size through white space; the type
-    # has to be right before that.
-    if not isinstance(value, str):
-        raise ValidationError(field, f"must be text, not {type(value).__name__}")
-    return check_text(field, fold_whitespace(value), SUMMARY_BYTES)
-
-
-def new_record(
-    *, now: int, task_id: str, runtime: str, task: str, status: str, fields: Mapping[str, Any]
-) -> TaskRecord:
-    """Make revision 1 of a task.
-
-    ``fields`` are further record fields by name; ``now`` is in Unix
-    milliseconds.  Raises :class:`ValidationError` for anything that may not
-    be stored or that only a later change can set.
-    """
-    for name in fields:
-        if name not in _CREATABLE:
-            known = name in TaskRecord.__struct_fields__
-            raise ValidationError(
-                str(name), "is set by later changes" if known else "is not a field of a record"
-            )
-    state = check_enum("status", status, TaskStatus)
-    if state.is_terminal:
-        raise ValidationError("status", f"a task starts queued or running, not {state}")
-    given = {name: value for name, value in fields.items() if value is not None}
-    metadata = encode_metadata(given.pop("metadata", {}))
-    created_at = check_int("created_at", given.pop("created_at", now))
-    owned = "owner_key" in given or "requester_session_key" in given
-    given.setdefault("scope_kind", ScopeKind.SESSION if owned else ScopeKind.SYSTEM)
-    given.setdefault(
-        "delivery_status", DeliveryStatus.PENDING if owned else DeliveryStatus.NOT_APPLICABLE
-    )
-    given.setdefault("last_event_at", max(now, created_at))
-    if state is TaskStatus.RUNNING:
-        given.setdefault("started_at", max(now, created_at))
-    for name in ("started_at", "last_event_at", "cleanup_after"):
-        if name in given:
-            given[name] = max(check_int(name, given[name]), created_at)
-    if "progress_summary" in given:
-        given["progress_summary"] = _summary("progress_summary", given["progress_summary"])
-    if "requester_origin" in given:
-        given["requester_origin"] = check_origin(given["requester_origin"])
-    record = validated(
-        TaskRecord(
-            task_id=task_id,
-            revision=1,
-            runtime=runtime,
-            task=task,
-            status=state,
-            created_at=created_at,
-            metadata_json=metadata,
-            **given,
-        )
-    )
-    if record.run_id is None:
-        return record
-    return replace(record, booking=booking_of(record))
-
-
-def booking_of(record: TaskRecord) -> str:
-    """Digest the run scope of a record: 32 hexadecimal digits.
-
-    The scope is (run_id, runtime, scope kind, owner, child session, flow,
-    label, task) as they are at creation; two creates with the same scope are
-    the same task.
-    """
-    scope = (
-        record.run_id,
-        record.runtime,
-        record.scope_kind,
-        record.owner_key,
-        record.child_session_key,
-        record.parent_flow_id,
-        record.label,
-        record.task,
-    )
-    return hashlib.blake2b(msgspec.json.encode(scope), digest_size=16).hexdigest()
-
-
-def attach(existing: TaskRecord, asked: TaskRecord) -> TaskRecord:
-    """Answer a repeated create: fill what ``existing`` lacked, touch nothing else.
-
-    An ended task is returned unchanged.
-    """
-    if existing.is_terminal:
-        return existing
-    filled: dict[str, Any] = {
-        name: getattr(asked, name)
-        for name in sorted(_FILLABLE)
-        if getattr(existing, name) is None and getattr(asked, name) is not None
-    }
-    if "cleanup_after" in filled:
-        filled["cleanup_after"] = max(filled["cleanup_after"], existing.created_at)
-    if existing.metadata_json == NO_METADATA and asked.metadata_json != NO_METADATA:
-        filled["metadata_json"] = asked.metadata_json
-    return replace(existing, **filled) if filled else existing
 
 
 def start(record: TaskRecord, now: int, *, started_at: int | None = None) -> TaskRecord:
@@ -200,7 +68,7 @@ def start(record: TaskRecord, now: int, *, started_at: int | None = None) -> Tas
 
 def progress(record: TaskRecord, now: int, summary: str) -> TaskRecord:
     """Note how far an active task has come.  The same summary again changes nothing."""
-    folded = _summary("progress_summary", summary)
+    folded = check_summary("progress_summary", summary)
     if folded is None:
         raise ValidationError("progress_summary", "must be text, not NoneType")
     if record.is_terminal:
@@ -386,7 +254,7 @@ def _end_facts(
     if error is not None:
         facts["error"] = check_text("error", error, ERROR_BYTES)
     if summary is not None:
-        facts["terminal_summary"] = _summary("terminal_summary", summary)
+        facts["terminal_summary"] = check_summary("terminal_summary", summary)
     if outcome is not None:
         facts["terminal_outcome"] = check_enum("terminal_outcome", outcome, TerminalOutcome)
     if ended_at is not None:

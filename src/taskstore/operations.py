@@ -9,7 +9,8 @@ from taskstore import leases
 from taskstore.errors import Conflict, ConflictError, InvalidTransition, TaskNotFound
 from taskstore.groupcommit import Operation
 from taskstore.mirror import Staging
-from taskstore.records import TaskRecord, check_int, check_key
+from taskstore.records import TaskRecord
+from taskstore.validation import check_int, check_key
 
 T = TypeVar("T")
 

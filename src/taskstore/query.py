@@ -27,11 +27,8 @@ from taskstore.records import (
     TEXT_LIMITS,
     TaskRecord,
     TerminalOutcome,
-    check_enum,
-    check_int,
-    check_key,
-    check_text,
 )
+from taskstore.validation import check_enum, check_int, check_key, check_text
 
 SESSION_KEY = "session_key"
 """A filter that is no field: the child's or the requester's session."""

@@ -10,8 +10,9 @@ from taskstore.errors import StoreClosedError, ValidationError
 from taskstore.journal import Position
 from taskstore.mirror import Lookups, Mirror
 from taskstore.query import Page, Summary, TaskQuery
-from taskstore.records import ACTIVE_STATUSES, KEY_BYTES, TaskRecord, check_key, check_text
+from taskstore.records import ACTIVE_STATUSES, KEY_BYTES, TaskRecord
 from taskstore.store import TaskRegistryStore
+from taskstore.validation import check_key, check_text
 
 T = TypeVar("T")
 

@@ -19,8 +19,8 @@ from taskstore.hooks import Hook, Hooks
 from taskstore.journal import JournalEntry, Snapshot
 from taskstore.mirror import Lookups
 from taskstore.reader import LedgerReader
-from taskstore.records import check_key
 from taskstore.store import TaskRegistryStore
+from taskstore.validation import check_key
 from taskstore.verbs import Verbs
 
 T = TypeVar("T")

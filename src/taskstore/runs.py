@@ -9,7 +9,8 @@ from taskstore import leases, lifecycle
 from taskstore.clock import Clock
 from taskstore.groupcommit import Operation
 from taskstore.mirror import Staging
-from taskstore.records import TaskRecord, TaskStatus, plain_metadata
+from taskstore.records import TaskRecord, TaskStatus
+from taskstore.validation import plain_metadata
 
 Records = list[TaskRecord]
 

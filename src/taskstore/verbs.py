@@ -6,14 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from taskstore import leases, lifecycle
+from taskstore import creation, leases, lifecycle
 from taskstore.clock import new_task_id
 from taskstore.groupcommit import Operation
 from taskstore.indexes import booking_of
 from taskstore.mirror import Staging
 from taskstore.operations import changing, check_expected, deleting, giving
-from taskstore.records import TaskRecord, check_key, plain_metadata
+from taskstore.records import TaskRecord
 from taskstore.runs import Mutation, RunScope
+from taskstore.validation import check_key, plain_metadata
 
 T = TypeVar("T")
 
@@ -54,7 +55,7 @@ class Verbs(ABC):
         Raises :class:`ValidationError`, and :class:`ConflictError` if
         ``task_id`` is or was in use.
         """
-        record = lifecycle.new_record(
+        record = creation.new_record(
             now=self._now(),
             task_id=new_task_id() if task_id is None else task_id,
             runtime=runtime,
@@ -69,7 +70,7 @@ class Verbs(ABC):
             if holder is None:
                 return staging.create(record)
             standing = staging.require(holder)
-            return staging.update(standing, lifecycle.attach(standing, record))
+            return staging.update(standing, creation.attach(standing, record))
 
         return self._run(operation)
 

@@ -19,8 +19,9 @@ from taskstore.cli.child import Child, Events
 from taskstore.cli.lines import LastLine, summary_of
 from taskstore.cli.recorder import Recorder
 from taskstore.cli.run import new_command_record
-from taskstore.records import SUMMARY_BYTES, check_text
+from taskstore.records import SUMMARY_BYTES
 from taskstore.stores.memory import MemoryStore
+from taskstore.validation import check_text
 
 
 @pytest.mark.parametrize(

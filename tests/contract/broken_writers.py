@@ -12,8 +12,8 @@ from msgspec.structs import force_setattr, replace
 
 from taskstore.errors import ConflictError
 from taskstore.journal import Put, Snapshot, plan
-from taskstore.records import encode_metadata
 from taskstore.stores.memory import MemoryStorage, MemoryStore
+from taskstore.validation import encode_metadata
 
 
 class Broken(MemoryStore):

@@ -18,8 +18,9 @@ from taskstore.codec import (
 )
 from taskstore.errors import CorruptStoreError
 from taskstore.journal import SetAside, Snapshot
-from taskstore.records import TaskRecord, validated
+from taskstore.records import TaskRecord
 from taskstore.testing.strategies import metadata, records
+from taskstore.validation import validated
 
 
 @given(records())

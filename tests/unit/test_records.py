@@ -19,6 +19,10 @@ from taskstore.records import (
     DeliveryContext,
     TaskRecord,
     TaskStatus,
+)
+from taskstore.testing import NASTY, make_record
+from taskstore.testing.contract_values import root_of, unchecked
+from taskstore.validation import (
     check_enum,
     check_int,
     check_key,
@@ -28,8 +32,6 @@ from taskstore.records import (
     validated,
     validated_change,
 )
-from taskstore.testing import NASTY, make_record
-from taskstore.testing.contract_values import root_of, unchecked
 
 
 @pytest.mark.parametrize("row", NASTY, ids=lambda row: row.name)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from taskstore.lifecycle import fold_whitespace
 from taskstore.records import SUMMARY_BYTES
+from taskstore.validation import fold_whitespace
 
 KEPT_BYTES = 4 * SUMMARY_BYTES
 """How much of a line is looked at: enough for a summary after colours are removed."""

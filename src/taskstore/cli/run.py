@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple, TextIO
 
 import typer
 
-from taskstore import lifecycle
+from taskstore import creation
 from taskstore.backends import open_store
 from taskstore.cli import ledger, render
 from taskstore.cli.child import Child, Ending, Event, Events, forwarded_signals
@@ -145,7 +145,7 @@ def new_command_record(command: Sequence[str], **fields: Any) -> TaskRecord:
     metadata: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname(), "cwd": cwd}
     if sum(2 * len(word.encode()) + 8 for word in argv) < METADATA_BYTES // 2:
         metadata["argv"] = argv
-    return lifecycle.new_record(
+    return creation.new_record(
         now=system_clock(),
         task_id=new_task_id(),
         runtime=RUNTIME,

@@ -9,10 +9,11 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from taskstore.clock import new_task_id
+from taskstore.creation import run_digest
 from taskstore.journal import Change, EntryKind, Put, Remove, Snapshot
-from taskstore.lifecycle import booking_of
-from taskstore.records import TaskRecord, TaskStatus, encode_metadata
+from taskstore.records import TaskRecord, TaskStatus
 from taskstore.store import TaskRegistryStore
+from taskstore.validation import encode_metadata
 
 EPOCH_MS = 1_700_000_000_000
 """When the records of tests are created, unless they say otherwise: Unix milliseconds."""
@@ -41,7 +42,7 @@ def make_record(**fields: Any) -> TaskRecord:
         }
     )
     if record.run_id is not None and "booking" not in fields:
-        record = replace(record, booking=booking_of(record))
+        record = replace(record, booking=run_digest(record))
     return record
 
 

@@ -11,7 +11,8 @@ import msgspec
 from taskstore.codec import checksum, decode_or_set_aside, set_aside
 from taskstore.errors import CorruptStoreError, ValidationError
 from taskstore.journal import EntryKind, JournalEntry, SetAside
-from taskstore.records import TaskRecord, check_int, check_key
+from taskstore.records import TaskRecord
+from taskstore.validation import check_int, check_key
 
 CHUNK_BYTES = 1024 * 1024
 """A chunk of a snapshot is closed when it holds this much, so that it stays

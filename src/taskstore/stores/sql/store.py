@@ -20,7 +20,7 @@ from taskstore.errors import (
 from taskstore.journal import Change, Commit, JournalEntry, SetAside, Snapshot
 from taskstore.policy import CompactionPolicy, CompactionReport
 from taskstore.query import Page, TaskQuery
-from taskstore.records import MAX_INT, check_key
+from taskstore.records import MAX_INT
 from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport
 from taskstore.stores.feed import LINGER_S, Feed
 from taskstore.stores.sql import compaction, snapshots
@@ -33,6 +33,7 @@ from taskstore.stores.sql.patience import RECONNECT_S
 from taskstore.stores.sql.query import answer
 from taskstore.stores.sql.rows import Head, entry_of
 from taskstore.stores.sql.verify import verify
+from taskstore.validation import check_key
 
 
 class SQLStore(TaskRegistryStore):

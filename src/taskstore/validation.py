@@ -1,0 +1,309 @@
+"""What may stand in a record: checked here and nowhere else, so that every backend
+accepts and refuses exactly the same records.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from itertools import compress
+from operator import is_not
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import Raw
+from msgspec.structs import astuple, replace
+
+from taskstore.errors import ValidationError
+from taskstore.records import (
+    ENUM_FIELDS,
+    FORMAT_VERSION,
+    KEY_BYTES,
+    MAX_INT,
+    METADATA_BYTES,
+    METADATA_DEPTH,
+    NEVER_EMPTY,
+    NO_METADATA,
+    OPTIONAL_KEYS,
+    OPTIONAL_TIMES,
+    REQUIRED_KEYS,
+    SUMMARY_BYTES,
+    TEXT_LIMITS,
+    DeliveryContext,
+    ScopeKind,
+    TaskRecord,
+    TaskStatus,
+    TerminalOutcome,
+)
+
+_MEMBERS = {field.encode_name for field in msgspec.structs.fields(TaskRecord)} - {"_unknown"}
+_SAME_MAJOR = re.compile(rf"{FORMAT_VERSION.partition('.')[0]}\.[0-9]+\Z")
+_RUNTIME = re.compile(r"[a-z][a-z0-9_.-]*\Z")
+_OptionalEnum = TypeVar("_OptionalEnum", bound=StrEnum)
+
+
+def check_text(field: str, value: object, limit: int) -> str:
+    """Return ``value`` if it is storable text of at most ``limit`` bytes of UTF-8.
+
+    A subclass of ``str`` becomes ``str``: encoders and drivers do not know it.
+    Raises :class:`ValidationError` for another type, NUL (which PostgreSQL
+    cannot hold), lone surrogates (which are not UTF-8) and over-long text.
+    """
+    if type(value) is not str:
+        if not isinstance(value, str):
+            raise ValidationError(field, f"must be text, not {type(value).__name__}")
+        value = str.__str__(value)
+    if value.isascii():
+        size = len(value)
+    else:
+        try:
+            size = len(value.encode())
+        except UnicodeEncodeError:
+            raise ValidationError(field, "holds a lone surrogate, which is not text") from None
+    if size > limit:
+        raise ValidationError(field, f"is {size} bytes of UTF-8 long, at most {limit} are allowed")
+    if "\0" in value:
+        raise ValidationError(field, "holds a NUL character")
+    return value
+
+
+def check_key(field: str, value: object) -> str:
+    """Return ``value`` if it is a key: text of at most 255 bytes, not empty where it identifies."""
+    text = check_text(field, value, KEY_BYTES)
+    if not text and field in NEVER_EMPTY:
+        raise ValidationError(field, "must not be empty")
+    if field == "runtime" and not _RUNTIME.match(text):
+        raise ValidationError(field, f"must be a lower-case token, not {text!r}")
+    return text
+
+
+def check_int(field: str, value: object, least: int = 0) -> int:
+    """Return ``value`` if it is an integer from ``least`` to 2**53 - 1."""
+    if type(value) is not int:
+        raise ValidationError(field, f"must be an integer, not {type(value).__name__}")
+    if not least <= value <= MAX_INT:
+        raise ValidationError(field, f"must be from {least} to {MAX_INT}, not {value}")
+    return value
+
+
+def check_enum(field: str, value: object, kind: type[_OptionalEnum]) -> _OptionalEnum:
+    """Return the member of ``kind`` that ``value`` is or spells."""
+    if isinstance(value, kind):
+        return value
+    names = ", ".join(kind)
+    if not isinstance(value, str):
+        raise ValidationError(field, f"must be one of {names}, not {type(value).__name__}")
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValidationError(field, f"must be one of {names}, not {value!r}") from None
+
+
+def check_origin(value: object) -> DeliveryContext | None:
+    """Return ``value`` as a :class:`DeliveryContext`; a mapping of its fields is taken too."""
+    if isinstance(value, Mapping):
+        unknown = set(value) - set(DeliveryContext.__struct_fields__)
+        if unknown:
+            raise ValidationError("requester_origin", f"has no field {sorted(map(str, unknown))}")
+        value = DeliveryContext(**value)
+    if value is None:
+        return None
+    if not isinstance(value, DeliveryContext):
+        raise ValidationError(
+            "requester_origin", f"must be a DeliveryContext, not {type(value).__name__}"
+        )
+    for name in DeliveryContext.__struct_fields__:
+        part = getattr(value, name)
+        if part is not None:
+            check_text(f"requester_origin.{name}", part, KEY_BYTES)
+    return value
+
+
+def encode_metadata(value: object) -> Raw:
+    """Turn a JSON object into canonical bytes: sorted keys, no white space.
+
+    Only ``dict``, ``list``, ``tuple``, ``str``, ``int`` (64 bits), finite
+    ``float``, ``bool`` and ``None`` are taken; anything else, NaN and
+    infinities included, raises :class:`ValidationError`.
+    """
+    encoded = msgspec.json.encode(plain_metadata(value), order="deterministic")
+    if len(encoded) > METADATA_BYTES:
+        raise ValidationError(
+            "metadata", f"is {len(encoded)} bytes of JSON, at most {METADATA_BYTES} are allowed"
+        )
+    return Raw(encoded) if encoded != b"{}" else NO_METADATA
+
+
+def plain_metadata(value: object) -> dict[str, Any]:
+    """Copy a JSON object into plain containers that nobody else holds; errors as above."""
+    if not isinstance(value, Mapping):
+        raise ValidationError("metadata", f"must be a mapping, not {type(value).__name__}")
+    copied: Any = _plain_json(value, "metadata", METADATA_DEPTH)
+    return copied  # type: ignore[no-any-return]  # a mapping is copied into a dict
+
+
+def _plain_json(value: object, path: str, depth: int) -> object:
+    """Copy a JSON value into plain containers, checking every leaf."""
+    if value is None or value is True or value is False:
+        return value
+    if isinstance(value, str):
+        return check_text(path, value, METADATA_BYTES)
+    if isinstance(value, int):
+        if not -(2**63) <= value < 2**64:
+            raise ValidationError(path, "holds an integer beyond 64 bits")
+        return int(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValidationError(path, f"holds {value}, which is not JSON")
+        return float(value)
+    if depth == 0:
+        raise ValidationError("metadata", f"is nested more than {METADATA_DEPTH} deep")
+    if isinstance(value, Mapping):
+        members = {}
+        for key, member in value.items():
+            name = check_text(f"{path} key", key, METADATA_BYTES)
+            members[name] = _plain_json(member, f"{path}.{name}", depth - 1)
+        return members
+    if isinstance(value, list | tuple):
+        return [
+            _plain_json(item, f"{path}[{position}]", depth - 1)
+            for position, item in enumerate(value)
+        ]
+    raise ValidationError(path, f"holds a {type(value).__name__}, which is not JSON")
+
+
+def validated(record: object) -> TaskRecord:
+    """Return ``record`` if it may be stored, its enum fields made members.
+
+    Raises :class:`ValidationError` naming the first field that may not.
+    """
+    if not isinstance(record, TaskRecord):
+        raise ValidationError("record", f"must be a TaskRecord, not {type(record).__name__}")
+    coerced = _check_texts(record)
+    check_int("revision", record.revision, 1)
+    check_int("created_at", record.created_at)
+    for field in OPTIONAL_TIMES:
+        value = getattr(record, field)
+        if value is not None:
+            check_int(field, value)
+    for field, kind in ENUM_FIELDS.items():
+        value = getattr(record, field)
+        if type(value) is not kind:
+            coerced[field] = check_enum(field, value, kind)
+    if record.terminal_outcome is not None and type(record.terminal_outcome) is not TerminalOutcome:
+        coerced["terminal_outcome"] = check_enum(
+            "terminal_outcome", record.terminal_outcome, TerminalOutcome
+        )
+    if record.requester_origin is not None:
+        origin = check_origin(record.requester_origin)
+        if origin is not record.requester_origin:
+            coerced["requester_origin"] = origin
+    _check_metadata_bytes(record.metadata_json)
+    if record.unknown_json is not None:
+        _check_unknown(record.unknown_json)
+    checked = replace(record, **coerced) if coerced else record
+    if checked.scope_kind is ScopeKind.SESSION and checked.owner_key is None:
+        raise ValidationError("owner_key", "is required unless scope_kind is system")
+    return checked
+
+
+def validated_change(record: TaskRecord, before: TaskRecord) -> TaskRecord:
+    """Return ``record`` if it may be stored in the place of ``before``, which is stored.
+
+    What both have in common was validated when ``before`` was.  Otherwise as
+    :func:`validated`, which is asked wherever something is not plainly in order.
+    """
+    values = astuple(record)
+    differs = map(is_not, values, astuple(before))
+    for field, value in compress(zip(TaskRecord.__struct_fields__, values, strict=True), differs):
+        if field not in _PLAINLY or not _PLAINLY[field](value):
+            return validated(record)
+    return record
+
+
+def _is_plain_int(value: object) -> bool:
+    return type(value) is int and 1 <= value <= MAX_INT
+
+
+def _is_plain_text(value: object) -> bool:
+    return (
+        type(value) is str and len(value) <= SUMMARY_BYTES and value.isascii() and "\0" not in value
+    )
+
+
+_PLAINLY: dict[str, Callable[[object], bool]] = {
+    "revision": _is_plain_int,
+    "status": lambda value: type(value) is TaskStatus,
+    **dict.fromkeys(OPTIONAL_TIMES, _is_plain_int),
+    **dict.fromkeys(TEXT_LIMITS, _is_plain_text),
+}
+"""Of the fields that change most, what is surely in order."""
+
+
+def _check_texts(record: TaskRecord) -> dict[str, Any]:
+    """Check every text of a record; return those that are not plain ``str``, made so."""
+    coerced: dict[str, Any] = {}
+    for field in (*REQUIRED_KEYS, *OPTIONAL_KEYS):
+        value = getattr(record, field)
+        if value is not None or field in REQUIRED_KEYS:
+            text = check_key(field, value)
+            if text is not value:
+                coerced[field] = text
+    for field, limit in TEXT_LIMITS.items():
+        value = getattr(record, field)
+        if value is not None or field == "task":
+            text = check_text(field, value, limit)
+            if text is not value:
+                coerced[field] = text
+    return coerced
+
+
+def _check_metadata_bytes(encoded: object) -> None:
+    """Refuse metadata that did not come from :func:`encode_metadata`."""
+    if encoded is NO_METADATA:
+        return
+    if isinstance(encoded, Raw) and len(bytes(encoded)) > METADATA_BYTES:
+        raise ValidationError("metadata", f"is over {METADATA_BYTES} bytes of JSON")
+    value = _decoded("metadata", encoded)
+    if encode_metadata(value) != encoded:
+        raise ValidationError("metadata", "is not in canonical form")
+
+
+def _check_unknown(encoded: object) -> None:
+    """Refuse unknown members that would make a payload nobody can decode."""
+    members = _decoded("unknown_json", encoded)
+    if not isinstance(members, dict):
+        raise ValidationError("unknown_json", "must be a JSON object")
+    known = _MEMBERS & set(members)
+    if known:
+        raise ValidationError("unknown_json", f"holds {sorted(known)}, which are known fields")
+    version = members.get("v", FORMAT_VERSION)
+    if not isinstance(version, str) or not _SAME_MAJOR.match(version):
+        raise ValidationError("unknown_json", f"is of another format: {version!r}")
+
+
+def _decoded(field: str, encoded: object) -> object:
+    if not isinstance(encoded, Raw):
+        raise ValidationError(field, f"must be encoded JSON, not {type(encoded).__name__}")
+    try:
+        return msgspec.json.decode(encoded)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValidationError(field, f"is not JSON: {error}") from None
+
+
+def fold_whitespace(text: str) -> str:
+    """Return ``text`` with each run of white space as one space, none at the ends."""
+    return " ".join(text.split())
+
+
+def check_summary(field: str, value: object) -> str | None:
+    """Return ``value`` as a summary: white space folded, of at most 4,096 bytes of UTF-8."""
+    if value is None:
+        return None
+    # Folding first would let text of any size through white space; the type
+    # has to be right before that.
+    if not isinstance(value, str):
+        raise ValidationError(field, f"must be text, not {type(value).__name__}")
+    return check_text(field, fold_whitespace(value), SUMMARY_BYTES)
