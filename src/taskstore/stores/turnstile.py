@@ -31,7 +31,7 @@ class Turnstile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path = os.fspath(path)  # in a third of the time
         self._descriptor = -1
         self._owner = 0
         self._stuck = False
@@ -42,17 +42,19 @@ class Turnstile:
         It gives up after ``timeout_s`` seconds.
         """
         # Without the file, nobody has ever had to wait here.
-        in_turn = not self._opened() or self._step_in()
+        if self._descriptor < 0 and not os.access(self._path, os.F_OK) and attempt():
+            return True
+        self._open()
         try:
+            in_turn = self._step_in()
             if (in_turn or self._stuck) and attempt():
                 return True
-            self._create()
-            return self._wait(attempt, timeout_s)
+            return self._wait(attempt, timeout_s, in_turn=in_turn)
         finally:
             self._step_out()
 
-    def _wait(self, attempt: Callable[[], bool], timeout_s: float) -> bool:
-        started, waited, in_turn = time.monotonic(), 0.0, self._step_in()
+    def _wait(self, attempt: Callable[[], bool], timeout_s: float, *, in_turn: bool) -> bool:
+        started, waited = time.monotonic(), 0.0
         while waited < timeout_s:
             time.sleep(min(_pause(waited), timeout_s - waited))
             in_turn = in_turn or self._step_in()
@@ -69,19 +71,15 @@ class Turnstile:
         if descriptor >= 0:
             os.close(descriptor)
 
-    def _opened(self, flags: int = 0) -> bool:
-        """Open the file, if it is there; whether it is."""
+    def _open(self) -> None:
+        """Open the file, or make it, if that is possible; the line is shorter without it."""
         if self._owner != os.getpid():
             # A forked child stands where its parent stands: it needs a place of its own.
             self.close()
             with suppress(OSError):
-                self._descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
+                flags = os.O_RDWR | os.O_CLOEXEC | os.O_CREAT
+                self._descriptor = os.open(self._path, flags, 0o600)
                 self._owner = os.getpid()
-        return self._descriptor >= 0
-
-    def _create(self) -> None:
-        """Make the file, if that is possible; the line is shorter without it."""
-        self._opened(os.O_CREAT)
 
     def _step_in(self) -> bool:
         """Take the first place, if it is free; whether we have it."""

@@ -37,8 +37,10 @@ class FileLock:
         self.path = path
         self._disk = disk
         self._turnstile = Turnstile(path.with_name(f"{path.name}.turn"))
+        self._name = os.fspath(path)
         self._descriptor = -1
         self._owner = 0
+        self._node = (0, 0)
         self.opened = 0
         """How often the file was opened: after another time it may be another file."""
 
@@ -82,18 +84,19 @@ class FileLock:
             self._disk.close(descriptor)
 
     def _is_at_path(self) -> bool:
-        mine = os.fstat(self._descriptor)
         try:
-            there = os.stat(self.path)  # noqa: PTH116 - half the time
+            there = os.stat(self._name)  # noqa: PTH116 - half the time
         except FileNotFoundError:
             return False
-        return (mine.st_ino, mine.st_dev) == (there.st_ino, there.st_dev)
+        return (there.st_ino, there.st_dev) == self._node
 
     def _reopen(self) -> None:
         self._close()
         self.opened += 1
         self._descriptor = self._disk.open(self.path, os.O_RDWR | os.O_CREAT)
         self._owner = os.getpid()
+        mine = os.fstat(self._descriptor)
+        self._node = (mine.st_ino, mine.st_dev)
 
     @contextmanager
     def held(self, timeout_s: float, what: str) -> Iterator[None]:

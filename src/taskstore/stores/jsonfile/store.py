@@ -27,7 +27,7 @@ from taskstore.query import Page, TaskQuery, evaluate
 from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport, check_history
 from taskstore.stores.feed import Feed, PollingWatch, Watch
 from taskstore.stores.jsonfile import compaction
-from taskstore.stores.jsonfile.files import translated
+from taskstore.stores.jsonfile.files import Translator
 from taskstore.stores.jsonfile.index import Index
 from taskstore.stores.jsonfile.layout import Layout
 from taskstore.stores.jsonfile.lines import Identity, encode_changes
@@ -76,13 +76,14 @@ class JSONStore(TaskRegistryStore):
         self.directory = Path(path).absolute()  # whatever becomes of the working directory
         self.location = str(path)
         self.strict = strict
+        self._translator = Translator(self.directory)
         self._reader = Reader(self.directory, strict=strict)
         self._writer: Writer | None = None
         # The thread that has entered the writer and not applied anything yet.
         self._entered_by = 0
         self._set_aside: tuple[SetAside, ...] = ()
         self._feed = Feed(self.head, self._watch, self.location)
-        with translated(self.directory):
+        with self._translator:
             if read_only:
                 self._reader.settled(lambda layout: layout)
                 return
@@ -107,15 +108,13 @@ class JSONStore(TaskRegistryStore):
 
     def _read(self, work: Callable[[Layout], _T]) -> _T:
         self._check_open()
-        with translated(self.directory):
+        with self._translator:
             return self._reader.settled(work)
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[Writer]:
+    def _writing(self) -> Writer:
         self._check_writable()
         assert self._writer is not None
-        with translated(self.directory):
-            yield self._writer
+        return self._writer
 
     # -- content ----------------------------------------------------------
 
@@ -136,7 +135,8 @@ class JSONStore(TaskRegistryStore):
         return snapshot
 
     def save_snapshot(self, snapshot: Snapshot) -> None:
-        with self._writing() as writer:
+        writer = self._writing()
+        with self._translator:
             snapshot = validated_snapshot(snapshot)
             payloads = [
                 codec.encode_record(snapshot.records[task_id])
@@ -152,10 +152,10 @@ class JSONStore(TaskRegistryStore):
         self._feed.announce(snapshot.seq)
 
     def apply(self, changes: Sequence[Change]) -> Commit:
-        self._check_writable()
+        writer = self._writing()
         steps = plan(changes)
         entries = encode_changes(changes)
-        with self._writing() as writer:
+        with self._translator:
             if self._entered_by != threading.get_ident():
                 writer.enter()
             self._entered_by = 0
@@ -170,7 +170,8 @@ class JSONStore(TaskRegistryStore):
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        with self._writing() as writer:
+        writer = self._writing()
+        with self._translator:
             writer.enter()
         self._entered_by = threading.get_ident()
         try:
@@ -221,13 +222,14 @@ class JSONStore(TaskRegistryStore):
         return PollingWatch(self.head, self._sign, longest_nap_s=LONGEST_NAP_S)
 
     def _sign(self) -> object:
-        with translated(self.directory):
+        with self._translator:
             return self._reader.sign()
 
     # -- compaction, query, integrity -------------------------------------
 
     def compact(self, policy: CompactionPolicy) -> CompactionReport:
-        with self._writing() as writer:
+        writer = self._writing()
+        with self._translator:
             return compaction.compact(writer, policy, self.clock, self._keep)
 
     def _keep(self, item: SetAside) -> None:
@@ -239,7 +241,7 @@ class JSONStore(TaskRegistryStore):
 
     def verify(self) -> VerifyReport:
         self._check_open()
-        with translated(self.directory):
+        with self._translator:
             return verify(self.directory, self._writer)
 
 

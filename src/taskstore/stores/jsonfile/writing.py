@@ -73,7 +73,8 @@ class Writer:
 
     def enter(self, *, indexed: bool = True) -> None:
         """Take the lock and bring place and index up to date."""
-        if not self._patiently(lambda for_s: self._mutex.acquire(timeout=for_s)):
+        free = self._mutex.acquire(blocking=False)
+        if not free and not self._patiently(lambda for_s: self._mutex.acquire(timeout=for_s)):
             raise StoreBusyError(
                 f"the store {self.directory} is busy: another thread has written "
                 f"for {self.timeout_s:g} s"
