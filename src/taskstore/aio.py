@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import threading
 from collections import deque
 from collections.abc import (
     AsyncIterator,
@@ -82,6 +83,7 @@ class AsyncTaskRegistry(LedgerReader):
         self._settled: deque[asyncio.Future[None]] = deque()
         self._woken = False
         self._delivering = False
+        self._closing: asyncio.Future[None] | None = None
         # Apart from each other: those who wait for news hold up nobody else.
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="taskstore-aio")
         self._news = News(self._loop)
@@ -120,7 +122,13 @@ class AsyncTaskRegistry(LedgerReader):
         hooks: Iterable[Hook],
         clock: Clock | None,
     ) -> Self:
-        store = await asyncio.to_thread(make_store)
+        opening = asyncio.get_running_loop().run_in_executor(None, make_store)
+        try:
+            store = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            # The thread goes on, and nobody else would close what it opens.
+            opening.add_done_callback(_close_unwanted)
+            raise
         try:
             registry = await cls.over(store, hooks=hooks, clock=clock)
         except BaseException:
@@ -222,6 +230,7 @@ class AsyncTaskRegistry(LedgerReader):
             while entries := await self._in_thread(tail.page):
                 for entry in entries:
                     yield entry
+                    self._check_open()
                 deadline = self._loop.time() + (wait or 0)
             left = max(0.0, deadline - self._loop.time())
             # Now and then it looks whether it is still the same journal.
@@ -257,19 +266,29 @@ class AsyncTaskRegistry(LedgerReader):
 
     async def close(self) -> None:
         """Commit what is under way, then close the registry, and the store if
-        :meth:`open` made it.  Twice is fine."""
-        if self._closed:
-            return
-        self._closed = True
-        self._news.close(StoreClosedError(f"the registry over {self._store.location} is closed"))
+        :meth:`open` made it.  Twice is fine; cancelled, it goes on in the background."""
+        if self._closing is None:
+            self._closed = True
+            closed = StoreClosedError(f"the registry over {self._store.location} is closed")
+            self._news.close(closed)
+            self._closing = self._loop.run_in_executor(self._threads, self._finish)
+            self._closing.add_done_callback(self._dismiss)
+        await asyncio.shield(self._closing)
+
+    def _finish(self) -> None:
+        """Close everything.  In one call, in a thread: nothing can cancel half of it."""
         follower, self._follower = self._follower, None
         if follower is not None:
             follower.ask_to_stop()
-        await self._in_thread(self._committer.close)
-        if self._owns_store:
-            await self._in_thread(self._store.close)
-        if follower is not None:
-            await self._in_thread(follower.stop)
+        try:
+            self._committer.close()
+        finally:
+            if self._owns_store:
+                self._store.close()
+            if follower is not None:
+                follower.stop()
+
+    def _dismiss(self, _: object) -> None:
         self._threads.shutdown(wait=False)
         self._hook_thread.shutdown(wait=False)
 
@@ -362,3 +381,9 @@ def _release(settled: Iterable[asyncio.Future[None]]) -> None:
     for future in settled:
         if not future.done():
             future.set_result(None)
+
+
+def _close_unwanted(opening: asyncio.Future[TaskRegistryStore]) -> None:
+    """Close what was opened after nobody waited for it any more, off the event loop's thread."""
+    if not opening.cancelled() and opening.exception() is None:
+        threading.Thread(target=opening.result().close, name="taskstore-closing").start()

@@ -82,16 +82,22 @@ class CommitQueue:
         """Have an operation committed; returns its result or raises its error."""
         request = Request(operation)
         try:
-            finished = self._enter(request)
-            if finished is None:
-                self._serve([request])
-            else:
-                self._await(request, finished)
-        finally:
-            # Looked up rather than remembered: an interrupt can strike between
-            # taking the lead and noting it.
+            try:
+                finished = self._enter(request)
+                if finished is None:
+                    self._serve([request])
+                else:
+                    self._await(request, finished)
+            finally:
+                # Looked up rather than remembered: an interrupt can strike between
+                # taking the lead and noting it.
+                if self._leader is request:
+                    self._hand_over()
+        except BaseException:
+            # Or on the way out: whoever kept the lead would keep out everybody, for ever.
             if self._leader is request:
                 self._hand_over()
+            raise
         return request.outcome()
 
     def post(self, request: Request[Any]) -> None:

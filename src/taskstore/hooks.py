@@ -83,7 +83,8 @@ class Hooks:
     def __init__(self, hooks: Iterable[Hook] = ()) -> None:
         self._hooks: tuple[Hook, ...] = ()
         self._queue: deque[Event] = deque()
-        self._delivering = threading.Lock()
+        # Who delivers at present: one of the calls of deliver(), or nobody.
+        self._deliverer: object = None
         self._edit = threading.Lock()
         self.errors = 0
         for hook in hooks:
@@ -123,14 +124,23 @@ class Hooks:
         comes back here, finds the place taken, and its event follows after
         the one being delivered.
         """
+        me = object()
         # Looked at again after the place is given up: what was queued between
         # the last look and the release found it taken.
-        while self._queue and self._delivering.acquire(blocking=False):
+        while self._queue:
             try:
+                with self._edit:
+                    if self._deliverer is None:
+                        self._deliverer = me
+                if self._deliverer is not me:
+                    return
                 while self._queue:
                     self._call(self._queue.popleft())
             finally:
-                self._delivering.release()
+                # Looked up rather than remembered, for the sake of interrupts:
+                # were the place kept, no hook would hear of anything any more.
+                if self._deliverer is me:
+                    self._deliverer = None
 
     def _call(self, event: Event) -> None:
         for hook in self._hooks:

@@ -336,3 +336,67 @@ def test_one_that_cannot_be_opened(tmp_path):
                 raise AssertionError
 
     asyncio.run(main())
+
+
+class SlowToCloseStore(SlowStore):
+    """A store that says when it has been closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.was_closed = threading.Event()
+
+    def close(self):
+        time.sleep(0.02)
+        super().close()
+        self.was_closed.set()
+
+
+def test_a_cancelled_close_goes_on_in_the_background(monkeypatch):
+    store = SlowToCloseStore()
+    monkeypatch.setattr("taskstore.aio.open_store", lambda *_, **__: store)
+
+    async def main():
+        registry = await AsyncTaskRegistry.open("any:")
+        closing = asyncio.create_task(registry.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        assert not store.was_closed.is_set()
+        await registry.close()  # waits for the same
+        assert store.was_closed.is_set()
+
+    asyncio.run(main())
+
+
+def test_what_is_opened_after_nobody_waits_is_closed(monkeypatch):
+    store, go_on = SlowToCloseStore(), threading.Event()
+
+    def slow(*_, **__):
+        assert go_on.wait(10)
+        return store
+
+    monkeypatch.setattr("taskstore.aio.open_store", slow)
+
+    async def main():
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(AsyncTaskRegistry.open("any:"), 0.01)
+        go_on.set()
+        assert await asyncio.to_thread(store.was_closed.wait, 10)
+
+    asyncio.run(main())
+
+
+def test_whoever_reads_changes_hears_that_it_is_closed():
+    async def main():
+        registry = await AsyncTaskRegistry.open("memory:")
+        for number in range(3):
+            await registry.create(runtime="cli", task=str(number))
+        seen = []
+        with pytest.raises(StoreClosedError):
+            async for entry in registry.changes():
+                seen.append(entry.seq)
+                await registry.close()
+        assert seen == [1]
+
+    asyncio.run(main())

@@ -175,13 +175,14 @@ class Connections:
     def _begin(self, lock: Callable[[Session], object] | None = None) -> None:
         session = self._writer()
         try:
+            self._begun_by = threading.get_ident()
             self.database.begin_write(session)
             if lock is not None:
                 lock(session)
         except BaseException as error:
             self._abandon(session, error)
             raise
-        self._begun, self._begun_by = session, threading.get_ident()
+        self._begun = session
 
     def _write_once(self, work: Callable[[Session], _T]) -> _T:
         if self._begun is None:

@@ -1,0 +1,90 @@
+"""An interrupt, such as Ctrl-C, wherever it strikes: nobody is kept out afterwards."""
+
+from __future__ import annotations
+
+import dis
+import sys
+import threading
+from pathlib import Path
+
+import taskstore
+from taskstore import TaskRegistry
+
+HOME = str(Path(taskstore.__file__).parent)
+CALLS = {dis.opmap[name] for name in ("CALL", "CALL_FUNCTION_EX") if name in dis.opmap}
+
+
+class Interrupted(BaseException):
+    """What a signal handler raises."""
+
+
+class Interrupter:
+    """Raises at one of the moments at which CPython looks for signals, counted from 1.
+
+    That is when a function begins, and after each call, in the package's own code.
+    """
+
+    def __init__(self, moment):
+        self.moment = moment
+        self.count = 0
+        self.where = None
+        self._before = {}
+
+    def __call__(self, frame, kind, _):
+        code = frame.f_code
+        if not code.co_filename.startswith(HOME):
+            return None
+        if kind == "call":
+            frame.f_trace_opcodes, frame.f_trace_lines = True, False
+            self._tick(frame)
+        elif kind == "opcode":
+            before = self._before.get(frame)
+            if before is not None and code.co_code[before] in CALLS:
+                self._tick(frame)
+            self._before[frame] = frame.f_lasti
+        return self
+
+    def _tick(self, frame):
+        self.count += 1
+        if self.count == self.moment:
+            sys.settrace(None)
+            self._before.clear()
+            self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            raise Interrupted
+
+
+def struck(moment, work):
+    """Do ``work``, interrupted at a moment; where that was, ``None`` if it was over before."""
+    interrupter, before = Interrupter(moment), sys.gettrace()
+    sys.settrace(interrupter)
+    try:
+        work()
+    except Interrupted:
+        pass
+    finally:
+        sys.settrace(before)
+    return interrupter.where
+
+
+def test_an_interrupt_at_any_moment_keeps_nobody_out(tmp_path):
+    heard, moment, where = [], 0, ""
+    registry = TaskRegistry.open(f"sqlite:///{tmp_path}/t.db", durability="process")
+    # Not in a ``with``: one that keeps callers out does not close either.
+    registry.hooks.add(heard.append)
+    task_id = registry.create(runtime="cli", task="x", status="running").task_id
+    while where is not None:
+        moment += 1
+        text = f"change {moment}"
+        where = struck(moment, lambda text=text: registry.record_progress(task_id, text))
+        after = threading.Thread(
+            target=registry.record_progress, args=(task_id, f"after {moment}"), daemon=True
+        )
+        after.start()
+        after.join(20)
+        assert not after.is_alive(), f"interrupted at {where}, the next caller waits for ever"
+        assert registry.get(task_id).progress_summary == f"after {moment}", where
+        assert heard[-1].seq == registry.seq, f"interrupted at {where}, hooks hear nothing"
+        stored = registry.store.load_snapshot().records
+        assert stored == {record.task_id: record for record in registry.list()}, where
+    registry.close()
+    assert moment > 100
