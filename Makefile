@@ -5,8 +5,9 @@
 #     make test            run the whole test suite
 #     make check           lint, types and imports: the quick checks
 #     make coverage        the suite, and which lines of which file it does not reach
-#     make soak            kill 1,000 writers of each durable backend (ROUNDS=...), and servers;
-#                          every fault at every step; what power losses leave (POWER_STATES=...)
+#     make soak            kill 1,000 writers of each durable backend (ROUNDS=...), and
+#                          servers (FAILOVERS=...); every fault at every step; what
+#                          power losses leave (POWER_STATES=...)
 #     make bench           measure (see benchmarks/README.md)
 #     make PYTHON=python3.13 VENV=.venv-3.13 test
 
@@ -65,9 +66,10 @@ soak: $(dev)
 
 bench: $(dev)
 	$(python) benchmarks/growth.py
+	$(python) benchmarks/contention.py
+	$(python) benchmarks/feeds.py
 	$(python) benchmarks/sharing.py
 	$(python) benchmarks/stalls.py
-	$(python) benchmarks/contention.py
 
 # The sdist, and the wheel that is built from it.
 dist: $(dev)

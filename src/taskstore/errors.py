@@ -110,7 +110,8 @@ class ConflictError(TaskStoreError):
     """Somebody else changed the data first; nothing of this call was written.
 
     ``conflicts`` is a tuple of :class:`Conflict`, at least one, unless the
-    conflict is about the whole ledger (``save_snapshot`` behind its head).
+    conflict is about the whole ledger (``save_snapshot`` behind its head, or
+    changes that were worked out over another history).
     """
 
     retryable = True
@@ -169,7 +170,8 @@ class StoreUnavailableError(TaskStoreError):
 
 
 class OutcomeUnknownError(TaskStoreError):
-    """The connection died during a commit and its outcome cannot be read back.
+    """The connection died during a commit and its outcome cannot be read back,
+    or the disk did not confirm it.
 
     The change is there as a whole or not at all.  The registry reloads
     before its next write.

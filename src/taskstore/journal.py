@@ -61,7 +61,7 @@ def put_over(before: TaskRecord, record: TaskRecord) -> Put:
     """The :class:`Put` that makes ``record`` of ``before``, which is stored.
 
     The errors are those of the constructor, but only what differs is looked
-    at: that is most of what a change costs before it reaches the store.
+    at: the rest was validated with ``before``.
     """
     # Copied, because the constructor would look at everything.
     put: Put = _A_PUT.__copy__()  # type: ignore[attr-defined]  # msgspec's stubs leave it out

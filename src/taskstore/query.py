@@ -163,18 +163,6 @@ class Summary(Struct, frozen=True, kw_only=True):
         )
 
 
-def summarize(records: Iterable[TaskRecord], seq: int) -> Summary:
-    """Count records without keeping them."""
-    statuses: Counter[str] = Counter()
-    runtimes: Counter[str] = Counter()
-    for record in records:
-        statuses[str(record.status)] += 1
-        runtimes[record.runtime] += 1
-    return Summary(
-        total=statuses.total(), by_status=dict(statuses), by_runtime=dict(runtimes), seq=seq
-    )
-
-
 def page_of(newest_first: Iterator[TaskRecord], query: TaskQuery, seq: int) -> Page:
     """Cut one page from matching records that come newest first, the cursor applied."""
     if query.limit is None:

@@ -230,11 +230,14 @@ class SupportsExclusive(Protocol):
     def exclusive(self) -> AbstractContextManager[None]:
         """Keep other writers out from here to the first ``apply``, or to the end of the body.
 
-        In the body the calling thread sees with ``read_journal`` whatever is
-        committed, and what it applies conflicts with nobody who came in
-        between.  Entering, leaving and raising write nothing.  The body is
-        short, reads, and applies at most once.  Raises
-        :class:`~taskstore.StoreBusyError` when another writer holds on.
+        Others are all other instances on the same storage, in any process:
+        their ``apply`` waits as for a commit.  In the body the calling thread
+        sees with ``read_journal`` whatever is committed, and what it applies
+        conflicts with nobody who came in between.  Entering, leaving and
+        raising write nothing; leaving lets the others in, whether anything was
+        applied or not.  The body is short, reads, and applies at most once.
+        Raises :class:`~taskstore.StoreBusyError` when another writer holds on,
+        and :class:`~taskstore.ReadOnlyError`.
         """
         ...
 
@@ -244,7 +247,10 @@ class SupportsHistory(Protocol):
     """Finds one task's entries without reading the whole journal."""
 
     def read_history(self, task_id: str) -> Sequence[JournalEntry]:
-        """Return the entries of one task that are kept, oldest first."""
+        """Return the entries of one task that are kept, oldest first.
+
+        Of a deleted task too; none for an id that never was.
+        """
         ...
 
 
@@ -268,7 +274,10 @@ class SupportsQuery(Protocol):
     """Answers queries itself, without loading the ledger."""
 
     def query(self, query: TaskQuery) -> Page:
-        """Return the page; its ``seq`` is the commit that it is true for."""
+        """Return one page, newest first, of one moment: its ``seq`` is that commit.
+
+        The answer is that of ``taskstore.query.evaluate``.
+        """
         ...
 
 

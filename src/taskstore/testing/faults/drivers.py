@@ -232,7 +232,7 @@ class PostgreSQL(_Server):
 
         door = self._door
         self._connect = connect = psycopg.connect
-        self._execute = execute = psycopg.Cursor.execute
+        execute = psycopg.Cursor.execute
 
         def through(cursor: Any, query: Any, *arguments: Any, **options: Any) -> Any:
             def call(*again: Any) -> Any:
