@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 
 from taskstore.testing.servers import MARIADB_MISSING, MariaDBServer, PostgresServer
+
+# Who is started in the background by a shell ignores Ctrl-C, and so does what he starts
+# in turn: but some of that is to be interrupted.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A slow machine is no failure.
 hypothesis.settings.register_profile("tests", deadline=None)
