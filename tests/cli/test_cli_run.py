@@ -10,13 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from cli_process import CLI
 
 from taskstore import TaskRegistry
+from taskstore.testing.threads import until
 
 PY = sys.executable
 
@@ -25,13 +25,6 @@ PY = sys.executable
 def url(tmp_path: Path) -> str:
     """The JSON store starts fastest; the demo records on SQLite."""
     return f"json:///{tmp_path / 'ledger'}"
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def is_alive(pid: int) -> bool:
@@ -178,7 +171,7 @@ def test_who_outlives_the_leader_is_ended_too(cli: CLI, tmp_path: Path) -> None:
     script = script.replace("$$", "\\$\\$")
     assert cli("run", "--timeout", "1", "--", "sh", "-c", script).returncode == 124
     pid = int(pid_file.read_text())
-    wait_until(lambda: not is_alive(pid))
+    until(lambda: not is_alive(pid))
 
 
 def test_who_reacts_to_sigterm_may_end_by_itself(cli: CLI, tmp_path: Path) -> None:
@@ -243,7 +236,7 @@ def test_a_killed_recorder_leaves_a_running_record(cli: CLI) -> None:
     recorder = cli.start("run", "--", "sh", "-c", "echo begun; sleep 0.2; exec sleep 78")
     assert recorder.stdout is not None
     recorder.stdout.readline()
-    wait_until(lambda: "child_pid" in cli.only_task()["metadata"])
+    until(lambda: "child_pid" in cli.only_task()["metadata"])
     recorder.kill()
     recorder.communicate()
     task = cli.only_task()

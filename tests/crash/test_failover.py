@@ -14,18 +14,11 @@ from load import Load
 
 from taskstore import TaskNotFound, TaskQuery, TaskRegistry
 from taskstore.testing.replication import url_of
-from taskstore.testing.threads import meanwhile
+from taskstore.testing.threads import meanwhile, until
 
 ROUNDS = int(os.environ.get("TASKSTORE_FAILOVERS", "1"))
 THREADS = 6
 COROUTINES = 40
-
-
-def until(condition, within_s=30):
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {within_s} s"
-        time.sleep(0.01)
 
 
 def shared_task(url: str) -> str:

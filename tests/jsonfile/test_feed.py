@@ -25,13 +25,11 @@ def pair(tmp_path):
 
 
 def woken(store, after, change):
-    """Whether a change ends a wait, and that it does so soon."""
+    """Whether a change ends a wait."""
     answers = []
     with meanwhile(lambda: answers.append(store.wait_for(after, PATIENCE_S))):
         time.sleep(0.06)
-        started = time.monotonic()
         change()
-    assert time.monotonic() - started < 2
     return answers == [True]
 
 

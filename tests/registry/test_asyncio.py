@@ -20,6 +20,7 @@ from taskstore import (
 )
 from taskstore.aio import AsyncTaskRegistry
 from taskstore.stores.memory import MemoryStorage, MemoryStore
+from taskstore.testing.threads import PATIENCE_S
 
 
 class SlowStore(MemoryStore):
@@ -287,17 +288,24 @@ def test_no_event_waits_for_the_next_change():
 
 
 def test_following_holds_up_nobody_else():
+    begun, over = threading.Event(), threading.Event()
+
+    class Waits(MemoryStore):
+        def wait_for(self, after, timeout):
+            begun.set()
+            assert over.wait(PATIENCE_S)
+            return False
+
     async def main():
-        registry = await AsyncTaskRegistry.over(MemoryStore())
+        registry = await AsyncTaskRegistry.over(Waits())
 
         async def follow():
-            return [entry async for entry in registry.changes(wait=1)]
+            return [entry async for entry in registry.changes(wait=PATIENCE_S)]
 
         followers = [asyncio.create_task(follow()) for _ in range(20)]
-        await asyncio.sleep(0.05)
-        started = time.monotonic()
-        await registry.refresh()
-        assert time.monotonic() - started < 0.4
+        await asyncio.to_thread(begun.wait, PATIENCE_S)
+        await asyncio.wait_for(registry.refresh(), PATIENCE_S / 2)
+        over.set()
         for follower in followers:
             follower.cancel()
         await asyncio.gather(*followers, return_exceptions=True)

@@ -6,7 +6,6 @@ A standby that took over without the last commits looks the same from here.
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from taskstore import (
 )
 from taskstore.aio import AsyncTaskRegistry
 from taskstore.stores.memory import MemoryStore
+from taskstore.testing.threads import until
 
 
 @pytest.fixture
@@ -165,10 +165,7 @@ def test_a_follower_of_changes_is_told(open_ledger, back_up):
 def test_who_follows_starts_over_by_itself(live, open_ledger):
     with live.follow():
         theirs = others_go_on(open_ledger, live, "one")
-        deadline = time.monotonic() + 10
-        while live.get(live.task.task_id) != theirs and time.monotonic() < deadline:
-            time.sleep(0.01)
-    assert live.get(live.task.task_id) == theirs
+        until(lambda: live.get(live.task.task_id) == theirs)
     assert [type(event) for event in live.heard][:1] == [Restored]
 
 

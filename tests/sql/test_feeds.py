@@ -17,7 +17,7 @@ from taskstore.stores.sql import SQLStore, watches
 from taskstore.stores.sql.dialects.base import Database
 from taskstore.stores.sql.dialects.postgresql import PostgreSQLDatabase
 from taskstore.testing import make_put
-from taskstore.testing.threads import meanwhile
+from taskstore.testing.threads import meanwhile, until
 
 PATIENCE_S = 20
 
@@ -41,13 +41,6 @@ def listeners(url):
             " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
         ).fetchone()
     return count
-
-
-def until(condition):
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def waits(store, after, answers):
@@ -135,7 +128,7 @@ def test_own_commits_are_not_asked_for_again(pair, only_notified, postgres_url):
     assert len(looks) <= 1
 
 
-def test_a_listening_connection_that_is_cut(pair, postgres_url):
+def test_a_listening_connection_that_is_cut(pair, only_notified, postgres_url):
     one, two = pair
     answers = []
     with waits(two, 0, answers):
@@ -147,11 +140,8 @@ def test_a_listening_connection_that_is_cut(pair, postgres_url):
             )
         time.sleep(0.1)
         assert answers == []
-        started = time.monotonic()
         one.apply([make_put()])
-        until(lambda: answers)
     assert answers == [True]
-    assert time.monotonic() - started < watches.SAFETY_S
 
 
 def test_a_server_that_another_has_taken_over_from(pair, only_notified, postgres_url):
@@ -188,16 +178,15 @@ def test_a_writer_who_says_nothing(pair, monkeypatch):
     """Behind some poolers, nothing is heard: found at the first safety look, and polled then."""
     one, two = pair
     monkeypatch.setattr(PostgreSQLDatabase, "claim", Database.claim)
-    took = []
+    answers = []
     for seq in range(3):
-        with waits(two, seq, []):
+        with waits(two, seq, answers):
             time.sleep(0.1)
-            started = time.monotonic()
             one.apply([make_put()])
-        took.append(time.monotonic() - started)
-    assert took[0] < watches.SAFETY_S + 1
-    assert max(took[1:]) < watches.SAFETY_S / 2
-    assert two._feed._watch._deaf
+        assert two._feed._watch._deaf
+        # From now on a safety look would come too late for anybody.
+        monkeypatch.setattr(watches, "SAFETY_S", 1000.0)
+    assert answers == [True] * 3
 
 
 def test_one_connection_for_all_who_wait_and_none_afterwards(pair, postgres_url, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -53,6 +54,14 @@ def meanwhile(job: Callable[[], object]) -> Iterator[None]:
     if failures:
         raise failures[0]
     assert not thread.is_alive(), f"a thread did not come back in {PATIENCE_S:g} s"
+
+
+def until(condition: Callable[[], object], within_s: float = PATIENCE_S) -> None:
+    """Return once ``condition()`` holds: for what nobody tells of when it happens."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, f"it did not happen within {within_s:g} s"
+        time.sleep(0.002)
 
 
 def patiently(action: Callable[[], object], attempts: int = 20) -> None:
