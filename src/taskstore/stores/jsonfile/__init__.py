@@ -8,7 +8,7 @@ A directory (mode 0700 when we create it, files 0600) holds::
     journal-00000000000000000001.jsonl    segments: the number is their first seq
     journal-00000000000000000513.jsonl
     snapshot-00000000000000000512.json    every live record as of that seq
-    lock                                  "<pid> <generation>"; the writers' lock
+    lock                                  held by who writes; generation, and what is synced
     compact.lock                          held by the one who compacts or replaces
     journal-….jsonl.<offset>.torn         a torn line that was cut, as it was
     *.tmp                                 what a killed process had not finished

@@ -24,7 +24,7 @@ from msgspec import Struct
 from taskstore.codec import SNAPSHOT_FORMAT
 from taskstore.errors import CorruptStoreError
 from taskstore.stores.jsonfile.files import numbered, segment_name, snapshot_name
-from taskstore.stores.jsonfile.lines import Identity, decode_header, is_sound
+from taskstore.stores.jsonfile.lines import STAMP_BYTES, Identity, decode_header, is_sound
 
 _T = TypeVar("_T")
 _ATTEMPTS = 20
@@ -116,6 +116,15 @@ class Layout(NamedTuple):
     def start_of(self, segment: SegmentFile) -> Place:
         """The place before the first commit of a segment."""
         return Place(segment.first, segment.first - 1, segment.at)
+
+    def holds(self, place: Place) -> bool:
+        """Whether a place that was remembered is still what it was."""
+        for segment in self.segments:
+            if (segment.first, segment.inode) == (place.first, place.inode):
+                with segment.path.open("rb") as file:
+                    file.seek(place.mark)
+                    return not place.stamp or file.read(STAMP_BYTES) == place.stamp
+        return False
 
     def before(self, seq: int) -> Place:
         """The start of the segment that holds ``seq``, which must not be below the floor."""

@@ -1,10 +1,13 @@
 """Locks between processes: flock on a descriptor held open.
 
-The file ``lock`` also holds one line, ``<pid> <generation>``.  The pid is
-the last writer's, for messages.  The generation tells everybody whether the
-set of files may have changed: a writer that rolls or replaces makes it odd
-before and even after, under the lock.  It means something only among living
-processes, so it is never synced.
+The file ``lock`` also holds the line ``<pid> <generation>`` and a note.  The
+pid is the last writer's, for messages.  The generation tells everybody whether
+the set of files may have changed, or been cut: a writer that rolls, replaces
+or cuts makes it odd before and even after, under the lock.  The note tells up
+to which offset of the last segment everything has been synced, so that the
+next writer need not do it again; it stands there twice, and when the two
+differ, or it is missing, nothing is known.  All this means something only
+among living processes, so it is never synced.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from taskstore.errors import StoreBusyError
 from taskstore.stores.holders import lock_holders, named, process
 from taskstore.stores.turnstile import Turnstile
 
-_STATE_BYTES = 64
+_LINE_BYTES = 64
+_STATE_BYTES = 106
 
 
 class FileLock:
@@ -110,21 +114,42 @@ class FileLock:
 
 
 class WriteLock(FileLock):
-    """The lock of the directory's writers, with the generation of its files."""
+    """The lock of the directory's writers, with the generation of its files.
+
+    ``synced`` is the offset in the last segment up to which everything was
+    synced when the generation was what it is; 0 when nothing is known.
+    """
 
     def __init__(self, path: Path, disk: Disk) -> None:
         super().__init__(path, disk)
         self.generation = 0
+        self.synced = 0
+        self._state: bytes | None = None
+
+    def _reopen(self) -> None:
+        self._state = None
+        super()._reopen()
 
     def read_state(self) -> int:
         """Return the generation and leave our pid as the last writer's.  Under the lock."""
-        pid, self.generation = _parse(os.pread(self._descriptor, _STATE_BYTES, 0))
+        state = os.pread(self._descriptor, _STATE_BYTES, 0)
+        if state == self._state:
+            return self.generation
+        pid, self.generation = _parse(state)
+        self.synced = _parse_note(state)
         if pid == 0:
             # A new lock file: nobody may take its generation for an old one.
-            self.generation = time.time_ns() & ~1
+            self.generation, self.synced = time.time_ns() & ~1, 0
         if pid != self._owner:
             self._write_state()
         return self.generation
+
+    def note_synced(self, offset: int) -> None:
+        """Tell that the last segment has been synced up to ``offset``.  Under the lock, and
+        only afterwards.  Never fails: without the note somebody syncs once more."""
+        self.synced = offset
+        with contextlib.suppress(OSError):
+            self._write_state()
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -134,6 +159,7 @@ class WriteLock(FileLock):
         through the directory and clears up.
         """
         self.generation += 1 + self.generation % 2
+        self.synced = 0
         self._write_state()
         yield
         self.settle()
@@ -141,11 +167,16 @@ class WriteLock(FileLock):
     def settle(self) -> None:
         """Tell everybody that the set of files has changed.  Under the lock."""
         self.generation += 2 - self.generation % 2
+        self.synced = 0
         self._write_state()
 
     def _write_state(self) -> None:
-        state = b"%010d %020d\n" % (self._owner, self.generation)
+        # The note begins where older versions do not look.
+        note = b"%020d" % self.synced
+        state = b"%010d %020d%32s\n%b %b\n" % (self._owner, self.generation, b"", note, note)
+        self._state = None
         self._disk.pwrite(self._descriptor, state, 0)
+        self._state = state
 
 
 class Generation(NamedTuple):
@@ -162,7 +193,7 @@ def read_generation(path: Path) -> Generation | None:
     except FileNotFoundError:
         return None
     try:
-        pid, number = _parse(os.pread(descriptor, _STATE_BYTES, 0))
+        pid, number = _parse(os.pread(descriptor, _LINE_BYTES, 0))
         inode = os.fstat(descriptor).st_ino
     finally:
         os.close(descriptor)
@@ -196,7 +227,7 @@ def busy(path: Path, what: str, waited_s: float) -> StoreBusyError:
     holders = lock_holders(path)
     if not holders:
         with contextlib.suppress(OSError):
-            pid, _ = _parse(path.read_bytes()[:_STATE_BYTES])
+            pid, _ = _parse(path.read_bytes())
             # The lock itself tells nothing: the last writer is the likeliest.
             holders = (f"perhaps {process(pid)}",) if pid else ()
     waited = f" for {waited_s:g} s" if waited_s else ""
@@ -208,7 +239,12 @@ def busy(path: Path, what: str, waited_s: float) -> StoreBusyError:
 
 
 def _parse(state: bytes) -> tuple[int, int]:
-    pid, _, generation = state.strip().partition(b" ")
+    pid, _, generation = state[:_LINE_BYTES].strip().partition(b" ")
     if pid.isdigit() and generation.isdigit():
         return int(pid), int(generation)
     return 0, 0
+
+
+def _parse_note(state: bytes) -> int:
+    once, _, again = state[_LINE_BYTES:].strip().partition(b" ")
+    return int(once) if once == again and once.isdigit() else 0

@@ -57,6 +57,8 @@ class Writer:
         self._mutex = threading.Lock()
         self._generation: int | None = None
         self._opened = 0
+        # Whether others have written beside us.
+        self._in_company = False
         self._descriptor = -1
         self._refusal: str | None = None
 
@@ -137,8 +139,13 @@ class Writer:
             if number > 1:
                 # What looks damaged may be a place that is no longer what it was.
                 self.index = None
-            layout = self.layout if known and number == 1 else self._found()
+            # Nothing but commits has been added since we were there.
+            only_grown = known and number == 1
+            self._in_company |= only_grown
+            layout = self.layout if only_grown else self._found()
             self._follow(layout, indexed=indexed)
+            if self._sync and not (only_grown and self._lock.synced == self.place.offset):
+                self._sync_others()
 
         settled(self.directory, attempt)
         if generation % 2:
@@ -148,7 +155,7 @@ class Writer:
     def _follow(self, layout: Layout, *, indexed: bool) -> None:
         """Read what others wrote since the place, to the end, and be there."""
         last_commit = Position(0)
-        if self.index is not None and self._is_there(layout):
+        if self.index is not None and layout.holds(self.place):
             index, place, last_commit = self.index, self.place, self.last
         elif indexed:
             index, place = index_of(layout)
@@ -163,7 +170,8 @@ class Writer:
         if walk.place.first != last.first:
             raise CorruptStoreError(str(last.path), "does not continue the journal", offset=0)
         if last.path.stat().st_size > walk.place.offset:
-            self.notices.append(cut_tail(self.disk, last.path, walk.place.offset))
+            with self._lock.changing():
+                self.notices.append(cut_tail(self.disk, last.path, walk.place.offset))
         self._open_segment(last)
         self.layout, self.place, self.index = layout, walk.place, index
         self.last = last_commit
@@ -204,26 +212,19 @@ class Writer:
         finally:
             lock.close()
 
-    def _is_there(self, layout: Layout) -> bool:
-        """Whether the remembered place is still what it was."""
-        place = self.place
-        for segment in layout.segments:
-            if (segment.first, segment.inode) == (place.first, place.inode):
-                with segment.path.open("rb") as file:
-                    file.seek(place.mark)
-                    return not place.stamp or file.read(STAMP_BYTES) == place.stamp
-        return False
-
     def _open_segment(self, segment: SegmentFile) -> None:
         if self._descriptor >= 0 and os.fstat(self._descriptor).st_ino != segment.inode:
             self._close_segment()
         if self._descriptor < 0:
             self._descriptor = self.disk.open(segment.path, os.O_RDWR)
-        if not self._sync:
-            return
+
+    def _sync_others(self) -> None:
+        """Sync what others wrote, or cut.
+
+        One of them may have died between writing and syncing.  With a line of
+        ours behind it, nobody would tolerate that its line is torn.
+        """
         try:
-            # A writer may have died between writing and syncing.  With a line of
-            # ours behind it, nobody would tolerate that its line is torn.
             self.disk.sync_data(self._descriptor)
         except OSError as error:
             self._refusal = self._refuses("syncing what others wrote", error)
@@ -274,6 +275,8 @@ class Writer:
                 line[:STAMP_BYTES],
             )
             self.last = Position(commit.last_seq, commit.commit_id)
+            if self._sync and self._in_company:
+                self._lock.note_synced(self.place.offset)
         except BaseException:  # an interrupt: it is committed, but half remembered
             self.index = None
             raise
@@ -299,11 +302,11 @@ class Writer:
         syncing = written and isinstance(error, OSError)
         refusal = self._refuses("syncing" if syncing else "taking back", error)
         try:
-            self.disk.truncate(self._descriptor, self.place.offset)
-            if self._sync:
-                # Or a power loss could bring it back, or mix it with the next line.
-                self.disk.sync_data(self._descriptor)
-            self._lock.settle()  # somebody may have read it without the lock
+            with self._lock.changing():  # somebody may have read it without the lock
+                self.disk.truncate(self._descriptor, self.place.offset)
+                if self._sync:
+                    # Or a power loss could bring it back, or mix it with the next line.
+                    self.disk.sync_data(self._descriptor)
             self._generation = self._lock.generation
         except OSError:
             self._refusal = refusal

@@ -57,6 +57,9 @@ def beside_one_that_does_not_sync(life: Life) -> None:
     life.apply(store, change(life, error=None))
     life.apply(other, change(life, error=LONG), durable=False)
     life.apply(store, change(life, error=None))
+    life.apply(life.open(), change(life, error=LONG), trap=kill("pwrite", written=2_000))
+    life.open(open_unsynced).close()  # which cuts it off
+    life.apply(store, change(life, error=None))
     other.close()
     store.close()
 

@@ -103,6 +103,27 @@ def killed(life: Life) -> None:
         store.close()
 
 
+def in_turns(life: Life) -> None:
+    """Two write in turn and rely on what the other has synced, until it is killed before that."""
+    store, other = begun(life), life.open()
+    for _ in range(2):
+        life.apply(other, change(life, label="by the other"))
+        life.apply(store, change(life, label="in turn"))
+    life.apply(other, change(life, error=LONG), trap=kill("sync_data"))
+    life.look(store)
+    life.apply(store, change(life, error=None))
+    store.close()
+
+
+def killed_mending(life: Life) -> None:
+    """Who finds what a killed one has left is killed itself, beside one who has been there."""
+    witness, store = begun(life), life.open()
+    life.apply(store, change(life, error=LONG), trap=kill("pwrite", written=2_000))
+    life.killed_opening(kill("sync_data"))
+    life.apply(witness, change(life))
+    witness.close()
+
+
 def killed_compacting(life: Life) -> None:
     """Processes are killed in a compaction."""
     store = begun(life)
@@ -139,5 +160,8 @@ def replaced(life: Life) -> None:
     store.close()
 
 
-LIVES = (growing, together, failing, killed, killed_compacting, erased, replaced)
+LIVES = (
+    *(growing, together, in_turns, failing, killed, killed_mending),
+    *(killed_compacting, erased, replaced),
+)
 """Everything that can happen to any store of files."""
