@@ -30,8 +30,9 @@ from typing import Any, ParamSpec, Self, TypeVar
 from taskstore import history
 from taskstore.awaitable import AsyncRunScope, Opening, Operations, awaitable
 from taskstore.backends import default_url, open_store
+from taskstore.batch import Batch
 from taskstore.clock import Clock
-from taskstore.committer import Batch, Committer
+from taskstore.committer import Committer
 from taskstore.errors import StoreClosedError
 from taskstore.following import Follower
 from taskstore.groupcommit import Operation, Request

@@ -16,6 +16,7 @@ from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
+from taskstore.batch import Batch
 from taskstore.errors import (
     ConflictError,
     CursorExpiredError,
@@ -28,7 +29,7 @@ from taskstore.errors import (
 from taskstore.groupcommit import CommitQueue, Operation, Request
 from taskstore.hooks import Event, Hooks, Restored
 from taskstore.journal import Change, ChangeSet, Commit, JournalEntry, entries_of
-from taskstore.mirror import Lookups, Mirror, Staging
+from taskstore.mirror import Mirror, Staging
 from taskstore.store import (
     SupportsExclusive,
     SupportsJournal,
@@ -362,41 +363,6 @@ class Committer:
         except CursorExpiredError:
             return ""
         return entries[0].commit_id if entries and entries[0].seq == seq else ""
-
-
-class Batch:
-    """The operations of one ``with registry.batch()``, and what they would make.
-
-    ``closed`` is set when the body has ended: whoever still holds it, such as
-    an asyncio task that was started in the body, is on its own from then on.
-    """
-
-    def __init__(self, under: Lookups) -> None:
-        self.staging = Staging(under)
-        self.operations: list[Operation[Any]] = []
-        self.closed = False
-
-    def add(self, operation: Operation[T]) -> T:
-        """Run an operation provisionally; one that raises leaves no trace."""
-        trial = Staging(self.staging)
-        result = operation(trial)
-        self.staging.absorb(trial)
-        self.operations.append(operation)
-        return result
-
-    def within(self) -> Batch:
-        """Begin a batch inside this one: it joins, or leaves no trace."""
-        return Batch(self.staging)
-
-    def join(self, inner: Batch) -> None:
-        """Take over a batch that ended well inside this one."""
-        self.staging.absorb(inner.staging)
-        self.operations += inner.operations
-
-    def replay(self, staging: Staging) -> None:
-        """Run everything again over what is committed by now."""
-        for operation in self.operations:
-            operation(staging)
 
 
 def _pause(attempt: int) -> None:

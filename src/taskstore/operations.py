@@ -5,14 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from taskstore import leases
+from taskstore import creation, leases
 from taskstore.errors import Conflict, ConflictError, InvalidTransition, TaskNotFound
 from taskstore.groupcommit import Operation
+from taskstore.indexes import booking_of
 from taskstore.mirror import Staging
 from taskstore.records import TaskRecord
 from taskstore.validation import check_int, check_key
 
 T = TypeVar("T")
+
+
+def creating(record: TaskRecord) -> Operation[TaskRecord]:
+    """Store a new record, or attach it to the one that has its booking."""
+    booking = booking_of(record)
+
+    def operation(staging: Staging) -> TaskRecord:
+        holder = None if booking is None else staging.booked(booking)
+        if holder is None:
+            return staging.create(record)
+        standing = staging.require(holder)
+        return staging.update(standing, creation.attach(standing, record))
+
+    return operation
 
 
 def changing(

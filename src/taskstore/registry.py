@@ -11,8 +11,9 @@ from typing import Any, Self, TypeVar
 
 from taskstore import history
 from taskstore.backends import default_url, open_store
+from taskstore.batch import Batch
 from taskstore.clock import Clock
-from taskstore.committer import Batch, Committer
+from taskstore.committer import Committer
 from taskstore.following import Follower
 from taskstore.groupcommit import Operation
 from taskstore.hooks import Hook, Hooks

@@ -9,9 +9,7 @@ from typing import Any, TypeVar
 from taskstore import creation, leases, lifecycle
 from taskstore.clock import new_task_id
 from taskstore.groupcommit import Operation
-from taskstore.indexes import booking_of
-from taskstore.mirror import Staging
-from taskstore.operations import changing, check_expected, deleting, giving
+from taskstore.operations import changing, check_expected, creating, deleting, giving
 from taskstore.records import TaskRecord
 from taskstore.runs import Mutation, RunScope
 from taskstore.validation import check_key, plain_metadata
@@ -63,16 +61,7 @@ class Verbs(ABC):
             status=status,
             fields=fields,
         )
-        booking = booking_of(record)
-
-        def operation(staging: Staging) -> TaskRecord:
-            holder = None if booking is None else staging.booked(booking)
-            if holder is None:
-                return staging.create(record)
-            standing = staging.require(holder)
-            return staging.update(standing, creation.attach(standing, record))
-
-        return self._run(operation)
+        return self._run(creating(record))
 
     def mark_running(
         self,
@@ -341,11 +330,13 @@ class Verbs(ABC):
         check_expected(task_id, if_revision, fence)
         lease_ms = leases.check_lease(lease_s)
         token, now = new_task_id(), self._now()
-
-        def mutation(record: TaskRecord) -> TaskRecord:
-            return leases.take(record, now, token, lease_ms, fence=fence)
-
-        return self._run(giving(token, changing(task_id, mutation, if_revision, fence)))
+        taking = changing(
+            task_id,
+            lambda record: leases.take(record, now, token, lease_ms, fence=fence),
+            if_revision,
+            fence,
+        )
+        return self._run(giving(token, taking))
 
     def renew_lease(
         self,
@@ -365,11 +356,10 @@ class Verbs(ABC):
         check_expected(task_id, if_revision, fence)
         lease_ms = leases.check_lease(lease_s)
         now = self._now()
-
-        def mutation(record: TaskRecord) -> TaskRecord:
-            return leases.renew(record, now, lease_ms)
-
-        return self._run(giving(fence, changing(task_id, mutation, if_revision, fence)))
+        renewing = changing(
+            task_id, lambda record: leases.renew(record, now, lease_ms), if_revision, fence
+        )
+        return self._run(giving(fence, renewing))
 
     def release_lease(
         self, task_id: str, *, fence: str, if_revision: int | None = None
