@@ -149,6 +149,9 @@ def test_every_clause_reads_once_more_after_reopening():
         "test_a_closed_store_refuses_every_call",
         "test_it_says_what_it_is",
         "test_waiting_does_not_spin",
+        "test_any_timeout",
+        "test_everybody_who_waits_is_woken",
+        "test_another_process_ends_the_wait",
         "test_many_random_lives",
         "test_a_reading_process_sees_no_gap",
     }
