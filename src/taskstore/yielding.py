@@ -42,7 +42,7 @@ def empty(mapping: MutableMapping[Any, Any]) -> None:
 class Collector:
     """Pauses the garbage collector while many records are made.
 
-    Half of the time it would look for cycles among objects that cannot have
+    It would look again and again for cycles among objects that cannot have
     any, and each of its great looks holds up every other thread.  Pauses may
     overlap.
     """

