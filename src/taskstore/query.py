@@ -125,7 +125,7 @@ class Page(Sequence[TaskRecord]):
             return self.records == other.records and self.next_cursor == other.next_cursor
         return NotImplemented
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # as for a list
 
     def __repr__(self) -> str:
         return f"Page({list(self.records)!r}, next_cursor={self.next_cursor!r}, seq={self.seq})"

@@ -166,7 +166,7 @@ class Child:
     def _group_is_dead(self) -> bool:
         """Whether nothing of the command's group runs any more, as far as ``/proc`` tells."""
         try:
-            processes = [name for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208
+            processes = [name for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208 (names)
         except OSError:
             return False
         return bool(processes) and not any(_runs_in(name, self.pid) for name in processes)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 _LOCKS = Path("/proc/locks")
+_FIELDS = 8
+"""How many fields a lock has there that was given: who still waits stands behind an arrow."""
 _WORDS = 4
 _LONGEST = 80
 _TELLING = re.compile(r"^--?[^=]+=|://|^--?(pass|pw|token|secret|key)", re.IGNORECASE)
@@ -51,8 +53,7 @@ def lock_holders(path: str | Path, *, byte: int | None = None) -> tuple[str, ...
 def _exclusive(lines: Iterable[str]) -> Iterator[_Lock]:
     for line in lines:
         fields = line.split()
-        # Who still waits stands behind an arrow, which moves the fields.
-        if len(fields) != 8 or fields[3] != "WRITE" or not fields[4].isdigit():  # noqa: PLR2004
+        if len(fields) != _FIELDS or fields[3] != "WRITE" or not fields[4].isdigit():
             continue
         major, minor, inode = fields[5].split(":")
         last = float("inf") if fields[7] == "EOF" else int(fields[7])

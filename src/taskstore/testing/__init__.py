@@ -41,25 +41,25 @@ pytest.register_assert_rewrite(
     )
 )
 
-from taskstore.testing.base import (  # noqa: E402 - see above
+from taskstore.testing.base import (
     ContractBase,
     Ledger,
     OpenStore,
     as_of,
     needs,
 )
-from taskstore.testing.contract_apply import ApplyContract  # noqa: E402
-from taskstore.testing.contract_compaction import CompactionContract  # noqa: E402
-from taskstore.testing.contract_core import CoreContract  # noqa: E402
-from taskstore.testing.contract_crash import CrashContract  # noqa: E402
-from taskstore.testing.contract_exclusive import ExclusiveContract  # noqa: E402
-from taskstore.testing.contract_integrity import IntegrityContract  # noqa: E402
-from taskstore.testing.contract_journal import JournalContract  # noqa: E402
-from taskstore.testing.contract_processes import ProcessesContract  # noqa: E402
-from taskstore.testing.contract_query import QueryContract  # noqa: E402
-from taskstore.testing.contract_shared import SharedContract  # noqa: E402
-from taskstore.testing.contract_values import ValuesContract  # noqa: E402
-from taskstore.testing.factories import (  # noqa: E402
+from taskstore.testing.contract_apply import ApplyContract
+from taskstore.testing.contract_compaction import CompactionContract
+from taskstore.testing.contract_core import CoreContract
+from taskstore.testing.contract_crash import CrashContract
+from taskstore.testing.contract_exclusive import ExclusiveContract
+from taskstore.testing.contract_integrity import IntegrityContract
+from taskstore.testing.contract_journal import JournalContract
+from taskstore.testing.contract_processes import ProcessesContract
+from taskstore.testing.contract_query import QueryContract
+from taskstore.testing.contract_shared import SharedContract
+from taskstore.testing.contract_values import ValuesContract
+from taskstore.testing.factories import (
     EPOCH_MS,
     Model,
     create,
@@ -71,12 +71,12 @@ from taskstore.testing.factories import (  # noqa: E402
     removal_of,
     update,
 )
-from taskstore.testing.machine import (  # noqa: E402
+from taskstore.testing.machine import (
     ModelContract,
     StoreMachine,
     run_store_machine,
 )
-from taskstore.testing.values import NASTY, Nasty  # noqa: E402
+from taskstore.testing.values import NASTY, Nasty
 
 __all__ = [
     "EPOCH_MS",

@@ -90,7 +90,7 @@ class CrashContract(ContractBase):
             check_survival(ledger, before, deeds, [str(reached - 1)])
 
     @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-    def test_killed_at_every_step(self, ledger: Ledger, after: bool) -> None:  # noqa: FBT001
+    def test_killed_at_every_step(self, ledger: Ledger, after: bool) -> None:  # noqa: FBT001 - a parameter
         """[4] [7] Before and after each call in which something may become durable."""
         ledger.store.apply([Put(make_record(label="there from the beginning"))])
         steps = self._count_steps(ledger)

@@ -118,7 +118,7 @@ class Process:
 
         def begin(report: Report) -> None:
             # An end that a sibling keeps open would never be found closed.
-            for end in (self._orders, *(other._orders for other in others)):  # noqa: SLF001
+            for end in (self._orders, *(other._orders for other in others)):  # noqa: SLF001 - its own
                 os.close(end)
             with os.fdopen(reading, "rb") as orders:
                 work(orders, report)

@@ -114,7 +114,7 @@ class DatabaseServer(ABC):
         open_store(self.url_of(name)).close()
         if not self._pristine:
             self._pristine = {
-                table: self.execute(f"SELECT * FROM {table}", name)  # noqa: S608
+                table: self.execute(f"SELECT * FROM {table}", name)  # noqa: S608 - as below
                 for table in self._tables(name)
             }
         return name
@@ -137,7 +137,7 @@ def _refill(cursor: Any, pristine: dict[str, Sequence[tuple[Any, ...]]]) -> None
         cursor.execute(f"DELETE FROM {table}")  # noqa: S608 - a name that the database gave us
         for row in rows:
             places = ", ".join(["%s"] * len(row))
-            cursor.execute(f"INSERT INTO {table} VALUES ({places})", row)  # noqa: S608
+            cursor.execute(f"INSERT INTO {table} VALUES ({places})", row)  # noqa: S608 - as above
 
 
 def pgserver() -> Any:

@@ -136,7 +136,7 @@ def as_bytes(value: object) -> bytes:
         return value
     if isinstance(value, str):
         return value.encode("utf-8", "surrogateescape")
-    return b"" if value is None else bytes(value)  # type: ignore[call-overload]
+    return b"" if value is None else bytes(value)  # type: ignore[call-overload]  # or it raises
 
 
 # -- chunks ----------------------------------------------------------------

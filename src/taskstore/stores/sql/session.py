@@ -66,6 +66,7 @@ class Session:
         return rows[0][0] if rows else None
 
     def _compiled(self, statement: Executable) -> tuple[str, tuple[Any, ...]]:
+        # An Executable that does not compile is none of ours.
         compiled = statement.compile(  # type: ignore[attr-defined]
             dialect=self._dialect, compile_kwargs={"render_postcompile": True}
         )

@@ -72,6 +72,7 @@ class Statements:
         self._many: dict[tuple[str, int], str] = {}
 
     def _compile(self, statement: Executable, *order: str) -> str:
+        # An Executable that does not compile is none of ours.
         compiled = statement.compile(dialect=self._dialect)  # type: ignore[attr-defined]
         found = tuple(compiled.positiontup or ())
         if found != order:

@@ -100,6 +100,7 @@ class SQLite:
         """Have every new connection's statements go through the door while the body runs."""
         module, door, real = self._module, self._door, self._module.connect
 
+        # Which module it is shows when this runs.
         class Cursor(module.Cursor):  # type: ignore[name-defined,misc]
             def execute(self, sql: str, parameters: Any = ()) -> Any:
                 connection = self.connection
@@ -127,7 +128,7 @@ class SQLite:
 
     def _error(self, code: int, text: str) -> Exception:
         error: Exception = self._module.OperationalError(text)
-        error.sqlite_errorcode = code  # type: ignore[attr-defined]
+        error.sqlite_errorcode = code  # type: ignore[attr-defined]  # SQLite's errors have it
         return error
 
     def _fails(

@@ -227,7 +227,7 @@ class _Player:
         if problems:
             self._set()
         label = struck.label if struck is not None else ""
-        told = _told(outcomes, refuses)
+        told = _told(outcomes, refuses=refuses)
         self._last = f"{' '.join(_title(fault))} {label}"
         return Cell(scenario.name, number, label, *_title(fault), told, tuple(problems))
 
@@ -264,6 +264,6 @@ def _call(part: Part) -> Outcome:
     return Outcome(None)
 
 
-def _told(outcomes: Sequence[Outcome], refuses: bool) -> str:  # noqa: FBT001
+def _told(outcomes: Sequence[Outcome], *, refuses: bool) -> str:
     names = sorted({outcome.name for outcome in outcomes}, key=lambda name: (name != "ok", name))
     return " + ".join(names) + (REFUSES if refuses else "")

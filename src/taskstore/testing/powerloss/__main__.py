@@ -27,7 +27,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="taskstore-power-") as scratch:
         rounds = max(options.states // 12, 1)
         sqlite = survey_sqlite(Path(scratch), rounds=rounds, seed=options.seed)
-    print(f"power loss, the SQLite store\n{sqlite}")  # noqa: T201
+    print(f"power loss, the SQLite store\n{sqlite}")  # noqa: T201 - as above
     return 1 if found.problems or sqlite.problems else 0
 
 

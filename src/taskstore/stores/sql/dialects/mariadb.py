@@ -203,7 +203,7 @@ class MariaDBDatabase(Database):
         """What a commit does not survive with these settings, which are the server's."""
         settings = f"innodb_flush_log_at_trx_commit={flush}"
         if flush not in (1, 3):
-            lost = "power loss" if flush == 2 else "the server's death"  # noqa: PLR2004
+            lost = "power loss" if flush == 2 else "the server's death"  # noqa: PLR2004 - MariaDB's
         elif sync != 1:
             settings, lost = f"sync_binlog={sync} and a binary log", "power loss"
         else:

@@ -85,6 +85,7 @@ class PostgreSQLDatabase(Database):
     driver = "psycopg"
     statements = PostgreSQLStatements
     watch = ListeningWatch
+    # SQLAlchemy does not type how its dialects are made.
     compiler = PGDialect_psycopg(paramstyle="format")  # type: ignore[no-untyped-call]
     begin_read = ("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",)
     # Any number will do, as long as it is always the same: "task" in ASCII.
