@@ -258,6 +258,7 @@ class AsyncTaskRegistry(LedgerReader):
         Hooks hear of what others commit in the thread that follows.
         """
         self._check_open()
+        self._committer.check_process()
         if self._follower is None or not self._follower.alive:
             journal = history.journal_of(self._store, "follow")
             self._follower = Follower(journal, lambda: self._mirror.seq, self._committer.refresh)

@@ -34,6 +34,7 @@ from taskstore.store import (
     SupportsExclusive,
     SupportsJournal,
     TaskRegistryStore,
+    commit_id_at,
     entries_beyond,
 )
 from taskstore.yielding import collector
@@ -104,11 +105,16 @@ class Committer:
 
     def close(self) -> None:
         """Commit what is under way, deliver its events, and take nothing more."""
-        self._queue.close()
-        self._hooks.deliver()
+        if self._queue.close():
+            self._hooks.deliver()
+
+    def check_process(self) -> None:
+        """Raise :class:`TaskStoreError` in a process that was forked from the one that loaded."""
+        self._queue.check_process()
 
     def refresh(self) -> None:
         """Bring in what other writers committed."""
+        self.check_process()
         try:
             with self._lock:
                 if self._stale or not isinstance(self._store, SupportsJournal):
@@ -124,6 +130,7 @@ class Committer:
         return Batch(self._mirror)
 
     def _check_writable(self) -> None:
+        self.check_process()
         if self._store.read_only:
             raise ReadOnlyError(f"{self._store.location} was opened read-only")
 
@@ -349,20 +356,10 @@ class Committer:
         """Start over from the store, and say so to the hooks."""
         snapshot = self._store.load_snapshot()
         self._mirror.reset(snapshot)
-        self._mirror.commit_id = self._commit_id_at(snapshot.seq)
+        if isinstance(self._store, SupportsJournal):
+            self._mirror.commit_id = commit_id_at(self._store, snapshot.seq)
         self._stale = False
         self._hooks.emit([Restored(snapshot.seq, len(snapshot.records), snapshot.records)])
-
-    def _commit_id_at(self, seq: int) -> str:
-        """The id of the commit that a loaded snapshot ends with, as far as it can be told."""
-        store = self._store
-        if not seq or not isinstance(store, SupportsJournal):
-            return ""
-        try:
-            entries = store.read_journal(seq - 1, 1)
-        except CursorExpiredError:
-            return ""
-        return entries[0].commit_id if entries and entries[0].seq == seq else ""
 
 
 def _pause(attempt: int) -> None:

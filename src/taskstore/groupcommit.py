@@ -102,7 +102,7 @@ class CommitQueue:
 
     def post(self, request: Request[Any]) -> None:
         """Have a request committed by the writer thread; its ``settle`` tells when."""
-        self._check_process()
+        self.check_process()
         with self._gate:
             self._check_closed()
             if self._leader is None:
@@ -120,10 +120,13 @@ class CommitQueue:
             self._queue.remove(request)
             return True
 
-    def close(self) -> None:
-        """Take nothing more, and return when everything that was taken is committed."""
+    def close(self) -> bool:
+        """Take nothing more, and return when everything that was taken is committed.
+
+        ``False`` in a forked child, where all of it is left to the parent.
+        """
         if self._pid != os.getpid():
-            return
+            return False
         with self._gate:
             self._closed = True
             self._rest.wait_for(lambda: self._leader is None)
@@ -131,10 +134,11 @@ class CommitQueue:
         if writer is not None:
             self._wake.release()
             writer.join()
+        return True
 
     def _enter(self, request: Request[Any]) -> threading.Lock | None:
         """Take the lead if nobody has it, else queue up; returns what to wait for then."""
-        self._check_process()
+        self.check_process()
         with self._gate:
             self._check_closed()
             if self._leader is None:
@@ -148,7 +152,8 @@ class CommitQueue:
             self._queue.append(request)
             return finished
 
-    def _check_process(self) -> None:
+    def check_process(self) -> None:
+        """Raise :class:`TaskStoreError` in a forked child: locks and threads are its parent's."""
         if self._pid != os.getpid():
             raise TaskStoreError(
                 "this registry was opened before the process forked",

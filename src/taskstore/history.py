@@ -17,6 +17,7 @@ from taskstore.store import (
     SupportsHistory,
     SupportsJournal,
     TaskRegistryStore,
+    commit_id_at,
     entries_beyond,
 )
 from taskstore.validation import check_int
@@ -61,11 +62,19 @@ class Tail:
         self.position = Position.of(after)
 
     def check(self) -> None:
-        """Raise :class:`CursorExpiredError` unless there is a way on from here."""
+        """Raise :class:`CursorExpiredError` unless there is a way on from here.
+
+        A seq alone is taken to be of the history that is there now, and from now on of that one.
+        """
         entries_beyond(self._journal, self.position, 0)
+        seq, commit_id = self.position
+        if seq and not commit_id:
+            self.position = Position(seq, commit_id_at(self._journal, seq))
 
     def page(self) -> Sequence[JournalEntry]:
         """The next entries that are there, none if it is at the end."""
+        if not self.position.commit_id:
+            self.check()
         entries = entries_beyond(self._journal, self.position, PAGE_ENTRIES)
         if entries:
             self.position = Position(entries[-1].seq, entries[-1].commit_id)

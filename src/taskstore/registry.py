@@ -53,6 +53,8 @@ class TaskRegistry(LedgerReader, Verbs):
         self._local = threading.local()
         self._owns_store = False
         self._follower: Follower | None = None
+        # Two that come together start one thread, and close() misses none.
+        self._following = threading.Lock()
         self._committer = Committer(store, self._mirror, self._hooks)
         self._committer.load()
 
@@ -180,17 +182,21 @@ class TaskRegistry(LedgerReader, Verbs):
         second call gives the one that follows already.  Raises
         :class:`UnsupportedError` for a store without a journal.
         """
-        self._check_open()
-        if self._follower is None or not self._follower.alive:
-            journal = history.journal_of(self._store, "follow")
-            self._follower = Follower(journal, lambda: self._mirror.seq, self._committer.refresh)
-        return self._follower
+        with self._following:
+            self._check_open()
+            self._committer.check_process()
+            if self._follower is None or not self._follower.alive:
+                journal = history.journal_of(self._store, "follow")
+                refresh = self._committer.refresh
+                self._follower = Follower(journal, lambda: self._mirror.seq, refresh)
+            return self._follower
 
     def close(self) -> None:
         """Close the registry, and the store if :meth:`open` made it.  Twice is fine."""
         if not self._closed:
-            self._closed = True
-            follower, self._follower = self._follower, None
+            with self._following:
+                self._closed = True
+                follower, self._follower = self._follower, None
             if follower is not None:
                 follower.ask_to_stop()
             self._committer.close()

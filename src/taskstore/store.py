@@ -312,6 +312,17 @@ def entries_beyond(
     return entries[1:]
 
 
+def commit_id_at(journal: SupportsJournal, seq: int) -> str:
+    """Return the id of the commit that has ``seq``; empty where that cannot be told."""
+    if not seq:
+        return ""
+    try:
+        entries = journal.read_journal(seq - 1, 1)
+    except CursorExpiredError:
+        return ""
+    return entries[0].commit_id if entries and entries[0].seq == seq else ""
+
+
 def check_history(journal: SupportsJournal, changes: Sequence[Change]) -> None:
     """Raise :class:`~taskstore.ConflictError` for a :class:`ChangeSet` over another history.
 

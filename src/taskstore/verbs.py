@@ -353,7 +353,7 @@ class Verbs(ABC):
         :class:`ConflictError` when the lease is not yours any more and
         :class:`InvalidTransition` when the task has ended: stop working on it.
         """
-        check_expected(task_id, if_revision, fence)
+        check_expected(task_id, if_revision, check_key("fence", fence))
         lease_ms = leases.check_lease(lease_s)
         now = self._now()
         renewing = changing(
@@ -368,7 +368,7 @@ class Verbs(ABC):
 
         Errors as in :meth:`renew_lease`, but an ended task's is given back too.
         """
-        check_expected(task_id, if_revision, fence)
+        check_expected(task_id, if_revision, check_key("fence", fence))
         return self._run(changing(task_id, leases.release, if_revision, fence))
 
     def run(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
+import sys
 import threading
 import time
 
@@ -14,6 +17,7 @@ from taskstore import (
     StoreUnavailableError,
     TaskRegistry,
     TaskRegistryStore,
+    TaskStoreError,
     UnsupportedError,
     Upserted,
 )
@@ -150,3 +154,42 @@ def test_following_in_asyncio(open_ledger):
         assert not follower.alive
 
     asyncio.run(main())
+
+
+def test_two_that_follow_at_once_start_one_thread(open_ledger):
+    registry, followers = open_ledger(), []
+    gate = threading.Barrier(8)
+
+    def follow():
+        gate.wait()
+        followers.append(registry.follow())
+
+    threads = [threading.Thread(target=follow) for _ in range(8)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(set(map(id, followers))) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_does_not_follow_nor_wait_for_its_parents_threads(open_ledger):
+    registry = open_ledger()
+    with registry._committer._lock:  # as a thread of the parent may
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)
+            refused = 0
+            for call in (registry.refresh, registry.follow):
+                try:
+                    call()
+                except TaskStoreError as error:
+                    refused += "forked" in str(error)
+            registry.close()
+            os._exit(0 if refused == 2 else 1)
+    assert os.waitpid(child, 0)[1] == 0

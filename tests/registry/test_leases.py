@@ -215,3 +215,11 @@ def test_leases_in_asyncio(ledger_url):
             assert given.lease_token is None
 
     asyncio.run(main())
+
+
+def test_nobody_renews_or_gives_back_a_lease_without_its_token(registry, task):
+    mine = registry.take_lease(task.task_id, 60)
+    for verb in (registry.renew_lease, registry.release_lease):
+        with pytest.raises(ValidationError, match="fence"):
+            verb(task.task_id, fence=None)
+    assert registry.get(task.task_id).lease_token == mine

@@ -20,6 +20,7 @@ from taskstore import (
     ValidationError,
 )
 from taskstore.aio import AsyncTaskRegistry
+from taskstore.history import Tail
 from taskstore.stores.memory import MemoryStore
 from taskstore.testing.threads import until
 
@@ -160,6 +161,22 @@ def test_a_follower_of_changes_is_told(open_ledger, back_up):
     backup.restore()
     with pytest.raises(CursorExpiredError):
         next(following)
+
+
+def test_who_follows_from_a_seq_is_told_too(open_ledger, back_up):
+    registry = open_ledger()
+    registry.create(runtime="cli", task="kept")
+    backup = back_up(registry)
+    for number in range(2):
+        registry.create(runtime="cli", task=f"lost {number}")
+    tail = Tail(registry.store, 2)
+    tail.check()
+    backup.restore()
+    with open_ledger() as other:
+        for number in range(3):
+            other.create(runtime="cli", task=f"new {number}")
+    with pytest.raises(CursorExpiredError):
+        tail.page()
 
 
 def test_who_follows_starts_over_by_itself(live, open_ledger):

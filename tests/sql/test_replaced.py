@@ -50,6 +50,24 @@ def test_a_file_that_was_replaced_is_not_written(sqlite_path, open_, how):
         assert (again.head(), again.verify().ok) == (2, True)
 
 
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_file_that_was_replaced_is_not_read_on(sqlite_path, open_, read_only):
+    url = f"sqlite:///{sqlite_path}"
+    store = open_(url)
+    create(store)
+    store._connections.erase()
+    copy = sqlite_path.with_name("copy.db")
+    shutil.copy(sqlite_path, copy)
+    if read_only:
+        store.close()
+        store = open_(url, read_only=True)
+    assert store.head() == 1
+    copy.replace(sqlite_path)
+    for read in (store.head, store.load_snapshot, lambda: store.wait_for(1, 5)):
+        with pytest.raises(StoreUnavailableError, match="moved, removed or replaced"):
+            read()
+
+
 LIMITED = """
 import resource, signal, sys
 sys.modules["pysqlite3"] = None  # the standard library's tells what kind of I/O error it is

@@ -55,6 +55,7 @@ class Writer:
         self._sync = sync
         self.timeout_s = lock_timeout_s
         self._mutex = threading.Lock()
+        self._pid = os.getpid()
         self._generation: int | None = None
         self._opened = 0
         # Whether others have written beside us.
@@ -75,6 +76,7 @@ class Writer:
 
     def enter(self, *, indexed: bool = True) -> None:
         """Take the lock and bring place and index up to date."""
+        self._check_process()
         free = self._mutex.acquire(blocking=False)
         if not free and not self._patiently(lambda for_s: self._mutex.acquire(timeout=for_s)):
             raise StoreBusyError(
@@ -91,6 +93,12 @@ class Writer:
         except BaseException:
             self._mutex.release()
             raise
+
+    def _check_process(self) -> None:
+        """Begin anew after a fork: whoever held the mutex is in the parent."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._mutex = threading.Lock()
 
     def _lock_files(self) -> None:
         if self._refusal is not None:
@@ -114,6 +122,7 @@ class Writer:
 
     def close(self) -> None:
         """Release everything, after whoever is writing."""
+        self._check_process()
         with self._mutex:
             self._refusal = f"the store {self.directory} is closed"
             self._close_segment()

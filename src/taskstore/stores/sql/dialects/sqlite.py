@@ -71,7 +71,7 @@ class SQLiteDatabase(Database):
         self._turnstile = Turnstile(Path(f"{self.location}-turn"))
         self._holds = False
         # A host's connections may be of another time than we are.
-        self._inode = inode_of(self.location) if owned and not read_only else None
+        self._inode = inode_of(self.location) if owned else None
         module: Any = engine.dialect.loaded_dbapi
         self._library = library_of(module)
         if module.sqlite_version_info < (3, 35):
@@ -161,11 +161,12 @@ class SQLiteDatabase(Database):
         if self._inode is not None and inode_of(self.location) != self._inode:
             raise StoreUnavailableError(
                 f"{self.location} was moved, removed or replaced while it was open: "
-                "nothing is written to it any more",
+                "nothing is written to it or read from it any more",
                 hint="open it again",
             )
 
     def after_read(self) -> None:
+        self.before_commit()
         if self._watch is not None:
             self._watch.check()
 
