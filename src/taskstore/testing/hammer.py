@@ -309,7 +309,7 @@ def describe(result: Result) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m taskstore.testing.hammer")
-    parser.add_argument("url", help="a ledger to work on; its five new tasks stay in it")
+    parser.add_argument("url", metavar="URL", help="a ledger to work on; the new tasks stay in it")
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--tasks", type=int, default=5)
