@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dis
+import math
 import sys
 import threading
 from pathlib import Path
+
+import pytest
 
 import taskstore
 from taskstore import TaskRegistry
@@ -66,12 +69,18 @@ def struck(moment, work):
     return interrupter.where
 
 
-def test_an_interrupt_at_any_moment_keeps_nobody_out(tmp_path):
+# Between open() and its with, an interrupt leaves the closing to the garbage collector.
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*FileIO")
+@pytest.mark.parametrize("contended", [False, True], ids=["lone", "contended"])
+@pytest.mark.parametrize("url", ["sqlite:///{}/t.db", "json:///{}/ledger"], ids=["sqlite", "json"])
+def test_an_interrupt_at_any_moment_keeps_nobody_out(url, contended, tmp_path):
     heard, moment, where = [], 0, ""
-    registry = TaskRegistry.open(f"sqlite:///{tmp_path}/t.db", durability="process")
+    registry = TaskRegistry.open(url.format(tmp_path), durability="process")
     # Not in a ``with``: one that keeps callers out does not close either.
     registry.hooks.add(heard.append)
     task_id = registry.create(runtime="cli", task="x", status="running").task_id
+    if contended:
+        registry._committer._contended_until = math.inf
     while where is not None:
         moment += 1
         text = f"change {moment}"
@@ -86,5 +95,6 @@ def test_an_interrupt_at_any_moment_keeps_nobody_out(tmp_path):
         assert heard[-1].seq == registry.seq, f"interrupted at {where}, hooks hear nothing"
         stored = registry.store.load_snapshot().records
         assert stored == {record.task_id: record for record in registry.list()}, where
+    assert not registry.store.verify().problems
     registry.close()
     assert moment > 100

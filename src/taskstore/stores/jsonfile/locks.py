@@ -71,6 +71,8 @@ class FileLock:
 
     def release(self) -> None:
         """Give the lock back.  Never fails: what was done under it is done."""
+        if self._descriptor < 0:
+            return
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         except OSError:

@@ -33,6 +33,7 @@ from taskstore.stores.jsonfile.layout import Layout
 from taskstore.stores.jsonfile.lines import Identity, encode_changes
 from taskstore.stores.jsonfile.reading import Reader
 from taskstore.stores.jsonfile.snapshots import load, read_snapshot
+from taskstore.stores.jsonfile.turns import Turn, ending
 from taskstore.stores.jsonfile.verify import verify
 from taskstore.stores.jsonfile.writing import Writer
 
@@ -79,8 +80,8 @@ class JSONStore(TaskRegistryStore):
         self._translator = Translator(self.directory)
         self._reader = Reader(self.directory, strict=strict)
         self._writer: Writer | None = None
-        # The thread that has entered the writer and not applied anything yet.
-        self._entered_by = 0
+        # Of a thread that has entered the writer and not applied anything yet.
+        self._reserved: Turn | None = None
         self._set_aside: tuple[SetAside, ...] = ()
         self._feed = Feed(self.head, self._watch, self.location)
         with self._translator:
@@ -155,31 +156,42 @@ class JSONStore(TaskRegistryStore):
         writer = self._writing()
         steps = plan(changes)
         entries = encode_changes(changes)
+        turn = self._reserved_turn(writer) or Turn()
+
+        def work() -> Commit:
+            if not writer.has(turn):
+                writer.enter(turn)
+            self._reserved = None
+            if isinstance(changes, ChangeSet) and changes.over != writer.last:
+                check_history(self, changes)
+            return writer.commit(steps, len(changes), entries, self.clock)
+
         with self._translator:
-            if self._entered_by != threading.get_ident():
-                writer.enter()
-            self._entered_by = 0
-            try:
-                if isinstance(changes, ChangeSet) and changes.over != writer.last:
-                    check_history(self, changes)
-                done = writer.commit(steps, len(changes), entries, self.clock)
-            finally:
-                writer.leave()
+            done = ending(work, lambda: writer.leave(turn))
         self._feed.announce(done.last_seq)
         return done
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        writer = self._writing()
-        with self._translator:
-            writer.enter()
-        self._entered_by = threading.get_ident()
+        writer, turn = self._writing(), Turn()
         try:
-            yield
-        finally:
-            if self._entered_by == threading.get_ident():
-                self._entered_by = 0
-                writer.leave()
+            try:
+                with self._translator:
+                    writer.enter(turn)
+                self._reserved = turn
+                yield
+            finally:
+                writer.leave(turn)
+        except BaseException:
+            # An interrupt may have struck as the first call began.
+            writer.leave(turn)
+            raise
+
+    def _reserved_turn(self, writer: Writer) -> Turn | None:
+        """The turn that this thread has, and has not applied anything in."""
+        turn = self._reserved
+        mine = turn is not None and turn.thread == threading.get_ident() and writer.has(turn)
+        return turn if mine else None
 
     def report(self) -> StoreReport:
         notices = list(self._writer.notices) if self._writer is not None else []

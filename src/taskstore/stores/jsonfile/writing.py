@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from taskstore.errors import (
     ConflictError,
     CorruptStoreError,
     OutcomeUnknownError,
-    StoreBusyError,
     StoreUnavailableError,
 )
 from taskstore.journal import Commit, Position, Snapshot, Step
@@ -37,6 +35,7 @@ from taskstore.stores.jsonfile.lines import STAMP_BYTES, Identity, encode_commit
 from taskstore.stores.jsonfile.locks import FileLock, WriteLock, busy, patiently
 from taskstore.stores.jsonfile.segments import Walk, bring_forth, cut_tail, prepare_segment
 from taskstore.stores.jsonfile.snapshots import check_newest, index_of, write_snapshot
+from taskstore.stores.jsonfile.turns import Mutex, Turn, ending
 
 
 class Writer:
@@ -54,7 +53,7 @@ class Writer:
         self._lock = WriteLock(directory / LOCK_NAME, disk)
         self._sync = sync
         self.timeout_s = lock_timeout_s
-        self._mutex = threading.Lock()
+        self._mutex = Mutex()
         self._pid = os.getpid()
         self._generation: int | None = None
         self._opened = 0
@@ -68,53 +67,49 @@ class Writer:
     @contextmanager
     def entered(self, *, indexed: bool = True) -> Iterator[None]:
         """Hold the lock, up to date."""
-        self.enter(indexed=indexed)
+        turn = Turn()
         try:
-            yield
-        finally:
-            self.leave()
-
-    def enter(self, *, indexed: bool = True) -> None:
-        """Take the lock and bring place and index up to date."""
-        self._check_process()
-        free = self._mutex.acquire(blocking=False)
-        if not free and not self._patiently(lambda for_s: self._mutex.acquire(timeout=for_s)):
-            raise StoreBusyError(
-                f"the store {self.directory} is busy: another thread has written "
-                f"for {self.timeout_s:g} s"
-            )
-        try:
-            self._lock_files()
             try:
-                self._catch_up(indexed=indexed)
-            except BaseException:
-                self._lock.release()
-                raise
+                self.enter(turn, indexed=indexed)
+                yield
+            finally:
+                self.leave(turn)
         except BaseException:
-            self._mutex.release()
+            # An interrupt may have struck as the first call began.
+            self.leave(turn)
             raise
+
+    def enter(self, turn: Turn, *, indexed: bool = True) -> None:
+        """Take the lock and bring place and index up to date.
+
+        Whatever comes of it, :meth:`leave` has to follow.
+        """
+        self._check_process()
+        self._mutex.enter(turn, self.directory, self.timeout_s)
+        self._lock_files()
+        self._catch_up(indexed=indexed)
 
     def _check_process(self) -> None:
         """Begin anew after a fork: whoever held the mutex is in the parent."""
         if self._pid != os.getpid():
             self._pid = os.getpid()
-            self._mutex = threading.Lock()
+            self._mutex = Mutex()
 
     def _lock_files(self) -> None:
         if self._refusal is not None:
             raise StoreUnavailableError(self._refusal, hint="close it and open it again")
-        if not self._patiently(self._lock.acquire):
+        if not patiently(self._lock.acquire, self.timeout_s, self.directory):
             raise busy(self._lock.path, "another writer", self.timeout_s)
 
-    def _patiently(self, acquire: Callable[[float], bool]) -> bool:
-        return patiently(acquire, self.timeout_s, self.directory)
+    def has(self, turn: Turn) -> bool:
+        """Whether this turn holds the lock."""
+        return self._mutex.turn is turn
 
-    def leave(self) -> None:
-        """Give the lock back."""
-        try:
+    def leave(self, turn: Turn) -> None:
+        """Give the lock back if this turn has it.  Twice is fine."""
+        if self._mutex.turn is turn:
             self._lock.release()
-        finally:
-            self._mutex.release()
+        self._mutex.release(turn)
 
     def compact_lock(self) -> FileLock:
         """A new handle on the lock that compactors and replacers hold."""
@@ -123,10 +118,15 @@ class Writer:
     def close(self) -> None:
         """Release everything, after whoever is writing."""
         self._check_process()
-        with self._mutex:
+        turn = Turn()
+
+        def work() -> None:
+            self._mutex.acquire(turn)
             self._refusal = f"the store {self.directory} is closed"
             self._close_segment()
             self._lock.close()
+
+        ending(work, lambda: self._mutex.release(turn))
 
     # -- catching up --------------------------------------------------------
 
@@ -156,7 +156,11 @@ class Writer:
             if self._sync and not (only_grown and self._lock.synced == self.place.offset):
                 self._sync_others()
 
-        settled(self.directory, attempt)
+        try:
+            settled(self.directory, attempt)
+        except BaseException:
+            self.index = None  # it may have taken in half a commit
+            raise
         if generation % 2:
             self._lock.settle()
         self._generation = self._lock.generation
@@ -252,13 +256,15 @@ class Writer:
 
     def adopt(self, index: Index, place: Place) -> None:
         """Take over an index that a load built on its way, if there is none yet."""
-        if self._mutex.acquire(blocking=False):
-            try:
-                if self.index is None and place.inode:
-                    self.index, self.place, self._generation = index, place, None
-                    self.last = Position(0)
-            finally:
-                self._mutex.release()
+        turn = Turn()
+
+        def work() -> None:
+            free = self._mutex.turn is None and self._mutex.acquire(turn, 0)
+            if free and self.index is None and place.inode:
+                self.index, self.place, self._generation = index, place, None
+                self.last = Position(0)
+
+        ending(work, lambda: self._mutex.release(turn))
 
     # -- changing -----------------------------------------------------------
 
