@@ -339,10 +339,12 @@ class Committer:
         """Mirror what comes after memory in the journal; returns which tasks that concerns."""
         news = set[str]()
         with collector.paused():
-            while entries := entries_beyond(store, self._mirror.position, PAGE_ENTRIES):
+            while True:
+                entries = entries_beyond(store, self._mirror.position, PAGE_ENTRIES)
                 self._mirror_entries(entries, local=False)
                 news.update(entry.task_id for entry in entries)
-        return news
+                if len(entries) < PAGE_ENTRIES:
+                    return news
 
     def _mirror_entries(self, entries: Sequence[JournalEntry], *, local: bool) -> None:
         events: list[Event] = []

@@ -393,3 +393,24 @@ def test_reading_on_costs_what_is_new_and_not_what_is_there(open_, monkeypatch):
         assert ours.read_journal(last, 10)
         last = ours.apply([make_put()]).last_seq
     assert len(decoded) < 300  # the first time everything
+
+
+def test_looking_at_the_last_entry_once_more_costs_no_more(open_, monkeypatch):
+    ours, theirs = open_(), open_()
+    for _ in range(200):
+        theirs.apply([make_put()])
+    seq = ours.read_journal(0, 1000)[-1].seq
+    decoded = []
+
+    def decode(*line):
+        decoded.append(line)
+        return decode_commit(*line)
+
+    monkeypatch.setattr("taskstore.stores.jsonfile.segments.decode_commit", decode)
+    for _ in range(10):
+        theirs.apply([make_put(), make_put()])
+        seq = ours.read_journal(seq - 1, 1000)[-1].seq
+    for _ in range(10):
+        # In pages: the next one begins at the last entry of the one before.
+        seq = ours.read_journal(max(seq - 3, 0), 3)[-1].seq
+    assert len(decoded) < 100

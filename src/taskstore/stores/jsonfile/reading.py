@@ -154,10 +154,10 @@ class Reader:
         entries: list[JournalEntry] = []
         if limit <= 0:
             return ()
-        before = self._nearest(layout, after)
+        before = earlier = self._nearest(layout, after)
         walk = Walk(layout, before)
         for found in walk:
-            line = found.line
+            line, earlier = found.line, before
             self._note(found, walk.place)
             if line.last > after:
                 for index in range(max(after + 1 - line.seq, 0), len(line.entries)):
@@ -165,10 +165,13 @@ class Reader:
                     if len(entries) == limit:
                         seq = line.seq + index
                         self._remember(seq, walk.place if seq == line.last else before)
+                        self._remember(seq - 1, before)
                         return tuple(entries)
             before = walk.place
         if layout.segments:
             self._tail = walk.place
+            # Who reads on looks at the last entry once more.
+            self._remember(walk.place.seq - 1, earlier)
         return tuple(entries)
 
     def history(self, layout: Layout, task_id: str) -> Sequence[JournalEntry]:
