@@ -12,7 +12,7 @@ import pytest
 from taskstore.stores import turnstile
 from taskstore.stores.turnstile import Turnstile
 from taskstore.testing.processes import Child
-from taskstore.testing.threads import meanwhile
+from taskstore.testing.threads import meanwhile, until
 
 
 @pytest.fixture
@@ -139,3 +139,37 @@ def test_a_place_is_not_inherited(path):
     line.close()
     line.close()
     assert tries_of(line) == 1
+
+
+@pytest.mark.skipif(turnstile._LAST == 0, reason="the line is one place long but on Linux")
+def test_they_come_in_the_order_in_which_they_joined(path):
+    lines = [Turnstile(path) for _ in range(4)]
+    busy, order, threads = threading.Lock(), [], []
+    busy.acquire()
+    for number, line in enumerate(lines):
+
+        def attempt(number=number) -> bool:
+            if not busy.acquire(blocking=False):
+                return False
+            order.append(number)
+            return True
+
+        def wait(line=line, attempt=attempt) -> None:
+            assert line.wait(attempt, 30)
+            busy.release()
+
+        thread = threading.Thread(target=wait)
+        threads.append(thread)
+        thread.start()
+        until(lambda line=line, number=number: line._place == number)
+    busy.release()
+    for thread in threads:
+        thread.join()
+    assert order == [0, 1, 2, 3]
+
+
+def test_without_places_of_their_own(path, monkeypatch):
+    monkeypatch.setattr(turnstile, "_LAST", 0)
+    one, two = Turnstile(path), Turnstile(path)
+    assert not one.wait(lambda: False, 0.001)
+    assert tries_of(one) == tries_of(two) == 1
