@@ -147,7 +147,9 @@ class Feed:
 
     def _begin(self) -> None:
         self._pid = os.getpid()
-        self._changed = threading.Condition()
+        # Taken by itself: unlike the condition, it cannot be interrupted as it is.
+        self._gate = threading.RLock()
+        self._changed = threading.Condition(self._gate)
         self._waiting = 0
         self._leader: object = None
         self._watch: Watch | None = None
@@ -173,7 +175,7 @@ class Feed:
     def announce(self, seq: int) -> None:
         """Tell everybody who waits that we have committed up to ``seq``."""
         self._check_process()
-        with self._changed:
+        with self._gate:
             self._publish(seq)
             if self._watch is not None and self._leader is not None:
                 self._watch.wake()
@@ -181,7 +183,7 @@ class Feed:
     def close(self) -> None:
         """Wake everybody who waits: they raise :class:`~taskstore.StoreClosedError`."""
         self._check_process()
-        with self._changed:
+        with self._gate:
             self._closed = True
             self._changed.notify_all()
             if self._clearing is not None:
@@ -206,7 +208,7 @@ class Feed:
         me = object()
         while True:
             try:
-                with self._changed:
+                with self._gate:
                     answer = self._answer(after, looks, deadline)
                     if answer is not None:
                         return answer
@@ -218,7 +220,7 @@ class Feed:
                     return None
             finally:
                 if self._leader is me:
-                    with self._changed:
+                    with self._gate:
                         self._leader = None
                         self._changed.notify_all()
 
@@ -244,7 +246,7 @@ class Feed:
             while True:
                 watch = self._current()
                 head = watch.look()
-                with self._changed:
+                with self._gate:
                     if head is not None:
                         self._publish(head)
                     if self._answer(after, looks, deadline) is not None:
@@ -265,12 +267,12 @@ class Feed:
             self._drop()
         if self._watch is None:
             watch = self._set_up() if self._polls_until is None else PollingWatch(self._head)
-            with self._changed:
+            with self._gate:
                 self._watch = watch
         return self._watch
 
     def _drop(self) -> None:
-        with self._changed:
+        with self._gate:
             watch, self._watch = self._watch, None
         if watch is not None:
             watch.close()
@@ -280,19 +282,19 @@ class Feed:
     @contextmanager
     def _present(self) -> Iterator[None]:
         """Count who waits: the watch goes some time after the last one."""
-        with self._changed:
+        with self._gate:
             self._waiting += 1
         try:
             yield
         finally:
-            with self._changed:
+            with self._gate:
                 self._waiting -= 1
                 self._left_at = time.monotonic()
             self._clear()
 
     def _clear(self) -> None:
         """Give the watch back if nobody has waited for long enough; if not yet, do it later."""
-        with self._changed:
+        with self._gate:
             if self._waiting or self._watch is None:
                 return
             rest = self._left_at + self._linger_s - time.monotonic()
@@ -309,7 +311,7 @@ class Feed:
         watch.close()
 
     def _clear_later(self) -> None:
-        with self._changed:
+        with self._gate:
             self._clearing = None
         self._clear()
 

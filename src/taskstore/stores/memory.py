@@ -42,7 +42,9 @@ class MemoryStorage:
     """What several :class:`MemoryStore` instances share: one ledger in memory."""
 
     def __init__(self) -> None:
-        self.changed = threading.Condition(threading.RLock())
+        # Taken by itself: unlike the condition, it cannot be interrupted as it is.
+        self.gate = threading.RLock()
+        self.changed = threading.Condition(self.gate)
         self.current: dict[str, TaskRecord] = {}
         self.bookings: dict[tuple[str, str], str] = {}
         self.head = 0
@@ -77,14 +79,14 @@ class MemoryStore(TaskRegistryStore):
     def load_snapshot(self) -> Snapshot:
         self._check_open()
         storage = self.storage
-        with storage.changed:
+        with storage.gate:
             return Snapshot(storage.head, storage.current, storage.last_at, storage.set_aside)
 
     def save_snapshot(self, snapshot: Snapshot) -> None:
         self._check_writable()
         snapshot = validated_snapshot(snapshot)
         storage = self.storage
-        with storage.changed:
+        with storage.gate:
             if storage.head and snapshot.seq <= storage.head:
                 raise ConflictError(
                     [], f"the snapshot is at seq {snapshot.seq}, the head at {storage.head}"
@@ -107,7 +109,7 @@ class MemoryStore(TaskRegistryStore):
         self._check_writable()
         steps = plan(changes)
         storage = self.storage
-        with storage.changed:
+        with storage.gate:
             check_history(self, changes)
             self._check(steps)
             first = storage.head + 1
@@ -163,7 +165,7 @@ class MemoryStore(TaskRegistryStore):
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         self._check_writable()
-        with self.storage.changed:
+        with self.storage.gate:
             yield
 
     def report(self) -> StoreReport:
@@ -182,7 +184,7 @@ class MemoryStore(TaskRegistryStore):
     def read_journal(self, after: int, limit: int) -> Sequence[JournalEntry]:
         self._check_open()
         storage = self.storage
-        with storage.changed:
+        with storage.gate:
             floor = storage.floor
             if after < floor - 1:
                 raise CursorExpiredError(after, floor)
@@ -191,25 +193,25 @@ class MemoryStore(TaskRegistryStore):
 
     def read_history(self, task_id: str) -> Sequence[JournalEntry]:
         self._check_open()
-        with self.storage.changed:
+        with self.storage.gate:
             return tuple(entry for entry in self.storage.journal if entry.task_id == task_id)
 
     def read_snapshot(self, at: int) -> Snapshot | None:
         self._check_open()
-        with self.storage.changed:
+        with self.storage.gate:
             seqs = [seq for seq in self.storage.snapshots if seq <= at]
             return self.storage.snapshots[max(seqs)] if seqs else None
 
     def wait_for(self, after: int, timeout: float) -> bool:
         storage, timeout = self.storage, min(timeout, threading.TIMEOUT_MAX)
-        with storage.changed:
+        with storage.gate:
             storage.changed.wait_for(lambda: self._closed or storage.head > after, timeout)
             self._check_open()
             return storage.head > after
 
     def close(self) -> None:
         super().close()
-        with self.storage.changed:
+        with self.storage.gate:
             self.storage.changed.notify_all()
 
     # -- compaction, query, integrity -------------------------------------
@@ -218,7 +220,7 @@ class MemoryStore(TaskRegistryStore):
         self._check_writable()
         started = time.monotonic()
         storage = self.storage
-        with storage.changed:
+        with storage.gate:
             head, floor, now = storage.head, storage.floor, self.clock()
             newest = max(storage.snapshots, default=0)
             since = storage.journal[newest - (floor - 1) :] if newest >= floor - 1 else []
@@ -256,13 +258,13 @@ class MemoryStore(TaskRegistryStore):
 
     def query(self, query: TaskQuery) -> Page:
         self._check_open()
-        with self.storage.changed:
+        with self.storage.gate:
             return evaluate(query, self.storage.current.values(), self.storage.head)
 
     def verify(self) -> VerifyReport:
         self._check_open()
         storage = self.storage
-        with storage.changed:
+        with storage.gate:
             base = storage.snapshots.get(storage.floor - 1, Snapshot(storage.floor - 1))
             problems = []
             if fold(base, storage.journal).records != storage.current:

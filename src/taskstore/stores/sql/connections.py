@@ -51,6 +51,9 @@ class Connections:
         # A transaction that has begun and waits for its work, and whose thread that is.
         self._begun: Session | None = None
         self._begun_by = 0
+        # A session that may be in a write transaction: looked up on the way out, because
+        # an interrupt leaves no time to note anything.
+        self._unfinished: Session | None = None
         self._refused: str | None = None
 
     def prepare(self) -> None:
@@ -123,20 +126,36 @@ class Connections:
         it, ``work`` must be such that doing it twice is the same.
         """
         with self._lock:
-            trouble = Trouble(self.database, self._writing_outage, rivals=self._rivals())
-            while True:
-                self._check_trusted()
-                try:
-                    result = self._write_once(work)
-                except CommitBrokenError as broken:
-                    found = self._outcome(broken, trouble, happened)
-                    if found is not None:
-                        return found
-                except self.database.translator.errors as error:
-                    trouble.pause_or_raise(error)
-                else:
-                    self._writing_outage.end()
-                    return result
+            try:
+                result = self._write(work, happened)
+            except BaseException:
+                self._finish()
+                raise
+            return result
+
+    def _write(
+        self, work: Callable[[Session], _T], happened: Callable[[Session], _T | None] | None
+    ) -> _T:
+        trouble = Trouble(self.database, self._writing_outage, rivals=self._rivals())
+        while True:
+            self._check_trusted()
+            try:
+                result = self._write_once(work)
+            except CommitBrokenError as broken:
+                found = self._outcome(broken, trouble, happened)
+                if found is not None:
+                    return found
+            except self.database.translator.errors as error:
+                trouble.pause_or_raise(error)
+            else:
+                self._writing_outage.end()
+                return result
+
+    def _finish(self) -> None:
+        """End the write transaction that nobody has ended, if there is one."""
+        self._begun = None
+        if self._unfinished is not None:
+            self._abandon(self._unfinished)
 
     def _rivals(self) -> Rivals:
         database = self.database
@@ -158,22 +177,28 @@ class Connections:
         ``lock`` makes other writers wait, where beginning does not.
         """
         with self._lock:
-            trouble = Trouble(self.database, self._writing_outage, rivals=self._rivals())
-            while self._begun is None:
-                self._check_trusted()
-                try:
-                    self._begin(lock)
-                except self.database.translator.errors as error:
-                    trouble.pause_or_raise(error)
             try:
-                yield
-            finally:
-                begun, self._begun = self._begun, None
-                if begun is not None:
-                    self._abandon(begun)
+                try:
+                    self._begin_patiently(lock)
+                    yield
+                finally:
+                    self._finish()
+            except BaseException:
+                # An interrupt may have struck as the first call began.
+                self._finish()
+                raise
+
+    def _begin_patiently(self, lock: Callable[[Session], object]) -> None:
+        trouble = Trouble(self.database, self._writing_outage, rivals=self._rivals())
+        while self._begun is None:
+            self._check_trusted()
+            try:
+                self._begin(lock)
+            except self.database.translator.errors as error:
+                trouble.pause_or_raise(error)
 
     def _begin(self, lock: Callable[[Session], object] | None = None) -> None:
-        session = self._writer()
+        session = self._unfinished = self._writer()
         try:
             self._begun_by = threading.get_ident()
             self.database.begin_write(session)
@@ -243,7 +268,7 @@ class Connections:
                     ) from final
 
     def _read_back(self, happened: Callable[[Session], _T | None]) -> _T | None:
-        session = self._writer()
+        session = self._unfinished = self._writer()
         try:
             self.database.begin_write(session)
             found = happened(session)
@@ -328,9 +353,12 @@ class Connections:
         return session
 
     def _done(self, session: Session) -> None:
-        if session is not self._held:
-            self.database.after_write(session)
-            self._release(session)
+        if session is self._held:
+            self._unfinished = None
+            return
+        self.database.after_write(session)
+        self._unfinished = None
+        self._release(session)
 
     def _abandon(self, session: Session, error: BaseException | None = None) -> None:
         """Roll back, quietly: the ``error`` that brought us here is the one to report.
@@ -355,6 +383,8 @@ class Connections:
                 self._held, held = None, False
             with suppress(Exception):
                 session.connection.invalidate()
+        if session is self._unfinished:
+            self._unfinished = None
         if not held:
             with suppress(Exception):
                 self._release(session)
