@@ -2,7 +2,8 @@
 
 Hooks observe: they are called after the commit, outside its lock, one event
 at a time and in the order of the journal.  What a hook raises is logged and
-counted; it undoes nothing and stops no other hook.
+counted; it undoes nothing and stops no other hook.  An interrupt is raised on,
+when all hooks have heard of the event.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import ClassVar
 
 from msgspec import Struct
@@ -81,10 +82,12 @@ class Hooks:
     """
 
     def __init__(self, hooks: Iterable[Hook] = ()) -> None:
-        self._hooks: tuple[Hook, ...] = ()
+        self._hooks: tuple[_Handle, ...] = ()
         self._queue: deque[Event] = deque()
         # Who delivers at present: one of the calls of deliver(), or nobody.
         self._deliverer: object = None
+        # Who is still to hear of the first event in the queue; ``None``: all.
+        self._owed: Iterator[_Handle] | None = None
         self._edit = threading.Lock()
         self.errors = 0
         for hook in hooks:
@@ -135,29 +138,36 @@ class Hooks:
                 if self._deliverer is not me:
                     return
                 while self._queue:
-                    self._call(self._queue.popleft())
+                    self._deliver_first()
             finally:
                 # Looked up rather than remembered, for the sake of interrupts:
                 # were the place kept, no hook would hear of anything any more.
                 if self._deliverer is me:
                     self._deliverer = None
 
-    def _call(self, event: Event) -> None:
-        for hook in self._hooks:
+    def _deliver_first(self) -> None:
+        """Call the hooks with the first event, or those that an interrupt has left out."""
+        event, interrupt = self._queue[0], None
+        if self._owed is None:
+            self._owed = iter(self._hooks)
+        for handle in self._owed:
             try:
-                hook(event)
+                handle.hook(event)
             except Exception:
                 self.errors += 1
                 logger.exception("a hook raised on %s at seq %d", event.kind, event.seq)
+            except BaseException as error:  # noqa: BLE001 (it is raised when all have heard)
+                interrupt = interrupt or error
+        self._owed = None
+        self._queue.popleft()
+        if interrupt is not None:
+            raise interrupt
 
 
 class _Handle:
     """One registration: the same callable may be added more than once."""
 
-    __slots__ = ("_hook",)
+    __slots__ = ("hook",)
 
     def __init__(self, hook: Hook) -> None:
-        self._hook = hook
-
-    def __call__(self, event: Event) -> object:
-        return self._hook(event)
+        self.hook = hook

@@ -87,6 +87,23 @@ def test_a_raising_hook_is_logged_and_counted_and_stops_nobody(open_ledger, capl
     assert "hook trouble" in caplog.text
 
 
+def test_a_hook_that_is_interrupted_costs_the_others_nothing(open_ledger):
+    heard = []
+    registry = open_ledger()
+
+    def interrupted(event):
+        if event.seq == 1:
+            raise KeyboardInterrupt
+
+    registry.hooks.add(interrupted)
+    registry.hooks.add(lambda event: heard.append(event.seq))
+    with pytest.raises(KeyboardInterrupt):
+        registry.create(runtime="cli", task="x")
+    assert heard == [1]
+    registry.create(runtime="cli", task="y")
+    assert heard == [1, 2]
+
+
 def test_a_hook_may_change_the_registry(open_ledger):
     order = []
 
