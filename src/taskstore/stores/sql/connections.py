@@ -12,16 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
-import sqlalchemy as sa
-
 from taskstore.errors import (
     OutcomeUnknownError,
     StoreBusyError,
-    StoreClosedError,
     StoreUnavailableError,
 )
 from taskstore.stores.sql.dialects import Database
-from taskstore.stores.sql.errors import GONE, Fault
+from taskstore.stores.sql.errors import GONE, Fault, ReplacedError
+from taskstore.stores.sql.lending import Lending
 from taskstore.stores.sql.patience import RECONNECT_S, Outage, Trouble
 from taskstore.stores.sql.rivals import Rivals
 from taskstore.stores.sql.rows import Head
@@ -30,23 +28,26 @@ from taskstore.stores.sql.session import Session
 _T = TypeVar("_T")
 
 
-class Connections:
+class Connections(Lending):
     """The connections of one open store.
 
     With an engine of our own, one writing connection is held; with a host's,
     each call borrows one and gives it back, because the pool is not ours.
-    ``reconnect_s`` is how long a server may be away before callers hear of it.
+    ``reconnect_s`` is how long a server may be away before callers hear of it;
+    ``check`` refuses a database that has taken the place of ours.
     """
 
-    def __init__(self, database: Database, reconnect_s: float = RECONNECT_S) -> None:
-        self.database = database
+    def __init__(
+        self,
+        database: Database,
+        reconnect_s: float = RECONNECT_S,
+        check: Callable[[Database], None] = lambda _database: None,
+    ) -> None:
+        super().__init__(database, check)
         # A standby may answer readers while there is nobody to write to.
         self._reading_outage = Outage(database.location, reconnect_s)
         self._writing_outage = Outage(database.location, reconnect_s)
         self._lock = threading.RLock()
-        self._gate = threading.Lock()
-        self._borrowed = 0
-        self._closed = False
         self._held: Session | None = None
         # A transaction that has begun and waits for its work, and whose thread that is.
         self._begun: Session | None = None
@@ -55,17 +56,6 @@ class Connections:
         # an interrupt leaves no time to note anything.
         self._unfinished: Session | None = None
         self._refused: str | None = None
-
-    def prepare(self) -> None:
-        """Look at the database, and set it up, once its schema is known to be ours."""
-        with self.database.translator:
-            session = self._connect()
-            try:
-                self.database.prepare(session)
-            except BaseException:
-                self._abandon(session)
-                raise
-            self._release(session)
 
     # -- reading ----------------------------------------------------------
 
@@ -88,11 +78,13 @@ class Connections:
             try:
                 with self._reading(one_moment=one_moment) as session:
                     result = work(session)
+                self.database.check_read(session)
+            except ReplacedError:
+                self.reopen()
             except self.database.translator.errors as error:
-                trouble.pause_or_raise(error)
+                self._pause_or_raise(trouble, error)
             else:
                 self._reading_outage.end()
-                self.database.after_read()
                 return result
 
     @contextmanager
@@ -145,8 +137,10 @@ class Connections:
                 found = self._outcome(broken, trouble, happened)
                 if found is not None:
                     return found
+            except ReplacedError:
+                self.reopen()
             except self.database.translator.errors as error:
-                trouble.pause_or_raise(error)
+                self._pause_or_raise(trouble, error)
             else:
                 self._writing_outage.end()
                 return result
@@ -194,8 +188,10 @@ class Connections:
             self._check_trusted()
             try:
                 self._begin(lock)
+            except ReplacedError:
+                self.reopen()
             except self.database.translator.errors as error:
-                trouble.pause_or_raise(error)
+                self._pause_or_raise(trouble, error)
 
     def _begin(self, lock: Callable[[Session], object] | None = None) -> None:
         session = self._unfinished = self._writer()
@@ -216,7 +212,7 @@ class Connections:
         assert session is not None
         try:
             result = work(session)
-            self.database.before_commit()
+            self.database.check_there(session)
         except BaseException as error:
             self._abandon(session, error)
             raise
@@ -291,36 +287,32 @@ class Connections:
             finally:
                 self._abandon(session)
 
-    # -- connections ------------------------------------------------------
+    # -- a file that was replaced ------------------------------------------
 
-    def _connect(self) -> Session:
-        database = self.database
-        with self._gate:
-            if self._closed:
-                raise StoreClosedError(f"the store {database.location} is closed")
-            self._borrowed += 1
-        connection = None
-        try:
-            connection = database.engine.connect()
-            if not database.owned:
-                connection = connection.execution_options(isolation_level="AUTOCOMMIT")
-            raw = connection.connection.driver_connection
-            return Session(connection, raw, database.cursor(raw), database.compiler)
-        except BaseException:
-            self._give_back(connection)
-            raise
+    def reopen(self) -> None:
+        """Go on with the file that has taken the place of ours: see :meth:`Database.reopen`."""
+        super().reopen()
+        if self._lock.acquire(blocking=False):
+            # Who is writing just now gives its connection up itself.
+            try:
+                if self._begun is None and self._unfinished is None:
+                    self._drop_held()
+            finally:
+                self._lock.release()
 
-    def borrow(self) -> Session:
-        """A connection for longer than one call; see :meth:`give_back`."""
-        return self._connect()
+    def _pause_or_raise(self, trouble: Trouble, error: BaseException) -> None:
+        if not self.database.is_there():
+            self.reopen()
+        else:
+            trouble.pause_or_raise(error)
 
-    def give_back(self, session: Session, *, broken: bool = False) -> None:
-        """Return what was borrowed, ``broken`` if nobody is to use it any more."""
-        if broken:
+    def _drop_held(self) -> None:
+        held, self._held = self._held, None
+        if held is not None:
             with suppress(Exception):
-                session.connection.invalidate()
-        with suppress(Exception):
-            self._release(session)
+                self._release(held)
+
+    # -- connections ------------------------------------------------------
 
     def writing_pid(self) -> int | None:
         """The server's process behind the connection that is held for writing, if told."""
@@ -329,23 +321,10 @@ class Connections:
             return int(held.raw.info.backend_pid) if held is not None else None
         return None
 
-    def _release(self, session: Session) -> None:
-        self._give_back(session.connection)
-
-    def _give_back(self, connection: sa.Connection | None) -> None:
-        try:
-            if connection is not None:
-                connection.close()
-        finally:
-            with self._gate:
-                self._borrowed -= 1
-                last = self._closed and not self._borrowed
-            if last:
-                self.database.close()
-
     def _writer(self) -> Session:
-        if self._held is not None:
+        if self._held is not None and self._held.file is self.database.file:
             return self._held
+        self._drop_held()
         session = self._connect()
         if self.database.owned:
             self._held = session
@@ -406,10 +385,7 @@ class Connections:
                     return
                 self._closed = True
                 self._borrowed += 1
-            held, self._held = self._held, None
-            if held is not None:
-                with suppress(Exception):
-                    self._release(held)
+            self._drop_held()
             self._give_back(None)
 
 

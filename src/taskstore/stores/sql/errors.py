@@ -156,6 +156,11 @@ def mariadb_fault(error: BaseException) -> Fault:
     return next((fault for fault, numbers in _MARIADB.items() if number in numbers), Fault.OTHER)
 
 
+class ReplacedError(StoreUnavailableError):
+    """Another file lies where the one was that we have open: what was read of ours is
+    not believed, what was to be committed is rolled back."""
+
+
 class Translator:
     """Turns driver errors of one database into ours: a context manager, reusable.
 

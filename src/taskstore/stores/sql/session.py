@@ -15,17 +15,21 @@ class Session:
 
     Everything runs on that cursor, also what is built with Core: a host's
     engine may have listeners that begin transactions when SQLAlchemy does.
-    ``restore`` is what a host's connection is to be set back to afterwards.
+    ``restore`` is what a host's connection is to be set back to afterwards,
+    ``file`` which file it is a connection to, where that can change.
     """
 
-    __slots__ = ("_dialect", "connection", "cursor", "raw", "restore")
+    __slots__ = ("_dialect", "connection", "cursor", "file", "raw", "restore")
 
-    def __init__(self, connection: sa.Connection, raw: Any, cursor: Any, dialect: Dialect) -> None:
+    def __init__(
+        self, connection: sa.Connection, raw: Any, cursor: Any, dialect: Dialect, file: object
+    ) -> None:
         self.connection = connection
         self.raw = raw
         self.cursor = cursor
         self._dialect = dialect
         self.restore: tuple[str, ...] = ()
+        self.file: Any = file
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> None:
         """Run a statement."""

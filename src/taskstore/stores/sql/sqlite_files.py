@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 from taskstore.errors import StoreUnavailableError
+from taskstore.stores.sql.errors import ReplacedError
 
 log = logging.getLogger("taskstore")
 
@@ -129,14 +130,74 @@ def inode_of(path: str) -> tuple[int, int]:
     return (found.st_ino, found.st_dev)
 
 
+class OpenFile:
+    """The file that an engine's connections are to, and the logs that they have had open.
+
+    It is only ever looked at from outside (``os.stat``): whoever opens and
+    closes it beside SQLite drops SQLite's locks on it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = str(path)
+        self._inode = inode_of(self._path)
+        self._logs: set[tuple[int, int]] = set()
+
+    def is_there(self) -> bool:
+        """Whether it still lies where it was opened."""
+        return inode_of(self._path) == self._inode
+
+    def check_there(self) -> None:
+        """Raise :class:`ReplacedError` if it does not."""
+        if inode_of(self._path) != self._inode:
+            raise ReplacedError(
+                f"{self._path} was moved, removed or replaced while it was open", hint="try again"
+            )
+
+    def note_logs(self) -> None:
+        """Note which ``-wal`` and ``-shm`` a connection has just opened."""
+        if self.is_there():
+            self._logs.update(inode_of(name) for name in self._log_names())
+            self._logs.discard((0, 0))
+
+    def inherit(self, other: OpenFile) -> None:
+        """Take the logs that another file has left at the path for ones to beware of."""
+        self._logs.update(inode_of(name) for name in other.logs_left())
+
+    def logs_left(self) -> list[str]:
+        """The names under which logs of this very file still lie at the path."""
+        return [name for name in self._log_names() if inode_of(name) in self._logs]
+
+    def check_successor(self) -> None:
+        """Raise :class:`~taskstore.StoreUnavailableError` unless the file that has taken
+        this one's place can be opened without harm.
+
+        A log that is replayed over another database than its own destroys it;
+        one that is empty may yet be written to by who still has it open.
+        """
+        replaced = (
+            f"{self._path} was moved, removed or replaced while it was open: "
+            "nothing is written to it or read from it any more"
+        )
+        if inode_of(self._path) == (0, 0):
+            raise StoreUnavailableError(replaced, hint="put it back, or open it again")
+        if left := self.logs_left():
+            raise StoreUnavailableError(
+                f"{replaced}; {' and '.join(left)} still belong to the file that was there before",
+                hint="stop every process that has it open, remove "
+                f"{self._path}-wal and {self._path}-shm, and open it again",
+            )
+
+    def _log_names(self) -> tuple[str, str]:
+        return (f"{self._path}-wal", f"{self._path}-shm")
+
+
 def opener(
     module: Any, path: Path, *, busy_timeout_s: float, read_only: bool, immutable: bool
 ) -> Callable[[], Any]:
     """A function that opens one connection to a file, in driver-level autocommit."""
-    # The path is quoted for a URI: it may hold %, ? and #.
-    name = str(path)
-    if read_only:
-        name = f"file:{quote(os.fsencode(path))}?mode=ro" + ("&immutable=1" if immutable else "")
+    # The path is quoted for a URI: it may hold %, ? and #.  No connection makes the file.
+    mode = "ro" if read_only else "rw"
+    name = f"file:{quote(os.fsencode(path))}?mode={mode}" + ("&immutable=1" if immutable else "")
 
     def connect() -> Any:
         return module.connect(
@@ -144,7 +205,7 @@ def opener(
             timeout=busy_timeout_s,
             isolation_level=None,
             check_same_thread=False,
-            uri=read_only,
+            uri=True,
         )
 
     return connect

@@ -90,7 +90,9 @@ class SQLStore(TaskRegistryStore):
         self._strict = strict
         self._pid = os.getpid()
         self._database = database
-        self._connections = Connections(database, reconnect_s)
+        self._connections = Connections(
+            database, reconnect_s, partial(ensure_schema, migrate="never", url=url)
+        )
         self._aside: tuple[SetAside, ...] = ()
         self._met: dict[str, SetAside] = {}
         self._kept: list[SetAside] = []

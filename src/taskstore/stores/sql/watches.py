@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from taskstore.errors import TaskStoreError
 from taskstore.stores.feed import Naps, PollingWatch, Watch, WatchBrokenError
+from taskstore.stores.sql.errors import ReplacedError
 from taskstore.stores.sql.rows import Head
 from taskstore.stores.sql.session import Session
 
@@ -61,10 +62,18 @@ class DataVersionWatch(_Held):
         self._polling = PollingWatch(head, self._version, longest_nap_s=SQLITE_NAP_S)
 
     def _version(self) -> object:
-        row = self._guarded(lambda: self._session.row("PRAGMA data_version"))
-        # A file that was opened as one that nobody writes says so if somebody does.
-        self._connections.database.after_read()
-        return row[0]
+        while True:
+            row = self._guarded(lambda: self._session.row("PRAGMA data_version"))
+            try:
+                # A file that was opened as one that nobody writes says so if somebody does.
+                self._connections.database.check_read(self._session)
+            except ReplacedError:
+                self._connections.reopen()
+                fresh = self._guarded(self._connections.borrow)
+                self._release()
+                self._session = fresh
+            else:
+                return (self._session.file, row[0])
 
     def look(self) -> int | None:
         return self._polling.look()

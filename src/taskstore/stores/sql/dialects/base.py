@@ -133,8 +133,22 @@ class Database:
         del session
         return ()
 
-    def before_commit(self) -> None:
-        """Refuse to commit into a database that is no longer where it was opened."""
+    file: Any = None
+    """Which file new connections are to, where that can change: see :attr:`Session.file`."""
+
+    def is_there(self) -> bool:
+        """Whether the database that we have open still lies where it was opened."""
+        return True
+
+    def check_there(self, session: Session) -> None:
+        """Raise :class:`ReplacedError` if what this session is connected to does not."""
+
+    def reopen(self, set_up: Callable[[Database], None]) -> None:
+        """Go on with the database that lies where ours was, once ``set_up`` has accepted it.
+
+        Sessions that are out are to be checked and not lent again.  Raises
+        :class:`~taskstore.StoreUnavailableError` where it cannot be used.
+        """
 
     def commit(self, session: Session) -> None:
         """Commit; returns when the database vouches for it as it is set up to."""
@@ -150,7 +164,7 @@ class Database:
             session.rows(statement)
         session.restore = ()
 
-    def after_read(self) -> None:
+    def check_read(self, session: Session) -> None:
         """Check that what was read can be trusted."""
 
     def rollback(self, session: Session) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,8 +27,8 @@ from taskstore.stores.sql.errors import Fault, Translator, sqlite_fault
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.sqlite_files import (
     ImmutableWatch,
+    OpenFile,
     create_privately,
-    inode_of,
     library_notice,
     library_of,
     needs_immutable,
@@ -37,6 +38,8 @@ from taskstore.stores.sql.sqlite_files import (
 )
 from taskstore.stores.sql.watches import DataVersionWatch
 from taskstore.stores.turnstile import Turnstile
+
+log = logging.getLogger("taskstore")
 
 _WRITE_LOCK = 120
 """The byte of the ``-shm`` file that whoever writes holds: part of SQLite's file format."""
@@ -65,13 +68,14 @@ class SQLiteDatabase(Database):
         durability: str = "full",
         read_only: bool = False,
         watch: ImmutableWatch | None = None,
+        file: OpenFile | None = None,
     ) -> None:
         super().__init__(engine, owned=owned, durability=durability, read_only=read_only)
         self._watch = watch
         self._turnstile = Turnstile(Path(f"{self.location}-turn"))
         self._holds = False
         # A host's connections may be of another time than we are.
-        self._inode = inode_of(self.location) if owned else None
+        self.file: OpenFile | None = file
         module: Any = engine.dialect.loaded_dbapi
         self._library = library_of(module)
         if module.sqlite_version_info < (3, 35):
@@ -119,6 +123,11 @@ class SQLiteDatabase(Database):
                 "block each other" + ("" if self.owned else "; the engine's owner can change it")
             )
 
+        if self.file is not None:
+            # The log of a file that has only now become one with a log.
+            session.rows(_OPEN_LOG)
+            self.file.note_logs()
+
     def dedicate(self, session: Session) -> None:
         # SQLite's own waiting sleeps for up to a tenth of a second between two
         # looks, and finds the lock taken again each time.
@@ -154,21 +163,43 @@ class SQLiteDatabase(Database):
     def holders(self, session: Session) -> Sequence[str]:
         del session
         # A writer holds a byte of the shared memory; without a write-ahead log, of the file.
-        log = lock_holders(f"{self.location}-shm", byte=_WRITE_LOCK)
-        return log or lock_holders(self.location)
+        writing = lock_holders(f"{self.location}-shm", byte=_WRITE_LOCK)
+        return writing or lock_holders(self.location)
 
-    def before_commit(self) -> None:
-        if self._inode is not None and inode_of(self.location) != self._inode:
-            raise StoreUnavailableError(
-                f"{self.location} was moved, removed or replaced while it was open: "
-                "nothing is written to it or read from it any more",
-                hint="open it again",
-            )
+    def is_there(self) -> bool:
+        return self.file is None or self.file.is_there()
 
-    def after_read(self) -> None:
-        self.before_commit()
+    def check_there(self, session: Session) -> None:
+        if session.file is not None:
+            session.file.check_there()
+
+    def check_read(self, session: Session) -> None:
+        self.check_there(session)
         if self._watch is not None:
             self._watch.check()
+
+    def reopen(self, set_up: Callable[[Database], None]) -> None:
+        old, engine = self.file, self.engine
+        if old is None or old.is_there():
+            return
+        old.check_successor()
+        fresh = _open(Path(self.location), durability=self.durability, read_only=self.read_only)
+        fresh.notices = self.notices
+        try:
+            set_up(fresh)
+        except BaseException:
+            fresh.close()
+            assert fresh.file is not None
+            old.inherit(fresh.file)
+            raise
+        self.engine, self.file = fresh.engine, fresh.file
+        self._watch = fresh._watch  # noqa: SLF001 - another of us
+        if self._holds:
+            open_files.release(self.location, self._library)
+            self.notice(open_files.hold(self.location, self._library))
+        # SQLite leaves the logs at the path alone when it closes a file that has moved.
+        engine.dispose()
+        log.warning("%s was replaced while it was open: going on with the new file", self.location)
 
     def rollback(self, session: Session) -> None:
         if session.raw.in_transaction:
@@ -224,21 +255,36 @@ def path_of(url: str) -> Path:
 
 def open_sqlite(path: Path, *, durability: str, read_only: bool) -> SQLiteDatabase:
     """A file by its path; a new one is created, empty and private."""
+    if not read_only:
+        create_privately(path)
+    return _open(path, durability=durability, read_only=read_only)
+
+
+def _open(path: Path, *, durability: str, read_only: bool) -> SQLiteDatabase:
+    """A file that is there."""
     module = sqlite_module()
     driver_errors = Translator(str(path), module.Error, sqlite_fault)
     watch = None
     if read_only:
         with driver_errors:
             watch = ImmutableWatch(path) if needs_immutable(module, path) else None
-    else:
-        create_privately(path)
-    connect = opener(
+    file = OpenFile(path)
+    open_one = opener(
         module,
         path,
         busy_timeout_s=1.0 if read_only else 5.0,
         read_only=read_only,
         immutable=watch is not None,
     )
+
+    def connect() -> Any:
+        raw = open_one()
+        if not file.is_there():
+            # Not a byte was read yet: a log that is not its own was left alone.
+            raw.close()
+            file.check_there()
+        return raw
+
     engine = sa.create_engine(
         sa.URL.create("sqlite", database=str(path)),
         module=module,
@@ -249,16 +295,22 @@ def open_sqlite(path: Path, *, durability: str, read_only: bool) -> SQLiteDataba
     pragmas = _READ_PRAGMAS if read_only else _write_pragmas(durability)
 
     @event.listens_for(engine, "connect")
-    def configure(raw: Any, _record: object) -> None:
+    def configure(raw: Any, record: Any) -> None:
+        record.info["file"] = file
         # Damaged text is for the checksums to find, not a reason to stop reading.
         raw.text_factory = _lenient
         for pragma in pragmas:
             raw.execute(pragma)
+        raw.execute(_OPEN_LOG).fetchall()
+        file.note_logs()
 
     return SQLiteDatabase(
-        engine, owned=True, durability=durability, read_only=read_only, watch=watch
+        engine, owned=True, durability=durability, read_only=read_only, watch=watch, file=file
     )
 
+
+_OPEN_LOG = "SELECT count(*) FROM sqlite_master"
+"""Reads as little as there is: with the first read, a connection opens the log."""
 
 _READ_PRAGMAS = ("PRAGMA query_only = ON",)
 
