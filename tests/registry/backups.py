@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import sqlalchemy as sa
@@ -30,12 +31,15 @@ target.close()
 class MemoryBackup:
     def __init__(self, storage: MemoryStorage) -> None:
         self._storage = storage
-        self._kept = {
-            name: copy.copy(value) for name, value in vars(storage).items() if name != "changed"
-        }
+        # All but what its users wait at.
+        self._what_is_stored = set(vars(MemoryStorage())) - {"changed", "gate"}
+        self._kept = self._copy_of(storage)
 
     def restore(self) -> None:
-        vars(self._storage).update({name: copy.copy(kept) for name, kept in self._kept.items()})
+        vars(self._storage).update(self._copy_of(SimpleNamespace(**self._kept)))
+
+    def _copy_of(self, storage: Any) -> dict[str, Any]:
+        return {name: copy.copy(getattr(storage, name)) for name in self._what_is_stored}
 
 
 class DirectoryBackup:
