@@ -14,6 +14,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# Most tests wait for a disk, a server or a process: several run side by side.
+PARALLEL ?= -n 3 --dist loadfile
 ROUNDS ?= 1000
 FAILOVERS ?= 20
 POWER_STATES ?= 300
@@ -36,7 +38,7 @@ demo: $(runtime)
 	$(VENV)/bin/taskstore demo
 
 test: $(dev)
-	$(python) -m pytest $(PYTEST_ARGS)
+	$(python) -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 dev: $(dev)
 
