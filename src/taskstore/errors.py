@@ -73,7 +73,7 @@ class Leased(NamedTuple):
 
     def __str__(self) -> str:
         if self.fence is None:
-            return f"somebody holds its lease until {self.until}"
+            return f"somebody holds its lease until {self.until} (Unix milliseconds)"
         held = "it has no lease" if self.until is None else "its lease is somebody else's"
         return f"the fence {self.fence!r} does not hold: {held}"
 
@@ -219,15 +219,16 @@ class CursorExpiredError(TaskStoreError):
     """The journal no longer reaches back to this position, or never held it.
 
     ``after`` is the seq that was asked for, ``floor`` the first seq kept.
-    ``replaced`` tells that the position is of another history: a backup was
-    restored, or a standby took over without the last commits.
+    ``replaced`` tells that the journal does not hold the position at all: it
+    is of another history (a backup was restored, or a standby took over
+    without the last commits), or beyond the head.
     """
 
     def __init__(self, after: int, floor: int, *, replaced: bool = False) -> None:
         self.replaced = replaced
         super().__init__(
-            f"the journal does not hold what was at seq {after}: a backup was restored, "
-            "or a standby took over without the last commits"
+            f"the journal does not hold seq {after} as this cursor knows it: nothing has come so "
+            "far yet, or a backup was restored, or a standby took over without the last commits"
             if replaced
             else f"the journal begins at seq {floor}: "
             f"what came after seq {after} is no longer complete",
