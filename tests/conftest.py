@@ -1,10 +1,10 @@
-"""What tests of every kind share: the database servers of this session."""
+"""What tests of every kind share: the servers of this session, and how to show figures."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
@@ -63,3 +63,17 @@ def mariadb_url(mariadb_server: MariaDBServer) -> Iterator[str]:
     """The URL of an empty, migrated ledger."""
     with mariadb_server.ledger() as url:
         yield url
+
+
+@pytest.fixture
+def report(record_property: Callable[[str, object], None]) -> Callable[[str, object], None]:
+    """Show something under a heading in the terminal summary, from whatever process."""
+    return lambda heading, text: record_property(heading, str(text))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for outcome in ("passed", "failed"):
+        for done in terminalreporter.getreports(outcome):
+            for heading, text in done.user_properties:
+                terminalreporter.section(heading)
+                terminalreporter.line(text)

@@ -33,7 +33,7 @@ from taskstore.backends import default_url, open_store
 from taskstore.batch import Batch
 from taskstore.clock import Clock
 from taskstore.committer import Committer
-from taskstore.errors import StoreClosedError
+from taskstore.errors import StoreClosedError, TaskStoreError
 from taskstore.following import Follower
 from taskstore.groupcommit import Operation, Request
 from taskstore.hooks import Hook, Hooks
@@ -324,6 +324,12 @@ class AsyncTaskRegistry(LedgerReader):
         if batch is not None:
             with self._mirror.lock:
                 return batch.add(operation)
+        if asyncio.get_running_loop() is not self._loop:
+            # Said before anything is committed: nobody here could wait for that.
+            raise TaskStoreError(
+                f"the registry over {self._store.location} belongs to another event loop",
+                hint="open one in each event loop",
+            )
         settled: asyncio.Future[None] = self._loop.create_future()
         request = Request(operation, functools.partial(self._note, settled))
         self._committer.post(request)

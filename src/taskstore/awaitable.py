@@ -27,9 +27,6 @@ class Operations(Verbs):
     def _run(self, operation: Operation[T]) -> T:
         return operation  # type: ignore[return-value]  # awaitable() knows
 
-    def _now(self) -> int:
-        return self._store.clock()
-
 
 class Committing(Protocol):
     """Has operations committed."""

@@ -7,6 +7,7 @@ B-tree instead of scattered over it.
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
 import time
@@ -16,7 +17,8 @@ Clock = Callable[[], int]
 """Returns the current time in Unix milliseconds, UTC."""
 
 _RANDOM_BITS = 74
-_STEP_BITS = 32
+_DRAWN_BYTES = 9
+_STEP_BYTES = 4
 
 
 def system_clock() -> int:
@@ -35,9 +37,13 @@ class UUIDv7:
 
     def __init__(self, clock: Clock = system_clock) -> None:
         self._clock = clock
-        self._lock = threading.Lock()
         self._ms = 0
         self._random = 0
+        self.unlock()
+
+    def unlock(self) -> None:
+        """Forget who is drawing an id: in a forked child, that thread is not there."""
+        self._lock = threading.Lock()
 
     def __call__(self) -> str:
         """Return the next id (``str`` of 36 characters)."""
@@ -45,21 +51,26 @@ class UUIDv7:
             now = self._clock()
             if now > self._ms:
                 self._ms = now
-                # One bit of headroom, so that stepping rarely overflows.
-                self._random = secrets.randbits(_RANDOM_BITS - 1)
+                # Two bits of headroom, so that stepping rarely overflows.
+                self._random = int.from_bytes(os.urandom(_DRAWN_BYTES))
             else:
-                self._random += 1 + secrets.randbits(_STEP_BITS)
+                self._random += 1 + int.from_bytes(os.urandom(_STEP_BYTES))
                 if self._random >> _RANDOM_BITS:
                     self._ms += 1
-                    self._random = secrets.randbits(_RANDOM_BITS - 1)
+                    self._random = int.from_bytes(os.urandom(_DRAWN_BYTES))
             ms, random = self._ms, self._random
-        high, low = random >> 62, random & ((1 << 62) - 1)
-        digits = f"{(ms << 80) | (7 << 76) | (high << 64) | (2 << 62) | low:032x}"
-        return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+        # Version 7 stands before the upper 12 random bits, variant 2 before the other 62.
+        return (
+            f"{ms >> 16:08x}-{ms & 0xFFFF:04x}-7{random >> 62:03x}"
+            f"-{0x8000 | random >> 48 & 0x3FFF:04x}-{random & 0xFFFF_FFFF_FFFF:012x}"
+        )
 
 
 new_task_id = UUIDv7()
 """The process-wide source of task ids: ``new_task_id() -> str``."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=new_task_id.unlock)
 
 
 def new_commit_id() -> str:

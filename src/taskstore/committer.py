@@ -7,7 +7,6 @@ it can run again over fresher records when another writer was faster.
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
 import time
@@ -23,23 +22,15 @@ from taskstore.errors import (
     InvalidTransition,
     OutcomeUnknownError,
     ReadOnlyError,
+    StoreBusyError,
     TaskNotFound,
-    TaskStoreError,
 )
 from taskstore.groupcommit import CommitQueue, Operation, Request
-from taskstore.hooks import Event, Hooks, Restored
-from taskstore.journal import Change, ChangeSet, Commit, JournalEntry, entries_of
+from taskstore.hooks import Hooks
+from taskstore.journal import Change, ChangeSet
 from taskstore.mirror import Mirror, Staging
-from taskstore.store import (
-    SupportsExclusive,
-    SupportsJournal,
-    TaskRegistryStore,
-    commit_id_at,
-    entries_beyond,
-)
-from taskstore.yielding import collector
-
-logger = logging.getLogger("taskstore")
+from taskstore.replica import Replica
+from taskstore.store import SupportsExclusive, SupportsJournal, TaskRegistryStore
 
 T = TypeVar("T")
 
@@ -55,9 +46,6 @@ EAGER_ATTEMPTS = 2
 CONTENDED_S = 1.0
 """How long after a conflict the others are kept out while an operation runs, in seconds."""
 
-PAGE_ENTRIES = 1000
-"""How many journal entries are read at a time."""
-
 _NOBODY_ELSE: AbstractContextManager[AbstractSet[str]] = nullcontext(frozenset())
 
 
@@ -69,26 +57,27 @@ class Committer:
         self._mirror = mirror
         self._hooks = hooks
         self._lock = threading.Lock()
-        self._queue = CommitQueue(self._serve)
-        # Set when memory may not be what the store has: reload before the next use.
-        self._stale = True
-        # Until when others are taken to be changing the same tasks (monotonic seconds).
+        self._replica = Replica(store, mirror, hooks)
+        self._queue = CommitQueue(self._commit_one, self._commit_all)
+        # Until when others are taken to be changing the same tasks (monotonic seconds, 0: nobody).
         self._contended_until = 0.0
 
     @property
     def loaded(self) -> bool:
         """Whether memory has been loaded, and nothing is known against it (``bool``)."""
-        return not self._stale
+        return not self._replica.stale
 
     def load(self) -> None:
         """Load everything from the store, and deliver that."""
-        with self._lock:
-            self._load()
+        with self._changing_memory():
+            self._replica.load()
         self._hooks.deliver()
 
     def run(self, operation: Operation[T]) -> T:
         """Run an operation, commit what it staged, mirror it, and deliver its events."""
-        self._check_writable()
+        self._queue.check_process()  # in a forked child nothing is delivered either
+        if self._store.read_only:
+            self._check_writable()
         try:
             return self._queue.run(operation)
         finally:
@@ -96,7 +85,8 @@ class Committer:
 
     def post(self, request: Request[Any]) -> None:
         """Have a request committed by the writer thread; delivering is left to the caller."""
-        self._check_writable()
+        if self._store.read_only:
+            self._check_writable()
         self._queue.post(request)
 
     def withdraw(self, request: Request[Any]) -> bool:
@@ -116,11 +106,8 @@ class Committer:
         """Bring in what other writers committed."""
         self.check_process()
         try:
-            with self._lock:
-                if self._stale or not isinstance(self._store, SupportsJournal):
-                    self._load()
-                else:
-                    self._catch_up(self._store)
+            with self._changing_memory():
+                self._replica.refresh()
         finally:
             self._hooks.deliver()
 
@@ -134,15 +121,35 @@ class Committer:
         if self._store.read_only:
             raise ReadOnlyError(f"{self._store.location} was opened read-only")
 
-    def _serve(self, requests: Sequence[Request[Any]]) -> None:
-        """Commit what has come together: as one, or each by itself where that fails."""
+    def _commit_one(self, operation: Operation[T]) -> T:
+        """Commit an operation by itself."""
         with self._lock:
             try:
-                alone = requests if len(requests) == 1 else self._together(requests)
-                for request in alone:
-                    self._alone(request)
+                result = self._commit(operation)
+            except Exception:
+                raise
+            except BaseException:  # interrupted: who knows what memory lacks
+                self._replica.stale = True
+                raise
+        return result
+
+    def _commit_all(self, requests: Sequence[Request[Any]]) -> None:
+        """Commit what has come together: as one, or each by itself where that fails."""
+        with self._changing_memory():
+            alone = requests if len(requests) == 1 else self._together(requests)
+            for request in alone:
+                self._alone(request)
+
+    @contextmanager
+    def _changing_memory(self) -> Iterator[None]:
+        """Hold the commit lock; after an interrupt, who knows what memory lacks."""
+        with self._lock:
+            try:
+                yield
+            except Exception:
+                raise
             except BaseException:
-                self._stale = True
+                self._replica.stale = True
                 raise
 
     def _together(self, requests: Sequence[Request[Any]]) -> Sequence[Request[Any]]:
@@ -153,23 +160,27 @@ class Committer:
         no longer so.
         """
         for attempt in range(1, GROUP_ATTEMPTS + 1):
-            if self._stale:
-                self._load()
-            with self._keeping_others_out() as news:
+            if self._replica.stale:
+                self._replica.load()
+            with self._keeping_others_out() if self._contended_until else _NOBODY_ELSE as news:
                 staging, alone = self._stage(requests)
                 if not staging.changes:
                     return alone
-                self._look_out(news, staging.changes)
+                if news:
+                    self._look_out(news, staging.changes)
                 try:
-                    commit = self._store.apply(self._made_over_memory(staging.changes))
+                    commit = self._store.apply(ChangeSet(staging.changes, self._mirror.position))
                 except ConflictError:
                     pass
                 except OutcomeUnknownError:
+                    self._replica.stale = True
+                    raise
+                except StoreBusyError:  # nobody is to wait for that once more
                     raise
                 except Exception:  # noqa: BLE001 (whose fault it is shows when each goes alone)
                     return requests
                 else:
-                    self._publish(commit, staging.changes)
+                    self._replica.publish(commit, staging.changes)
                     return alone
             if not self._conflicted(attempt):
                 return requests
@@ -199,37 +210,39 @@ class Committer:
 
     def _commit(self, operation: Operation[T]) -> T:
         """Run until the store takes it.  The caller holds the commit lock."""
-        for attempt in range(1, ATTEMPTS + 1):
-            if self._stale:
-                self._load()
-            with self._keeping_others_out() as news:
+        attempt = 0
+        while True:
+            attempt += 1
+            if self._replica.stale:
+                self._replica.load()
+            with self._keeping_others_out() if self._contended_until else _NOBODY_ELSE as news:
                 staging = Staging(self._mirror)
                 try:
                     result = operation(staging)
                 except (TaskNotFound, InvalidTransition, ConflictError):
                     # It may only look so because memory is behind the store.
-                    if attempt < ATTEMPTS and self._behind():
+                    if attempt < ATTEMPTS and self._replica.behind():
                         continue
                     raise
                 if not staging.changes:
                     # Nothing to do, as far as memory knows: is that so?
-                    if attempt < ATTEMPTS and self._behind():
+                    if attempt < ATTEMPTS and self._replica.behind():
                         continue
                     return result
-                self._look_out(news, staging.changes)
+                if news:
+                    self._look_out(news, staging.changes)
                 try:
-                    commit = self._store.apply(self._made_over_memory(staging.changes))
+                    commit = self._store.apply(ChangeSet(staging.changes, self._mirror.position))
                 except ConflictError as error:
                     conflict = error
                 except OutcomeUnknownError:
-                    self._stale = True
+                    self._replica.stale = True
                     raise
                 else:
-                    self._publish(commit, staging.changes)
+                    self._replica.publish(commit, staging.changes)
                     return result
             if attempt == ATTEMPTS or not self._conflicted(attempt):
                 raise conflict
-        raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _keeping_others_out(self) -> AbstractContextManager[AbstractSet[str]]:
         """Where others change the same tasks, let them wait from here until we have committed.
@@ -240,11 +253,9 @@ class Committer:
         that others had changed.
         """
         store = self._store
-        if (
-            time.monotonic() < self._contended_until
-            and isinstance(store, SupportsExclusive)
-            and isinstance(store, SupportsJournal)
-        ):
+        if time.monotonic() >= self._contended_until:
+            self._contended_until = 0.0
+        elif isinstance(store, SupportsExclusive) and isinstance(store, SupportsJournal):
             return self._alone_with(store, store)
         return _NOBODY_ELSE
 
@@ -255,113 +266,22 @@ class Committer:
         news = set[str]()
         with store.exclusive():
             with suppress(CursorExpiredError):  # then what is committed conflicts or reloads
-                news = self._read_on(journal)
+                news = self._replica.read_on(journal)
             yield news
-
-    def _made_over_memory(self, changes: Sequence[Change]) -> ChangeSet:
-        """The changes, and what they were worked out from."""
-        return ChangeSet(changes, self._mirror.position)
 
     def _look_out(self, news: AbstractSet[str], changes: Sequence[Change]) -> None:
         """Go on keeping others out if that has just prevented a conflict."""
-        if news and any(change.task_id in news for change in changes):
+        if any(change.task_id in news for change in changes):
             self._contended_until = time.monotonic() + CONTENDED_S
 
     def _conflicted(self, attempt: int) -> bool:
         """Prepare to run again after a conflict; returns whether that makes sense."""
-        if not self._behind(reload=True):
+        if not self._replica.behind(reload=True):
             return False
         self._contended_until = time.monotonic() + CONTENDED_S
         if not isinstance(self._store, SupportsExclusive):
             _pause(attempt)
         return True
-
-    def _behind(self, *, reload: bool = False) -> bool:
-        """Catch up with the store; returns whether there was anything to catch up with."""
-        if isinstance(self._store, SupportsJournal):
-            return self._catch_up(self._store)
-        if reload:
-            # Without a journal there is one writer, and only a lost outcome
-            # explains that memory differs.
-            before = self._mirror.seq
-            self._load()
-            return before != self._mirror.seq
-        return False
-
-    def _publish(self, commit: Commit, changes: Sequence[Change]) -> None:
-        """Mirror a commit, and before it what others committed in between."""
-        gap = commit.first_seq - self._mirror.seq - 1
-        if gap:
-            try:
-                self._fill(gap)
-            except TaskStoreError:
-                # The change is committed: that must not look like a failure.
-                logger.exception("cannot read what was committed before seq %d", commit.first_seq)
-                self._stale = True
-        entries = entries_of(changes, commit)
-        if self._mirror.seq == commit.first_seq - 1:
-            self._mirror_entries(entries, local=True)
-        elif self._stale:
-            # Who wrote it can read it; the hooks hear of everything when it is reloaded.
-            for entry in entries:
-                self._mirror.publish(entry, local=True)
-
-    def _fill(self, gap: int) -> None:
-        """Mirror the entries between memory and our own commit."""
-        store = self._store
-        if gap < 0 or not isinstance(store, SupportsJournal):
-            self._load()
-            return
-        try:
-            while gap > 0:
-                entries = entries_beyond(store, self._mirror.position, min(gap, PAGE_ENTRIES))
-                if not entries:
-                    self._load()
-                    return
-                self._mirror_entries(entries, local=False)
-                gap -= len(entries)
-        except CursorExpiredError:
-            self._load()
-
-    def _catch_up(self, store: SupportsJournal) -> bool:
-        """Mirror everything that is in the journal and not in memory.
-
-        When the journal does not hold what was mirrored last, or no longer, it
-        is loaded anew: going on from there would mix two histories.
-        """
-        try:
-            return bool(self._read_on(store))
-        except CursorExpiredError:
-            self._load()
-            return True
-
-    def _read_on(self, store: SupportsJournal) -> set[str]:
-        """Mirror what comes after memory in the journal; returns which tasks that concerns."""
-        news = set[str]()
-        with collector.paused():
-            while True:
-                entries = entries_beyond(store, self._mirror.position, PAGE_ENTRIES)
-                self._mirror_entries(entries, local=False)
-                news.update(entry.task_id for entry in entries)
-                if len(entries) < PAGE_ENTRIES:
-                    return news
-
-    def _mirror_entries(self, entries: Sequence[JournalEntry], *, local: bool) -> None:
-        events: list[Event] = []
-        for entry in entries:
-            event = self._mirror.publish(entry, local=local)
-            if event is not None:
-                events.append(event)
-        self._hooks.emit(events)
-
-    def _load(self) -> None:
-        """Start over from the store, and say so to the hooks."""
-        snapshot = self._store.load_snapshot()
-        self._mirror.reset(snapshot)
-        if isinstance(self._store, SupportsJournal):
-            self._mirror.commit_id = commit_id_at(self._store, snapshot.seq)
-        self._stale = False
-        self._hooks.emit([Restored(snapshot.seq, len(snapshot.records), snapshot.records)])
 
 
 def _pause(attempt: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -13,7 +14,9 @@ from taskstore.errors import ValidationError
 from taskstore.records import (
     NO_METADATA,
     OPTIONAL_KEYS,
+    TASK_BYTES,
     DeliveryStatus,
+    NotifyPolicy,
     ScopeKind,
     TaskRecord,
     TaskStatus,
@@ -21,27 +24,29 @@ from taskstore.records import (
 from taskstore.validation import (
     check_enum,
     check_int,
+    check_key,
     check_origin,
     check_summary,
+    check_text,
     encode_metadata,
-    validated,
 )
 
-_CREATABLE = frozenset(
-    {
-        *OPTIONAL_KEYS,
-        "scope_kind",
-        "delivery_status",
-        "notify_policy",
-        "requester_origin",
-        "created_at",
-        "started_at",
-        "last_event_at",
-        "cleanup_after",
-        "progress_summary",
-        "metadata",
-    }
-) - {"booking", "lease_token"}
+_BEGINNINGS = {str(status): status for status in TaskStatus if not status.is_terminal}
+"""What a task may be when it is created, by its name."""
+
+_CHECKS: dict[str, Callable[[str, object], Any]] = {
+    **dict.fromkeys(OPTIONAL_KEYS, check_key),
+    **dict.fromkeys(("created_at", "started_at", "last_event_at", "cleanup_after"), check_int),
+    "scope_kind": partial(check_enum, kind=ScopeKind),
+    "delivery_status": partial(check_enum, kind=DeliveryStatus),
+    "notify_policy": partial(check_enum, kind=NotifyPolicy),
+    "requester_origin": lambda _, value: check_origin(value),
+    "progress_summary": check_summary,
+    "metadata": lambda _, value: encode_metadata(value),
+}
+"""What may be given when a task is created, and what it is checked with."""
+del _CHECKS["booking"], _CHECKS["lease_token"]
+
 _FILLABLE = frozenset(OPTIONAL_KEYS) - {"run_id", "booking", "lease_token"} | {
     "requester_origin",
     "cleanup_after",
@@ -58,45 +63,48 @@ def new_record(
     milliseconds.  Raises :class:`ValidationError` for anything that may not
     be stored or that only a later change can set.
     """
-    for name in fields:
-        if name not in _CREATABLE:
+    given: dict[str, Any] = {}
+    for name, value in fields.items():
+        check = _CHECKS.get(name)
+        if check is None:
             known = name in TaskRecord.__struct_fields__
             raise ValidationError(
-                str(name), "is set by later changes" if known else "is not a field of a record"
+                str(name), "is not given to a new task" if known else "is not a field of a record"
             )
-    state = check_enum("status", status, TaskStatus)
-    if state.is_terminal:
+        if value is not None:
+            given[name] = check(name, value)
+    state = _BEGINNINGS.get(status) if isinstance(status, str) else None
+    if state is None:
+        state = check_enum("status", status, TaskStatus)
         raise ValidationError("status", f"a task starts queued or running, not {state}")
-    given = {name: value for name, value in fields.items() if value is not None}
-    metadata = encode_metadata(given.pop("metadata", {}))
-    created_at = check_int("created_at", given.pop("created_at", now))
+    metadata = given.pop("metadata", NO_METADATA)
+    created_at = given.pop("created_at", now)
+    event_at = max(now, created_at)
     owned = "owner_key" in given or "requester_session_key" in given
-    given.setdefault("scope_kind", ScopeKind.SESSION if owned else ScopeKind.SYSTEM)
-    given.setdefault(
-        "delivery_status", DeliveryStatus.PENDING if owned else DeliveryStatus.NOT_APPLICABLE
-    )
-    given.setdefault("last_event_at", max(now, created_at))
-    if state is TaskStatus.RUNNING:
-        given.setdefault("started_at", max(now, created_at))
-    for name in ("started_at", "last_event_at", "cleanup_after"):
-        if name in given:
-            given[name] = max(check_int(name, given[name]), created_at)
-    if "progress_summary" in given:
-        given["progress_summary"] = check_summary("progress_summary", given["progress_summary"])
-    if "requester_origin" in given:
-        given["requester_origin"] = check_origin(given["requester_origin"])
-    record = validated(
-        TaskRecord(
-            task_id=task_id,
-            revision=1,
-            runtime=runtime,
-            task=task,
-            status=state,
-            created_at=created_at,
-            metadata_json=metadata,
-            **given,
+    if "scope_kind" not in given:
+        given["scope_kind"] = ScopeKind.SESSION if owned else ScopeKind.SYSTEM
+    if "delivery_status" not in given:
+        given["delivery_status"] = (
+            DeliveryStatus.PENDING if owned else DeliveryStatus.NOT_APPLICABLE
         )
+    given.setdefault("last_event_at", event_at)
+    if state is TaskStatus.RUNNING:
+        given.setdefault("started_at", event_at)
+    for name in ("started_at", "last_event_at", "cleanup_after"):
+        if name in given and given[name] < created_at:
+            given[name] = created_at
+    record = TaskRecord(
+        task_id=check_key("task_id", task_id),
+        revision=1,
+        runtime=check_key("runtime", runtime),
+        task=check_text("task", task, TASK_BYTES),
+        status=state,
+        created_at=created_at,
+        metadata_json=metadata,
+        **given,
     )
+    if record.scope_kind is ScopeKind.SESSION and record.owner_key is None:
+        raise ValidationError("owner_key", "is required unless scope_kind is system")
     if record.run_id is None:
         return record
     return replace(record, booking=run_digest(record))
@@ -138,4 +146,4 @@ def attach(existing: TaskRecord, asked: TaskRecord) -> TaskRecord:
         filled["cleanup_after"] = max(filled["cleanup_after"], existing.created_at)
     if existing.metadata_json == NO_METADATA and asked.metadata_json != NO_METADATA:
         filled["metadata_json"] = asked.metadata_json
-    return replace(existing, **filled) if filled else existing
+    return replace(existing, revision=existing.revision + 1, **filled) if filled else existing

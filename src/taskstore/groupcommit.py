@@ -30,12 +30,12 @@ class Request(Generic[T]):
     """One caller's operation, and in the end its result or error.
 
     ``settle`` is called by the thread that committed it, when it is time for
-    the caller to look at the outcome; ``None`` where that is the same thread.
+    the caller to look at the outcome.
     """
 
     __slots__ = ("_error", "_result", "operation", "settle")
 
-    def __init__(self, operation: Operation[T], settle: Callable[[], None] | None = None) -> None:
+    def __init__(self, operation: Operation[T], settle: Callable[[], None]) -> None:
         self.operation = operation
         self.settle = settle
         self._result: T | None = None
@@ -57,59 +57,82 @@ class Request(Generic[T]):
         return self._result  # type: ignore[return-value]  # T may itself be None
 
 
-class CommitQueue:
-    """Gathers requests and has them committed, in the order in which they came.
+class _Waiting(Request[T]):
+    """The request of a caller whose thread waits for it."""
 
-    ``commit`` is called with a list of requests by one thread at a time, and
-    gives each a result or an error; what it raises goes to all of them.
+    __slots__ = ("finished",)
+
+    def __init__(self, operation: Operation[T]) -> None:
+        # A plain lock is the cheapest thing that one thread can wait for and
+        # another can release.
+        self.finished = threading.Lock()
+        self.finished.acquire()
+        super().__init__(operation, self.finished.release)
+
+
+class CommitQueue:
+    """Gathers operations and has them committed, in the order in which they came.
+
+    Of ``commit_one`` and ``commit_all`` one is called at a time.
+    ``commit_one`` commits one operation for the thread that calls it, which
+    gets what it returns or raises.  ``commit_all`` gives each of several
+    requests a result or an error; what it raises goes to all of them.
     """
 
-    def __init__(self, commit: Callable[[Sequence[Request[Any]]], None]) -> None:
-        self._commit = commit
+    def __init__(
+        self,
+        commit_one: Callable[[Operation[Any]], Any],
+        commit_all: Callable[[Sequence[Request[Any]]], None],
+    ) -> None:
+        self._commit_one = commit_one
+        self._commit_all = commit_all
         # Guards everything below.
         self._gate = threading.Lock()
         # Notified when nobody leads any more.
         self._rest = threading.Condition(self._gate)
         self._queue: list[Request[Any]] = []
-        # Who commits at present: a caller's own request, the writer thread, or nobody.
-        self._leader: Request[Any] | threading.Thread | None = None
+        # Who commits at present: a caller, known by its operation, the writer thread, or nobody.
+        self._leader: Operation[Any] | threading.Thread | None = None
         self._writer: threading.Thread | None = None
-        self._wake = threading.Semaphore(0)
+        # The writer thread waits for it; it is free when there is something to look at.
+        self._wake = threading.Lock()
+        self._wake.acquire()
         self._closed = False
         self._pid = os.getpid()
 
     def run(self, operation: Operation[T]) -> T:
         """Have an operation committed; returns its result or raises its error."""
-        request = Request(operation)
         try:
             try:
-                finished = self._enter(request)
-                if finished is None:
-                    self._serve([request])
-                else:
-                    self._await(request, finished)
+                request = self._enter(operation)
+                if request is None:
+                    result: T = self._commit_one(operation)
+                    return result
+                self._await(request)
             finally:
                 # Looked up rather than remembered: an interrupt can strike between
                 # taking the lead and noting it.
-                if self._leader is request:
+                if self._leader is operation:
                     self._hand_over()
         except BaseException:
             # Or on the way out: whoever kept the lead would keep out everybody, for ever.
-            if self._leader is request:
+            if self._leader is operation:
                 self._hand_over()
             raise
         return request.outcome()
 
     def post(self, request: Request[Any]) -> None:
         """Have a request committed by the writer thread; its ``settle`` tells when."""
-        self.check_process()
+        if self._pid != os.getpid():
+            self.check_process()
         with self._gate:
-            self._check_closed()
+            if self._closed:
+                self._check_closed()
             if self._leader is None:
                 if not self._has_writer():
                     raise TaskStoreError("no thread can be started to commit this")
+                self._rouse()
                 self._leader = self._writer
-                self._wake.release()
             self._queue.append(request)
 
     def withdraw(self, request: Request[Any]) -> bool:
@@ -132,25 +155,20 @@ class CommitQueue:
             self._rest.wait_for(lambda: self._leader is None)
             writer, self._writer = self._writer, None
         if writer is not None:
-            self._wake.release()
+            self._rouse()
             writer.join()
         return True
 
-    def _enter(self, request: Request[Any]) -> threading.Lock | None:
+    def _enter(self, operation: Operation[T]) -> _Waiting[T] | None:
         """Take the lead if nobody has it, else queue up; returns what to wait for then."""
-        self.check_process()
         with self._gate:
-            self._check_closed()
-            if self._leader is None:
-                self._leader = request
+            if self._leader is None and not self._closed:
+                self._leader = operation
                 return None
-            # A plain lock is the cheapest thing that one thread can wait for and
-            # another can release.
-            finished = threading.Lock()
-            finished.acquire()
-            request.settle = finished.release
+            self._check_closed()
+            request = _Waiting(operation)
             self._queue.append(request)
-            return finished
+            return request
 
     def check_process(self) -> None:
         """Raise :class:`TaskStoreError` in a forked child: locks and threads are its parent's."""
@@ -164,9 +182,9 @@ class CommitQueue:
         if self._closed:
             raise StoreClosedError("the registry is closed")
 
-    def _await(self, request: Request[Any], finished: threading.Lock) -> None:
+    def _await(self, request: _Waiting[Any]) -> None:
         try:
-            finished.acquire()
+            request.finished.acquire()
         except BaseException:
             # Interrupted: what nobody has begun yet is not done at all.
             self.withdraw(request)
@@ -175,7 +193,7 @@ class CommitQueue:
     def _serve(self, requests: Sequence[Request[Any]]) -> None:
         """Have requests committed, and let their callers go on whatever happens."""
         try:
-            self._commit(requests)
+            self._commit_all(requests)
         except Exception as error:  # noqa: BLE001 (it is raised in the callers' threads)
             for request in requests:
                 request.fail(error)
@@ -185,18 +203,19 @@ class CommitQueue:
             raise
         finally:
             for request in requests:
-                if request.settle is not None:
-                    request.settle()
+                request.settle()
 
     def _hand_over(self) -> None:
         """Give up the lead; to the writer thread if somebody came meanwhile."""
         with self._gate:
             if not self._queue:
-                self._give_up()
+                self._leader = None
+                if self._closed:
+                    self._rest.notify_all()
                 return
             if self._has_writer():
+                self._rouse()
                 self._leader = self._writer
-                self._wake.release()
                 return
         # No thread to be had: whoever leads serves the others too.
         while requests := self._take():
@@ -213,21 +232,37 @@ class CommitQueue:
             self._writer = writer
         return True
 
+    def _rouse(self) -> None:
+        """Let the writer thread look whether it leads, or is to end.
+
+        It looks through the gate.  So whoever makes it the leader rouses it first:
+        an interrupt in between leaves one look too many, and not one too few.
+        """
+        if self._wake.locked():
+            self._wake.release()
+
     def _write(self) -> None:
         """Serve the queue whenever it is handed over; end when closed or long idle."""
-        while self._wake.acquire(timeout=IDLE_S) or not self._retire():
-            if self._leader is not threading.current_thread():
-                return
-            while requests := self._take():
+        while self._stays(roused=self._wake.acquire(timeout=IDLE_S)):
+            while self._leader is threading.current_thread() and (requests := self._take()):
                 self._serve(requests)
 
-    def _retire(self) -> bool:
-        """Let the writer thread end, unless the queue is being handed to it right now."""
+    def _stays(self, *, roused: bool) -> bool:
+        """Whether the writer thread goes on: because it leads, or was roused and not dismissed.
+
+        It may be roused for what it has served already: the hand-over came
+        just when it had waited long enough, and was seen without.
+        """
         with self._gate:
             if self._leader is threading.current_thread():
+                return True
+            if self._writer is not threading.current_thread():
+                # One that an interrupt kept from being noted may have taken another's call.
+                self._rouse()
                 return False
-            self._writer = None
-            return True
+            if not roused:
+                self._writer = None
+            return roused
 
     def _take(self) -> list[Request[Any]]:
         """Everything that is queued; when that is nothing, the lead is given up."""

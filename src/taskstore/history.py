@@ -67,8 +67,8 @@ class Tail:
         A seq alone is taken to be of the history that is there now, and from now on of that one.
         """
         entries_beyond(self._journal, self.position, 0)
-        seq, commit_id = self.position
-        if seq and not commit_id:
+        seq = self.position.seq
+        if seq and not self.position.commit_id:
             self.position = Position(seq, commit_id_at(self._journal, seq))
 
     def page(self) -> Sequence[JournalEntry]:

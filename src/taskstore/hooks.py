@@ -127,6 +127,8 @@ class Hooks:
         comes back here, finds the place taken, and its event follows after
         the one being delivered.
         """
+        if not self._queue:
+            return
         me = object()
         # Looked at again after the place is given up: what was queued between
         # the last look and the release found it taken.

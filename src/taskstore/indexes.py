@@ -10,10 +10,11 @@ tasks have the same value.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from types import MappingProxyType
+
+from msgspec.structs import astuple
 
 from taskstore.records import TaskRecord
 from taskstore.yielding import empty, in_order
@@ -23,6 +24,9 @@ Key = tuple[int, str]
 
 Booking = tuple[str, str]
 """(run_id, digest of the run scope): what one task holds at most."""
+
+_Groups = dict[object, str | list[Key]]
+"""Of each value of a field, the id of its only task, or the keys of several in order."""
 
 INDEXED = (
     "status",
@@ -43,6 +47,9 @@ INDEXED = (
 
 _indexed_of = attrgetter(*INDEXED)
 _fixed_of = attrgetter("created_at", "run_id", "booking", "runtime")
+# What decides where a record stands, and little else: they are next to each other.
+_PLACES = sorted(map(TaskRecord.__struct_fields__.index, ("created_at", "booking", *INDEXED)))
+_PLACE = slice(_PLACES[0], _PLACES[-1] + 1)
 _NO_RECORDS: Mapping[str, TaskRecord] = MappingProxyType({})
 
 
@@ -62,9 +69,7 @@ class Indexes:
     def __init__(self, records: Mapping[str, TaskRecord] = _NO_RECORDS) -> None:
         self.records: dict[str, TaskRecord] = {}
         self.keys: list[Key] = []
-        self.runtimes: Counter[str] = Counter()
-        # Of each value, the id of its only task, or the keys of several in order.
-        self._groups: dict[str, dict[object, str | list[Key]]] = {field: {} for field in INDEXED}
+        self._groups: dict[str, _Groups] = {field: {} for field in INDEXED}
         self._bookings: dict[str, str] = {}
         # In order, so that every index is filled by appending.
         keys = [(record.created_at, task_id) for task_id, record in records.items()]
@@ -76,11 +81,8 @@ class Indexes:
         previous = self.records.get(record.task_id)
         if previous is None:
             self._add(record)
-        elif _fixed_of(previous) == _fixed_of(record):
+        elif astuple(previous)[_PLACE] != astuple(record)[_PLACE]:
             self._move(previous, record)
-        else:
-            self._discard(previous)
-            self._add(record)
         self.records[record.task_id] = record
         return previous
 
@@ -116,14 +118,15 @@ class Indexes:
 
     def _add(self, record: TaskRecord) -> None:
         key = record.sort_key
-        _insert(self.keys, key)
-        for groups, value in zip(self._groups.values(), _indexed_of(record), strict=True):
-            if value is not None:
-                self._group(groups, value, key)
-        booking = booking_of(record)
-        if booking is not None:
-            self._bookings[_as_text(booking)] = record.task_id
-        self.runtimes[record.runtime] += 1
+        if not self.keys or self.keys[-1] < key:  # as new tasks are
+            self.keys.append(key)
+        else:
+            insort(self.keys, key)
+        self._group(zip(self._groups.values(), _indexed_of(record), strict=True), key)
+        if record.booking is not None:
+            booking = booking_of(record)
+            if booking is not None:
+                self._bookings[_as_text(booking)] = record.task_id
 
     def _discard(self, record: TaskRecord) -> None:
         key = record.sort_key
@@ -134,32 +137,39 @@ class Indexes:
         booking = booking_of(record)
         if booking is not None and self.booked(booking) == record.task_id:
             del self._bookings[_as_text(booking)]
-        self.runtimes[record.runtime] -= 1
 
     def _move(self, old: TaskRecord, new: TaskRecord) -> None:
         """Index a changed record: only the indexes whose value changed are touched."""
-        before, after = _indexed_of(old), _indexed_of(new)
-        if before == after:
+        if _fixed_of(old) != _fixed_of(new):
+            self._discard(old)
+            self._add(new)
             return
         key = new.sort_key
-        for groups, left, entered in zip(self._groups.values(), before, after, strict=True):
-            if left != entered:
-                if left is not None:
-                    _ungroup(groups, left, key)
-                if entered is not None:
-                    self._group(groups, entered, key)
+        moves = zip(self._groups.values(), _indexed_of(old), _indexed_of(new), strict=True)
+        changed = [move for move in moves if move[1] != move[2]]
+        for groups, left, _ in changed:
+            if left is not None:
+                _ungroup(groups, left, key)
+        self._group(((groups, entered) for groups, _, entered in changed), key)
 
-    def _group(self, groups: dict[object, str | list[Key]], value: object, key: Key) -> None:
-        held = groups.get(value)
-        if held is None:
-            groups[value] = key[1]
-            return
-        if isinstance(held, str):
-            held = groups[value] = [self.records[held].sort_key]
-        _insert(held, key)
+    def _group(self, places: Iterable[tuple[_Groups, str | None]], key: Key) -> None:
+        """Enter a key under values; one that is ``None`` is not indexed."""
+        for groups, value in places:
+            if value is None:
+                continue
+            held = groups.get(value)
+            if held is None:
+                groups[value] = key[1]
+                continue
+            if isinstance(held, str):
+                held = groups[value] = [self.records[held].sort_key]
+            if held[-1] < key:  # as new tasks are
+                held.append(key)
+            else:
+                insort(held, key)
 
 
-def _ungroup(groups: dict[object, str | list[Key]], value: object, key: Key) -> None:
+def _ungroup(groups: _Groups, value: object, key: Key) -> None:
     held = groups[value]
     if not isinstance(held, str):
         _delete(held, key)
@@ -171,14 +181,6 @@ def _ungroup(groups: dict[object, str | list[Key]], value: object, key: Key) -> 
 def _as_text(booking: Booking) -> str:
     """A booking as one text: neither part holds NUL."""
     return "\0".join(booking)
-
-
-def _insert(keys: list[Key], key: Key) -> None:
-    """Insert in order; new tasks are the newest, so this mostly appends."""
-    if not keys or keys[-1] < key:
-        keys.append(key)
-    else:
-        insort(keys, key)
 
 
 def _delete(keys: list[Key], key: Key) -> None:

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from types import MappingProxyType
-from typing import NamedTuple, Self
+from typing import Self
 
 from msgspec import Struct
 from msgspec.structs import force_setattr
 
 from taskstore.errors import Conflict, ConflictError, CorruptStoreError, ValidationError
 from taskstore.records import KEY_BYTES, TaskRecord, TaskStatus
-from taskstore.validation import check_int, check_key, check_text, validated, validated_change
+from taskstore.validation import check_int, check_key, check_text, validated
 
 
 class EntryKind(StrEnum):
@@ -25,6 +25,10 @@ class EntryKind(StrEnum):
 
     UPSERTED = "upserted"
     DELETED = "deleted"
+
+
+# An enum looks its members up at each access.
+_UPSERTED, _DELETED = EntryKind.UPSERTED, EntryKind.DELETED
 
 
 class Put(Struct, frozen=True, gc=False):
@@ -57,15 +61,14 @@ _A_PUT = Put(
 )
 
 
-def put_over(before: TaskRecord, record: TaskRecord) -> Put:
-    """The :class:`Put` that makes ``record`` of ``before``, which is stored.
+def put_valid(record: TaskRecord) -> Put:
+    """The :class:`Put` of a record that is known to be valid, without looking at it again.
 
-    The errors are those of the constructor, but only what differs is looked
-    at: the rest was validated with ``before``.
+    That is so for what :mod:`~taskstore.creation`, :mod:`~taskstore.lifecycle`
+    and :mod:`~taskstore.leases` make: they check what they are given.
     """
-    # Copied, because the constructor would look at everything.
     put: Put = _A_PUT.__copy__()  # type: ignore[attr-defined]  # msgspec's stubs leave it out
-    force_setattr(put, "record", validated_change(record, before))
+    force_setattr(put, "record", record)
     return put
 
 
@@ -84,7 +87,7 @@ Change = Put | Remove
 """What a caller asks a store for."""
 
 
-class Position(NamedTuple):
+class Position(Struct, frozen=True, gc=False):
     """A place in one history: right after the entry ``seq``, which is of ``commit_id``.
 
     The id tells this history from another that has the same seqs: that of a
@@ -104,8 +107,8 @@ class Position(NamedTuple):
 
         Raises :class:`ValidationError` for anything else.
         """
-        if isinstance(cursor, Position):
-            return cls(*cursor)
+        if isinstance(cursor, cls):
+            return cursor
         if not isinstance(cursor, str):
             return cls(check_int("after", cursor))
         seq, _, commit_id = check_text("after", cursor, KEY_BYTES).partition(":")
@@ -114,7 +117,7 @@ class Position(NamedTuple):
         return cls(check_int("after", int(seq)), commit_id)
 
 
-class ChangeSet(tuple[Change, ...]):  # noqa: SLOT001 (a tuple cannot have any)
+class ChangeSet(list[Change]):
     """Changes that were worked out from what stood at a position, ``over``.
 
     :meth:`~taskstore.TaskRegistryStore.apply` takes it as any sequence of
@@ -122,13 +125,11 @@ class ChangeSet(tuple[Change, ...]):  # noqa: SLOT001 (a tuple cannot have any)
     not hold that position: the same revision may be another record there.
     """
 
-    over: Position
+    __slots__ = ("over",)
 
-    def __new__(cls, changes: Iterable[Change], over: Position) -> Self:
-        """A tuple of ``changes`` that remembers ``over``."""
-        made = super().__new__(cls, changes)
-        made.over = over
-        return made
+    def __init__(self, changes: Iterable[Change], over: Position) -> None:
+        self[:] = changes
+        self.over = over
 
 
 class Commit(Struct, frozen=True, gc=False):
@@ -262,10 +263,13 @@ def plan(changes: Sequence[Change]) -> list[Step]:
         raise ValidationError("changes", "must not be empty")
     steps: dict[str, Step] = {}
     for change in changes:
-        if not isinstance(change, Put | Remove):
+        if isinstance(change, Put):
+            record: TaskRecord | None = change.record
+            task_id, revision = change.record.task_id, change.record.revision
+        elif isinstance(change, Remove):
+            record, task_id, revision = None, change.task_id, change.revision
+        else:
             raise ValidationError("changes", f"must be Put or Remove, not {type(change).__name__}")
-        task_id, revision = change.task_id, change.revision
-        record = change.record if isinstance(change, Put) else None
         before = steps.get(task_id)
         if before is None:
             steps[task_id] = Step(task_id, revision - 1, revision, record)
@@ -289,12 +293,14 @@ def entries_of(changes: Sequence[Change], commit: Commit) -> list[JournalEntry]:
     at, commit_id = commit.at, commit.commit_id
     entries = []
     for seq, change in enumerate(changes, commit.first_seq):
-        kind, record = EntryKind.DELETED, None
         if isinstance(change, Put):
-            kind, record = EntryKind.UPSERTED, change.record
-        entries.append(
-            JournalEntry(seq, at, kind, change.task_id, change.revision, record, commit_id)
-        )
+            record = change.record
+            task_id, revision = record.task_id, record.revision
+            entry = JournalEntry(seq, at, _UPSERTED, task_id, revision, record, commit_id)
+        else:
+            task_id, revision = change.task_id, change.revision
+            entry = JournalEntry(seq, at, _DELETED, task_id, revision, None, commit_id)
+        entries.append(entry)
     return entries
 
 

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from taskstore.errors import Conflict, ConflictError, InvalidTransition, Leased, ValidationError
 from taskstore.records import MAX_INT, TaskRecord
-from taskstore.validation import check_key
+from taskstore.validation import check_int, check_key
 
 LEASE_S = 60.0
 """How long a lease runs unless told otherwise, in seconds."""
@@ -36,7 +36,7 @@ def check_lease(lease_s: object) -> int:
         raise ValidationError(
             "lease_s", f"must be from {SHORTEST_S} to {LONGEST_S:.0f}, not {lease_s}"
         )
-    return round(lease_s * 1000)
+    return check_int("lease_s", round(lease_s * 1000), 1)
 
 
 def check_fence(fence: object) -> None:
@@ -68,7 +68,8 @@ def take(
     held = record.lease_token is not None and now < (record.lease_until or 0)
     if held and record.lease_token not in (fence, token):
         raise _conflict(record, None)
-    return replace(record, lease_token=token, lease_until=_until(now, lease_ms))
+    until = _until(now, lease_ms)
+    return replace(record, revision=record.revision + 1, lease_token=token, lease_until=until)
 
 
 def renew(record: TaskRecord, now: int, lease_ms: int) -> TaskRecord:
@@ -77,14 +78,14 @@ def renew(record: TaskRecord, now: int, lease_ms: int) -> TaskRecord:
         raise InvalidTransition(record.task_id, record.status, "renew its lease")
     if (record.lease_until or 0) - now > lease_ms // 2:
         return record
-    return replace(record, lease_until=_until(now, lease_ms))
+    return replace(record, revision=record.revision + 1, lease_until=_until(now, lease_ms))
 
 
 def release(record: TaskRecord) -> TaskRecord:
     """Give a lease back: somebody else may take one at once."""
     if record.lease_token is None:
         return record
-    return replace(record, lease_token=None, lease_until=None)
+    return replace(record, revision=record.revision + 1, lease_token=None, lease_until=None)
 
 
 def _until(now: int, lease_ms: int) -> int:

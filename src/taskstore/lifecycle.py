@@ -1,9 +1,10 @@
 """The life of a task as pure functions: record, facts and now make the next record.
 
 Each function returns the record that should stand afterwards: the same
-object when what is asked for already holds, a new one of the same revision
-otherwise (:func:`next_revision` numbers it when it is staged).  What the
-status does not allow raises :class:`InvalidTransition`.
+object when what is asked for already holds, otherwise a new one whose
+revision is one more.  What the status does not allow raises
+:class:`InvalidTransition`, a wrong argument :class:`ValidationError`: what
+comes out of a valid record is valid, but for a revision beyond the last.
 
 The rules of the end: once a task has ended, its status, times, error and
 outcome stay.  Two exceptions: :func:`finish` may correct ``succeeded`` to
@@ -38,6 +39,9 @@ from taskstore.validation import (
     plain_metadata,
 )
 
+Mutation = Callable[[TaskRecord, int], TaskRecord]
+"""From a record and now (Unix milliseconds) to what should stand: pure."""
+
 RETENTION_MS = 7 * 24 * 60 * 60 * 1000
 """How long an ended task is kept unless told otherwise: 7 days."""
 
@@ -60,6 +64,7 @@ def start(record: TaskRecord, now: int, *, started_at: int | None = None) -> Tas
         raise InvalidTransition(record.task_id, record.status, "start it")
     return replace(
         record,
+        revision=record.revision + 1,
         status=TaskStatus.RUNNING,
         started_at=_time_of(record, "started_at", started_at, now),
         last_event_at=_event_time(record, now),
@@ -75,7 +80,12 @@ def progress(record: TaskRecord, now: int, summary: str) -> TaskRecord:
         raise InvalidTransition(record.task_id, record.status, "record progress")
     if folded == record.progress_summary:
         return record
-    return replace(record, progress_summary=folded, last_event_at=_event_time(record, now))
+    return replace(
+        record,
+        revision=record.revision + 1,
+        progress_summary=folded,
+        last_event_at=_event_time(record, now),
+    )
 
 
 def finish(
@@ -153,6 +163,7 @@ def recover(
     automatic = record.ended_at is not None and (
         record.cleanup_after == record.ended_at + RETENTION_MS
     )
+    # Of the same revision still: it is on the way to the next one.
     alive = replace(
         record,
         error=None,
@@ -165,7 +176,11 @@ def recover(
     if state is TaskStatus.RUNNING and started_at is None:
         started_at = max(now, record.created_at)
     return replace(
-        alive, status=state, started_at=started_at, last_event_at=_event_time(record, now)
+        alive,
+        revision=record.revision + 1,
+        status=state,
+        started_at=started_at,
+        last_event_at=_event_time(record, now),
     )
 
 
@@ -201,7 +216,7 @@ def retain(record: TaskRecord, cleanup_after: int | None) -> TaskRecord:
 def link_flow(record: TaskRecord, parent_flow_id: str | None) -> TaskRecord:
     """Set the flow that the task belongs to.  Its booking stays as it was at creation."""
     if parent_flow_id is not None:
-        check_key("parent_flow_id", parent_flow_id)
+        parent_flow_id = check_key("parent_flow_id", parent_flow_id)
     return _changed(record, parent_flow_id=parent_flow_id)
 
 
@@ -211,7 +226,7 @@ def merge_metadata(record: TaskRecord, changes: object) -> TaskRecord:
     return _changed(record, metadata_json=encode_metadata(merged))
 
 
-def rehearse(mutation: Callable[[TaskRecord, int], TaskRecord]) -> None:
+def rehearse(mutation: Mutation) -> None:
     """Let a mutation check its arguments, whatever task it is meant for.
 
     Wrong arguments raise :class:`ValidationError` here, also when the task
@@ -221,15 +236,10 @@ def rehearse(mutation: Callable[[TaskRecord, int], TaskRecord]) -> None:
         mutation(_REHEARSAL, 0)
 
 
-def next_revision(record: TaskRecord, base: TaskRecord) -> TaskRecord:
-    """Number a changed record as the one that follows ``base``."""
-    return replace(record, revision=base.revision + 1)
-
-
 def _changed(record: TaskRecord, **fields: Any) -> TaskRecord:
     if all(getattr(record, name) == value for name, value in fields.items()):
         return record
-    return replace(record, **fields)
+    return replace(record, revision=record.revision + 1, **fields)
 
 
 def _time_of(record: TaskRecord, field: str, given: int | None, default: int) -> int:
@@ -282,6 +292,7 @@ def _ended(
         record,
         **{
             **facts,
+            "revision": record.revision + 1,
             "status": status,
             "ended_at": ended_at,
             "last_event_at": _event_time(record, now),

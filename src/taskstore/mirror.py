@@ -15,16 +15,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from taskstore.errors import Conflict, ConflictError, TaskNotFound
-from taskstore.hooks import Deleted, Event, Upserted
 from taskstore.indexes import INDEXED, Booking, Indexes, Key, booking_of
-from taskstore.journal import Change, JournalEntry, Position, Put, Remove, Snapshot, put_over
-from taskstore.lifecycle import next_revision
+from taskstore.journal import Change, Position, Remove, Snapshot, put_valid
 from taskstore.query import SESSION_KEY, Page, Summary, TaskQuery, page_of
-from taskstore.records import ACTIVE_STATUSES, TaskRecord
+from taskstore.records import ACTIVE_STATUSES, MAX_INT, TaskRecord
+from taskstore.validation import check_int
 
 
 class Lookups(ABC):
     """Finding records: everything follows from four questions."""
+
+    __slots__ = ()
 
     @abstractmethod
     def get(self, task_id: str) -> TaskRecord | None:
@@ -90,24 +91,27 @@ class Lookups(ABC):
 class Mirror(Lookups):
     """What is committed, as far as this process has seen it.
 
-    ``seq`` is the last seq mirrored, ``commit_id`` that of its commit (empty
-    when it is not known).  Writers hold the registry's commit
-    lock; ``lock`` is held while the indexes change or are read.
+    ``position`` is that of the last entry mirrored.  Writers hold the registry's
+    commit lock; ``lock`` is held while the indexes change or are read.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.seq = 0
-        self.commit_id = ""
+        self.position = Position(0)
         self._indexes = Indexes()
+
+    @property
+    def seq(self) -> int:
+        """The last seq mirrored (``int``, 0 before the first)."""
+        return self.position.seq
 
     @property
     def records(self) -> Mapping[str, TaskRecord]:
         """All records by id."""
         return self._indexes.records
 
-    def reset(self, snapshot: Snapshot) -> None:
-        """Start over from a snapshot.
+    def reset(self, snapshot: Snapshot, commit_id: str = "") -> None:
+        """Start over from a snapshot, whose last commit is ``commit_id`` as far as it is known.
 
         The lock is held for a moment only: lookups see what was there before
         until everything is indexed.
@@ -115,14 +119,8 @@ class Mirror(Lookups):
         indexes = Indexes(snapshot.records)
         with self.lock:
             self._indexes, before = indexes, self._indexes
-            self.seq = snapshot.seq
-            self.commit_id = ""
+            self.position = Position(snapshot.seq, commit_id)
         before.dismantle()
-
-    @property
-    def position(self) -> Position:
-        """The last commit that was mirrored."""
-        return Position(self.seq, self.commit_id)
 
     def get(self, task_id: str) -> TaskRecord | None:
         """Return the record of an id, or ``None``."""
@@ -138,7 +136,7 @@ class Mirror(Lookups):
         return Summary(
             total=len(indexes.records),
             by_status=indexes.sizes("status"),
-            by_runtime={name: count for name, count in indexes.runtimes.items() if count},
+            by_runtime=indexes.sizes("runtime"),
             seq=self.seq,
         )
 
@@ -181,22 +179,20 @@ class Mirror(Lookups):
             return None
         return [self._indexes.group(name, value) for name in fields for value in wanted]
 
-    def publish(self, entry: JournalEntry, *, local: bool) -> Event | None:
-        """Mirror one entry, the next in order, and return the event that it makes.
+    def publish(
+        self, position: Position, task_id: str, record: TaskRecord | None
+    ) -> TaskRecord | None:
+        """Mirror what the entry at ``position``, the next one, makes of a task.
 
-        An entry whose record does not decode makes none: its task is set aside.
+        Returns the record that is replaced or removed.
         """
         with self.lock:
-            if entry.record is not None:
-                previous = self._indexes.put(entry.record)
+            if record is not None:
+                previous = self._indexes.put(record)
             else:
-                previous = self._indexes.remove(entry.task_id)
-            self.seq, self.commit_id = entry.seq, entry.commit_id
-        if entry.record is not None:
-            return Upserted(entry.seq, entry.at, entry.record, previous, local)
-        if entry.set_aside is not None:
-            return None
-        return Deleted(entry.seq, entry.at, entry.task_id, previous, local)
+                previous = self._indexes.remove(task_id)
+            self.position = position
+        return previous
 
 
 class Staging(Lookups):
@@ -204,6 +200,8 @@ class Staging(Lookups):
 
     ``changes`` is what the store will be asked for, in order.
     """
+
+    __slots__ = ("_bookings", "_over", "_under", "changes")
 
     def __init__(self, under: Lookups) -> None:
         self._under = under
@@ -213,9 +211,8 @@ class Staging(Lookups):
 
     def get(self, task_id: str) -> TaskRecord | None:
         """Return the record of an id as it would be, or ``None``."""
-        if task_id in self._over:
-            return self._over[task_id]
-        return self._under.get(task_id)
+        over = self._over
+        return over[task_id] if task_id in over else self._under.get(task_id)
 
     def booked(self, booking: Booking) -> str | None:
         """Return the id of the task that would hold a booking, or ``None``."""
@@ -253,13 +250,18 @@ class Staging(Lookups):
         standing = self.get(record.task_id)
         if standing is not None:
             raise ConflictError([Conflict(record.task_id, 0, standing.revision)])
-        return self._put(Put(record))
+        booking = booking_of(record)
+        if booking is not None:
+            self._bookings[booking] = record.task_id
+        return self._put(record)
 
     def update(self, before: TaskRecord, after: TaskRecord) -> TaskRecord:
-        """Stage what became of a record; nothing if it is still the same."""
+        """Stage what became of a record, one revision on; nothing if it is still the same."""
         if after is before:
             return before
-        return self._put(put_over(before, next_revision(after, before)))
+        if after.revision > MAX_INT:
+            check_int("revision", after.revision)
+        return self._put(after)
 
     def delete(self, record: TaskRecord) -> None:
         """Stage a deletion."""
@@ -272,13 +274,9 @@ class Staging(Lookups):
         self._over.update(later._over)
         self._bookings.update(later._bookings)
 
-    def _put(self, change: Put) -> TaskRecord:
-        record = change.record
-        self.changes.append(change)
+    def _put(self, record: TaskRecord) -> TaskRecord:
+        self.changes.append(put_valid(record))
         self._over[record.task_id] = record
-        booking = booking_of(record)
-        if booking is not None:
-            self._bookings[booking] = record.task_id
         return record
 
 

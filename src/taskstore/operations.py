@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TypeVar
 
-from taskstore import creation, leases
+from taskstore import creation, leases, lifecycle
 from taskstore.errors import Conflict, ConflictError, InvalidTransition, TaskNotFound
 from taskstore.groupcommit import Operation
 from taskstore.indexes import booking_of
+from taskstore.lifecycle import Mutation
 from taskstore.mirror import Staging
 from taskstore.records import TaskRecord
 from taskstore.validation import check_int, check_key
@@ -31,28 +31,28 @@ def creating(record: TaskRecord) -> Operation[TaskRecord]:
 
 
 def changing(
-    task_id: str,
-    mutation: Callable[[TaskRecord], TaskRecord],
-    if_revision: int | None,
-    fence: str | None,
-    rehearse: Callable[[], object] = lambda: None,
+    task_id: str, mutation: Mutation, now: int, if_revision: int | None, fence: str | None
 ) -> Operation[TaskRecord]:
-    """Store what a pure function makes of one record.
-
-    ``rehearse`` lets the function check its arguments where the record gives
-    it no occasion to: it is unknown, another than expected or already as asked.
-    """
+    """Store what a pure function makes of one record at ``now`` (Unix milliseconds)."""
+    if type(task_id) is not str or if_revision is not None or fence is not None:
+        check_expected(task_id, if_revision, fence)
 
     def operation(staging: Staging) -> TaskRecord:
+        record = staging.get(task_id)
+        if record is None:
+            check_key("task_id", task_id)
+            lifecycle.rehearse(mutation)
+            raise TaskNotFound(task_id)
         try:
-            record = staging.require(task_id)
-            _expect(record, if_revision, fence)
-            changed = mutation(record)
-        except (TaskNotFound, ConflictError, InvalidTransition):
-            rehearse()
+            if if_revision is not None or fence is not None:
+                _expect(record, if_revision, fence)
+            changed = mutation(record, now)
+        except (ConflictError, InvalidTransition):
+            lifecycle.rehearse(mutation)
             raise
         if changed is record:
-            rehearse()
+            lifecycle.rehearse(mutation)
+            return record
         return staging.update(record, changed)
 
     return operation

@@ -85,7 +85,7 @@ class LedgerReader(ABC):
     def _cursor(self, after: int | str) -> int | str | Position:
         """The same cursor, with the history to it where it is the seq that memory is at."""
         position = self._mirror.position
-        return position if after == position.seq else after
+        return position if type(after) is int and after == position.seq else after
 
     @abstractmethod
     def _records(self) -> Lookups:

@@ -113,7 +113,7 @@ class TaskRecord(
     Times are Unix milliseconds UTC (``int``), keys are ``str`` of at most 255
     bytes of UTF-8.  Records are shared freely; to change one, the registry
     makes the next revision of it.  The constructor does not validate:
-    ``Put`` does, and everything that reaches a store is in a ``Put``.
+    ``Put`` does, and what the registry makes of a record is valid already.
     """
 
     task_id: str

@@ -49,7 +49,7 @@ class TaskRegistry(LedgerReader, Verbs):
             store.clock = clock
         super().__init__(store)
         self._hooks = Hooks(hooks)
-        self._local = threading.local()
+        self._local = _Local()
         self._owns_store = False
         self._follower: Follower | None = None
         # Two that come together start one thread, and close() misses none.
@@ -107,7 +107,7 @@ class TaskRegistry(LedgerReader, Verbs):
         within a batch joins it when it ends well.
         """
         self._check_open()
-        outer = self._batch
+        outer = self._local.batch
         batch = self._committer.batch() if outer is None else outer.within()
         self._local.batch = batch
         try:
@@ -165,7 +165,7 @@ class TaskRegistry(LedgerReader, Verbs):
         """
         self._check_open()
         # What hooks do about it is no part of a batch that we may be in.
-        outer, self._local.batch = self._batch, None
+        outer, self._local.batch = self._local.batch, None
         try:
             self._committer.refresh()
         finally:
@@ -191,18 +191,21 @@ class TaskRegistry(LedgerReader, Verbs):
             return self._follower
 
     def close(self) -> None:
-        """Close the registry, and the store if :meth:`open` made it.  Twice is fine."""
-        if not self._closed:
-            with self._following:
-                self._closed = True
-                follower, self._follower = self._follower, None
-            if follower is not None:
-                follower.ask_to_stop()
-            self._committer.close()
-            if self._owns_store:
-                self._store.close()
-            if follower is not None:
-                follower.stop()
+        """Close the registry, and the store if :meth:`open` made it.
+
+        Twice is fine: it does what an interrupted one has left, and returns
+        when all that was under way is committed.
+        """
+        with self._following:
+            self._closed = True
+            follower = self._follower
+        if follower is not None:
+            follower.ask_to_stop()
+        self._committer.close()
+        if self._owns_store:
+            self._store.close()
+        if follower is not None:
+            follower.stop()
 
     def __enter__(self) -> Self:
         return self
@@ -215,23 +218,21 @@ class TaskRegistry(LedgerReader, Verbs):
 
     # -- within -------------------------------------------------------------
 
-    @property
-    def _batch(self) -> Batch | None:
-        """The batch that the calling thread is in."""
-        batch: Batch | None = getattr(self._local, "batch", None)
-        return batch
-
-    def _now(self) -> int:
-        return self._store.clock()
-
     def _run(self, operation: Operation[T]) -> T:
-        self._check_open()
-        batch = self._batch
+        if self._closed:
+            self._check_open()
+        batch = self._local.batch
         if batch is not None:
             with self._mirror.lock:
                 return batch.add(operation)
         return self._committer.run(operation)
 
     def _records(self) -> Lookups:
-        batch = self._batch
+        batch = self._local.batch
         return self._mirror if batch is None else batch.staging
+
+
+class _Local(threading.local):
+    """What each thread has of its own: the batch that it is in."""
+
+    batch: Batch | None = None

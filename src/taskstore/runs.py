@@ -8,14 +8,12 @@ from typing import Any
 from taskstore import leases, lifecycle
 from taskstore.clock import Clock
 from taskstore.groupcommit import Operation
+from taskstore.lifecycle import Mutation
 from taskstore.mirror import Staging
 from taskstore.records import TaskRecord, TaskStatus
 from taskstore.validation import plain_metadata
 
 Records = list[TaskRecord]
-
-Mutation = Callable[[TaskRecord, int], TaskRecord]
-"""From a record and now (Unix milliseconds) to what should stand: pure."""
 
 
 class RunScope:

@@ -295,7 +295,7 @@ def entries_beyond(
     complete, or when the journal holds another commit there, or none yet.
     A position whose own entry was trimmed, and nothing more, is believed.
     """
-    seq, commit_id = position
+    seq, commit_id = position.seq, position.commit_id
     if not seq:
         return journal.read_journal(0, limit)
     try:

@@ -6,15 +6,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from enum import StrEnum
-from itertools import compress
-from operator import is_not
 from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Raw
-from msgspec.structs import astuple, replace
+from msgspec.structs import replace
 
 from taskstore.errors import ValidationError
 from taskstore.records import (
@@ -34,7 +33,6 @@ from taskstore.records import (
     DeliveryContext,
     ScopeKind,
     TaskRecord,
-    TaskStatus,
     TerminalOutcome,
 )
 
@@ -71,7 +69,10 @@ def check_text(field: str, value: object, limit: int) -> str:
 
 def check_key(field: str, value: object) -> str:
     """Return ``value`` if it is a key: text of at most 255 bytes, not empty where it identifies."""
-    text = check_text(field, value, KEY_BYTES)
+    if type(value) is str and 0 < len(value) <= KEY_BYTES and value.isascii() and "\0" not in value:
+        text = value  # as nearly every key is
+    else:
+        text = check_text(field, value, KEY_BYTES)
     if not text and field in NEVER_EMPTY:
         raise ValidationError(field, "must not be empty")
     if field == "runtime" and not _RUNTIME.match(text):
@@ -92,13 +93,13 @@ def check_enum(field: str, value: object, kind: type[_OptionalEnum]) -> _Optiona
     """Return the member of ``kind`` that ``value`` is or spells."""
     if isinstance(value, kind):
         return value
-    names = ", ".join(kind)
-    if not isinstance(value, str):
-        raise ValidationError(field, f"must be one of {names}, not {type(value).__name__}")
-    try:
-        return kind(value)
-    except ValueError:
-        raise ValidationError(field, f"must be one of {names}, not {value!r}") from None
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return kind(value)
+        found = repr(value)
+    else:
+        found = type(value).__name__
+    raise ValidationError(field, f"must be one of {', '.join(kind)}, not {found}")
 
 
 def check_origin(value: object) -> DeliveryContext | None:
@@ -114,11 +115,14 @@ def check_origin(value: object) -> DeliveryContext | None:
         raise ValidationError(
             "requester_origin", f"must be a DeliveryContext, not {type(value).__name__}"
         )
+    coerced = {}
     for name in DeliveryContext.__struct_fields__:
         part = getattr(value, name)
         if part is not None:
-            check_text(f"requester_origin.{name}", part, KEY_BYTES)
-    return value
+            text = check_text(f"requester_origin.{name}", part, KEY_BYTES)
+            if text is not part:
+                coerced[name] = text
+    return replace(value, **coerced) if coerced else value
 
 
 def encode_metadata(value: object) -> Raw:
@@ -209,39 +213,6 @@ def validated(record: object) -> TaskRecord:
     return checked
 
 
-def validated_change(record: TaskRecord, before: TaskRecord) -> TaskRecord:
-    """Return ``record`` if it may be stored in the place of ``before``, which is stored.
-
-    What both have in common was validated when ``before`` was.  Otherwise as
-    :func:`validated`, which is asked wherever something is not plainly in order.
-    """
-    values = astuple(record)
-    differs = map(is_not, values, astuple(before))
-    for field, value in compress(zip(TaskRecord.__struct_fields__, values, strict=True), differs):
-        if field not in _PLAINLY or not _PLAINLY[field](value):
-            return validated(record)
-    return record
-
-
-def _is_plain_int(value: object) -> bool:
-    return type(value) is int and 1 <= value <= MAX_INT
-
-
-def _is_plain_text(value: object) -> bool:
-    return (
-        type(value) is str and len(value) <= SUMMARY_BYTES and value.isascii() and "\0" not in value
-    )
-
-
-_PLAINLY: dict[str, Callable[[object], bool]] = {
-    "revision": _is_plain_int,
-    "status": lambda value: type(value) is TaskStatus,
-    **dict.fromkeys(OPTIONAL_TIMES, _is_plain_int),
-    **dict.fromkeys(TEXT_LIMITS, _is_plain_text),
-}
-"""Of the fields that change most, what is surely in order."""
-
-
 def _check_texts(record: TaskRecord) -> dict[str, Any]:
     """Check every text of a record; return those that are not plain ``str``, made so."""
     coerced: dict[str, Any] = {}
@@ -302,8 +273,9 @@ def check_summary(field: str, value: object) -> str | None:
     """Return ``value`` as a summary: white space folded, of at most 4,096 bytes of UTF-8."""
     if value is None:
         return None
-    # Folding first would let text of any size through white space; the type
-    # has to be right before that.
     if not isinstance(value, str):
         raise ValidationError(field, f"must be text, not {type(value).__name__}")
-    return check_text(field, fold_whitespace(value), SUMMARY_BYTES)
+    folded = " ".join(value.split())
+    if folded.isascii() and len(folded) <= SUMMARY_BYTES and "\0" not in folded:
+        return folded
+    return check_text(field, folded, SUMMARY_BYTES)

@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 from taskstore import creation, leases, lifecycle
 from taskstore.clock import new_task_id
 from taskstore.groupcommit import Operation
+from taskstore.lifecycle import Mutation
 from taskstore.operations import changing, check_expected, creating, deleting, giving
 from taskstore.records import TaskRecord
-from taskstore.runs import Mutation, RunScope
-from taskstore.validation import check_key, plain_metadata
+from taskstore.runs import RunScope
+from taskstore.store import TaskRegistryStore
+from taskstore.validation import check_int, check_key, plain_metadata
 
 T = TypeVar("T")
 
@@ -20,13 +22,15 @@ T = TypeVar("T")
 class Verbs(ABC):
     """Each verb checks its arguments, makes an operation of them and hands it to ``_run``."""
 
+    _store: TaskRegistryStore
+
     @abstractmethod
     def _run(self, operation: Operation[T]) -> T:
         """Have an operation committed; returns its result."""
 
-    @abstractmethod
     def _now(self) -> int:
-        """The time in Unix milliseconds."""
+        """The time in Unix milliseconds; raises :class:`ValidationError` if a clock tells none."""
+        return check_int("clock", self._store.clock())
 
     def create(
         self,
@@ -327,12 +331,12 @@ class Verbs(ABC):
         :class:`ConflictError` while somebody else's lease runs; otherwise
         errors as in :meth:`mark_running`.
         """
-        check_expected(task_id, if_revision, fence)
         lease_ms = leases.check_lease(lease_s)
-        token, now = new_task_id(), self._now()
+        token = new_task_id()
         taking = changing(
             task_id,
-            lambda record: leases.take(record, now, token, lease_ms, fence=fence),
+            lambda record, now: leases.take(record, now, token, lease_ms, fence=fence),
+            self._now(),
             if_revision,
             fence,
         )
@@ -353,11 +357,14 @@ class Verbs(ABC):
         :class:`ConflictError` when the lease is not yours any more and
         :class:`InvalidTransition` when the task has ended: stop working on it.
         """
-        check_expected(task_id, if_revision, check_key("fence", fence))
+        check_key("fence", fence)
         lease_ms = leases.check_lease(lease_s)
-        now = self._now()
         renewing = changing(
-            task_id, lambda record: leases.renew(record, now, lease_ms), if_revision, fence
+            task_id,
+            lambda record, now: leases.renew(record, now, lease_ms),
+            self._now(),
+            if_revision,
+            fence,
         )
         return self._run(giving(fence, renewing))
 
@@ -368,8 +375,8 @@ class Verbs(ABC):
 
         Errors as in :meth:`renew_lease`, but an ended task's is given back too.
         """
-        check_expected(task_id, if_revision, check_key("fence", fence))
-        return self._run(changing(task_id, leases.release, if_revision, fence))
+        check_key("fence", fence)
+        return self._change(task_id, lambda record, _: leases.release(record), if_revision, fence)
 
     def run(
         self, run_id: str, *, runtime: str | None = None, session_key: str | None = None
@@ -388,14 +395,5 @@ class Verbs(ABC):
         self, task_id: str, mutation: Mutation, if_revision: int | None, fence: str | None
     ) -> TaskRecord:
         """Run a pure function over one record and store what comes out."""
-        check_expected(task_id, if_revision, fence)
-        now = self._now()
-        return self._run(
-            changing(
-                task_id,
-                lambda record: mutation(record, now),
-                if_revision,
-                fence,
-                lambda: lifecycle.rehearse(mutation),
-            )
-        )
+        now = check_int("clock", self._store.clock())
+        return self._run(changing(task_id, mutation, now, if_revision, fence))

@@ -8,10 +8,10 @@ event loop's among them, for as long as it takes.
 from __future__ import annotations
 
 import gc
+import os
 import threading
-from collections.abc import Iterable, Iterator, MutableMapping
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Iterable, MutableMapping
+from typing import Any, ClassVar, TypeVar
 
 T = TypeVar("T", bound=Any)
 
@@ -39,35 +39,53 @@ def empty(mapping: MutableMapping[Any, Any]) -> None:
         mapping.popitem()
 
 
-class Collector:
-    """Pauses the garbage collector while many records are made.
+class CollectorPaused:
+    """Leaves Python's garbage collector off in the body of a ``with``: many records are made there.
 
     It would look again and again for cycles among objects that cannot have
     any, and each of its great looks holds up every other thread.  Pauses may
-    overlap.
+    overlap; after the last one it is as it was.  An interrupt on the way in or
+    out leaves none behind: a pause ends when nobody refers to it any more.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._pauses = 0
-        self._was_on = False
+    _lock: ClassVar = threading.RLock()
+    _pauses: ClassVar[set[int]] = set()
+    _was_on: ClassVar = False
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave it off in the body, and as it was afterwards."""
-        with self._lock:
-            if self._pauses == 0:
-                self._was_on = gc.isenabled()
+    # Counted first and forgotten last: what is interrupted in between is done once more.
+
+    def __enter__(self) -> None:
+        cls = CollectorPaused
+        with cls._lock:
+            cls._pauses.add(id(self))
+            if len(cls._pauses) == 1:
+                cls._was_on = gc.isenabled()
                 gc.disable()
-            self._pauses += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._pauses -= 1
-                if self._pauses == 0 and self._was_on:
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def __del__(self) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        cls = CollectorPaused
+        with cls._lock:
+            if cls._pauses == {id(self)}:
+                if cls._was_on:
                     gc.enable()
+                cls._was_on = False
+            cls._pauses.discard(id(self))
+
+    @classmethod
+    def end_all(cls) -> None:
+        """End every pause: in a forked child, the threads that made them are not there."""
+        cls._lock = threading.RLock()
+        cls._pauses.clear()
+        if cls._was_on:
+            gc.enable()
+        cls._was_on = False
 
 
-collector = Collector()
-"""The one that Python has."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=CollectorPaused.end_all)

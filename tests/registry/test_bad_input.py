@@ -8,11 +8,13 @@ import pytest
 
 from taskstore import (
     BackendNotFoundError,
+    Put,
     ReadOnlyError,
     StoreClosedError,
     TaskRegistry,
     ValidationError,
 )
+from taskstore.testing import make_record
 
 GOOD = {"runtime": "cli", "task": "x"}
 BAD = [
@@ -209,3 +211,53 @@ def test_enums_in_metadata_are_stored_by_their_value(registry):
 def test_an_end_at_the_end_of_time_is_kept_till_then(registry):
     task = registry.create(**GOOD)
     assert registry.finish(task.task_id, "failed", ended_at=2**53 - 1).cleanup_after == 2**53 - 1
+
+
+class Text(str):
+    """Text that encoders do not know."""
+
+    __slots__ = ()
+
+
+class Odd(float):
+    """A number of seconds that is not what it says."""
+
+    def __mul__(self, other):
+        return -1e300
+
+
+def test_text_in_an_origin_becomes_plain(registry):
+    task = registry.create(**GOOD, requester_origin={"channel": Text("chat"), "to": "Ann"})
+    assert type(task.requester_origin.channel) is str
+    assert (task.requester_origin.channel, task.requester_origin.to) == ("chat", "Ann")
+
+
+def test_a_lease_of_odd_length_is_refused(registry):
+    task = registry.create(**GOOD)
+    with pytest.raises(ValidationError, match="lease_s"):
+        registry.take_lease(task.task_id, Odd(5))
+    assert registry.get(task.task_id) == task
+
+
+@pytest.mark.parametrize("told", [1.5, "now", None, -1, 2**53, True])
+def test_a_clock_that_tells_no_time_is_refused(registry, told):
+    task = registry.create(**GOOD)
+    registry.store.clock = lambda: told
+    for refuse in (
+        lambda: registry.create(**GOOD),
+        lambda: registry.mark_running(task.task_id),
+        lambda: registry.run("r").cancel(),
+        lambda: registry.take_lease(task.task_id),
+    ):
+        with pytest.raises(ValidationError, match="clock"):
+            refuse()
+    assert registry.get(task.task_id) == task
+
+
+def test_no_revision_follows_the_last(registry):
+    registry.store.apply([Put(make_record(task_id="a", revision=1))])
+    registry.refresh()
+    last = make_record(task_id="a", revision=2**53 - 1)
+    registry._mirror.publish(registry._mirror.position, "a", last)
+    with pytest.raises(ValidationError, match="revision"):
+        registry.cancel("a")

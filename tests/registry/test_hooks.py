@@ -177,3 +177,24 @@ def test_events_of_many_threads_come_one_at_a_time_and_in_order():
         thread.join()
     assert registry.hooks.errors == 0
     assert seqs == list(range(801))
+
+
+def test_who_begins_to_listen_during_a_commit_misses_nothing(monkeypatch):
+    """Either the lookup after ``add`` sees the change, or the hook hears of it."""
+    registry, heard, seen = TaskRegistry(MemoryStore()), [], []
+    publish = registry._mirror.publish
+
+    def listening_first(*arguments):
+        def listen():
+            registry.hooks.add(heard.append)
+            seen.append(registry.find("a"))
+
+        other = threading.Thread(target=listen)
+        other.start()
+        other.join()
+        return publish(*arguments)
+
+    monkeypatch.setattr(registry._mirror, "publish", listening_first)
+    task = registry.create(runtime="cli", task="x", task_id="a")
+    assert seen == [None]
+    assert [event.record for event in heard] == [task]

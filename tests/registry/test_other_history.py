@@ -52,6 +52,7 @@ def live(open_ledger, back_up):
         registry.record_progress(registry.task.task_id, step)
     registry.last = list(registry.changes())[-1]
     backup.restore()
+    registry.backup = backup
     registry.heard = events
     events.clear()
     return registry
@@ -88,6 +89,24 @@ def test_refresh_when_others_have_gone_on(live, open_ledger, count):
     assert live.get(live.task.task_id) == theirs
     assert same_as_stored(live)
     assert isinstance(live.heard[0], Restored)
+
+
+def test_a_restore_in_the_middle_of_loading(live, open_ledger, monkeypatch):
+    load = live.store.load_snapshot
+    others_go_on(open_ledger, live, "lost 1", "lost 2", "lost 3")
+
+    def torn():
+        snapshot = load()
+        live.backup.restore()
+        others_go_on(open_ledger, live, "theirs 1", "theirs 2", "theirs 3")
+        return snapshot
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live.store, "load_snapshot", torn)
+        live.refresh()
+    live.refresh()
+    assert live.seq == 6
+    assert same_as_stored(live)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4], ids="others-{}".format)

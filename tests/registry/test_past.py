@@ -76,13 +76,17 @@ def test_changes_with_wait_follow(open_ledger):
     seen = []
 
     def follow():
-        seen.extend(entry.seq for entry in two.changes(after=4, wait=1.0))
+        for entry in two.changes(after=4, wait=60):
+            seen.append(entry.seq)
+            if entry.seq == 6:
+                return
 
     thread = threading.Thread(target=follow)
     thread.start()
     one.create(runtime="cli", task="late")
     thread.join()
     assert seen == [5, 6]
+    assert list(two.changes(after=6, wait=0.01)) == []
 
 
 def test_every_seq_from_the_floor_on_can_be_looked_at(registry):

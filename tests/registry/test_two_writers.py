@@ -39,6 +39,24 @@ def test_what_came_in_between_is_mirrored_and_told_before_our_own(open_ledger):
     assert events[2].record == ours
 
 
+def test_a_committed_change_never_looks_failed_whatever_reading_raises(open_ledger, monkeypatch):
+    events = []
+    one, two = open_ledger(), open_ledger(hooks=[events.append])
+
+    def broken(*_):
+        raise ValueError("a backend of somebody else")
+
+    one.create(runtime="cli", task="theirs")
+    with monkeypatch.context() as patch:
+        patch.setattr(two.store, "read_journal", broken)
+        patch.setattr("taskstore.stores.memory.check_history", lambda *_: None)
+        ours = two.create(runtime="cli", task="ours")
+    assert two.get(ours.task_id) == ours
+    two.refresh()
+    assert {record.task for record in two.list()} == {"theirs", "ours"}
+    assert [event.kind for event in events] == ["restored", "restored"]
+
+
 def test_a_mutation_runs_again_on_the_fresh_record(open_ledger):
     one, two = open_ledger(), open_ledger()
     task = one.create(runtime="cli", task="x")

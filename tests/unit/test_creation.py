@@ -148,7 +148,8 @@ def test_attach_fills_what_was_missing():
     assert (filled.cleanup_after, filled.progress_summary) == (99_000, "x")
     assert filled.requester_origin == DeliveryContext(to="Ann")
     assert filled.metadata == {"a": 1}
-    unchanged = {"task_id", "revision", "status", "created_at", "booking", "run_id", "task"}
+    assert filled.revision == existing.revision + 1
+    unchanged = {"task_id", "status", "created_at", "booking", "run_id", "task"}
     assert {k: v for k, v in asdict(filled).items() if k in unchanged} == {
         k: v for k, v in asdict(existing).items() if k in unchanged
     }

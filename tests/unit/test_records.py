@@ -7,7 +7,7 @@ import math
 
 import pytest
 from msgspec import Raw
-from msgspec.structs import fields, replace
+from msgspec.structs import fields
 
 from taskstore.errors import ValidationError
 from taskstore.records import (
@@ -30,7 +30,6 @@ from taskstore.validation import (
     check_text,
     encode_metadata,
     validated,
-    validated_change,
 )
 
 
@@ -50,45 +49,6 @@ def test_the_table_of_nasty_values(row):
         validated(record)
     assert root_of(caught.value.field) == row.refused
     assert str(caught.value).startswith(row.refused)
-
-
-def outcome_of(check, *records):
-    try:
-        return check(*records)
-    except ValidationError as error:
-        return (error.field, str(error))
-
-
-@pytest.mark.parametrize("row", NASTY, ids=lambda row: row.name)
-def test_a_change_is_validated_as_a_new_record_is(row):
-    before = make_record(metadata={"a": 1}, label="before", owner_key="me")
-    try:
-        record = replace(unchecked(row.fields), revision=row.fields.get("revision", 2))
-    except TypeError:
-        return  # it cannot even be made
-    assert outcome_of(validated_change, record, before) == outcome_of(validated, record)
-
-
-@pytest.mark.parametrize("field", [f.name for f in fields(TaskRecord)])
-@pytest.mark.parametrize(
-    "value", [None, "", "a\0", "x" * 4097, "é" * 2049, -1, 0, 1, 2**53, True, b"x", 5.5, ["x"]]
-)
-def test_each_changed_field_is_looked_at(field, value):
-    before = validated(TaskRecord(**{**BASE, "owner_key": "me", "metadata_json": Raw(b'{"a":1}')}))
-    record = replace(before, **{field: value})
-    expected = outcome_of(validated, record)
-    assert outcome_of(validated_change, record, before) == expected
-    assert expected is not None
-
-
-def test_text_in_a_change_becomes_plain():
-    class Text(str):
-        __slots__ = ()
-
-    before = validated(TaskRecord(**BASE))
-    changed = validated_change(replace(before, progress_summary=Text("x")), before)
-    assert type(changed.progress_summary) is str
-    assert validated_change(replace(before, status="running"), before).status is TaskStatus.RUNNING
 
 
 def test_the_table_is_large_and_its_names_are_unique():

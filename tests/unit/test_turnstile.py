@@ -62,7 +62,8 @@ def tries_of(line: Turnstile) -> int:
     return len(looks)
 
 
-def test_who_had_the_lock_comes_after_who_waits_for_it(path):
+def test_who_had_the_lock_comes_after_who_waits_for_it(path, monkeypatch):
+    monkeypatch.setattr(turnstile, "PATIENCE_S", 1000.0)
     lock, order = threading.Lock(), []
     greedy, patient = Turnstile(path), Turnstile(path)
     assert greedy.wait(lambda: lock.acquire(blocking=False), 1)
@@ -142,7 +143,8 @@ def test_a_place_is_not_inherited(path):
 
 
 @pytest.mark.skipif(turnstile._LAST == 0, reason="the line is one place long but on Linux")
-def test_they_come_in_the_order_in_which_they_joined(path):
+def test_they_come_in_the_order_in_which_they_joined(path, monkeypatch):
+    monkeypatch.setattr(turnstile, "PATIENCE_S", 1000.0)
     lines = [Turnstile(path) for _ in range(4)]
     busy, order, threads = threading.Lock(), [], []
     busy.acquire()

@@ -183,7 +183,9 @@ class Child:
     def _await_exit(self) -> None:
         """Tell when the leader has exited, without reaping it."""
         if hasattr(os, "waitid"):
-            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            # It may be gone already: killed and reaped while this thread began.
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         else:  # macOS before Python 3.13
             self._process.wait()
         self._events.put(Event("exited"))

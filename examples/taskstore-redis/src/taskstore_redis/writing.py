@@ -86,7 +86,8 @@ class Batch:
         """What the script is called with."""
         ledger = secrets.token_hex(16)
         counts = [self.count, len(self.steps)]
-        return [FORMAT, commit_id, now, ledger, *counts, *self.over, *self._arguments]
+        over = (self.over.seq, self.over.commit_id)
+        return [FORMAT, commit_id, now, ledger, *counts, *over, *self._arguments]
 
 
 class Writer:

@@ -1,0 +1,153 @@
+"""Memory kept the same as the store: after our own commits, after those of others, and anew.
+
+Everything here is called with the commit lock held.  Hooks hear of what is
+mirrored in the order of the journal; they are called later, without the lock.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from taskstore.errors import CursorExpiredError
+from taskstore.hooks import Deleted, Event, Hooks, Restored, Upserted
+from taskstore.journal import Change, Commit, JournalEntry, Position, Put
+from taskstore.mirror import Mirror
+from taskstore.store import SupportsJournal, TaskRegistryStore, commit_id_at, entries_beyond
+from taskstore.yielding import CollectorPaused
+
+logger = logging.getLogger("taskstore")
+
+PAGE_ENTRIES = 1000
+"""How many journal entries are read at a time."""
+
+
+class Replica:
+    """What a mirror has of a store, and how it gets what it lacks.
+
+    ``stale`` is set when memory may not be what the store has, and nobody
+    knows what it lacks: then it is loaded anew before its next use.
+    """
+
+    def __init__(self, store: TaskRegistryStore, mirror: Mirror, hooks: Hooks) -> None:
+        self._store = store
+        self._mirror = mirror
+        self._hooks = hooks
+        self.stale = True  # nothing is loaded yet
+
+    def load(self) -> None:
+        """Start over from the store, and say so to the hooks."""
+        store, head, commit_id = self._store, 0, ""
+        # Which history it is, is asked first: should another take its place before
+        # the records are read, the next look at the journal shows it.
+        if isinstance(store, SupportsJournal):
+            head = store.head()
+            commit_id = commit_id_at(store, head)
+        snapshot = store.load_snapshot()
+        if isinstance(store, SupportsJournal) and snapshot.seq != head:  # others are committing
+            commit_id = commit_id_at(store, snapshot.seq)
+        self._mirror.reset(snapshot, commit_id)
+        self.stale = False
+        self._hooks.emit([Restored(snapshot.seq, len(snapshot.records), snapshot.records)])
+
+    def refresh(self) -> None:
+        """Bring in what other writers committed."""
+        if self.stale or not isinstance(self._store, SupportsJournal):
+            self.load()
+        else:
+            self._catch_up(self._store)
+
+    def behind(self, *, reload: bool = False) -> bool:
+        """Catch up with the store; returns whether there was anything to catch up with."""
+        if isinstance(self._store, SupportsJournal):
+            return self._catch_up(self._store)
+        if reload:
+            # Without a journal there is one writer, and only a lost outcome
+            # explains that memory differs.
+            before = self._mirror.seq
+            self.load()
+            return before != self._mirror.seq
+        return False
+
+    def read_on(self, store: SupportsJournal) -> set[str]:
+        """Mirror what comes after memory in the journal; returns which tasks that concerns."""
+        news = set[str]()
+        with CollectorPaused():
+            while True:
+                entries = entries_beyond(store, self._mirror.position, PAGE_ENTRIES)
+                self._mirror_entries(entries)
+                news.update(entry.task_id for entry in entries)
+                if len(entries) < PAGE_ENTRIES:
+                    return news
+
+    def publish(self, commit: Commit, changes: Sequence[Change]) -> None:
+        """Mirror a commit, and before it what others committed in between."""
+        gap = commit.first_seq - self._mirror.position.seq - 1
+        if gap:
+            try:
+                self._fill(gap)
+            except Exception:
+                # The change is committed: whatever that is, it must not look like a failure.
+                logger.exception("cannot read what was committed before seq %d", commit.first_seq)
+                self.stale = True
+            gap = commit.first_seq - self._mirror.position.seq - 1
+        if gap and not self.stale:
+            return  # it was loaded with the rest
+        events: list[Event] = []
+        seq, at = commit.first_seq, commit.at
+        for change in changes:
+            position = Position(seq, commit.commit_id)
+            if isinstance(change, Put):
+                record = change.record
+                previous = self._mirror.publish(position, record.task_id, record)
+                event: Event = Upserted(seq, at, record, previous)
+            else:
+                previous = self._mirror.publish(position, change.task_id, None)
+                event = Deleted(seq, at, change.task_id, previous)
+            events.append(event)
+            seq += 1
+        # Who wrote it can read it; what is stale the hooks hear of when it is reloaded.
+        if not gap:
+            self._hooks.emit(events)
+
+    def _fill(self, gap: int) -> None:
+        """Mirror the entries between memory and our own commit."""
+        store = self._store
+        if gap < 0 or not isinstance(store, SupportsJournal):
+            self.load()
+            return
+        try:
+            while gap > 0:
+                entries = entries_beyond(store, self._mirror.position, min(gap, PAGE_ENTRIES))
+                if not entries:
+                    self.load()
+                    return
+                self._mirror_entries(entries)
+                gap -= len(entries)
+        except CursorExpiredError:
+            self.load()
+
+    def _catch_up(self, store: SupportsJournal) -> bool:
+        """Mirror everything that is in the journal and not in memory.
+
+        When the journal does not hold what was mirrored last, or no longer, it
+        is loaded anew: going on from there would mix two histories.
+        """
+        try:
+            return bool(self.read_on(store))
+        except CursorExpiredError:
+            self.load()
+            return True
+
+    def _mirror_entries(self, entries: Sequence[JournalEntry]) -> None:
+        """Mirror what others committed."""
+        events: list[Event] = []
+        for entry in entries:
+            seq, at, record = entry.seq, entry.at, entry.record
+            position = Position(seq, entry.commit_id)
+            previous = self._mirror.publish(position, entry.task_id, record)
+            if record is not None:
+                events.append(Upserted(seq, at, record, previous, local=False))
+            elif entry.set_aside is None:  # what does not decode is no event
+                events.append(Deleted(seq, at, entry.task_id, previous, local=False))
+        self._hooks.emit(events)
