@@ -272,7 +272,10 @@ def test_a_writer_that_waits_too_long_says_who_holds_the_lock(directory, open_):
     create(store)
 
 
-def test_a_second_compactor_is_refused_and_a_killed_one_is_not_in_the_way(directory, open_):
+def test_a_second_compactor_is_refused_and_a_killed_one_is_not_in_the_way(
+    directory, open_, monkeypatch
+):
+    monkeypatch.setattr("taskstore.stores.jsonfile.compaction.TIDYING_S", 0.2)
     store = open_()
     create(store)
     holder = child(COMPACT, directory, stdin=-1)
@@ -360,6 +363,18 @@ def test_a_running_compactor_keeps_its_temporary_file(directory, open_):
     assert not temporary.exists()
 
 
+def test_a_compactor_waits_for_a_writer_that_clears_up(open_, monkeypatch):
+    monkeypatch.setattr("taskstore.stores.jsonfile.compaction.TIDYING_S", 30)
+    store = open_()
+    create(store)
+    lock = store._writer.compact_lock()
+    assert lock.acquire(0)
+    released = threading.Timer(0.1, lock.close)
+    released.start()
+    assert store.compact(FOLD_AND_TRIM).compacted
+    released.join()
+
+
 def test_retained_snapshots_and_the_floor_follow_the_policy(directory, open_):
     store = open_()
     policy = CompactionPolicy(force=True, history_s=0, history_entries=4, keep_snapshots=1)
@@ -375,12 +390,8 @@ def test_retained_snapshots_and_the_floor_follow_the_policy(directory, open_):
     assert report.floor == 9
 
 
-def test_reading_on_costs_what_is_new_and_not_what_is_there(open_, monkeypatch):
-    ours, theirs = open_(), open_()
-    for _ in range(200):
-        ours.apply([make_put()])
-    theirs.apply([make_put()])
-    last = 200
+def lines_decoded(monkeypatch):
+    """The lines of the journal that are decoded from now on."""
     decoded = []
 
     def decode(*line):
@@ -388,6 +399,16 @@ def test_reading_on_costs_what_is_new_and_not_what_is_there(open_, monkeypatch):
         return decode_commit(*line)
 
     monkeypatch.setattr("taskstore.stores.jsonfile.segments.decode_commit", decode)
+    return decoded
+
+
+def test_reading_on_costs_what_is_new_and_not_what_is_there(open_, monkeypatch):
+    ours, theirs = open_(), open_()
+    for _ in range(200):
+        ours.apply([make_put()])
+    theirs.apply([make_put()])
+    last = 200
+    decoded = lines_decoded(monkeypatch)
     for _ in range(10):
         theirs.apply([make_put()])
         assert ours.read_journal(last, 10)
@@ -400,13 +421,7 @@ def test_looking_at_the_last_entry_once_more_costs_no_more(open_, monkeypatch):
     for _ in range(200):
         theirs.apply([make_put()])
     seq = ours.read_journal(0, 1000)[-1].seq
-    decoded = []
-
-    def decode(*line):
-        decoded.append(line)
-        return decode_commit(*line)
-
-    monkeypatch.setattr("taskstore.stores.jsonfile.segments.decode_commit", decode)
+    decoded = lines_decoded(monkeypatch)
     for _ in range(10):
         theirs.apply([make_put(), make_put()])
         seq = ours.read_journal(seq - 1, 1000)[-1].seq

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections.abc import Callable
 
@@ -86,51 +85,39 @@ def lock_trouble(url) -> Exception:
 
 
 class Locked:
-    """A store that gets no lock until it is released, as if others were always faster."""
+    """A store that gets no lock for some seconds, while others do this and that."""
 
-    def __init__(self, store, url: str) -> None:
-        self.released = False
+    def __init__(
+        self, store, url: str, seconds: float, others: Callable[[], object] = lambda: None
+    ) -> None:
         self.tries = 0
+        self._until = time.monotonic() + seconds
+        self._others = others
         spy = Spy(store)
         spy.before = self._before
         self._error: Callable[[], Exception] = lambda: lock_trouble(url)
 
     def _before(self, sql: str) -> None:
-        if not self.released and (
+        if time.monotonic() < self._until and (
             "BEGIN IMMEDIATE" in sql or "UPDATE taskstore_head" in sql or "FOR UPDATE" in sql
         ):
             self.tries += 1
             time.sleep(0.05)  # as a server waits
+            self._others()
             raise self._error()
 
 
 def test_while_others_make_progress_nobody_hears_of_it(any_url, open_, hurried):
     store, other = open_(any_url), open_(any_url)
-    locked = Locked(store, any_url)
-    failures = []
-
-    def write():
-        try:
-            store.apply([make_put()])
-        except Exception as error:  # noqa: BLE001 - looked at below
-            failures.append(error)
-
-    waiting = threading.Thread(target=write)
-    waiting.start()
-    until = time.monotonic() + 1.5
-    while time.monotonic() < until:
-        other.apply([make_put()])
-        time.sleep(0.01)
-    assert waiting.is_alive(), failures
-    locked.released = True
-    waiting.join(10)
-    assert failures == []
+    locked = Locked(store, any_url, 1.5, lambda: other.apply([make_put()]))
+    store.apply([make_put()])
     assert locked.tries > 1
+    assert store.head() == other.head() == locked.tries + 1
 
 
 def test_when_nobody_does_the_caller_is_told(any_url, open_, hurried):
     store = open_(any_url)
-    locked = Locked(store, any_url)
+    locked = Locked(store, any_url, 1000)
     started = time.monotonic()
     with pytest.raises(StoreBusyError, match="who holds it, the system does not tell"):
         store.apply([make_put()])

@@ -171,6 +171,23 @@ def test_one_is_killed_while_others_wait(url, engine):
     assert migrate.check(engine) == []
 
 
+def test_another_finishes_while_one_looks(url, monkeypatch):
+    look, made = migrate._is_unfinished, []
+    half_made = migrate.SchemaState(None, None, TABLES)
+
+    def unfinished(connection, state):
+        monkeypatch.undo()
+        with open_store(url) as other:
+            made.append(create(other).task_id)
+        # What the tables hold is looked at after which revision they are of.
+        return look(connection, state)
+
+    monkeypatch.setattr(migrate, "_is_unfinished", unfinished)
+    monkeypatch.setattr(migrate, "_state", lambda _: half_made)
+    with open_store(url) as store:
+        assert list(store.load_snapshot().records) == made
+
+
 def test_who_holds_the_lock_is_waited_for(url, engine, monkeypatch):
     monkeypatch.setattr(mariadb, "LOCK_S", 1)
     lock = "CONCAT('taskstore.', MD5(DATABASE()))"

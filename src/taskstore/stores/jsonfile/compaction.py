@@ -33,6 +33,9 @@ from taskstore.stores.jsonfile.writing import Writer
 from taskstore.stores.kept import keepsake, kept_of
 from taskstore.yielding import in_order
 
+TIDYING_S = 5.0
+"""How long a compaction waits for its lock, in seconds: writers that clear up hold it briefly."""
+
 
 def compact(
     writer: Writer,
@@ -46,7 +49,7 @@ def compact(
     """
     lock = writer.compact_lock()
     try:
-        with lock.held(0, "another compactor"):
+        with lock.held(TIDYING_S, "another compactor"):
             return _compact(writer, policy, clock, on_kept)
     finally:
         lock.close()

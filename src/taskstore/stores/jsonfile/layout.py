@@ -126,6 +126,22 @@ class Layout(NamedTuple):
                     return not place.stamp or file.read(STAMP_BYTES) == place.stamp
         return False
 
+    def grown(self, place: Place, descriptor: int) -> int | None:
+        """By how many bytes the last segment, open as ``descriptor``, goes beyond a place in it.
+
+        ``None`` when the place is no longer what it was: another file may have
+        the segment's name, or a backup may have been copied over it.
+        """
+        segment = self.segments[-1]
+        try:
+            found = segment.path.stat()
+        except FileNotFoundError:
+            return None
+        same = found.st_ino == segment.inode and found.st_size >= place.offset
+        if not same or os.pread(descriptor, len(place.stamp), place.mark) != place.stamp:
+            return None
+        return found.st_size - place.offset
+
     def before(self, seq: int) -> Place:
         """The start of the segment that holds ``seq``, which must not be below the floor."""
         if not self.segments:

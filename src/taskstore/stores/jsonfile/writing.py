@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from taskstore.clock import Clock, new_commit_id
-from taskstore.disk import TEMPORARY, Disk
+from taskstore.disk import Disk
 from taskstore.errors import (
     ConflictError,
     CorruptStoreError,
@@ -31,10 +31,11 @@ from taskstore.stores.jsonfile.files import (
 )
 from taskstore.stores.jsonfile.index import Index
 from taskstore.stores.jsonfile.layout import Layout, Place, SegmentFile, read_layout, settled
+from taskstore.stores.jsonfile.leftovers import clear_up
 from taskstore.stores.jsonfile.lines import STAMP_BYTES, Identity, encode_commit
 from taskstore.stores.jsonfile.locks import FileLock, WriteLock, busy, patiently
 from taskstore.stores.jsonfile.segments import Walk, bring_forth, cut_tail, prepare_segment
-from taskstore.stores.jsonfile.snapshots import check_newest, index_of, write_snapshot
+from taskstore.stores.jsonfile.snapshots import index_of, write_snapshot
 from taskstore.stores.jsonfile.turns import Mutex, Turn, ending
 
 
@@ -135,12 +136,11 @@ class Writer:
         if self._opened != self._lock.opened:
             # Another lock file may be that of other files.
             self._opened, self._generation = self._lock.opened, None
-        known = generation == self._generation and (self.index is not None or not indexed)
-        if known:
-            segment = os.fstat(self._descriptor)
-            if segment.st_size == self.place.offset and segment.st_nlink:
+        grown = None
+        if generation == self._generation and (self.index is not None or not indexed):
+            grown = self.layout.grown(self.place, self._descriptor)
+            if grown == 0:
                 return
-            known = segment.st_size > self.place.offset and segment.st_nlink > 0
         # Until it has succeeded, nothing that is remembered may be relied on.
         self._generation = None
 
@@ -149,7 +149,7 @@ class Writer:
                 # What looks damaged may be a place that is no longer what it was.
                 self.index = None
             # Nothing but commits has been added since we were there.
-            only_grown = known and number == 1
+            only_grown = grown is not None and number == 1
             self._in_company |= only_grown
             layout = self.layout if only_grown else self._found()
             self._follow(layout, indexed=indexed)
@@ -202,28 +202,9 @@ class Writer:
             begun = prepare_segment(self.disk, path, Identity(uuid.uuid4().hex, 1), at=0)
             self.disk.publish(begun, path)
         else:
-            self._clear_up(layout)
+            clear_up(layout, self.disk, self.compact_lock())
             return layout
         return read_layout(self.directory)
-
-    def _clear_up(self, layout: Layout) -> None:
-        """Remove what killed writers and compactors left."""
-        leftovers = list(self.directory.glob(f"*{TEMPORARY}"))
-        ours = [path for path in leftovers if path.name.startswith("journal-")]
-        self.disk.remove_all(ours)
-        others = [path for path in leftovers if path.name.startswith("snapshot-")]
-        if not others and not layout.void:
-            return
-        # A compactor that is at work clears up after itself.
-        lock = self.compact_lock()
-        try:
-            if lock.acquire(0):
-                # What is void stands in a header that nobody has checked yet.
-                check_newest(layout)
-                self.disk.remove_all([*layout.void, *others])
-                self.disk.sync_directory(self.directory)
-        finally:
-            lock.close()
 
     def _open_segment(self, segment: SegmentFile) -> None:
         if self._descriptor >= 0 and os.fstat(self._descriptor).st_ino != segment.inode:

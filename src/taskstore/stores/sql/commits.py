@@ -50,11 +50,11 @@ class Batch:
         self._entries: list[tuple[str, str, int, bytes | None, int | None]] = []
         for change in changes:
             if isinstance(change, Put):
-                payload = encode_record(change.record)
-                last[change.task_id] = (payload, checksum(payload))
-                self._entries.append(
-                    ("upserted", change.task_id, change.revision, *last[change.task_id])
-                )
+                record = change.record
+                payload = encode_record(record)
+                check = checksum(payload)
+                last[record.task_id] = (payload, check)
+                self._entries.append(("upserted", record.task_id, record.revision, payload, check))
             else:
                 self._entries.append(("deleted", change.task_id, change.revision, None, None))
         self.deletes: list[tuple[str, int]] = []
@@ -90,7 +90,7 @@ def insert_row(record: TaskRecord, payload: bytes, check: int) -> tuple[Any, ...
         record.revision,
         record.created_at,
         # Some drivers know str only, and not what is derived from it.
-        record.status.value,
+        str(record.status),
         record.runtime,
         record.owner_key,
         record.requester_session_key,
@@ -110,7 +110,7 @@ def update_row(step: Step, payload: bytes, check: int) -> tuple[Any, ...]:
     assert record is not None
     return (
         record.revision,
-        record.status.value,
+        str(record.status),
         payload,
         check,
         step.task_id,

@@ -172,6 +172,9 @@ def ensure_schema(database: Database, migrate: str, url: str | None = None) -> N
     with _connected(database) as connection:
         state = _state(connection)
         unfinished = _is_unfinished(connection, state)
+        if state.revision is None and state.tables and not unfinished:
+            # Somebody may have finished it, and written to it, between the two looks.
+            state = _state(connection)
     fresh = state.revision is None and (unfinished or not state.tables)
     if fresh and migrate == "auto" and not database.read_only:
         _upgrade(database, "head")

@@ -51,12 +51,13 @@ class Outage:
                     f"{self._location} has been away for {now - began:.1f} s: {self._said}"
                 )
 
-    def has_lasted(self, said: str) -> bool:
-        """Note a failure, and what the driver ``said``; whether the patience is at an end."""
+    def has_lasted(self, tried_at: float, said: str) -> bool:
+        """Note that an attempt, made at ``tried_at`` (monotonic seconds), has failed, and what
+        the driver ``said``; whether the patience is at an end."""
         now = time.monotonic()
         with self._lock:
             began, failed = self._span or (now, now)
-            if now - failed > max(self._patience_s, PROBE_S):
+            if tried_at - failed > max(self._patience_s, PROBE_S):
                 began = now  # nobody has looked for as long: this is another one
             self._span, self._said = (began, now), said
             return now - began >= self._patience_s
@@ -81,7 +82,7 @@ class Trouble:
         self._database = database
         self._outage = outage
         self._rivals = rivals
-        self._started = time.monotonic()
+        self._started = self._tried_at = time.monotonic()
         self._tries = 0
 
     def pause_or_raise(self, error: BaseException) -> None:
@@ -93,7 +94,7 @@ class Trouble:
         if isinstance(error, sa.exc.TimeoutError):
             enough = True
         elif fault in GONE:
-            enough = self._outage.has_lasted(translator.text(error))
+            enough = self._outage.has_lasted(self._tried_at, translator.text(error))
         else:
             patience = {
                 Fault.BUSY: 0.0 if database.waits_for_locks or database.read_only else BUSY_S,
@@ -111,6 +112,7 @@ class Trouble:
         ceiling = min(0.0005 * 2 ** min(self._tries, 12), 0.002 if fault is Fault.BUSY else 0.1)
         self._tries += 1
         time.sleep(random.uniform(ceiling / 4, ceiling))  # noqa: S311 - not a secret
+        self._tried_at = time.monotonic()
 
     def _has_waited(self, patience_s: float, *, for_others: bool) -> bool:
         rivals = self._rivals if for_others else None

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -61,7 +62,7 @@ def pieces(rows: Sequence[_Row]) -> Iterator[Sequence[_Row]]:
 
 def flat(rows: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
     """The parameters of a statement over several rows."""
-    return rows[0] if len(rows) == 1 else tuple(value for row in rows for value in row)
+    return rows[0] if len(rows) == 1 else tuple(chain.from_iterable(rows))
 
 
 class Statements:
