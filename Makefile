@@ -7,7 +7,7 @@
 #     make coverage        the suite, and which lines of which file it does not reach
 #     make soak            kill 1,000 writers of each durable backend (ROUNDS=...), and
 #                          servers (FAILOVERS=...); every fault at every step; what
-#                          power losses leave (POWER_STATES=...)
+#                          power losses leave (POWER_STATES=...): half an hour on two cores
 #     make bench           measure (see benchmarks/README.md)
 #     make PYTHON=python3.13 VENV=.venv-3.13 test
 
@@ -64,7 +64,7 @@ coverage: $(dev)
 soak: $(dev)
 	TASKSTORE_KILL_ROUNDS=$(ROUNDS) TASKSTORE_FAILOVERS=$(FAILOVERS) TASKSTORE_FAULT_STEPS=0 \
 	  TASKSTORE_POWER_STATES=$(POWER_STATES) \
-	  $(python) -m pytest tests/crash $(PYTEST_ARGS)
+	  $(python) -m pytest -n 3 --dist load tests/crash $(PYTEST_ARGS)
 
 bench: $(dev)
 	$(python) benchmarks/growth.py

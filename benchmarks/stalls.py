@@ -9,7 +9,7 @@ reload of everything, because another process replaced it; and a compaction
 of all that.  Prints the longest lateness of each: the median over the runs,
 and every run.
 
-    python benchmarks/stalls.py [--url URL | --dir DIRECTORY] [--runs N] [--uvloop]
+    python benchmarks/stalls.py [--url URL | --dir DIRECTORY] [--runs N] [--uvloop] [--freeze]
 
 For a reload also how long it took, against `load_snapshot` alone.
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import multiprocessing
 import statistics
 import sys
@@ -216,6 +217,7 @@ def main() -> None:
     parser.add_argument("--changes", type=int, default=10_000)
     parser.add_argument("--records", type=int, default=100_000)
     parser.add_argument("--uvloop", action="store_true")
+    parser.add_argument("--freeze", action="store_true", help="gc.freeze() what is imported first")
     options = parser.parse_args()
     stalls: dict[str, list[float]] = defaultdict(list)
     seconds: dict[str, list[float]] = defaultdict(list)
@@ -226,6 +228,9 @@ def main() -> None:
             with scratch(url) as open_store:
                 neighbour = Neighbour(open_store)
                 store = open_store()
+                if options.freeze:  # as docs/concepts.md advises a service that minds
+                    gc.collect()
+                    gc.freeze()
                 loop_factory = None
                 if options.uvloop:
                     import uvloop

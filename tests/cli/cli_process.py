@@ -27,12 +27,12 @@ class CLI:
     def __call__(self, *words: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
         """Run it as a process, to its end."""
         options.setdefault("stdin", subprocess.DEVNULL)
+        options.setdefault("timeout", 60)
         return subprocess.run(
             [*TASKSTORE, *words],
             check=False,
             env=self.env,
             capture_output=True,
-            timeout=60,
             **options,
         )
 

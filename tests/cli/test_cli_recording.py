@@ -7,6 +7,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -100,7 +102,7 @@ def finished(store: Faulty, work: Callable[[Recorder], Any], patience_s: float =
 
 
 def test_a_slow_store_holds_nothing_up() -> None:
-    store = Faulty(delay_s=0.4)
+    store = Faulty(delay_s=1)
     taken: list[float] = []
 
     def work(recorder: Recorder) -> None:
@@ -110,8 +112,8 @@ def test_a_slow_store_holds_nothing_up() -> None:
             taken.append(time.monotonic() - begun)
             time.sleep(0.02)
 
-    recorder = finished(store, work)
-    assert max(taken) < 0.2
+    recorder = finished(store, work, patience_s=20)
+    assert max(taken) < store.delay_s
     assert recorder.record.progress_summary == "line 9"
     assert recorder.recorded
 
@@ -135,6 +137,22 @@ def test_nothing_of_a_command_outlives_an_exception() -> None:
         raise RuntimeError("of ours")
     with pytest.raises(ProcessLookupError):
         os.killpg(c.pid, 0)
+
+
+def test_who_comes_too_late_to_see_a_command_end_tells_of_it_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    late: list[Callable[[], None]] = []
+    monkeypatch.setattr(
+        Child, "_spawn", lambda _, target, *args: late.append(partial(target, *args))
+    )
+    events = Events()
+    with suppress(RuntimeError), Child(["sleep", "78"], events, print):
+        raise RuntimeError("before any thread of the child has begun")
+    for begin in late:
+        begin()
+    told = [events.get_nowait().kind for _ in late]
+    assert sorted(told) == ["closed", "closed", "exited"]
 
 
 def test_a_child_that_cannot_be_attended_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

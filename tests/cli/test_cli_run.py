@@ -133,12 +133,12 @@ def test_a_run_is_recorded_once(cli: CLI, tmp_path: Path) -> None:
 def test_who_left_the_group_and_holds_the_output_is_not_waited_for(cli: CLI) -> None:
     script = "setsid sleep 30 & echo $!; exec sleep 30"
     started = time.monotonic()
-    done = cli("run", "--timeout", "0.5s", "--", "sh", "-c", script)
+    done = cli("run", "--timeout", "2s", "--", "sh", "-c", script)
     took = time.monotonic() - started
     os.kill(int(done.stdout), signal.SIGKILL)
     assert done.returncode == 124
     # The timeout, the short wait for the output, and what starting takes; not the grace of 10 s.
-    assert took < 7
+    assert took < 10
     assert cli.only_task()["status"] == "timed_out"
 
 
@@ -146,7 +146,7 @@ def test_the_group_has_its_grace_when_its_leader_is_gone(cli: CLI, tmp_path: Pat
     there = tmp_path / "cleaned up"
     inner = f"trap 'sleep 3; touch \"{there}\"; exit' TERM; while :; do sleep 0.1; done"
     script = f"({inner}) & exec sleep 30"
-    assert cli("run", "--timeout", "0.5s", "--", "sh", "-c", script).returncode == 124
+    assert cli("run", "--timeout", "2s", "--", "sh", "-c", script).returncode == 124
     assert there.exists()
 
 
@@ -154,13 +154,13 @@ def test_a_timeout_ends_the_whole_group(cli: CLI, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     script = f"trap '' TERM; sleep 77 & echo $! > {pids}; echo $$ >> {pids}; echo begun; wait"
     begun = time.monotonic()
-    done = cli("run", "--timeout", "0.7s", "--grace", "0.3", "--", "sh", "-c", script)
+    done = cli("run", "--timeout", "2s", "--grace", "0.3", "--", "sh", "-c", script)
     assert (done.returncode, done.stdout) == (124, b"begun\n")
     assert time.monotonic() - begun < 15
     for pid in pids.read_text().split():
         assert not is_alive(int(pid))
     task = cli.only_task()
-    assert (task["status"], task["error"]) == ("timed_out", "timed out after 0.7s")
+    assert (task["status"], task["error"]) == ("timed_out", "timed out after 2.0s")
     assert task["progress_summary"] == "begun"
 
 
@@ -169,7 +169,7 @@ def test_who_outlives_the_leader_is_ended_too(cli: CLI, tmp_path: Path) -> None:
     deaf = f"trap '' TERM; echo $$ > {pid_file}; exec sleep 81"
     script = f"sh -c \"{deaf}\" >/dev/null 2>&1 & trap 'exit 0' TERM; while :; do sleep 0.05; done"
     script = script.replace("$$", "\\$\\$")
-    assert cli("run", "--timeout", "1", "--", "sh", "-c", script).returncode == 124
+    assert cli("run", "--timeout", "2", "--", "sh", "-c", script).returncode == 124
     pid = int(pid_file.read_text())
     until(lambda: not is_alive(pid))
 
@@ -177,7 +177,7 @@ def test_who_outlives_the_leader_is_ended_too(cli: CLI, tmp_path: Path) -> None:
 def test_who_reacts_to_sigterm_may_end_by_itself(cli: CLI, tmp_path: Path) -> None:
     # What sh itself says of its sleep being terminated would be the last line.
     script = "exec 2>&-; trap 'echo cleaned up; exit 0' TERM; while :; do sleep 0.05; done"
-    done = cli("run", "--timeout", "0.5", "--", "sh", "-c", script)
+    done = cli("run", "--timeout", "2", "--", "sh", "-c", script)
     assert done.returncode == 124
     assert cli.only_task()["progress_summary"] == "cleaned up"
 

@@ -9,16 +9,14 @@ import sys
 
 import pytest
 
-FORGETFUL = """
+OPEN_FOR_EVER = """
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 
-class ForgetfulStore(MemoryStore):
-    def apply(self, changes):
-        commit = super().apply(changes)
-        self.storage.deleted.clear()
-        return commit
+class OpenForEver(MemoryStore):
+    def _check_open(self):
+        pass
 
-def open_forgetful(url, **options):
+def open_for_ever(url, **options):
     raise NotImplementedError
 
 from contextlib import contextmanager
@@ -26,14 +24,14 @@ from contextlib import contextmanager
 @contextmanager
 def scratch(url):
     storage = MemoryStorage()
-    yield lambda *, read_only=False: ForgetfulStore(storage, read_only=read_only)
+    yield lambda *, read_only=False: OpenForEver(storage, read_only=read_only)
 """
 ENTRY_POINTS = """
 [taskstore.backends]
-forgetful = forgetful:open_forgetful
+forever = forever:open_for_ever
 
 [taskstore.scratch]
-forgetful = forgetful:scratch
+forever = forever:scratch
 """
 
 
@@ -41,10 +39,10 @@ forgetful = forgetful:scratch
 def elsewhere(tmp_path):
     """A directory outside the checkout, and an environment with one more backend installed."""
     site = tmp_path / "site"
-    installed = site / "forgetful-1.0.dist-info"
+    installed = site / "forever-1.0.dist-info"
     installed.mkdir(parents=True)
-    (site / "forgetful.py").write_text(FORGETFUL)
-    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: forgetful\nVersion: 1.0\n")
+    (site / "forever.py").write_text(OPEN_FOR_EVER)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: forever\nVersion: 1.0\n")
     (installed / "entry_points.txt").write_text(ENTRY_POINTS)
     work = tmp_path / "work"
     work.mkdir()
@@ -99,17 +97,20 @@ def test_a_good_backend_is_kept(elsewhere):
 
 
 def test_a_broken_one_is_told_by_the_clause(elsewhere):
-    done = contract(elsewhere, "forgetful:x", "--level", "core", "--json")
+    done = contract(elsewhere, "forever:x", "--level", "core", "--json")
     assert done.returncode == 1, done.stdout + done.stderr
     told = json.loads(done.stdout)
     assert told["ok"] is False
     assert set(told["levels"]) == {"core"}
     broken = [clause for clause in told["clauses"] if clause["outcome"] == "failed"]
-    assert "a_deleted_task_stays_deleted" in {clause["clause"] for clause in broken}
+    assert {clause["clause"] for clause in broken} == {
+        "a_closed_store_refuses_every_call",
+        "a_store_is_a_context_manager",
+    }
     assert all(clause["promise"].startswith("[") for clause in broken)
-    done = suite(elsewhere, "--taskstore-url", "forgetful:x", "--taskstore-level", "core")
+    done = suite(elsewhere, "--taskstore-url", "forever:x", "--taskstore-level", "core")
     assert done.returncode == 1
-    assert f"{len(broken)} failed" in done.stdout
+    assert "test_a_closed_store_refuses_every_call" in done.stdout
 
 
 def test_what_is_at_the_url_stays_untouched(elsewhere):

@@ -33,6 +33,7 @@ class LogStore(MemoryStore):
         self.location = str(path)
         self.path = path
         self.offset = 0
+        self.entered = 0  # what reads locks too, also in the middle of a commit
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         with self.locked():
             self.catch_up()
@@ -43,11 +44,15 @@ class LogStore(MemoryStore):
     def locked(self):
         with self.storage.changed:
             self._check_open()
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+            if self.entered == 0:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+            self.entered += 1
             try:
                 yield
             finally:
-                fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+                self.entered -= 1
+                if self.entered == 0:
+                    fcntl.flock(self.descriptor, fcntl.LOCK_UN)
 
     def catch_up(self):
         rest = os.pread(self.descriptor, 1 << 30, self.offset)
@@ -125,7 +130,7 @@ class LogStore(MemoryStore):
         while self.head() <= after:
             if time.monotonic() > deadline:
                 return False
-            time.sleep(0.002)
+            time.sleep(0.01)
         return True
 
 

@@ -130,11 +130,12 @@ def name_of(case):
 
 @pytest.mark.parametrize("case", CAUGHT, ids=name_of)
 def test_the_clause_catches_the_fault(case, monkeypatch):
+    store_class, *clause = case
+    run(writers.Broken, *clause)
+    monkeypatch.setattr("taskstore.testing.contract_exclusive.A_WHILE_S", 10.0)
     monkeypatch.setattr("taskstore.testing.contract_journal.PATIENCE_S", 0.5)
     monkeypatch.setattr("taskstore.testing.contract_shared.PATIENCE_S", 0.5)
     monkeypatch.setattr("taskstore.testing.threads.PATIENCE_S", 5.0)
-    store_class, *clause = case
-    run(writers.Broken, *clause)
     with pytest.raises((Exception, pytest.fail.Exception)) as caught:
         run(store_class, *clause)
     assert not isinstance(caught.value, TypeError | NameError), "the broken store is broken"

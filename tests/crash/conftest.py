@@ -1,18 +1,16 @@
-"""Servers that tests may kill, places where nothing lasts, and figures that tests found."""
+"""Servers that tests may kill, and places where nothing lasts."""
 
 from __future__ import annotations
 
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from taskstore.testing.replication import PostgresNode, url_of
-
-_found = pytest.StashKey[list[tuple[str, str]]]()
 
 
 @pytest.fixture
@@ -58,21 +56,3 @@ def primary() -> Iterator[PostgresNode]:
 def standby(primary: PostgresNode) -> PostgresNode:
     """A synchronous standby of that server."""
     return primary.standby()
-
-
-@pytest.fixture
-def report(pytestconfig: pytest.Config) -> Callable[[str, object], None]:
-    """Show something under a heading in the terminal summary."""
-
-    def show(heading: str, text: object) -> None:
-        pytestconfig.stash.setdefault(_found, []).append((heading, str(text)))
-
-    return show
-
-
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    for heading, text in config.stash.get(_found, []):
-        terminalreporter.section(heading)
-        terminalreporter.line(text)

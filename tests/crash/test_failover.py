@@ -30,7 +30,7 @@ def shared_task(url: str) -> str:
 
 
 @pytest.mark.parametrize("death", ["killed", "stopped at once"])
-def test_a_server_that_comes_back(server, server_url, death):
+def test_a_server_that_comes_back(server, server_url, death, report):
     load, shared = Load(), shared_task(server_url)
     with TaskRegistry.open(server_url) as registry:
         with (
@@ -44,12 +44,12 @@ def test_a_server_that_comes_back(server, server_url, death):
                 server.start()
             load.until_acknowledged(100)
         load.check(server_url, registry)
-    print(f"\n{death} {3 * ROUNDS} times: {load}")
+    report(f"a server {death} {3 * ROUNDS} times", load)
     # Away for less than anybody's patience: nobody had to hear of it.
     assert (load.refused, load.unknown) == ([], [])
 
 
-def test_a_server_that_stays_away_for_longer(server, server_url):
+def test_a_server_that_stays_away_for_longer(server, server_url, report):
     load, shared = Load(), shared_task(server_url)
     with TaskRegistry.open(server_url, reconnect_s=0.5) as registry:
         with (
@@ -63,14 +63,14 @@ def test_a_server_that_stays_away_for_longer(server, server_url):
             server.start()
             load.until_acknowledged(100)
         load.check(server_url, registry)
-    print(f"\naway for longer than 0.5 s: {load}")
+    report("a server away for longer than 0.5 s", load)
 
 
 # -- a standby that takes over ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("_round", range(ROUNDS))
-def test_a_synchronous_standby_takes_over(primary, standby, _round):
+def test_a_synchronous_standby_takes_over(primary, standby, _round, report):
     url, load = url_of(primary, standby), Load()
     shared = shared_task(url)
     with TaskRegistry.open(url) as registry, TaskRegistry.open(url) as reader:
@@ -94,7 +94,7 @@ def test_a_synchronous_standby_takes_over(primary, standby, _round):
         assert reader.store.wait_for(registry.seq - 1, 5)
         load.check(url, registry)
         assert list(reader.list()) == list(registry.list())
-    print(f"\nfailover after {before}: {load}")
+    report(f"failover after {before}", load)
     assert (load.refused, load.unknown) == ([], [])
 
 

@@ -29,9 +29,9 @@ def url_of(scheme: str, request) -> str:
 
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("scheme", STEPS)
-def test_every_fault_is_told_by_name_and_memory_equals_disk(scheme, request):
+def test_every_fault_is_told_by_name_and_memory_equals_disk(scheme, request, report):
     cells = run_matrix(url_of(scheme, request), steps=steps_of(scheme))
-    print(f"\n{render(cells)}")
+    report(f"every fault at every step, {scheme}", render(cells))
     assert not problems(cells), render(cells)
     assert len({cell.scenario for cell in cells}) == 11
     struck = [cell for cell in cells if cell.number]

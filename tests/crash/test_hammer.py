@@ -17,7 +17,7 @@ import pytest
 from taskstore import TaskRecord, TaskRegistry, open_store
 from taskstore.errors import InvalidTransition, TaskNotFound
 from taskstore.testing.hammer import WAIT_S, describe, hammer
-from taskstore.testing.processes import Child, Report
+from taskstore.testing.processes import Report, Work, together
 
 CHANGES = int(os.environ.get("TASKSTORE_HAMMER_CHANGES", "80"))
 RACES = 10
@@ -31,9 +31,9 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"{request.param}:///{tmp_path / 'ledger'}"
 
 
-def test_four_processes_on_five_tasks(url):
+def test_four_processes_on_five_tasks(url, report):
     result = hammer(url, processes=4, tasks=5, changes=CHANGES, rounds=2)
-    print(*describe(result), sep="\n")
+    report(f"four processes on five tasks, {url.partition(':')[0]}", "\n".join(describe(result)))
     assert result.problems == []
     assert result.revisions == result.changes + 5
     assert result.longest < WAIT_S
@@ -68,7 +68,7 @@ def race(url: str, *moves: Move) -> list[list[str]]:
             for number in range(RACES)
         ]
 
-    def work(move: Move) -> Callable[[Report], None]:
+    def work(move: Move) -> Work:
         def run(report: Report) -> None:
             with TaskRegistry.open(url) as registry:
                 for task_id in tasks:
@@ -76,8 +76,7 @@ def race(url: str, *moves: Move) -> list[list[str]]:
 
         return run
 
-    children = Child.all_of([work(move) for move in moves])
-    told = zip(*(child.finish() for child in children), strict=True)
+    told = zip(*together([work(move) for move in moves]), strict=True)
     return [[task_id, *answers] for task_id, answers in zip(tasks, told, strict=True)]
 
 

@@ -23,7 +23,7 @@ SERVERS = {"postgresql": "postgres_url", "mariadb": "mariadb_url"}
 
 
 @pytest.mark.parametrize("scheme", ["json", "sqlite", "postgresql", "mariadb"])
-def test_nothing_acknowledged_is_lost_to_sigkill(tmp_path, request, capsys, scheme):
+def test_nothing_acknowledged_is_lost_to_sigkill(tmp_path, request, report, scheme):
     url = f"{scheme}:///{tmp_path / 'ledger'}"
     if scheme in SERVERS:
         url = request.getfixturevalue(SERVERS[scheme])
@@ -39,5 +39,4 @@ def test_nothing_acknowledged_is_lost_to_sigkill(tmp_path, request, capsys, sche
             harness.kill_one(chance.uniform(0, LONGEST_REST_S), commits=chance.randrange(40))
         assert not harness.problems, harness.problems
         assert harness.kills < ROUNDS * 5, "no writer came through a compaction"
-    with capsys.disabled():
-        print(f"\n{scheme}: {harness}, in {time.monotonic() - started:.0f} s")
+    report(f"writers killed, {scheme}", f"{harness}, in {time.monotonic() - started:.0f} s")

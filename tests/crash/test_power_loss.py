@@ -23,7 +23,7 @@ STORE = Path(jsonfile.__file__).parent
 
 UNNEEDED = {
     # What it removes does not count any more; if it is back, it is removed again.
-    "writing.py: Writer._clear_up: sync_directory",
+    "leftovers.py: clear_up: sync_directory",
     "writing.py: Writer.replace: sync_directory",
 }
 """Syncs without which nothing is lost."""

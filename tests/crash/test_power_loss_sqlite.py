@@ -65,3 +65,10 @@ def test_states_are_mixtures_of_blocks_that_were_written():
     assert {files.database for files in found} == {before.database}
     assert all(files.log.startswith(before.log) for files in found)
     assert max(len(files.log) for files in found) == len(after.log)
+
+
+def test_a_log_that_was_begun_anew_and_no_more():
+    before = Files(b"d" * 4096, b"h" * 32 + b"a" * 2000)
+    after = Files(b"d" * 4096, b"g" * 32 + b"a" * 2000)
+    found = [left.files for left in states(before, after, most=30, chance=random.Random(1))]
+    assert set(found) == {before, after}

@@ -288,10 +288,15 @@ class JournalContract(ContractBase):
         """[2] Waiting costs no processor time to speak of, in whatever thread."""
         create(ledger.store)
         ledger.store.wait_for(1, 0.01)
-        used = time.process_time()
-        assert ledger.store.wait_for(1, IDLE_S) is False
-        used = time.process_time() - used
-        assert used < IDLE_S * IDLE_SHARE, f"{used:.3f} s of {IDLE_S} s were computed"
+
+        def computed() -> float:
+            used = time.process_time()
+            assert ledger.store.wait_for(1, IDLE_S) is False
+            return time.process_time() - used
+
+        # What else the process does, a garbage collection say, does not come three times.
+        allowed = IDLE_S * IDLE_SHARE
+        assert any(computed() <= allowed for _ in range(3)), f"over {allowed} s of {IDLE_S} s"
 
     @pytest.mark.parametrize("timeout", [10.0**9, 1e-3])
     def test_any_timeout(self, ledger: Ledger, timeout: float) -> None:

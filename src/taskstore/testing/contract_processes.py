@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
 
@@ -17,7 +17,7 @@ from taskstore.store import SupportsJournal
 from taskstore.testing.base import ContractBase, Ledger
 from taskstore.testing.contract_shared import check_history, count_up
 from taskstore.testing.factories import create, make_record
-from taskstore.testing.processes import Child, Report
+from taskstore.testing.processes import Dawdle, Report, Work, together
 from taskstore.testing.threads import PATIENCE_S, patiently
 
 PROCESSES = 4
@@ -37,7 +37,7 @@ class ProcessesContract(ContractBase):
         if not hasattr(os, "fork"):
             pytest.skip("this platform cannot fork")
 
-    def test_processes_open_new_storage_together(self, ledger: Ledger) -> None:
+    def test_processes_open_new_storage_all_do(self, ledger: Ledger) -> None:
         """[2] Whoever comes first sets it up; everybody gets in, and no seq is given twice."""
 
         def work(report: Report) -> None:
@@ -47,7 +47,7 @@ class ProcessesContract(ContractBase):
                     patiently(partial(store.apply, [Put(record)]))
                     report(record.task_id)
 
-        told = _together(ledger, work)
+        told = _all_do(ledger, work)
         for store in ledger.twice():
             assert len(told) == PROCESSES * TURNS
             assert set(store.load_snapshot().records) == set(told)
@@ -58,12 +58,12 @@ class ProcessesContract(ContractBase):
         shared = [create(ledger.store, label=str(number)) for number in range(2)]
 
         def work(report: Report) -> None:
-            with ledger.open_store() as store:
+            with ledger.open_store() as store, Dawdle():
                 for record in shared:
                     count_up(store, record.task_id, TURNS)  # type: ignore[arg-type]
             report("done")
 
-        assert _together(ledger, work) == ["done"] * PROCESSES
+        assert _all_do(ledger, work) == ["done"] * PROCESSES
         for store in ledger.twice():
             records = store.load_snapshot().records
             for record in shared:
@@ -74,15 +74,18 @@ class ProcessesContract(ContractBase):
     def test_processes_book_a_run_once(self, ledger: Ledger) -> None:
         """[3] The same run created by several processes is one task, and all get that."""
         ledger.close()
+        # Who began later would know from the start what the others have booked.
+        opened = multiprocessing.get_context("fork").Barrier(PROCESSES)
 
         def work(report: Report) -> None:
-            with ledger.open_store() as store:
+            with ledger.open_store() as store, Dawdle():
                 registry = TaskRegistry(store)
+                opened.wait(PATIENCE_S)
                 for number in range(RUNS):
                     task = _booked(registry, f"run {number}")
                     report(f"{number} {task.task_id}")
 
-        told = set(_together(ledger, work))
+        told = set(_all_do(ledger, work))
         assert len(told) == RUNS
         for store in ledger.twice():
             assert len(store.load_snapshot().records) == RUNS
@@ -111,8 +114,7 @@ class ProcessesContract(ContractBase):
 
         with ledger.open_store():
             pass  # so that the reader finds something to open
-        children = Child.all_of([write, write, read])
-        assert [child.finish() for child in children] == [["wrote"], ["wrote"], ["read"]]
+        assert together([write, write, read]) == [["wrote"], ["wrote"], ["read"]]
 
     def test_another_process_ends_the_wait(self, ledger: Ledger) -> None:
         """[2] What another process commits wakes who waits for it, whenever that is."""
@@ -140,14 +142,13 @@ class ProcessesContract(ContractBase):
 
         with ledger.open_store():
             pass  # so that the one who waits finds something to open
-        children = Child.all_of([write, wait])
-        assert [child.finish() for child in children] == [["wrote"], ["heard"]]
+        assert together([write, wait]) == [["wrote"], ["heard"]]
 
 
-def _together(ledger: Ledger, work: Callable[[Report], None]) -> list[str]:
+def _all_do(ledger: Ledger, work: Work) -> list[str]:
     """Do the same in several processes at once; everything that they told."""
     ledger.close()
-    return [line for child in Child.all_of([work] * PROCESSES) for line in child.finish()]
+    return [line for told in together([work] * PROCESSES) for line in told]
 
 
 def _booked(registry: TaskRegistry, run_id: str) -> TaskRecord:

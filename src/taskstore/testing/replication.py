@@ -91,9 +91,10 @@ class PostgresNode:
         # Held still, it cannot start another process while they are counted.
         self._process.send_signal(signal.SIGSTOP)
         children = psutil.Process(self._process.pid).children(recursive=True)
-        self._process.kill()
+        # The children first: they end by themselves when they miss the server.
         for child in children:
             child.kill()
+        self._process.kill()
         self._process.wait()
         self._process = None
         self._until(lambda: not any(map(_is_alive, children)), "die")

@@ -253,7 +253,7 @@ def _act(parts: Sequence[Part]) -> list[Outcome]:
         thread.start()
     for thread in threads:
         thread.join(PATIENCE_S)
-    return outcomes
+    return list(outcomes)  # who is late has hung, whatever comes of it
 
 
 def _call(part: Part) -> Outcome:

@@ -133,6 +133,8 @@ def _mixed(
         for number in range(-(-len(new) // BLOCK))
         if _block(old, number) != _block(new, number)
     ]
+    if not blocks:
+        return
     choices = [[block] for block in blocks]
     choices += [[other for other in blocks if other != block] for block in blocks]
     choices += [blocks[:count] for count in range(1, len(blocks))]
