@@ -82,7 +82,7 @@ class Connections(Lending):
             except ReplacedError:
                 self.reopen()
             except self.database.translator.errors as error:
-                self._pause_or_raise(trouble, error)
+                trouble.pause_or_raise(error)
             else:
                 self._reading_outage.end()
                 return result
@@ -99,6 +99,7 @@ class Connections(Lending):
                 session.execute("COMMIT")
         except BaseException as error:
             self._abandon(session, error)
+            self._check_there(session, error)
             raise
         self._release(session)
 
@@ -140,7 +141,7 @@ class Connections(Lending):
             except ReplacedError:
                 self.reopen()
             except self.database.translator.errors as error:
-                self._pause_or_raise(trouble, error)
+                trouble.pause_or_raise(error)
             else:
                 self._writing_outage.end()
                 return result
@@ -191,7 +192,7 @@ class Connections(Lending):
             except ReplacedError:
                 self.reopen()
             except self.database.translator.errors as error:
-                self._pause_or_raise(trouble, error)
+                trouble.pause_or_raise(error)
 
     def _begin(self, lock: Callable[[Session], object] | None = None) -> None:
         session = self._unfinished = self._writer()
@@ -202,6 +203,7 @@ class Connections(Lending):
                 lock(session)
         except BaseException as error:
             self._abandon(session, error)
+            self._check_there(session, error)
             raise
         self._begun = session
 
@@ -215,6 +217,7 @@ class Connections(Lending):
             self.database.check_there(session)
         except BaseException as error:
             self._abandon(session, error)
+            self._check_there(session, error)
             raise
         try:
             self.database.commit(session)
@@ -300,11 +303,10 @@ class Connections(Lending):
             finally:
                 self._lock.release()
 
-    def _pause_or_raise(self, trouble: Trouble, error: BaseException) -> None:
-        if not self.database.is_there():
-            self.reopen()
-        else:
-            trouble.pause_or_raise(error)
+    def _check_there(self, session: Session, error: BaseException) -> None:
+        """See in trouble with a file that was replaced no trouble but that."""
+        if isinstance(error, self.database.translator.errors):
+            self.database.check_there(session)
 
     def _drop_held(self) -> None:
         held, self._held = self._held, None

@@ -11,6 +11,7 @@ import os
 import sqlite3
 import stat
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -121,64 +122,109 @@ def create_privately(path: Path) -> None:
         ) from error
 
 
+_LOGS = ("-wal", "-shm")
+_NO_FILE = (0, 0)
+
+
 def inode_of(path: str) -> tuple[int, int]:
     """Which file lies at a path; (0, 0) where none can be seen."""
     try:
         found = os.stat(path)  # noqa: PTH116 - half the time
     except OSError:
-        return (0, 0)
+        return _NO_FILE
     return (found.st_ino, found.st_dev)
 
 
+OPEN_LOG = "SELECT count(*) FROM sqlite_master"
+"""Reads as little as there is: with the first read, a connection opens the log."""
+
+REPLACING_S = 1.0
+"""How long a file whose logs are gone is taken to be one that is just being replaced."""
+
+
 class OpenFile:
-    """The file that an engine's connections are to, and the logs that they have had open.
+    """The file that an engine's connections are to, and the logs beside it.
 
     It is only ever looked at from outside (``os.stat``): whoever opens and
     closes it beside SQLite drops SQLite's locks on it.
+
+    One connection is kept and never lent.  While it is open, SQLite leaves the
+    ``-wal`` and ``-shm`` that it opened where they are; when they are gone all
+    the same, somebody has removed them, and what is committed to them is lost
+    with the last who has them open.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, connect: Callable[[], Any]) -> None:
         self._path = str(path)
+        self._connect = connect
         self._inode = inode_of(self._path)
-        self._logs: set[tuple[int, int]] = set()
+        self._lock = threading.Lock()
+        self._kept: Any = None
+        self._logs: dict[str, tuple[int, int]] = {}
+        # Logs of a successor that could not be used, still to beware of.
+        self._left: set[tuple[int, int]] = set()
+        self._logs_gone_at: float | None = None
+
+    def keep_open(self) -> None:
+        """Open the connection that is kept, if it is not, and note the logs that it has."""
+        with self._lock:
+            if len(self._logs) == len(_LOGS):
+                return
+            if self._kept is None:
+                kept = self._connect()
+                if inode_of(self._path) != self._inode:
+                    kept.close()  # not a byte was read: a log that is not its own is left alone
+                    raise self._replaced()
+                self._kept = kept
+            self._kept.execute(OPEN_LOG).fetchall()
+            found = {self._path + suffix: inode_of(self._path + suffix) for suffix in _LOGS}
+            # Without all of them it is no file with a log yet, or is being replaced.
+            if _NO_FILE not in found.values() and inode_of(self._path) == self._inode:
+                self._logs = found
 
     def is_there(self) -> bool:
-        """Whether it still lies where it was opened."""
-        return inode_of(self._path) == self._inode
+        """Whether it still lies where it was opened, and its logs beside it."""
+        return inode_of(self._path) == self._inode and self._logs_are_there()
 
     def check_there(self) -> None:
         """Raise :class:`ReplacedError` if it does not."""
-        if inode_of(self._path) != self._inode:
-            raise ReplacedError(
-                f"{self._path} was moved, removed or replaced while it was open", hint="try again"
-            )
-
-    def note_logs(self) -> None:
-        """Note which ``-wal`` and ``-shm`` a connection has just opened."""
-        if self.is_there():
-            self._logs.update(inode_of(name) for name in self._log_names())
-            self._logs.discard((0, 0))
+        if not self.is_there():
+            raise self._replaced()
 
     def inherit(self, other: OpenFile) -> None:
         """Take the logs that another file has left at the path for ones to beware of."""
-        self._logs.update(inode_of(name) for name in other.logs_left())
+        self._left.update(inode_of(name) for name in other.logs_left())
 
     def logs_left(self) -> list[str]:
         """The names under which logs of this very file still lie at the path."""
-        return [name for name in self._log_names() if inode_of(name) in self._logs]
+        own = {*self._logs.values(), *self._left}
+        return [name for name in self._logs if inode_of(name) in own]
 
-    def check_successor(self) -> None:
-        """Raise :class:`~taskstore.StoreUnavailableError` unless the file that has taken
-        this one's place can be opened without harm.
+    def await_successor(self) -> None:
+        """Wait a moment for the file that takes this one's place, if its logs went first.
 
-        A log that is replayed over another database than its own destroys it;
-        one that is empty may yet be written to by who still has it open.
+        Raises :class:`~taskstore.StoreUnavailableError` unless that file can
+        be opened without harm: a log that is replayed over another database
+        than its own destroys it; one that is empty may yet be written to by
+        who still has it open.
         """
+        if self._logs_gone_at is None:
+            self._logs_gone_at = time.monotonic()
+        while inode_of(self._path) == self._inode and not self._logs_are_there():
+            if time.monotonic() - self._logs_gone_at > REPLACING_S:
+                raise StoreUnavailableError(
+                    f"the -wal or -shm beside {self._path} was removed while it was open: "
+                    "nothing is written to it or read from it any more",
+                    hint="let every process that has it open close it, which saves what was "
+                    "committed, before you open it again",
+                )
+            time.sleep(0.001)
+        self._logs_gone_at = None
         replaced = (
             f"{self._path} was moved, removed or replaced while it was open: "
             "nothing is written to it or read from it any more"
         )
-        if inode_of(self._path) == (0, 0):
+        if inode_of(self._path) == _NO_FILE:
             raise StoreUnavailableError(replaced, hint="put it back, or open it again")
         if left := self.logs_left():
             raise StoreUnavailableError(
@@ -187,8 +233,20 @@ class OpenFile:
                 f"{self._path}-wal and {self._path}-shm, and open it again",
             )
 
-    def _log_names(self) -> tuple[str, str]:
-        return (f"{self._path}-wal", f"{self._path}-shm")
+    def close(self) -> None:
+        """Close the connection that was kept."""
+        with self._lock:
+            kept, self._kept = self._kept, None
+        if kept is not None:
+            kept.close()
+
+    def _replaced(self) -> ReplacedError:
+        return ReplacedError(
+            f"{self._path} was moved, removed or replaced while it was open", hint="try again"
+        )
+
+    def _logs_are_there(self) -> bool:
+        return all(inode_of(name) == inode for name, inode in self._logs.items())
 
 
 def opener(

@@ -136,12 +136,9 @@ class Database:
     file: Any = None
     """Which file new connections are to, where that can change: see :attr:`Session.file`."""
 
-    def is_there(self) -> bool:
-        """Whether the database that we have open still lies where it was opened."""
-        return True
-
     def check_there(self, session: Session) -> None:
-        """Raise :class:`ReplacedError` if what this session is connected to does not."""
+        """Raise :class:`ReplacedError` if what this session is connected to does not lie
+        any more where it was opened."""
 
     def reopen(self, set_up: Callable[[Database], None]) -> None:
         """Go on with the database that lies where ours was, once ``set_up`` has accepted it.

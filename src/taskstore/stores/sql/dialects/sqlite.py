@@ -26,6 +26,7 @@ from taskstore.stores.sql.dialects.base import LOCK_S, LOCK_WAIT_S, Database
 from taskstore.stores.sql.errors import Fault, Translator, sqlite_fault
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.sqlite_files import (
+    OPEN_LOG,
     ImmutableWatch,
     OpenFile,
     create_privately,
@@ -124,9 +125,7 @@ class SQLiteDatabase(Database):
             )
 
         if self.file is not None:
-            # The log of a file that has only now become one with a log.
-            session.rows(_OPEN_LOG)
-            self.file.note_logs()
+            self.file.keep_open()  # the logs of a file that has only now become one with logs
 
     def dedicate(self, session: Session) -> None:
         # SQLite's own waiting sleeps for up to a tenth of a second between two
@@ -166,9 +165,6 @@ class SQLiteDatabase(Database):
         writing = lock_holders(f"{self.location}-shm", byte=_WRITE_LOCK)
         return writing or lock_holders(self.location)
 
-    def is_there(self) -> bool:
-        return self.file is None or self.file.is_there()
-
     def check_there(self, session: Session) -> None:
         if session.file is not None:
             session.file.check_there()
@@ -182,7 +178,7 @@ class SQLiteDatabase(Database):
         old, engine = self.file, self.engine
         if old is None or old.is_there():
             return
-        old.check_successor()
+        old.await_successor()
         fresh = _open(Path(self.location), durability=self.durability, read_only=self.read_only)
         fresh.notices = self.notices
         try:
@@ -199,6 +195,7 @@ class SQLiteDatabase(Database):
             self.notice(open_files.hold(self.location, self._library))
         # SQLite leaves the logs at the path alone when it closes a file that has moved.
         engine.dispose()
+        old.close()
         log.warning("%s was replaced while it was open: going on with the new file", self.location)
 
     def rollback(self, session: Session) -> None:
@@ -233,6 +230,8 @@ class SQLiteDatabase(Database):
 
     def close(self) -> None:
         super().close()
+        if self.file is not None:
+            self.file.close()
         self._turnstile.close()
         if self._holds:
             self._holds = False
@@ -268,7 +267,6 @@ def _open(path: Path, *, durability: str, read_only: bool) -> SQLiteDatabase:
     if read_only:
         with driver_errors:
             watch = ImmutableWatch(path) if needs_immutable(module, path) else None
-    file = OpenFile(path)
     open_one = opener(
         module,
         path,
@@ -276,13 +274,25 @@ def _open(path: Path, *, durability: str, read_only: bool) -> SQLiteDatabase:
         read_only=read_only,
         immutable=watch is not None,
     )
+    file = OpenFile(path, open_one)
+    pragmas = _READ_PRAGMAS if read_only else _write_pragmas(durability)
 
     def connect() -> Any:
+        file.keep_open()
         raw = open_one()
-        if not file.is_there():
+        try:
             # Not a byte was read yet: a log that is not its own was left alone.
+            file.check_there()
+            # Damaged text is for the checksums to find, not a reason to stop reading.
+            raw.text_factory = _lenient
+            for pragma in pragmas:
+                raw.execute(pragma)
+            raw.execute(OPEN_LOG).fetchall()
+            file.check_there()  # or it has made itself a log that is nobody's
+        except BaseException:
             raw.close()
             file.check_there()
+            raise
         return raw
 
     engine = sa.create_engine(
@@ -292,25 +302,15 @@ def _open(path: Path, *, durability: str, read_only: bool) -> SQLiteDatabase:
         poolclass=sa.QueuePool,
         isolation_level="AUTOCOMMIT",
     )
-    pragmas = _READ_PRAGMAS if read_only else _write_pragmas(durability)
 
     @event.listens_for(engine, "connect")
-    def configure(raw: Any, record: Any) -> None:
+    def note_file(_raw: Any, record: Any) -> None:
         record.info["file"] = file
-        # Damaged text is for the checksums to find, not a reason to stop reading.
-        raw.text_factory = _lenient
-        for pragma in pragmas:
-            raw.execute(pragma)
-        raw.execute(_OPEN_LOG).fetchall()
-        file.note_logs()
 
     return SQLiteDatabase(
         engine, owned=True, durability=durability, read_only=read_only, watch=watch, file=file
     )
 
-
-_OPEN_LOG = "SELECT count(*) FROM sqlite_master"
-"""Reads as little as there is: with the first read, a connection opens the log."""
 
 _READ_PRAGMAS = ("PRAGMA query_only = ON",)
 
