@@ -17,6 +17,7 @@ Clock = Callable[[], int]
 """Returns the current time in Unix milliseconds, UTC."""
 
 _RANDOM_BITS = 74
+_LOWER_62 = (1 << 62) - 1
 _DRAWN_BYTES = 9
 _STEP_BYTES = 4
 
@@ -60,10 +61,9 @@ class UUIDv7:
                     self._random = int.from_bytes(os.urandom(_DRAWN_BYTES))
             ms, random = self._ms, self._random
         # Version 7 stands before the upper 12 random bits, variant 2 before the other 62.
-        return (
-            f"{ms >> 16:08x}-{ms & 0xFFFF:04x}-7{random >> 62:03x}"
-            f"-{0x8000 | random >> 48 & 0x3FFF:04x}-{random & 0xFFFF_FFFF_FFFF:012x}"
-        )
+        bits = ms << 80 | 7 << 76 | random >> 62 << 64 | 2 << 62 | random & _LOWER_62
+        text = bits.to_bytes(16).hex()
+        return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
 new_task_id = UUIDv7()

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import msgspec
-from msgspec.structs import replace
+from msgspec.structs import force_setattr, replace
 
 from taskstore.errors import ValidationError
 from taskstore.records import (
@@ -30,6 +30,9 @@ from taskstore.validation import (
     check_text,
     encode_metadata,
 )
+
+# An enum looks its members up at each access.
+_RUNNING, _SESSION, _PENDING = TaskStatus.RUNNING, ScopeKind.SESSION, DeliveryStatus.PENDING
 
 _BEGINNINGS = {str(status): status for status in TaskStatus if not status.is_terminal}
 """What a task may be when it is created, by its name."""
@@ -77,18 +80,15 @@ def new_record(
     if state is None:
         state = check_enum("status", status, TaskStatus)
         raise ValidationError("status", f"a task starts queued or running, not {state}")
-    metadata = given.pop("metadata", NO_METADATA)
-    created_at = given.pop("created_at", now)
+    if "metadata" in given:
+        given["metadata_json"] = given.pop("metadata")
+    created_at = given.setdefault("created_at", now)
     event_at = max(now, created_at)
-    owned = "owner_key" in given or "requester_session_key" in given
-    if "scope_kind" not in given:
-        given["scope_kind"] = ScopeKind.SESSION if owned else ScopeKind.SYSTEM
-    if "delivery_status" not in given:
-        given["delivery_status"] = (
-            DeliveryStatus.PENDING if owned else DeliveryStatus.NOT_APPLICABLE
-        )
+    if "owner_key" in given or "requester_session_key" in given:
+        given.setdefault("scope_kind", _SESSION)
+        given.setdefault("delivery_status", _PENDING)
     given.setdefault("last_event_at", event_at)
-    if state is TaskStatus.RUNNING:
+    if state is _RUNNING:
         given.setdefault("started_at", event_at)
     for name in ("started_at", "last_event_at", "cleanup_after"):
         if name in given and given[name] < created_at:
@@ -99,15 +99,14 @@ def new_record(
         runtime=check_key("runtime", runtime),
         task=check_text("task", task, TASK_BYTES),
         status=state,
-        created_at=created_at,
-        metadata_json=metadata,
         **given,
     )
-    if record.scope_kind is ScopeKind.SESSION and record.owner_key is None:
+    if record.scope_kind is _SESSION and record.owner_key is None:
         raise ValidationError("owner_key", "is required unless scope_kind is system")
-    if record.run_id is None:
-        return record
-    return replace(record, booking=run_digest(record))
+    if record.run_id is not None:
+        # It is nobody else's yet.
+        force_setattr(record, "booking", run_digest(record))
+    return record
 
 
 def run_digest(record: TaskRecord) -> str:
