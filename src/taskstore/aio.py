@@ -28,13 +28,12 @@ from types import MappingProxyType
 from typing import Any, ParamSpec, Self, TypeVar
 
 from taskstore import history
-from taskstore.awaitable import AsyncRunScope, Opening, Operations, awaitable
+from taskstore.awaitable import AsyncFollower, AsyncRunScope, Opening, Operations, awaitable
 from taskstore.backends import default_url, open_store
 from taskstore.batch import Batch
 from taskstore.clock import Clock
 from taskstore.committer import Committer
 from taskstore.errors import StoreClosedError, TaskStoreError
-from taskstore.following import Follower
 from taskstore.groupcommit import Operation, Request
 from taskstore.hooks import Hook, Hooks
 from taskstore.journal import JournalEntry, Snapshot
@@ -60,8 +59,8 @@ class AsyncTaskRegistry(LedgerReader):
 
     ``async with AsyncTaskRegistry.open(url) as registry:``.  Verbs are
     awaited; lookups (``get``, ``find``, ``list``, …) are not.  A cancelled
-    wait leaves its change fully done or not done.  Hooks are called in a
-    thread of their own, in order, and before the verb returns whose event
+    wait leaves its change fully done or not done.  Hooks are called in order,
+    in threads other than the loop's, and before the verb returns whose event
     they are called with, unless they are at an earlier one just then.
     """
 
@@ -79,7 +78,7 @@ class AsyncTaskRegistry(LedgerReader):
         self._committer = Committer(store, self._mirror, self._hooks)
         self._operations = Operations(store)
         self._owns_store = False
-        self._follower: Follower | None = None
+        self._follower: AsyncFollower | None = None
         self._loop = asyncio.get_running_loop()
         self._settled: deque[asyncio.Future[None]] = deque()
         self._woken = False
@@ -200,7 +199,7 @@ class AsyncTaskRegistry(LedgerReader):
         finally:
             batch.closed = True
             _batches.reset(token)
-        if outer is not None:
+        if outer is not None and not outer.closed:
             outer.join(batch)
         elif batch.operations:
             await self._commit(batch.replay)
@@ -252,16 +251,18 @@ class AsyncTaskRegistry(LedgerReader):
         self._check_open()
         return await self._in_thread(history.as_of, self._store, moment)
 
-    def follow(self) -> Follower:
+    def follow(self) -> AsyncFollower:
         """Keep up with other processes: see :meth:`taskstore.TaskRegistry.follow`.
 
-        Hooks hear of what others commit in the thread that follows.
+        Hooks hear of what others commit in the thread that follows.  Use it in
+        an ``async with``, or ``stop()`` it, which does not wait for the thread.
         """
         self._check_open()
-        self._committer.check_process()
         if self._follower is None or not self._follower.alive:
             journal = history.journal_of(self._store, "follow")
-            self._follower = Follower(journal, lambda: self._mirror.seq, self._committer.refresh)
+            self._follower = AsyncFollower(
+                journal, lambda: self._mirror.seq, self._committer.refresh
+            )
         return self._follower
 
     # -- the end ------------------------------------------------------------------
@@ -288,7 +289,7 @@ class AsyncTaskRegistry(LedgerReader):
             if self._owns_store:
                 self._store.close()
             if follower is not None:
-                follower.stop()
+                follower.wait()
 
     def _dismiss(self, _: object) -> None:
         self._threads.shutdown(wait=False)
@@ -364,7 +365,9 @@ class AsyncTaskRegistry(LedgerReader):
         """Let the hooks hear of everything, then let go on who waited for that."""
         self._delivering = True
 
-        def delivered(_: object) -> None:
+        def delivered(delivery: asyncio.Future[None]) -> None:
+            # What a hook has raised is logged and counted by now; nobody here is to end of it.
+            delivery.exception()
             self._delivering = False
             _release(settled)
             # What came while nobody looked would have to wait for the next change.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
 
+from taskstore.following import Follower
 from taskstore.groupcommit import Operation
 from taskstore.records import TaskRecord
 from taskstore.runs import RunScope
@@ -26,6 +28,22 @@ class Operations(Verbs):
 
     def _run(self, operation: Operation[T]) -> T:
         return operation  # type: ignore[return-value]  # awaitable() knows
+
+
+class AsyncFollower(Follower):
+    """A follower that does not hold up the event loop: ``async with`` waits for its thread,
+    ``stop()`` does not."""
+
+    def stop(self) -> None:
+        """Follow no longer; the thread ends by itself.  Twice is fine, and so is from a hook."""
+        self.ask_to_stop()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.ask_to_stop()
+        await asyncio.to_thread(self.wait)
 
 
 class Committing(Protocol):

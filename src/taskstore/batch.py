@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+from taskstore.errors import Conflict, ConflictError, TaskNotFound
 from taskstore.groupcommit import Operation
+from taskstore.journal import Put
 from taskstore.mirror import Lookups, Staging
+from taskstore.records import TaskRecord
 
 T = TypeVar("T")
 
@@ -19,7 +22,8 @@ class Batch:
 
     def __init__(self, under: Lookups) -> None:
         self.staging = Staging(under)
-        self.operations: list[Operation[Any]] = []
+        # Each with what it gave in the body.
+        self.operations: list[tuple[Operation[Any], Any]] = []
         self.closed = False
 
     def add(self, operation: Operation[T]) -> T:
@@ -27,7 +31,7 @@ class Batch:
         trial = Staging(self.staging)
         result = operation(trial)
         self.staging.absorb(trial)
-        self.operations.append(operation)
+        self.operations.append((operation, result))
         return result
 
     def within(self) -> Batch:
@@ -40,6 +44,21 @@ class Batch:
         self.operations += inner.operations
 
     def replay(self, staging: Staging) -> None:
-        """Run everything again over what is committed by now."""
-        for operation in self.operations:
-            operation(staging)
+        """Run everything again over what is committed by now.
+
+        Raises :class:`ConflictError` where the body went on with a task that
+        another writer has booked first, under another id.
+        """
+        elsewhere: dict[str, Conflict] = {}
+        for operation, result in self.operations:
+            try:
+                again = operation(staging)
+            except TaskNotFound as error:
+                if error.task_id in elsewhere:
+                    raise ConflictError([elsewhere[error.task_id]]) from error
+                raise
+            if isinstance(result, TaskRecord) and again.task_id != result.task_id:
+                elsewhere[result.task_id] = Conflict(result.task_id, 0, 0, booked_by=again.task_id)
+        for change in staging.changes if elsewhere else ():
+            if isinstance(change, Put) and change.record.parent_task_id in elsewhere:
+                raise ConflictError([elsewhere[change.record.parent_task_id]])

@@ -96,15 +96,10 @@ class Committer:
     def close(self) -> None:
         """Commit what is under way, deliver its events, and take nothing more."""
         if self._queue.close():
-            self._hooks.deliver()
-
-    def check_process(self) -> None:
-        """Raise :class:`TaskStoreError` in a process that was forked from the one that loaded."""
-        self._queue.check_process()
+            self._hooks.drain()
 
     def refresh(self) -> None:
         """Bring in what other writers committed."""
-        self.check_process()
         try:
             with self._changing_memory():
                 self._replica.refresh()
@@ -117,13 +112,13 @@ class Committer:
         return Batch(self._mirror)
 
     def _check_writable(self) -> None:
-        self.check_process()
+        self._queue.check_process()
         if self._store.read_only:
             raise ReadOnlyError(f"{self._store.location} was opened read-only")
 
     def _commit_one(self, operation: Operation[T]) -> T:
         """Commit an operation by itself."""
-        with self._lock:
+        with self._lock:  # as _changing_memory does, without what a generator costs
             try:
                 result = self._commit(operation)
             except Exception:
@@ -136,9 +131,9 @@ class Committer:
     def _commit_all(self, requests: Sequence[Request[Any]]) -> None:
         """Commit what has come together: as one, or each by itself where that fails."""
         with self._changing_memory():
-            alone = requests if len(requests) == 1 else self._together(requests)
-            for request in alone:
-                self._alone(request)
+            if len(requests) == 1 or not self._together(requests):
+                for request in requests:
+                    self._alone(request)
 
     @contextmanager
     def _changing_memory(self) -> Iterator[None]:
@@ -152,23 +147,25 @@ class Committer:
                 self._replica.stale = True
                 raise
 
-    def _together(self, requests: Sequence[Request[Any]]) -> Sequence[Request[Any]]:
-        """Commit requests as one; returns those that have to go by themselves.
+    def _together(self, requests: Sequence[Request[Any]]) -> bool:
+        """Commit requests as one, in order; returns whether that was possible.
 
-        One that raises, or finds nothing to do, goes alone, where memory is
-        brought up to date first: it harms nobody, and nobody is told what is
-        no longer so.
+        One that raises leaves nothing of itself.  What it says, or that there
+        is nothing to do, may only seem so because memory is behind the store:
+        then all are run again.
         """
         for attempt in range(1, GROUP_ATTEMPTS + 1):
             if self._replica.stale:
                 self._replica.load()
             with self._keeping_others_out() if self._contended_until else _NOBODY_ELSE as news:
-                staging, alone = self._stage(requests)
-                if not staging.changes:
-                    return alone
+                staging, in_doubt = self._stage(requests)
                 if news:
                     self._look_out(news, staging.changes)
                 try:
+                    if in_doubt and self._replica.behind():
+                        continue
+                    if not staging.changes:
+                        return True
                     commit = self._store.apply(ChangeSet(staging.changes, self._mirror.position))
                 except ConflictError:
                     pass
@@ -178,29 +175,32 @@ class Committer:
                 except StoreBusyError:  # nobody is to wait for that once more
                     raise
                 except Exception:  # noqa: BLE001 (whose fault it is shows when each goes alone)
-                    return requests
+                    return False
                 else:
                     self._replica.publish(commit, staging.changes)
-                    return alone
+                    return True
             if not self._conflicted(attempt):
-                return requests
-        return requests
+                return False
+        return False
 
-    def _stage(self, requests: Sequence[Request[Any]]) -> tuple[Staging, list[Request[Any]]]:
-        """Run requests over memory, one on top of the other; and which have to go alone."""
+    def _stage(self, requests: Sequence[Request[Any]]) -> tuple[Staging, bool]:
+        """Run requests over memory, one on top of the other; and whether memory has to be
+        up to date for what some of them found."""
         staging = Staging(self._mirror)
-        alone = []
+        in_doubt = False
         for request in requests:
             trial = Staging(staging)
             try:
                 request.succeed(request.operation(trial))
-            except Exception:  # noqa: BLE001 (it comes again when the request goes alone)
-                alone.append(request)
+            except (TaskNotFound, InvalidTransition, ConflictError) as error:
+                request.fail(error)
+                in_doubt = True
+            except Exception as error:  # noqa: BLE001 (it is raised in the caller's thread)
+                request.fail(error)
             else:
                 staging.absorb(trial)
-                if not trial.changes:
-                    alone.append(request)
-        return staging, alone
+                in_doubt = in_doubt or not trial.changes
+        return staging, in_doubt
 
     def _alone(self, request: Request[Any]) -> None:
         try:

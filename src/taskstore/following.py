@@ -55,12 +55,16 @@ class Follower:
     def stop(self) -> None:
         """Follow no longer.  Twice is fine, and so is from a hook."""
         self.ask_to_stop()
-        if threading.current_thread() is not self._thread:
-            self._thread.join(STOP_S)
+        self.wait()
 
     def ask_to_stop(self) -> None:
         """Let the thread end when it next looks up."""
         self._stopped.set()
+
+    def wait(self) -> None:
+        """Wait until the thread has ended, unless this is it."""
+        if threading.current_thread() is not self._thread:
+            self._thread.join(STOP_S)
 
     def _run(self) -> None:
         pause = FIRST_PAUSE_S
@@ -73,7 +77,7 @@ class Follower:
                 self._await_news()
             except StoreClosedError:
                 return
-            except Exception as error:
+            except BaseException as error:  # a hook may raise anything: it ends nothing
                 if pause == FIRST_PAUSE_S:
                     known = isinstance(error, TaskStoreError)
                     logger.warning("cannot follow: %s", error, exc_info=not known)

@@ -9,6 +9,7 @@ callers that take turns at leading form small batches.)
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from typing import Any, Generic, TypeVar
 from taskstore.errors import OutcomeUnknownError, StoreClosedError, TaskStoreError
 from taskstore.mirror import Staging
 
+logger = logging.getLogger("taskstore")
+
 T = TypeVar("T")
 
 Operation = Callable[[Staging], T]
@@ -24,6 +27,10 @@ Operation = Callable[[Staging], T]
 
 IDLE_S = 5.0
 """How long the writer thread waits for company before it ends, in seconds."""
+
+
+INTERRUPTED_S = 1.0
+"""How long an interrupted caller waits for a commit that has begun, in seconds."""
 
 
 class Request(Generic[T]):
@@ -42,12 +49,13 @@ class Request(Generic[T]):
         self._error: BaseException | None = None
 
     def succeed(self, result: T) -> None:
-        """Keep the result; the caller is not told before :meth:`settle`."""
+        """Keep the result, instead of an earlier one; the caller is not told before
+        :meth:`settle`."""
         self._result = result
         self._error = None
 
     def fail(self, error: BaseException) -> None:
-        """Keep the error; the caller is not told before :meth:`settle`."""
+        """Keep the error, likewise."""
         self._error = error
 
     def outcome(self) -> T:
@@ -93,6 +101,8 @@ class CommitQueue:
         self._queue: list[Request[Any]] = []
         # Who commits at present: a caller, known by its operation, the writer thread, or nobody.
         self._leader: Operation[Any] | threading.Thread | None = None
+        # The thread of the caller who took the lead last.
+        self._led_by = 0
         self._writer: threading.Thread | None = None
         # The writer thread waits for it; it is free when there is something to look at.
         self._wake = threading.Lock()
@@ -151,6 +161,7 @@ class CommitQueue:
         if self._pid != os.getpid():
             return False
         with self._gate:
+            self._check_not_within()
             self._closed = True
             self._rest.wait_for(lambda: self._leader is None)
             writer, self._writer = self._writer, None
@@ -164,8 +175,10 @@ class CommitQueue:
         with self._gate:
             if self._leader is None and not self._closed:
                 self._leader = operation
+                self._led_by = threading.get_ident()
                 return None
             self._check_closed()
+            self._check_not_within()
             request = _Waiting(operation)
             self._queue.append(request)
             return request
@@ -173,21 +186,30 @@ class CommitQueue:
     def check_process(self) -> None:
         """Raise :class:`TaskStoreError` in a forked child: locks and threads are its parent's."""
         if self._pid != os.getpid():
-            raise TaskStoreError(
-                "this registry was opened before the process forked",
-                hint="open one of its own in each process",
-            )
+            raise forked()
 
     def _check_closed(self) -> None:
         if self._closed:
             raise StoreClosedError("the registry is closed")
 
+    def _check_not_within(self) -> None:
+        """Refuse what would wait for the very call that it interrupts."""
+        by_caller = not isinstance(self._leader, threading.Thread | None)
+        if by_caller and self._led_by == threading.get_ident():
+            raise TaskStoreError(
+                "this thread is in the middle of another call to the registry, as it may be when "
+                "a signal handler runs",
+                hint="let the handler set a flag or raise SystemExit, and go on from there",
+            )
+
     def _await(self, request: _Waiting[Any]) -> None:
         try:
             request.finished.acquire()
         except BaseException:
-            # Interrupted: what nobody has begun yet is not done at all.
-            self.withdraw(request)
+            # Interrupted: what nobody has begun yet is not done at all.  What has been
+            # begun is usually done in a moment, and the hooks hear of it by us.
+            if not self.withdraw(request):
+                request.finished.acquire(timeout=INTERRUPTED_S)
             raise
 
     def _serve(self, requests: Sequence[Request[Any]]) -> None:
@@ -245,7 +267,10 @@ class CommitQueue:
         """Serve the queue whenever it is handed over; end when closed or long idle."""
         while self._stays(roused=self._wake.acquire(timeout=IDLE_S)):
             while self._leader is threading.current_thread() and (requests := self._take()):
-                self._serve(requests)
+                try:
+                    self._serve(requests)
+                except BaseException:  # the callers have been told; later ones need the thread
+                    logger.exception("the writer thread was interrupted")
 
     def _stays(self, *, roused: bool) -> bool:
         """Whether the writer thread goes on: because it leads, or was roused and not dismissed.
@@ -277,3 +302,11 @@ class CommitQueue:
         self._leader = None
         if self._closed:
             self._rest.notify_all()
+
+
+def forked() -> TaskStoreError:
+    """The error of whoever uses a registry in a forked child."""
+    return TaskStoreError(
+        "this registry was opened before the process forked",
+        hint="open one of its own in each process",
+    )

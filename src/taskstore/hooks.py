@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import ClassVar
@@ -19,6 +20,9 @@ from msgspec import Struct
 from taskstore.records import TaskRecord
 
 logger = logging.getLogger("taskstore.hooks")
+
+DRAIN_S = 5.0
+"""How long closing waits for hooks that are at work in another thread, in seconds."""
 
 
 class Restored(Struct, frozen=True):
@@ -85,7 +89,7 @@ class Hooks:
         self._hooks: tuple[_Handle, ...] = ()
         self._queue: deque[Event] = deque()
         # Who delivers at present: one of the calls of deliver(), or nobody.
-        self._deliverer: object = None
+        self._deliverer: _Delivery | None = None
         # Who is still to hear of the first event in the queue; ``None``: all.
         self._owed: Iterator[_Handle] | None = None
         self._edit = threading.Lock()
@@ -129,7 +133,7 @@ class Hooks:
         """
         if not self._queue:
             return
-        me = object()
+        me = _Delivery()
         # Looked at again after the place is given up: what was queued between
         # the last look and the release found it taken.
         while self._queue:
@@ -147,6 +151,20 @@ class Hooks:
                 if self._deliverer is me:
                     self._deliverer = None
 
+    def drain(self) -> None:
+        """Deliver what is queued, and wait for whoever is at it just now.
+
+        Not from a hook, which would wait for itself; and not for longer than
+        ``DRAIN_S``, because the hook may be waiting for us.
+        """
+        ends = time.monotonic() + DRAIN_S
+        while True:
+            self.deliver()
+            other = self._deliverer
+            if other is None or other.thread == threading.get_ident() or time.monotonic() > ends:
+                return
+            time.sleep(0.001)
+
     def _deliver_first(self) -> None:
         """Call the hooks with the first event, or those that an interrupt has left out."""
         event, interrupt = self._queue[0], None
@@ -155,15 +173,24 @@ class Hooks:
         for handle in self._owed:
             try:
                 handle.hook(event)
-            except Exception:
+            except BaseException as error:
                 self.errors += 1
                 logger.exception("a hook raised on %s at seq %d", event.kind, event.seq)
-            except BaseException as error:  # noqa: BLE001 (it is raised when all have heard)
-                interrupt = interrupt or error
+                if not isinstance(error, Exception):  # raised when all have heard
+                    interrupt = interrupt or error
         self._owed = None
         self._queue.popleft()
         if interrupt is not None:
             raise interrupt
+
+
+class _Delivery:
+    """One call that delivers, and in which thread."""
+
+    __slots__ = ("thread",)
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
 
 
 class _Handle:

@@ -26,9 +26,12 @@ class News:
         self._waiting: dict[asyncio.Future[bool], int] = {}
         self._runner: asyncio.Task[None] | None = None
         self._head = 0
+        self._closed: Exception | None = None
 
     async def wait_for(self, journal: SupportsJournal, after: int, seconds: float) -> bool:
         """Wait until the head exceeds ``after``, at most so long; whether it does."""
+        if self._closed is not None:
+            raise self._closed
         if self._runner is None:
             self._runner = self._loop.create_task(self._run(journal))
         elif self._head > after:
@@ -43,7 +46,8 @@ class News:
             del self._waiting[news]
 
     def close(self, error: Exception) -> None:
-        """Tell everybody who waits that there will be no news."""
+        """Tell everybody who waits, or will, that there will be no news."""
+        self._closed = error
         self._fail(error)
         self._thread.shutdown(wait=False)
 

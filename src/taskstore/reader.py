@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from taskstore.errors import StoreClosedError, ValidationError
+from taskstore.groupcommit import forked
 from taskstore.journal import Position
 from taskstore.mirror import Lookups, Mirror
 from taskstore.query import Page, Summary, TaskQuery
@@ -24,6 +26,7 @@ class LedgerReader(ABC):
         self._store = store
         self._mirror = Mirror()
         self._closed = False
+        self._pid = os.getpid()
 
     @property
     def store(self) -> TaskRegistryStore:
@@ -99,3 +102,5 @@ class LedgerReader(ABC):
     def _check_open(self) -> None:
         if self._closed:
             raise StoreClosedError(f"the registry over {self._store.location} is closed")
+        if self._pid != os.getpid():
+            raise forked()

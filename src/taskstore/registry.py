@@ -103,8 +103,12 @@ class TaskRegistry(LedgerReader, Verbs):
 
         For the calling thread only.  Reads in the body see what it has
         staged, and nobody else does; the records returned in it are
-        provisional.  An exception in the body writes nothing of it.  A batch
-        within a batch joins it when it ends well.
+        provisional, made over memory as it is.  An exception in the body
+        writes nothing of it.  A batch within a batch joins it when it ends well.
+
+        At the end everything is made again over what is stored by then; raises
+        what the verbs raise, and :class:`ConflictError` if the body went on
+        with a task whose run another process has booked under another id.
         """
         self._check_open()
         outer = self._local.batch
@@ -183,7 +187,6 @@ class TaskRegistry(LedgerReader, Verbs):
         """
         with self._following:
             self._check_open()
-            self._committer.check_process()
             if self._follower is None or not self._follower.alive:
                 journal = history.journal_of(self._store, "follow")
                 refresh = self._committer.refresh
@@ -194,7 +197,8 @@ class TaskRegistry(LedgerReader, Verbs):
         """Close the registry, and the store if :meth:`open` made it.
 
         Twice is fine: it does what an interrupted one has left, and returns
-        when all that was under way is committed.
+        when all that was under way is committed and delivered.  Not from a
+        signal handler that interrupts a call: that raises :class:`TaskStoreError`.
         """
         with self._following:
             self._closed = True

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import groupby
+from operator import attrgetter
 
 from taskstore.errors import CursorExpiredError
 from taskstore.hooks import Deleted, Event, Hooks, Restored, Upserted
@@ -19,7 +21,8 @@ from taskstore.yielding import CollectorPaused
 logger = logging.getLogger("taskstore")
 
 PAGE_ENTRIES = 1000
-"""How many journal entries are read at a time."""
+"""How many journal entries are read at a time.  A commit of no more becomes visible as a
+whole; lookups would wait too long for one of very many."""
 
 
 class Replica:
@@ -74,10 +77,11 @@ class Replica:
         news = set[str]()
         with CollectorPaused():
             while True:
-                entries = entries_beyond(store, self._mirror.position, PAGE_ENTRIES)
+                page = entries_beyond(store, self._mirror.position, PAGE_ENTRIES)
+                entries = page if len(page) < PAGE_ENTRIES else _whole_commits(page)
                 self._mirror_entries(entries)
                 news.update(entry.task_id for entry in entries)
-                if len(entries) < PAGE_ENTRIES:
+                if len(page) < PAGE_ENTRIES:
                     return news
 
     def publish(self, commit: Commit, changes: Sequence[Change]) -> None:
@@ -95,17 +99,19 @@ class Replica:
             return  # it was loaded with the rest
         events: list[Event] = []
         seq, at = commit.first_seq, commit.at
-        for change in changes:
-            position = Position(seq, commit.commit_id)
-            if isinstance(change, Put):
-                record = change.record
-                previous = self._mirror.publish(position, record.task_id, record)
-                event: Event = Upserted(seq, at, record, previous)
-            else:
-                previous = self._mirror.publish(position, change.task_id, None)
-                event = Deleted(seq, at, change.task_id, previous)
-            events.append(event)
-            seq += 1
+        for start in range(0, len(changes), PAGE_ENTRIES):
+            with self._mirror.lock:
+                for change in changes[start : start + PAGE_ENTRIES]:
+                    position = Position(seq, commit.commit_id)
+                    if isinstance(change, Put):
+                        record = change.record
+                        previous = self._mirror.publish(position, record.task_id, record)
+                        event: Event = Upserted(seq, at, record, previous)
+                    else:
+                        previous = self._mirror.publish(position, change.task_id, None)
+                        event = Deleted(seq, at, change.task_id, previous)
+                    events.append(event)
+                    seq += 1
         # Who wrote it can read it; what is stale the hooks hear of when it is reloaded.
         if not gap:
             self._hooks.emit(events)
@@ -122,6 +128,8 @@ class Replica:
                 if not entries:
                     self.load()
                     return
+                if len(entries) < gap:
+                    entries = _whole_commits(entries)
                 self._mirror_entries(entries)
                 gap -= len(entries)
         except CursorExpiredError:
@@ -140,14 +148,23 @@ class Replica:
             return True
 
     def _mirror_entries(self, entries: Sequence[JournalEntry]) -> None:
-        """Mirror what others committed."""
+        """Mirror what others committed, each commit as a whole."""
         events: list[Event] = []
-        for entry in entries:
-            seq, at, record = entry.seq, entry.at, entry.record
-            position = Position(seq, entry.commit_id)
-            previous = self._mirror.publish(position, entry.task_id, record)
-            if record is not None:
-                events.append(Upserted(seq, at, record, previous, local=False))
-            elif entry.set_aside is None:  # what does not decode is no event
-                events.append(Deleted(seq, at, entry.task_id, previous, local=False))
+        for _, commit in groupby(entries, attrgetter("commit_id")):
+            with self._mirror.lock:
+                for entry in commit:
+                    seq, at, record = entry.seq, entry.at, entry.record
+                    position = Position(seq, entry.commit_id)
+                    previous = self._mirror.publish(position, entry.task_id, record)
+                    if record is not None:
+                        events.append(Upserted(seq, at, record, previous, local=False))
+                    elif entry.set_aside is None:  # what does not decode is no event
+                        events.append(Deleted(seq, at, entry.task_id, previous, local=False))
         self._hooks.emit(events)
+
+
+def _whole_commits(page: Sequence[JournalEntry]) -> Sequence[JournalEntry]:
+    """A full page without its last commit, which may go on after it; all of it, if that is one."""
+    last = page[-1].commit_id
+    end = next((n for n in range(len(page), 0, -1) if page[n - 1].commit_id != last), 0)
+    return page[:end] or page

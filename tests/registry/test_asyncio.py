@@ -436,3 +436,37 @@ def test_whoever_reads_changes_hears_that_it_is_closed():
         assert seen == [1]
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("outer_fails", [False, True])
+def test_a_batch_that_outlives_the_one_it_was_begun_in_is_on_its_own(ledger_url, outer_fails):
+    async def main():
+        async with AsyncTaskRegistry.open(ledger_url) as registry:
+            begun, over = asyncio.Event(), asyncio.Event()
+
+            async def child():
+                async with registry.batch():
+                    task = await registry.create(runtime="cli", task="inner")
+                    begun.set()
+                    await over.wait()
+                return task
+
+            async def parent():
+                async with registry.batch():
+                    await registry.create(runtime="cli", task="outer")
+                    task = asyncio.create_task(child())
+                    await begun.wait()
+                    if outer_fails:
+                        raise LookupError
+                return task
+
+            started = asyncio.create_task(parent())
+            await asyncio.wait([started])
+            over.set()
+            [still] = [t for t in asyncio.all_tasks() if t.get_coro().__name__ == "child"]
+            task = await still
+            assert registry.get(task.task_id) == task
+            assert registry.summary().total == (1 if outer_fails else 2)
+            assert isinstance(started.exception(), LookupError) is outer_fails
+
+    asyncio.run(main())

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from taskstore import InvalidTransition, ReadOnlyError, TaskNotFound
+from taskstore import ConflictError, InvalidTransition, ReadOnlyError, TaskNotFound
 
 
 def test_a_batch_is_one_commit(open_ledger):
@@ -177,3 +177,43 @@ def test_what_was_handed_over_is_the_callers_again(registry):
         mine["a"].append(float("nan"))
         mine["b"] = 2
     assert registry.get(task.task_id).metadata == {"a": [1]}
+
+
+def test_a_run_that_another_booked_meanwhile_leaves_nothing_dangling(open_ledger):
+    here, there = open_ledger(), open_ledger()
+    booked = there.create(runtime="cli", task="x", run_id="r")
+
+    def once():
+        with here.batch():
+            parent = here.create(runtime="cli", task="x", run_id="r")
+            here.create(runtime="cli", task="child", parent_task_id=parent.task_id)
+
+    with pytest.raises(ConflictError, match=booked.task_id) as caught:
+        once()
+    [conflict] = caught.value.conflicts
+    assert conflict.booked_by == booked.task_id
+    assert open_ledger().summary().total == 1
+    once()  # by now it knows
+    [child] = open_ledger().children(booked.task_id)
+    assert child.task == "child"
+
+
+def test_going_on_with_a_task_that_another_booked_meanwhile_says_so(open_ledger):
+    here, there = open_ledger(), open_ledger()
+    booked = there.create(runtime="cli", task="x", run_id="r")
+    with pytest.raises(ConflictError, match=booked.task_id), here.batch():
+        mine = here.create(runtime="cli", task="x", run_id="r")
+        here.mark_running(mine.task_id)
+    with here.batch():
+        assert here.create(runtime="cli", task="x", run_id="r") == booked
+    assert here.get(booked.task_id).revision == 1
+
+
+def test_a_run_that_another_booked_meanwhile_and_nobody_refers_to(open_ledger):
+    here, there = open_ledger(), open_ledger()
+    booked = there.create(runtime="cli", task="x", run_id="r")
+    with here.batch():
+        here.create(runtime="cli", task="x", run_id="r")
+        other = here.create(runtime="cli", task="y")
+    assert here.get(booked.task_id) == booked
+    assert here.get(other.task_id).revision == 1
