@@ -366,12 +366,22 @@ def test_locks_that_were_dropped_are_noticed_before_the_next_commit(
     assert not Path(f"{sqlite_path}-wal").exists()
     with pytest.raises(StoreUnavailableError, match="removed while it was open"):
         registry.record_progress("kept", "would be lost")
-    with open_registry(read_only=True) as other:
-        assert other.get("kept").progress_summary == "lost 2"
     registry.close()
     after = open_registry()
     assert after.get("kept").progress_summary == "lost 2"
     assert after.store.verify().ok
+
+
+@pytest.mark.parametrize("gone", [("-shm",), LOGS], ids=" ".join)
+@pytest.mark.parametrize("read_only", [False, True])
+def test_another_store_of_the_process_is_not_opened_without_the_logs(
+    backup, sqlite_path, open_registry, gone, read_only
+):
+    """SQLite would share what the first one has in memory, and other processes would not."""
+    open_registry()
+    remove_logs(sqlite_path, gone)
+    with pytest.raises(StoreUnavailableError, match="removed while it was open"):
+        open_registry(read_only=read_only)
 
 
 def test_threads_that_read_meanwhile(live, backup, sqlite_path):

@@ -157,8 +157,8 @@ def mariadb_fault(error: BaseException) -> Fault:
 
 
 class ReplacedError(StoreUnavailableError):
-    """Another file lies where the one was that we have open: what was read of ours is
-    not believed, what was to be committed is rolled back."""
+    """The file that we have open, or a log of it, lies no longer where it did: what was read
+    is not believed, what was to be committed is rolled back."""
 
 
 class Translator:

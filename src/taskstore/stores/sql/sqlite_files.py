@@ -122,7 +122,6 @@ def create_privately(path: Path) -> None:
         ) from error
 
 
-_LOGS = ("-wal", "-shm")
 _NO_FILE = (0, 0)
 
 
@@ -135,7 +134,7 @@ def inode_of(path: str) -> tuple[int, int]:
     return (found.st_ino, found.st_dev)
 
 
-OPEN_LOG = "SELECT count(*) FROM sqlite_master"
+_OPEN_LOG = "SELECT count(*) FROM sqlite_master"
 """Reads as little as there is: with the first read, a connection opens the log."""
 
 REPLACING_S = 1.0
@@ -154,33 +153,49 @@ class OpenFile:
     with the last who has them open.
     """
 
-    def __init__(self, path: Path, connect: Callable[[], Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        open_one: Callable[[], Any],
+        set_up: Callable[[Any], None],
+        errors: type[Exception],
+    ) -> None:
+        """``open_one`` opens a connection and ``set_up`` makes it fit for use; ``errors`` is
+        the root of what the driver raises."""
         self._path = str(path)
-        self._connect = connect
+        self._open_one = open_one
+        self._set_up = set_up
+        self._errors = errors
         self._inode = inode_of(self._path)
         self._lock = threading.Lock()
         self._kept: Any = None
+        # The logs that the kept connection has open, by name; none while it has no log.
         self._logs: dict[str, tuple[int, int]] = {}
         # Logs of a successor that could not be used, still to beware of.
         self._left: set[tuple[int, int]] = set()
         self._logs_gone_at: float | None = None
 
-    def keep_open(self) -> None:
-        """Open the connection that is kept, if it is not, and note the logs that it has."""
+    def connect(self) -> Any:
+        """Open a connection; raises :class:`ReplacedError` when that is not one to this file,
+        or has a log that is nobody else's."""
+        self.note_logs()
+        return self._checked()
+
+    def note_logs(self) -> None:
+        """Note which logs belong to the file, as soon as it has any."""
         with self._lock:
-            if len(self._logs) == len(_LOGS):
-                return
             if self._kept is None:
-                kept = self._connect()
-                if inode_of(self._path) != self._inode:
-                    kept.close()  # not a byte was read: a log that is not its own is left alone
-                    raise self._replaced()
-                self._kept = kept
-            self._kept.execute(OPEN_LOG).fetchall()
-            found = {self._path + suffix: inode_of(self._path + suffix) for suffix in _LOGS}
-            # Without all of them it is no file with a log yet, or is being replaced.
-            if _NO_FILE not in found.values() and inode_of(self._path) == self._inode:
-                self._logs = found
+                self._kept, self._logs = self._checked(), {}
+            if self._logs:
+                return
+            self._kept.execute(_OPEN_LOG).fetchall()
+            [mode] = self._kept.execute("PRAGMA journal_mode").fetchone()
+            if mode == "wal":
+                logs = {name: inode_of(name) for name in self._log_names()}
+                if _NO_FILE in logs.values() and inode_of(self._path) == self._inode:
+                    raise self._logs_removed()  # from under another store of this process
+                self._logs = logs
+        self.check_there()
 
     def is_there(self) -> bool:
         """Whether it still lies where it was opened, and its logs beside it."""
@@ -189,7 +204,9 @@ class OpenFile:
     def check_there(self) -> None:
         """Raise :class:`ReplacedError` if it does not."""
         if not self.is_there():
-            raise self._replaced()
+            raise ReplacedError(
+                f"{self._path} was moved, removed or replaced while it was open", hint="try again"
+            )
 
     def inherit(self, other: OpenFile) -> None:
         """Take the logs that another file has left at the path for ones to beware of."""
@@ -197,8 +214,9 @@ class OpenFile:
 
     def logs_left(self) -> list[str]:
         """The names under which logs of this very file still lie at the path."""
-        own = {*self._logs.values(), *self._left}
-        return [name for name in self._logs if inode_of(name) in own]
+        lying = {name: inode_of(name) for name in self._log_names()}
+        self._left.intersection_update(lying.values())
+        return [name for name, log in lying.items() if log in {*self._logs.values(), *self._left}]
 
     def await_successor(self) -> None:
         """Wait a moment for the file that takes this one's place, if its logs went first.
@@ -212,14 +230,11 @@ class OpenFile:
             self._logs_gone_at = time.monotonic()
         while inode_of(self._path) == self._inode and not self._logs_are_there():
             if time.monotonic() - self._logs_gone_at > REPLACING_S:
-                raise StoreUnavailableError(
-                    f"the -wal or -shm beside {self._path} was removed while it was open: "
-                    "nothing is written to it or read from it any more",
-                    hint="let every process that has it open close it, which saves what was "
-                    "committed, before you open it again",
-                )
+                raise self._logs_removed()
             time.sleep(0.001)
         self._logs_gone_at = None
+        if self.is_there():
+            return  # they have come back
         replaced = (
             f"{self._path} was moved, removed or replaced while it was open: "
             "nothing is written to it or read from it any more"
@@ -240,13 +255,37 @@ class OpenFile:
         if kept is not None:
             kept.close()
 
-    def _replaced(self) -> ReplacedError:
-        return ReplacedError(
-            f"{self._path} was moved, removed or replaced while it was open", hint="try again"
+    def _checked(self) -> Any:
+        raw = self._open_one()
+        try:
+            # Not a byte was read yet: a log that is not its own was left alone.
+            self.check_there()
+            self._set_up(raw)
+            raw.execute(_OPEN_LOG).fetchall()
+            self.check_there()  # or it has made itself a log
+        except self._errors:
+            raw.close()
+            self.check_there()  # then that is why
+            raise
+        except BaseException:
+            raw.close()
+            raise
+        return raw
+
+    def _logs_removed(self) -> StoreUnavailableError:
+        return StoreUnavailableError(
+            f"the -wal or -shm beside {self._path} was removed while it was open: nothing is "
+            "written to it or read from it any more",
+            hint="start nothing new on it, and let every process that has it open close it, "
+            "which saves what was committed; then open it again",
         )
 
+    def _log_names(self) -> tuple[str, ...]:
+        return (f"{self._path}-wal", f"{self._path}-shm")
+
     def _logs_are_there(self) -> bool:
-        return all(inode_of(name) == inode for name, inode in self._logs.items())
+        logs = self._logs.items()
+        return all(inode_of(name) == inode for name, inode in logs)
 
 
 def opener(

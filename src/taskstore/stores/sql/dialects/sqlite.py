@@ -26,7 +26,6 @@ from taskstore.stores.sql.dialects.base import LOCK_S, LOCK_WAIT_S, Database
 from taskstore.stores.sql.errors import Fault, Translator, sqlite_fault
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.sqlite_files import (
-    OPEN_LOG,
     ImmutableWatch,
     OpenFile,
     create_privately,
@@ -125,7 +124,7 @@ class SQLiteDatabase(Database):
             )
 
         if self.file is not None:
-            self.file.keep_open()  # the logs of a file that has only now become one with logs
+            self.file.note_logs()  # the logs of a file that has only now become one with logs
 
     def dedicate(self, session: Session) -> None:
         # SQLite's own waiting sleeps for up to a tenth of a second between two
@@ -179,6 +178,8 @@ class SQLiteDatabase(Database):
         if old is None or old.is_there():
             return
         old.await_successor()
+        if old.is_there():
+            return
         fresh = _open(Path(self.location), durability=self.durability, read_only=self.read_only)
         fresh.notices = self.notices
         try:
@@ -195,7 +196,6 @@ class SQLiteDatabase(Database):
             self.notice(open_files.hold(self.location, self._library))
         # SQLite leaves the logs at the path alone when it closes a file that has moved.
         engine.dispose()
-        old.close()
         log.warning("%s was replaced while it was open: going on with the new file", self.location)
 
     def rollback(self, session: Session) -> None:
@@ -230,8 +230,6 @@ class SQLiteDatabase(Database):
 
     def close(self) -> None:
         super().close()
-        if self.file is not None:
-            self.file.close()
         self._turnstile.close()
         if self._holds:
             self._holds = False
@@ -274,31 +272,19 @@ def _open(path: Path, *, durability: str, read_only: bool) -> SQLiteDatabase:
         read_only=read_only,
         immutable=watch is not None,
     )
-    file = OpenFile(path, open_one)
     pragmas = _READ_PRAGMAS if read_only else _write_pragmas(durability)
 
-    def connect() -> Any:
-        file.keep_open()
-        raw = open_one()
-        try:
-            # Not a byte was read yet: a log that is not its own was left alone.
-            file.check_there()
-            # Damaged text is for the checksums to find, not a reason to stop reading.
-            raw.text_factory = _lenient
-            for pragma in pragmas:
-                raw.execute(pragma)
-            raw.execute(OPEN_LOG).fetchall()
-            file.check_there()  # or it has made itself a log that is nobody's
-        except BaseException:
-            raw.close()
-            file.check_there()
-            raise
-        return raw
+    def set_up(raw: Any) -> None:
+        # Damaged text is for the checksums to find, not a reason to stop reading.
+        raw.text_factory = _lenient
+        for pragma in pragmas:
+            raw.execute(pragma)
 
+    file = OpenFile(path, open_one, set_up, module.Error)
     engine = sa.create_engine(
         sa.URL.create("sqlite", database=str(path)),
         module=module,
-        creator=connect,
+        creator=file.connect,
         poolclass=sa.QueuePool,
         isolation_level="AUTOCOMMIT",
     )
@@ -306,6 +292,10 @@ def _open(path: Path, *, durability: str, read_only: bool) -> SQLiteDatabase:
     @event.listens_for(engine, "connect")
     def note_file(_raw: Any, record: Any) -> None:
         record.info["file"] = file
+
+    @event.listens_for(engine, "engine_disposed")
+    def close_file(_engine: sa.Engine) -> None:
+        file.close()
 
     return SQLiteDatabase(
         engine, owned=True, durability=durability, read_only=read_only, watch=watch, file=file

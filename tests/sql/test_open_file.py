@@ -1,0 +1,159 @@
+"""Which logs are taken for those of an open SQLite file, and which connections are let through."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from sqlkit import in_process
+
+from taskstore.stores.sql.errors import ReplacedError
+from taskstore.stores.sql.migrate import engine_for_url, upgrade
+from taskstore.stores.sql.sqlite_files import OpenFile, opener, sqlite_module
+
+MODULE = sqlite_module()
+
+PRELUDE = """
+import sys
+try:
+    from pysqlite3.dbapi2 import connect
+except ImportError:
+    from sqlite3 import connect
+connection = connect(sys.argv[1], isolation_level=None)
+"""
+
+PLAIN = (
+    PRELUDE
+    + """
+connection.execute("CREATE TABLE t (x)")
+"""
+)
+
+OWNER = (
+    PRELUDE
+    + """
+connection.execute("PRAGMA journal_mode = WAL").fetchall()
+connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
+print("up", flush=True)
+sys.stdin.read()
+connection.close()
+"""
+)
+
+
+@pytest.fixture
+def plain(sqlite_path):
+    """A database that has no log yet."""
+    assert in_process(PLAIN, sqlite_path).wait(60) == 0
+    return sqlite_path
+
+
+@contextmanager
+def owner(path):
+    """Another process that has the file open, with logs, and takes them along when it goes."""
+    process = in_process(OWNER, path)
+    assert process.stdout.readline() == "up\n"
+    yield
+    process.communicate(timeout=60)
+    assert not Path(f"{path}-wal").exists()
+
+
+def open_file(path, *, set_up=lambda _raw: None, immutable=False, opening=None):
+    open_one = opener(MODULE, path, busy_timeout_s=1.0, read_only=immutable, immutable=immutable)
+    return OpenFile(path, opening(open_one) if opening else open_one, set_up, MODULE.Error)
+
+
+def test_the_logs_are_those_that_the_kept_connection_has_open(plain):
+    with owner(plain):
+        file = open_file(plain)
+        file.connect().close()
+        assert file.logs_left() == [f"{plain}-wal", f"{plain}-shm"]
+        file.close()
+    file = open_file(plain)
+    file.connect().close()
+    assert len(file.logs_left()) == 2  # all others are gone
+    assert file.is_there()
+    file.close()
+
+
+def test_who_reads_a_file_as_one_that_nobody_writes_has_no_logs(plain):
+    with owner(plain):
+        pass
+    file = open_file(plain, immutable=True)
+    file.connect().close()
+    with owner(plain):
+        file.connect().close()
+        assert file.logs_left() == []
+    assert file.is_there()
+    file.close()
+
+
+def test_logs_that_came_after_the_kept_connection_has_read_are_not_its_own(plain):
+    came = []
+
+    class Late(MODULE.Connection):
+        def execute(self, sql, *parameters):
+            cursor = super().execute(sql, *parameters)
+            if "journal_mode" in sql and not came:
+                came.append(owner(plain))
+                came[0].__enter__()
+            return cursor
+
+    file = OpenFile(
+        plain,
+        lambda: MODULE.connect(plain, isolation_level=None, check_same_thread=False, factory=Late),
+        lambda _raw: None,
+        MODULE.Error,
+    )
+    file.note_logs()
+    assert file.logs_left() == []
+    came[0].__exit__(None, None, None)
+    assert file.is_there()
+    file.close()
+
+
+def test_every_connection_is_set_up_also_the_kept_one(plain):
+    """It may be the last to be closed, and then empties the log."""
+    made = []
+    file = open_file(plain, set_up=made.append)
+    lent = file.connect()
+    assert len(made) == 2
+    assert made[1] is lent
+    file.close()
+    with pytest.raises(MODULE.ProgrammingError):
+        made[0].execute("SELECT 1")
+    lent.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(MODULE.OperationalError, ReplacedError), (KeyboardInterrupt, None)]
+)
+def test_trouble_with_a_file_that_went_is_that_it_went_and_an_interrupt_is_one(plain, error, told):
+    failing = []
+
+    def set_up(raw):
+        if failing:
+            plain.rename(plain.with_name("gone"))
+            raise error
+
+    file = open_file(plain, set_up=set_up)
+    file.connect().close()
+    failing.append(True)
+    with pytest.raises(told or error):
+        file.connect()
+    file.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="has to see open files")
+def test_an_engine_that_is_disposed_of_leaves_nothing_open_and_can_be_used_again(sqlite_path):
+    def open_files():
+        links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        return [link for link in links if str(link.readlink()).startswith(str(sqlite_path))]
+
+    engine = engine_for_url(f"sqlite:///{sqlite_path}")
+    for _ in range(2):
+        upgrade(engine)
+        assert open_files()
+        engine.dispose()
+        assert not open_files()
