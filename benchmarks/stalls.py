@@ -27,15 +27,14 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from taskstore import CompactionPolicy, Compactor, Put, Snapshot, compact, creation
+from taskstore import CompactionPolicy, Compactor, Put, Snapshot, compact, creation, open_store
 from taskstore.aio import AsyncTaskRegistry
 from taskstore.clock import new_task_id
-from taskstore.testing.base import OpenStore
-from taskstore.testing.scratch import scratch
 
 COROUTINES = 64
 BATCH = 1_000
@@ -66,11 +65,11 @@ def new_puts(store: Any, first: int, count: int) -> list[Put]:
 class Neighbour:
     """Another process, which does to the ledger what it is told."""
 
-    def __init__(self, open_store: OpenStore) -> None:
-        # Forked, because how the ledger is opened is a function; before there are threads.
+    def __init__(self, url: str) -> None:
+        # Forked, which takes no time; before there are threads.
         context = multiprocessing.get_context("fork")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=self._serve, args=(open_store, theirs), daemon=True)
+        self._process = context.Process(target=self._serve, args=(url, theirs), daemon=True)
         self._process.start()
 
     def tell(self, *command: Any) -> None:
@@ -84,13 +83,13 @@ class Neighbour:
         self._process.join()
 
     @staticmethod
-    def _serve(open_store: OpenStore, pipe: Connection) -> None:
+    def _serve(url: str, pipe: Connection) -> None:
         while True:
             name, *facts = pipe.recv()
             if name == "stop":
                 return
             try:
-                store = open_store()
+                store = open_store(url)
                 if name == "create":
                     for start in range(0, facts[0], BATCH):
                         store.apply(new_puts(store, start, min(BATCH, facts[0] - start)))
@@ -209,6 +208,26 @@ class Run:
         await registry.close()
 
 
+def measured(url: str, options: argparse.Namespace) -> Run:
+    """One run on the empty ledger at ``url``."""
+    run = Run(options)
+    neighbour = Neighbour(url)
+    store = open_store(url)
+    if options.freeze:  # as docs/concepts.md advises a service that minds
+        gc.collect()
+        gc.freeze()
+    loop_factory = None
+    if options.uvloop:
+        import uvloop
+
+        loop_factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(run.go(store, neighbour))
+    store.close()
+    neighbour.stop()
+    return run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--url", help="measure there, in a new ledger (default: SQLite)")
@@ -219,27 +238,19 @@ def main() -> None:
     parser.add_argument("--uvloop", action="store_true")
     parser.add_argument("--freeze", action="store_true", help="gc.freeze() what is imported first")
     options = parser.parse_args()
+    # The kit loads pytest and more.  What is measured is a process that, like a service, has
+    # not: the garbage collector's longest look goes over everything that is imported.
+    from taskstore.testing.scratch import scratch
+
+    spawn = multiprocessing.get_context("spawn")
     stalls: dict[str, list[float]] = defaultdict(list)
     seconds: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
         url = options.url or f"sqlite:///{Path(folder).resolve()}/tasks.db"
         for _ in range(options.runs):
-            run = Run(options)
-            with scratch(url) as open_store:
-                neighbour = Neighbour(open_store)
-                store = open_store()
-                if options.freeze:  # as docs/concepts.md advises a service that minds
-                    gc.collect()
-                    gc.freeze()
-                loop_factory = None
-                if options.uvloop:
-                    import uvloop
-
-                    loop_factory = uvloop.new_event_loop
-                with asyncio.Runner(loop_factory=loop_factory) as runner:
-                    runner.run(run.go(store, neighbour))
-                store.close()
-                neighbour.stop()
+            with scratch(url) as ledger, ProcessPoolExecutor(1, mp_context=spawn) as process:
+                [ledger_url] = ledger.args
+                run = process.submit(measured, ledger_url, options).result()
             for name, stall in run.stalls.items():
                 stalls[name].append(stall)
             for name, spent in run.seconds.items():

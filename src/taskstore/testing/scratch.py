@@ -14,6 +14,7 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,13 +61,9 @@ def _beside(scheme: str, path: Path) -> Iterator[OpenStore]:
         yield opener(f"{scheme}:///{directory}/ledger")
 
 
-def opener(url: str) -> OpenStore:
+def opener(url: str) -> partial[TaskRegistryStore]:
     """Return a callable that opens the ledger at ``url`` again and again."""
-
-    def open_one(*, read_only: bool = False) -> TaskRegistryStore:
-        return open_store(url, read_only=read_only)
-
-    return open_one
+    return partial(open_store, url)
 
 
 @contextmanager
