@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from sqlkit import Spy, reap
 
+from taskstore import TaskRegistry
 from taskstore.stores.sql import SQLStore, open_sql
 from taskstore.testing.servers import PostgresServer
 
@@ -65,3 +67,36 @@ def store(url: str, open_: Callable[..., SQLStore]) -> SQLStore:
 @pytest.fixture
 def spy(store: SQLStore) -> Spy:
     return Spy(store)
+
+
+@pytest.fixture
+def open_registry(sqlite_path):
+    opened = []
+
+    def once(**options):
+        opened.append(TaskRegistry.open(f"sqlite:///{sqlite_path}", **options))
+        return opened[-1]
+
+    yield once
+    for registry in opened:
+        registry.close()
+
+
+@pytest.fixture
+def backup(sqlite_path):
+    """Of a ledger at seq 2: one task, at revision 2."""
+    with TaskRegistry.open(f"sqlite:///{sqlite_path}") as registry:
+        task = registry.create(runtime="cli", task="x", status="running", task_id="kept")
+        registry.record_progress(task.task_id, "saved")
+    return Path(shutil.copy(sqlite_path, sqlite_path.with_name("backup.db")))
+
+
+@pytest.fixture
+def live(backup, open_registry):
+    """A registry that has gone on to seq 4, and what its hooks hear from then on."""
+    heard = []
+    registry = open_registry(hooks=[heard.append])
+    for step in ("lost 1", "lost 2"):
+        registry.record_progress("kept", step)
+    heard.clear()
+    return registry, heard

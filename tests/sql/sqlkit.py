@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from taskstore.stores.sql import SQLStore
@@ -79,3 +81,20 @@ def output_of(process: subprocess.Popen[str]) -> str:
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     return printed
+
+
+LOGS = ("-wal", "-shm")
+
+
+def put_in_place(backup, path, *, remove=LOGS):
+    """Another file, the same bytes, under the path: what ``cp`` and ``mv`` do."""
+    incoming = path.with_name("incoming")
+    shutil.copy(backup, incoming)
+    for suffix in remove:
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
+    incoming.replace(path)
+
+
+def remove_logs(path, suffixes=LOGS):
+    for suffix in suffixes:
+        Path(f"{path}{suffix}").unlink()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 from pathlib import Path
 
 import pytest
-from sqlkit import in_process, output_of
+from sqlkit import LOGS, in_process, output_of, put_in_place
 
 from taskstore import Restored, TaskRegistry, Upserted
 from taskstore.errors import (
@@ -64,51 +63,6 @@ def test_a_file_that_was_replaced_is_not_read_on(sqlite_path, open_, read_only):
     for read in (store.head, store.load_snapshot, lambda: store.wait_for(1, 5)):
         with pytest.raises(StoreUnavailableError, match="moved, removed or replaced"):
             read()
-
-
-LOGS = ("-wal", "-shm")
-
-
-def put_in_place(backup, path, *, remove=LOGS):
-    """Another file, the same bytes, under the path: what ``cp`` and ``mv`` do."""
-    incoming = path.with_name("incoming")
-    shutil.copy(backup, incoming)
-    for suffix in remove:
-        Path(f"{path}{suffix}").unlink(missing_ok=True)
-    incoming.replace(path)
-
-
-@pytest.fixture
-def open_registry(sqlite_path):
-    opened = []
-
-    def once(**options):
-        opened.append(TaskRegistry.open(f"sqlite:///{sqlite_path}", **options))
-        return opened[-1]
-
-    yield once
-    for registry in opened:
-        registry.close()
-
-
-@pytest.fixture
-def backup(sqlite_path):
-    """Of a ledger at seq 2: one task, at revision 2."""
-    with TaskRegistry.open(f"sqlite:///{sqlite_path}") as registry:
-        task = registry.create(runtime="cli", task="x", status="running", task_id="kept")
-        registry.record_progress(task.task_id, "saved")
-    return Path(shutil.copy(sqlite_path, sqlite_path.with_name("backup.db")))
-
-
-@pytest.fixture
-def live(backup, open_registry):
-    """A registry that has gone on to seq 4, and what its hooks hear from then on."""
-    heard = []
-    registry = open_registry(hooks=[heard.append])
-    for step in ("lost 1", "lost 2"):
-        registry.record_progress("kept", step)
-    heard.clear()
-    return registry, heard
 
 
 def open_descriptors(path):
@@ -277,111 +231,6 @@ def test_the_log_of_who_was_faster_is_left_to_them(live, backup, sqlite_path, op
     registry.close()
     assert Path(f"{sqlite_path}-wal").stat().st_ino == log.st_ino
     assert other.store.verify().ok
-
-
-def remove_logs(path, suffixes=LOGS):
-    for suffix in suffixes:
-        Path(f"{path}{suffix}").unlink()
-
-
-def test_a_connection_that_is_opened_between_the_logs_and_the_file(live, backup, sqlite_path):
-    connections = live[0].store._connections
-    lent = [connections.borrow() for _ in range(4)]  # more than have ever been opened
-    remove_logs(sqlite_path)
-    timer = threading.Timer(0.1, put_in_place, (backup, sqlite_path), {"remove": ()})
-    timer.start()
-    fresh = connections.borrow()
-    timer.join()
-    assert fresh.row("SELECT head_seq FROM taskstore_head")[0] == 2
-    for session in (*lent, fresh):
-        connections.give_back(session)
-    assert live[0].refresh() == 2
-
-
-def test_the_connection_that_makes_a_log_of_its_own_is_not_used(
-    live, backup, sqlite_path, monkeypatch
-):
-    """The logs go just after it has seen them there."""
-    registry, _ = live
-    connections = registry.store._connections
-    file = connections.database.file
-    check, removed = file.check_there, []
-
-    def remove_after_the_check():
-        check()
-        if not removed:
-            removed.append(True)
-            remove_logs(sqlite_path)
-            timer.start()
-
-    timer = threading.Timer(0.1, put_in_place, (backup, sqlite_path), {"remove": ()})
-    lent = [connections.borrow() for _ in range(4)]
-    monkeypatch.setattr(file, "check_there", remove_after_the_check)
-    fresh = connections.borrow()
-    timer.join()
-    assert fresh.file is not file
-    for session in (*lent, fresh):
-        connections.give_back(session)
-    assert registry.refresh() == 2
-    assert registry.record_progress("kept", "on").revision == 3
-
-
-@pytest.mark.parametrize("gone", [("-wal",), ("-shm",), LOGS], ids=" ".join)
-def test_nothing_is_acknowledged_into_a_log_that_is_gone(live, sqlite_path, open_registry, gone):
-    registry, _ = live
-    remove_logs(sqlite_path, gone)
-    for use in (lambda: registry.record_progress("kept", "lost 3"), registry.refresh):
-        with pytest.raises(StoreUnavailableError, match="removed while it was open") as caught:
-            use()
-        assert "close it" in caught.value.hint
-    registry.close()
-    after = open_registry()
-    assert after.get("kept").progress_summary == "lost 2"
-    assert after.record_progress("kept", "on").revision == 5
-    assert after.store.verify().ok
-
-
-OPEN_AND_CLOSE = """
-import sys
-try:
-    from pysqlite3.dbapi2 import connect
-except ImportError:
-    from sqlite3 import connect
-connection = connect(sys.argv[1])
-connection.execute("SELECT count(*) FROM tasks").fetchall()
-connection.close()
-"""
-
-
-@pytest.mark.skipif(os.name != "posix", reason="locks that belong to the process")
-def test_locks_that_were_dropped_are_noticed_before_the_next_commit(
-    live, sqlite_path, open_registry
-):
-    """Whoever closes the files in our process, as another SQLite library does, drops the
-    locks; then another process takes itself for the last one, and removes the log."""
-    registry, _ = live
-    for name in (sqlite_path, f"{sqlite_path}-shm"):
-        Path(name).open("rb").close()
-    output_of(in_process(OPEN_AND_CLOSE, sqlite_path))
-    assert not Path(f"{sqlite_path}-wal").exists()
-    with pytest.raises(StoreUnavailableError, match="removed while it was open"):
-        registry.record_progress("kept", "would be lost")
-    registry.close()
-    after = open_registry()
-    assert after.get("kept").progress_summary == "lost 2"
-    assert after.store.verify().ok
-
-
-@pytest.mark.parametrize("gone", [("-shm",), LOGS], ids=" ".join)
-@pytest.mark.parametrize("read_only", [False, True])
-def test_another_store_of_the_process_is_not_opened_without_the_logs(
-    backup, sqlite_path, open_registry, gone, read_only
-):
-    """SQLite would share what the first one has in memory, and other processes would not."""
-    open_registry()
-    remove_logs(sqlite_path, gone)
-    with pytest.raises(StoreUnavailableError, match="removed while it was open"):
-        open_registry(read_only=read_only)
 
 
 def test_threads_that_read_meanwhile(live, backup, sqlite_path):
