@@ -8,7 +8,7 @@ kept as ``__cause__``.  No message carries the password of a URL.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 
 class TaskStoreError(Exception):
@@ -19,7 +19,7 @@ class TaskStoreError(Exception):
     mending anything.
     """
 
-    retryable: ClassVar[bool] = False
+    retryable: bool = False
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -96,6 +96,11 @@ class Conflict(NamedTuple):
     deleted: bool = False
     leased: Leased | None = None
 
+    @property
+    def is_final(self) -> bool:
+        """Whether the same call cannot but meet it again (``bool``)."""
+        return self.deleted or (self.leased is not None and self.leased.fence is not None)
+
     def __str__(self) -> str:
         if self.leased is not None:
             return f"task {self.task_id!r}: {self.leased}"
@@ -111,13 +116,16 @@ class ConflictError(TaskStoreError):
 
     ``conflicts`` is a tuple of :class:`Conflict`, at least one, unless the
     conflict is about the whole ledger (``save_snapshot`` behind its head, or
-    changes that were worked out over another history).
+    changes that were worked out over another history).  It is not
+    ``retryable`` where a fence does not hold or an id was deleted: they never
+    will again.
     """
 
     retryable = True
 
     def __init__(self, conflicts: Iterable[Conflict], message: str | None = None) -> None:
         self.conflicts = tuple(conflicts)
+        self.retryable = not any(conflict.is_final for conflict in self.conflicts)
         super().__init__(message or "; ".join(str(conflict) for conflict in self.conflicts))
 
 

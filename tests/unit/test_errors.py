@@ -12,6 +12,7 @@ from taskstore.errors import (
     CorruptStoreError,
     CursorExpiredError,
     InvalidTransition,
+    Leased,
     SchemaMismatchError,
     StoreBusyError,
     StoreUnavailableError,
@@ -38,6 +39,20 @@ def test_what_may_be_tried_again():
         "StoreBusyError",
         "StoreUnavailableError",
     }
+
+
+@pytest.mark.parametrize(
+    ("conflict", "retryable"),
+    [
+        (Conflict("a", 1, 2), True),
+        (Conflict("a", 0, 0, booked_by="b"), True),
+        (Conflict("a", 1, 1, leased=Leased(None, 5)), True),
+        (Conflict("a", 1, 1, leased=Leased("mine", 5)), False),
+        (Conflict("a", 0, 0, deleted=True), False),
+    ],
+)
+def test_what_never_holds_again_is_not_to_be_tried_again(conflict, retryable):
+    assert ConflictError([Conflict("z", 1, 2), conflict]).retryable is retryable
 
 
 def test_a_hint_is_part_of_the_message():
