@@ -74,7 +74,7 @@ class AsyncTaskRegistry(LedgerReader):
         if clock is not None:
             store.clock = clock
         super().__init__(store)
-        self._hooks = Hooks(hooks)
+        self._hooks = Hooks(hooks, interrupts=False)
         self._committer = Committer(store, self._mirror, self._hooks)
         self._operations = Operations(store)
         self._owns_store = False
@@ -283,8 +283,10 @@ class AsyncTaskRegistry(LedgerReader):
         follower, self._follower = self._follower, None
         if follower is not None:
             follower.ask_to_stop()
+        delivers = self._committer.close()
         try:
-            self._committer.close()
+            if delivers:
+                self._hooks.drain()
         finally:
             if self._owns_store:
                 self._store.close()
@@ -365,9 +367,7 @@ class AsyncTaskRegistry(LedgerReader):
         """Let the hooks hear of everything, then let go on who waited for that."""
         self._delivering = True
 
-        def delivered(delivery: asyncio.Future[None]) -> None:
-            # What a hook has raised is logged and counted by now; nobody here is to end of it.
-            delivery.exception()
+        def delivered(_: object) -> None:
             self._delivering = False
             _release(settled)
             # What came while nobody looked would have to wait for the next change.

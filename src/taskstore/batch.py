@@ -58,7 +58,11 @@ class Batch:
                     raise ConflictError([elsewhere[error.task_id]]) from error
                 raise
             if isinstance(result, TaskRecord) and again.task_id != result.task_id:
-                elsewhere[result.task_id] = Conflict(result.task_id, 0, 0, booked_by=again.task_id)
+                if not staging.creates(again.task_id):
+                    taken = Conflict(result.task_id, 0, 0, booked_by=again.task_id)
+                    elsewhere[result.task_id] = taken
+            elif elsewhere and result is True and again is False:
+                raise ConflictError(elsewhere.values())  # deleted in the body, and not here
         for change in staging.changes if elsewhere else ():
             if isinstance(change, Put) and change.record.parent_task_id in elsewhere:
                 raise ConflictError([elsewhere[change.record.parent_task_id]])

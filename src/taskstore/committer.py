@@ -24,6 +24,7 @@ from taskstore.errors import (
     ReadOnlyError,
     StoreBusyError,
     TaskNotFound,
+    TaskStoreError,
 )
 from taskstore.groupcommit import CommitQueue, Operation, Request
 from taskstore.hooks import Hooks
@@ -93,10 +94,10 @@ class Committer:
         """Take a posted request back, if it has not begun; returns whether that succeeded."""
         return self._queue.withdraw(request)
 
-    def close(self) -> None:
-        """Commit what is under way, deliver its events, and take nothing more."""
-        if self._queue.close():
-            self._hooks.drain()
+    def close(self) -> bool:
+        """Commit what is under way, and take nothing more; whether its events are ours to
+        deliver, which they are not in a forked child."""
+        return self._queue.close()
 
     def refresh(self) -> None:
         """Bring in what other writers committed."""
@@ -161,11 +162,15 @@ class Committer:
                 staging, in_doubt = self._stage(requests)
                 if news:
                     self._look_out(news, staging.changes)
+                if in_doubt:
+                    try:
+                        if self._replica.behind():
+                            continue
+                    except TaskStoreError:  # only they are to hear of that
+                        return False
+                if not staging.changes:
+                    return True
                 try:
-                    if in_doubt and self._replica.behind():
-                        continue
-                    if not staging.changes:
-                        return True
                     commit = self._store.apply(ChangeSet(staging.changes, self._mirror.position))
                 except ConflictError:
                     pass

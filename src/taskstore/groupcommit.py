@@ -40,11 +40,12 @@ class Request(Generic[T]):
     the caller to look at the outcome.
     """
 
-    __slots__ = ("_error", "_result", "operation", "settle")
+    __slots__ = ("_error", "_result", "is_settled", "operation", "settle")
 
     def __init__(self, operation: Operation[T], settle: Callable[[], None]) -> None:
         self.operation = operation
         self.settle = settle
+        self.is_settled = False
         self._result: T | None = None
         self._error: BaseException | None = None
 
@@ -208,7 +209,7 @@ class CommitQueue:
         except BaseException:
             # Interrupted: what nobody has begun yet is not done at all.  What has been
             # begun is usually done in a moment, and the hooks hear of it by us.
-            if not self.withdraw(request):
+            if not self.withdraw(request) and not request.is_settled:
                 request.finished.acquire(timeout=INTERRUPTED_S)
             raise
 
@@ -225,6 +226,7 @@ class CommitQueue:
             raise
         finally:
             for request in requests:
+                request.is_settled = True
                 request.settle()
 
     def _hand_over(self) -> None:

@@ -82,10 +82,13 @@ Hook = Callable[[Event], object]
 class Hooks:
     """The hooks of one registry, and the queue of events that they are owed.
 
-    ``errors`` counts the calls that raised.
+    ``errors`` counts the calls that raised.  What is raised and is no
+    ``Exception``, as an interrupt, comes to who delivers, unless
+    ``interrupts`` is false: where nobody is there whom it could interrupt.
     """
 
-    def __init__(self, hooks: Iterable[Hook] = ()) -> None:
+    def __init__(self, hooks: Iterable[Hook] = (), *, interrupts: bool = True) -> None:
+        self._interrupts = interrupts
         self._hooks: tuple[_Handle, ...] = ()
         self._queue: deque[Event] = deque()
         # Who delivers at present: one of the calls of deliver(), or nobody.
@@ -176,7 +179,9 @@ class Hooks:
             except BaseException as error:
                 self.errors += 1
                 logger.exception("a hook raised on %s at seq %d", event.kind, event.seq)
-                if not isinstance(error, Exception):  # raised when all have heard
+                if self._interrupts and not isinstance(
+                    error, Exception
+                ):  # raised when all have heard
                     interrupt = interrupt or error
         self._owed = None
         self._queue.popleft()

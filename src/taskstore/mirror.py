@@ -263,6 +263,10 @@ class Staging(Lookups):
             check_int("revision", after.revision)
         return self._put(after)
 
+    def creates(self, task_id: str) -> bool:
+        """Whether this task is one that is only staged so far."""
+        return task_id in self._over and self._under.get(task_id) is None
+
     def delete(self, record: TaskRecord) -> None:
         """Stage a deletion."""
         self.changes.append(Remove(record.task_id, record.revision + 1))

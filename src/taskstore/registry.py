@@ -197,19 +197,25 @@ class TaskRegistry(LedgerReader, Verbs):
         """Close the registry, and the store if :meth:`open` made it.
 
         Twice is fine: it does what an interrupted one has left, and returns
-        when all that was under way is committed and delivered.  Not from a
-        signal handler that interrupts a call: that raises :class:`TaskStoreError`.
+        when all that was under way is committed and delivered; a hook that
+        itself waits for that holds it up for five seconds.  Not to be called
+        from a signal handler, which may have interrupted what it would wait
+        for: where that is noticed it raises :class:`TaskStoreError`.
         """
         with self._following:
             self._closed = True
             follower = self._follower
         if follower is not None:
             follower.ask_to_stop()
-        self._committer.close()
-        if self._owns_store:
-            self._store.close()
-        if follower is not None:
-            follower.stop()
+        delivers = self._committer.close()
+        try:
+            if delivers:
+                self._hooks.drain()
+        finally:
+            if self._owns_store:
+                self._store.close()
+            if follower is not None:
+                follower.stop()
 
     def __enter__(self) -> Self:
         return self

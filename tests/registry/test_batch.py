@@ -217,3 +217,36 @@ def test_a_run_that_another_booked_meanwhile_and_nobody_refers_to(open_ledger):
         other = here.create(runtime="cli", task="y")
     assert here.get(booked.task_id) == booked
     assert here.get(other.task_id).revision == 1
+
+
+def test_deleting_a_task_that_another_booked_meanwhile_says_so(open_ledger):
+    here, there = open_ledger(), open_ledger()
+    booked = there.create(runtime="cli", task="x", run_id="r")
+    there.create(runtime="cli", task="y", run_id="r")
+    with pytest.raises(ConflictError, match=booked.task_id), here.batch():
+        mine = here.create(runtime="cli", task="x", run_id="r")
+        assert here.delete(mine.task_id)
+        here.create(runtime="cli", task="y", run_id="r")  # by which the store finds out
+    assert here.get(booked.task_id) == booked
+
+
+def test_a_task_that_another_deleted_meanwhile_is_booked_by_nobody(open_ledger):
+    here, there = open_ledger(), open_ledger()
+    gone = here.create(runtime="cli", task="x", run_id="r")
+    child = here.create(runtime="cli", task="child", parent_task_id=gone.task_id)
+    there.delete(gone.task_id)
+    with pytest.raises(TaskNotFound, match=gone.task_id), here.batch():
+        same = here.create(runtime="cli", task="x", run_id="r")
+        assert same.task_id == gone.task_id
+        here.mark_running(same.task_id)
+    there.refresh()
+    assert there.find_by_run("r") is None
+    here, there = open_ledger(), here
+    again = here.create(runtime="cli", task="x", run_id="r")
+    there.refresh()
+    here.delete(again.task_id)
+    with there.batch():
+        assert there.create(runtime="cli", task="x", run_id="r").task_id == again.task_id
+        there.mark_running(child.task_id)
+    assert there.get(child.task_id).status == "running"
+    assert there.find_by_run("r").task_id not in (gone.task_id, again.task_id)

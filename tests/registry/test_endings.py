@@ -10,8 +10,15 @@ import time
 
 import pytest
 
-from taskstore import OutcomeUnknownError, StoreClosedError, TaskRegistry, TaskStoreError
+from taskstore import (
+    OutcomeUnknownError,
+    Restored,
+    StoreClosedError,
+    TaskRegistry,
+    TaskStoreError,
+)
 from taskstore.aio import AsyncTaskRegistry
+from taskstore.groupcommit import Request
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 from taskstore.testing.threads import until
 
@@ -261,3 +268,67 @@ def test_what_an_interrupted_caller_left_reaches_the_hooks():
         first.join()
         other.join()
     assert heard == [0, 1, 2]
+
+
+def test_whoever_is_interrupted_when_all_is_done_does_not_wait_for_it(monkeypatch):
+    class Interrupted(Request):
+        __slots__ = ("finished",)
+
+        def __init__(self, operation):
+            super().__init__(operation, lambda: None)
+            self.finished = self
+
+        def acquire(self, timeout=None):
+            assert timeout is None, "it waits for what is done"
+            until(lambda: self.is_settled)
+            raise KeyboardInterrupt
+
+    at_work, go = threading.Event(), threading.Event()
+
+    class Gated(MemoryStore):
+        def apply(self, changes):
+            at_work.set()
+            assert go.wait(30)
+            return super().apply(changes)
+
+    registry = TaskRegistry(Gated())
+    first = threading.Thread(target=registry.create, kwargs={"runtime": "cli", "task": "x"})
+    first.start()
+    assert at_work.wait(30)
+    monkeypatch.setattr("taskstore.groupcommit._Waiting", Interrupted)
+    timer = threading.Timer(0.1, go.set)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        registry.create(runtime="cli", task="y")
+    first.join()
+    assert registry.summary().total == 2
+
+
+def test_a_hook_that_exits_as_it_closes_keeps_nothing_open():
+    closed = []
+
+    class Told(MemoryStore):
+        def close(self):
+            closed.append(True)
+            super().close()
+
+    registry = TaskRegistry(Told())
+    registry._owns_store = True
+    registry._hooks.add(exiting([]))
+    registry._hooks.emit([Restored(0, 0, {})])
+    with pytest.raises(SystemExit):
+        registry.close()
+    assert closed == [True]
+
+
+def test_a_hook_that_exits_does_not_end_a_loop_that_refreshes():
+    async def main():
+        storage, heard = MemoryStorage(), []
+        there = TaskRegistry(MemoryStore(storage))
+        registry = await AsyncTaskRegistry.over(MemoryStore(storage), hooks=[exiting(heard)])
+        there.create(runtime="cli", task="x")
+        await registry.refresh()
+        await registry.close()
+        return heard, registry.hooks.errors
+
+    assert asyncio.run(main()) == ([0, 1], 2)

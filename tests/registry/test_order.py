@@ -7,10 +7,11 @@ import threading
 
 import pytest
 
-from taskstore import InvalidTransition, TaskRegistry
+from taskstore import InvalidTransition, StoreBusyError, TaskRecord, TaskRegistry
 from taskstore.aio import AsyncTaskRegistry
 from taskstore.replica import PAGE_ENTRIES
 from taskstore.stores.memory import MemoryStorage, MemoryStore
+from taskstore.testing.threads import until
 
 
 def together(ledger_url, *verbs, prepare):
@@ -100,6 +101,64 @@ def test_who_comes_together_looks_once_whether_memory_is_behind():
     asyncio.run(main())
 
 
+def test_what_another_has_just_made_is_found_in_company_too(open_ledger):
+    """Nothing else in the commit would conflict with it."""
+    registry, other = open_ledger(), open_ledger()
+    queue = registry._committer._queue
+    commit_all, given, threads = queue._commit_all, [], []
+
+    def after_another(requests):
+        other.create(runtime="cli", task="theirs", task_id="theirs")
+        commit_all(requests)
+
+    queue._commit_all = after_another
+
+    def work(verb):
+        threads.append(threading.Thread(target=lambda: given.append(verb())))
+        threads[-1].start()
+
+    with registry._committer._lock:  # somebody leads
+        work(lambda: registry.create(runtime="cli", task="1"))
+        until(lambda: queue._leader is not None)
+        work(lambda: registry.create(runtime="cli", task="2"))
+        work(lambda: registry.mark_running("theirs"))
+        until(lambda: len(queue._queue) == 2)
+    for thread in threads:
+        thread.join(30)
+    assert len(given) == 3
+    assert registry.get("theirs").status == "running"
+
+
+def test_whoever_is_in_doubt_while_the_store_is_busy_harms_nobody_else():
+    class Busy(MemoryStore):
+        busy = False
+
+        def read_journal(self, after, limit):
+            if self.busy:
+                raise StoreBusyError("busy")
+            return super().read_journal(after, limit)
+
+        def apply(self, changes):  # which reads for itself
+            self.busy, was = False, self.busy
+            commit = super().apply(changes)
+            self.busy = was
+            return commit
+
+    async def main():
+        store = Busy()
+        registry = await AsyncTaskRegistry.over(store)
+        store.busy = True
+        given = await asyncio.gather(
+            *(registry.create(runtime="cli", task=str(number)) for number in range(3)),
+            registry.mark_running("nowhere"),
+            return_exceptions=True,
+        )
+        assert [type(each) for each in given] == [TaskRecord] * 3 + [StoreBusyError]
+        await registry.close()
+
+    asyncio.run(main())
+
+
 class Looking:
     """A thread that counts the tasks all the time; no count is to be that of half a commit."""
 
@@ -136,6 +195,36 @@ def test_nobody_sees_half_a_commit(open_ledger, local):
                     writer.create(runtime="cli", task=str(number))
         registry.refresh()
     assert registry.summary().total == size * (2 * PAGE_ENTRIES // size + 1)
+
+
+class NotingLock:
+    """The lock of a mirror, and how many records there were whenever somebody got it."""
+
+    def __init__(self, mirror):
+        self._mirror, self._lock, self._depth = mirror, mirror.lock, 0
+        self.totals = []
+
+    def __enter__(self):
+        self._lock.acquire()
+        if not self._depth:
+            self.totals.append(len(self._mirror.records))
+        self._depth += 1
+
+    def __exit__(self, *_):
+        self._depth -= 1
+        self._lock.release()
+
+
+def test_nobody_sees_half_a_commit_in_the_gap_before_ones_own(open_ledger):
+    size, commits = 300, 2 * PAGE_ENTRIES // 300 + 1
+    registry, writer = open_ledger(), open_ledger()
+    for _ in range(commits):
+        with writer.batch():
+            for number in range(size):
+                writer.create(runtime="cli", task=str(number))
+    registry._mirror.lock = noting = NotingLock(registry._mirror)
+    registry.create(runtime="cli", task="mine")
+    assert noting.totals == [number * size for number in range(commits + 1)]
 
 
 def test_a_commit_of_more_than_a_page_arrives_too(open_ledger):
