@@ -179,9 +179,8 @@ class Hooks:
             except BaseException as error:
                 self.errors += 1
                 logger.exception("a hook raised on %s at seq %d", event.kind, event.seq)
-                if self._interrupts and not isinstance(
-                    error, Exception
-                ):  # raised when all have heard
+                # An interrupt is raised when all have heard.
+                if self._interrupts and not isinstance(error, Exception):
                     interrupt = interrupt or error
         self._owed = None
         self._queue.popleft()
