@@ -146,7 +146,8 @@ def test_trouble_with_a_file_that_went_is_that_it_went_and_an_interrupt_is_one(p
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="has to see open files")
-def test_an_engine_that_is_disposed_of_leaves_nothing_open_and_can_be_used_again(sqlite_path):
+@pytest.mark.parametrize("mode", ["delete", "wal"])
+def test_an_engine_that_is_disposed_of_leaves_nothing_open_and_can_be_used_again(sqlite_path, mode):
     def open_files():
         links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
         return [link for link in links if str(link.readlink()).startswith(str(sqlite_path))]
@@ -154,6 +155,10 @@ def test_an_engine_that_is_disposed_of_leaves_nothing_open_and_can_be_used_again
     engine = engine_for_url(f"sqlite:///{sqlite_path}")
     for _ in range(2):
         upgrade(engine)
+        with engine.connect() as connection:
+            connection.exec_driver_sql(f"PRAGMA journal_mode = {mode}")
+        with engine.connect(), engine.connect():  # the second one is new, and notes the logs
+            pass
         assert open_files()
         engine.dispose()
         assert not open_files()

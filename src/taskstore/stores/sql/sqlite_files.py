@@ -185,7 +185,8 @@ class OpenFile:
         """Note which logs belong to the file, as soon as it has any."""
         with self._lock:
             if self._kept is None:
-                self._kept, self._logs = self._checked(), {}
+                self._logs = {}  # those of one before went with it
+                self._kept = self._checked()
             if self._logs:
                 return
             self._kept.execute(_OPEN_LOG).fetchall()
