@@ -21,7 +21,7 @@ from taskstore.testing import make_put, removal_of
 
 # Between open() and its with, an interrupt leaves the closing to the garbage collector;
 # and what strikes in a __del__ Python itself drops.
-pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in.*(FileIO|CollectorPaused)")
+pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in.*FileIO")
 
 HOME = str(Path(taskstore.__file__).parent)
 CALLS = {dis.opmap[name] for name in ("CALL", "CALL_FUNCTION_EX") if name in dis.opmap}

@@ -39,7 +39,7 @@ from taskstore.stores.sql.tables import (
     tasks,
     taskstore_head,
 )
-from taskstore.yielding import CollectorPaused
+from taskstore.yielding import collector_paused
 
 
 def read_head(session: Session, sql: Statements, *, lock: bool = False) -> Head:
@@ -91,7 +91,7 @@ def load(connections: Connections) -> Snapshot:
                 aside.append(found)
         return Snapshot(head.head_seq, MappingProxyType(records), head.last_at, tuple(aside))
 
-    with CollectorPaused():
+    with collector_paused():
         return connections.read(work, one_moment=True)
 
 
@@ -113,7 +113,7 @@ def read_snapshot(connections: Connections, at: int) -> Snapshot | None:
                 aside.append(item)
         return Snapshot(mark.seq, MappingProxyType(records), mark.at, tuple(aside))
 
-    with CollectorPaused():
+    with collector_paused():
         return connections.read(work, one_moment=True)
 
 
