@@ -10,16 +10,14 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 from taskstore.errors import TaskStoreError
 from taskstore.stores.feed import Naps, PollingWatch, Watch, WatchBrokenError
-from taskstore.stores.sql.errors import ReplacedError
 from taskstore.stores.sql.rows import Head
 from taskstore.stores.sql.session import Session
 
-if TYPE_CHECKING:
-    from taskstore.stores.sql.connections import Connections
+_T = TypeVar("_T")
 
 SAFETY_S = 1.0
 """How often the head is looked at, in seconds, although nothing was heard: behind some
@@ -29,66 +27,70 @@ SQLITE_NAP_S = 0.02
 """The longest pause between two looks at an SQLite file, in seconds."""
 
 
-def polling_watch(_connections: Connections, head: Callable[[], int]) -> Watch:
+class Lender(Protocol):
+    """What a watch needs of a store's connections."""
+
+    @property
+    def database(self) -> Any:
+        """The :class:`~taskstore.stores.sql.dialects.Database`."""
+
+    def borrow(self) -> Session:
+        """A connection for as long as the watch lives."""
+
+    def give_back(self, session: Session, *, broken: bool = False) -> None:
+        """Return it."""
+
+    def writing_pid(self) -> int | None:
+        """The server's process behind the connection on which this store commits."""
+
+
+def polling_watch(_connections: Lender, head: Callable[[], int]) -> Watch:
     """A watch that asks for the head."""
     return PollingWatch(head)
 
 
-class _Held:
-    """A watch with a connection of its own."""
+class Borrowed:
+    """The connection of a watch."""
 
-    def __init__(self, connections: Connections) -> None:
-        self._connections = connections
-        self._session = self._guarded(connections.borrow)
-        self._broken = False
+    def __init__(self, connections: Lender) -> None:
+        self.connections = connections
+        self.database = connections.database
+        self.broken = False
+        self.session = self.guarded(connections.borrow)
 
-    def _guarded(self, work: Callable[[], Any]) -> Any:
+    def guarded(self, work: Callable[[], _T]) -> _T:
         """Do ``work``: trouble with the connection makes the watch a broken one."""
         try:
             return work()
-        except self._connections.database.translator.errors as error:
-            self._broken = True
+        except self.database.translator.errors as error:
+            self.broken = True
             raise WatchBrokenError from error
 
-    def _release(self) -> None:
-        self._connections.give_back(self._session, broken=self._broken)
+    def give_back(self) -> None:
+        """Return it to the pool."""
+        with suppress(TaskStoreError):
+            self.connections.give_back(self.session, broken=self.broken)
 
 
-class DataVersionWatch(_Held):
+class DataVersionWatch(PollingWatch):
     """SQLite tells a connection cheaply whether another one has committed."""
 
-    def __init__(self, connections: Connections, head: Callable[[], int]) -> None:
-        super().__init__(connections)
-        self._polling = PollingWatch(head, self._version, longest_nap_s=SQLITE_NAP_S)
+    def __init__(self, connections: Lender, head: Callable[[], int]) -> None:
+        super().__init__(head, self._version, longest_nap_s=SQLITE_NAP_S)
+        self._borrowed = Borrowed(connections)
 
     def _version(self) -> object:
-        while True:
-            row = self._guarded(lambda: self._session.row("PRAGMA data_version"))
-            try:
-                # A file that was opened as one that nobody writes says so if somebody does.
-                self._connections.database.check_read(self._session)
-            except ReplacedError:
-                self._connections.reopen()
-                fresh = self._guarded(self._connections.borrow)
-                self._release()
-                self._session = fresh
-            else:
-                return (self._session.file, row[0])
-
-    def look(self) -> int | None:
-        return self._polling.look()
-
-    def pause(self, seconds: float) -> None:
-        self._polling.pause(seconds)
-
-    def wake(self) -> None:
-        self._polling.wake()
+        borrowed = self._borrowed
+        row = borrowed.guarded(lambda: borrowed.session.row("PRAGMA data_version"))
+        # A file that was opened as one that nobody writes says so if somebody does.
+        borrowed.database.check_read(borrowed.session)
+        return row[0]
 
     def close(self) -> None:
-        self._release()
+        self._borrowed.give_back()
 
 
-class ListeningWatch(_Held):
+class ListeningWatch:
     """PostgreSQL tells who listens.
 
     While it listens it holds an advisory lock, by which a writer sees that a
@@ -97,32 +99,32 @@ class ListeningWatch(_Held):
     polled until then, and looked at once more after.
     """
 
-    def __init__(self, connections: Connections, head: Callable[[], int]) -> None:
+    def __init__(self, connections: Lender, head: Callable[[], int]) -> None:
         del head  # it is read here, on the connection that listens
-        super().__init__(connections)
+        self._borrowed = Borrowed(connections)
+        self._session = self._borrowed.session
         self._naps = Naps()
         self._database = connections.database
-        self._sql: Any = connections.database.sql
         self._generation = self._database.generation
         self._channel = ""
-        self._locked = self._deaf = self._heard = False
+        self._locked = self._deaf = self._heard = self._told = False
         self._seen: int | None = None
         self._looked_at = 0.0
         self._hearing, self._waking = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         try:
-            self._guarded(self._listen)
+            self._borrowed.guarded(self._listen)
         except BaseException:
-            self._broken = True
+            self._borrowed.broken = True
             self.close()
             raise
 
     def _listen(self) -> None:
-        session: Session = self._session
-        row = session.row(self._sql.head)
+        session = self._session
+        row = session.row(self._database.sql.head)
         if row is None:
             raise WatchBrokenError
-        self._channel = self._sql.channel_of(Head(*row).ledger_id)
+        self._channel = self._database.sql.channel_of(Head(*row).ledger_id)
         # What is heard in the middle of another statement is taken in with its
         # answer: without a handler it would be gone.
         session.raw.add_notify_handler(self._hear)
@@ -137,33 +139,34 @@ class ListeningWatch(_Held):
         self._note(note.channel, note.pid)
 
     def _note(self, channel: str, pid: int) -> None:
-        # Of our own commits everybody has been told.
-        if channel == self._channel and pid != self._connections.writing_pid():
-            self._heard, self._deaf = True, False
+        if channel == self._channel:
+            self._told, self._deaf = True, False
+            # Of our own commits the waiters know already.
+            self._heard = self._heard or pid != self._borrowed.connections.writing_pid()
 
     def look(self) -> int | None:
         if self._generation != self._database.generation:
             # The server that we listen to may no longer be the one that is written to.
-            self._broken = True
+            self._borrowed.broken = True
             raise WatchBrokenError
         if not (self._heard or self._rest() <= 0):
             return None
-        return int(self._guarded(self._look))
+        return self._borrowed.guarded(self._look)
 
     def _look(self) -> int:
-        session: Session = self._session
+        session, sql = self._session, self._database.sql
         locked = self._locked
         if not locked:
-            [self._locked] = session.row(self._sql.be_heard, (self._channel,))
-        heard, self._heard = self._heard, False
-        row = session.row(self._sql.head)
+            [self._locked] = session.row(sql.be_heard, (self._channel,))
+        told, self._told, self._heard = self._told, False, False
+        row = session.row(sql.head)
         if row is None:
             raise WatchBrokenError
         head = Head(*row).head_seq
         if self._seen is not None and head != self._seen:
             self._naps.shorten()
             # Somebody has committed whom we cannot hear.
-            self._deaf = self._deaf or (locked and not heard and not self._heard)
+            self._deaf = self._deaf or (locked and not told and not self._told)
         self._seen, self._looked_at = head, time.monotonic()
         return head
 
@@ -182,7 +185,7 @@ class ListeningWatch(_Held):
                 with suppress(OSError):
                     self._hearing.recv(64)
             else:
-                self._guarded(self._take_in)
+                self._borrowed.guarded(self._take_in)
 
     def _take_in(self) -> None:
         connection = self._session.raw.pgconn
@@ -195,17 +198,17 @@ class ListeningWatch(_Held):
             self._waking.send(b"\0")
 
     def close(self) -> None:
+        borrowed = self._borrowed
         with suppress(Exception):
             self._session.raw.remove_notify_handler(self._hear)
-        if not self._broken:
+        if not borrowed.broken:
             try:
                 self._session.execute(f'UNLISTEN "{self._channel}"')
                 if self._locked:
-                    self._session.row(self._sql.be_quiet, (self._channel,))
+                    self._session.row(self._database.sql.be_quiet, (self._channel,))
             except Exception:  # noqa: BLE001 - whatever a broken driver raises
-                self._broken = True
+                borrowed.broken = True
         self._selector.close()
         self._hearing.close()
         self._waking.close()
-        with suppress(TaskStoreError):
-            self._release()
+        borrowed.give_back()
