@@ -20,6 +20,7 @@ from queue import Empty, SimpleQueue
 from typing import Protocol, TypeAlias
 
 from taskstore.errors import StoreClosedError, StoreUnavailableError
+from taskstore.stores.retry import Backoff
 
 IDLE_S = 2.0
 """How long the thread goes on without a waiter, in seconds: a caller that waits in slices
@@ -65,33 +66,6 @@ class Watch(Protocol):
         ...
 
 
-class Naps:
-    """Pauses that grow from 1 ms as long as nothing happens."""
-
-    def __init__(self, longest_s: float = LONGEST_NAP_S) -> None:
-        self._longest_s = longest_s
-        self._woken = threading.Event()
-        self.shorten()
-
-    def shorten(self) -> None:
-        """Something happened: more of it may follow soon."""
-        self.next_s = SHORTEST_NAP_S
-
-    def take(self, at_most_s: float) -> None:
-        """Sleep, or come back at once when woken."""
-        self._woken.wait(min(self.next_s, at_most_s))
-        self._woken.clear()
-        self.lengthen()
-
-    def lengthen(self) -> None:
-        """Nothing happened: take it easier."""
-        self.next_s = min(self.next_s * 1.5, self._longest_s)
-
-    def wake(self) -> None:
-        """End a nap."""
-        self._woken.set()
-
-
 class PollingWatch:
     """Asks for the head, ever more rarely.  ``sign``, if given, is something cheap that
     differs whenever the head does; without it the head itself is asked for each time."""
@@ -104,27 +78,26 @@ class PollingWatch:
         longest_nap_s: float = LONGEST_NAP_S,
     ) -> None:
         self._head = head
-        self._sign = sign
-        self._naps = Naps(longest_nap_s)
+        self._sign = sign or head
         self._seen: object = None
-        self._known = False
+        self._naps = Backoff(SHORTEST_NAP_S, longest_nap_s)
+        self._woken = threading.Event()
 
     def look(self) -> int | None:
         # The sign is read first: what is committed in between is then seen next time.
-        sign = self._sign() if self._sign is not None else self._head()
-        if self._known and sign == self._seen:
+        sign = self._sign()
+        if sign == self._seen:
             return None
-        head = self._head() if self._sign is not None else sign
-        assert isinstance(head, int)
-        self._seen, self._known = sign, True
-        self._naps.shorten()
-        return head
+        self._seen = sign
+        self._naps.reset()
+        return self._head()
 
     def pause(self, seconds: float) -> None:
-        self._naps.take(seconds)
+        self._woken.wait(min(self._naps.next_s(), seconds))
+        self._woken.clear()
 
     def wake(self) -> None:
-        self._naps.wake()
+        self._woken.set()
 
     def close(self) -> None:
         pass

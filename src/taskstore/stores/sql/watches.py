@@ -10,12 +10,14 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from taskstore.errors import TaskStoreError
-from taskstore.stores.feed import Naps, PollingWatch, Watch, WatchBrokenError
+from taskstore.stores.feed import LONGEST_NAP_S, SHORTEST_NAP_S, PollingWatch, WatchBrokenError
+from taskstore.stores.retry import Backoff
 from taskstore.stores.sql.rows import Head
-from taskstore.stores.sql.session import Session
+
+if TYPE_CHECKING:
+    from taskstore.stores.sql.connections import Connections
 
 _T = TypeVar("_T")
 
@@ -27,34 +29,16 @@ SQLITE_NAP_S = 0.02
 """The longest pause between two looks at an SQLite file, in seconds."""
 
 
-class Lender(Protocol):
-    """What a watch needs of a store's connections."""
-
-    @property
-    def database(self) -> Any:
-        """The :class:`~taskstore.stores.sql.dialects.Database`."""
-
-    def borrow(self) -> Session:
-        """A connection for as long as the watch lives."""
-
-    def give_back(self, session: Session, *, broken: bool = False) -> None:
-        """Return it."""
-
-    def writing_pid(self) -> int | None:
-        """The server's process behind the connection on which this store commits."""
-
-
-def polling_watch(_connections: Lender, head: Callable[[], int]) -> Watch:
+def polling_watch(_connections: Connections, head: Callable[[], int]) -> PollingWatch:
     """A watch that asks for the head."""
     return PollingWatch(head)
 
 
-class Borrowed:
+class _Borrowed:
     """The connection of a watch."""
 
-    def __init__(self, connections: Lender) -> None:
-        self.connections = connections
-        self.database = connections.database
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
         self.broken = False
         self.session = self.guarded(connections.borrow)
 
@@ -62,28 +46,28 @@ class Borrowed:
         """Do ``work``: trouble with the connection makes the watch a broken one."""
         try:
             return work()
-        except self.database.translator.errors as error:
+        except self._connections.database.translator.errors as error:
             self.broken = True
             raise WatchBrokenError from error
 
     def give_back(self) -> None:
-        """Return it to the pool."""
-        with suppress(TaskStoreError):
-            self.connections.give_back(self.session, broken=self.broken)
+        """Return it."""
+        self._connections.give_back(self.session, broken=self.broken)
 
 
 class DataVersionWatch(PollingWatch):
     """SQLite tells a connection cheaply whether another one has committed."""
 
-    def __init__(self, connections: Lender, head: Callable[[], int]) -> None:
+    def __init__(self, connections: Connections, head: Callable[[], int]) -> None:
         super().__init__(head, self._version, longest_nap_s=SQLITE_NAP_S)
-        self._borrowed = Borrowed(connections)
+        self._database = connections.database
+        self._borrowed = _Borrowed(connections)
 
     def _version(self) -> object:
-        borrowed = self._borrowed
-        row = borrowed.guarded(lambda: borrowed.session.row("PRAGMA data_version"))
+        session = self._borrowed.session
+        row = self._borrowed.guarded(lambda: session.row("PRAGMA data_version"))
         # A file that was opened as one that nobody writes says so if somebody does.
-        borrowed.database.check_read(borrowed.session)
+        self._database.check_read(session)
         return row[0]
 
     def close(self) -> None:
@@ -99,17 +83,21 @@ class ListeningWatch:
     polled until then, and looked at once more after.
     """
 
-    def __init__(self, connections: Lender, head: Callable[[], int]) -> None:
+    def __init__(self, connections: Connections, head: Callable[[], int]) -> None:
         del head  # it is read here, on the connection that listens
-        self._borrowed = Borrowed(connections)
-        self._session = self._borrowed.session
-        self._naps = Naps()
+        self._connections = connections
         self._database = connections.database
+        self._sql: Any = self._database.sql
         self._generation = self._database.generation
+        self._borrowed = _Borrowed(connections)
+        self._session = self._borrowed.session
         self._channel = ""
+        # Whether we hold the lock, whether writers commit without our hearing of it,
+        # whether somebody else has told of a commit, and whether anybody has.
         self._locked = self._deaf = self._heard = self._told = False
         self._seen: int | None = None
-        self._looked_at = 0.0
+        self._naps = Backoff(SHORTEST_NAP_S, LONGEST_NAP_S)
+        self._due_at = 0.0
         self._hearing, self._waking = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         try:
@@ -121,66 +109,61 @@ class ListeningWatch:
 
     def _listen(self) -> None:
         session = self._session
-        row = session.row(self._database.sql.head)
+        row = session.row(self._sql.head)
         if row is None:
             raise WatchBrokenError
-        self._channel = self._database.sql.channel_of(Head(*row).ledger_id)
+        self._channel = self._sql.channel_of(Head(*row).ledger_id)
         # What is heard in the middle of another statement is taken in with its
         # answer: without a handler it would be gone.
-        session.raw.add_notify_handler(self._hear)
+        session.raw.add_notify_handler(self._on_note)
         session.execute(f'LISTEN "{self._channel}"')
         for end in (self._hearing, self._waking):
             end.settimeout(0)
         self._selector.register(self._hearing, selectors.EVENT_READ)
         self._selector.register(session.raw.fileno(), selectors.EVENT_READ)
 
-    def _hear(self, note: Any) -> None:
-        """Take in what was heard in the middle of another statement."""
-        self._note(note.channel, note.pid)
+    def _on_note(self, note: Any) -> None:
+        self._hear(note.channel, note.pid)
 
-    def _note(self, channel: str, pid: int) -> None:
+    def _hear(self, channel: str, pid: int) -> None:
         if channel == self._channel:
             self._told, self._deaf = True, False
             # Of our own commits the waiters know already.
-            self._heard = self._heard or pid != self._borrowed.connections.writing_pid()
+            if pid != self._connections.writing_pid():
+                self._heard = True
 
     def look(self) -> int | None:
         if self._generation != self._database.generation:
             # The server that we listen to may no longer be the one that is written to.
             self._borrowed.broken = True
             raise WatchBrokenError
-        if not (self._heard or self._rest() <= 0):
+        if not self._heard and time.monotonic() < self._due_at:
             return None
         return self._borrowed.guarded(self._look)
 
     def _look(self) -> int:
-        session, sql = self._session, self._database.sql
-        locked = self._locked
+        session, locked = self._session, self._locked
         if not locked:
-            [self._locked] = session.row(sql.be_heard, (self._channel,))
+            [self._locked] = session.row(self._sql.be_heard, (self._channel,))
         told, self._told, self._heard = self._told, False, False
-        row = session.row(sql.head)
+        row = session.row(self._sql.head)
         if row is None:
             raise WatchBrokenError
         head = Head(*row).head_seq
         if self._seen is not None and head != self._seen:
-            self._naps.shorten()
+            self._naps.reset()
             # Somebody has committed whom we cannot hear.
             self._deaf = self._deaf or (locked and not told and not self._told)
-        self._seen, self._looked_at = head, time.monotonic()
+        self._seen = head
+        period = SAFETY_S if self._locked and not self._deaf else self._naps.next_s()
+        self._due_at = time.monotonic() + period
         return head
-
-    def _rest(self) -> float:
-        """How long until the head is looked at although nothing was heard."""
-        period = SAFETY_S if self._locked and not self._deaf else self._naps.next_s
-        return self._looked_at + period - time.monotonic()
 
     def pause(self, seconds: float) -> None:
         if self._heard:
             return
-        ready = self._selector.select(max(0.0, min(seconds, self._rest())))
-        self._naps.lengthen()
-        for key, _ in ready:
+        rest = min(seconds, self._due_at - time.monotonic())
+        for key, _ in self._selector.select(max(0.0, rest)):
             if key.fileobj is self._hearing:
                 with suppress(OSError):
                     self._hearing.recv(64)
@@ -191,7 +174,7 @@ class ListeningWatch:
         connection = self._session.raw.pgconn
         connection.consume_input()
         while (note := connection.notifies()) is not None:
-            self._note(note.relname.decode(), note.be_pid)
+            self._hear(note.relname.decode(), note.be_pid)
 
     def wake(self) -> None:
         with suppress(OSError):
@@ -199,13 +182,12 @@ class ListeningWatch:
 
     def close(self) -> None:
         borrowed = self._borrowed
-        with suppress(Exception):
-            self._session.raw.remove_notify_handler(self._hear)
         if not borrowed.broken:
             try:
+                self._session.raw.remove_notify_handler(self._on_note)
                 self._session.execute(f'UNLISTEN "{self._channel}"')
                 if self._locked:
-                    self._session.row(self._database.sql.be_quiet, (self._channel,))
+                    self._session.row(self._sql.be_quiet, (self._channel,))
             except Exception:  # noqa: BLE001 - whatever a broken driver raises
                 borrowed.broken = True
         self._selector.close()
