@@ -63,7 +63,7 @@ class Watch:
     def wake(self):
         self.ledger.moved.set()
 
-    def close(self):
+    def close(self, *, broken):
         assert not self.closed
         self.closed = True
 

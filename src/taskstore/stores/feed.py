@@ -61,8 +61,8 @@ class Watch(Protocol):
         """End a pause, the current one or the next.  Never blocks, never raises."""
         ...
 
-    def close(self) -> None:
-        """Give back what is held.  Never raises."""
+    def close(self, *, broken: bool) -> None:
+        """Give back what is held, ``broken`` if nobody is to use it again.  Never raises."""
         ...
 
 
@@ -99,7 +99,7 @@ class PollingWatch:
     def wake(self) -> None:
         self._woken.set()
 
-    def close(self) -> None:
+    def close(self, *, broken: bool) -> None:
         pass
 
 
@@ -112,9 +112,10 @@ class Feed:
     """The waiting calls of one store, and the thread that watches for them.
 
     ``head`` reads the head, with the patience and the errors of the store;
-    ``watch`` sets up what looks out for the commits of others, or raises
-    :class:`WatchBrokenError`: then the head is polled for a while.  The thread
-    ends when nobody has waited for ``idle_s`` seconds.
+    ``watch`` sets up what looks out for the commits of others.  When it raises
+    :class:`WatchBrokenError` or one of ``errors``, there or later, the head is
+    polled for a while.  The thread ends when nobody has waited for ``idle_s``
+    seconds.
     """
 
     def __init__(
@@ -124,11 +125,13 @@ class Feed:
         location: str,
         *,
         idle_s: float = IDLE_S,
+        errors: tuple[type[Exception], ...] = (),
     ) -> None:
         self._head = head
         self._set_up = watch
         self._location = location
         self._idle_s = idle_s
+        self._broken: tuple[type[Exception], ...] = (WatchBrokenError, *errors)
         self._lock = threading.RLock()
         # The waiting calls, and the seq that each has seen already.
         self._waiters: dict[_Waiter, int] = {}
@@ -218,7 +221,7 @@ class Feed:
                     self._serve(PollingWatch(self._head), retry_at)
                 else:
                     self._serve(self._set_up())
-            except WatchBrokenError:
+            except self._broken:
                 retry_at = time.monotonic() + RETRY_S
             except BaseException as error:  # noqa: BLE001 - raised by the waiting calls
                 self._fail(error)
@@ -240,6 +243,7 @@ class Feed:
     def _serve(self, watch: Watch, until: float = math.inf) -> None:
         """Look out through ``watch`` while there is a waiter, at most ``until`` (monotonic)."""
         needed_at = time.monotonic()
+        broken = True
         try:
             self._watch = watch
             while not self._closed and (now := time.monotonic()) < until:
@@ -254,6 +258,7 @@ class Feed:
                 if head is not None:
                     self._publish(head)
                 watch.pause(min(rest, until - now))
+            broken = False
         finally:
             self._watch = None
-            watch.close()
+            watch.close(broken=broken)

@@ -102,6 +102,7 @@ class SQLStore(TaskRegistryStore):
             self.location,
             # A connection of a host's pool is not kept for nobody.
             idle_s=IDLE_S if database.owned else 0.0,
+            errors=database.translator.errors,
         )
         try:
             ensure_schema(database, migrate, url)

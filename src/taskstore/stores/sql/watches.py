@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from taskstore.stores.feed import LONGEST_NAP_S, SHORTEST_NAP_S, PollingWatch, WatchBrokenError
 from taskstore.stores.retry import Backoff
@@ -18,8 +18,6 @@ from taskstore.stores.sql.rows import Head
 
 if TYPE_CHECKING:
     from taskstore.stores.sql.connections import Connections
-
-_T = TypeVar("_T")
 
 SAFETY_S = 1.0
 """How often the head is looked at, in seconds, although nothing was heard: behind some
@@ -34,44 +32,22 @@ def polling_watch(_connections: Connections, head: Callable[[], int]) -> Polling
     return PollingWatch(head)
 
 
-class _Borrowed:
-    """The connection of a watch."""
-
-    def __init__(self, connections: Connections) -> None:
-        self._connections = connections
-        self.broken = False
-        self.session = self.guarded(connections.borrow)
-
-    def guarded(self, work: Callable[[], _T]) -> _T:
-        """Do ``work``: trouble with the connection makes the watch a broken one."""
-        try:
-            return work()
-        except self._connections.database.translator.errors as error:
-            self.broken = True
-            raise WatchBrokenError from error
-
-    def give_back(self) -> None:
-        """Return it."""
-        self._connections.give_back(self.session, broken=self.broken)
-
-
 class DataVersionWatch(PollingWatch):
     """SQLite tells a connection cheaply whether another one has committed."""
 
     def __init__(self, connections: Connections, head: Callable[[], int]) -> None:
         super().__init__(head, self._version, longest_nap_s=SQLITE_NAP_S)
-        self._database = connections.database
-        self._borrowed = _Borrowed(connections)
+        self._connections = connections
+        self._session = connections.borrow()
 
     def _version(self) -> object:
-        session = self._borrowed.session
-        row = self._borrowed.guarded(lambda: session.row("PRAGMA data_version"))
+        row = self._session.row("PRAGMA data_version")
         # A file that was opened as one that nobody writes says so if somebody does.
-        self._database.check_read(session)
+        self._connections.database.check_read(self._session)
         return row[0]
 
-    def close(self) -> None:
-        self._borrowed.give_back()
+    def close(self, *, broken: bool) -> None:
+        self._connections.give_back(self._session, broken=broken)
 
 
 class ListeningWatch:
@@ -89,8 +65,7 @@ class ListeningWatch:
         self._database = connections.database
         self._sql: Any = self._database.sql
         self._generation = self._database.generation
-        self._borrowed = _Borrowed(connections)
-        self._session = self._borrowed.session
+        self._session = connections.borrow()
         self._channel = ""
         # Whether we hold the lock, whether writers commit without our hearing of it,
         # whether somebody else has told of a commit, and whether anybody has.
@@ -101,10 +76,9 @@ class ListeningWatch:
         self._hearing, self._waking = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         try:
-            self._borrowed.guarded(self._listen)
+            self._listen()
         except BaseException:
-            self._borrowed.broken = True
-            self.close()
+            self.close(broken=True)
             raise
 
     def _listen(self) -> None:
@@ -135,11 +109,10 @@ class ListeningWatch:
     def look(self) -> int | None:
         if self._generation != self._database.generation:
             # The server that we listen to may no longer be the one that is written to.
-            self._borrowed.broken = True
             raise WatchBrokenError
         if not self._heard and time.monotonic() < self._due_at:
             return None
-        return self._borrowed.guarded(self._look)
+        return self._look()
 
     def _look(self) -> int:
         session, locked = self._session, self._locked
@@ -168,7 +141,7 @@ class ListeningWatch:
                 with suppress(OSError):
                     self._hearing.recv(64)
             else:
-                self._borrowed.guarded(self._take_in)
+                self._take_in()
 
     def _take_in(self) -> None:
         connection = self._session.raw.pgconn
@@ -180,17 +153,16 @@ class ListeningWatch:
         with suppress(OSError):
             self._waking.send(b"\0")
 
-    def close(self) -> None:
-        borrowed = self._borrowed
-        if not borrowed.broken:
+    def close(self, *, broken: bool) -> None:
+        if not broken:
             try:
                 self._session.raw.remove_notify_handler(self._on_note)
                 self._session.execute(f'UNLISTEN "{self._channel}"')
                 if self._locked:
                     self._session.row(self._sql.be_quiet, (self._channel,))
             except Exception:  # noqa: BLE001 - whatever a broken driver raises
-                borrowed.broken = True
+                broken = True
         self._selector.close()
         self._hearing.close()
         self._waking.close()
-        borrowed.give_back()
+        self._connections.give_back(self._session, broken=broken)
