@@ -36,7 +36,7 @@ LONGEST_PAUSE_S = 1.0
 """How long the thread pauses at most between two looks, in seconds."""
 
 SHORTEST_NAP_S = 0.001
-LONGEST_NAP_S = 0.05
+LONGEST_NAP_S = 0.06
 
 
 class WatchBrokenError(Exception):
@@ -159,9 +159,12 @@ class Feed:
             self._waiters.pop(waiter, None)
             if not (self._idle_s or self._waiters):
                 self._wake()
-        if error is not None:
+        if error is None:
+            return True
+        try:
             raise error
-        return True
+        finally:
+            del error  # which refers to this frame
 
     def announce(self, seq: int) -> None:
         """Wake the waiters: this process has committed up to ``seq``."""

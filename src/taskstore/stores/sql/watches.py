@@ -23,7 +23,7 @@ SAFETY_S = 1.0
 """How often the head is looked at, in seconds, although nothing was heard: behind some
 poolers nothing ever is, and a version of taskstore before this one says nothing."""
 
-SQLITE_NAP_S = 0.02
+SQLITE_NAP_S = 0.025
 """The longest pause between two looks at an SQLite file, in seconds."""
 
 
