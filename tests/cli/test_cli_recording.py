@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from taskstore import Change, Commit, Put, StoreUnavailableError
 from taskstore.cli import child as child_module
-from taskstore.cli.child import Child, Events
+from taskstore.cli.child import Child, Event, Events, forwarded_signals
 from taskstore.cli.lines import LastLine, summary_of
 from taskstore.cli.recorder import Recorder
 from taskstore.cli.run import new_command_record
@@ -153,6 +153,27 @@ def test_who_comes_too_late_to_see_a_command_end_tells_of_it_all_the_same(
         begin()
     told = [events.get_nowait().kind for _ in late]
     assert sorted(told) == ["closed", "closed", "exited"]
+
+
+@pytest.mark.parametrize("number", child_module.FORWARDED)
+def test_a_signal_that_another_thread_gets_is_not_missed(number: signal.Signals) -> None:
+    """The kernel may give it to any thread, and the main thread waits without end."""
+    events = Events()
+    with forwarded_signals(events):
+        threading.Thread(target=lambda: signal.pthread_kill(threading.get_ident(), number)).start()
+        assert events.get(timeout=60) == Event("signal", number)
+
+
+def test_signals_are_handled_as_before_when_nothing_is_recorded() -> None:
+    handlers = [signal.getsignal(number) for number in child_module.FORWARDED]
+    ignored = signal.signal(signal.SIGQUIT, signal.SIG_IGN)
+    try:
+        with forwarded_signals(Events()):
+            assert signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGQUIT, ignored)
+    assert [signal.getsignal(number) for number in child_module.FORWARDED] == handlers
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_a_child_that_cannot_be_attended_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,9 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in.*(FileIO|Co
 
 HOME = str(Path(taskstore.__file__).parent)
 # CALL_KW is of Python 3.13 and newer.
-CALLS = {
-    dis.opmap[name] for name in ("CALL", "CALL_FUNCTION_EX", "CALL_KW") if name in dis.opmap
-}
+CALLS = {dis.opmap[name] for name in ("CALL", "CALL_FUNCTION_EX", "CALL_KW") if name in dis.opmap}
 
 
 class Interrupted(BaseException):
