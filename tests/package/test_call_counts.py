@@ -33,11 +33,11 @@ class Counts(NamedTuple):
 # Upper bounds of warm calls.  Python 3.12 and newer enter fewer frames: comprehensions
 # have none of their own.
 BOUNDS = {
-    "sqlite create": Counts(frames=129, files=28, switches=80),
+    "sqlite create": Counts(frames=129, files=28, switches=83),
     "sqlite record_progress": Counts(frames=105, files=28, switches=71),
-    "sqlite open": Counts(frames=605, files=32, switches=255),
-    "json create": Counts(frames=108, files=27, switches=67),
-    "json record_progress": Counts(frames=83, files=27, switches=59),
+    "sqlite open": Counts(frames=605, files=32, switches=297),
+    "json create": Counts(frames=111, files=27, switches=74),
+    "json record_progress": Counts(frames=85, files=27, switches=60),
 }
 
 
