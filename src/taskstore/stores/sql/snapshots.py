@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from taskstore.codec import checksum, encode_record
+from taskstore.codec import check_nesting, checksum, encode_record
 from taskstore.errors import ConflictError, CorruptStoreError
 from taskstore.journal import SetAside, Snapshot, validated_snapshot
 from taskstore.records import TaskRecord
@@ -68,6 +68,7 @@ def read_set_aside(session: Session, sql: Statements) -> list[SetAside]:
         where = f"task_set_aside, row {number}"
         damage = damage_of(payload, stored)
         try:
+            check_nesting(payload)
             item = msgspec.json.decode(payload, type=SetAside)
         except msgspec.DecodeError as error:
             damage = damage or str(error)
