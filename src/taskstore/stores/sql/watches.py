@@ -10,16 +10,13 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from taskstore.errors import TaskStoreError
 from taskstore.stores.feed import Naps, PollingWatch, Watch, WatchBrokenError
-from taskstore.stores.sql.errors import ReplacedError
+from taskstore.stores.sql.pool import ConnectionPool
 from taskstore.stores.sql.rows import Head
 from taskstore.stores.sql.session import Session
-
-if TYPE_CHECKING:
-    from taskstore.stores.sql.connections import Connections
 
 SAFETY_S = 1.0
 """How often the head is looked at, in seconds, although nothing was heard: behind some
@@ -29,7 +26,7 @@ SQLITE_NAP_S = 0.02
 """The longest pause between two looks at an SQLite file, in seconds."""
 
 
-def polling_watch(_connections: Connections, head: Callable[[], int]) -> Watch:
+def polling_watch(_connections: ConnectionPool, head: Callable[[], int]) -> Watch:
     """A watch that asks for the head."""
     return PollingWatch(head)
 
@@ -37,9 +34,9 @@ def polling_watch(_connections: Connections, head: Callable[[], int]) -> Watch:
 class _Held:
     """A watch with a connection of its own."""
 
-    def __init__(self, connections: Connections) -> None:
+    def __init__(self, connections: ConnectionPool) -> None:
         self._connections = connections
-        self._session = self._guarded(connections.borrow)
+        self._session = self._guarded(connections.acquire)
         self._broken = False
 
     def _guarded(self, work: Callable[[], Any]) -> Any:
@@ -51,29 +48,22 @@ class _Held:
             raise WatchBrokenError from error
 
     def _release(self) -> None:
-        self._connections.give_back(self._session, broken=self._broken)
+        self._connections.release(self._session, broken=self._broken)
 
 
 class DataVersionWatch(_Held):
     """SQLite tells a connection cheaply whether another one has committed."""
 
-    def __init__(self, connections: Connections, head: Callable[[], int]) -> None:
+    def __init__(self, connections: ConnectionPool, head: Callable[[], int]) -> None:
         super().__init__(connections)
         self._polling = PollingWatch(head, self._version, longest_nap_s=SQLITE_NAP_S)
 
     def _version(self) -> object:
-        while True:
-            row = self._guarded(lambda: self._session.row("PRAGMA data_version"))
-            try:
-                # A file that was opened as one that nobody writes says so if somebody does.
-                self._connections.database.check_read(self._session)
-            except ReplacedError:
-                self._connections.reopen()
-                fresh = self._guarded(self._connections.borrow)
-                self._release()
-                self._session = fresh
-            else:
-                return (self._session.file, row[0])
+        row = self._guarded(lambda: self._session.row("PRAGMA data_version"))
+        guard = self._connections.database.guard
+        if guard is not None:
+            guard.check()
+        return row[0]
 
     def look(self) -> int | None:
         return self._polling.look()
@@ -97,7 +87,7 @@ class ListeningWatch(_Held):
     polled until then, and looked at once more after.
     """
 
-    def __init__(self, connections: Connections, head: Callable[[], int]) -> None:
+    def __init__(self, connections: ConnectionPool, head: Callable[[], int]) -> None:
         del head  # it is read here, on the connection that listens
         super().__init__(connections)
         self._naps = Naps()

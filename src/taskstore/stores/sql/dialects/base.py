@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import sqlalchemy as sa
 from sqlalchemy.engine.interfaces import Dialect
 
-from taskstore.stores.feed import Watch
-from taskstore.stores.sql.errors import Fault, Translator
+from taskstore.stores.retry import Trouble
+from taskstore.stores.sql.errors import GONE, Fault, Translator
 from taskstore.stores.sql.rows import Claimed
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.statements import Statements, flat, pieces
 from taskstore.stores.sql.tables import SCHEMA_EPOCH
-from taskstore.stores.sql.watches import polling_watch
 
 log = logging.getLogger("taskstore")
 
@@ -25,10 +24,23 @@ LOCK_S = 30
 
 LOCK_WAIT_S = 15
 """How long one attempt waits for the lock of the writers, in seconds: after the second,
-who waits has seen whether they make progress."""
+the caller has seen whether they make progress."""
 
 
 _PLACE = ("host", "port", "unix_socket")
+
+
+class Guard(Protocol):
+    """Notices that what is read and written is not any more what was opened."""
+
+    def check(self) -> None:
+        """Raise a :class:`~taskstore.StoreUnavailableError` if so; cheap.
+
+        It is called before each commit and after each read.
+        """
+
+    def look(self) -> None:
+        """The same by a full look."""
 
 
 class Database:
@@ -38,6 +50,8 @@ class Database:
     """The driver that the statements are compiled for."""
     compiler: ClassVar[Dialect]
     statements: ClassVar[type[Statements]] = Statements
+    sql: Statements
+    """The compiled statements, shared by all databases of the dialect."""
     begin_read: ClassVar[tuple[str, ...]] = ("BEGIN",)
     """Begins a transaction that sees one moment and writes nothing."""
     begin_schema: ClassVar[tuple[str, ...]] = ("BEGIN",)
@@ -47,12 +61,9 @@ class Database:
     that is killed leaves what it had done."""
     waits_for_locks: ClassVar[bool] = True
     """Whether the database queues for locks; if not, trying again is left to us."""
-    watch: ClassVar[Callable[..., Watch]] = staticmethod(polling_watch)
-    """Looks out for the commits of others: made of the store's connections and of a
-    function that reads the head."""
     generation = 0
     """How often the server may have become another one."""
-    _compiled: ClassVar[Statements]
+    guard: Guard | None = None
 
     def __init__(
         self, engine: sa.Engine, *, owned: bool, durability: str = "full", read_only: bool = False
@@ -69,12 +80,7 @@ class Database:
         )
 
     def __init_subclass__(cls) -> None:
-        cls._compiled = cls.statements(cls.compiler)
-
-    @property
-    def sql(self) -> Statements:
-        """The compiled statements, shared by all databases of the dialect."""
-        return self._compiled
+        cls.sql = cls.statements(cls.compiler)
 
     @property
     def scratch(self) -> Path | None:
@@ -92,6 +98,20 @@ class Database:
     def fault_of(error: BaseException) -> Fault:
         """Say what kind of trouble a driver's exception is."""
         raise AssertionError(error)
+
+    def trouble_of(self, error: BaseException) -> Trouble:
+        """Say what a driver's exception means for trying again."""
+        fault = self.translator.fault_of(error)
+        if isinstance(error, sa.exc.TimeoutError):
+            return Trouble.FINAL  # of a pool that has no connection to spare
+        if fault in GONE:
+            return Trouble.AWAY
+        if fault is Fault.RETRY:
+            return Trouble.COLLIDED
+        if fault is Fault.BUSY:
+            patient = self.waits_for_locks or self.read_only
+            return Trouble.WAITED if patient else Trouble.LOCKED
+        return Trouble.FINAL
 
     def notice(self, text: str | None) -> None:
         """Tell the operator: in the report, and once in the log."""
@@ -116,7 +136,7 @@ class Database:
         connection.exec_driver_sql("COMMIT" if done else "ROLLBACK")
 
     def hold(self) -> None:
-        """Note that a store has the database open."""
+        """Note that a store opens the database.  Before its first connection."""
 
     def prepare(self, session: Session) -> None:
         """Look at the database, and set it up, when its schema is known to be ours."""
@@ -133,20 +153,6 @@ class Database:
         del session
         return ()
 
-    file: Any = None
-    """Which file new connections are to, where that can change: see :attr:`Session.file`."""
-
-    def check_there(self, session: Session) -> None:
-        """Raise :class:`ReplacedError` if what this session is connected to does not lie
-        any more where it was opened."""
-
-    def reopen(self, set_up: Callable[[Database], None]) -> None:
-        """Go on with the database that lies where ours was, once ``set_up`` has accepted it.
-
-        Sessions that are out are to be checked and not lent again.  Raises
-        :class:`~taskstore.StoreUnavailableError` where it cannot be used.
-        """
-
     def commit(self, session: Session) -> None:
         """Commit; returns when the database vouches for it as it is set up to."""
         session.execute("COMMIT")
@@ -160,9 +166,6 @@ class Database:
         for statement in session.restore:
             session.rows(statement)
         session.restore = ()
-
-    def check_read(self, session: Session) -> None:
-        """Check that what was read can be trusted."""
 
     def rollback(self, session: Session) -> None:
         """End the transaction if there is one; raises when the connection is broken."""
@@ -179,11 +182,10 @@ class Database:
     def insert(self, session: Session, rows: Sequence[tuple[Any, ...]], floor: int) -> int:
         """Insert new tasks whose ids and bookings are free and were not deleted since
         ``floor``; returns how many.  ``rows`` are as many as statements exist for."""
-        return session.touch(self.sql.insert_tasks(len(rows)), (*flat(rows), floor))
+        return session.touch(self.sql.insert_tasks[len(rows)], (*flat(rows), floor))
 
-    def lots(self, rows: Sequence[tuple[Any, ...]]) -> Iterator[Sequence[tuple[Any, ...]]]:
-        """Cut rows into what one statement takes."""
-        return pieces(rows)
+    lots: ClassVar[Callable[..., Iterable[Sequence[tuple[Any, ...]]]]] = staticmethod(pieces)
+    """Cuts rows into what one statement takes."""
 
     def check_sound(self, connection: sa.Connection) -> None:
         """Raise :class:`~taskstore.CorruptStoreError` if what looks strange is damage."""
