@@ -531,7 +531,7 @@ if child == 0:
     try:
         create(store)
     except StoreClosedError as error:
-        assert "after the fork" in str(error)
+        assert "before the process forked" in str(error)
         store.close()
         os._exit(0 if open_store(sys.argv[1]).head() == 1 else 1)
     os._exit(2)

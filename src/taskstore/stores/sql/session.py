@@ -50,6 +50,12 @@ class Session:
         rows = self.rows(sql, parameters)
         return rows[0] if rows else None
 
+    def set_back(self) -> None:
+        """Set a host's connection back to how it was."""
+        for statement in self.restore:
+            self.rows(statement)
+        self.restore = ()
+
     # -- statements that are built where they are used ---------------------
 
     def change(self, statement: Executable) -> int:

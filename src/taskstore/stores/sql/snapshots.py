@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -52,11 +53,15 @@ def read_head(session: Session, sql: Statements, *, lock: bool = False) -> Head:
 
 
 def scan_tasks(session: Session, sql: Statements) -> Iterator[TaskRow]:
-    """Every row of ``tasks`` in order of id, a page at a time."""
+    """Every row of ``tasks`` in order of id."""
+    return chain.from_iterable(_task_pages(session, sql))
+
+
+def _task_pages(session: Session, sql: Statements) -> Iterator[Iterable[TaskRow]]:
     after = ""
     while True:
         rows = session.rows(sql.scan_tasks, (after,))
-        yield from map(TaskRow._make, rows)
+        yield map(TaskRow._make, rows)
         if len(rows) < PAGE:
             return
         after = rows[-1][0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import sqlalchemy as sa
 
@@ -176,7 +175,8 @@ class SQLStore(TaskRegistryStore):
         self._check_open()
         after = min(after, MAX_INT)
         last = min(after + max(limit, 0), MAX_INT)
-        rows = self._rows(self._database.sql.read_journal, (after, last))
+        sql = self._database.sql.read_journal
+        rows = self._transactions.read(lambda session: session.rows(sql, (after, last)))
         if not rows:
             raise CorruptStoreError(self.location, "the head row is missing")
         floor, head = rows[0][:2]
@@ -199,7 +199,8 @@ class SQLStore(TaskRegistryStore):
             check_key("task_id", task_id)
         except ValidationError:
             return ()  # nothing can have such an id, and some drivers choke on it
-        rows = self._rows(self._database.sql.read_history, (task_id,))
+        sql = self._database.sql.read_history
+        rows = self._transactions.read(lambda session: session.rows(sql, (task_id,)))
         return tuple(entry_of(row, self.location) for row in rows)
 
     def read_snapshot(self, at: int) -> Snapshot | None:
@@ -209,9 +210,6 @@ class SQLStore(TaskRegistryStore):
     def wait_for(self, after: int, timeout: float) -> bool:
         self._check_open()
         return self._feed.wait_for(after, timeout)
-
-    def _rows(self, sql: str, parameters: tuple[object, ...]) -> list[Any]:
-        return self._transactions.read(lambda session: session.rows(sql, parameters))
 
     # -- compaction, query, integrity -------------------------------------
 

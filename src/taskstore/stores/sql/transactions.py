@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
+import sqlalchemy as sa
+
 from taskstore.errors import (
     OutcomeUnknownError,
     StoreBusyError,
@@ -29,6 +31,7 @@ from taskstore.stores.retry import (
     Attempt,
     CircuitBreaker,
     RetryPolicy,
+    Trouble,
     UnansweredError,
 )
 from taskstore.stores.sql.errors import GONE, Fault
@@ -52,12 +55,12 @@ class Transactions:
         # A standby may answer readers while there is nobody to write to.
         self._reads = RetryPolicy(
             database.translator,
-            database.trouble_of,
+            self._trouble_of,
             CircuitBreaker(database.location, reconnect_s),
         )
         self._writes = RetryPolicy(
             database.translator,
-            database.trouble_of,
+            self._trouble_of,
             CircuitBreaker(database.location, reconnect_s),
             position=self._position,
             owners=self._lock_owners,
@@ -256,6 +259,21 @@ class Transactions:
             return self.database.holders(session)
         return None
 
+    def _trouble_of(self, error: BaseException) -> Trouble:
+        """What a driver's exception means for trying again."""
+        database = self.database
+        fault = database.translator.fault_of(error)
+        if isinstance(error, sa.exc.TimeoutError):
+            return Trouble.FINAL  # of a pool that has no connection to spare
+        if fault in GONE:
+            return Trouble.AWAY
+        if fault is Fault.RETRY:
+            return Trouble.COLLIDED
+        if fault is Fault.BUSY:
+            patient = database.waits_for_locks or database.read_only
+            return Trouble.WAITED if patient else Trouble.LOCKED
+        return Trouble.FINAL
+
     # -- ending -----------------------------------------------------------
 
     def _roll_back(self, session: Session, error: BaseException | None = None) -> None:
@@ -288,7 +306,7 @@ class Transactions:
         """Release a connection, a host's as it was."""
         try:
             if session is not self.pool.writing:
-                self.database.after_write(session)
+                session.set_back()
         except Exception:  # noqa: BLE001 - whatever a broken driver raises
             self.pool.release(session, broken=True)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -10,8 +11,8 @@ from typing import Any, ClassVar, Protocol
 import sqlalchemy as sa
 from sqlalchemy.engine.interfaces import Dialect
 
-from taskstore.stores.retry import Trouble
-from taskstore.stores.sql.errors import GONE, Fault, Translator
+from taskstore.stores.retry import Backoff
+from taskstore.stores.sql.errors import Fault, Translator
 from taskstore.stores.sql.rows import Claimed
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.statements import Statements, flat, pieces
@@ -64,6 +65,8 @@ class Database:
     generation = 0
     """How often the server may have become another one."""
     guard: Guard | None = None
+    scratch: Path | None = None
+    """A directory for temporary files; ``None`` is the system's."""
 
     def __init__(
         self, engine: sa.Engine, *, owned: bool, durability: str = "full", read_only: bool = False
@@ -82,11 +85,6 @@ class Database:
     def __init_subclass__(cls) -> None:
         cls.sql = cls.statements(cls.compiler)
 
-    @property
-    def scratch(self) -> Path | None:
-        """A directory for temporary files; ``None`` is the system's."""
-        return None
-
     def _location(self) -> str:
         url = self.engine.url
         place = {name: url.query[name] for name in _PLACE if name in url.query}
@@ -99,19 +97,19 @@ class Database:
         """Say what kind of trouble a driver's exception is."""
         raise AssertionError(error)
 
-    def trouble_of(self, error: BaseException) -> Trouble:
-        """Say what a driver's exception means for trying again."""
-        fault = self.translator.fault_of(error)
-        if isinstance(error, sa.exc.TimeoutError):
-            return Trouble.FINAL  # of a pool that has no connection to spare
-        if fault in GONE:
-            return Trouble.AWAY
-        if fault is Fault.RETRY:
-            return Trouble.COLLIDED
-        if fault is Fault.BUSY:
-            patient = self.waits_for_locks or self.read_only
-            return Trouble.WAITED if patient else Trouble.LOCKED
-        return Trouble.FINAL
+    def patiently(self, work: Callable[[], object]) -> None:
+        """Do ``work``, again where the database says at once that a lock is not free."""
+        started, backoff = time.monotonic(), Backoff(0.001, 0.02)
+        while True:
+            try:
+                work()
+            except self.translator.errors as error:
+                busy = self.fault_of(error) is Fault.BUSY and not self.waits_for_locks
+                if not busy or time.monotonic() - started > LOCK_S:
+                    raise
+                backoff.sleep()
+            else:
+                return
 
     def notice(self, text: str | None) -> None:
         """Tell the operator: in the report, and once in the log."""
@@ -160,12 +158,6 @@ class Database:
     def renew(self) -> None:
         """Note that the server may be another one now: of our own connections, none that
         was made before is lent again."""
-
-    def after_write(self, session: Session) -> None:
-        """Set a host's connection back to how it was."""
-        for statement in session.restore:
-            session.rows(statement)
-        session.restore = ()
 
     def rollback(self, session: Session) -> None:
         """End the transaction if there is one; raises when the connection is broken."""

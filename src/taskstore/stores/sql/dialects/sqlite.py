@@ -20,8 +20,7 @@ from taskstore.errors import (
     ValidationError,
 )
 from taskstore.stores.holders import lock_holders
-from taskstore.stores.retry import Backoff
-from taskstore.stores.sql.dialects.base import LOCK_S, LOCK_WAIT_S, Database
+from taskstore.stores.sql.dialects.base import LOCK_WAIT_S, Database
 from taskstore.stores.sql.errors import Fault, Translator, sqlite_fault
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.sqlite_files import (
@@ -72,6 +71,8 @@ class SQLiteDatabase(Database):
         self._files = files
         self._immutable = immutable
         self.guard = immutable or files
+        # The system's may lie in memory; where the ledger lies, there is room for it.
+        self.scratch = Path(self.location).parent
         self._turnstile = Turnstile(Path(f"{self.location}-turn"))
         self._crowded_until = 0.0
         self._holds = False
@@ -97,25 +98,13 @@ class SQLiteDatabase(Database):
             raise ValidationError("engine", "is of an in-memory database: use memory: for that")
         return str(Path(path).resolve())
 
-    @property
-    def scratch(self) -> Path | None:
-        # The system's may lie in memory; where the ledger lies, there is room for it.
-        return Path(self.location).parent
-
     def prepare(self, session: Session) -> None:
-        # The journal mode is a property of the file, and changing it takes the
-        # file for itself, which the busy timeout does not wait for.
         [mode] = session.row("PRAGMA journal_mode")
-        started, backoff = time.monotonic(), Backoff(0.001, 0.02)
-        while self.owned and not self.read_only and mode != "wal":
-            try:
-                [mode] = session.row("PRAGMA journal_mode = WAL")
-                break
-            except self.translator.errors as error:
-                waited = time.monotonic() - started
-                if self.fault_of(error) is not Fault.BUSY or waited > LOCK_S:
-                    raise
-                backoff.sleep()
+        if self.owned and not self.read_only and mode != "wal":
+            # The journal mode is a property of the file, and changing it takes the
+            # file for itself, which the busy timeout does not wait for.
+            self.patiently(partial(session.rows, "PRAGMA journal_mode = WAL"))
+            [mode] = session.row("PRAGMA journal_mode")
         if mode != "wal" and self._immutable is None:
             self.notice(
                 f"{self.location} has the journal mode {mode}, not wal: readers and writers "
@@ -239,8 +228,7 @@ def open_sqlite(path: Path, *, durability: str, read_only: bool) -> SQLiteDataba
     pragmas = _READ_PRAGMAS if read_only else _write_pragmas(durability)
 
     def set_up(raw: Any) -> Any:
-        # Damaged text is for the checksums to find, not a reason to stop reading.
-        raw.text_factory = _lenient
+        raw.text_factory = _LENIENT
         for pragma in pragmas:
             raw.execute(pragma)
         return raw
@@ -263,6 +251,9 @@ def open_sqlite(path: Path, *, durability: str, read_only: bool) -> SQLiteDataba
     )
 
 
+_LENIENT = partial(str, encoding="utf-8", errors="surrogateescape")
+"""Damaged text is for the checksums to find, not a reason to stop reading."""
+
 _READ_PRAGMAS = ("PRAGMA query_only = ON",)
 
 
@@ -278,7 +269,3 @@ def _write_pragmas(durability: str) -> tuple[str, ...]:
     if sys.platform == "darwin" and durability == "full":
         pragmas += ["PRAGMA fullfsync = ON", "PRAGMA checkpoint_fullfsync = ON"]
     return tuple(pragmas)
-
-
-def _lenient(text: bytes) -> str:
-    return text.decode("utf-8", "surrogateescape")
