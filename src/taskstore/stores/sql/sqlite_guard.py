@@ -28,6 +28,15 @@ def inode_of(path: str) -> tuple[int, int]:
     return (found.st_ino, found.st_dev)
 
 
+def _stamp_of(directory: str) -> tuple[int, int] | None:
+    """What differs when a directory was changed or moved: its modification time and inode."""
+    try:
+        found = os.stat(directory)  # noqa: PTH116 - half the time
+    except OSError:
+        return None
+    return (found.st_mtime_ns, found.st_ino)
+
+
 class FileGuard:
     """Refuses every use of a file that is not any more the one that a store has opened.
 
@@ -55,7 +64,7 @@ class FileGuard:
         # The logs that the anchor has open, by name; none while it has no log.
         self._logs: dict[str, tuple[int, int]] = {}
         self._anchor: Any = None
-        # The directory as it was when all was in order: its modification time and inode.
+        # The directory when all was in order.
         self._settled: tuple[int, int] | None = None
         self._lost = ""
 
@@ -95,18 +104,13 @@ class FileGuard:
     def check(self) -> None:
         """Raise :class:`~taskstore.StoreReplacedError` if the file or a log was removed, moved
         or replaced since it was opened."""
-        try:
-            found = os.stat(self._directory)  # noqa: PTH116 - half the time
-        except OSError:
+        if self._settled is None or _stamp_of(self._directory) != self._settled:
             self.look()
-        else:
-            if (found.st_mtime_ns, found.st_ino) != self._settled:
-                self.look()
 
     def look(self) -> None:
         """The same, whatever the directory tells."""
         # The directory first: what is changed after this look changes it again.
-        directory = self._directory_now()
+        stamp = _stamp_of(self._directory)
         if not self._lost:
             if inode_of(self._path) != self._inode:
                 self._lost = "file"
@@ -116,21 +120,14 @@ class FileGuard:
         if self._lost:
             self._settled = None
             self._refuse()
-        aged = directory is not None and time.time_ns() - directory[0] > _TICK_NS
-        self._settled = directory if aged else None
+        aged = stamp is not None and time.time_ns() - stamp[0] > _TICK_NS
+        self._settled = stamp if aged else None
 
     def close(self) -> None:
         """Close the anchor."""
         anchor, self._anchor = self._anchor, None
         if anchor is not None:
             anchor.close()
-
-    def _directory_now(self) -> tuple[int, int] | None:
-        try:
-            found = os.stat(self._directory)  # noqa: PTH116 - half the time
-        except OSError:
-            return None
-        return (found.st_mtime_ns, found.st_ino)
 
     def _refuse(self) -> NoReturn:
         refused = "nothing is written to it or read from it any more"
