@@ -28,7 +28,6 @@ from taskstore.errors import (
 )
 from taskstore.stores.retry import (
     RECONNECT_S,
-    Attempt,
     CircuitBreaker,
     RetryPolicy,
     Trouble,
@@ -58,13 +57,18 @@ class Transactions:
             self._trouble_of,
             CircuitBreaker(database.location, reconnect_s),
         )
-        self._writes = RetryPolicy(
+        writes = RetryPolicy(
             database.translator,
             self._trouble_of,
             CircuitBreaker(database.location, reconnect_s),
             position=self._position,
             owners=self._lock_owners,
         )
+        self.attempts = writes.attempts
+        """Attempts at a write; see :meth:`RetryPolicy.attempts`.
+
+        Unless the caller ``reads_back``, doing the work twice has to be the same as once.
+        """
         self._lock = threading.RLock()
         self._writing = False
         # A transaction that exclusive() has begun and no write has used yet, and its thread.
@@ -73,13 +77,6 @@ class Transactions:
         self._refused: str | None = None
 
     # -- writing ----------------------------------------------------------
-
-    def attempts(self, *, reads_back: bool = False) -> Iterator[Attempt]:
-        """Attempts at a write; see :meth:`RetryPolicy.attempts`.
-
-        Unless the caller ``reads_back``, doing the work twice has to be the same as once.
-        """
-        return self._writes.attempts(reads_back=reads_back)
 
     @contextmanager
     def write(self) -> Iterator[Session]:
