@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from taskstore.codec import checksum, encode_record
+from taskstore.codec import check_nesting, checksum, encode_record
 from taskstore.errors import ConflictError, CorruptStoreError
 from taskstore.journal import SetAside, Snapshot, validated_snapshot
 from taskstore.records import TaskRecord
@@ -41,7 +41,7 @@ from taskstore.stores.sql.tables import (
     taskstore_head,
 )
 from taskstore.stores.sql.transactions import Transactions
-from taskstore.yielding import CollectorPaused
+from taskstore.yielding import collector_paused
 
 
 def read_head(session: Session, sql: Statements, *, lock: bool = False) -> Head:
@@ -74,6 +74,7 @@ def read_set_aside(session: Session, sql: Statements) -> list[SetAside]:
         where = f"task_set_aside, row {number}"
         damage = damage_of(payload, stored)
         try:
+            check_nesting(payload)
             item = msgspec.json.decode(payload, type=SetAside)
         except msgspec.DecodeError as error:
             damage = damage or str(error)
@@ -97,7 +98,7 @@ def load(transactions: Transactions) -> Snapshot:
                 aside.append(found)
         return Snapshot(head.head_seq, MappingProxyType(records), head.last_at, tuple(aside))
 
-    with CollectorPaused():
+    with collector_paused():
         return transactions.read(work, one_moment=True)
 
 
@@ -119,7 +120,7 @@ def read_snapshot(transactions: Transactions, at: int) -> Snapshot | None:
                 aside.append(item)
         return Snapshot(mark.seq, MappingProxyType(records), mark.at, tuple(aside))
 
-    with CollectorPaused():
+    with collector_paused():
         return transactions.read(work, one_moment=True)
 
 
