@@ -288,6 +288,7 @@ def test_a_change_in_the_same_tick_of_the_clock_is_seen(live, backup, sqlite_pat
     """A directory that was changed just now may be changed again without another time."""
     registry, _ = live
     monkeypatch.setattr(sqlite_guard, "_TICK_NS", 10**15)
+    sqlite_path.with_name("beside").touch()
     registry.record_progress("kept", "the directory is young")
     before = sqlite_path.parent.stat()
     put_in_place(backup, sqlite_path)
