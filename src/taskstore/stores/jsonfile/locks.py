@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 from taskstore.disk import Disk
 from taskstore.errors import StoreBusyError
+from taskstore.stores.fairlock import FairLock
 from taskstore.stores.holders import lock_holders, named, process
-from taskstore.stores.turnstile import Turnstile
 
 _LINE_BYTES = 64
 _STATE_BYTES = 106
@@ -40,7 +40,7 @@ class FileLock:
     def __init__(self, path: Path, disk: Disk) -> None:
         self.path = path
         self._disk = disk
-        self._turnstile = Turnstile(path.with_name(f"{path.name}.turn"))
+        self._fair_lock = FairLock(path.with_name(f"{path.name}.turn"))
         self._name = os.fspath(path)
         self._descriptor = -1
         self._owner = 0
@@ -55,7 +55,7 @@ class FileLock:
             self._reopen()
         if timeout_s <= 0:
             return self._attempt()
-        return self._turnstile.wait(self._attempt, timeout_s)
+        return self._fair_lock.wait(self._attempt, timeout_s)
 
     def _attempt(self) -> bool:
         """Take the lock if it is free; whether it was."""
@@ -81,7 +81,7 @@ class FileLock:
 
     def close(self) -> None:
         """Release everything.  Closing twice is fine."""
-        self._turnstile.close()
+        self._fair_lock.close()
         self._close()
 
     def _close(self) -> None:

@@ -21,6 +21,7 @@ from taskstore.errors import (
     StoreUnavailableError,
     ValidationError,
 )
+from taskstore.stores.fairlock import FairLock
 from taskstore.stores.holders import lock_holders
 from taskstore.stores.sql.dialects.base import LOCK_S, LOCK_WAIT_S, Database
 from taskstore.stores.sql.errors import Fault, Translator, sqlite_fault
@@ -37,7 +38,6 @@ from taskstore.stores.sql.sqlite_files import (
     sqlite_module,
 )
 from taskstore.stores.sql.watches import DataVersionWatch
-from taskstore.stores.turnstile import Turnstile
 
 log = logging.getLogger("taskstore")
 
@@ -72,7 +72,7 @@ class SQLiteDatabase(Database):
     ) -> None:
         super().__init__(engine, owned=owned, durability=durability, read_only=read_only)
         self._watch = watch
-        self._turnstile = Turnstile(Path(f"{self.location}-turn"))
+        self._fair_lock = FairLock(Path(f"{self.location}-turn"))
         self._holds = False
         # A host's connections may be of another time than we are.
         self.file: OpenFile | None = file
@@ -154,7 +154,7 @@ class SQLiteDatabase(Database):
                 return False
             return True
 
-        if not self._turnstile.wait(begin, LOCK_WAIT_S) and not begin():
+        if not self._fair_lock.wait(begin, LOCK_WAIT_S) and not begin():
             assert error is not None
             raise error
 
@@ -230,7 +230,7 @@ class SQLiteDatabase(Database):
 
     def close(self) -> None:
         super().close()
-        self._turnstile.close()
+        self._fair_lock.close()
         if self._holds:
             self._holds = False
             open_files.release(self.location, self._library)
