@@ -16,14 +16,11 @@ from types import MappingProxyType
 
 from msgspec.structs import astuple
 
-from taskstore.records import TaskRecord
+from taskstore.records import DedupKey, TaskRecord
 from taskstore.yielding import empty, in_order
 
 Key = tuple[int, str]
 """A record's place in the order of lists: (created_at, task_id)."""
-
-Booking = tuple[str, str]
-"""(run_id, digest of the run scope): what one task holds at most."""
 
 _Groups = dict[object, str | list[Key]]
 """Of each value of a field, the id of its only task, or the keys of several in order."""
@@ -51,13 +48,6 @@ _fixed_of = attrgetter("created_at", "run_id", "booking", "runtime")
 _PLACES = sorted(map(TaskRecord.__struct_fields__.index, ("created_at", "booking", *INDEXED)))
 _PLACE = slice(_PLACES[0], _PLACES[-1] + 1)
 _NO_RECORDS: Mapping[str, TaskRecord] = MappingProxyType({})
-
-
-def booking_of(record: TaskRecord) -> Booking | None:
-    """The booking that a record holds, if it was created for a run."""
-    if record.run_id is None or record.booking is None:
-        return None
-    return (record.run_id, record.booking)
 
 
 class Indexes:
@@ -93,7 +83,7 @@ class Indexes:
             self._discard(record)
         return record
 
-    def booked(self, booking: Booking) -> str | None:
+    def booked(self, booking: DedupKey) -> str | None:
         """The id of the task that holds a booking, or ``None``."""
         return self._bookings.get(_as_text(booking))
 
@@ -124,7 +114,7 @@ class Indexes:
             insort(self.keys, key)
         self._group(zip(self._groups.values(), _indexed_of(record), strict=True), key)
         if record.booking is not None:
-            booking = booking_of(record)
+            booking = record.dedup_key
             if booking is not None:
                 self._bookings[_as_text(booking)] = record.task_id
 
@@ -134,7 +124,7 @@ class Indexes:
         for groups, value in zip(self._groups.values(), _indexed_of(record), strict=True):
             if value is not None:
                 _ungroup(groups, value, key)
-        booking = booking_of(record)
+        booking = record.dedup_key
         if booking is not None and self.booked(booking) == record.task_id:
             del self._bookings[_as_text(booking)]
 
@@ -178,7 +168,7 @@ def _ungroup(groups: _Groups, value: object, key: Key) -> None:
     del groups[value]
 
 
-def _as_text(booking: Booking) -> str:
+def _as_text(booking: DedupKey) -> str:
     """A booking as one text: neither part holds NUL."""
     return "\0".join(booking)
 

@@ -7,7 +7,7 @@ snapshot.  Every store is built from these functions or proved against them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Self
@@ -16,7 +16,7 @@ from msgspec import Struct
 from msgspec.structs import force_setattr
 
 from taskstore.errors import Conflict, ConflictError, CorruptStoreError, ValidationError
-from taskstore.records import KEY_BYTES, TaskRecord, TaskStatus
+from taskstore.records import KEY_BYTES, DedupKey, TaskRecord, TaskStatus
 from taskstore.validation import check_int, check_key, check_text, validated
 
 
@@ -150,6 +150,8 @@ class SetAside(Struct, frozen=True, gc=False):
 
     ``where`` says where it lies and ``reason`` why it does not decode
     (``str``).  ``task_id`` and ``revision`` are given as far as they can be told.
+    ``superseded`` marks an older image of a task that has later changes: it
+    does not occupy the id of the task, and goes when the task is deleted.
     """
 
     raw: bytes
@@ -157,6 +159,12 @@ class SetAside(Struct, frozen=True, gc=False):
     reason: str
     task_id: str | None = None
     revision: int | None = None
+    superseded: bool = False
+
+    @property
+    def occupies(self) -> str | None:
+        """The id of the task that this is the current image of, if that can be told."""
+        return None if self.superseded else self.task_id
 
 
 class JournalEntry(Struct, frozen=True, gc=False):
@@ -219,13 +227,14 @@ def validated_snapshot(snapshot: Snapshot) -> Snapshot:
     one under another id than its own, and for two that hold the same booking.
     """
     records: dict[str, TaskRecord] = {}
-    booked: dict[tuple[str, str], str] = {}
+    booked: dict[DedupKey, str] = {}
     for task_id, given in snapshot.records.items():
         record = validated(given)
         if record.task_id != task_id:
             raise ValidationError("records", f"has task {record.task_id!r} under {task_id!r}")
-        if record.run_id is not None and record.booking is not None:
-            holder = booked.setdefault((record.run_id, record.booking), task_id)
+        key = record.dedup_key
+        if key is not None:
+            holder = booked.setdefault(key, task_id)
             if holder != task_id:
                 raise ValidationError("records", f"{task_id!r} and {holder!r} book the same run")
         records[record.task_id] = record
@@ -245,12 +254,9 @@ class Step(Struct, frozen=True, gc=False):
     record: TaskRecord | None
 
     @property
-    def booking(self) -> tuple[str, str] | None:
-        """The (run_id, booking) that a task created here claims, if any."""
-        record = self.record
-        if self.base or record is None or record.run_id is None or record.booking is None:
-            return None
-        return (record.run_id, record.booking)
+    def dedup_key(self) -> DedupKey | None:
+        """The dedup key that a task created here claims, if any."""
+        return None if self.base or self.record is None else self.record.dedup_key
 
 
 def plan(changes: Sequence[Change]) -> list[Step]:
@@ -279,13 +285,44 @@ def plan(changes: Sequence[Change]) -> list[Step]:
         if revision != before.revision + 1:
             raise ConflictError([Conflict(task_id, revision - 1, before.revision)])
         steps[task_id] = Step(task_id, before.base, revision, record)
-    booked: dict[tuple[str, str], str] = {}
+    claimed: dict[DedupKey, str] = {}
     for step in steps.values():
-        if step.booking is not None:
-            holder = booked.setdefault(step.booking, step.task_id)
+        key = step.dedup_key
+        if key is not None:
+            holder = claimed.setdefault(key, step.task_id)
             if holder != step.task_id:
                 raise ConflictError([Conflict(step.task_id, 0, 0, booked_by=holder)])
     return list(steps.values())
+
+
+def find_conflicts(
+    steps: Sequence[Step],
+    revisions: Mapping[str, int],
+    deleted: Container[str],
+    holders: Mapping[DedupKey, str],
+) -> list[Conflict]:
+    """Compare what the steps expect with what is stored; empty when all of them apply.
+
+    ``revisions`` gives the stored revision of a task: none for a task that is
+    not stored, 0 for one that does not decode and whose revision cannot be
+    told.  ``deleted`` holds the ids whose deletion the journal still has, and
+    ``holders`` the id of the task that has a dedup key.  A task that the
+    steps remove gives its dedup key free for the others.
+    """
+    removed = {step.task_id for step in steps if step.record is None}
+    conflicts = []
+    for step in steps:
+        task_id = step.task_id
+        found = revisions.get(task_id)
+        if found != (step.base or None) or task_id in deleted:
+            gone = task_id in deleted
+            conflicts.append(Conflict(task_id, step.base, found or 0, deleted=gone))
+            continue
+        key = None if step.record is None else step.record.dedup_key
+        holder = None if key is None else holders.get(key)
+        if holder not in (None, task_id) and holder not in removed:
+            conflicts.append(Conflict(task_id, step.base, found or 0, booked_by=holder))
+    return conflicts
 
 
 def entries_of(changes: Sequence[Change], commit: Commit) -> list[JournalEntry]:
@@ -318,7 +355,7 @@ def fold(snapshot: Snapshot, entries: Iterable[JournalEntry]) -> Snapshot:
             raise CorruptStoreError("journal", f"seq {entry.seq} follows seq {seq}")
         seq, at = entry.seq, entry.at
         if aside:
-            aside = [item for item in aside if item.task_id != entry.task_id]
+            aside = [item for item in aside if not replaces(entry, item)]
         if entry.record is not None:
             records[entry.task_id] = entry.record
         else:
@@ -326,3 +363,17 @@ def fold(snapshot: Snapshot, entries: Iterable[JournalEntry]) -> Snapshot:
             if entry.set_aside is not None:
                 aside.append(entry.set_aside)
     return Snapshot(seq, MappingProxyType(records), at, tuple(aside))
+
+
+def occupied_by(set_aside: Iterable[SetAside]) -> dict[str, int]:
+    """The ids that are occupied by images which do not decode, with the revision of each
+    (0 where it cannot be told)."""
+    return {item.occupies: item.revision or 0 for item in set_aside if item.occupies is not None}
+
+
+def replaces(entry: JournalEntry, item: SetAside) -> bool:
+    """Whether an entry makes what was set aside obsolete: it is the next image of the same
+    task, or deletes the task, which removes its superseded images too."""
+    if item.task_id != entry.task_id:
+        return False
+    return not item.superseded or entry.kind is EntryKind.DELETED

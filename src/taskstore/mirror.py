@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from taskstore.errors import Conflict, ConflictError, TaskNotFound
-from taskstore.indexes import INDEXED, Booking, Indexes, Key, booking_of
+from taskstore.indexes import INDEXED, Indexes, Key
 from taskstore.journal import Change, Position, Remove, Snapshot, put_valid
 from taskstore.query import SESSION_KEY, Page, Summary, TaskQuery, page_of
-from taskstore.records import ACTIVE_STATUSES, MAX_INT, TaskRecord
+from taskstore.records import ACTIVE_STATUSES, MAX_INT, DedupKey, TaskRecord
 from taskstore.validation import check_int
 
 
@@ -36,7 +36,7 @@ class Lookups(ABC):
         """Yield what matches, newest first, after the query's cursor; its limit is not applied."""
 
     @abstractmethod
-    def booked(self, booking: Booking) -> str | None:
+    def booked(self, booking: DedupKey) -> str | None:
         """Return the id of the task that holds a booking, or ``None``."""
 
     @abstractmethod
@@ -126,7 +126,7 @@ class Mirror(Lookups):
         """Return the record of an id, or ``None``."""
         return self._indexes.records.get(task_id)
 
-    def booked(self, booking: Booking) -> str | None:
+    def booked(self, booking: DedupKey) -> str | None:
         """Return the id of the task that holds a booking, or ``None``."""
         return self._indexes.booked(booking)
 
@@ -206,7 +206,7 @@ class Staging(Lookups):
     def __init__(self, under: Lookups) -> None:
         self._under = under
         self._over: dict[str, TaskRecord | None] = {}
-        self._bookings: dict[Booking, str] = {}
+        self._bookings: dict[DedupKey, str] = {}
         self.changes: list[Change] = []
 
     def get(self, task_id: str) -> TaskRecord | None:
@@ -214,7 +214,7 @@ class Staging(Lookups):
         over = self._over
         return over[task_id] if task_id in over else self._under.get(task_id)
 
-    def booked(self, booking: Booking) -> str | None:
+    def booked(self, booking: DedupKey) -> str | None:
         """Return the id of the task that would hold a booking, or ``None``."""
         holder = self._bookings.get(booking) or self._under.booked(booking)
         return holder if holder is not None and self.get(holder) is not None else None
@@ -250,7 +250,7 @@ class Staging(Lookups):
         standing = self.get(record.task_id)
         if standing is not None:
             raise ConflictError([Conflict(record.task_id, 0, standing.revision)])
-        booking = booking_of(record)
+        booking = record.dedup_key
         if booking is not None:
             self._bookings[booking] = record.task_id
         return self._put(record)

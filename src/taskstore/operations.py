@@ -7,7 +7,6 @@ from typing import TypeVar
 from taskstore import creation, leases, lifecycle
 from taskstore.errors import Conflict, ConflictError, InvalidTransition, TaskNotFound
 from taskstore.groupcommit import Operation
-from taskstore.indexes import booking_of
 from taskstore.lifecycle import Mutation
 from taskstore.mirror import Staging
 from taskstore.records import TaskRecord
@@ -18,7 +17,7 @@ T = TypeVar("T")
 
 def creating(record: TaskRecord) -> Operation[TaskRecord]:
     """Store a new record, or attach it to the one that has its booking."""
-    booking = booking_of(record)
+    booking = record.dedup_key
 
     def operation(staging: Staging) -> TaskRecord:
         holder = None if booking is None else staging.booked(booking)

@@ -94,6 +94,10 @@ class DeliveryContext(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
 
 NO_METADATA = Raw(b"{}")
 
+DedupKey = tuple[str, str]
+"""``(run_id, booking)``: the run of a task and the digest of its run scope.  At most one task of
+a ledger has it, which makes ``create`` idempotent."""
+
 FORMAT_VERSION = "1.1"
 """Version of the encoded record: ``major.minor``, the first member of each payload."""
 
@@ -167,6 +171,13 @@ class TaskRecord(
     def sort_key(self) -> tuple[int, str]:
         """``(created_at, task_id)``: lists are in descending order of it."""
         return (self.created_at, self.task_id)
+
+    @property
+    def dedup_key(self) -> DedupKey | None:
+        """``(run_id, booking)``, which no other task of the ledger has; ``None`` without a run."""
+        if self.run_id is None or self.booking is None:
+            return None
+        return (self.run_id, self.booking)
 
     def __hash__(self) -> int:
         return hash((self.task_id, self.revision))

@@ -12,17 +12,17 @@ The numbers in brackets are the invariants of ``docs/concepts.md``.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import MappingProxyType
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 from msgspec import Struct
 
 from taskstore.clock import Clock, system_clock
 from taskstore.errors import (
-    Conflict,
     ConflictError,
     CursorExpiredError,
     ReadOnlyError,
@@ -38,7 +38,9 @@ from taskstore.journal import (
     Snapshot,
     Step,
     entries_of,
+    find_conflicts,
     fold,
+    occupied_by,
     plan,
 )
 from taskstore.policy import CompactionPolicy, CompactionReport
@@ -100,6 +102,7 @@ class TaskRegistryStore(ABC):
     def __init__(self, *, read_only: bool = False) -> None:
         self.read_only = read_only
         self._closed = False
+        self._opened_by = os.getpid()
 
     @abstractmethod
     def load_snapshot(self) -> Snapshot:
@@ -152,12 +155,23 @@ class TaskRegistryStore(ABC):
 
     def close(self) -> None:
         """Release everything.  Closing twice is fine; any other call afterwards
-        raises :class:`~taskstore.StoreClosedError`."""
+        raises :class:`~taskstore.StoreClosedError`.
+
+        In a forked child it releases nothing: locks, connections and threads
+        belong to the parent.
+        """
         self._closed = True
+
+    @property
+    def _in_forked_child(self) -> bool:
+        """Whether another process than the one that opened the store asks (``bool``)."""
+        return self._opened_by != os.getpid()
 
     def _check_open(self) -> None:
         if self._closed:
             raise StoreClosedError(f"the store {self.location or type(self).__name__} is closed")
+        if self._opened_by != os.getpid():
+            raise forked(f"the store {self.location or type(self).__name__}")
 
     def _check_writable(self) -> None:
         self._check_open()
@@ -339,27 +353,26 @@ def other_history(position: Position) -> ConflictError:
     )
 
 
+def forked(what: str) -> StoreClosedError:
+    """The error of ``what``, used in a child that was forked after it was opened."""
+    return StoreClosedError(
+        f"{what} was opened before the process forked",
+        hint="open one of its own in each process",
+    )
+
+
 def check_steps(steps: Sequence[Step], stored: Snapshot) -> None:
     """Raise :class:`~taskstore.ConflictError` unless the steps apply over ``stored``.
 
     For stores that keep no journal: deletions of the past are not known.
     """
-    records: Mapping[str, Any] = stored.records
-    aside = {item.task_id: item.revision or 0 for item in stored.set_aside if item.task_id}
-    conflicts = []
-    for step in steps:
-        if step.task_id in records:
-            found = records[step.task_id].revision
-        else:
-            found = aside.get(step.task_id, 0)
-        if found != step.base or (step.task_id in aside and not step.base):
-            conflicts.append(Conflict(step.task_id, step.base, found))
-    claims = {step.booking: step.task_id for step in steps if step.booking is not None}
-    if claims:
-        leaving = {step.task_id for step in steps if step.record is None}
-        for record in records.values():
-            claimant = claims.get((record.run_id, record.booking))
-            if claimant is not None and record.task_id not in leaving:
-                conflicts.append(Conflict(claimant, 0, 0, booked_by=record.task_id))
+    revisions = occupied_by(stored.set_aside)
+    revisions |= {task_id: record.revision for task_id, record in stored.records.items()}
+    holders = {
+        key: record.task_id
+        for record in stored.records.values()
+        if (key := record.dedup_key) is not None
+    }
+    conflicts = find_conflicts(steps, revisions, (), holders)
     if conflicts:
         raise ConflictError(conflicts)

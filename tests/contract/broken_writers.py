@@ -129,7 +129,7 @@ class BooksTheSameRunTwiceFromTwoInstances(Broken):
         shared, self.storage.bookings = self.storage.bookings, vars(self).setdefault("mine", {})
         super()._check(steps)
         self.storage.bookings = shared
-        self.mine.update({s.booking: s.task_id for s in steps if s.booking})
+        self.mine.update({s.dedup_key: s.task_id for s in steps if s.dedup_key})
 
 
 class NeverFreesABooking(Broken):
@@ -144,7 +144,7 @@ class ComparesRunsWithoutTheirCase(Broken):
         super()._check(steps)
         runs = {run.lower() for run, _ in self.storage.bookings}
         for step in steps:
-            if step.booking and step.booking[0].lower() in runs:
+            if step.dedup_key and step.dedup_key[0].lower() in runs:
                 raise ConflictError([], "booked")
 
 

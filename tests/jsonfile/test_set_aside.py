@@ -8,7 +8,6 @@ from msgspec.structs import replace
 
 from taskstore import ConflictError, CorruptStoreError
 from taskstore.journal import EntryKind, Remove
-from taskstore.stores.kept import kept_of
 from taskstore.testing.factories import create, make_put, next_of, update
 
 
@@ -86,7 +85,7 @@ def test_one_whose_id_is_gone_can_be_replaced_through_its_entry(directory, open_
     store.compact(FOLD_AND_TRIM)
     # The entry is trimmed, its bytes are not; nor do they stand in the way of the record.
     (kept,) = store.load_snapshot().set_aside
-    assert (kept_of(kept), kept.task_id) == (bad.task_id, None)
+    assert (kept.superseded, kept.task_id) == (True, bad.task_id)
     assert store.load_snapshot().records == {mended.task_id: mended}
     assert store.verify().ok
 
@@ -121,7 +120,7 @@ def test_what_was_superseded_is_set_aside_when_it_is_trimmed(superseded, open_):
                 instance.load_snapshot()
             (item,) = instance.report().set_aside
             assert b'"v":"2.0"' in item.raw
-            assert (item.task_id, kept_of(item)) == (None, "B")
+            assert (item.superseded, item.task_id, item.revision) == (True, "B", 2)
             assert "seq 2" in item.where
             assert instance.load_snapshot().records["B"] == record
             assert instance.verify().ok, instance.verify()

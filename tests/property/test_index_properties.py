@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskstore.indexes import INDEXED, Indexes, booking_of
+from taskstore.indexes import INDEXED, Indexes
 from taskstore.journal import JournalEntry, Snapshot
 from taskstore.mirror import Mirror
 from taskstore.query import TaskQuery, evaluate
@@ -43,7 +43,7 @@ def check(indexes, records):
         sizes = {str(v): len(indexes.group(field, v)) for v in values}
         assert indexes.sizes(field) == sizes
     for record in records.values():
-        booking = booking_of(record)
+        booking = record.dedup_key
         if booking is not None:
             assert indexes.booked(booking) == record.task_id
 

@@ -17,6 +17,7 @@ from taskstore.journal import (
     SetAside,
     Snapshot,
     entries_of,
+    find_conflicts,
     fold,
     plan,
     validated_snapshot,
@@ -107,11 +108,11 @@ def test_a_run_booked_twice_in_a_batch():
 
 def test_only_creations_claim_a_booking():
     record = make_record(run_id="r")
-    assert plan([Put(record)])[0].booking == ("r", record.booking)
-    assert plan([next_of(record)])[0].booking is None
-    assert plan([make_put()])[0].booking is None
-    assert plan([make_put(run_id="r", booking=None)])[0].booking is None
-    assert plan([Put(record), removal_of(record)])[0].booking is None
+    assert plan([Put(record)])[0].dedup_key == ("r", record.booking)
+    assert plan([next_of(record)])[0].dedup_key is None
+    assert plan([make_put()])[0].dedup_key is None
+    assert plan([make_put(run_id="r", booking=None)])[0].dedup_key is None
+    assert plan([Put(record), removal_of(record)])[0].dedup_key is None
 
 
 @pytest.mark.parametrize("batch", [[], (), ["x"], [None], [make_record()]])
@@ -229,3 +230,40 @@ def test_check_steps():
         Conflict("three", 0, 0, booked_by="two"),
         Conflict("aside", 0, 5),
     }
+
+
+STORED = {"a": 3, "aside": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "conflict"),
+    [
+        (make_put(task_id="new"), None),
+        (Remove("a", 4), None),
+        (make_put(task_id="a"), Conflict("a", 0, 3)),
+        (Remove("a", 3), Conflict("a", 2, 3)),
+        (Remove("b", 2), Conflict("b", 1, 0)),
+        (make_put(task_id="gone"), Conflict("gone", 0, 0, deleted=True)),
+        # What is quarantined occupies its id, and nothing applies over it.
+        (make_put(task_id="aside"), Conflict("aside", 0, 0)),
+        (Remove("aside", 2), Conflict("aside", 1, 0)),
+        (make_put(task_id="new", run_id="r", booking="k"), Conflict("new", 0, 0, booked_by="a")),
+        (make_put(task_id="new", run_id="r", booking="other"), None),
+    ],
+)
+def test_conflicts_between_steps_and_what_is_stored(change, conflict):
+    found = find_conflicts(plan([change]), STORED, {"gone"}, {("r", "k"): "a"})
+    assert found == ([] if conflict is None else [conflict])
+
+
+def test_a_removed_task_gives_its_dedup_key_free():
+    steps = plan([make_put(task_id="new", run_id="r", booking="k"), Remove("a", 4)])
+    assert find_conflicts(steps, STORED, (), {("r", "k"): "a"}) == []
+
+
+def test_a_superseded_image_goes_with_its_task_only():
+    one = make_record(task_id="a")
+    old = SetAside(b"?", "here", "why", "a", 1, superseded=True)
+    base = Snapshot(1, {"a": one}, 0, (old,))
+    assert fold(base, [entry(2, next_of(one).record)]).set_aside == (old,)
+    assert fold(base, [deletion(2, one)]).set_aside == ()

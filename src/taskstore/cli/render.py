@@ -207,6 +207,8 @@ def tell_report(store: TaskRegistryStore) -> None:
     report = store.report()
     for item in report.set_aside:
         name = item.task_id or "an unknown task"
+        if item.superseded:
+            name = f"an earlier image of {name}"
         note(f"set aside: {name} in {item.where}: {item.reason}; its bytes are kept")
     for notice in report.notices:
         note(f"note: {notice}")

@@ -7,18 +7,12 @@ the process.  Instances that share a :class:`MemoryStorage` see one ledger.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 
 from taskstore.clock import new_commit_id
-from taskstore.errors import (
-    Conflict,
-    ConflictError,
-    CursorExpiredError,
-    ValidationError,
-)
+from taskstore.errors import ConflictError, CursorExpiredError, ValidationError
 from taskstore.journal import (
     Change,
     Commit,
@@ -28,14 +22,18 @@ from taskstore.journal import (
     Snapshot,
     Step,
     entries_of,
+    find_conflicts,
     fold,
+    occupied_by,
     plan,
+    replaces,
     validated_snapshot,
 )
-from taskstore.policy import CompactionPolicy, CompactionReport, JournalStats, SnapshotMark
+from taskstore.policy import CompactionPolicy, CompactionReport, SnapshotMark
 from taskstore.query import Page, TaskQuery, evaluate
-from taskstore.records import TaskRecord
+from taskstore.records import DedupKey, TaskRecord
 from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport, check_history
+from taskstore.stores.compaction import CompactionSteps, Cut, Retained, Standing, compact
 
 
 class MemoryStorage:
@@ -46,7 +44,7 @@ class MemoryStorage:
         self.gate = threading.RLock()
         self.changed = threading.Condition(self.gate)
         self.current: dict[str, TaskRecord] = {}
-        self.bookings: dict[tuple[str, str], str] = {}
+        self.holders: dict[DedupKey, str] = {}
         self.head = 0
         self.last_at = 0
         self.journal: list[JournalEntry] = []
@@ -95,10 +93,10 @@ class MemoryStore(TaskRegistryStore):
             storage.head = snapshot.seq
             storage.last_at = max(snapshot.at, storage.last_at)
             storage.current = dict(snapshot.records)
-            storage.bookings = {
-                (record.run_id, record.booking): task_id
+            storage.holders = {
+                key: task_id
                 for task_id, record in snapshot.records.items()
-                if record.run_id is not None and record.booking is not None
+                if (key := record.dedup_key) is not None
             }
             storage.journal = []
             storage.deleted = set()
@@ -132,6 +130,12 @@ class MemoryStore(TaskRegistryStore):
         for step in sorted(steps, key=lambda step: step.record is not None):
             self._write(step)
         entries = entries_of(changes, commit)
+        if storage.set_aside:
+            storage.set_aside = tuple(
+                item
+                for item in storage.set_aside
+                if not any(replaces(entry, item) for entry in entries)
+            )
         storage.journal += entries
         storage.deleted.update(
             entry.task_id for entry in entries if entry.kind is EntryKind.DELETED
@@ -141,35 +145,27 @@ class MemoryStore(TaskRegistryStore):
 
     def _check(self, steps: Sequence[Step]) -> None:
         storage = self.storage
-        leaving = {step.task_id for step in steps if step.record is None}
-        aside = {item.task_id: item.revision or 0 for item in storage.set_aside}
-        conflicts = []
+        revisions = occupied_by(storage.set_aside)
         for step in steps:
-            stored = storage.current.get(step.task_id)
-            found = stored.revision if stored is not None else aside.get(step.task_id, 0)
-            deleted = step.task_id in storage.deleted
-            holder = storage.bookings.get(step.booking) if step.booking is not None else None
-            if found != step.base or deleted or (step.task_id in aside and not step.base):
-                conflicts.append(Conflict(step.task_id, step.base, found, deleted=deleted))
-            elif holder is not None and holder not in leaving:
-                conflicts.append(Conflict(step.task_id, 0, 0, booked_by=holder))
+            record = storage.current.get(step.task_id)
+            if record is not None:
+                revisions[step.task_id] = record.revision
+        conflicts = find_conflicts(steps, revisions, storage.deleted, storage.holders)
         if conflicts:
             raise ConflictError(conflicts)
 
     def _write(self, step: Step) -> None:
         storage = self.storage
-        storage.set_aside = tuple(
-            item for item in storage.set_aside if item.task_id != step.task_id
-        )
         if step.record is None:
-            gone = storage.current.get(step.task_id)
-            if gone is not None and gone.run_id is not None and gone.booking is not None:
-                storage.bookings.pop((gone.run_id, gone.booking), None)
-            storage.current.pop(step.task_id, None)
+            gone = storage.current.pop(step.task_id, None)
+            key = None if gone is None else gone.dedup_key
+            if key is not None:
+                storage.holders.pop(key, None)
             return
         storage.current[step.task_id] = step.record
-        if step.booking is not None:
-            storage.bookings[step.booking] = step.task_id
+        key = step.dedup_key
+        if key is not None:
+            storage.holders[key] = step.task_id
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -228,43 +224,7 @@ class MemoryStore(TaskRegistryStore):
 
     def compact(self, policy: CompactionPolicy) -> CompactionReport:
         self._check_writable()
-        started = time.monotonic()
-        storage = self.storage
-        with storage.gate:
-            head, floor, now = storage.head, storage.floor, self.clock()
-            newest = max(storage.snapshots, default=0)
-            since = storage.journal[newest - (floor - 1) :] if newest >= floor - 1 else []
-            stats = JournalStats(
-                entries=len(since),
-                records=len(storage.current),
-                now=now,
-                oldest_at=since[0].at if since else None,
-            )
-            reason = policy.due(stats)
-            if reason is None:
-                return CompactionReport(compacted=False, reason="not due", seq=newest, floor=floor)
-            snapshot = self.load_snapshot()
-            storage.snapshots[head] = snapshot
-            marks = [
-                SnapshotMark(seq, storage.snapshots[seq].at) for seq in sorted(storage.snapshots)
-            ]
-            kept, new_floor = policy.retained(marks, head=head, floor=floor, now=now)
-            trimmed = storage.journal[: new_floor - floor]
-            storage.journal = storage.journal[new_floor - floor :]
-            storage.deleted -= {e.task_id for e in trimmed if e.kind is EntryKind.DELETED}
-            storage.snapshots = {
-                seq: storage.snapshots[seq] for seq in kept if seq in storage.snapshots
-            }
-            return CompactionReport(
-                compacted=True,
-                reason=reason,
-                seq=head,
-                floor=new_floor,
-                records=len(snapshot.records),
-                trimmed=len(trimmed),
-                snapshots=tuple(sorted(storage.snapshots)),
-                duration_s=time.monotonic() - started,
-            )
+        return compact(_Compaction(self.storage), policy, self.clock)
 
     def query(self, query: TaskQuery) -> Page:
         self._check_open()
@@ -282,6 +242,47 @@ class MemoryStore(TaskRegistryStore):
             return VerifyReport(
                 storage.head, len(storage.current), len(storage.journal), tuple(problems)
             )
+
+
+class _Compaction(CompactionSteps):
+    """What a compaction does to the memory that stores share."""
+
+    def __init__(self, storage: MemoryStorage) -> None:
+        self._storage = storage
+
+    def standing(self) -> Standing:
+        storage = self._storage
+        newest = max(storage.snapshots, default=0)
+        since = storage.journal[max(newest - (storage.floor - 1), 0) :]
+        return Standing(
+            newest=newest,
+            floor=storage.floor,
+            entries=storage.head - newest,
+            records=len(storage.current),
+            oldest_at=since[0].at if since else None,
+        )
+
+    def lock(self) -> AbstractContextManager[object]:
+        return self._storage.gate
+
+    def cut(self) -> Cut:
+        storage = self._storage
+        marks = [SnapshotMark(seq, storage.snapshots[seq].at) for seq in sorted(storage.snapshots)]
+        return Cut(storage.head, storage.last_at, storage.floor, tuple(marks))
+
+    def publish(self, cut: Cut, retained: Retained) -> int:
+        del retained  # the floor is where the journal begins
+        storage = self._storage
+        snapshot = Snapshot(storage.head, storage.current, storage.last_at, storage.set_aside)
+        storage.snapshots[cut.seq] = snapshot
+        return len(snapshot.records) + len(snapshot.set_aside)
+
+    def trim(self, cut: Cut, retained: Retained) -> None:
+        storage = self._storage
+        trimmed = storage.journal[: retained.floor - cut.floor]
+        storage.journal = storage.journal[retained.floor - cut.floor :]
+        storage.deleted -= {e.task_id for e in trimmed if e.kind is EntryKind.DELETED}
+        storage.snapshots = {seq: storage.snapshots[seq] for seq in retained.seqs}
 
 
 def open_memory(

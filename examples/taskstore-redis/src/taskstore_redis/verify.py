@@ -159,8 +159,8 @@ class _Check:
     def _snapshot(self, mark: Mark) -> Content:
         content: Content = {}
         for item in self._reader.snapshot_aside(mark):
-            if item.task_id is not None:
-                content[item.task_id] = (item.revision or 0, b"")
+            if item.occupies is not None:
+                content[item.occupies] = (item.revision or 0, b"")
         for task_id, revision, image in self._reader.items(mark):
             damage = damage_of(image)
             if damage is not None:

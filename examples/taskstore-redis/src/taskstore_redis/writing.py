@@ -247,9 +247,10 @@ class Writer:
             ids: dict[str, list[str]] = {}
             values = [msgspec.json.encode(item) for item in snapshot.set_aside]
             for number, item in enumerate(snapshot.set_aside):
-                if item.task_id is not None:
-                    ids.setdefault(item.task_id, ["0"]).append(str(number))
-                    ids[item.task_id][0] = str(item.revision or 0)
+                task_id = item.occupies
+                if task_id is not None:
+                    ids.setdefault(task_id, ["0"]).append(str(number))
+                    ids[task_id][0] = str(item.revision or 0)
             for key, fields in (
                 (staged[4], {str(n): value for n, value in enumerate(values)}),
                 (staged[5], {task_id: "\0".join(parts) for task_id, parts in ids.items()}),

@@ -30,7 +30,6 @@ from taskstore.stores.jsonfile.lines import Entry, image
 from taskstore.stores.jsonfile.segments import Found, Walk
 from taskstore.stores.jsonfile.snapshots import opened, write_snapshot
 from taskstore.stores.jsonfile.writing import Writer
-from taskstore.stores.kept import keepsake, kept_of
 from taskstore.yielding import in_order
 
 TIDYING_S = 5.0
@@ -183,8 +182,14 @@ def _undecodable(entry: Entry, where: str, seq: int) -> SetAside | None:
         reason = "is the record of another change"
     else:
         return None
-    raw = bytes(entry.record)
-    return keepsake(raw, f"{where}, seq {seq}", reason, entry.task_id, entry.revision)
+    return SetAside(
+        bytes(entry.record),
+        f"{where}, seq {seq}",
+        reason,
+        entry.task_id,
+        entry.revision,
+        superseded=True,
+    )
 
 
 class Merge:
@@ -282,8 +287,8 @@ class Merge:
 
     def _is_replaced(self, item: SetAside) -> bool:
         """Whether something newer stands for what was set aside, or its task was deleted."""
-        task_id = kept_of(item)
-        if task_id is None:
-            return item.task_id in self._images
+        task_id = item.task_id
+        if not item.superseded or task_id is None:
+            return task_id in self._images
         deleted = task_id in self._images and self._images[task_id] is None
         return deleted and task_id not in self._aside

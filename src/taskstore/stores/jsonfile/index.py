@@ -8,11 +8,10 @@ import msgspec
 from msgspec import Raw, Struct
 
 from taskstore import codec
-from taskstore.errors import Conflict, ConflictError
-from taskstore.journal import EntryKind, SetAside, Step
+from taskstore.errors import ConflictError
+from taskstore.journal import EntryKind, SetAside, Step, find_conflicts
 from taskstore.records import FORMAT_VERSION, TaskRecord
 from taskstore.stores.jsonfile.lines import Line
-from taskstore.stores.kept import kept_of
 
 
 class Keys(Struct, frozen=True, gc=False):
@@ -79,8 +78,8 @@ class Index:
 
     def add_set_aside(self, item: SetAside) -> None:
         """Take in what is known of a record that does not decode."""
-        if kept_of(item) is not None:
-            return  # its task has gone on without it
+        if item.superseded:
+            return
         keys = keys_of(item.raw)
         if keys is not None:
             self.add(keys)
@@ -107,8 +106,8 @@ class Index:
         for step in steps:
             if step.record is not None:
                 self.revisions[step.task_id] = step.revision
-                if step.booking is not None:
-                    self._book(step.booking, step.task_id)
+                if step.dedup_key is not None:
+                    self._book(step.dedup_key, step.task_id)
 
     def check(self, steps: Sequence[Step], floor: Callable[[], int]) -> None:
         """Raise :class:`ConflictError` unless the steps apply.
@@ -116,19 +115,11 @@ class Index:
         ``floor`` is asked only when a deletion stands in the way: one that
         the journal no longer holds does not.
         """
-        conflicts = []
         for step in steps:
             task_id = step.task_id
-            found = self.revisions.get(task_id)
-            if found is None and task_id in self.deleted and self.deleted[task_id] < floor():
+            if task_id in self.deleted and self.deleted[task_id] < floor():
                 del self.deleted[task_id]
-            deleted = found is None and task_id in self.deleted
-            if (found or 0) != step.base or found == 0 or deleted:
-                conflicts.append(Conflict(task_id, step.base, found or 0, deleted=deleted))
-            elif step.booking is not None and step.booking in self._holders:
-                holder = self._holders[step.booking]
-                if not any(other.task_id == holder and other.record is None for other in steps):
-                    conflicts.append(Conflict(task_id, 0, 0, booked_by=holder))
+        conflicts = find_conflicts(steps, self.revisions, self.deleted, self._holders)
         if conflicts:
             raise ConflictError(conflicts)
 

@@ -139,7 +139,7 @@ def load(layout: Layout, *, strict: bool, index: Index | None = None) -> tuple[S
             if index is not None and entry.kind is EntryKind.DELETED:
                 index.deleted[entry.task_id] = found.line.seq
     if images and aside:
-        aside = [item for item in aside if item.task_id not in images]
+        aside = [item for item in aside if not _is_obsolete(item, images)]
     for task_id, (entry, where) in images.items():
         if entry.kind is EntryKind.DELETED:
             records.pop(task_id, None)
@@ -170,3 +170,9 @@ def index_of(layout: Layout) -> tuple[Index, Place]:
                 index.add_set_aside(item)
             index.deleted.update(reader.deleted)
     return index, layout.after_newest()
+
+
+def _is_obsolete(item: SetAside, images: Mapping[str, tuple[Entry, str]]) -> bool:
+    """Whether the journal has a later image of the task, or deletes it."""
+    found = images.get(item.task_id or "")
+    return found is not None and (not item.superseded or found[0].kind is EntryKind.DELETED)

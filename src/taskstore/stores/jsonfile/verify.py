@@ -13,7 +13,6 @@ from taskstore.stores.jsonfile.lines import Entry
 from taskstore.stores.jsonfile.segments import Found, Walk
 from taskstore.stores.jsonfile.snapshots import opened
 from taskstore.stores.jsonfile.writing import Writer
-from taskstore.stores.kept import kept_of
 
 _SHOWN = 3
 
@@ -158,7 +157,7 @@ class _Check:
                     last = keys.task_id
                     content[keys.task_id] = (keys.revision, payload)
                 for item in reader.aside:
-                    if kept_of(item) is not None:
+                    if item.superseded:
                         continue  # of a change that the journal no longer has
                     content[item.task_id or repr(item.raw)] = (item.revision or 0, item.raw)
         except CorruptStoreError as error:

@@ -22,7 +22,8 @@ from taskstore.errors import (
     SchemaMismatchError,
 )
 from taskstore.journal import Change, ChangeSet, Commit, Position, Put, Step, plan
-from taskstore.records import TaskRecord
+from taskstore.journal import find_conflicts as conflicts_between
+from taskstore.records import DedupKey, TaskRecord
 from taskstore.store import other_history
 from taskstore.stores.sql.connections import Connections
 from taskstore.stores.sql.errors import Fault
@@ -247,33 +248,15 @@ def find_conflicts(session: Session, steps: Sequence[Step]) -> list[Conflict]:
             task_journal.c.seq >= floor,
         )
         deleted.update(row[0] for row in session.ask(gone))
-    holders = _holders(session, steps)
-    leaving = {step.task_id for step in steps if step.record is None}
-    conflicts = []
-    for step in steps:
-        stored = revisions.get(step.task_id, 0)
-        holder = holders.get(_booking(step))
-        # What was set aside may have a row of which not even the revision is known.
-        in_the_way = step.task_id in revisions and not step.base
-        if stored != step.base or step.task_id in deleted or in_the_way:
-            conflicts.append(
-                Conflict(step.task_id, step.base, stored, deleted=step.task_id in deleted)
-            )
-        elif holder is not None and holder not in leaving and holder != step.task_id:
-            conflicts.append(Conflict(step.task_id, step.base, stored, booked_by=holder))
-    return conflicts
+    return conflicts_between(steps, revisions, deleted, _holders(session, steps))
 
 
-def _booking(step: Step) -> tuple[str | None, str | None]:
-    record = step.record
-    return (None, None) if record is None else (record.run_id, record.booking)
-
-
-def _holders(session: Session, steps: Sequence[Step]) -> dict[Any, str]:
-    """Which tasks hold the bookings that the steps claim or keep."""
-    claims = [_booking(step) for step in steps]
-    holders: dict[Any, str] = {}
-    for lot in _lots([claim for claim in claims if None not in claim]):
+def _holders(session: Session, steps: Sequence[Step]) -> dict[DedupKey, str]:
+    """Which tasks hold the dedup keys that the steps claim or keep."""
+    records = [step.record for step in steps if step.record is not None]
+    claims = [key for record in records if (key := record.dedup_key) is not None]
+    holders: dict[DedupKey, str] = {}
+    for lot in _lots(claims):
         query = sa.select(tasks.c.run_id, tasks.c.booking, tasks.c.task_id).where(
             tasks.c.run_id.in_([run_id for run_id, _ in lot]),
             tasks.c.booking.in_([booking for _, booking in lot]),

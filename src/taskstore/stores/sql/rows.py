@@ -191,7 +191,7 @@ def aside_row(item: SetAside) -> tuple[Any, ...] | None:
     """The row of ``tasks`` that stands for something set aside, so that nobody takes
     its id; ``None`` when it has no id that could be one."""
     try:
-        task_id = check_key("task_id", item.task_id)
+        task_id = check_key("task_id", item.occupies)
         revision = check_int("revision", item.revision or 0)
     except ValidationError:
         return None

@@ -15,7 +15,6 @@ import sqlalchemy as sa
 from taskstore.codec import checksum
 from taskstore.errors import CorruptStoreError
 from taskstore.journal import SetAside
-from taskstore.stores.kept import keepsake, kept_of
 from taskstore.stores.sql.rows import as_bytes, entry_of
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.snapshots import read_set_aside
@@ -117,7 +116,8 @@ def _damage_of(row: Any) -> SetAside | None:
         if found is None:
             return None
         reason = found.reason
-    return keepsake(as_bytes(payload), f"task_journal, seq {seq}", reason, task_id, revision)
+    where = f"task_journal, seq {seq}"
+    return SetAside(as_bytes(payload), where, reason, task_id, revision, superseded=True)
 
 
 def _is_gone_or_stored(session: Session, row: Any) -> bool:
@@ -141,7 +141,6 @@ def _kept_rows(session: Session, sql: Statements) -> dict[str, list[int]]:
     kept: dict[str, list[int]] = {}
     numbers = [row[0] for row in session.rows(sql.read_set_aside)]
     for number, item in zip(numbers, read_set_aside(session, sql), strict=True):
-        task_id = kept_of(item)
-        if task_id is not None:
-            kept.setdefault(task_id, []).append(number)
+        if item.superseded and item.task_id is not None:
+            kept.setdefault(item.task_id, []).append(number)
     return kept

@@ -77,8 +77,8 @@ class _Check:
                             self._expected[item.task_id] = item
                     else:
                         aside += 1
-                        if mark.seq == base and item.task_id is not None:
-                            self._expected[item.task_id] = None
+                        if mark.seq == base and item.occupies is not None:
+                            self._expected[item.occupies] = None
                 if (records, aside) != (mark.records, mark.set_aside):
                     self._tell(
                         f"the snapshot at seq {mark.seq} holds {records} records and {aside} "
