@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 
 import pytest
 
-from taskstore import Snapshot, StoreUnavailableError
+from taskstore import Snapshot, StoreClosedError, StoreUnavailableError
 from taskstore.stores.jsonfile import JSONStore
 from taskstore.testing import make_put
 from taskstore.testing.contract_compaction import TRIM
-from taskstore.testing.threads import meanwhile
+from taskstore.testing.threads import meanwhile, until
 
 PATIENCE_S = 20
 
@@ -85,17 +86,23 @@ def test_a_torn_end_is_not_read_over_and_over(pair, tmp_path, monkeypatch):
     assert two.head() == 2
 
 
-def test_a_fork_waits_for_itself(pair):
-    """Who waits in the parent does nothing for the child."""
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_is_refused(pair):
+    """The child must not wait for a thread of its parent; the parent's waiter goes on."""
     one, two = pair
     answers = []
     with meanwhile(lambda: answers.append(two.wait_for(2, PATIENCE_S))):
-        time.sleep(0.05)
+        until(lambda: two._feed._watch is not None)
         child = os.fork()
         if child == 0:
-            heard = two.wait_for(2, PATIENCE_S)
-            os._exit(0 if heard and two.wait_for(1, 0) else 1)
-        time.sleep(0.05)
+            signal.alarm(10)
+            refused = 0
+            for seconds in (0, PATIENCE_S):
+                try:
+                    two.wait_for(2, seconds)
+                except StoreClosedError as error:
+                    refused += "forked" in str(error)
+            os._exit(0 if refused == 2 else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         one.apply([make_put()])
     assert answers == [True]
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

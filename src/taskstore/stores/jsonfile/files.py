@@ -63,10 +63,14 @@ class Translator:
         trace: TracebackType | None,
     ) -> None:
         if isinstance(error, OSError):
-            raise StoreUnavailableError(
-                f"the store {self._directory} cannot be used: {error}",
-                hint=_ADVICE.get(error.errno or 0),
-            ) from error
+            raise unavailable(self._directory, error) from error
+
+
+def unavailable(directory: Path, error: OSError) -> StoreUnavailableError:
+    """An error of the operating system in our words, naming the ledger's directory."""
+    return StoreUnavailableError(
+        f"the store {directory} cannot be used: {error}", hint=_ADVICE.get(error.errno or 0)
+    )
 
 
 _ADVICE = {
