@@ -331,6 +331,7 @@ print(store.head(), store.verify().problems)
     )
     assert printed == "2 ()\n"
 
+
 def test_bookings_and_revisions_are_known_again_after_reopening(open_):
     store = open_()
     holder = create(store, run_id="run-1")
