@@ -185,7 +185,7 @@ class Merge:
         self._unknown: list[SetAside] = list(superseded)
         if layout.newest is not None:
             with opened(layout, layout.newest.seq) as reader:
-                self.deleted.update(reader.deleted)
+                self.deleted.update(reader.header.get("deleted", {}))
         for found in Walk(layout, layout.after_newest()):
             if found.line.seq > seq:
                 break

@@ -61,13 +61,6 @@ class Index:
         self.holders: dict[DedupKey, str] = {}
         self._booked: dict[str, DedupKey] = {}
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Index):
-            return NotImplemented
-        return (self.revisions, self.holders) == (other.revisions, other.holders)
-
-    __hash__ = None  # type: ignore[assignment]
-
     def add(self, item: Keys | TaskRecord) -> None:
         """Take in a live record."""
         self.revisions[item.task_id] = item.revision

@@ -27,7 +27,7 @@ from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport, check_
 from taskstore.stores.compaction import compact
 from taskstore.stores.feed import Feed, PollingWatch, Watch
 from taskstore.stores.jsonfile.compaction import Compaction
-from taskstore.stores.jsonfile.files import Translator, unavailable
+from taskstore.stores.jsonfile.files import translated, unavailable
 from taskstore.stores.jsonfile.index import Index
 from taskstore.stores.jsonfile.layout import Layout
 from taskstore.stores.jsonfile.lines import Identity, encode_changes
@@ -76,12 +76,11 @@ class JSONStore(TaskRegistryStore):
         self.directory = Path(path).absolute()  # whatever becomes of the working directory
         self.location = str(path)
         self.strict = strict
-        self._translator = Translator(self.directory)
         self._reader = Reader(self.directory, strict=strict)
         self._writer: Writer | None = None
         self._set_aside: tuple[SetAside, ...] = ()
         self._feed = Feed(self.head, self._watch, self.location)
-        with self._translator:
+        with translated(self.directory):
             if read_only:
                 self._reader.settled(lambda layout: layout)
                 return
@@ -106,7 +105,7 @@ class JSONStore(TaskRegistryStore):
 
     def _read(self, work: Callable[[Layout], _T]) -> _T:
         self._check_open()
-        with self._translator:
+        with translated(self.directory):
             return self._reader.settled(work)
 
     def _writing(self) -> Writer:
@@ -118,13 +117,13 @@ class JSONStore(TaskRegistryStore):
 
     def load_snapshot(self) -> Snapshot:
         writer = self._writer
-        index = Index() if writer is not None and writer.index is None else None
 
         def work(layout: Layout) -> Snapshot:
-            nonlocal index
-            index = Index() if index is not None else None
+            if writer is None or writer.index is not None:
+                return load(layout, strict=self.strict)[0]
+            index = Index()
             snapshot, place = load(layout, strict=self.strict, index=index)
-            if writer is not None and index is not None and place.inode:
+            if place.inode:
                 writer.loaded = (index, place)
             return snapshot
 
@@ -134,7 +133,7 @@ class JSONStore(TaskRegistryStore):
 
     def save_snapshot(self, snapshot: Snapshot) -> None:
         writer = self._writing()
-        with self._translator:
+        with translated(self.directory):
             snapshot = validated_snapshot(snapshot)
             payloads = [
                 codec.encode_record(snapshot.records[task_id])
@@ -215,7 +214,7 @@ class JSONStore(TaskRegistryStore):
         return PollingWatch(self.head, self._sign, longest_nap_s=LONGEST_NAP_S)
 
     def _sign(self) -> object:
-        with self._translator:
+        with translated(self.directory):
             return self._reader.sign()
 
     # -- compaction, query, integrity -------------------------------------
@@ -223,7 +222,7 @@ class JSONStore(TaskRegistryStore):
     def compact(self, policy: CompactionPolicy) -> CompactionReport:
         steps = Compaction(self._writing(), erase=policy.erase_deleted)
         try:
-            with self._translator:
+            with translated(self.directory):
                 return compact(steps, policy, self.clock)
         finally:
             self._set_aside = (*self._set_aside, *steps.superseded)
@@ -234,7 +233,7 @@ class JSONStore(TaskRegistryStore):
 
     def verify(self) -> VerifyReport:
         self._check_open()
-        with self._translator:
+        with translated(self.directory):
             return verify(self.directory, self._writer)
 
 

@@ -258,7 +258,9 @@ class Writer:
         conflicts = find_conflicts(steps, index.revisions, index.deleted, index.holders)
         if conflicts and any(conflict.deleted for conflict in conflicts):
             # Perhaps the journal does not hold the deletion any more.
-            index.forget_deletions(self._floor())
+            index.forget_deletions(
+                settled(self.directory, lambda _: read_layout(self.directory).floor)
+            )
             conflicts = find_conflicts(steps, index.revisions, index.deleted, index.holders)
         if conflicts:
             raise ConflictError(conflicts)
@@ -287,9 +289,6 @@ class Writer:
         if self._sync and self._in_company:
             self._lock.note_synced(end)
         return commit
-
-    def _floor(self) -> int:
-        return settled(self.directory, lambda _: read_layout(self.directory).floor)
 
     def _take_back(self, error: BaseException, *, written: bool) -> None:
         """Truncate a line that failed; refuse further writes if what is on disk is unknown."""
