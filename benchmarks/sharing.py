@@ -71,7 +71,7 @@ class Ledger:
         prepared = []
         for task_id in itertools.islice(self.turn, changes):
             before = records[task_id]
-            records[task_id] = lifecycle.progress(before, now, summary())
+            records[task_id] = lifecycle.progress(summary())(before, now)
             prepared.append([Put(records[task_id])])
         started = time.perf_counter()
         for change in prepared:

@@ -50,7 +50,6 @@ from taskstore.records import (
     TerminalOutcome,
 )
 from taskstore.registry import TaskRegistry
-from taskstore.runs import RunScope
 from taskstore.store import (
     StoreReport,
     SupportsCompaction,
@@ -62,6 +61,7 @@ from taskstore.store import (
     TaskRegistryStore,
     VerifyReport,
 )
+from taskstore.verbs import RunScope
 
 __version__ = "0.1.0"
 

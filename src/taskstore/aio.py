@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import os
 import threading
 from collections import deque
 from collections.abc import (
     AsyncIterator,
     Callable,
+    Coroutine,
     Iterable,
     Mapping,
     Sequence,
@@ -25,24 +27,25 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from datetime import datetime
 from types import MappingProxyType
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from taskstore import history
-from taskstore.awaitable import AsyncFollower, AsyncRunScope, Opening, Operations, awaitable
+from taskstore.awaitable import AsyncFollower, Opening
 from taskstore.backends import default_url, open_store
 from taskstore.batch import Batch
 from taskstore.clock import Clock
 from taskstore.committer import Committer
 from taskstore.errors import StoreClosedError, TaskStoreError
-from taskstore.groupcommit import Operation, Request
+from taskstore.groupcommit import Operation
 from taskstore.hooks import Hook, Hooks
 from taskstore.journal import JournalEntry, Snapshot
 from taskstore.mirror import Lookups
 from taskstore.news import News
 from taskstore.reader import LedgerReader
+from taskstore.records import MAX_INT, TaskRecord
 from taskstore.store import TaskRegistryStore
-from taskstore.validation import check_key
-from taskstore.verbs import Verbs
+from taskstore.validation import check_int, check_key
+from taskstore.verbs import Change, ChangeRun, Delete, Planner, Run, RunScope
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -52,6 +55,18 @@ LOOK_S = 2.0
 
 _batches: ContextVar[Mapping[int, Batch]] = ContextVar("taskstore-batches")
 """The batches that the current asyncio task is in, by the id of their registry."""
+
+
+def _awaited(
+    verb: Callable[Concatenate[Planner, P], Operation[T]],
+) -> Callable[Concatenate[AsyncTaskRegistry, P], Coroutine[Any, Any, T]]:
+    """The same verb, to be awaited: then it checks its arguments and has its operation done."""
+
+    @functools.wraps(verb)
+    async def call(self: AsyncTaskRegistry, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._commit(verb(self._planner, *args, **kwargs))
+
+    return call
 
 
 class AsyncTaskRegistry(LedgerReader):
@@ -76,7 +91,7 @@ class AsyncTaskRegistry(LedgerReader):
         super().__init__(store)
         self._hooks = Hooks(hooks, interrupts=False)
         self._committer = Committer(store, self._mirror, self._hooks)
-        self._operations = Operations(store)
+        self._planner = Planner(self._now)
         self._owns_store = False
         self._follower: AsyncFollower | None = None
         self._loop = asyncio.get_running_loop()
@@ -159,29 +174,28 @@ class AsyncTaskRegistry(LedgerReader):
 
     # -- creating and changing ------------------------------------------------
 
-    create = awaitable(Verbs.create)
-    mark_running = awaitable(Verbs.mark_running)
-    record_progress = awaitable(Verbs.record_progress)
-    finish = awaitable(Verbs.finish)
-    mark_lost = awaitable(Verbs.mark_lost)
-    recover = awaitable(Verbs.recover)
-    cancel = awaitable(Verbs.cancel)
-    set_delivery_status = awaitable(Verbs.set_delivery_status)
-    set_notify_policy = awaitable(Verbs.set_notify_policy)
-    set_cleanup_after = awaitable(Verbs.set_cleanup_after)
-    link_flow = awaitable(Verbs.link_flow)
-    update_metadata = awaitable(Verbs.update_metadata)
-    delete = awaitable(Verbs.delete)
-    take_lease = awaitable(Verbs.take_lease)
-    renew_lease = awaitable(Verbs.renew_lease)
-    release_lease = awaitable(Verbs.release_lease)
+    create = _awaited(Planner.create)
+    mark_running = _awaited(Planner.mark_running)
+    record_progress = _awaited(Planner.record_progress)
+    finish = _awaited(Planner.finish)
+    mark_lost = _awaited(Planner.mark_lost)
+    recover = _awaited(Planner.recover)
+    cancel = _awaited(Planner.cancel)
+    set_delivery_status = _awaited(Planner.set_delivery_status)
+    set_notify_policy = _awaited(Planner.set_notify_policy)
+    set_cleanup_after = _awaited(Planner.set_cleanup_after)
+    link_flow = _awaited(Planner.link_flow)
+    update_metadata = _awaited(Planner.update_metadata)
+    delete = _awaited(Planner.delete)
+    take_lease = _awaited(Planner.take_lease)
+    renew_lease = _awaited(Planner.renew_lease)
+    release_lease = _awaited(Planner.release_lease)
 
     def run(
         self, run_id: str, *, runtime: str | None = None, session_key: str | None = None
-    ) -> AsyncRunScope:
+    ) -> RunScope[Coroutine[Any, Any, list[TaskRecord]]]:
         """Address every task of a run: see :meth:`taskstore.TaskRegistry.run`."""
-        scope = self._operations.run(run_id, runtime=runtime, session_key=session_key)
-        return AsyncRunScope(scope, self._commit)
+        return RunScope(Run(run_id, runtime, session_key), self._now, self._commit_run)
 
     @asynccontextmanager
     async def batch(self) -> AsyncIterator[Self]:
@@ -192,7 +206,9 @@ class AsyncTaskRegistry(LedgerReader):
         """
         self._check_open()
         outer = self._batch
-        batch = self._committer.batch() if outer is None else outer.within()
+        if outer is None:
+            self._committer.check_writable()
+        batch = Batch(self._mirror if outer is None else outer.staging)
         token = _batches.set(MappingProxyType({**_batches.get({}), id(self): batch}))
         try:
             yield self
@@ -283,10 +299,11 @@ class AsyncTaskRegistry(LedgerReader):
         follower, self._follower = self._follower, None
         if follower is not None:
             follower.ask_to_stop()
-        delivers = self._committer.close()
+        if self._opened_by != os.getpid():
+            return  # all that is under way is the parent's
+        self._committer.close()
         try:
-            if delivers:
-                self._hooks.drain()
+            self._hooks.drain()
         finally:
             if self._owns_store:
                 self._store.close()
@@ -320,7 +337,11 @@ class AsyncTaskRegistry(LedgerReader):
         batch = self._batch
         return self._mirror if batch is None else batch.staging
 
-    async def _commit(self, operation: Operation[T]) -> T:
+    def _now(self) -> int:
+        now = self._store.clock()
+        return now if type(now) is int and 0 <= now <= MAX_INT else check_int("clock", now)
+
+    async def _commit(self, operation: Operation[T], /) -> T:
         """Have an operation committed by the writer thread."""
         self._check_open()
         batch = self._batch
@@ -334,14 +355,16 @@ class AsyncTaskRegistry(LedgerReader):
                 hint="open one in each event loop",
             )
         settled: asyncio.Future[None] = self._loop.create_future()
-        request = Request(operation, functools.partial(self._note, settled))
-        self._committer.post(request)
+        ticket = self._committer.post(operation, functools.partial(self._note, settled))
         try:
             await settled
         except asyncio.CancelledError:
-            self._committer.withdraw(request)
+            ticket.withdraw()
             raise
-        return request.outcome()
+        return ticket.outcome()
+
+    async def _commit_run(self, run: Run, plan: Callable[[], Change | Delete]) -> list[TaskRecord]:
+        return await self._commit(ChangeRun(run, plan()))
 
     def _note(self, settled: asyncio.Future[None]) -> None:
         """Wake the loop, once for all that is settled until it looks.  In the writer thread."""
@@ -358,7 +381,7 @@ class AsyncTaskRegistry(LedgerReader):
         settled = []
         while self._settled:
             settled.append(self._settled.popleft())
-        if not self._hooks.pending or self._delivering:
+        if not self._hooks.events or self._delivering:
             _release(settled)
             return
         self._deliver(settled)
@@ -371,7 +394,7 @@ class AsyncTaskRegistry(LedgerReader):
             self._delivering = False
             _release(settled)
             # What came while nobody looked would have to wait for the next change.
-            if self._hooks.pending and not self._closed:
+            if self._hooks.events and not self._closed:
                 self._deliver(())
 
         self._loop.run_in_executor(self._hook_thread, self._hooks.deliver).add_done_callback(

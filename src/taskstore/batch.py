@@ -28,15 +28,14 @@ class Batch:
 
     def add(self, operation: Operation[T]) -> T:
         """Run an operation provisionally; one that raises leaves no trace."""
-        trial = Staging(self.staging)
-        result = operation(trial)
-        self.staging.absorb(trial)
+        mark = len(self.staging.changes)
+        try:
+            result = operation(self.staging)
+        except BaseException:
+            self.staging.undo(mark)
+            raise
         self.operations.append((operation, result))
         return result
-
-    def within(self) -> Batch:
-        """Begin a batch inside this one: it joins, or leaves no trace."""
-        return Batch(self.staging)
 
     def join(self, inner: Batch) -> None:
         """Take over a batch that ended well inside this one."""

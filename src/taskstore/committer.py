@@ -1,21 +1,22 @@
-"""The commit protocol: store, then memory, then hooks.
+"""The commit protocol: stage, have the store apply it, publish it to memory; then hooks.
 
 An operation is a function over a :class:`~taskstore.mirror.Staging`: it
 looks records up and stages changes.  It holds no state of its own, so that
 it can run again over fresher records when another writer was faster.
+
+One rule for interrupts, such as Ctrl-C: the change of an interrupted caller
+is done or not done, and memory is loaded anew before its next use.
 """
 
 from __future__ import annotations
 
-import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
-from taskstore.batch import Batch
 from taskstore.errors import (
     ConflictError,
     CursorExpiredError,
@@ -26,41 +27,53 @@ from taskstore.errors import (
     TaskNotFound,
     TaskStoreError,
 )
-from taskstore.groupcommit import CommitQueue, Operation, Request
+from taskstore.groupcommit import CommitQueue, Operation, Request, Ticket, wait
 from taskstore.hooks import Hooks
 from taskstore.journal import Change, ChangeSet
 from taskstore.mirror import Mirror, Staging
 from taskstore.replica import Replica
 from taskstore.store import SupportsExclusive, SupportsJournal, TaskRegistryStore
+from taskstore.stores.retry import Backoff
 
 T = TypeVar("T")
 
 ATTEMPTS = 64
-"""How often an operation runs when other writers keep being faster."""
+"""How often a request runs when other writers keep being faster."""
 
 GROUP_ATTEMPTS = 4
-"""How often a group of operations does, before each goes by itself."""
-
-EAGER_ATTEMPTS = 2
-"""How many of these follow at once; later ones wait a little first."""
+"""How often several requests run together, before each goes by itself."""
 
 CONTENDED_S = 1.0
-"""How long after a conflict the others are kept out while an operation runs, in seconds."""
+"""How long after a conflict other writers are kept out while a request runs, in seconds."""
 
-_NOBODY_ELSE: AbstractContextManager[AbstractSet[str]] = nullcontext(frozenset())
+PAUSES_S = (0.0005, 0.01)
+"""The first and the longest pause after a conflict, in seconds, on a store that cannot keep
+other writers out."""
+
+IDLE_S = 5.0
+"""How long the writer thread waits for another request before it ends, in seconds."""
+
+_NOT_CONTENDED: AbstractContextManager[AbstractSet[str]] = nullcontext(frozenset())
 
 
 class Committer:
-    """Runs operations against one store, one at a time, and mirrors what is committed."""
+    """Commits operations to one store, one commit at a time, and keeps memory like it."""
 
     def __init__(self, store: TaskRegistryStore, mirror: Mirror, hooks: Hooks) -> None:
         self._store = store
         self._mirror = mirror
         self._hooks = hooks
-        self._lock = threading.Lock()
         self._replica = Replica(store, mirror, hooks)
-        self._queue = CommitQueue(self._commit_one, self._commit_all)
-        # Until when others are taken to be changing the same tasks (monotonic seconds, 0: nobody).
+        self._queue = CommitQueue()
+        self._writer: threading.Thread | None = None
+        # Held by the thread that changes memory.  Unlike a plain lock it tells a call
+        # that interrupts another one of the same thread, as a signal handler does.
+        self._lock = threading.RLock()
+        self._inside = False
+        # Whether a caller, or the writer thread, is committing.
+        self._committing = False
+        # Until when other writers are taken to be changing the same tasks (monotonic
+        # seconds, 0: none are).
         self._contended_until = 0.0
 
     @property
@@ -70,172 +83,151 @@ class Committer:
 
     def load(self) -> None:
         """Load everything from the store, and deliver that."""
-        with self._changing_memory():
-            self._replica.load()
+        self._locked(self._replica.load)
         self._hooks.deliver()
-
-    def run(self, operation: Operation[T]) -> T:
-        """Run an operation, commit what it staged, mirror it, and deliver its events."""
-        self._queue.check_process()  # in a forked child nothing is delivered either
-        if self._store.read_only:
-            self._check_writable()
-        try:
-            return self._queue.run(operation)
-        finally:
-            self._hooks.deliver()
-
-    def post(self, request: Request[Any]) -> None:
-        """Have a request committed by the writer thread; delivering is left to the caller."""
-        if self._store.read_only:
-            self._check_writable()
-        self._queue.post(request)
-
-    def withdraw(self, request: Request[Any]) -> bool:
-        """Take a posted request back, if it has not begun; returns whether that succeeded."""
-        return self._queue.withdraw(request)
-
-    def close(self) -> bool:
-        """Commit what is under way, and take nothing more; whether its events are ours to
-        deliver, which they are not in a forked child."""
-        return self._queue.close()
 
     def refresh(self) -> None:
         """Bring in what other writers committed."""
         try:
-            with self._changing_memory():
-                self._replica.refresh()
+            self._locked(self._replica.refresh)
         finally:
             self._hooks.deliver()
 
-    def batch(self) -> Batch:
-        """Begin to collect operations that are committed together."""
-        self._check_writable()
-        return Batch(self._mirror)
+    # -- callers --------------------------------------------------------------
 
-    def _check_writable(self) -> None:
-        self._queue.check_process()
+    def run(self, operation: Operation[T]) -> T:
+        """Commit an operation, in this thread or together with those of others; deliver events."""
+        if self._store.read_only:
+            self.check_writable()
+        try:
+            if self._committing or self._queue.busy:
+                return self._run_together(operation)
+            request = Request(operation)
+            self._locked(self._commit, (request,))
+        finally:
+            if self._hooks.events:
+                self._hooks.deliver()
+        if request.error is not None:
+            raise request.error
+        result: T = request.result
+        return result
+
+    def _run_together(self, operation: Operation[T]) -> T:
+        settled = threading.Lock()
+        settled.acquire()
+        ticket = self.post(operation, settled.release, serve_without_thread=True)
+        wait(ticket, settled)
+        return ticket.outcome()
+
+    def post(
+        self,
+        operation: Operation[T],
+        settle: Callable[[], object],
+        *,
+        serve_without_thread: bool = False,
+    ) -> Ticket[T]:
+        """Have an operation committed by the writer thread, which calls ``settle`` in the end.
+
+        Delivering events is left to the caller.  Where no thread can be
+        started, this one commits if ``serve_without_thread`` is set; else
+        that is a :class:`TaskStoreError`, as the outcome of the ticket.
+        """
+        self.check_writable()
+        ticket, start = self._queue.put(operation, settle)
+        if start:
+            writer = threading.Thread(target=self._write, name="taskstore-writer", daemon=True)
+            try:
+                writer.start()
+            except RuntimeError:  # the system gives no more threads
+                self._write(0.0, refused=not serve_without_thread)
+            else:
+                self._writer = writer
+        return ticket
+
+    def check_writable(self) -> None:
+        """Raise :class:`ReadOnlyError` for a store that was opened read-only."""
         if self._store.read_only:
             raise ReadOnlyError(f"{self._store.location} was opened read-only")
 
-    def _commit_one(self, operation: Operation[T]) -> T:
-        """Commit an operation by itself."""
-        with self._lock:  # as _changing_memory does, without what a generator costs
-            try:
-                result = self._commit(operation)
-            except Exception:
-                raise
-            except BaseException:  # interrupted: who knows what memory lacks
-                self._replica.stale = True
-                raise
-        return result
+    def close(self) -> None:
+        """Take nothing more, and return when everything that was taken is committed."""
+        self._locked(lambda: None)  # or the writer thread would wait for the call we interrupt
+        self._queue.close()
+        writer = self._writer
+        if writer is not None:
+            writer.join()
 
-    def _commit_all(self, requests: Sequence[Request[Any]]) -> None:
-        """Commit what has come together: as one, or each by itself where that fails."""
-        with self._changing_memory():
-            if len(requests) == 1 or not self._together(requests):
-                for request in requests:
-                    self._alone(request)
+    # -- one at a time ----------------------------------------------------------
 
-    @contextmanager
-    def _changing_memory(self) -> Iterator[None]:
-        """Hold the commit lock; after an interrupt, who knows what memory lacks."""
+    def _locked(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Do ``work``, which changes memory, while no other thread does."""
         with self._lock:
+            if self._inside:
+                raise TaskStoreError(
+                    "this thread is in the middle of another call to the registry, as it may be "
+                    "when a signal handler runs",
+                    hint="let the handler set a flag or raise SystemExit, and go on from there",
+                )
+            self._inside = True
             try:
-                yield
+                work(*arguments)
             except Exception:
                 raise
-            except BaseException:
+            except BaseException:  # interrupted: what memory lacks is not known
                 self._replica.stale = True
                 raise
+            finally:
+                self._inside = self._committing = False
 
-    def _together(self, requests: Sequence[Request[Any]]) -> bool:
-        """Commit requests as one, in order; returns whether that was possible.
-
-        One that raises leaves nothing of itself.  What it says, or that there
-        is nothing to do, may only seem so because memory is behind the store:
-        then all are run again.
-        """
-        for attempt in range(1, GROUP_ATTEMPTS + 1):
-            if self._replica.stale:
-                self._replica.load()
-            with self._keeping_others_out() if self._contended_until else _NOBODY_ELSE as news:
-                staging, in_doubt = self._stage(requests)
-                if news:
-                    self._look_out(news, staging.changes)
-                if in_doubt:
-                    try:
-                        if self._replica.behind():
-                            continue
-                    except TaskStoreError:  # only they are to hear of that
-                        return False
-                if not staging.changes:
-                    return True
-                try:
-                    commit = self._store.apply(ChangeSet(staging.changes, self._mirror.position))
-                except ConflictError:
-                    pass
-                except OutcomeUnknownError:
-                    self._replica.stale = True
-                    raise
-                except StoreBusyError:  # nobody is to wait for that once more
-                    raise
-                except Exception:  # noqa: BLE001 (whose fault it is shows when each goes alone)
-                    return False
-                else:
-                    self._replica.publish(commit, staging.changes)
-                    return True
-            if not self._conflicted(attempt):
-                return False
-        return False
-
-    def _stage(self, requests: Sequence[Request[Any]]) -> tuple[Staging, bool]:
-        """Run requests over memory, one on top of the other; and whether memory has to be
-        up to date for what some of them found."""
-        staging = Staging(self._mirror)
-        in_doubt = False
-        for request in requests:
-            trial = Staging(staging)
+    def _write(self, idle_s: float | None = None, *, refused: bool = False) -> None:
+        """The writer thread: commit what has come together, until nothing comes any more."""
+        while tickets := self._queue.take(IDLE_S if idle_s is None else idle_s):
             try:
-                request.succeed(request.operation(trial))
-            except (TaskNotFound, InvalidTransition, ConflictError) as error:
-                request.fail(error)
-                in_doubt = True
-            except Exception as error:  # noqa: BLE001 (it is raised in the caller's thread)
-                request.fail(error)
-            else:
-                staging.absorb(trial)
-                in_doubt = in_doubt or not trial.changes
-        return staging, in_doubt
+                if refused:
+                    raise TaskStoreError("no thread can be started to commit this")  # noqa: TRY301
+                self._locked(self._commit_together, tickets)
+            except Exception as error:  # noqa: BLE001 (it is raised in the callers' threads)
+                _fail(tickets, error)
+            except BaseException:  # noqa: BLE001 (later callers need the thread)
+                _fail(tickets, OutcomeUnknownError("the thread that committed was interrupted"))
+            self._queue.settle(tickets)
 
-    def _alone(self, request: Request[Any]) -> None:
+    # -- the commit ---------------------------------------------------------------
+
+    def _commit_together(self, requests: Sequence[Request[Any]]) -> None:
+        """Commit requests as one; where that fails, each by itself: it shows whose fault it is."""
         try:
-            request.succeed(self._commit(request.operation))
-        except Exception as error:  # noqa: BLE001 (it is raised in the caller's thread)
-            request.fail(error)
+            self._commit(requests)
+        except Exception as error:  # noqa: BLE001 (it is raised in the callers' threads)
+            # None is to wait once more for a store that is busy, or that does not answer.
+            if len(requests) == 1 or isinstance(error, StoreBusyError | OutcomeUnknownError):
+                _fail(requests, error)
+                return
+            for request in requests:
+                self._commit_together((request,))
 
-    def _commit(self, operation: Operation[T]) -> T:
-        """Run until the store takes it.  The caller holds the commit lock."""
-        attempt = 0
-        while True:
-            attempt += 1
+    def _commit(self, requests: Sequence[Request[Any]]) -> None:
+        """Commit requests as one, in order: again while other writers are faster.
+
+        One that fails stages nothing.  That it fails, or finds nothing to do, may only
+        be so because memory is behind the store: then all are staged again.
+        """
+        self._committing = True
+        alone = len(requests) == 1
+        conflict: ConflictError | None = None
+        backoff: Backoff | None = None
+        for attempt in range(ATTEMPTS if alone else GROUP_ATTEMPTS):
             if self._replica.stale:
                 self._replica.load()
-            with self._keeping_others_out() if self._contended_until else _NOBODY_ELSE as news:
+            with self._others_kept_out() if self._contended_until else _NOT_CONTENDED as changed:
                 staging = Staging(self._mirror)
-                try:
-                    result = operation(staging)
-                except (TaskNotFound, InvalidTransition, ConflictError):
-                    # It may only look so because memory is behind the store.
-                    if attempt < ATTEMPTS and self._replica.behind():
-                        continue
-                    raise
+                in_doubt = self._stage(requests, staging)
+                if in_doubt and attempt < ATTEMPTS - 1 and self._was_behind(alone=alone):
+                    continue
                 if not staging.changes:
-                    # Nothing to do, as far as memory knows: is that so?
-                    if attempt < ATTEMPTS and self._replica.behind():
-                        continue
-                    return result
-                if news:
-                    self._look_out(news, staging.changes)
+                    return
+                if changed:
+                    self._note_contention(changed, staging.changes)
                 try:
                     commit = self._store.apply(ChangeSet(staging.changes, self._mirror.position))
                 except ConflictError as error:
@@ -245,51 +237,75 @@ class Committer:
                     raise
                 else:
                     self._replica.publish(commit, staging.changes)
-                    return result
-            if attempt == ATTEMPTS or not self._conflicted(attempt):
-                raise conflict
+                    return
+            if not self._replica.behind(reload=True):
+                break
+            self._contended_until = time.monotonic() + CONTENDED_S
+            if not isinstance(self._store, SupportsExclusive):
+                backoff = backoff or Backoff(*PAUSES_S)
+                backoff.sleep()
+        raise conflict or ConflictError([], "other writers were faster each time")
 
-    def _keeping_others_out(self) -> AbstractContextManager[AbstractSet[str]]:
+    def _was_behind(self, *, alone: bool) -> bool:
+        """Bring memory up to the store; returns whether it was behind."""
+        try:
+            return self._replica.behind()
+        except TaskStoreError as error:
+            if alone:
+                raise
+            # Only those in doubt are to hear of that, when each goes by itself.
+            raise TaskStoreError("memory cannot be compared with the store") from error
+
+    def _stage(self, requests: Sequence[Request[Any]], staging: Staging) -> bool:
+        """Run requests, one on top of the other; returns whether what some of them found has
+        to be compared with the store."""
+        in_doubt = False
+        for request in requests:
+            mark = len(staging.changes)
+            try:
+                request.result = request.operation(staging)
+                request.error = None
+                in_doubt = in_doubt or len(staging.changes) == mark
+            except Exception as error:  # noqa: BLE001 (it is raised in the caller's thread)
+                request.error = error
+                staging.undo(mark)
+                doubtful = (TaskNotFound, InvalidTransition, ConflictError)
+                in_doubt = in_doubt or isinstance(error, doubtful)
+        return in_doubt
+
+    # -- contention -----------------------------------------------------------------
+
+    def _others_kept_out(self) -> AbstractContextManager[AbstractSet[str]]:
         """Where others change the same tasks, let them wait from here until we have committed.
 
-        Nobody comes in between what is read and what is committed then, so
-        that everybody gets on, in turn.  As long as nobody conflicts, nobody
-        waits for more than the commit itself.  Gives the ids of the tasks
+        No other commit comes in between what is read and what is committed
+        then, so that all writers get on, in turn.  As long as none conflict,
+        none wait for more than the commit itself.  Gives the ids of the tasks
         that others had changed.
         """
         store = self._store
         if time.monotonic() >= self._contended_until:
             self._contended_until = 0.0
         elif isinstance(store, SupportsExclusive) and isinstance(store, SupportsJournal):
-            return self._alone_with(store, store)
-        return _NOBODY_ELSE
+            return self._exclusive(store, store)
+        return _NOT_CONTENDED
 
     @contextmanager
-    def _alone_with(
+    def _exclusive(
         self, store: SupportsExclusive, journal: SupportsJournal
     ) -> Iterator[AbstractSet[str]]:
-        news = set[str]()
+        changed = set[str]()
         with store.exclusive():
             with suppress(CursorExpiredError):  # then what is committed conflicts or reloads
-                news = self._replica.read_on(journal)
-            yield news
+                changed = self._replica.read_on(journal)
+            yield changed
 
-    def _look_out(self, news: AbstractSet[str], changes: Sequence[Change]) -> None:
+    def _note_contention(self, changed: AbstractSet[str], changes: Sequence[Change]) -> None:
         """Go on keeping others out if that has just prevented a conflict."""
-        if any(change.task_id in news for change in changes):
+        if any(change.task_id in changed for change in changes):
             self._contended_until = time.monotonic() + CONTENDED_S
 
-    def _conflicted(self, attempt: int) -> bool:
-        """Prepare to run again after a conflict; returns whether that makes sense."""
-        if not self._replica.behind(reload=True):
-            return False
-        self._contended_until = time.monotonic() + CONTENDED_S
-        if not isinstance(self._store, SupportsExclusive):
-            _pause(attempt)
-        return True
 
-
-def _pause(attempt: int) -> None:
-    """Let the others get on: nothing at first, then up to a few milliseconds, jittered."""
-    if attempt > EAGER_ATTEMPTS:
-        time.sleep(random.uniform(0, min(0.0005 * 2**attempt, 0.01)))  # noqa: S311 (jitter)
+def _fail(requests: Sequence[Request[Any]], error: BaseException) -> None:
+    for request in requests:
+        request.error = error

@@ -45,7 +45,6 @@ _CHECKS: dict[str, Callable[[str, object], Any]] = {
     "notify_policy": partial(check_enum, kind=NotifyPolicy),
     "requester_origin": lambda _, value: check_origin(value),
     "progress_summary": check_summary,
-    "metadata": lambda _, value: encode_metadata(value),
 }
 """What may be given when a task is created, and what it is checked with."""
 del _CHECKS["booking"], _CHECKS["lease_token"]
@@ -69,6 +68,9 @@ def new_record(
     given: dict[str, Any] = {}
     for name, value in fields.items():
         check = _CHECKS.get(name)
+        if name == "metadata":
+            given["metadata_json"] = NO_METADATA if value is None else encode_metadata(value)
+            continue
         if check is None:
             known = name in TaskRecord.__struct_fields__
             raise ValidationError(
@@ -80,8 +82,6 @@ def new_record(
     if state is None:
         state = check_enum("status", status, TaskStatus)
         raise ValidationError("status", f"a task starts queued or running, not {state}")
-    if "metadata" in given:
-        given["metadata_json"] = given.pop("metadata")
     created_at = given.setdefault("created_at", now)
     event_at = max(now, created_at)
     if "owner_key" in given or "requester_session_key" in given:

@@ -82,15 +82,16 @@ Hook = Callable[[Event], object]
 class Hooks:
     """The hooks of one registry, and the queue of events that they are owed.
 
-    ``errors`` counts the calls that raised.  What is raised and is no
+    ``events`` are those that the hooks have not all heard yet; ``errors``
+    counts the calls that raised.  What is raised and is no
     ``Exception``, as an interrupt, comes to who delivers, unless
     ``interrupts`` is false: where nobody is there whom it could interrupt.
     """
 
     def __init__(self, hooks: Iterable[Hook] = (), *, interrupts: bool = True) -> None:
         self._interrupts = interrupts
-        self._hooks: tuple[_Handle, ...] = ()
-        self._queue: deque[Event] = deque()
+        self.registered: tuple[_Handle, ...] = ()
+        self.events: deque[Event] = deque()
         # Who delivers at present: one of the calls of deliver(), or nobody.
         self._deliverer: _Delivery | None = None
         # Who is still to hear of the first event in the queue; ``None``: all.
@@ -109,23 +110,18 @@ class Hooks:
             raise TypeError(f"a hook is called with events: {hook!r} is not callable")
         handle = _Handle(hook)
         with self._edit:
-            self._hooks = (*self._hooks, handle)
+            self.registered = (*self.registered, handle)
 
         def remove() -> None:
             with self._edit:
-                self._hooks = tuple(other for other in self._hooks if other is not handle)
+                self.registered = tuple(other for other in self.registered if other is not handle)
 
         return remove
 
     def emit(self, events: Iterable[Event]) -> None:
         """Queue events in the order of their seqs.  The caller holds the commit lock."""
-        if self._hooks:
-            self._queue.extend(events)
-
-    @property
-    def pending(self) -> bool:
-        """Whether there is something to deliver (``bool``)."""
-        return bool(self._queue)
+        if self.registered:
+            self.events.extend(events)
 
     def deliver(self) -> None:
         """Deliver what is queued, unless another call is at it: then that one does.
@@ -134,19 +130,19 @@ class Hooks:
         comes back here, finds the place taken, and its event follows after
         the one being delivered.
         """
-        if not self._queue:
+        if not self.events:
             return
         me = _Delivery()
         # Looked at again after the place is given up: what was queued between
         # the last look and the release found it taken.
-        while self._queue:
+        while self.events:
             try:
                 with self._edit:
                     if self._deliverer is None:
                         self._deliverer = me
                 if self._deliverer is not me:
                     return
-                while self._queue:
+                while self.events:
                     self._deliver_first()
             finally:
                 # Looked up rather than remembered, for the sake of interrupts:
@@ -170,9 +166,9 @@ class Hooks:
 
     def _deliver_first(self) -> None:
         """Call the hooks with the first event, or those that an interrupt has left out."""
-        event, interrupt = self._queue[0], None
+        event, interrupt = self.events[0], None
         if self._owed is None:
-            self._owed = iter(self._hooks)
+            self._owed = iter(self.registered)
         for handle in self._owed:
             try:
                 handle.hook(event)
@@ -183,7 +179,7 @@ class Hooks:
                 if self._interrupts and not isinstance(error, Exception):
                     interrupt = interrupt or error
         self._owed = None
-        self._queue.popleft()
+        self.events.popleft()
         if interrupt is not None:
             raise interrupt
 

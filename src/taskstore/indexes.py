@@ -60,7 +60,7 @@ class Indexes:
         self.records: dict[str, TaskRecord] = {}
         self.keys: list[Key] = []
         self._groups: dict[str, _Groups] = {field: {} for field in INDEXED}
-        self._bookings: dict[str, str] = {}
+        self._holders: dict[str, str] = {}
         # In order, so that every index is filled by appending.
         keys = [(record.created_at, task_id) for task_id, record in records.items()]
         for _, task_id in in_order(keys):
@@ -83,9 +83,10 @@ class Indexes:
             self._discard(record)
         return record
 
-    def booked(self, booking: DedupKey) -> str | None:
-        """The id of the task that holds a booking, or ``None``."""
-        return self._bookings.get(_as_text(booking))
+    def holder(self, key: DedupKey) -> TaskRecord | None:
+        """The task that has a dedup key, or ``None``."""
+        task_id = self._holders.get("\0".join(key))  # neither part holds NUL
+        return None if task_id is None else self.records[task_id]
 
     def group(self, field: str, value: object) -> Sequence[Key]:
         """The keys of the records with this value in an indexed field, in order."""
@@ -100,23 +101,21 @@ class Indexes:
     def dismantle(self) -> None:
         """Let go of everything, so that other threads can run in between."""
         empty(self.records)
-        empty(self._bookings)
+        empty(self._holders)
         for groups in self._groups.values():
             empty(groups)
         while self.keys:
             del self.keys[-1000:]
 
     def _add(self, record: TaskRecord) -> None:
-        key = record.sort_key
+        key = (record.created_at, record.task_id)
         if not self.keys or self.keys[-1] < key:  # as new tasks are
             self.keys.append(key)
         else:
             insort(self.keys, key)
         self._group(zip(self._groups.values(), _indexed_of(record), strict=True), key)
-        if record.booking is not None:
-            booking = record.dedup_key
-            if booking is not None:
-                self._bookings[_as_text(booking)] = record.task_id
+        if record.booking is not None and record.run_id is not None:
+            self._holders["\0".join((record.run_id, record.booking))] = record.task_id
 
     def _discard(self, record: TaskRecord) -> None:
         key = record.sort_key
@@ -124,9 +123,10 @@ class Indexes:
         for groups, value in zip(self._groups.values(), _indexed_of(record), strict=True):
             if value is not None:
                 _ungroup(groups, value, key)
-        booking = record.dedup_key
-        if booking is not None and self.booked(booking) == record.task_id:
-            del self._bookings[_as_text(booking)]
+        if record.dedup_key is not None:
+            held_as = "\0".join(record.dedup_key)
+            if self._holders.get(held_as) == record.task_id:
+                del self._holders[held_as]
 
     def _move(self, old: TaskRecord, new: TaskRecord) -> None:
         """Index a changed record: only the indexes whose value changed are touched."""
@@ -166,11 +166,6 @@ def _ungroup(groups: _Groups, value: object, key: Key) -> None:
         if held:
             return
     del groups[value]
-
-
-def _as_text(booking: DedupKey) -> str:
-    """A booking as one text: neither part holds NUL."""
-    return "\0".join(booking)
 
 
 def _delete(keys: list[Key], key: Key) -> None:

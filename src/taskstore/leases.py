@@ -15,6 +15,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from taskstore.errors import Conflict, ConflictError, InvalidTransition, Leased, ValidationError
+from taskstore.lifecycle import Mutation
 from taskstore.records import MAX_INT, TaskRecord
 from taskstore.validation import check_int, check_key
 
@@ -54,35 +55,48 @@ def guard(record: TaskRecord, fence: str | None) -> None:
         raise _conflict(record, fence)
 
 
-def take(
-    record: TaskRecord, now: int, token: str, lease_ms: int, *, fence: str | None = None
-) -> TaskRecord:
+def take(token: str, lease_s: object, *, fence: str | None = None) -> Mutation:
     """Give a new lease on an active task that has none, or whose lease has run out.
 
-    Whoever shows the token of a lease as ``fence`` gets a new one in its
-    place at any time.  ``now`` is in Unix milliseconds.  Raises
-    :class:`ConflictError` while somebody else holds one.
+    ``token`` becomes the token of the lease, which runs for ``lease_s``
+    seconds.  With the token of the lease that stands as ``fence``, the new
+    one takes its place at any time.  The mutation raises
+    :class:`ConflictError` while somebody else holds a lease.
     """
-    if record.is_terminal:
-        raise InvalidTransition(record.task_id, record.status, "take a lease on it")
-    held = record.lease_token is not None and now < (record.lease_until or 0)
-    if held and record.lease_token not in (fence, token):
-        raise _conflict(record, None)
-    until = _until(now, lease_ms)
-    return replace(record, revision=record.revision + 1, lease_token=token, lease_until=until)
+    lease_ms = check_lease(lease_s)
+
+    def taken(record: TaskRecord, now: int) -> TaskRecord:
+        if record.is_terminal:
+            raise InvalidTransition(record.task_id, record.status, "take a lease on it")
+        held = record.lease_token is not None and now < (record.lease_until or 0)
+        if held and record.lease_token not in (fence, token):
+            raise _conflict(record, None)
+        until = _until(now, lease_ms)
+        return replace(record, revision=record.revision + 1, lease_token=token, lease_until=until)
+
+    return taken
 
 
-def renew(record: TaskRecord, now: int, lease_ms: int) -> TaskRecord:
+def renew(lease_s: object) -> Mutation:
     """Extend a lease that is in its last half; an earlier heartbeat changes nothing."""
-    if record.is_terminal:
-        raise InvalidTransition(record.task_id, record.status, "renew its lease")
-    if (record.lease_until or 0) - now > lease_ms // 2:
-        return record
-    return replace(record, revision=record.revision + 1, lease_until=_until(now, lease_ms))
+    lease_ms = check_lease(lease_s)
+
+    def renewed(record: TaskRecord, now: int) -> TaskRecord:
+        if record.is_terminal:
+            raise InvalidTransition(record.task_id, record.status, "renew its lease")
+        if (record.lease_until or 0) - now > lease_ms // 2:
+            return record
+        return replace(record, revision=record.revision + 1, lease_until=_until(now, lease_ms))
+
+    return renewed
 
 
-def release(record: TaskRecord) -> TaskRecord:
+def release() -> Mutation:
     """Give a lease back: somebody else may take one at once."""
+    return _released
+
+
+def _released(record: TaskRecord, _now: int) -> TaskRecord:
     if record.lease_token is None:
         return record
     return replace(record, revision=record.revision + 1, lease_token=None, lease_until=None)

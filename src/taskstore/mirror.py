@@ -16,7 +16,7 @@ from typing import Any
 
 from taskstore.errors import Conflict, ConflictError, TaskNotFound
 from taskstore.indexes import INDEXED, Indexes, Key
-from taskstore.journal import Change, Position, Remove, Snapshot, put_valid
+from taskstore.journal import Change, Position, Put, Remove, Snapshot, put_valid
 from taskstore.query import SESSION_KEY, Page, Summary, TaskQuery, page_of
 from taskstore.records import ACTIVE_STATUSES, MAX_INT, DedupKey, TaskRecord
 from taskstore.validation import check_int
@@ -36,8 +36,8 @@ class Lookups(ABC):
         """Yield what matches, newest first, after the query's cursor; its limit is not applied."""
 
     @abstractmethod
-    def booked(self, booking: DedupKey) -> str | None:
-        """Return the id of the task that holds a booking, or ``None``."""
+    def holder(self, key: DedupKey) -> TaskRecord | None:
+        """Return the task that has a dedup key, or ``None``."""
 
     @abstractmethod
     def summary(self) -> Summary:
@@ -126,9 +126,9 @@ class Mirror(Lookups):
         """Return the record of an id, or ``None``."""
         return self._indexes.records.get(task_id)
 
-    def booked(self, booking: DedupKey) -> str | None:
-        """Return the id of the task that holds a booking, or ``None``."""
-        return self._indexes.booked(booking)
+    def holder(self, key: DedupKey) -> TaskRecord | None:
+        """Return the task that has a dedup key, or ``None``."""
+        return self._indexes.holder(key)
 
     def summary(self) -> Summary:
         """Count the records, without looking at them."""
@@ -201,12 +201,12 @@ class Staging(Lookups):
     ``changes`` is what the store will be asked for, in order.
     """
 
-    __slots__ = ("_bookings", "_over", "_under", "changes")
+    __slots__ = ("_holders", "_over", "_under", "changes")
 
     def __init__(self, under: Lookups) -> None:
         self._under = under
         self._over: dict[str, TaskRecord | None] = {}
-        self._bookings: dict[DedupKey, str] = {}
+        self._holders: dict[DedupKey, str] = {}
         self.changes: list[Change] = []
 
     def get(self, task_id: str) -> TaskRecord | None:
@@ -214,10 +214,13 @@ class Staging(Lookups):
         over = self._over
         return over[task_id] if task_id in over else self._under.get(task_id)
 
-    def booked(self, booking: DedupKey) -> str | None:
-        """Return the id of the task that would hold a booking, or ``None``."""
-        holder = self._bookings.get(booking) or self._under.booked(booking)
-        return holder if holder is not None and self.get(holder) is not None else None
+    def holder(self, key: DedupKey) -> TaskRecord | None:
+        """Return the task that would have a dedup key, or ``None``."""
+        task_id = self._holders.get(key)
+        if task_id is not None:
+            return self.get(task_id)
+        holder = self._under.holder(key)
+        return holder if holder is None else self.get(holder.task_id)
 
     def select(self, query: TaskQuery) -> Iterator[TaskRecord]:
         """Yield what would match, newest first."""
@@ -245,15 +248,17 @@ class Staging(Lookups):
             summary = summary.exchanged(self._under.get(task_id), record)
         return summary
 
-    def create(self, record: TaskRecord) -> TaskRecord:
-        """Stage a new task; raises :class:`ConflictError` if its id is taken."""
+    def create(self, record: TaskRecord, key: DedupKey | None) -> TaskRecord:
+        """Stage a new task that claims a dedup key; raises :class:`ConflictError` if its id is
+        taken."""
         standing = self.get(record.task_id)
         if standing is not None:
             raise ConflictError([Conflict(record.task_id, 0, standing.revision)])
-        booking = record.dedup_key
-        if booking is not None:
-            self._bookings[booking] = record.task_id
-        return self._put(record)
+        if key is not None:
+            self._holders[key] = record.task_id
+        self.changes.append(put_valid(record))
+        self._over[record.task_id] = record
+        return record
 
     def update(self, before: TaskRecord, after: TaskRecord) -> TaskRecord:
         """Stage what became of a record, one revision on; nothing if it is still the same."""
@@ -261,7 +266,9 @@ class Staging(Lookups):
             return before
         if after.revision > MAX_INT:
             check_int("revision", after.revision)
-        return self._put(after)
+        self.changes.append(put_valid(after))
+        self._over[after.task_id] = after
+        return after
 
     def creates(self, task_id: str) -> bool:
         """Whether this task is one that is only staged so far."""
@@ -272,16 +279,24 @@ class Staging(Lookups):
         self.changes.append(Remove(record.task_id, record.revision + 1))
         self._over[record.task_id] = None
 
+    def undo(self, mark: int) -> None:
+        """Forget the changes from the one at index ``mark`` on."""
+        kept = self.changes[:mark]
+        self._over, self._holders, self.changes = {}, {}, []
+        self._take_over(kept)
+
     def absorb(self, later: Staging) -> None:
         """Take over what was staged on top of this."""
-        self.changes += later.changes
-        self._over.update(later._over)
-        self._bookings.update(later._bookings)
+        self._take_over(later.changes)
 
-    def _put(self, record: TaskRecord) -> TaskRecord:
-        self.changes.append(put_valid(record))
-        self._over[record.task_id] = record
-        return record
+    def _take_over(self, changes: Sequence[Change]) -> None:
+        for change in changes:
+            record = change.record if isinstance(change, Put) else None
+            self._over[change.task_id] = record
+            key = None if record is None or record.revision > 1 else record.dedup_key
+            if key is not None:
+                self._holders[key] = change.task_id
+        self.changes += changes
 
 
 def _descending(keys: Sequence[Key], end: int) -> Iterator[Key]:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from taskstore.errors import StoreClosedError, ValidationError
-from taskstore.groupcommit import forked
 from taskstore.journal import Position
 from taskstore.mirror import Lookups, Mirror
 from taskstore.query import Page, Summary, TaskQuery
 from taskstore.records import ACTIVE_STATUSES, KEY_BYTES, TaskRecord
-from taskstore.store import TaskRegistryStore
+from taskstore.store import TaskRegistryStore, forked
 from taskstore.validation import check_key, check_text
-
-T = TypeVar("T")
 
 
 class LedgerReader(ABC):
@@ -26,7 +24,7 @@ class LedgerReader(ABC):
         self._store = store
         self._mirror = Mirror()
         self._closed = False
-        self._pid = os.getpid()
+        self._opened_by = os.getpid()
 
     @property
     def store(self) -> TaskRegistryStore:
@@ -42,7 +40,9 @@ class LedgerReader(ABC):
 
     def get(self, task_id: str) -> TaskRecord:
         """Return the task with this id; raises :class:`TaskNotFound`."""
-        return self._read(lambda records: records.require(check_key("task_id", task_id)))
+        check_key("task_id", task_id)
+        with self._reading() as records:
+            return records.require(task_id)
 
     def find(self, token: str) -> TaskRecord | None:
         """Return the task with this id, or else of this run, or else of this session.
@@ -50,12 +50,14 @@ class LedgerReader(ABC):
         Of a run's or session's tasks the newest active one, or the newest; or ``None``.
         """
         check_text("token", token, KEY_BYTES)
-        return self._read(lambda records: records.find(token))
+        with self._reading() as records:
+            return records.find(token)
 
     def find_by_run(self, run_id: str) -> TaskRecord | None:
         """Return the run's newest active task, or its newest, or ``None``."""
         check_text("run_id", run_id, KEY_BYTES)
-        return self._read(lambda records: records.find_by_run(run_id))
+        with self._reading() as records:
+            return records.find_by_run(run_id)
 
     def list(self, query: TaskQuery | None = None, /, **filters: Any) -> Page:
         """Return the tasks that match, newest first.
@@ -70,8 +72,8 @@ class LedgerReader(ABC):
             raise ValidationError(next(iter(filters)), "give a query or filters, not both")
         elif not isinstance(query, TaskQuery):
             raise ValidationError("query", f"must be a TaskQuery, not {type(query).__name__}")
-        asked = query
-        return self._read(lambda records: records.page(asked, self._mirror.seq))
+        with self._reading() as records:
+            return records.page(query, self._mirror.seq)
 
     def active(self) -> Page:
         """Return the tasks that have not ended, newest first."""
@@ -83,7 +85,8 @@ class LedgerReader(ABC):
 
     def summary(self) -> Summary:
         """Return how many tasks there are, by status and by runtime."""
-        return self._read(lambda records: records.summary())
+        with self._reading() as records:
+            return records.summary()
 
     def _cursor(self, after: int | str) -> int | str | Position:
         """The same cursor, with the history to it where it is the seq that memory is at."""
@@ -94,13 +97,15 @@ class LedgerReader(ABC):
     def _records(self) -> Lookups:
         """What the calling thread sees: the mirror, or its batch laid over it."""
 
-    def _read(self, question: Callable[[Lookups], T]) -> T:
+    @contextmanager
+    def _reading(self) -> Iterator[Lookups]:
+        """Keep what the calling thread sees as it is while it looks something up."""
         self._check_open()
         with self._mirror.lock:
-            return question(self._records())
+            yield self._records()
 
     def _check_open(self) -> None:
         if self._closed:
             raise StoreClosedError(f"the registry over {self._store.location} is closed")
-        if self._pid != os.getpid():
-            raise forked()
+        if self._opened_by != os.getpid():
+            raise forked(f"the registry over {self._store.location}")

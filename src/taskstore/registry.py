@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, Self, TypeVar
@@ -19,14 +20,15 @@ from taskstore.hooks import Hook, Hooks
 from taskstore.journal import JournalEntry, Snapshot
 from taskstore.mirror import Lookups
 from taskstore.reader import LedgerReader
+from taskstore.records import MAX_INT, TaskRecord
 from taskstore.store import TaskRegistryStore
-from taskstore.validation import check_key
-from taskstore.verbs import Verbs
+from taskstore.validation import check_int, check_key
+from taskstore.verbs import Change, ChangeRun, Delete, Run, RunScope, Verbs
 
 T = TypeVar("T")
 
 
-class TaskRegistry(LedgerReader, Verbs):
+class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
     """Every task of one ledger: the rules of their lives, on top of one store.
 
     Safe to use from several threads.  A change is committed by the store
@@ -112,7 +114,9 @@ class TaskRegistry(LedgerReader, Verbs):
         """
         self._check_open()
         outer = self._local.batch
-        batch = self._committer.batch() if outer is None else outer.within()
+        if outer is None:
+            self._committer.check_writable()
+        batch = Batch(self._mirror if outer is None else outer.staging)
         self._local.batch = batch
         try:
             yield self
@@ -123,6 +127,16 @@ class TaskRegistry(LedgerReader, Verbs):
             outer.join(batch)
         elif batch.operations:
             self._committer.run(batch.replay)
+
+    def run(
+        self, run_id: str, *, runtime: str | None = None, session_key: str | None = None
+    ) -> RunScope[list[TaskRecord]]:
+        """Address every task of a run with the same verbs.
+
+        ``runtime`` and ``session_key`` (the child's session) narrow it down;
+        a run whose tasks belong to several scopes matches nothing.
+        """
+        return RunScope(Run(run_id, runtime, session_key), self._now, self._commit_run)
 
     # -- the journal --------------------------------------------------------
 
@@ -207,10 +221,11 @@ class TaskRegistry(LedgerReader, Verbs):
             follower = self._follower
         if follower is not None:
             follower.ask_to_stop()
-        delivers = self._committer.close()
+        if self._opened_by != os.getpid():
+            return  # all that is under way is the parent's
+        self._committer.close()
         try:
-            if delivers:
-                self._hooks.drain()
+            self._hooks.drain()
         finally:
             if self._owns_store:
                 self._store.close()
@@ -228,14 +243,27 @@ class TaskRegistry(LedgerReader, Verbs):
 
     # -- within -------------------------------------------------------------
 
-    def _run(self, operation: Operation[T]) -> T:
-        if self._closed:
+    def _now(self) -> int:
+        now = self._store.clock()
+        return now if type(now) is int and 0 <= now <= MAX_INT else check_int("clock", now)
+
+    def _commit(self, operation: Operation[T], /) -> T:
+        """Have an operation committed, or add it to the batch that this thread is in."""
+        if self._closed or self._opened_by != os.getpid():
             self._check_open()
         batch = self._local.batch
-        if batch is not None:
-            with self._mirror.lock:
-                return batch.add(operation)
-        return self._committer.run(operation)
+        if batch is None:
+            return self._committer.run(operation)
+        with self._mirror.lock:
+            return batch.add(operation)
+
+    _create = _commit
+    _change = _commit
+    _delete = _commit
+    _lease = _commit
+
+    def _commit_run(self, run: Run, plan: Callable[[], Change | Delete]) -> list[TaskRecord]:
+        return self._commit(ChangeRun(run, plan()))
 
     def _records(self) -> Lookups:
         batch = self._local.batch

@@ -86,35 +86,36 @@ class Replica:
 
     def publish(self, commit: Commit, changes: Sequence[Change]) -> None:
         """Mirror a commit, and before it what others committed in between."""
-        gap = commit.first_seq - self._mirror.position.seq - 1
-        if gap:
-            try:
-                self._fill(gap)
-            except Exception:
-                # The change is committed: whatever that is, it must not look like a failure.
-                logger.exception("cannot read what was committed before seq %d", commit.first_seq)
-                self.stale = True
-            gap = commit.first_seq - self._mirror.position.seq - 1
-        if gap and not self.stale:
-            return  # it was loaded with the rest
+        if commit.first_seq != self._mirror.position.seq + 1 and self._catch_up_with(commit):
+            return
         events: list[Event] = []
-        seq, at = commit.first_seq, commit.at
+        seq = commit.first_seq
         for start in range(0, len(changes), PAGE_ENTRIES):
             with self._mirror.lock:
                 for change in changes[start : start + PAGE_ENTRIES]:
+                    record = change.record if isinstance(change, Put) else None
                     position = Position(seq, commit.commit_id)
-                    if isinstance(change, Put):
-                        record = change.record
+                    if record is not None:
                         previous = self._mirror.publish(position, record.task_id, record)
-                        event: Event = Upserted(seq, at, record, previous)
+                        events.append(Upserted(seq, commit.at, record, previous))
                     else:
                         previous = self._mirror.publish(position, change.task_id, None)
-                        event = Deleted(seq, at, change.task_id, previous)
-                    events.append(event)
+                        events.append(Deleted(seq, commit.at, change.task_id, previous))
                     seq += 1
-        # Who wrote it can read it; what is stale the hooks hear of when it is reloaded.
-        if not gap:
+        # What is stale the hooks hear of when it is loaded anew.
+        if self._hooks.registered and not self.stale:
             self._hooks.emit(events)
+
+    def _catch_up_with(self, commit: Commit) -> bool:
+        """Mirror what others committed before our commit; whether that brought the commit too."""
+        try:
+            self._fill(commit.first_seq - self._mirror.position.seq - 1)
+        except Exception:
+            # The change is committed: whatever this is, it must not look like a failure.
+            logger.exception("cannot read what was committed before seq %d", commit.first_seq)
+            self.stale = True
+        # Loaded anew, memory has the commit; where it could not be, its writer sees it at least.
+        return commit.first_seq != self._mirror.position.seq + 1 and not self.stale
 
     def _fill(self, gap: int) -> None:
         """Mirror the entries between memory and our own commit."""

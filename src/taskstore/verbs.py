@@ -1,36 +1,411 @@
-"""The verbs: what can be done to a task, as operations for whoever commits them."""
+"""The verbs: what can be done to a task, each defined once for everybody who offers it.
+
+A verb checks its arguments and makes an operation of them: a value that says
+what is to be done, and does it over a :class:`~taskstore.mirror.Staging`.  A
+registry has the operation committed, an asyncio registry has that awaited,
+and a run scope does the same to every task of a run.
+"""
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
+from functools import partial, wraps
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+
+from msgspec import Struct
 
 from taskstore import creation, leases, lifecycle
-from taskstore.clock import new_task_id
+from taskstore.clock import Clock, new_task_id
+from taskstore.errors import Conflict, ConflictError, TaskNotFound
 from taskstore.groupcommit import Operation
 from taskstore.lifecycle import Mutation
-from taskstore.operations import changing, check_expected, creating, deleting, giving
-from taskstore.records import TaskRecord
-from taskstore.runs import RunScope
-from taskstore.store import TaskRegistryStore
-from taskstore.validation import check_int, check_key, plain_metadata
+from taskstore.mirror import Staging
+from taskstore.records import ACTIVE_STATUSES, TaskRecord, TaskStatus
+from taskstore.validation import check_int, check_key
 
-T = TypeVar("T")
+_P = ParamSpec("_P")
+RecordT = TypeVar("RecordT")
+"""What a verb gives that changes a task: the record, or what is awaited for it."""
+FlagT = TypeVar("FlagT")
+"""What a verb gives that answers yes or no."""
+TokenT = TypeVar("TokenT")
+"""What a verb gives that takes a lease."""
+RecordsT = TypeVar("RecordsT")
+"""What a verb of a run scope gives: the records that it changed, or what is awaited for them."""
+
+EVERY_STATUS = frozenset(TaskStatus)
+LOST = frozenset({TaskStatus.LOST})
 
 
-class Verbs(ABC):
-    """Each verb checks its arguments, makes an operation of them and hands it to ``_run``."""
+# -- operations ---------------------------------------------------------------
 
-    _store: TaskRegistryStore
+
+class Create(Struct, frozen=True):
+    """Store a new record, or fill in the task that has its dedup key."""
+
+    record: TaskRecord
+
+    def __call__(self, staging: Staging) -> TaskRecord:
+        """Give the record that stands afterwards."""
+        record = self.record
+        key = record.dedup_key
+        holder = None if key is None else staging.holder(key)
+        if holder is None:
+            return staging.create(record, key)
+        return staging.update(holder, creation.attach(holder, record))
+
+
+class Change(Struct, frozen=True):
+    """Store what a mutation makes of a task at ``now`` (Unix milliseconds).
+
+    ``if_revision`` and ``fence`` have to hold for the task, where they are
+    given.  Of a run, the tasks in ``statuses`` are changed.
+    """
+
+    task_id: str
+    mutation: Mutation
+    now: int
+    if_revision: int | None
+    fence: str | None
+    statuses: AbstractSet[TaskStatus]
+
+    def __call__(self, staging: Staging) -> TaskRecord:
+        """Give the record that stands afterwards."""
+        record = staging.get(self.task_id)
+        if record is None:
+            raise TaskNotFound(check_key("task_id", self.task_id))
+        return self.of(record, staging)
+
+    def of(self, record: TaskRecord, staging: Staging) -> TaskRecord:
+        """Stage what becomes of this record."""
+        if self.if_revision is not None or self.fence is not None:
+            _check_conditions(record, self.if_revision, self.fence)
+        return staging.update(record, self.mutation(record, self.now))
+
+
+class Lease(Struct, frozen=True):
+    """Change the lease of a task; gives its token."""
+
+    change: Change
+    token: str
+
+    def __call__(self, staging: Staging) -> str:
+        """Give the token of the lease."""
+        self.change(staging)
+        return self.token
+
+
+class Delete(Struct, frozen=True):
+    """Delete a task."""
+
+    task_id: str
+    if_revision: int | None
+    fence: str | None
+
+    def __call__(self, staging: Staging) -> bool:
+        """Give whether there was one."""
+        record = staging.get(self.task_id)
+        if record is None:
+            return False
+        self.of(record, staging)
+        return True
+
+    def of(self, record: TaskRecord, staging: Staging) -> None:
+        """Stage the deletion of this record."""
+        _check_conditions(record, self.if_revision, self.fence)
+        staging.delete(record)
+
+
+class Run(Struct, frozen=True):
+    """Which run: its id, and what narrows it down to one scope."""
+
+    run_id: str
+    runtime: str | None
+    session_key: str | None
+
+    def tasks(self, staging: Staging) -> list[TaskRecord]:
+        """The tasks of the run, oldest first; none when it is unknown or ambiguous."""
+        return staging.run_scope(self.run_id, self.runtime, self.session_key)
+
+
+class ChangeRun(Struct, frozen=True):
+    """Do to every task of a run what an operation does to one."""
+
+    run: Run
+    each: Change | Delete
+
+    def __call__(self, staging: Staging) -> list[TaskRecord]:
+        """Give the records that were changed, or what they were before they were deleted."""
+        changed = []
+        for record in self.run.tasks(staging):
+            if isinstance(self.each, Delete):
+                self.each.of(record, staging)
+                changed.append(record)
+            elif record.status in self.each.statuses:
+                after = self.each.of(record, staging)
+                if after is not record:
+                    changed.append(after)
+        return changed
+
+
+def _check_conditions(record: TaskRecord, if_revision: int | None, fence: str | None) -> None:
+    """Raise :class:`ConflictError` unless the task is as the caller expects."""
+    if if_revision is not None and record.revision != if_revision:
+        raise ConflictError([Conflict(record.task_id, if_revision, record.revision)])
+    leases.guard(record, fence)
+
+
+def _check_expected(task_id: str, if_revision: int | None, fence: str | None) -> None:
+    """Raise :class:`ValidationError` for what cannot be an id, a revision or a token."""
+    check_key("task_id", task_id)
+    if if_revision is not None:
+        check_int("if_revision", if_revision, 1)
+    leases.check_fence(fence)
+
+
+# -- verbs --------------------------------------------------------------------
+
+
+class TaskVerbs(ABC, Generic[RecordT, FlagT]):
+    """The verbs that change one task, or every task of a run."""
 
     @abstractmethod
-    def _run(self, operation: Operation[T]) -> T:
-        """Have an operation committed; returns its result."""
-
     def _now(self) -> int:
         """The time in Unix milliseconds; raises :class:`ValidationError` if a clock tells none."""
-        return check_int("clock", self._store.clock())
+
+    @abstractmethod
+    def _change(self, change: Change, /) -> RecordT:
+        """Have a change done."""
+
+    @abstractmethod
+    def _delete(self, delete: Delete, /) -> FlagT:
+        """Have a task deleted."""
+
+    def _mutate(
+        self,
+        task_id: str,
+        mutation: Mutation,
+        if_revision: int | None,
+        fence: str | None,
+        statuses: AbstractSet[TaskStatus] = EVERY_STATUS,
+    ) -> RecordT:
+        if type(task_id) is not str or if_revision is not None or fence is not None:
+            _check_expected(task_id, if_revision, fence)
+        return self._change(Change(task_id, mutation, self._now(), if_revision, fence, statuses))
+
+    def mark_running(
+        self,
+        task_id: str,
+        *,
+        started_at: int | None = None,
+        if_revision: int | None = None,
+        fence: str | None = None,
+    ) -> RecordT:
+        """Note that a queued task has started, at ``started_at`` (Unix ms, default now).
+
+        A running task is returned as it is.  Raises :class:`TaskNotFound`,
+        :class:`InvalidTransition` for an ended one, and
+        :class:`ConflictError` if ``if_revision`` is given and not its
+        revision, or ``fence`` and not the token of its lease.
+        """
+        return self._mutate(
+            task_id, lifecycle.start(started_at=started_at), if_revision, fence, ACTIVE_STATUSES
+        )
+
+    def record_progress(
+        self,
+        task_id: str,
+        summary: str,
+        *,
+        if_revision: int | None = None,
+        fence: str | None = None,
+    ) -> RecordT:
+        """Note how far an active task has come; white space in ``summary`` is folded.
+
+        The same summary again writes nothing.  Errors as in :meth:`mark_running`.
+        """
+        return self._mutate(
+            task_id, lifecycle.progress(summary), if_revision, fence, ACTIVE_STATUSES
+        )
+
+    def finish(
+        self,
+        task_id: str,
+        status: str,
+        *,
+        error: str | None = None,
+        summary: str | None = None,
+        outcome: str | None = None,
+        ended_at: int | None = None,
+        if_revision: int | None = None,
+        fence: str | None = None,
+    ) -> RecordT:
+        """End a task: succeeded, failed, timed_out, cancelled or lost.
+
+        ``error`` is free text, ``summary`` one line, ``outcome`` succeeded or
+        blocked, ``ended_at`` Unix milliseconds (default now).  The end is
+        final: only ``succeeded`` may be corrected, to failed, timed_out or
+        cancelled.  Repeating what holds writes nothing.  Errors as in
+        :meth:`mark_running`.
+        """
+        ending = lifecycle.finish(
+            status, error=error, summary=summary, outcome=outcome, ended_at=ended_at
+        )
+        return self._mutate(task_id, ending, if_revision, fence, ACTIVE_STATUSES)
+
+    def mark_lost(
+        self,
+        task_id: str,
+        *,
+        error: str | None = None,
+        if_revision: int | None = None,
+        fence: str | None = None,
+    ) -> RecordT:
+        """Note that nobody can tell any more what became of an active task.
+
+        A lost task is returned as it is.  Errors as in :meth:`mark_running`.
+        """
+        return self._mutate(
+            task_id, lifecycle.lose(error=error), if_revision, fence, ACTIVE_STATUSES
+        )
+
+    def recover(
+        self,
+        task_id: str,
+        status: str = "running",
+        *,
+        error: str | None = None,
+        summary: str | None = None,
+        outcome: str | None = None,
+        ended_at: int | None = None,
+        if_revision: int | None = None,
+        fence: str | None = None,
+    ) -> RecordT:
+        """Correct a lost task to what it really is: active, or how it really ended.
+
+        Facts as in :meth:`finish`, for an ended status only.  Errors as in
+        :meth:`mark_running`; a task that is not lost raises
+        :class:`InvalidTransition` unless ``status`` already holds.
+        """
+        recovering = lifecycle.recover(
+            status, error=error, summary=summary, outcome=outcome, ended_at=ended_at
+        )
+        return self._mutate(task_id, recovering, if_revision, fence, LOST)
+
+    def cancel(
+        self,
+        task_id: str,
+        reason: str | None = None,
+        *,
+        if_revision: int | None = None,
+        fence: str | None = None,
+    ) -> RecordT:
+        """End an active task as cancelled, ``reason`` kept as its error.
+
+        A cancelled task is returned as it is.  Errors as in :meth:`mark_running`.
+        """
+        return self._mutate(task_id, lifecycle.cancel(reason), if_revision, fence, ACTIVE_STATUSES)
+
+    def set_delivery_status(
+        self,
+        task_id: str,
+        status: str,
+        *,
+        last_notified_event_at: int | None = None,
+        if_revision: int | None = None,
+        fence: str | None = None,
+    ) -> RecordT:
+        """Note how far the answer got on its way to whoever asked.
+
+        ``delivered`` also sets ``last_notified_event_at`` (Unix milliseconds)
+        to the task's last event, unless another is given.  Allowed after the
+        end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
+        """
+        delivering = lifecycle.deliver(status, last_notified_event_at=last_notified_event_at)
+        return self._mutate(task_id, delivering, if_revision, fence)
+
+    def set_notify_policy(
+        self,
+        task_id: str,
+        policy: str,
+        *,
+        if_revision: int | None = None,
+        fence: str | None = None,
+    ) -> RecordT:
+        """Set what the owner wants to hear of: done_only, state_changes or silent.
+
+        Allowed after the end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
+        """
+        return self._mutate(task_id, lifecycle.notify(policy), if_revision, fence)
+
+    def set_cleanup_after(
+        self,
+        task_id: str,
+        cleanup_after: int | None,
+        *,
+        if_revision: int | None = None,
+        fence: str | None = None,
+    ) -> RecordT:
+        """Set from when on the record may be removed (Unix ms; ``None``: never).
+
+        Allowed after the end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
+        """
+        return self._mutate(task_id, lifecycle.retain(cleanup_after), if_revision, fence)
+
+    def link_flow(
+        self,
+        task_id: str,
+        parent_flow_id: str | None,
+        *,
+        if_revision: int | None = None,
+        fence: str | None = None,
+    ) -> RecordT:
+        """Set the flow that the task belongs to, or ``None`` for none.
+
+        Allowed after the end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
+        """
+        return self._mutate(task_id, lifecycle.link_flow(parent_flow_id), if_revision, fence)
+
+    def update_metadata(
+        self,
+        task_id: str,
+        changes: Mapping[str, Any],
+        *,
+        if_revision: int | None = None,
+        fence: str | None = None,
+    ) -> RecordT:
+        """Merge a mapping into the task's metadata, key by key at the top level.
+
+        Allowed after the end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
+        """
+        return self._mutate(task_id, lifecycle.merge_metadata(changes), if_revision, fence)
+
+    def delete(
+        self, task_id: str, *, if_revision: int | None = None, fence: str | None = None
+    ) -> FlagT:
+        """Remove a task's record; returns whether there was one.
+
+        Its text stays in journal and snapshots until compaction passes it.
+        Raises :class:`ConflictError` for another revision than ``if_revision``
+        or another lease than that of ``fence``.
+        """
+        _check_expected(task_id, if_revision, fence)
+        return self._delete(Delete(task_id, if_revision, fence))
+
+
+class Verbs(TaskVerbs[RecordT, FlagT], Generic[RecordT, FlagT, TokenT]):
+    """All verbs of a registry."""
+
+    @abstractmethod
+    def _create(self, create: Create, /) -> RecordT:
+        """Have a task created."""
+
+    @abstractmethod
+    def _lease(self, lease: Lease, /) -> TokenT:
+        """Have a lease changed."""
 
     def create(
         self,
@@ -41,7 +416,7 @@ class Verbs(ABC):
         status: str = "queued",
         task_id: str | None = None,
         **fields: Any,
-    ) -> TaskRecord:
+    ) -> RecordT:
         """Record a new task, or find the one that is already booked for this run.
 
         ``runtime`` is a lower-case token (``subagent``, ``acp``, ``cron``,
@@ -65,253 +440,7 @@ class Verbs(ABC):
             status=status,
             fields=fields,
         )
-        return self._run(creating(record))
-
-    def mark_running(
-        self,
-        task_id: str,
-        *,
-        started_at: int | None = None,
-        if_revision: int | None = None,
-        fence: str | None = None,
-    ) -> TaskRecord:
-        """Note that a queued task has started, at ``started_at`` (Unix ms, default now).
-
-        A running task is returned as it is.  Raises :class:`TaskNotFound`,
-        :class:`InvalidTransition` for an ended one, and
-        :class:`ConflictError` if ``if_revision`` is given and not its
-        revision, or ``fence`` and not the token of its lease.
-        """
-        return self._change(
-            task_id,
-            lambda record, now: lifecycle.start(record, now, started_at=started_at),
-            if_revision,
-            fence,
-        )
-
-    def record_progress(
-        self,
-        task_id: str,
-        summary: str,
-        *,
-        if_revision: int | None = None,
-        fence: str | None = None,
-    ) -> TaskRecord:
-        """Note how far an active task has come; white space in ``summary`` is folded.
-
-        The same summary again writes nothing.  Errors as in :meth:`mark_running`.
-        """
-        return self._change(
-            task_id,
-            lambda record, now: lifecycle.progress(record, now, summary),
-            if_revision,
-            fence,
-        )
-
-    def finish(
-        self,
-        task_id: str,
-        status: str,
-        *,
-        error: str | None = None,
-        summary: str | None = None,
-        outcome: str | None = None,
-        ended_at: int | None = None,
-        if_revision: int | None = None,
-        fence: str | None = None,
-    ) -> TaskRecord:
-        """End a task: succeeded, failed, timed_out, cancelled or lost.
-
-        ``error`` is free text, ``summary`` one line, ``outcome`` succeeded or
-        blocked, ``ended_at`` Unix milliseconds (default now).  The end is
-        final: only ``succeeded`` may be corrected, to failed, timed_out or
-        cancelled.  Repeating what holds writes nothing.  Errors as in
-        :meth:`mark_running`.
-        """
-        return self._change(
-            task_id,
-            lambda record, now: lifecycle.finish(
-                record,
-                now,
-                status,
-                error=error,
-                summary=summary,
-                outcome=outcome,
-                ended_at=ended_at,
-            ),
-            if_revision,
-            fence,
-        )
-
-    def mark_lost(
-        self,
-        task_id: str,
-        *,
-        error: str | None = None,
-        if_revision: int | None = None,
-        fence: str | None = None,
-    ) -> TaskRecord:
-        """Note that nobody can tell any more what became of an active task.
-
-        A lost task is returned as it is.  Errors as in :meth:`mark_running`.
-        """
-        return self._change(
-            task_id,
-            lambda record, now: lifecycle.lose(record, now, error=error),
-            if_revision,
-            fence,
-        )
-
-    def recover(
-        self,
-        task_id: str,
-        status: str = "running",
-        *,
-        error: str | None = None,
-        summary: str | None = None,
-        outcome: str | None = None,
-        ended_at: int | None = None,
-        if_revision: int | None = None,
-        fence: str | None = None,
-    ) -> TaskRecord:
-        """Correct a lost task to what it really is: active, or how it really ended.
-
-        Facts as in :meth:`finish`, for an ended status only.  Errors as in
-        :meth:`mark_running`; a task that is not lost raises
-        :class:`InvalidTransition` unless ``status`` already holds.
-        """
-        return self._change(
-            task_id,
-            lambda record, now: lifecycle.recover(
-                record,
-                now,
-                status,
-                error=error,
-                summary=summary,
-                outcome=outcome,
-                ended_at=ended_at,
-            ),
-            if_revision,
-            fence,
-        )
-
-    def cancel(
-        self,
-        task_id: str,
-        reason: str | None = None,
-        *,
-        if_revision: int | None = None,
-        fence: str | None = None,
-    ) -> TaskRecord:
-        """End an active task as cancelled, ``reason`` kept as its error.
-
-        A cancelled task is returned as it is.  Errors as in :meth:`mark_running`.
-        """
-        return self._change(
-            task_id,
-            lambda record, now: lifecycle.cancel(record, now, reason=reason),
-            if_revision,
-            fence,
-        )
-
-    def set_delivery_status(
-        self,
-        task_id: str,
-        status: str,
-        *,
-        last_notified_event_at: int | None = None,
-        if_revision: int | None = None,
-        fence: str | None = None,
-    ) -> TaskRecord:
-        """Note how far the answer got on its way to whoever asked.
-
-        ``delivered`` also sets ``last_notified_event_at`` (Unix milliseconds)
-        to the task's last event, unless another is given.  Allowed after the
-        end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
-        """
-        return self._change(
-            task_id,
-            lambda record, _: lifecycle.deliver(
-                record, status, last_notified_event_at=last_notified_event_at
-            ),
-            if_revision,
-            fence,
-        )
-
-    def set_notify_policy(
-        self, task_id: str, policy: str, *, if_revision: int | None = None, fence: str | None = None
-    ) -> TaskRecord:
-        """Set what the owner wants to hear of: done_only, state_changes or silent.
-
-        Allowed after the end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
-        """
-        return self._change(
-            task_id, lambda record, _: lifecycle.notify(record, policy), if_revision, fence
-        )
-
-    def set_cleanup_after(
-        self,
-        task_id: str,
-        cleanup_after: int | None,
-        *,
-        if_revision: int | None = None,
-        fence: str | None = None,
-    ) -> TaskRecord:
-        """Set from when on the record may be removed (Unix ms; ``None``: never).
-
-        Allowed after the end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
-        """
-        return self._change(
-            task_id, lambda record, _: lifecycle.retain(record, cleanup_after), if_revision, fence
-        )
-
-    def link_flow(
-        self,
-        task_id: str,
-        parent_flow_id: str | None,
-        *,
-        if_revision: int | None = None,
-        fence: str | None = None,
-    ) -> TaskRecord:
-        """Set the flow that the task belongs to, or ``None`` for none.
-
-        Allowed after the end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
-        """
-        return self._change(
-            task_id,
-            lambda record, _: lifecycle.link_flow(record, parent_flow_id),
-            if_revision,
-            fence,
-        )
-
-    def update_metadata(
-        self,
-        task_id: str,
-        changes: Mapping[str, Any],
-        *,
-        if_revision: int | None = None,
-        fence: str | None = None,
-    ) -> TaskRecord:
-        """Merge a mapping into the task's metadata, key by key at the top level.
-
-        Allowed after the end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
-        """
-        copied = plain_metadata(changes)
-        return self._change(
-            task_id, lambda record, _: lifecycle.merge_metadata(record, copied), if_revision, fence
-        )
-
-    def delete(
-        self, task_id: str, *, if_revision: int | None = None, fence: str | None = None
-    ) -> bool:
-        """Remove a task's record; returns whether there was one.
-
-        Its text stays in journal and snapshots until compaction passes it.
-        Raises :class:`ConflictError` for another revision than ``if_revision``
-        or another lease than that of ``fence``.
-        """
-        check_expected(task_id, if_revision, fence)
-        return self._run(deleting(task_id, if_revision, fence))
+        return self._create(Create(record))
 
     # -- leases -------------------------------------------------------------
 
@@ -322,7 +451,7 @@ class Verbs(ABC):
         *,
         if_revision: int | None = None,
         fence: str | None = None,
-    ) -> str:
+    ) -> TokenT:
         """Take the lease of an active task for ``lease_s`` seconds; returns its token.
 
         The token is what :meth:`renew_lease` and the ``fence`` of every verb
@@ -331,16 +460,11 @@ class Verbs(ABC):
         :class:`ConflictError` while somebody else's lease runs; otherwise
         errors as in :meth:`mark_running`.
         """
-        lease_ms = leases.check_lease(lease_s)
+        _check_expected(task_id, if_revision, fence)
         token = new_task_id()
-        taking = changing(
-            task_id,
-            lambda record, now: leases.take(record, now, token, lease_ms, fence=fence),
-            self._now(),
-            if_revision,
-            fence,
-        )
-        return self._run(giving(token, taking))
+        taking = leases.take(token, lease_s, fence=fence)
+        change = Change(task_id, taking, self._now(), if_revision, fence, ACTIVE_STATUSES)
+        return self._lease(Lease(change, token))
 
     def renew_lease(
         self,
@@ -349,7 +473,7 @@ class Verbs(ABC):
         *,
         fence: str,
         if_revision: int | None = None,
-    ) -> str:
+    ) -> TokenT:
         """Tell that the holder of a lease is alive; returns the token, ``fence``, again.
 
         It then runs for ``lease_s`` seconds from now.  Written only once less
@@ -358,42 +482,105 @@ class Verbs(ABC):
         :class:`InvalidTransition` when the task has ended: stop working on it.
         """
         check_key("fence", fence)
-        lease_ms = leases.check_lease(lease_s)
-        renewing = changing(
-            task_id,
-            lambda record, now: leases.renew(record, now, lease_ms),
-            self._now(),
-            if_revision,
-            fence,
-        )
-        return self._run(giving(fence, renewing))
+        _check_expected(task_id, if_revision, fence)
+        renewing = leases.renew(lease_s)
+        change = Change(task_id, renewing, self._now(), if_revision, fence, ACTIVE_STATUSES)
+        return self._lease(Lease(change, fence))
 
-    def release_lease(
-        self, task_id: str, *, fence: str, if_revision: int | None = None
-    ) -> TaskRecord:
+    def release_lease(self, task_id: str, *, fence: str, if_revision: int | None = None) -> RecordT:
         """Give a lease back before it runs out, so that others need not wait for that.
 
         Errors as in :meth:`renew_lease`, but an ended task's is given back too.
         """
         check_key("fence", fence)
-        return self._change(task_id, lambda record, _: leases.release(record), if_revision, fence)
+        return self._mutate(task_id, leases.release(), if_revision, fence)
 
-    def run(
-        self, run_id: str, *, runtime: str | None = None, session_key: str | None = None
-    ) -> RunScope:
-        """Address every task of a run with the same verbs.
 
-        ``runtime`` and ``session_key`` (the child's session) narrow it down;
-        a run whose tasks belong to several scopes matches nothing.
-        """
-        check_key("run_id", run_id)
-        return RunScope(
-            lambda staging: staging.run_scope(run_id, runtime, session_key), self._run, self._now
-        )
+class Planner(Verbs[Operation[TaskRecord], Operation[bool], Operation[str]]):
+    """The verbs, giving the operation that each makes: to be committed by whoever awaits it."""
 
-    def _change(
-        self, task_id: str, mutation: Mutation, if_revision: int | None, fence: str | None
-    ) -> TaskRecord:
-        """Run a pure function over one record and store what comes out."""
-        now = check_int("clock", self._store.clock())
-        return self._run(changing(task_id, mutation, now, if_revision, fence))
+    def __init__(self, now: Clock) -> None:
+        self._clock = now
+
+    def _now(self) -> int:
+        return self._clock()
+
+    def _create(self, create: Create, /) -> Operation[TaskRecord]:
+        return create
+
+    def _change(self, change: Change, /) -> Operation[TaskRecord]:
+        return change
+
+    def _delete(self, delete: Delete, /) -> Operation[bool]:
+        return delete
+
+    def _lease(self, lease: Lease, /) -> Operation[str]:
+        return lease
+
+
+# -- runs ---------------------------------------------------------------------
+
+
+class _RunPlanner(TaskVerbs[Change, Delete]):
+    """The verbs, giving what each does to every task of a run."""
+
+    def __init__(self, now: Clock) -> None:
+        self._clock = now
+
+    def _now(self) -> int:
+        return self._clock()
+
+    def _change(self, change: Change, /) -> Change:
+        return change
+
+    def _delete(self, delete: Delete, /) -> Delete:
+        return delete
+
+
+def _for_run(
+    verb: Callable[Concatenate[_RunPlanner, str, _P], Change | Delete],
+) -> Callable[Concatenate[RunScope[RecordsT], _P], RecordsT]:
+    """The same verb for every task of a run: without the task's id."""
+
+    @wraps(verb)
+    def of_run(self: RunScope[RecordsT], /, *args: _P.args, **kwargs: _P.kwargs) -> RecordsT:
+        plan = partial(verb, self._planner, self._run.run_id, *args, **kwargs)
+        return self._commit(self._run, plan)
+
+    shown = inspect.signature(verb)
+    parameters = [shown.parameters[name] for name in shown.parameters if name != "task_id"]
+    of_run.__dict__["__signature__"] = shown.replace(parameters=parameters)
+    return of_run
+
+
+class RunScope(Generic[RecordsT]):
+    """The verbs of the registry for every task of a run, as one commit.
+
+    Each gives the records that it changed, oldest first: none when the run
+    is unknown or ambiguous.  What a verb does not apply to (mostly tasks that
+    have ended) is skipped.  ``fence`` and ``if_revision``, where given, have
+    to hold for every other one: else :class:`ConflictError`, and nothing is
+    written.  ``delete`` gives the records as they were.
+    """
+
+    def __init__(
+        self, run: Run, now: Clock, commit: Callable[[Run, Callable[[], Change | Delete]], RecordsT]
+    ) -> None:
+        """``commit`` makes the plan that it is given, and commits it for the run."""
+        check_key("run_id", run.run_id)
+        self._run = run
+        self._planner = _RunPlanner(now)
+        self._commit = commit
+
+    mark_running = _for_run(_RunPlanner.mark_running)
+    record_progress = _for_run(_RunPlanner.record_progress)
+    finish = _for_run(_RunPlanner.finish)
+    mark_lost = _for_run(_RunPlanner.mark_lost)
+    recover = _for_run(_RunPlanner.recover)
+    cancel = _for_run(_RunPlanner.cancel)
+    set_delivery_status = _for_run(_RunPlanner.set_delivery_status)
+    set_notify_policy = _for_run(_RunPlanner.set_notify_policy)
+    set_cleanup_after = _for_run(_RunPlanner.set_cleanup_after)
+    link_flow = _for_run(_RunPlanner.link_flow)
+    update_metadata = _for_run(_RunPlanner.update_metadata)
+    delete = _for_run(_RunPlanner.delete)

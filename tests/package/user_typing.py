@@ -19,6 +19,7 @@ from taskstore import (
     Upserted,
     open_store,
 )
+from taskstore.aio import AsyncTaskRegistry
 from taskstore.codec import decode_snapshot, encode_snapshot
 
 
@@ -50,6 +51,26 @@ def read_back(registry: TaskRegistry) -> list[str]:
     with registry.batch() as batch:
         assert_type(batch, TaskRegistry)
     return [record.task_id for record in page]
+
+
+def misspell(registry: TaskRegistry, awaited: AsyncTaskRegistry) -> None:
+    """Each of these has to be an error."""
+    registry.finish("id", "failed", eror="why")  # type: ignore[call-arg]
+    registry.record_progress("id")  # type: ignore[call-arg]
+    registry.run("run-1").finish("failed", eror="why")  # type: ignore[call-arg]
+    registry.run("run-1").record_progress(3)  # type: ignore[arg-type]
+    awaited.finish("id", "failed", eror="why")  # type: ignore[call-arg, unused-coroutine]
+
+
+async def record_on_a_loop(url: str) -> None:
+    async with AsyncTaskRegistry.open(url) as registry:
+        task = await registry.create(runtime="cli", task="Sweep", run_id="run-1")
+        assert_type(task, TaskRecord)
+        token = await registry.take_lease(task.task_id, 30)
+        assert_type(token, str)
+        assert_type(await registry.record_progress(task.task_id, "half", fence=token), TaskRecord)
+        assert_type(await registry.run("run-1").finish("succeeded"), list[TaskRecord])
+        assert_type(await registry.delete(task.task_id), bool)
 
 
 def watch(event: Event) -> None:

@@ -301,10 +301,10 @@ def test_no_event_waits_for_the_next_change():
             await asyncio.gather(*(registry.create(runtime="cli", task="x") for _ in range(3)))
             await asyncio.sleep(0.001)
             for _ in range(4000):
-                if not registry.hooks.pending:
+                if not registry.hooks.events:
                     break
                 await asyncio.sleep(0.005)
-            assert not registry.hooks.pending
+            assert not registry.hooks.events
         await registry.close()
         assert [event.seq for event in events] == list(range(601))
 

@@ -18,7 +18,7 @@ from taskstore import (
     TaskStoreError,
 )
 from taskstore.aio import AsyncTaskRegistry
-from taskstore.groupcommit import Request
+from taskstore.groupcommit import INTERRUPTED_S, CommitQueue, wait
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 from taskstore.testing.threads import until
 
@@ -247,7 +247,7 @@ def test_what_an_interrupted_caller_left_reaches_the_hooks():
     at_work.clear()
 
     def interrupt():
-        until(lambda: queue._queue)  # the main thread's
+        until(lambda: queue.busy)  # with the ticket of the main thread
         gates[0].set()
         assert at_work.wait(30)
         signal.pthread_kill(main, signal.SIGUSR1)
@@ -270,38 +270,27 @@ def test_what_an_interrupted_caller_left_reaches_the_hooks():
     assert heard == [0, 1, 2]
 
 
-def test_whoever_is_interrupted_when_all_is_done_does_not_wait_for_it(monkeypatch):
-    class Interrupted(Request):
-        __slots__ = ("finished",)
+def test_whoever_is_interrupted_when_all_is_done_does_not_wait_for_it():
+    """The outcome is there, or will not come: the caller has taken its request back."""
 
-        def __init__(self, operation):
-            super().__init__(operation, lambda: None)
-            self.finished = self
+    class Interrupting:
+        def acquire(self, *, timeout=None):
+            if timeout is None:
+                raise KeyboardInterrupt
+            waited.append(timeout)
 
-        def acquire(self, timeout=None):
-            assert timeout is None, "it waits for what is done"
-            until(lambda: self.is_settled)
-            raise KeyboardInterrupt
-
-    at_work, go = threading.Event(), threading.Event()
-
-    class Gated(MemoryStore):
-        def apply(self, changes):
-            at_work.set()
-            assert go.wait(30)
-            return super().apply(changes)
-
-    registry = TaskRegistry(Gated())
-    first = threading.Thread(target=registry.create, kwargs={"runtime": "cli", "task": "x"})
-    first.start()
-    assert at_work.wait(30)
-    monkeypatch.setattr("taskstore.groupcommit._Waiting", Interrupted)
-    timer = threading.Timer(0.1, go.set)
-    timer.start()
+    waited, queue = [], CommitQueue()
+    ticket, _ = queue.put(lambda _: None, lambda: None)
     with pytest.raises(KeyboardInterrupt):
-        registry.create(runtime="cli", task="y")
-    first.join()
-    assert registry.summary().total == 2
+        wait(ticket, Interrupting())
+    assert waited == []
+    assert queue.take(0) == []
+    assert not queue.busy
+    ticket, _ = queue.put(lambda _: None, lambda: None)
+    assert queue.take(0) == [ticket]
+    with pytest.raises(KeyboardInterrupt):
+        wait(ticket, Interrupting())
+    assert waited == [INTERRUPTED_S]
 
 
 def test_a_hook_that_exits_as_it_closes_keeps_nothing_open():

@@ -8,8 +8,8 @@ import threading
 import pytest
 import uvloop
 
-from taskstore import Compactor, StoreClosedError, open_store
-from taskstore.aio import AsyncRunScope, AsyncTaskRegistry
+from taskstore import Compactor, RunScope, StoreClosedError, open_store
+from taskstore.aio import AsyncTaskRegistry
 from taskstore.policy import CompactionPolicy
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 
@@ -113,7 +113,7 @@ ELSEWHERE = {"open", "over", "renew_lease", "release_lease"}
 def test_no_public_name_is_left_out():
     public = {name for name in dir(AsyncTaskRegistry) if not name.startswith("_")}
     assert public == {*USES, *FROM_MEMORY, *ELSEWHERE}
-    verbs = {name for name in dir(AsyncRunScope) if not name.startswith("_")}
+    verbs = {name for name in dir(RunScope) if not name.startswith("_")}
     assert verbs <= set(USES)
 
 
@@ -121,7 +121,7 @@ async def use_everything(store, called):
     registry = await AsyncTaskRegistry.over(store)
     hears = []
     registry.hooks.add(hears.append)
-    scope_verbs = {name for name in dir(AsyncRunScope) if not name.startswith("_")}
+    scope_verbs = {name for name in dir(RunScope) if not name.startswith("_")}
     try:
         for name, use in USES.items():
             if name == "close":

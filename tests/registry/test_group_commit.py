@@ -16,14 +16,13 @@ from taskstore import (
     StoreClosedError,
     TaskRegistry,
     TaskStoreError,
-    groupcommit,
 )
 from taskstore.clock import new_task_id
 from taskstore.creation import new_record
-from taskstore.groupcommit import CommitQueue, Request
-from taskstore.operations import creating
+from taskstore.groupcommit import CommitQueue
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 from taskstore.testing.threads import until
+from taskstore.verbs import Create
 from taskstore.yielding import CollectorPaused
 
 
@@ -252,7 +251,7 @@ def test_closing_again_does_what_an_interrupted_close_has_left():
 
 
 def test_the_writer_thread_ends_when_there_is_no_company_and_comes_back(monkeypatch):
-    monkeypatch.setattr("taskstore.groupcommit.IDLE_S", 0.01)
+    monkeypatch.setattr("taskstore.committer.IDLE_S", 0.01)
     before = set(threading.enumerate())
 
     def writers():
@@ -355,56 +354,28 @@ def test_without_threads_to_be_had_everybody_is_served_all_the_same(monkeypatch)
     registry.close()
 
 
-class LateWake:
-    """A lock that is told of as not had just when it comes free."""
-
-    def __init__(self):
-        self.lock, self.late = threading.Lock(), True
-        self.lock.acquire()
-
-    def acquire(self, timeout):
-        if self.late:
-            while self.lock.locked():
-                time.sleep(0.001)
-            self.late = False
-            return False
-        return self.lock.acquire(timeout=timeout)
-
-    def __getattr__(self, name):
-        return getattr(self.lock, name)
+def test_a_ticket_that_comes_as_the_writer_gives_up_starts_another_one():
+    queue = CommitQueue()
+    first, start = queue.put(lambda _: 1, lambda: None)
+    assert start
+    assert queue.take(0) == [first]
+    second, start = queue.put(lambda _: 2, lambda: None)
+    assert not start, "the writer thread looks once more before it ends"
+    assert queue.take(0) == [second]
+    assert queue.take(0) == []
+    _, start = queue.put(lambda _: 3, lambda: None)
+    assert start
+    assert queue.busy
 
 
-def test_a_writer_thread_that_gives_up_as_it_is_called_serves_those_who_come_later():
-    def commit_all(requests):
-        for request in requests:
-            request.succeed(threading.current_thread())
-
-    queue = CommitQueue(lambda _: None, commit_all)
-    queue._wake = LateWake()
-    for _ in range(3):
-        settled = threading.Event()
-        request = Request(lambda _: None, settled.set)
-        queue.post(request)
-        assert settled.wait(10), "the writer thread has gone, and nobody noticed"
-        writer = request.outcome()
-        time.sleep(0.01)  # for the wake-up that is left over
-    assert writer.name == "taskstore-writer"
-    assert queue.close()
-    assert not writer.is_alive()
-
-
-def test_a_writer_thread_ends_when_nobody_comes(monkeypatch):
-    monkeypatch.setattr(groupcommit, "IDLE_S", 0.01)
-    queue = CommitQueue(lambda _: None, lambda requests: [r.succeed(None) for r in requests])
-    for _ in range(2):
-        settled = threading.Event()
-        queue.post(Request(lambda _: None, settled.set))
-        assert settled.wait(10)
-        writer = queue._writer
-        if writer is not None:
-            writer.join(10)
-            assert not writer.is_alive()
-        assert queue._writer is None
+def test_closing_ends_the_writer_after_what_came_before():
+    queue = CommitQueue()
+    ticket, _ = queue.put(lambda _: None, lambda: None)
+    queue.close()
+    with pytest.raises(StoreClosedError):
+        queue.put(lambda _: None, lambda: None)
+    assert queue.take(60) == [ticket]
+    assert queue.take(60) == []
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -414,7 +385,7 @@ def test_a_forked_child_does_not_deliver_what_its_parent_owes():
     heard.clear()
     settled = threading.Event()
     record = new_record(now=1, task_id="a", runtime="cli", task="x", status="queued", fields={})
-    registry._committer.post(Request(creating(record), settled.set))
+    registry._committer.post(Create(record), settled.set)
     assert settled.wait(10)
     child = os.fork()
     if child == 0:

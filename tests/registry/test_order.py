@@ -104,25 +104,27 @@ def test_who_comes_together_looks_once_whether_memory_is_behind():
 def test_what_another_has_just_made_is_found_in_company_too(open_ledger):
     """Nothing else in the commit would conflict with it."""
     registry, other = open_ledger(), open_ledger()
-    queue = registry._committer._queue
-    commit_all, given, threads = queue._commit_all, [], []
+    committer = registry._committer
+    commit_together, given, threads = committer._commit_together, [], []
 
     def after_another(requests):
-        other.create(runtime="cli", task="theirs", task_id="theirs")
-        commit_all(requests)
+        if len(requests) == 2:
+            other.create(runtime="cli", task="theirs", task_id="theirs")
+        commit_together(requests)
 
-    queue._commit_all = after_another
+    committer._commit_together = after_another
 
     def work(verb):
         threads.append(threading.Thread(target=lambda: given.append(verb())))
         threads[-1].start()
 
-    with registry._committer._lock:  # somebody leads
+    with committer._lock:
+        committer._committing = True  # as if another caller was committing
         work(lambda: registry.create(runtime="cli", task="1"))
-        until(lambda: queue._leader is not None)
+        until(lambda: committer._queue.busy and committer._queue._tickets.empty())
         work(lambda: registry.create(runtime="cli", task="2"))
         work(lambda: registry.mark_running("theirs"))
-        until(lambda: len(queue._queue) == 2)
+        until(lambda: committer._queue._tickets.qsize() == 2)
     for thread in threads:
         thread.join(30)
     assert len(given) == 3

@@ -32,21 +32,21 @@ def in_status(status, **fields):
 
 
 VERBS = {
-    "start": lambda r: lifecycle.start(r, NOW),
-    "progress": lambda r: lifecycle.progress(r, NOW, "3 of 10"),
-    "finish_succeeded": lambda r: lifecycle.finish(r, NOW, "succeeded"),
-    "finish_failed": lambda r: lifecycle.finish(r, NOW, "failed"),
-    "finish_timed_out": lambda r: lifecycle.finish(r, NOW, "timed_out"),
-    "finish_cancelled": lambda r: lifecycle.finish(r, NOW, "cancelled"),
-    "finish_lost": lambda r: lifecycle.finish(r, NOW, "lost"),
-    "lose": lambda r: lifecycle.lose(r, NOW),
-    "cancel": lambda r: lifecycle.cancel(r, NOW),
-    "recover_queued": lambda r: lifecycle.recover(r, NOW, "queued"),
-    "recover": lambda r: lifecycle.recover(r, NOW),
-    "recover_succeeded": lambda r: lifecycle.recover(r, NOW, "succeeded"),
-    "recover_failed": lambda r: lifecycle.recover(r, NOW, "failed"),
-    "recover_timed_out": lambda r: lifecycle.recover(r, NOW, "timed_out"),
-    "recover_cancelled": lambda r: lifecycle.recover(r, NOW, "cancelled"),
+    "start": lambda r: lifecycle.start()(r, NOW),
+    "progress": lambda r: lifecycle.progress("3 of 10")(r, NOW),
+    "finish_succeeded": lambda r: lifecycle.finish("succeeded")(r, NOW),
+    "finish_failed": lambda r: lifecycle.finish("failed")(r, NOW),
+    "finish_timed_out": lambda r: lifecycle.finish("timed_out")(r, NOW),
+    "finish_cancelled": lambda r: lifecycle.finish("cancelled")(r, NOW),
+    "finish_lost": lambda r: lifecycle.finish("lost")(r, NOW),
+    "lose": lambda r: lifecycle.lose()(r, NOW),
+    "cancel": lambda r: lifecycle.cancel()(r, NOW),
+    "recover_queued": lambda r: lifecycle.recover("queued")(r, NOW),
+    "recover": lambda r: lifecycle.recover()(r, NOW),
+    "recover_succeeded": lambda r: lifecycle.recover("succeeded")(r, NOW),
+    "recover_failed": lambda r: lifecycle.recover("failed")(r, NOW),
+    "recover_timed_out": lambda r: lifecycle.recover("timed_out")(r, NOW),
+    "recover_cancelled": lambda r: lifecycle.recover("cancelled")(r, NOW),
 }
 
 # For each verb: what becomes of a task that is queued, running, succeeded, failed, timed_out,
@@ -100,13 +100,13 @@ def test_every_verb_in_every_status(verb, status, outcome):
 def test_what_stays_editable(status):
     record = in_status(status)
     edits = [
-        lifecycle.deliver(record, "delivered"),
-        lifecycle.deliver(record, "failed", last_notified_event_at=9000),
-        lifecycle.notify(record, "silent"),
-        lifecycle.retain(record, 99_000),
-        lifecycle.retain(record, None),
-        lifecycle.link_flow(record, "flow-1"),
-        lifecycle.merge_metadata(record, {"a": 1}),
+        lifecycle.deliver("delivered")(record, NOW),
+        lifecycle.deliver("failed", last_notified_event_at=9000)(record, NOW),
+        lifecycle.notify("silent")(record, NOW),
+        lifecycle.retain(99_000)(record, NOW),
+        lifecycle.retain(None)(record, NOW),
+        lifecycle.link_flow("flow-1")(record, NOW),
+        lifecycle.merge_metadata({"a": 1})(record, NOW),
     ]
     for edited in edits:
         assert [getattr(edited, field) for field in FINAL] == [
@@ -119,27 +119,27 @@ def test_what_stays_editable(status):
 def test_repeating_an_edit_changes_nothing(status):
     record = in_status(status, parent_flow_id="flow-1", metadata={"a": 1})
     for edit in (
-        lambda r: lifecycle.deliver(r, "session_queued"),
-        lambda r: lifecycle.deliver(r, "delivered"),
-        lambda r: lifecycle.notify(r, NotifyPolicy.STATE_CHANGES),
-        lambda r: lifecycle.retain(r, 99_000),
-        lambda r: lifecycle.link_flow(r, "flow-2"),
-        lambda r: lifecycle.merge_metadata(r, {"a": 2}),
+        lambda r: lifecycle.deliver("session_queued")(r, NOW),
+        lambda r: lifecycle.deliver("delivered")(r, NOW),
+        lambda r: lifecycle.notify(NotifyPolicy.STATE_CHANGES)(r, NOW),
+        lambda r: lifecycle.retain(99_000)(r, NOW),
+        lambda r: lifecycle.link_flow("flow-2")(r, NOW),
+        lambda r: lifecycle.merge_metadata({"a": 2})(r, NOW),
     ):
         once = edit(record)
         assert once is not record
         assert edit(once) is once
-    assert lifecycle.merge_metadata(record, {}) is record
-    assert lifecycle.merge_metadata(record, {"a": 1}) is record
-    assert lifecycle.link_flow(record, "flow-1") is record
+    assert lifecycle.merge_metadata({})(record, NOW) is record
+    assert lifecycle.merge_metadata({"a": 1})(record, NOW) is record
+    assert lifecycle.link_flow("flow-1")(record, NOW) is record
 
 
 @pytest.mark.parametrize(
     ("end", "start"), list(itertools.product(sorted(TERMINAL_STATUSES), sorted(ACTIVE_STATUSES)))
 )
 def test_an_end_has_its_facts(end, start):
-    record = lifecycle.finish(
-        in_status(start), NOW, end, error="why", summary="  10 \n mails  ", outcome="blocked"
+    record = lifecycle.finish(end, error="why", summary="  10 \n mails  ", outcome="blocked")(
+        in_status(start), NOW
     )
     assert (record.status, record.error, record.terminal_summary) == (end, "why", "10 mails")
     assert record.terminal_outcome is TerminalOutcome.BLOCKED
@@ -149,27 +149,27 @@ def test_an_end_has_its_facts(end, start):
 
 @pytest.mark.parametrize("end", sorted(TERMINAL_STATUSES))
 def test_the_same_end_with_other_facts_is_refused(end):
-    record = lifecycle.finish(in_status(S.RUNNING), NOW, end, error="why", summary="s")
-    assert lifecycle.finish(record, NOW + 9, end, error="why") is record
-    assert lifecycle.finish(record, NOW + 9, end, summary="s", ended_at=NOW) is record
+    record = lifecycle.finish(end, error="why", summary="s")(in_status(S.RUNNING), NOW)
+    assert lifecycle.finish(end, error="why")(record, NOW + 9) is record
+    assert lifecycle.finish(end, summary="s", ended_at=NOW)(record, NOW + 9) is record
     for facts in ({"error": "other"}, {"summary": "t"}, {"outcome": "blocked"}, {"ended_at": 4000}):
         with pytest.raises(InvalidTransition):
-            lifecycle.finish(record, NOW, end, **facts)
+            lifecycle.finish(end, **facts)(record, NOW)
 
 
 @pytest.mark.parametrize("end", ["failed", "timed_out", "cancelled"])
 def test_a_correction_of_success(end):
-    record = lifecycle.finish(in_status(S.RUNNING), 4000, "succeeded", outcome="succeeded")
-    corrected = lifecycle.finish(record, NOW, end, error="it did not")
+    record = lifecycle.finish("succeeded", outcome="succeeded")(in_status(S.RUNNING), 4000)
+    corrected = lifecycle.finish(end, error="it did not")(record, NOW)
     assert (corrected.status, corrected.error) == (end, "it did not")
     assert corrected.terminal_outcome is None
     assert corrected.ended_at == 4000
     with pytest.raises(InvalidTransition):
-        lifecycle.finish(corrected, NOW, "succeeded")
+        lifecycle.finish("succeeded")(corrected, NOW)
 
 
 def test_a_cancel_is_not_overwritten_by_a_late_success():
-    record = lifecycle.cancel(in_status(S.RUNNING), NOW, reason="enough")
+    record = lifecycle.cancel("enough")(in_status(S.RUNNING), NOW)
     assert record.error == "enough"
     for verb in ("finish_succeeded", "start", "progress", "lose", "recover"):
         with pytest.raises(InvalidTransition):
@@ -177,89 +177,91 @@ def test_a_cancel_is_not_overwritten_by_a_late_success():
 
 
 def test_recovery_brings_back_to_life():
-    lost = lifecycle.lose(in_status(S.RUNNING), 4000, error="no heartbeat")
+    lost = lifecycle.lose(error="no heartbeat")(in_status(S.RUNNING), 4000)
     assert (lost.error, lost.ended_at, lost.cleanup_after) == (
         "no heartbeat",
         4000,
         4000 + RETENTION_MS,
     )
-    alive = lifecycle.recover(lost, NOW)
+    alive = lifecycle.recover()(lost, NOW)
     assert (alive.status, alive.error, alive.ended_at) == (S.RUNNING, None, None)
     assert (alive.cleanup_after, alive.started_at) == (None, 2000)
-    ended = lifecycle.recover(lost, NOW, "failed", error="it had", ended_at=3500)
+    ended = lifecycle.recover("failed", error="it had", ended_at=3500)(lost, NOW)
     assert (ended.status, ended.error, ended.ended_at) == (S.FAILED, "it had", 3500)
     assert ended.cleanup_after == 3500 + RETENTION_MS
 
 
 def test_recovery_keeps_a_retention_that_was_set():
-    lost = lifecycle.lose(in_status(S.RUNNING, cleanup_after=77_000), 4000)
+    lost = lifecycle.lose()(in_status(S.RUNNING, cleanup_after=77_000), 4000)
     assert lost.cleanup_after == 77_000
-    assert lifecycle.recover(lost, NOW).cleanup_after == 77_000
+    assert lifecycle.recover()(lost, NOW).cleanup_after == 77_000
 
 
 def test_recovery_as_running_gives_a_start():
-    lost = lifecycle.lose(in_status(S.QUEUED, started_at=None), 4000)
-    assert lifecycle.recover(lost, NOW).started_at == NOW
-    assert lifecycle.recover(lost, NOW, "queued").started_at is None
+    lost = lifecycle.lose()(in_status(S.QUEUED, started_at=None), 4000)
+    assert lifecycle.recover()(lost, NOW).started_at == NOW
+    assert lifecycle.recover("queued")(lost, NOW).started_at is None
 
 
 def test_recovery_refuses_what_makes_no_sense():
     lost = in_status(S.LOST)
     with pytest.raises(ValidationError):
-        lifecycle.recover(lost, NOW, "lost")
+        lifecycle.recover("lost")(lost, NOW)
     with pytest.raises(ValidationError):
-        lifecycle.recover(lost, NOW, "running", error="x")
+        lifecycle.recover("running", error="x")(lost, NOW)
 
 
 @pytest.mark.parametrize("status", sorted(ACTIVE_STATUSES))
 def test_finish_needs_an_end(status):
     with pytest.raises(ValidationError):
-        lifecycle.finish(in_status(S.RUNNING), NOW, status)
+        lifecycle.finish(status)(in_status(S.RUNNING), NOW)
 
 
 def test_times_do_not_go_before_creation():
     record = in_status(S.QUEUED, created_at=10_000, started_at=None, last_event_at=10_000)
-    assert lifecycle.start(record, 5).started_at == 10_000
-    assert lifecycle.start(record, 5, started_at=6).started_at == 10_000
-    assert lifecycle.finish(record, 5, "failed", ended_at=7).ended_at == 10_000
-    assert lifecycle.finish(record, 5, "failed").ended_at == 10_000
-    assert lifecycle.retain(record, 1).cleanup_after == 10_000
+    assert lifecycle.start()(record, 5).started_at == 10_000
+    assert lifecycle.start(started_at=6)(record, 5).started_at == 10_000
+    assert lifecycle.finish("failed", ended_at=7)(record, 5).ended_at == 10_000
+    assert lifecycle.finish("failed")(record, 5).ended_at == 10_000
+    assert lifecycle.retain(1)(record, NOW).cleanup_after == 10_000
     assert (
-        lifecycle.deliver(record, "failed", last_notified_event_at=3).last_notified_event_at
+        lifecycle.deliver("failed", last_notified_event_at=3)(record, NOW).last_notified_event_at
         == 10_000
     )
 
 
 def test_the_last_event_does_not_go_back():
-    record = lifecycle.progress(in_status(S.RUNNING, last_event_at=9000), NOW, "x")
+    record = lifecycle.progress("x")(in_status(S.RUNNING, last_event_at=9000), NOW)
     assert record.last_event_at == 9000
 
 
 def test_progress_folds_white_space():
-    record = lifecycle.progress(in_status(S.RUNNING), NOW, "  3\n of\t10 ")
+    record = lifecycle.progress("  3\n of\t10 ")(in_status(S.RUNNING), NOW)
     assert record.progress_summary == "3 of 10"
-    assert lifecycle.progress(record, NOW + 1, "3 of   10") is record
+    assert lifecycle.progress("3 of   10")(record, NOW + 1) is record
     with pytest.raises(ValidationError):
-        lifecycle.progress(record, NOW, 5)
+        lifecycle.progress(5)(record, NOW)
     with pytest.raises(ValidationError):
-        lifecycle.progress(record, NOW, None)
+        lifecycle.progress(None)(record, NOW)
     with pytest.raises(ValidationError):
-        lifecycle.progress(record, NOW, "x" * 4097)
+        lifecycle.progress("x" * 4097)(record, NOW)
 
 
 def test_delivered_notes_the_event():
     record = in_status(S.SUCCEEDED)
-    assert lifecycle.deliver(record, "delivered").last_notified_event_at == record.last_event_at
-    assert lifecycle.deliver(record, "failed").last_notified_event_at is None
+    assert (
+        lifecycle.deliver("delivered")(record, NOW).last_notified_event_at == record.last_event_at
+    )
+    assert lifecycle.deliver("failed")(record, NOW).last_notified_event_at is None
 
 
 def test_metadata_merges_at_the_top():
     record = in_status(S.RUNNING, metadata={"a": {"x": 1}, "b": 2})
-    assert lifecycle.merge_metadata(record, {"a": {"y": 1}, "c": None}).metadata == {
+    assert lifecycle.merge_metadata({"a": {"y": 1}, "c": None})(record, NOW).metadata == {
         "a": {"y": 1},
         "b": 2,
         "c": None,
     }
     for wrong in (None, [("a", 1)], "a"):
         with pytest.raises(ValidationError):
-            lifecycle.merge_metadata(record, wrong)
+            lifecycle.merge_metadata(wrong)(record, NOW)

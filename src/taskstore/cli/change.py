@@ -28,9 +28,7 @@ def cancel(
     """Record a task as cancelled. That stops nothing by itself: who runs it has to look."""
     with ledger.open_existing(url_of(ctx, url)) as store:
         task_id = only(store, token, status=ACTIVE_STATUSES).task_id
-        record = ledger.change(
-            store, task_id, lambda record, now: lifecycle.cancel(record, now, reason=reason)
-        )
+        record = ledger.change(store, task_id, lifecycle.cancel(reason))
     render.print_line(f"cancelled {render.visible(record.task_id)}")
     process = _process_of(record)
     if process is not None:
@@ -47,7 +45,7 @@ def notify(
     """Set what a task's owner wants to hear of."""
     with ledger.open_existing(url_of(ctx, url)) as store:
         task_id = only(store, token).task_id
-        record = ledger.change(store, task_id, lambda record, _: lifecycle.notify(record, policy))
+        record = ledger.change(store, task_id, lifecycle.notify(policy))
     render.print_line(f"{render.visible(record.task_id)} notifies {record.notify_policy}")
 
 

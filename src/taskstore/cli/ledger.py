@@ -12,7 +12,6 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
@@ -20,12 +19,10 @@ from msgspec.structs import replace
 from taskstore.backends import open_store
 from taskstore.errors import ConflictError, TaskNotFound
 from taskstore.journal import Put, Remove
+from taskstore.lifecycle import Mutation
 from taskstore.query import SESSION_KEY, Page, Summary, TaskQuery, evaluate
 from taskstore.records import ACTIVE_STATUSES, TaskRecord
 from taskstore.store import SupportsQuery, TaskRegistryStore
-
-Mutation = Callable[[TaskRecord, int], TaskRecord]
-"""From a record and now (Unix milliseconds) to what should stand: pure."""
 
 ATTEMPTS = 20
 """How often a change is tried while other writers are faster."""

@@ -96,7 +96,7 @@ class Recorder:
         with self._changed:
             self._changed.wait_for(lambda: self._end is not None, INTERVAL_S)
 
-    def _attempt(self, mutation: ledger.Mutation) -> bool:
+    def _attempt(self, mutation: lifecycle.Mutation) -> bool:
         """Store a change of the record; returns whether the ledger has it."""
         known, self._known = self._known, None
         try:
@@ -117,15 +117,15 @@ class Recorder:
         with self._changed:
             line, metadata = self._line, dict(self._metadata)
         if line is not None and not record.is_terminal:
-            record = lifecycle.progress(record, now, line)
-        return lifecycle.merge_metadata(record, metadata) if metadata else record
+            record = lifecycle.progress(line)(record, now)
+        return lifecycle.merge_metadata(metadata)(record, now) if metadata else record
 
     def _ended(self, record: TaskRecord, now: int) -> TaskRecord:
         """The record with its end.  Another's end stands, unless it only says that we were lost."""
         assert self._end is not None
         record = self._progressed(record, now)
         if record.status is TaskStatus.LOST:
-            return lifecycle.recover(record, now, summary=self._line, **self._end)
+            return lifecycle.recover(summary=self._line, **self._end)(record, now)
         if record.is_terminal:
             return record
-        return lifecycle.finish(record, now, summary=self._line, **self._end)
+        return lifecycle.finish(summary=self._line, **self._end)(record, now)
