@@ -97,10 +97,12 @@ class FileLock:
                 raise busy(self.path, what, timeout_s)
             yield
         finally:
+            # Never fails: what was done under the lock is done.
             try:
                 if self.descriptor >= 0:
                     fcntl.flock(self.descriptor, fcntl.LOCK_UN)
-            finally:
+                self.close()
+            except OSError:
                 self.close()
 
 

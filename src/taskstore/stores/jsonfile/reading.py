@@ -205,9 +205,9 @@ class Reader:
         with self._guard:
             position = bisect.bisect_right(self._places, after, key=_seq_of)
             place = self._places[position - 1] if position else best
+        there = place.first in [segment.first for segment in layout.segments]
         # At a boundary the start of the later segment is as good.
-        known = place.first >= best.first and place.seq >= best.seq
-        return place if known and any(s.first == place.first for s in layout.segments) else best
+        return place if there and place.first >= best.first and place.seq >= best.seq else best
 
     def _note(self, found: Found, place: Place) -> None:
         """Remember a place in every quarter of a megabyte."""

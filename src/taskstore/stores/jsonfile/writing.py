@@ -380,6 +380,7 @@ class Writer:
             with contextlib.suppress(OSError):
                 self.disk.remove_all([temporary])
         self._generation = self._lock.generation
+        self.last = Position(0)
         self.index = Index()
         for record in snapshot.records.values():
             self.index.add(record)
