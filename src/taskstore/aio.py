@@ -45,7 +45,7 @@ from taskstore.reader import LedgerReader
 from taskstore.records import MAX_INT, TaskRecord
 from taskstore.store import TaskRegistryStore
 from taskstore.validation import check_int, check_key
-from taskstore.verbs import Change, ChangeRun, Delete, Planner, Run, RunScope
+from taskstore.verbs import ChangeRun, Plan, Planner, Run, RunScope
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -363,7 +363,7 @@ class AsyncTaskRegistry(LedgerReader):
             raise
         return ticket.outcome()
 
-    async def _commit_run(self, run: Run, plan: Callable[[], Change | Delete]) -> list[TaskRecord]:
+    async def _commit_run(self, run: Run, plan: Callable[[], Plan]) -> list[TaskRecord]:
         return await self._commit(ChangeRun(run, plan()))
 
     def _note(self, settled: asyncio.Future[None]) -> None:

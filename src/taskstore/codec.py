@@ -27,7 +27,8 @@ from msgspec.structs import force_setattr, replace
 
 from taskstore.errors import CorruptStoreError
 from taskstore.journal import SetAside, Snapshot, validated_snapshot
-from taskstore.records import FORMAT_VERSION, MAX_INT, NO_METADATA, TaskRecord
+from taskstore.records import FORMAT_VERSION, MAX_INT, NO_METADATA, PAYLOAD_DEPTH, TaskRecord
+from taskstore.validation import nests_deeper
 
 UPCASTERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "1.0": lambda members: {**members, "v": "1.1"},
@@ -72,14 +73,26 @@ def decode_record(payload: bytes, where: str = "record") -> TaskRecord:
     if payload.startswith(_LACKING_ONLY):
         payload = _CURRENT + payload[len(_LACKING_ONLY) :]
     try:
+        if payload.count(b"{") + payload.count(b"[") > PAYLOAD_DEPTH:
+            check_nesting(payload)
         record = _decoder.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return _decode_slowly(payload, where)
     if record.unknown_json is not None:
         return _decode_slowly(payload, where)
     if record.metadata_json is not NO_METADATA:
         force_setattr(record, "metadata_json", _metadata(record.metadata_json, where))
     return record
+
+
+def check_nesting(encoded: bytes, depth: int = PAYLOAD_DEPTH) -> None:
+    """Raise :class:`msgspec.DecodeError` for JSON that nests more than ``depth`` deep.
+
+    For whatever is decoded that others may have written: how deep the decoder
+    itself goes depends on the interpreter, and on the caller's stack.
+    """
+    if nests_deeper(encoded, depth):
+        raise msgspec.DecodeError(f"it is nested more than {depth} deep")
 
 
 def _metadata(encoded: Raw, where: str) -> Raw:
@@ -93,6 +106,7 @@ def _metadata(encoded: Raw, where: str) -> Raw:
 def _decode_slowly(payload: bytes, where: str) -> TaskRecord:
     """Decode another version, or say why the payload does not decode."""
     try:
+        check_nesting(payload)
         members = msgspec.json.decode(payload)
         if not isinstance(members, dict):
             raise CorruptStoreError(where, "is not a JSON object")
@@ -108,7 +122,7 @@ def _decode_slowly(payload: bytes, where: str) -> TaskRecord:
         kept = Raw(msgspec.json.encode(unknown, order="deterministic")) if unknown else None
         metadata = _metadata(record.metadata_json, where)
         return replace(record, metadata_json=metadata, unknown_json=kept)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CorruptStoreError(where, f"does not decode: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         # An upcaster stumbled over what is missing or of another type.
@@ -127,8 +141,9 @@ def set_aside(payload: bytes, where: str, reason: str) -> SetAside:
     """Wrap a payload that does not decode, with what can still be told of it."""
     task_id = revision = None
     try:
+        check_nesting(payload)
         members = msgspec.json.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError):
         members = None
     if isinstance(members, dict):
         if isinstance(members.get("task_id"), str):
@@ -260,8 +275,9 @@ class SnapshotReader:
 
     def _json(self, value: bytes, kind: type[_T]) -> _T:
         try:
+            check_nesting(value)
             return msgspec.json.decode(value, type=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise self._damaged(f"does not decode: {error}") from error
 
     def _damaged(self, reason: str) -> CorruptStoreError:

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 from taskstore.history import WAIT_SLICE_S
 from taskstore.store import SupportsJournal
 
-_T = TypeVar("_T")
-
 
 class News:
-    """The followers of one journal, on one event loop.
+    """The coroutines of one event loop that wait for commits of one journal.
 
-    While there are any, a thread waits for the next commit, a slice at a time,
-    and wakes those who have not read that far.
+    While there are any, a thread waits for the next commit, a slice at a time.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="taskstore-news")
-        self._waiting: dict[asyncio.Future[bool], int] = {}
+        self._waiting: dict[asyncio.Future[None], int] = {}
         self._runner: asyncio.Task[None] | None = None
         self._head = 0
         self._closed: Exception | None = None
@@ -33,20 +28,23 @@ class News:
         if self._closed is not None:
             raise self._closed
         if self._runner is None:
+            self._head = 0
             self._runner = self._loop.create_task(self._run(journal))
         elif self._head > after:
             return True
-        news: asyncio.Future[bool] = self._loop.create_future()
+        news: asyncio.Future[None] = self._loop.create_future()
         self._waiting[news] = after
-        ending = self._loop.call_later(seconds, _settle, news)
         try:
-            return await news
+            await asyncio.wait([news], timeout=seconds)
         finally:
-            ending.cancel()
             del self._waiting[news]
+        if not news.done():
+            return False
+        news.result()
+        return True
 
     def close(self, error: Exception) -> None:
-        """Tell everybody who waits, or will, that there will be no news."""
+        """End each wait, also later ones, with ``error``."""
         self._closed = error
         self._fail(error)
         self._thread.shutdown(wait=False)
@@ -54,22 +52,20 @@ class News:
     async def _run(self, journal: SupportsJournal) -> None:
         try:
             while self._waiting:
-                # Whoever comes while the thread waits has read no further than this,
-                # or is woken by the commit that he lacks.
-                self._head = await self._in_thread(journal.head)
+                # A coroutine that comes while the thread waits has read no further than
+                # this head, or is woken by the commit that it lacks.
+                self._head = await self._loop.run_in_executor(
+                    self._thread, _next_head, journal, self._head
+                )
                 for news, after in self._waiting.items():
                     if self._head > after and not news.done():
-                        news.set_result(True)
-                await self._in_thread(lambda: journal.wait_for(self._head, WAIT_SLICE_S))
-        except Exception as error:  # noqa: BLE001 - raised by everybody who waits
+                        news.set_result(None)
+        except Exception as error:  # noqa: BLE001 - raised by each coroutine that waits
             self._fail(error)
         finally:
             self._runner = None
             for news in self._waiting:
                 news.cancel()
-
-    async def _in_thread(self, call: Callable[[], _T]) -> _T:
-        return await self._loop.run_in_executor(self._thread, call)
 
     def _fail(self, error: Exception) -> None:
         for news in self._waiting:
@@ -77,7 +73,7 @@ class News:
                 news.set_exception(error)
 
 
-def _settle(news: asyncio.Future[bool]) -> None:
-    """The time is over."""
-    if not news.done():
-        news.set_result(False)
+def _next_head(journal: SupportsJournal, head: int) -> int:
+    """The head once it exceeds ``head``, or after a slice."""
+    journal.wait_for(head, WAIT_SLICE_S)
+    return journal.head()

@@ -23,6 +23,11 @@ METADATA_BYTES = 64 * 1024
 """Longest metadata in bytes of canonical JSON."""
 METADATA_DEPTH = 64
 """Deepest nesting of objects and arrays in metadata."""
+PAYLOAD_DEPTH = 2 * METADATA_DEPTH
+"""Deepest nesting of a payload that is stored or decoded, unknown members included.
+
+It is far below what the JSON decoder can do, which depends on the interpreter.
+"""
 MAX_INT = 2**53 - 1
 """Greatest time and revision: what every JSON reader holds exactly."""
 

@@ -23,7 +23,7 @@ from taskstore.reader import LedgerReader
 from taskstore.records import MAX_INT, TaskRecord
 from taskstore.store import TaskRegistryStore
 from taskstore.validation import check_int, check_key
-from taskstore.verbs import Change, ChangeRun, Delete, Run, RunScope, Verbs
+from taskstore.verbs import ChangeRun, Plan, Run, RunScope, Verbs
 
 T = TypeVar("T")
 
@@ -262,7 +262,7 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
     _delete = _commit
     _lease = _commit
 
-    def _commit_run(self, run: Run, plan: Callable[[], Change | Delete]) -> list[TaskRecord]:
+    def _commit_run(self, run: Run, plan: Callable[[], Plan]) -> list[TaskRecord]:
         return self._commit(ChangeRun(run, plan()))
 
     def _records(self) -> Lookups:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import groupby
 from operator import attrgetter
 
@@ -16,7 +17,7 @@ from taskstore.hooks import Deleted, Event, Hooks, Restored, Upserted
 from taskstore.journal import Change, Commit, JournalEntry, Position, Put
 from taskstore.mirror import Mirror
 from taskstore.store import SupportsJournal, TaskRegistryStore, commit_id_at, entries_beyond
-from taskstore.yielding import CollectorPaused
+from taskstore.yielding import collector_paused
 
 logger = logging.getLogger("taskstore")
 
@@ -72,17 +73,25 @@ class Replica:
             return before != self._mirror.seq
         return False
 
-    def read_on(self, store: SupportsJournal) -> set[str]:
-        """Mirror what comes after memory in the journal; returns which tasks that concerns."""
-        news = set[str]()
-        with CollectorPaused():
-            while True:
-                page = entries_beyond(store, self._mirror.position, PAGE_ENTRIES)
+    def read_on(self, journal: SupportsJournal, end: int | None = None) -> set[str]:
+        """Mirror what comes after memory in the journal, up to seq ``end`` if that is given.
+
+        Returns which tasks that concerns.  Raises :class:`CursorExpiredError`
+        when the journal is not the one that memory is of, or was trimmed.
+        """
+        changed = set[str]()
+        with collector_paused():
+            while end is None or self._mirror.position.seq < end:
+                limit = PAGE_ENTRIES
+                if end is not None:
+                    limit = min(limit, end - self._mirror.position.seq)
+                page = entries_beyond(journal, self._mirror.position, limit)
                 entries = page if len(page) < PAGE_ENTRIES else _whole_commits(page)
                 self._mirror_entries(entries)
-                news.update(entry.task_id for entry in entries)
-                if len(page) < PAGE_ENTRIES:
-                    return news
+                changed.update(entry.task_id for entry in entries)
+                if len(page) < limit:
+                    break
+        return changed
 
     def publish(self, commit: Commit, changes: Sequence[Change]) -> None:
         """Mirror a commit, and before it what others committed in between."""
@@ -108,33 +117,19 @@ class Replica:
 
     def _catch_up_with(self, commit: Commit) -> bool:
         """Mirror what others committed before our commit; whether that brought the commit too."""
+        before = commit.first_seq - 1
         try:
-            self._fill(commit.first_seq - self._mirror.position.seq - 1)
+            if isinstance(self._store, SupportsJournal) and self._mirror.position.seq < before:
+                with suppress(CursorExpiredError):
+                    self.read_on(self._store, before)
+            if self._mirror.position.seq != before:
+                self.load()
         except Exception:
             # The change is committed: whatever this is, it must not look like a failure.
             logger.exception("cannot read what was committed before seq %d", commit.first_seq)
             self.stale = True
-        # Loaded anew, memory has the commit; where it could not be, its writer sees it at least.
-        return commit.first_seq != self._mirror.position.seq + 1 and not self.stale
-
-    def _fill(self, gap: int) -> None:
-        """Mirror the entries between memory and our own commit."""
-        store = self._store
-        if gap < 0 or not isinstance(store, SupportsJournal):
-            self.load()
-            return
-        try:
-            while gap > 0:
-                entries = entries_beyond(store, self._mirror.position, min(gap, PAGE_ENTRIES))
-                if not entries:
-                    self.load()
-                    return
-                if len(entries) < gap:
-                    entries = _whole_commits(entries)
-                self._mirror_entries(entries)
-                gap -= len(entries)
-        except CursorExpiredError:
-            self.load()
+        # Where memory could not be loaded, the writer can see its own commit at least.
+        return self._mirror.position.seq != before and not self.stale
 
     def _catch_up(self, store: SupportsJournal) -> bool:
         """Mirror everything that is in the journal and not in memory.

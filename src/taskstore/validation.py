@@ -27,6 +27,7 @@ from taskstore.records import (
     NO_METADATA,
     OPTIONAL_KEYS,
     OPTIONAL_TIMES,
+    PAYLOAD_DEPTH,
     REQUIRED_KEYS,
     SUMMARY_BYTES,
     TEXT_LIMITS,
@@ -39,6 +40,9 @@ from taskstore.records import (
 _MEMBERS = {field.encode_name for field in msgspec.structs.fields(TaskRecord)} - {"_unknown"}
 _SAME_MAJOR = re.compile(rf"{FORMAT_VERSION.partition('.')[0]}\.[0-9]+\Z")
 _RUNTIME = re.compile(r"[a-z][a-z0-9_.-]*\Z")
+_NO_SIGNS = bytes(set(range(256)) - set(b'"{}[]'))
+"""Every byte that says nothing of how deep JSON nests."""
+_ARRAYS_AS_OBJECTS = bytes.maketrans(b"[]", b"{}")
 _OptionalEnum = TypeVar("_OptionalEnum", bound=StrEnum)
 
 
@@ -237,14 +241,14 @@ def _check_metadata_bytes(encoded: object) -> None:
         return
     if isinstance(encoded, Raw) and len(bytes(encoded)) > METADATA_BYTES:
         raise ValidationError("metadata", f"is over {METADATA_BYTES} bytes of JSON")
-    value = _decoded("metadata", encoded)
+    value = _decoded("metadata", encoded, METADATA_DEPTH)
     if encode_metadata(value) != encoded:
         raise ValidationError("metadata", "is not in canonical form")
 
 
 def _check_unknown(encoded: object) -> None:
     """Refuse unknown members that would make a payload nobody can decode."""
-    members = _decoded("unknown_json", encoded)
+    members = _decoded("unknown_json", encoded, PAYLOAD_DEPTH)
     if not isinstance(members, dict):
         raise ValidationError("unknown_json", "must be a JSON object")
     known = _MEMBERS & set(members)
@@ -255,13 +259,31 @@ def _check_unknown(encoded: object) -> None:
         raise ValidationError("unknown_json", f"is of another format: {version!r}")
 
 
-def _decoded(field: str, encoded: object) -> object:
+def _decoded(field: str, encoded: object, depth: int) -> object:
     if not isinstance(encoded, Raw):
         raise ValidationError(field, f"must be encoded JSON, not {type(encoded).__name__}")
+    if nests_deeper(bytes(encoded), depth):
+        raise ValidationError(field, f"is nested more than {depth} deep")
     try:
         return msgspec.json.decode(encoded)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ValidationError(field, f"is not JSON: {error}") from None
+
+
+def nests_deeper(encoded: bytes, depth: int) -> bool:
+    """Whether JSON nests objects and arrays more than ``depth`` deep.
+
+    The text is not decoded, so the answer is the same on every interpreter.
+    Text that is not JSON is not looked at closely: the decoder refuses it.
+    """
+    if encoded.count(b"{") + encoded.count(b"[") <= depth:
+        return False
+    signs = encoded.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NO_SIGNS)
+    outside = signs.replace(b'""', b"").split(b'"')[::2]
+    brackets = b"".join(outside).translate(_ARRAYS_AS_OBJECTS)
+    for _ in range(depth):
+        brackets = brackets.replace(b"{}", b"")  # the innermost ones, everywhere
+    return b"{}" in brackets or brackets.count(b"{") > depth
 
 
 def fold_whitespace(text: str) -> str:

@@ -20,7 +20,6 @@ from msgspec import Struct
 from taskstore import creation, leases, lifecycle
 from taskstore.clock import Clock, new_task_id
 from taskstore.errors import Conflict, ConflictError, TaskNotFound
-from taskstore.groupcommit import Operation
 from taskstore.lifecycle import Mutation
 from taskstore.mirror import Staging
 from taskstore.records import ACTIVE_STATUSES, TaskRecord, TaskStatus
@@ -119,6 +118,10 @@ class Delete(Struct, frozen=True):
         staging.delete(record)
 
 
+Plan = Create | Change | Delete
+"""What a verb makes of its arguments, but for leases."""
+
+
 class Run(Struct, frozen=True):
     """Which run: its id, and what narrows it down to one scope."""
 
@@ -135,7 +138,7 @@ class ChangeRun(Struct, frozen=True):
     """Do to every task of a run what an operation does to one."""
 
     run: Run
-    each: Change | Delete
+    each: Plan
 
     def __call__(self, staging: Staging) -> list[TaskRecord]:
         """Give the records that were changed, or what they were before they were deleted."""
@@ -144,7 +147,7 @@ class ChangeRun(Struct, frozen=True):
             if isinstance(self.each, Delete):
                 self.each.of(record, staging)
                 changed.append(record)
-            elif record.status in self.each.statuses:
+            elif isinstance(self.each, Change) and record.status in self.each.statuses:
                 after = self.each.of(record, staging)
                 if after is not record:
                     changed.append(after)
@@ -169,12 +172,17 @@ def _check_expected(task_id: str, if_revision: int | None, fence: str | None) ->
 # -- verbs --------------------------------------------------------------------
 
 
-class TaskVerbs(ABC, Generic[RecordT, FlagT]):
-    """The verbs that change one task, or every task of a run."""
+class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
+    """What can be done to a task.  A subclass says what it gives: a record, or what is awaited
+    for one, or the operation."""
 
     @abstractmethod
     def _now(self) -> int:
         """The time in Unix milliseconds; raises :class:`ValidationError` if a clock tells none."""
+
+    @abstractmethod
+    def _create(self, create: Create, /) -> RecordT:
+        """Have a task created."""
 
     @abstractmethod
     def _change(self, change: Change, /) -> RecordT:
@@ -183,6 +191,10 @@ class TaskVerbs(ABC, Generic[RecordT, FlagT]):
     @abstractmethod
     def _delete(self, delete: Delete, /) -> FlagT:
         """Have a task deleted."""
+
+    @abstractmethod
+    def _lease(self, lease: Lease, /) -> TokenT:
+        """Have a lease changed."""
 
     def _mutate(
         self,
@@ -395,18 +407,6 @@ class TaskVerbs(ABC, Generic[RecordT, FlagT]):
         _check_expected(task_id, if_revision, fence)
         return self._delete(Delete(task_id, if_revision, fence))
 
-
-class Verbs(TaskVerbs[RecordT, FlagT], Generic[RecordT, FlagT, TokenT]):
-    """All verbs of a registry."""
-
-    @abstractmethod
-    def _create(self, create: Create, /) -> RecordT:
-        """Have a task created."""
-
-    @abstractmethod
-    def _lease(self, lease: Lease, /) -> TokenT:
-        """Have a lease changed."""
-
     def create(
         self,
         /,
@@ -496,8 +496,8 @@ class Verbs(TaskVerbs[RecordT, FlagT], Generic[RecordT, FlagT, TokenT]):
         return self._mutate(task_id, leases.release(), if_revision, fence)
 
 
-class Planner(Verbs[Operation[TaskRecord], Operation[bool], Operation[str]]):
-    """The verbs, giving the operation that each makes: to be committed by whoever awaits it."""
+class Planner(Verbs[Create | Change, Delete, Lease]):
+    """The verbs, giving the operation that each makes."""
 
     def __init__(self, now: Clock) -> None:
         self._clock = now
@@ -505,30 +505,8 @@ class Planner(Verbs[Operation[TaskRecord], Operation[bool], Operation[str]]):
     def _now(self) -> int:
         return self._clock()
 
-    def _create(self, create: Create, /) -> Operation[TaskRecord]:
+    def _create(self, create: Create, /) -> Create:
         return create
-
-    def _change(self, change: Change, /) -> Operation[TaskRecord]:
-        return change
-
-    def _delete(self, delete: Delete, /) -> Operation[bool]:
-        return delete
-
-    def _lease(self, lease: Lease, /) -> Operation[str]:
-        return lease
-
-
-# -- runs ---------------------------------------------------------------------
-
-
-class _RunPlanner(TaskVerbs[Change, Delete]):
-    """The verbs, giving what each does to every task of a run."""
-
-    def __init__(self, now: Clock) -> None:
-        self._clock = now
-
-    def _now(self) -> int:
-        return self._clock()
 
     def _change(self, change: Change, /) -> Change:
         return change
@@ -536,9 +514,15 @@ class _RunPlanner(TaskVerbs[Change, Delete]):
     def _delete(self, delete: Delete, /) -> Delete:
         return delete
 
+    def _lease(self, lease: Lease, /) -> Lease:
+        return lease
+
+
+# -- runs ---------------------------------------------------------------------
+
 
 def _for_run(
-    verb: Callable[Concatenate[_RunPlanner, str, _P], Change | Delete],
+    verb: Callable[Concatenate[Planner, str, _P], Plan],
 ) -> Callable[Concatenate[RunScope[RecordsT], _P], RecordsT]:
     """The same verb for every task of a run: without the task's id."""
 
@@ -564,23 +548,23 @@ class RunScope(Generic[RecordsT]):
     """
 
     def __init__(
-        self, run: Run, now: Clock, commit: Callable[[Run, Callable[[], Change | Delete]], RecordsT]
+        self, run: Run, now: Clock, commit: Callable[[Run, Callable[[], Plan]], RecordsT]
     ) -> None:
         """``commit`` makes the plan that it is given, and commits it for the run."""
         check_key("run_id", run.run_id)
         self._run = run
-        self._planner = _RunPlanner(now)
+        self._planner = Planner(now)
         self._commit = commit
 
-    mark_running = _for_run(_RunPlanner.mark_running)
-    record_progress = _for_run(_RunPlanner.record_progress)
-    finish = _for_run(_RunPlanner.finish)
-    mark_lost = _for_run(_RunPlanner.mark_lost)
-    recover = _for_run(_RunPlanner.recover)
-    cancel = _for_run(_RunPlanner.cancel)
-    set_delivery_status = _for_run(_RunPlanner.set_delivery_status)
-    set_notify_policy = _for_run(_RunPlanner.set_notify_policy)
-    set_cleanup_after = _for_run(_RunPlanner.set_cleanup_after)
-    link_flow = _for_run(_RunPlanner.link_flow)
-    update_metadata = _for_run(_RunPlanner.update_metadata)
-    delete = _for_run(_RunPlanner.delete)
+    mark_running = _for_run(Planner.mark_running)
+    record_progress = _for_run(Planner.record_progress)
+    finish = _for_run(Planner.finish)
+    mark_lost = _for_run(Planner.mark_lost)
+    recover = _for_run(Planner.recover)
+    cancel = _for_run(Planner.cancel)
+    set_delivery_status = _for_run(Planner.set_delivery_status)
+    set_notify_policy = _for_run(Planner.set_notify_policy)
+    set_cleanup_after = _for_run(Planner.set_cleanup_after)
+    link_flow = _for_run(Planner.link_flow)
+    update_metadata = _for_run(Planner.update_metadata)
+    delete = _for_run(Planner.delete)

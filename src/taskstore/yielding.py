@@ -10,8 +10,9 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from collections.abc import Iterable, MutableMapping
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 T = TypeVar("T", bound=Any)
 
@@ -39,53 +40,45 @@ def empty(mapping: MutableMapping[Any, Any]) -> None:
         mapping.popitem()
 
 
-class CollectorPaused:
-    """Leaves Python's garbage collector off in the body of a ``with``: many records are made there.
+_pausing = threading.RLock()
+_pauses: set[object] = set()
+_was_on = False
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Leave Python's garbage collector off in the body of a ``with``: many records are made there.
 
     It would look again and again for cycles among objects that cannot have
     any, and each of its great looks holds up every other thread.  Pauses may
-    overlap; after the last one it is as it was.  An interrupt on the way in or
-    out leaves none behind: a pause ends when nobody refers to it any more.
+    overlap; after the last one it is as it was.
     """
-
-    _lock: ClassVar = threading.RLock()
-    _pauses: ClassVar[set[int]] = set()
-    _was_on: ClassVar = False
-
-    # Counted first and forgotten last: what is interrupted in between is done once more.
-
-    def __enter__(self) -> None:
-        cls = CollectorPaused
-        with cls._lock:
-            cls._pauses.add(id(self))
-            if len(cls._pauses) == 1:
-                cls._was_on = gc.isenabled()
-                gc.disable()
-
-    def __exit__(self, *_: object) -> None:
-        self._end()
-
-    def __del__(self) -> None:
-        self._end()
-
-    def _end(self) -> None:
-        cls = CollectorPaused
-        with cls._lock:
-            if cls._pauses == {id(self)}:
-                if cls._was_on:
+    global _was_on  # noqa: PLW0603 - the collector is one for the whole process
+    pause = object()
+    try:
+        with _pausing:
+            if not _pauses:
+                _was_on = gc.isenabled()
+            _pauses.add(pause)
+            gc.disable()
+        yield
+    finally:
+        with _pausing:
+            try:
+                if _was_on and _pauses <= {pause}:
                     gc.enable()
-                cls._was_on = False
-            cls._pauses.discard(id(self))
+            finally:
+                _pauses.discard(pause)
 
-    @classmethod
-    def end_all(cls) -> None:
-        """End every pause: in a forked child, the threads that made them are not there."""
-        cls._lock = threading.RLock()
-        cls._pauses.clear()
-        if cls._was_on:
-            gc.enable()
-        cls._was_on = False
+
+def end_pauses() -> None:
+    """End every pause: in a forked child, the threads that made them are not there."""
+    global _pausing  # noqa: PLW0603 - held by a thread that is not there
+    _pausing = threading.RLock()
+    if _pauses and _was_on:
+        gc.enable()
+    _pauses.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=CollectorPaused.end_all)
+    os.register_at_fork(after_in_child=end_pauses)

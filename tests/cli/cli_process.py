@@ -23,6 +23,7 @@ class CLI:
     def __init__(self, url: str) -> None:
         self.url = url
         self.env = {**os.environ, URL_VARIABLE: url}
+        self._started: list[subprocess.Popen[bytes]] = []
 
     def __call__(self, *words: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
         """Run it as a process, to its end."""
@@ -39,7 +40,14 @@ class CLI:
     def start(self, *words: str, **options: Any) -> subprocess.Popen[bytes]:
         options.setdefault("stdout", subprocess.PIPE)
         options.setdefault("stderr", subprocess.PIPE)
-        return subprocess.Popen([*TASKSTORE, *words], env=self.env, **options)
+        self._started.append(subprocess.Popen([*TASKSTORE, *words], env=self.env, **options))
+        return self._started[-1]
+
+    def end(self) -> None:
+        """End what a test has left running, and close what it has left open."""
+        for process in self._started:
+            with process:
+                process.kill()
 
     def json(self, *words: str) -> Any:
         """Ask in this process, which is faster."""

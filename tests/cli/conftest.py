@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ def url(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def cli(url: str) -> CLI:
-    return CLI(url)
+def cli(url: str) -> Iterator[CLI]:
+    cli = CLI(url)
+    yield cli
+    cli.end()
 
 
 @pytest.fixture

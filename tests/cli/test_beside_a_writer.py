@@ -31,8 +31,8 @@ from taskstore.cli import main
 from taskstore.cli.app import app
 from taskstore.testing.processes import Child, Report
 
-PATIENCE_S = 5.0
-"""Far less than anybody waits for a lock, far more than any command takes."""
+PATIENCE_S = 10.0
+"""Less than anybody waits for a lock, far more than any command takes on a busy machine."""
 
 READING = {
     "backends": [],

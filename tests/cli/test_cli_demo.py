@@ -13,7 +13,7 @@ from taskstore.cli.demo_jobs import jobs
 
 def test_the_demo_from_end_to_end(cli: CLI, tmp_path: Path) -> None:
     place = tmp_path / "demo"
-    done = cli("demo", "--dir", str(place), timeout=300)
+    done = cli("demo", "--dir", str(place), timeout=900)  # when it has hung
     out = done.stdout.decode()
     assert done.returncode == 0, (out, done.stderr)
     assert "8 acknowledged, 8 found" in out

@@ -131,14 +131,11 @@ def test_a_run_is_recorded_once(cli: CLI, tmp_path: Path) -> None:
 
 
 def test_who_left_the_group_and_holds_the_output_is_not_waited_for(cli: CLI) -> None:
-    script = "setsid sleep 30 & echo $!; exec sleep 30"
-    started = time.monotonic()
-    done = cli("run", "--timeout", "2s", "--", "sh", "-c", script)
-    took = time.monotonic() - started
+    script = "setsid sleep 300 & echo $!; exec sleep 300"
+    # Were the grace waited for, this would not come back in time.
+    done = cli("run", "--timeout", "2s", "--grace", "1h", "--", "sh", "-c", script)
     os.kill(int(done.stdout), signal.SIGKILL)
     assert done.returncode == 124
-    # The timeout, the short wait for the output, and what starting takes; not the grace of 10 s.
-    assert took < 10
     assert cli.only_task()["status"] == "timed_out"
 
 
@@ -152,11 +149,9 @@ def test_the_group_has_its_grace_when_its_leader_is_gone(cli: CLI, tmp_path: Pat
 
 def test_a_timeout_ends_the_whole_group(cli: CLI, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
-    script = f"trap '' TERM; sleep 77 & echo $! > {pids}; echo $$ >> {pids}; echo begun; wait"
-    begun = time.monotonic()
+    script = f"trap '' TERM; sleep 300 & echo $! > {pids}; echo $$ >> {pids}; echo begun; wait"
     done = cli("run", "--timeout", "2s", "--grace", "0.3", "--", "sh", "-c", script)
     assert (done.returncode, done.stdout) == (124, b"begun\n")
-    assert time.monotonic() - begun < 15
     for pid in pids.read_text().split():
         assert not is_alive(int(pid))
     task = cli.only_task()
@@ -198,13 +193,13 @@ def test_a_signal_is_passed_on_and_cancels(cli: CLI, number: signal.Signals) -> 
 
 def test_a_second_signal_kills(cli: CLI) -> None:
     script = "trap 'echo not yet' TERM; echo ready; while :; do sleep 0.05; done"
-    recorder = cli.start("run", "--", "sh", "-c", script)
+    recorder = cli.start("run", "--grace", "1h", "--", "sh", "-c", script)
     assert recorder.stdout is not None
     assert recorder.stdout.readline() == b"ready\n"
     recorder.terminate()
     assert recorder.stdout.readline() == b"not yet\n"
     recorder.terminate()
-    recorder.communicate(timeout=5)
+    recorder.communicate(timeout=20)
     assert recorder.returncode == 143
     assert cli.only_task()["status"] == "cancelled"
 

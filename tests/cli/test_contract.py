@@ -9,6 +9,9 @@ import sys
 
 import pytest
 
+HUNG_S = 900
+"""When a run of the suite has hung, however busy the machine is."""
+
 OPEN_FOR_EVER = """
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 
@@ -57,7 +60,7 @@ def contract(elsewhere, *arguments):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=HUNG_S,
         check=False,
     )
 
@@ -74,7 +77,7 @@ def suite(elsewhere, *arguments):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=HUNG_S,
         check=False,
     )
 
@@ -159,7 +162,7 @@ def test_the_plugin_is_light_when_it_is_not_used(elsewhere):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HUNG_S,
         check=False,
     )
     assert done.returncode == 0, done.stdout

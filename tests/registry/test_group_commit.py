@@ -16,6 +16,7 @@ from taskstore import (
     StoreClosedError,
     TaskRegistry,
     TaskStoreError,
+    yielding,
 )
 from taskstore.clock import new_task_id
 from taskstore.creation import new_record
@@ -23,7 +24,7 @@ from taskstore.groupcommit import CommitQueue
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 from taskstore.testing.threads import until
 from taskstore.verbs import Create
-from taskstore.yielding import CollectorPaused
+from taskstore.yielding import collector_paused
 
 
 class SlowStore(MemoryStore):
@@ -298,11 +299,11 @@ def test_a_child_forked_while_an_id_is_drawn_draws_its_own():
 
 
 def test_a_child_forked_while_the_collector_is_paused_has_it_again():
-    with CollectorPaused():
+    with collector_paused():
         assert not gc.isenabled()
         assert status_of_child(lambda: 0 if gc.isenabled() else 1) == 0
-        with CollectorPaused._lock:
-            assert status_of_child(lambda: CollectorPaused().__enter__() or 0) == 0
+        with yielding._pausing:
+            assert status_of_child(lambda: collector_paused().__enter__() or 0) == 0
     assert gc.isenabled()
 
 

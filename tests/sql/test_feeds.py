@@ -191,12 +191,12 @@ def test_a_writer_who_says_nothing(pair, monkeypatch):
 
 def test_one_connection_for_all_who_wait_and_none_afterwards(pair, postgres_url, monkeypatch):
     one, two = pair
-    two._feed._linger_s = 0.2
+    two._feed._idle_s = 0.2
     answers = []
     pool = two._database.engine.pool
     with waits(two, 0, answers), waits(two, 0, answers), waits(two, 0, answers):
         until(lambda: listeners(postgres_url) == 1)
-        until(lambda: two._feed._waiting == 3)
+        until(lambda: len(two._feed._waiters) == 3)
         time.sleep(0.05)
         assert pool.checkedout() == 1
         one.apply([make_put()])
@@ -222,7 +222,7 @@ def test_a_pool_of_the_host(postgres_url):
             until(lambda: listeners(postgres_url) == 1)
             store.apply([make_put()])
         assert answers == [True] * 3
-        assert engine.pool.checkedout() == 0
+        until(lambda: engine.pool.checkedout() == 0)
         assert listeners(postgres_url) == 0
     engine.dispose()
 
@@ -257,10 +257,12 @@ def test_an_interrupt_leaves_nothing_behind(url, open_):
             signal.setitimer(signal.ITIMER_REAL, 0.1)
             with pytest.raises(KeyboardInterrupt):
                 two.wait_for(0, PATIENCE_S)
+            assert not two._feed._waiters
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert (two._feed._waiting, two._feed._leader, two._feed._watch) == (0, None, None)
+    until(lambda: two._feed._thread is None)
+    assert two._feed._watch is None
     assert two._database.engine.pool.checkedout() == 0
     answers = []
     with waits(two, 0, answers):

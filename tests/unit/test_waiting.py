@@ -63,7 +63,7 @@ class Watch:
     def wake(self):
         self.ledger.moved.set()
 
-    def close(self):
+    def close(self, *, broken):
         assert not self.closed
         self.closed = True
 
@@ -106,7 +106,7 @@ def test_own_commits_wake_everybody(ledger):
     with meanwhile(
         lambda: run_together(*[lambda: answers.append(ledger.feed.wait_for(0, PATIENCE_S))] * 5)
     ):
-        until(lambda: ledger.feed._waiting == 5 and ledger.watches)
+        until(lambda: len(ledger.feed._waiters) == 5 and ledger.watches)
         ledger.head = 1  # and the watch does not hear of it
         ledger.feed.announce(1)
     assert answers == [True] * 5
@@ -136,45 +136,99 @@ def test_a_watch_that_breaks_is_replaced_and_nothing_is_missed(ledger, monkeypat
     assert len(ledger.watches) == 2
 
 
-def test_who_meets_trouble_raises_it_and_the_others_go_on(ledger):
+def test_trouble_reaches_all_waiters_and_the_next_one_begins_anew(ledger):
     victims = []
-    read = ledger.read
 
     def wait():
         try:
-            assert ledger.feed.wait_for(0, PATIENCE_S)
+            ledger.feed.wait_for(0, PATIENCE_S)
         except StoreUnavailableError as error:
             victims.append(error)
 
-    def fail(_watch):
-        ledger.watches[0].look = read
+    def fail():
         raise StoreUnavailableError("away for a moment")
 
     with meanwhile(lambda: run_together(wait, wait, wait)):
-        until(lambda: ledger.feed._waiting == 3 and ledger.watches)
-        ledger.watches[0].look = lambda: fail(None)
+        until(lambda: len(ledger.feed._waiters) == 3 and ledger.watches)
+        ledger.watches[0].look = fail
         ledger.watches[0].wake()
-        until(lambda: victims)
+    assert len(victims) == 3
+    answers = []
+    with meanwhile(lambda: answers.append(ledger.feed.wait_for(0, PATIENCE_S))):
+        until(lambda: len(ledger.watches) == 2)
         ledger.commit()
-        ledger.feed.announce(1)
-    assert len(victims) == 1
+    assert answers == [True]
+    assert ledger.watches[0].closed
 
 
-def test_a_watch_goes_when_nobody_has_waited_for_a_while():
-    ledger = Ledger(linger_s=1000)
+def test_one_thread_while_there_are_waiters_and_none_afterwards():
+    ledger = Ledger(idle_s=0.2)
+    threads = set()
+
+    def wait():
+        assert ledger.feed.wait_for(0, PATIENCE_S)
+        threads.add(ledger.feed._thread)
+
+    with meanwhile(lambda: run_together(*[wait] * 5)):
+        until(lambda: len(ledger.feed._waiters) == 5 and ledger.watches)
+        ledger.commit()
+    [thread] = threads
+    assert (thread.name, thread.daemon) == ("taskstore-watcher", True)
     for _ in range(3):
-        assert not ledger.feed.wait_for(0, 0.01)
-    assert len(ledger.watches) == 1
-    assert not ledger.watches[0].closed
-    ledger.feed._clearing.cancel()
-    ledger.feed._clearing = None
-    ledger.feed._linger_s = 0.05
-    assert not ledger.feed.wait_for(0, 0.01)
-    until(lambda: ledger.watches[0].closed)
-    assert not ledger.feed.wait_for(0, 0.01)
+        assert not ledger.feed.wait_for(1, 0.01)
+    assert len(ledger.watches) == 1, "who waits in slices need not begin anew"
+    until(lambda: not thread.is_alive())
+    assert ledger.watches[0].closed
+    assert not ledger.feed.wait_for(1, 0.01)
     assert len(ledger.watches) == 2
     ledger.feed.close()
     assert ledger.watches[1].closed
+
+
+def test_without_idle_time_the_watch_goes_with_the_last_waiter():
+    ledger = Ledger(idle_s=0.0)
+    for number in range(3):
+        assert not ledger.feed.wait_for(0, 0.01)
+        until(lambda number=number: len(ledger.watches) == number + 1)
+        until(lambda: all(watch.closed for watch in ledger.watches) and not ledger.feed._thread)
+    ledger.feed.close()
+
+
+def test_no_thread_can_be_started(ledger, monkeypatch):
+    def start(_thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(StoreUnavailableError, match="can't start new thread") as caught:
+            ledger.feed.wait_for(0, 1)
+        assert "threads" in caught.value.hint
+        assert not ledger.feed.wait_for(0, 0)
+    assert not ledger.feed._waiters
+    assert not ledger.feed.wait_for(0, 0.01)
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_an_interrupt_while_the_thread_is_started(ledger, monkeypatch, started):
+    """Whether it runs already or not, the next waiter is served by one thread."""
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        if started:
+            start(thread)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.feed.wait_for(0, PATIENCE_S)
+    answers = []
+    with meanwhile(lambda: answers.append(ledger.feed.wait_for(0, PATIENCE_S))):
+        until(lambda: ledger.watches)
+        watchers = [thread for thread in threading.enumerate() if thread is ledger.feed._thread]
+        assert len(watchers) == 1
+        ledger.commit()
+    assert answers == [True]
 
 
 @pytest.mark.parametrize("waiters", [0, 1, 3])
@@ -188,7 +242,7 @@ def test_closing(ledger, waiters):
 
     jobs = [wait] * waiters
     with meanwhile(lambda: run_together(*jobs) if jobs else None):
-        until(lambda: ledger.feed._waiting == waiters)
+        until(lambda: len(ledger.feed._waiters) == waiters)
         ledger.feed.close()
         ledger.feed.close()
     assert len(told) == waiters

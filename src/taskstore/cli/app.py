@@ -130,7 +130,7 @@ def _invoke(arguments: list[str]) -> int:
         return done.exit_code
     except typer.Abort:
         return NOT_SO
-    except (KeyboardInterrupt, BrokenPipeError):
+    except BrokenPipeError:
         raise
     except Misuse as misuse:
         complain(str(misuse), misuse.hint)

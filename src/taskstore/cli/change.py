@@ -61,7 +61,7 @@ def delete(
         record = only(store, token)
         if not yes:
             confirm(f"Delete {record.task_id} ({record.status}: {render.what(record)})?")
-        ledger.remove(store, record)
+        ledger.remove(store, record.task_id)
     render.print_line(f"deleted {render.visible(record.task_id)}")
 
 

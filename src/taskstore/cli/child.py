@@ -42,7 +42,7 @@ class Event(NamedTuple):
 
 
 Events = SimpleQueue[Event]
-"""What the main thread waits on.  Its ``put`` may be called from signal handlers."""
+"""What the main thread waits on; other threads put events into it."""
 
 
 class Ending(NamedTuple):
@@ -58,16 +58,37 @@ class Ending(NamedTuple):
 
 @contextlib.contextmanager
 def forwarded_signals(events: Events) -> Iterator[None]:
-    """Turn the signals that are to be forwarded into events; those ignored stay ignored."""
-    before = {}
+    """Turn the signals that are to be forwarded into events; those ignored stay ignored.
+
+    A handler in Python runs only when the main thread executes bytecode.  It would
+    be missed while the main thread waits, if the signal came just before the wait
+    or was delivered to another thread.  The interpreter also writes a signal's
+    number into a pipe at once; a thread reads it there.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    threading.Thread(target=_read_signals, args=(reading, events), daemon=True).start()
+    wakeup_before = signal.set_wakeup_fd(writing)
+    handlers_before = {}
     for number in FORWARDED:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            before[number] = signal.signal(number, lambda n, _: events.put(Event("signal", n)))
+            handlers_before[number] = signal.signal(number, lambda *_: None)
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers_before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup_before)
+        os.close(writing)
+
+
+def _read_signals(reading: int, events: Events) -> None:
+    """Tell of each signal whose number comes out of the pipe, until its other end is closed."""
+    with open(reading, "rb", buffering=0) as pipe:
+        while numbers := pipe.read(CHUNK):
+            for number in numbers:
+                if number in FORWARDED:
+                    events.put(Event("signal", number))
 
 
 class Child:

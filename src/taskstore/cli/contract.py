@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 from contextlib import redirect_stdout
 from itertools import groupby
@@ -83,15 +82,13 @@ def _run(url: str, levels: list[str]) -> list[dict[str, Any]]:
         report = Path(directory) / "report.json"
         (Path(directory) / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
         arguments = [
-            *("--pyargs", "taskstore.testing.suite", "-p", "no:cacheprovider", "-q"),
+            # By the name of its entry point, so that it is not loaded twice; autoload may be off.
+            *("-p", "taskstore", "-p", "no:cacheprovider"),
+            *("--pyargs", "taskstore.testing.suite", "-q"),
             *("-c", str(Path(directory) / "pytest.ini"), "--rootdir", directory),
             *("--taskstore-url", url, "--taskstore-report", str(report)),
             *(f"--taskstore-level={name}" for name in levels),
         ]
-        if "taskstore_pytest" not in sys.modules and os.environ.get(
-            "PYTEST_DISABLE_PLUGIN_AUTOLOAD"
-        ):
-            arguments[:0] = ["-p", "taskstore_pytest"]
         with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
             status = pytest.main(arguments)
         if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):

@@ -38,7 +38,7 @@ POLL_S = 0.1
 CANCEL_AFTER_S, KILL_AFTER_S = 3.0, 4.0
 """When the demo cancels one command, and kills another's recorder, at the earliest."""
 PATIENCE_S = 90.0
-"""When something must have gone wrong."""
+"""Something must have gone wrong when no command has ended for so long."""
 
 
 class NotAsPromised(Exception):
@@ -90,7 +90,7 @@ class _Story:
         self._recorders: dict[str, subprocess.Popen[bytes]] = {}
         self._records: dict[str, TaskRecord] = {}
         self._checks = 0
-        self._started = time.monotonic()
+        self._started = self._last_end = time.monotonic()
 
     def tell(self) -> None:
         """Do everything in order."""
@@ -134,14 +134,16 @@ class _Story:
                 over = all(recorder.poll() is not None for recorder in self._recorders.values())
                 for entry in history.changes(store, begin, None):
                     begin = entry.seq
+                    if entry.record is not None and entry.record.is_terminal:
+                        self._last_end = time.monotonic()
                     if entry.record is not None and entry.record.label is not None:
                         self._records[entry.record.label] = entry.record
                         show(entry)
                 if over:
                     return
                 self._meddle(ended)
-                if time.monotonic() - self._started > PATIENCE_S:
-                    raise NotAsPromised(f"the commands have not ended after {PATIENCE_S:g} s")
+                if time.monotonic() - self._last_end > PATIENCE_S:
+                    raise NotAsPromised(f"no command has ended for {PATIENCE_S:g} s")
                 time.sleep(POLL_S)
 
     def _meddle(self, ended: set[str]) -> None:

@@ -9,10 +9,10 @@ compare-and-set is what makes them hold against other writers.
 
 from __future__ import annotations
 
-import random
-import time
 from collections import Counter
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple, TypeVar
 
 from msgspec.structs import replace
 
@@ -23,6 +23,9 @@ from taskstore.lifecycle import Mutation
 from taskstore.query import SESSION_KEY, Page, Summary, TaskQuery, evaluate
 from taskstore.records import ACTIVE_STATUSES, TaskRecord
 from taskstore.store import SupportsQuery, TaskRegistryStore
+from taskstore.stores.retry import Backoff
+
+_T = TypeVar("_T")
 
 ATTEMPTS = 20
 """How often a change is tried while other writers are faster."""
@@ -96,37 +99,33 @@ def change(
     ``known`` is the record as last seen: with it nothing is read first.
     When another writer was faster the function runs again on the fresh record.
     """
-    for attempt in range(1, ATTEMPTS + 1):
-        record = get(store, task_id) if known is None else known
+
+    def attempt() -> TaskRecord:
+        nonlocal known
+        record, known = known or get(store, task_id), None
         after = mutation(record, store.clock())
-        if after is record:
-            return record
-        # One revision, however many steps of the lifecycle the function takes.
-        after = replace(after, revision=record.revision + 1)
-        try:
+        if after is not record:
+            # One revision, however many steps of the lifecycle the function takes.
+            after = replace(after, revision=record.revision + 1)
             store.apply([Put(after)])
-        except ConflictError:
-            if attempt == ATTEMPTS:
-                raise
-            known = None
-            _pause(attempt)
-            continue
         return after
-    raise AssertionError("unreachable: the last attempt returns or raises")
+
+    return _until_no_conflict(attempt)
 
 
-def remove(store: TaskRegistryStore, record: TaskRecord) -> None:
+def remove(store: TaskRegistryStore, task_id: str) -> None:
     """Delete the record of a task, whatever revision it has come to."""
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            store.apply([Remove(record.task_id, record.revision + 1)])
-        except ConflictError:
-            if attempt == ATTEMPTS:
-                raise
-            _pause(attempt)
-            record = get(store, record.task_id)
-        else:
-            return
+    _until_no_conflict(lambda: store.apply([Remove(task_id, get(store, task_id).revision + 1)]))
+
+
+def _until_no_conflict(attempt: Callable[[], _T]) -> _T:
+    """Do it again while other writers are faster, after a few milliseconds."""
+    backoff = Backoff(0.002, 0.05)
+    for _ in range(1, ATTEMPTS):
+        with suppress(ConflictError):
+            return attempt()
+        backoff.sleep()
+    return attempt()
 
 
 def count(store: TaskRegistryStore) -> Summary:
@@ -148,8 +147,3 @@ def count(store: TaskRegistryStore) -> Summary:
     return Summary(
         total=statuses.total(), by_status=dict(statuses), by_runtime=dict(runtimes), seq=seq
     )
-
-
-def _pause(attempt: int) -> None:
-    """Let the others get on, for a jittered few milliseconds."""
-    time.sleep(random.uniform(0, min(0.001 * 2**attempt, 0.05)))  # noqa: S311 (jitter)

@@ -102,9 +102,24 @@ def run(
     }
     new_command_record(command, **fields)  # what may not be stored is refused before anything
     id_out = _opened(id_file)
+    store = open_store(url_of(ctx, url))
+    grace_s = GRACE_S if grace is None else grace
+    return _run(store, command, fields, id_out, timeout_s=timeout, grace_s=grace_s)
+
+
+def _run(
+    store: TaskRegistryStore,
+    command: Sequence[str],
+    fields: dict[str, Any],
+    id_out: TextIO | None,
+    *,
+    timeout_s: float | None,
+    grace_s: float,
+) -> int:
+    """Record the task, run the command, record its end; returns the exit status."""
     events: Events = Events()
     with contextlib.ExitStack() as stack:
-        store = stack.enter_context(open_store(url_of(ctx, url)))
+        stack.enter_context(store)
         stack.enter_context(forwarded_signals(events))
         record = new_command_record(command, **fields)
         if not _create(store, record):
@@ -113,13 +128,7 @@ def run(
             with id_out:
                 id_out.write(f"{record.task_id}\n")
         recorder = Recorder(store, record, lambda: events.put(Event("recorded")))
-        verdict = _attend(
-            command,
-            recorder,
-            events,
-            timeout_s=timeout,
-            grace_s=GRACE_S if grace is None else grace,
-        )
+        verdict = _attend(command, recorder, events, timeout_s=timeout_s, grace_s=grace_s)
         recorder.finish(
             verdict.status,
             error=verdict.error,

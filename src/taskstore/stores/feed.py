@@ -1,47 +1,56 @@
-"""Waiting for commits: the part that stores have in common.
+"""The change feed of a store: threads wait in it for commits.
 
-A :class:`Feed` is what stands behind ``wait_for``.  However many threads wait,
-one of them at a time looks out for what other processes commit, through a
-:class:`Watch`, and tells the others; it does so in its own thread, so that
-there is none that could be left behind.  Own commits are announced and wake
-everybody at once.
+A :class:`Feed` is what stands behind ``wait_for``.  While anybody waits, one
+thread of the feed looks out for what other processes commit, through a
+:class:`Watch`, and wakes the waiters.  Own commits are announced and wake them
+at once.
 
-Nothing is missed, because a watch is set up before the head is looked at: what
-was committed before is seen by that look, and what comes later by the watch.
+Nothing is missed: a waiter registers before it reads the head, and the thread
+sets up its watch before it reads the head.  A commit before these reads is seen
+by them; the watch sees a later one.
 """
 
 from __future__ import annotations
 
-import os
+import math
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Protocol
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import Protocol, TypeAlias
 
-from taskstore.errors import StoreClosedError
+from taskstore.errors import StoreClosedError, StoreUnavailableError
+from taskstore.stores.retry import Backoff
 
-LINGER_S = 2.0
-"""How long a watch outlives the last one who waited, in seconds: who waits in
-slices need not set it up again for each."""
+IDLE_S = 2.0
+"""How long the thread goes on without a waiter, in seconds: a caller that waits in slices
+need not pay for a new watch each time."""
 
 RETRY_S = 5.0
-"""How long we poll, in seconds, before a watch that broke is set up again."""
+"""How long the head is polled before a watch that broke is set up again, in seconds."""
+
+CLOSE_S = 1.0
+"""How long :meth:`Feed.close` lets the thread give its watch back, in seconds."""
+
+LONGEST_PAUSE_S = 1.0
+"""How long the thread pauses at most between two looks, in seconds."""
 
 SHORTEST_NAP_S = 0.001
-LONGEST_NAP_S = 0.05
-_LONGEST_WAIT_S = 3600.0
+LONGEST_NAP_S = 0.06
 
 
 class WatchBrokenError(Exception):
-    """A watch cannot be set up, or is of no use any more: look at the head, then try again."""
+    """A watch cannot be set up, or is of no use any more: the head is polled for a while."""
 
 
 class Watch(Protocol):
     """Looks out for the commits of others.  Used by one thread at a time, but for ``wake``."""
 
     def look(self) -> int | None:
-        """Return the head if it may have moved since the last look, else ``None``; cheap then."""
+        """Return the head if it may have moved since the last look, else ``None``; cheap then.
+
+        The first look returns the head.
+        """
         ...
 
     def pause(self, seconds: float) -> None:
@@ -52,36 +61,9 @@ class Watch(Protocol):
         """End a pause, the current one or the next.  Never blocks, never raises."""
         ...
 
-    def close(self) -> None:
-        """Give back what is held.  Never raises."""
+    def close(self, *, broken: bool) -> None:
+        """Give back what is held, ``broken`` if nobody is to use it again.  Never raises."""
         ...
-
-
-class Naps:
-    """Pauses that grow from 1 ms as long as nothing happens."""
-
-    def __init__(self, longest_s: float = LONGEST_NAP_S) -> None:
-        self._longest_s = longest_s
-        self._woken = threading.Event()
-        self.shorten()
-
-    def shorten(self) -> None:
-        """Something happened: more of it may follow soon."""
-        self.next_s = SHORTEST_NAP_S
-
-    def take(self, at_most_s: float) -> None:
-        """Sleep, or come back at once when woken."""
-        self._woken.wait(min(self.next_s, at_most_s))
-        self._woken.clear()
-        self.lengthen()
-
-    def lengthen(self) -> None:
-        """Nothing happened: take it easier."""
-        self.next_s = min(self.next_s * 1.5, self._longest_s)
-
-    def wake(self) -> None:
-        """End a nap."""
-        self._woken.set()
 
 
 class PollingWatch:
@@ -96,38 +78,44 @@ class PollingWatch:
         longest_nap_s: float = LONGEST_NAP_S,
     ) -> None:
         self._head = head
-        self._sign = sign
-        self._naps = Naps(longest_nap_s)
+        self._sign = sign or head
         self._seen: object = None
-        self._known = False
+        self._naps = Backoff(SHORTEST_NAP_S, longest_nap_s)
+        self._woken = threading.Event()
 
     def look(self) -> int | None:
         # The sign is read first: what is committed in between is then seen next time.
-        sign = self._sign() if self._sign is not None else self._head()
-        if self._known and sign == self._seen:
+        sign = self._sign()
+        if sign == self._seen:
             return None
-        head = self._head() if self._sign is not None else sign
-        assert isinstance(head, int)
-        self._seen, self._known = sign, True
-        self._naps.shorten()
-        return head
+        self._seen = sign
+        self._naps.reset()
+        return self._head()
 
     def pause(self, seconds: float) -> None:
-        self._naps.take(seconds)
+        self._woken.wait(min(self._naps.next_s(), seconds))
+        self._woken.clear()
 
     def wake(self) -> None:
-        self._naps.wake()
+        self._woken.set()
 
-    def close(self) -> None:
+    def close(self, *, broken: bool) -> None:
         pass
 
 
+_Waiter: TypeAlias = "SimpleQueue[BaseException | None]"
+"""One waiting call: ``None`` tells it that the head moved, an error is what it raises.
+The queue is written in C, so that an interrupt leaves none of it half-done."""
+
+
 class Feed:
-    """Everybody who waits for a commit of one store.
+    """The waiting calls of one store, and the thread that watches for them.
 
     ``head`` reads the head, with the patience and the errors of the store;
-    ``watch`` sets up what looks out for the commits of others, or raises
-    :class:`WatchBrokenError`: then the head is polled for a while.
+    ``watch`` sets up what looks out for the commits of others.  When it raises
+    :class:`WatchBrokenError` or one of ``errors``, there or later, the head is
+    polled for a while.  The thread ends when nobody has waited for ``idle_s``
+    seconds.
     """
 
     def __init__(
@@ -136,186 +124,144 @@ class Feed:
         watch: Callable[[], Watch],
         location: str,
         *,
-        linger_s: float = LINGER_S,
+        idle_s: float = IDLE_S,
+        errors: tuple[type[Exception], ...] = (),
     ) -> None:
         self._head = head
         self._set_up = watch
         self._location = location
-        self._linger_s = linger_s
-        self._closed = False
-        self._begin()
-
-    def _begin(self) -> None:
-        self._pid = os.getpid()
-        # Taken by itself: unlike the condition, it cannot be interrupted as it is.
-        self._gate = threading.RLock()
-        self._changed = threading.Condition(self._gate)
-        self._waiting = 0
-        self._leader: object = None
+        self._idle_s = idle_s
+        self._broken: tuple[type[Exception], ...] = (WatchBrokenError, *errors)
+        self._lock = threading.RLock()
+        # The waiting calls, and the seq that each has seen already.
+        self._waiters: dict[_Waiter, int] = {}
+        self._thread: threading.Thread | None = None
         self._watch: Watch | None = None
-        self._polls_until: float | None = None
-        self._looks = 0
-        self._news = 0
-        self._left_at = 0.0
-        self._clearing: threading.Timer | None = None
+        self._closed = False
 
     def wait_for(self, after: int, timeout: float) -> bool:
         """Wait until the head exceeds ``after``, at most ``timeout`` seconds; whether it does."""
         deadline = time.monotonic() + timeout
-        self._check_process()
-        with self._present():
-            while True:
-                looks = self._looks
-                if self._head() > after:
-                    return True
-                answer = self._wait(after, looks, deadline)
-                if answer is not None:
-                    return answer
+        waiter: _Waiter = SimpleQueue()
+        try:
+            self._waiters[waiter] = after
+            if self._head() > after:
+                return True
+            if timeout <= 0:
+                return False
+            self._start()
+            left = max(0.0, deadline - time.monotonic())
+            error = waiter.get(timeout=min(left, threading.TIMEOUT_MAX))
+        except Empty:
+            return False
+        finally:
+            # First of all, and in one call, which an interrupt does not divide.
+            self._waiters.pop(waiter, None)
+            if not (self._idle_s or self._waiters):
+                self._wake()
+        if error is None:
+            return True
+        try:
+            raise error
+        finally:
+            del error  # which refers to this frame
 
     def announce(self, seq: int) -> None:
-        """Tell everybody who waits that we have committed up to ``seq``."""
-        self._check_process()
-        with self._gate:
+        """Wake the waiters: this process has committed up to ``seq``."""
+        if self._waiters:
             self._publish(seq)
-            if self._watch is not None and self._leader is not None:
-                self._watch.wake()
 
     def close(self) -> None:
-        """Wake everybody who waits: they raise :class:`~taskstore.StoreClosedError`."""
-        self._check_process()
-        with self._gate:
+        """End each wait: the waiters raise :class:`~taskstore.StoreClosedError`."""
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
-            if self._clearing is not None:
-                self._clearing.cancel()
-                self._clearing = None
-            if self._leader is not None:
-                # Who uses the watch gives it back.
-                if self._watch is not None:
-                    self._watch.wake()
-                return
-        self._drop()
-
-    def _check_process(self) -> None:
-        """Begin anew after a fork: threads and watch are the parent's."""
-        if self._pid != os.getpid():
-            self._begin()
-
-    # -- one who waits ------------------------------------------------------
-
-    def _wait(self, after: int, looks: int, deadline: float) -> bool | None:
-        """The answer, or ``None`` when the head has to be looked at again."""
-        me = object()
-        while True:
-            try:
-                with self._gate:
-                    answer = self._answer(after, looks, deadline)
-                    if answer is not None:
-                        return answer
-                    if self._leader is not None:
-                        self._changed.wait(_left(deadline))
-                        continue
-                    self._leader = me
-                if not self._lead(after, looks, deadline):
-                    return None
-            finally:
-                if self._leader is me:
-                    with self._gate:
-                        self._leader = None
-                        self._changed.notify_all()
-
-    def _answer(self, after: int, looks: int, deadline: float) -> bool | None:
-        """What can be said by now.  Under the lock."""
-        if self._closed:
-            raise StoreClosedError(f"the store {self._location} is closed")
-        if self._looks != looks and self._news > after:
-            return True
-        return False if time.monotonic() >= deadline else None
+            thread = self._thread
+        self._fail(StoreClosedError(f"the store {self._location} is closed"))
+        self._wake()
+        if thread is not None:
+            thread.join(CLOSE_S)
 
     def _publish(self, head: int) -> None:
-        # The number of looks tells who waits that this one came after his own.
-        self._looks += 1
-        self._news = head
-        self._changed.notify_all()
+        for waiter, after in list(self._waiters.items()):
+            if head > after:
+                waiter.put(None)
 
-    # -- the one who looks out for all ----------------------------------------
+    def _fail(self, error: BaseException) -> None:
+        for waiter in list(self._waiters):
+            waiter.put(error)
+            self._waiters.pop(waiter, None)
 
-    def _lead(self, after: int, looks: int, deadline: float) -> bool:
-        """Look out until one's own wait is over; ``False`` when the watch broke."""
-        try:
-            while True:
-                watch = self._current()
-                head = watch.look()
-                with self._gate:
-                    if head is not None:
-                        self._publish(head)
-                    if self._answer(after, looks, deadline) is not None:
-                        return True
-                watch.pause(_left(deadline))
-        except BaseException as error:
-            # Also an interrupt: nobody knows what it left the watch in.
-            self._drop()
-            if isinstance(error, WatchBrokenError):
-                self._polls_until = time.monotonic() + RETRY_S
-                return False
-            raise
-
-    def _current(self) -> Watch:
-        """The watch; for some time after it broke, one that polls."""
-        if self._polls_until is not None and time.monotonic() >= self._polls_until:
-            self._polls_until = None
-            self._drop()
-        if self._watch is None:
-            watch = self._set_up() if self._polls_until is None else PollingWatch(self._head)
-            with self._gate:
-                self._watch = watch
-        return self._watch
-
-    def _drop(self) -> None:
-        with self._gate:
-            watch, self._watch = self._watch, None
+    def _wake(self) -> None:
+        watch = self._watch
         if watch is not None:
-            watch.close()
+            watch.wake()
 
-    # -- coming and going -----------------------------------------------------
+    # -- the watching thread ------------------------------------------------
 
-    @contextmanager
-    def _present(self) -> Iterator[None]:
-        """Count who waits: the watch goes some time after the last one."""
-        with self._gate:
-            self._waiting += 1
+    def _start(self) -> None:
+        """Start the watching thread unless there is one."""
+        with self._lock:
+            if self._closed:
+                raise StoreClosedError(f"the store {self._location} is closed")
+            if self._thread is not None:
+                return
+            thread = threading.Thread(target=self._run, name="taskstore-watcher", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise StoreUnavailableError(
+                    f"{self._location}: the thread that watches for commits cannot be started: "
+                    f"{error}",
+                    hint="let the process have more threads, or ask for the head now and then",
+                ) from error
+            self._thread = thread
+
+    def _run(self) -> None:
+        retry_at = -math.inf
+        while self._goes_on():
+            try:
+                if time.monotonic() < retry_at:
+                    self._serve(PollingWatch(self._head), retry_at)
+                else:
+                    self._serve(self._set_up())
+            except self._broken:
+                retry_at = time.monotonic() + RETRY_S
+            except BaseException as error:  # noqa: BLE001 - raised by the waiting calls
+                self._fail(error)
+
+    def _goes_on(self) -> bool:
+        """Whether this thread is needed; if not, the next waiter starts another one."""
+        with self._lock:
+            # An interrupted caller may have started this thread without noting it.
+            me = threading.current_thread()
+            if self._thread is None:
+                self._thread = me
+            if self._thread is not me:
+                return False
+            if self._waiters and not self._closed:
+                return True
+            self._thread = None
+            return False
+
+    def _serve(self, watch: Watch, until: float = math.inf) -> None:
+        """Look out through ``watch`` while there is a waiter, at most ``until`` (monotonic)."""
+        needed_at = time.monotonic()
+        broken = True
         try:
-            yield
+            self._watch = watch
+            while not self._closed and (now := time.monotonic()) < until:
+                if self._waiters:
+                    needed_at = now
+                    rest = LONGEST_PAUSE_S
+                else:
+                    rest = needed_at + self._idle_s - now
+                if rest <= 0:
+                    break
+                head = watch.look()
+                if head is not None:
+                    self._publish(head)
+                watch.pause(min(rest, until - now))
+            broken = False
         finally:
-            with self._gate:
-                self._waiting -= 1
-                self._left_at = time.monotonic()
-            self._clear()
-
-    def _clear(self) -> None:
-        """Give the watch back if nobody has waited for long enough; if not yet, do it later."""
-        with self._gate:
-            if self._waiting or self._watch is None:
-                return
-            rest = self._left_at + self._linger_s - time.monotonic()
-            if rest > 0 and not self._closed:
-                if self._clearing is None:
-                    timer = threading.Timer(rest, self._clear_later)
-                    timer.daemon = True
-                    # Where no thread can be started, it stays until somebody waits again.
-                    with suppress(RuntimeError):
-                        timer.start()
-                        self._clearing = timer
-                return
-            watch, self._watch = self._watch, None
-        watch.close()
-
-    def _clear_later(self) -> None:
-        with self._gate:
-            self._clearing = None
-        self._clear()
-
-
-def _left(deadline: float) -> float:
-    """How long there is to wait, in seconds: no more than what every lock takes."""
-    return max(0.0, min(deadline - time.monotonic(), _LONGEST_WAIT_S))
+            self._watch = None
+            watch.close(broken=broken)

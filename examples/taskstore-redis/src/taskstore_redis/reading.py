@@ -24,6 +24,7 @@ from taskstore import (
     TaskRecord,
     fold,
 )
+from taskstore.codec import check_nesting
 
 from taskstore_redis.layout import (
     ALL,
@@ -250,6 +251,7 @@ class Reader:
 
     def _aside(self, value: bytes) -> SetAside:
         try:
+            check_nesting(value)
             return msgspec.json.decode(value, type=SetAside)
         except msgspec.DecodeError as error:
             return SetAside(value, f"{self.location}: aside", f"does not decode: {error}")

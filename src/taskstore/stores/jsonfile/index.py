@@ -35,13 +35,15 @@ _decoder = msgspec.json.Decoder(Keys)
 
 def keys_of(payload: bytes | Raw) -> Keys | None:
     """The keys of a payload, ``None`` when they cannot be told."""
+    payload = bytes(payload)
     try:
+        codec.check_nesting(payload)
         keys = _decoder.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
     if keys.v == FORMAT_VERSION:
         return keys
-    item = codec.decode_or_set_aside(bytes(payload), "")
+    item = codec.decode_or_set_aside(payload, "")
     if isinstance(item, SetAside):
         return keys
     return Keys(keys.v, item.task_id, item.revision, item.run_id, item.booking)

@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 import msgspec
 from msgspec import Struct
 
-from taskstore.codec import SNAPSHOT_FORMAT
+from taskstore.codec import SNAPSHOT_FORMAT, check_nesting
 from taskstore.errors import CorruptStoreError
 from taskstore.stores.jsonfile.files import numbered, segment_name, snapshot_name
 from taskstore.stores.jsonfile.lines import STAMP_BYTES, Identity, decode_header, is_sound
@@ -264,6 +264,7 @@ def read_snapshot_header(path: Path, seq: int, hint: str | None = None) -> Snaps
     if not line.endswith(_RECORDS):
         raise CorruptStoreError(str(path), "the header line is damaged", offset=0, hint=hint)
     try:
+        check_nesting(line)
         header = msgspec.json.decode(line[: -len(_RECORDS)] + b"}", type=SnapshotHeader)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CorruptStoreError(

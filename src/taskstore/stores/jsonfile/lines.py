@@ -16,7 +16,7 @@ from msgspec import Raw, Struct
 from taskstore import codec
 from taskstore.errors import CorruptStoreError
 from taskstore.journal import Change, Commit, EntryKind, JournalEntry, Put, SetAside
-from taskstore.records import TaskRecord
+from taskstore.records import PAYLOAD_DEPTH, TaskRecord
 
 JOURNAL_FORMAT = "taskstore-journal/1"
 STAMP_BYTES = 18
@@ -72,6 +72,8 @@ class Line(Struct, frozen=True, gc=False):
         return self.seq + len(self.entries) - 1
 
 
+_DEPTH_OF_RECORD = 3
+"""How deep in the line of a commit a record stands."""
 _header_decoder = msgspec.json.Decoder(Header)
 _line_decoder = msgspec.json.Decoder(Line)
 
@@ -96,6 +98,7 @@ def encode_header(identity: Identity, *, seq: int, at: int, base: bool = False) 
 def decode_header(line: bytes, where: str) -> Header:
     """The header that a sound first line holds; :class:`CorruptStoreError` if it is none."""
     try:
+        codec.check_nesting(line)
         header = _header_decoder.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CorruptStoreError(where, f"the header is damaged: {error}", offset=0) from error
@@ -143,6 +146,7 @@ def encode_commit(commit: Commit, entries: bytes) -> bytes:
 def decode_commit(line: bytes, where: str, offset: int) -> Line:
     """The commit that a sound line holds; :class:`CorruptStoreError` if it is none."""
     try:
+        codec.check_nesting(line, PAYLOAD_DEPTH + _DEPTH_OF_RECORD)
         decoded = _line_decoder.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CorruptStoreError(where, f"the line is no commit: {error}", offset=offset) from error

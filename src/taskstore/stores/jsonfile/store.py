@@ -40,7 +40,7 @@ LOCK_TIMEOUT_S = 30.0
 """How long a write waits for other writers unless told otherwise."""
 
 _T = TypeVar("_T")
-LONGEST_NAP_S = 0.02
+LONGEST_NAP_S = 0.025
 """The longest pause between two looks at the files while somebody waits, in seconds."""
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from taskstore.codec import checksum, decode_or_set_aside, set_aside
+from taskstore.codec import check_nesting, checksum, decode_or_set_aside, set_aside
 from taskstore.errors import CorruptStoreError, ValidationError
 from taskstore.journal import EntryKind, JournalEntry, SetAside
 from taskstore.records import TaskRecord
@@ -166,6 +166,7 @@ def read_lines(data: bytes, where: str) -> Iterator[TaskRecord | SetAside]:
     for line in data.split(b"\n"):
         if line[:1] == _ASIDE:
             try:
+                check_nesting(line)
                 yield msgspec.json.decode(line[1:], type=SetAside)
             except msgspec.DecodeError as error:
                 raise CorruptStoreError(where, f"a line does not decode: {error}") from error

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from taskstore.codec import checksum, encode_record
+from taskstore.codec import check_nesting, checksum, encode_record
 from taskstore.errors import ConflictError, CorruptStoreError
 from taskstore.journal import SetAside, Snapshot, validated_snapshot
 from taskstore.records import TaskRecord
@@ -39,7 +39,7 @@ from taskstore.stores.sql.tables import (
     tasks,
     taskstore_head,
 )
-from taskstore.yielding import CollectorPaused
+from taskstore.yielding import collector_paused
 
 
 def read_head(session: Session, sql: Statements, *, lock: bool = False) -> Head:
@@ -68,6 +68,7 @@ def read_set_aside(session: Session, sql: Statements) -> list[SetAside]:
         where = f"task_set_aside, row {number}"
         damage = damage_of(payload, stored)
         try:
+            check_nesting(payload)
             item = msgspec.json.decode(payload, type=SetAside)
         except msgspec.DecodeError as error:
             damage = damage or str(error)
@@ -91,7 +92,7 @@ def load(connections: Connections) -> Snapshot:
                 aside.append(found)
         return Snapshot(head.head_seq, MappingProxyType(records), head.last_at, tuple(aside))
 
-    with CollectorPaused():
+    with collector_paused():
         return connections.read(work, one_moment=True)
 
 
@@ -113,7 +114,7 @@ def read_snapshot(connections: Connections, at: int) -> Snapshot | None:
                 aside.append(item)
         return Snapshot(mark.seq, MappingProxyType(records), mark.at, tuple(aside))
 
-    with CollectorPaused():
+    with collector_paused():
         return connections.read(work, one_moment=True)
 
 

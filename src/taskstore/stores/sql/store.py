@@ -22,7 +22,7 @@ from taskstore.policy import CompactionPolicy, CompactionReport
 from taskstore.query import Page, TaskQuery
 from taskstore.records import MAX_INT
 from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport
-from taskstore.stores.feed import LINGER_S, Feed
+from taskstore.stores.feed import IDLE_S, Feed
 from taskstore.stores.sql import compaction, snapshots
 from taskstore.stores.sql.commits import commit
 from taskstore.stores.sql.connections import Connections
@@ -101,7 +101,8 @@ class SQLStore(TaskRegistryStore):
             partial(database.watch, self._connections, self.head),
             self.location,
             # A connection of a host's pool is not kept for nobody.
-            linger_s=LINGER_S if database.owned else 0.0,
+            idle_s=IDLE_S if database.owned else 0.0,
+            errors=database.translator.errors,
         )
         try:
             ensure_schema(database, migrate, url)

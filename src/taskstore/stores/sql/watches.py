@@ -12,11 +12,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from taskstore.errors import TaskStoreError
-from taskstore.stores.feed import Naps, PollingWatch, Watch, WatchBrokenError
-from taskstore.stores.sql.errors import ReplacedError
+from taskstore.stores.feed import LONGEST_NAP_S, SHORTEST_NAP_S, PollingWatch, WatchBrokenError
+from taskstore.stores.retry import Backoff
 from taskstore.stores.sql.rows import Head
-from taskstore.stores.sql.session import Session
 
 if TYPE_CHECKING:
     from taskstore.stores.sql.connections import Connections
@@ -25,70 +23,34 @@ SAFETY_S = 1.0
 """How often the head is looked at, in seconds, although nothing was heard: behind some
 poolers nothing ever is, and a version of taskstore before this one says nothing."""
 
-SQLITE_NAP_S = 0.02
+SQLITE_NAP_S = 0.025
 """The longest pause between two looks at an SQLite file, in seconds."""
 
 
-def polling_watch(_connections: Connections, head: Callable[[], int]) -> Watch:
+def polling_watch(_connections: Connections, head: Callable[[], int]) -> PollingWatch:
     """A watch that asks for the head."""
     return PollingWatch(head)
 
 
-class _Held:
-    """A watch with a connection of its own."""
-
-    def __init__(self, connections: Connections) -> None:
-        self._connections = connections
-        self._session = self._guarded(connections.borrow)
-        self._broken = False
-
-    def _guarded(self, work: Callable[[], Any]) -> Any:
-        """Do ``work``: trouble with the connection makes the watch a broken one."""
-        try:
-            return work()
-        except self._connections.database.translator.errors as error:
-            self._broken = True
-            raise WatchBrokenError from error
-
-    def _release(self) -> None:
-        self._connections.give_back(self._session, broken=self._broken)
-
-
-class DataVersionWatch(_Held):
+class DataVersionWatch(PollingWatch):
     """SQLite tells a connection cheaply whether another one has committed."""
 
     def __init__(self, connections: Connections, head: Callable[[], int]) -> None:
-        super().__init__(connections)
-        self._polling = PollingWatch(head, self._version, longest_nap_s=SQLITE_NAP_S)
+        super().__init__(head, self._version, longest_nap_s=SQLITE_NAP_S)
+        self._connections = connections
+        self._session = connections.borrow()
 
     def _version(self) -> object:
-        while True:
-            row = self._guarded(lambda: self._session.row("PRAGMA data_version"))
-            try:
-                # A file that was opened as one that nobody writes says so if somebody does.
-                self._connections.database.check_read(self._session)
-            except ReplacedError:
-                self._connections.reopen()
-                fresh = self._guarded(self._connections.borrow)
-                self._release()
-                self._session = fresh
-            else:
-                return (self._session.file, row[0])
+        row = self._session.row("PRAGMA data_version")
+        # A file that was opened as one that nobody writes says so if somebody does.
+        self._connections.database.check_read(self._session)
+        return row[0]
 
-    def look(self) -> int | None:
-        return self._polling.look()
-
-    def pause(self, seconds: float) -> None:
-        self._polling.pause(seconds)
-
-    def wake(self) -> None:
-        self._polling.wake()
-
-    def close(self) -> None:
-        self._release()
+    def close(self, *, broken: bool) -> None:
+        self._connections.give_back(self._session, broken=broken)
 
 
-class ListeningWatch(_Held):
+class ListeningWatch:
     """PostgreSQL tells who listens.
 
     While it listens it holds an advisory lock, by which a writer sees that a
@@ -99,113 +61,108 @@ class ListeningWatch(_Held):
 
     def __init__(self, connections: Connections, head: Callable[[], int]) -> None:
         del head  # it is read here, on the connection that listens
-        super().__init__(connections)
-        self._naps = Naps()
+        self._connections = connections
         self._database = connections.database
-        self._sql: Any = connections.database.sql
+        self._sql: Any = self._database.sql
         self._generation = self._database.generation
+        self._session = connections.borrow()
         self._channel = ""
-        self._locked = self._deaf = self._heard = False
+        # Whether we hold the lock, whether writers commit without our hearing of it,
+        # whether somebody else has told of a commit, and whether anybody has.
+        self._locked = self._deaf = self._heard = self._told = False
         self._seen: int | None = None
-        self._looked_at = 0.0
+        self._naps = Backoff(SHORTEST_NAP_S, LONGEST_NAP_S)
+        self._due_at = 0.0
         self._hearing, self._waking = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         try:
-            self._guarded(self._listen)
+            self._listen()
         except BaseException:
-            self._broken = True
-            self.close()
+            self.close(broken=True)
             raise
 
     def _listen(self) -> None:
-        session: Session = self._session
+        session = self._session
         row = session.row(self._sql.head)
         if row is None:
             raise WatchBrokenError
         self._channel = self._sql.channel_of(Head(*row).ledger_id)
         # What is heard in the middle of another statement is taken in with its
         # answer: without a handler it would be gone.
-        session.raw.add_notify_handler(self._hear)
+        session.raw.add_notify_handler(self._on_note)
         session.execute(f'LISTEN "{self._channel}"')
         for end in (self._hearing, self._waking):
             end.settimeout(0)
         self._selector.register(self._hearing, selectors.EVENT_READ)
         self._selector.register(session.raw.fileno(), selectors.EVENT_READ)
 
-    def _hear(self, note: Any) -> None:
-        """Take in what was heard in the middle of another statement."""
-        self._note(note.channel, note.pid)
+    def _on_note(self, note: Any) -> None:
+        self._hear(note.channel, note.pid)
 
-    def _note(self, channel: str, pid: int) -> None:
-        # Of our own commits everybody has been told.
-        if channel == self._channel and pid != self._connections.writing_pid():
-            self._heard, self._deaf = True, False
+    def _hear(self, channel: str, pid: int) -> None:
+        if channel == self._channel:
+            self._told, self._deaf = True, False
+            # Of our own commits the waiters know already.
+            if pid != self._connections.writing_pid():
+                self._heard = True
 
     def look(self) -> int | None:
         if self._generation != self._database.generation:
             # The server that we listen to may no longer be the one that is written to.
-            self._broken = True
             raise WatchBrokenError
-        if not (self._heard or self._rest() <= 0):
+        if not self._heard and time.monotonic() < self._due_at:
             return None
-        return int(self._guarded(self._look))
+        return self._look()
 
     def _look(self) -> int:
-        session: Session = self._session
-        locked = self._locked
+        session, locked = self._session, self._locked
         if not locked:
             [self._locked] = session.row(self._sql.be_heard, (self._channel,))
-        heard, self._heard = self._heard, False
+        told, self._told, self._heard = self._told, False, False
         row = session.row(self._sql.head)
         if row is None:
             raise WatchBrokenError
         head = Head(*row).head_seq
         if self._seen is not None and head != self._seen:
-            self._naps.shorten()
+            self._naps.reset()
             # Somebody has committed whom we cannot hear.
-            self._deaf = self._deaf or (locked and not heard and not self._heard)
-        self._seen, self._looked_at = head, time.monotonic()
+            self._deaf = self._deaf or (locked and not told and not self._told)
+        self._seen = head
+        period = SAFETY_S if self._locked and not self._deaf else self._naps.next_s()
+        self._due_at = time.monotonic() + period
         return head
-
-    def _rest(self) -> float:
-        """How long until the head is looked at although nothing was heard."""
-        period = SAFETY_S if self._locked and not self._deaf else self._naps.next_s
-        return self._looked_at + period - time.monotonic()
 
     def pause(self, seconds: float) -> None:
         if self._heard:
             return
-        ready = self._selector.select(max(0.0, min(seconds, self._rest())))
-        self._naps.lengthen()
-        for key, _ in ready:
+        rest = min(seconds, self._due_at - time.monotonic())
+        for key, _ in self._selector.select(max(0.0, rest)):
             if key.fileobj is self._hearing:
                 with suppress(OSError):
                     self._hearing.recv(64)
             else:
-                self._guarded(self._take_in)
+                self._take_in()
 
     def _take_in(self) -> None:
         connection = self._session.raw.pgconn
         connection.consume_input()
         while (note := connection.notifies()) is not None:
-            self._note(note.relname.decode(), note.be_pid)
+            self._hear(note.relname.decode(), note.be_pid)
 
     def wake(self) -> None:
         with suppress(OSError):
             self._waking.send(b"\0")
 
-    def close(self) -> None:
-        with suppress(Exception):
-            self._session.raw.remove_notify_handler(self._hear)
-        if not self._broken:
+    def close(self, *, broken: bool) -> None:
+        if not broken:
             try:
+                self._session.raw.remove_notify_handler(self._on_note)
                 self._session.execute(f'UNLISTEN "{self._channel}"')
                 if self._locked:
                     self._session.row(self._sql.be_quiet, (self._channel,))
             except Exception:  # noqa: BLE001 - whatever a broken driver raises
-                self._broken = True
+                broken = True
         self._selector.close()
         self._hearing.close()
         self._waking.close()
-        with suppress(TaskStoreError):
-            self._release()
+        self._connections.give_back(self._session, broken=broken)

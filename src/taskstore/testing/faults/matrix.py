@@ -27,17 +27,8 @@ from taskstore.testing.faults.door import HOLD_S, Door, Fault
 from taskstore.testing.faults.files import FAULTS as FILE_FAULTS
 from taskstore.testing.faults.files import Files
 from taskstore.testing.faults.scenarios import SCENARIOS, Part, Scenario
-from taskstore.testing.faults.stage import (
-    OpenRegistry,
-    OpenStore,
-    Outcome,
-    Seen,
-    Stage,
-    go_on,
-    judge_callers,
-    judge_sync,
-    open_registry,
-)
+from taskstore.testing.faults.stage import OpenRegistry, OpenStore, Seen, Stage, open_registry
+from taskstore.testing.faults.verdict import Outcome, go_on, judge_callers, judge_sync
 from taskstore.testing.scratch import scratch
 
 PATIENCE_S = 60.0

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from taskstore.compaction import compact
 from taskstore.journal import Snapshot
@@ -14,9 +14,7 @@ from taskstore.policy import CompactionPolicy
 from taskstore.records import TaskRecord
 from taskstore.registry import TaskRegistry
 from taskstore.store import SupportsCompaction, SupportsJournal, TaskRegistryStore
-
-if TYPE_CHECKING:
-    from taskstore.testing.faults.stage import Stage
+from taskstore.testing.faults.stage import Stage
 
 Records = Mapping[str, TaskRecord]
 
