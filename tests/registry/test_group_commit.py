@@ -19,8 +19,8 @@ from taskstore import (
     yielding,
 )
 from taskstore.clock import new_task_id
+from taskstore.committer import CommitQueue
 from taskstore.creation import new_record
-from taskstore.groupcommit import CommitQueue
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 from taskstore.testing.threads import until
 from taskstore.verbs import Create
