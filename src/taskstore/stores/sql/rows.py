@@ -88,8 +88,10 @@ def record_of(row: TaskRow) -> TaskRecord | SetAside:
     not become one record.
     """
     where = f"tasks, row {row.task_id!r}"
-    payload = as_bytes(row.payload)
-    damage = damage_of(payload, row.checksum)
+    payload = row.payload if isinstance(row.payload, bytes) else as_bytes(row.payload)
+    damage = None
+    if checksum(payload) != row.checksum:
+        damage = damage_of(payload, row.checksum)
     if row.checksum == CARRIED:
         damage = "it was set aside in the snapshot that this ledger was made from"
     if damage is None:

@@ -11,27 +11,30 @@ from taskstore.errors import CorruptStoreError
 from taskstore.journal import EntryKind, JournalEntry, SetAside
 from taskstore.records import TaskRecord
 from taskstore.store import VerifyReport
-from taskstore.stores.sql.connections import Connections
+from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.rows import CARRIED, Head, Mark, TaskRow, entry_of, record_of
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.snapshots import read_chunks, read_head, read_set_aside
 from taskstore.stores.sql.statements import PAGE
 from taskstore.stores.sql.tables import PROJECTED, task_journal, task_snapshots, tasks
+from taskstore.stores.sql.transactions import Transactions
 
 MOST = 100
 """How many problems are told one by one."""
 
 
-def verify(connections: Connections) -> VerifyReport:
+def verify(transactions: Transactions) -> VerifyReport:
     """Check everything; see ``SupportsIntegrity.verify``."""
-    return connections.read(lambda session: _Check(session, connections).run(), one_moment=True)
+    return transactions.read(
+        lambda session: _Check(session, transactions.database).run(), one_moment=True
+    )
 
 
 class _Check:
-    def __init__(self, session: Session, connections: Connections) -> None:
+    def __init__(self, session: Session, database: Database) -> None:
         self._session = session
-        self._sql = connections.database.sql
-        self._location = connections.database.location
+        self._sql = database.sql
+        self._location = database.location
         self._problems: list[str] = []
         self._left_out = 0
         # The state that the journal leads to.  Comparing payloads would miss

@@ -7,7 +7,7 @@ and a way to open a URL, naming them in ``DIALECTS`` and in ``engines.py``,
 and saying in ``errors.py`` what the driver's errors mean.
 """
 
-from taskstore.stores.sql.dialects.base import LOCK_S, Database
+from taskstore.stores.sql.dialects.base import Database, Guard
 from taskstore.stores.sql.dialects.mariadb import MariaDBDatabase
 from taskstore.stores.sql.dialects.postgresql import PostgreSQLDatabase
 from taskstore.stores.sql.dialects.sqlite import SQLiteDatabase
@@ -22,8 +22,8 @@ DIALECTS: dict[str, type[Database]] = {
 
 __all__ = [
     "DIALECTS",
-    "LOCK_S",
     "Database",
+    "Guard",
     "MariaDBDatabase",
     "PostgreSQLDatabase",
     "SQLiteDatabase",
