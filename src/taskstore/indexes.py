@@ -17,7 +17,7 @@ from types import MappingProxyType
 from msgspec.structs import astuple
 
 from taskstore.records import DedupKey, TaskRecord
-from taskstore.yielding import empty, in_order
+from taskstore.yielding import RUN, empty, in_order
 
 Key = tuple[int, str]
 """A record's place in the order of lists: (created_at, task_id)."""
@@ -63,8 +63,10 @@ class Indexes:
         self._holders: dict[str, str] = {}
         # In order, so that every index is filled by appending.
         keys = [(record.created_at, task_id) for task_id, record in records.items()]
-        for _, task_id in in_order(keys):
-            self.put(records[task_id])
+        for _, task_id in sorted(keys) if len(keys) <= RUN else in_order(keys):
+            record = records[task_id]
+            self._add(record)
+            self.records[task_id] = record
 
     def put(self, record: TaskRecord) -> TaskRecord | None:
         """Take in a record, in the place of the one with its id; returns that one."""
@@ -123,8 +125,8 @@ class Indexes:
         for groups, value in zip(self._groups.values(), _indexed_of(record), strict=True):
             if value is not None:
                 _ungroup(groups, value, key)
-        if record.dedup_key is not None:
-            held_as = "\0".join(record.dedup_key)
+        if record.booking is not None and record.run_id is not None:
+            held_as = "\0".join((record.run_id, record.booking))
             if self._holders.get(held_as) == record.task_id:
                 del self._holders[held_as]
 
@@ -152,7 +154,8 @@ class Indexes:
                 groups[value] = key[1]
                 continue
             if isinstance(held, str):
-                held = groups[value] = [self.records[held].sort_key]
+                first = self.records[held]
+                held = groups[value] = [(first.created_at, held)]
             if held[-1] < key:  # as new tasks are
                 held.append(key)
             else:
