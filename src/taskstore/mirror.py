@@ -154,7 +154,9 @@ class Mirror(Lookups):
 
     def holder(self, key: DedupKey) -> TaskRecord | None:
         """Return the task that has a dedup key, or ``None``."""
-        return self._indexes.holder(key)
+        indexes = self._indexes
+        task_id = indexes.holders.get("\0".join(key))
+        return None if task_id is None else indexes.records[task_id]
 
     def summary(self) -> Summary:
         """Count the records, without looking at them."""
