@@ -116,13 +116,15 @@ class Lookups(ABC):
 class Mirror(Lookups):
     """What is committed, as far as this process has seen it.
 
-    ``position`` is that of the last entry mirrored.  Writers hold the registry's
+    ``position`` is that of the last entry mirrored; ``interrupted`` tells that
+    an interrupt may have left it half-way, until it is loaded anew.  Writers hold the registry's
     commit lock; ``lock`` is held while the indexes change or are read.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.position = Position(0)
+        self.interrupted = False
         self._indexes = Indexes()
 
     @property
@@ -145,6 +147,7 @@ class Mirror(Lookups):
         with self.lock:
             self._indexes, before = indexes, self._indexes
             self.position = Position(snapshot.seq, commit_id)
+            self.interrupted = False
         if before.records:
             before.dismantle()
 
