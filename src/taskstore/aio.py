@@ -34,15 +34,14 @@ from taskstore.awaitable import AsyncFollower, Opening
 from taskstore.backends import default_url, open_store
 from taskstore.batch import Batch
 from taskstore.clock import Clock
-from taskstore.committer import Committer
+from taskstore.committer import Committer, Operation
 from taskstore.errors import StoreClosedError, TaskStoreError
-from taskstore.groupcommit import Operation
 from taskstore.hooks import Hook, Hooks
 from taskstore.journal import JournalEntry, Snapshot
 from taskstore.mirror import Lookups
 from taskstore.news import News
-from taskstore.reader import LedgerReader
 from taskstore.records import MAX_INT, TaskRecord
+from taskstore.registry import LedgerReader
 from taskstore.store import TaskRegistryStore
 from taskstore.validation import check_int, check_key
 from taskstore.verbs import ChangeRun, Plan, Planner, Run, RunScope
@@ -88,8 +87,7 @@ class AsyncTaskRegistry(LedgerReader):
         """
         if clock is not None:
             store.clock = clock
-        super().__init__(store)
-        self._hooks = Hooks(hooks, interrupts=False)
+        super().__init__(store, Hooks(hooks, interrupts=False))
         self._committer = Committer(store, self._mirror, self._hooks)
         self._planner = Planner(self._now)
         self._owns_store = False
@@ -166,11 +164,6 @@ class AsyncTaskRegistry(LedgerReader):
         registry = cls(store, hooks=hooks, clock=clock)
         await registry._in_thread(registry._committer.load)
         return registry
-
-    @property
-    def hooks(self) -> Hooks:
-        """The registry's hooks: ``hooks.add(fn)`` returns a function that removes it."""
-        return self._hooks
 
     # -- creating and changing ------------------------------------------------
 
@@ -332,6 +325,9 @@ class AsyncTaskRegistry(LedgerReader):
         """The batch that the current asyncio task is in."""
         batch = _batches.get({}).get(id(self))
         return None if batch is None or batch.closed else batch
+
+    def _reload(self) -> None:
+        """Leave it to the next change: a lookup does not wait for the store."""
 
     def _records(self) -> Lookups:
         batch = self._batch
