@@ -326,6 +326,9 @@ class AsyncTaskRegistry(LedgerReader):
         batch = _batches.get({}).get(id(self))
         return None if batch is None or batch.closed else batch
 
+    def _reload(self) -> None:
+        """Leave it to the next change: a lookup does not wait for the store."""
+
     def _records(self) -> Lookups:
         batch = self._batch
         return self._mirror if batch is None else batch.staging

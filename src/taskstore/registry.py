@@ -119,8 +119,14 @@ class LedgerReader(ABC):
     def _reading(self) -> Iterator[Lookups]:
         """Keep what the calling thread sees as it is while it looks something up."""
         self._check_open()
+        if self._mirror.interrupted:
+            self._reload()
         with self._mirror.lock:
             yield self._records()
+
+    @abstractmethod
+    def _reload(self) -> None:
+        """Load memory anew before it is used, after an interrupt, if this thread may wait."""
 
     def _check_open(self) -> None:
         if self._closed:
@@ -359,6 +365,9 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
 
     def _commit_run(self, run: Run, plan: Callable[[], Plan]) -> list[TaskRecord]:
         return self._commit(ChangeRun(run, plan()))
+
+    def _reload(self) -> None:
+        self._committer.refresh()
 
     def _records(self) -> Lookups:
         batch = self._local.batch

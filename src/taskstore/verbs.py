@@ -20,6 +20,7 @@ from msgspec import Struct
 from taskstore import creation, leases, lifecycle
 from taskstore.clock import Clock, new_task_id
 from taskstore.errors import Conflict, ConflictError, TaskNotFound
+from taskstore.journal import dedup_key
 from taskstore.lifecycle import Mutation
 from taskstore.mirror import Staging
 from taskstore.records import ACTIVE_STATUSES, TaskRecord, TaskStatus
@@ -50,7 +51,7 @@ class Create(Struct, frozen=True):
     def __call__(self, staging: Staging) -> TaskRecord:
         """Give the record that stands afterwards."""
         record = self.record
-        key = record.dedup_key
+        key = dedup_key(record)
         holder = None if key is None else staging.holder(key)
         if holder is None:
             return staging.create(record, key)

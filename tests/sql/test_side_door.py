@@ -11,7 +11,7 @@ from taskstore.codec import checksum, encode_record
 from taskstore.errors import CorruptStoreError
 from taskstore.policy import CompactionPolicy
 from taskstore.query import TaskQuery
-from taskstore.stores.sql.engines import open_database
+from taskstore.stores.sql.dialects import open_database
 from taskstore.testing.factories import create, delete, update
 
 ALL = CompactionPolicy(force=True, history_s=0, history_entries=0, keep_snapshots=1)

@@ -21,6 +21,7 @@ from taskstore.journal import (
     SetAside,
     Snapshot,
     Step,
+    dedup_key,
     entries_of,
     find_conflicts,
     occupied_by,
@@ -96,7 +97,7 @@ class MemoryStore(TaskRegistryStore):
             storage.holders = {
                 key: task_id
                 for task_id, record in snapshot.records.items()
-                if (key := record.dedup_key) is not None
+                if (key := dedup_key(record)) is not None
             }
             storage.journal = []
             storage.deleted = set()
@@ -158,12 +159,12 @@ class MemoryStore(TaskRegistryStore):
         storage = self.storage
         if step.record is None:
             gone = storage.current.pop(step.task_id, None)
-            key = None if gone is None else gone.dedup_key
+            key = dedup_key(gone)
             if key is not None:
                 storage.holders.pop(key, None)
             return
         storage.current[step.task_id] = step.record
-        key = step.dedup_key
+        key = step.claims
         if key is not None:
             storage.holders[key] = step.task_id
 

@@ -160,7 +160,8 @@ class JSONStore(TaskRegistryStore):
                 commit = writer.commit(steps, len(changes), entries, self.clock)
         except OSError as error:
             raise unavailable(self.directory, error) from error
-        self._feed.announce(commit.last_seq)
+        if self._feed.waiters:
+            self._feed.announce(commit.last_seq)
         return commit
 
     @contextlib.contextmanager

@@ -41,7 +41,6 @@ from taskstore.stores.sql.tables import (
     taskstore_head,
 )
 from taskstore.stores.sql.transactions import Transactions
-from taskstore.yielding import collector_paused
 
 
 def read_head(session: Session, sql: Statements, *, lock: bool = False) -> Head:
@@ -98,8 +97,7 @@ def load(transactions: Transactions) -> Snapshot:
                 aside.append(found)
         return Snapshot(head.head_seq, MappingProxyType(records), head.last_at, tuple(aside))
 
-    with collector_paused():
-        return transactions.read(work, one_moment=True)
+    return transactions.read(work, one_moment=True)
 
 
 def read_snapshot(transactions: Transactions, at: int) -> Snapshot | None:
@@ -112,8 +110,7 @@ def read_snapshot(transactions: Transactions, at: int) -> Snapshot | None:
             return None
         return read_marked(session, sql, Mark(*row), transactions.database.location)
 
-    with collector_paused():
-        return transactions.read(work, one_moment=True)
+    return transactions.read(work, one_moment=True)
 
 
 def read_marked(session: Session, sql: Statements, mark: Mark, location: str) -> Snapshot:
