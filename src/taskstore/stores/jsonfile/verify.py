@@ -7,6 +7,7 @@ from pathlib import Path
 
 from taskstore.errors import CorruptStoreError
 from taskstore.journal import JournalEntry
+from taskstore.records import MAX_INT
 from taskstore.store import VerifyReport
 from taskstore.stores.integrity import SHOWN, IntegrityCheck
 from taskstore.stores.jsonfile.layout import Layout, read_layout, settled
@@ -43,14 +44,21 @@ def _verify(directory: Path, writer: Writer | None) -> VerifyReport:
 
 
 def _entries(layout: Layout) -> Iterator[JournalEntry | CorruptStoreError]:
-    """The journal, with an error for the rest of a segment that cannot be read."""
+    """The journal, with an error for what is missing of it and for what cannot be read."""
+    seq = layout.floor - 1
     for segment in layout.segments:
+        if segment.first > seq + 1:
+            reason = f"seq {seq + 1} to {segment.first - 1} are missing before it"
+            yield CorruptStoreError(str(segment.path), reason)
+        walk = Walk(layout, layout.start_of(segment))
         try:
-            for found in Walk(layout, layout.start_of(segment)).within(segment):
+            for found in walk.within(segment):
                 for index in range(len(found.line.entries)):
                     yield journal_entry(found.line, index, found.where, strict=False)
+            seq = walk.place.seq
         except CorruptStoreError as error:
             yield error
+            seq = MAX_INT  # where it ends is not known
 
 
 def _compare_index(writer: Writer, check: IntegrityCheck) -> None:
