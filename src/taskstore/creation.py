@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -16,16 +15,14 @@ from taskstore.records import (
     OPTIONAL_KEYS,
     TASK_BYTES,
     DeliveryStatus,
-    NotifyPolicy,
     ScopeKind,
     TaskRecord,
     TaskStatus,
 )
 from taskstore.validation import (
+    CHECKS,
     check_enum,
-    check_int,
     check_key,
-    check_origin,
     check_summary,
     check_text,
     encode_metadata,
@@ -37,17 +34,15 @@ _RUNNING, _SESSION, _PENDING = TaskStatus.RUNNING, ScopeKind.SESSION, DeliverySt
 _BEGINNINGS = {str(status): status for status in TaskStatus if not status.is_terminal}
 """What a task may be when it is created, by its name."""
 
-_CHECKS: dict[str, Callable[[str, object], Any]] = {
-    **dict.fromkeys(OPTIONAL_KEYS, check_key),
-    **dict.fromkeys(("created_at", "started_at", "last_event_at", "cleanup_after"), check_int),
-    "scope_kind": partial(check_enum, kind=ScopeKind),
-    "delivery_status": partial(check_enum, kind=DeliveryStatus),
-    "notify_policy": partial(check_enum, kind=NotifyPolicy),
-    "requester_origin": lambda _, value: check_origin(value),
-    "progress_summary": check_summary,
-}
+_CHECKS = {
+    name: CHECKS[name]
+    for name in (
+        *(key for key in OPTIONAL_KEYS if key not in ("booking", "lease_token")),
+        *("created_at", "started_at", "last_event_at", "cleanup_after"),
+        *("scope_kind", "delivery_status", "notify_policy", "requester_origin"),
+    )
+} | {"progress_summary": check_summary}
 """What may be given when a task is created, and what it is checked with."""
-del _CHECKS["booking"], _CHECKS["lease_token"]
 
 _FILLABLE = frozenset(OPTIONAL_KEYS) - {"run_id", "booking", "lease_token"} | {
     "requester_origin",

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from enum import StrEnum
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -106,24 +107,22 @@ def check_enum(field: str, value: object, kind: type[_OptionalEnum]) -> _Optiona
     raise ValidationError(field, f"must be one of {', '.join(kind)}, not {found}")
 
 
-def check_origin(value: object) -> DeliveryContext | None:
+def check_origin(field: str, value: object) -> DeliveryContext | None:
     """Return ``value`` as a :class:`DeliveryContext`; a mapping of its fields is taken too."""
     if isinstance(value, Mapping):
         unknown = set(value) - set(DeliveryContext.__struct_fields__)
         if unknown:
-            raise ValidationError("requester_origin", f"has no field {sorted(map(str, unknown))}")
+            raise ValidationError(field, f"has no field {sorted(map(str, unknown))}")
         value = DeliveryContext(**value)
     if value is None:
         return None
     if not isinstance(value, DeliveryContext):
-        raise ValidationError(
-            "requester_origin", f"must be a DeliveryContext, not {type(value).__name__}"
-        )
+        raise ValidationError(field, f"must be a DeliveryContext, not {type(value).__name__}")
     coerced = {}
     for name in DeliveryContext.__struct_fields__:
         part = getattr(value, name)
         if part is not None:
-            text = check_text(f"requester_origin.{name}", part, KEY_BYTES)
+            text = check_text(f"{field}.{name}", part, KEY_BYTES)
             if text is not part:
                 coerced[name] = text
     return replace(value, **coerced) if coerced else value
@@ -182,81 +181,30 @@ def _plain_json(value: object, path: str, depth: int) -> object:
     raise ValidationError(path, f"holds a {type(value).__name__}, which is not JSON")
 
 
-def validated(record: object) -> TaskRecord:
-    """Return ``record`` if it may be stored, its enum fields made members.
-
-    Raises :class:`ValidationError` naming the first field that may not.
-    """
-    if not isinstance(record, TaskRecord):
-        raise ValidationError("record", f"must be a TaskRecord, not {type(record).__name__}")
-    coerced = _check_texts(record)
-    check_int("revision", record.revision, 1)
-    check_int("created_at", record.created_at)
-    for field in OPTIONAL_TIMES:
-        value = getattr(record, field)
-        if value is not None:
-            check_int(field, value)
-    for field, kind in ENUM_FIELDS.items():
-        value = getattr(record, field)
-        if type(value) is not kind:
-            coerced[field] = check_enum(field, value, kind)
-    if record.terminal_outcome is not None and type(record.terminal_outcome) is not TerminalOutcome:
-        coerced["terminal_outcome"] = check_enum(
-            "terminal_outcome", record.terminal_outcome, TerminalOutcome
-        )
-    if record.requester_origin is not None:
-        origin = check_origin(record.requester_origin)
-        if origin is not record.requester_origin:
-            coerced["requester_origin"] = origin
-    _check_metadata_bytes(record.metadata_json)
-    if record.unknown_json is not None:
-        _check_unknown(record.unknown_json)
-    checked = replace(record, **coerced) if coerced else record
-    if checked.scope_kind is ScopeKind.SESSION and checked.owner_key is None:
-        raise ValidationError("owner_key", "is required unless scope_kind is system")
-    return checked
-
-
-def _check_texts(record: TaskRecord) -> dict[str, Any]:
-    """Check every text of a record; return those that are not plain ``str``, made so."""
-    coerced: dict[str, Any] = {}
-    for field in (*REQUIRED_KEYS, *OPTIONAL_KEYS):
-        value = getattr(record, field)
-        if value is not None or field in REQUIRED_KEYS:
-            text = check_key(field, value)
-            if text is not value:
-                coerced[field] = text
-    for field, limit in TEXT_LIMITS.items():
-        value = getattr(record, field)
-        if value is not None or field == "task":
-            text = check_text(field, value, limit)
-            if text is not value:
-                coerced[field] = text
-    return coerced
-
-
-def _check_metadata_bytes(encoded: object) -> None:
-    """Refuse metadata that did not come from :func:`encode_metadata`."""
+def _check_metadata_bytes(_field: str, encoded: object) -> object:
+    """Return ``encoded`` if it is metadata that came from :func:`encode_metadata`."""
     if encoded is NO_METADATA:
-        return
+        return encoded
     if isinstance(encoded, Raw) and len(bytes(encoded)) > METADATA_BYTES:
         raise ValidationError("metadata", f"is over {METADATA_BYTES} bytes of JSON")
     value = _decoded("metadata", encoded, METADATA_DEPTH)
     if encode_metadata(value) != encoded:
         raise ValidationError("metadata", "is not in canonical form")
+    return encoded
 
 
-def _check_unknown(encoded: object) -> None:
-    """Refuse unknown members that would make a payload nobody can decode."""
-    members = _decoded("unknown_json", encoded, PAYLOAD_DEPTH)
+def _check_unknown(field: str, encoded: object) -> object:
+    """Return ``encoded`` if it holds unknown members of a payload that can be decoded."""
+    members = _decoded(field, encoded, PAYLOAD_DEPTH)
     if not isinstance(members, dict):
-        raise ValidationError("unknown_json", "must be a JSON object")
+        raise ValidationError(field, "must be a JSON object")
     known = _MEMBERS & set(members)
     if known:
-        raise ValidationError("unknown_json", f"holds {sorted(known)}, which are known fields")
+        raise ValidationError(field, f"holds {sorted(known)}, which are known fields")
     version = members.get("v", FORMAT_VERSION)
     if not isinstance(version, str) or not _SAME_MAJOR.match(version):
-        raise ValidationError("unknown_json", f"is of another format: {version!r}")
+        raise ValidationError(field, f"is of another format: {version!r}")
+    return encoded
 
 
 def _decoded(field: str, encoded: object, depth: int) -> object:
@@ -301,3 +249,42 @@ def check_summary(field: str, value: object) -> str | None:
     if folded.isascii() and len(folded) <= SUMMARY_BYTES and "\0" not in folded:
         return folded
     return check_text(field, folded, SUMMARY_BYTES)
+
+
+CHECKS: dict[str, Callable[[str, object], Any]] = {
+    **dict.fromkeys((*REQUIRED_KEYS, *OPTIONAL_KEYS), check_key),
+    **{field: partial(check_text, limit=limit) for field, limit in TEXT_LIMITS.items()},
+    "revision": partial(check_int, least=1),
+    **dict.fromkeys(("created_at", *OPTIONAL_TIMES), check_int),
+    **{field: partial(check_enum, kind=kind) for field, kind in ENUM_FIELDS.items()},
+    "terminal_outcome": partial(check_enum, kind=TerminalOutcome),
+    "requester_origin": check_origin,
+    "metadata_json": _check_metadata_bytes,
+    "unknown_json": _check_unknown,
+}
+"""What each field of a stored record is checked with: it returns the value, or what becomes
+of it, and raises :class:`ValidationError`."""
+
+_NEVER_NONE = frozenset(
+    {*REQUIRED_KEYS, "task", "revision", "created_at", *ENUM_FIELDS, "metadata_json"}
+)
+
+
+def validated(record: object) -> TaskRecord:
+    """Return ``record`` if it may be stored, its enum fields made members.
+
+    Raises :class:`ValidationError` naming the first field that may not.
+    """
+    if not isinstance(record, TaskRecord):
+        raise ValidationError("record", f"must be a TaskRecord, not {type(record).__name__}")
+    coerced = {}
+    for field, check in CHECKS.items():
+        value = getattr(record, field)
+        if value is not None or field in _NEVER_NONE:
+            checked = check(field, value)
+            if checked is not value:
+                coerced[field] = checked
+    valid = replace(record, **coerced) if coerced else record
+    if valid.scope_kind is ScopeKind.SESSION and valid.owner_key is None:
+        raise ValidationError("owner_key", "is required unless scope_kind is system")
+    return valid

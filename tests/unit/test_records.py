@@ -191,12 +191,12 @@ def test_enums_list_what_they_take():
 
 
 def test_origins():
-    assert check_origin(None) is None
-    assert check_origin({}) == DeliveryContext()
+    assert check_origin("requester_origin", None) is None
+    assert check_origin("requester_origin", {}) == DeliveryContext()
     with pytest.raises(ValidationError, match="colour"):
-        check_origin({"colour": 1})
+        check_origin("requester_origin", {"colour": 1})
     with pytest.raises(ValidationError) as caught:
-        check_origin({"to": 5})
+        check_origin("requester_origin", {"to": 5})
     assert caught.value.field == "requester_origin.to"
 
 
