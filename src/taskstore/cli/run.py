@@ -7,10 +7,8 @@ import os
 import shlex
 import signal
 import socket
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from queue import Empty
 from typing import Annotated, Any, NamedTuple, TextIO
 
 import typer
@@ -18,7 +16,7 @@ import typer
 from taskstore import creation
 from taskstore.backends import open_store
 from taskstore.cli import ledger, render
-from taskstore.cli.child import Child, Ending, Event, Events, forwarded_signals
+from taskstore.cli.child import Ending, Events, forwarded_signals, running
 from taskstore.cli.options import Misuse, Url, positive_seconds, seconds, url_of
 from taskstore.cli.recorder import Recorder
 from taskstore.clock import new_task_id, system_clock
@@ -33,16 +31,6 @@ TIMED_OUT, NOT_EXECUTABLE, NOT_FOUND, BY_SIGNAL = 124, 126, 127, 128
 
 GRACE_S = 10.0
 """How long a command that was told to end may take, before SIGKILL."""
-
-END_PATIENCE_S = 5.0
-"""For how long recording the end is tried again when the store refuses it."""
-
-HANG_S = 45.0
-"""How long a store may take for it without an answer; ours give up a lock after 30 s."""
-
-DEAF_S = 2.0
-"""For how long of that a signal does not cut it short: who presses Ctrl-C twice
-wants the command to end, not its record to be lost."""
 
 
 class Verdict(NamedTuple):
@@ -117,25 +105,20 @@ def _run(
     grace_s: float,
 ) -> int:
     """Record the task, run the command, record its end; returns the exit status."""
-    events: Events = Events()
     with contextlib.ExitStack() as stack:
         stack.enter_context(store)
-        stack.enter_context(forwarded_signals(events))
+        events = stack.enter_context(forwarded_signals())
         record = new_command_record(command, **fields)
         if not _create(store, record):
             return 1
         if id_out is not None:
             with id_out:
                 id_out.write(f"{record.task_id}\n")
-        recorder = Recorder(store, record, lambda: events.put(Event("recorded")))
+        recorder = Recorder(store, record)
         verdict = _attend(command, recorder, events, timeout_s=timeout_s, grace_s=grace_s)
-        recorder.finish(
-            verdict.status,
-            error=verdict.error,
-            exit_status=verdict.exit_status,
-            patience_s=END_PATIENCE_S,
-        )
-        if not _recorded(events):
+        if not recorder.finish(
+            verdict.status, error=verdict.error, exit_status=verdict.exit_status
+        ):
             stack.pop_all()  # the store hangs: closing it would as well
     _report(recorder, verdict)
     return verdict.exit_status
@@ -172,8 +155,8 @@ def verdict_of(ending: Ending, timeout_s: float | None) -> Verdict:
     if ending.signal:
         error = f"ended by {_name(ending.signal)}"
         return Verdict(TaskStatus.CANCELLED, BY_SIGNAL + ending.signal, error)
-    if ending.returncode is None or ending.returncode < 0:
-        number = -(ending.returncode or 0)
+    if ending.returncode < 0:
+        number = -ending.returncode
         return Verdict(TaskStatus.FAILED, BY_SIGNAL + number, f"killed by {_name(number)}")
     if ending.returncode:
         return Verdict(TaskStatus.FAILED, ending.returncode, f"exit status {ending.returncode}")
@@ -188,21 +171,16 @@ def _attend(
     timeout_s: float | None,
     grace_s: float,
 ) -> Verdict:
-    """Start the command, unless a signal came first, and see it to its end."""
-    with contextlib.suppress(Empty):
-        number = events.get_nowait().number
-        error = f"ended by {_name(number)} before it started"
-        return Verdict(TaskStatus.CANCELLED, BY_SIGNAL + number, error)
+    """Start the command and see it to its end."""
     try:
-        child = Child(command, events, recorder.progress)
+        with running(command, events, recorder.progress) as child:
+            recorder.note(child_pid=child.pid)
+            return verdict_of(child.attend(timeout_s=timeout_s, grace_s=grace_s), timeout_s)
     except OSError as error:
         reason = f"cannot run {_storable(command[0])}: {error.strerror or error}"
         render.note(reason)
         missing = isinstance(error, FileNotFoundError)
         return Verdict(TaskStatus.FAILED, NOT_FOUND if missing else NOT_EXECUTABLE, reason)
-    with child:
-        recorder.note(child_pid=child.pid)
-        return verdict_of(child.attend(timeout_s=timeout_s, grace_s=grace_s), timeout_s)
 
 
 def _create(store: TaskRegistryStore, record: TaskRecord) -> bool:
@@ -220,21 +198,6 @@ def _create(store: TaskRegistryStore, record: TaskRecord) -> bool:
         )
         return False
     return True
-
-
-def _recorded(events: Events) -> bool:
-    """Wait until the end is recorded or given up; false when the store hangs."""
-    begun = time.monotonic()
-    while (left := begun + HANG_S - time.monotonic()) > 0:
-        try:
-            event = events.get(timeout=left)
-        except Empty:
-            break
-        if event.kind == "recorded":
-            return True
-        if event.kind == "signal" and time.monotonic() - begun > DEAF_S:
-            break
-    return False
 
 
 def _report(recorder: Recorder, verdict: Verdict) -> None:
