@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from cli_process import CLI, Say
 
-from taskstore.cli.demo import NotAsPromised, _restart
-from taskstore.cli.demo_jobs import jobs
+from taskstore.cli.demo import NotAsPromised, _restart, jobs
 
 
 def test_the_demo_from_end_to_end(cli: CLI, tmp_path: Path) -> None:

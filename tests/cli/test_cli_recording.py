@@ -111,7 +111,7 @@ def events() -> Iterator[Events]:
 def finished(store: Faulty, work: Callable[[Recorder], Any]) -> Recorder:
     recorder = Recorder(store, store.record)
     work(recorder)
-    assert recorder.finish("succeeded", error=None, exit_status=0)
+    assert recorder.finish("succeeded", 0)
     return recorder
 
 
@@ -151,7 +151,7 @@ def test_a_store_that_hangs_is_not_waited_for_without_end(monkeypatch: pytest.Mo
     store.gate.clear()
     recorder = Recorder(store, store.record)
     try:
-        assert not recorder.finish("succeeded", error=None, exit_status=0)
+        assert not recorder.finish("succeeded", 0)
         assert not recorder.recorded
     finally:
         store.gate.set()

@@ -15,15 +15,18 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, NamedTuple
+from typing import IO
 
 from taskstore.cli.lines import LastLine
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """The signals that the recorder passes on to the command."""
 
-CLOSED = 255
-"""The event of a stream that has ended; no signal has this number."""
+TIMEOUT, CLOSED = 0, 255
+"""The events of a time that is over and of a stream that has ended; no signals have these."""
+
+LONGEST_S = 3600.0
+"""The longest single wait for an event."""
 
 LINGER_S = 2.0
 """How long to wait, after SIGKILL, for a process that the kernel does not let go."""
@@ -49,7 +52,7 @@ class Events:
         with contextlib.suppress(ValueError):
             self.writing.write(bytes([event]))
 
-    def get(self, timeout: float | None) -> int | None:
+    def get(self, timeout: float) -> int | None:
         """The next event, or ``None`` if there is none in time."""
         ready, _, _ = select.select([self._reading], [], [], timeout)
         return self._reading.read(1)[0] if ready else None
@@ -81,17 +84,6 @@ def forwarded_signals() -> Iterator[Events]:
             for number, handler in handlers_before.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(wakeup_before)
-
-
-class Ending(NamedTuple):
-    """How a command ended: its return code as :mod:`subprocess` has it, and what we did to it.
-
-    ``signal`` is the one that was forwarded, 0 for none.
-    """
-
-    returncode: int
-    timed_out: bool = False
-    signal: int = 0
 
 
 @contextlib.contextmanager
@@ -127,36 +119,40 @@ class Child:
         self._events = events
         self._gone = False
 
-    def attend(self, *, timeout_s: float | None, grace_s: float) -> Ending:
+    def attend(self, *, timeout_s: float, grace_s: float) -> tuple[int, int | None]:
         """Wait until the command is over, ending it at the timeout or when a signal comes.
 
         Its group gets the signal (SIGTERM at the timeout), after ``grace_s``
         seconds or at a second signal SIGKILL.  When nothing of the group is left,
         another process that still holds its output is waited for only briefly.
+        Returns its return code as :mod:`subprocess` has it, and why it was told
+        to end: ``TIMEOUT``, the number of a signal, or ``None``.
         """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        streams, told, timed_out, killed = 2, 0, False, False
+        deadline = time.monotonic() + timeout_s
+        streams, cause, killed = 2, None, False
         while streams or self._process.poll() is None:
-            if told and not killed and self._group_is_gone():
+            if cause is not None and not killed and self._group_is_gone():
                 killed, deadline = True, time.monotonic() + LINGER_S
-            event, due = self._next(deadline, LOOK_S if told and not killed else None)
+            longest_s = LONGEST_S if cause is None or killed else LOOK_S
+            event = self._events.get(max(0.0, min(longest_s, deadline - time.monotonic())))
+            if event is None and time.monotonic() >= deadline:
+                event = TIMEOUT
             if event == CLOSED:
                 streams -= 1
-            elif killed and due:
-                break  # not even SIGKILL ended it, or another session holds its output
-            elif killed or not (due or event in FORWARDED):
+            elif event not in (TIMEOUT, *FORWARDED):
                 continue
-            elif told:
+            elif cause is None:
+                cause, deadline = event, time.monotonic() + grace_s
+                self.send(event or signal.SIGTERM)
+            elif not killed:
                 killed, deadline = True, time.monotonic() + LINGER_S
                 self.send(signal.SIGKILL)
-            else:
-                told, timed_out, deadline = event or signal.SIGTERM, due, time.monotonic() + grace_s
-                self.send(told)
-        if told and not killed:
+            elif event == TIMEOUT:
+                break  # not even SIGKILL ended it, or another session holds its output
+        if cause is not None and not killed:
             self.send(signal.SIGKILL)  # what of the group outlived its leader
         returncode = self._process.poll()
-        returncode = -signal.SIGKILL if returncode is None else returncode
-        return Ending(returncode, timed_out, 0 if timed_out else told)
+        return -signal.SIGKILL if returncode is None else returncode, cause
 
     def send(self, number: int) -> None:
         """Send a signal to the command and all that it started, but for other sessions.
@@ -179,14 +175,6 @@ class Child:
         if self._process.poll() is not None:
             self.send(0)
         return self._gone
-
-    def _next(self, deadline: float | None, longest_s: float | None) -> tuple[int | None, bool]:
-        """The next event, ``None`` after the longest wait, and whether the deadline has passed."""
-        waits = [] if longest_s is None else [longest_s]
-        if deadline is not None:
-            waits.append(max(0.0, deadline - time.monotonic()))
-        event = self._events.get(min(waits, default=None))
-        return event, event is None and deadline is not None and time.monotonic() >= deadline
 
 
 def _pass_on(

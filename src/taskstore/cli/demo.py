@@ -8,11 +8,12 @@ import shlex
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 from urllib.parse import quote
 
 import typer
@@ -21,7 +22,6 @@ from taskstore import history
 from taskstore.backends import open_store, redacted
 from taskstore.cli import ledger, render
 from taskstore.cli.change import is_alive
-from taskstore.cli.demo_jobs import CANCELLED, ORPHANED, Job, jobs
 from taskstore.cli.options import URL_VARIABLE, Misuse, Url
 from taskstore.records import TaskRecord
 
@@ -30,6 +30,44 @@ TASKSTORE = (sys.executable, "-m", "taskstore")
 
 PATIENCE_S = 90.0
 """Something must have gone wrong when the ledger brings nothing new for so long."""
+
+
+PRIMES = """
+import itertools
+found = 0
+for number in itertools.count(2):
+    if all(number % divisor for divisor in range(2, int(number**0.5) + 1)):
+        found += 1
+        if found % 2000 == 0:
+            print(f"{found} primes found, the last is {number}", flush=True)
+"""
+
+
+FAREWELL = f"""\
+The ledger lies in {{url}}. Go on with:
+  export {URL_VARIABLE}={{quoted}}
+  taskstore list
+  taskstore show {{lost}}
+  taskstore changes --follow &
+  taskstore run --label mine -- ls -l"""
+
+
+class Job(NamedTuple):
+    """A command to record, and how it is to end.
+
+    ``ends`` is the status that the ledger must show, ``exit_status`` what the
+    recorder must exit with (negative: killed by that signal).
+    """
+
+    label: str
+    argv: tuple[str, ...]
+    ends: str = "succeeded"
+    exit_status: int = 0
+    options: tuple[str, ...] = ()
+
+
+CANCELLED, ORPHANED = "cancelled", "orphaned"
+"""The labels of the jobs that the demo itself ends."""
 
 
 class NotAsPromised(Exception):
@@ -63,15 +101,8 @@ def demo(
         render.note(f"NOT AS PROMISED: {broken}; everything is left as it is in {place}")
         return 1
     _say(f"Everything as promised: {time.monotonic() - begun:.1f}s")
-    render.print_line(f"The ledger lies in {redacted(url)}. Go on with:")
-    for words in (
-        f"export {URL_VARIABLE}={shlex.quote(redacted(url))}",
-        "taskstore list",
-        f"taskstore show {ids[ORPHANED]}",
-        "taskstore changes --follow &",
-        "taskstore run --label mine -- ls -l",
-    ):
-        render.print_line(f"  {words}")
+    quoted = shlex.quote(redacted(url))
+    render.print_line(FAREWELL.format(url=redacted(url), quoted=quoted, lost=ids[ORPHANED]))
     return 0
 
 
@@ -87,6 +118,23 @@ def _empty_directory(wanted: Path | None) -> Path:
     return wanted.resolve()
 
 
+def jobs(place: Path) -> list[Job]:
+    """Work on this Python's standard library, and a script that is written to the place."""
+    python, library = sys.executable, sysconfig.get_path("stdlib")
+    packages = [f"{library}/{name}" for name in ("asyncio", "email", "encodings", "json")]
+    script, tar = place / "primes.py", str(place / "library.tar")
+    script.write_text(PRIMES.lstrip(), encoding="utf-8")
+    primes = (python, str(script))
+    return [
+        Job("compress", (python, "-m", "zipfile", "-c", str(place / "library.zip"), *packages)),
+        Job("archive", (python, "-m", "tarfile", "-v", "-c", tar, *packages)),
+        Job("unpack", (python, "-m", "zipfile", "-e", str(script), str(place)), "failed", 1),
+        Job("too long", primes, "timed_out", 124, ("--timeout", "4s")),
+        Job(CANCELLED, primes, "cancelled", 143),
+        Job(ORPHANED, primes, "lost", -9),
+    ]
+
+
 def _record(url: str, place: Path, work: Sequence[Job]) -> dict[str, str]:
     """Record the jobs side by side; returns the ids that were acknowledged, by label."""
     with open_store(url) as store:
@@ -97,12 +145,8 @@ def _record(url: str, place: Path, work: Sequence[Job]) -> dict[str, str]:
         for job in work:
             words = ("--label", job.label, "--id-file", str(place / f"{job.label}.id"))
             with (place / f"{job.label}.out").open("wb") as output:
-                recorders[job.label] = subprocess.Popen(  # noqa: S603 (our own command line)
-                    [*TASKSTORE, "run", *words, *job.options, "--", *job.argv],
-                    env=_environment(url),
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
+                recorders[job.label] = _start(
+                    url, "run", *words, *job.options, "--", *job.argv, stdout=output, stderr=output
                 )
         _watch(url, begin, recorders)
         for job in work:
@@ -203,8 +247,15 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
-def _environment(url: str) -> dict[str, str]:
-    return {**os.environ, URL_VARIABLE: url, "PYTHONUNBUFFERED": "1"}
+def _start(url: str, *words: str, stdout: Any, stderr: Any) -> subprocess.Popen[bytes]:
+    """Start one of our commands in a process of its own."""
+    return subprocess.Popen(  # noqa: S603 (our own command line)
+        [*TASKSTORE, *words],
+        env={**os.environ, URL_VARIABLE: url, "PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+    )
 
 
 def _ask(url: str, *words: str) -> Any:
@@ -220,14 +271,9 @@ def _show(url: str, *words: str, last: int | None = None) -> None:
 
 
 def _run(url: str, *words: str) -> str:
-    """Run one of our commands in a process of its own; returns what it printed."""
-    done = subprocess.run(  # noqa: S603 (our own command line)
-        [*TASKSTORE, *words],
-        env=_environment(url),
-        check=False,
-        capture_output=True,
-        encoding="utf-8",
-    )
-    failed = f"taskstore {words[0]} exited with {done.returncode}: {done.stderr.strip()}"
-    _check(done.returncode == 0, failed)
-    return done.stdout
+    """Run one of our commands to its end; returns what it printed."""
+    process = _start(url, *words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = (text.decode() for text in process.communicate())
+    failed = f"taskstore {words[0]} exited with {process.returncode}: {err.strip()}"
+    _check(process.returncode == 0, failed)
+    return out

@@ -59,7 +59,7 @@ class Recorder:
         self._metadata = self._metadata | metadata
         self._word.set()
 
-    def finish(self, status: str, *, error: str | None, exit_status: int) -> bool:
+    def finish(self, status: str, exit_status: int, error: str | None = None) -> bool:
         """Record the end; returns whether the store answered at all."""
         self._end = {"status": status, "error": error, "ended_at": self._store.clock()}
         self.note(exit_status=exit_status)

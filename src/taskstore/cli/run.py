@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shlex
 import signal
@@ -16,7 +17,7 @@ import typer
 from taskstore import creation
 from taskstore.backends import open_store
 from taskstore.cli import ledger, render
-from taskstore.cli.child import Ending, Events, forwarded_signals, running
+from taskstore.cli.child import TIMEOUT, Events, forwarded_signals, running
 from taskstore.cli.options import Misuse, Url, positive_seconds, seconds, url_of
 from taskstore.cli.recorder import Recorder
 from taskstore.clock import new_task_id, system_clock
@@ -91,8 +92,14 @@ def run(
     new_command_record(command, **fields)  # what may not be stored is refused before anything
     id_out = _opened(id_file)
     store = open_store(url_of(ctx, url))
-    grace_s = GRACE_S if grace is None else grace
-    return _run(store, command, fields, id_out, timeout_s=timeout, grace_s=grace_s)
+    return _run(
+        store,
+        command,
+        fields,
+        id_out,
+        timeout_s=math.inf if timeout is None else timeout,
+        grace_s=GRACE_S if grace is None else grace,
+    )
 
 
 def _run(
@@ -101,7 +108,7 @@ def _run(
     fields: dict[str, Any],
     id_out: TextIO | None,
     *,
-    timeout_s: float | None,
+    timeout_s: float,
     grace_s: float,
 ) -> int:
     """Record the task, run the command, record its end; returns the exit status."""
@@ -116,9 +123,7 @@ def _run(
                 id_out.write(f"{record.task_id}\n")
         recorder = Recorder(store, record)
         verdict = _attend(command, recorder, events, timeout_s=timeout_s, grace_s=grace_s)
-        if not recorder.finish(
-            verdict.status, error=verdict.error, exit_status=verdict.exit_status
-        ):
+        if not recorder.finish(*verdict):
             stack.pop_all()  # the store hangs: closing it would as well
     _report(recorder, verdict)
     return verdict.exit_status
@@ -147,19 +152,18 @@ def new_command_record(command: Sequence[str], **fields: Any) -> TaskRecord:
     )
 
 
-def verdict_of(ending: Ending, timeout_s: float | None) -> Verdict:
-    """What an ending means."""
-    if ending.timed_out:
-        error = f"timed out after {render.duration(timeout_s or 0)}"
+def verdict_of(returncode: int, cause: int | None, timeout_s: float) -> Verdict:
+    """What it means how a command ended, and why it was told to."""
+    if cause == TIMEOUT:
+        error = f"timed out after {render.duration(timeout_s)}"
         return Verdict(TaskStatus.TIMED_OUT, TIMED_OUT, error)
-    if ending.signal:
-        error = f"ended by {_name(ending.signal)}"
-        return Verdict(TaskStatus.CANCELLED, BY_SIGNAL + ending.signal, error)
-    if ending.returncode < 0:
-        number = -ending.returncode
-        return Verdict(TaskStatus.FAILED, BY_SIGNAL + number, f"killed by {_name(number)}")
-    if ending.returncode:
-        return Verdict(TaskStatus.FAILED, ending.returncode, f"exit status {ending.returncode}")
+    if cause is not None:
+        return Verdict(TaskStatus.CANCELLED, BY_SIGNAL + cause, f"ended by {_name(cause)}")
+    if returncode < 0:
+        error = f"killed by {_name(-returncode)}"
+        return Verdict(TaskStatus.FAILED, BY_SIGNAL - returncode, error)
+    if returncode:
+        return Verdict(TaskStatus.FAILED, returncode, f"exit status {returncode}")
     return Verdict(TaskStatus.SUCCEEDED, 0)
 
 
@@ -168,14 +172,15 @@ def _attend(
     recorder: Recorder,
     events: Events,
     *,
-    timeout_s: float | None,
+    timeout_s: float,
     grace_s: float,
 ) -> Verdict:
     """Start the command and see it to its end."""
     try:
         with running(command, events, recorder.progress) as child:
             recorder.note(child_pid=child.pid)
-            return verdict_of(child.attend(timeout_s=timeout_s, grace_s=grace_s), timeout_s)
+            ending = child.attend(timeout_s=timeout_s, grace_s=grace_s)
+            return verdict_of(*ending, timeout_s)
     except OSError as error:
         reason = f"cannot run {_storable(command[0])}: {error.strerror or error}"
         render.note(reason)
