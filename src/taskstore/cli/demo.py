@@ -78,7 +78,12 @@ def demo(
     *,
     directory: Annotated[
         Path | None,
-        typer.Option("--dir", help="Where to put everything; new or empty. Default: a fresh one."),
+        typer.Option(
+            "--dir",
+            file_okay=False,
+            writable=True,
+            help="Where to put everything; new or empty. Default: a fresh one.",
+        ),
     ] = None,
     url: Url = None,
 ) -> int:
@@ -87,7 +92,11 @@ def demo(
     Takes some 15 seconds and checks what it claims: exits 1 if anything is
     not as promised.
     """
-    place = _empty_directory(directory)
+    place = Path(tempfile.mkdtemp(prefix="taskstore-demo-") if directory is None else directory)
+    place = place.resolve()
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if any(place.iterdir()):
+        raise Misuse(f"--dir {place} is not empty")
     url = f"sqlite:///{quote((place / 'tasks.db').as_posix())}" if url is None else url
     work = jobs(place)
     begun = time.monotonic()
@@ -104,18 +113,6 @@ def demo(
     quoted = shlex.quote(redacted(url))
     render.print_line(FAREWELL.format(url=redacted(url), quoted=quoted, lost=ids[ORPHANED]))
     return 0
-
-
-def _empty_directory(wanted: Path | None) -> Path:
-    if wanted is None:
-        return Path(tempfile.mkdtemp(prefix="taskstore-demo-"))
-    try:
-        wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if any(wanted.iterdir()):
-            raise Misuse(f"--dir {wanted} is not empty")
-    except OSError as error:
-        raise Misuse(f"--dir {wanted}: {error.strerror}") from None
-    return wanted.resolve()
 
 
 def jobs(place: Path) -> list[Job]:
@@ -181,7 +178,7 @@ def _watch(url: str, begin: int, recorders: dict[str, subprocess.Popen[bytes]]) 
                 for label, seen in records.items()
             )
             columns = ("COMMAND", "STATUS", "TOOK", "LAST WORD")
-            display.update(render.table(columns, rows, stretch=("LAST WORD",)))
+            display.update(render.table(columns, rows, stretch="LAST WORD"))
             if record.progress_summary and record.label in signals:
                 recorders[record.label].send_signal(signals.pop(record.label))
             if record.is_terminal:

@@ -149,29 +149,48 @@ def print_lines(rows: Iterable[Sequence[str]]) -> None:
         print_line("\t".join(map(visible, row)))
 
 
-def print_rows(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], *, stretch: Sequence[str] = ()
+def answer(
+    as_json: bool, members: object, columns: Sequence[str], rows: Iterable[Sequence[str]]
 ) -> None:
-    """Print a table on a terminal, and elsewhere a line per row with tabs in between."""
-    if sys.stdout.isatty():
-        console().print(table(columns, rows, stretch=stretch))
+    """Print an answer: one JSON value, a table on a terminal, or lines with tabs in between."""
+    if as_json:
+        print_json(members)
+    elif sys.stdout.isatty():
+        print_table(columns, rows)
     else:
         print_lines(rows)
 
 
-def table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], *, stretch: Sequence[str] = ()
-) -> Table:
+def verdict(as_json: bool, members: dict[str, Any], text: str) -> int:
+    """Print what a check found, its ``problems`` first; returns the exit status."""
+    if as_json:
+        print_json(members)
+        return 0 if members["ok"] else 1
+    for problem in members["problems"]:
+        print_line(f"problem: {visible(problem)}")
+    if text:
+        print_line(text)
+    return 0 if members["ok"] else 1
+
+
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, stretch: str = ""
+) -> None:
+    """Print a table on a terminal."""
+    console().print(table(columns, rows, stretch=stretch))
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, stretch: str = "") -> Table:
     """A table for Rich.
 
-    The columns named by ``stretch`` get what the others leave, and their text
-    is cut to it; nothing else is.
+    The column named ``stretch`` gets what the others leave, and its text is
+    cut to that; nothing else is.
     """
     from rich.table import Table
 
     made = Table(box=None, pad_edge=False, header_style="bold", expand=bool(stretch))
     for column in columns:
-        if column in stretch:
+        if column == stretch:
             made.add_column(column, no_wrap=True, overflow="ellipsis", ratio=1)
         else:
             made.add_column(column, overflow="fold")
