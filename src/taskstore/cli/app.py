@@ -132,11 +132,8 @@ def _invoke(arguments: list[str]) -> int:
         return NOT_SO
     except BrokenPipeError:
         raise
-    except Misuse as misuse:
-        complain(str(misuse), misuse.hint)
-        return USAGE
     except TaskStoreError as error:
-        complain(error.message, error.hint)
+        complain(str(error))
         return status_of(error)
     except OSError as error:
         where = "" if error.filename is None else f": {error.filename}"
@@ -148,14 +145,12 @@ def _invoke(arguments: list[str]) -> int:
             if message := error.format_message():  # otherwise the help was shown instead
                 context = getattr(error, "ctx", None)
                 path = "taskstore" if context is None else context.command_path
-                complain(message.rstrip("."), f"see {path} --help")
+                complain(f"{message.rstrip('.')} (see {path} --help)")
             return USAGE
         if DEBUG_VARIABLE in os.environ:
             raise
-        complain(
-            f"unexpected {type(error).__name__}: {error}",
-            f"please report it; {DEBUG_VARIABLE}=1 shows where it comes from",
-        )
+        report = f"please report it; {DEBUG_VARIABLE}=1 shows where it comes from"
+        complain(f"unexpected {type(error).__name__}: {error} ({report})")
         return TROUBLE
     return status if isinstance(status, int) else FINE
 
@@ -164,15 +159,15 @@ def status_of(error: TaskStoreError) -> int:
     """The exit status that an error of the store stands for."""
     if isinstance(error, TaskNotFound | InvalidTransition | CursorExpiredError):
         return NOT_SO
-    if isinstance(error, ValidationError | BackendNotFoundError | UnsupportedError):
+    if isinstance(error, Misuse | ValidationError | BackendNotFoundError | UnsupportedError):
         return USAGE
     return TROUBLE
 
 
-def complain(message: str, hint: str | None = None) -> None:
+def complain(text: str) -> None:
     """Say on standard error, in one line, what is wrong and what to do."""
     with contextlib.suppress(OSError):
-        note(redacted(f"{message} ({hint})" if hint else message))
+        note(redacted(text))
 
 
 def _prepare_streams() -> None:

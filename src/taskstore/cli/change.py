@@ -78,13 +78,13 @@ def only(store: TaskRegistryStore, token: str, **preferred: Any) -> TaskRecord:
         matching = ledger.ask(store, TaskQuery(**preferred, limit=2))
         if len(matching) == 1:
             return matching[0]
-    raise Misuse(f"{token!r} names several tasks; give the id of one", found.listing(token))
+    raise Misuse(f"{token!r} names several tasks; give the id of one", hint=found.listing(token))
 
 
 def confirm(question: str) -> None:
     """Ask on the terminal; where there is none, ``--yes`` has to be given."""
     if not sys.stdin.isatty():
-        raise Misuse("there is no terminal to ask on", "--yes goes on without")
+        raise Misuse("there is no terminal to ask on", hint="--yes goes on without")
     typer.confirm(render.visible(question), abort=True, err=True)
 
 

@@ -65,7 +65,7 @@ def downgrade(
         try:
             migrate.downgrade(engine, target, allow_data_loss=yes)
         except ValidationError as error:
-            raise Misuse(error.reason, "--yes does it") from error
+            raise Misuse(error.reason, hint="--yes does it") from error
         _tell_move(before, migrate.current(engine))
 
 

@@ -17,7 +17,7 @@ import typer
 from taskstore import creation
 from taskstore.backends import open_store
 from taskstore.cli import ledger, render
-from taskstore.cli.child import TIMEOUT, Events, forwarded_signals, running
+from taskstore.cli.child import TIMEOUT, forwarded_signals, running
 from taskstore.cli.options import Misuse, Url, positive_seconds, seconds, url_of
 from taskstore.cli.recorder import Recorder
 from taskstore.clock import new_task_id, system_clock
@@ -122,7 +122,16 @@ def _run(
             with id_out:
                 id_out.write(f"{record.task_id}\n")
         recorder = Recorder(store, record)
-        verdict = _attend(command, recorder, events, timeout_s=timeout_s, grace_s=grace_s)
+        try:
+            with running(command, events, recorder.progress) as child:
+                recorder.note(child_pid=child.pid)
+                ending = child.attend(timeout_s=timeout_s, grace_s=grace_s)
+            verdict = verdict_of(*ending, timeout_s)
+        except OSError as error:
+            reason = f"cannot run {_storable(command[0])}: {error.strerror or error}"
+            render.note(reason)
+            status = NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
+            verdict = Verdict(TaskStatus.FAILED, status, reason)
         if not recorder.finish(*verdict):
             stack.pop_all()  # the store hangs: closing it would as well
     _report(recorder, verdict)
@@ -165,27 +174,6 @@ def verdict_of(returncode: int, cause: int | None, timeout_s: float) -> Verdict:
     if returncode:
         return Verdict(TaskStatus.FAILED, returncode, f"exit status {returncode}")
     return Verdict(TaskStatus.SUCCEEDED, 0)
-
-
-def _attend(
-    command: Sequence[str],
-    recorder: Recorder,
-    events: Events,
-    *,
-    timeout_s: float,
-    grace_s: float,
-) -> Verdict:
-    """Start the command and see it to its end."""
-    try:
-        with running(command, events, recorder.progress) as child:
-            recorder.note(child_pid=child.pid)
-            ending = child.attend(timeout_s=timeout_s, grace_s=grace_s)
-            return verdict_of(*ending, timeout_s)
-    except OSError as error:
-        reason = f"cannot run {_storable(command[0])}: {error.strerror or error}"
-        render.note(reason)
-        missing = isinstance(error, FileNotFoundError)
-        return Verdict(TaskStatus.FAILED, NOT_FOUND if missing else NOT_EXECUTABLE, reason)
 
 
 def _create(store: TaskRegistryStore, record: TaskRecord) -> bool:
