@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+from taskstore.committer import Operation
 from taskstore.errors import Conflict, ConflictError, TaskNotFound
-from taskstore.groupcommit import Operation
 from taskstore.journal import Put
 from taskstore.mirror import Lookups, Staging
 from taskstore.records import TaskRecord

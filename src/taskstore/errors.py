@@ -177,6 +177,16 @@ class StoreUnavailableError(TaskStoreError):
     retryable = True
 
 
+class StoreReplacedError(StoreUnavailableError):
+    """The file that a store has open, or a log beside it, was removed, moved or replaced.
+
+    Nothing of this call was written.  The store refuses every further use: open
+    the ledger again, which opens what lies there now.
+    """
+
+    retryable = False
+
+
 class OutcomeUnknownError(TaskStoreError):
     """The connection died during a commit and its outcome cannot be read back,
     or the disk did not confirm it.

@@ -90,12 +90,12 @@ class Hooks:
 
     def __init__(self, hooks: Iterable[Hook] = (), *, interrupts: bool = True) -> None:
         self._interrupts = interrupts
-        self.registered: tuple[_Handle, ...] = ()
+        self.registered: dict[object, Hook] = {}
         self.events: deque[Event] = deque()
-        # Who delivers at present: one of the calls of deliver(), or nobody.
-        self._deliverer: _Delivery | None = None
-        # Who is still to hear of the first event in the queue; ``None``: all.
-        self._owed: Iterator[_Handle] | None = None
+        # The thread that delivers at present.
+        self._deliverer: int | None = None
+        # The hooks that have still to hear of the first event; ``None``: all.
+        self._owed: Iterator[Hook] | None = None
         self._edit = threading.Lock()
         self.errors = 0
         for hook in hooks:
@@ -108,13 +108,14 @@ class Hooks:
         """
         if not callable(hook):
             raise TypeError(f"a hook is called with events: {hook!r} is not callable")
-        handle = _Handle(hook)
+        registration = object()  # the same callable may be added more than once
         with self._edit:
-            self.registered = (*self.registered, handle)
+            self.registered = {**self.registered, registration: hook}
 
         def remove() -> None:
             with self._edit:
-                self.registered = tuple(other for other in self.registered if other is not handle)
+                others = {key: hook for key, hook in self.registered.items() if key != registration}
+                self.registered = others
 
         return remove
 
@@ -130,24 +131,22 @@ class Hooks:
         comes back here, finds the place taken, and its event follows after
         the one being delivered.
         """
-        if not self.events:
-            return
-        me = _Delivery()
+        me = threading.get_ident()
         # Looked at again after the place is given up: what was queued between
         # the last look and the release found it taken.
         while self.events:
+            taken = self._deliverer
+            if taken is not None:
+                return
             try:
                 with self._edit:
-                    if self._deliverer is None:
-                        self._deliverer = me
-                if self._deliverer is not me:
-                    return
+                    if self._deliverer is not None:
+                        return
+                    self._deliverer = me
                 while self.events:
                     self._deliver_first()
             finally:
-                # Looked up rather than remembered, for the sake of interrupts:
-                # were the place kept, no hook would hear of anything any more.
-                if self._deliverer is me:
+                if self._deliverer == me:
                     self._deliverer = None
 
     def drain(self) -> None:
@@ -160,7 +159,7 @@ class Hooks:
         while True:
             self.deliver()
             other = self._deliverer
-            if other is None or other.thread == threading.get_ident() or time.monotonic() > ends:
+            if other in (None, threading.get_ident()) or time.monotonic() > ends:
                 return
             time.sleep(0.001)
 
@@ -168,10 +167,10 @@ class Hooks:
         """Call the hooks with the first event, or those that an interrupt has left out."""
         event, interrupt = self.events[0], None
         if self._owed is None:
-            self._owed = iter(self.registered)
-        for handle in self._owed:
+            self._owed = iter(self.registered.values())
+        for hook in self._owed:
             try:
-                handle.hook(event)
+                hook(event)
             except BaseException as error:
                 self.errors += 1
                 logger.exception("a hook raised on %s at seq %d", event.kind, event.seq)
@@ -182,21 +181,3 @@ class Hooks:
         self.events.popleft()
         if interrupt is not None:
             raise interrupt
-
-
-class _Delivery:
-    """One call that delivers, and in which thread."""
-
-    __slots__ = ("thread",)
-
-    def __init__(self) -> None:
-        self.thread = threading.get_ident()
-
-
-class _Handle:
-    """One registration: the same callable may be added more than once."""
-
-    __slots__ = ("hook",)
-
-    def __init__(self, hook: Hook) -> None:
-        self.hook = hook

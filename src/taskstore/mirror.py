@@ -1,25 +1,50 @@
-"""The records in memory, and how they are found.
+"""The records in memory, how they are found, and how they are kept like the store.
 
 :class:`Lookups` is the one interface through which the registry looks
 records up.  :class:`Mirror` answers from indexes over what is committed,
 :class:`Staging` from the same with uncommitted changes laid over it.
+:class:`Replica` is the mirror of one store.
 """
 
 from __future__ import annotations
 
+import gc
 import heapq
+import logging
+import os
 import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
-from taskstore.errors import Conflict, ConflictError, TaskNotFound
+from taskstore.errors import Conflict, ConflictError, CursorExpiredError, TaskNotFound
+from taskstore.hooks import Deleted, Event, Hooks, Restored, Upserted
 from taskstore.indexes import INDEXED, Indexes, Key
-from taskstore.journal import Change, Position, Put, Remove, Snapshot, put_valid
+from taskstore.journal import (
+    Change,
+    Commit,
+    JournalEntry,
+    Position,
+    Put,
+    Remove,
+    Snapshot,
+    dedup_key,
+    put_valid,
+)
 from taskstore.query import SESSION_KEY, Page, Summary, TaskQuery, page_of
 from taskstore.records import ACTIVE_STATUSES, MAX_INT, DedupKey, TaskRecord
+from taskstore.store import SupportsJournal, TaskRegistryStore, commit_id_at, entries_beyond
 from taskstore.validation import check_int
+
+logger = logging.getLogger("taskstore")
+
+PAGE_ENTRIES = 1000
+"""How many journal entries are read at a time.  A commit of no more becomes visible as a
+whole; lookups would wait too long for one of very many."""
 
 
 class Lookups(ABC):
@@ -91,13 +116,15 @@ class Lookups(ABC):
 class Mirror(Lookups):
     """What is committed, as far as this process has seen it.
 
-    ``position`` is that of the last entry mirrored.  Writers hold the registry's
+    ``position`` is that of the last entry mirrored; ``interrupted`` tells that
+    an interrupt may have left it half-way, until it is loaded anew.  Writers hold the registry's
     commit lock; ``lock`` is held while the indexes change or are read.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.position = Position(0)
+        self.interrupted = False
         self._indexes = Indexes()
 
     @property
@@ -120,7 +147,9 @@ class Mirror(Lookups):
         with self.lock:
             self._indexes, before = indexes, self._indexes
             self.position = Position(snapshot.seq, commit_id)
-        before.dismantle()
+            self.interrupted = False
+        if before.records:
+            before.dismantle()
 
     def get(self, task_id: str) -> TaskRecord | None:
         """Return the record of an id, or ``None``."""
@@ -128,7 +157,9 @@ class Mirror(Lookups):
 
     def holder(self, key: DedupKey) -> TaskRecord | None:
         """Return the task that has a dedup key, or ``None``."""
-        return self._indexes.holder(key)
+        indexes = self._indexes
+        task_id = indexes.holders.get("\0".join(key))
+        return None if task_id is None else indexes.records[task_id]
 
     def summary(self) -> Summary:
         """Count the records, without looking at them."""
@@ -179,7 +210,7 @@ class Mirror(Lookups):
             return None
         return [self._indexes.group(name, value) for name in fields for value in wanted]
 
-    def publish(
+    def take_in(
         self, position: Position, task_id: str, record: TaskRecord | None
     ) -> TaskRecord | None:
         """Mirror what the entry at ``position``, the next one, makes of a task.
@@ -193,6 +224,142 @@ class Mirror(Lookups):
                 previous = self._indexes.remove(task_id)
             self.position = position
         return previous
+
+
+class Replica(Mirror):
+    """A mirror that is kept like a store: after our commits, after those of others, and anew.
+
+    What brings it forward is called with the commit lock held.  Hooks hear of
+    what is mirrored in the order of the journal; they are called later,
+    without the lock.  ``stale`` is set when memory may not be what the store
+    has, and what it lacks is not known: it is loaded anew before its next use.
+    """
+
+    def __init__(self, store: TaskRegistryStore, hooks: Hooks) -> None:
+        super().__init__()
+        self._store = store
+        self._hooks = hooks
+        self.stale = True  # nothing is loaded yet
+
+    def load(self) -> None:
+        """Start over from the store, and say so to the hooks."""
+        store, head, commit_id = self._store, 0, ""
+        # Which history it is, is asked first: should another take its place before
+        # the records are read, the next look at the journal shows it.
+        if isinstance(store, SupportsJournal):
+            head = store.head()
+            commit_id = commit_id_at(store, head)
+        with collector_paused():
+            snapshot = store.load_snapshot()
+            if isinstance(store, SupportsJournal) and snapshot.seq != head:  # others are committing
+                commit_id = commit_id_at(store, snapshot.seq)
+            self.reset(snapshot, commit_id)
+        self.stale = False
+        self._hooks.emit([Restored(snapshot.seq, len(snapshot.records), snapshot.records)])
+
+    def refresh(self) -> None:
+        """Bring in what other writers committed."""
+        if self.stale or not isinstance(self._store, SupportsJournal):
+            self.load()
+        else:
+            self._catch_up(self._store)
+
+    def behind(self, *, reload: bool = False) -> bool:
+        """Catch up with the store; returns whether there was anything to catch up with."""
+        if isinstance(self._store, SupportsJournal):
+            return self._catch_up(self._store)
+        if reload:
+            # Without a journal there is one writer, and only a lost outcome
+            # explains that memory differs.
+            before = self.seq
+            self.load()
+            return before != self.seq
+        return False
+
+    def read_on(self, journal: SupportsJournal, end: int | None = None) -> set[str]:
+        """Mirror what comes after memory in the journal, up to seq ``end`` if that is given.
+
+        Returns which tasks that concerns.  Raises :class:`CursorExpiredError`
+        when the journal is not the one that memory is of, or was trimmed.
+        """
+        changed = set[str]()
+        with collector_paused():
+            while end is None or self.position.seq < end:
+                limit = PAGE_ENTRIES
+                if end is not None:
+                    limit = min(limit, end - self.position.seq)
+                page = entries_beyond(journal, self.position, limit)
+                entries = page if len(page) < PAGE_ENTRIES else _whole_commits(page)
+                self._mirror_entries(entries)
+                changed.update(entry.task_id for entry in entries)
+                if len(page) < limit:
+                    break
+        return changed
+
+    def publish(self, commit: Commit, changes: Sequence[Change]) -> None:
+        """Mirror a commit, and before it what others committed in between."""
+        if commit.first_seq != self.position.seq + 1 and self._catch_up_with(commit):
+            return
+        events: list[Event] = []
+        seq = commit.first_seq
+        for start in range(0, len(changes), PAGE_ENTRIES):
+            with self.lock:
+                for change in changes[start : start + PAGE_ENTRIES]:
+                    record = change.record if isinstance(change, Put) else None
+                    position = Position(seq, commit.commit_id)
+                    if record is not None:
+                        previous = self.take_in(position, record.task_id, record)
+                        events.append(Upserted(seq, commit.at, record, previous))
+                    else:
+                        previous = self.take_in(position, change.task_id, None)
+                        events.append(Deleted(seq, commit.at, change.task_id, previous))
+                    seq += 1
+        # What is stale the hooks hear of when it is loaded anew.
+        if self._hooks.registered and not self.stale:
+            self._hooks.emit(events)
+
+    def _catch_up_with(self, commit: Commit) -> bool:
+        """Mirror what others committed before our commit; whether that brought the commit too."""
+        before = commit.first_seq - 1
+        try:
+            if isinstance(self._store, SupportsJournal) and self.position.seq < before:
+                with suppress(CursorExpiredError):
+                    self.read_on(self._store, before)
+            if self.position.seq != before:
+                self.load()
+        except Exception:
+            # The change is committed: whatever this is, it must not look like a failure.
+            logger.exception("cannot read what was committed before seq %d", commit.first_seq)
+            self.stale = True
+        # Where memory could not be loaded, the writer can see its own commit at least.
+        return self.position.seq != before and not self.stale
+
+    def _catch_up(self, store: SupportsJournal) -> bool:
+        """Mirror everything that is in the journal and not in memory.
+
+        When the journal does not hold what was mirrored last, or no longer, it
+        is loaded anew: going on from there would mix two histories.
+        """
+        try:
+            return bool(self.read_on(store))
+        except CursorExpiredError:
+            self.load()
+            return True
+
+    def _mirror_entries(self, entries: Sequence[JournalEntry]) -> None:
+        """Mirror what others committed, each commit as a whole."""
+        events: list[Event] = []
+        for _, commit in groupby(entries, attrgetter("commit_id")):
+            with self.lock:
+                for entry in commit:
+                    seq, at, record = entry.seq, entry.at, entry.record
+                    position = Position(seq, entry.commit_id)
+                    previous = self.take_in(position, entry.task_id, record)
+                    if record is not None:
+                        events.append(Upserted(seq, at, record, previous, local=False))
+                    elif entry.set_aside is None:  # what does not decode is no event
+                        events.append(Deleted(seq, at, entry.task_id, previous, local=False))
+        self._hooks.emit(events)
 
 
 class Staging(Lookups):
@@ -251,7 +418,9 @@ class Staging(Lookups):
     def create(self, record: TaskRecord, key: DedupKey | None) -> TaskRecord:
         """Stage a new task that claims a dedup key; raises :class:`ConflictError` if its id is
         taken."""
-        standing = self.get(record.task_id)
+        over = self._over
+        task_id = record.task_id
+        standing = over[task_id] if task_id in over else self._under.get(task_id)
         if standing is not None:
             raise ConflictError([Conflict(record.task_id, 0, standing.revision)])
         if key is not None:
@@ -293,7 +462,7 @@ class Staging(Lookups):
         for change in changes:
             record = change.record if isinstance(change, Put) else None
             self._over[change.task_id] = record
-            key = None if record is None or record.revision > 1 else record.dedup_key
+            key = None if record is None or record.revision > 1 else dedup_key(record)
             if key is not None:
                 self._holders[key] = change.task_id
         self.changes += changes
@@ -302,3 +471,54 @@ class Staging(Lookups):
 def _descending(keys: Sequence[Key], end: int) -> Iterator[Key]:
     """The keys before ``end``, last first."""
     return map(keys.__getitem__, range(end - 1, -1, -1))
+
+
+def _whole_commits(page: Sequence[JournalEntry]) -> Sequence[JournalEntry]:
+    """A full page without its last commit, which may go on after it; all of it, if that is one."""
+    last = page[-1].commit_id
+    end = next((n for n in range(len(page), 0, -1) if page[n - 1].commit_id != last), 0)
+    return page[:end] or page
+
+
+_pausing = threading.RLock()
+_pauses: set[object] = set()
+_was_on = False
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Leave Python's garbage collector off in the body of a ``with``: many records are made there.
+
+    It would look again and again for cycles among objects that cannot have
+    any, and each of its great looks holds up every other thread.  Pauses may
+    overlap; after the last one it is as it was.
+    """
+    global _was_on  # noqa: PLW0603 - the collector is one for the whole process
+    pause = object()
+    try:
+        with _pausing:
+            if not _pauses:
+                _was_on = gc.isenabled()
+            _pauses.add(pause)
+            gc.disable()
+        yield
+    finally:
+        with _pausing:
+            try:
+                if _was_on and _pauses <= {pause}:
+                    gc.enable()
+            finally:
+                _pauses.discard(pause)
+
+
+def end_pauses() -> None:
+    """End every pause: in a forked child, the threads that made them are not there."""
+    global _pausing  # noqa: PLW0603 - held by a thread that is not there
+    _pausing = threading.RLock()
+    if _pauses and _was_on:
+        gc.enable()
+    _pauses.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=end_pauses)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -13,19 +14,145 @@ from taskstore import history
 from taskstore.backends import default_url, open_store
 from taskstore.batch import Batch
 from taskstore.clock import Clock
-from taskstore.committer import Committer
+from taskstore.committer import Committer, Operation
+from taskstore.errors import StoreClosedError, ValidationError
 from taskstore.following import Follower
-from taskstore.groupcommit import Operation
 from taskstore.hooks import Hook, Hooks
-from taskstore.journal import JournalEntry, Snapshot
-from taskstore.mirror import Lookups
-from taskstore.reader import LedgerReader
-from taskstore.records import MAX_INT, TaskRecord
-from taskstore.store import TaskRegistryStore
-from taskstore.validation import check_int, check_key
+from taskstore.journal import JournalEntry, Position, Snapshot
+from taskstore.mirror import Lookups, Replica
+from taskstore.query import Page, Summary, TaskQuery
+from taskstore.records import ACTIVE_STATUSES, KEY_BYTES, MAX_INT, TaskRecord
+from taskstore.store import TaskRegistryStore, forked
+from taskstore.validation import check_int, check_key, check_text
 from taskstore.verbs import ChangeRun, Plan, Run, RunScope, Verbs
 
 T = TypeVar("T")
+
+
+class LedgerReader(ABC):
+    """The lookups of a registry.  None of them waits for a commit or the store."""
+
+    def __init__(self, store: TaskRegistryStore, hooks: Hooks) -> None:
+        self._store = store
+        self._hooks = hooks
+        self._mirror = Replica(store, hooks)
+        self._committer = Committer(store, self._mirror, hooks)
+        self._owns_store = False
+        self._closed = False
+        self._opened_by = os.getpid()
+
+    @property
+    def store(self) -> TaskRegistryStore:
+        """The store underneath."""
+        return self._store
+
+    @property
+    def hooks(self) -> Hooks:
+        """The registry's hooks: ``hooks.add(fn)`` returns a function that removes it."""
+        return self._hooks
+
+    @property
+    def seq(self) -> int:
+        """The last seq mirrored (``int``, 0 before the first)."""
+        return self._mirror.seq
+
+    # -- looking up ---------------------------------------------------------
+
+    def get(self, task_id: str) -> TaskRecord:
+        """Return the task with this id; raises :class:`TaskNotFound`."""
+        check_key("task_id", task_id)
+        with self._reading() as records:
+            return records.require(task_id)
+
+    def find(self, token: str) -> TaskRecord | None:
+        """Return the task with this id, or else of this run, or else of this session.
+
+        Of a run's or session's tasks the newest active one, or the newest; or ``None``.
+        """
+        check_text("token", token, KEY_BYTES)
+        with self._reading() as records:
+            return records.find(token)
+
+    def find_by_run(self, run_id: str) -> TaskRecord | None:
+        """Return the run's newest active task, or its newest, or ``None``."""
+        check_text("run_id", run_id, KEY_BYTES)
+        with self._reading() as records:
+            return records.find_by_run(run_id)
+
+    def list(self, query: TaskQuery | None = None, /, **filters: Any) -> Page:
+        """Return the tasks that match, newest first.
+
+        Takes a :class:`TaskQuery` or its arguments: record field names,
+        ``since``, ``limit`` (default: no limit) and ``after`` (a cursor).
+        Raises :class:`ValidationError` for what is not one of them.
+        """
+        if query is None:
+            query = TaskQuery(**filters)
+        elif filters:
+            raise ValidationError(next(iter(filters)), "give a query or filters, not both")
+        elif not isinstance(query, TaskQuery):
+            raise ValidationError("query", f"must be a TaskQuery, not {type(query).__name__}")
+        with self._reading() as records:
+            return records.page(query, self._mirror.seq)
+
+    def active(self) -> Page:
+        """Return the tasks that have not ended, newest first."""
+        return self.list(status=ACTIVE_STATUSES)
+
+    def children(self, task_id: str) -> Page:
+        """Return the tasks whose ``parent_task_id`` is this id, newest first."""
+        return self.list(parent_task_id=check_key("task_id", task_id))
+
+    def summary(self) -> Summary:
+        """Return how many tasks there are, by status and by runtime."""
+        with self._reading() as records:
+            return records.summary()
+
+    def _cursor(self, after: int | str) -> int | str | Position:
+        """The same cursor, with the history to it where it is the seq that memory is at."""
+        position = self._mirror.position
+        return position if type(after) is int and after == position.seq else after
+
+    @abstractmethod
+    def _records(self) -> Lookups:
+        """What the calling thread sees: the mirror, or its batch laid over it."""
+
+    @contextmanager
+    def _reading(self) -> Iterator[Lookups]:
+        """Keep what the calling thread sees as it is while it looks something up."""
+        self._check_open()
+        if self._mirror.interrupted:
+            self._reload()
+        with self._mirror.lock:
+            yield self._records()
+
+    def _now(self) -> int:
+        now = self._store.clock()
+        return now if type(now) is int and 0 <= now <= MAX_INT else check_int("clock", now)
+
+    @abstractmethod
+    def _reload(self) -> None:
+        """Load memory anew before it is used, after an interrupt, if this thread may wait."""
+
+    def _finish(self) -> None:
+        """Commit and deliver what is under way, and close the store if it is ours.
+
+        In a forked child nothing: all that is under way is the parent's.
+        """
+        if self._opened_by != os.getpid():
+            return
+        self._committer.close()
+        try:
+            self._hooks.drain()
+        finally:
+            if self._owns_store:
+                self._store.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreClosedError(f"the registry over {self._store.location} is closed")
+        if self._opened_by != os.getpid():
+            raise forked(f"the registry over {self._store.location}")
 
 
 class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
@@ -49,14 +176,11 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
     ) -> None:
         if clock is not None:
             store.clock = clock
-        super().__init__(store)
-        self._hooks = Hooks(hooks)
+        super().__init__(store, Hooks(hooks))
         self._local = _Local()
-        self._owns_store = False
         self._follower: Follower | None = None
         # Two that come together start one thread, and close() misses none.
         self._following = threading.Lock()
-        self._committer = Committer(store, self._mirror, self._hooks)
         self._committer.load()
 
     @classmethod
@@ -91,11 +215,6 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
             raise
         registry._owns_store = True
         return registry
-
-    @property
-    def hooks(self) -> Hooks:
-        """The registry's hooks: ``hooks.add(fn)`` returns a function that removes it."""
-        return self._hooks
 
     # -- committing -----------------------------------------------------------
 
@@ -221,14 +340,9 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
             follower = self._follower
         if follower is not None:
             follower.ask_to_stop()
-        if self._opened_by != os.getpid():
-            return  # all that is under way is the parent's
-        self._committer.close()
         try:
-            self._hooks.drain()
+            self._finish()
         finally:
-            if self._owns_store:
-                self._store.close()
             if follower is not None:
                 follower.stop()
 
@@ -242,10 +356,6 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
         return f"<TaskRegistry {self._store.location} at seq {self._mirror.seq}>"
 
     # -- within -------------------------------------------------------------
-
-    def _now(self) -> int:
-        now = self._store.clock()
-        return now if type(now) is int and 0 <= now <= MAX_INT else check_int("clock", now)
 
     def _commit(self, operation: Operation[T], /) -> T:
         """Have an operation committed, or add it to the batch that this thread is in."""
@@ -264,6 +374,9 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
 
     def _commit_run(self, run: Run, plan: Callable[[], Plan]) -> list[TaskRecord]:
         return self._commit(ChangeRun(run, plan()))
+
+    def _reload(self) -> None:
+        self._committer.refresh()
 
     def _records(self) -> Lookups:
         batch = self._local.batch

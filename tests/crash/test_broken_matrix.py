@@ -108,7 +108,7 @@ def publishing_first(store, hooks):
     def ahead(changes):
         commit = Commit(registry.seq + 1, registry.seq + len(changes), store.clock())
         for entry in entries_of(changes, commit):
-            committer._mirror.publish(
+            committer._replica.take_in(
                 Position(entry.seq, entry.commit_id), entry.task_id, entry.record
             )
         return apply(changes)

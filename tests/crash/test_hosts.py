@@ -14,8 +14,8 @@ import pytest
 
 from taskstore import TaskRegistry, open_store
 from taskstore.errors import StoreUnavailableError, TaskStoreError, ValidationError
+from taskstore.stores.retry import RECONNECT_S
 from taskstore.stores.sql import SQLStore, migrate
-from taskstore.stores.sql.patience import RECONNECT_S
 from taskstore.testing.factories import create
 from taskstore.testing.replication import url_of
 
@@ -82,7 +82,7 @@ def test_a_host_that_says_nothing_is_given_up(server, server_url):
 
 def test_a_connection_to_a_dead_host_is_given_up(server_url):
     store = open_store(server_url)
-    with socket.socket(fileno=socket.dup(store._connections._writer().raw.fileno())) as wire:
+    with socket.socket(fileno=socket.dup(store._transactions.pool.writer().raw.fileno())) as wire:
         for option, wanted in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
             if hasattr(socket, option):
                 assert wire.getsockopt(socket.IPPROTO_TCP, getattr(socket, option)) == wanted
@@ -91,7 +91,7 @@ def test_a_connection_to_a_dead_host_is_given_up(server_url):
 
 def test_what_the_url_says_counts(server_url):
     store = open_store(f"{server_url}&keepalives_idle=77&application_name=mine")
-    raw = store._connections._writer().raw
+    raw = store._transactions.pool.writer().raw
     assert raw.info.get_parameters()["keepalives_idle"] == "77"
     assert raw.info.get_parameters()["application_name"] == "mine"
     store.close()
@@ -135,7 +135,7 @@ def backends(store: SQLStore, number: int) -> set[int]:
 
     found = []
     readers = [
-        threading.Thread(target=lambda: found.append(store._connections.read(read)))
+        threading.Thread(target=lambda: found.append(store._transactions.read(read)))
         for _ in range(number)
     ]
     for reader in readers:

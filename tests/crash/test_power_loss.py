@@ -23,7 +23,7 @@ STORE = Path(jsonfile.__file__).parent
 
 UNNEEDED = {
     # What it removes does not count any more; if it is back, it is removed again.
-    "leftovers.py: clear_up: sync_directory",
+    "writing.py: Writer._clear_up: sync_directory",
     "writing.py: Writer.replace: sync_directory",
 }
 """Syncs without which nothing is lost."""
@@ -82,7 +82,7 @@ def test_every_place_in_the_store_that_changes_files_was_among_them(surveyed):
 
 
 def test_nothing_changes_files_beside_the_door():
-    """Or the record would not be the truth.  (Where writers wait in line lies elsewhere, and
+    """Or the record would not be the truth.  (The waiting room of the fair lock lies elsewhere, and
     is an empty file on which nothing relies.)"""
     changing = {"fsync", "fdatasync", "pwrite", "ftruncate", "rename", "unlink", "mkdir", "touch"}
     changing |= {

@@ -284,9 +284,10 @@ def test_a_commit_that_is_written_but_not_returned_is_there(directory, open_):
     task = create(store)
     pid = os.fork()
     if not pid:
-        append = store._writer._append
-        store._writer._append = lambda line: (append(line), os.kill(os.getpid(), signal.SIGKILL))
-        update(store, task)
+        other = open_()
+        commit = other._writer.commit
+        other._writer.commit = lambda *step: (commit(*step), os.kill(os.getpid(), signal.SIGKILL))
+        update(other, task)
     os.waitpid(pid, 0)
     assert store.load_snapshot().records[task.task_id].revision == 2
     with pytest.raises(ConflictError):

@@ -302,23 +302,34 @@ def test_a_lock_file_that_was_removed_is_not_relied_on(directory, open_):
     assert one.head() == 4
 
 
-def test_a_forked_child_and_its_parent_exclude_each_other(directory, open_):
+def test_a_forked_child_is_refused_and_leaves_its_parents_lock_alone(directory, open_):
     printed = output_of(
         """
 import warnings; warnings.simplefilter("ignore")
 store = JSONStore(sys.argv[1], durability="process")
-create(store)
-pid = os.fork()
-for _ in range(200):
-    create(store)
-if not pid:
-    os._exit(0)
-assert os.waitpid(pid, 0)[1] == 0
-print(store.head(), len(store.load_snapshot().records), store.verify().problems)
+task = create(store)
+with store.exclusive():
+    pid = os.fork()
+    if not pid:
+        for use in (lambda: create(store), store.load_snapshot, store.head, store.verify):
+            try:
+                use()
+            except StoreClosedError as error:
+                assert "before the process forked" in str(error), error
+            else:
+                os._exit(1)
+        store.close()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    try:
+        JSONStore(sys.argv[1], lock_timeout_s=0.1)
+    except StoreBusyError:
+        store.apply([next_of(task)])
+print(store.head(), store.verify().problems)
 """,
         directory,
     )
-    assert printed == "401 401 ()\n"
+    assert printed == "2 ()\n"
 
 
 def test_bookings_and_revisions_are_known_again_after_reopening(open_):

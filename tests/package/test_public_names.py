@@ -19,7 +19,8 @@ ScopeKind TerminalOutcome TaskQuery Page Put Remove Commit JournalEntry Snapshot
 compact Compactor CompactionPolicy CompactionReport Restored Upserted Deleted SupportsJournal
 SupportsCompaction SupportsQuery SupportsIntegrity TaskStoreError ValidationError TaskNotFound
 InvalidTransition ConflictError CorruptStoreError StoreBusyError StoreUnavailableError
-OutcomeUnknownError SchemaMismatchError ReadOnlyError StoreClosedError BackendNotFoundError
+StoreReplacedError OutcomeUnknownError SchemaMismatchError ReadOnlyError StoreClosedError
+BackendNotFoundError
 CursorExpiredError UnsupportedError
 """
 

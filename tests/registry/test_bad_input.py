@@ -258,6 +258,6 @@ def test_no_revision_follows_the_last(registry):
     registry.store.apply([Put(make_record(task_id="a", revision=1))])
     registry.refresh()
     last = make_record(task_id="a", revision=2**53 - 1)
-    registry._mirror.publish(registry._mirror.position, "a", last)
+    registry._mirror.take_in(registry._mirror.position, "a", last)
     with pytest.raises(ValidationError, match="revision"):
         registry.cancel("a")

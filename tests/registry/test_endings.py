@@ -18,7 +18,7 @@ from taskstore import (
     TaskStoreError,
 )
 from taskstore.aio import AsyncTaskRegistry
-from taskstore.groupcommit import INTERRUPTED_S, CommitQueue, wait
+from taskstore.committer import INTERRUPTED_S, CommitQueue, wait
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 from taskstore.testing.threads import until
 

@@ -25,9 +25,10 @@ class Spy:
         self.after: Callable[[str], None] = lambda _sql: None
         self._database = store._database
         self._cursor = self._database.cursor
-        if store._connections._held is not None:
-            store._connections._release(store._connections._held)
-            store._connections._held = None
+        pool = store._transactions.pool
+        if (writing := pool.writing) is not None:
+            pool.writing = None  # the next one has a cursor of ours
+            pool.release(writing)
         self._database.cursor = self._wrapped  # type: ignore[method-assign]
 
     def _wrapped(self, raw: Any) -> Any:
@@ -51,6 +52,14 @@ class _SpiedCursor:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
+
+
+def write(store: SQLStore, work: Callable[[Any], Any]) -> Any:
+    """Do ``work`` in one write transaction of a store, trying again as the store does."""
+    for attempt in store._transactions.attempts():
+        with attempt, store._transactions.write() as tx:
+            return work(tx)
+    raise AssertionError
 
 
 def in_process(script: str, *arguments: object) -> subprocess.Popen[str]:

@@ -12,7 +12,7 @@ import pytest
 from sqlkit import Spy, in_process, output_of
 
 from taskstore import StoreBusyError
-from taskstore.stores.sql import patience
+from taskstore.stores import retry
 from taskstore.stores.sql.dialects import mariadb, postgresql, sqlite
 from taskstore.testing import make_put
 
@@ -20,11 +20,10 @@ HOLD = """
 import sys
 from taskstore.stores.sql import open_sql
 store = open_sql(sys.argv[1])
-def work(session):
-    session.row(store._database.sql.lock_head) if "sqlite" not in sys.argv[1] else None
+with store._transactions.write() as tx:
+    tx.row(store._database.sql.lock_head) if "sqlite" not in sys.argv[1] else None
     print("held", flush=True)
     sys.stdin.readline()
-store._connections.write(work)
 store.close()
 """
 
@@ -36,13 +35,13 @@ def any_url(request, sqlite_path):
     return request.getfixturevalue({"postgresql": "postgres_url"}.get(request.param, "mariadb_url"))
 
 
-UNHURRIED_S = patience.BUSY_S
+UNHURRIED_S = retry.BUSY_S
 
 
 @pytest.fixture
 def hurried(monkeypatch):
     """Patience is short: below a second, or what is the least that the server takes."""
-    monkeypatch.setattr(patience, "BUSY_S", 0.8)
+    monkeypatch.setattr(retry, "BUSY_S", 0.8)
     monkeypatch.setattr(sqlite, "LOCK_WAIT_S", 0.4)
     monkeypatch.setattr(postgresql, "LOCK_WAIT_S", 0.4)
     monkeypatch.setattr(mariadb, "LOCK_WAIT_S", 1)

@@ -13,7 +13,7 @@ from taskstore.errors import StoreBusyError
 from taskstore.journal import Put, fold
 from taskstore.policy import CompactionPolicy
 from taskstore.stores.sql import compaction, rows
-from taskstore.stores.sql.engines import open_database
+from taskstore.stores.sql.dialects import open_database
 from taskstore.testing.factories import create, delete, make_record, next_of, update
 
 ALL = CompactionPolicy(force=True, history_s=0, history_entries=0, keep_snapshots=1)
@@ -134,8 +134,8 @@ def test_one_compactor_at_a_time(store, url, open_, monkeypatch):
             tried.append(error)
         return real(*arguments)
 
-    real = compaction._publish
-    monkeypatch.setattr(compaction, "_publish", second)
+    real = compaction.Steps.publish
+    monkeypatch.setattr(compaction.Steps, "publish", second)
     store.compact(ALL)
     assert len(tried) == 1
     assert "compacted by another process" in str(tried[0])
@@ -156,13 +156,13 @@ def test_a_dead_compactors_lease_runs_out(store, url):
 def test_who_lost_the_lease_stops(store, url, open_, monkeypatch):
     fill(store)
     other = open_(url)
-    real = compaction._move_floor
+    real = compaction.Steps._move_floor
 
     def too_late(*arguments):
         run(url, "UPDATE taskstore_head SET lease_owner = 'thief'")
         return real(*arguments)
 
-    monkeypatch.setattr(compaction, "_move_floor", too_late)
+    monkeypatch.setattr(compaction.Steps, "_move_floor", too_late)
     with pytest.raises(StoreBusyError, match="taken over"):
         store.compact(ALL)
     monkeypatch.undo()
@@ -176,13 +176,13 @@ def test_who_lost_the_lease_stops(store, url, open_, monkeypatch):
 def test_content_that_was_replaced_is_not_compacted(store, url, open_, monkeypatch):
     fill(store)
     other = open_(url)
-    real = compaction._move_floor
+    real = compaction.Steps._move_floor
 
     def replaced(*arguments):
         other.save_snapshot(type(other.load_snapshot())(1000))
         return real(*arguments)
 
-    monkeypatch.setattr(compaction, "_move_floor", replaced)
+    monkeypatch.setattr(compaction.Steps, "_move_floor", replaced)
     with pytest.raises(StoreBusyError):
         store.compact(ALL)
     assert (other.head(), other.floor(), other.verify().ok) == (1000, 1001, True)
@@ -196,14 +196,14 @@ from taskstore import open_store
 from taskstore.policy import CompactionPolicy
 from taskstore.stores.sql import compaction, rows
 compaction.STEP, compaction.CHUNK_STEP, rows.CHUNK_RECORDS = 7, 2, 3
-steps, real = int(sys.argv[2]), compaction._Lease.step
-def step(self, work):
+steps, real = int(sys.argv[2]), compaction.Lease.step
+def step(self):
     global steps
     steps -= 1
     if steps < 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(self, work)
-compaction._Lease.step = step
+    return real(self)
+compaction.Lease.step = step
 policy = CompactionPolicy(force=True, history_s=0, history_entries=0, keep_snapshots=1)
 open_store(sys.argv[1]).compact(policy)
 """
@@ -310,7 +310,7 @@ def hold(session):
     session.rows("SELECT * FROM tasks")
     print("held", flush=True)
     sys.stdin.readline()
-store._connections.read(hold, one_moment=True)
+store._transactions.read(hold, one_moment=True)
 """,
         url,
     )

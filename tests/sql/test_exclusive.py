@@ -15,7 +15,7 @@ def server_url(request) -> str:
 
 def cut(store) -> None:
     """The connection that keeps the others out is gone."""
-    store._connections._begun.raw.close()
+    store._transactions._begun.raw.close()
 
 
 def test_a_connection_that_is_lost_while_reading(server_url, open_):
@@ -46,6 +46,6 @@ def test_a_registry_in_company_goes_on_over_lost_connections(server_url):
         for number in range(6):
             registry = (one, two)[number % 2]
             if number > 3:
-                registry.store._connections._held.raw.close()
+                registry.store._transactions.pool.writing.raw.close()
             registry.update_metadata(task.task_id, {str(number): number})
         assert len(one.store.load_snapshot().records[task.task_id].metadata) == 6

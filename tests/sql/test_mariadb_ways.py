@@ -11,13 +11,14 @@ import pymysql
 import pytest
 import sqlalchemy as sa
 from pymysql.constants import CLIENT
-from sqlkit import Spy
+from sqlkit import Spy, write
 from test_host_engine import work_with
 
 from taskstore import open_store
 from taskstore.errors import StoreBusyError, StoreUnavailableError, TaskStoreError, ValidationError
 from taskstore.journal import Put
-from taskstore.stores.sql import SQLStore, migrate, patience
+from taskstore.stores import retry
+from taskstore.stores.sql import SQLStore, migrate
 from taskstore.stores.sql.dialects import mariadb
 from taskstore.testing.factories import create, make_put, make_record, next_of, update
 from taskstore.testing.servers import MariaDBServer
@@ -90,7 +91,7 @@ def test_nothing_is_cut_off_in_silence(store):
     status = f"UPDATE taskstore_head SET ledger_id = '{'x' * 33}'"
     for statement in (long, status):
         with pytest.raises(StoreUnavailableError):
-            store._connections.write(lambda session, sql=statement: session.execute(sql))
+            write(store, lambda session, sql=statement: session.execute(sql))
 
 
 # -- locks ------------------------------------------------------------------------
@@ -139,7 +140,7 @@ def test_what_the_server_gives_up_is_tried_again(store, number):
 
 def test_a_lock_that_nobody_gives_back_is_told(mariadb_url, raw, monkeypatch):
     monkeypatch.setattr(mariadb, "LOCK_WAIT_S", 1)
-    monkeypatch.setattr(patience, "BUSY_S", 0.5)
+    monkeypatch.setattr(retry, "BUSY_S", 0.5)
     raw.execute("SELECT * FROM taskstore_head FOR UPDATE")
     with open_store(mariadb_url) as store:
         assert store.load_snapshot().seq == 0, "reading waits for nobody"
@@ -176,7 +177,7 @@ def test_who_stops_within_a_transaction_loses_it(mariadb_url, monkeypatch):
 
 
 def kill_writer(store: SQLStore, server: MariaDBServer) -> None:
-    held = store._connections._held
+    held = store._transactions.pool.writing
     assert held is not None
     server.execute(f"KILL CONNECTION {held.raw.thread_id()}")
 

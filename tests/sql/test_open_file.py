@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from sqlkit import in_process
+from sqlkit import in_process, output_of
 
-from taskstore.stores.sql.errors import ReplacedError
+from taskstore.errors import StoreReplacedError
 from taskstore.stores.sql.migrate import engine_for_url, upgrade
-from taskstore.stores.sql.sqlite_files import OpenFile, opener, sqlite_module
+from taskstore.stores.sql.sqlite_files import opener, sqlite_module
+from taskstore.stores.sql.sqlite_guard import FileGuard
 
 MODULE = sqlite_module()
 
@@ -59,37 +60,41 @@ def owner(path):
     assert not Path(f"{path}-wal").exists()
 
 
-def open_file(path, *, set_up=lambda _raw: None, immutable=False, opening=None):
-    open_one = opener(MODULE, path, busy_timeout_s=1.0, read_only=immutable, immutable=immutable)
-    return OpenFile(path, opening(open_one) if opening else open_one, set_up, MODULE.Error)
+def guarded(path, *, set_up=lambda _raw: None, open_one=None):
+    open_one = open_one or opener(
+        MODULE, path, busy_timeout_s=1.0, read_only=False, immutable=False
+    )
+    return FileGuard(path, open_one, set_up)
 
 
-def test_the_logs_are_those_that_the_kept_connection_has_open(plain):
+def test_the_logs_are_those_that_the_anchor_has_open(plain):
     with owner(plain):
-        file = open_file(plain)
-        file.connect().close()
-        assert file.logs_left() == [f"{plain}-wal", f"{plain}-shm"]
-        file.close()
-    file = open_file(plain)
-    file.connect().close()
-    assert len(file.logs_left()) == 2  # all others are gone
-    assert file.is_there()
-    file.close()
+        guard = guarded(plain)
+        guard.start()
+        assert sorted(guard._logs) == [f"{plain}-shm", f"{plain}-wal"]
+        guard.close()
+    with pytest.raises(StoreReplacedError):
+        guard.look()  # without the anchor, they went with the last connection
+    guard = guarded(plain)
+    guard.start()
+    assert output_of(in_process(PLAIN.replace("t (x)", "other (x)"), plain)) == ""
+    guard.check()  # another process that takes itself for the last one leaves them
+    guard.close()
+    assert not Path(f"{plain}-wal").exists()
 
 
-def test_who_reads_a_file_as_one_that_nobody_writes_has_no_logs(plain):
-    with owner(plain):
-        pass
-    file = open_file(plain, immutable=True)
-    file.connect().close()
-    with owner(plain):
-        file.connect().close()
-        assert file.logs_left() == []
-    assert file.is_there()
-    file.close()
+def test_a_file_without_a_log_is_guarded_as_a_file(plain):
+    guard = guarded(plain)
+    guard.start()
+    assert guard._logs == {}
+    guard.check()
+    plain.rename(plain.with_name("gone"))
+    with pytest.raises(StoreReplacedError, match="moved, removed or replaced"):
+        guard.check()
+    guard.close()
 
 
-def test_logs_that_came_after_the_kept_connection_has_read_are_not_its_own(plain):
+def test_logs_that_came_after_the_anchor_has_read_are_not_its_own(plain):
     came = []
 
     class Late(MODULE.Connection):
@@ -100,34 +105,35 @@ def test_logs_that_came_after_the_kept_connection_has_read_are_not_its_own(plain
                 came[0].__enter__()
             return cursor
 
-    file = OpenFile(
+    guard = guarded(
         plain,
-        lambda: MODULE.connect(plain, isolation_level=None, check_same_thread=False, factory=Late),
-        lambda _raw: None,
-        MODULE.Error,
+        open_one=lambda: MODULE.connect(
+            plain, isolation_level=None, check_same_thread=False, factory=Late
+        ),
     )
-    file.note_logs()
-    assert file.logs_left() == []
+    guard.start()
+    assert guard._logs == {}
     came[0].__exit__(None, None, None)
-    assert file.is_there()
-    file.close()
+    guard.check()
+    guard.close()
 
 
-def test_every_connection_is_set_up_also_the_kept_one(plain):
+def test_every_connection_is_set_up_also_the_anchor(plain):
     """It may be the last to be closed, and then empties the log."""
     made = []
-    file = open_file(plain, set_up=made.append)
-    lent = file.connect()
+    guard = guarded(plain, set_up=made.append)
+    guard.start()
+    lent = guard.connect()
     assert len(made) == 2
     assert made[1] is lent
-    file.close()
+    guard.close()
     with pytest.raises(MODULE.ProgrammingError):
         made[0].execute("SELECT 1")
     lent.close()
 
 
 @pytest.mark.parametrize(
-    ("error", "told"), [(MODULE.OperationalError, ReplacedError), (KeyboardInterrupt, None)]
+    ("error", "told"), [(MODULE.OperationalError, StoreReplacedError), (KeyboardInterrupt, None)]
 )
 def test_trouble_with_a_file_that_went_is_that_it_went_and_an_interrupt_is_one(plain, error, told):
     failing = []
@@ -137,12 +143,12 @@ def test_trouble_with_a_file_that_went_is_that_it_went_and_an_interrupt_is_one(p
             plain.rename(plain.with_name("gone"))
             raise error
 
-    file = open_file(plain, set_up=set_up)
-    file.connect().close()
+    guard = guarded(plain, set_up=set_up)
+    guard.start()
     failing.append(True)
     with pytest.raises(told or error):
-        file.connect()
-    file.close()
+        guard.connect()
+    guard.close()
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="has to see open files")

@@ -3,55 +3,47 @@
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 
 import pytest
-from sqlkit import LOGS, in_process, output_of, put_in_place, remove_logs
+from sqlkit import LOGS, in_process, output_of, remove_logs
 
-from taskstore.errors import StoreUnavailableError
+from taskstore.errors import StoreReplacedError
+from taskstore.stores.sql.sqlite_guard import FileGuard
 
 
-def test_a_connection_that_is_opened_between_the_logs_and_the_file(live, backup, sqlite_path):
-    connections = live[0].store._connections
-    lent = [connections.borrow() for _ in range(4)]  # more than have ever been opened
+def test_no_connection_is_opened_without_the_logs(live, sqlite_path):
+    """It would make itself an empty log, and read beyond its end."""
+    pool = live[0].store._transactions.pool
+    acquired = [pool.acquire() for _ in range(4)]  # more than have ever been opened
     remove_logs(sqlite_path)
-    timer = threading.Timer(0.1, put_in_place, (backup, sqlite_path), {"remove": ()})
-    timer.start()
-    fresh = connections.borrow()
-    timer.join()
-    assert fresh.row("SELECT head_seq FROM taskstore_head")[0] == 2
-    for session in (*lent, fresh):
-        connections.give_back(session)
-    assert live[0].refresh() == 2
+    with pytest.raises(StoreReplacedError, match="removed while it was open"):
+        pool.acquire()
+    assert not Path(f"{sqlite_path}-wal").exists()
+    for session in acquired:
+        pool.release(session)
+    with pytest.raises(StoreReplacedError):
+        live[0].refresh()
 
 
-def test_the_connection_that_makes_a_log_of_its_own_is_not_used(
-    live, backup, sqlite_path, monkeypatch
-):
+def test_the_connection_that_makes_a_log_of_its_own_is_not_used(live, sqlite_path, monkeypatch):
     """The logs go just after it has seen them there."""
     registry, _ = live
-    connections = registry.store._connections
-    file = connections.database.file
-    check, removed = file.check_there, []
+    pool, removed = registry.store._transactions.pool, []
 
-    def remove_after_the_check():
-        check()
+    def remove_after_the_look(guard):
+        look(guard)
         if not removed:
             removed.append(True)
             remove_logs(sqlite_path)
-            timer.start()
 
-    timer = threading.Timer(0.1, put_in_place, (backup, sqlite_path), {"remove": ()})
-    lent = [connections.borrow() for _ in range(4)]
-    monkeypatch.setattr(file, "check_there", remove_after_the_check)
-    fresh = connections.borrow()
-    timer.join()
-    assert fresh.file is not file
-    for session in (*lent, fresh):
-        connections.give_back(session)
-    assert registry.refresh() == 2
-    assert registry.record_progress("kept", "on").revision == 3
+    look = FileGuard.look
+    acquired = [pool.acquire() for _ in range(4)]
+    monkeypatch.setattr(FileGuard, "look", remove_after_the_look)
+    with pytest.raises(StoreReplacedError, match="removed while it was open"):
+        pool.acquire()
+    for session in acquired:
+        pool.release(session)
 
 
 @pytest.mark.parametrize("gone", [("-wal",), ("-shm",), LOGS], ids=" ".join)
@@ -59,7 +51,7 @@ def test_nothing_is_acknowledged_into_a_log_that_is_gone(live, sqlite_path, open
     registry, _ = live
     remove_logs(sqlite_path, gone)
     for use in (lambda: registry.record_progress("kept", "lost 3"), registry.refresh):
-        with pytest.raises(StoreUnavailableError, match="removed while it was open") as caught:
+        with pytest.raises(StoreReplacedError, match="removed while it was open") as caught:
             use()
         assert "close it" in caught.value.hint
     registry.close()
@@ -92,7 +84,7 @@ def test_locks_that_were_dropped_are_noticed_before_the_next_commit(
         Path(name).open("rb").close()
     output_of(in_process(OPEN_AND_CLOSE, sqlite_path))
     assert not Path(f"{sqlite_path}-wal").exists()
-    with pytest.raises(StoreUnavailableError, match="removed while it was open"):
+    with pytest.raises(StoreReplacedError, match="removed while it was open"):
         registry.record_progress("kept", "would be lost")
     registry.close()
     after = open_registry()
@@ -108,5 +100,14 @@ def test_another_store_of_the_process_is_not_opened_without_the_logs(
     """SQLite would share what the first one has in memory, and other processes would not."""
     open_registry()
     remove_logs(sqlite_path, gone)
-    with pytest.raises(StoreUnavailableError, match="removed while it was open"):
+    with pytest.raises(StoreReplacedError, match="removed while it was open"):
         open_registry(read_only=read_only)
+
+
+def test_logs_that_another_process_made_anew_are_not_taken_for_ours(live, sqlite_path):
+    registry, _ = live
+    remove_logs(sqlite_path)
+    for suffix in LOGS:
+        Path(f"{sqlite_path}{suffix}").write_bytes(b"")
+    with pytest.raises(StoreReplacedError, match="removed while it was open"):
+        registry.record_progress("kept", "would be lost")

@@ -1,24 +1,23 @@
-"""Files that are moved, removed or replaced while they are open."""
+"""Files that are moved, removed or replaced while they are open: every further use is refused."""
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
-from sqlkit import LOGS, in_process, output_of, put_in_place
+from sqlkit import LOGS, in_process, output_of, put_in_place, write
 
-from taskstore import Restored, TaskRegistry, Upserted
-from taskstore.errors import (
-    CorruptStoreError,
-    CursorExpiredError,
-    SchemaMismatchError,
-    StoreUnavailableError,
-)
-from taskstore.stores.sql.watches import DataVersionWatch
+from taskstore import StoreReplacedError, TaskRegistry
+from taskstore.stores.sql import sqlite_guard
 from taskstore.testing.factories import create, update
 from taskstore.testing.threads import until
+
+GONE = "moved, removed or replaced"
 
 
 @pytest.mark.parametrize("how", ["removed", "replaced", "moved"])
@@ -27,19 +26,22 @@ def test_a_file_that_was_replaced_is_not_written(sqlite_path, open_, how):
     store = open_(url)
     record = create(store)
     copy = sqlite_path.with_name("copy.db")
-    store._connections.erase()  # so that the file is whole without its log
+    store._transactions.erase()  # so that the file is whole without its log
     shutil.copy(sqlite_path, copy)
     if how == "removed":
         sqlite_path.unlink()
     elif how == "replaced":
+        for suffix in LOGS:
+            Path(f"{sqlite_path}{suffix}").unlink()
         copy.replace(sqlite_path)
     else:
         sqlite_path.rename(sqlite_path.with_name("elsewhere.db"))
     for change in (lambda: create(store), lambda: update(store, record, label="x")):
-        with pytest.raises(StoreUnavailableError, match="moved, removed or replaced") as caught:
+        with pytest.raises(StoreReplacedError, match=GONE) as caught:
             change()
         assert str(sqlite_path) in str(caught.value)
         assert "open it again" in caught.value.hint
+        assert not caught.value.retryable
     store.close()
     if how == "replaced":
         again = open_(url)
@@ -52,7 +54,7 @@ def test_a_file_that_was_replaced_is_not_read_on(sqlite_path, open_, read_only):
     url = f"sqlite:///{sqlite_path}"
     store = open_(url)
     create(store)
-    store._connections.erase()
+    store._transactions.erase()
     copy = sqlite_path.with_name("copy.db")
     shutil.copy(sqlite_path, copy)
     if read_only:
@@ -61,18 +63,43 @@ def test_a_file_that_was_replaced_is_not_read_on(sqlite_path, open_, read_only):
     assert store.head() == 1
     copy.replace(sqlite_path)
     for read in (store.head, store.load_snapshot, lambda: store.wait_for(1, 5)):
-        with pytest.raises(StoreUnavailableError, match="moved, removed or replaced"):
+        with pytest.raises(StoreReplacedError, match=GONE):
             read()
 
 
-def open_descriptors(path):
-    """Which files of a database that are gone are still open in this process."""
-    links = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-    return [link for link in links if link.startswith(str(path)) and link.endswith("(deleted)")]
+def test_a_directory_that_was_moved(tmp_path, open_):
+    place, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    store = open_(f"sqlite:///{place}/tasks.db")
+    record = create(store)
+    place.rename(elsewhere)
+    for attempt in range(2):
+        with pytest.raises(StoreReplacedError, match=GONE):
+            update(store, record, label=str(attempt))
+        place.mkdir(exist_ok=True)  # another one
+    store.close()
+    assert open_(f"sqlite:///{elsewhere}/tasks.db").head() == 1
+
+
+def test_what_was_noticed_once_stays_refused(sqlite_path, open_):
+    url = f"sqlite:///{sqlite_path}"
+    store = open_(url)
+    create(store)
+    away = sqlite_path.with_name("away.db")
+    sqlite_path.rename(away)
+    with pytest.raises(StoreReplacedError):
+        create(store)
+    away.rename(sqlite_path)
+    for use in (store.head, store.load_snapshot, lambda: create(store)):
+        with pytest.raises(StoreReplacedError):
+            use()
+    store.close()
+    again = open_(url)
+    create(again)
+    assert (again.head(), again.verify().ok) == (2, True)
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_a_registry_goes_on_with_the_file_that_is_there(
+def test_a_registry_is_refused_and_another_one_opens_the_new_file(
     live, backup, sqlite_path, open_registry, read_only
 ):
     registry, heard = live
@@ -81,54 +108,54 @@ def test_a_registry_goes_on_with_the_file_that_is_there(
         registry = open_registry(hooks=[heard.append], read_only=True)
         heard.clear()
     put_in_place(backup, sqlite_path)
-    assert registry.refresh() == 2
-    assert [type(event) for event in heard] == [Restored]
-    assert registry.get("kept").progress_summary == "saved"
-    assert registry.store.verify().ok
+    for _ in range(2):
+        with pytest.raises(StoreReplacedError, match=GONE):
+            registry.refresh()
+    if not read_only:
+        with pytest.raises(StoreReplacedError, match=GONE):
+            registry.record_progress("kept", "to the wrong file")
+    assert not heard
+    registry.close()
+    again = open_registry(read_only=read_only)
+    assert (again.seq, again.get("kept").progress_summary) == (2, "saved")
+    assert again.store.verify().ok
+    assert open_descriptors(sqlite_path) == []
+
+
+def open_descriptors(path):
+    """Which files of a database that are gone are still open in this process."""
+    links = []
     if Path("/proc/self/fd").is_dir():
-        assert open_descriptors(sqlite_path) == []
-
-
-def test_the_first_write_is_made_over_what_is_stored_now(live, backup, sqlite_path, open_registry):
-    registry, heard = live
-    put_in_place(backup, sqlite_path)
-    with TaskRegistry.open(f"sqlite:///{sqlite_path}") as other:
-        theirs = [other.record_progress("kept", f"theirs {n}") for n in range(2)][-1]
-        # As far as seqs and revisions tell, nothing has happened.
-        assert (other.seq, theirs.revision) == (registry.seq, registry.get("kept").revision)
-    done = registry.update_metadata("kept", {"a": 1})
-    assert (done.progress_summary, done.revision) == ("theirs 1", 5)
-    assert [type(event) for event in heard] == [Restored, Upserted]
-    assert open_registry().get("kept") == done
-    assert registry.store.verify().ok
+        found = Path("/proc/self/fd").iterdir()
+        links = [str(link.readlink()) for link in found if link.is_symlink()]
+    return [link for link in links if link.startswith(str(path)) and link.endswith("(deleted)")]
 
 
 def test_replaced_in_the_middle_of_a_transaction(backup, sqlite_path, open_):
-    store = open_(f"sqlite:///{sqlite_path}")
+    url = f"sqlite:///{sqlite_path}"
+    store = open_(url)
     create(store)
     works = []
 
     def work(session):
         works.append(session.row("SELECT head_seq FROM taskstore_head")[0])
         session.execute("UPDATE taskstore_head SET last_at = last_at + 1")
-        if len(works) == 1:
-            put_in_place(backup, sqlite_path)
-        return works[-1]
-
-    assert store._connections.write(work) == 2
-    assert works == [3, 2]
-    assert store.verify().ok
-
-
-def test_who_follows_notices_by_itself(live, backup, sqlite_path):
-    registry, heard = live
-    with registry.follow():
         put_in_place(backup, sqlite_path)
-        until(lambda: heard)
-        assert isinstance(heard[0], Restored)
-        with TaskRegistry.open(f"sqlite:///{sqlite_path}") as other:
-            theirs = other.record_progress("kept", "theirs")
-        until(lambda: registry.get("kept") == theirs)
+
+    with pytest.raises(StoreReplacedError, match=GONE):
+        write(store, work)
+    assert works == [3]
+    store.close()
+    again = open_(url)
+    assert (again.head(), again.verify().ok) == (2, True)
+
+
+def test_a_follower_says_so(live, backup, sqlite_path, caplog):
+    registry, heard = live
+    with caplog.at_level(logging.WARNING, "taskstore"), registry.follow():
+        put_in_place(backup, sqlite_path)
+        until(lambda: GONE in caplog.text)
+    assert not heard
 
 
 @pytest.mark.parametrize("read_only", [False, True])
@@ -138,42 +165,31 @@ def test_who_waits_for_changes_is_told(live, backup, sqlite_path, open_registry,
     assert [next(following).seq for _ in range(4)] == [1, 2, 3, 4]
     timer = threading.Timer(0.1, put_in_place, (backup, sqlite_path))
     timer.start()
-    with pytest.raises(CursorExpiredError) as caught:
+    with pytest.raises(StoreReplacedError, match=GONE):
         next(following)
-    assert caught.value.replaced
     timer.join()
 
 
-def test_waiting_hears_of_commits_to_the_new_file(live, backup, sqlite_path):
-    registry, _ = live
-    put_in_place(backup, sqlite_path)
-    assert not registry.store.wait_for(4, 0)
-    with TaskRegistry.open(f"sqlite:///{sqlite_path}") as other:
-        timer = threading.Timer(
-            0.1, lambda: [other.record_progress("kept", str(n)) for n in range(3)]
-        )
-        timer.start()
-        assert registry.store.wait_for(4, 30)
-        timer.join()
-
-
 @pytest.mark.parametrize("left", [("-wal",), ("-shm",), LOGS], ids=" ".join)
-def test_a_log_of_the_old_file_is_not_replayed_over_the_new_one(live, backup, sqlite_path, left):
+def test_a_log_of_the_old_file_is_not_replayed_over_the_new_one(
+    live, backup, sqlite_path, open_registry, left
+):
     registry, heard = live
     put_in_place(backup, sqlite_path, remove=set(LOGS) - set(left))
     for use in (registry.refresh, lambda: registry.record_progress("kept", "lost 3")):
-        with pytest.raises(StoreUnavailableError, match="replaced") as caught:
+        with pytest.raises(StoreReplacedError, match="still belong") as caught:
             use()
         for suffix in LOGS:
             assert f"{sqlite_path}{suffix}" in caught.value.hint
     assert not heard
+    registry.close()
     # Copying would open the file, which is SQLite's alone in this process.
     assert output_of(in_process(DIGEST, sqlite_path)) == output_of(in_process(DIGEST, backup))
     for suffix in left:
         Path(f"{sqlite_path}{suffix}").unlink()
-    assert registry.refresh() == 2
-    assert registry.record_progress("kept", "on").revision == 3
-    assert registry.store.verify().ok
+    again = open_registry()
+    assert again.record_progress("kept", "on").revision == 3
+    assert again.store.verify().ok
 
 
 DIGEST = """
@@ -187,37 +203,15 @@ def test_no_connection_is_opened_to_a_file_beside_which_the_old_log_lies(
 ):
     store = open_(f"sqlite:///{sqlite_path}")
     put_in_place(backup, sqlite_path, remove=())
-    borrowed = []
-    with pytest.raises(StoreUnavailableError, match="still belong"):
-        while len(borrowed) < 8:
-            borrowed.append(store._connections.borrow())
-    for session in borrowed:
-        store._connections.give_back(session)
+    pool, acquired = store._transactions.pool, []
+    with pytest.raises(StoreReplacedError, match="still belong"):
+        while len(acquired) < 8:
+            acquired.append(pool.acquire())
+    for session in acquired:
+        pool.release(session)
     store.close()
     live[0].close()
     assert output_of(in_process(DIGEST, sqlite_path)) == output_of(in_process(DIGEST, backup))
-
-
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="has to see open files")
-def test_what_is_lent_meanwhile_is_closed_when_it_comes_back(live, backup, sqlite_path):
-    registry, _ = live
-    connections = registry.store._connections
-    sessions = [connections.borrow() for _ in range(3)]
-    put_in_place(backup, sqlite_path)
-    assert registry.refresh() == 2
-    for session in sessions:
-        assert open_descriptors(sqlite_path)
-        connections.give_back(session)
-    assert open_descriptors(sqlite_path) == []
-
-
-def test_a_watch_looks_again_at_another_file(backup, sqlite_path, open_):
-    store = open_(f"sqlite:///{sqlite_path}")
-    watch = DataVersionWatch(store._connections, store.head)
-    assert (watch.look(), watch.look()) == (2, None)
-    put_in_place(backup, sqlite_path)
-    assert (watch.look(), watch.look()) == (2, None)
-    watch.close()
 
 
 def test_the_log_of_who_was_faster_is_left_to_them(live, backup, sqlite_path, open_registry):
@@ -226,22 +220,22 @@ def test_the_log_of_who_was_faster_is_left_to_them(live, backup, sqlite_path, op
     other = open_registry()
     theirs = other.record_progress("kept", "theirs")
     log = Path(f"{sqlite_path}-wal").stat()
-    assert registry.refresh() == 3
-    assert registry.get("kept") == theirs
+    with pytest.raises(StoreReplacedError):
+        registry.refresh()
     registry.close()
     assert Path(f"{sqlite_path}-wal").stat().st_ino == log.st_ino
+    assert other.get("kept") == theirs
     assert other.store.verify().ok
 
 
-def test_threads_that_read_meanwhile(live, backup, sqlite_path):
+def test_threads_that_read_meanwhile_see_the_old_file_or_are_refused(live, backup, sqlite_path):
     registry, _ = live
-    store, errors, seen = registry.store, [], []
-    done = threading.Event()
+    store, seen, errors = registry.store, [], []
 
     def read():
         heads = set()
         try:
-            while not done.is_set():
+            while True:
                 snapshot = store.load_snapshot()
                 heads.add((snapshot.seq, snapshot.records["kept"].progress_summary))
         except Exception as error:  # noqa: BLE001 - asserted on below
@@ -251,27 +245,63 @@ def test_threads_that_read_meanwhile(live, backup, sqlite_path):
     threads = [threading.Thread(target=read) for _ in range(6)]
     for thread in threads:
         thread.start()
-    for _ in range(3):
-        put_in_place(backup, sqlite_path)
-        assert registry.refresh() == 2
-        assert registry.record_progress("kept", "again").revision == 3
-    done.set()
+    put_in_place(backup, sqlite_path)
     for thread in threads:
         thread.join()
-    assert errors == []
-    assert set().union(*seen) <= {(2, "saved"), (3, "again"), (4, "lost 2")}
-    assert store.verify().ok
+    assert [type(error) for error in errors] == [StoreReplacedError] * 6
+    assert set().union(*seen) <= {(4, "lost 2")}
 
 
-def test_replaced_by_what_is_not_ours(live, backup, sqlite_path):
+def test_replaced_by_what_is_not_ours(live, sqlite_path):
     registry, _ = live
     strange = sqlite_path.with_name("strange.db")
-    for content, error in ((b"", SchemaMismatchError), (b"?" * 5000, CorruptStoreError)):
+    for content in (b"", b"?" * 5000):
         strange.write_bytes(content)
         put_in_place(strange, sqlite_path)
         for use in (registry.refresh, lambda: registry.record_progress("kept", "x")):
-            with pytest.raises(error):
+            with pytest.raises(StoreReplacedError):
                 use()
         assert sqlite_path.stat().st_size == len(content)
+
+
+# -- what it costs, and when the directory is believed -----------------------------------
+
+
+def test_a_lone_commit_looks_once(live, monkeypatch):
+    registry, _ = live
+    looks = []
+
+    def counting(path, *arguments, **options):
+        looks.append(path)
+        return real(path, *arguments, **options)
+
+    real = os.stat
+    until(lambda: time.time() - Path(registry.store.location).parent.stat().st_mtime > 0.1)
+    registry.record_progress("kept", "the directory is settled now")
+    monkeypatch.setattr(sqlite_guard.os, "stat", counting)
+    registry.record_progress("kept", "once")
+    monkeypatch.undo()
+    assert looks == [str(Path(registry.store.location).parent)]
+
+
+def test_a_change_in_the_same_tick_of_the_clock_is_seen(live, backup, sqlite_path, monkeypatch):
+    """A directory that was changed just now may be changed again without another time."""
+    registry, _ = live
+    monkeypatch.setattr(sqlite_guard, "_TICK_NS", 10**15)
+    sqlite_path.with_name("beside").touch()
+    registry.record_progress("kept", "the directory is young")
+    before = sqlite_path.parent.stat()
     put_in_place(backup, sqlite_path)
-    assert registry.refresh() == 2
+    os.utime(sqlite_path.parent, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(StoreReplacedError):
+        registry.record_progress("kept", "to the wrong file")
+
+
+def test_other_files_in_the_directory_mean_nothing(live, sqlite_path):
+    registry, _ = live
+    for number in range(3):
+        sqlite_path.with_name(f"beside-{number}").write_bytes(b"")
+        registry.record_progress("kept", str(number))
+    with TaskRegistry.open(f"sqlite:///{sqlite_path.with_name('another.db')}") as other:
+        other.create(runtime="cli", task="x")
+    assert registry.record_progress("kept", "on").progress_summary == "on"

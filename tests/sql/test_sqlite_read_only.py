@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from sqlkit import in_process, output_of
+from sqlkit import in_process, output_of, write
 
 from taskstore.errors import ReadOnlyError, StoreUnavailableError
 from taskstore.journal import Snapshot
@@ -55,7 +55,7 @@ def test_the_connection_itself_refuses(url, open_):
     # PostgreSQL says of itself what a standby says, which is waited for.
     reader = open_(url, read_only=True, reconnect_s=0.1)
     with pytest.raises(StoreUnavailableError, match=r"cannot be written"):
-        reader._connections.write(lambda session: session.execute("DELETE FROM taskstore_head"))
+        write(reader, lambda session: session.execute("DELETE FROM taskstore_head"))
     assert reader.head() == 0
 
 
@@ -72,7 +72,7 @@ def test_a_reader_never_waits(sqlite_path, open_):
     url = f"sqlite:///{sqlite_path}"
     store = open_(url)
     create(store)
-    held = store._connections._writer()
+    held = store._transactions.pool.writer()
     held.execute("BEGIN EXCLUSIVE")
     assert read_everything(open_(url, read_only=True)) == 1
     held.execute("ROLLBACK")

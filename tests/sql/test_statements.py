@@ -7,7 +7,7 @@ import tracemalloc
 
 import pytest
 import sqlalchemy as sa
-from sqlkit import Spy, in_process, output_of
+from sqlkit import Spy, in_process, output_of, write
 
 from taskstore.codec import checksum, encode_record
 from taskstore.journal import Put, Snapshot
@@ -105,15 +105,15 @@ def test_rows_are_cut_into_lots_of_known_sizes():
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_every_statement_compiles_with_the_parameters_it_declares(dialect):
-    sql = DIALECTS[dialect]._compiled
+    sql = DIALECTS[dialect].sql
     for name in dir(type(sql)):
         if not name.startswith("_") and not callable(getattr(type(sql), name)):
             assert isinstance(getattr(sql, name), str)
     for size in SIZES:
         for name in ("insert_tasks", "update_tasks", "update_tasks_wide", "delete_tasks"):
-            assert getattr(sql, name)(size)
-        assert sql.insert_journal(size)
-        assert sql.insert_rows(tasks, size)
+            assert getattr(sql, name)[size]
+        assert sql.insert_journal[size]
+        assert sql.insert[tasks][size]
 
 
 # -- queries ------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_sqlite_walks_along_the_index(sqlite_path, open_, filters, index):
         finally:
             type(session).rows = session_rows
 
-    store._connections.read(explain)
+    store._transactions.read(explain)
     assert any(index in row[-1] for row in plans), plans
 
 
@@ -279,9 +279,9 @@ def fill(store, count: int) -> None:
     def work(session):
         for lot in pieces(rows):
             values = tuple(value for row in lot for value in row)
-            session.execute(sql.insert_rows(tasks, len(lot)), values)
+            session.execute(sql.insert[tasks][len(lot)], values)
 
-    store._connections.write(work)
+    write(store, work)
 
 
 def test_a_page_of_many_costs_as_little_as_of_few(tmp_path, open_):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from sqlkit import Spy, in_process, output_of
+from sqlkit import Spy, in_process, output_of, write
 
 from taskstore.errors import (
     OutcomeUnknownError,
@@ -104,7 +104,7 @@ def test_urls_that_are_none(url):
 def test_a_full_database(sqlite_path, open_):
     store = open_(f"sqlite:///{sqlite_path}")
     record = create(store)
-    writer = store._connections._held
+    writer = store._transactions.pool.writing
     [pages] = writer.row("PRAGMA page_count")
     writer.rows(f"PRAGMA max_page_count = {pages + 2}")
     with pytest.raises(StoreUnavailableError, match="no space") as caught:
@@ -204,7 +204,7 @@ def test_durability_is_asked_of_sqlite(sqlite_path, open_):
         store = open_(url, durability=durability)
         assert store.durability == durability
         create(store)
-        held = store._connections._held
+        held = store._transactions.pool.writing
         assert held.row("PRAGMA synchronous") == (synchronous,)
         assert held.row("PRAGMA journal_mode") == ("wal",)
         assert held.row("PRAGMA wal_autocheckpoint") == (4000,)
@@ -215,9 +215,7 @@ def test_durability_is_asked_of_postgresql(postgres_url, open_):
     for durability, synchronous in (("full", "on"), ("process", "off")):
         store = open_(postgres_url, durability=durability)
         seen = []
-        store._connections.write(
-            lambda session, seen=seen: seen.append(session.row("SHOW synchronous_commit"))
-        )
+        write(store, lambda session, seen=seen: seen.append(session.row("SHOW synchronous_commit")))
         assert seen == [(synchronous,)]
         store.close()
 
@@ -228,7 +226,7 @@ def test_a_careless_server_is_overruled(postgres_server, open_):
     postgres_server.execute(f'ALTER DATABASE "{name}" SET synchronous_commit = off')
     store = open_(url)
     seen = []
-    store._connections.write(lambda session: seen.append(session.row("SHOW synchronous_commit")))
+    write(store, lambda session: seen.append(session.row("SHOW synchronous_commit")))
     assert seen == [("on",)]
     assert any("fsync=off" in notice for notice in store.report().notices)
 
@@ -324,11 +322,12 @@ def test_an_outcome_that_cannot_be_read_is_unknown(postgres_url, open_, monkeypa
 
     pg_store = open_(postgres_url, reconnect_s=0.3)
     create(pg_store)
-    spy = Spy(pg_store)
+    spy, pool = Spy(pg_store), pg_store._transactions.pool
 
     def before(sql: str) -> None:
         if sql == "COMMIT":
-            monkeypatch.setattr(pg_store._connections, "_writer", unreachable)
+            monkeypatch.setattr(pool, "acquire", unreachable)
+            pool.writing = None
             raise psycopg.OperationalError("server closed the connection unexpectedly")
 
     def unreachable() -> None:
@@ -394,10 +393,10 @@ def test_a_lock_that_is_never_given_is_busy(postgres_url, open_):
         held.set()
         release.wait(10)
 
-    thread = threading.Thread(target=blocker._connections.write, args=(block,))
+    thread = threading.Thread(target=write, args=(blocker, block))
     thread.start()
     held.wait(10)
-    store._connections._held.raw.execute("SET lock_timeout = '200ms'")
+    store._transactions.pool.writing.raw.execute("SET lock_timeout = '200ms'")
     with pytest.raises(StoreBusyError, match="locked"):
         create(store)
     # Who only reads does not notice.
@@ -532,7 +531,7 @@ if child == 0:
     try:
         create(store)
     except StoreClosedError as error:
-        assert "after the fork" in str(error)
+        assert "before the process forked" in str(error)
         store.close()
         os._exit(0 if open_store(sys.argv[1]).head() == 1 else 1)
     os._exit(2)

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from msgspec import Struct
 
 from taskstore import codec
-from taskstore.clock import Clock
-from taskstore.disk import Disk
 from taskstore.journal import EntryKind, SetAside
-from taskstore.policy import CompactionPolicy, CompactionReport, JournalStats, SnapshotMark
+from taskstore.policy import SnapshotMark
+from taskstore.stores.compaction import CompactionSteps, Cut, Retained, Standing
 from taskstore.stores.jsonfile.files import TORN, segment_name
 from taskstore.stores.jsonfile.index import keys_of
 from taskstore.stores.jsonfile.layout import Layout, read_layout, read_snapshot_header
@@ -36,107 +35,84 @@ TIDYING_S = 5.0
 """How long a compaction waits for its lock, in seconds: writers that clear up hold it briefly."""
 
 
-def compact(
-    writer: Writer,
-    policy: CompactionPolicy,
-    clock: Clock,
-    on_kept: Callable[[SetAside], object],
-) -> CompactionReport:
-    """Do what :meth:`SupportsCompaction.compact` promises.
+class Compaction(CompactionSteps):
+    """The steps of one compaction.  ``erase`` removes the torn lines that were kept, too.
 
-    ``on_kept`` is called with what was set aside of entries that were trimmed.
+    ``superseded`` is what was set aside of entries that were trimmed.
     """
-    lock = writer.compact_lock()
-    try:
-        with lock.held(TIDYING_S, "another compactor"):
-            return _compact(writer, policy, clock, on_kept)
-    finally:
-        lock.close()
 
+    def __init__(self, writer: Writer, *, erase: bool) -> None:
+        self.superseded: list[SetAside] = []
+        self._writer = writer
+        self._erase = erase
+        self._layout = writer.layout
 
-def _compact(
-    writer: Writer,
-    policy: CompactionPolicy,
-    clock: Clock,
-    on_kept: Callable[[SetAside], object],
-) -> CompactionReport:
-    started = time.monotonic()
-    with writer.entered():
-        now = clock()
-        newest = writer.layout.newest.seq if writer.layout.newest is not None else 0
-        reason = policy.due(_stats(writer, newest, now))
-        if reason is None:
-            return CompactionReport(
-                compacted=False, reason="not due", seq=newest, floor=writer.layout.floor
+    def standing(self) -> Standing:
+        writer = self._writer
+        with writer.entered():
+            assert writer.index is not None
+            layout = writer.layout
+            newest = layout.newest.seq if layout.newest is not None else 0
+            since = [segment for segment in layout.segments if segment.first > newest]
+            first = next(iter(Walk(layout, layout.after_newest())), None)
+            return Standing(
+                newest=newest,
+                floor=layout.floor,
+                entries=writer.place.seq - newest,
+                records=len(writer.index.revisions),
+                bytes=sum(segment.path.stat().st_size - segment.start for segment in since),
+                oldest_at=first.line.at if first is not None else None,
             )
-        layout = writer.roll()
-        seq, at = writer.place.seq, writer.place.at
-    # Read again: what the last run removed may still be in the layout that the writer keeps.
-    found = _marks(read_layout(layout.directory))
-    marks = [mark for mark in found if mark.seq != seq] + [SnapshotMark(seq, at)]
-    kept, floor = policy.retained(marks, head=seq, floor=layout.floor, now=now)
-    trimmed = superseded(layout, floor, seq)
-    merge = Merge(layout, seq, trimmed)
-    path = layout.snapshot_path(seq)
-    temporary = write_snapshot(
-        writer.disk,
-        path,
-        merge.payloads(),
-        merge.aside(),
-        identity=layout.identity,
-        at=at,
-        floor=floor,
-        deleted={task_id: at_seq for task_id, at_seq in merge.deleted.items() if at_seq >= floor},
-    )
-    writer.disk.publish(temporary, path)
-    with writer.entered():
-        writer.settle(floor)
-    for item in trimmed:
-        on_kept(item)
-    dropped = [layout.snapshot_path(mark.seq) for mark in marks if mark.seq not in kept]
-    _remove(writer.disk, layout, (*read_layout(layout.directory).void, *dropped))
-    if policy.erase_deleted:
-        _remove(writer.disk, layout, tuple(layout.directory.glob(f"*{TORN}")))
-    return CompactionReport(
-        compacted=True,
-        reason=reason,
-        seq=seq,
-        floor=floor,
-        records=merge.count,
-        trimmed=floor - layout.floor,
-        snapshots=tuple(sorted(kept & {mark.seq for mark in marks})),
-        duration_s=time.monotonic() - started,
-    )
 
+    def lock(self) -> AbstractContextManager[None]:
+        return self._writer.compact_lock().held(TIDYING_S, "another compactor")
 
-def _stats(writer: Writer, newest: int, now: int) -> JournalStats:
-    """What the policy looks at.  Under the lock."""
-    assert writer.index is not None
-    since = [segment for segment in writer.layout.segments if segment.first > newest]
-    place = writer.layout.after_newest()
-    first = next(iter(Walk(writer.layout, place)), None)
-    return JournalStats(
-        entries=writer.place.seq - newest,
-        records=len(writer.index.revisions),
-        now=now,
-        bytes=sum(segment.path.stat().st_size - segment.start for segment in since),
-        oldest_at=first.line.at if first is not None else None,
-    )
+    def cut(self) -> Cut:
+        with self._writer.entered():
+            layout = self._layout = self._writer.roll()
+            seq, at = self._writer.place.seq, self._writer.place.at
+        # Read again: what the last run removed may still be in the layout that the writer keeps.
+        marks = tuple(
+            SnapshotMark(seq, read_snapshot_header(layout.snapshot_path(seq), seq).at)
+            for seq in read_layout(layout.directory).snapshots
+        )
+        return Cut(seq, at, layout.floor, marks)
 
+    def publish(self, cut: Cut, retained: Retained) -> int:
+        layout, floor, disk = self._layout, retained.floor, self._writer.disk
+        superseded = superseded_in(layout, floor, cut.seq)
+        merge = Merge(layout, cut.seq, superseded)
+        path = layout.snapshot_path(cut.seq)
+        temporary = write_snapshot(
+            disk,
+            path,
+            merge.payloads(),
+            merge.aside(),
+            identity=layout.identity,
+            at=cut.at,
+            floor=floor,
+            deleted={task_id: seq for task_id, seq in merge.deleted.items() if seq >= floor},
+        )
+        disk.publish(temporary, path)
+        with self._writer.entered():
+            self._writer.settle(floor)
+        self.superseded = superseded
+        return merge.count
 
-def _marks(layout: Layout) -> list[SnapshotMark]:
-    return [
-        SnapshotMark(seq, read_snapshot_header(layout.snapshot_path(seq), seq).at)
-        for seq in layout.snapshots
-    ]
+    def trim(self, cut: Cut, retained: Retained) -> None:
+        layout = self._layout
+        dropped = [mark.seq for mark in cut.marks if mark.seq not in retained.seqs]
+        void = read_layout(layout.directory).void
+        self._remove((*void, *(layout.snapshot_path(seq) for seq in dropped)))
+        if self._erase:
+            self._remove(tuple(layout.directory.glob(f"*{TORN}")))
 
-
-def _remove(disk: Disk, layout: Layout, paths: tuple[Path, ...]) -> None:
-    """Remove files in this order.  The directory is synced in between, so
-    that no crash shows a later one gone and an earlier one still there."""
-    if paths:
-        disk.remove_all(paths)
-        disk.sync_directory(layout.directory)
+    def _remove(self, paths: tuple[Path, ...]) -> None:
+        """Remove files in this order.  The directory is synced in between, so
+        that no crash shows a later one gone and an earlier one still there."""
+        if paths:
+            self._writer.disk.remove_all(paths)
+            self._writer.disk.sync_directory(self._layout.directory)
 
 
 class _Image(Struct, frozen=True, gc=False):
@@ -147,7 +123,7 @@ class _Image(Struct, frozen=True, gc=False):
     length: int
 
 
-def superseded(layout: Layout, floor: int, last: int) -> list[SetAside]:
+def superseded_in(layout: Layout, floor: int, last: int) -> list[SetAside]:
     """What is kept of entries below ``floor`` that do not decode, though their tasks went on [12].
 
     One that is still its task's image at ``last`` is carried as that, and one
@@ -200,16 +176,16 @@ class Merge:
     it does not decode.
     """
 
-    def __init__(self, layout: Layout, seq: int, trimmed: Iterable[SetAside] = ()) -> None:
+    def __init__(self, layout: Layout, seq: int, superseded: Iterable[SetAside] = ()) -> None:
         self.count = 0
         self.deleted: dict[str, int] = {}
         self._layout = layout
         self._images: dict[str, _Image | None] = {}
         self._aside: dict[str, SetAside] = {}
-        self._unknown: list[SetAside] = list(trimmed)
+        self._unknown: list[SetAside] = list(superseded)
         if layout.newest is not None:
             with opened(layout, layout.newest.seq) as reader:
-                self.deleted.update(reader.deleted)
+                self.deleted.update(reader.header.get("deleted", {}))
         for found in Walk(layout, layout.after_newest()):
             if found.line.seq > seq:
                 break

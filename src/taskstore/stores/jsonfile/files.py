@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 from taskstore.errors import StoreUnavailableError
 
@@ -44,29 +44,20 @@ def numbered(names: Iterable[str]) -> tuple[list[int], list[int]]:
     return sorted(snapshots), sorted(segments)
 
 
-class Translator:
-    """Turns the operating system's errors into ours, naming the ledger's directory.
+@contextmanager
+def translated(directory: Path) -> Iterator[None]:
+    """Turn the operating system's errors into ours."""
+    try:
+        yield
+    except OSError as error:
+        raise unavailable(directory, error) from error
 
-    A context manager, reusable, also within itself and by any number of threads.
-    """
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if isinstance(error, OSError):
-            raise StoreUnavailableError(
-                f"the store {self._directory} cannot be used: {error}",
-                hint=_ADVICE.get(error.errno or 0),
-            ) from error
+def unavailable(directory: Path, error: OSError) -> StoreUnavailableError:
+    """An error of the operating system in our words, naming the ledger's directory."""
+    return StoreUnavailableError(
+        f"the store {directory} cannot be used: {error}", hint=_ADVICE.get(error.errno or 0)
+    )
 
 
 _ADVICE = {

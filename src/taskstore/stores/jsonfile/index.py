@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 from msgspec import Raw, Struct
 
 from taskstore import codec
-from taskstore.errors import ConflictError
-from taskstore.journal import EntryKind, SetAside, Step, find_conflicts
-from taskstore.records import FORMAT_VERSION, TaskRecord
+from taskstore.journal import EntryKind, SetAside, Step, dedup_key
+from taskstore.records import FORMAT_VERSION, DedupKey, TaskRecord
 from taskstore.stores.jsonfile.lines import Line
 
 
@@ -54,21 +53,13 @@ class Index:
     def __init__(self) -> None:
         self.revisions: dict[str, int] = {}
         self.deleted: dict[str, int] = {}
-        self._holders: dict[tuple[str, str], str] = {}
-        self._booked: dict[str, tuple[str, str]] = {}
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Index):
-            return NotImplemented
-        return (self.revisions, self._holders) == (other.revisions, other._holders)
-
-    __hash__ = None  # type: ignore[assignment]
+        self.holders: dict[DedupKey, str] = {}
+        self._booked: dict[str, DedupKey] = {}
 
     def add(self, item: Keys | TaskRecord) -> None:
         """Take in a live record."""
         self.revisions[item.task_id] = item.revision
-        if item.booking is not None and item.run_id is not None:
-            self._book((item.run_id, item.booking), item.task_id)
+        self._book(dedup_key(item), item.task_id)
 
     def add_payload(self, payload: bytes) -> None:
         """Take in a live record as it is stored."""
@@ -97,8 +88,8 @@ class Index:
             self.revisions[entry.task_id] = entry.revision
             if entry.revision == 1:
                 keys = keys_of(entry.record)
-                if keys is not None and keys.booking is not None and keys.run_id is not None:
-                    self._book((keys.run_id, keys.booking), entry.task_id)
+                if keys is not None:
+                    self._book(dedup_key(keys), entry.task_id)
 
     def commit(self, steps: Sequence[Step], seq: int) -> None:
         """Take in our own commit, whose first seq is ``seq``."""
@@ -108,30 +99,24 @@ class Index:
         for step in steps:
             if step.record is not None:
                 self.revisions[step.task_id] = step.revision
-                if step.dedup_key is not None:
-                    self._book(step.dedup_key, step.task_id)
+                key = step.claims
+                if key is not None:
+                    self.holders[key] = step.task_id
+                    self._booked[step.task_id] = key
 
-    def check(self, steps: Sequence[Step], floor: Callable[[], int]) -> None:
-        """Raise :class:`ConflictError` unless the steps apply.
+    def forget_deletions(self, floor: int) -> None:
+        """Forget the deletions below ``floor``: the journal does not hold them any more."""
+        for task_id in [task_id for task_id, seq in self.deleted.items() if seq < floor]:
+            del self.deleted[task_id]
 
-        ``floor`` is asked only when a deletion stands in the way: one that
-        the journal no longer holds does not.
-        """
-        for step in steps:
-            task_id = step.task_id
-            if task_id in self.deleted and self.deleted[task_id] < floor():
-                del self.deleted[task_id]
-        conflicts = find_conflicts(steps, self.revisions, self.deleted, self._holders)
-        if conflicts:
-            raise ConflictError(conflicts)
-
-    def _book(self, booking: tuple[str, str], task_id: str) -> None:
-        self._holders[booking] = task_id
-        self._booked[task_id] = booking
+    def _book(self, key: DedupKey | None, task_id: str) -> None:
+        if key is not None:
+            self.holders[key] = task_id
+            self._booked[task_id] = key
 
     def _remove(self, task_id: str, seq: int) -> None:
         self.revisions.pop(task_id, None)
         self.deleted[task_id] = seq
-        booking = self._booked.pop(task_id, None)
-        if booking is not None and self._holders.get(booking) == task_id:
-            del self._holders[booking]
+        key = self._booked.pop(task_id, None)
+        if key is not None and self.holders.get(key) == task_id:
+            del self.holders[key]

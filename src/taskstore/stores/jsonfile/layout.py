@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -25,11 +24,12 @@ from taskstore.codec import SNAPSHOT_FORMAT, check_nesting
 from taskstore.errors import CorruptStoreError
 from taskstore.stores.jsonfile.files import numbered, segment_name, snapshot_name
 from taskstore.stores.jsonfile.lines import STAMP_BYTES, Identity, decode_header, is_sound
+from taskstore.stores.retry import Backoff
 
 _T = TypeVar("_T")
 _ATTEMPTS = 20
 _DAMAGED_ATTEMPTS = 3
-_PAUSE_S = 0.002
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.05
 _RECORDS = b',"records":[\n'
 
 
@@ -158,6 +158,7 @@ def settled(directory: Path, work: Callable[[int], _T]) -> _T:
     is done again, a few times.
     """
     attempt = damaged = 0
+    backoff = Backoff(_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S)
     while True:
         attempt += 1
         try:
@@ -169,7 +170,7 @@ def settled(directory: Path, work: Callable[[int], _T]) -> _T:
             damaged += 1
             if damaged == _DAMAGED_ATTEMPTS:
                 raise
-        time.sleep(_PAUSE_S * (attempt - 1))
+        backoff.sleep()
 
 
 def read_layout(directory: Path) -> Layout:

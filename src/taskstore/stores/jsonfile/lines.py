@@ -78,10 +78,6 @@ _header_decoder = msgspec.json.Decoder(Header)
 _line_decoder = msgspec.json.Decoder(Line)
 
 
-def _framed(body: bytes) -> bytes:
-    return b'{"crc":"%08x",%b\n' % (zlib.crc32(body), body)
-
-
 def is_sound(line: bytes) -> bool:
     """Whether a line is whole and matches its checksum."""
     return (
@@ -95,7 +91,8 @@ def is_sound(line: bytes) -> bool:
 def encode_header(identity: Identity, *, seq: int, at: int, base: bool = False) -> bytes:
     """The first line of a segment."""
     header = Header(JOURNAL_FORMAT, identity.ledger, identity.timeline, seq, at, base)
-    return _framed(_encoder.encode(header)[1:])
+    body = _encoder.encode(header)[1:]
+    return b'{"crc":"%08x",%b\n' % (zlib.crc32(body), body)
 
 
 def decode_header(line: bytes, where: str) -> Header:
@@ -117,26 +114,33 @@ def decode_header(line: bytes, where: str) -> Header:
 
 def encode_changes(changes: Sequence[Change]) -> bytes:
     """The entries of a commit, joined from the payloads as they are."""
-    return b",".join([_encode_change(change) for change in changes])
-
-
-def _encode_change(change: Change) -> bytes:
-    task_id = _encoder.encode(change.task_id)
-    if isinstance(change, Put):
-        return b'{"kind":"upserted","task_id":%b,"revision":%d,"record":%b}' % (
-            task_id,
-            change.revision,
-            codec.encode_record(change.record),
-        )
-    return b'{"kind":"deleted","task_id":%b,"revision":%d}' % (task_id, change.revision)
+    entries = []
+    for change in changes:
+        if isinstance(change, Put):
+            record = change.record
+            entry = b'{"kind":"upserted","task_id":%b,"revision":%d,"record":%b}' % (
+                _encoder.encode(record.task_id),
+                record.revision,
+                codec.encode_record(record),
+            )
+        else:
+            entry = b'{"kind":"deleted","task_id":%b,"revision":%d}' % (
+                _encoder.encode(change.task_id),
+                change.revision,
+            )
+        entries.append(entry)
+    return b",".join(entries)
 
 
 def encode_commit(commit: Commit, entries: bytes) -> bytes:
     """The line of a commit."""
-    return _framed(
-        b'"commit":"%b","seq":%d,"at":%d,"entries":[%b]}'
-        % (commit.commit_id.encode(), commit.first_seq, commit.at, entries)
+    body = b'"commit":"%b","seq":%d,"at":%d,"entries":[%b]}' % (
+        commit.commit_id.encode(),
+        commit.first_seq,
+        commit.at,
+        entries,
     )
+    return b'{"crc":"%08x",%b\n' % (zlib.crc32(body), body)
 
 
 def decode_commit(line: bytes, where: str, offset: int) -> Line:

@@ -23,8 +23,9 @@ from typing import NamedTuple
 
 from taskstore.disk import Disk
 from taskstore.errors import StoreBusyError
+from taskstore.stores.fairlock import FairLock
 from taskstore.stores.holders import lock_holders, named, process
-from taskstore.stores.turnstile import Turnstile
+from taskstore.stores.retry import Contention
 
 _LINE_BYTES = 64
 _STATE_BYTES = 106
@@ -39,80 +40,71 @@ class FileLock:
 
     def __init__(self, path: Path, disk: Disk) -> None:
         self.path = path
+        self.descriptor = -1
+        """The open file.  The holder releases the lock with ``fcntl.flock`` in its own
+        ``finally``: an interrupt could strike at the start of a method that did it."""
         self._disk = disk
-        self._turnstile = Turnstile(path.with_name(f"{path.name}.turn"))
+        self._fair_lock = FairLock(path.with_name(f"{path.name}.turn"))
         self._name = os.fspath(path)
-        self._descriptor = -1
-        self._owner = 0
         self._node = (0, 0)
         self.opened = 0
         """How often the file was opened: after another time it may be another file."""
 
     def acquire(self, timeout_s: float) -> bool:
         """Take the lock, waiting at most ``timeout_s`` seconds; whether it was got."""
-        if self._owner != os.getpid():
-            # A forked child shares its parent's lock: it needs one of its own.
+        if self.descriptor < 0:
             self._reopen()
-        if timeout_s <= 0:
-            return self._attempt()
-        return self._turnstile.wait(self._attempt, timeout_s)
+        return self._attempt() if timeout_s <= 0 else self._fair_lock.wait(self._attempt, timeout_s)
 
     def _attempt(self) -> bool:
         """Take the lock if it is free; whether it was."""
         while True:
             try:
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                there = os.stat(self._name)  # noqa: PTH116 - half the time
+                if (there.st_ino, there.st_dev) == self._node:
+                    return True
             except BlockingIOError:
                 return False
-            if self._is_at_path():
-                return True
-            # Somebody removed or replaced the file: a lock on it excludes nobody any more.
+            except FileNotFoundError:
+                pass
+            # The file was removed or replaced: a lock on it excludes no newcomer.
             self._reopen()
 
-    def release(self) -> None:
-        """Give the lock back.  Never fails: what was done under it is done."""
-        if self._descriptor < 0:
-            return
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-        except OSError:
-            with contextlib.suppress(OSError):
-                self._close()  # which gives it back, too
-
     def close(self) -> None:
-        """Release everything.  Closing twice is fine."""
-        self._turnstile.close()
+        """Close the files, which releases the lock, but not in a forked child: the files are
+        the parent's too.  Closing twice is fine."""
+        self._fair_lock.close()
         self._close()
 
     def _close(self) -> None:
-        descriptor, self._descriptor, self._owner = self._descriptor, -1, 0
+        descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             self._disk.close(descriptor)
-
-    def _is_at_path(self) -> bool:
-        try:
-            there = os.stat(self._name)  # noqa: PTH116 - half the time
-        except FileNotFoundError:
-            return False
-        return (there.st_ino, there.st_dev) == self._node
 
     def _reopen(self) -> None:
         self._close()
         self.opened += 1
-        self._descriptor = self._disk.open(self.path, os.O_RDWR | os.O_CREAT)
-        self._owner = os.getpid()
-        mine = os.fstat(self._descriptor)
+        self.descriptor = self._disk.open(self.path, os.O_RDWR | os.O_CREAT)
+        mine = os.fstat(self.descriptor)
         self._node = (mine.st_ino, mine.st_dev)
 
     @contextmanager
     def held(self, timeout_s: float, what: str) -> Iterator[None]:
-        """Hold the lock, or raise :class:`StoreBusyError` saying that ``what`` holds it."""
-        if not self.acquire(timeout_s):
-            raise busy(self.path, what, timeout_s)
+        """Hold the lock and close it, or raise :class:`StoreBusyError` saying that ``what``
+        holds it."""
         try:
+            if not self.acquire(timeout_s):
+                raise busy(self.path, what, timeout_s)
             yield
         finally:
-            self.release()
+            # Never fails: what was done under the lock is done.
+            try:
+                if self.descriptor >= 0:
+                    fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+                self.close()
+            except OSError:
+                self.close()
 
 
 class WriteLock(FileLock):
@@ -126,6 +118,7 @@ class WriteLock(FileLock):
         super().__init__(path, disk)
         self.generation = 0
         self.synced = 0
+        self._pid = os.getpid()
         self._state: bytes | None = None
 
     def _reopen(self) -> None:
@@ -134,7 +127,7 @@ class WriteLock(FileLock):
 
     def read_state(self) -> int:
         """Return the generation and leave our pid as the last writer's.  Under the lock."""
-        state = os.pread(self._descriptor, _STATE_BYTES, 0)
+        state = os.pread(self.descriptor, _STATE_BYTES, 0)
         if state == self._state:
             return self.generation
         pid, self.generation = _parse(state)
@@ -142,7 +135,7 @@ class WriteLock(FileLock):
         if pid == 0:
             # A new lock file: nobody may take its generation for an old one.
             self.generation, self.synced = time.time_ns() & ~1, 0
-        if pid != self._owner:
+        if pid != self._pid:
             self._write_state()
         return self.generation
 
@@ -175,9 +168,9 @@ class WriteLock(FileLock):
     def _write_state(self) -> None:
         # The note begins where older versions do not look.
         note = b"%020d" % self.synced
-        state = b"%010d %020d%32s\n%b %b\n" % (self._owner, self.generation, b"", note, note)
+        state = b"%010d %020d%32s\n%b %b\n" % (self._pid, self.generation, b"", note, note)
         self._state = None
-        self._disk.pwrite(self._descriptor, state, 0)
+        self._disk.pwrite(self.descriptor, state, 0)
         self._state = state
 
 
@@ -203,17 +196,15 @@ def read_generation(path: Path) -> Generation | None:
 
 
 def patiently(acquire: Callable[[float], bool], timeout_s: float, directory: Path) -> bool:
-    """Wait for a lock of the writers as long as these make progress; whether it was got.
+    """Go on waiting for a lock of the writers as long as these make progress; whether it was got.
 
-    It takes two looks at the journal to see that they make none.
+    A first wait, of half of ``timeout_s``, has been in vain.
     """
-    seen: object = None
-    while not acquire(timeout_s / 2):
-        end = _end_of_journal(directory)
-        if end is None or end == seen or timeout_s <= 0:
-            return False
-        seen = end
-    return True
+    contention = Contention(lambda: _end_of_journal(directory))
+    while timeout_s > 0 and contention.moves():
+        if acquire(timeout_s / 2):
+            return True
+    return False
 
 
 def _end_of_journal(directory: Path) -> object:

@@ -8,9 +8,9 @@ looks damaged that may just be changing, it looks again, a few times.
 from __future__ import annotations
 
 import bisect
+import operator
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -30,8 +30,9 @@ from taskstore.stores.jsonfile.segments import Found, Walk, torn
 
 _T = TypeVar("_T")
 _SPARSE_BYTES = 256 * 1024
-_PAGES = 32
+_PLACES = 1024
 _APPENDING_S = 0.01
+_seq_of = operator.attrgetter("seq")
 
 
 class Reader:
@@ -43,9 +44,7 @@ class Reader:
         self._guard = threading.Lock()
         self._layout: Layout | None = None
         self._generation: Generation | None = None
-        self._tail: Place | None = None
-        self._sparse: list[Place] = []
-        self._pages: OrderedDict[int, Place] = OrderedDict()
+        self._places: list[Place] = []
 
     def settled(self, work: Callable[[Layout], _T]) -> _T:
         """Do ``work`` over a layout, again with a fresh one while files change under it."""
@@ -72,7 +71,7 @@ class Reader:
             )
         with self._guard:
             if known is not None and not _continues(known, layout):
-                self._clear()
+                self._places = []
             self._layout, self._generation = layout, generation
         return layout
 
@@ -98,31 +97,30 @@ class Reader:
     def _forget(self) -> None:
         """Remember nothing of what was read."""
         with self._guard:
-            self._clear()
+            self._places = []
             self._layout = None
-
-    def _clear(self) -> None:
-        self._tail = None
-        self._sparse = []
-        self._pages = OrderedDict()
 
     def end(self, layout: Layout) -> Place:
         """The place after the last commit."""
         if not layout.segments:
             return layout.after_newest()
         last = layout.segments[-1]
-        tail = self._tail
         start = layout.start_of(last)
-        if tail is not None and tail.first == last.first:
+        with self._guard:
+            known = self._places[-1] if self._places else start
+        if known.first == last.first and known.offset:
             size = last.path.stat().st_size
-            if size == tail.offset:
-                return tail
-            if size > tail.offset:
-                start = tail
+            if size == known.offset:
+                return known
+            if size > known.offset:
+                start = known
+            else:
+                with self._guard:
+                    self._places = []
         walk = Walk(layout, start)
         for found in walk:
             self._note(found, walk.place)
-        self._tail = walk.place
+        self._remember(walk.place)
         return walk.place
 
     def torn(self) -> str | None:
@@ -163,15 +161,12 @@ class Reader:
                 for index in range(max(after + 1 - line.seq, 0), len(line.entries)):
                     entries.append(journal_entry(line, index, found.where, strict=self.strict))
                     if len(entries) == limit:
-                        seq = line.seq + index
-                        self._remember(seq, walk.place if seq == line.last else before)
-                        self._remember(seq - 1, before)
+                        # A reader that goes on asks for the last entry once more.
+                        self._remember(before, walk.place)
                         return tuple(entries)
             before = walk.place
         if layout.segments:
-            self._tail = walk.place
-            # Who reads on looks at the last entry once more.
-            self._remember(walk.place.seq - 1, earlier)
+            self._remember(earlier, walk.place)
         return tuple(entries)
 
     def history(self, layout: Layout, task_id: str) -> Sequence[JournalEntry]:
@@ -208,37 +203,27 @@ class Reader:
         """The last known place at or before a seq."""
         best = layout.before(after + 1)
         with self._guard:
-            candidates = [self._tail, self._pages.get(after)]
-            position = bisect.bisect_right(self._sparse, after, key=_seq_of)
-            if position:
-                candidates.append(self._sparse[position - 1])
-        firsts = {segment.first for segment in layout.segments}
-        for place in candidates:
-            if place is not None and best.seq <= place.seq <= after and place.first in firsts:
-                # At a boundary the start of the later segment is as good.
-                best = place if place.first >= best.first else best
-        return best
+            position = bisect.bisect_right(self._places, after, key=_seq_of)
+            place = self._places[position - 1] if position else best
+        there = place.first in [segment.first for segment in layout.segments]
+        # At a boundary the start of the later segment is as good.
+        return place if there and place.first >= best.first and place.seq >= best.seq else best
 
     def _note(self, found: Found, place: Place) -> None:
         """Remember a place in every quarter of a megabyte."""
-        if found.offset // _SPARSE_BYTES == place.offset // _SPARSE_BYTES:
-            return
+        if found.offset // _SPARSE_BYTES != place.offset // _SPARSE_BYTES:
+            self._remember(place)
+
+    def _remember(self, *places: Place) -> None:
+        """Remember where to read on; when there are too many places, every other one goes."""
         with self._guard:
-            position = bisect.bisect_left(self._sparse, place.seq, key=_seq_of)
-            if position == len(self._sparse) or self._sparse[position].seq != place.seq:
-                self._sparse.insert(position, place)
-
-    def _remember(self, seq: int, place: Place) -> None:
-        """Remember where the page that ended at ``seq`` is continued."""
-        with self._guard:
-            self._pages[seq] = place
-            self._pages.move_to_end(seq)
-            if len(self._pages) > _PAGES:
-                self._pages.popitem(last=False)
-
-
-def _seq_of(place: Place) -> int:
-    return place.seq
+            for place in places:
+                position = bisect.bisect_left(self._places, place.seq, key=_seq_of)
+                same = self._places[position : position + 1]
+                stale = bool(same) and same[0].seq == place.seq
+                self._places[position : position + stale] = [place]
+            if len(self._places) > _PLACES:
+                del self._places[:-1:2]
 
 
 def _continues(known: Layout, layout: Layout) -> bool:

@@ -49,23 +49,13 @@ def write_snapshot(
     return disk.write_temporary(path, codec.write_snapshot(header, payloads, aside))
 
 
-class _Reader(codec.SnapshotReader):
-    """A reader that knows which deletions the journal held."""
-
-    @property
-    def deleted(self) -> dict[str, int]:
-        """Deletions by task id, with the seq of each."""
-        deleted: dict[str, int] = self.header.get("deleted", {})
-        return deleted
-
-
 @contextmanager
-def opened(layout: Layout, seq: int) -> Iterator[_Reader]:
+def opened(layout: Layout, seq: int) -> Iterator[codec.SnapshotReader]:
     """Open a snapshot.  Damage says whether the ledger can do without it."""
     path = layout.snapshot_path(seq)
     with path.open("rb", buffering=_BUFFER) as file:
         try:
-            yield _Reader(file, str(path))
+            yield codec.SnapshotReader(file, str(path))
         except CorruptStoreError as error:
             if error.where != str(path) or layout.newest is None or seq != layout.newest.seq:
                 raise
@@ -115,7 +105,7 @@ def _read_into(
         if strict and aside:
             raise CorruptStoreError(aside[0].where, aside[0].reason)
         if index is not None:
-            index.deleted.update(reader.deleted)
+            index.deleted.update(reader.header.get("deleted", {}))
         at: int = reader.header["at"]
         return at
 
@@ -168,7 +158,7 @@ def index_of(layout: Layout) -> tuple[Index, Place]:
                 index.add_payload(payload)
             for item in reader.aside:
                 index.add_set_aside(item)
-            index.deleted.update(reader.deleted)
+            index.deleted.update(reader.header.get("deleted", {}))
     return index, layout.after_newest()
 
 

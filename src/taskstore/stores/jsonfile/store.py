@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from taskstore import codec
-from taskstore.backends import DURABILITIES
+from taskstore.backends import check_options
 from taskstore.disk import SYSTEM, Disk
 from taskstore.errors import ValidationError
 from taskstore.journal import (
@@ -25,15 +24,15 @@ from taskstore.journal import (
 from taskstore.policy import CompactionPolicy, CompactionReport
 from taskstore.query import Page, TaskQuery, evaluate
 from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport, check_history
+from taskstore.stores.compaction import compact
 from taskstore.stores.feed import Feed, PollingWatch, Watch
-from taskstore.stores.jsonfile import compaction
-from taskstore.stores.jsonfile.files import Translator
+from taskstore.stores.jsonfile.compaction import Compaction
+from taskstore.stores.jsonfile.files import translated, unavailable
 from taskstore.stores.jsonfile.index import Index
 from taskstore.stores.jsonfile.layout import Layout
 from taskstore.stores.jsonfile.lines import Identity, encode_changes
 from taskstore.stores.jsonfile.reading import Reader
 from taskstore.stores.jsonfile.snapshots import load, read_snapshot
-from taskstore.stores.jsonfile.turns import Turn, ending
 from taskstore.stores.jsonfile.verify import verify
 from taskstore.stores.jsonfile.writing import Writer
 
@@ -67,24 +66,18 @@ class JSONStore(TaskRegistryStore):
         disk: Disk = SYSTEM,
     ) -> None:
         super().__init__(read_only=read_only)
-        if durability not in DURABILITIES:
-            raise ValidationError(
-                "durability", f"must be one of {DURABILITIES}, not {durability!r}"
-            )
+        check_options(durability, "auto")
         if not str(path) or "\0" in str(path):
             raise ValidationError("path", "must be the path of a directory")
         self.durability = durability
         self.directory = Path(path).absolute()  # whatever becomes of the working directory
         self.location = str(path)
         self.strict = strict
-        self._translator = Translator(self.directory)
         self._reader = Reader(self.directory, strict=strict)
         self._writer: Writer | None = None
-        # Of a thread that has entered the writer and not applied anything yet.
-        self._reserved: Turn | None = None
         self._set_aside: tuple[SetAside, ...] = ()
         self._feed = Feed(self.head, self._watch, self.location)
-        with self._translator:
+        with translated(self.directory):
             if read_only:
                 self._reader.settled(lambda layout: layout)
                 return
@@ -109,7 +102,7 @@ class JSONStore(TaskRegistryStore):
 
     def _read(self, work: Callable[[Layout], _T]) -> _T:
         self._check_open()
-        with self._translator:
+        with translated(self.directory):
             return self._reader.settled(work)
 
     def _writing(self) -> Writer:
@@ -121,14 +114,14 @@ class JSONStore(TaskRegistryStore):
 
     def load_snapshot(self) -> Snapshot:
         writer = self._writer
-        index = Index() if writer is not None and writer.index is None else None
 
         def work(layout: Layout) -> Snapshot:
-            nonlocal index
-            index = Index() if index is not None else None
+            if writer is None or writer.index is not None:
+                return load(layout, strict=self.strict)[0]
+            index = Index()
             snapshot, place = load(layout, strict=self.strict, index=index)
-            if writer is not None and index is not None:
-                writer.adopt(index, place)
+            if place.inode:
+                writer.loaded = (index, place)
             return snapshot
 
         snapshot = self._read(work)
@@ -137,61 +130,46 @@ class JSONStore(TaskRegistryStore):
 
     def save_snapshot(self, snapshot: Snapshot) -> None:
         writer = self._writing()
-        with self._translator:
+        with translated(self.directory):
             snapshot = validated_snapshot(snapshot)
             payloads = [
                 codec.encode_record(snapshot.records[task_id])
                 for task_id in sorted(snapshot.records)
             ]
-            lock = writer.compact_lock()
-            try:
-                with lock.held(writer.timeout_s, "a compactor"), writer.entered(indexed=False):
-                    writer.replace(snapshot, payloads)
-            finally:
-                lock.close()
+            with (
+                writer.compact_lock().held(writer.timeout_s, "a compactor"),
+                writer.entered(indexed=False),
+            ):
+                writer.replace(snapshot, payloads)
         self._set_aside = snapshot.set_aside
         self._feed.announce(snapshot.seq)
 
     def apply(self, changes: Sequence[Change]) -> Commit:
-        writer = self._writing()
+        self._check_writable()
+        writer = self._writer
+        assert writer is not None
         steps = plan(changes)
         entries = encode_changes(changes)
-        turn = self._reserved_turn(writer) or Turn()
-
-        def work() -> Commit:
-            if not writer.has(turn):
-                writer.enter(turn)
-            self._reserved = None
-            if isinstance(changes, ChangeSet) and changes.over != writer.last:
-                check_history(self, changes)
-            return writer.commit(steps, len(changes), entries, self.clock)
-
-        with self._translator:
-            done = ending(work, lambda: writer.leave(turn))
-        self._feed.announce(done.last_seq)
-        return done
+        try:
+            with writer.entered():
+                if isinstance(changes, ChangeSet) and changes.over != writer.last:
+                    check_history(self, changes)
+                commit = writer.commit(steps, len(changes), entries, self.clock)
+        except OSError as error:
+            raise unavailable(self.directory, error) from error
+        if self._feed.waiters:
+            self._feed.announce(commit.last_seq)
+        return commit
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        writer, turn = self._writing(), Turn()
-        try:
+        writer = self._writing()
+        with writer.entered():
             try:
-                with self._translator:
-                    writer.enter(turn)
-                self._reserved = turn
+                writer.reserved = True
                 yield
             finally:
-                writer.leave(turn)
-        except BaseException:
-            # An interrupt may have struck as the first call began.
-            writer.leave(turn)
-            raise
-
-    def _reserved_turn(self, writer: Writer) -> Turn | None:
-        """The turn that this thread has, and has not applied anything in."""
-        turn = self._reserved
-        mine = turn is not None and turn.thread == threading.get_ident() and writer.has(turn)
-        return turn if mine else None
+                writer.reserved = False
 
     def report(self) -> StoreReport:
         notices = list(self._writer.notices) if self._writer is not None else []
@@ -202,7 +180,7 @@ class JSONStore(TaskRegistryStore):
         if not self._closed:
             super().close()
             self._feed.close()
-            if self._writer is not None:
+            if self._writer is not None and not self._in_forked_child:
                 self._writer.close()
 
     # -- journal ----------------------------------------------------------
@@ -234,18 +212,18 @@ class JSONStore(TaskRegistryStore):
         return PollingWatch(self.head, self._sign, longest_nap_s=LONGEST_NAP_S)
 
     def _sign(self) -> object:
-        with self._translator:
+        with translated(self.directory):
             return self._reader.sign()
 
     # -- compaction, query, integrity -------------------------------------
 
     def compact(self, policy: CompactionPolicy) -> CompactionReport:
-        writer = self._writing()
-        with self._translator:
-            return compaction.compact(writer, policy, self.clock, self._keep)
-
-    def _keep(self, item: SetAside) -> None:
-        self._set_aside = (*self._set_aside, item)
+        steps = Compaction(self._writing(), erase=policy.erase_deleted)
+        try:
+            with translated(self.directory):
+                return compact(steps, policy, self.clock)
+        finally:
+            self._set_aside = (*self._set_aside, *steps.superseded)
 
     def query(self, query: TaskQuery) -> Page:
         snapshot = self.load_snapshot()
@@ -253,7 +231,7 @@ class JSONStore(TaskRegistryStore):
 
     def verify(self) -> VerifyReport:
         self._check_open()
-        with self._translator:
+        with translated(self.directory):
             return verify(self.directory, self._writer)
 
 

@@ -1,42 +1,46 @@
 """The writing side: under the lock, catch up with the others, check, append.
 
 What a writer remembers between two commits is the place where the journal
-ended, and the index as of there.  Everything it does begins with
-:meth:`Writer.enter`, which takes the lock and brings both up to date.
+ended, and the index as of there.  Everything it does happens within
+:meth:`Writer.entered`, which takes the lock and brings both up to date.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from taskstore.clock import Clock, new_commit_id
-from taskstore.disk import Disk
+from taskstore.disk import TEMPORARY, Disk
 from taskstore.errors import (
     ConflictError,
     CorruptStoreError,
     OutcomeUnknownError,
+    StoreBusyError,
     StoreUnavailableError,
 )
-from taskstore.journal import Commit, Position, Snapshot, Step
+from taskstore.journal import Commit, Position, Snapshot, Step, find_conflicts
 from taskstore.stores.jsonfile.files import (
     COMPACT_LOCK_NAME,
     LOCK_NAME,
     segment_name,
     snapshot_name,
+    unavailable,
 )
 from taskstore.stores.jsonfile.index import Index
 from taskstore.stores.jsonfile.layout import Layout, Place, SegmentFile, read_layout, settled
-from taskstore.stores.jsonfile.leftovers import clear_up
 from taskstore.stores.jsonfile.lines import STAMP_BYTES, Identity, encode_commit
 from taskstore.stores.jsonfile.locks import FileLock, WriteLock, busy, patiently
 from taskstore.stores.jsonfile.segments import Walk, bring_forth, cut_tail, prepare_segment
-from taskstore.stores.jsonfile.snapshots import index_of, write_snapshot
-from taskstore.stores.jsonfile.turns import Mutex, Turn, ending
+from taskstore.stores.jsonfile.snapshots import check_newest, index_of, write_snapshot
+
+_REOPEN = "close it and open it again"
 
 
 class Writer:
@@ -51,11 +55,16 @@ class Writer:
         self.last = Position(0)
         """The last commit that is known to be in the journal; of seq 0 when none is."""
         self.index: Index | None = None
+        """``None`` until a commit needs it, and whenever it may be wrong: it is built anew."""
+        self.loaded: tuple[Index, Place] | None = None
+        """What a load learned on its way, for the next commit that has no index."""
+        self.reserved = False
+        """Whether the thread that holds the lock passes it on to its next :meth:`entered`."""
+        self.timeout_s = lock_timeout_s
         self._lock = WriteLock(directory / LOCK_NAME, disk)
         self._sync = sync
-        self.timeout_s = lock_timeout_s
-        self._mutex = Mutex()
-        self._pid = os.getpid()
+        self._gate = threading.RLock()
+        self._inside = False
         self._generation: int | None = None
         self._opened = 0
         # Whether others have written beside us.
@@ -67,50 +76,51 @@ class Writer:
 
     @contextmanager
     def entered(self, *, indexed: bool = True) -> Iterator[None]:
-        """Hold the lock, up to date."""
-        turn = Turn()
-        try:
+        """Hold the lock of the threads and that of the processes, up to date with the files.
+
+        A call in the middle of another one of the same thread (from a signal
+        handler) is refused; the lock that ``reserved`` passes on is taken over.
+        """
+        # An interrupt strikes at the start of a Python function or after a call.  So no call
+        # stands between a lock that is held and the block that releases it.
+        with self._gate:
+            held, self.reserved = self.reserved, False
+            if self._inside and not held:
+                raise StoreBusyError(f"the store {self.directory} is busy: this very thread writes")
             try:
-                self.enter(turn, indexed=indexed)
+                if not held:
+                    self._inside = True
+                    self._acquire(indexed=indexed)
                 yield
             finally:
-                self.leave(turn)
-        except BaseException:
-            # An interrupt may have struck as the first call began.
-            self.leave(turn)
-            raise
+                self._inside = False
+                try:
+                    fcntl.flock(self._lock.descriptor, fcntl.LOCK_UN)
+                except (OSError, ValueError):
+                    self._lock.close()  # which releases it, too
 
-    def enter(self, turn: Turn, *, indexed: bool = True) -> None:
-        """Take the lock and bring place and index up to date.
-
-        Whatever comes of it, :meth:`leave` has to follow.
-        """
-        self._check_process()
-        self._mutex.enter(turn, self.directory, self.timeout_s)
-        self._lock_files()
-        self._catch_up(indexed=indexed)
-
-    def _check_process(self) -> None:
-        """Begin anew after a fork: whoever held the mutex is in the parent."""
-        if self._pid != os.getpid():
-            self._pid = os.getpid()
-            self._mutex = Mutex()
-
-    def _lock_files(self) -> None:
+    def _acquire(self, *, indexed: bool) -> None:
+        """Take the lock of the processes, and be where the journal ends."""
         if self._refusal is not None:
-            raise StoreUnavailableError(self._refusal, hint="close it and open it again")
-        if not patiently(self._lock.acquire, self.timeout_s, self.directory):
-            raise busy(self._lock.path, "another writer", self.timeout_s)
-
-    def has(self, turn: Turn) -> bool:
-        """Whether this turn holds the lock."""
-        return self._mutex.turn is turn
-
-    def leave(self, turn: Turn) -> None:
-        """Give the lock back if this turn has it.  Twice is fine."""
-        if self._mutex.turn is turn:
-            self._lock.release()
-        self._mutex.release(turn)
+            raise StoreUnavailableError(self._refusal, hint=_REOPEN)
+        lock = self._lock
+        try:
+            if not (
+                lock.acquire(self.timeout_s / 2)
+                or patiently(lock.acquire, self.timeout_s, self.directory)
+            ):
+                raise busy(lock.path, "another writer", self.timeout_s)
+            generation = lock.read_state()
+            if self._opened != lock.opened:
+                # Another lock file may be that of other files.
+                self._opened, self._generation = lock.opened, None
+            grown = None
+            if generation == self._generation and (self.index is not None or not indexed):
+                grown = self.layout.grown(self.place, self._descriptor)
+            if grown != 0:
+                self._catch_up(only_grown=grown is not None, indexed=indexed)
+        except OSError as error:
+            raise unavailable(self.directory, error) from error
 
     def compact_lock(self) -> FileLock:
         """A new handle on the lock that compactors and replacers hold."""
@@ -118,42 +128,30 @@ class Writer:
 
     def close(self) -> None:
         """Release everything, after whoever is writing."""
-        self._check_process()
-        turn = Turn()
-
-        def work() -> None:
-            self._mutex.acquire(turn)
+        with self._gate:
             self._refusal = f"the store {self.directory} is closed"
             self._close_segment()
             self._lock.close()
 
-        ending(work, lambda: self._mutex.release(turn))
-
     # -- catching up --------------------------------------------------------
 
-    def _catch_up(self, *, indexed: bool) -> None:
-        generation = self._lock.read_state()
-        if self._opened != self._lock.opened:
-            # Another lock file may be that of other files.
-            self._opened, self._generation = self._lock.opened, None
-        grown = None
-        if generation == self._generation and (self.index is not None or not indexed):
-            grown = self.layout.grown(self.place, self._descriptor)
-            if grown == 0:
-                return
+    def _catch_up(self, *, only_grown: bool, indexed: bool) -> None:
+        """Take in what others did; if it has ``only_grown``, the last segment has more commits
+        and nothing else has changed."""
         # Until it has succeeded, nothing that is remembered may be relied on.
         self._generation = None
+        if indexed and self.index is None and self.loaded is not None:
+            self.last = Position(0)
+            (self.index, self.place), self.loaded = self.loaded, None
 
         def attempt(number: int) -> None:
             if number > 1:
                 # What looks damaged may be a place that is no longer what it was.
                 self.index = None
-            # Nothing but commits has been added since we were there.
-            only_grown = grown is not None and number == 1
-            self._in_company |= only_grown
-            layout = self.layout if only_grown else self._found()
-            self._follow(layout, indexed=indexed)
-            if self._sync and not (only_grown and self._lock.synced == self.place.offset):
+            known = only_grown and number == 1
+            self._in_company |= known
+            self._follow(self.layout if known else self._found(), indexed=indexed)
+            if self._sync and not (known and self._lock.synced == self.place.offset):
                 self._sync_others()
 
         try:
@@ -161,7 +159,7 @@ class Writer:
         except BaseException:
             self.index = None  # it may have taken in half a commit
             raise
-        if generation % 2:
+        if self._lock.generation % 2:
             self._lock.settle()
         self._generation = self._lock.generation
 
@@ -202,9 +200,23 @@ class Writer:
             begun = prepare_segment(self.disk, path, Identity(uuid.uuid4().hex, 1), at=0)
             self.disk.publish(begun, path)
         else:
-            clear_up(layout, self.disk, self.compact_lock())
+            self._clear_up(layout)
             return layout
         return read_layout(self.directory)
+
+    def _clear_up(self, layout: Layout) -> None:
+        """Remove what killed writers and compactors left, unless a compactor is at work."""
+        leftovers = list(self.directory.glob(f"*{TEMPORARY}"))
+        self.disk.remove_all(path for path in leftovers if path.name.startswith("journal-"))
+        others = [path for path in leftovers if path.name.startswith("snapshot-")]
+        if not others and not layout.void:
+            return
+        # A compactor that is at work clears up after itself.
+        with contextlib.suppress(StoreBusyError), self.compact_lock().held(0, "a compactor"):
+            # What is void stands in a header that nobody has checked yet.
+            check_newest(layout)
+            self.disk.remove_all([*layout.void, *others])
+            self.disk.sync_directory(self.directory)
 
     def _open_segment(self, segment: SegmentFile) -> None:
         if self._descriptor >= 0 and os.fstat(self._descriptor).st_ino != segment.inode:
@@ -221,82 +233,67 @@ class Writer:
         try:
             self.disk.sync_data(self._descriptor)
         except OSError as error:
-            self._refusal = self._refuses("syncing what others wrote", error)
+            self._refuse("syncing what others wrote", error)
             raise
 
-    def _refuses(self, what: str, error: BaseException) -> str:
-        return (
+    def _refuse(self, what: str, error: BaseException) -> str:
+        """Refuse everything from now on, since only reopening can judge the files; says so."""
+        self._refusal = (
             f"the store {self.directory} refuses writes until it is reopened: "
             f"{what} failed: {error}"
         )
+        return self._refusal
 
     def _close_segment(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             self.disk.close(descriptor)
 
-    def adopt(self, index: Index, place: Place) -> None:
-        """Take over an index that a load built on its way, if there is none yet."""
-        turn = Turn()
-
-        def work() -> None:
-            free = self._mutex.turn is None and self._mutex.acquire(turn, 0)
-            if free and self.index is None and place.inode:
-                self.index, self.place, self._generation = index, place, None
-                self.last = Position(0)
-
-        ending(work, lambda: self._mutex.release(turn))
-
     # -- changing -----------------------------------------------------------
 
     def commit(self, steps: Sequence[Step], count: int, entries: bytes, clock: Clock) -> Commit:
         """Check a batch of ``count`` changes and append it.  Under the lock."""
-        index = self.index
+        index, place = self.index, self.place
         assert index is not None
-        index.check(steps, self._floor)
-        seq = self.place.seq
-        commit = Commit(seq + 1, seq + count, max(clock(), self.place.at), new_commit_id())
-        line = encode_commit(commit, entries)
-        self._append(line)
-        try:
-            index.commit(steps, commit.first_seq)
-            end = self.place.offset
-            self.place = Place(
-                self.place.first,
-                commit.last_seq,
-                commit.at,
-                end + len(line),
-                self.place.inode,
-                end,
-                line[:STAMP_BYTES],
+        conflicts = find_conflicts(steps, index.revisions, index.deleted, index.holders)
+        if conflicts and any(conflict.deleted for conflict in conflicts):
+            # Perhaps the journal does not hold the deletion any more.
+            index.forget_deletions(
+                settled(self.directory, lambda _: read_layout(self.directory).floor)
             )
-            self.last = Position(commit.last_seq, commit.commit_id)
-            if self._sync and self._in_company:
-                self._lock.note_synced(self.place.offset)
-        except BaseException:  # an interrupt: it is committed, but half remembered
-            self.index = None
-            raise
-        return commit
-
-    def _floor(self) -> int:
-        return settled(self.directory, lambda _: read_layout(self.directory).floor)
-
-    def _append(self, line: bytes) -> None:
-        """Write a line and sync it, or take it back."""
+            conflicts = find_conflicts(steps, index.revisions, index.deleted, index.holders)
+        if conflicts:
+            raise ConflictError(conflicts)
+        seq = place.seq
+        commit = Commit(seq + 1, seq + count, max(clock(), place.at), new_commit_id())
+        line = encode_commit(commit, entries)
         written = False
         try:
-            self.disk.write_at(self._descriptor, line, self.place.offset)
+            self.disk.write_at(self._descriptor, line, place.offset)
             written = True
             if self._sync:
                 self.disk.sync_data(self._descriptor)
         except BaseException as error:
             self._take_back(error, written=written)
             raise
+        # It is committed.  Interrupted from here on, the index is built anew.
+        self.index = None
+        index.commit(steps, commit.first_seq)
+        end = place.offset + len(line)
+        stamp = line[:STAMP_BYTES]
+        self.place = Place(
+            place.first, commit.last_seq, commit.at, end, place.inode, place.offset, stamp
+        )
+        self.last = Position(commit.last_seq, commit.commit_id)
+        self.index = index
+        if self._sync and self._in_company:
+            self._lock.note_synced(end)
+        return commit
 
     def _take_back(self, error: BaseException, *, written: bool) -> None:
         """Truncate a line that failed; refuse further writes if what is on disk is unknown."""
         syncing = written and isinstance(error, OSError)
-        refusal = self._refuses("syncing" if syncing else "taking back", error)
+        what = "syncing" if syncing else "taking back"
         try:
             with self._lock.changing():  # somebody may have read it without the lock
                 self.disk.truncate(self._descriptor, self.place.offset)
@@ -305,12 +302,10 @@ class Writer:
                     self.disk.sync_data(self._descriptor)
             self._generation = self._lock.generation
         except OSError:
-            self._refusal = refusal
             kind = OutcomeUnknownError if written else StoreUnavailableError
-            raise kind(refusal, hint="close it and open it again") from error
+            raise kind(self._refuse(what, error), hint=_REOPEN) from error
         if syncing:
-            self._refusal = refusal
-            raise StoreUnavailableError(refusal, hint="close it and open it again") from error
+            raise StoreUnavailableError(self._refuse(what, error), hint=_REOPEN) from error
 
     @contextmanager
     def _refusing(self, what: str) -> Iterator[None]:
@@ -319,11 +314,9 @@ class Writer:
             yield
         except BaseException as error:
             self.index = None
-            self._refusal = self._refuses(what, error)
+            refusal = self._refuse(what, error)
             if isinstance(error, OSError):
-                raise OutcomeUnknownError(
-                    self._refusal, hint="close it and open it again"
-                ) from error
+                raise OutcomeUnknownError(refusal, hint=_REOPEN) from error
             raise
 
     def roll(self) -> Layout:
@@ -347,15 +340,13 @@ class Writer:
         self._open_segment(self.layout.segments[-1])
         self.place = Walk(self.layout, self.layout.start_of(self.layout.segments[-1])).to_end()
 
-    def settle(self, index_floor: int) -> None:
+    def settle(self, floor: int) -> None:
         """Tell everybody that a compaction has moved the floor.  Under the lock."""
         self._lock.settle()
         self._generation = self._lock.generation
         self.layout = read_layout(self.directory)
         if self.index is not None:
-            deleted = self.index.deleted
-            for task_id in [i for i, seq in deleted.items() if seq < index_floor]:
-                del deleted[task_id]
+            self.index.forget_deletions(floor)
 
     def replace(self, snapshot: Snapshot, payloads: Iterable[bytes]) -> None:
         """Make a snapshot the whole content.  Under both locks."""
@@ -389,6 +380,7 @@ class Writer:
             with contextlib.suppress(OSError):
                 self.disk.remove_all([temporary])
         self._generation = self._lock.generation
+        self.last = Position(0)
         self.index = Index()
         for record in snapshot.records.values():
             self.index.add(record)

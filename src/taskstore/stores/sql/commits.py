@@ -9,6 +9,7 @@ the number of rows that it touched tells whether it did.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -21,16 +22,26 @@ from taskstore.errors import (
     OutcomeUnknownError,
     SchemaMismatchError,
 )
-from taskstore.journal import Change, ChangeSet, Commit, Position, Put, Step, plan
-from taskstore.journal import find_conflicts as conflicts_between
+from taskstore.journal import (
+    Change,
+    ChangeSet,
+    Commit,
+    Position,
+    Put,
+    Step,
+    dedup_key,
+    find_conflicts,
+    plan,
+)
 from taskstore.records import DedupKey, TaskRecord
 from taskstore.store import other_history
-from taskstore.stores.sql.connections import Connections
+from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.errors import Fault
 from taskstore.stores.sql.rows import Claimed, Head
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.statements import flat, pieces
 from taskstore.stores.sql.tables import SCHEMA_EPOCH, task_journal, tasks, taskstore_head
+from taskstore.stores.sql.transactions import Transactions
 
 _LOT = 500
 _TRIES = 8
@@ -45,19 +56,22 @@ class Batch:
 
     def __init__(self, changes: Sequence[Change]) -> None:
         self.steps = plan(changes)
-        self.count = len(changes)
-        self.commit_id = new_commit_id()
-        last: dict[str, tuple[bytes, int]] = {}
-        self._entries: list[tuple[str, str, int, bytes | None, int | None]] = []
+        self.commit_id = commit_id = new_commit_id()
+        self.entries: list[tuple[Any, ...]] = []
+        """The rows of the journal, but for their seq and time."""
+        encoded: dict[str, tuple[bytes, int]] = {}
         for change in changes:
+            entry: tuple[Any, ...]
             if isinstance(change, Put):
                 record = change.record
+                task_id, revision = record.task_id, record.revision
                 payload = encode_record(record)
                 check = checksum(payload)
-                last[record.task_id] = (payload, check)
-                self._entries.append(("upserted", record.task_id, record.revision, payload, check))
+                encoded[task_id] = (payload, check)
+                entry = ("upserted", task_id, revision, commit_id, payload, check)
             else:
-                self._entries.append(("deleted", change.task_id, change.revision, None, None))
+                entry = ("deleted", change.task_id, change.revision, commit_id, None, None)
+            self.entries.append(entry)
         self.deletes: list[tuple[str, int]] = []
         self.updates: list[tuple[Any, ...]] = []
         self.inserts: list[tuple[Any, ...]] = []
@@ -70,18 +84,9 @@ class Batch:
                 else:
                     self.passing.append(step)
             elif step.base:
-                self.updates.append(update_row(step, *last[step.task_id]))
+                self.updates.append(update_row(step, step.record, *encoded[step.task_id]))
             else:
-                self.inserts.append(insert_row(step.record, *last[step.task_id]))
-
-    def journal(self, first_seq: int, at: int) -> list[tuple[Any, ...]]:
-        """The rows of the journal, once it is known where they go."""
-        return [
-            (seq, at, kind, task_id, revision, self.commit_id, payload, check)
-            for seq, (kind, task_id, revision, payload, check) in enumerate(
-                self._entries, first_seq
-            )
-        ]
+                self.inserts.append(insert_row(step.record, *encoded[step.task_id]))
 
 
 def insert_row(record: TaskRecord, payload: bytes, check: int) -> tuple[Any, ...]:
@@ -105,10 +110,8 @@ def insert_row(record: TaskRecord, payload: bytes, check: int) -> tuple[Any, ...
     )
 
 
-def update_row(step: Step, payload: bytes, check: int) -> tuple[Any, ...]:
+def update_row(step: Step, record: TaskRecord, payload: bytes, check: int) -> tuple[Any, ...]:
     """The parameters of an update: ``UPDATE_ORDER`` of the statements."""
-    record = step.record
-    assert record is not None
     return (
         record.revision,
         str(record.status),
@@ -128,79 +131,45 @@ def update_row(step: Step, payload: bytes, check: int) -> tuple[Any, ...]:
     )
 
 
-def commit(connections: Connections, changes: Sequence[Change], clock: Clock) -> Commit:
+def commit(transactions: Transactions, changes: Sequence[Change], clock: Clock) -> Commit:
     """Commit a batch; see ``TaskRegistryStore.apply`` for what that promises."""
     batch = Batch(changes)
     over = changes.over if isinstance(changes, ChangeSet) else Position(0)
-    database = connections.database
-    claimed: list[Commit] = []
-
-    def work(session: Session) -> Commit:
-        claimed.clear()
-        head, at, floor, found = claim(connections, session, batch.count, clock(), over.seq)
-        done = Commit(head - batch.count + 1, head, at, batch.commit_id)
-        claimed.append(done)
-        if not _holds(over, floor, found):
-            raise other_history(over)
+    database, count, collisions = transactions.database, len(changes), 0
+    for attempt in transactions.attempts(reads_back=True):
         try:
-            _write(connections, session, batch, floor)
-        except database.translator.errors as error:
-            # Only a booking that an update carries off can do this; which one,
-            # the transaction can no longer tell.
-            if database.translator.fault_of(error) is Fault.INTEGRITY:
-                raise _Moved from error
-            raise
-        for lot in database.lots(batch.journal(done.first_seq, at)):
-            session.execute(database.sql.insert_journal(len(lot)), flat(lot))
-        return done
-
-    def happened(session: Session) -> Commit | None:
-        [done] = claimed
-        head = Head(*session.row(database.sql.lock_head))
-        row = session.row(database.sql.commit_at, (done.first_seq,))
-        if row is None and done.first_seq < head.floor:
-            raise OutcomeUnknownError(
-                f"{database.location}: the connection broke during a commit, and the journal has "
-                f"been trimmed past seq {done.first_seq}, where it would be found",
-                hint="load the records again",
-            )
-        return done if row is not None and row[0] == batch.commit_id else None
-
-    for _ in range(_TRIES):
-        try:
-            return connections.write(work, happened=happened)
+            with attempt, transactions.write() as tx:
+                claimed = database.claim(tx, count, clock(), over.seq)
+                if claimed is None:
+                    raise too_new(database, tx)
+                first, at = claimed.head_seq - count + 1, claimed.last_at
+                done = Commit(first, claimed.head_seq, at, batch.commit_id)
+                if not _holds(over, claimed):
+                    raise other_history(over)
+                _write(database, tx, batch, claimed.floor)
+                rows = [(seq, at, *entry) for seq, entry in enumerate(batch.entries, first)]
+                for lot in database.lots(rows):
+                    tx.execute(database.sql.insert_journal[len(lot)], flat(lot))
+                return done
         except _Moved as moved:
-            conflicts = connections.write(lambda session: find_conflicts(session, batch.steps))
+            collisions += 1
+            conflicts = _conflicts(transactions, batch.steps)
+            if not conflicts and collisions == _TRIES:
+                conflicts = [Conflict(step.task_id, step.base, step.base) for step in batch.steps]
             if conflicts:
                 raise ConflictError(conflicts) from moved.__cause__
-    raise ConflictError([Conflict(step.task_id, step.base, step.base) for step in batch.steps])
+        if attempt.unanswered and transactions.read_back(partial(_is_there, database, done)):
+            return done
+    raise AssertionError("attempts end by raising")
 
 
-def _holds(over: Position, floor: int, found: str | None) -> bool:
-    """Whether the journal holds the position over which changes were made.
-
-    Of one whose entry was trimmed, and nothing after it, that is believed.
-    """
-    if found is None:
-        return over.seq in (0, floor - 1)
-    return not over.commit_id or over.commit_id == found
-
-
-def claim(
-    connections: Connections, session: Session, count: int, now: int, over: int = 0
-) -> Claimed:
-    """Take ``count`` seqs and the head lock, and look which commit is at seq ``over``.
-
-    Raises :class:`~taskstore.SchemaMismatchError` when a newer version of
-    taskstore has made the schema one that we may not write any more.
-    """
-    claimed = connections.database.claim(session, count, now, over)
-    if claimed is not None:
-        return claimed
-    row = session.row(connections.database.sql.head)
+def too_new(database: Database, tx: Session) -> SchemaMismatchError:
+    """The error of a writer whose claim was refused: a newer version of taskstore has made
+    the schema one that we may not write any more."""
+    row = tx.row(database.sql.head)
     epoch = None if row is None else Head(*row).schema_epoch
-    raise SchemaMismatchError(
-        f"{connections.database.location} has schema epoch {epoch}, "
+    return SchemaMismatchError(
+        f"{database.location} has schema epoch {epoch}, "
         f"this version of taskstore works with {SCHEMA_EPOCH}",
         found=None if epoch is None else f"epoch {epoch}",
         needed=f"epoch {SCHEMA_EPOCH}",
@@ -208,61 +177,90 @@ def claim(
     )
 
 
-def _write(connections: Connections, session: Session, batch: Batch, floor: int) -> None:
-    """Bring the rows of ``tasks`` to what the batch makes of them."""
-    database = connections.database
+def _holds(over: Position, claimed: Claimed) -> bool:
+    """Whether the journal holds the position over which changes were made.
+
+    Of one whose entry was trimmed, and nothing after it, that is believed.
+    """
+    if claimed.over is None:
+        return over.seq in (0, claimed.floor - 1)
+    return not over.commit_id or over.commit_id == claimed.over
+
+
+def _write(database: Database, tx: Session, batch: Batch, floor: int) -> None:
+    """Bring the rows of ``tasks`` to what the batch makes of them.
+
+    Raises :class:`_Moved` where a row is not as the batch expects it.
+    """
     sql = database.sql
-    for deletes in pieces(batch.deletes):
-        _expect(session.touch(sql.delete_tasks(len(deletes)), flat(deletes)), deletes)
-    for updates in database.lots(batch.updates):
-        count, parameters = len(updates), flat(updates)
-        done = session.touch(sql.update_tasks(count), parameters)
-        if done < count:
-            # Those whose projections change as well; the others no longer match.
-            done += session.touch(sql.update_tasks_wide(count), parameters)
-        _expect(done, updates)
-    for inserts in database.lots(batch.inserts):
-        _expect(database.insert(session, inserts, floor), inserts)
-    if batch.passing and find_conflicts(session, batch.passing):
+    done = 0
+    try:
+        for lot in pieces(batch.deletes) if batch.deletes else ():
+            done += tx.touch(sql.delete_tasks[len(lot)], flat(lot))
+        for lot in database.lots(batch.updates) if batch.updates else ():
+            count, parameters = len(lot), flat(lot)
+            updated = tx.touch(sql.update_tasks[count], parameters)
+            if updated < count:
+                # Those whose projections change as well; the others no longer match.
+                updated += tx.touch(sql.update_tasks_wide[count], parameters)
+            done += updated
+        for lot in database.lots(batch.inserts) if batch.inserts else ():
+            done += database.insert(tx, lot, floor)
+    except database.translator.errors as error:
+        # Only a booking that an update carries off can do this; which one,
+        # the transaction can no longer tell.
+        if database.translator.fault_of(error) is Fault.INTEGRITY:
+            raise _Moved from error
+        raise
+    if done != len(batch.steps) - len(batch.passing):
+        raise _Moved
+    if batch.passing and conflicts_of(tx, batch.passing):
         raise _Moved
 
 
-def _expect(done: int, rows: Sequence[Any]) -> None:
-    if done != len(rows):
-        raise _Moved
+def _is_there(database: Database, done: Commit, tx: Session) -> bool:
+    """Whether a commit happened that was not answered."""
+    row = tx.row(database.sql.commit_at, (done.first_seq,))
+    if row is None and done.first_seq < Head(*tx.row(database.sql.head)).floor:
+        raise OutcomeUnknownError(
+            f"{database.location}: the connection broke during a commit, and the journal has "
+            f"been trimmed past seq {done.first_seq}, where it would be found",
+            hint="load the records again",
+        )
+    return row is not None and row[0] == done.commit_id
 
 
-def find_conflicts(session: Session, steps: Sequence[Step]) -> list[Conflict]:
+def _conflicts(transactions: Transactions, steps: Sequence[Step]) -> list[Conflict]:
+    for attempt in transactions.attempts():
+        with attempt, transactions.write() as tx:
+            return conflicts_of(tx, steps)
+    raise AssertionError("attempts end by raising")
+
+
+def conflicts_of(tx: Session, steps: Sequence[Step]) -> list[Conflict]:
     """Compare what is stored with what the steps expect, under the head lock."""
     head = taskstore_head.c
-    floor = session.scalar(sa.select(head.floor).where(head.id == 1).with_for_update())
-    ids = [step.task_id for step in steps]
+    floor = tx.scalar(sa.select(head.floor).where(head.id == 1).with_for_update())
     revisions: dict[str, int] = {}
     deleted: set[str] = set()
-    for lot in _lots(ids):
+    for lot in _lots([step.task_id for step in steps]):
         found = sa.select(tasks.c.task_id, tasks.c.revision).where(tasks.c.task_id.in_(lot))
-        revisions.update({row[0]: row[1] for row in session.ask(found)})
+        revisions.update({row[0]: row[1] for row in tx.ask(found)})
         gone = sa.select(task_journal.c.task_id).where(
             task_journal.c.task_id.in_(lot),
             task_journal.c.kind == "deleted",
             task_journal.c.seq >= floor,
         )
-        deleted.update(row[0] for row in session.ask(gone))
-    return conflicts_between(steps, revisions, deleted, _holders(session, steps))
-
-
-def _holders(session: Session, steps: Sequence[Step]) -> dict[DedupKey, str]:
-    """Which tasks hold the dedup keys that the steps claim or keep."""
+        deleted.update(row[0] for row in tx.ask(gone))
     records = [step.record for step in steps if step.record is not None]
-    claims = [key for record in records if (key := record.dedup_key) is not None]
     holders: dict[DedupKey, str] = {}
-    for lot in _lots(claims):
-        query = sa.select(tasks.c.run_id, tasks.c.booking, tasks.c.task_id).where(
-            tasks.c.run_id.in_([run_id for run_id, _ in lot]),
-            tasks.c.booking.in_([booking for _, booking in lot]),
+    for keys in _lots([key for record in records if (key := dedup_key(record)) is not None]):
+        held = sa.select(tasks.c.run_id, tasks.c.booking, tasks.c.task_id).where(
+            tasks.c.run_id.in_([run_id for run_id, _ in keys]),
+            tasks.c.booking.in_([booking for _, booking in keys]),
         )
-        holders.update({(row[0], row[1]): row[2] for row in session.ask(query)})
-    return holders
+        holders.update({(row[0], row[1]): row[2] for row in tx.ask(held)})
+    return find_conflicts(steps, revisions, deleted, holders)
 
 
 def _lots(items: Sequence[Any]) -> list[Sequence[Any]]:

@@ -14,28 +14,24 @@ was stopped for too long does no harm when it wakes.
 
 from __future__ import annotations
 
-import os
-import secrets
-import socket
-import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO
 
 import sqlalchemy as sa
 
-from taskstore.clock import Clock, system_clock
-from taskstore.errors import OutcomeUnknownError, StoreBusyError, StoreUnavailableError
+from taskstore.clock import Clock
+from taskstore.errors import StoreUnavailableError
 from taskstore.journal import SetAside
-from taskstore.policy import CompactionPolicy, CompactionReport, JournalStats, SnapshotMark
-from taskstore.stores.sql.connections import Connections
-from taskstore.stores.sql.rows import Head, Tally, aside_line, chunks_of, line_of
+from taskstore.policy import CompactionPolicy, CompactionReport, SnapshotMark
+from taskstore.stores import compaction
+from taskstore.stores.compaction import CompactionSteps, Cut, Retained, Standing
+from taskstore.stores.sql.dialects import Database
+from taskstore.stores.sql.lease import Lease
+from taskstore.stores.sql.rows import Tally, aside_line, chunks_of, line_of
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.snapshots import chunk_row, read_head, read_set_aside, scan_tasks
-from taskstore.stores.sql.spool import Spool
 from taskstore.stores.sql.tables import (
     task_journal,
     task_snapshot_chunks,
@@ -43,30 +39,17 @@ from taskstore.stores.sql.tables import (
     tasks,
     taskstore_head,
 )
+from taskstore.stores.sql.transactions import Transactions
 from taskstore.stores.sql.trimming import Findings, check_rows, examine, set_aside_entries
 
-LEASE_MS = 20_000
-"""How long a compactor that fell silent on another machine keeps others away, in milliseconds."""
 STEP = 2000
 """How many journal rows one transaction deletes."""
-PAUSE_S = 0.02
-"""The longest pause between two steps, in seconds."""
 CHUNK_STEP = 8
 """How many chunks of a dropped snapshot one transaction deletes."""
 
-_T = TypeVar("_T")
-
-
-class _Picture(NamedTuple):
-    """What was read in one moment: the head row, and the chunks of its snapshot."""
-
-    head: Head
-    tally: Tally
-    sizes: list[int]
-
 
 def compact(
-    connections: Connections,
+    transactions: Transactions,
     policy: CompactionPolicy,
     clock: Clock,
     on_kept: Callable[[SetAside], object],
@@ -75,305 +58,183 @@ def compact(
 
     ``on_kept`` is called with what was set aside of entries that were trimmed.
     """
-    started = time.monotonic()
-    now = clock()
-    head, newest, reason = connections.read(
-        lambda session: _due(session, connections, policy, now), one_moment=True
-    )
-    if reason is None:
-        return CompactionReport(compacted=False, reason="not due", seq=newest, floor=head.floor)
-    lease = _Lease(connections)
-    try:
-        lease.take()
-        _clear_leftovers(lease, on_kept)
-        plan = _Plan(policy, clock())
-        seq, records = _publish(connections, lease, plan)
-        floor, kept, before = _move_floor(lease, plan)
-        _clear_leftovers(lease, on_kept)
-    finally:
-        lease.give_back()
+    report = compaction.compact(Steps(transactions, on_kept), policy, clock)
     if policy.erase_deleted:
-        connections.erase()
-    return CompactionReport(
-        compacted=True,
-        reason=reason,
-        seq=seq,
-        floor=floor,
-        records=records,
-        trimmed=floor - before,
-        snapshots=tuple(sorted(kept)),
-        duration_s=time.monotonic() - started,
-    )
+        transactions.erase()
+    return report
 
 
-def _due(
-    session: Session, connections: Connections, policy: CompactionPolicy, now: int
-) -> tuple[Head, int, str | None]:
-    """The head row, the newest snapshot's seq, and why compaction is due."""
-    head = read_head(session, connections.database.sql)
-    row = session.row(connections.database.sql.snapshot_at, (head.head_seq,))
-    newest = 0 if row is None else int(row[0])
-    records = session.scalar(sa.select(sa.func.count()).select_from(tasks))
-    oldest = session.scalar(
-        sa.select(task_journal.c.at).where(task_journal.c.seq == max(newest + 1, head.floor))
-    )
-    stats = JournalStats(entries=head.head_seq - newest, records=records, now=now, oldest_at=oldest)
-    return head, newest, policy.due(stats)
+class Steps(CompactionSteps):
+    """The steps of one compaction, in small transactions under the lease."""
 
+    def __init__(
+        self, transactions: Transactions, on_kept: Callable[[SetAside], object] = lambda _: None
+    ) -> None:
+        self._transactions = transactions
+        self._location = transactions.database.location
+        self._sql = transactions.database.sql
+        self._on_kept = on_kept
+        self._lease = Lease(transactions)
+        self._spool: IO[bytes]
+        self._tally = Tally()
+        # The length of each chunk in the spool, in bytes.
+        self._sizes: list[int] = []
 
-class _Plan:
-    """Which snapshots are to be kept, as of the moment that the new one is of."""
+    def standing(self) -> Standing:
+        return self._transactions.read(self._standing, one_moment=True)
 
-    def __init__(self, policy: CompactionPolicy, now: int) -> None:
-        self._policy = policy
-        self._now = now
-        self._head = 0
-        self._at = 0
-
-    def at(self, session: Session, head: Head, location: str) -> None:
-        """Note the moment, and refuse a plan by which something would be lost."""
-        self._head, self._at = head.head_seq, head.last_at
-        _, floor = self.retained(_marks(session), head.floor)
-        check_rows(session, head.floor, floor, location)
-
-    def retained(self, marks: Sequence[SnapshotMark], floor: int) -> tuple[frozenset[int], int]:
-        """The seqs of the snapshots to keep, and the new floor."""
-        older = [mark for mark in marks if mark.seq != self._head]
-        mine = SnapshotMark(self._head, self._at)
-        kept, new = self._policy.retained(
-            [*older, mine], head=self._head, floor=floor, now=self._now
+    def _standing(self, session: Session) -> Standing:
+        head = read_head(session, self._sql)
+        row = session.row(self._sql.snapshot_at, (head.head_seq,))
+        newest = 0 if row is None else int(row[0])
+        first = max(newest + 1, head.floor)
+        return Standing(
+            newest=newest,
+            floor=head.floor,
+            entries=head.head_seq - newest,
+            records=session.scalar(sa.select(sa.func.count()).select_from(tasks)),
+            oldest_at=session.scalar(
+                sa.select(task_journal.c.at).where(task_journal.c.seq == first)
+            ),
         )
-        return frozenset(kept), new
 
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        with self._lease.held(), _spool(self._transactions.database) as self._spool:
+            yield
 
-def _marks(session: Session) -> list[SnapshotMark]:
-    seq, state = task_snapshots.c.seq, task_snapshots.c.state
-    published = sa.select(seq, task_snapshots.c.at).where(state == "published")
-    return [SnapshotMark(*row) for row in session.ask(published.order_by(seq))]
+    def cut(self) -> Cut:
+        self._clear_leftovers()
+        return self._transactions.read(self._cut, one_moment=True)
 
+    def _cut(self, session: Session) -> Cut:
+        """Read everything of one moment into the spool."""
+        self._spool.seek(0)
+        self._spool.truncate()
+        self._tally, self._sizes = Tally(), []
+        head = read_head(session, self._sql)
+        for chunk in chunks_of(self._lines(session)):
+            self._tally.add(chunk)
+            self._sizes.append(len(chunk))
+            self._spool.write(chunk)
+        self._spool.flush()
+        return Cut(head.head_seq, head.last_at, head.floor, _marks(session))
 
-class _Lease:
-    """The right to compact, noted on the head row."""
+    def _lines(self, session: Session) -> Iterator[bytes]:
+        yield from map(line_of, scan_tasks(session, self._sql))
+        yield from map(aside_line, read_set_aside(session, self._sql))
 
-    def __init__(self, connections: Connections) -> None:
-        self.connections = connections
-        self._owner = f"{_MACHINE}{os.getpid():08x}{secrets.token_hex(8)}"
-
-    def take(self) -> None:
-        """Take the lease if it is free, its holder's time is up, or its holder is dead.
-
-        Raises :class:`~taskstore.StoreBusyError` otherwise.
-        """
-        head = taskstore_head.c
-        now = system_clock()
-
-        def work(session: Session) -> bool:
-            holder = session.scalar(sa.select(head.lease_owner))
-            free = sa.or_(head.lease_owner.is_(None), head.lease_until < now)
-            if holder is not None and _is_dead(holder):
-                # Mistaken or not, this is safe: each step of the other is fenced.
-                free = sa.or_(free, head.lease_owner == holder)
-            return self._set(session, self._owner, now + LEASE_MS, free)
-
-        _held_here.add(self._owner)
-        if not self.connections.write(work):
-            raise StoreBusyError(
-                f"{self.connections.database.location} is being compacted by another process",
-                hint="a compactor that was killed keeps others away for a short while",
-            )
-
-    def give_back(self) -> None:
-        """Let others compact.
-
-        Where that fails, our process knows it all the same; for others it runs out.
-        """
-        mine = taskstore_head.c.lease_owner == self._owner
-        try:
-            with suppress(StoreBusyError, StoreUnavailableError, OutcomeUnknownError):
-                self.connections.write(lambda session: self._set(session, None, None, mine))
-        finally:
-            _held_here.discard(self._owner)
-
-    def step(self, work: Callable[[Session], _T]) -> _T:
-        """Run one small write transaction, under the lease, which it renews."""
-
-        def renewed(session: Session) -> _T:
-            mine = taskstore_head.c.lease_owner == self._owner
-            if not self._set(session, self._owner, system_clock() + LEASE_MS, mine):
-                raise StoreBusyError(
-                    f"{self.connections.database.location}: another process has taken over the "
-                    "compaction or replaced the content"
-                )
-            return work(session)
-
-        started = time.monotonic()
-        result = self.connections.write(renewed)
-        # As long again for others: who waits for SQLite's lock does so asleep,
-        # and would not be awake in the moment between two of our steps.
-        time.sleep(min(time.monotonic() - started, PAUSE_S))
-        return result
-
-    @staticmethod
-    def _set(
-        session: Session, owner: str | None, until: int | None, where: sa.ColumnElement[bool]
-    ) -> bool:
-        lease = {"lease_owner": owner, "lease_until": until}
-        return session.change(sa.update(taskstore_head).where(where).values(lease)) == 1
-
-
-def _machine() -> str:
-    """Where our process ids mean something, as 8 hexadecimal digits."""
-    try:
-        namespace = Path("/proc/self/ns/pid").stat().st_ino
-    except OSError:
-        namespace = 0
-    return f"{zlib.crc32(f'{socket.gethostname()} {namespace}'.encode()):08x}"
-
-
-_MACHINE = _machine()
-
-
-_held_here: set[str] = set()
-"""The leases that compactions of this process hold, or try to take."""
-
-
-def _is_dead(owner: str) -> bool:
-    """Whether a lease's holder is gone: its process, or in ours, its compaction."""
-    if not owner.startswith(_MACHINE):
-        return False
-    try:
-        pid = int(owner[8:16], 16)
-        if pid == os.getpid():
-            return owner not in _held_here
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, ValueError, OverflowError):
-        pass
-    return False
-
-
-def _publish(connections: Connections, lease: _Lease, plan: _Plan) -> tuple[int, int]:
-    """Write and publish a snapshot of this moment: (its seq, how many records it holds)."""
-    database = connections.database
-    sql = database.sql
-    with closing(Spool(database)) as spool:
-        picture = connections.read(
-            lambda session: _read_all(session, connections, spool, plan), one_moment=True
+    def publish(self, cut: Cut, retained: Retained) -> int:
+        self._transactions.read(
+            lambda session: check_rows(session, cut.floor, retained.floor, self._location)
         )
-        head, tally = picture.head, Tally()
-        seq = head.head_seq
-        there = connections.read(lambda session: session.row(sql.snapshot_at, (seq,)))
-        if there is None or there[0] != seq:
-            lease.step(lambda session: _mark(session, picture, "building"))
-            spool.rewind()
-            for size in picture.sizes:
-                row = chunk_row(seq, tally, spool.read(size))
-                lease.step(_insert_chunk(sql.insert_rows(task_snapshot_chunks, 1), row))
-            lease.step(lambda session: _mark(session, picture, "published"))
-    return seq, picture.tally.records + picture.tally.aside
+        if cut.seq not in [mark.seq for mark in cut.marks]:
+            self._mark(cut, "building")
+            self._write_chunks(cut.seq)
+            self._mark(cut, "published")
+        self._move_floor(retained)
+        return self._tally.records + self._tally.aside
 
-
-def _read_all(session: Session, connections: Connections, spool: Spool, plan: _Plan) -> _Picture:
-    sql = connections.database.sql
-    spool.clear()
-    head = read_head(session, sql)
-    plan.at(session, head, connections.database.location)
-    tally, sizes = Tally(), []
-    for chunk in chunks_of(_lines(session, connections)):
-        tally.add(chunk)
-        sizes.append(len(chunk))
-        spool.write(chunk)
-    return _Picture(head, tally, sizes)
-
-
-def _lines(session: Session, connections: Connections) -> Iterator[bytes]:
-    sql = connections.database.sql
-    yield from map(line_of, scan_tasks(session, sql))
-    yield from map(aside_line, read_set_aside(session, sql))
-
-
-def _mark(session: Session, picture: _Picture, state: str) -> None:
-    """Note a snapshot as being built, or publish it.  Repeating it is the same."""
-    seq, at = picture.head.head_seq, picture.head.last_at
-    values = picture.tally.mark(seq, at, state)._asdict()
-    session.change(sa.delete(task_snapshots).where(task_snapshots.c.seq == seq))
-    session.change(sa.insert(task_snapshots).values(values))
-
-
-def _insert_chunk(sql: str, row: tuple[Any, ...]) -> Callable[[Session], None]:
-    def work(session: Session) -> None:
+    def _write_chunks(self, seq: int) -> None:
         chunks = task_snapshot_chunks.c
-        # Doing it twice is the same, should the first answer have been lost.
-        session.change(
-            sa.delete(task_snapshot_chunks).where(chunks.seq == row[0], chunks.chunk == row[1])
-        )
-        session.execute(sql, row)
+        insert = self._sql.insert[task_snapshot_chunks][1]
+        counted = Tally()
+        self._spool.seek(0)
+        for size in self._sizes:
+            row = chunk_row(seq, counted, self._spool.read(size))
+            for attempt in self._transactions.attempts():
+                with attempt, self._lease.step() as tx:
+                    # Doing it twice is the same, should the first answer have been lost.
+                    there = sa.and_(chunks.seq == row[0], chunks.chunk == row[1])
+                    tx.change(sa.delete(task_snapshot_chunks).where(there))
+                    tx.execute(insert, row)
+                    break
 
-    return work
+    def _mark(self, cut: Cut, state: str) -> None:
+        """Note a snapshot as being built, or publish it.  Repeating it is the same."""
+        values = self._tally.mark(cut.seq, cut.at, state)._asdict()
+        for attempt in self._transactions.attempts():
+            with attempt, self._lease.step() as tx:
+                tx.change(sa.delete(task_snapshots).where(task_snapshots.c.seq == cut.seq))
+                tx.change(sa.insert(task_snapshots).values(values))
+                break
 
+    def _move_floor(self, retained: Retained) -> None:
+        """Move the floor and drop snapshots, in one transaction: after it no reader sees
+        what is then deleted in steps."""
+        seq, state = task_snapshots.c.seq, task_snapshots.c.state
+        gone = sa.and_(state == "published", seq.not_in(sorted(retained.seqs)))
+        for attempt in self._transactions.attempts():
+            with attempt, self._lease.step() as tx:
+                tx.change(sa.update(task_snapshots).where(gone).values(state="dropped"))
+                tx.change(sa.update(taskstore_head).values(floor=retained.floor))
+                break
 
-def _move_floor(lease: _Lease, plan: _Plan) -> tuple[int, frozenset[int], int]:
-    """Move the floor and drop snapshots: (the new floor, seqs retained, the old floor).
+    def trim(self, cut: Cut, retained: Retained) -> None:
+        del cut, retained  # what no reader sees, and what earlier compactions left of it
+        self._clear_leftovers()
 
-    One transaction, after which no reader sees what is then deleted in steps.
-    """
-    sql = lease.connections.database.sql
-    floors: list[int] = []
+    def _clear_leftovers(self) -> None:
+        """Delete, in small steps, what no reader sees: entries below the floor, and
+        snapshots that were dropped or never finished."""
+        while self._drop_some():
+            pass
+        # What lies below the floor changes no more: it is read before the lock is taken.
+        while (found := self._transactions.read(self._below_the_floor)) is not None:
+            for item in self._trim_some(*found):
+                self._on_kept(item)
 
-    def work(session: Session) -> tuple[int, frozenset[int], int]:
-        head = read_head(session, sql, lock=True)
-        floors.append(head.floor)
-        marks = _marks(session)
-        kept, floor = plan.retained(marks, head.floor)
-        gone = [mark.seq for mark in marks if mark.seq not in kept]
-        session.change(
-            sa.update(task_snapshots).where(task_snapshots.c.seq.in_(gone)).values(state="dropped")
-        )
-        session.change(sa.update(taskstore_head).values(floor=floor))
-        retained = frozenset(mark.seq for mark in marks if mark.seq in kept)
-        # Should the transaction run twice, the first floor is the old one.
-        return floor, retained, floors[0]
-
-    return lease.step(work)
-
-
-def _clear_leftovers(lease: _Lease, on_kept: Callable[[SetAside], object]) -> None:
-    """Delete, in small steps, what no reader sees: entries below the floor, and
-    snapshots that were dropped or never finished."""
-    sql = lease.connections.database.sql
-    seq, chunk = task_snapshot_chunks.c.seq, task_snapshot_chunks.c.chunk
-    entry = task_journal.c.seq
-
-    def look(session: Session) -> tuple[int, Findings] | None:
-        floor = read_head(session, sql).floor
-        lowest = session.scalar(sa.select(sa.func.min(entry)))
+    def _below_the_floor(self, session: Session) -> tuple[int, Findings] | None:
+        """Up to which seq the next entries are trimmed, and what is in them."""
+        floor = read_head(session, self._sql).floor
+        lowest = session.scalar(sa.select(sa.func.min(task_journal.c.seq)))
         if lowest is None or lowest >= floor:
             return None
         end = min(floor, lowest + STEP)
-        return end, examine(session, sql, lowest, end)
+        return end, examine(session, self._sql, lowest, end)
 
-    def trim(session: Session, end: int, findings: Findings) -> list[SetAside]:
-        moved = set_aside_entries(session, sql, findings)
-        session.change(sa.delete(task_journal).where(entry < end))
-        return moved
+    def _trim_some(self, end: int, findings: Findings) -> list[SetAside]:
+        for attempt in self._transactions.attempts():
+            with attempt, self._lease.step() as tx:
+                moved = set_aside_entries(tx, self._sql, findings)
+                tx.change(sa.delete(task_journal).where(task_journal.c.seq < end))
+                return moved
+        raise AssertionError("attempts end by raising")
 
-    def drop(session: Session) -> bool:
+    def _drop_some(self) -> bool:
+        """Delete some chunks of a snapshot that no reader sees; whether there was one."""
+        seq, chunk = task_snapshot_chunks.c.seq, task_snapshot_chunks.c.chunk
         dead = sa.select(task_snapshots.c.seq).where(task_snapshots.c.state != "published")
-        victim = session.scalar(dead.limit(1))
-        if victim is None:
-            return False
-        last = session.scalar(sa.select(sa.func.max(chunk)).where(seq == victim))
-        if last is None:
-            session.change(sa.delete(task_snapshots).where(task_snapshots.c.seq == victim))
-        else:
-            last_ones = sa.delete(task_snapshot_chunks).where(chunk > last - CHUNK_STEP)
-            session.change(last_ones.where(seq == victim))
-        return True
+        for attempt in self._transactions.attempts():
+            with attempt, self._lease.step() as tx:
+                victim = tx.scalar(dead.limit(1))
+                if victim is None:
+                    return False
+                last = tx.scalar(sa.select(sa.func.max(chunk)).where(seq == victim))
+                if last is None:
+                    tx.change(sa.delete(task_snapshots).where(task_snapshots.c.seq == victim))
+                else:
+                    last_ones = sa.delete(task_snapshot_chunks).where(chunk > last - CHUNK_STEP)
+                    tx.change(last_ones.where(seq == victim))
+                return True
+        raise AssertionError("attempts end by raising")
 
-    while lease.step(drop):
-        pass
-    # What lies below the floor changes no more: it is read before the lock is taken.
-    while (found := lease.connections.read(look)) is not None:
-        for item in lease.step(partial(trim, end=found[0], findings=found[1])):
-            on_kept(item)
+
+@contextmanager
+def _spool(database: Database) -> Iterator[IO[bytes]]:
+    """A file without a name, in the database's ``scratch`` directory or the system's."""
+    place = database.scratch or tempfile.gettempdir()
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            yield file
+    except OSError as error:
+        raise StoreUnavailableError(
+            f"{database.location} cannot be compacted: a temporary file in {place} fails: {error}",
+            hint="free some space there and try again",
+        ) from error
+
+
+def _marks(session: Session) -> tuple[SnapshotMark, ...]:
+    seq, state = task_snapshots.c.seq, task_snapshots.c.state
+    published = sa.select(seq, task_snapshots.c.at).where(state == "published")
+    return tuple(SnapshotMark(*row) for row in session.ask(published.order_by(seq)))

@@ -156,11 +156,6 @@ def mariadb_fault(error: BaseException) -> Fault:
     return next((fault for fault, numbers in _MARIADB.items() if number in numbers), Fault.OTHER)
 
 
-class ReplacedError(StoreUnavailableError):
-    """The file that we have open, or a log of it, lies no longer where it did: what was read
-    is not believed, what was to be committed is rolled back."""
-
-
 class Translator:
     """Turns driver errors of one database into ours: a context manager, reusable.
 

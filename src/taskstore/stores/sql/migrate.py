@@ -8,8 +8,6 @@ whose schema is right does not pay for it.
 from __future__ import annotations
 
 import logging
-import random
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,9 +18,7 @@ import sqlalchemy as sa
 import taskstore
 from taskstore.backends import redacted
 from taskstore.errors import SchemaMismatchError, TaskStoreError, ValidationError
-from taskstore.stores.sql.dialects import DIALECTS, LOCK_S, Database
-from taskstore.stores.sql.engines import host_database, open_database
-from taskstore.stores.sql.errors import Fault
+from taskstore.stores.sql.dialects import DIALECTS, Database, host_database, open_database
 from taskstore.stores.sql.tables import (
     MARK,
     ONLY_ON,
@@ -319,7 +315,7 @@ def _connected(database: Database) -> Iterator[sa.Connection]:
 def _locked(database: Database) -> Iterator[sa.Connection]:
     """A connection that changes the schema, others waiting until it is done."""
     with _connected(database) as connection:
-        _patiently(database, lambda: database.lock_schema(connection))
+        database.patiently(lambda: database.lock_schema(connection))
         try:
             yield connection
         except BaseException:
@@ -327,19 +323,6 @@ def _locked(database: Database) -> Iterator[sa.Connection]:
                 database.unlock_schema(connection, done=False)
             raise
         database.unlock_schema(connection, done=True)
-
-
-def _patiently(database: Database, work: Callable[[], None]) -> None:
-    """Try again while the database says at once that it is busy."""
-    started = time.monotonic()
-    while True:
-        try:
-            return work()
-        except database.translator.errors as error:
-            busy = database.fault_of(error) is Fault.BUSY and not database.waits_for_locks
-            if not busy or time.monotonic() - started > LOCK_S:
-                raise
-        time.sleep(random.uniform(0.001, 0.02))  # noqa: S311 - not a secret
 
 
 def _config(connection: sa.Connection | None = None) -> Config:

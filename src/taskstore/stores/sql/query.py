@@ -17,11 +17,11 @@ from taskstore.errors import CorruptStoreError
 from taskstore.journal import SetAside
 from taskstore.query import SESSION_KEY, Cursor, Page, TaskQuery, page_of
 from taskstore.records import ACTIVE_STATUSES, TaskRecord
-from taskstore.stores.sql.connections import Connections
 from taskstore.stores.sql.rows import TaskRow, record_of
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.statements import PAGE
 from taskstore.stores.sql.tables import ACTIVE, PROJECTED, tasks, taskstore_head
+from taskstore.stores.sql.transactions import Transactions
 
 MOST_VALUES = 1000
 """How many values of a filter become parameters: servers and drivers have limits."""
@@ -34,17 +34,17 @@ def _becomes_sql(field: str, wanted: frozenset[Any]) -> bool:
     return field in _COLUMNS and len(wanted) <= MOST_VALUES
 
 
-def answer(connections: Connections, query: TaskQuery, met: dict[str, SetAside]) -> Page:
+def answer(transactions: Transactions, query: TaskQuery, met: dict[str, SetAside]) -> Page:
     """Answer a query as ``taskstore.query.evaluate`` would over every record.
 
     Rows that do not decode are left out and noted in ``met`` by their id.
     """
     pushed = all(_becomes_sql(field, wanted) for field, wanted in query.where.items())
     if query.limit is not None and pushed:
-        page = connections.read(lambda session: _one_select(session, query, met))
+        page = transactions.read(lambda session: _one_select(session, query, met))
         if page is not None:
             return page
-    return connections.read(lambda session: _pages(session, query, met), one_moment=True)
+    return transactions.read(lambda session: _pages(session, query, met), one_moment=True)
 
 
 def _one_select(session: Session, query: TaskQuery, met: dict[str, SetAside]) -> Page | None:

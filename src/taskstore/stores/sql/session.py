@@ -1,4 +1,4 @@
-"""One borrowed connection."""
+"""One connection that was acquired."""
 
 from __future__ import annotations
 
@@ -15,21 +15,17 @@ class Session:
 
     Everything runs on that cursor, also what is built with Core: a host's
     engine may have listeners that begin transactions when SQLAlchemy does.
-    ``restore`` is what a host's connection is to be set back to afterwards,
-    ``file`` which file it is a connection to, where that can change.
+    ``restore`` is what a host's connection is to be set back to afterwards.
     """
 
-    __slots__ = ("_dialect", "connection", "cursor", "file", "raw", "restore")
+    __slots__ = ("_dialect", "connection", "cursor", "raw", "restore")
 
-    def __init__(
-        self, connection: sa.Connection, raw: Any, cursor: Any, dialect: Dialect, file: object
-    ) -> None:
+    def __init__(self, connection: sa.Connection, raw: Any, cursor: Any, dialect: Dialect) -> None:
         self.connection = connection
         self.raw = raw
         self.cursor = cursor
         self._dialect = dialect
         self.restore: tuple[str, ...] = ()
-        self.file: Any = file
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> None:
         """Run a statement."""
@@ -53,6 +49,12 @@ class Session:
         """The first row of a query, or ``None``."""
         rows = self.rows(sql, parameters)
         return rows[0] if rows else None
+
+    def set_back(self) -> None:
+        """Set a host's connection back to how it was."""
+        for statement in self.restore:
+            self.rows(statement)
+        self.restore = ()
 
     # -- statements that are built where they are used ---------------------
 

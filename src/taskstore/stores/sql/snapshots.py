@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -14,8 +16,7 @@ from taskstore.codec import check_nesting, checksum, encode_record
 from taskstore.errors import ConflictError, CorruptStoreError
 from taskstore.journal import SetAside, Snapshot, validated_snapshot
 from taskstore.records import TaskRecord
-from taskstore.stores.sql.commits import claim, insert_row
-from taskstore.stores.sql.connections import Connections
+from taskstore.stores.sql.commits import insert_row, too_new
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.rows import (
     Head,
@@ -39,7 +40,7 @@ from taskstore.stores.sql.tables import (
     tasks,
     taskstore_head,
 )
-from taskstore.yielding import collector_paused
+from taskstore.stores.sql.transactions import Transactions
 
 
 def read_head(session: Session, sql: Statements, *, lock: bool = False) -> Head:
@@ -51,11 +52,15 @@ def read_head(session: Session, sql: Statements, *, lock: bool = False) -> Head:
 
 
 def scan_tasks(session: Session, sql: Statements) -> Iterator[TaskRow]:
-    """Every row of ``tasks`` in order of id, a page at a time."""
+    """Every row of ``tasks`` in order of id."""
+    return chain.from_iterable(_task_pages(session, sql))
+
+
+def _task_pages(session: Session, sql: Statements) -> Iterator[Iterable[TaskRow]]:
     after = ""
     while True:
         rows = session.rows(sql.scan_tasks, (after,))
-        yield from map(TaskRow._make, rows)
+        yield map(TaskRow._make, rows)
         if len(rows) < PAGE:
             return
         after = rows[-1][0]
@@ -76,9 +81,9 @@ def read_set_aside(session: Session, sql: Statements) -> list[SetAside]:
     return found
 
 
-def load(connections: Connections) -> Snapshot:
+def load(transactions: Transactions) -> Snapshot:
     """Every live record, head and rows of one moment."""
-    sql = connections.database.sql
+    sql = transactions.database.sql
 
     def work(session: Session) -> Snapshot:
         head = read_head(session, sql)
@@ -92,39 +97,40 @@ def load(connections: Connections) -> Snapshot:
                 aside.append(found)
         return Snapshot(head.head_seq, MappingProxyType(records), head.last_at, tuple(aside))
 
-    with collector_paused():
-        return connections.read(work, one_moment=True)
+    return transactions.read(work, one_moment=True)
 
 
-def read_snapshot(connections: Connections, at: int) -> Snapshot | None:
+def read_snapshot(transactions: Transactions, at: int) -> Snapshot | None:
     """The newest published snapshot at or before a seq."""
-    sql = connections.database.sql
+    sql = transactions.database.sql
 
     def work(session: Session) -> Snapshot | None:
         row = session.row(sql.snapshot_at, (at,))
         if row is None:
             return None
-        mark = Mark(*row)
-        records: dict[str, TaskRecord] = {}
-        aside: list[SetAside] = []
-        for item in read_chunks(session, sql, mark, connections.database.location):
-            if isinstance(item, TaskRecord):
-                records[item.task_id] = item
-            else:
-                aside.append(item)
-        return Snapshot(mark.seq, MappingProxyType(records), mark.at, tuple(aside))
+        return read_marked(session, sql, Mark(*row), transactions.database.location)
 
-    with collector_paused():
-        return connections.read(work, one_moment=True)
+    return transactions.read(work, one_moment=True)
 
 
-def read_chunks(
-    session: Session, sql: Statements, mark: Mark, location: str
-) -> Iterator[TaskRecord | SetAside]:
-    """What a published snapshot holds.
+def read_marked(session: Session, sql: Statements, mark: Mark, location: str) -> Snapshot:
+    """A published snapshot, of which the row is given.
 
     Raises :class:`~taskstore.CorruptStoreError` for a chunk that is missing or damaged.
     """
+    records: dict[str, TaskRecord] = {}
+    aside: list[SetAside] = []
+    for item in _read_chunks(session, sql, mark, location):
+        if isinstance(item, TaskRecord):
+            records[item.task_id] = item
+        else:
+            aside.append(item)
+    return Snapshot(mark.seq, MappingProxyType(records), mark.at, tuple(aside))
+
+
+def _read_chunks(
+    session: Session, sql: Statements, mark: Mark, location: str
+) -> Iterator[TaskRecord | SetAside]:
     total = 0
     for number in range(mark.chunks):
         where = f"{location}: task_snapshot_chunks, seq {mark.seq}, chunk {number}"
@@ -140,49 +146,48 @@ def read_chunks(
         )
 
 
-def save(connections: Connections, snapshot: Snapshot) -> None:
+def save(transactions: Transactions, snapshot: Snapshot) -> None:
     """Replace everything by a snapshot, in one transaction."""
     snapshot = validated_snapshot(snapshot)
-    database = connections.database
-    sql = database.sql
+    database = transactions.database
+    for attempt in transactions.attempts(reads_back=True):
+        with attempt, transactions.write() as tx:
+            if database.claim(tx, 0, 0, 0) is None:
+                raise too_new(database, tx)
+            head = read_head(tx, database.sql)
+            if head.head_seq and snapshot.seq <= head.head_seq:
+                raise ConflictError(
+                    [], f"the snapshot is at seq {snapshot.seq}, the head at {head.head_seq}"
+                )
+            _replace(tx, database, snapshot, head)
+            return
+        if attempt.unanswered and transactions.read_back(partial(_is_at, database, snapshot.seq)):
+            return
 
-    def work(session: Session) -> bool:
-        claim(connections, session, 0, 0)
-        head = read_head(session, sql)
-        if head.head_seq and snapshot.seq <= head.head_seq:
-            raise ConflictError(
-                [], f"the snapshot is at seq {snapshot.seq}, the head at {head.head_seq}"
-            )
-        for table in (
-            tasks, task_journal, task_snapshot_chunks, task_snapshots, task_set_aside,
-        ):  # fmt: skip
-            session.change(sa.delete(table))
-        tally = Tally()
-        for chunk in chunks_of(_store_all(session, database, snapshot)):
-            _insert(
-                session, database, task_snapshot_chunks, [chunk_row(snapshot.seq, tally, chunk)]
-            )
-        _insert(
-            session, database, task_snapshots, [tally.mark(snapshot.seq, snapshot.at, "published")]
+
+def _is_at(database: Database, seq: int, tx: Session) -> bool:
+    head = read_head(tx, database.sql)
+    return (head.head_seq, head.floor) == (seq, seq + 1)
+
+
+def _replace(tx: Session, database: Database, snapshot: Snapshot, head: Head) -> None:
+    for table in (tasks, task_journal, task_snapshot_chunks, task_snapshots, task_set_aside):
+        tx.change(sa.delete(table))
+    tally = Tally()
+    for chunk in chunks_of(_store_all(tx, database, snapshot)):
+        _insert(tx, database, task_snapshot_chunks, [chunk_row(snapshot.seq, tally, chunk)])
+    _insert(tx, database, task_snapshots, [tally.mark(snapshot.seq, snapshot.at, "published")])
+    tx.change(
+        sa.update(taskstore_head).values(
+            head_seq=snapshot.seq,
+            floor=snapshot.seq + 1,
+            last_at=max(snapshot.at, head.last_at),
+            # Another content under the same seqs is another life of the ledger.
+            timeline=head.timeline + (1 if head.head_seq else 0),
+            lease_owner=None,
+            lease_until=None,
         )
-        session.change(
-            sa.update(taskstore_head).values(
-                head_seq=snapshot.seq,
-                floor=snapshot.seq + 1,
-                last_at=max(snapshot.at, head.last_at),
-                # Another content under the same seqs is another life of the ledger.
-                timeline=head.timeline + (1 if head.head_seq else 0),
-                lease_owner=None,
-                lease_until=None,
-            )
-        )
-        return True
-
-    def happened(session: Session) -> bool | None:
-        head = read_head(session, sql, lock=True)
-        return (head.head_seq, head.floor) == (snapshot.seq, snapshot.seq + 1) or None
-
-    connections.write(work, happened=happened)
+    )
 
 
 def chunk_row(seq: int, tally: Tally, chunk: bytes) -> tuple[Any, ...]:
@@ -215,4 +220,4 @@ def _store_all(session: Session, database: Database, snapshot: Snapshot) -> Iter
 
 def _insert(session: Session, database: Database, table: sa.Table, rows: list[Any]) -> None:
     for lot in database.lots(rows):
-        session.execute(database.sql.insert_rows(table, len(lot)), flat(lot))
+        session.execute(database.sql.insert[table][len(lot)], flat(lot))

@@ -12,8 +12,8 @@ which drivers and servers keep prepared, stays bounded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -39,25 +39,30 @@ PAGE = 1000
 """How many rows a scan reads at a time."""
 
 _Row = TypeVar("_Row")
+_WRITTEN = (tasks, task_journal, task_snapshots, task_snapshot_chunks, task_set_aside)
 _ALWAYS = ("revision", "status", "payload", "checksum")
 _KEPT = tuple(name for name in PROJECTED if name != "status")
 
 INSERT_ORDER = tuple(col.name for col in tasks.columns)
-"""Parameters of one row of :meth:`Statements.insert_tasks`."""
+"""Parameters of one row of ``insert_tasks``."""
 UPDATE_ORDER = (*_ALWAYS, "task_id", "base", *_KEPT)
-"""Parameters of one row of :meth:`Statements.update_tasks`, narrow or wide."""
+"""Parameters of one row of ``update_tasks``, narrow or wide."""
 JOURNAL_ORDER = tuple(col.name for col in task_journal.columns)
-"""Parameters of one row of :meth:`Statements.insert_journal`."""
+"""Parameters of one row of ``insert_journal``."""
 
 
-def pieces(rows: Sequence[_Row]) -> Iterator[Sequence[_Row]]:
+def pieces(rows: Sequence[_Row]) -> Sequence[Sequence[_Row]]:
     """Cut rows into lots of the sizes that statements exist for."""
+    if len(rows) == 1:
+        return (rows,)
+    lots: list[Sequence[_Row]] = []
     start, left = 0, len(rows)
     for size in SIZES:
         while left >= size:
-            yield rows[start : start + size]
+            lots.append(rows[start : start + size])
             start += size
             left -= size
+    return lots
 
 
 def flat(rows: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
@@ -65,12 +70,30 @@ def flat(rows: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
     return rows[0] if len(rows) == 1 else tuple(chain.from_iterable(rows))
 
 
+class ByCount(dict[int, str]):
+    """A statement over several rows, by their number: compiled when one is first asked for."""
+
+    def __init__(self, compiled: Callable[[int], str]) -> None:
+        super().__init__()
+        self._compiled = compiled
+
+    def __missing__(self, count: int) -> str:
+        sql = self[count] = self._compiled(count)
+        return sql
+
+
 class Statements:
     """The compiled statements of one dialect (``str`` each)."""
 
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
-        self._many: dict[tuple[str, int], str] = {}
+        self.insert_tasks = ByCount(self._insert_tasks)
+        self.update_tasks = ByCount(self._update_tasks)
+        self.update_tasks_wide = ByCount(self._update_tasks_wide)
+        self.delete_tasks = ByCount(self._delete_tasks)
+        self.insert = {table: ByCount(partial(self._insert, table)) for table in _WRITTEN}
+        """Insert rows, in order of the table's columns, whatever is there; by table."""
+        self.insert_journal = self.insert[task_journal]
 
     def _compile(self, statement: Executable, *order: str) -> str:
         # An Executable that does not compile is none of ours.
@@ -138,15 +161,12 @@ class Statements:
 
     # -- tasks ------------------------------------------------------------
 
-    def insert_tasks(self, count: int) -> str:
+    def _insert_tasks(self, count: int) -> str:
         """Insert new tasks: those whose id and booking are free and were not deleted.
 
         Parameters: ``count`` rows of :data:`INSERT_ORDER`, then the floor.  The
         head row is locked, so what is free stays free.
         """
-        return self._cached("insert_tasks", count)
-
-    def _insert_tasks(self, count: int) -> str:
         new, order = _rows(tasks.columns, count)
         gone = task_journal.alias("gone")
         same = tasks.alias("same")
@@ -170,15 +190,12 @@ class Statements:
         )
         return self._compile(statement, *order, "floor")
 
-    def update_tasks(self, count: int) -> str:
+    def _update_tasks(self, count: int) -> str:
         """Bring tasks from revision ``base`` to a later one whose projections,
         but for the status, are as stored: no full index is touched.
 
         Parameters: ``count`` rows of :data:`UPDATE_ORDER`.
         """
-        return self._cached("update_tasks", count)
-
-    def _update_tasks(self, count: int) -> str:
         if count == 1:
             # By far the most frequent: without the detour through a table of one row.
             order = [f"{name}_0" for name in UPDATE_ORDER]
@@ -190,22 +207,16 @@ class Statements:
         rows, order = _rows(_update_columns(), count)
         return self._compile(_narrow_update(rows.c), *order)
 
-    def update_tasks_wide(self, count: int) -> str:
+    def _update_tasks_wide(self, count: int) -> str:
         """Bring tasks from revision ``base`` to a later one, every projection with it.
 
         Parameters: ``count`` rows of :data:`UPDATE_ORDER`.
         """
-        return self._cached("update_tasks_wide", count)
-
-    def _update_tasks_wide(self, count: int) -> str:
         rows, order = _rows(_update_columns(), count)
         return self._compile(_update(rows.c, (*_ALWAYS, *_KEPT)), *order)
 
-    def delete_tasks(self, count: int) -> str:
-        """Delete tasks; parameters: ``count`` times (task_id, revision)."""
-        return self._cached("delete_tasks", count)
-
     def _delete_tasks(self, count: int) -> str:
+        """Delete tasks; parameters: ``count`` times (task_id, revision)."""
         terms: list[ColumnElement[bool]] = []
         order: list[str] = []
         for row in range(count):
@@ -241,20 +252,6 @@ class Statements:
         )
 
     # -- journal ----------------------------------------------------------
-
-    def insert_journal(self, count: int) -> str:
-        """Append entries; parameters: ``count`` rows of :data:`JOURNAL_ORDER`."""
-        return self._cached("insert_journal", count)
-
-    def _insert_journal(self, count: int) -> str:
-        return self._insert(task_journal, count)
-
-    def insert_rows(self, table: sa.Table, count: int) -> str:
-        """Insert ``count`` rows, in order of the table's columns, whatever is there."""
-        key = (f"insert {table.name}", count)
-        if key not in self._many:
-            self._many[key] = self._insert(table, count)
-        return self._many[key]
 
     def _insert(self, table: sa.Table, count: int) -> str:
         order = [f"{col.name}_{row}" for row in range(count) for col in table.columns]
@@ -342,13 +339,6 @@ class Statements:
         return self._compile(
             sa.select(aside.id, _as_bytes(aside.payload), aside.checksum).order_by(aside.id)
         )
-
-    def _cached(self, name: str, count: int) -> str:
-        key = (name, count)
-        sql = self._many.get(key)
-        if sql is None:
-            sql = self._many[key] = getattr(self, f"_{name}")(count)
-        return sql
 
 
 def _commit_id_at(seq: str) -> sa.Select[tuple[str]]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import sqlalchemy as sa
 
-from taskstore.backends import DURABILITIES, MIGRATIONS
+from taskstore.backends import check_options
 from taskstore.errors import (
     CorruptStoreError,
     CursorExpiredError,
-    StoreClosedError,
     ValidationError,
 )
 from taskstore.journal import Change, Commit, JournalEntry, SetAside, Snapshot
@@ -22,18 +20,24 @@ from taskstore.policy import CompactionPolicy, CompactionReport
 from taskstore.query import Page, TaskQuery
 from taskstore.records import MAX_INT
 from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport
-from taskstore.stores.feed import IDLE_S, Feed
+from taskstore.stores.feed import IDLE_S, Feed, Watch
+from taskstore.stores.retry import RECONNECT_S
 from taskstore.stores.sql import compaction, snapshots
 from taskstore.stores.sql.commits import commit
-from taskstore.stores.sql.connections import Connections
-from taskstore.stores.sql.dialects import Database
-from taskstore.stores.sql.engines import host_database, open_database
+from taskstore.stores.sql.dialects import Database, host_database, open_database
 from taskstore.stores.sql.migrate import ensure_schema
-from taskstore.stores.sql.patience import RECONNECT_S
 from taskstore.stores.sql.query import answer
 from taskstore.stores.sql.rows import Head, entry_of
+from taskstore.stores.sql.transactions import ConnectionPool, Transactions
 from taskstore.stores.sql.verify import verify
+from taskstore.stores.sql.watches import DataVersionWatch, ListeningWatch, polling_watch
 from taskstore.validation import check_key
+
+_WATCHES: dict[str, Callable[[ConnectionPool, Callable[[], int]], Watch]] = {
+    "sqlite": DataVersionWatch,
+    "postgresql": ListeningWatch,
+}
+"""What looks out for the commits of others, by dialect; where none is named, the head is polled."""
 
 
 class SQLStore(TaskRegistryStore):
@@ -88,35 +92,30 @@ class SQLStore(TaskRegistryStore):
         self.durability = database.durability
         self.location = database.location
         self._strict = strict
-        self._pid = os.getpid()
         self._database = database
-        self._connections = Connections(
-            database, reconnect_s, partial(ensure_schema, migrate="never", url=url)
-        )
+        pool = ConnectionPool(database)
+        self._transactions = Transactions(pool, reconnect_s)
         self._aside: tuple[SetAside, ...] = ()
         self._met: dict[str, SetAside] = {}
         self._kept: list[SetAside] = []
-        self._feed = Feed(
-            self.head,
-            partial(database.watch, self._connections, self.head),
-            self.location,
-            # A connection of a host's pool is not kept for nobody.
-            idle_s=IDLE_S if database.owned else 0.0,
-            errors=database.translator.errors,
-        )
+        self._pool = pool
+        # Made by the first call that waits.
+        self._feed: Feed | None = None
+        self._making_feed = threading.Lock()
         try:
-            ensure_schema(database, migrate, url)
             database.hold()
-            self._connections.prepare()
+            ensure_schema(database, migrate, url)
+            with database.translator, self._transactions.reading() as session:
+                database.prepare(session)
         except BaseException:
-            self._connections.close()
+            self._transactions.close()
             raise
 
     # -- the seam ---------------------------------------------------------
 
     def load_snapshot(self) -> Snapshot:
         self._check_open()
-        loaded = snapshots.load(self._connections)
+        loaded = snapshots.load(self._transactions)
         self._aside, self._met, self._kept = loaded.set_aside, {}, []
         if self._strict and loaded.set_aside:
             first = loaded.set_aside[0]
@@ -125,20 +124,21 @@ class SQLStore(TaskRegistryStore):
 
     def save_snapshot(self, snapshot: Snapshot) -> None:
         self._check_writable()
-        snapshots.save(self._connections, snapshot)
-        self._feed.announce(snapshot.seq)
+        snapshots.save(self._transactions, snapshot)
+        if self._feed is not None:
+            self._feed.announce(snapshot.seq)
 
     def apply(self, changes: Sequence[Change]) -> Commit:
         self._check_writable()
-        done = commit(self._connections, changes, self.clock)
-        self._feed.announce(done.last_seq)
+        done = commit(self._transactions, changes, self.clock)
+        if self._feed is not None and self._feed.waiters:
+            self._feed.announce(done.last_seq)
         return done
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         self._check_writable()
-        sql = self._database.sql
-        with self._connections.exclusive(lambda session: session.rows(sql.lock_head)):
+        with self._transactions.exclusive():
             yield
 
     def report(self) -> StoreReport:
@@ -152,18 +152,12 @@ class SQLStore(TaskRegistryStore):
     def close(self) -> None:
         if not self._closed:
             super().close()
-            if self._pid == os.getpid():
-                self._feed.close()
-                self._connections.close()
-
-    def _check_open(self) -> None:
-        super()._check_open()
-        if self._pid != os.getpid():
-            # What a fork copied of connections and locks belongs to the parent.
-            raise StoreClosedError(
-                f"the store {self.location} was opened by process {self._pid}",
-                hint="open it again after the fork",
-            )
+            if not self._in_forked_child:
+                with self._making_feed:
+                    feed = self._feed
+                if feed is not None:
+                    feed.close()
+                self._transactions.close()
 
     # -- journal ----------------------------------------------------------
 
@@ -176,13 +170,14 @@ class SQLStore(TaskRegistryStore):
     def _head(self) -> Head:
         self._check_open()
         sql = self._database.sql
-        return self._connections.read(lambda session: snapshots.read_head(session, sql))
+        return self._transactions.read(lambda session: snapshots.read_head(session, sql))
 
     def read_journal(self, after: int, limit: int) -> Sequence[JournalEntry]:
         self._check_open()
         after = min(after, MAX_INT)
         last = min(after + max(limit, 0), MAX_INT)
-        rows = self._rows(self._database.sql.read_journal, (after, last))
+        sql = self._database.sql.read_journal
+        rows = self._transactions.read(lambda session: session.rows(sql, (after, last)))
         if not rows:
             raise CorruptStoreError(self.location, "the head row is missing")
         floor, head = rows[0][:2]
@@ -205,33 +200,46 @@ class SQLStore(TaskRegistryStore):
             check_key("task_id", task_id)
         except ValidationError:
             return ()  # nothing can have such an id, and some drivers choke on it
-        rows = self._rows(self._database.sql.read_history, (task_id,))
+        sql = self._database.sql.read_history
+        rows = self._transactions.read(lambda session: session.rows(sql, (task_id,)))
         return tuple(entry_of(row, self.location) for row in rows)
 
     def read_snapshot(self, at: int) -> Snapshot | None:
         self._check_open()
-        return snapshots.read_snapshot(self._connections, min(at, MAX_INT))
+        return snapshots.read_snapshot(self._transactions, min(at, MAX_INT))
 
     def wait_for(self, after: int, timeout: float) -> bool:
-        self._check_open()
+        with self._making_feed:
+            self._check_open()
+            if self._feed is None:
+                self._feed = self._new_feed()
         return self._feed.wait_for(after, timeout)
 
-    def _rows(self, sql: str, parameters: tuple[object, ...]) -> list[Any]:
-        return self._connections.read(lambda session: session.rows(sql, parameters))
+    def _new_feed(self) -> Feed:
+        database = self._database
+        watch = _WATCHES.get(database.engine.dialect.name, polling_watch)
+        return Feed(
+            self.head,
+            partial(watch, self._pool, self.head),
+            self.location,
+            # A connection of a host's pool is not kept when no call waits.
+            idle_s=IDLE_S if database.owned else 0.0,
+            errors=database.translator.errors,
+        )
 
     # -- compaction, query, integrity -------------------------------------
 
     def compact(self, policy: CompactionPolicy) -> CompactionReport:
         self._check_writable()
-        return compaction.compact(self._connections, policy, self.clock, self._kept.append)
+        return compaction.compact(self._transactions, policy, self.clock, self._kept.append)
 
     def query(self, query: TaskQuery) -> Page:
         self._check_open()
-        return answer(self._connections, query, self._met)
+        return answer(self._transactions, query, self._met)
 
     def verify(self) -> VerifyReport:
         self._check_open()
-        return verify(self._connections)
+        return verify(self._transactions)
 
 
 def open_sql(
@@ -259,11 +267,6 @@ def open_sql(
 
 
 def _check_options(durability: str, migrate: str, reconnect_s: float) -> None:
-    for name, value, known in (
-        ("durability", durability, DURABILITIES),
-        ("migrate", migrate, MIGRATIONS),
-    ):
-        if value not in known:
-            raise ValidationError(name, f"must be one of {known}, not {value!r}")
+    check_options(durability, migrate)
     if not isinstance(reconnect_s, (int, float)) or not reconnect_s >= 0:
         raise ValidationError("reconnect_s", f"must be seconds, not {reconnect_s!r}")

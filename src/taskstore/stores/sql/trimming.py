@@ -92,7 +92,7 @@ def set_aside_entries(session: Session, sql: Statements, found: Findings) -> lis
     last = session.scalar(sa.select(sa.func.max(aside.id))) or 0
     for number, item in enumerate(moved, last + 1):
         payload = msgspec.json.encode(item)
-        session.execute(sql.insert_rows(task_set_aside, 1), (number, payload, checksum(payload)))
+        session.execute(sql.insert[task_set_aside][1], (number, payload, checksum(payload)))
     return moved
 
 

@@ -10,14 +10,12 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from taskstore.stores.feed import LONGEST_NAP_S, SHORTEST_NAP_S, PollingWatch, WatchBrokenError
 from taskstore.stores.retry import Backoff
 from taskstore.stores.sql.rows import Head
-
-if TYPE_CHECKING:
-    from taskstore.stores.sql.connections import Connections
+from taskstore.stores.sql.transactions import ConnectionPool
 
 SAFETY_S = 1.0
 """How often the head is looked at, in seconds, although nothing was heard: behind some
@@ -27,7 +25,7 @@ SQLITE_NAP_S = 0.025
 """The longest pause between two looks at an SQLite file, in seconds."""
 
 
-def polling_watch(_connections: Connections, head: Callable[[], int]) -> PollingWatch:
+def polling_watch(_pool: ConnectionPool, head: Callable[[], int]) -> PollingWatch:
     """A watch that asks for the head."""
     return PollingWatch(head)
 
@@ -35,19 +33,21 @@ def polling_watch(_connections: Connections, head: Callable[[], int]) -> Polling
 class DataVersionWatch(PollingWatch):
     """SQLite tells a connection cheaply whether another one has committed."""
 
-    def __init__(self, connections: Connections, head: Callable[[], int]) -> None:
+    def __init__(self, pool: ConnectionPool, head: Callable[[], int]) -> None:
         super().__init__(head, self._version, longest_nap_s=SQLITE_NAP_S)
-        self._connections = connections
-        self._session = connections.borrow()
+        self._pool = pool
+        self._session = pool.acquire()
 
     def _version(self) -> object:
         row = self._session.row("PRAGMA data_version")
         # A file that was opened as one that nobody writes says so if somebody does.
-        self._connections.database.check_read(self._session)
+        guard = self._pool.database.guard
+        if guard is not None:
+            guard.check()
         return row[0]
 
     def close(self, *, broken: bool) -> None:
-        self._connections.give_back(self._session, broken=broken)
+        self._pool.release(self._session, broken=broken)
 
 
 class ListeningWatch:
@@ -59,13 +59,13 @@ class ListeningWatch:
     polled until then, and looked at once more after.
     """
 
-    def __init__(self, connections: Connections, head: Callable[[], int]) -> None:
+    def __init__(self, pool: ConnectionPool, head: Callable[[], int]) -> None:
         del head  # it is read here, on the connection that listens
-        self._connections = connections
-        self._database = connections.database
+        self._pool = pool
+        self._database = pool.database
         self._sql: Any = self._database.sql
         self._generation = self._database.generation
-        self._session = connections.borrow()
+        self._session = pool.acquire()
         self._channel = ""
         # Whether we hold the lock, whether writers commit without our hearing of it,
         # whether somebody else has told of a commit, and whether anybody has.
@@ -103,7 +103,7 @@ class ListeningWatch:
         if channel == self._channel:
             self._told, self._deaf = True, False
             # Of our own commits the waiters know already.
-            if pid != self._connections.writing_pid():
+            if pid != self._pool.writing_pid():
                 self._heard = True
 
     def look(self) -> int | None:
@@ -165,4 +165,4 @@ class ListeningWatch:
         self._selector.close()
         self._hearing.close()
         self._waking.close()
-        self._connections.give_back(self._session, broken=broken)
+        self._pool.release(self._session, broken=broken)

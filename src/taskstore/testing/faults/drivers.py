@@ -50,14 +50,15 @@ def _commit(step: Step) -> bool:
 @contextmanager
 def impatient() -> Iterator[None]:
     """Let stores give up soon, so that a fault that stays does not last half a minute."""
-    from taskstore.stores.sql import migrate, open_sql, patience
-    from taskstore.stores.sql.dialects import sqlite
+    from taskstore.stores import retry
+    from taskstore.stores.sql import open_sql
+    from taskstore.stores.sql.dialects import base, sqlite
 
-    waits = ((patience, "BUSY_S"), (sqlite, "LOCK_WAIT_S"), (sqlite, "LOCK_S"), (migrate, "LOCK_S"))
+    waits = ((retry, "BUSY_S"), (sqlite, "LOCK_WAIT_S"), (base, "LOCK_S"))
     with ExitStack() as stack:
         for module, name in waits:
             stack.enter_context(mock.patch.object(module, name, PATIENCE_S))
-        stack.enter_context(mock.patch.object(patience, "PROBE_S", 0.0))
+        stack.enter_context(mock.patch.object(retry, "PROBE_S", 0.0))
         stack.enter_context(mock.patch.dict(open_sql.__kwdefaults__, reconnect_s=PATIENCE_S))
         yield
 

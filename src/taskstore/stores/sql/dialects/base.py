@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import sqlalchemy as sa
 from sqlalchemy.engine.interfaces import Dialect
 
-from taskstore.stores.feed import Watch
+from taskstore.stores.retry import Backoff
 from taskstore.stores.sql.errors import Fault, Translator
 from taskstore.stores.sql.rows import Claimed
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.statements import Statements, flat, pieces
 from taskstore.stores.sql.tables import SCHEMA_EPOCH
-from taskstore.stores.sql.watches import polling_watch
 
 log = logging.getLogger("taskstore")
 
@@ -25,10 +25,23 @@ LOCK_S = 30
 
 LOCK_WAIT_S = 15
 """How long one attempt waits for the lock of the writers, in seconds: after the second,
-who waits has seen whether they make progress."""
+the caller has seen whether they make progress."""
 
 
 _PLACE = ("host", "port", "unix_socket")
+
+
+class Guard(Protocol):
+    """Notices that what is read and written is not any more what was opened."""
+
+    def check(self) -> None:
+        """Raise a :class:`~taskstore.StoreUnavailableError` if so; cheap.
+
+        It is called before each commit and after each read.
+        """
+
+    def look(self) -> None:
+        """The same by a full look."""
 
 
 class Database:
@@ -38,6 +51,8 @@ class Database:
     """The driver that the statements are compiled for."""
     compiler: ClassVar[Dialect]
     statements: ClassVar[type[Statements]] = Statements
+    sql: Statements
+    """The compiled statements, shared by all databases of the dialect."""
     begin_read: ClassVar[tuple[str, ...]] = ("BEGIN",)
     """Begins a transaction that sees one moment and writes nothing."""
     begin_schema: ClassVar[tuple[str, ...]] = ("BEGIN",)
@@ -47,12 +62,11 @@ class Database:
     that is killed leaves what it had done."""
     waits_for_locks: ClassVar[bool] = True
     """Whether the database queues for locks; if not, trying again is left to us."""
-    watch: ClassVar[Callable[..., Watch]] = staticmethod(polling_watch)
-    """Looks out for the commits of others: made of the store's connections and of a
-    function that reads the head."""
     generation = 0
     """How often the server may have become another one."""
-    _compiled: ClassVar[Statements]
+    guard: Guard | None = None
+    scratch: Path | None = None
+    """A directory for temporary files; ``None`` is the system's."""
 
     def __init__(
         self, engine: sa.Engine, *, owned: bool, durability: str = "full", read_only: bool = False
@@ -69,17 +83,7 @@ class Database:
         )
 
     def __init_subclass__(cls) -> None:
-        cls._compiled = cls.statements(cls.compiler)
-
-    @property
-    def sql(self) -> Statements:
-        """The compiled statements, shared by all databases of the dialect."""
-        return self._compiled
-
-    @property
-    def scratch(self) -> Path | None:
-        """A directory for temporary files; ``None`` is the system's."""
-        return None
+        cls.sql = cls.statements(cls.compiler)
 
     def _location(self) -> str:
         url = self.engine.url
@@ -92,6 +96,20 @@ class Database:
     def fault_of(error: BaseException) -> Fault:
         """Say what kind of trouble a driver's exception is."""
         raise AssertionError(error)
+
+    def patiently(self, work: Callable[[], object]) -> None:
+        """Do ``work``, again where the database says at once that a lock is not free."""
+        started, backoff = time.monotonic(), Backoff(0.001, 0.02)
+        while True:
+            try:
+                work()
+            except self.translator.errors as error:
+                busy = self.fault_of(error) is Fault.BUSY and not self.waits_for_locks
+                if not busy or time.monotonic() - started > LOCK_S:
+                    raise
+                backoff.sleep()
+            else:
+                return
 
     def notice(self, text: str | None) -> None:
         """Tell the operator: in the report, and once in the log."""
@@ -116,7 +134,7 @@ class Database:
         connection.exec_driver_sql("COMMIT" if done else "ROLLBACK")
 
     def hold(self) -> None:
-        """Note that a store has the database open."""
+        """Note that a store opens the database.  Before its first connection."""
 
     def prepare(self, session: Session) -> None:
         """Look at the database, and set it up, when its schema is known to be ours."""
@@ -133,36 +151,13 @@ class Database:
         del session
         return ()
 
-    file: Any = None
-    """Which file new connections are to, where that can change: see :attr:`Session.file`."""
-
-    def check_there(self, session: Session) -> None:
-        """Raise :class:`ReplacedError` if what this session is connected to does not lie
-        any more where it was opened."""
-
-    def reopen(self, set_up: Callable[[Database], None]) -> None:
-        """Go on with the database that lies where ours was, once ``set_up`` has accepted it.
-
-        Sessions that are out are to be checked and not lent again.  Raises
-        :class:`~taskstore.StoreUnavailableError` where it cannot be used.
-        """
-
     def commit(self, session: Session) -> None:
         """Commit; returns when the database vouches for it as it is set up to."""
-        session.execute("COMMIT")
+        session.cursor.execute("COMMIT")
 
     def renew(self) -> None:
         """Note that the server may be another one now: of our own connections, none that
         was made before is lent again."""
-
-    def after_write(self, session: Session) -> None:
-        """Set a host's connection back to how it was."""
-        for statement in session.restore:
-            session.rows(statement)
-        session.restore = ()
-
-    def check_read(self, session: Session) -> None:
-        """Check that what was read can be trusted."""
 
     def rollback(self, session: Session) -> None:
         """End the transaction if there is one; raises when the connection is broken."""
@@ -179,11 +174,10 @@ class Database:
     def insert(self, session: Session, rows: Sequence[tuple[Any, ...]], floor: int) -> int:
         """Insert new tasks whose ids and bookings are free and were not deleted since
         ``floor``; returns how many.  ``rows`` are as many as statements exist for."""
-        return session.touch(self.sql.insert_tasks(len(rows)), (*flat(rows), floor))
+        return session.touch(self.sql.insert_tasks[len(rows)], (*flat(rows), floor))
 
-    def lots(self, rows: Sequence[tuple[Any, ...]]) -> Iterator[Sequence[tuple[Any, ...]]]:
-        """Cut rows into what one statement takes."""
-        return pieces(rows)
+    lots: ClassVar[Callable[..., Iterable[Sequence[tuple[Any, ...]]]]] = staticmethod(pieces)
+    """Cuts rows into what one statement takes."""
 
     def check_sound(self, connection: sa.Connection) -> None:
         """Raise :class:`~taskstore.CorruptStoreError` if what looks strange is damage."""

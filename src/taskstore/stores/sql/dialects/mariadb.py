@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import bindparam, event
 from sqlalchemy.dialects.mysql.mariadb import MariaDBDialect
 from sqlalchemy.dialects.mysql.pymysql import MySQLDialect_pymysql
+from sqlalchemy.engine.interfaces import Dialect
 
 from taskstore.errors import StoreBusyError, StoreUnavailableError, ValidationError
 from taskstore.stores.sql.dialects.base import LOCK_S, LOCK_WAIT_S, Database
 from taskstore.stores.sql.errors import mariadb_fault
 from taskstore.stores.sql.rows import Claimed, Head
 from taskstore.stores.sql.session import Session
-from taskstore.stores.sql.statements import UPDATE_ORDER, Statements, flat, pieces
+from taskstore.stores.sql.statements import UPDATE_ORDER, ByCount, Statements, flat, pieces
 from taskstore.stores.sql.tables import SCHEMA_EPOCH, task_journal, tasks, taskstore_head
 
 OLDEST = (10, 6)
@@ -108,11 +109,12 @@ class MariaDBStatements(Statements):
             "last_at",
         )
 
-    def count_deleted(self, count: int) -> str:
-        """Count the deletions of tasks since a seq; parameters: ids, then the seq."""
-        return self._cached("count_deleted", count)
+    def __init__(self, dialect: Dialect) -> None:
+        super().__init__(dialect)
+        self.count_deleted = ByCount(self._count_deleted)
 
     def _count_deleted(self, count: int) -> str:
+        """Count the deletions of tasks since a seq; parameters: ids, then the seq."""
         entry, order = task_journal.c, [f"task_id_{row}" for row in range(count)]
         ids = [bindparam(name, type_=entry.task_id.type) for name in order]
         return self._compile(
@@ -134,6 +136,7 @@ class MariaDBDatabase(Database):
     driver = "pymysql"
     compiler = _Dialect(paramstyle="format")
     statements = MariaDBStatements
+    sql: MariaDBStatements
     fault_of = staticmethod(mariadb_fault)
     begin_read = (
         "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ",
@@ -142,10 +145,6 @@ class MariaDBDatabase(Database):
     schema_commits = True
 
     _packet = _DEFAULT_PACKET
-
-    @property
-    def sql(self) -> MariaDBStatements:
-        return cast("MariaDBStatements", self._compiled)
 
     def cursor(self, raw: Any) -> Any:
         from pymysql.cursors import Cursor
@@ -249,12 +248,12 @@ class MariaDBDatabase(Database):
         # What is there already is a violation of a unique index, which the
         # caller takes for what it is.
         ids = [row[0] for row in rows]
-        [deleted] = session.row(self.sql.count_deleted(len(ids)), (*ids, floor))
+        [deleted] = session.row(self.sql.count_deleted[len(ids)], (*ids, floor))
         if deleted:
             return 0
-        return session.touch(self.sql.insert_rows(tasks, len(rows)), flat(rows))
+        return session.touch(self.sql.insert[tasks][len(rows)], flat(rows))
 
-    def lots(self, rows: Sequence[tuple[Any, ...]]) -> Iterator[Sequence[tuple[Any, ...]]]:
+    def lots(self, rows: Sequence[tuple[Any, ...]]) -> Iterable[Sequence[tuple[Any, ...]]]:
         for lot in pieces(rows):
             yield from self._fitting(lot)
 

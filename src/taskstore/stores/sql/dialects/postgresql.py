@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
@@ -17,7 +17,6 @@ from taskstore.stores.sql.rows import Claimed
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.statements import Statements
 from taskstore.stores.sql.tables import SCHEMA_EPOCH
-from taskstore.stores.sql.watches import ListeningWatch
 
 _CHANNEL = "taskstore_"
 _KEY = "hashtextextended({}, 0)"
@@ -84,7 +83,7 @@ class PostgreSQLDatabase(Database):
 
     driver = "psycopg"
     statements = PostgreSQLStatements
-    watch = ListeningWatch
+    sql: PostgreSQLStatements
     # SQLAlchemy does not type how its dialects are made.
     compiler = PGDialect_psycopg(paramstyle="format")  # type: ignore[no-untyped-call]
     begin_read = ("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",)
@@ -92,10 +91,6 @@ class PostgreSQLDatabase(Database):
     begin_schema = ("BEGIN", "SELECT pg_advisory_xact_lock(1952543595)")
     fault_of = staticmethod(postgresql_fault)
     _begin_write = "BEGIN ISOLATION LEVEL READ COMMITTED"
-
-    @property
-    def sql(self) -> PostgreSQLStatements:
-        return cast("PostgreSQLStatements", self._compiled)
 
     def cursor(self, raw: Any) -> Any:
         from psycopg.rows import tuple_row

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import sqlalchemy as sa
-from sqlalchemy import event
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 
 from taskstore.errors import (
@@ -21,13 +19,12 @@ from taskstore.errors import (
     StoreUnavailableError,
     ValidationError,
 )
+from taskstore.stores.fairlock import FairLock
 from taskstore.stores.holders import lock_holders
-from taskstore.stores.sql.dialects.base import LOCK_S, LOCK_WAIT_S, Database
+from taskstore.stores.sql.dialects.base import LOCK_WAIT_S, Database
 from taskstore.stores.sql.errors import Fault, Translator, sqlite_fault
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.sqlite_files import (
-    ImmutableWatch,
-    OpenFile,
     create_privately,
     library_notice,
     library_of,
@@ -36,16 +33,16 @@ from taskstore.stores.sql.sqlite_files import (
     opener,
     sqlite_module,
 )
-from taskstore.stores.sql.watches import DataVersionWatch
-from taskstore.stores.turnstile import Turnstile
-
-log = logging.getLogger("taskstore")
+from taskstore.stores.sql.sqlite_guard import FileGuard, ImmutableGuard
 
 _WRITE_LOCK = 120
 """The byte of the ``-shm`` file that whoever writes holds: part of SQLite's file format."""
 
 _SYNCHRONOUS = {"full": "FULL", "process": "NORMAL"}
 """SQLite's word for each durability."""
+
+_CROWDED_S = 1.0
+"""How long after a lock was not free at once writers queue for it, in seconds."""
 
 
 class SQLiteDatabase(Database):
@@ -55,7 +52,6 @@ class SQLiteDatabase(Database):
     compiler = SQLiteDialect_pysqlite(paramstyle="qmark")
     begin_schema = ("BEGIN IMMEDIATE",)
     waits_for_locks = False
-    watch = DataVersionWatch
     erase_s: ClassVar[float] = 10.0
     """How long erasing waits for readers to let go of the log, in seconds."""
     fault_of = staticmethod(sqlite_fault)
@@ -67,15 +63,19 @@ class SQLiteDatabase(Database):
         owned: bool,
         durability: str = "full",
         read_only: bool = False,
-        watch: ImmutableWatch | None = None,
-        file: OpenFile | None = None,
+        files: FileGuard | None = None,
+        immutable: ImmutableGuard | None = None,
     ) -> None:
         super().__init__(engine, owned=owned, durability=durability, read_only=read_only)
-        self._watch = watch
-        self._turnstile = Turnstile(Path(f"{self.location}-turn"))
+        # None for a host's engine, whose connections may be of another time than we are.
+        self._files = files
+        self._immutable = immutable
+        self.guard = immutable or files
+        # The system's may lie in memory; where the ledger lies, there is room for it.
+        self.scratch = Path(self.location).parent
+        self._fair_lock: FairLock | None = None  # made when the lock is first contended
+        self._crowded_until = 0.0
         self._holds = False
-        # A host's connections may be of another time than we are.
-        self.file: OpenFile | None = file
         module: Any = engine.dialect.loaded_dbapi
         self._library = library_of(module)
         if module.sqlite_version_info < (3, 35):
@@ -98,33 +98,20 @@ class SQLiteDatabase(Database):
             raise ValidationError("engine", "is of an in-memory database: use memory: for that")
         return str(Path(path).resolve())
 
-    @property
-    def scratch(self) -> Path | None:
-        # The system's may lie in memory; where the ledger lies, there is room for it.
-        return Path(self.location).parent
-
     def prepare(self, session: Session) -> None:
-        # The journal mode is a property of the file, and changing it takes the
-        # file for itself, which the busy timeout does not wait for.
         [mode] = session.row("PRAGMA journal_mode")
-        started = time.monotonic()
-        while self.owned and not self.read_only and mode != "wal":
-            try:
-                [mode] = session.row("PRAGMA journal_mode = WAL")
-                break
-            except self.translator.errors as error:
-                waited = time.monotonic() - started
-                if self.fault_of(error) is not Fault.BUSY or waited > LOCK_S:
-                    raise
-                time.sleep(random.uniform(0.001, 0.02))  # noqa: S311 - not a secret
-        if mode != "wal" and self._watch is None:
+        if self.owned and not self.read_only and mode != "wal":
+            # The journal mode is a property of the file, and changing it takes the
+            # file for itself, which the busy timeout does not wait for.
+            self.patiently(partial(session.rows, "PRAGMA journal_mode = WAL"))
+            [mode] = session.row("PRAGMA journal_mode")
+        if mode != "wal" and self._immutable is None:
             self.notice(
                 f"{self.location} has the journal mode {mode}, not wal: readers and writers "
                 "block each other" + ("" if self.owned else "; the engine's owner can change it")
             )
-
-        if self.file is not None:
-            self.file.note_logs()  # the logs of a file that has only now become one with logs
+        if self._files is not None:
+            self._files.note_logs()  # the logs of a file that has only now become one with logs
 
     def dedicate(self, session: Session) -> None:
         # SQLite's own waiting sleeps for up to a tenth of a second between two
@@ -133,70 +120,39 @@ class SQLiteDatabase(Database):
 
     def begin_write(self, session: Session) -> None:
         if not self.owned:
-            [synchronous] = session.row("PRAGMA synchronous")
-            [secure] = session.row("PRAGMA secure_delete")
-            session.restore = (
-                f"PRAGMA synchronous = {synchronous}",
-                f"PRAGMA secure_delete = {secure}",
-            )
-            session.execute(f"PRAGMA synchronous = {_SYNCHRONOUS[self.durability]}")
-            session.row("PRAGMA secure_delete = ON")
-        error: Exception | None = None
-
-        def begin() -> bool:
-            nonlocal error
-            try:
+            self._set_up_host(session)
+        if time.monotonic() < self._crowded_until or not self._begin(session):
+            self._crowded_until = time.monotonic() + _CROWDED_S
+            if self._fair_lock is None:
+                self._fair_lock = FairLock(Path(f"{self.location}-turn"))
+            if not self._fair_lock.wait(partial(self._begin, session), LOCK_WAIT_S):
                 session.execute("BEGIN IMMEDIATE")
-            except self.translator.errors as raised:
-                if self.fault_of(raised) is not Fault.BUSY:
-                    raise
-                error = raised
-                return False
-            return True
 
-        if not self._turnstile.wait(begin, LOCK_WAIT_S) and not begin():
-            assert error is not None
-            raise error
+    def _begin(self, session: Session) -> bool:
+        """Begin if nobody writes; whether that was so."""
+        try:
+            session.cursor.execute("BEGIN IMMEDIATE")
+        except self.translator.errors as error:
+            if self.fault_of(error) is not Fault.BUSY:
+                raise
+            return False
+        return True
+
+    def _set_up_host(self, session: Session) -> None:
+        [synchronous] = session.row("PRAGMA synchronous")
+        [secure] = session.row("PRAGMA secure_delete")
+        session.restore = (
+            f"PRAGMA synchronous = {synchronous}",
+            f"PRAGMA secure_delete = {secure}",
+        )
+        session.execute(f"PRAGMA synchronous = {_SYNCHRONOUS[self.durability]}")
+        session.row("PRAGMA secure_delete = ON")
 
     def holders(self, session: Session) -> Sequence[str]:
         del session
         # A writer holds a byte of the shared memory; without a write-ahead log, of the file.
         writing = lock_holders(f"{self.location}-shm", byte=_WRITE_LOCK)
         return writing or lock_holders(self.location)
-
-    def check_there(self, session: Session) -> None:
-        if session.file is not None:
-            session.file.check_there()
-
-    def check_read(self, session: Session) -> None:
-        self.check_there(session)
-        if self._watch is not None:
-            self._watch.check()
-
-    def reopen(self, set_up: Callable[[Database], None]) -> None:
-        old, engine = self.file, self.engine
-        if old is None or old.is_there():
-            return
-        old.await_successor()
-        if old.is_there():
-            return
-        fresh = _open(Path(self.location), durability=self.durability, read_only=self.read_only)
-        fresh.notices = self.notices
-        try:
-            set_up(fresh)
-        except BaseException:
-            fresh.close()
-            assert fresh.file is not None
-            old.inherit(fresh.file)
-            raise
-        self.engine, self.file = fresh.engine, fresh.file
-        self._watch = fresh._watch  # noqa: SLF001 - another of us
-        if self._holds:
-            open_files.release(self.location, self._library)
-            self.notice(open_files.hold(self.location, self._library))
-        # SQLite leaves the logs at the path alone when it closes a file that has moved.
-        engine.dispose()
-        log.warning("%s was replaced while it was open: going on with the new file", self.location)
 
     def rollback(self, session: Session) -> None:
         if session.raw.in_transaction:
@@ -227,10 +183,16 @@ class SQLiteDatabase(Database):
     def hold(self) -> None:
         self._holds = True
         self.notice(open_files.hold(self.location, self._library))
+        if self._files is not None:
+            with self.translator:
+                self._files.start()
 
     def close(self) -> None:
         super().close()
-        self._turnstile.close()
+        if self._files is not None:
+            self._files.close()
+        if self._fair_lock is not None:
+            self._fair_lock.close()
         if self._holds:
             self._holds = False
             open_files.release(self.location, self._library)
@@ -252,55 +214,48 @@ def path_of(url: str) -> Path:
 
 def open_sqlite(path: Path, *, durability: str, read_only: bool) -> SQLiteDatabase:
     """A file by its path; a new one is created, empty and private."""
-    if not read_only:
-        create_privately(path)
-    return _open(path, durability=durability, read_only=read_only)
-
-
-def _open(path: Path, *, durability: str, read_only: bool) -> SQLiteDatabase:
-    """A file that is there."""
     module = sqlite_module()
-    driver_errors = Translator(str(path), module.Error, sqlite_fault)
-    watch = None
+    immutable = None
     if read_only:
-        with driver_errors:
-            watch = ImmutableWatch(path) if needs_immutable(module, path) else None
+        with Translator(str(path), module.Error, sqlite_fault):
+            immutable = ImmutableGuard(path) if needs_immutable(module, path) else None
+    else:
+        create_privately(path)
     open_one = opener(
         module,
         path,
         busy_timeout_s=1.0 if read_only else 5.0,
         read_only=read_only,
-        immutable=watch is not None,
+        immutable=immutable is not None,
     )
     pragmas = _READ_PRAGMAS if read_only else _write_pragmas(durability)
 
-    def set_up(raw: Any) -> None:
-        # Damaged text is for the checksums to find, not a reason to stop reading.
-        raw.text_factory = _lenient
+    def set_up(raw: Any) -> Any:
+        raw.text_factory = _LENIENT
         for pragma in pragmas:
             raw.execute(pragma)
+        return raw
 
-    file = OpenFile(path, open_one, set_up, module.Error)
+    files = FileGuard(path, open_one, set_up) if immutable is None else None
     engine = sa.create_engine(
         sa.URL.create("sqlite", database=str(path)),
         module=module,
-        creator=file.connect,
+        creator=files.connect if files is not None else lambda: set_up(open_one()),
         poolclass=sa.QueuePool,
         isolation_level="AUTOCOMMIT",
     )
-
-    @event.listens_for(engine, "connect")
-    def note_file(_raw: Any, record: Any) -> None:
-        record.info["file"] = file
-
-    @event.listens_for(engine, "engine_disposed")
-    def close_file(_engine: sa.Engine) -> None:
-        file.close()
-
     return SQLiteDatabase(
-        engine, owned=True, durability=durability, read_only=read_only, watch=watch, file=file
+        engine,
+        owned=True,
+        durability=durability,
+        read_only=read_only,
+        files=files,
+        immutable=immutable,
     )
 
+
+_LENIENT = partial(str, encoding="utf-8", errors="surrogateescape")
+"""Damaged text is for the checksums to find, not a reason to stop reading."""
 
 _READ_PRAGMAS = ("PRAGMA query_only = ON",)
 
@@ -317,7 +272,3 @@ def _write_pragmas(durability: str) -> tuple[str, ...]:
     if sys.platform == "darwin" and durability == "full":
         pragmas += ["PRAGMA fullfsync = ON", "PRAGMA checkpoint_fullfsync = ON"]
     return tuple(pragmas)
-
-
-def _lenient(text: bytes) -> str:
-    return text.decode("utf-8", "surrogateescape")

@@ -1,0 +1,81 @@
+"""A fair lock: a waiting room before a lock that has no queue of its own.
+
+Whoever polls a lock loses it to the process that has just released it and
+asks for it again at once; with a few busy writers that can go on for a long
+time.  So only one waiter at a time polls: the one that holds ``flock`` on a
+second file, the waiting room.  The others wait for the waiting room, and so
+does the process that has just released the lock.  The waiting room makes the
+lock fair and protects nothing: a waiter that was killed leaves it by that, and
+one that was stopped in it is passed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PATIENCE_S = 0.25
+"""How long a waiter waits for the waiting room before it polls the lock without it, in seconds."""
+
+_PAUSE_S = 0.0002
+_LONGEST_PAUSE_S = 0.01
+
+
+class FairLock:
+    """The waiting room at the file ``path``, which is made when a lock is first contended.
+
+    Threads that share an instance have to exclude each other themselves.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = os.fspath(path)  # in a third of the time
+        self._descriptor = -1
+        # Whether a waiter that does not move was found in the waiting room.
+        self._passing = False
+
+    def wait(self, attempt: Callable[[], bool], timeout_s: float) -> bool:
+        """Call ``attempt`` until it returns true; whether it did within ``timeout_s`` seconds."""
+        # Without the file, the lock has never been contended.
+        if self._descriptor < 0 and not os.access(self._path, os.F_OK) and attempt():
+            return True
+        try:
+            started, waited, first = time.monotonic(), 0.0, False
+            while True:
+                first = first or self._enter()
+                self._passing = not first and (self._passing or waited > PATIENCE_S)
+                if (first or self._passing) and attempt():
+                    return True
+                if waited >= timeout_s:
+                    return False
+                # A waiter polls no less often than a newcomer, or it would starve; only where
+                # the lock is held for longer than commits take does polling become rare.
+                pause = max(_PAUSE_S, min((waited - PATIENCE_S) / 100, _LONGEST_PAUSE_S))
+                jittered = pause * random.uniform(0.5, 1)  # noqa: S311 (jitter)
+                time.sleep(min(jittered, timeout_s - waited))
+                waited = time.monotonic() - started
+        finally:
+            if self._descriptor >= 0:
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Close the file.  Closing twice is fine."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def _enter(self) -> bool:
+        """Enter the waiting room; false when another waiter is in it."""
+        try:
+            if self._descriptor < 0:
+                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+                self._descriptor = os.open(self._path, flags, 0o600)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without such locks: then the lock is not fair
+            return True
+        return True
