@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskstore import Change, Commit, Put, StoreUnavailableError
+from taskstore import Change, Commit, OutcomeUnknownError, Put, StoreUnavailableError
 from taskstore.cli import child as child_module
-from taskstore.cli.child import Child, Event, Events, forwarded_signals
+from taskstore.cli import recorder as recorder_module
+from taskstore.cli.child import Events, forwarded_signals, running
 from taskstore.cli.lines import LastLine, summary_of
 from taskstore.cli.recorder import Recorder
 from taskstore.cli.run import new_command_record
@@ -92,12 +92,26 @@ class Faulty(MemoryStore):
         return super().apply(changes)
 
 
-def finished(store: Faulty, work: Callable[[Recorder], Any], patience_s: float = 5) -> Recorder:
-    done = threading.Event()
-    recorder = Recorder(store, store.record, done.set)
+class Unsure(Faulty):
+    """A store that commits an end, and cannot tell whether it did."""
+
+    def apply(self, changes: Sequence[Change]) -> Commit:
+        commit = super().apply(changes)
+        if any(isinstance(change, Put) and change.record.is_terminal for change in changes):
+            raise OutcomeUnknownError("the connection died")
+        return commit
+
+
+@pytest.fixture
+def events() -> Iterator[Events]:
+    with closing(Events()) as opened:
+        yield opened
+
+
+def finished(store: Faulty, work: Callable[[Recorder], Any]) -> Recorder:
+    recorder = Recorder(store, store.record)
     work(recorder)
-    recorder.finish("succeeded", error=None, exit_status=0, patience_s=patience_s)
-    assert done.wait(20)
+    assert recorder.finish("succeeded", 0)
     return recorder
 
 
@@ -123,50 +137,80 @@ def test_a_store_that_recovers_has_the_end() -> None:
     assert recorder.record.status == "succeeded"
 
 
-def test_a_store_that_does_not_recover_is_given_up() -> None:
-    recorder = finished(Faulty(refusals=10**6), lambda _: None, patience_s=0.3)
+def test_a_store_that_does_not_recover_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder_module, "PATIENCE_S", 0.3)
+    recorder = finished(Faulty(refusals=10**6), lambda _: None)
     assert not recorder.recorded
     assert isinstance(recorder.failure, StoreUnavailableError)
     assert recorder.record.status == "running"
 
 
-def test_nothing_of_a_command_outlives_an_exception() -> None:
-    with pytest.raises(RuntimeError, match="of ours"), Child(["sleep", "79"], Events(), print) as c:
+def test_a_store_that_hangs_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder_module, "HANG_S", 0.1)
+    store = Faulty()
+    store.gate.clear()
+    recorder = Recorder(store, store.record)
+    try:
+        assert not recorder.finish("succeeded", 0)
+        assert not recorder.recorded
+    finally:
+        store.gate.set()
+
+
+def test_an_end_that_may_be_recorded_is_looked_for() -> None:
+    store = Unsure()
+    recorder = finished(store, lambda recorder: recorder.progress("half"))
+    assert recorder.recorded
+    assert recorder.failure is None
+    [record] = store.load_snapshot().records.values()
+    assert record == recorder.record
+    assert (record.status, record.terminal_summary) == ("succeeded", "half")
+
+
+def test_nothing_of_a_command_outlives_an_exception(events: Events) -> None:
+    with pytest.raises(RuntimeError, match="of ours"), running(["sleep", "79"], events, print) as c:
         raise RuntimeError("of ours")
     with pytest.raises(ProcessLookupError):
         os.killpg(c.pid, 0)
 
 
-def test_who_comes_too_late_to_see_a_command_end_tells_of_it_all_the_same(
-    monkeypatch: pytest.MonkeyPatch,
+def test_streams_that_are_read_too_late_are_closed_all_the_same(
+    events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    late: list[Callable[[], None]] = []
-    monkeypatch.setattr(
-        Child, "_spawn", lambda _, target, *args: late.append(partial(target, *args))
-    )
+    late: list[threading.Thread] = []
+
+    def hold_back(thread: threading.Thread) -> None:
+        late.append(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", hold_back)
+        with suppress(RuntimeError), running(["sleep", "78"], events, print):
+            raise RuntimeError("before any thread has begun")
+    for thread in late:
+        thread.run()
+    assert [events.get(0) for _ in range(3)] == [child_module.CLOSED, child_module.CLOSED, None]
+
+
+def test_events_that_come_too_late_are_dropped() -> None:
     events = Events()
-    with suppress(RuntimeError), Child(["sleep", "78"], events, print):
-        raise RuntimeError("before any thread of the child has begun")
-    for begin in late:
-        begin()
-    told = [events.get_nowait().kind for _ in late]
-    assert sorted(told) == ["closed", "closed", "exited"]
+    events.put(child_module.CLOSED)
+    events.close()
+    events.put(child_module.CLOSED)
 
 
 @pytest.mark.parametrize("number", child_module.FORWARDED)
 def test_a_signal_that_another_thread_gets_is_not_missed(number: signal.Signals) -> None:
     """The kernel may give it to any thread, and the main thread waits without end."""
-    events = Events()
-    with forwarded_signals(events):
+    with forwarded_signals() as events:
         threading.Thread(target=lambda: signal.pthread_kill(threading.get_ident(), number)).start()
-        assert events.get(timeout=60) == Event("signal", number)
+        assert events.get(timeout=60) == number
 
 
 def test_signals_are_handled_as_before_when_nothing_is_recorded() -> None:
     handlers = [signal.getsignal(number) for number in child_module.FORWARDED]
     ignored = signal.signal(signal.SIGQUIT, signal.SIG_IGN)
     try:
-        with forwarded_signals(Events()):
+        with forwarded_signals():
             assert signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGQUIT, ignored)
@@ -174,7 +218,9 @@ def test_signals_are_handled_as_before_when_nothing_is_recorded() -> None:
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_a_child_that_cannot_be_attended_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_cannot_be_attended_is_ended(
+    events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started = []
     popen = child_module.subprocess.Popen
 
@@ -186,9 +232,9 @@ def test_a_child_that_cannot_be_attended_is_ended(monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(child_module.subprocess, "Popen", noting)
-    monkeypatch.setattr(Child, "_spawn", no_threads)
-    with pytest.raises(RuntimeError):
-        Child(["sleep", "80"], Events(), print)
+    monkeypatch.setattr(threading.Thread, "start", no_threads)
+    with pytest.raises(RuntimeError), running(["sleep", "80"], events, print):
+        pass
     assert started[0].returncode == -signal.SIGKILL
     for pipe in (started[0].stdout, started[0].stderr):
         pipe.close()

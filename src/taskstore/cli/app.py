@@ -15,7 +15,7 @@ import typer
 from taskstore.backends import redacted
 from taskstore.cli import change, contract, db, demo, maintain, read, run
 from taskstore.cli.options import URL_VARIABLE, Misuse
-from taskstore.cli.render import visible
+from taskstore.cli.render import note
 from taskstore.errors import (
     BackendNotFoundError,
     CursorExpiredError,
@@ -132,57 +132,42 @@ def _invoke(arguments: list[str]) -> int:
         return NOT_SO
     except BrokenPipeError:
         raise
-    except Misuse as misuse:
-        complain(str(misuse), misuse.hint)
-        return USAGE
     except TaskStoreError as error:
-        complain(error.message, error.hint)
+        complain(str(error))
         return status_of(error)
     except OSError as error:
-        complain(f"{error.strerror or error}{_at(error.filename)}")
+        where = "" if error.filename is None else f": {error.filename}"
+        complain(f"{error.strerror or error}{where}")
         return TROUBLE
     except Exception as error:
         # Which library the exceptions of usage come from depends on Typer's version.
         if hasattr(error, "format_message"):
-            _complain_of_usage(error, error.format_message())
+            if message := error.format_message():  # otherwise the help was shown instead
+                context = getattr(error, "ctx", None)
+                path = "taskstore" if context is None else context.command_path
+                complain(f"{message.rstrip('.')} (see {path} --help)")
             return USAGE
         if DEBUG_VARIABLE in os.environ:
             raise
-        complain(
-            f"unexpected {type(error).__name__}: {error}",
-            f"please report it; {DEBUG_VARIABLE}=1 shows where it comes from",
-        )
+        report = f"please report it; {DEBUG_VARIABLE}=1 shows where it comes from"
+        complain(f"unexpected {type(error).__name__}: {error} ({report})")
         return TROUBLE
     return status if isinstance(status, int) else FINE
-
-
-def _at(filename: object) -> str:
-    return "" if filename is None else f": {filename}"
 
 
 def status_of(error: TaskStoreError) -> int:
     """The exit status that an error of the store stands for."""
     if isinstance(error, TaskNotFound | InvalidTransition | CursorExpiredError):
         return NOT_SO
-    if isinstance(error, ValidationError | BackendNotFoundError | UnsupportedError):
+    if isinstance(error, Misuse | ValidationError | BackendNotFoundError | UnsupportedError):
         return USAGE
     return TROUBLE
 
 
-def complain(message: str, hint: str | None = None) -> None:
+def complain(text: str) -> None:
     """Say on standard error, in one line, what is wrong and what to do."""
-    text = redacted(f"{message} ({hint})" if hint else message)
     with contextlib.suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.write(f"taskstore: {visible(text)}\n")
-
-
-def _complain_of_usage(error: object, message: str) -> None:
-    if not message:
-        return  # the help was shown instead
-    ctx = getattr(error, "ctx", None)
-    path = ctx.command_path if ctx is not None else "taskstore"
-    complain(message.rstrip("."), f"see {path} --help")
+        note(redacted(text))
 
 
 def _prepare_streams() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import socket
 import sys
 from typing import Annotated, Any
@@ -79,17 +78,13 @@ def only(store: TaskRegistryStore, token: str, **preferred: Any) -> TaskRecord:
         matching = ledger.ask(store, TaskQuery(**preferred, limit=2))
         if len(matching) == 1:
             return matching[0]
-    option = "--run" if found.field == "run_id" else "--session"
-    raise Misuse(
-        f"{token!r} names several tasks; give the id of one",
-        f"taskstore list {option} {shlex.quote(token)}",
-    )
+    raise Misuse(f"{token!r} names several tasks; give the id of one", hint=found.listing(token))
 
 
 def confirm(question: str) -> None:
     """Ask on the terminal; where there is none, ``--yes`` has to be given."""
     if not sys.stdin.isatty():
-        raise Misuse("there is no terminal to ask on", "--yes goes on without")
+        raise Misuse("there is no terminal to ask on", hint="--yes goes on without")
     typer.confirm(render.visible(question), abort=True, err=True)
 
 
@@ -101,10 +96,19 @@ def _process_of(record: TaskRecord) -> str | None:
         return None
     if host != socket.gethostname():
         return f"pid {pid} on {host}"
+    if not is_alive(pid):
+        return None
+    return f"kill {pid} ends it and its command"
+
+
+def is_alive(pid: object) -> bool:
+    """Whether a process of this machine has this number."""
+    if type(pid) is not int or pid <= 1:
+        return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except OSError:
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
         pass
-    return f"kill {pid} ends it and its command"
+    return True

@@ -1,7 +1,7 @@
 """A child process that is passed through and ended as a whole.
 
 The command runs in a session of its own, so that it and what it starts can
-be ended together.  It is over when it has exited and nobody holds its
+be ended together.  It is over when it has exited and no process holds its
 output open any more, as in a shell's pipeline.
 """
 
@@ -15,14 +15,18 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from queue import Empty, SimpleQueue
-from typing import NamedTuple, Self
+from typing import IO
 
 from taskstore.cli.lines import LastLine
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-"""What the recorder passes on to the command when it gets it."""
+"""The signals that the recorder passes on to the command."""
+
+TIMEOUT, CLOSED = 0, 255
+"""The events of a time that is over and of a stream that has ended; no signals have these."""
+
+LONGEST_S = 3600.0
+"""The longest single wait for an event."""
 
 LINGER_S = 2.0
 """How long to wait, after SIGKILL, for a process that the kernel does not let go."""
@@ -34,209 +38,159 @@ CHUNK = 64 * 1024
 OUT, ERR = 1, 2
 
 
-class Event(NamedTuple):
-    """Something that happened to the command: exited, closed (a stream), signal, or recorded."""
+class Events:
+    """A pipe of bytes that the main thread waits for: numbers of signals, and ``CLOSED``."""
 
-    kind: str
-    number: int = 0
+    def __init__(self) -> None:
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        self._reading = os.fdopen(reading, "rb", 0)
+        self.writing = os.fdopen(writing, "wb", 0)
 
+    def put(self, event: int) -> None:
+        """Tell the main thread, from any thread, as long as it still listens."""
+        with contextlib.suppress(ValueError):
+            self.writing.write(bytes([event]))
 
-Events = SimpleQueue[Event]
-"""What the main thread waits on; other threads put events into it."""
+    def get(self, timeout: float) -> int | None:
+        """The next event, or ``None`` if there is none in time."""
+        ready, _, _ = select.select([self._reading], [], [], timeout)
+        return self._reading.read(1)[0] if ready else None
 
-
-class Ending(NamedTuple):
-    """How a command ended: its return code as :mod:`subprocess` has it, and what we did to it.
-
-    ``signal`` is the one that was forwarded, 0 for none.
-    """
-
-    returncode: int | None
-    timed_out: bool = False
-    signal: int = 0
+    def close(self) -> None:
+        """Listen no more."""
+        self._reading.close()
+        self.writing.close()
 
 
 @contextlib.contextmanager
-def forwarded_signals(events: Events) -> Iterator[None]:
+def forwarded_signals() -> Iterator[Events]:
     """Turn the signals that are to be forwarded into events; those ignored stay ignored.
 
     A handler in Python runs only when the main thread executes bytecode.  It would
     be missed while the main thread waits, if the signal came just before the wait
     or was delivered to another thread.  The interpreter also writes a signal's
-    number into a pipe at once; a thread reads it there.
+    number into a pipe at once.  SIGCHLD is an event as well.
     """
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    threading.Thread(target=_read_signals, args=(reading, events), daemon=True).start()
-    wakeup_before = signal.set_wakeup_fd(writing)
-    handlers_before = {}
-    for number in FORWARDED:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            handlers_before[number] = signal.signal(number, lambda *_: None)
-    try:
-        yield
-    finally:
-        for number, handler in handlers_before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(wakeup_before)
-        os.close(writing)
+    with contextlib.closing(Events()) as events:
+        wakeup_before = signal.set_wakeup_fd(events.writing.fileno())
+        handlers_before = {}
+        for number in (*FORWARDED, signal.SIGCHLD):
+            if number == signal.SIGCHLD or signal.getsignal(number) is not signal.SIG_IGN:
+                handlers_before[number] = signal.signal(number, lambda *_: None)
+        try:
+            yield events
+        finally:
+            for number, handler in handlers_before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup_before)
 
 
-def _read_signals(reading: int, events: Events) -> None:
-    """Tell of each signal whose number comes out of the pipe, until its other end is closed."""
-    with open(reading, "rb", buffering=0) as pipe:
-        while numbers := pipe.read(CHUNK):
-            for number in numbers:
-                if number in FORWARDED:
-                    events.put(Event("signal", number))
-
-
-class Child:
-    """One running command.  Used in a ``with`` block, at whose end nothing of it is left.
+@contextlib.contextmanager
+def running(
+    argv: Sequence[str], events: Events, on_line: Callable[[str], object]
+) -> Iterator[Child]:
+    """Start a command; at the end of the block nothing of it is left.
 
     ``on_line`` is called from other threads with each last line worth a summary.
     """
+    process = subprocess.Popen(  # noqa: S603 (running what it is given is its purpose)
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, start_new_session=True
+    )
+    child = Child(process, events)
+    try:
+        for source, sink in ((process.stdout, OUT), (process.stderr, ERR)):
+            arguments = (source, sink, events, on_line)
+            threading.Thread(target=_pass_on, args=arguments, daemon=True).start()
+        yield child
+    finally:
+        if process.returncode is None:
+            child.send(signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(LINGER_S)
 
-    def __init__(
-        self, argv: Sequence[str], events: Events, on_line: Callable[[str], object]
-    ) -> None:
+
+class Child:
+    """One running command, the leader of its group."""
+
+    def __init__(self, process: subprocess.Popen[bytes], events: Events) -> None:
+        self.pid = process.pid
+        self._process = process
         self._events = events
-        self._on_line = on_line
-        self._over = False
-        self._process = subprocess.Popen(  # noqa: S603 (running what it is given is its purpose)
-            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, start_new_session=True
-        )
-        self.pid = self._process.pid
-        try:
-            self._spawn(self._await_exit)
-            self._spawn(self._pass_on, OUT)
-            self._spawn(self._pass_on, ERR)
-        except BaseException:
-            self.__exit__()
-            raise
+        self._gone = False
 
-    def attend(self, *, timeout_s: float | None, grace_s: float) -> Ending:
+    def attend(self, *, timeout_s: float, grace_s: float) -> tuple[int, int | None]:
         """Wait until the command is over, ending it at the timeout or when a signal comes.
 
         Its group gets the signal (SIGTERM at the timeout), after ``grace_s``
         seconds or at a second signal SIGKILL.  When nothing of the group is left,
-        whoever still holds its output is waited for only briefly.
+        another process that still holds its output is waited for only briefly.
+        Returns its return code as :mod:`subprocess` has it, and why it was told
+        to end: ``TIMEOUT``, the number of a signal, or ``None``.
         """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        streams, exited, timed_out, forwarded, killed = 2, False, False, 0, False
-        while streams or not exited:
-            ending = exited and (timed_out or forwarded) and not killed
-            if ending and self._group_is_dead():
-                killed = True
-                deadline = time.monotonic() + LINGER_S
-            event, due = self._next(deadline, patient=not ending or killed)
-            if event is None and not due:
-                continue
-            if event is None and killed:
-                break  # not even SIGKILL ended it, or another session holds its output
-            if event is None and not (timed_out or forwarded):
-                timed_out = True
-                self.send(signal.SIGTERM)
-                deadline = time.monotonic() + grace_s
-            elif event is None or (event.kind == "signal" and (timed_out or forwarded)):
-                killed = True
-                self.send(signal.SIGKILL)
-                deadline = time.monotonic() + LINGER_S
-            elif event.kind == "signal":
-                forwarded = event.number
-                self.send(forwarded)
-                deadline = time.monotonic() + grace_s
-            elif event.kind == "exited":
-                exited = True
-            elif event.kind == "closed":
+        deadline = time.monotonic() + timeout_s
+        streams, cause, killed = 2, None, False
+        while streams or self._process.poll() is None:
+            if cause is not None and not killed and self._group_is_gone():
+                killed, deadline = True, time.monotonic() + LINGER_S
+            longest_s = LONGEST_S if cause is None or killed else LOOK_S
+            event = self._events.get(max(0.0, min(longest_s, deadline - time.monotonic())))
+            if event is None and time.monotonic() >= deadline:
+                event = TIMEOUT
+            if event == CLOSED:
                 streams -= 1
-        if timed_out or forwarded:
-            self.send(signal.SIGKILL)  # whoever of the group outlived its leader
-        return Ending(self._reap(), timed_out, forwarded)
+            elif event not in (TIMEOUT, *FORWARDED):
+                continue
+            elif cause is None:
+                cause, deadline = event, time.monotonic() + grace_s
+                self.send(event or signal.SIGTERM)
+            elif not killed:
+                killed, deadline = True, time.monotonic() + LINGER_S
+                self.send(signal.SIGKILL)
+            elif event == TIMEOUT:
+                break  # not even SIGKILL ended it, or another session holds its output
+        if cause is not None and not killed:
+            self.send(signal.SIGKILL)  # what of the group outlived its leader
+        returncode = self._process.poll()
+        return -signal.SIGKILL if returncode is None else returncode, cause
 
     def send(self, number: int) -> None:
-        """Send a signal to the command and all that it started, but for other sessions."""
-        # Its leader is not reaped before the end, so the number cannot be another group's.
-        if not self._over:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, number)
-                if number != signal.SIGKILL:
-                    os.killpg(self.pid, signal.SIGCONT)  # one that is stopped has to hear it too
+        """Send a signal to the command and all that it started, but for other sessions.
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if not self._over:
-            self.send(signal.SIGKILL)
-            self._reap()
-
-    def _next(self, deadline: float | None, *, patient: bool) -> tuple[Event | None, bool]:
-        """The next event, or ``None`` and whether the deadline has passed.
-
-        Who is not patient gets ``None`` after a moment, too.
+        The group keeps its number while the leader is not reaped or any other
+        process is in it; once it is found gone nothing is sent to that number.
         """
-        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-        if not patient:
-            timeout = LOOK_S if timeout is None else min(timeout, LOOK_S)
-        try:
-            return self._events.get(timeout=timeout), False
-        except Empty:
-            return None, deadline is not None and time.monotonic() >= deadline
+        if not self._gone:
+            try:
+                os.killpg(self.pid, number)
+                if number in FORWARDED:
+                    os.killpg(self.pid, signal.SIGCONT)  # one that is stopped has to hear it too
+            except ProcessLookupError:
+                self._gone = True
+            except PermissionError:
+                pass
 
-    def _group_is_dead(self) -> bool:
-        """Whether nothing of the command's group runs any more, as far as ``/proc`` tells."""
-        try:
-            processes = [name for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208 (names)
-        except OSError:
-            return False
-        return bool(processes) and not any(_runs_in(name, self.pid) for name in processes)
-
-    def _reap(self) -> int | None:
-        self._over = True
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self._process.wait(LINGER_S)
-        return None
-
-    def _spawn(self, target: Callable[..., None], *args: int) -> None:
-        threading.Thread(target=target, args=args, daemon=True).start()
-
-    def _await_exit(self) -> None:
-        """Tell when the leader has exited, without reaping it."""
-        if hasattr(os, "waitid"):
-            # It may be gone already: killed and reaped while this thread began.
-            with contextlib.suppress(ChildProcessError):
-                os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-        else:  # macOS before Python 3.13
-            self._process.wait()
-        self._events.put(Event("exited"))
-
-    def _pass_on(self, sink: int) -> None:
-        """Copy one stream as it comes.  When nobody takes it any more it is not read
-        any more: the command then gets the SIGPIPE that it would get without us."""
-        source = self._process.stdout if sink == OUT else self._process.stderr
-        assert source is not None
-        last = LastLine()
-        with source, contextlib.suppress(OSError):
-            while chunk := source.read(CHUNK):
-                self._tell(last.feed(chunk))
-                _write(sink, chunk)
-        self._tell(last.close())
-        self._events.put(Event("closed", sink))
-
-    def _tell(self, line: str | None) -> None:
-        if line is not None:
-            self._on_line(line)
+    def _group_is_gone(self) -> bool:
+        """Whether the leader has exited and is reaped, and nothing of its group is left."""
+        if self._process.poll() is not None:
+            self.send(0)
+        return self._gone
 
 
-def _runs_in(process: str, group: int) -> bool:
-    try:
-        stat = Path("/proc", process, "stat").read_bytes()
-    except OSError:
-        return False
-    # Its name, in parentheses, may hold anything.
-    state, _, its_group = stat.rpartition(b")")[2].split()[:3]
-    return int(its_group) == group and state not in (b"Z", b"X")
+def _pass_on(
+    source: IO[bytes], sink: int, events: Events, on_line: Callable[[str], object]
+) -> None:
+    """Copy one stream as it comes.  When nothing takes it any more it is not read
+    any more: the command then gets the SIGPIPE that it would get without us."""
+    last = LastLine()
+    with source, contextlib.suppress(OSError):
+        while chunk := source.read(CHUNK):
+            if (line := last.feed(chunk)) is not None:
+                on_line(line)
+            _write(sink, chunk)
+    if (line := last.close()) is not None:
+        on_line(line)
+    events.put(CLOSED)
 
 
 def _write(sink: int, chunk: bytes) -> None:

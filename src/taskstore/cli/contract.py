@@ -32,6 +32,8 @@ LEVELS = (
 )
 """What a store can be proved to do, in the order in which it is worth knowing."""
 
+OUTCOMES = ("passed", "failed", "skipped")
+
 
 def contract(
     url: Annotated[
@@ -49,18 +51,24 @@ def contract(
             raise typer.BadParameter(f"{name!r} is not one of {', '.join(LEVELS)}")
     clauses = _run(url, level or [])
     levels = {
-        name: [clause for clause in clauses if clause["level"] == name]
-        for name in LEVELS
-        if any(clause["level"] == name for clause in clauses)
+        name: found for name in LEVELS if (found := [c for c in clauses if c["level"] == name])
     }
-    failed = sum(clause["outcome"] == "failed" for clause in clauses)
-    if as_json:
-        verdicts = {name: _verdict(found) for name, found in levels.items()}
-        render.print_json(
-            {"url": redacted(url), "ok": not failed, "levels": verdicts, "clauses": clauses}
+    verdicts = {name: _verdict(found) for name, found in levels.items()}
+    failed = [clause for clause in clauses if clause["outcome"] == "failed"]
+    members = {"url": redacted(url), "ok": not failed, "levels": verdicts, "clauses": clauses}
+    rows = [
+        (
+            name,
+            found["verdict"],
+            *(str(found[outcome]) for outcome in OUTCOMES),
+            "; ".join(found["reasons"]),
         )
-    else:
-        _print(levels)
+        for name, found in verdicts.items()
+    ]
+    columns = ("LEVEL", "VERDICT", "PASSED", "FAILED", "SKIPPED", "WHY")
+    render.answer(as_json, members, columns, rows)
+    if not as_json:
+        _print_failed(failed)
     return 1 if failed else 0
 
 
@@ -99,8 +107,7 @@ def _run(url: str, levels: list[str]) -> list[dict[str, Any]]:
 
 def _verdict(clauses: list[dict[str, Any]]) -> dict[str, Any]:
     counts = {
-        outcome: sum(clause["outcome"] == outcome for clause in clauses)
-        for outcome in ("passed", "failed", "skipped")
+        outcome: sum(clause["outcome"] == outcome for clause in clauses) for outcome in OUTCOMES
     }
     if counts["failed"]:
         verdict = "broken"
@@ -114,22 +121,8 @@ def _verdict(clauses: list[dict[str, Any]]) -> dict[str, Any]:
     return {"verdict": verdict, **counts, "reasons": reasons}
 
 
-def _print(levels: dict[str, list[dict[str, Any]]]) -> None:
-    rows = []
-    for name, clauses in levels.items():
-        found = _verdict(clauses)
-        rows.append(
-            (
-                name,
-                found["verdict"],
-                str(found["passed"]),
-                str(found["failed"]),
-                str(found["skipped"]),
-                "; ".join(found["reasons"]),
-            )
-        )
-    render.print_rows(("LEVEL", "VERDICT", "PASSED", "FAILED", "SKIPPED", "WHY"), rows)
-    failed = [c for clauses in levels.values() for c in clauses if c["outcome"] == "failed"]
+def _print_failed(failed: list[dict[str, Any]]) -> None:
+    """Print of each clause that failed what it promises and what went wrong first."""
     for (level, clause), cases in groupby(
         failed, key=lambda c: (c["level"], c["clause"].partition("[")[0])
     ):

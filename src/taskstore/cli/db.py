@@ -65,7 +65,7 @@ def downgrade(
         try:
             migrate.downgrade(engine, target, allow_data_loss=yes)
         except ValidationError as error:
-            raise Misuse(error.reason, "--yes does it") from error
+            raise Misuse(error.reason, hint="--yes does it") from error
         _tell_move(before, migrate.current(engine))
 
 
@@ -93,12 +93,10 @@ def history(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> 
         with _engine(sql_url_of(ctx, url), read_only=True) as engine:
             here = migrate.current(engine)
     revisions = migrate.history()
-    if as_json:
-        listed = [{"revision": name, "description": text} for name, text in revisions]
-        render.print_json({"revisions": listed, "current": here})
-        return
+    listed = [{"revision": name, "description": text} for name, text in revisions]
     rows = ((name, "current" if name == here else "", text) for name, text in revisions)
-    render.print_rows(("REVISION", "", "DESCRIPTION"), rows)
+    columns = ("REVISION", "", "DESCRIPTION")
+    render.answer(as_json, {"revisions": listed, "current": here}, columns, rows)
 
 
 @app.command()
@@ -109,14 +107,9 @@ def check(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> in
     with _engine(sql_url_of(ctx, url), read_only=True) as engine:
         problems = migrate.check(engine)
         revision = migrate.current(engine)
-    if as_json:
-        render.print_json({"ok": not problems, "revision": revision, "problems": problems})
-    else:
-        for problem in problems:
-            render.print_line(f"problem: {render.visible(problem)}")
-        if not problems:
-            render.print_line(f"the schema is as declared, at revision {revision}")
-    return 1 if problems else 0
+    members = {"ok": not problems, "revision": revision, "problems": problems}
+    text = "" if problems else f"the schema is as declared, at revision {revision}"
+    return render.verdict(as_json, members, text)
 
 
 def sql_url_of(ctx: typer.Context, url: str | None) -> str:

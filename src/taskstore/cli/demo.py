@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, NamedTuple
 from urllib.parse import quote
 
 import typer
@@ -21,24 +21,53 @@ import typer
 from taskstore import history
 from taskstore.backends import open_store, redacted
 from taskstore.cli import ledger, render
-from taskstore.cli.demo_jobs import CANCELLED, ORPHANED, jobs
+from taskstore.cli.change import is_alive
 from taskstore.cli.options import URL_VARIABLE, Misuse, Url
-from taskstore.errors import UnsupportedError
-from taskstore.journal import JournalEntry
 from taskstore.records import TaskRecord
-from taskstore.store import SupportsJournal
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 TASKSTORE = (sys.executable, "-m", "taskstore")
 """Our own command line, in a process of its own."""
 
-POLL_S = 0.1
-CANCEL_AFTER_S, KILL_AFTER_S = 3.0, 4.0
-"""When the demo cancels one command, and kills another's recorder, at the earliest."""
 PATIENCE_S = 90.0
-"""Something must have gone wrong when no command has ended for so long."""
+"""Something must have gone wrong when the ledger brings nothing new for so long."""
+
+
+PRIMES = """
+import itertools
+found = 0
+for number in itertools.count(2):
+    if all(number % divisor for divisor in range(2, int(number**0.5) + 1)):
+        found += 1
+        if found % 2000 == 0:
+            print(f"{found} primes found, the last is {number}", flush=True)
+"""
+
+
+FAREWELL = f"""\
+The ledger lies in {{url}}. Go on with:
+  export {URL_VARIABLE}={{quoted}}
+  taskstore list
+  taskstore show {{lost}}
+  taskstore changes --follow &
+  taskstore run --label mine -- ls -l"""
+
+
+class Job(NamedTuple):
+    """A command to record, and how it is to end.
+
+    ``ends`` is the status that the ledger must show, ``exit_status`` what the
+    recorder must exit with (negative: killed by that signal).
+    """
+
+    label: str
+    argv: tuple[str, ...]
+    ends: str = "succeeded"
+    exit_status: int = 0
+    options: tuple[str, ...] = ()
+
+
+CANCELLED, ORPHANED = "cancelled", "orphaned"
+"""The labels of the jobs that the demo itself ends."""
 
 
 class NotAsPromised(Exception):
@@ -49,7 +78,12 @@ def demo(
     *,
     directory: Annotated[
         Path | None,
-        typer.Option("--dir", help="Where to put everything; new or empty. Default: a fresh one."),
+        typer.Option(
+            "--dir",
+            file_okay=False,
+            writable=True,
+            help="Where to put everything; new or empty. Default: a fresh one.",
+        ),
     ] = None,
     url: Url = None,
 ) -> int:
@@ -58,259 +92,150 @@ def demo(
     Takes some 15 seconds and checks what it claims: exits 1 if anything is
     not as promised.
     """
-    place = _empty_directory(directory)
+    place = Path(tempfile.mkdtemp(prefix="taskstore-demo-") if directory is None else directory)
+    place = place.resolve()
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if any(place.iterdir()):
+        raise Misuse(f"--dir {place} is not empty")
     url = f"sqlite:///{quote((place / 'tasks.db').as_posix())}" if url is None else url
+    work = jobs(place)
+    begun = time.monotonic()
     try:
-        _Story(place, url).tell()
+        ids = _record(url, place, work)
+        _restart(url, work, ids)
+        _reconcile(url, ids)
+        _look_back(url, ids[ORPHANED])
+        _compact_and_verify(url)
     except NotAsPromised as broken:
         render.note(f"NOT AS PROMISED: {broken}; everything is left as it is in {place}")
         return 1
+    _say(f"Everything as promised: {time.monotonic() - begun:.1f}s")
+    quoted = shlex.quote(redacted(url))
+    render.print_line(FAREWELL.format(url=redacted(url), quoted=quoted, lost=ids[ORPHANED]))
     return 0
 
 
-def _empty_directory(wanted: Path | None) -> Path:
-    if wanted is None:
-        return Path(tempfile.mkdtemp(prefix="taskstore-demo-"))
+def jobs(place: Path) -> list[Job]:
+    """Work on this Python's standard library, and a script that is written to the place."""
+    python, library = sys.executable, sysconfig.get_path("stdlib")
+    packages = [f"{library}/{name}" for name in ("asyncio", "email", "encodings", "json")]
+    script, tar = place / "primes.py", str(place / "library.tar")
+    script.write_text(PRIMES.lstrip(), encoding="utf-8")
+    primes = (python, str(script))
+    return [
+        Job("compress", (python, "-m", "zipfile", "-c", str(place / "library.zip"), *packages)),
+        Job("archive", (python, "-m", "tarfile", "-v", "-c", tar, *packages)),
+        Job("unpack", (python, "-m", "zipfile", "-e", str(script), str(place)), "failed", 1),
+        Job("too long", primes, "timed_out", 124, ("--timeout", "4s")),
+        Job(CANCELLED, primes, "cancelled", 143),
+        Job(ORPHANED, primes, "lost", -9),
+    ]
+
+
+def _record(url: str, place: Path, work: Sequence[Job]) -> dict[str, str]:
+    """Record the jobs side by side; returns the ids that were acknowledged, by label."""
+    with open_store(url) as store:
+        begin = history.journal_of(store, "the demo").head()
+    _say(f"{len(work)} commands, recorded side by side in {redacted(url)}")
+    recorders: dict[str, subprocess.Popen[bytes]] = {}
     try:
-        wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if any(wanted.iterdir()):
-            raise Misuse(f"--dir {wanted} is not empty")
-    except OSError as error:
-        raise Misuse(f"--dir {wanted}: {error.strerror}") from None
-    return wanted.resolve()
-
-
-class _Story:
-    """The demo, step by step."""
-
-    def __init__(self, place: Path, url: str) -> None:
-        self._place = place
-        self._url = url
-        self._jobs = jobs(place)
-        self._recorders: dict[str, subprocess.Popen[bytes]] = {}
-        self._records: dict[str, TaskRecord] = {}
-        self._checks = 0
-        self._started = self._last_end = time.monotonic()
-
-    def tell(self) -> None:
-        """Do everything in order."""
-        with open_store(self._url) as store:
-            if not isinstance(store, SupportsJournal):
-                raise UnsupportedError(f"the demo watches the journal, which {store!r} has not")
-            begin, location = store.head(), store.location
-        _say(f"{len(self._jobs)} commands, recorded side by side in {location}")
-        try:
-            self._start()
-            self._watch(begin)
-        finally:
-            self._end_all()
-        acknowledged = self._check_recorders()
-        self._restart(acknowledged)
-        self._reconcile(acknowledged)
-        self._look_back(acknowledged[ORPHANED])
-        self._compact_and_verify()
-        self._farewell(location, acknowledged[ORPHANED])
-
-    # -- recording ----------------------------------------------------------
-
-    def _start(self) -> None:
-        for job in self._jobs:
-            id_file = self._place / f"{job.label}.id"
-            words = ["run", "--label", job.label, "--id-file", str(id_file), *job.options]
-            with (self._place / f"{job.label}.out").open("wb") as output:
-                self._recorders[job.label] = subprocess.Popen(  # noqa: S603 (our own command line)
-                    [*TASKSTORE, *words, "--", *job.argv],
-                    env=self._environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
+        for job in work:
+            words = ("--label", job.label, "--id-file", str(place / f"{job.label}.id"))
+            with (place / f"{job.label}.out").open("wb") as output:
+                recorders[job.label] = _start(
+                    url, "run", *words, *job.options, "--", *job.argv, stdout=output, stderr=output
                 )
-
-    def _watch(self, begin: int) -> None:
-        """Show what the journal brings until no recorder is left."""
-        ended: set[str] = set()
-        with ledger.open_reader(self._url) as store, self._display() as show:
-            while True:
-                over = all(recorder.poll() is not None for recorder in self._recorders.values())
-                for entry in history.changes(store, begin, None):
-                    begin = entry.seq
-                    if entry.record is not None and entry.record.is_terminal:
-                        self._last_end = time.monotonic()
-                    if entry.record is not None and entry.record.label is not None:
-                        self._records[entry.record.label] = entry.record
-                        show(entry)
-                if over:
-                    return
-                self._meddle(ended)
-                if time.monotonic() - self._last_end > PATIENCE_S:
-                    raise NotAsPromised(f"no command has ended for {PATIENCE_S:g} s")
-                time.sleep(POLL_S)
-
-    def _meddle(self, ended: set[str]) -> None:
-        """Cancel one command and kill the recorder of another, once they are under way."""
-        for label, after_s, number in (
-            (CANCELLED, CANCEL_AFTER_S, signal.SIGTERM),
-            (ORPHANED, KILL_AFTER_S, signal.SIGKILL),
-        ):
-            record = self._records.get(label)
-            late_enough = time.monotonic() - self._started >= after_s
-            if (
-                label not in ended
-                and record is not None
-                and record.progress_summary
-                and late_enough
-            ):
-                ended.add(label)
-                self._recorders[label].send_signal(number)
-
-    def _end_all(self) -> None:
-        for recorder in self._recorders.values():
-            if recorder.poll() is None:
-                recorder.terminate()
-        for recorder in self._recorders.values():
+        _watch(url, begin, recorders)
+        for job in work:
+            status = recorders[job.label].wait()
+            wanted = f"{job.label!r} was to exit with {job.exit_status} and did with {status}"
+            _check(status == job.exit_status, wanted)
+    finally:
+        for recorder in recorders.values():
+            recorder.terminate()
             recorder.wait()
+    return {label: (place / f"{label}.id").read_text().strip() for label in recorders}
 
-    @contextlib.contextmanager
-    def _display(self) -> Iterator[Callable[[JournalEntry], object]]:
-        """A live table on a terminal, elsewhere a line for each change."""
-        if not sys.stdout.isatty():
-            yield self._print_change
-            return
-        from rich.live import Live
 
-        with Live(console=render.console(), get_renderable=self._table, refresh_per_second=10):
-            yield lambda _: None
+def _watch(url: str, begin: int, recorders: dict[str, subprocess.Popen[bytes]]) -> None:
+    """Show what the journal brings until every command has ended.
 
-    def _print_change(self, entry: JournalEntry) -> None:
-        record = self._records[entry.record.label or ""] if entry.record else None
-        if record is not None:
-            passed = f"{time.monotonic() - self._started:5.1f}s"
-            last = render.last_word(record)
-            render.print_lines([(passed, record.label or "", record.status, last)])
-            sys.stdout.flush()
+    Once they are under way, one command is cancelled and the recorder of another is killed.
+    """
+    from rich.live import Live
 
-    def _table(self) -> Table:
-        from rich.table import Table
-
-        table = Table(box=None, pad_edge=False, header_style="bold", expand=True)
-        for column in ("COMMAND", "STATUS", "TOOK"):
-            table.add_column(column, no_wrap=True)
-        table.add_column("LAST WORD", no_wrap=True, overflow="ellipsis", ratio=1)
-        for job in self._jobs:
-            record = self._records.get(job.label)
-            cells = (
-                (job.label, "", "", "")
-                if record is None
-                else (job.label, record.status, render.took(record), render.last_word(record))
+    signals = {CANCELLED: signal.SIGTERM, ORPHANED: signal.SIGKILL}
+    running = recorders.keys() - {ORPHANED}
+    records: dict[str, TaskRecord] = {}
+    with ledger.open_reader(url) as store, Live(console=render.console()) as display:
+        for entry in history.changes(store, begin, PATIENCE_S):
+            record = entry.record
+            if record is None or record.label not in recorders:
+                continue
+            records[record.label] = record
+            rows = (
+                (label, seen.status, render.took(seen), render.last_word(seen))
+                for label, seen in records.items()
             )
-            table.add_row(*map(render.safe_text, cells))
-        return table
+            columns = ("COMMAND", "STATUS", "TOOK", "LAST WORD")
+            display.update(render.table(columns, rows, stretch="LAST WORD"))
+            if record.progress_summary and record.label in signals:
+                recorders[record.label].send_signal(signals.pop(record.label))
+            if record.is_terminal:
+                running -= {record.label}
+            if not running and not signals:
+                return
+    raise NotAsPromised(f"nothing was recorded for {PATIENCE_S:g} s")
 
-    # -- checking -----------------------------------------------------------
 
-    def _check_recorders(self) -> dict[str, str]:
-        """Check how the recorders ended; returns the ids that they acknowledged, by label."""
-        acknowledged = {}
-        for job in self._jobs:
-            status = self._recorders[job.label].returncode
-            self._check(
-                status == job.exit_status,
-                f"{job.label!r} was to exit with {job.exit_status} and did with {status}",
-            )
-            acknowledged[job.label] = (self._place / f"{job.label}.id").read_text().strip()
-        return acknowledged
+def _restart(url: str, work: Sequence[Job], ids: dict[str, str]) -> None:
+    _say("A new process reads the ledger: every acknowledged task is there")
+    found = {task["task_id"]: task["status"] for task in _ask(url, "list", "--limit=1000")["tasks"]}
+    for job in work:
+        status = found.get(ids[job.label])
+        _check(status is not None, f"task {ids[job.label]} is gone")
+        wanted = "running" if job.label == ORPHANED else job.ends
+        _check(status == wanted, f"{job.label!r} is {status}, not {wanted}")
+    render.print_line(f"{len(ids)} acknowledged, {len(found.keys() & ids.values())} found")
+    render.print_line(f"{ORPHANED!r} still says running: its recorder was killed with SIGKILL")
 
-    def _restart(self, acknowledged: dict[str, str]) -> None:
-        _say("A new process reads the ledger: every acknowledged task is there")
-        found = {task["task_id"]: task for task in self._ask("list", "--limit=1000")["tasks"]}
-        for job in self._jobs:
-            task = found.get(acknowledged[job.label])
-            self._check(task is not None, f"task {acknowledged[job.label]} is gone")
-            wanted = "running" if job.label == ORPHANED else job.ends
-            self._check(
-                task is not None and task["status"] == wanted, f"{job.label!r} is not {wanted}"
-            )
-        kept = len(set(acknowledged.values()) & set(found))
-        render.print_line(f"{len(acknowledged)} acknowledged, {kept} found")
-        render.print_line(f"{ORPHANED!r} still says running: its recorder was killed with SIGKILL")
 
-    def _reconcile(self, acknowledged: dict[str, str]) -> None:
-        """Mark as lost what nobody records any more, as a host does when it starts."""
-        from taskstore.registry import TaskRegistry
+def _reconcile(url: str, ids: dict[str, str]) -> None:
+    """Mark as lost what no process records any more, as a host does when it starts."""
+    from taskstore.registry import TaskRegistry
 
-        _say("Nobody is left to tell what became of it: it is marked lost")
-        lost = []
-        with TaskRegistry.open(self._url) as registry:
-            for task in registry.active():
-                pid = task.metadata.get("pid")
-                if task.task_id in acknowledged.values() and not _is_alive(pid):
-                    registry.mark_lost(task.task_id, error=f"its recorder, pid {pid}, is gone")
-                    lost.append(task.task_id)
-        self._check(lost == [acknowledged[ORPHANED]], f"the lost tasks are {lost}")
-        self._show("list", "--status=lost")
+    _say("No process is left to tell what became of it: it is marked lost")
+    lost = []
+    with TaskRegistry.open(url) as registry:
+        for task in registry.active():
+            pid = task.metadata.get("pid")
+            if task.task_id in ids.values() and not is_alive(pid):
+                registry.mark_lost(task.task_id, error=f"its recorder, pid {pid}, is gone")
+                lost.append(task.task_id)
+    _check(lost == [ids[ORPHANED]], f"the lost tasks are {lost}")
+    _show(url, "list", "--status=lost")
 
-    def _look_back(self, task_id: str) -> None:
-        _say("Its history")
-        told = self._ask("log", task_id)
-        self._check(told["complete"], "the history does not begin at revision 1")
-        last = told["entries"][-1]["record"]["status"]
-        self._check(last == "lost", f"the history ends with {last}")
-        self._show("log", task_id, last=8)
 
-    def _compact_and_verify(self) -> None:
-        _say("Compaction folds the journal into a snapshot and changes no answer")
-        before = self._ask("list", "--limit=1000")["tasks"]
-        self._show("compact")
-        self._check(before == self._ask("list", "--limit=1000")["tasks"], "answers have changed")
-        self._show("verify")
+def _look_back(url: str, task_id: str) -> None:
+    _say("Its history")
+    told = _ask(url, "log", task_id)
+    _check(told["complete"], "the history does not begin at revision 1")
+    last = told["entries"][-1]["record"]["status"]
+    _check(last == "lost", f"the history ends with {last}")
+    _show(url, "log", task_id, last=8)
 
-    def _farewell(self, location: str, task_id: str) -> None:
-        passed = time.monotonic() - self._started
-        _say(f"Everything as promised: {self._checks} checks, {passed:.1f}s")
-        render.print_line(f"The ledger lies in {location}. Go on with:")
-        for words in (
-            f"export {URL_VARIABLE}={shlex.quote(redacted(self._url))}",
-            "taskstore list",
-            f"taskstore show {task_id}",
-            "taskstore changes --follow &",
-            "taskstore run --label mine -- ls -l",
-        ):
-            render.print_line(f"  {words}")
 
-    def _check(self, held: bool, otherwise: str) -> None:
-        self._checks += 1
-        if not held:
-            raise NotAsPromised(otherwise)
+def _compact_and_verify(url: str) -> None:
+    _say("Compaction folds the journal into a snapshot and changes no answer")
+    before = _ask(url, "list", "--limit=1000")["tasks"]
+    _show(url, "compact")
+    _check(before == _ask(url, "list", "--limit=1000")["tasks"], "answers have changed")
+    _show(url, "verify")
 
-    # -- our own command line -------------------------------------------------
 
-    @property
-    def _environment(self) -> dict[str, str]:
-        return {**os.environ, URL_VARIABLE: self._url, "PYTHONUNBUFFERED": "1"}
-
-    def _ask(self, *words: str) -> Any:
-        return json.loads(self._run(*words, "--json"))
-
-    def _show(self, *words: str, last: int | None = None) -> None:
-        """Run a command and print it with what it says, or the last lines of that."""
-        tail = "" if last is None else f" | tail -n {last}"
-        render.print_line(f"$ taskstore {shlex.join(words)}{tail}")
-        for line in self._run(*words).splitlines()[-(last or 0) :]:
-            render.print_line(render.visible(line.expandtabs(2)))
-
-    def _run(self, *words: str) -> str:
-        done = subprocess.run(  # noqa: S603 (our own command line)
-            [*TASKSTORE, *words],
-            env=self._environment,
-            check=False,
-            capture_output=True,
-            encoding="utf-8",
-        )
-        self._check(
-            done.returncode == 0,
-            f"taskstore {words[0]} exited with {done.returncode}: {done.stderr.strip()}",
-        )
-        return done.stdout
+def _check(held: bool, otherwise: str) -> None:
+    if not held:
+        raise NotAsPromised(otherwise)
 
 
 def _say(text: str) -> None:
@@ -319,14 +244,33 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
-def _is_alive(pid: object) -> bool:
-    """Whether a process of this machine is there."""
-    if type(pid) is not int or pid <= 1:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _start(url: str, *words: str, stdout: Any, stderr: Any) -> subprocess.Popen[bytes]:
+    """Start one of our commands in a process of its own."""
+    return subprocess.Popen(  # noqa: S603 (our own command line)
+        [*TASKSTORE, *words],
+        env={**os.environ, URL_VARIABLE: url, "PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+    )
+
+
+def _ask(url: str, *words: str) -> Any:
+    return json.loads(_run(url, *words, "--json"))
+
+
+def _show(url: str, *words: str, last: int | None = None) -> None:
+    """Run a command and print it with what it says, or the last lines of that."""
+    tail = "" if last is None else f" | tail -n {last}"
+    render.print_line(f"$ taskstore {shlex.join(words)}{tail}")
+    for line in _run(url, *words).splitlines()[-(last or 0) :]:
+        render.print_line(render.visible(line.expandtabs(2)))
+
+
+def _run(url: str, *words: str) -> str:
+    """Run one of our commands to its end; returns what it printed."""
+    process = _start(url, *words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = (text.decode() for text in process.communicate())
+    failed = f"taskstore {words[0]} exited with {process.returncode}: {err.strip()}"
+    _check(process.returncode == 0, failed)
+    return out

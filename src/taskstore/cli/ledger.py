@@ -9,6 +9,7 @@ compare-and-set is what makes them hold against other writers.
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -67,6 +68,11 @@ class Found(NamedTuple):
     record: TaskRecord
     field: str
     others: bool
+
+    def listing(self, token: str) -> str:
+        """The command that lists all that the token names."""
+        option = "--run" if self.field == "run_id" else "--session"
+        return f"taskstore list {option} {shlex.quote(token)}"
 
 
 def find(store: TaskRegistryStore, token: str) -> Found:

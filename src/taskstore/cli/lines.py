@@ -11,7 +11,6 @@ from taskstore.validation import fold_whitespace
 KEPT_BYTES = 4 * SUMMARY_BYTES
 """How much of a line is looked at: enough for a summary after colours are removed."""
 
-_BLANK = b" \t\r\n\v\f"
 # CSI, OSC and the other string sequences, and the two-character ones (ECMA-48).
 _TERMINAL = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_].*?(?:\x07|\x1b\\|\Z)|\x1b[ -/]*[0-~]", re.DOTALL
@@ -38,23 +37,14 @@ class LastLine:
 
     def feed(self, chunk: bytes) -> str | None:
         """Take what was printed; returns the last line that it completed, if it says anything."""
-        ended, newline, begun = chunk.replace(b"\r", b"\n").rpartition(b"\n")
-        if not newline:
-            self._begun = (self._begun + begun)[:KEPT_BYTES]
-            return None
-        first, self._begun = self._begun, begun[:KEPT_BYTES]
-        while ended := ended.rstrip(_BLANK):
-            start = ended.rfind(b"\n") + 1
-            line = ended[start:]
-            if start == 0:
-                break
-            summary = summary_of(line[:KEPT_BYTES])
-            if summary:
+        lines, _, begun = (self._begun + chunk).replace(b"\r", b"\n").rpartition(b"\n")
+        self._begun = begun[:KEPT_BYTES]
+        while lines := lines.rstrip():
+            lines, _, line = lines.rpartition(b"\n")
+            if summary := summary_of(line[:KEPT_BYTES]):
                 return summary
-            ended = ended[:start]
-        return summary_of((first + ended)[:KEPT_BYTES]) or None
+        return None
 
     def close(self) -> str | None:
         """The stream has ended: returns its last line if that was not completed."""
-        begun, self._begun = self._begun, b""
-        return summary_of(begun) or None
+        return summary_of(self._begun) or None

@@ -15,7 +15,7 @@ from taskstore.cli.options import AsJson, Misuse, Url, url_of
 from taskstore.cli.read import reading
 from taskstore.compaction import compact as compact_store
 from taskstore.errors import UnsupportedError
-from taskstore.policy import CompactionPolicy, CompactionReport
+from taskstore.policy import CompactionPolicy
 from taskstore.store import (
     SupportsCompaction,
     SupportsExclusive,
@@ -70,22 +70,16 @@ def compact(
         render.tell_report(store)
     if as_json:
         render.print_json(asdict(report))
+    elif report.compacted:
+        render.print_line(
+            f"compacted at seq {report.seq} ({report.reason}): {report.records} records in the "
+            f"snapshot, {report.trimmed} entries trimmed, the journal begins at seq "
+            f"{report.floor}, {report.duration_s:.2f}s"
+        )
     else:
-        print_compaction(report)
-
-
-def print_compaction(report: CompactionReport) -> None:
-    """Print what a compaction did, in a sentence."""
-    if not report.compacted:
         render.print_line(
             f"nothing to do: {report.reason}; the journal begins at seq {report.floor}"
         )
-        return
-    render.print_line(
-        f"compacted at seq {report.seq} ({report.reason}): {report.records} records in the "
-        f"snapshot, {report.trimmed} entries trimmed, the journal begins at seq {report.floor}, "
-        f"{report.duration_s:.2f}s"
-    )
 
 
 def verify(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> int:
@@ -94,17 +88,9 @@ def verify(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> i
         if not isinstance(store, SupportsIntegrity):
             raise UnsupportedError(f"{store.location} cannot verify itself")
         report = store.verify()
-    if as_json:
-        render.print_json({"ok": report.ok, **asdict(report)})
-    else:
-        for problem in report.problems:
-            render.print_line(f"problem: {render.visible(problem)}")
-        verdict = "whole" if report.ok else f"NOT whole: {len(report.problems)} problems"
-        render.print_line(
-            f"{verdict}: {report.records} records, {report.entries} journal entries, "
-            f"seq {report.seq}"
-        )
-    return 0 if report.ok else 1
+    whole = "whole" if report.ok else f"NOT whole: {len(report.problems)} problems"
+    counts = f"{report.records} records, {report.entries} journal entries, seq {report.seq}"
+    return render.verdict(as_json, {"ok": report.ok, **asdict(report)}, f"{whole}: {counts}")
 
 
 def backends(*, as_json: AsJson = False) -> None:
@@ -114,22 +100,18 @@ def backends(*, as_json: AsJson = False) -> None:
         for _, entries in sorted(registry_of_backends.installed_backends().items())
         for entry in entries
     ]
-    if as_json:
-        render.print_json({"backends": found})
-        return
-    render.print_rows(
-        ("SCHEME", "PACKAGE", "VERSION", "ABILITIES", "USABLE"),
+    rows = (
         (
-            (
-                f"{backend['scheme']}:",
-                backend["package"] or render.NOTHING,
-                backend["version"] or render.NOTHING,
-                render.NOTHING if backend["abilities"] is None else " ".join(backend["abilities"]),
-                "yes" if backend["usable"] else f"no: {backend['problem']}",
-            )
-            for backend in found
-        ),
+            f"{backend['scheme']}:",
+            backend["package"] or render.NOTHING,
+            backend["version"] or render.NOTHING,
+            render.NOTHING if backend["abilities"] is None else " ".join(backend["abilities"]),
+            "yes" if backend["usable"] else f"no: {backend['problem']}",
+        )
+        for backend in found
     )
+    columns = ("SCHEME", "PACKAGE", "VERSION", "ABILITIES", "USABLE")
+    render.answer(as_json, {"backends": found}, columns, rows)
 
 
 def _described(entry: EntryPoint) -> dict[str, Any]:
@@ -137,7 +119,9 @@ def _described(entry: EntryPoint) -> dict[str, Any]:
     abilities, problem = None, None
     try:
         abilities = _abilities(entry.load())
-        _import_driver(entry.name)
+        _, _, driver = entry.name.partition("+")  # as in postgresql+psycopg
+        if driver:
+            importlib.import_module(driver)
     except Exception as error:  # noqa: BLE001 (somebody else's module: anything may happen)
         problem = f"{type(error).__name__}: {error}"
     return {
@@ -156,10 +140,3 @@ def _abilities(opener: Any) -> list[str] | None:
     if not isinstance(returned, type) or returned is TaskRegistryStore:
         return None
     return [name for name, protocol in ABILITIES.items() if issubclass(returned, protocol)]
-
-
-def _import_driver(scheme: str) -> None:
-    """Import the driver that a scheme such as ``postgresql+psycopg`` names."""
-    _, _, driver = scheme.partition("+")
-    if driver:
-        importlib.import_module(driver)

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from taskstore.backends import default_url
+from taskstore.errors import TaskStoreError
 from taskstore.history import EARLIEST_TIME
 
 URL_VARIABLE = "TASKSTORE_URL"
@@ -35,12 +36,8 @@ Token = Annotated[
 ]
 
 
-class Misuse(Exception):
+class Misuse(TaskStoreError):
     """The command cannot be meant like this; the message says why, ``hint`` what would do."""
-
-    def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.hint = hint
 
 
 def url_of(ctx: typer.Context, url: str | None) -> str:

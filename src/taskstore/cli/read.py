@@ -19,7 +19,7 @@ from taskstore.cli import ledger, render
 from taskstore.cli.options import AsJson, Token, Url, moment, url_of
 from taskstore.errors import TaskNotFound
 from taskstore.journal import EntryKind, JournalEntry
-from taskstore.query import SESSION_KEY, Page, TaskQuery
+from taskstore.query import SESSION_KEY, TaskQuery
 from taskstore.records import TaskRecord, TaskStatus
 from taskstore.store import TaskRegistryStore
 
@@ -72,55 +72,38 @@ def list_tasks(
     id, status, runtime, owner, run, created, ended, label, task, last word.
     Times are UTC. With --json one object: tasks, next_cursor, seq.
     """
-    filters: dict[str, Any] = {
-        name: value
-        for name, value in (
-            ("status", status),
-            ("runtime", runtime),
-            ("owner_key", owner),
-            (SESSION_KEY, session),
-            ("run_id", run),
-        )
-        if value
+    given: dict[str, Any] = {
+        "status": status,
+        "runtime": runtime,
+        "owner_key": owner,
+        SESSION_KEY: session,
+        "run_id": run,
     }
+    filters = {name: value for name, value in given.items() if value}
     query = TaskQuery(since=since, limit=limit, after=after, **filters)
     with reading(ctx, url) as store:
         page = ledger.ask(store, query)
     if as_json:
-        render.print_json(
-            {
-                "tasks": [render.record_members(record) for record in page],
-                "next_cursor": page.next_cursor,
-                "seq": page.seq,
-            }
-        )
+        records = [render.record_members(record) for record in page]
+        members = {"tasks": records, "next_cursor": page.next_cursor, "seq": page.seq}
+        render.print_json(members)
         return
-    _print_page(page)
-    if page.next_cursor is not None:
-        given = ctx.params | {"after": page.next_cursor, "since": since}
-        render.note(f"there are more; next page: {_command_again(given)}")
-
-
-def _print_page(page: Page) -> None:
     if not sys.stdout.isatty():
         render.print_lines(map(_list_line, page))
-    elif not page:
-        render.note("no tasks match")
+    elif page:
+        columns = ("TASK", "STATUS", "AGE", "TOOK", "WHAT")
+        render.print_table(columns, map(_table_row, page), stretch="WHAT")
     else:
-        render.print_rows(
-            ("TASK", "STATUS", "AGE", "TOOK", "WHAT"),
-            (
-                (
-                    record.task_id,
-                    record.status,
-                    render.ago(record.created_at),
-                    render.took(record),
-                    f"{render.what(record)}: {render.last_word(record)}",
-                )
-                for record in page
-            ),
-            stretch=("WHAT",),
-        )
+        render.note("no tasks match")
+    if page.next_cursor is not None:
+        options = ctx.params | {"after": page.next_cursor, "since": since}
+        render.note(f"there are more; next page: {_command_again(options)}")
+
+
+def _table_row(record: TaskRecord) -> Sequence[str]:
+    about = f"{render.what(record)}: {render.last_word(record)}"
+    age, took = render.ago(record.created_at), render.took(record)
+    return (record.task_id, record.status, age, took, about)
 
 
 def _list_line(record: TaskRecord) -> Sequence[str]:
@@ -141,10 +124,10 @@ def _list_line(record: TaskRecord) -> Sequence[str]:
 def _command_again(given: dict[str, Any]) -> str:
     """The list command with these options; the URL is left out, it may hold a password."""
     words = ["taskstore", "list"]
-    for name in ("status", "runtime", "owner", "session", "run", "since", "limit", "after"):
-        value = given.get(name)
-        values = value if isinstance(value, list | tuple) else (value,)
-        words += [f"--{name}={item}" for item in values if item is not None]
+    for name, value in given.items():
+        if name not in ("url", "as_json"):
+            values = value if isinstance(value, list | tuple) else (value,)
+            words += [f"--{name}={item}" for item in values if item is not None]
     return shlex.join(words)
 
 
@@ -156,13 +139,12 @@ def show(ctx: typer.Context, token: Token, *, as_json: AsJson = False, url: Url 
     with reading(ctx, url) as store:
         found = ledger.find(store, token)
     if found.others:
-        option = "--run" if found.field == "run_id" else "--session"
-        render.note(f"others match too: taskstore list {option} {shlex.quote(token)}")
-    if as_json:
-        render.print_json(render.record_members(found.record))
-        return
+        render.note(f"others match too: {found.listing(token)}")
     members = render.record_members(found.record)
-    render.print_fields((name, _shown(name, value)) for name, value in members.items() if value)
+    if as_json:
+        render.print_json(members)
+    else:
+        render.print_fields((name, _shown(name, value)) for name, value in members.items() if value)
 
 
 def _shown(name: str, value: Any) -> str:
@@ -195,15 +177,9 @@ def log(ctx: typer.Context, token: Token, *, as_json: AsJson = False, url: Url =
         for before, entry in zip([None, *entries], entries, strict=False)
     ]
     if as_json:
-        render.print_json(
-            {
-                "task_id": task_id,
-                "complete": entries[0].revision == 1,
-                "entries": [
-                    _entry_members(entry) | {"changed": changed} for entry, changed in steps
-                ],
-            }
-        )
+        told = [_entry_members(entry) | {"changed": changed} for entry, changed in steps]
+        complete = entries[0].revision == 1
+        render.print_json({"task_id": task_id, "complete": complete, "entries": told})
         return
     rows = (row for entry, changed in steps for row in _log_rows(entry, changed))
     if sys.stdout.isatty():
@@ -219,10 +195,8 @@ def _print_log(rows: Iterable[Sequence[str]]) -> None:
         if shown != seq:
             shown = seq
             render.print_line(f"revision {revision}  {at}  seq {seq}")
-        arrow = (
-            "" if before == render.NOTHING else f"{render.visible(before)} \N{RIGHTWARDS ARROW} "
-        )
-        render.print_line(f"    {render.visible(field)}: {arrow}{render.visible(after)}")
+        arrow = "" if before == render.NOTHING else f"{before} \N{RIGHTWARDS ARROW} "
+        render.print_line(f"    {render.visible(f'{field}: {arrow}{after}')}")
 
 
 def changed_fields(before: JournalEntry | None, entry: JournalEntry) -> dict[str, list[Any]]:
@@ -265,24 +239,19 @@ def summary(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> 
     with reading(ctx, url) as store:
         counted = ledger.count(store)
         location = store.location
-    if as_json:
-        render.print_json(
-            {
-                "total": counted.total,
-                "active": counted.active,
-                "by_status": {
-                    str(status): counted.by_status.get(status, 0) for status in TaskStatus
-                },
-                "by_runtime": dict(sorted(counted.by_runtime.items())),
-                "seq": counted.seq,
-            }
-        )
-        return
+    by_runtime = dict(sorted(counted.by_runtime.items()))
+    members = {
+        "total": counted.total,
+        "active": counted.active,
+        "by_status": {str(status): counted.by_status.get(status, 0) for status in TaskStatus},
+        "by_runtime": by_runtime,
+        "seq": counted.seq,
+    }
     rows = [["total", "-", str(counted.total)], ["active", "-", str(counted.active)]]
     rows += [["status", s, str(counted.by_status[s])] for s in TaskStatus if s in counted.by_status]
-    rows += [["runtime", name, str(n)] for name, n in sorted(counted.by_runtime.items())]
-    render.print_rows(("", "", "TASKS"), rows)
-    if sys.stdout.isatty():
+    rows += [["runtime", name, str(n)] for name, n in by_runtime.items()]
+    render.answer(as_json, members, ("", "", "TASKS"), rows)
+    if sys.stdout.isatty() and not as_json:
         render.print_line(f"{render.visible(location)}, seq {counted.seq}")
 
 
@@ -308,10 +277,8 @@ def changes(
     """
     with reading(ctx, url) as store:
         for entry in islice(_entries(store, after, follow=follow), limit):
-            if as_json:
-                render.print_line(render.to_json(_entry_members(entry)))
-            else:
-                render.print_line(_change_line(entry))
+            members = _entry_members(entry)
+            render.print_line(render.to_json(members) if as_json else _change_line(entry))
             if follow:
                 sys.stdout.flush()
 
@@ -353,10 +320,9 @@ def _entry_members(entry: JournalEntry) -> dict[str, Any]:
 def _change_line(entry: JournalEntry) -> str:
     record = entry.record
     cells = [str(entry.seq), render.when(entry.at), entry.kind, entry.task_id, str(entry.revision)]
-    cells += [render.NOTHING] * 2 if record is None else [record.status, _what_now(record)]
+    if record is None:
+        cells += [render.NOTHING] * 2
+    else:
+        last = render.last_word(record)
+        cells += [record.status, render.what(record) if last == render.NOTHING else last]
     return "\t".join(map(render.visible, cells))
-
-
-def _what_now(record: TaskRecord) -> str:
-    last = render.last_word(record)
-    return render.what(record) if last == render.NOTHING else last

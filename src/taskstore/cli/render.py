@@ -16,12 +16,14 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec.structs import asdict
 
 from taskstore.records import TaskRecord
 from taskstore.store import TaskRegistryStore
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
 
 NOTHING = "-"
@@ -47,13 +49,12 @@ def visible(text: str) -> str:
     """The text with everything that a terminal would obey as an escape: one line, no colours."""
     if text.isprintable():
         return text
-    return "".join(map(_shown, text))
-
-
-def _shown(char: str) -> str:
-    if char in _JOINERS or unicodedata.category(char) not in _OBEYED:
-        return char
-    return char.encode("unicode_escape").decode()
+    return "".join(
+        char.encode("unicode_escape").decode()
+        if unicodedata.category(char) in _OBEYED and char not in _JOINERS
+        else char
+        for char in text
+    )
 
 
 def when(at: int | None, *, precise: bool = False) -> str:
@@ -108,17 +109,10 @@ def record_members(record: TaskRecord) -> dict[str, Any]:
 
     Fields that a newer version wrote and this one does not know are in ``unknown``.
     """
-    members: dict[str, Any] = {
-        name: getattr(record, name)
-        for name in TaskRecord.__struct_fields__
-        if name not in ("metadata_json", "unknown_json", "requester_origin")
-    }
-    origin = record.requester_origin
-    members["requester_origin"] = (
-        None
-        if origin is None
-        else {name: getattr(origin, name) for name in type(origin).__struct_fields__}
-    )
+    members = asdict(record)
+    del members["metadata_json"], members["unknown_json"]
+    if record.requester_origin is not None:
+        members["requester_origin"] = asdict(record.requester_origin)
     members["metadata"] = record.metadata
     if record.unknown_json is not None:
         members["unknown"] = msgspec.json.decode(record.unknown_json)
@@ -155,28 +149,54 @@ def print_lines(rows: Iterable[Sequence[str]]) -> None:
         print_line("\t".join(map(visible, row)))
 
 
-def print_rows(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], *, stretch: Sequence[str] = ()
+def answer(
+    as_json: bool, members: object, columns: Sequence[str], rows: Iterable[Sequence[str]]
 ) -> None:
-    """Print a table on a terminal, and elsewhere a line per row with tabs in between.
-
-    On the terminal the columns named by ``stretch`` get what the others leave,
-    and their text is cut to it; nothing else is.
-    """
-    if not sys.stdout.isatty():
+    """Print an answer: one JSON value, a table on a terminal, or lines with tabs in between."""
+    if as_json:
+        print_json(members)
+    elif sys.stdout.isatty():
+        print_table(columns, rows)
+    else:
         print_lines(rows)
-        return
+
+
+def verdict(as_json: bool, members: dict[str, Any], text: str) -> int:
+    """Print what a check found, its ``problems`` first; returns the exit status."""
+    if as_json:
+        print_json(members)
+        return 0 if members["ok"] else 1
+    for problem in members["problems"]:
+        print_line(f"problem: {visible(problem)}")
+    if text:
+        print_line(text)
+    return 0 if members["ok"] else 1
+
+
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, stretch: str = ""
+) -> None:
+    """Print a table on a terminal."""
+    console().print(table(columns, rows, stretch=stretch))
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, stretch: str = "") -> Table:
+    """A table for Rich.
+
+    The column named ``stretch`` gets what the others leave, and its text is
+    cut to that; nothing else is.
+    """
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold", expand=bool(stretch))
+    made = Table(box=None, pad_edge=False, header_style="bold", expand=bool(stretch))
     for column in columns:
-        if column in stretch:
-            table.add_column(column, no_wrap=True, overflow="ellipsis", ratio=1)
+        if column == stretch:
+            made.add_column(column, no_wrap=True, overflow="ellipsis", ratio=1)
         else:
-            table.add_column(column, overflow="fold")
+            made.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*map(safe_text, row))
-    console().print(table)
+        made.add_row(*map(safe_text, row))
+    return made
 
 
 def print_fields(fields: Iterable[tuple[str, str]]) -> None:

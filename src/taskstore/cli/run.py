@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shlex
 import signal
 import socket
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from queue import Empty
 from typing import Annotated, Any, NamedTuple, TextIO
 
 import typer
@@ -18,7 +17,7 @@ import typer
 from taskstore import creation
 from taskstore.backends import open_store
 from taskstore.cli import ledger, render
-from taskstore.cli.child import Child, Ending, Event, Events, forwarded_signals
+from taskstore.cli.child import TIMEOUT, forwarded_signals, running
 from taskstore.cli.options import Misuse, Url, positive_seconds, seconds, url_of
 from taskstore.cli.recorder import Recorder
 from taskstore.clock import new_task_id, system_clock
@@ -33,16 +32,6 @@ TIMED_OUT, NOT_EXECUTABLE, NOT_FOUND, BY_SIGNAL = 124, 126, 127, 128
 
 GRACE_S = 10.0
 """How long a command that was told to end may take, before SIGKILL."""
-
-END_PATIENCE_S = 5.0
-"""For how long recording the end is tried again when the store refuses it."""
-
-HANG_S = 45.0
-"""How long a store may take for it without an answer; ours give up a lock after 30 s."""
-
-DEAF_S = 2.0
-"""For how long of that a signal does not cut it short: who presses Ctrl-C twice
-wants the command to end, not its record to be lost."""
 
 
 class Verdict(NamedTuple):
@@ -103,8 +92,14 @@ def run(
     new_command_record(command, **fields)  # what may not be stored is refused before anything
     id_out = _opened(id_file)
     store = open_store(url_of(ctx, url))
-    grace_s = GRACE_S if grace is None else grace
-    return _run(store, command, fields, id_out, timeout_s=timeout, grace_s=grace_s)
+    return _run(
+        store,
+        command,
+        fields,
+        id_out,
+        timeout_s=math.inf if timeout is None else timeout,
+        grace_s=GRACE_S if grace is None else grace,
+    )
 
 
 def _run(
@@ -113,29 +108,31 @@ def _run(
     fields: dict[str, Any],
     id_out: TextIO | None,
     *,
-    timeout_s: float | None,
+    timeout_s: float,
     grace_s: float,
 ) -> int:
     """Record the task, run the command, record its end; returns the exit status."""
-    events: Events = Events()
     with contextlib.ExitStack() as stack:
         stack.enter_context(store)
-        stack.enter_context(forwarded_signals(events))
+        events = stack.enter_context(forwarded_signals())
         record = new_command_record(command, **fields)
         if not _create(store, record):
             return 1
         if id_out is not None:
             with id_out:
                 id_out.write(f"{record.task_id}\n")
-        recorder = Recorder(store, record, lambda: events.put(Event("recorded")))
-        verdict = _attend(command, recorder, events, timeout_s=timeout_s, grace_s=grace_s)
-        recorder.finish(
-            verdict.status,
-            error=verdict.error,
-            exit_status=verdict.exit_status,
-            patience_s=END_PATIENCE_S,
-        )
-        if not _recorded(events):
+        recorder = Recorder(store, record)
+        try:
+            with running(command, events, recorder.progress) as child:
+                recorder.note(child_pid=child.pid)
+                ending = child.attend(timeout_s=timeout_s, grace_s=grace_s)
+            verdict = verdict_of(*ending, timeout_s)
+        except OSError as error:
+            reason = f"cannot run {_storable(command[0])}: {error.strerror or error}"
+            render.note(reason)
+            status = NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
+            verdict = Verdict(TaskStatus.FAILED, status, reason)
+        if not recorder.finish(*verdict):
             stack.pop_all()  # the store hangs: closing it would as well
     _report(recorder, verdict)
     return verdict.exit_status
@@ -164,45 +161,19 @@ def new_command_record(command: Sequence[str], **fields: Any) -> TaskRecord:
     )
 
 
-def verdict_of(ending: Ending, timeout_s: float | None) -> Verdict:
-    """What an ending means."""
-    if ending.timed_out:
-        error = f"timed out after {render.duration(timeout_s or 0)}"
+def verdict_of(returncode: int, cause: int | None, timeout_s: float) -> Verdict:
+    """What it means how a command ended, and why it was told to."""
+    if cause == TIMEOUT:
+        error = f"timed out after {render.duration(timeout_s)}"
         return Verdict(TaskStatus.TIMED_OUT, TIMED_OUT, error)
-    if ending.signal:
-        error = f"ended by {_name(ending.signal)}"
-        return Verdict(TaskStatus.CANCELLED, BY_SIGNAL + ending.signal, error)
-    if ending.returncode is None or ending.returncode < 0:
-        number = -(ending.returncode or 0)
-        return Verdict(TaskStatus.FAILED, BY_SIGNAL + number, f"killed by {_name(number)}")
-    if ending.returncode:
-        return Verdict(TaskStatus.FAILED, ending.returncode, f"exit status {ending.returncode}")
+    if cause is not None:
+        return Verdict(TaskStatus.CANCELLED, BY_SIGNAL + cause, f"ended by {_name(cause)}")
+    if returncode < 0:
+        error = f"killed by {_name(-returncode)}"
+        return Verdict(TaskStatus.FAILED, BY_SIGNAL - returncode, error)
+    if returncode:
+        return Verdict(TaskStatus.FAILED, returncode, f"exit status {returncode}")
     return Verdict(TaskStatus.SUCCEEDED, 0)
-
-
-def _attend(
-    command: Sequence[str],
-    recorder: Recorder,
-    events: Events,
-    *,
-    timeout_s: float | None,
-    grace_s: float,
-) -> Verdict:
-    """Start the command, unless a signal came first, and see it to its end."""
-    with contextlib.suppress(Empty):
-        number = events.get_nowait().number
-        error = f"ended by {_name(number)} before it started"
-        return Verdict(TaskStatus.CANCELLED, BY_SIGNAL + number, error)
-    try:
-        child = Child(command, events, recorder.progress)
-    except OSError as error:
-        reason = f"cannot run {_storable(command[0])}: {error.strerror or error}"
-        render.note(reason)
-        missing = isinstance(error, FileNotFoundError)
-        return Verdict(TaskStatus.FAILED, NOT_FOUND if missing else NOT_EXECUTABLE, reason)
-    with child:
-        recorder.note(child_pid=child.pid)
-        return verdict_of(child.attend(timeout_s=timeout_s, grace_s=grace_s), timeout_s)
 
 
 def _create(store: TaskRegistryStore, record: TaskRecord) -> bool:
@@ -220,21 +191,6 @@ def _create(store: TaskRegistryStore, record: TaskRecord) -> bool:
         )
         return False
     return True
-
-
-def _recorded(events: Events) -> bool:
-    """Wait until the end is recorded or given up; false when the store hangs."""
-    begun = time.monotonic()
-    while (left := begun + HANG_S - time.monotonic()) > 0:
-        try:
-            event = events.get(timeout=left)
-        except Empty:
-            break
-        if event.kind == "recorded":
-            return True
-        if event.kind == "signal" and time.monotonic() - begun > DEAF_S:
-            break
-    return False
 
 
 def _report(recorder: Recorder, verdict: Verdict) -> None:
