@@ -8,6 +8,7 @@ looks damaged that may just be changing, it looks again, a few times.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import operator
 import threading
 import time
@@ -22,6 +23,7 @@ from taskstore.errors import (
     TaskStoreError,
 )
 from taskstore.journal import JournalEntry
+from taskstore.records import MAX_INT
 from taskstore.stores.jsonfile.files import LOCK_NAME
 from taskstore.stores.jsonfile.layout import Layout, Place, read_layout, settled
 from taskstore.stores.jsonfile.lines import decode_commit, id_needle, is_sound, journal_entry
@@ -80,7 +82,7 @@ class Reader:
         which is the last segment and how long it is.  Costs one small file and one stat."""
         known = self._layout
         generation = read_generation(self.directory / LOCK_NAME)
-        if known is None or not known.segments:
+        if known is None:
             return (generation, None)
         try:
             last = known.segments[-1].path.stat()
@@ -102,22 +104,15 @@ class Reader:
 
     def end(self, layout: Layout) -> Place:
         """The place after the last commit."""
-        if not layout.segments:
-            return layout.after_newest()
-        last = layout.segments[-1]
-        start = layout.start_of(last)
-        with self._guard:
-            known = self._places[-1] if self._places else start
-        if known.first == last.first and known.offset:
-            size = last.path.stat().st_size
-            if size == known.offset:
-                return known
-            if size > known.offset:
-                start = known
-            else:
-                with self._guard:
-                    self._places = []
-        walk = Walk(layout, start)
+        known = self._nearest(layout, MAX_INT)
+        size = layout.segments[-1].path.stat().st_size
+        if size == known.offset:
+            return known
+        if size < known.offset:
+            with self._guard:
+                self._places = []
+            known = self._nearest(layout, MAX_INT)
+        walk = Walk(layout, known)
         for found in walk:
             self._note(found, walk.place)
         self._remember(walk.place)
@@ -126,24 +121,17 @@ class Reader:
     def torn(self) -> str | None:
         """What is to be said of bytes at the end of the last segment that are no commit."""
 
-        def look(layout: Layout) -> tuple[Path, int, int] | None:
-            if not layout.segments:
-                return None
-            place, path = self.end(layout), layout.segments[-1].path
-            size = path.stat().st_size - place.offset
-            return (path, size, place.offset) if size > 0 and place.offset else None
+        def look(layout: Layout) -> str | None:
+            offset, path = self.end(layout).offset, layout.segments[-1].path
+            size = path.stat().st_size - offset
+            return f"{path}: {torn(size, offset)}; it is left out" if size > 0 else None
 
-        try:
+        with contextlib.suppress(OSError, TaskStoreError):
             found = self.settled(look)
-            if found is None:
-                return None
-            time.sleep(_APPENDING_S)  # a writer may just be writing it
-            if self.settled(look) != found:
-                return None
-        except (OSError, TaskStoreError):
-            return None
-        path, size, offset = found
-        return f"{path}: {torn(size, offset)}; it is left out"
+            if found is not None:
+                time.sleep(_APPENDING_S)  # a writer may just be writing it
+                return found if self.settled(look) == found else None
+        return None
 
     def read(self, layout: Layout, after: int, limit: int) -> Sequence[JournalEntry]:
         """The entries after a seq, at most ``limit``."""
@@ -165,8 +153,7 @@ class Reader:
                         self._remember(before, walk.place)
                         return tuple(entries)
             before = walk.place
-        if layout.segments:
-            self._remember(earlier, walk.place)
+        self._remember(earlier, walk.place)
         return tuple(entries)
 
     def history(self, layout: Layout, task_id: str) -> Sequence[JournalEntry]:
@@ -228,8 +215,6 @@ class Reader:
 
 def _continues(known: Layout, layout: Layout) -> bool:
     """Whether places in the known layout still mean the same in the new one."""
-    if not known.segments:
-        return False
     inodes = {segment.first: segment.inode for segment in layout.segments}
     last = known.segments[-1]
     return known.identity == layout.identity and inodes.get(last.first) == last.inode

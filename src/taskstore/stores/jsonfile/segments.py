@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -115,26 +113,6 @@ def prepare_segment(
     return disk.write_temporary(path, [encode_header(identity, seq=first, at=at, base=base)])
 
 
-def bring_forth(disk: Disk, layout: Layout, path: Path) -> str:
-    """Write the header of a segment that was torn before it held anything; returns the notice.
-
-    Only for who holds the write lock.
-    """
-    first = int(path.stem.partition("-")[2])
-    kept = keep_torn(disk, path, 0, path.read_bytes())
-    if layout.fresh:
-        identity, at = Identity(uuid.uuid4().hex, 1), 0
-    else:
-        end = layout.after_newest()
-        if layout.segments and layout.segments[-1].first >= end.first:
-            end = Walk(layout, layout.start_of(layout.segments[-1])).to_end()
-        if end.seq != first - 1:
-            raise CorruptStoreError(str(path), f"follows seq {end.seq}", offset=0)
-        identity, at = layout.identity, end.at
-    disk.publish(prepare_segment(disk, path, identity, at=at), path)
-    return f"{path}: a torn header was never followed by anything; it was kept as {kept.name}"
-
-
 def cut_tail(disk: Disk, path: Path, offset: int) -> str:
     """Cut what lies after ``offset``, keeping its bytes; returns the notice about it.
 
@@ -143,7 +121,12 @@ def cut_tail(disk: Disk, path: Path, offset: int) -> str:
     with path.open("rb") as file:
         file.seek(offset)
         tail = file.read()
-    kept = keep_torn(disk, path, offset, tail)
+    kept = path.with_name(f"{path.name}.{offset}{TORN}")
+    count = 1
+    while kept.exists():
+        count += 1
+        kept = path.with_name(f"{path.name}.{offset}-{count}{TORN}")
+    disk.publish(disk.write_temporary(kept, [tail]), kept)
     descriptor = disk.open(path, os.O_WRONLY)
     try:
         disk.truncate(descriptor, offset)
@@ -160,16 +143,3 @@ def torn(size: int, offset: int) -> str:
         f"the last line ({size} bytes at offset {offset}) was not completely written, "
         "or was damaged afterwards"
     )
-
-
-def keep_torn(disk: Disk, path: Path, offset: int, tail: bytes) -> Path:
-    """Write torn bytes beside their segment, durably, under a name that is free."""
-    count = 1
-    while True:
-        suffix = f".{offset}{TORN}" if count == 1 else f".{offset}-{count}{TORN}"
-        kept = path.with_name(path.name + suffix)
-        with contextlib.suppress(FileExistsError):
-            disk.write_new(kept, [tail])
-            disk.sync_directory(path.parent)
-            return kept
-        count += 1
