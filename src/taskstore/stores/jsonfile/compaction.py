@@ -11,6 +11,7 @@ it; the files below it are removed afterwards, oldest first.
 from __future__ import annotations
 
 import contextlib
+import heapq
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -23,7 +24,7 @@ from taskstore import codec
 from taskstore.journal import EntryKind, SetAside
 from taskstore.policy import SnapshotMark
 from taskstore.stores.compaction import CompactionSteps, Cut, Retained, Standing
-from taskstore.stores.jsonfile.files import TORN, segment_name
+from taskstore.stores.jsonfile.files import TORN
 from taskstore.stores.jsonfile.index import keys_of
 from taskstore.stores.jsonfile.layout import Layout, read_layout, read_snapshot_header
 from taskstore.stores.jsonfile.lines import Entry, image
@@ -202,31 +203,22 @@ class Merge:
 
     def payloads(self) -> Iterator[bytes]:
         """The live payloads in order of task_id."""
+        for _, payload in heapq.merge(self._old(), self._new()):
+            self.count += 1
+            yield payload
+
+    def _new(self) -> Iterator[tuple[str, bytes]]:
+        """The payloads of the journal with their task ids."""
         with contextlib.ExitStack() as stack:
-            files: dict[int, int] = {}
-
-            def read(task_id: str) -> bytes:
+            files = {
+                segment.first: stack.enter_context(segment.path.open("rb"))
+                for segment in self._layout.segments
+            }
+            for task_id in in_order(self._ends):
                 found = self._ends[task_id]
-                assert isinstance(found, _Image)
-                self.count += 1
-                if found.segment not in files:
-                    path = self._layout.directory / segment_name(found.segment)
-                    files[found.segment] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                    stack.callback(os.close, files[found.segment])
-                return os.pread(files[found.segment], found.length, found.offset)
-
-            live = in_order(
-                task_id for task_id, found in self._ends.items() if isinstance(found, _Image)
-            )
-            live.reverse()
-            for task_id, payload in self._old():
-                while live and live[-1] < task_id:
-                    yield read(live.pop())
-                if task_id not in self._ends:
-                    self.count += 1
-                    yield payload
-            while live:
-                yield read(live.pop())
+                if isinstance(found, _Image):
+                    file = files[found.segment]
+                    yield task_id, os.pread(file.fileno(), found.length, found.offset)
 
     def aside(self) -> Iterator[SetAside]:
         """What is set aside, to be asked for after the payloads."""
@@ -236,18 +228,18 @@ class Merge:
             yield item
 
     def _old(self) -> Iterator[tuple[str, bytes]]:
-        """The payloads of the old snapshot with their task ids."""
+        """The payloads of the old snapshot that stay, with their task ids."""
         layout = self._layout
         if layout.newest is None:
             return
         with opened(layout, layout.newest.seq) as reader:
             for payload in reader:
                 keys = keys_of(payload)
-                if keys is not None:
-                    yield keys.task_id, payload
-                else:
+                if keys is None:
                     where = str(layout.snapshot_path(layout.newest.seq))
                     self._unknown.append(codec.set_aside(payload, where, "its id cannot be told"))
+                elif keys.task_id not in self._ends:
+                    yield keys.task_id, payload
             self._unknown += reader.aside
             self._unknown = [
                 item for item in self._unknown if not is_obsolete(item, self._end(item.task_id))

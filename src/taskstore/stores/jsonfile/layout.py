@@ -61,8 +61,8 @@ class Place(NamedTuple):
 
     ``seq`` and ``at`` are those of the last entry before it.  ``mark`` is
     the offset of the last line before it and ``stamp`` how that line begins,
-    by which, with the segment's ``inode``, the place is recognised later.
-    ``offset`` 0 is the start of the segment.
+    by which, with the segment's ``inode``, the place is recognised later; there
+    is no such line before the first commit of a segment.
     """
 
     first: int
@@ -108,13 +108,11 @@ class Layout(NamedTuple):
 
     def after_newest(self) -> Place:
         """The place right after the newest snapshot."""
-        if self.newest is None:
-            return Place(1, 0, 0)
-        return Place(self.newest.seq + 1, self.newest.seq, self.newest.at)
+        return self.before(self.newest.seq + 1 if self.newest is not None else 1)
 
     def start_of(self, segment: SegmentFile) -> Place:
         """The place before the first commit of a segment."""
-        return Place(segment.first, segment.first - 1, segment.at)
+        return Place(segment.first, segment.first - 1, segment.at, segment.start, segment.inode)
 
     def holds(self, place: Place) -> bool:
         """Whether a place that was remembered is still what it was."""

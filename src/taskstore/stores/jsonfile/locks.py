@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 from taskstore.disk import Disk
 from taskstore.errors import StoreBusyError
@@ -115,13 +114,13 @@ class WriteLock(FileLock):
         self.generation = 0
         self.seen: int | None = None
         self.synced = 0
-        self.state = b""
+        self.state: bytes | None = None
         """What was read or written last: while the file tells the same, so does the lock."""
         self._pid = os.getpid()
 
     def _open(self) -> None:
         # Another lock file may be that of other files.
-        self.state, self.seen = b"", None
+        self.state, self.seen = None, None
         super()._open()
 
     def take_in(self, state: bytes) -> None:
@@ -168,30 +167,23 @@ class WriteLock(FileLock):
             self.synced,
             self.synced,
         )
-        self.state = b""
+        self.state = None
         self._disk.pwrite(self.descriptor, state, 0)
         self.state = state
 
 
-class Generation(NamedTuple):
-    """The generation of a directory's files, and by which lock file that is."""
+def read_generation(path: Path) -> tuple[int, int] | None:
+    """The generation and the inode of the lock file, read without the lock.
 
-    number: int
-    inode: int
-
-
-def read_generation(path: Path) -> Generation | None:
-    """The generation, read without the lock; ``None`` when it cannot be told or is changing."""
+    ``None`` when the generation cannot be told or is changing.
+    """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with path.open("rb", buffering=0) as file:
+            pid, number, _ = _parse(file.read(STATE_BYTES))
+            inode = os.fstat(file.fileno()).st_ino
     except FileNotFoundError:
         return None
-    try:
-        pid, number, _ = _parse(os.pread(descriptor, STATE_BYTES, 0))
-        inode = os.fstat(descriptor).st_ino
-    finally:
-        os.close(descriptor)
-    return Generation(number, inode) if pid and number % 2 == 0 else None
+    return (number, inode) if pid and number % 2 == 0 else None
 
 
 def busy(path: Path, what: str, waited_s: float) -> StoreBusyError:

@@ -27,7 +27,7 @@ from taskstore.records import MAX_INT
 from taskstore.stores.jsonfile.files import LOCK_NAME
 from taskstore.stores.jsonfile.layout import Layout, Place, read_layout, settled
 from taskstore.stores.jsonfile.lines import decode_commit, id_needle, is_sound, journal_entry
-from taskstore.stores.jsonfile.locks import Generation, read_generation
+from taskstore.stores.jsonfile.locks import read_generation
 from taskstore.stores.jsonfile.segments import Found, Walk, torn
 
 _T = TypeVar("_T")
@@ -45,7 +45,7 @@ class Reader:
         self.strict = strict
         self._guard = threading.Lock()
         self._layout: Layout | None = None
-        self._generation: Generation | None = None
+        self._generation: tuple[int, int] | None = None
         self._places: list[Place] = []
 
     def settled(self, work: Callable[[Layout], _T]) -> _T:
@@ -140,20 +140,20 @@ class Reader:
         entries: list[JournalEntry] = []
         if limit <= 0:
             return ()
-        before = earlier = self._nearest(layout, after)
-        walk = Walk(layout, before)
+        before = place = self._nearest(layout, after)
+        walk = Walk(layout, place)
         for found in walk:
-            line, earlier = found.line, before
-            self._note(found, walk.place)
-            if line.last > after:
-                for index in range(max(after + 1 - line.seq, 0), len(line.entries)):
-                    entries.append(journal_entry(line, index, found.where, strict=self.strict))
-                    if len(entries) == limit:
-                        # A reader that goes on asks for the last entry once more.
-                        self._remember(before, walk.place)
-                        return tuple(entries)
-            before = walk.place
-        self._remember(earlier, walk.place)
+            before, place, line = place, walk.place, found.line
+            self._note(found, place)
+            begin = max(after + 1 - line.seq, 0)
+            entries += [
+                journal_entry(line, index, found.where, strict=self.strict)
+                for index in range(begin, min(len(line.entries), begin + limit - len(entries)))
+            ]
+            if len(entries) == limit:
+                break
+        # A reader that goes on may ask for the last entry once more.
+        self._remember(before, place)
         return tuple(entries)
 
     def history(self, layout: Layout, task_id: str) -> Sequence[JournalEntry]:
@@ -206,9 +206,8 @@ class Reader:
         with self._guard:
             for place in places:
                 position = bisect.bisect_left(self._places, place.seq, key=_seq_of)
-                same = self._places[position : position + 1]
-                stale = bool(same) and same[0].seq == place.seq
-                self._places[position : position + stale] = [place]
+                end = bisect.bisect_right(self._places, place.seq, key=_seq_of)
+                self._places[position:end] = [place]
             if len(self._places) > _PLACES:
                 del self._places[:-1:2]
 

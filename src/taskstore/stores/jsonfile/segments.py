@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -57,12 +56,6 @@ class Walk:
                 self._step_into(segment)
             yield from self.within(segment)
 
-    def to_end(self) -> Place:
-        """Walk without looking at anything; returns the place at the end."""
-        for _ in self:
-            pass
-        return self.place
-
     def _step_into(self, segment: SegmentFile) -> None:
         if segment.first != self.place.seq + 1:
             raise CorruptStoreError(
@@ -80,10 +73,8 @@ class Walk:
         path, first = str(segment.path), segment.first
         seq = self.place.seq
         with segment.path.open("rb", buffering=_BUFFER) as file:
-            offset = self.place.offset or segment.start
+            offset = self.place.offset
             file.seek(offset)
-            if not self.place.offset:
-                self.place = self.place._replace(offset=offset, inode=segment.inode)
             for raw in file:
                 if not is_sound(raw):
                     if last and not file.read(1):
@@ -113,8 +104,8 @@ def prepare_segment(
     return disk.write_temporary(path, [encode_header(identity, seq=first, at=at, base=base)])
 
 
-def cut_tail(disk: Disk, path: Path, offset: int) -> str:
-    """Cut what lies after ``offset``, keeping its bytes; returns the notice about it.
+def cut_tail(disk: Disk, descriptor: int, path: Path, offset: int) -> str:
+    """Cut what lies after ``offset`` of an open segment, keeping its bytes; returns the notice.
 
     Only for who holds the write lock, and who syncs the segment before writing on.
     """
@@ -127,11 +118,7 @@ def cut_tail(disk: Disk, path: Path, offset: int) -> str:
         count += 1
         kept = path.with_name(f"{path.name}.{offset}-{count}{TORN}")
     disk.publish(disk.write_temporary(kept, [tail]), kept)
-    descriptor = disk.open(path, os.O_WRONLY)
-    try:
-        disk.truncate(descriptor, offset)
-    finally:
-        disk.close(descriptor)
+    disk.truncate(descriptor, offset)
     return (
         f"{path}: {torn(len(tail), offset)}; it was cut off, and its bytes are kept in {kept.name}"
     )

@@ -123,8 +123,7 @@ class JSONStore(TaskRegistryStore):
                 return load(layout, strict=self.strict)[0]
             index = Index()
             snapshot, place = load(layout, strict=self.strict, index=index)
-            if place.inode:
-                writer.loaded = (index, place)
+            writer.loaded = (index, place)
             return snapshot
 
         snapshot = self._read(work)

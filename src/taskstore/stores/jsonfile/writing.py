@@ -202,10 +202,11 @@ class Writer:
         last = layout.segments[-1]
         if walk.place.first != last.first:
             raise CorruptStoreError(str(last.path), "does not continue the journal", offset=0)
-        if last.path.stat().st_size > walk.place.offset:
-            with self._lock.changing():
-                self.notices.append(cut_tail(self.disk, last.path, walk.place.offset))
         self._open_segment(last)
+        end = walk.place.offset
+        if last.path.stat().st_size > end:
+            with self._lock.changing():
+                self.notices.append(cut_tail(self.disk, self._descriptor, last.path, end))
         self.layout, self.place, self.index = layout, walk.place, index
         self.last = last_commit
 
@@ -355,9 +356,10 @@ class Writer:
     def _move_to(self, path: Path) -> None:
         """Be at the start of the newest segment, which is empty."""
         self.layout = read_layout(self.directory)
-        assert self.layout.segments[-1].path == path, "a new segment is the last one"
-        self._open_segment(self.layout.segments[-1])
-        self.place = Walk(self.layout, self.layout.start_of(self.layout.segments[-1])).to_end()
+        last = self.layout.segments[-1]
+        assert last.path == path, "a new segment is the last one"
+        self._open_segment(last)
+        self.place = self.layout.start_of(last)
 
     def settle(self, floor: int) -> None:
         """Tell everybody that a compaction has moved the floor.  Under the lock."""
