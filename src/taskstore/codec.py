@@ -160,7 +160,7 @@ def encode_snapshot(snapshot: Snapshot) -> bytes:
     """
     snapshot = validated_snapshot(snapshot)
     payloads = (encode_record(snapshot.records[task_id]) for task_id in sorted(snapshot.records))
-    header = {"seq": snapshot.seq, "at": snapshot.at}
+    header = SnapshotHeader(SNAPSHOT_FORMAT, snapshot.seq, snapshot.at)
     return b"".join(write_snapshot(header, payloads, snapshot.set_aside))
 
 
@@ -175,16 +175,14 @@ def decode_snapshot(data: bytes, where: str = "snapshot") -> Snapshot:
 
 
 def write_snapshot(
-    header: dict[str, Any], payloads: Iterable[bytes], aside: Iterable[SetAside] = ()
+    header: SnapshotHeader, payloads: Iterable[bytes], aside: Iterable[SetAside] = ()
 ) -> Iterator[bytes]:
     """Write a snapshot in blocks of bytes: a JSON document with one payload a line.
 
-    ``header`` holds at least ``seq`` and ``at``.  Memory is bounded by a block.
-    The last line is the CRC-32 of everything before it.
+    Memory is bounded by a block.  The last line is the CRC-32 of everything before it.
     """
-    head = _encoder.encode({"format": SNAPSHOT_FORMAT, **header})
     crc = 0
-    for block in _blocks(head, payloads, aside):
+    for block in _blocks(_encoder.encode(header), payloads, aside):
         crc = zlib.crc32(block, crc)
         yield block
     yield b'"checksum":"%08x"}\n' % crc

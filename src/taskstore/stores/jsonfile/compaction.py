@@ -26,10 +26,15 @@ from taskstore.policy import SnapshotMark
 from taskstore.stores.compaction import CompactionSteps, Cut, Retained, Standing
 from taskstore.stores.jsonfile.files import TORN
 from taskstore.stores.jsonfile.index import keys_of
-from taskstore.stores.jsonfile.layout import Layout, read_layout, read_snapshot_header
+from taskstore.stores.jsonfile.layout import (
+    Layout,
+    read_layout,
+    read_snapshot_header,
+    snapshot_header,
+)
 from taskstore.stores.jsonfile.lines import Entry, image
 from taskstore.stores.jsonfile.segments import Found, Walk
-from taskstore.stores.jsonfile.snapshots import is_obsolete, opened, write_snapshot
+from taskstore.stores.jsonfile.snapshots import is_obsolete, opened
 from taskstore.stores.jsonfile.writing import Writer
 from taskstore.yielding import in_order
 
@@ -84,17 +89,11 @@ class Compaction(CompactionSteps):
         layout, floor, disk = self._layout, retained.floor, self._writer.disk
         merge = Merge(layout, cut.seq, floor)
         path = layout.snapshot_path(cut.seq)
-        temporary = write_snapshot(
-            disk,
-            path,
-            merge.payloads(),
-            merge.aside(),
-            identity=layout.identity,
-            at=cut.at,
-            floor=floor,
-            deleted={task_id: seq for task_id, seq in merge.deleted.items() if seq >= floor},
+        header = snapshot_header(
+            layout.identity, seq=cut.seq, at=cut.at, floor=floor, deleted=merge.deleted
         )
-        disk.publish(temporary, path)
+        blocks = codec.write_snapshot(header, merge.payloads(), merge.aside())
+        disk.publish(disk.write_temporary(path, blocks), path)
         with self._writer.entered():
             self._writer.settle(floor)
         self.superseded = merge.superseded

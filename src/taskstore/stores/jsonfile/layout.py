@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -42,6 +42,15 @@ class SnapshotHeader(codec.SnapshotHeader, frozen=True):
     timeline: int
     floor: int
     deleted: dict[str, int] = field(default_factory=dict)
+
+
+def snapshot_header(
+    identity: Identity, *, seq: int, at: int, floor: int, deleted: Mapping[str, int] | None = None
+) -> SnapshotHeader:
+    """The header of a snapshot as of ``seq``, which declares ``floor``."""
+    ledger, timeline = identity.ledger, identity.timeline
+    kept = {task_id: seq for task_id, seq in (deleted or {}).items() if seq >= floor}
+    return SnapshotHeader(codec.SNAPSHOT_FORMAT, seq, at, ledger, timeline, floor, kept)
 
 
 class SegmentFile(NamedTuple):

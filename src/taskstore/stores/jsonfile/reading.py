@@ -12,12 +12,11 @@ import contextlib
 import operator
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from taskstore.errors import (
-    CorruptStoreError,
     CursorExpiredError,
     StoreUnavailableError,
     TaskStoreError,
@@ -26,9 +25,9 @@ from taskstore.journal import JournalEntry
 from taskstore.records import MAX_INT
 from taskstore.stores.jsonfile.files import LOCK_NAME
 from taskstore.stores.jsonfile.layout import Layout, Place, read_layout, settled
-from taskstore.stores.jsonfile.lines import decode_commit, id_needle, is_sound, journal_entry
+from taskstore.stores.jsonfile.lines import decode_commit, id_needle, journal_entry
 from taskstore.stores.jsonfile.locks import read_generation
-from taskstore.stores.jsonfile.segments import Found, Walk, torn
+from taskstore.stores.jsonfile.segments import Found, Walk, lines_of, torn
 
 _T = TypeVar("_T")
 _SPARSE_BYTES = 256 * 1024
@@ -160,31 +159,17 @@ class Reader:
         """The entries of one task: only lines that name it are looked at."""
         needle = id_needle(task_id)
         entries = []
-        for found in self._lines_with(layout, needle):
-            entries += [
-                journal_entry(found.line, index, found.where, strict=self.strict)
-                for index, entry in enumerate(found.line.entries)
-                if entry.task_id == task_id
-            ]
-        return tuple(entries)
-
-    def _lines_with(self, layout: Layout, needle: bytes) -> Iterator[Found]:
         for segment in layout.segments:
-            offset = segment.start
-            with segment.path.open("rb", buffering=_SPARSE_BYTES) as file:
-                file.seek(offset)
-                for raw in file:
-                    if needle in raw:
-                        if is_sound(raw):
-                            line = decode_commit(raw, str(segment.path), offset)
-                            yield Found(segment, offset, raw, line)
-                        elif segment is not layout.segments[-1] or file.read(1):
-                            raise CorruptStoreError(
-                                str(segment.path),
-                                "the line does not match its checksum",
-                                offset=offset,
-                            )
-                    offset += len(raw)
+            last = segment is layout.segments[-1]
+            for offset, raw in lines_of(segment, segment.start, last=last, naming=needle):
+                line = decode_commit(raw, str(segment.path), offset)
+                where = Found(segment, offset, raw, line).where
+                entries += [
+                    journal_entry(line, index, where, strict=self.strict)
+                    for index, entry in enumerate(line.entries)
+                    if entry.task_id == task_id
+                ]
+        return tuple(entries)
 
     def _nearest(self, layout: Layout, after: int) -> Place:
         """The last known place at or before a seq."""

@@ -69,31 +69,38 @@ class Walk:
 
     def within(self, segment: SegmentFile) -> Iterator[Found]:
         """The commits after the place, to the end of its segment."""
+        path, first, seq = str(segment.path), segment.first, self.place.seq
         last = segment is self.layout.segments[-1]
-        path, first = str(segment.path), segment.first
-        seq = self.place.seq
-        with segment.path.open("rb", buffering=_BUFFER) as file:
-            offset = self.place.offset
-            file.seek(offset)
-            for raw in file:
-                if not is_sound(raw):
-                    if last and not file.read(1):
-                        return
+        for offset, raw in lines_of(segment, self.place.offset, last=last):
+            line = decode_commit(raw, path, offset)
+            if line.seq != seq + 1:
+                raise CorruptStoreError(path, f"seq {line.seq} follows seq {seq}", offset=offset)
+            seq, end = line.last, offset + len(raw)
+            self.place = Place(first, seq, line.at, end, segment.inode, offset, raw[:STAMP_BYTES])
+            yield Found(segment, offset, raw, line)
+
+
+def lines_of(
+    segment: SegmentFile, offset: int, *, last: bool, naming: bytes = b""
+) -> Iterator[tuple[int, bytes]]:
+    """The lines from ``offset`` on that hold ``naming``, each with its offset.
+
+    In the last segment, a torn line at the end counts as nothing.  Any other
+    line that does not match its checksum is :class:`CorruptStoreError`.
+    """
+    with segment.path.open("rb", buffering=_BUFFER) as file:
+        file.seek(offset)
+        for raw in file:
+            if naming in raw:
+                if is_sound(raw):
+                    yield offset, raw
+                elif last and not file.read(1):
+                    return
+                else:
                     raise CorruptStoreError(
-                        path, "the line does not match its checksum", offset=offset
+                        str(segment.path), "the line does not match its checksum", offset=offset
                     )
-                line = decode_commit(raw, path, offset)
-                if line.seq != seq + 1:
-                    raise CorruptStoreError(
-                        path, f"seq {line.seq} follows seq {seq}", offset=offset
-                    )
-                seq = line.last
-                end = offset + len(raw)
-                self.place = Place(
-                    first, seq, line.at, end, segment.inode, offset, raw[:STAMP_BYTES]
-                )
-                yield Found(segment, offset, raw, line)
-                offset = end
+            offset += len(raw)
 
 
 def prepare_segment(

@@ -1,48 +1,17 @@
-"""Snapshots: writing them, reading them, and bringing one forward over the journal."""
+"""Snapshots: reading them, and bringing one forward over the journal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from taskstore import codec
-from taskstore.disk import Disk
 from taskstore.journal import EntryKind, SetAside, Snapshot
 from taskstore.records import TaskRecord
 from taskstore.stores.jsonfile.index import Index
 from taskstore.stores.jsonfile.layout import Layout, Place, SnapshotHeader, open_snapshot
-from taskstore.stores.jsonfile.lines import Entry, Identity, image
+from taskstore.stores.jsonfile.lines import Entry, image
 from taskstore.stores.jsonfile.segments import Walk
-
-
-def write_snapshot(
-    disk: Disk,
-    path: Path,
-    payloads: Iterable[bytes],
-    aside: Iterable[SetAside],
-    *,
-    identity: Identity,
-    at: int,
-    floor: int,
-    deleted: Mapping[str, int],
-) -> Path:
-    """Write what shall become the snapshot ``path`` beside it; returns where.
-
-    ``payloads`` come in order of task_id; ``deleted`` are the deletions that
-    the journal before it still holds from ``floor`` on.
-    """
-    header: dict[str, Any] = {
-        "seq": int(path.stem.partition("-")[2]),
-        "at": at,
-        "ledger": identity.ledger,
-        "timeline": identity.timeline,
-        "floor": floor,
-        "deleted": dict(deleted),
-    }
-    return disk.write_temporary(path, codec.write_snapshot(header, payloads, aside))
 
 
 def opened(

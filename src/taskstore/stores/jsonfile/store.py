@@ -147,9 +147,8 @@ class JSONStore(TaskRegistryStore):
         self._feed.announce(snapshot.seq)
 
     def apply(self, changes: Sequence[Change]) -> Commit:
-        self._check_writable()
-        writer = self._writer
-        assert writer is not None
+        self._check_open()
+        writer = self._writer or self._writing()
         steps = plan(changes)
         entries = encode_changes(changes)
         try:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from taskstore import codec
 from taskstore.clock import Clock, new_commit_id
 from taskstore.disk import TEMPORARY, Disk
 from taskstore.errors import (
@@ -34,11 +35,18 @@ from taskstore.stores.jsonfile.files import (
     unavailable,
 )
 from taskstore.stores.jsonfile.index import Index
-from taskstore.stores.jsonfile.layout import Layout, Place, SegmentFile, read_layout, settled
+from taskstore.stores.jsonfile.layout import (
+    Layout,
+    Place,
+    SegmentFile,
+    read_layout,
+    settled,
+    snapshot_header,
+)
 from taskstore.stores.jsonfile.lines import STAMP_BYTES, Identity, encode_commit
 from taskstore.stores.jsonfile.locks import STATE_BYTES, FileLock, WriteLock, busy
 from taskstore.stores.jsonfile.segments import Walk, cut_tail, prepare_segment
-from taskstore.stores.jsonfile.snapshots import check_newest, load, write_snapshot
+from taskstore.stores.jsonfile.snapshots import check_newest, load
 from taskstore.stores.retry import Contention
 
 _REOPEN = "close it and open it again"
@@ -289,9 +297,7 @@ class Writer:
         line = encode_commit(commit, entries)
         written = False
         try:
-            size = self.disk.pwrite(self._descriptor, line, place.offset)
-            if size < len(line):
-                self.disk.write_at(self._descriptor, line[size:], place.offset + size)
+            self.disk.write_at(self._descriptor, line, place.offset)
             written = True
             if self._sync:
                 self.disk.sync_data(self._descriptor)
@@ -376,16 +382,9 @@ class Writer:
         known = self.layout.identity
         identity = Identity(known.ledger, known.timeline + 1) if head else known
         path = self.directory / snapshot_name(snapshot.seq)
-        temporary = write_snapshot(
-            self.disk,
-            path,
-            payloads,
-            snapshot.set_aside,
-            identity=identity,
-            at=at,
-            floor=snapshot.seq + 1,
-            deleted={},
-        )
+        header = snapshot_header(identity, seq=snapshot.seq, at=at, floor=snapshot.seq + 1)
+        blocks = codec.write_snapshot(header, payloads, snapshot.set_aside)
+        temporary = self.disk.write_temporary(path, blocks)
         try:
             segment = self.directory / segment_name(snapshot.seq + 1)
             begun = prepare_segment(self.disk, segment, identity, at=at, base=True)
