@@ -116,13 +116,15 @@ class Lookups(ABC):
 class Mirror(Lookups):
     """What is committed, as far as this process has seen it.
 
-    ``position`` is that of the last entry mirrored.  Writers hold the registry's
+    ``position`` is that of the last entry mirrored; ``interrupted`` tells that
+    an interrupt may have left it half-way, until it is loaded anew.  Writers hold the registry's
     commit lock; ``lock`` is held while the indexes change or are read.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.position = Position(0)
+        self.interrupted = False
         self._indexes = Indexes()
 
     @property
@@ -145,6 +147,7 @@ class Mirror(Lookups):
         with self.lock:
             self._indexes, before = indexes, self._indexes
             self.position = Position(snapshot.seq, commit_id)
+            self.interrupted = False
         if before.records:
             before.dismantle()
 
@@ -154,7 +157,9 @@ class Mirror(Lookups):
 
     def holder(self, key: DedupKey) -> TaskRecord | None:
         """Return the task that has a dedup key, or ``None``."""
-        return self._indexes.holder(key)
+        indexes = self._indexes
+        task_id = indexes.holders.get("\0".join(key))
+        return None if task_id is None else indexes.records[task_id]
 
     def summary(self) -> Summary:
         """Count the records, without looking at them."""

@@ -341,12 +341,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         return self._mutate(task_id, delivering, if_revision, fence)
 
     def set_notify_policy(
-        self,
-        task_id: str,
-        policy: str,
-        *,
-        if_revision: int | None = None,
-        fence: str | None = None,
+        self, task_id: str, policy: str, *, if_revision: int | None = None, fence: str | None = None
     ) -> RecordT:
         """Set what the owner wants to hear of: done_only, state_changes or silent.
 

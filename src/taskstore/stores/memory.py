@@ -24,7 +24,6 @@ from taskstore.journal import (
     dedup_key,
     entries_of,
     find_conflicts,
-    fold,
     occupied_by,
     plan,
     replaces,
@@ -35,6 +34,7 @@ from taskstore.query import Page, TaskQuery, evaluate
 from taskstore.records import DedupKey, TaskRecord
 from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport, check_history
 from taskstore.stores.compaction import CompactionSteps, Cut, Retained, Standing, compact
+from taskstore.stores.integrity import IntegrityCheck
 
 
 class MemoryStorage:
@@ -236,13 +236,11 @@ class MemoryStore(TaskRegistryStore):
         self._check_open()
         storage = self.storage
         with storage.gate:
-            base = storage.snapshots.get(storage.floor - 1, Snapshot(storage.floor - 1))
-            problems = []
-            if fold(base, storage.journal).records != storage.current:
-                problems.append("folding the journal does not give the records")
-            return VerifyReport(
-                storage.head, len(storage.current), len(storage.journal), tuple(problems)
-            )
+            places = {seq: f"the snapshot at seq {seq}" for seq in storage.snapshots}
+            check = IntegrityCheck(storage.floor, places, storage.snapshots.__getitem__)
+            check.journal(storage.journal, storage.head)
+            check.compare("the store", self.load_snapshot())
+            return check.report()
 
 
 class _Compaction(CompactionSteps):

@@ -108,26 +108,29 @@ def read_snapshot(transactions: Transactions, at: int) -> Snapshot | None:
         row = session.row(sql.snapshot_at, (at,))
         if row is None:
             return None
-        mark = Mark(*row)
-        records: dict[str, TaskRecord] = {}
-        aside: list[SetAside] = []
-        for item in read_chunks(session, sql, mark, transactions.database.location):
-            if isinstance(item, TaskRecord):
-                records[item.task_id] = item
-            else:
-                aside.append(item)
-        return Snapshot(mark.seq, MappingProxyType(records), mark.at, tuple(aside))
+        return read_marked(session, sql, Mark(*row), transactions.database.location)
 
     return transactions.read(work, one_moment=True)
 
 
-def read_chunks(
-    session: Session, sql: Statements, mark: Mark, location: str
-) -> Iterator[TaskRecord | SetAside]:
-    """What a published snapshot holds.
+def read_marked(session: Session, sql: Statements, mark: Mark, location: str) -> Snapshot:
+    """A published snapshot, of which the row is given.
 
     Raises :class:`~taskstore.CorruptStoreError` for a chunk that is missing or damaged.
     """
+    records: dict[str, TaskRecord] = {}
+    aside: list[SetAside] = []
+    for item in _read_chunks(session, sql, mark, location):
+        if isinstance(item, TaskRecord):
+            records[item.task_id] = item
+        else:
+            aside.append(item)
+    return Snapshot(mark.seq, MappingProxyType(records), mark.at, tuple(aside))
+
+
+def _read_chunks(
+    session: Session, sql: Statements, mark: Mark, location: str
+) -> Iterator[TaskRecord | SetAside]:
     total = 0
     for number in range(mark.chunks):
         where = f"{location}: task_snapshot_chunks, seq {mark.seq}, chunk {number}"

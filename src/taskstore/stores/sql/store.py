@@ -9,7 +9,7 @@ from functools import partial
 
 import sqlalchemy as sa
 
-from taskstore.backends import DURABILITIES, MIGRATIONS
+from taskstore.backends import check_options
 from taskstore.errors import (
     CorruptStoreError,
     CursorExpiredError,
@@ -267,11 +267,6 @@ def open_sql(
 
 
 def _check_options(durability: str, migrate: str, reconnect_s: float) -> None:
-    for name, value, known in (
-        ("durability", durability, DURABILITIES),
-        ("migrate", migrate, MIGRATIONS),
-    ):
-        if value not in known:
-            raise ValidationError(name, f"must be one of {known}, not {value!r}")
+    check_options(durability, migrate)
     if not isinstance(reconnect_s, (int, float)) or not reconnect_s >= 0:
         raise ValidationError("reconnect_s", f"must be seconds, not {reconnect_s!r}")

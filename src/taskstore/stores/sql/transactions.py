@@ -305,12 +305,16 @@ class Transactions:
         begun = self._begun
         if begun is not None and self._begun_by == threading.get_ident() and not one_moment:
             try:
-                return self._checked(work(begun))
+                result = work(begun)
+                if self.database.guard is not None:
+                    self.database.guard.check()
             except self.database.translator.errors as error:
                 # The transaction is lost, and with it what kept others out; the
                 # connection may be lost too, which is no reason not to read.
                 self._begun = None
                 self._roll_back(begun, error)
+            else:
+                return result
         for attempt in self._reads.attempts():
             with attempt, self.reading(one_moment=one_moment) as session:
                 return work(session)
@@ -327,17 +331,14 @@ class Transactions:
             yield session
             if one_moment:
                 session.execute("COMMIT")
+            # Before it is released: with the last connection of a store that is closed
+            # meanwhile, SQLite itself removes the logs.
+            if self.database.guard is not None:
+                self.database.guard.check()
         except BaseException as error:
             self._roll_back(session, error)
             raise
         self.pool.release(session)
-        self._checked(None)
-
-    def _checked(self, result: _T) -> _T:
-        """What was read, if it was read from the right file."""
-        if self.database.guard is not None:
-            self.database.guard.check()
-        return result
 
     def _position(self) -> int | None:
         """How far all writers have come, at one attempt; ``None`` if that cannot be read."""
@@ -380,28 +381,28 @@ class Transactions:
         fault = None
         if isinstance(error, database.translator.errors):
             fault = database.translator.fault_of(error)
-        if fault in GONE:
-            database.renew()
-            self.pool.release(session, broken=True)
-            return
+        broken = fault in GONE
         try:
-            database.rollback(session)
+            if broken:
+                database.renew()
+            else:
+                database.rollback(session)
         except Exception:  # noqa: BLE001 - whatever a broken driver raises
-            self.pool.release(session, broken=True)
-        else:
-            self._release(session)
-        if fault is not None and database.guard is not None:
-            database.guard.look()
+            broken = True
+        try:
+            if fault is not None and database.guard is not None:
+                database.guard.look()
+        finally:
+            self._release(session, broken=broken)
 
-    def _release(self, session: Session) -> None:
+    def _release(self, session: Session, *, broken: bool = False) -> None:
         """Release a connection, a host's as it was."""
         try:
-            if session is not self.pool.writing:
+            if session is not self.pool.writing and not broken:
                 session.set_back()
         except Exception:  # noqa: BLE001 - whatever a broken driver raises
-            self.pool.release(session, broken=True)
-        else:
-            self.pool.release(session)
+            broken = True
+        self.pool.release(session, broken=broken)
 
     def close(self) -> None:
         """Close the pool, once no write is under way."""

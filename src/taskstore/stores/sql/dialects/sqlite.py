@@ -131,7 +131,7 @@ class SQLiteDatabase(Database):
     def _begin(self, session: Session) -> bool:
         """Begin if nobody writes; whether that was so."""
         try:
-            session.execute("BEGIN IMMEDIATE")
+            session.cursor.execute("BEGIN IMMEDIATE")
         except self.translator.errors as error:
             if self.fault_of(error) is not Fault.BUSY:
                 raise
