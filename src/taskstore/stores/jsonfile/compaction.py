@@ -28,13 +28,14 @@ from taskstore.stores.jsonfile.files import TORN
 from taskstore.stores.jsonfile.index import keys_of
 from taskstore.stores.jsonfile.layout import (
     Layout,
+    SnapshotHeader,
+    open_snapshot,
     read_layout,
     read_snapshot_header,
-    snapshot_header,
 )
 from taskstore.stores.jsonfile.lines import Entry, image
 from taskstore.stores.jsonfile.segments import Found, Walk
-from taskstore.stores.jsonfile.snapshots import is_obsolete, opened
+from taskstore.stores.jsonfile.snapshots import is_obsolete
 from taskstore.stores.jsonfile.writing import Writer
 from taskstore.yielding import in_order
 
@@ -78,10 +79,11 @@ class Compaction(CompactionSteps):
         with self._writer.entered():
             layout = self._layout = self._writer.roll()
             seq, at = self._writer.place.seq, self._writer.place.at
+        directory = layout.directory
         # Read again: what the last run removed may still be in the layout that the writer keeps.
         marks = tuple(
-            SnapshotMark(seq, read_snapshot_header(layout.directory, seq).at)
-            for seq in read_layout(layout.directory).snapshots
+            SnapshotMark(seq, read_snapshot_header(directory, seq).at)
+            for seq in read_layout(directory).snapshots
         )
         return Cut(seq, at, layout.floor, marks)
 
@@ -89,8 +91,10 @@ class Compaction(CompactionSteps):
         layout, floor, disk = self._layout, retained.floor, self._writer.disk
         merge = Merge(layout, cut.seq, floor)
         path = layout.snapshot_path(cut.seq)
-        header = snapshot_header(
-            layout.identity, seq=cut.seq, at=cut.at, floor=floor, deleted=merge.deleted
+        ledger, timeline = layout.identity.ledger, layout.identity.timeline
+        deleted = {task_id: seq for task_id, seq in merge.deleted.items() if seq >= floor}
+        header = SnapshotHeader(
+            codec.SNAPSHOT_FORMAT, cut.seq, cut.at, ledger, timeline, floor, deleted
         )
         blocks = codec.write_snapshot(header, merge.payloads(), merge.aside())
         disk.publish(disk.write_temporary(path, blocks), path)
@@ -132,12 +136,6 @@ def _damage_of(entry: Entry, where: str) -> SetAside | None:
         return None
     reason = "is the record of another change"
     return SetAside(bytes(entry.record), where, reason, entry.task_id, entry.revision)
-
-
-def _names(payload: bytes, task_id: str) -> bool:
-    """Whether the keys of a payload can be told, and are those of the task."""
-    keys = keys_of(payload)
-    return keys is not None and keys.task_id == task_id
 
 
 class Merge:
@@ -194,7 +192,8 @@ class Merge:
                 payload = bytes(entry.record)
                 position = found.raw.index(payload, position)
                 self._ends[task_id] = damage
-                if damage is None or _names(payload, task_id):
+                keys = keys_of(payload) if damage is not None else None
+                if damage is None or (keys is not None and keys.task_id == task_id):
                     self._ends[task_id] = _Image(
                         found.segment.first, found.offset + position, len(payload)
                     )
@@ -231,7 +230,7 @@ class Merge:
         layout = self._layout
         if layout.newest is None:
             return
-        with opened(layout, layout.newest.seq) as reader:
+        with open_snapshot(layout.directory, layout.newest.seq) as reader:
             for payload in reader:
                 keys = keys_of(payload)
                 if keys is None:

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -42,15 +42,6 @@ class SnapshotHeader(codec.SnapshotHeader, frozen=True):
     timeline: int
     floor: int
     deleted: dict[str, int] = field(default_factory=dict)
-
-
-def snapshot_header(
-    identity: Identity, *, seq: int, at: int, floor: int, deleted: Mapping[str, int] | None = None
-) -> SnapshotHeader:
-    """The header of a snapshot as of ``seq``, which declares ``floor``."""
-    ledger, timeline = identity.ledger, identity.timeline
-    kept = {task_id: seq for task_id, seq in (deleted or {}).items() if seq >= floor}
-    return SnapshotHeader(codec.SNAPSHOT_FORMAT, seq, at, ledger, timeline, floor, kept)
 
 
 class SegmentFile(NamedTuple):
@@ -102,7 +93,7 @@ class Layout(NamedTuple):
     @property
     def fresh(self) -> bool:
         """Whether there is no ledger yet."""
-        return not self.segments and self.newest is None
+        return not self.segments
 
     @property
     def identity(self) -> Identity:
@@ -168,7 +159,7 @@ def read_layout(directory: Path) -> Layout:
     ``OSError`` when it cannot be read or a file vanishes meanwhile.
     """
     snapshots, firsts = numbered(os.listdir(directory))  # noqa: PTH208 - half the time
-    newest = read_snapshot_header(directory, snapshots[-1], newest=True) if snapshots else None
+    newest = read_snapshot_header(directory, snapshots[-1]) if snapshots else None
     declared = newest.floor if newest is not None else 1
     segments: list[SegmentFile] = []
     abandoned: list[SegmentFile] = []
@@ -217,39 +208,38 @@ def _read_segment(path: Path, first: int) -> SegmentFile:
 
 
 @contextmanager
-def open_snapshot(
-    directory: Path, seq: int, *, newest: bool
-) -> Iterator[codec.SnapshotReader[SnapshotHeader]]:
+def open_snapshot(directory: Path, seq: int) -> Iterator[codec.SnapshotReader[SnapshotHeader]]:
     """Open a snapshot.  Damage of the newest one says whether the ledger can do without it."""
     path = directory / snapshot_name(seq)
     with path.open("rb", buffering=_BUFFER) as file:
         try:
             yield codec.SnapshotReader(file, str(path), SnapshotHeader)
         except CorruptStoreError as error:
-            if error.where != str(path) or not newest:
+            if error.where != str(path):
                 raise
             raise CorruptStoreError(
                 error.where, error.reason, offset=error.offset, hint=_damaged_hint(directory, seq)
             ) from error
 
 
-def read_snapshot_header(directory: Path, seq: int, *, newest: bool = False) -> SnapshotHeader:
+def read_snapshot_header(directory: Path, seq: int) -> SnapshotHeader:
     """Read the first line of a snapshot; its checksum is not looked at."""
-    with open_snapshot(directory, seq, newest=newest) as reader:
+    with open_snapshot(directory, seq) as reader:
         if reader.header.seq != seq:
             path = str(directory / snapshot_name(seq))
             raise CorruptStoreError(path, f"the header is that of seq {reader.header.seq}")
         return reader.header
 
 
-def _damaged_hint(directory: Path, newest: int) -> str | None:
-    """Say whether the ledger can do without its newest snapshot, which is damaged."""
+def _damaged_hint(directory: Path, seq: int) -> str | None:
+    """Say whether the ledger can do without a damaged snapshot, if that is the newest."""
     snapshots, segments = numbered(entry.name for entry in directory.iterdir())
-    for older in (*(seq for seq in reversed(snapshots) if seq < newest), 0):
-        if older + 1 in segments and newest + 1 in segments:
+    is_newest = snapshots[-1:] == [seq]
+    for older in (*reversed(snapshots[:-1]), 0) if is_newest else ():
+        if older + 1 in segments and seq + 1 in segments:
             source = snapshot_name(older) if older in snapshots else "an empty ledger"
             return (
-                f"nothing was changed; with {snapshot_name(newest)} moved aside, {directory} "
+                f"nothing was changed; with {snapshot_name(seq)} moved aside, {directory} "
                 f"is read from {source} and the journal after it"
             )
     return None

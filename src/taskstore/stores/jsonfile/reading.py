@@ -108,8 +108,7 @@ class Reader:
         if size == known.offset:
             return known
         if size < known.offset:
-            with self._guard:
-                self._places = []
+            self._forget()
             known = self._nearest(layout, MAX_INT)
         walk = Walk(layout, known)
         for found in walk:

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from types import MappingProxyType
 
-from taskstore import codec
 from taskstore.journal import EntryKind, SetAside, Snapshot
 from taskstore.records import TaskRecord
 from taskstore.stores.jsonfile.index import Index
-from taskstore.stores.jsonfile.layout import Layout, Place, SnapshotHeader, open_snapshot
+from taskstore.stores.jsonfile.layout import Layout, Place, open_snapshot
 from taskstore.stores.jsonfile.lines import Entry, image
 from taskstore.stores.jsonfile.segments import Walk
-
-
-def opened(
-    layout: Layout, seq: int
-) -> AbstractContextManager[codec.SnapshotReader[SnapshotHeader]]:
-    """Open a snapshot.  Damage of the newest one says whether the ledger can do without it."""
-    newest = layout.newest is not None and layout.newest.seq == seq
-    return open_snapshot(layout.directory, seq, newest=newest)
 
 
 def check_newest(layout: Layout) -> None:
     """Raise :class:`CorruptStoreError` unless the newest snapshot matches its checksum."""
     if layout.newest is not None:
-        with opened(layout, layout.newest.seq) as reader:
+        with open_snapshot(layout.directory, layout.newest.seq) as reader:
             for _ in reader:
                 pass
 
 
 def read_snapshot(layout: Layout, seq: int, *, strict: bool) -> Snapshot:
     """A retained snapshot, decoded."""
-    with opened(layout, seq) as reader:
+    with open_snapshot(layout.directory, seq) as reader:
         return reader.snapshot(strict=strict)
 
 

@@ -39,9 +39,9 @@ from taskstore.stores.jsonfile.layout import (
     Layout,
     Place,
     SegmentFile,
+    SnapshotHeader,
     read_layout,
     settled,
-    snapshot_header,
 )
 from taskstore.stores.jsonfile.lines import STAMP_BYTES, Identity, encode_commit
 from taskstore.stores.jsonfile.locks import STATE_BYTES, FileLock, WriteLock, busy
@@ -382,7 +382,8 @@ class Writer:
         known = self.layout.identity
         identity = Identity(known.ledger, known.timeline + 1) if head else known
         path = self.directory / snapshot_name(snapshot.seq)
-        header = snapshot_header(identity, seq=snapshot.seq, at=at, floor=snapshot.seq + 1)
+        floor, ledger, timeline = snapshot.seq + 1, identity.ledger, identity.timeline
+        header = SnapshotHeader(codec.SNAPSHOT_FORMAT, snapshot.seq, at, ledger, timeline, floor)
         blocks = codec.write_snapshot(header, payloads, snapshot.set_aside)
         temporary = self.disk.write_temporary(path, blocks)
         try:
