@@ -19,10 +19,10 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
-from msgspec import Raw
+from msgspec import Meta, Raw, Struct
 from msgspec.structs import force_setattr, replace
 
 from taskstore.errors import CorruptStoreError
@@ -160,7 +160,7 @@ def encode_snapshot(snapshot: Snapshot) -> bytes:
     """
     snapshot = validated_snapshot(snapshot)
     payloads = (encode_record(snapshot.records[task_id]) for task_id in sorted(snapshot.records))
-    header = {"seq": snapshot.seq, "at": snapshot.at}
+    header = SnapshotHeader(SNAPSHOT_FORMAT, snapshot.seq, snapshot.at)
     return b"".join(write_snapshot(header, payloads, snapshot.set_aside))
 
 
@@ -170,21 +170,19 @@ def decode_snapshot(data: bytes, where: str = "snapshot") -> Snapshot:
     A record that does not decode is set aside.  Raises
     :class:`CorruptStoreError`, naming ``where``, for damage.
     """
-    reader = SnapshotReader(io.BytesIO(data), where)
+    reader = SnapshotReader(io.BytesIO(data), where, SnapshotHeader)
     return reader.snapshot()
 
 
 def write_snapshot(
-    header: dict[str, Any], payloads: Iterable[bytes], aside: Iterable[SetAside] = ()
+    header: SnapshotHeader, payloads: Iterable[bytes], aside: Iterable[SetAside] = ()
 ) -> Iterator[bytes]:
     """Write a snapshot in blocks of bytes: a JSON document with one payload a line.
 
-    ``header`` holds at least ``seq`` and ``at``.  Memory is bounded by a block.
-    The last line is the CRC-32 of everything before it.
+    Memory is bounded by a block.  The last line is the CRC-32 of everything before it.
     """
-    head = _encoder.encode({"format": SNAPSHOT_FORMAT, **header})
     crc = 0
-    for block in _blocks(head, payloads, aside):
+    for block in _blocks(_encoder.encode(header), payloads, aside):
         crc = zlib.crc32(block, crc)
         yield block
     yield b'"checksum":"%08x"}\n' % crc
@@ -208,16 +206,27 @@ def _lines(values: Iterable[bytes]) -> Iterator[bytes]:
         block = following
 
 
-class SnapshotReader:
+class SnapshotHeader(Struct, frozen=True):
+    """What the first line of every snapshot says."""
+
+    format: str
+    seq: Annotated[int, Meta(ge=0, le=MAX_INT)]
+    at: Annotated[int, Meta(ge=0, le=MAX_INT)]
+
+
+_H = TypeVar("_H", bound=SnapshotHeader)
+
+
+class SnapshotReader(Generic[_H]):
     """Reads what :func:`write_snapshot` wrote, line by line, in bounded memory.
 
-    ``header`` is the decoded header (``dict``).  Iterating gives the payloads
+    ``header`` is the header, decoded as ``header_type``.  Iterating gives the payloads
     (``bytes``) in order of task_id; when the iteration has ended without an error,
     the checksum has been found right and ``aside`` holds what was set aside.
     Everything else is :class:`CorruptStoreError` naming ``where``.
     """
 
-    def __init__(self, lines: Iterable[bytes], where: str) -> None:
+    def __init__(self, lines: Iterable[bytes], where: str, header_type: type[_H]) -> None:
         self._lines = iter(lines)
         self._where = where
         self._crc = 0
@@ -226,13 +235,9 @@ class SnapshotReader:
         first = self._line()
         if not first.endswith(b',"records":[\n'):
             raise self._damaged("the header line is damaged")
-        self.header: dict[str, Any] = self._json(first[: -len(b',"records":[\n')] + b"}", dict)
-        if self.header.get("format") != SNAPSHOT_FORMAT:
+        self.header = self._json(first[: -len(b',"records":[\n')] + b"}", header_type)
+        if self.header.format != SNAPSHOT_FORMAT:
             raise self._damaged(f"the format is not {SNAPSHOT_FORMAT}")
-        for name in ("seq", "at"):
-            value = self.header.get(name)
-            if type(value) is not int or not 0 <= value <= MAX_INT:
-                raise self._damaged(f"the header names no {name}")
 
     def __iter__(self) -> Iterator[bytes]:
         yield from self._until(b'],"set_aside":[\n')
@@ -243,20 +248,23 @@ class SnapshotReader:
         if next(self._lines, None) is not None:
             raise self._damaged("there is something after the checksum")
 
-    def snapshot(self) -> Snapshot:
-        """Everything at once, decoded."""
+    def snapshot(self, *, strict: bool = False) -> Snapshot:
+        """Everything at once, decoded; ``strict`` raises for what is or would be set aside."""
         records: dict[str, TaskRecord] = {}
         found: list[SetAside] = []
+        decode = decode_record if strict else decode_or_set_aside
         for payload in self:
-            item = decode_or_set_aside(payload, self._where)
+            item = decode(payload, self._where)
             if isinstance(item, SetAside):
                 found.append(item)
             else:
                 records[item.task_id] = item
+        if strict and self.aside:
+            raise CorruptStoreError(self.aside[0].where, self.aside[0].reason)
         return Snapshot(
-            self.header["seq"],
+            self.header.seq,
             MappingProxyType(records),
-            self.header["at"],
+            self.header.at,
             (*self.aside, *found),
         )
 

@@ -41,20 +41,21 @@ def test_who_holds_the_lock_is_told(tmp_path):
 
 def test_while_others_make_progress_nobody_hears_of_it(tmp_path, monkeypatch):
     with JSONStore(tmp_path) as other, JSONStore(tmp_path, lock_timeout_s=0.2) as store:
-        acquire = store._writer._lock.acquire
+        waiting_room = store._writer._lock.waiting_room
+        wait = waiting_room.wait
         with monkeypatch.context() as patch:
-            patch.setattr(store._writer._lock, "acquire", lambda timeout_s: False)
+            patch.setattr(waiting_room, "wait", lambda attempt, timeout_s: False)
             with pytest.raises(StoreBusyError):
                 store.apply([make_put()])
         until = time.monotonic() + 1
 
-        def late(timeout_s):
+        def late(attempt, timeout_s):
             if time.monotonic() > until:
-                return acquire(timeout_s)
+                return wait(attempt, timeout_s)
             other.apply([make_put()])
             time.sleep(timeout_s)
             return False
 
-        monkeypatch.setattr(store._writer._lock, "acquire", late)
+        monkeypatch.setattr(waiting_room, "wait", late)
         store.apply([make_put()])
         assert store.head() == other.head() > 2

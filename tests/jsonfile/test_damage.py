@@ -84,6 +84,21 @@ def test_a_damaged_header_of_the_last_segment_with_commits_after_it(ledger):
     assert (error.where, error.offset) == (str(segment), 0)
 
 
+@pytest.mark.parametrize("header", [b"", b'{"crc":"', b'{"crc":"00000000","format":1}\n'])
+@pytest.mark.parametrize("position", [0, -1], ids=["only", "last"])
+def test_a_torn_header_with_nothing_after_it(position, header, directory, open_):
+    """No crash leaves one: a segment gets its name after its header was synced."""
+    store = open_()
+    if position:
+        create(store)
+        store.compact(FOLD)
+    store.close()
+    last = segments(directory)[-1]
+    last.write_bytes(header)
+    error = found_by(JSONStore.head, directory)
+    assert (error.where, error.offset) == (str(last), 0)
+
+
 def test_a_segment_is_missing_in_the_middle(ledger):
     segments(ledger)[1].unlink()
     error = found_by(lambda store: store.read_journal(0, 10), ledger)

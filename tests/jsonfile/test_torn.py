@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from jsonfiles import FOLD, damaged, names, segments, state_of
+from jsonfiles import FOLD, damaged, segments, state_of
 
 from taskstore import CorruptStoreError
 from taskstore.journal import Put
@@ -128,35 +128,6 @@ def test_a_complete_line_that_was_never_acknowledged_is_committed(directory, ope
     assert survivor.head() == 2
     create(survivor)
     assert survivor.head() == 3
-
-
-@pytest.mark.parametrize("header", [b"", b'{"crc":"', b'{"crc":"00000000","format":1}\n'])
-def test_a_torn_header_of_the_last_segment_is_written_again(header, directory, open_):
-    store = open_()
-    create(store)
-    store.compact(FOLD)
-    store.close()
-    last = segments(directory)[-1]
-    good = last.read_bytes()
-    last.write_bytes(header)
-    reader = open_(read_only=True)
-    assert (reader.head(), len(reader.load_snapshot().records)) == (1, 1)
-    assert last.read_bytes() == header
-    store = open_()
-    assert last.read_bytes() == good
-    assert (directory / f"{last.name}.0.torn").read_bytes() == header
-    assert last.name in store.report().notices[0]
-    create(store)
-    assert open_().head() == 2
-
-
-def test_a_torn_header_of_the_only_segment_is_a_fresh_ledger(directory, open_):
-    open_().close()
-    segments(directory)[0].write_bytes(b'{"crc"')
-    store = open_()
-    assert store.head() == 0
-    create(store)
-    assert names(directory) >= {"journal-00000000000000000001.jsonl.0.torn"}
 
 
 def test_a_torn_line_that_is_not_in_the_last_segment_is_damage(directory, open_):

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 _LOCKS = Path("/proc/locks")
 _FIELDS = 8
@@ -19,15 +18,6 @@ _FIELDS = 8
 _WORDS = 4
 _LONGEST = 80
 _TELLING = re.compile(r"^--?[^=]+=|://|^--?(pass|pw|token|secret|key)", re.IGNORECASE)
-
-
-class _Lock(NamedTuple):
-    """A lock that was given: from the first to the last byte, both included."""
-
-    pid: int
-    file: tuple[int, int, int]
-    first: int
-    last: float
 
 
 def lock_holders(path: str | Path, *, byte: int | None = None) -> tuple[str, ...]:
@@ -42,23 +32,17 @@ def lock_holders(path: str | Path, *, byte: int | None = None) -> tuple[str, ...
     except OSError:
         return ()
     file = (os.major(found.st_dev), os.minor(found.st_dev), found.st_ino)
-    pids = {
-        lock.pid
-        for lock in _exclusive(lines)
-        if lock.file == file and (byte is None or lock.first <= byte <= lock.last)
-    }
-    return tuple(process(pid) for pid in sorted(pids))
-
-
-def _exclusive(lines: Iterable[str]) -> Iterator[_Lock]:
+    pids = set()
     for line in lines:
         fields = line.split()
         if len(fields) != _FIELDS or fields[3] != "WRITE" or not fields[4].isdigit():
             continue
         major, minor, inode = fields[5].split(":")
-        last = float("inf") if fields[7] == "EOF" else int(fields[7])
-        file = (int(major, 16), int(minor, 16), int(inode))
-        yield _Lock(int(fields[4]), file, int(fields[6]), last)
+        first, last = int(fields[6]), float("inf" if fields[7] == "EOF" else fields[7])
+        locked = (int(major, 16), int(minor, 16), int(inode))
+        if locked == file and (byte is None or first <= byte <= last):
+            pids.add(int(fields[4]))
+    return tuple(process(pid) for pid in sorted(pids))
 
 
 def process(pid: int) -> str:

@@ -11,23 +11,31 @@ it; the files below it are removed afterwards, oldest first.
 from __future__ import annotations
 
 import contextlib
+import heapq
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from taskstore import codec
 from taskstore.journal import EntryKind, SetAside
 from taskstore.policy import SnapshotMark
 from taskstore.stores.compaction import CompactionSteps, Cut, Retained, Standing
-from taskstore.stores.jsonfile.files import TORN, segment_name
+from taskstore.stores.jsonfile.files import TORN
 from taskstore.stores.jsonfile.index import keys_of
-from taskstore.stores.jsonfile.layout import Layout, read_layout, read_snapshot_header
+from taskstore.stores.jsonfile.layout import (
+    Layout,
+    SnapshotHeader,
+    open_snapshot,
+    read_layout,
+    read_snapshot_header,
+)
 from taskstore.stores.jsonfile.lines import Entry, image
 from taskstore.stores.jsonfile.segments import Found, Walk
-from taskstore.stores.jsonfile.snapshots import opened, write_snapshot
+from taskstore.stores.jsonfile.snapshots import is_obsolete
 from taskstore.stores.jsonfile.writing import Writer
 from taskstore.yielding import in_order
 
@@ -71,32 +79,28 @@ class Compaction(CompactionSteps):
         with self._writer.entered():
             layout = self._layout = self._writer.roll()
             seq, at = self._writer.place.seq, self._writer.place.at
+        directory = layout.directory
         # Read again: what the last run removed may still be in the layout that the writer keeps.
         marks = tuple(
-            SnapshotMark(seq, read_snapshot_header(layout.snapshot_path(seq), seq).at)
-            for seq in read_layout(layout.directory).snapshots
+            SnapshotMark(seq, read_snapshot_header(directory, seq).at)
+            for seq in read_layout(directory).snapshots
         )
         return Cut(seq, at, layout.floor, marks)
 
     def publish(self, cut: Cut, retained: Retained) -> int:
         layout, floor, disk = self._layout, retained.floor, self._writer.disk
-        superseded = superseded_in(layout, floor, cut.seq)
-        merge = Merge(layout, cut.seq, superseded)
+        merge = Merge(layout, cut.seq, floor)
         path = layout.snapshot_path(cut.seq)
-        temporary = write_snapshot(
-            disk,
-            path,
-            merge.payloads(),
-            merge.aside(),
-            identity=layout.identity,
-            at=cut.at,
-            floor=floor,
-            deleted={task_id: seq for task_id, seq in merge.deleted.items() if seq >= floor},
+        ledger, timeline = layout.identity.ledger, layout.identity.timeline
+        deleted = {task_id: seq for task_id, seq in merge.deleted.items() if seq >= floor}
+        header = SnapshotHeader(
+            codec.SNAPSHOT_FORMAT, cut.seq, cut.at, ledger, timeline, floor, deleted
         )
-        disk.publish(temporary, path)
+        blocks = codec.write_snapshot(header, merge.payloads(), merge.aside())
+        disk.publish(disk.write_temporary(path, blocks), path)
         with self._writer.entered():
             self._writer.settle(floor)
-        self.superseded = superseded
+        self.superseded = merge.superseded
         return merge.count
 
     def trim(self, cut: Cut, retained: Retained) -> None:
@@ -123,49 +127,15 @@ class _Image(Struct, frozen=True, gc=False):
     length: int
 
 
-def superseded_in(layout: Layout, floor: int, last: int) -> list[SetAside]:
-    """What is kept of entries below ``floor`` that do not decode, though their tasks went on [12].
-
-    One that is still its task's image at ``last`` is carried as that, and one
-    whose task was deleted goes as every deleted record does.
-    """
-    damaged: dict[str, list[tuple[int, SetAside]]] = {}
-    ends: dict[str, tuple[int, EntryKind]] = {}
-    for found in Walk(layout, layout.before(layout.floor)):
-        line = found.line
-        if line.seq > last or (line.seq >= floor and not damaged):
-            break
-        for seq, entry in enumerate(line.entries, line.seq):
-            if entry.kind is EntryKind.UPSERTED and seq < floor:
-                item = _undecodable(entry, found.where, seq)
-                if item is not None:
-                    damaged.setdefault(entry.task_id, []).append((seq, item))
-            if entry.task_id in damaged:
-                ends[entry.task_id] = (seq, entry.kind)
-    return [
-        item
-        for task_id, items in damaged.items()
-        for seq, item in items
-        if ends[task_id][1] is EntryKind.UPSERTED and seq != ends[task_id][0]
-    ]
-
-
-def _undecodable(entry: Entry, where: str, seq: int) -> SetAside | None:
+def _damage_of(entry: Entry, where: str) -> SetAside | None:
+    """What is set aside of an entry, if it does not decode or holds something else."""
     item = image(entry, where, strict=False)
     if isinstance(item, SetAside):
-        reason = item.reason
-    elif (item.task_id, item.revision) != (entry.task_id, entry.revision):
-        reason = "is the record of another change"
-    else:
+        return item
+    if (item.task_id, item.revision) == (entry.task_id, entry.revision):
         return None
-    return SetAside(
-        bytes(entry.record),
-        f"{where}, seq {seq}",
-        reason,
-        entry.task_id,
-        entry.revision,
-        superseded=True,
-    )
+    reason = "is the record of another change"
+    return SetAside(bytes(entry.record), where, reason, entry.task_id, entry.revision)
 
 
 class Merge:
@@ -173,98 +143,107 @@ class Merge:
 
     Only keys are held in memory.  A payload whose keys cannot be told is moved
     to what is set aside; any other stays as the bytes that it is, also when
-    it does not decode.
+    it does not decode.  ``superseded`` is what is kept of entries below ``floor``
+    that do not decode, though their tasks went on [12].
     """
 
-    def __init__(self, layout: Layout, seq: int, superseded: Iterable[SetAside] = ()) -> None:
+    def __init__(self, layout: Layout, seq: int, floor: int) -> None:
         self.count = 0
         self.deleted: dict[str, int] = {}
         self._layout = layout
-        self._images: dict[str, _Image | None] = {}
-        self._aside: dict[str, SetAside] = {}
-        self._unknown: list[SetAside] = list(superseded)
+        self._floor = floor
+        self._ends: dict[str, _Image | SetAside | None] = {}
+        """By task what its last change in the journal left; ``None``: it was deleted."""
+        self._damaged: dict[str, SetAside] = {}
+        """By task its last change, if that is below the floor and does not decode."""
+        self._superseded: dict[str, list[SetAside]] = {}
+        self._unknown: list[SetAside] = []
         if layout.newest is not None:
-            with opened(layout, layout.newest.seq) as reader:
-                self.deleted.update(reader.header.get("deleted", {}))
-        for found in Walk(layout, layout.after_newest()):
+            self.deleted.update(layout.newest.deleted)
+        trims = floor > layout.floor
+        for found in Walk(layout, layout.before(layout.floor) if trims else layout.after_newest()):
             if found.line.seq > seq:
                 break
-            self._take(found)
+            self._take(found, found.where)
+        self.superseded = [item for items in self._superseded.values() for item in items]
 
-    def _take(self, found: Found) -> None:
+    def _take(self, found: Found, where: str) -> None:
+        newest = self._layout.newest
+        since_newest = newest is None or found.line.seq > newest.seq
         position = 0
-        for entry in found.line.entries:
-            self._aside.pop(entry.task_id, None)
-            self._images[entry.task_id] = None
+        for seq, entry in enumerate(found.line.entries, found.line.seq):
+            task_id = entry.task_id
+            replaced = self._damaged.pop(task_id, None)
             if entry.kind is EntryKind.DELETED:
-                self.deleted[entry.task_id] = found.line.seq
+                # What was kept of it goes as every deleted record does.
+                self._superseded.pop(task_id, None)
+                if since_newest:
+                    self._ends[task_id] = None
+                    self.deleted[task_id] = found.line.seq
                 continue
-            payload = bytes(entry.record)
-            position = found.raw.index(payload, position)
-            keys = keys_of(payload)
-            if keys is not None and keys.task_id == entry.task_id:
-                self._images[entry.task_id] = _Image(
-                    found.segment.first, found.offset + position, len(payload)
+            if replaced is not None:
+                self._superseded.setdefault(task_id, []).append(replaced)
+            damage = _damage_of(entry, where)
+            if damage is not None and seq < self._floor:
+                self._damaged[task_id] = replace(
+                    damage, where=f"{where}, seq {seq}", superseded=True
                 )
-            else:
-                item = image(entry, found.where, strict=False)
-                if not isinstance(item, SetAside):  # pragma: no cover - a record has its keys
-                    item = codec.set_aside(payload, found.where, "is the record of another task")
-                self._aside[entry.task_id] = item
-            position += len(payload)
+            if since_newest:
+                payload = bytes(entry.record)
+                position = found.raw.index(payload, position)
+                self._ends[task_id] = damage
+                keys = keys_of(payload) if damage is not None else None
+                if damage is None or (keys is not None and keys.task_id == task_id):
+                    self._ends[task_id] = _Image(
+                        found.segment.first, found.offset + position, len(payload)
+                    )
+                position += len(payload)
 
     def payloads(self) -> Iterator[bytes]:
         """The live payloads in order of task_id."""
+        for _, payload in heapq.merge(self._old(), self._new()):
+            self.count += 1
+            yield payload
+
+    def _new(self) -> Iterator[tuple[str, bytes]]:
+        """The payloads of the journal with their task ids."""
         with contextlib.ExitStack() as stack:
-            files: dict[int, int] = {}
-
-            def read(task_id: str) -> bytes:
-                found = self._images[task_id]
-                assert found is not None
-                self.count += 1
-                if found.segment not in files:
-                    path = self._layout.directory / segment_name(found.segment)
-                    files[found.segment] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                    stack.callback(os.close, files[found.segment])
-                return os.pread(files[found.segment], found.length, found.offset)
-
-            live = in_order(task_id for task_id, found in self._images.items() if found is not None)
-            live.reverse()
-            for task_id, payload in self._old():
-                while live and live[-1] < task_id:
-                    yield read(live.pop())
-                if task_id not in self._images:
-                    self.count += 1
-                    yield payload
-            while live:
-                yield read(live.pop())
+            files = {
+                segment.first: stack.enter_context(segment.path.open("rb"))
+                for segment in self._layout.segments
+            }
+            for task_id in in_order(self._ends):
+                found = self._ends[task_id]
+                if isinstance(found, _Image):
+                    file = files[found.segment]
+                    yield task_id, os.pread(file.fileno(), found.length, found.offset)
 
     def aside(self) -> Iterator[SetAside]:
         """What is set aside, to be asked for after the payloads."""
-        for item in (*self._unknown, *self._aside.values()):
+        found = (item for item in self._ends.values() if isinstance(item, SetAside))
+        for item in (*self.superseded, *self._unknown, *found):
             self.count += 1
             yield item
 
     def _old(self) -> Iterator[tuple[str, bytes]]:
-        """The payloads of the old snapshot with their task ids."""
+        """The payloads of the old snapshot that stay, with their task ids."""
         layout = self._layout
         if layout.newest is None:
             return
-        with opened(layout, layout.newest.seq) as reader:
+        with open_snapshot(layout.directory, layout.newest.seq) as reader:
             for payload in reader:
                 keys = keys_of(payload)
-                if keys is not None:
-                    yield keys.task_id, payload
-                else:
+                if keys is None:
                     where = str(layout.snapshot_path(layout.newest.seq))
                     self._unknown.append(codec.set_aside(payload, where, "its id cannot be told"))
+                elif keys.task_id not in self._ends:
+                    yield keys.task_id, payload
             self._unknown += reader.aside
-            self._unknown = [item for item in self._unknown if not self._is_replaced(item)]
+            self._unknown = [
+                item for item in self._unknown if not is_obsolete(item, self._end(item.task_id))
+            ]
 
-    def _is_replaced(self, item: SetAside) -> bool:
-        """Whether something newer stands for what was set aside, or its task was deleted."""
-        task_id = item.task_id
-        if not item.superseded or task_id is None:
-            return task_id in self._images
-        deleted = task_id in self._images and self._images[task_id] is None
-        return deleted and task_id not in self._aside
+    def _end(self, task_id: str | None) -> EntryKind | None:
+        if task_id not in self._ends:
+            return None
+        return EntryKind.DELETED if self._ends[task_id] is None else EntryKind.UPSERTED

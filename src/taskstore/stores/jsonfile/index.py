@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Raw, Struct
 
 from taskstore import codec
-from taskstore.journal import EntryKind, SetAside, Step, dedup_key
+from taskstore.journal import EntryKind, SetAside, Snapshot, Step, dedup_key
 from taskstore.records import FORMAT_VERSION, DedupKey, TaskRecord
 from taskstore.stores.jsonfile.lines import Line
 
@@ -56,28 +56,22 @@ class Index:
         self.holders: dict[DedupKey, str] = {}
         self._booked: dict[str, DedupKey] = {}
 
-    def add(self, item: Keys | TaskRecord) -> None:
-        """Take in a live record."""
+    def _add(self, item: Keys | TaskRecord) -> None:
         self.revisions[item.task_id] = item.revision
         self._book(dedup_key(item), item.task_id)
 
-    def add_payload(self, payload: bytes) -> None:
-        """Take in a live record as it is stored."""
-        keys = keys_of(payload)
-        if keys is not None:
-            self.add(keys)
-        else:
-            self.add_set_aside(codec.set_aside(payload, "", ""))
-
-    def add_set_aside(self, item: SetAside) -> None:
-        """Take in what is known of a record that does not decode."""
-        if item.superseded:
-            return
-        keys = keys_of(item.raw)
-        if keys is not None:
-            self.add(keys)
-        if item.task_id is not None:
-            self.revisions[item.task_id] = item.revision or 0
+    def learn(self, snapshot: Snapshot) -> None:
+        """Take in a whole content, and what is known of its records that do not decode."""
+        for record in snapshot.records.values():
+            self._add(record)
+        for item in snapshot.set_aside:
+            if item.superseded:
+                continue
+            keys = keys_of(item.raw)
+            if keys is not None:
+                self._add(keys)
+            if item.task_id is not None:
+                self.revisions[item.task_id] = item.revision or 0
 
     def replay(self, line: Line) -> None:
         """Take in a commit of the journal."""

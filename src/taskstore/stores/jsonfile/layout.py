@@ -5,22 +5,20 @@
   void and is removed at leisure.
 - A segment marked ``base`` counts only when the snapshot before it is there:
   it is created first, and the snapshot is what replaces the content.
-- A header that is torn in the last segment, with nothing after it, means that
-  the segment was never born.
 - What counts has to be one chain of one ledger, else it is damaged.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import msgspec
-from msgspec import Struct
+from msgspec import field
 
-from taskstore.codec import SNAPSHOT_FORMAT, check_nesting
+from taskstore import codec
 from taskstore.errors import CorruptStoreError
 from taskstore.stores.jsonfile.files import numbered, segment_name, snapshot_name
 from taskstore.stores.jsonfile.lines import STAMP_BYTES, Identity, decode_header, is_sound
@@ -30,18 +28,20 @@ _T = TypeVar("_T")
 _ATTEMPTS = 20
 _DAMAGED_ATTEMPTS = 3
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.05
-_RECORDS = b',"records":[\n'
+_BUFFER = 1 << 20
 
 
-class SnapshotHeader(Struct, frozen=True):
-    """What the first line of a snapshot says, but for the deletions."""
+class SnapshotHeader(codec.SnapshotHeader, frozen=True):
+    """The first line of a snapshot.
 
-    format: str
-    seq: int
-    at: int
+    ``deleted`` are the deletions that the journal before it still holds: a seq of the
+    commit by task id.
+    """
+
     ledger: str
     timeline: int
     floor: int
+    deleted: dict[str, int] = field(default_factory=dict)
 
 
 class SegmentFile(NamedTuple):
@@ -61,8 +61,8 @@ class Place(NamedTuple):
 
     ``seq`` and ``at`` are those of the last entry before it.  ``mark`` is
     the offset of the last line before it and ``stamp`` how that line begins,
-    by which, with the segment's ``inode``, the place is recognised later.
-    ``offset`` 0 is the start of the segment.
+    by which, with the segment's ``inode``, the place is recognised later; there
+    is no such line before the first commit of a segment.
     """
 
     first: int
@@ -88,13 +88,12 @@ class Layout(NamedTuple):
     newest: SnapshotHeader | None = None
     floor: int = 1
     void: tuple[Path, ...] = ()
-    unborn: Path | None = None
     lost: str | None = None
 
     @property
     def fresh(self) -> bool:
         """Whether there is no ledger yet."""
-        return not self.segments and self.newest is None
+        return not self.segments
 
     @property
     def identity(self) -> Identity:
@@ -109,13 +108,11 @@ class Layout(NamedTuple):
 
     def after_newest(self) -> Place:
         """The place right after the newest snapshot."""
-        if self.newest is None:
-            return Place(1, 0, 0)
-        return Place(self.newest.seq + 1, self.newest.seq, self.newest.at)
+        return self.before(self.newest.seq + 1 if self.newest is not None else 1)
 
     def start_of(self, segment: SegmentFile) -> Place:
         """The place before the first commit of a segment."""
-        return Place(segment.first, segment.first - 1, segment.at)
+        return Place(segment.first, segment.first - 1, segment.at, segment.start, segment.inode)
 
     def holds(self, place: Place) -> bool:
         """Whether a place that was remembered is still what it was."""
@@ -126,26 +123,8 @@ class Layout(NamedTuple):
                     return not place.stamp or file.read(STAMP_BYTES) == place.stamp
         return False
 
-    def grown(self, place: Place, descriptor: int) -> int | None:
-        """By how many bytes the last segment, open as ``descriptor``, goes beyond a place in it.
-
-        ``None`` when the place is no longer what it was: another file may have
-        the segment's name, or a backup may have been copied over it.
-        """
-        segment = self.segments[-1]
-        try:
-            found = segment.path.stat()
-        except FileNotFoundError:
-            return None
-        same = found.st_ino == segment.inode and found.st_size >= place.offset
-        if not same or os.pread(descriptor, len(place.stamp), place.mark) != place.stamp:
-            return None
-        return found.st_size - place.offset
-
     def before(self, seq: int) -> Place:
         """The start of the segment that holds ``seq``, which must not be below the floor."""
-        if not self.segments:
-            return self.after_newest()
         holding = [segment for segment in self.segments if segment.first <= seq]
         return self.start_of(holding[-1] if holding else self.segments[0])
 
@@ -180,43 +159,30 @@ def read_layout(directory: Path) -> Layout:
     ``OSError`` when it cannot be read or a file vanishes meanwhile.
     """
     snapshots, firsts = numbered(os.listdir(directory))  # noqa: PTH208 - half the time
-    segments: dict[int, SegmentFile | CorruptStoreError | None] = {
-        first: _read_segment(directory / segment_name(first), first) for first in firsts
-    }
-    abandoned = [
-        first
-        for first, segment in segments.items()
-        if isinstance(segment, SegmentFile)
-        and segment.base
-        and first > 1
-        and first - 1 not in snapshots
-    ]
-    for first in abandoned:
-        del segments[first]
-    newest = _read_newest(directory, snapshots, segments)
-    unborn = None
-    if segments and segments[max(segments)] is None:
-        unborn = directory / segment_name(max(segments))
-        if len(segments) == 1 and newest is None and max(segments) == 1:
-            return Layout(directory, unborn=unborn)
+    newest = read_snapshot_header(directory, snapshots[-1]) if snapshots else None
     declared = newest.floor if newest is not None else 1
+    segments: list[SegmentFile] = []
+    abandoned: list[SegmentFile] = []
+    for first in firsts:
+        if first >= declared:
+            segment = _read_segment(directory / segment_name(first), first)
+            cut_off = segment.base and first > 1 and first - 1 not in snapshots
+            (abandoned if cut_off else segments).append(segment)
+    void = (
+        *(segment.path for segment in abandoned),
+        *(directory / segment_name(first) for first in firsts if first < declared),
+        *(directory / snapshot_name(seq) for seq in snapshots if seq < declared - 1),
+    )
     if not segments and newest is None:
-        void = tuple(directory / segment_name(first) for first in abandoned)
         return Layout(directory, void=void)
-    floor = _floor(directory, declared, snapshots, segments)
-    chain = _chain(directory, floor, segments)
+    floor = _floor(directory, declared, snapshots, [segment.first for segment in segments])
     layout = Layout(
         directory,
-        segments=chain,
+        segments=tuple(segment for segment in segments if segment.first >= floor),
         snapshots=tuple(seq for seq in snapshots if seq >= floor - 1),
         newest=newest,
         floor=floor,
-        void=(
-            *(directory / segment_name(first) for first in abandoned),
-            *(directory / segment_name(first) for first in sorted(segments) if first < declared),
-            *(directory / snapshot_name(seq) for seq in snapshots if seq < declared - 1),
-        ),
-        unborn=unborn,
+        void=void,
         lost=f"the journal from seq {declared} to {floor - 1} is missing"
         if floor > declared
         else None,
@@ -225,110 +191,76 @@ def read_layout(directory: Path) -> Layout:
     return layout
 
 
-def _read_segment(path: Path, first: int) -> SegmentFile | CorruptStoreError | None:
-    """Read a segment's header: damage is returned, ``None`` when it is torn with nothing after."""
+def _read_segment(path: Path, first: int) -> SegmentFile:
+    """Read the header of a segment."""
     with path.open("rb") as file:
         inode = os.fstat(file.fileno()).st_ino
         line = file.readline()
-        if not is_sound(line):
-            if not file.read(1):
-                return None
-            return CorruptStoreError(str(path), "the header is damaged", offset=0)
-    try:
-        header = decode_header(line, str(path))
-    except CorruptStoreError as error:
-        return error
+    if not is_sound(line):
+        raise CorruptStoreError(str(path), "the header is damaged", offset=0)
+    header = decode_header(line, str(path))
     if header.seq != first:
-        return CorruptStoreError(
+        raise CorruptStoreError(
             str(path), f"the header says that it begins at seq {header.seq}", offset=0
         )
     identity = Identity(header.ledger, header.timeline)
     return SegmentFile(first, path, inode, len(line), header.at, identity, header.base)
 
 
-def _read_newest(
-    directory: Path,
-    snapshots: list[int],
-    segments: dict[int, SegmentFile | CorruptStoreError | None],
-) -> SnapshotHeader | None:
-    if not snapshots:
-        return None
-    hint = damaged_snapshot_hint(directory, snapshots, segments)
-    return read_snapshot_header(directory / snapshot_name(snapshots[-1]), snapshots[-1], hint)
+@contextmanager
+def open_snapshot(directory: Path, seq: int) -> Iterator[codec.SnapshotReader[SnapshotHeader]]:
+    """Open a snapshot.  Damage of the newest one says whether the ledger can do without it."""
+    path = directory / snapshot_name(seq)
+    with path.open("rb", buffering=_BUFFER) as file:
+        try:
+            yield codec.SnapshotReader(file, str(path), SnapshotHeader)
+        except CorruptStoreError as error:
+            if error.where != str(path):
+                raise
+            raise CorruptStoreError(
+                error.where, error.reason, offset=error.offset, hint=_damaged_hint(directory, seq)
+            ) from error
 
 
-def read_snapshot_header(path: Path, seq: int, hint: str | None = None) -> SnapshotHeader:
+def read_snapshot_header(directory: Path, seq: int) -> SnapshotHeader:
     """Read the first line of a snapshot; its checksum is not looked at."""
-    with path.open("rb") as file:
-        line = file.readline()
-    if not line.endswith(_RECORDS):
-        raise CorruptStoreError(str(path), "the header line is damaged", offset=0, hint=hint)
-    try:
-        check_nesting(line)
-        header = msgspec.json.decode(line[: -len(_RECORDS)] + b"}", type=SnapshotHeader)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise CorruptStoreError(
-            str(path), f"the header does not decode: {error}", offset=0, hint=hint
-        ) from error
-    if header.format != SNAPSHOT_FORMAT or header.seq != seq:
-        raise CorruptStoreError(
-            str(path),
-            f"the header is not that of {SNAPSHOT_FORMAT} at seq {seq}",
-            offset=0,
-            hint=hint,
-        )
-    return header
+    with open_snapshot(directory, seq) as reader:
+        if reader.header.seq != seq:
+            path = str(directory / snapshot_name(seq))
+            raise CorruptStoreError(path, f"the header is that of seq {reader.header.seq}")
+        return reader.header
 
 
-def damaged_snapshot_hint(
-    directory: Path, snapshots: list[int], segments: Mapping[int, object]
-) -> str | None:
-    """Say whether the ledger can do without its newest snapshot, which is damaged."""
-    newest = snapshots[-1]
-    for older in (*reversed(snapshots[:-1]), 0):
-        if older + 1 in segments and newest + 1 in segments:
+def _damaged_hint(directory: Path, seq: int) -> str | None:
+    """Say whether the ledger can do without a damaged snapshot, if that is the newest."""
+    snapshots, segments = numbered(entry.name for entry in directory.iterdir())
+    is_newest = snapshots[-1:] == [seq]
+    for older in (*reversed(snapshots[:-1]), 0) if is_newest else ():
+        if older + 1 in segments and seq + 1 in segments:
             source = snapshot_name(older) if older in snapshots else "an empty ledger"
             return (
-                f"nothing was changed; with {snapshot_name(newest)} moved aside, {directory} "
+                f"nothing was changed; with {snapshot_name(seq)} moved aside, {directory} "
                 f"is read from {source} and the journal after it"
             )
     return None
 
 
 def _floor(
-    directory: Path,
-    declared: int,
-    snapshots: list[int],
-    segments: dict[int, SegmentFile | CorruptStoreError | None],
+    directory: Path, declared: int, snapshots: Sequence[int], segments: Sequence[int]
 ) -> int:
     """The first seq at or above the declared floor from which all history can be answered."""
     for floor in sorted({declared, *(seq + 1 for seq in snapshots)}):
         if floor >= declared and floor in segments and (floor == 1 or floor - 1 in snapshots):
             return floor
-    raise CorruptStoreError(
-        str(directory / segment_name((snapshots or [0])[-1] + 1)),
+    raise _missing(directory / segment_name((snapshots or [0])[-1] + 1))
+
+
+def _missing(segment: Path) -> CorruptStoreError:
+    return CorruptStoreError(
+        str(segment),
         "the segment that continues the newest snapshot is missing",
         hint="nothing was changed; put the missing file back or restore a backup",
     )
-
-
-def _chain(
-    directory: Path, floor: int, segments: dict[int, SegmentFile | CorruptStoreError | None]
-) -> tuple[SegmentFile, ...]:
-    chain = []
-    last = max(segments)
-    for first in sorted(segments):
-        segment = segments[first]
-        if first < floor:
-            continue
-        if isinstance(segment, CorruptStoreError):
-            raise segment
-        if segment is not None:
-            chain.append(segment)
-        elif first != last:
-            path = str(directory / segment_name(first))
-            raise CorruptStoreError(path, "the header is damaged", offset=0)
-    return tuple(chain)
 
 
 def _check_one_ledger(layout: Layout) -> None:
@@ -343,12 +275,7 @@ def _check_one_ledger(layout: Layout) -> None:
                 offset=0,
                 hint="nothing was changed; move the files of the other ledger aside",
             )
-    if layout.newest is None:
-        return
-    following = layout.directory / segment_name(layout.newest.seq + 1)
-    if following != layout.unborn and following not in [s.path for s in layout.segments]:
-        raise CorruptStoreError(
-            str(following),
-            "the segment that continues the newest snapshot is missing",
-            hint="nothing was changed; put the missing file back or restore a backup",
-        )
+    if layout.newest is not None:
+        following = layout.directory / segment_name(layout.newest.seq + 1)
+        if following not in [segment.path for segment in layout.segments]:
+            raise _missing(following)

@@ -8,25 +8,26 @@ looks damaged that may just be changing, it looks again, a few times.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import operator
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from taskstore.errors import (
-    CorruptStoreError,
     CursorExpiredError,
     StoreUnavailableError,
     TaskStoreError,
 )
 from taskstore.journal import JournalEntry
+from taskstore.records import MAX_INT
 from taskstore.stores.jsonfile.files import LOCK_NAME
 from taskstore.stores.jsonfile.layout import Layout, Place, read_layout, settled
-from taskstore.stores.jsonfile.lines import decode_commit, id_needle, is_sound, journal_entry
-from taskstore.stores.jsonfile.locks import Generation, read_generation
-from taskstore.stores.jsonfile.segments import Found, Walk, torn
+from taskstore.stores.jsonfile.lines import decode_commit, id_needle, journal_entry
+from taskstore.stores.jsonfile.locks import read_generation
+from taskstore.stores.jsonfile.segments import Found, Walk, lines_of, torn
 
 _T = TypeVar("_T")
 _SPARSE_BYTES = 256 * 1024
@@ -43,7 +44,7 @@ class Reader:
         self.strict = strict
         self._guard = threading.Lock()
         self._layout: Layout | None = None
-        self._generation: Generation | None = None
+        self._generation: tuple[int, int] | None = None
         self._places: list[Place] = []
 
     def settled(self, work: Callable[[Layout], _T]) -> _T:
@@ -80,7 +81,7 @@ class Reader:
         which is the last segment and how long it is.  Costs one small file and one stat."""
         known = self._layout
         generation = read_generation(self.directory / LOCK_NAME)
-        if known is None or not known.segments:
+        if known is None:
             return (generation, None)
         try:
             last = known.segments[-1].path.stat()
@@ -102,22 +103,14 @@ class Reader:
 
     def end(self, layout: Layout) -> Place:
         """The place after the last commit."""
-        if not layout.segments:
-            return layout.after_newest()
-        last = layout.segments[-1]
-        start = layout.start_of(last)
-        with self._guard:
-            known = self._places[-1] if self._places else start
-        if known.first == last.first and known.offset:
-            size = last.path.stat().st_size
-            if size == known.offset:
-                return known
-            if size > known.offset:
-                start = known
-            else:
-                with self._guard:
-                    self._places = []
-        walk = Walk(layout, start)
+        known = self._nearest(layout, MAX_INT)
+        size = layout.segments[-1].path.stat().st_size
+        if size == known.offset:
+            return known
+        if size < known.offset:
+            self._forget()
+            known = self._nearest(layout, MAX_INT)
+        walk = Walk(layout, known)
         for found in walk:
             self._note(found, walk.place)
         self._remember(walk.place)
@@ -126,24 +119,17 @@ class Reader:
     def torn(self) -> str | None:
         """What is to be said of bytes at the end of the last segment that are no commit."""
 
-        def look(layout: Layout) -> tuple[Path, int, int] | None:
-            if not layout.segments:
-                return None
-            place, path = self.end(layout), layout.segments[-1].path
-            size = path.stat().st_size - place.offset
-            return (path, size, place.offset) if size > 0 and place.offset else None
+        def look(layout: Layout) -> str | None:
+            offset, path = self.end(layout).offset, layout.segments[-1].path
+            size = path.stat().st_size - offset
+            return f"{path}: {torn(size, offset)}; it is left out" if size > 0 else None
 
-        try:
+        with contextlib.suppress(OSError, TaskStoreError):
             found = self.settled(look)
-            if found is None:
-                return None
-            time.sleep(_APPENDING_S)  # a writer may just be writing it
-            if self.settled(look) != found:
-                return None
-        except (OSError, TaskStoreError):
-            return None
-        path, size, offset = found
-        return f"{path}: {torn(size, offset)}; it is left out"
+            if found is not None:
+                time.sleep(_APPENDING_S)  # a writer may just be writing it
+                return found if self.settled(look) == found else None
+        return None
 
     def read(self, layout: Layout, after: int, limit: int) -> Sequence[JournalEntry]:
         """The entries after a seq, at most ``limit``."""
@@ -152,52 +138,37 @@ class Reader:
         entries: list[JournalEntry] = []
         if limit <= 0:
             return ()
-        before = earlier = self._nearest(layout, after)
-        walk = Walk(layout, before)
+        before = place = self._nearest(layout, after)
+        walk = Walk(layout, place)
         for found in walk:
-            line, earlier = found.line, before
-            self._note(found, walk.place)
-            if line.last > after:
-                for index in range(max(after + 1 - line.seq, 0), len(line.entries)):
-                    entries.append(journal_entry(line, index, found.where, strict=self.strict))
-                    if len(entries) == limit:
-                        # A reader that goes on asks for the last entry once more.
-                        self._remember(before, walk.place)
-                        return tuple(entries)
-            before = walk.place
-        if layout.segments:
-            self._remember(earlier, walk.place)
+            before, place, line = place, walk.place, found.line
+            self._note(found, place)
+            begin = max(after + 1 - line.seq, 0)
+            entries += [
+                journal_entry(line, index, found.where, strict=self.strict)
+                for index in range(begin, min(len(line.entries), begin + limit - len(entries)))
+            ]
+            if len(entries) == limit:
+                break
+        # A reader that goes on may ask for the last entry once more.
+        self._remember(before, place)
         return tuple(entries)
 
     def history(self, layout: Layout, task_id: str) -> Sequence[JournalEntry]:
         """The entries of one task: only lines that name it are looked at."""
         needle = id_needle(task_id)
         entries = []
-        for found in self._lines_with(layout, needle):
-            entries += [
-                journal_entry(found.line, index, found.where, strict=self.strict)
-                for index, entry in enumerate(found.line.entries)
-                if entry.task_id == task_id
-            ]
-        return tuple(entries)
-
-    def _lines_with(self, layout: Layout, needle: bytes) -> Iterator[Found]:
         for segment in layout.segments:
-            offset = segment.start
-            with segment.path.open("rb", buffering=_SPARSE_BYTES) as file:
-                file.seek(offset)
-                for raw in file:
-                    if needle in raw:
-                        if is_sound(raw):
-                            line = decode_commit(raw, str(segment.path), offset)
-                            yield Found(segment, offset, raw, line)
-                        elif segment is not layout.segments[-1] or file.read(1):
-                            raise CorruptStoreError(
-                                str(segment.path),
-                                "the line does not match its checksum",
-                                offset=offset,
-                            )
-                    offset += len(raw)
+            last = segment is layout.segments[-1]
+            for offset, raw in lines_of(segment, segment.start, last=last, naming=needle):
+                line = decode_commit(raw, str(segment.path), offset)
+                where = Found(segment, offset, raw, line).where
+                entries += [
+                    journal_entry(line, index, where, strict=self.strict)
+                    for index, entry in enumerate(line.entries)
+                    if entry.task_id == task_id
+                ]
+        return tuple(entries)
 
     def _nearest(self, layout: Layout, after: int) -> Place:
         """The last known place at or before a seq."""
@@ -219,17 +190,14 @@ class Reader:
         with self._guard:
             for place in places:
                 position = bisect.bisect_left(self._places, place.seq, key=_seq_of)
-                same = self._places[position : position + 1]
-                stale = bool(same) and same[0].seq == place.seq
-                self._places[position : position + stale] = [place]
+                end = bisect.bisect_right(self._places, place.seq, key=_seq_of)
+                self._places[position:end] = [place]
             if len(self._places) > _PLACES:
                 del self._places[:-1:2]
 
 
 def _continues(known: Layout, layout: Layout) -> bool:
     """Whether places in the known layout still mean the same in the new one."""
-    if not known.segments:
-        return False
     inodes = {segment.first: segment.inode for segment in layout.segments}
     last = known.segments[-1]
     return known.identity == layout.identity and inodes.get(last.first) == last.inode

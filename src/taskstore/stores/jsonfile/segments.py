@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -59,12 +56,6 @@ class Walk:
                 self._step_into(segment)
             yield from self.within(segment)
 
-    def to_end(self) -> Place:
-        """Walk without looking at anything; returns the place at the end."""
-        for _ in self:
-            pass
-        return self.place
-
     def _step_into(self, segment: SegmentFile) -> None:
         if segment.first != self.place.seq + 1:
             raise CorruptStoreError(
@@ -78,33 +69,38 @@ class Walk:
 
     def within(self, segment: SegmentFile) -> Iterator[Found]:
         """The commits after the place, to the end of its segment."""
+        path, first, seq = str(segment.path), segment.first, self.place.seq
         last = segment is self.layout.segments[-1]
-        path, first = str(segment.path), segment.first
-        seq = self.place.seq
-        with segment.path.open("rb", buffering=_BUFFER) as file:
-            offset = self.place.offset or segment.start
-            file.seek(offset)
-            if not self.place.offset:
-                self.place = self.place._replace(offset=offset, inode=segment.inode)
-            for raw in file:
-                if not is_sound(raw):
-                    if last and not file.read(1):
-                        return
+        for offset, raw in lines_of(segment, self.place.offset, last=last):
+            line = decode_commit(raw, path, offset)
+            if line.seq != seq + 1:
+                raise CorruptStoreError(path, f"seq {line.seq} follows seq {seq}", offset=offset)
+            seq, end = line.last, offset + len(raw)
+            self.place = Place(first, seq, line.at, end, segment.inode, offset, raw[:STAMP_BYTES])
+            yield Found(segment, offset, raw, line)
+
+
+def lines_of(
+    segment: SegmentFile, offset: int, *, last: bool, naming: bytes = b""
+) -> Iterator[tuple[int, bytes]]:
+    """The lines from ``offset`` on that hold ``naming``, each with its offset.
+
+    In the last segment, a torn line at the end counts as nothing.  Any other
+    line that does not match its checksum is :class:`CorruptStoreError`.
+    """
+    with segment.path.open("rb", buffering=_BUFFER) as file:
+        file.seek(offset)
+        for raw in file:
+            if naming in raw:
+                if is_sound(raw):
+                    yield offset, raw
+                elif last and not file.read(1):
+                    return
+                else:
                     raise CorruptStoreError(
-                        path, "the line does not match its checksum", offset=offset
+                        str(segment.path), "the line does not match its checksum", offset=offset
                     )
-                line = decode_commit(raw, path, offset)
-                if line.seq != seq + 1:
-                    raise CorruptStoreError(
-                        path, f"seq {line.seq} follows seq {seq}", offset=offset
-                    )
-                seq = line.last
-                end = offset + len(raw)
-                self.place = Place(
-                    first, seq, line.at, end, segment.inode, offset, raw[:STAMP_BYTES]
-                )
-                yield Found(segment, offset, raw, line)
-                offset = end
+            offset += len(raw)
 
 
 def prepare_segment(
@@ -115,40 +111,21 @@ def prepare_segment(
     return disk.write_temporary(path, [encode_header(identity, seq=first, at=at, base=base)])
 
 
-def bring_forth(disk: Disk, layout: Layout, path: Path) -> str:
-    """Write the header of a segment that was torn before it held anything; returns the notice.
-
-    Only for who holds the write lock.
-    """
-    first = int(path.stem.partition("-")[2])
-    kept = keep_torn(disk, path, 0, path.read_bytes())
-    if layout.fresh:
-        identity, at = Identity(uuid.uuid4().hex, 1), 0
-    else:
-        end = layout.after_newest()
-        if layout.segments and layout.segments[-1].first >= end.first:
-            end = Walk(layout, layout.start_of(layout.segments[-1])).to_end()
-        if end.seq != first - 1:
-            raise CorruptStoreError(str(path), f"follows seq {end.seq}", offset=0)
-        identity, at = layout.identity, end.at
-    disk.publish(prepare_segment(disk, path, identity, at=at), path)
-    return f"{path}: a torn header was never followed by anything; it was kept as {kept.name}"
-
-
-def cut_tail(disk: Disk, path: Path, offset: int) -> str:
-    """Cut what lies after ``offset``, keeping its bytes; returns the notice about it.
+def cut_tail(disk: Disk, descriptor: int, path: Path, offset: int) -> str:
+    """Cut what lies after ``offset`` of an open segment, keeping its bytes; returns the notice.
 
     Only for who holds the write lock, and who syncs the segment before writing on.
     """
     with path.open("rb") as file:
         file.seek(offset)
         tail = file.read()
-    kept = keep_torn(disk, path, offset, tail)
-    descriptor = disk.open(path, os.O_WRONLY)
-    try:
-        disk.truncate(descriptor, offset)
-    finally:
-        disk.close(descriptor)
+    kept = path.with_name(f"{path.name}.{offset}{TORN}")
+    count = 1
+    while kept.exists():
+        count += 1
+        kept = path.with_name(f"{path.name}.{offset}-{count}{TORN}")
+    disk.publish(disk.write_temporary(kept, [tail]), kept)
+    disk.truncate(descriptor, offset)
     return (
         f"{path}: {torn(len(tail), offset)}; it was cut off, and its bytes are kept in {kept.name}"
     )
@@ -160,16 +137,3 @@ def torn(size: int, offset: int) -> str:
         f"the last line ({size} bytes at offset {offset}) was not completely written, "
         "or was damaged afterwards"
     )
-
-
-def keep_torn(disk: Disk, path: Path, offset: int, tail: bytes) -> Path:
-    """Write torn bytes beside their segment, durably, under a name that is free."""
-    count = 1
-    while True:
-        suffix = f".{offset}{TORN}" if count == 1 else f".{offset}-{count}{TORN}"
-        kept = path.with_name(path.name + suffix)
-        with contextlib.suppress(FileExistsError):
-            disk.write_new(kept, [tail])
-            disk.sync_directory(path.parent)
-            return kept
-        count += 1

@@ -120,8 +120,7 @@ class JSONStore(TaskRegistryStore):
                 return load(layout, strict=self.strict)[0]
             index = Index()
             snapshot, place = load(layout, strict=self.strict, index=index)
-            if place.inode:
-                writer.loaded = (index, place)
+            writer.loaded = (index, place)
             return snapshot
 
         snapshot = self._read(work)
@@ -145,9 +144,8 @@ class JSONStore(TaskRegistryStore):
         self._feed.announce(snapshot.seq)
 
     def apply(self, changes: Sequence[Change]) -> Commit:
-        self._check_writable()
-        writer = self._writer
-        assert writer is not None
+        self._check_open()
+        writer = self._writer or self._writing()
         steps = plan(changes)
         entries = encode_changes(changes)
         try:

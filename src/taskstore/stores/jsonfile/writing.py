@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from taskstore import codec
 from taskstore.clock import Clock, new_commit_id
 from taskstore.disk import TEMPORARY, Disk
 from taskstore.errors import (
@@ -34,11 +35,19 @@ from taskstore.stores.jsonfile.files import (
     unavailable,
 )
 from taskstore.stores.jsonfile.index import Index
-from taskstore.stores.jsonfile.layout import Layout, Place, SegmentFile, read_layout, settled
+from taskstore.stores.jsonfile.layout import (
+    Layout,
+    Place,
+    SegmentFile,
+    SnapshotHeader,
+    read_layout,
+    settled,
+)
 from taskstore.stores.jsonfile.lines import STAMP_BYTES, Identity, encode_commit
-from taskstore.stores.jsonfile.locks import FileLock, WriteLock, busy, patiently
-from taskstore.stores.jsonfile.segments import Walk, bring_forth, cut_tail, prepare_segment
-from taskstore.stores.jsonfile.snapshots import check_newest, index_of, write_snapshot
+from taskstore.stores.jsonfile.locks import STATE_BYTES, FileLock, WriteLock, busy
+from taskstore.stores.jsonfile.segments import Walk, cut_tail, prepare_segment
+from taskstore.stores.jsonfile.snapshots import check_newest, load
+from taskstore.stores.retry import Contention
 
 _REOPEN = "close it and open it again"
 
@@ -65,8 +74,6 @@ class Writer:
         self._sync = sync
         self._gate = threading.RLock()
         self._inside = False
-        self._generation: int | None = None
-        self._opened = 0
         # Whether others have written beside us.
         self._in_company = False
         self._descriptor = -1
@@ -105,22 +112,43 @@ class Writer:
             raise StoreUnavailableError(self._refusal, hint=_REOPEN)
         lock = self._lock
         try:
-            if not (
-                lock.acquire(self.timeout_s / 2)
-                or patiently(lock.acquire, self.timeout_s, self.directory)
-            ):
-                raise busy(lock.path, "another writer", self.timeout_s)
-            generation = lock.read_state()
-            if self._opened != lock.opened:
-                # Another lock file may be that of other files.
-                self._opened, self._generation = lock.opened, None
+            if not lock.waiting_room.wait(lock.try_acquire, self.timeout_s / 2):
+                self._wait_on()
+            state = os.pread(lock.descriptor, STATE_BYTES, 0)
+            if state != lock.state:
+                lock.take_in(state)
             grown = None
-            if generation == self._generation and (self.index is not None or not indexed):
-                grown = self.layout.grown(self.place, self._descriptor)
+            if lock.generation == lock.seen and (self.index is not None or not indexed):
+                # Another file may have the segment's name, or a backup may lie over it.
+                place, segment = self.place, self.layout.segments[-1]
+                try:
+                    found = segment.path.stat()
+                except FileNotFoundError:
+                    pass
+                else:
+                    stamp = os.pread(self._descriptor, len(place.stamp), place.mark)
+                    if found.st_ino == segment.inode and stamp == place.stamp:
+                        grown = found.st_size - place.offset
             if grown != 0:
-                self._catch_up(only_grown=grown is not None, indexed=indexed)
+                only_grown = grown is not None and grown > 0
+                self._catch_up(only_grown=only_grown, indexed=indexed)
         except OSError as error:
             raise unavailable(self.directory, error) from error
+
+    def _wait_on(self) -> None:
+        """Go on waiting for the lock as long as the other writers make progress."""
+        lock, contention = self._lock, Contention(self._end_of_journal)
+        while self.timeout_s > 0 and contention.moves():
+            if lock.waiting_room.wait(lock.try_acquire, self.timeout_s / 2):
+                return
+        raise busy(lock.path, "another writer", self.timeout_s)
+
+    def _end_of_journal(self) -> object:
+        """What differs when somebody has committed; ``None`` when it cannot be told."""
+        with contextlib.suppress(OSError, ValueError):
+            last = max(self.directory.glob("journal-*.jsonl"))
+            return (last, last.stat().st_size)
+        return None
 
     def compact_lock(self) -> FileLock:
         """A new handle on the lock that compactors and replacers hold."""
@@ -139,7 +167,7 @@ class Writer:
         """Take in what others did; if it has ``only_grown``, the last segment has more commits
         and nothing else has changed."""
         # Until it has succeeded, nothing that is remembered may be relied on.
-        self._generation = None
+        self._lock.seen = None
         if indexed and self.index is None and self.loaded is not None:
             self.last = Position(0)
             (self.index, self.place), self.loaded = self.loaded, None
@@ -157,11 +185,12 @@ class Writer:
         try:
             settled(self.directory, attempt)
         except BaseException:
-            self.index = None  # it may have taken in half a commit
+            # The index may have taken in half a commit.
+            self.index = self._lock.seen = None
             raise
         if self._lock.generation % 2:
             self._lock.settle()
-        self._generation = self._lock.generation
+        self._lock.seen = self._lock.generation
 
     def _follow(self, layout: Layout, *, indexed: bool) -> None:
         """Read what others wrote since the place, to the end, and be there."""
@@ -169,7 +198,8 @@ class Writer:
         if self.index is not None and layout.holds(self.place):
             index, place, last_commit = self.index, self.place, self.last
         elif indexed:
-            index, place = index_of(layout)
+            index = Index()
+            _, place = load(layout, strict=False, index=index)
         else:
             index, place = None, layout.start_of(layout.segments[-1])
         walk = Walk(layout, place)
@@ -180,28 +210,26 @@ class Writer:
         last = layout.segments[-1]
         if walk.place.first != last.first:
             raise CorruptStoreError(str(last.path), "does not continue the journal", offset=0)
-        if last.path.stat().st_size > walk.place.offset:
-            with self._lock.changing():
-                self.notices.append(cut_tail(self.disk, last.path, walk.place.offset))
         self._open_segment(last)
+        end = walk.place.offset
+        if last.path.stat().st_size > end:
+            with self._lock.changing():
+                self.notices.append(cut_tail(self.disk, self._descriptor, last.path, end))
         self.layout, self.place, self.index = layout, walk.place, index
         self.last = last_commit
 
     def _found(self) -> Layout:
-        """Look through the directory, create or mend the beginning of a segment, clear up."""
+        """Look through the directory; begin a ledger where there is none, clear up where one is."""
         layout = read_layout(self.directory)
         if layout.fresh and self.layout.segments:
             reason = f"the files of the store {self.directory} are gone"
             raise StoreUnavailableError(reason, hint="put them back, or open it again")
-        if layout.unborn is not None:
-            self.notices.append(bring_forth(self.disk, layout, layout.unborn))
-        elif layout.fresh:
-            path = self.directory / segment_name(1)
-            begun = prepare_segment(self.disk, path, Identity(uuid.uuid4().hex, 1), at=0)
-            self.disk.publish(begun, path)
-        else:
+        if not layout.fresh:
             self._clear_up(layout)
             return layout
+        path = self.directory / segment_name(1)
+        begun = prepare_segment(self.disk, path, Identity(uuid.uuid4().hex, 1), at=0)
+        self.disk.publish(begun, path)
         return read_layout(self.directory)
 
     def _clear_up(self, layout: Layout) -> None:
@@ -300,7 +328,6 @@ class Writer:
                 if self._sync:
                     # Or a power loss could bring it back, or mix it with the next line.
                     self.disk.sync_data(self._descriptor)
-            self._generation = self._lock.generation
         except OSError:
             kind = OutcomeUnknownError if written else StoreUnavailableError
             raise kind(self._refuse(what, error), hint=_REOPEN) from error
@@ -330,20 +357,19 @@ class Writer:
                 self.disk.sync_file(self._descriptor)
                 self.disk.publish(temporary, path)
                 self._move_to(path)
-            self._generation = self._lock.generation
         return self.layout
 
     def _move_to(self, path: Path) -> None:
         """Be at the start of the newest segment, which is empty."""
         self.layout = read_layout(self.directory)
-        assert self.layout.segments[-1].path == path, "a new segment is the last one"
-        self._open_segment(self.layout.segments[-1])
-        self.place = Walk(self.layout, self.layout.start_of(self.layout.segments[-1])).to_end()
+        last = self.layout.segments[-1]
+        assert last.path == path, "a new segment is the last one"
+        self._open_segment(last)
+        self.place = self.layout.start_of(last)
 
     def settle(self, floor: int) -> None:
         """Tell everybody that a compaction has moved the floor.  Under the lock."""
         self._lock.settle()
-        self._generation = self._lock.generation
         self.layout = read_layout(self.directory)
         if self.index is not None:
             self.index.forget_deletions(floor)
@@ -356,16 +382,10 @@ class Writer:
         known = self.layout.identity
         identity = Identity(known.ledger, known.timeline + 1) if head else known
         path = self.directory / snapshot_name(snapshot.seq)
-        temporary = write_snapshot(
-            self.disk,
-            path,
-            payloads,
-            snapshot.set_aside,
-            identity=identity,
-            at=at,
-            floor=snapshot.seq + 1,
-            deleted={},
-        )
+        floor, ledger, timeline = snapshot.seq + 1, identity.ledger, identity.timeline
+        header = SnapshotHeader(codec.SNAPSHOT_FORMAT, snapshot.seq, at, ledger, timeline, floor)
+        blocks = codec.write_snapshot(header, payloads, snapshot.set_aside)
+        temporary = self.disk.write_temporary(path, blocks)
         try:
             segment = self.directory / segment_name(snapshot.seq + 1)
             begun = prepare_segment(self.disk, segment, identity, at=at, base=True)
@@ -379,10 +399,6 @@ class Writer:
         finally:
             with contextlib.suppress(OSError):
                 self.disk.remove_all([temporary])
-        self._generation = self._lock.generation
         self.last = Position(0)
         self.index = Index()
-        for record in snapshot.records.values():
-            self.index.add(record)
-        for item in snapshot.set_aside:
-            self.index.add_set_aside(item)
+        self.index.learn(snapshot)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from taskstore.disk import Disk
@@ -10,7 +9,7 @@ from taskstore.journal import Put
 from taskstore.stores.jsonfile import JSONStore
 from taskstore.testing.factories import make_record
 from taskstore.testing.powerloss.life import FOLD, Life
-from taskstore.testing.powerloss.lives import LIVES, LONG, TRIM, begun, change, kill
+from taskstore.testing.powerloss.lives import LIVES, LONG, begun, change, kill
 
 
 def open_json(directory: Path, disk: Disk, *, read_only: bool) -> JSONStore:
@@ -34,21 +33,6 @@ def torn_line(life: Life) -> None:
     store.close()
 
 
-def torn_header(life: Life) -> None:
-    """The header of an empty segment is damaged, as by a drive that does not keep its word."""
-    store = begun(life)
-    life.compact(store, TRIM)
-    store.close()
-    disk = life.disk()
-    last = disk.open(max(life.directory.glob("journal-*.jsonl")), os.O_WRONLY)
-    disk.truncate(last, 20)
-    disk.sync_file(last)
-    disk.close(last)
-    store = life.open()
-    life.apply(store, change(life, label="after a torn header"))
-    store.close()
-
-
 def beside_one_that_does_not_sync(life: Life) -> None:
     """What another writes without syncing does not harm what is acknowledged around it."""
     store, other = begun(life), life.open(open_unsynced)
@@ -64,5 +48,5 @@ def beside_one_that_does_not_sync(life: Life) -> None:
     store.close()
 
 
-JSON_LIVES = (torn_line, torn_header, beside_one_that_does_not_sync, *LIVES)
+JSON_LIVES = (torn_line, beside_one_that_does_not_sync, *LIVES)
 """Everything that can happen to a JSON store."""
