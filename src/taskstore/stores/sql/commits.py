@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import sqlalchemy as sa
@@ -38,12 +39,22 @@ from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.errors import Fault
 from taskstore.stores.sql.rows import Claimed, Head
 from taskstore.stores.sql.session import Session
-from taskstore.stores.sql.statements import flat, pieces
-from taskstore.stores.sql.tables import SCHEMA_EPOCH, task_journal, tasks, taskstore_head
+from taskstore.stores.sql.statements import KEPT, flat, pieces
+from taskstore.stores.sql.tables import (
+    PROJECTED,
+    SCHEMA_EPOCH,
+    task_journal,
+    tasks,
+    taskstore_head,
+)
 from taskstore.stores.sql.transactions import Transactions
 
 _LOT = 500
 _TRIES = 8
+
+# Some drivers know str only, and not the enumeration of statuses that is derived from it.
+_projections = attrgetter(*(f"{name}.value" if name == "status" else name for name in PROJECTED))
+_kept = attrgetter(*KEPT)
 
 
 class _Moved(Exception):
@@ -90,44 +101,13 @@ class Batch:
 
 def insert_row(record: TaskRecord, payload: bytes, check: int) -> tuple[Any, ...]:
     """A row of ``tasks``, in order of its columns."""
-    return (
-        record.task_id,
-        record.revision,
-        record.created_at,
-        # Some drivers know str only, and not what is derived from it.
-        str(record.status),
-        record.runtime,
-        record.owner_key,
-        record.requester_session_key,
-        record.child_session_key,
-        record.run_id,
-        record.booking,
-        record.parent_task_id,
-        record.parent_flow_id,
-        payload,
-        check,
-    )
+    return (record.task_id, record.revision, *_projections(record), payload, check)
 
 
 def update_row(step: Step, record: TaskRecord, payload: bytes, check: int) -> tuple[Any, ...]:
     """The parameters of an update: ``UPDATE_ORDER`` of the statements."""
-    return (
-        record.revision,
-        str(record.status),
-        payload,
-        check,
-        step.task_id,
-        step.base,
-        record.created_at,
-        record.runtime,
-        record.owner_key,
-        record.requester_session_key,
-        record.child_session_key,
-        record.run_id,
-        record.booking,
-        record.parent_task_id,
-        record.parent_flow_id,
-    )
+    status = record.status.value
+    return (record.revision, status, payload, check, step.task_id, step.base, *_kept(record))
 
 
 def commit(transactions: Transactions, changes: Sequence[Change], clock: Clock) -> Commit:
@@ -219,14 +199,15 @@ def _write(database: Database, tx: Session, batch: Batch, floor: int) -> None:
 
 def _is_there(database: Database, done: Commit, tx: Session) -> bool:
     """Whether a commit happened that was not answered."""
-    row = tx.row(database.sql.commit_at, (done.first_seq,))
-    if row is None and done.first_seq < Head(*tx.row(database.sql.head)).floor:
+    entry = task_journal.c
+    commit_id = tx.scalar(sa.select(entry.commit_id).where(entry.seq == done.first_seq))
+    if commit_id is None and done.first_seq < Head(*tx.row(database.sql.head)).floor:
         raise OutcomeUnknownError(
             f"{database.location}: the connection broke during a commit, and the journal has "
             f"been trimmed past seq {done.first_seq}, where it would be found",
             hint="load the records again",
         )
-    return row is not None and row[0] == done.commit_id
+    return bool(commit_id == done.commit_id)
 
 
 def _conflicts(transactions: Transactions, steps: Sequence[Step]) -> list[Conflict]:

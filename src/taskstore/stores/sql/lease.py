@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import secrets
-import socket
 import time
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from typing import TypeVar
 
 import sqlalchemy as sa
 
@@ -20,12 +17,11 @@ from taskstore.stores.sql.tables import taskstore_head
 from taskstore.stores.sql.transactions import Transactions
 
 LEASE_MS = 20_000
-"""How long a compactor that fell silent on another machine keeps others away, in milliseconds."""
+"""How long a compactor that fell silent keeps others away, in milliseconds."""
 PAUSE_S = 0.02
 """The longest pause between two steps, in seconds."""
 
-_held_here: set[str] = set()
-"""The leases that compactions of this process hold, or try to take."""
+_T = TypeVar("_T")
 
 
 class Lease:
@@ -35,37 +31,48 @@ class Lease:
     def __init__(self, transactions: Transactions) -> None:
         self._transactions = transactions
         self._location = transactions.database.location
-        self._owner = f"{_MACHINE}{os.getpid():08x}{secrets.token_hex(8)}"
+        self._owner = secrets.token_hex(16)
+        self._mine = taskstore_head.c.lease_owner == self._owner
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the lease, if it is free, its holder's time is up, or its holder is dead.
+        """Hold the lease, if it is free or its holder's time is up.
 
         Raises :class:`~taskstore.StoreBusyError` otherwise.
         """
-        _held_here.add(self._owner)
+        lease = taskstore_head.c
         try:
-            if not self._take():
+            if not self._set(
+                self._owner,
+                sa.or_(self._mine, lease.lease_owner.is_(None), lease.lease_until < system_clock()),
+            ):
                 raise StoreBusyError(
                     f"{self._location} is being compacted by another process",
-                    hint="a compactor that was killed keeps others away for a short while",
+                    hint="a compactor that was killed keeps others away for "
+                    f"{LEASE_MS // 1000} seconds",
                 )
             yield
         finally:
-            try:
-                # Where that fails, our process knows it all the same; for others it runs out.
-                with suppress(StoreBusyError, StoreUnavailableError, OutcomeUnknownError):
-                    self._give_back()
-            finally:
-                _held_here.discard(self._owner)
+            # Where that fails, it runs out.
+            with suppress(StoreBusyError, StoreUnavailableError, OutcomeUnknownError):
+                self._set(None, self._mine)
+
+    def run(self, work: Callable[[Session], _T]) -> _T:
+        """Do ``work`` in one small write transaction under the lease.
+
+        It may run several times: doing it twice has to be the same as once.
+        """
+        for attempt in self._transactions.attempts():
+            with attempt, self.step() as tx:
+                return work(tx)
+        raise AssertionError("attempts end by raising")
 
     @contextmanager
     def step(self) -> Iterator[Session]:
-        """One small write transaction under the lease, which it renews."""
+        """One write transaction under the lease, which it renews."""
         started = time.monotonic()
         with self._transactions.write() as tx:
-            mine = taskstore_head.c.lease_owner == self._owner
-            if not self._set(tx, self._owner, system_clock() + LEASE_MS, mine):
+            if tx.change(_change(self._owner, self._mine)) != 1:
                 raise StoreBusyError(
                     f"{self._location}: another process has taken over the compaction or "
                     "replaced the content"
@@ -75,56 +82,13 @@ class Lease:
         # and would not be awake in the moment between two of our steps.
         time.sleep(min(time.monotonic() - started, PAUSE_S))
 
-    def _take(self) -> bool:
-        head, now = taskstore_head.c, system_clock()
+    def _set(self, owner: str | None, where: sa.ColumnElement[bool]) -> bool:
         for attempt in self._transactions.attempts():
             with attempt, self._transactions.write() as tx:
-                holder = tx.scalar(sa.select(head.lease_owner))
-                free = sa.or_(head.lease_owner.is_(None), head.lease_until < now)
-                if holder is not None and (holder == self._owner or _is_dead(holder)):
-                    # Mistaken or not, this is safe: each step of the other is fenced.
-                    free = sa.or_(free, head.lease_owner == holder)
-                return self._set(tx, self._owner, now + LEASE_MS, free)
+                return tx.change(_change(owner, where)) == 1
         raise AssertionError("attempts end by raising")
 
-    def _give_back(self) -> None:
-        mine = taskstore_head.c.lease_owner == self._owner
-        for attempt in self._transactions.attempts():
-            with attempt, self._transactions.write() as tx:
-                self._set(tx, None, None, mine)
-                return
 
-    @staticmethod
-    def _set(
-        tx: Session, owner: str | None, until: int | None, where: sa.ColumnElement[bool]
-    ) -> bool:
-        lease = {"lease_owner": owner, "lease_until": until}
-        return tx.change(sa.update(taskstore_head).where(where).values(lease)) == 1
-
-
-def _machine() -> str:
-    """Where our process ids mean something, as 8 hexadecimal digits."""
-    try:
-        namespace = Path("/proc/self/ns/pid").stat().st_ino
-    except OSError:
-        namespace = 0
-    return f"{zlib.crc32(f'{socket.gethostname()} {namespace}'.encode()):08x}"
-
-
-_MACHINE = _machine()
-
-
-def _is_dead(owner: str) -> bool:
-    """Whether a lease's holder is gone: its process, or in ours, its compaction."""
-    if not owner.startswith(_MACHINE):
-        return False
-    try:
-        pid = int(owner[8:16], 16)
-        if pid == os.getpid():
-            return owner not in _held_here
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, ValueError, OverflowError):
-        pass
-    return False
+def _change(owner: str | None, where: sa.ColumnElement[bool]) -> sa.Update:
+    until = None if owner is None else system_clock() + LEASE_MS
+    return sa.update(taskstore_head).where(where).values(lease_owner=owner, lease_until=until)
