@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,10 @@ PAUSE_S = 0.02
 
 _T = TypeVar("_T")
 
+_PROCESS = secrets.token_hex(4)
+_held_here: set[str] = set()
+"""The leases that compactions of this process hold, or try to take."""
+
 
 class Lease:
     """The right to compact.  It is renewed with every step, each of which fails once another
@@ -31,7 +36,8 @@ class Lease:
     def __init__(self, transactions: Transactions) -> None:
         self._transactions = transactions
         self._location = transactions.database.location
-        self._owner = secrets.token_hex(16)
+        self._process = f"{_PROCESS}{os.getpid():08x}"
+        self._owner = self._process + secrets.token_hex(8)
         self._mine = taskstore_head.c.lease_owner == self._owner
 
     @contextmanager
@@ -40,12 +46,9 @@ class Lease:
 
         Raises :class:`~taskstore.StoreBusyError` otherwise.
         """
-        lease = taskstore_head.c
+        _held_here.add(self._owner)
         try:
-            if not self._set(
-                self._owner,
-                sa.or_(self._mine, lease.lease_owner.is_(None), lease.lease_until < system_clock()),
-            ):
+            if not self._set(self._owner, sa.or_(self._mine, self._free())):
                 raise StoreBusyError(
                     f"{self._location} is being compacted by another process",
                     hint="a compactor that was killed keeps others away for "
@@ -53,9 +56,24 @@ class Lease:
                 )
             yield
         finally:
-            # Where that fails, it runs out.
-            with suppress(StoreBusyError, StoreUnavailableError, OutcomeUnknownError):
-                self._set(None, self._mine)
+            try:
+                # Where that fails, our process knows it all the same; for others it runs out.
+                with suppress(StoreBusyError, StoreUnavailableError, OutcomeUnknownError):
+                    self._set(None, self._mine)
+            finally:
+                _held_here.discard(self._owner)
+
+    def _free(self) -> sa.ColumnElement[bool]:
+        """When the lease may be taken, as a condition on the head row."""
+        lease = taskstore_head.c
+        free = sa.or_(lease.lease_owner.is_(None), lease.lease_until < system_clock())
+        owner = self._transactions.read(
+            lambda session: session.scalar(sa.select(lease.lease_owner))
+        )
+        if owner is not None and owner.startswith(self._process) and owner not in _held_here:
+            # A compaction of ours has ended, and could not give it back.
+            free = sa.or_(free, lease.lease_owner == owner)
+        return free
 
     def run(self, work: Callable[[Session], _T]) -> _T:
         """Do ``work`` in one small write transaction under the lease.

@@ -62,15 +62,6 @@ def migrations_path() -> Path:
     )
 
 
-def head_revision() -> str:
-    """The newest revision among the scripts (``str``)."""
-    from alembic.script import ScriptDirectory
-
-    head = ScriptDirectory.from_config(_config()).get_current_head()
-    assert head is not None
-    return head
-
-
 def history() -> list[tuple[str, str]]:
     """Every revision with the first line of what it does, newest first."""
     from alembic.script import ScriptDirectory
@@ -166,6 +157,7 @@ def ensure_schema(database: Database, migrate: str, url: str | None = None) -> N
     else is ever changed.  Raises :class:`~taskstore.SchemaMismatchError`,
     naming what was found, what is needed, and the command to run.
     """
+    where = database.location
     with _connected(database) as connection:
         state = _state(connection)
         unfinished = _is_unfinished(connection, state)
@@ -176,49 +168,33 @@ def ensure_schema(database: Database, migrate: str, url: str | None = None) -> N
     if fresh and migrate == "auto" and not database.read_only:
         _upgrade(database, "head")
         return
-    command = f"taskstore db upgrade --url {redacted(url or database.location)}"
-    needed, where = REVISIONS[-1], database.location
+    needed, hint = REVISIONS[-1], f"run: taskstore db upgrade --url {redacted(url or where)}"
+    missing = ", ".join(sorted(TABLES - state.tables))
     if fresh:
-        raise SchemaMismatchError(
-            f"{where} holds a ledger that is only half made"
-            if unfinished
-            else f"{where} holds no ledger",
-            found=None,
-            needed=needed,
-            hint=f"run: {command}",
-        )
-    if state.revision is None:
+        problem = "holds a ledger that is only half made" if unfinished else "holds no ledger"
+    elif state.revision is None:
         with _connected(database) as connection:
             database.check_sound(connection)
         raise _foreign(where, state)
-    if state.epoch is not None and state.epoch > SCHEMA_EPOCH:
-        raise SchemaMismatchError(
-            f"{where} is at revision {state.revision}, schema epoch {state.epoch}: too new for "
-            f"this version of taskstore, which works with {needed}, epoch {SCHEMA_EPOCH}",
-            found=state.revision,
-            needed=needed,
-            hint="upgrade taskstore",
+    elif state.epoch is not None and state.epoch > SCHEMA_EPOCH:
+        problem = (
+            f"is at revision {state.revision}, schema epoch {state.epoch}: too new for "
+            f"this version of taskstore, which works with {needed}, epoch {SCHEMA_EPOCH}"
         )
-    if state.revision in REVISIONS[:-1]:
-        raise SchemaMismatchError(
-            f"{where} is at revision {state.revision}, needed is {needed}",
-            found=state.revision,
-            needed=needed,
-            hint=f"run: {command}",
-        )
-    missing = TABLES - state.tables
-    if state.revision == needed and missing:
-        raise SchemaMismatchError(
-            f"{where} is at revision {needed}, but lacks the tables {', '.join(sorted(missing))}",
-            found=needed,
-            needed=needed,
-            hint="restore them; if a downgrade was interrupted, run it again",
-        )
-    if state.revision != needed:
-        database.notice(
-            f"{where} is at revision {state.revision}, which is newer than {needed} and "
-            "compatible with it"
-        )
+        hint = "upgrade taskstore"
+    elif state.revision in REVISIONS[:-1]:
+        problem = f"is at revision {state.revision}, needed is {needed}"
+    elif state.revision == needed and missing:
+        problem = f"is at revision {needed}, but lacks the tables {missing}"
+        hint = "restore them; if a downgrade was interrupted, run it again"
+    else:
+        if state.revision != needed:
+            database.notice(
+                f"{where} is at revision {state.revision}, which is newer than {needed} and "
+                "compatible with it"
+            )
+        return
+    raise SchemaMismatchError(f"{where} {problem}", found=state.revision, needed=needed, hint=hint)
 
 
 def _state(connection: sa.Connection) -> SchemaState:

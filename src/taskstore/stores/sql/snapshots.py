@@ -54,14 +54,10 @@ def read_head(session: Session, sql: Statements, *, lock: bool = False) -> Head:
 
 def scan_tasks(session: Session, sql: Statements) -> Iterator[TaskRow]:
     """Every row of ``tasks`` in order of id."""
-    return chain.from_iterable(_task_pages(session, sql))
-
-
-def _task_pages(session: Session, sql: Statements) -> Iterator[Iterable[TaskRow]]:
     after = ""
     while True:
         rows = session.rows(sql.scan_tasks, (after,))
-        yield map(TaskRow._make, rows)
+        yield from map(TaskRow._make, rows)
         if len(rows) < PAGE:
             return
         after = rows[-1][0]
