@@ -128,7 +128,7 @@ def commit(transactions: Transactions, changes: Sequence[Change], clock: Clock) 
                 _write(database, tx, batch, claimed.floor)
                 rows = [(seq, at, *entry) for seq, entry in enumerate(batch.entries, first)]
                 for lot in database.lots(rows):
-                    tx.execute(database.sql.insert_journal[len(lot)], flat(lot))
+                    tx.execute(database.sql.insert_journal(len(lot)), flat(lot))
                 return done
         except _Moved as moved:
             collisions += 1
@@ -175,16 +175,16 @@ def _write(database: Database, tx: Session, batch: Batch, floor: int) -> None:
     done = 0
     try:
         for lot in pieces(batch.deletes) if batch.deletes else ():
-            done += tx.touch(sql.delete_tasks[len(lot)], flat(lot))
+            done += tx.touch(sql.delete_tasks(len(lot)), flat(lot))
         for lot in database.lots(batch.updates) if batch.updates else ():
             count, parameters = len(lot), flat(lot)
-            updated = tx.touch(sql.update_tasks[count], parameters)
+            updated = tx.touch(sql.update_tasks(count), parameters)
             if updated < count:
                 # Those whose projections change as well; the others no longer match.
-                updated += tx.touch(sql.update_tasks_wide[count], parameters)
+                updated += tx.touch(sql.update_tasks_wide(count), parameters)
             done += updated
         for lot in database.lots(batch.inserts) if batch.inserts else ():
-            done += database.insert(tx, lot, floor)
+            done += tx.touch(sql.insert_tasks(len(lot)), (*flat(lot), floor))
     except database.translator.errors as error:
         # Only a booking that an update carries off can do this; which one,
         # the transaction can no longer tell.

@@ -31,7 +31,7 @@ from taskstore.stores import compaction
 from taskstore.stores.compaction import CompactionSteps, Cut, Retained, Standing
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.lease import Lease
-from taskstore.stores.sql.rows import Tally, aside_line, chunks_of, line_of
+from taskstore.stores.sql.rows import Mark, aside_line, chunks_of, line_of, with_chunk
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.snapshots import (
     insert,
@@ -85,8 +85,9 @@ class Steps(CompactionSteps):
         self._on_kept = on_kept
         self._lease = Lease(transactions)
         self._spool: IO[bytes]
-        self._tally = Tally()
-        # The length of each chunk in the spool, in bytes.
+        # The snapshot that is written, and the length of each of its chunks in the spool,
+        # in bytes.
+        self._building = Mark(0, 0, "building")
         self._sizes: list[int] = []
 
     def standing(self) -> Standing:
@@ -120,13 +121,15 @@ class Steps(CompactionSteps):
         """Read everything of one moment into the spool."""
         self._spool.seek(0)
         self._spool.truncate()
-        self._tally, self._sizes = Tally(), []
         head = read_head(session, self._sql)
+        mark = Mark(head.head_seq, head.last_at, "building")
+        self._sizes = []
         for chunk in chunks_of(self._lines(session)):
-            self._tally.add(chunk)
+            mark = with_chunk(mark, chunk)
             self._sizes.append(len(chunk))
             self._spool.write(chunk)
         self._spool.flush()
+        self._building = mark
         marks = tuple(SnapshotMark(mark.seq, mark.at) for mark in read_marks(session))
         return Cut(head.head_seq, head.last_at, head.floor, marks)
 
@@ -139,11 +142,11 @@ class Steps(CompactionSteps):
             lambda session: check_rows(session, cut.floor, retained.floor, self._location)
         )
         if cut.seq not in [mark.seq for mark in cut.marks]:
-            self._mark(cut, "building")
+            self._note(self._building)
             self._write_chunks(cut.seq)
-            self._mark(cut, "published")
+            self._note(self._building._replace(state="published"))
         self._move_floor(retained)
-        return self._tally.records + self._tally.aside
+        return self._building.records + self._building.set_aside
 
     def _write_chunks(self, seq: int) -> None:
         chunks = task_snapshot_chunks.c
@@ -154,11 +157,10 @@ class Steps(CompactionSteps):
             row = (seq, number, chunk, checksum(chunk))
             self._lease.run(partial(self._put, task_snapshot_chunks, there, row))
 
-    def _mark(self, cut: Cut, state: str) -> None:
+    def _note(self, mark: Mark) -> None:
         """Note a snapshot as being built, or publish it."""
-        there = task_snapshots.c.seq == cut.seq
-        row = self._tally.mark(cut.seq, cut.at, state)
-        self._lease.run(partial(self._put, task_snapshots, there, row))
+        there = task_snapshots.c.seq == mark.seq
+        self._lease.run(partial(self._put, task_snapshots, there, mark))
 
     def _put(
         self, table: sa.Table, there: sa.ColumnElement[bool], row: tuple[Any, ...], tx: Session

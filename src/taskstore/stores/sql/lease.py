@@ -48,7 +48,7 @@ class Lease:
         """
         _held_here.add(self._owner)
         try:
-            if not self._set(self._owner, sa.or_(self._mine, self._free())):
+            if not self._take():
                 raise StoreBusyError(
                     f"{self._location} is being compacted by another process",
                     hint="a compactor that was killed keeps others away for "
@@ -59,21 +59,9 @@ class Lease:
             try:
                 # Where that fails, our process knows it all the same; for others it runs out.
                 with suppress(StoreBusyError, StoreUnavailableError, OutcomeUnknownError):
-                    self._set(None, self._mine)
+                    self._give_back()
             finally:
                 _held_here.discard(self._owner)
-
-    def _free(self) -> sa.ColumnElement[bool]:
-        """When the lease may be taken, as a condition on the head row."""
-        lease = taskstore_head.c
-        free = sa.or_(lease.lease_owner.is_(None), lease.lease_until < system_clock())
-        owner = self._transactions.read(
-            lambda session: session.scalar(sa.select(lease.lease_owner))
-        )
-        if owner is not None and owner.startswith(self._process) and owner not in _held_here:
-            # A compaction of ours has ended, and could not give it back.
-            free = sa.or_(free, lease.lease_owner == owner)
-        return free
 
     def run(self, work: Callable[[Session], _T]) -> _T:
         """Do ``work`` in one small write transaction under the lease.
@@ -100,11 +88,27 @@ class Lease:
         # and would not be awake in the moment between two of our steps.
         time.sleep(min(time.monotonic() - started, PAUSE_S))
 
-    def _set(self, owner: str | None, where: sa.ColumnElement[bool]) -> bool:
+    def _take(self) -> bool:
+        lease = taskstore_head.c
         for attempt in self._transactions.attempts():
             with attempt, self._transactions.write() as tx:
-                return tx.change(_change(owner, where)) == 1
+                owner = tx.scalar(sa.select(lease.lease_owner))
+                free = sa.or_(lease.lease_owner.is_(None), lease.lease_until < system_clock())
+                if owner is not None and self._has_ended(owner):
+                    free = sa.or_(free, lease.lease_owner == owner)
+                return tx.change(_change(self._owner, free)) == 1
         raise AssertionError("attempts end by raising")
+
+    def _has_ended(self, owner: str) -> bool:
+        """Whether it is we, or a compaction of our process that could not give the lease back."""
+        ended = owner.startswith(self._process) and owner not in _held_here
+        return ended or owner == self._owner
+
+    def _give_back(self) -> None:
+        for attempt in self._transactions.attempts():
+            with attempt, self._transactions.write() as tx:
+                tx.change(_change(None, self._mine))
+                return
 
 
 def _change(owner: str | None, where: sa.ColumnElement[bool]) -> sa.Update:

@@ -21,7 +21,6 @@ from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.rows import (
     Head,
     Mark,
-    Tally,
     TaskRow,
     aside_line,
     aside_row,
@@ -29,6 +28,7 @@ from taskstore.stores.sql.rows import (
     damage_of,
     read_lines,
     record_of,
+    with_chunk,
 )
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.statements import PAGE, Statements, flat, pieces
@@ -54,10 +54,14 @@ def read_head(session: Session, sql: Statements, *, lock: bool = False) -> Head:
 
 def scan_tasks(session: Session, sql: Statements) -> Iterator[TaskRow]:
     """Every row of ``tasks`` in order of id."""
+    return chain.from_iterable(_task_pages(session, sql))
+
+
+def _task_pages(session: Session, sql: Statements) -> Iterator[Iterable[TaskRow]]:
     after = ""
     while True:
         rows = session.rows(sql.scan_tasks, (after,))
-        yield from map(TaskRow._make, rows)
+        yield map(TaskRow._make, rows)
         if len(rows) < PAGE:
             return
         after = rows[-1][0]
@@ -181,12 +185,12 @@ def _is_at(database: Database, seq: int, tx: Session) -> bool:
 def _replace(tx: Session, database: Database, snapshot: Snapshot, head: Head) -> None:
     for table in (tasks, task_journal, task_snapshot_chunks, task_snapshots, task_set_aside):
         tx.change(sa.delete(table))
-    tally = Tally()
+    mark = Mark(snapshot.seq, snapshot.at, "published")
     for chunk in chunks_of(_store_all(tx, database, snapshot)):
-        row = (snapshot.seq, tally.chunks, chunk, checksum(chunk))
+        row = (snapshot.seq, mark.chunks, chunk, checksum(chunk))
         insert(tx, database, task_snapshot_chunks, [row])
-        tally.add(chunk)
-    insert(tx, database, task_snapshots, [tally.mark(snapshot.seq, snapshot.at, "published")])
+        mark = with_chunk(mark, chunk)
+    insert(tx, database, task_snapshots, [mark])
     tx.change(
         sa.update(taskstore_head).values(
             head_seq=snapshot.seq,
@@ -224,4 +228,4 @@ def _store_all(session: Session, database: Database, snapshot: Snapshot) -> Iter
 def insert(session: Session, database: Database, table: sa.Table, rows: list[Any]) -> None:
     """Insert rows, in order of the table's columns, whatever is there."""
     for lot in database.lots(rows):
-        session.execute(database.sql.insert[table][len(lot)], flat(lot))
+        session.execute(database.sql.insert[table](len(lot)), flat(lot))

@@ -12,8 +12,8 @@ which drivers and servers keep prepared, stays bounded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from collections.abc import Sequence
+from functools import cache, cached_property, partial
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -70,28 +70,17 @@ def flat(rows: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
     return rows[0] if len(rows) == 1 else tuple(chain.from_iterable(rows))
 
 
-class ByCount(dict[int, str]):
-    """A statement over several rows, by their number: compiled when one is first asked for."""
-
-    def __init__(self, compiled: Callable[[int], str]) -> None:
-        super().__init__()
-        self._compiled = compiled
-
-    def __missing__(self, count: int) -> str:
-        sql = self[count] = self._compiled(count)
-        return sql
-
-
 class Statements:
     """The compiled statements of one dialect (``str`` each)."""
 
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
-        self.insert_tasks = ByCount(self._insert_tasks)
-        self.update_tasks = ByCount(self._update_tasks)
-        self.update_tasks_wide = ByCount(self._update_tasks_wide)
-        self.delete_tasks = ByCount(self._delete_tasks)
-        self.insert = {table: ByCount(partial(self._insert, table)) for table in _WRITTEN}
+        # Statements over several rows, by their number: compiled when one is first asked for.
+        self.insert_tasks = cache(self._insert_tasks)
+        self.update_tasks = cache(self._update_tasks)
+        self.update_tasks_wide = cache(self._update_tasks_wide)
+        self.delete_tasks = cache(self._delete_tasks)
+        self.insert = {table: cache(partial(self._insert, table)) for table in _WRITTEN}
         """Insert rows, in order of the table's columns, whatever is there; by table."""
         self.insert_journal = self.insert[task_journal]
 

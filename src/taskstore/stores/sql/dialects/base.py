@@ -15,7 +15,7 @@ from taskstore.stores.retry import Backoff
 from taskstore.stores.sql.errors import Fault, Translator
 from taskstore.stores.sql.rows import Claimed
 from taskstore.stores.sql.session import Session
-from taskstore.stores.sql.statements import Statements, flat, pieces
+from taskstore.stores.sql.statements import Statements, pieces
 from taskstore.stores.sql.tables import SCHEMA_EPOCH
 
 log = logging.getLogger("taskstore")
@@ -169,12 +169,7 @@ class Database:
         ``None`` when the schema epoch is not one that we may write.
         """
         rows = session.rows(self.sql.claim, (count, now, now, SCHEMA_EPOCH, over))
-        return Claimed(*rows[0]) if rows else None
-
-    def insert(self, session: Session, rows: Sequence[tuple[Any, ...]], floor: int) -> int:
-        """Insert new tasks whose ids and bookings are free and were not deleted since
-        ``floor``; returns how many.  ``rows`` are as many as statements exist for."""
-        return session.touch(self.sql.insert_tasks[len(rows)], (*flat(rows), floor))
+        return Claimed(*rows[0][:4]) if rows else None
 
     lots: ClassVar[Callable[..., Iterable[Sequence[tuple[Any, ...]]]]] = staticmethod(pieces)
     """Cuts rows into what one statement takes."""
