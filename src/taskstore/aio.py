@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import os
 import threading
 from collections import deque
 from collections.abc import (
@@ -34,16 +33,16 @@ from taskstore.awaitable import AsyncFollower, Opening
 from taskstore.backends import default_url, open_store
 from taskstore.batch import Batch
 from taskstore.clock import Clock
-from taskstore.committer import Committer, Operation
+from taskstore.committer import Operation
 from taskstore.errors import StoreClosedError, TaskStoreError
 from taskstore.hooks import Hook, Hooks
 from taskstore.journal import JournalEntry, Snapshot
 from taskstore.mirror import Lookups
 from taskstore.news import News
-from taskstore.records import MAX_INT, TaskRecord
+from taskstore.records import TaskRecord
 from taskstore.registry import LedgerReader
 from taskstore.store import TaskRegistryStore
-from taskstore.validation import check_int, check_key
+from taskstore.validation import check_key
 from taskstore.verbs import ChangeRun, Plan, Planner, Run, RunScope
 
 P = ParamSpec("P")
@@ -88,9 +87,7 @@ class AsyncTaskRegistry(LedgerReader):
         if clock is not None:
             store.clock = clock
         super().__init__(store, Hooks(hooks, interrupts=False))
-        self._committer = Committer(store, self._mirror, self._hooks)
         self._planner = Planner(self._now)
-        self._owns_store = False
         self._follower: AsyncFollower | None = None
         self._loop = asyncio.get_running_loop()
         self._settled: deque[asyncio.Future[None]] = deque()
@@ -292,14 +289,9 @@ class AsyncTaskRegistry(LedgerReader):
         follower, self._follower = self._follower, None
         if follower is not None:
             follower.ask_to_stop()
-        if self._opened_by != os.getpid():
-            return  # all that is under way is the parent's
-        self._committer.close()
         try:
-            self._hooks.drain()
+            super()._finish()
         finally:
-            if self._owns_store:
-                self._store.close()
             if follower is not None:
                 follower.wait()
 
@@ -326,13 +318,12 @@ class AsyncTaskRegistry(LedgerReader):
         batch = _batches.get({}).get(id(self))
         return None if batch is None or batch.closed else batch
 
+    def _reload(self) -> None:
+        """Leave it to the next change: a lookup does not wait for the store."""
+
     def _records(self) -> Lookups:
         batch = self._batch
         return self._mirror if batch is None else batch.staging
-
-    def _now(self) -> int:
-        now = self._store.clock()
-        return now if type(now) is int and 0 <= now <= MAX_INT else check_int("clock", now)
 
     async def _commit(self, operation: Operation[T], /) -> T:
         """Have an operation committed by the writer thread."""

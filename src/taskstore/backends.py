@@ -77,15 +77,20 @@ def open_store(
     :class:`~taskstore.CorruptStoreError`, :class:`~taskstore.SchemaMismatchError`.
     """
     scheme = scheme_of(url)
-    if durability not in DURABILITIES:
-        raise ValidationError("durability", f"must be one of {DURABILITIES}, not {durability!r}")
-    if migrate not in MIGRATIONS:
-        raise ValidationError("migrate", f"must be one of {MIGRATIONS}, not {migrate!r}")
+    check_options(durability, migrate)
     opener = _load(scheme)
     store: TaskRegistryStore = opener(
         url, durability=durability, migrate=migrate, read_only=read_only, **options
     )
     return store
+
+
+def check_options(durability: str, migrate: str) -> None:
+    """Raise :class:`~taskstore.ValidationError` for a value that these options do not have."""
+    if durability not in DURABILITIES:
+        raise ValidationError("durability", f"must be one of {DURABILITIES}, not {durability!r}")
+    if migrate not in MIGRATIONS:
+        raise ValidationError("migrate", f"must be one of {MIGRATIONS}, not {migrate!r}")
 
 
 def _load(scheme: str) -> Any:

@@ -298,7 +298,7 @@ class Committer:
             except Exception:
                 raise
             except BaseException:  # interrupted: what memory lacks is not known
-                self._replica.stale = True
+                self._replica.stale = self._replica.interrupted = True
                 raise
             finally:
                 self._inside = self._committing = False

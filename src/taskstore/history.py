@@ -13,6 +13,7 @@ from itertools import takewhile
 
 from taskstore.errors import CursorExpiredError, UnsupportedError, ValidationError
 from taskstore.journal import JournalEntry, Position, Snapshot, fold
+from taskstore.mirror import collector_paused
 from taskstore.store import (
     SupportsHistory,
     SupportsJournal,
@@ -151,9 +152,10 @@ def as_of(store: TaskRegistryStore, moment: int | datetime) -> Snapshot:
     while True:
         floor = journal.floor()
         try:
-            if at_time is not None:
-                return _as_of_time(journal, at_time)
-            return _as_of_seq(journal, check_int("as_of", moment))
+            with collector_paused():
+                if at_time is not None:
+                    return _as_of_time(journal, at_time)
+                return _as_of_seq(journal, check_int("as_of", moment))
         except CursorExpiredError:
             # Compaction may have passed by between two reads: then begin anew.
             if journal.floor() == floor:

@@ -16,8 +16,8 @@ from types import MappingProxyType
 
 from msgspec.structs import astuple
 
-from taskstore.records import DedupKey, TaskRecord
-from taskstore.yielding import empty, in_order
+from taskstore.records import TaskRecord
+from taskstore.yielding import RUN, empty, in_order
 
 Key = tuple[int, str]
 """A record's place in the order of lists: (created_at, task_id)."""
@@ -53,18 +53,22 @@ _NO_RECORDS: Mapping[str, TaskRecord] = MappingProxyType({})
 class Indexes:
     """Records by id, in order, and by the value of each indexed field.
 
-    For one thread at a time.  ``keys`` are those of all records, in order.
+    For one thread at a time.  ``keys`` are those of all records, in order;
+    ``holders`` has the id of the task by dedup key, whose parts are joined by
+    NUL, which neither holds.
     """
 
     def __init__(self, records: Mapping[str, TaskRecord] = _NO_RECORDS) -> None:
         self.records: dict[str, TaskRecord] = {}
         self.keys: list[Key] = []
         self._groups: dict[str, _Groups] = {field: {} for field in INDEXED}
-        self._holders: dict[str, str] = {}
+        self.holders: dict[str, str] = {}
         # In order, so that every index is filled by appending.
         keys = [(record.created_at, task_id) for task_id, record in records.items()]
-        for _, task_id in in_order(keys):
-            self.put(records[task_id])
+        for _, task_id in sorted(keys) if len(keys) <= RUN else in_order(keys):
+            record = records[task_id]
+            self._add(record)
+            self.records[task_id] = record
 
     def put(self, record: TaskRecord) -> TaskRecord | None:
         """Take in a record, in the place of the one with its id; returns that one."""
@@ -83,11 +87,6 @@ class Indexes:
             self._discard(record)
         return record
 
-    def holder(self, key: DedupKey) -> TaskRecord | None:
-        """The task that has a dedup key, or ``None``."""
-        task_id = self._holders.get("\0".join(key))  # neither part holds NUL
-        return None if task_id is None else self.records[task_id]
-
     def group(self, field: str, value: object) -> Sequence[Key]:
         """The keys of the records with this value in an indexed field, in order."""
         held = self._groups[field].get(value, ())
@@ -101,7 +100,7 @@ class Indexes:
     def dismantle(self) -> None:
         """Let go of everything, so that other threads can run in between."""
         empty(self.records)
-        empty(self._holders)
+        empty(self.holders)
         for groups in self._groups.values():
             empty(groups)
         while self.keys:
@@ -115,7 +114,7 @@ class Indexes:
             insort(self.keys, key)
         self._group(zip(self._groups.values(), _indexed_of(record), strict=True), key)
         if record.booking is not None and record.run_id is not None:
-            self._holders["\0".join((record.run_id, record.booking))] = record.task_id
+            self.holders["\0".join((record.run_id, record.booking))] = record.task_id
 
     def _discard(self, record: TaskRecord) -> None:
         key = record.sort_key
@@ -123,10 +122,10 @@ class Indexes:
         for groups, value in zip(self._groups.values(), _indexed_of(record), strict=True):
             if value is not None:
                 _ungroup(groups, value, key)
-        if record.dedup_key is not None:
-            held_as = "\0".join(record.dedup_key)
-            if self._holders.get(held_as) == record.task_id:
-                del self._holders[held_as]
+        if record.booking is not None and record.run_id is not None:
+            held_as = "\0".join((record.run_id, record.booking))
+            if self.holders.get(held_as) == record.task_id:
+                del self.holders[held_as]
 
     def _move(self, old: TaskRecord, new: TaskRecord) -> None:
         """Index a changed record: only the indexes whose value changed are touched."""
@@ -152,7 +151,8 @@ class Indexes:
                 groups[value] = key[1]
                 continue
             if isinstance(held, str):
-                held = groups[value] = [self.records[held].sort_key]
+                first = self.records[held]
+                held = groups[value] = [(first.created_at, held)]
             if held[-1] < key:  # as new tasks are
                 held.append(key)
             else:

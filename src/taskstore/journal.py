@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping, Sequence
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Self
+from typing import Protocol, Self
 
 from msgspec import Struct
 from msgspec.structs import force_setattr
 
 from taskstore.errors import Conflict, ConflictError, CorruptStoreError, ValidationError
-from taskstore.records import KEY_BYTES, DedupKey, TaskRecord, TaskStatus
+from taskstore.records import KEY_BYTES, MAX_INT, DedupKey, TaskRecord, TaskStatus
 from taskstore.validation import check_int, check_key, check_text, validated
 
 
@@ -85,6 +85,26 @@ class Remove(Struct, frozen=True, gc=False):
 
 Change = Put | Remove
 """What a caller asks a store for."""
+
+
+class OfRun(Protocol):
+    """Anything that says for which run it was created."""
+
+    @property
+    def run_id(self) -> str | None:
+        """The id of the run, if it was created for one."""
+
+    @property
+    def booking(self) -> str | None:
+        """The digest of the run scope."""
+
+
+def dedup_key(record: OfRun | None) -> DedupKey | None:
+    """``(run_id, booking)``, which at most one task of a ledger has: it makes ``create``
+    idempotent.  ``None`` for a task without a run, and for none."""
+    if record is None or record.run_id is None or record.booking is None:
+        return None
+    return (record.run_id, record.booking)
 
 
 class Position(Struct, frozen=True, gc=False):
@@ -210,7 +230,8 @@ class Snapshot(Struct, frozen=True):
     set_aside: tuple[SetAside, ...] = ()
 
     def __post_init__(self) -> None:
-        check_int("seq", self.seq)
+        if type(self.seq) is not int or not 0 <= self.seq <= MAX_INT:
+            check_int("seq", self.seq)
         # Copied even if it is a proxy: of whose mapping, nobody knows.  A dict behind
         # one copies itself at once, where dict() would ask for each item.
         given = self.records
@@ -232,7 +253,7 @@ def validated_snapshot(snapshot: Snapshot) -> Snapshot:
         record = validated(given)
         if record.task_id != task_id:
             raise ValidationError("records", f"has task {record.task_id!r} under {task_id!r}")
-        key = record.dedup_key
+        key = dedup_key(record)
         if key is not None:
             holder = booked.setdefault(key, task_id)
             if holder != task_id:
@@ -254,9 +275,9 @@ class Step(Struct, frozen=True, gc=False):
     record: TaskRecord | None
 
     @property
-    def dedup_key(self) -> DedupKey | None:
+    def claims(self) -> DedupKey | None:
         """The dedup key that a task created here claims, if any."""
-        return None if self.base or self.record is None else self.record.dedup_key
+        return None if self.base else dedup_key(self.record)
 
 
 def plan(changes: Sequence[Change]) -> list[Step]:
@@ -286,8 +307,8 @@ def plan(changes: Sequence[Change]) -> list[Step]:
             raise ConflictError([Conflict(task_id, revision - 1, before.revision)])
         steps[task_id] = Step(task_id, before.base, revision, record)
     claimed: dict[DedupKey, str] = {}
-    for step in steps.values():
-        key = step.dedup_key
+    for step in steps.values() if len(steps) > 1 else ():
+        key = step.claims
         if key is not None:
             holder = claimed.setdefault(key, step.task_id)
             if holder != step.task_id:
@@ -309,7 +330,6 @@ def find_conflicts(
     ``holders`` the id of the task that has a dedup key.  A task that the
     steps remove gives its dedup key free for the others.
     """
-    removed = {step.task_id for step in steps if step.record is None}
     conflicts = []
     for step in steps:
         task_id = step.task_id
@@ -318,9 +338,11 @@ def find_conflicts(
             gone = task_id in deleted
             conflicts.append(Conflict(task_id, step.base, found or 0, deleted=gone))
             continue
-        key = None if step.record is None else step.record.dedup_key
+        key = dedup_key(step.record)
         holder = None if key is None else holders.get(key)
-        if holder not in (None, task_id) and holder not in removed:
+        if holder in (None, task_id):
+            continue
+        if holder not in {step.task_id for step in steps if step.record is None}:
             conflicts.append(Conflict(task_id, step.base, found or 0, booked_by=holder))
     return conflicts
 

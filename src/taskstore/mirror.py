@@ -8,13 +8,15 @@ records up.  :class:`Mirror` answers from indexes over what is committed,
 
 from __future__ import annotations
 
+import gc
 import heapq
 import logging
+import os
 import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from operator import attrgetter
 from typing import Any
@@ -30,13 +32,13 @@ from taskstore.journal import (
     Put,
     Remove,
     Snapshot,
+    dedup_key,
     put_valid,
 )
 from taskstore.query import SESSION_KEY, Page, Summary, TaskQuery, page_of
 from taskstore.records import ACTIVE_STATUSES, MAX_INT, DedupKey, TaskRecord
 from taskstore.store import SupportsJournal, TaskRegistryStore, commit_id_at, entries_beyond
 from taskstore.validation import check_int
-from taskstore.yielding import collector_paused
 
 logger = logging.getLogger("taskstore")
 
@@ -114,13 +116,15 @@ class Lookups(ABC):
 class Mirror(Lookups):
     """What is committed, as far as this process has seen it.
 
-    ``position`` is that of the last entry mirrored.  Writers hold the registry's
+    ``position`` is that of the last entry mirrored; ``interrupted`` tells that
+    an interrupt may have left it half-way, until it is loaded anew.  Writers hold the registry's
     commit lock; ``lock`` is held while the indexes change or are read.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.position = Position(0)
+        self.interrupted = False
         self._indexes = Indexes()
 
     @property
@@ -143,7 +147,9 @@ class Mirror(Lookups):
         with self.lock:
             self._indexes, before = indexes, self._indexes
             self.position = Position(snapshot.seq, commit_id)
-        before.dismantle()
+            self.interrupted = False
+        if before.records:
+            before.dismantle()
 
     def get(self, task_id: str) -> TaskRecord | None:
         """Return the record of an id, or ``None``."""
@@ -151,7 +157,9 @@ class Mirror(Lookups):
 
     def holder(self, key: DedupKey) -> TaskRecord | None:
         """Return the task that has a dedup key, or ``None``."""
-        return self._indexes.holder(key)
+        indexes = self._indexes
+        task_id = indexes.holders.get("\0".join(key))
+        return None if task_id is None else indexes.records[task_id]
 
     def summary(self) -> Summary:
         """Count the records, without looking at them."""
@@ -241,10 +249,11 @@ class Replica(Mirror):
         if isinstance(store, SupportsJournal):
             head = store.head()
             commit_id = commit_id_at(store, head)
-        snapshot = store.load_snapshot()
-        if isinstance(store, SupportsJournal) and snapshot.seq != head:  # others are committing
-            commit_id = commit_id_at(store, snapshot.seq)
-        self.reset(snapshot, commit_id)
+        with collector_paused():
+            snapshot = store.load_snapshot()
+            if isinstance(store, SupportsJournal) and snapshot.seq != head:  # others are committing
+                commit_id = commit_id_at(store, snapshot.seq)
+            self.reset(snapshot, commit_id)
         self.stale = False
         self._hooks.emit([Restored(snapshot.seq, len(snapshot.records), snapshot.records)])
 
@@ -409,7 +418,9 @@ class Staging(Lookups):
     def create(self, record: TaskRecord, key: DedupKey | None) -> TaskRecord:
         """Stage a new task that claims a dedup key; raises :class:`ConflictError` if its id is
         taken."""
-        standing = self.get(record.task_id)
+        over = self._over
+        task_id = record.task_id
+        standing = over[task_id] if task_id in over else self._under.get(task_id)
         if standing is not None:
             raise ConflictError([Conflict(record.task_id, 0, standing.revision)])
         if key is not None:
@@ -451,7 +462,7 @@ class Staging(Lookups):
         for change in changes:
             record = change.record if isinstance(change, Put) else None
             self._over[change.task_id] = record
-            key = None if record is None or record.revision > 1 else record.dedup_key
+            key = None if record is None or record.revision > 1 else dedup_key(record)
             if key is not None:
                 self._holders[key] = change.task_id
         self.changes += changes
@@ -467,3 +478,47 @@ def _whole_commits(page: Sequence[JournalEntry]) -> Sequence[JournalEntry]:
     last = page[-1].commit_id
     end = next((n for n in range(len(page), 0, -1) if page[n - 1].commit_id != last), 0)
     return page[:end] or page
+
+
+_pausing = threading.RLock()
+_pauses: set[object] = set()
+_was_on = False
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Leave Python's garbage collector off in the body of a ``with``: many records are made there.
+
+    It would look again and again for cycles among objects that cannot have
+    any, and each of its great looks holds up every other thread.  Pauses may
+    overlap; after the last one it is as it was.
+    """
+    global _was_on  # noqa: PLW0603 - the collector is one for the whole process
+    pause = object()
+    try:
+        with _pausing:
+            if not _pauses:
+                _was_on = gc.isenabled()
+            _pauses.add(pause)
+            gc.disable()
+        yield
+    finally:
+        with _pausing:
+            try:
+                if _was_on and _pauses <= {pause}:
+                    gc.enable()
+            finally:
+                _pauses.discard(pause)
+
+
+def end_pauses() -> None:
+    """End every pause: in a forked child, the threads that made them are not there."""
+    global _pausing  # noqa: PLW0603 - held by a thread that is not there
+    _pausing = threading.RLock()
+    if _pauses and _was_on:
+        gc.enable()
+    _pauses.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=end_pauses)

@@ -177,13 +177,6 @@ class TaskRecord(
         """``(created_at, task_id)``: lists are in descending order of it."""
         return (self.created_at, self.task_id)
 
-    @property
-    def dedup_key(self) -> DedupKey | None:
-        """``(run_id, booking)``, which no other task of the ledger has; ``None`` without a run."""
-        if self.run_id is None or self.booking is None:
-            return None
-        return (self.run_id, self.booking)
-
     def __hash__(self) -> int:
         return hash((self.task_id, self.revision))
 

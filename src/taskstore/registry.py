@@ -36,6 +36,8 @@ class LedgerReader(ABC):
         self._store = store
         self._hooks = hooks
         self._mirror = Replica(store, hooks)
+        self._committer = Committer(store, self._mirror, hooks)
+        self._owns_store = False
         self._closed = False
         self._opened_by = os.getpid()
 
@@ -119,8 +121,32 @@ class LedgerReader(ABC):
     def _reading(self) -> Iterator[Lookups]:
         """Keep what the calling thread sees as it is while it looks something up."""
         self._check_open()
+        if self._mirror.interrupted:
+            self._reload()
         with self._mirror.lock:
             yield self._records()
+
+    def _now(self) -> int:
+        now = self._store.clock()
+        return now if type(now) is int and 0 <= now <= MAX_INT else check_int("clock", now)
+
+    @abstractmethod
+    def _reload(self) -> None:
+        """Load memory anew before it is used, after an interrupt, if this thread may wait."""
+
+    def _finish(self) -> None:
+        """Commit and deliver what is under way, and close the store if it is ours.
+
+        In a forked child nothing: all that is under way is the parent's.
+        """
+        if self._opened_by != os.getpid():
+            return
+        self._committer.close()
+        try:
+            self._hooks.drain()
+        finally:
+            if self._owns_store:
+                self._store.close()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -152,11 +178,9 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
             store.clock = clock
         super().__init__(store, Hooks(hooks))
         self._local = _Local()
-        self._owns_store = False
         self._follower: Follower | None = None
         # Two that come together start one thread, and close() misses none.
         self._following = threading.Lock()
-        self._committer = Committer(store, self._mirror, self._hooks)
         self._committer.load()
 
     @classmethod
@@ -316,14 +340,9 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
             follower = self._follower
         if follower is not None:
             follower.ask_to_stop()
-        if self._opened_by != os.getpid():
-            return  # all that is under way is the parent's
-        self._committer.close()
         try:
-            self._hooks.drain()
+            self._finish()
         finally:
-            if self._owns_store:
-                self._store.close()
             if follower is not None:
                 follower.stop()
 
@@ -337,10 +356,6 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
         return f"<TaskRegistry {self._store.location} at seq {self._mirror.seq}>"
 
     # -- within -------------------------------------------------------------
-
-    def _now(self) -> int:
-        now = self._store.clock()
-        return now if type(now) is int and 0 <= now <= MAX_INT else check_int("clock", now)
 
     def _commit(self, operation: Operation[T], /) -> T:
         """Have an operation committed, or add it to the batch that this thread is in."""
@@ -359,6 +374,9 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
 
     def _commit_run(self, run: Run, plan: Callable[[], Plan]) -> list[TaskRecord]:
         return self._commit(ChangeRun(run, plan()))
+
+    def _reload(self) -> None:
+        self._committer.refresh()
 
     def _records(self) -> Lookups:
         batch = self._local.batch

@@ -37,6 +37,7 @@ from taskstore.journal import (
     SetAside,
     Snapshot,
     Step,
+    dedup_key,
     entries_of,
     find_conflicts,
     fold,
@@ -174,7 +175,8 @@ class TaskRegistryStore(ABC):
             raise forked(f"the store {self.location or type(self).__name__}")
 
     def _check_writable(self) -> None:
-        self._check_open()
+        if self._closed or self._opened_by != os.getpid():
+            self._check_open()
         if self.read_only:
             raise ReadOnlyError(
                 f"the store {self.location or type(self).__name__} was opened read-only"
@@ -371,7 +373,7 @@ def check_steps(steps: Sequence[Step], stored: Snapshot) -> None:
     holders = {
         key: record.task_id
         for record in stored.records.values()
-        if (key := record.dedup_key) is not None
+        if (key := dedup_key(record)) is not None
     }
     conflicts = find_conflicts(steps, revisions, (), holders)
     if conflicts:

@@ -20,6 +20,7 @@ from msgspec import Struct
 from taskstore import creation, leases, lifecycle
 from taskstore.clock import Clock, new_task_id
 from taskstore.errors import Conflict, ConflictError, TaskNotFound
+from taskstore.journal import dedup_key
 from taskstore.lifecycle import Mutation
 from taskstore.mirror import Staging
 from taskstore.records import ACTIVE_STATUSES, TaskRecord, TaskStatus
@@ -50,7 +51,7 @@ class Create(Struct, frozen=True):
     def __call__(self, staging: Staging) -> TaskRecord:
         """Give the record that stands afterwards."""
         record = self.record
-        key = record.dedup_key
+        key = dedup_key(record)
         holder = None if key is None else staging.holder(key)
         if holder is None:
             return staging.create(record, key)
@@ -340,12 +341,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         return self._mutate(task_id, delivering, if_revision, fence)
 
     def set_notify_policy(
-        self,
-        task_id: str,
-        policy: str,
-        *,
-        if_revision: int | None = None,
-        fence: str | None = None,
+        self, task_id: str, policy: str, *, if_revision: int | None = None, fence: str | None = None
     ) -> RecordT:
         """Set what the owner wants to hear of: done_only, state_changes or silent.
 

@@ -129,7 +129,7 @@ class BooksTheSameRunTwiceFromTwoInstances(Broken):
         shared, self.storage.bookings = self.storage.bookings, vars(self).setdefault("mine", {})
         super()._check(steps)
         self.storage.bookings = shared
-        self.mine.update({s.dedup_key: s.task_id for s in steps if s.dedup_key})
+        self.mine.update({s.claims: s.task_id for s in steps if s.claims})
 
 
 class NeverFreesABooking(Broken):
@@ -144,7 +144,7 @@ class ComparesRunsWithoutTheirCase(Broken):
         super()._check(steps)
         runs = {run.lower() for run, _ in self.storage.bookings}
         for step in steps:
-            if step.dedup_key and step.dedup_key[0].lower() in runs:
+            if step.claims and step.claims[0].lower() in runs:
                 raise ConflictError([], "booked")
 
 

@@ -91,7 +91,9 @@ def test_a_segment_is_missing_in_the_middle(ledger):
     assert "seq 7" in str(error)
     assert "seq 3" in str(error)
     with JSONStore(ledger) as store:
-        assert any("seq 4 to 6 are missing" in problem for problem in store.verify().problems)
+        (problem,) = store.verify().problems
+        assert str(segments(ledger)[1]) in problem
+        assert "seq 4 to 6 are missing" in problem
 
 
 def test_the_last_segment_is_missing(ledger):
@@ -268,6 +270,34 @@ def test_verify_finds_a_snapshot_that_says_something_else_than_the_journal(ledge
         (problem,) = store.verify().problems
         assert str(newest) in problem
         assert "disagrees" in problem
+
+
+def test_verify_finds_a_missing_segment_with_nothing_but_a_header_after_it(directory, open_):
+    store = open_()
+    create(store)
+    for _ in range(2):
+        store.compact(FOLD)
+        create(store)
+    store.compact(FOLD)
+    store.close()
+    segments(directory)[2].unlink()
+    with JSONStore(directory) as reopened:
+        (problem,) = reopened.verify().problems
+    assert str(segments(directory)[-1]) in problem
+    assert "seq 3 to 3 are missing" in problem
+
+
+def test_damage_in_one_segment_does_not_hide_that_of_a_later_one(ledger):
+    damaged(segments(ledger)[0], segments(ledger)[0].stat().st_size - 10)
+    damaged(segments(ledger)[1], segments(ledger)[1].stat().st_size - 10)
+    from jsonfiles import forged
+
+    forged(segments(ledger)[-1], b'"revision":8', b'"revision":18')
+    with JSONStore(ledger) as store:
+        first, second, *others = store.verify().problems
+    assert str(segments(ledger)[0]) in first
+    assert str(segments(ledger)[1]) in second
+    assert any("revision 18 follows revision 7" in problem for problem in others)
 
 
 def test_verify_finds_revisions_that_jump(ledger):

@@ -16,15 +16,15 @@ from taskstore import (
     StoreClosedError,
     TaskRegistry,
     TaskStoreError,
-    yielding,
+    mirror,
 )
 from taskstore.clock import new_task_id
 from taskstore.committer import CommitQueue
 from taskstore.creation import new_record
+from taskstore.mirror import collector_paused
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 from taskstore.testing.threads import until
 from taskstore.verbs import Create
-from taskstore.yielding import collector_paused
 
 
 class SlowStore(MemoryStore):
@@ -302,7 +302,7 @@ def test_a_child_forked_while_the_collector_is_paused_has_it_again():
     with collector_paused():
         assert not gc.isenabled()
         assert status_of_child(lambda: 0 if gc.isenabled() else 1) == 0
-        with yielding._pausing:
+        with mirror._pausing:
             assert status_of_child(lambda: collector_paused().__enter__() or 0) == 0
     assert gc.isenabled()
 

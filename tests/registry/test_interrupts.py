@@ -143,6 +143,8 @@ def test_an_interrupt_at_any_moment_keeps_nobody_out(url, contended, tmp_path):
         where = struck(moment, lambda text=text: registry.record_progress(task_id, text))
         assert gc.isenabled(), f"interrupted at {where}, the garbage collector stays off"
         check_free(tmp_path / "ledger")
+        stored = registry.store.load_snapshot().records
+        assert registry.get(task_id) == stored[task_id], f"interrupted at {where}, memory is wrong"
         after = threading.Thread(
             target=registry.record_progress, args=(task_id, f"after {moment}"), daemon=True
         )

@@ -13,7 +13,7 @@ from taskstore.errors import StoreBusyError
 from taskstore.journal import Put, fold
 from taskstore.policy import CompactionPolicy
 from taskstore.stores.sql import compaction, rows
-from taskstore.stores.sql.engines import open_database
+from taskstore.stores.sql.dialects import open_database
 from taskstore.testing.factories import create, delete, make_record, next_of, update
 
 ALL = CompactionPolicy(force=True, history_s=0, history_entries=0, keep_snapshots=1)

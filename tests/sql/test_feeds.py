@@ -182,7 +182,7 @@ def test_a_writer_who_says_nothing(pair, monkeypatch):
     answers = []
     for seq in range(3):
         with waits(two, seq, answers):
-            until(lambda seq=seq: two._feed._watch is not None and two._feed._watch._seen == seq)
+            until(lambda seq=seq: two._feed and two._feed._watch and two._feed._watch._seen == seq)
             one.apply([make_put()])
         assert two._feed._watch._deaf
         # From now on a safety look would come too late for anybody.
@@ -192,12 +192,13 @@ def test_a_writer_who_says_nothing(pair, monkeypatch):
 
 def test_one_connection_for_all_who_wait_and_none_afterwards(pair, postgres_url, monkeypatch):
     one, two = pair
+    two.wait_for(0, 0)
     two._feed._idle_s = 0.2
     answers = []
     pool = two._database.engine.pool
     with waits(two, 0, answers), waits(two, 0, answers), waits(two, 0, answers):
         until(lambda: listeners(postgres_url) == 1)
-        until(lambda: len(two._feed._waiters) == 3)
+        until(lambda: two._feed and len(two._feed.waiters) == 3)
         time.sleep(0.05)
         assert pool.checkedout() == 1
         one.apply([make_put()])
@@ -241,7 +242,7 @@ def test_closing_while_somebody_waits_gives_everything_back(url, open_):
     store = open_(url)
     pool = store._database.engine.pool
     with pytest.raises(StoreClosedError), waits(store, 0, []):
-        until(lambda: store._feed._watch is not None)
+        until(lambda: store._feed and store._feed._watch)
         store.close()
     until(lambda: pool.checkedout() == 0)
 
@@ -258,7 +259,7 @@ def test_an_interrupt_leaves_nothing_behind(url, open_):
             signal.setitimer(signal.ITIMER_REAL, 0.1)
             with pytest.raises(KeyboardInterrupt):
                 two.wait_for(0, PATIENCE_S)
-            assert not two._feed._waiters
+            assert not two._feed.waiters
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -12,7 +12,7 @@ from sqlkit import in_process, output_of
 
 from taskstore.errors import SchemaMismatchError, StoreUnavailableError, ValidationError
 from taskstore.stores.sql import SQLStore, migrate
-from taskstore.stores.sql.engines import open_database
+from taskstore.stores.sql.dialects import open_database
 from taskstore.stores.sql.tables import REVISIONS, SCHEMA_EPOCH, TABLES, metadata
 from taskstore.testing.factories import create, make_record
 

@@ -10,7 +10,7 @@ from taskstore.errors import CorruptStoreError
 from taskstore.journal import fold
 from taskstore.policy import CompactionPolicy
 from taskstore.stores.sql import compaction
-from taskstore.stores.sql.engines import open_database
+from taskstore.stores.sql.dialects import open_database
 from taskstore.testing.factories import create, delete, update
 
 ALL = CompactionPolicy(force=True, history_s=0, history_entries=0, keep_snapshots=1)

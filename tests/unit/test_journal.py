@@ -108,11 +108,11 @@ def test_a_run_booked_twice_in_a_batch():
 
 def test_only_creations_claim_a_booking():
     record = make_record(run_id="r")
-    assert plan([Put(record)])[0].dedup_key == ("r", record.booking)
-    assert plan([next_of(record)])[0].dedup_key is None
-    assert plan([make_put()])[0].dedup_key is None
-    assert plan([make_put(run_id="r", booking=None)])[0].dedup_key is None
-    assert plan([Put(record), removal_of(record)])[0].dedup_key is None
+    assert plan([Put(record)])[0].claims == ("r", record.booking)
+    assert plan([next_of(record)])[0].claims is None
+    assert plan([make_put()])[0].claims is None
+    assert plan([make_put(run_id="r", booking=None)])[0].claims is None
+    assert plan([Put(record), removal_of(record)])[0].claims is None
 
 
 @pytest.mark.parametrize("batch", [[], (), ["x"], [None], [make_record()]])

@@ -106,7 +106,7 @@ def test_own_commits_wake_everybody(ledger):
     with meanwhile(
         lambda: run_together(*[lambda: answers.append(ledger.feed.wait_for(0, PATIENCE_S))] * 5)
     ):
-        until(lambda: len(ledger.feed._waiters) == 5 and ledger.watches)
+        until(lambda: len(ledger.feed.waiters) == 5 and ledger.watches)
         ledger.head = 1  # and the watch does not hear of it
         ledger.feed.announce(1)
     assert answers == [True] * 5
@@ -149,7 +149,7 @@ def test_trouble_reaches_all_waiters_and_the_next_one_begins_anew(ledger):
         raise StoreUnavailableError("away for a moment")
 
     with meanwhile(lambda: run_together(wait, wait, wait)):
-        until(lambda: len(ledger.feed._waiters) == 3 and ledger.watches)
+        until(lambda: len(ledger.feed.waiters) == 3 and ledger.watches)
         ledger.watches[0].look = fail
         ledger.watches[0].wake()
     assert len(victims) == 3
@@ -170,7 +170,7 @@ def test_one_thread_while_there_are_waiters_and_none_afterwards():
         threads.add(ledger.feed._thread)
 
     with meanwhile(lambda: run_together(*[wait] * 5)):
-        until(lambda: len(ledger.feed._waiters) == 5 and ledger.watches)
+        until(lambda: len(ledger.feed.waiters) == 5 and ledger.watches)
         ledger.commit()
     [thread] = threads
     assert (thread.name, thread.daemon) == ("taskstore-watcher", True)
@@ -204,7 +204,7 @@ def test_no_thread_can_be_started(ledger, monkeypatch):
             ledger.feed.wait_for(0, 1)
         assert "threads" in caught.value.hint
         assert not ledger.feed.wait_for(0, 0)
-    assert not ledger.feed._waiters
+    assert not ledger.feed.waiters
     assert not ledger.feed.wait_for(0, 0.01)
 
 
@@ -242,7 +242,7 @@ def test_closing(ledger, waiters):
 
     jobs = [wait] * waiters
     with meanwhile(lambda: run_together(*jobs) if jobs else None):
-        until(lambda: len(ledger.feed._waiters) == waiters)
+        until(lambda: len(ledger.feed.waiters) == waiters)
         ledger.feed.close()
         ledger.feed.close()
     assert len(told) == waiters

@@ -109,7 +109,7 @@ The queue is written in C, so that an interrupt leaves none of it half-done."""
 
 
 class Feed:
-    """The waiting calls of one store, and the thread that watches for them.
+    """The waiting calls of one store (``waiters``), and the thread that watches for them.
 
     ``head`` reads the head, with the patience and the errors of the store;
     ``watch`` sets up what looks out for the commits of others.  When it raises
@@ -134,7 +134,7 @@ class Feed:
         self._broken: tuple[type[Exception], ...] = (WatchBrokenError, *errors)
         self._lock = threading.RLock()
         # The waiting calls, and the seq that each has seen already.
-        self._waiters: dict[_Waiter, int] = {}
+        self.waiters: dict[_Waiter, int] = {}
         self._thread: threading.Thread | None = None
         self._watch: Watch | None = None
         self._closed = False
@@ -144,7 +144,7 @@ class Feed:
         deadline = time.monotonic() + timeout
         waiter: _Waiter = SimpleQueue()
         try:
-            self._waiters[waiter] = after
+            self.waiters[waiter] = after
             if self._head() > after:
                 return True
             if timeout <= 0:
@@ -156,8 +156,8 @@ class Feed:
             return False
         finally:
             # First of all, and in one call, which an interrupt does not divide.
-            self._waiters.pop(waiter, None)
-            if not (self._idle_s or self._waiters):
+            self.waiters.pop(waiter, None)
+            if not (self._idle_s or self.waiters):
                 self._wake()
         if error is None:
             return True
@@ -167,9 +167,11 @@ class Feed:
             del error  # which refers to this frame
 
     def announce(self, seq: int) -> None:
-        """Wake the waiters: this process has committed up to ``seq``."""
-        if self._waiters:
-            self._publish(seq)
+        """Wake the waiters: this process has committed up to ``seq``.
+
+        A commit need not call this while there are no ``waiters``.
+        """
+        self._publish(seq)
 
     def close(self) -> None:
         """End each wait: the waiters raise :class:`~taskstore.StoreClosedError`."""
@@ -182,14 +184,14 @@ class Feed:
             thread.join(CLOSE_S)
 
     def _publish(self, head: int) -> None:
-        for waiter, after in list(self._waiters.items()):
+        for waiter, after in list(self.waiters.items()):
             if head > after:
                 waiter.put(None)
 
     def _fail(self, error: BaseException) -> None:
-        for waiter in list(self._waiters):
+        for waiter in list(self.waiters):
             waiter.put(error)
-            self._waiters.pop(waiter, None)
+            self.waiters.pop(waiter, None)
 
     def _wake(self) -> None:
         watch = self._watch
@@ -238,7 +240,7 @@ class Feed:
                 self._thread = me
             if self._thread is not me:
                 return False
-            if self._waiters and not self._closed:
+            if self.waiters and not self._closed:
                 return True
             self._thread = None
             return False
@@ -250,7 +252,7 @@ class Feed:
         try:
             self._watch = watch
             while not self._closed and (now := time.monotonic()) < until:
-                if self._waiters:
+                if self.waiters:
                     needed_at = now
                     rest = LONGEST_PAUSE_S
                 else:

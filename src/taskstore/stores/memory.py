@@ -21,9 +21,9 @@ from taskstore.journal import (
     SetAside,
     Snapshot,
     Step,
+    dedup_key,
     entries_of,
     find_conflicts,
-    fold,
     occupied_by,
     plan,
     replaces,
@@ -34,6 +34,7 @@ from taskstore.query import Page, TaskQuery, evaluate
 from taskstore.records import DedupKey, TaskRecord
 from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport, check_history
 from taskstore.stores.compaction import CompactionSteps, Cut, Retained, Standing, compact
+from taskstore.stores.integrity import IntegrityCheck
 
 
 class MemoryStorage:
@@ -96,7 +97,7 @@ class MemoryStore(TaskRegistryStore):
             storage.holders = {
                 key: task_id
                 for task_id, record in snapshot.records.items()
-                if (key := record.dedup_key) is not None
+                if (key := dedup_key(record)) is not None
             }
             storage.journal = []
             storage.deleted = set()
@@ -158,12 +159,12 @@ class MemoryStore(TaskRegistryStore):
         storage = self.storage
         if step.record is None:
             gone = storage.current.pop(step.task_id, None)
-            key = None if gone is None else gone.dedup_key
+            key = dedup_key(gone)
             if key is not None:
                 storage.holders.pop(key, None)
             return
         storage.current[step.task_id] = step.record
-        key = step.dedup_key
+        key = step.claims
         if key is not None:
             storage.holders[key] = step.task_id
 
@@ -235,13 +236,11 @@ class MemoryStore(TaskRegistryStore):
         self._check_open()
         storage = self.storage
         with storage.gate:
-            base = storage.snapshots.get(storage.floor - 1, Snapshot(storage.floor - 1))
-            problems = []
-            if fold(base, storage.journal).records != storage.current:
-                problems.append("folding the journal does not give the records")
-            return VerifyReport(
-                storage.head, len(storage.current), len(storage.journal), tuple(problems)
-            )
+            places = {seq: f"the snapshot at seq {seq}" for seq in storage.snapshots}
+            check = IntegrityCheck(storage.floor, places, storage.snapshots.__getitem__)
+            check.journal(storage.journal, storage.head)
+            check.compare("the store", self.load_snapshot())
+            return check.report()
 
 
 class _Compaction(CompactionSteps):

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Raw, Struct
 
 from taskstore import codec
-from taskstore.journal import EntryKind, SetAside, Step
+from taskstore.journal import EntryKind, SetAside, Step, dedup_key
 from taskstore.records import FORMAT_VERSION, DedupKey, TaskRecord
 from taskstore.stores.jsonfile.lines import Line
 
@@ -21,13 +21,6 @@ class Keys(Struct, frozen=True, gc=False):
     revision: int
     run_id: str | None = None
     booking: str | None = None
-
-    @property
-    def dedup_key(self) -> DedupKey | None:
-        """As :attr:`TaskRecord.dedup_key`."""
-        if self.run_id is None or self.booking is None:
-            return None
-        return (self.run_id, self.booking)
 
 
 _decoder = msgspec.json.Decoder(Keys)
@@ -66,7 +59,7 @@ class Index:
     def add(self, item: Keys | TaskRecord) -> None:
         """Take in a live record."""
         self.revisions[item.task_id] = item.revision
-        self._book(item.dedup_key, item.task_id)
+        self._book(dedup_key(item), item.task_id)
 
     def add_payload(self, payload: bytes) -> None:
         """Take in a live record as it is stored."""
@@ -96,7 +89,7 @@ class Index:
             if entry.revision == 1:
                 keys = keys_of(entry.record)
                 if keys is not None:
-                    self._book(keys.dedup_key, entry.task_id)
+                    self._book(dedup_key(keys), entry.task_id)
 
     def commit(self, steps: Sequence[Step], seq: int) -> None:
         """Take in our own commit, whose first seq is ``seq``."""
@@ -106,7 +99,7 @@ class Index:
         for step in steps:
             if step.record is not None:
                 self.revisions[step.task_id] = step.revision
-                key = None if step.base else step.record.dedup_key
+                key = step.claims
                 if key is not None:
                     self.holders[key] = step.task_id
                     self._booked[step.task_id] = key

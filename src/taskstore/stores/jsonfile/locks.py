@@ -25,6 +25,7 @@ from taskstore.disk import Disk
 from taskstore.errors import StoreBusyError
 from taskstore.stores.fairlock import FairLock
 from taskstore.stores.holders import lock_holders, named, process
+from taskstore.stores.retry import Contention
 
 _LINE_BYTES = 64
 _STATE_BYTES = 106
@@ -199,9 +200,8 @@ def patiently(acquire: Callable[[float], bool], timeout_s: float, directory: Pat
 
     A first wait, of half of ``timeout_s``, has been in vain.
     """
-    seen: object = None
-    while timeout_s > 0 and (end := _end_of_journal(directory)) not in (None, seen):
-        seen = end
+    contention = Contention(lambda: _end_of_journal(directory))
+    while timeout_s > 0 and contention.moves():
         if acquire(timeout_s / 2):
             return True
     return False

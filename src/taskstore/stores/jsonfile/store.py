@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from taskstore import codec
-from taskstore.backends import DURABILITIES
+from taskstore.backends import check_options
 from taskstore.disk import SYSTEM, Disk
 from taskstore.errors import ValidationError
 from taskstore.journal import (
@@ -66,10 +66,7 @@ class JSONStore(TaskRegistryStore):
         disk: Disk = SYSTEM,
     ) -> None:
         super().__init__(read_only=read_only)
-        if durability not in DURABILITIES:
-            raise ValidationError(
-                "durability", f"must be one of {DURABILITIES}, not {durability!r}"
-            )
+        check_options(durability, "auto")
         if not str(path) or "\0" in str(path):
             raise ValidationError("path", "must be the path of a directory")
         self.durability = durability
@@ -160,7 +157,8 @@ class JSONStore(TaskRegistryStore):
                 commit = writer.commit(steps, len(changes), entries, self.clock)
         except OSError as error:
             raise unavailable(self.directory, error) from error
-        self._feed.announce(commit.last_seq)
+        if self._feed.waiters:
+            self._feed.announce(commit.last_seq)
         return commit
 
     @contextlib.contextmanager

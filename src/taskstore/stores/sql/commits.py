@@ -30,6 +30,7 @@ from taskstore.journal import (
     Position,
     Put,
     Step,
+    dedup_key,
     find_conflicts,
     plan,
 )
@@ -234,7 +235,7 @@ def conflicts_of(tx: Session, steps: Sequence[Step]) -> list[Conflict]:
         deleted.update(row[0] for row in tx.ask(gone))
     records = [step.record for step in steps if step.record is not None]
     holders: dict[DedupKey, str] = {}
-    for keys in _lots([key for record in records if (key := record.dedup_key) is not None]):
+    for keys in _lots([key for record in records if (key := dedup_key(record)) is not None]):
         held = sa.select(tasks.c.run_id, tasks.c.booking, tasks.c.task_id).where(
             tasks.c.run_id.in_([run_id for run_id, _ in keys]),
             tasks.c.booking.in_([booking for _, booking in keys]),

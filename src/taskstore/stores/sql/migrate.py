@@ -18,8 +18,7 @@ import sqlalchemy as sa
 import taskstore
 from taskstore.backends import redacted
 from taskstore.errors import SchemaMismatchError, TaskStoreError, ValidationError
-from taskstore.stores.sql.dialects import DIALECTS, Database
-from taskstore.stores.sql.engines import host_database, open_database
+from taskstore.stores.sql.dialects import DIALECTS, Database, host_database, open_database
 from taskstore.stores.sql.tables import (
     MARK,
     ONLY_ON,

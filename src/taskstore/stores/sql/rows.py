@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from taskstore.codec import check_nesting, checksum, decode_or_set_aside, set_aside
+from taskstore.codec import check_nesting, checksum, decode_or_set_aside, decode_record, set_aside
 from taskstore.errors import CorruptStoreError, ValidationError
 from taskstore.journal import EntryKind, JournalEntry, SetAside
 from taskstore.records import TaskRecord
@@ -89,20 +89,19 @@ def record_of(row: TaskRow) -> TaskRecord | SetAside:
     """
     where = f"tasks, row {row.task_id!r}"
     payload = row.payload if isinstance(row.payload, bytes) else as_bytes(row.payload)
-    damage = None
-    if checksum(payload) != row.checksum:
-        damage = damage_of(payload, row.checksum)
-    if row.checksum == CARRIED:
+    if zlib.crc32(payload) == row.checksum:
+        try:
+            record = decode_record(payload, where)
+        except CorruptStoreError as error:
+            damage = error.reason
+        else:
+            if record.task_id == row.task_id:
+                return record
+            damage = f"the payload is of task {record.task_id!r}"
+    elif row.checksum == CARRIED:
         damage = "it was set aside in the snapshot that this ledger was made from"
-    if damage is None:
-        found = decode_or_set_aside(payload, where)
-        if isinstance(found, TaskRecord) and found.task_id == row.task_id:
-            return found
-        damage = (
-            found.reason
-            if isinstance(found, SetAside)
-            else f"the payload is of task {found.task_id!r}"
-        )
+    else:
+        damage = damage_of(payload, row.checksum) or ""
     return SetAside(payload, where, damage, row.task_id, row.revision)
 
 

@@ -41,7 +41,6 @@ from taskstore.stores.sql.tables import (
     taskstore_head,
 )
 from taskstore.stores.sql.transactions import Transactions
-from taskstore.yielding import collector_paused
 
 
 def read_head(session: Session, sql: Statements, *, lock: bool = False) -> Head:
@@ -106,8 +105,7 @@ def load(transactions: Transactions) -> Snapshot:
         rows = map(record_of, scan_tasks(session, sql))
         return _snapshot(head.head_seq, head.last_at, chain(aside, rows))
 
-    with collector_paused():
-        return transactions.read(work, one_moment=True)
+    return transactions.read(work, one_moment=True)
 
 
 def read_snapshot(transactions: Transactions, at: int) -> Snapshot | None:
@@ -118,11 +116,17 @@ def read_snapshot(transactions: Transactions, at: int) -> Snapshot | None:
         mark = newest_mark(session, at)
         if mark is None:
             return None
-        items = read_chunks(session, database.sql, mark, database.location)
-        return _snapshot(mark.seq, mark.at, items)
+        return read_marked(session, database.sql, mark, database.location)
 
-    with collector_paused():
-        return transactions.read(work, one_moment=True)
+    return transactions.read(work, one_moment=True)
+
+
+def read_marked(session: Session, sql: Statements, mark: Mark, location: str) -> Snapshot:
+    """A published snapshot, of which the row is given.
+
+    Raises :class:`~taskstore.CorruptStoreError` for a chunk that is missing or damaged.
+    """
+    return _snapshot(mark.seq, mark.at, _read_chunks(session, sql, mark, location))
 
 
 def _snapshot(seq: int, at: int, items: Iterable[TaskRecord | SetAside]) -> Snapshot:
@@ -136,13 +140,9 @@ def _snapshot(seq: int, at: int, items: Iterable[TaskRecord | SetAside]) -> Snap
     return Snapshot(seq, MappingProxyType(records), at, tuple(aside))
 
 
-def read_chunks(
+def _read_chunks(
     session: Session, sql: Statements, mark: Mark, location: str
 ) -> Iterator[TaskRecord | SetAside]:
-    """What a published snapshot holds.
-
-    Raises :class:`~taskstore.CorruptStoreError` for a chunk that is missing or damaged.
-    """
     total = 0
     for number in range(mark.chunks):
         where = f"{location}: task_snapshot_chunks, seq {mark.seq}, chunk {number}"

@@ -104,8 +104,13 @@ class FileGuard:
     def check(self) -> None:
         """Raise :class:`~taskstore.StoreReplacedError` if the file or a log was removed, moved
         or replaced since it was opened."""
-        if self._settled is None or _stamp_of(self._directory) != self._settled:
+        try:
+            found = os.stat(self._directory)  # noqa: PTH116 - half the time
+        except OSError:
             self.look()
+        else:
+            if (found.st_mtime_ns, found.st_ino) != self._settled:
+                self.look()
 
     def look(self) -> None:
         """The same, whatever the directory tells."""

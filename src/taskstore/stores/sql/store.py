@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import sqlalchemy as sa
 
-from taskstore.backends import DURABILITIES, MIGRATIONS
+from taskstore.backends import check_options
 from taskstore.errors import (
     CorruptStoreError,
     CursorExpiredError,
@@ -23,13 +24,11 @@ from taskstore.stores.feed import IDLE_S, Feed, Watch
 from taskstore.stores.retry import RECONNECT_S
 from taskstore.stores.sql import compaction, snapshots
 from taskstore.stores.sql.commits import commit
-from taskstore.stores.sql.dialects import Database
-from taskstore.stores.sql.engines import host_database, open_database
+from taskstore.stores.sql.dialects import Database, host_database, open_database
 from taskstore.stores.sql.migrate import ensure_schema
-from taskstore.stores.sql.pool import ConnectionPool
 from taskstore.stores.sql.query import answer
 from taskstore.stores.sql.rows import Head, entry_of
-from taskstore.stores.sql.transactions import Transactions
+from taskstore.stores.sql.transactions import ConnectionPool, Transactions
 from taskstore.stores.sql.verify import verify
 from taskstore.stores.sql.watches import DataVersionWatch, ListeningWatch, polling_watch
 from taskstore.validation import check_key
@@ -99,14 +98,10 @@ class SQLStore(TaskRegistryStore):
         self._aside: tuple[SetAside, ...] = ()
         self._met: dict[str, SetAside] = {}
         self._kept: list[SetAside] = []
-        self._feed = Feed(
-            self.head,
-            partial(_WATCHES.get(database.engine.dialect.name, polling_watch), pool, self.head),
-            self.location,
-            # A connection of a host's pool is not kept for nobody.
-            idle_s=IDLE_S if database.owned else 0.0,
-            errors=database.translator.errors,
-        )
+        self._pool = pool
+        # Made by the first call that waits.
+        self._feed: Feed | None = None
+        self._making_feed = threading.Lock()
         try:
             database.hold()
             ensure_schema(database, migrate, url)
@@ -130,12 +125,14 @@ class SQLStore(TaskRegistryStore):
     def save_snapshot(self, snapshot: Snapshot) -> None:
         self._check_writable()
         snapshots.save(self._transactions, snapshot)
-        self._feed.announce(snapshot.seq)
+        if self._feed is not None:
+            self._feed.announce(snapshot.seq)
 
     def apply(self, changes: Sequence[Change]) -> Commit:
         self._check_writable()
         done = commit(self._transactions, changes, self.clock)
-        self._feed.announce(done.last_seq)
+        if self._feed is not None and self._feed.waiters:
+            self._feed.announce(done.last_seq)
         return done
 
     @contextmanager
@@ -156,7 +153,10 @@ class SQLStore(TaskRegistryStore):
         if not self._closed:
             super().close()
             if not self._in_forked_child:
-                self._feed.close()
+                with self._making_feed:
+                    feed = self._feed
+                if feed is not None:
+                    feed.close()
                 self._transactions.close()
 
     # -- journal ----------------------------------------------------------
@@ -209,8 +209,23 @@ class SQLStore(TaskRegistryStore):
         return snapshots.read_snapshot(self._transactions, min(at, MAX_INT))
 
     def wait_for(self, after: int, timeout: float) -> bool:
-        self._check_open()
+        with self._making_feed:
+            self._check_open()
+            if self._feed is None:
+                self._feed = self._new_feed()
         return self._feed.wait_for(after, timeout)
+
+    def _new_feed(self) -> Feed:
+        database = self._database
+        watch = _WATCHES.get(database.engine.dialect.name, polling_watch)
+        return Feed(
+            self.head,
+            partial(watch, self._pool, self.head),
+            self.location,
+            # A connection of a host's pool is not kept when no call waits.
+            idle_s=IDLE_S if database.owned else 0.0,
+            errors=database.translator.errors,
+        )
 
     # -- compaction, query, integrity -------------------------------------
 
@@ -252,11 +267,6 @@ def open_sql(
 
 
 def _check_options(durability: str, migrate: str, reconnect_s: float) -> None:
-    for name, value, known in (
-        ("durability", durability, DURABILITIES),
-        ("migrate", migrate, MIGRATIONS),
-    ):
-        if value not in known:
-            raise ValidationError(name, f"must be one of {known}, not {value!r}")
+    check_options(durability, migrate)
     if not isinstance(reconnect_s, (int, float)) or not reconnect_s >= 0:
         raise ValidationError("reconnect_s", f"must be seconds, not {reconnect_s!r}")

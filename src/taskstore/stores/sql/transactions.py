@@ -1,4 +1,4 @@
-"""Transactions on one database: begun, committed or rolled back, and tried again.
+"""Transactions on one database, and the connections that they run on.
 
 The body of ``with transactions.write() as tx`` is one write transaction, which
 is committed where the body ends and rolled back where it raises.  Around it
@@ -23,6 +23,7 @@ import sqlalchemy as sa
 from taskstore.errors import (
     OutcomeUnknownError,
     StoreBusyError,
+    StoreClosedError,
     StoreUnavailableError,
     TaskStoreError,
 )
@@ -33,12 +34,105 @@ from taskstore.stores.retry import (
     Trouble,
     UnansweredError,
 )
+from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.errors import GONE, Fault
-from taskstore.stores.sql.pool import ConnectionPool
 from taskstore.stores.sql.rows import Head
 from taskstore.stores.sql.session import Session
 
 _T = TypeVar("_T")
+
+
+class ConnectionPool:
+    """Connections that are acquired and released, from any thread.
+
+    With an engine of our own, one connection is kept for writing; from a host's
+    engine, each call acquires one and releases it, because that pool is not ours.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.writing: Session | None = None
+        """The connection that is kept for writing, once there is one."""
+        self._gate = threading.Lock()
+        self._in_use = 0
+        self._closed = False
+
+    def acquire(self) -> Session:
+        """A connection, which :meth:`release` returns."""
+        database = self.database
+        with self._gate:
+            if self._closed:
+                raise StoreClosedError(f"the store {database.location} is closed")
+            self._in_use += 1
+        connection = None
+        try:
+            connection = database.engine.connect()
+            if not database.owned:
+                connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+            raw = connection.connection.driver_connection
+            return Session(connection, raw, database.cursor(raw), database.compiler)
+        except BaseException:
+            self._return(connection)
+            raise
+
+    def release(self, session: Session, *, broken: bool = False) -> None:
+        """Return a connection; one that is ``broken`` is not used again.
+
+        The one that is kept for writing stays, unless it is broken.
+        """
+        if session is self.writing:
+            if not broken:
+                return
+            self.writing = None
+        if broken:
+            with suppress(Exception):
+                session.connection.invalidate()
+        self._return(session.connection)
+
+    def writer(self) -> Session:
+        """The connection to write on, for :meth:`release` as every other.
+
+        The caller sees to it that only one transaction at a time uses it.
+        """
+        if self.writing is None:
+            session = self.acquire()
+            if not self.database.owned:
+                return session
+            self.writing = session
+            self.database.dedicate(session)
+        return self.writing
+
+    def writing_pid(self) -> int | None:
+        """The server's process behind the connection that is kept for writing, if told."""
+        session = self.writing
+        with suppress(Exception):
+            return int(session.raw.info.backend_pid) if session is not None else None
+        return None
+
+    def close(self) -> None:
+        """Return what is kept.  An engine of our own is disposed of, once calls that are
+        under way in other threads have released their connections."""
+        with self._gate:
+            if self._closed:
+                return
+            self._closed = True
+            self._in_use += 1
+        kept, self.writing = self.writing, None
+        if kept is not None:
+            self.release(kept)
+        self._return(None)
+
+    def _return(self, connection: sa.Connection | None) -> None:
+        try:
+            if connection is not None:
+                with suppress(Exception):
+                    connection.close()
+        finally:
+            with self._gate:
+                self._in_use -= 1
+                last = self._closed and not self._in_use
+            if last:
+                self.database.close()
 
 
 class Transactions:
@@ -211,12 +305,16 @@ class Transactions:
         begun = self._begun
         if begun is not None and self._begun_by == threading.get_ident() and not one_moment:
             try:
-                return self._checked(work(begun))
+                result = work(begun)
+                if self.database.guard is not None:
+                    self.database.guard.check()
             except self.database.translator.errors as error:
                 # The transaction is lost, and with it what kept others out; the
                 # connection may be lost too, which is no reason not to read.
                 self._begun = None
                 self._roll_back(begun, error)
+            else:
+                return result
         for attempt in self._reads.attempts():
             with attempt, self.reading(one_moment=one_moment) as session:
                 return work(session)
@@ -233,17 +331,14 @@ class Transactions:
             yield session
             if one_moment:
                 session.execute("COMMIT")
+            # Before it is released: with the last connection of a store that is closed
+            # meanwhile, SQLite itself removes the logs.
+            if self.database.guard is not None:
+                self.database.guard.check()
         except BaseException as error:
             self._roll_back(session, error)
             raise
         self.pool.release(session)
-        self._checked(None)
-
-    def _checked(self, result: _T) -> _T:
-        """What was read, if it was read from the right file."""
-        if self.database.guard is not None:
-            self.database.guard.check()
-        return result
 
     def _position(self) -> int | None:
         """How far all writers have come, at one attempt; ``None`` if that cannot be read."""
@@ -286,28 +381,28 @@ class Transactions:
         fault = None
         if isinstance(error, database.translator.errors):
             fault = database.translator.fault_of(error)
-        if fault in GONE:
-            database.renew()
-            self.pool.release(session, broken=True)
-            return
+        broken = fault in GONE
         try:
-            database.rollback(session)
+            if broken:
+                database.renew()
+            else:
+                database.rollback(session)
         except Exception:  # noqa: BLE001 - whatever a broken driver raises
-            self.pool.release(session, broken=True)
-        else:
-            self._release(session)
-        if fault is not None and database.guard is not None:
-            database.guard.look()
+            broken = True
+        try:
+            if fault is not None and database.guard is not None:
+                database.guard.look()
+        finally:
+            self._release(session, broken=broken)
 
-    def _release(self, session: Session) -> None:
+    def _release(self, session: Session, *, broken: bool = False) -> None:
         """Release a connection, a host's as it was."""
         try:
-            if session is not self.pool.writing:
+            if session is not self.pool.writing and not broken:
                 session.set_back()
         except Exception:  # noqa: BLE001 - whatever a broken driver raises
-            self.pool.release(session, broken=True)
-        else:
-            self.pool.release(session)
+            broken = True
+        self.pool.release(session, broken=broken)
 
     def close(self) -> None:
         """Close the pool, once no write is under way."""

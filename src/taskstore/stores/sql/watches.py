@@ -14,8 +14,8 @@ from typing import Any
 
 from taskstore.stores.feed import LONGEST_NAP_S, SHORTEST_NAP_S, PollingWatch, WatchBrokenError
 from taskstore.stores.retry import Backoff
-from taskstore.stores.sql.pool import ConnectionPool
 from taskstore.stores.sql.rows import Head
+from taskstore.stores.sql.transactions import ConnectionPool
 
 SAFETY_S = 1.0
 """How often the head is looked at, in seconds, although nothing was heard: behind some

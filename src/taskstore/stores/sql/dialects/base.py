@@ -153,7 +153,7 @@ class Database:
 
     def commit(self, session: Session) -> None:
         """Commit; returns when the database vouches for it as it is set up to."""
-        session.execute("COMMIT")
+        session.cursor.execute("COMMIT")
 
     def renew(self) -> None:
         """Note that the server may be another one now: of our own connections, none that

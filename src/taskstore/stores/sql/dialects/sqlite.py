@@ -73,7 +73,7 @@ class SQLiteDatabase(Database):
         self.guard = immutable or files
         # The system's may lie in memory; where the ledger lies, there is room for it.
         self.scratch = Path(self.location).parent
-        self._fair_lock = FairLock(Path(f"{self.location}-turn"))
+        self._fair_lock: FairLock | None = None  # made when the lock is first contended
         self._crowded_until = 0.0
         self._holds = False
         module: Any = engine.dialect.loaded_dbapi
@@ -123,13 +123,15 @@ class SQLiteDatabase(Database):
             self._set_up_host(session)
         if time.monotonic() < self._crowded_until or not self._begin(session):
             self._crowded_until = time.monotonic() + _CROWDED_S
+            if self._fair_lock is None:
+                self._fair_lock = FairLock(Path(f"{self.location}-turn"))
             if not self._fair_lock.wait(partial(self._begin, session), LOCK_WAIT_S):
                 session.execute("BEGIN IMMEDIATE")
 
     def _begin(self, session: Session) -> bool:
         """Begin if nobody writes; whether that was so."""
         try:
-            session.execute("BEGIN IMMEDIATE")
+            session.cursor.execute("BEGIN IMMEDIATE")
         except self.translator.errors as error:
             if self.fault_of(error) is not Fault.BUSY:
                 raise
@@ -189,7 +191,8 @@ class SQLiteDatabase(Database):
         super().close()
         if self._files is not None:
             self._files.close()
-        self._fair_lock.close()
+        if self._fair_lock is not None:
+            self._fair_lock.close()
         if self._holds:
             self._holds = False
             open_files.release(self.location, self._library)
