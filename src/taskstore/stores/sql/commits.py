@@ -50,7 +50,6 @@ from taskstore.stores.sql.tables import (
 )
 from taskstore.stores.sql.transactions import Transactions
 
-_LOT = 500
 _TRIES = 8
 
 # Some drivers know str only, and not the enumeration of statuses that is derived from it.
@@ -185,7 +184,7 @@ def _write(database: Database, tx: Session, batch: Batch, floor: int) -> None:
                 updated += tx.touch(sql.update_tasks_wide(count), parameters)
             done += updated
         for lot in database.lots(batch.inserts) if batch.inserts else ():
-            done += tx.touch(sql.insert_tasks(len(lot)), (*flat(lot), floor))
+            done += database.insert(tx, lot, floor)
     except database.translator.errors as error:
         # Only a booking that an update carries off can do this; which one,
         # the transaction can no longer tell.
@@ -224,7 +223,7 @@ def conflicts_of(tx: Session, steps: Sequence[Step]) -> list[Conflict]:
     floor = tx.scalar(sa.select(head.floor).where(head.id == 1).with_for_update())
     revisions: dict[str, int] = {}
     deleted: set[str] = set()
-    for lot in _lots([step.task_id for step in steps]):
+    for lot in pieces([step.task_id for step in steps]):
         found = sa.select(tasks.c.task_id, tasks.c.revision).where(tasks.c.task_id.in_(lot))
         revisions.update({row[0]: row[1] for row in tx.ask(found)})
         gone = sa.select(task_journal.c.task_id).where(
@@ -235,14 +234,10 @@ def conflicts_of(tx: Session, steps: Sequence[Step]) -> list[Conflict]:
         deleted.update(row[0] for row in tx.ask(gone))
     records = [step.record for step in steps if step.record is not None]
     holders: dict[DedupKey, str] = {}
-    for keys in _lots([key for record in records if (key := dedup_key(record)) is not None]):
+    for keys in pieces([key for record in records if (key := dedup_key(record)) is not None]):
         held = sa.select(tasks.c.run_id, tasks.c.booking, tasks.c.task_id).where(
             tasks.c.run_id.in_([run_id for run_id, _ in keys]),
             tasks.c.booking.in_([booking for _, booking in keys]),
         )
         holders.update({(row[0], row[1]): row[2] for row in tx.ask(held)})
     return find_conflicts(steps, revisions, deleted, holders)
-
-
-def _lots(items: Sequence[Any]) -> list[Sequence[Any]]:
-    return [items[start : start + _LOT] for start in range(0, len(items), _LOT)]

@@ -51,8 +51,8 @@ from taskstore.stores.sql.tables import (
 from taskstore.stores.sql.transactions import Transactions
 from taskstore.stores.sql.trimming import check_rows, examine, trim_entries
 
-STEP = 2000
-"""How many journal rows one transaction deletes."""
+STEP = 1000
+"""How many journal rows are read at a time, and deleted by one transaction."""
 CHUNK_STEP = 8
 """How many chunks of a dropped snapshot one transaction deletes."""
 
@@ -87,7 +87,7 @@ class Steps(CompactionSteps):
         self._spool: IO[bytes]
         # The snapshot that is written, and the length of each of its chunks in the spool,
         # in bytes.
-        self._building = Mark(0, 0, "building")
+        self._building = Mark(0, 0)
         self._sizes: list[int] = []
 
     def standing(self) -> Standing:
@@ -122,7 +122,7 @@ class Steps(CompactionSteps):
         self._spool.seek(0)
         self._spool.truncate()
         head = read_head(session, self._sql)
-        mark = Mark(head.head_seq, head.last_at, "building")
+        mark = Mark(head.head_seq, head.last_at)
         self._sizes = []
         for chunk in chunks_of(self._lines(session)):
             mark = with_chunk(mark, chunk)
@@ -142,9 +142,9 @@ class Steps(CompactionSteps):
             lambda session: check_rows(session, cut.floor, retained.floor, self._location)
         )
         if cut.seq not in [mark.seq for mark in cut.marks]:
-            self._note(self._building)
             self._write_chunks(cut.seq)
-            self._note(self._building._replace(state="published"))
+            there = task_snapshots.c.seq == cut.seq
+            self._lease.run(partial(self._put, task_snapshots, there, self._building))
         self._move_floor(retained)
         return self._building.records + self._building.set_aside
 
@@ -157,11 +157,6 @@ class Steps(CompactionSteps):
             row = (seq, number, chunk, checksum(chunk))
             self._lease.run(partial(self._put, task_snapshot_chunks, there, row))
 
-    def _note(self, mark: Mark) -> None:
-        """Note a snapshot as being built, or publish it."""
-        there = task_snapshots.c.seq == mark.seq
-        self._lease.run(partial(self._put, task_snapshots, there, mark))
-
     def _put(
         self, table: sa.Table, there: sa.ColumnElement[bool], row: tuple[Any, ...], tx: Session
     ) -> None:
@@ -172,11 +167,10 @@ class Steps(CompactionSteps):
     def _move_floor(self, retained: Retained) -> None:
         """Move the floor and drop snapshots, in one transaction: after it no reader sees
         what is then deleted in steps."""
-        seq, state = task_snapshots.c.seq, task_snapshots.c.state
-        gone = sa.and_(state == "published", seq.not_in(sorted(retained.seqs)))
+        dropped = task_snapshots.c.seq.not_in(sorted(retained.seqs))
 
         def work(tx: Session) -> None:
-            tx.change(sa.update(task_snapshots).where(gone).values(state="dropped"))
+            tx.change(sa.delete(task_snapshots).where(dropped))
             tx.change(sa.update(taskstore_head).values(floor=retained.floor))
 
         self._lease.run(work)
@@ -199,19 +193,15 @@ class Steps(CompactionSteps):
 
 
 def _drop_some(tx: Session) -> bool:
-    """Delete some chunks of a snapshot that no reader sees; whether there was one."""
+    """Delete some chunks of a snapshot that was dropped or never finished; whether there
+    was one."""
     seq, chunk = task_snapshot_chunks.c.seq, task_snapshot_chunks.c.chunk
-    dead = sa.select(task_snapshots.c.seq).where(task_snapshots.c.state != "published")
-    victim = tx.scalar(dead.limit(1))
-    if victim is None:
-        return False
-    last = tx.scalar(sa.select(sa.func.max(chunk)).where(seq == victim))
-    if last is None:
-        tx.change(sa.delete(task_snapshots).where(task_snapshots.c.seq == victim))
-    else:
-        last_ones = sa.delete(task_snapshot_chunks).where(chunk > last - CHUNK_STEP)
-        tx.change(last_ones.where(seq == victim))
-    return True
+    dead = ~sa.exists().where(task_snapshots.c.seq == seq)
+    found = tx.ask(sa.select(seq, chunk).where(dead).order_by(seq, chunk).limit(1))
+    for victim, first in found:
+        some = sa.and_(seq == victim, chunk < first + CHUNK_STEP)
+        tx.change(sa.delete(task_snapshot_chunks).where(some))
+    return bool(found)
 
 
 @contextmanager

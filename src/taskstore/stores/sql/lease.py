@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TypeVar
 
 import sqlalchemy as sa
@@ -18,13 +21,12 @@ from taskstore.stores.sql.tables import taskstore_head
 from taskstore.stores.sql.transactions import Transactions
 
 LEASE_MS = 20_000
-"""How long a compactor that fell silent keeps others away, in milliseconds."""
+"""How long a compactor that fell silent on another machine keeps others away, in milliseconds."""
 PAUSE_S = 0.02
 """The longest pause between two steps, in seconds."""
 
 _T = TypeVar("_T")
 
-_PROCESS = secrets.token_hex(4)
 _held_here: set[str] = set()
 """The leases that compactions of this process hold, or try to take."""
 
@@ -36,13 +38,12 @@ class Lease:
     def __init__(self, transactions: Transactions) -> None:
         self._transactions = transactions
         self._location = transactions.database.location
-        self._process = f"{_PROCESS}{os.getpid():08x}"
-        self._owner = self._process + secrets.token_hex(8)
+        self._owner = f"{_MACHINE}{os.getpid():08x}{secrets.token_hex(8)}"
         self._mine = taskstore_head.c.lease_owner == self._owner
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the lease, if it is free or its holder's time is up.
+        """Hold the lease, if it is free, its holder's time is up, or its holder is dead.
 
         Raises :class:`~taskstore.StoreBusyError` otherwise.
         """
@@ -51,8 +52,7 @@ class Lease:
             if not self._take():
                 raise StoreBusyError(
                     f"{self._location} is being compacted by another process",
-                    hint="a compactor that was killed keeps others away for "
-                    f"{LEASE_MS // 1000} seconds",
+                    hint="a compactor that was killed keeps others away for a short while",
                 )
             yield
         finally:
@@ -94,15 +94,11 @@ class Lease:
             with attempt, self._transactions.write() as tx:
                 owner = tx.scalar(sa.select(lease.lease_owner))
                 free = sa.or_(lease.lease_owner.is_(None), lease.lease_until < system_clock())
-                if owner is not None and self._has_ended(owner):
+                if owner is not None and (owner == self._owner or _is_dead(owner)):
+                    # Mistaken or not, this is safe: each step of the other is fenced.
                     free = sa.or_(free, lease.lease_owner == owner)
                 return tx.change(_change(self._owner, free)) == 1
         raise AssertionError("attempts end by raising")
-
-    def _has_ended(self, owner: str) -> bool:
-        """Whether it is we, or a compaction of our process that could not give the lease back."""
-        ended = owner.startswith(self._process) and owner not in _held_here
-        return ended or owner == self._owner
 
     def _give_back(self) -> None:
         for attempt in self._transactions.attempts():
@@ -114,3 +110,31 @@ class Lease:
 def _change(owner: str | None, where: sa.ColumnElement[bool]) -> sa.Update:
     until = None if owner is None else system_clock() + LEASE_MS
     return sa.update(taskstore_head).where(where).values(lease_owner=owner, lease_until=until)
+
+
+def _machine() -> str:
+    """Where our process ids mean something, as 8 hexadecimal digits."""
+    try:
+        namespace = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        namespace = 0
+    return f"{zlib.crc32(f'{socket.gethostname()} {namespace}'.encode()):08x}"
+
+
+_MACHINE = _machine()
+
+
+def _is_dead(owner: str) -> bool:
+    """Whether a lease's holder is gone: its process, or in ours, its compaction."""
+    if not owner.startswith(_MACHINE):
+        return False
+    try:
+        pid = int(owner[8:16], 16)
+        if pid == os.getpid():
+            return owner not in _held_here
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, OverflowError):
+        pass
+    return False

@@ -8,7 +8,7 @@ whose schema is right does not pay for it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -118,14 +118,7 @@ def check(engine: sa.Engine) -> list[str]:
 
     with _database(engine) as database, _connected(database) as connection:
         context = MigrationContext.configure(
-            connection,
-            opts={
-                "version_table": VERSION_TABLE,
-                "include_name": include_name,
-                "include_object": include_object_on(connection.dialect.name),
-                "compare_type": True,
-                "target_metadata": metadata,
-            },
+            connection, opts=alembic_options(connection.dialect.name)
         )
         found = _state(connection)
         problems = [_difference(item) for item in compare_metadata(context, metadata)]
@@ -134,19 +127,23 @@ def check(engine: sa.Engine) -> list[str]:
     return problems
 
 
-def include_name(name: str | None, kind: str, parents: Any) -> bool:
-    """For Alembic: compare our tables only, whatever else a host's database holds."""
-    del parents
-    return kind != "table" or name in TABLES
+def alembic_options(dialect: str) -> dict[str, Any]:
+    """What Alembic is told, for a check and for ``env.py``: to compare our tables only,
+    whatever else a host's database holds, without what we declare for other dialects."""
 
-
-def include_object_on(dialect: str) -> Callable[..., bool]:
-    """For Alembic: leave out what we declare for other dialects only."""
+    def include_name(name: str | None, kind: str, _parents: Any) -> bool:
+        return kind != "table" or name in TABLES
 
     def include_object(_item: Any, name: str | None, *_details: Any) -> bool:
         return name not in ONLY_ON or dialect in ONLY_ON[name]
 
-    return include_object
+    return {
+        "version_table": VERSION_TABLE,
+        "include_name": include_name,
+        "include_object": include_object,
+        "compare_type": True,
+        "target_metadata": metadata,
+    }
 
 
 def ensure_schema(database: Database, migrate: str, url: str | None = None) -> None:

@@ -58,7 +58,6 @@ class Mark(NamedTuple):
 
     seq: int
     at: int
-    state: str
     chunks: int = 0
     records: int = 0
     set_aside: int = 0

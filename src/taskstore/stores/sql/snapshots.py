@@ -86,8 +86,8 @@ def read_set_aside(session: Session, sql: Statements) -> list[SetAside]:
 
 def read_marks(session: Session) -> list[Mark]:
     """The published snapshots, oldest first."""
-    published = sa.select(task_snapshots).where(task_snapshots.c.state == "published")
-    return [Mark(*row) for row in session.ask(published.order_by(task_snapshots.c.seq))]
+    rows = session.ask(sa.select(task_snapshots).order_by(task_snapshots.c.seq))
+    return [Mark(*row) for row in rows]
 
 
 def newest_mark(session: Session, at: int) -> Mark | None:
@@ -185,7 +185,7 @@ def _is_at(database: Database, seq: int, tx: Session) -> bool:
 def _replace(tx: Session, database: Database, snapshot: Snapshot, head: Head) -> None:
     for table in (tasks, task_journal, task_snapshot_chunks, task_snapshots, task_set_aside):
         tx.change(sa.delete(table))
-    mark = Mark(snapshot.seq, snapshot.at, "published")
+    mark = Mark(snapshot.seq, snapshot.at)
     for chunk in chunks_of(_store_all(tx, database, snapshot)):
         row = (snapshot.seq, mark.chunks, chunk, checksum(chunk))
         insert(tx, database, task_snapshot_chunks, [row])

@@ -122,7 +122,7 @@ class Statements:
     def _rows(self, columns: Sequence[sa.Column[Any]], count: int) -> FromClause:
         """``count`` rows of parameters as a table ``new``."""
         names = [sa.column(col.name, col.type) for col in columns]
-        data = [tuple(_parameters(columns, row).values()) for row in range(count)]
+        data = [tuple(parameters(columns, row).values()) for row in range(count)]
         return sa.values(*names, name="new").data(data).cte("new")
 
     def _insert_tasks(self, count: int) -> str:
@@ -162,9 +162,9 @@ class Statements:
         """
         columns = _update_columns()
         # One is by far the most frequent: without the detour through a table of one row.
-        new = _parameters(columns, 0) if count == 1 else self._rows(columns, count).c
+        new = parameters(columns, 0) if count == 1 else self._rows(columns, count).c
         unchanged = [tasks.c[name].is_not_distinct_from(new[name]) for name in KEPT]
-        return self._compile(_update(new, _ALWAYS).where(*unchanged), *_order(columns, count))
+        return self._compile(self._update(new, _ALWAYS).where(*unchanged), *_order(columns, count))
 
     def _update_tasks_wide(self, count: int) -> str:
         """Bring tasks from revision ``base`` to a later one, every projection with it.
@@ -172,14 +172,26 @@ class Statements:
         Parameters: ``count`` rows of :data:`UPDATE_ORDER`.
         """
         columns = _update_columns()
-        statement = _update(self._rows(columns, count).c, (*_ALWAYS, *KEPT))
+        statement = self._update(self._rows(columns, count).c, (*_ALWAYS, *KEPT))
         return self._compile(statement, *_order(columns, count))
+
+    def _update(self, new: Any, names: Sequence[str]) -> sa.Update:
+        return (
+            sa.update(tasks)
+            .values({name: new[name] for name in names})
+            .where(self._same(tasks.c.task_id, new["task_id"]), tasks.c.revision == new["base"])
+        )
+
+    def _same(self, stored: ColumnElement[Any], new: Any) -> ColumnElement[bool]:
+        """The condition that a stored key is that of a new row."""
+        same: ColumnElement[bool] = stored == new
+        return same
 
     def _delete_tasks(self, count: int) -> str:
         """Delete tasks; parameters: ``count`` times (task_id, revision)."""
         columns = (tasks.c.task_id, tasks.c.revision)
         terms = [
-            sa.and_(*(tasks.c[name] == value for name, value in _parameters(columns, row).items()))
+            sa.and_(*(tasks.c[name] == value for name, value in parameters(columns, row).items()))
             for row in range(count)
         ]
         return self._compile(sa.delete(tasks).where(sa.or_(*terms)), *_order(columns, count))
@@ -202,7 +214,7 @@ class Statements:
     # -- any table --------------------------------------------------------
 
     def _insert(self, table: sa.Table, count: int) -> str:
-        rows = [_parameters(table.columns, row) for row in range(count)]
+        rows = [parameters(table.columns, row) for row in range(count)]
         return self._compile(sa.insert(table).values(rows), *_order(table.columns, count))
 
     # -- journal ----------------------------------------------------------
@@ -309,15 +321,7 @@ def _update_columns() -> list[sa.Column[Any]]:
     return [_BASE if name == "base" else tasks.c[name] for name in UPDATE_ORDER]
 
 
-def _update(new: Any, names: Sequence[str]) -> sa.Update:
-    return (
-        sa.update(tasks)
-        .values({name: new[name] for name in names})
-        .where(tasks.c.task_id == new["task_id"], tasks.c.revision == new["base"])
-    )
-
-
-def _parameters(columns: Any, row: int) -> dict[str, ColumnElement[Any]]:
+def parameters(columns: Any, row: int) -> dict[str, ColumnElement[Any]]:
     """The parameters of one row, by their columns' names."""
     return {col.name: bindparam(f"{col.name}_{row}", type_=col.type) for col in columns}
 

@@ -22,8 +22,6 @@ from taskstore.stores.sql.snapshots import insert, read_head, set_aside_rows
 from taskstore.stores.sql.statements import ENTRY, Statements, stored_bytes
 from taskstore.stores.sql.tables import task_journal, task_set_aside, tasks
 
-PAGE = 250
-"""How many entries are read at a time: their payloads may be large."""
 _SHOWN = 3
 
 
@@ -65,8 +63,7 @@ class Findings(NamedTuple):
 
 
 def examine(session: Session, sql: Statements, step: int) -> Findings | None:
-    """Look through the next ``step`` entries below the floor, or fewer if some are damaged;
-    ``None`` if there is none.
+    """Look through the next ``step`` entries below the floor; ``None`` if there is none.
 
     What lies below the floor changes no more: this needs no lock.
     """
@@ -79,18 +76,14 @@ def examine(session: Session, sql: Statements, step: int) -> Findings | None:
     forgotten: list[int] = []
     kept: list[SetAside] = []
     seq = task_journal.c.seq
-    while low < end and not kept:
-        high = min(low + PAGE, end)
-        page = sa.select(*ENTRY).where(seq >= low, seq < high).order_by(seq)
-        for row in session.ask(page):
-            if row[2] == "deleted":
-                forgotten += rows.pop(row[3], ())
-                continue
-            item = _damage_of(row)
-            if item is not None and not _is_gone_or_stored(session, row):
-                kept.append(item)
-        low = high
-    return Findings(low, forgotten, kept, last_row)
+    for row in session.ask(sa.select(*ENTRY).where(seq >= low, seq < end).order_by(seq)):
+        if row[2] == "deleted":
+            forgotten += rows.pop(row[3], ())
+            continue
+        item = _damage_of(row)
+        if item is not None and not _is_gone_or_stored(session, row):
+            kept.append(item)
+    return Findings(end, forgotten, kept, last_row)
 
 
 def trim_entries(tx: Session, database: Database, found: Findings) -> None:

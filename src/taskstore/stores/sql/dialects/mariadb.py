@@ -9,14 +9,14 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import bindparam, event
-from sqlalchemy.dialects.mysql import CHAR
 from sqlalchemy.dialects.mysql.mariadb import MariaDBDialect
 from sqlalchemy.dialects.mysql.pymysql import MySQLDialect_pymysql
+from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.sql.expression import FromClause
 
 from taskstore.errors import StoreBusyError, StoreUnavailableError, ValidationError
@@ -24,16 +24,21 @@ from taskstore.stores.sql.dialects.base import LOCK_S, LOCK_WAIT_S, Database
 from taskstore.stores.sql.errors import mariadb_fault
 from taskstore.stores.sql.rows import Claimed
 from taskstore.stores.sql.session import Session
-from taskstore.stores.sql.statements import CLAIMED, Statements, advance_head, pieces
-from taskstore.stores.sql.tables import SCHEMA_EPOCH
+from taskstore.stores.sql.statements import (
+    CLAIMED,
+    Statements,
+    advance_head,
+    flat,
+    parameters,
+    pieces,
+)
+from taskstore.stores.sql.tables import SCHEMA_EPOCH, task_journal, tasks
 
 OLDEST = (10, 6)
 """The first version in which creating a table is all or nothing."""
 
 COLLATION = "utf8mb4_nopad_bin"
 """The order of code points, to which trailing spaces matter: that of ``tables.py``."""
-
-_TEXT = CHAR(charset="utf8mb4")
 
 _MODE = "SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'"
 """What does not fit is an error, and nothing means anything else than it says."""
@@ -73,18 +78,40 @@ class _Dialect(MariaDBDialect, MySQLDialect_pymysql):
 class MariaDBStatements(Statements):
     """No CTE stands before an UPDATE here, and no UPDATE gives rows."""
 
+    def __init__(self, dialect: Dialect) -> None:
+        super().__init__(dialect)
+        self.count_deleted = cache(self._count_deleted)
+
     def _rows(self, columns: Sequence[sa.Column[Any]], count: int) -> FromClause:
-        rows = []
-        for row in range(count):
-            values: list[sa.ColumnElement[Any]] = []
-            for col in columns:
-                value: sa.ColumnElement[Any] = bindparam(f"{col.name}_{row}", type_=col.type)
-                if isinstance(col.type, sa.String):
-                    # Said here, because the connection of a host may have another collation.
-                    value = sa.collate(sa.cast(value, _TEXT), COLLATION)
-                values.append(value.label(col.name))
-            rows.append(sa.select(*values))
+        rows = [
+            sa.select(*(value.label(name) for name, value in parameters(columns, row).items()))
+            for row in range(count)
+        ]
         return (sa.union_all(*rows) if count > 1 else rows[0]).subquery("new")
+
+    def _same(self, stored: sa.ColumnElement[Any], new: Any) -> sa.ColumnElement[bool]:
+        # Said here, because the connection of a host may have another collation.
+        return stored == sa.collate(new, COLLATION)
+
+    def _update_tasks(self, count: int) -> str:
+        # What stays as it is costs no index anything, so that the wide statement will do.
+        return super()._update_tasks(1) if count == 1 else self._update_tasks_wide(count)
+
+    def _count_deleted(self, count: int) -> str:
+        """Count the deletions of tasks since a seq; parameters: ids, then the seq."""
+        entry, order = task_journal.c, [f"task_id_{row}" for row in range(count)]
+        ids = [bindparam(name, type_=entry.task_id.type) for name in order]
+        return self._compile(
+            sa.select(sa.func.count())
+            .select_from(task_journal)
+            .where(
+                entry.task_id.in_(ids),
+                entry.kind == sa.literal_column("'deleted'"),
+                entry.seq >= bindparam("floor", type_=sa.BigInteger),
+            ),
+            *order,
+            "floor",
+        )
 
     @cached_property
     def claim(self) -> str:
@@ -206,6 +233,15 @@ class MariaDBDatabase(Database):
             return None
         return Claimed(*session.row(self.sql.claimed, (over,)))
 
+    def insert(self, session: Session, rows: Sequence[tuple[Any, ...]], floor: int) -> int:
+        # What is there already is a violation of a unique index, which the
+        # caller takes for what it is.
+        ids = [row[0] for row in rows]
+        [deleted] = session.row(self.sql.count_deleted(len(ids)), (*ids, floor))
+        if deleted:
+            return 0
+        return session.touch(self.sql.insert[tasks](len(rows)), flat(rows))
+
     def lots(self, rows: Sequence[tuple[Any, ...]]) -> Iterable[Sequence[tuple[Any, ...]]]:
         for lot in pieces(rows):
             yield from self._fitting(lot)
@@ -277,11 +313,6 @@ def open_mariadb(url: sa.URL, *, durability: str, read_only: bool) -> MariaDBDat
             pool_reset_on_return=None,
             connect_args={name: defaults[name] for name in defaults.keys() - url.query.keys()},
         )
-    except ImportError as error:
-        raise StoreUnavailableError(
-            f"the driver of {url.drivername} is not installed: {error}",
-            hint="pip install 'taskstore[mysql]'",
-        ) from error
     except (TypeError, ValueError):
         # From None: the cause may repeat the URL with its password.
         raise ValidationError("url", "has an option that its driver does not take") from None

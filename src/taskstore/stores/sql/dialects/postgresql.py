@@ -164,19 +164,13 @@ def open_postgresql(url: sa.URL, *, durability: str, read_only: bool) -> Postgre
     defaults = {**_DEFAULTS}
     if _has_several_hosts(url):
         defaults["target_session_attrs"] = "read-write"
-    try:
-        engine = sa.create_engine(
-            url,
-            isolation_level="AUTOCOMMIT",
-            client_encoding="utf8",
-            hide_parameters=True,
-            connect_args={name: defaults[name] for name in defaults.keys() - url.query.keys()},
-        )
-    except ImportError as error:
-        raise StoreUnavailableError(
-            f"the driver of {url.drivername} is not installed: {error}",
-            hint="pip install 'taskstore[postgres]'",
-        ) from error
+    engine = sa.create_engine(
+        url,
+        isolation_level="AUTOCOMMIT",
+        client_encoding="utf8",
+        hide_parameters=True,
+        connect_args={name: defaults[name] for name in defaults.keys() - url.query.keys()},
+    )
     settings = [
         f"lock_timeout = '{LOCK_WAIT_S}s'",
         f"idle_in_transaction_session_timeout = '{LOCK_S}s'",
