@@ -12,14 +12,7 @@ import os
 from alembic import context
 from sqlalchemy import Connection, make_url
 
-from taskstore.stores.sql.migrate import (
-    VERSION_TABLE,
-    check_free,
-    include_name,
-    include_object_on,
-    locked_url,
-)
-from taskstore.stores.sql.tables import metadata
+from taskstore.stores.sql.migrate import alembic_options, check_free, locked_url
 
 config = context.config
 
@@ -37,11 +30,7 @@ def _url() -> str:
 
 def _run(dialect: str, **target: object) -> None:
     context.configure(
-        target_metadata=metadata,
-        version_table=VERSION_TABLE,
-        include_name=include_name,
-        include_object=include_object_on(dialect),
-        compare_type=True,
+        **alembic_options(dialect),
         # SQLite alters tables by copying them.
         render_as_batch=True,
         **target,  # type: ignore[arg-type]

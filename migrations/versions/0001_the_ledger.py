@@ -146,7 +146,6 @@ def _create_snapshots() -> None:
         "task_snapshots",
         sa.Column("seq", _seq(), autoincrement=False, nullable=False),
         sa.Column("at", sa.BigInteger(), nullable=False),
-        sa.Column("state", _key(16), nullable=False),
         sa.Column("chunks", sa.BigInteger(), nullable=False),
         sa.Column("records", sa.BigInteger(), nullable=False),
         sa.Column("set_aside", sa.BigInteger(), nullable=False),

@@ -14,8 +14,8 @@ from sqlkit import Spy
 from taskstore import StoreClosedError
 from taskstore.stores import feed
 from taskstore.stores.sql import SQLStore, watches
-from taskstore.stores.sql.dialects.base import Database
 from taskstore.stores.sql.dialects.postgresql import PostgreSQLDatabase
+from taskstore.stores.sql.statements import Statements
 from taskstore.testing import make_put
 from taskstore.testing.threads import meanwhile, until
 
@@ -177,7 +177,8 @@ def test_a_server_on_which_nobody_may_listen(pair, monkeypatch):
 def test_a_writer_who_says_nothing(pair, monkeypatch):
     """Behind some poolers, nothing is heard: found at the first safety look, and polled then."""
     one, two = pair
-    monkeypatch.setattr(PostgreSQLDatabase, "claim", Database.claim)
+    silent = Statements(PostgreSQLDatabase.compiler).claim
+    monkeypatch.setattr(PostgreSQLDatabase.sql, "claim", silent)
     answers = []
     for seq in range(3):
         with waits(two, seq, answers):

@@ -50,7 +50,7 @@ def alembic(url: str, *arguments: str, env_url: bool = False) -> str:
 def test_the_scripts_lead_to_what_is_declared(engine):
     migrate.upgrade(engine)
     assert migrate.check(engine) == []
-    assert migrate.current(engine) == migrate.head_revision() == REVISIONS[-1]
+    assert migrate.current(engine) == REVISIONS[-1]
     assert [name for name, _ in migrate.history()] == list(reversed(REVISIONS))
 
 

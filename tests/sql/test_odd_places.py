@@ -13,12 +13,10 @@ from sqlkit import in_process, output_of
 
 from taskstore.errors import (
     CorruptStoreError,
-    StoreUnavailableError,
-    TaskStoreError,
     ValidationError,
 )
 from taskstore.stores.sql import SQLStore, open_sql
-from taskstore.stores.sql.errors import Fault, Translator, postgresql_fault, sqlite_fault
+from taskstore.stores.sql.errors import Fault, Translator, sqlite_fault
 from taskstore.stores.sql.sqlite_files import sqlite_module
 from taskstore.testing.factories import create
 
@@ -123,19 +121,8 @@ def test_an_at_sign_that_is_not_escaped(driver):
 
 def test_an_at_sign_in_the_password_of_a_hosts_engine():
     engine = sa.create_engine("postgresql+psycopg://me:sec@ret@127.0.0.1:1/db")
-    with pytest.raises(TaskStoreError) as caught:
+    with pytest.raises(ValidationError, match="%40") as caught:
         SQLStore(engine)
     said = "".join(traceback.format_exception(caught.value))
     assert "ret@" not in said
-    assert "127.0.0.1" in said
-
-
-def test_the_tail_of_a_password_is_cleaned_from_what_a_driver_says():
-    class DriverError(Exception):
-        pass
-
-    translator = Translator("there", DriverError, postgresql_fault, "sec", "ret@")
-    with pytest.raises(StoreUnavailableError) as caught, translator:
-        raise DriverError("failed to resolve host 'ret@127.0.0.1'")
-    assert "host '***@127.0.0.1'" in str(caught.value)
-    assert caught.value.__cause__ is None
+    assert "sec" not in said

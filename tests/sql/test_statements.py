@@ -111,9 +111,9 @@ def test_every_statement_compiles_with_the_parameters_it_declares(dialect):
             assert isinstance(getattr(sql, name), str)
     for size in SIZES:
         for name in ("insert_tasks", "update_tasks", "update_tasks_wide", "delete_tasks"):
-            assert getattr(sql, name)[size]
-        assert sql.insert_journal[size]
-        assert sql.insert[tasks][size]
+            assert getattr(sql, name)(size)
+        assert sql.insert_journal(size)
+        assert sql.insert[tasks](size)
 
 
 # -- queries ------------------------------------------------------------------
@@ -279,7 +279,7 @@ def fill(store, count: int) -> None:
     def work(session):
         for lot in pieces(rows):
             values = tuple(value for row in lot for value in row)
-            session.execute(sql.insert[tasks][len(lot)], values)
+            session.execute(sql.insert[tasks](len(lot)), values)
 
     write(store, work)
 

@@ -110,15 +110,15 @@ def test_one_that_is_its_row_is_kept_once(store, url, task):
 def test_many_steps_and_a_killed_compaction(store, url, task, monkeypatch):
     monkeypatch.setattr(compaction, "STEP", 2)
     damage(url, 2, 4, 5)
-    real, calls = compaction.set_aside_entries, []
+    real, calls = compaction.trim_entries, []
 
-    def dying(*arguments):
+    def dying(*arguments, **named):
         calls.append(arguments)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **named)
 
-    monkeypatch.setattr(compaction, "set_aside_entries", dying)
+    monkeypatch.setattr(compaction, "trim_entries", dying)
     with pytest.raises(KeyboardInterrupt):
         store.compact(ALL)
     assert [item.raw for item in store.load_snapshot().set_aside] == [JUNK, JUNK]

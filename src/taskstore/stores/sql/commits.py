@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import sqlalchemy as sa
@@ -39,12 +40,21 @@ from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.errors import Fault
 from taskstore.stores.sql.rows import Claimed, Head
 from taskstore.stores.sql.session import Session
-from taskstore.stores.sql.statements import flat, pieces
-from taskstore.stores.sql.tables import SCHEMA_EPOCH, task_journal, tasks, taskstore_head
+from taskstore.stores.sql.statements import KEPT, flat, pieces
+from taskstore.stores.sql.tables import (
+    PROJECTED,
+    SCHEMA_EPOCH,
+    task_journal,
+    tasks,
+    taskstore_head,
+)
 from taskstore.stores.sql.transactions import Transactions
 
-_LOT = 500
 _TRIES = 8
+
+# Some drivers know str only, and not the enumeration of statuses that is derived from it.
+_projections = attrgetter(*(f"{name}.value" if name == "status" else name for name in PROJECTED))
+_kept = attrgetter(*KEPT)
 
 
 class _Moved(Exception):
@@ -91,44 +101,13 @@ class Batch:
 
 def insert_row(record: TaskRecord, payload: bytes, check: int) -> tuple[Any, ...]:
     """A row of ``tasks``, in order of its columns."""
-    return (
-        record.task_id,
-        record.revision,
-        record.created_at,
-        # Some drivers know str only, and not what is derived from it.
-        str(record.status),
-        record.runtime,
-        record.owner_key,
-        record.requester_session_key,
-        record.child_session_key,
-        record.run_id,
-        record.booking,
-        record.parent_task_id,
-        record.parent_flow_id,
-        payload,
-        check,
-    )
+    return (record.task_id, record.revision, *_projections(record), payload, check)
 
 
 def update_row(step: Step, record: TaskRecord, payload: bytes, check: int) -> tuple[Any, ...]:
     """The parameters of an update: ``UPDATE_ORDER`` of the statements."""
-    return (
-        record.revision,
-        str(record.status),
-        payload,
-        check,
-        step.task_id,
-        step.base,
-        record.created_at,
-        record.runtime,
-        record.owner_key,
-        record.requester_session_key,
-        record.child_session_key,
-        record.run_id,
-        record.booking,
-        record.parent_task_id,
-        record.parent_flow_id,
-    )
+    status = record.status.value
+    return (record.revision, status, payload, check, step.task_id, step.base, *_kept(record))
 
 
 def commit(transactions: Transactions, changes: Sequence[Change], clock: Clock) -> Commit:
@@ -149,7 +128,7 @@ def commit(transactions: Transactions, changes: Sequence[Change], clock: Clock) 
                 _write(database, tx, batch, claimed.floor)
                 rows = [(seq, at, *entry) for seq, entry in enumerate(batch.entries, first)]
                 for lot in database.lots(rows):
-                    tx.execute(database.sql.insert_journal[len(lot)], flat(lot))
+                    tx.execute(database.sql.insert_journal(len(lot)), flat(lot))
                 return done
         except _Moved as moved:
             collisions += 1
@@ -196,13 +175,13 @@ def _write(database: Database, tx: Session, batch: Batch, floor: int) -> None:
     done = 0
     try:
         for lot in pieces(batch.deletes) if batch.deletes else ():
-            done += tx.touch(sql.delete_tasks[len(lot)], flat(lot))
+            done += tx.touch(sql.delete_tasks(len(lot)), flat(lot))
         for lot in database.lots(batch.updates) if batch.updates else ():
             count, parameters = len(lot), flat(lot)
-            updated = tx.touch(sql.update_tasks[count], parameters)
+            updated = tx.touch(sql.update_tasks(count), parameters)
             if updated < count:
                 # Those whose projections change as well; the others no longer match.
-                updated += tx.touch(sql.update_tasks_wide[count], parameters)
+                updated += tx.touch(sql.update_tasks_wide(count), parameters)
             done += updated
         for lot in database.lots(batch.inserts) if batch.inserts else ():
             done += database.insert(tx, lot, floor)
@@ -220,14 +199,15 @@ def _write(database: Database, tx: Session, batch: Batch, floor: int) -> None:
 
 def _is_there(database: Database, done: Commit, tx: Session) -> bool:
     """Whether a commit happened that was not answered."""
-    row = tx.row(database.sql.commit_at, (done.first_seq,))
-    if row is None and done.first_seq < Head(*tx.row(database.sql.head)).floor:
+    entry = task_journal.c
+    commit_id = tx.scalar(sa.select(entry.commit_id).where(entry.seq == done.first_seq))
+    if commit_id is None and done.first_seq < Head(*tx.row(database.sql.head)).floor:
         raise OutcomeUnknownError(
             f"{database.location}: the connection broke during a commit, and the journal has "
             f"been trimmed past seq {done.first_seq}, where it would be found",
             hint="load the records again",
         )
-    return row is not None and row[0] == done.commit_id
+    return bool(commit_id == done.commit_id)
 
 
 def _conflicts(transactions: Transactions, steps: Sequence[Step]) -> list[Conflict]:
@@ -243,7 +223,7 @@ def conflicts_of(tx: Session, steps: Sequence[Step]) -> list[Conflict]:
     floor = tx.scalar(sa.select(head.floor).where(head.id == 1).with_for_update())
     revisions: dict[str, int] = {}
     deleted: set[str] = set()
-    for lot in _lots([step.task_id for step in steps]):
+    for lot in pieces([step.task_id for step in steps]):
         found = sa.select(tasks.c.task_id, tasks.c.revision).where(tasks.c.task_id.in_(lot))
         revisions.update({row[0]: row[1] for row in tx.ask(found)})
         gone = sa.select(task_journal.c.task_id).where(
@@ -254,14 +234,10 @@ def conflicts_of(tx: Session, steps: Sequence[Step]) -> list[Conflict]:
         deleted.update(row[0] for row in tx.ask(gone))
     records = [step.record for step in steps if step.record is not None]
     holders: dict[DedupKey, str] = {}
-    for keys in _lots([key for record in records if (key := dedup_key(record)) is not None]):
+    for keys in pieces([key for record in records if (key := dedup_key(record)) is not None]):
         held = sa.select(tasks.c.run_id, tasks.c.booking, tasks.c.task_id).where(
             tasks.c.run_id.in_([run_id for run_id, _ in keys]),
             tasks.c.booking.in_([booking for _, booking in keys]),
         )
         holders.update({(row[0], row[1]): row[2] for row in tx.ask(held)})
     return find_conflicts(steps, revisions, deleted, holders)
-
-
-def _lots(items: Sequence[Any]) -> list[Sequence[Any]]:
-    return [items[start : start + _LOT] for start in range(0, len(items), _LOT)]

@@ -17,11 +17,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO
+from functools import partial
+from typing import IO, Any
 
 import sqlalchemy as sa
 
 from taskstore.clock import Clock
+from taskstore.codec import checksum
 from taskstore.errors import StoreUnavailableError
 from taskstore.journal import SetAside
 from taskstore.policy import CompactionPolicy, CompactionReport, SnapshotMark
@@ -29,9 +31,16 @@ from taskstore.stores import compaction
 from taskstore.stores.compaction import CompactionSteps, Cut, Retained, Standing
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.lease import Lease
-from taskstore.stores.sql.rows import Tally, aside_line, chunks_of, line_of
+from taskstore.stores.sql.rows import Mark, aside_line, chunks_of, line_of, with_chunk
 from taskstore.stores.sql.session import Session
-from taskstore.stores.sql.snapshots import chunk_row, read_head, read_set_aside, scan_tasks
+from taskstore.stores.sql.snapshots import (
+    insert,
+    newest_mark,
+    read_head,
+    read_marks,
+    read_set_aside,
+    scan_tasks,
+)
 from taskstore.stores.sql.tables import (
     task_journal,
     task_snapshot_chunks,
@@ -40,10 +49,10 @@ from taskstore.stores.sql.tables import (
     taskstore_head,
 )
 from taskstore.stores.sql.transactions import Transactions
-from taskstore.stores.sql.trimming import Findings, check_rows, examine, set_aside_entries
+from taskstore.stores.sql.trimming import check_rows, examine, trim_entries
 
-STEP = 2000
-"""How many journal rows one transaction deletes."""
+STEP = 1000
+"""How many journal rows are read at a time, and deleted by one transaction."""
 CHUNK_STEP = 8
 """How many chunks of a dropped snapshot one transaction deletes."""
 
@@ -76,8 +85,9 @@ class Steps(CompactionSteps):
         self._on_kept = on_kept
         self._lease = Lease(transactions)
         self._spool: IO[bytes]
-        self._tally = Tally()
-        # The length of each chunk in the spool, in bytes.
+        # The snapshot that is written, and the length of each of its chunks in the spool,
+        # in bytes.
+        self._building = Mark(0, 0)
         self._sizes: list[int] = []
 
     def standing(self) -> Standing:
@@ -85,8 +95,8 @@ class Steps(CompactionSteps):
 
     def _standing(self, session: Session) -> Standing:
         head = read_head(session, self._sql)
-        row = session.row(self._sql.snapshot_at, (head.head_seq,))
-        newest = 0 if row is None else int(row[0])
+        mark = newest_mark(session, head.head_seq)
+        newest = 0 if mark is None else mark.seq
         first = max(newest + 1, head.floor)
         return Standing(
             newest=newest,
@@ -111,14 +121,17 @@ class Steps(CompactionSteps):
         """Read everything of one moment into the spool."""
         self._spool.seek(0)
         self._spool.truncate()
-        self._tally, self._sizes = Tally(), []
         head = read_head(session, self._sql)
+        mark = Mark(head.head_seq, head.last_at)
+        self._sizes = []
         for chunk in chunks_of(self._lines(session)):
-            self._tally.add(chunk)
+            mark = with_chunk(mark, chunk)
             self._sizes.append(len(chunk))
             self._spool.write(chunk)
         self._spool.flush()
-        return Cut(head.head_seq, head.last_at, head.floor, _marks(session))
+        self._building = mark
+        marks = tuple(SnapshotMark(mark.seq, mark.at) for mark in read_marks(session))
+        return Cut(head.head_seq, head.last_at, head.floor, marks)
 
     def _lines(self, session: Session) -> Iterator[bytes]:
         yield from map(line_of, scan_tasks(session, self._sql))
@@ -129,46 +142,38 @@ class Steps(CompactionSteps):
             lambda session: check_rows(session, cut.floor, retained.floor, self._location)
         )
         if cut.seq not in [mark.seq for mark in cut.marks]:
-            self._mark(cut, "building")
             self._write_chunks(cut.seq)
-            self._mark(cut, "published")
+            there = task_snapshots.c.seq == cut.seq
+            self._lease.run(partial(self._put, task_snapshots, there, self._building))
         self._move_floor(retained)
-        return self._tally.records + self._tally.aside
+        return self._building.records + self._building.set_aside
 
     def _write_chunks(self, seq: int) -> None:
         chunks = task_snapshot_chunks.c
-        insert = self._sql.insert[task_snapshot_chunks][1]
-        counted = Tally()
         self._spool.seek(0)
-        for size in self._sizes:
-            row = chunk_row(seq, counted, self._spool.read(size))
-            for attempt in self._transactions.attempts():
-                with attempt, self._lease.step() as tx:
-                    # Doing it twice is the same, should the first answer have been lost.
-                    there = sa.and_(chunks.seq == row[0], chunks.chunk == row[1])
-                    tx.change(sa.delete(task_snapshot_chunks).where(there))
-                    tx.execute(insert, row)
-                    break
+        for number, size in enumerate(self._sizes):
+            chunk = self._spool.read(size)
+            there = sa.and_(chunks.seq == seq, chunks.chunk == number)
+            row = (seq, number, chunk, checksum(chunk))
+            self._lease.run(partial(self._put, task_snapshot_chunks, there, row))
 
-    def _mark(self, cut: Cut, state: str) -> None:
-        """Note a snapshot as being built, or publish it.  Repeating it is the same."""
-        values = self._tally.mark(cut.seq, cut.at, state)._asdict()
-        for attempt in self._transactions.attempts():
-            with attempt, self._lease.step() as tx:
-                tx.change(sa.delete(task_snapshots).where(task_snapshots.c.seq == cut.seq))
-                tx.change(sa.insert(task_snapshots).values(values))
-                break
+    def _put(
+        self, table: sa.Table, there: sa.ColumnElement[bool], row: tuple[Any, ...], tx: Session
+    ) -> None:
+        """Write a row in place of the one that is there: repeating it is the same."""
+        tx.change(sa.delete(table).where(there))
+        insert(tx, self._transactions.database, table, [row])
 
     def _move_floor(self, retained: Retained) -> None:
         """Move the floor and drop snapshots, in one transaction: after it no reader sees
         what is then deleted in steps."""
-        seq, state = task_snapshots.c.seq, task_snapshots.c.state
-        gone = sa.and_(state == "published", seq.not_in(sorted(retained.seqs)))
-        for attempt in self._transactions.attempts():
-            with attempt, self._lease.step() as tx:
-                tx.change(sa.update(task_snapshots).where(gone).values(state="dropped"))
-                tx.change(sa.update(taskstore_head).values(floor=retained.floor))
-                break
+        dropped = task_snapshots.c.seq.not_in(sorted(retained.seqs))
+
+        def work(tx: Session) -> None:
+            tx.change(sa.delete(task_snapshots).where(dropped))
+            tx.change(sa.update(taskstore_head).values(floor=retained.floor))
+
+        self._lease.run(work)
 
     def trim(self, cut: Cut, retained: Retained) -> None:
         del cut, retained  # what no reader sees, and what earlier compactions left of it
@@ -177,47 +182,26 @@ class Steps(CompactionSteps):
     def _clear_leftovers(self) -> None:
         """Delete, in small steps, what no reader sees: entries below the floor, and
         snapshots that were dropped or never finished."""
-        while self._drop_some():
+        while self._lease.run(_drop_some):
             pass
-        # What lies below the floor changes no more: it is read before the lock is taken.
-        while (found := self._transactions.read(self._below_the_floor)) is not None:
-            for item in self._trim_some(*found):
+        database = self._transactions.database
+        look = partial(examine, sql=self._sql, step=STEP)
+        while (found := self._transactions.read(look)) is not None:
+            self._lease.run(partial(trim_entries, database=database, found=found))
+            for item in found.kept:
                 self._on_kept(item)
 
-    def _below_the_floor(self, session: Session) -> tuple[int, Findings] | None:
-        """Up to which seq the next entries are trimmed, and what is in them."""
-        floor = read_head(session, self._sql).floor
-        lowest = session.scalar(sa.select(sa.func.min(task_journal.c.seq)))
-        if lowest is None or lowest >= floor:
-            return None
-        end = min(floor, lowest + STEP)
-        return end, examine(session, self._sql, lowest, end)
 
-    def _trim_some(self, end: int, findings: Findings) -> list[SetAside]:
-        for attempt in self._transactions.attempts():
-            with attempt, self._lease.step() as tx:
-                moved = set_aside_entries(tx, self._sql, findings)
-                tx.change(sa.delete(task_journal).where(task_journal.c.seq < end))
-                return moved
-        raise AssertionError("attempts end by raising")
-
-    def _drop_some(self) -> bool:
-        """Delete some chunks of a snapshot that no reader sees; whether there was one."""
-        seq, chunk = task_snapshot_chunks.c.seq, task_snapshot_chunks.c.chunk
-        dead = sa.select(task_snapshots.c.seq).where(task_snapshots.c.state != "published")
-        for attempt in self._transactions.attempts():
-            with attempt, self._lease.step() as tx:
-                victim = tx.scalar(dead.limit(1))
-                if victim is None:
-                    return False
-                last = tx.scalar(sa.select(sa.func.max(chunk)).where(seq == victim))
-                if last is None:
-                    tx.change(sa.delete(task_snapshots).where(task_snapshots.c.seq == victim))
-                else:
-                    last_ones = sa.delete(task_snapshot_chunks).where(chunk > last - CHUNK_STEP)
-                    tx.change(last_ones.where(seq == victim))
-                return True
-        raise AssertionError("attempts end by raising")
+def _drop_some(tx: Session) -> bool:
+    """Delete some chunks of a snapshot that was dropped or never finished; whether there
+    was one."""
+    seq, chunk = task_snapshot_chunks.c.seq, task_snapshot_chunks.c.chunk
+    dead = ~sa.exists().where(task_snapshots.c.seq == seq)
+    found = tx.ask(sa.select(seq, chunk).where(dead).order_by(seq, chunk).limit(1))
+    for victim, first in found:
+        some = sa.and_(seq == victim, chunk < first + CHUNK_STEP)
+        tx.change(sa.delete(task_snapshot_chunks).where(some))
+    return bool(found)
 
 
 @contextmanager
@@ -232,9 +216,3 @@ def _spool(database: Database) -> Iterator[IO[bytes]]:
             f"{database.location} cannot be compacted: a temporary file in {place} fails: {error}",
             hint="free some space there and try again",
         ) from error
-
-
-def _marks(session: Session) -> tuple[SnapshotMark, ...]:
-    seq, state = task_snapshots.c.seq, task_snapshots.c.state
-    published = sa.select(seq, task_snapshots.c.at).where(state == "published")
-    return tuple(SnapshotMark(*row) for row in session.ask(published.order_by(seq)))

@@ -160,9 +160,8 @@ class Translator:
     """Turns driver errors of one database into ours: a context manager, reusable.
 
     ``location`` names the database without its password, ``secret`` is that
-    password, ``tail`` what an unescaped @ in it has moved to the host,
-    ``fault_of`` the classification of its dialect, and ``driver`` the root of
-    the driver's exceptions.
+    password, ``fault_of`` the classification of its dialect, and ``driver`` the
+    root of the driver's exceptions.
     """
 
     def __init__(
@@ -171,7 +170,6 @@ class Translator:
         driver: type[Exception],
         fault_of: Callable[[BaseException], Fault],
         secret: str | None = None,
-        tail: str = "",
     ) -> None:
         self.location = location
         # A message or a value of a damaged database may be no text.
@@ -182,7 +180,6 @@ class Translator:
         )
         self._fault_of = fault_of
         self._secrets = _spellings(secret)
-        self._tail = tail
 
     def __enter__(self) -> None:
         return None
@@ -204,8 +201,7 @@ class Translator:
         """The driver's exception, or ``None`` when it would give the password away."""
         cause = driver_error(error)
         said = str(cause)
-        gives_away = any(secret in said for secret in self._secrets)
-        return None if gives_away or (self._tail and self._tail in said) else cause
+        return None if any(secret in said for secret in self._secrets) else cause
 
     def translate(self, error: BaseException) -> TaskStoreError:
         """Our error for a driver's, its text without the password."""
@@ -251,8 +247,6 @@ class Translator:
         text = " ".join(said.split())
         for secret in self._secrets:
             text = text.replace(secret, "***")
-        if self._tail:
-            text = text.replace(self._tail, "***@")
         return text or type(error).__name__
 
 

@@ -7,9 +7,10 @@ import secrets
 import socket
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import sqlalchemy as sa
 
@@ -24,6 +25,8 @@ LEASE_MS = 20_000
 PAUSE_S = 0.02
 """The longest pause between two steps, in seconds."""
 
+_T = TypeVar("_T")
+
 _held_here: set[str] = set()
 """The leases that compactions of this process hold, or try to take."""
 
@@ -36,6 +39,7 @@ class Lease:
         self._transactions = transactions
         self._location = transactions.database.location
         self._owner = f"{_MACHINE}{os.getpid():08x}{secrets.token_hex(8)}"
+        self._mine = taskstore_head.c.lease_owner == self._owner
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -59,13 +63,22 @@ class Lease:
             finally:
                 _held_here.discard(self._owner)
 
+    def run(self, work: Callable[[Session], _T]) -> _T:
+        """Do ``work`` in one small write transaction under the lease.
+
+        It may run several times: doing it twice has to be the same as once.
+        """
+        for attempt in self._transactions.attempts():
+            with attempt, self.step() as tx:
+                return work(tx)
+        raise AssertionError("attempts end by raising")
+
     @contextmanager
     def step(self) -> Iterator[Session]:
-        """One small write transaction under the lease, which it renews."""
+        """One write transaction under the lease, which it renews."""
         started = time.monotonic()
         with self._transactions.write() as tx:
-            mine = taskstore_head.c.lease_owner == self._owner
-            if not self._set(tx, self._owner, system_clock() + LEASE_MS, mine):
+            if tx.change(_change(self._owner, self._mine)) != 1:
                 raise StoreBusyError(
                     f"{self._location}: another process has taken over the compaction or "
                     "replaced the content"
@@ -76,30 +89,27 @@ class Lease:
         time.sleep(min(time.monotonic() - started, PAUSE_S))
 
     def _take(self) -> bool:
-        head, now = taskstore_head.c, system_clock()
+        lease = taskstore_head.c
         for attempt in self._transactions.attempts():
             with attempt, self._transactions.write() as tx:
-                holder = tx.scalar(sa.select(head.lease_owner))
-                free = sa.or_(head.lease_owner.is_(None), head.lease_until < now)
-                if holder is not None and (holder == self._owner or _is_dead(holder)):
+                owner = tx.scalar(sa.select(lease.lease_owner))
+                free = sa.or_(lease.lease_owner.is_(None), lease.lease_until < system_clock())
+                if owner is not None and (owner == self._owner or _is_dead(owner)):
                     # Mistaken or not, this is safe: each step of the other is fenced.
-                    free = sa.or_(free, head.lease_owner == holder)
-                return self._set(tx, self._owner, now + LEASE_MS, free)
+                    free = sa.or_(free, lease.lease_owner == owner)
+                return tx.change(_change(self._owner, free)) == 1
         raise AssertionError("attempts end by raising")
 
     def _give_back(self) -> None:
-        mine = taskstore_head.c.lease_owner == self._owner
         for attempt in self._transactions.attempts():
             with attempt, self._transactions.write() as tx:
-                self._set(tx, None, None, mine)
+                tx.change(_change(None, self._mine))
                 return
 
-    @staticmethod
-    def _set(
-        tx: Session, owner: str | None, until: int | None, where: sa.ColumnElement[bool]
-    ) -> bool:
-        lease = {"lease_owner": owner, "lease_until": until}
-        return tx.change(sa.update(taskstore_head).where(where).values(lease)) == 1
+
+def _change(owner: str | None, where: sa.ColumnElement[bool]) -> sa.Update:
+    until = None if owner is None else system_clock() + LEASE_MS
+    return sa.update(taskstore_head).where(where).values(lease_owner=owner, lease_until=until)
 
 
 def _machine() -> str:

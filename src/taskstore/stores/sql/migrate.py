@@ -8,7 +8,7 @@ whose schema is right does not pay for it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -59,15 +59,6 @@ def migrations_path() -> Path:
     raise TaskStoreError(
         f"the migration scripts are missing from {package}", hint="reinstall taskstore"
     )
-
-
-def head_revision() -> str:
-    """The newest revision among the scripts (``str``)."""
-    from alembic.script import ScriptDirectory
-
-    head = ScriptDirectory.from_config(_config()).get_current_head()
-    assert head is not None
-    return head
 
 
 def history() -> list[tuple[str, str]]:
@@ -127,14 +118,7 @@ def check(engine: sa.Engine) -> list[str]:
 
     with _database(engine) as database, _connected(database) as connection:
         context = MigrationContext.configure(
-            connection,
-            opts={
-                "version_table": VERSION_TABLE,
-                "include_name": include_name,
-                "include_object": include_object_on(connection.dialect.name),
-                "compare_type": True,
-                "target_metadata": metadata,
-            },
+            connection, opts=alembic_options(connection.dialect.name)
         )
         found = _state(connection)
         problems = [_difference(item) for item in compare_metadata(context, metadata)]
@@ -143,19 +127,23 @@ def check(engine: sa.Engine) -> list[str]:
     return problems
 
 
-def include_name(name: str | None, kind: str, parents: Any) -> bool:
-    """For Alembic: compare our tables only, whatever else a host's database holds."""
-    del parents
-    return kind != "table" or name in TABLES
+def alembic_options(dialect: str) -> dict[str, Any]:
+    """What Alembic is told, for a check and for ``env.py``: to compare our tables only,
+    whatever else a host's database holds, without what we declare for other dialects."""
 
-
-def include_object_on(dialect: str) -> Callable[..., bool]:
-    """For Alembic: leave out what we declare for other dialects only."""
+    def include_name(name: str | None, kind: str, _parents: Any) -> bool:
+        return kind != "table" or name in TABLES
 
     def include_object(_item: Any, name: str | None, *_details: Any) -> bool:
         return name not in ONLY_ON or dialect in ONLY_ON[name]
 
-    return include_object
+    return {
+        "version_table": VERSION_TABLE,
+        "include_name": include_name,
+        "include_object": include_object,
+        "compare_type": True,
+        "target_metadata": metadata,
+    }
 
 
 def ensure_schema(database: Database, migrate: str, url: str | None = None) -> None:
@@ -165,6 +153,7 @@ def ensure_schema(database: Database, migrate: str, url: str | None = None) -> N
     else is ever changed.  Raises :class:`~taskstore.SchemaMismatchError`,
     naming what was found, what is needed, and the command to run.
     """
+    where = database.location
     with _connected(database) as connection:
         state = _state(connection)
         unfinished = _is_unfinished(connection, state)
@@ -175,49 +164,33 @@ def ensure_schema(database: Database, migrate: str, url: str | None = None) -> N
     if fresh and migrate == "auto" and not database.read_only:
         _upgrade(database, "head")
         return
-    command = f"taskstore db upgrade --url {redacted(url or database.location)}"
-    needed, where = REVISIONS[-1], database.location
+    needed, hint = REVISIONS[-1], f"run: taskstore db upgrade --url {redacted(url or where)}"
+    missing = ", ".join(sorted(TABLES - state.tables))
     if fresh:
-        raise SchemaMismatchError(
-            f"{where} holds a ledger that is only half made"
-            if unfinished
-            else f"{where} holds no ledger",
-            found=None,
-            needed=needed,
-            hint=f"run: {command}",
-        )
-    if state.revision is None:
+        problem = "holds a ledger that is only half made" if unfinished else "holds no ledger"
+    elif state.revision is None:
         with _connected(database) as connection:
             database.check_sound(connection)
         raise _foreign(where, state)
-    if state.epoch is not None and state.epoch > SCHEMA_EPOCH:
-        raise SchemaMismatchError(
-            f"{where} is at revision {state.revision}, schema epoch {state.epoch}: too new for "
-            f"this version of taskstore, which works with {needed}, epoch {SCHEMA_EPOCH}",
-            found=state.revision,
-            needed=needed,
-            hint="upgrade taskstore",
+    elif state.epoch is not None and state.epoch > SCHEMA_EPOCH:
+        problem = (
+            f"is at revision {state.revision}, schema epoch {state.epoch}: too new for "
+            f"this version of taskstore, which works with {needed}, epoch {SCHEMA_EPOCH}"
         )
-    if state.revision in REVISIONS[:-1]:
-        raise SchemaMismatchError(
-            f"{where} is at revision {state.revision}, needed is {needed}",
-            found=state.revision,
-            needed=needed,
-            hint=f"run: {command}",
-        )
-    missing = TABLES - state.tables
-    if state.revision == needed and missing:
-        raise SchemaMismatchError(
-            f"{where} is at revision {needed}, but lacks the tables {', '.join(sorted(missing))}",
-            found=needed,
-            needed=needed,
-            hint="restore them; if a downgrade was interrupted, run it again",
-        )
-    if state.revision != needed:
-        database.notice(
-            f"{where} is at revision {state.revision}, which is newer than {needed} and "
-            "compatible with it"
-        )
+        hint = "upgrade taskstore"
+    elif state.revision in REVISIONS[:-1]:
+        problem = f"is at revision {state.revision}, needed is {needed}"
+    elif state.revision == needed and missing:
+        problem = f"is at revision {needed}, but lacks the tables {missing}"
+        hint = "restore them; if a downgrade was interrupted, run it again"
+    else:
+        if state.revision != needed:
+            database.notice(
+                f"{where} is at revision {state.revision}, which is newer than {needed} and "
+                "compatible with it"
+            )
+        return
+    raise SchemaMismatchError(f"{where} {problem}", found=state.revision, needed=needed, hint=hint)
 
 
 def _state(connection: sa.Connection) -> SchemaState:

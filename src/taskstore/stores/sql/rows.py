@@ -58,12 +58,11 @@ class Mark(NamedTuple):
 
     seq: int
     at: int
-    state: str
-    chunks: int
-    records: int
-    set_aside: int
-    size: int
-    checksum: int
+    chunks: int = 0
+    records: int = 0
+    set_aside: int = 0
+    size: int = 0
+    checksum: int = 0
 
 
 class TaskRow(NamedTuple):
@@ -201,27 +200,13 @@ def aside_row(item: SetAside) -> tuple[Any, ...] | None:
     return (task_id, revision, 0, "", "", *unset, item.raw, CARRIED)
 
 
-class Tally:
-    """Counts what goes into a snapshot, and its checksum over all chunks."""
-
-    def __init__(self) -> None:
-        self.chunks = 0
-        self.records = 0
-        self.aside = 0
-        self.size = 0
-        self.checksum = 0
-
-    def add(self, chunk: bytes) -> None:
-        """Count one more chunk."""
-        self.chunks += 1
-        self.size += len(chunk)
-        self.checksum = zlib.crc32(chunk, self.checksum)
-        for line in chunk.split(b"\n"):
-            if line[:1] == _ASIDE:
-                self.aside += 1
-            else:
-                self.records += 1
-
-    def mark(self, seq: int, at: int, state: str) -> Mark:
-        """The row of ``task_snapshots``."""
-        return Mark(seq, at, state, self.chunks, self.records, self.aside, self.size, self.checksum)
+def with_chunk(mark: Mark, chunk: bytes) -> Mark:
+    """The row of a snapshot to which one more chunk is added."""
+    aside = (b"\n" + chunk).count(b"\n" + _ASIDE)
+    return mark._replace(
+        chunks=mark.chunks + 1,
+        records=mark.records + chunk.count(b"\n") + 1 - aside,
+        set_aside=mark.set_aside + aside,
+        size=mark.size + len(chunk),
+        checksum=zlib.crc32(chunk, mark.checksum),
+    )

@@ -21,7 +21,6 @@ from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.rows import (
     Head,
     Mark,
-    Tally,
     TaskRow,
     aside_line,
     aside_row,
@@ -29,6 +28,7 @@ from taskstore.stores.sql.rows import (
     damage_of,
     read_lines,
     record_of,
+    with_chunk,
 )
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.statements import PAGE, Statements, flat, pieces
@@ -66,9 +66,8 @@ def _task_pages(session: Session, sql: Statements) -> Iterator[Iterable[TaskRow]
         after = rows[-1][0]
 
 
-def read_set_aside(session: Session, sql: Statements) -> list[SetAside]:
-    """What came in with a saved snapshot and did not decode."""
-    found = []
+def set_aside_rows(session: Session, sql: Statements) -> Iterator[tuple[int, SetAside]]:
+    """The rows of ``task_set_aside``: their ids, and what they hold."""
     for number, payload, stored in session.rows(sql.read_set_aside):
         where = f"task_set_aside, row {number}"
         damage = damage_of(payload, stored)
@@ -77,8 +76,23 @@ def read_set_aside(session: Session, sql: Statements) -> list[SetAside]:
             item = msgspec.json.decode(payload, type=SetAside)
         except msgspec.DecodeError as error:
             damage = damage or str(error)
-        found.append(item if damage is None else SetAside(payload, where, damage))
-    return found
+        yield number, item if damage is None else SetAside(payload, where, damage)
+
+
+def read_set_aside(session: Session, sql: Statements) -> list[SetAside]:
+    """What came in with a saved snapshot and did not decode."""
+    return [item for _, item in set_aside_rows(session, sql)]
+
+
+def read_marks(session: Session) -> list[Mark]:
+    """The published snapshots, oldest first."""
+    rows = session.ask(sa.select(task_snapshots).order_by(task_snapshots.c.seq))
+    return [Mark(*row) for row in rows]
+
+
+def newest_mark(session: Session, at: int) -> Mark | None:
+    """The newest published snapshot at or before a seq."""
+    return next((mark for mark in reversed(read_marks(session)) if mark.seq <= at), None)
 
 
 def load(transactions: Transactions) -> Snapshot:
@@ -88,27 +102,21 @@ def load(transactions: Transactions) -> Snapshot:
     def work(session: Session) -> Snapshot:
         head = read_head(session, sql)
         aside = read_set_aside(session, sql)
-        records: dict[str, TaskRecord] = {}
-        for row in scan_tasks(session, sql):
-            found = record_of(row)
-            if isinstance(found, TaskRecord):
-                records[found.task_id] = found
-            else:
-                aside.append(found)
-        return Snapshot(head.head_seq, MappingProxyType(records), head.last_at, tuple(aside))
+        rows = map(record_of, scan_tasks(session, sql))
+        return _snapshot(head.head_seq, head.last_at, chain(aside, rows))
 
     return transactions.read(work, one_moment=True)
 
 
 def read_snapshot(transactions: Transactions, at: int) -> Snapshot | None:
     """The newest published snapshot at or before a seq."""
-    sql = transactions.database.sql
+    database = transactions.database
 
     def work(session: Session) -> Snapshot | None:
-        row = session.row(sql.snapshot_at, (at,))
-        if row is None:
+        mark = newest_mark(session, at)
+        if mark is None:
             return None
-        return read_marked(session, sql, Mark(*row), transactions.database.location)
+        return read_marked(session, database.sql, mark, database.location)
 
     return transactions.read(work, one_moment=True)
 
@@ -118,14 +126,18 @@ def read_marked(session: Session, sql: Statements, mark: Mark, location: str) ->
 
     Raises :class:`~taskstore.CorruptStoreError` for a chunk that is missing or damaged.
     """
+    return _snapshot(mark.seq, mark.at, _read_chunks(session, sql, mark, location))
+
+
+def _snapshot(seq: int, at: int, items: Iterable[TaskRecord | SetAside]) -> Snapshot:
     records: dict[str, TaskRecord] = {}
     aside: list[SetAside] = []
-    for item in _read_chunks(session, sql, mark, location):
+    for item in items:
         if isinstance(item, TaskRecord):
             records[item.task_id] = item
         else:
             aside.append(item)
-    return Snapshot(mark.seq, MappingProxyType(records), mark.at, tuple(aside))
+    return Snapshot(seq, MappingProxyType(records), at, tuple(aside))
 
 
 def _read_chunks(
@@ -173,10 +185,12 @@ def _is_at(database: Database, seq: int, tx: Session) -> bool:
 def _replace(tx: Session, database: Database, snapshot: Snapshot, head: Head) -> None:
     for table in (tasks, task_journal, task_snapshot_chunks, task_snapshots, task_set_aside):
         tx.change(sa.delete(table))
-    tally = Tally()
+    mark = Mark(snapshot.seq, snapshot.at)
     for chunk in chunks_of(_store_all(tx, database, snapshot)):
-        _insert(tx, database, task_snapshot_chunks, [chunk_row(snapshot.seq, tally, chunk)])
-    _insert(tx, database, task_snapshots, [tally.mark(snapshot.seq, snapshot.at, "published")])
+        row = (snapshot.seq, mark.chunks, chunk, checksum(chunk))
+        insert(tx, database, task_snapshot_chunks, [row])
+        mark = with_chunk(mark, chunk)
+    insert(tx, database, task_snapshots, [mark])
     tx.change(
         sa.update(taskstore_head).values(
             head_seq=snapshot.seq,
@@ -190,13 +204,6 @@ def _replace(tx: Session, database: Database, snapshot: Snapshot, head: Head) ->
     )
 
 
-def chunk_row(seq: int, tally: Tally, chunk: bytes) -> tuple[Any, ...]:
-    """The next row of ``task_snapshot_chunks``, counted in ``tally``."""
-    number = tally.chunks
-    tally.add(chunk)
-    return (seq, number, chunk, checksum(chunk))
-
-
 def _store_all(session: Session, database: Database, snapshot: Snapshot) -> Iterator[bytes]:
     """Insert the rows, and give the lines of their snapshot."""
     for ids in pieces(sorted(snapshot.records)):
@@ -204,20 +211,21 @@ def _store_all(session: Session, database: Database, snapshot: Snapshot) -> Iter
             (snapshot.records[task_id], encode_record(snapshot.records[task_id])) for task_id in ids
         ]
         rows = [insert_row(record, payload, checksum(payload)) for record, payload in lot]
-        _insert(session, database, tasks, rows)
+        insert(session, database, tasks, rows)
         yield from (payload for _, payload in lot)
     taken = set(snapshot.records)
     for number, item in enumerate(snapshot.set_aside, 1):
         row = aside_row(item)
         if row is not None and row[0] not in taken:
             taken.add(row[0])
-            _insert(session, database, tasks, [row])
+            insert(session, database, tasks, [row])
         else:
             payload = msgspec.json.encode(item)
-            _insert(session, database, task_set_aside, [(number, payload, checksum(payload))])
+            insert(session, database, task_set_aside, [(number, payload, checksum(payload))])
         yield aside_line(item)
 
 
-def _insert(session: Session, database: Database, table: sa.Table, rows: list[Any]) -> None:
+def insert(session: Session, database: Database, table: sa.Table, rows: list[Any]) -> None:
+    """Insert rows, in order of the table's columns, whatever is there."""
     for lot in database.lots(rows):
-        session.execute(database.sql.insert[table][len(lot)], flat(lot))
+        session.execute(database.sql.insert[table](len(lot)), flat(lot))

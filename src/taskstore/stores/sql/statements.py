@@ -12,15 +12,15 @@ which drivers and servers keep prepared, stays bounded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from collections.abc import Sequence
+from functools import cache, cached_property, partial
 from itertools import chain
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy import ColumnElement, bindparam, column, values
+from sqlalchemy import ColumnElement, bindparam
 from sqlalchemy.engine.interfaces import Dialect
-from sqlalchemy.sql.expression import CTE, Executable
+from sqlalchemy.sql.expression import Executable, FromClause
 
 from taskstore.stores.sql.tables import (
     PROJECTED,
@@ -38,17 +38,17 @@ SIZES = (256, 64, 16, 4, 1)
 PAGE = 1000
 """How many rows a scan reads at a time."""
 
+KEPT = tuple(name for name in PROJECTED if name != "status")
+"""The projections that an update rarely changes."""
+
 _Row = TypeVar("_Row")
 _WRITTEN = (tasks, task_journal, task_snapshots, task_snapshot_chunks, task_set_aside)
 _ALWAYS = ("revision", "status", "payload", "checksum")
-_KEPT = tuple(name for name in PROJECTED if name != "status")
+_BASE = sa.Column("base", sa.BigInteger)
+_THE_HEAD = taskstore_head.c.id == sa.literal_column("1")
 
-INSERT_ORDER = tuple(col.name for col in tasks.columns)
-"""Parameters of one row of ``insert_tasks``."""
-UPDATE_ORDER = (*_ALWAYS, "task_id", "base", *_KEPT)
+UPDATE_ORDER = (*_ALWAYS, "task_id", "base", *KEPT)
 """Parameters of one row of ``update_tasks``, narrow or wide."""
-JOURNAL_ORDER = tuple(col.name for col in task_journal.columns)
-"""Parameters of one row of ``insert_journal``."""
 
 
 def pieces(rows: Sequence[_Row]) -> Sequence[Sequence[_Row]]:
@@ -70,28 +70,17 @@ def flat(rows: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
     return rows[0] if len(rows) == 1 else tuple(chain.from_iterable(rows))
 
 
-class ByCount(dict[int, str]):
-    """A statement over several rows, by their number: compiled when one is first asked for."""
-
-    def __init__(self, compiled: Callable[[int], str]) -> None:
-        super().__init__()
-        self._compiled = compiled
-
-    def __missing__(self, count: int) -> str:
-        sql = self[count] = self._compiled(count)
-        return sql
-
-
 class Statements:
     """The compiled statements of one dialect (``str`` each)."""
 
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
-        self.insert_tasks = ByCount(self._insert_tasks)
-        self.update_tasks = ByCount(self._update_tasks)
-        self.update_tasks_wide = ByCount(self._update_tasks_wide)
-        self.delete_tasks = ByCount(self._delete_tasks)
-        self.insert = {table: ByCount(partial(self._insert, table)) for table in _WRITTEN}
+        # Statements over several rows, by their number: compiled when one is first asked for.
+        self.insert_tasks = cache(self._insert_tasks)
+        self.update_tasks = cache(self._update_tasks)
+        self.update_tasks_wide = cache(self._update_tasks_wide)
+        self.delete_tasks = cache(self._delete_tasks)
+        self.insert = {table: cache(partial(self._insert, table)) for table in _WRITTEN}
         """Insert rows, in order of the table's columns, whatever is there; by table."""
         self.insert_journal = self.insert[task_journal]
 
@@ -105,19 +94,6 @@ class Statements:
 
     # -- the head row -----------------------------------------------------
 
-    def _claim(self) -> sa.Update:
-        head = taskstore_head.c
-        now = bindparam("now", type_=sa.BigInteger)
-        return (
-            sa.update(taskstore_head)
-            .where(head.id == sa.literal_column("1"))
-            .where(head.schema_epoch <= bindparam("epoch", type_=sa.BigInteger))
-            .values(
-                head_seq=head.head_seq + bindparam("count", type_=sa.BigInteger),
-                last_at=sa.case((head.last_at < now, now), else_=head.last_at),
-            )
-        )
-
     @cached_property
     def claim(self) -> str:
         """Take ``count`` seqs, giving (head_seq, last_at, floor) as they are afterwards and
@@ -128,51 +104,39 @@ class Statements:
         return self._claim_giving()
 
     def _claim_giving(self, *more: sa.ColumnElement[Any]) -> str:
-        head = taskstore_head.c
-        over = _commit_id_at("over").scalar_subquery()
-        given = self._claim().returning(head.head_seq, head.last_at, head.floor, over, *more)
+        given = advance_head().returning(*CLAIMED, *more)
         return self._compile(given, "count", "now", "now", "epoch", "over")
 
     @cached_property
     def head(self) -> str:
         """Read the whole head row."""
-        return self._compile(
-            sa.select(taskstore_head).where(taskstore_head.c.id == sa.literal_column("1"))
-        )
-
-    @cached_property
-    def lock_head_over(self) -> str:
-        """:attr:`lock_head`, and the id of the commit at seq ``over``."""
-        return self._compile(
-            sa.select(taskstore_head, _commit_id_at("over").scalar_subquery())
-            .where(taskstore_head.c.id == sa.literal_column("1"))
-            .with_for_update(),
-            "over",
-        )
+        return self._compile(sa.select(taskstore_head).where(_THE_HEAD))
 
     @cached_property
     def lock_head(self) -> str:
         """Read the whole head row and keep other writers out until the transaction ends."""
-        return self._compile(
-            sa.select(taskstore_head)
-            .where(taskstore_head.c.id == sa.literal_column("1"))
-            .with_for_update()
-        )
+        return self._compile(sa.select(taskstore_head).where(_THE_HEAD).with_for_update())
 
     # -- tasks ------------------------------------------------------------
+
+    def _rows(self, columns: Sequence[sa.Column[Any]], count: int) -> FromClause:
+        """``count`` rows of parameters as a table ``new``."""
+        names = [sa.column(col.name, col.type) for col in columns]
+        data = [tuple(parameters(columns, row).values()) for row in range(count)]
+        return sa.values(*names, name="new").data(data).cte("new")
 
     def _insert_tasks(self, count: int) -> str:
         """Insert new tasks: those whose id and booking are free and were not deleted.
 
-        Parameters: ``count`` rows of :data:`INSERT_ORDER`, then the floor.  The
-        head row is locked, so what is free stays free.
+        Parameters: ``count`` rows in order of the columns of ``tasks``, then the
+        floor.  The head row is locked, so what is free stays free.
         """
-        new, order = _rows(tasks.columns, count)
+        new = self._rows(list(tasks.columns), count)
         gone = task_journal.alias("gone")
         same = tasks.alias("same")
         booked = tasks.alias("booked")
         statement = sa.insert(tasks).from_select(
-            list(INSERT_ORDER),
+            [col.name for col in tasks.columns],
             sa.select(new)
             .where(
                 ~sa.exists().where(
@@ -188,7 +152,7 @@ class Statements:
                 )
             ),
         )
-        return self._compile(statement, *order, "floor")
+        return self._compile(statement, *_order(tasks.columns, count), "floor")
 
     def _update_tasks(self, count: int) -> str:
         """Bring tasks from revision ``base`` to a later one whose projections,
@@ -196,52 +160,48 @@ class Statements:
 
         Parameters: ``count`` rows of :data:`UPDATE_ORDER`.
         """
-        if count == 1:
-            # By far the most frequent: without the detour through a table of one row.
-            order = [f"{name}_0" for name in UPDATE_ORDER]
-            new = {
-                column.name: bindparam(f"{column.name}_0", type_=column.type)
-                for column in _update_columns()
-            }
-            return self._compile(_narrow_update(new), *order)
-        rows, order = _rows(_update_columns(), count)
-        return self._compile(_narrow_update(rows.c), *order)
+        columns = _update_columns()
+        # One is by far the most frequent: without the detour through a table of one row.
+        new = parameters(columns, 0) if count == 1 else self._rows(columns, count).c
+        unchanged = [tasks.c[name].is_not_distinct_from(new[name]) for name in KEPT]
+        return self._compile(self._update(new, _ALWAYS).where(*unchanged), *_order(columns, count))
 
     def _update_tasks_wide(self, count: int) -> str:
         """Bring tasks from revision ``base`` to a later one, every projection with it.
 
         Parameters: ``count`` rows of :data:`UPDATE_ORDER`.
         """
-        rows, order = _rows(_update_columns(), count)
-        return self._compile(_update(rows.c, (*_ALWAYS, *_KEPT)), *order)
+        columns = _update_columns()
+        statement = self._update(self._rows(columns, count).c, (*_ALWAYS, *KEPT))
+        return self._compile(statement, *_order(columns, count))
+
+    def _update(self, new: Any, names: Sequence[str]) -> sa.Update:
+        return (
+            sa.update(tasks)
+            .values({name: new[name] for name in names})
+            .where(self._same(tasks.c.task_id, new["task_id"]), tasks.c.revision == new["base"])
+        )
+
+    def _same(self, stored: ColumnElement[Any], new: Any) -> ColumnElement[bool]:
+        """The condition that a stored key is that of a new row."""
+        same: ColumnElement[bool] = stored == new
+        return same
 
     def _delete_tasks(self, count: int) -> str:
         """Delete tasks; parameters: ``count`` times (task_id, revision)."""
-        terms: list[ColumnElement[bool]] = []
-        order: list[str] = []
-        for row in range(count):
-            key, revision = f"task_id_{row}", f"revision_{row}"
-            terms.append(
-                sa.and_(
-                    tasks.c.task_id == bindparam(key, type_=tasks.c.task_id.type),
-                    tasks.c.revision == bindparam(revision, type_=sa.BigInteger),
-                )
-            )
-            order += (key, revision)
-        return self._compile(sa.delete(tasks).where(sa.or_(*terms)), *order)
+        columns = (tasks.c.task_id, tasks.c.revision)
+        terms = [
+            sa.and_(*(tasks.c[name] == value for name, value in parameters(columns, row).items()))
+            for row in range(count)
+        ]
+        return self._compile(sa.delete(tasks).where(sa.or_(*terms)), *_order(columns, count))
 
     @cached_property
     def scan_tasks(self) -> str:
-        """Read (task_id, revision, payload, checksum) of :data:`PAGE` tasks after an id.
-
-        The payload is cast, because SQLite would hand out whatever type was put there.
-        """
+        """Read (task_id, revision, payload, checksum) of :data:`PAGE` tasks after an id."""
         return self._compile(
             sa.select(
-                tasks.c.task_id,
-                tasks.c.revision,
-                _as_bytes(tasks.c.payload),
-                tasks.c.checksum,
+                tasks.c.task_id, tasks.c.revision, stored_bytes(tasks.c.payload), tasks.c.checksum
             )
             .where(tasks.c.task_id > bindparam("after", type_=tasks.c.task_id.type))
             .order_by(tasks.c.task_id)
@@ -251,15 +211,13 @@ class Statements:
             "after",
         )
 
-    # -- journal ----------------------------------------------------------
+    # -- any table --------------------------------------------------------
 
     def _insert(self, table: sa.Table, count: int) -> str:
-        order = [f"{col.name}_{row}" for row in range(count) for col in table.columns]
-        rows = [
-            {col.name: bindparam(f"{col.name}_{row}", type_=col.type) for col in table.columns}
-            for row in range(count)
-        ]
-        return self._compile(sa.insert(table).values(rows), *order)
+        rows = [parameters(table.columns, row) for row in range(count)]
+        return self._compile(sa.insert(table).values(rows), *_order(table.columns, count))
+
+    # -- journal ----------------------------------------------------------
 
     @cached_property
     def read_journal(self) -> str:
@@ -278,9 +236,9 @@ class Statements:
             ),
         )
         return self._compile(
-            sa.select(head.floor, head.head_seq, *_entry())
+            sa.select(head.floor, head.head_seq, *ENTRY)
             .select_from(joined)
-            .where(head.id == sa.literal_column("1"))
+            .where(_THE_HEAD)
             .order_by(entry.seq),
             "after",
             "last",
@@ -292,39 +250,21 @@ class Statements:
         entry = task_journal.c
         floor = sa.select(taskstore_head.c.floor).scalar_subquery()
         return self._compile(
-            sa.select(*_entry())
+            sa.select(*ENTRY)
             .where(entry.task_id == bindparam("task_id", type_=entry.task_id.type))
             .where(entry.seq >= floor)
             .order_by(entry.seq),
             "task_id",
         )
 
-    @cached_property
-    def commit_at(self) -> str:
-        """Read the commit id of the entry at a seq."""
-        return self._compile(_commit_id_at("seq"), "seq")
-
     # -- snapshots and what was set aside ---------------------------------
-
-    @cached_property
-    def snapshot_at(self) -> str:
-        """Read the newest published snapshot at or before a seq."""
-        return self._compile(
-            sa.select(task_snapshots)
-            .where(task_snapshots.c.state == sa.literal_column("'published'"))
-            .where(task_snapshots.c.seq <= bindparam("at", type_=sa.BigInteger))
-            .order_by(task_snapshots.c.seq.desc())
-            .limit(sa.literal_column("1"))
-            .offset(sa.literal_column("0")),
-            "at",
-        )
 
     @cached_property
     def read_chunk(self) -> str:
         """Read (payload, checksum) of one chunk; parameters: seq, number."""
         chunks = task_snapshot_chunks.c
         return self._compile(
-            sa.select(_as_bytes(chunks.payload), chunks.checksum).where(
+            sa.select(stored_bytes(chunks.payload), chunks.checksum).where(
                 chunks.seq == bindparam("seq", type_=sa.BigInteger),
                 chunks.chunk == bindparam("chunk", type_=sa.BigInteger),
             ),
@@ -337,52 +277,55 @@ class Statements:
         """Read (id, payload, checksum) of everything set aside."""
         aside = task_set_aside.c
         return self._compile(
-            sa.select(aside.id, _as_bytes(aside.payload), aside.checksum).order_by(aside.id)
+            sa.select(aside.id, stored_bytes(aside.payload), aside.checksum).order_by(aside.id)
         )
 
 
-def _commit_id_at(seq: str) -> sa.Select[tuple[str]]:
-    """The commit id of the entry at the seq that the parameter of this name gives."""
-    return sa.select(task_journal.c.commit_id).where(
-        task_journal.c.seq == bindparam(seq, type_=sa.BigInteger)
-    )
-
-
-def _update_columns() -> list[sa.Column[Any]]:
-    base = sa.Column("base", sa.BigInteger)
-    return [base if name == "base" else tasks.c[name] for name in UPDATE_ORDER]
-
-
-def _update(new: Any, names: Sequence[str]) -> sa.Update:
+def advance_head() -> sa.Update:
+    """Take ``count`` seqs, unless the schema epoch is above ``epoch``."""
+    head = taskstore_head.c
+    now = bindparam("now", type_=sa.BigInteger)
     return (
-        sa.update(tasks)
-        .values({name: new[name] for name in names})
-        .where(tasks.c.task_id == new["task_id"], tasks.c.revision == new["base"])
+        sa.update(taskstore_head)
+        .where(_THE_HEAD)
+        .where(head.schema_epoch <= bindparam("epoch", type_=sa.BigInteger))
+        .values(
+            head_seq=head.head_seq + bindparam("count", type_=sa.BigInteger),
+            last_at=sa.case((head.last_at < now, now), else_=head.last_at),
+        )
     )
 
 
-def _narrow_update(new: Any) -> sa.Update:
-    unchanged = [tasks.c[name].is_not_distinct_from(new[name]) for name in _KEPT]
-    return _update(new, _ALWAYS).where(*unchanged)
-
-
-def _entry() -> list[ColumnElement[Any]]:
-    entry = task_journal.c
-    return [_as_bytes(col) if col is entry.payload else col for col in task_journal.columns]
-
-
-def _as_bytes(col: ColumnElement[Any]) -> ColumnElement[Any]:
+def stored_bytes(col: ColumnElement[Any]) -> ColumnElement[Any]:
+    """A column of bytes, cast, because SQLite would hand out whatever type was put there."""
     return sa.cast(col, sa.LargeBinary).label(str(col.key))
 
 
-def _rows(columns: Any, count: int) -> tuple[CTE, list[str]]:
-    """``count`` rows of parameters as a table, and the names of these in order."""
-    names = [(col.name, col.type) for col in columns]
-    data = [
-        tuple(bindparam(f"{name}_{row}", type_=kind) for name, kind in names)
-        for row in range(count)
-    ]
-    order = [f"{name}_{row}" for row in range(count) for name, _ in names]
-    return values(*(column(name, kind) for name, kind in names), name="new").data(data).cte(
-        "new"
-    ), order
+CLAIMED: tuple[ColumnElement[Any], ...] = (
+    taskstore_head.c.head_seq,
+    taskstore_head.c.last_at,
+    taskstore_head.c.floor,
+    sa.select(task_journal.c.commit_id)
+    .where(task_journal.c.seq == bindparam("over", type_=sa.BigInteger))
+    .scalar_subquery(),
+)
+"""What a claim gives: the fields of ``Claimed``; the last is that of the parameter ``over``."""
+
+ENTRY: tuple[ColumnElement[Any], ...] = tuple(
+    stored_bytes(col) if col is task_journal.c.payload else col for col in task_journal.columns
+)
+"""What is read of an entry of the journal: all of its columns."""
+
+
+def _update_columns() -> list[sa.Column[Any]]:
+    return [_BASE if name == "base" else tasks.c[name] for name in UPDATE_ORDER]
+
+
+def parameters(columns: Any, row: int) -> dict[str, ColumnElement[Any]]:
+    """The parameters of one row, by their columns' names."""
+    return {col.name: bindparam(f"{col.name}_{row}", type_=col.type) for col in columns}
+
+
+def _order(columns: Any, count: int) -> list[str]:
+    """The names of the parameters of ``count`` rows."""
+    return [f"{col.name}_{row}" for row in range(count) for col in columns]

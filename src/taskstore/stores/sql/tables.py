@@ -160,7 +160,6 @@ task_snapshots = Table(
     metadata,
     Column("seq", _seq(), primary_key=True, autoincrement=False),
     Column("at", BigInteger, nullable=False),
-    Column("state", _key(16), nullable=False),
     Column("chunks", BigInteger, nullable=False),
     Column("records", BigInteger, nullable=False),
     Column("set_aside", BigInteger, nullable=False),
@@ -168,8 +167,7 @@ task_snapshots = Table(
     Column("checksum", BigInteger, nullable=False),
     comment=f"{MARK}one row per snapshot",
 )
-"""One row per snapshot.  Only those whose ``state`` is ``published`` exist for
-readers; ``building`` and ``dropped`` ones are cleared by the next compaction."""
+"""One row per snapshot, written when all of its chunks are."""
 
 task_snapshot_chunks = Table(
     "task_snapshot_chunks",
@@ -180,7 +178,8 @@ task_snapshot_chunks = Table(
     Column("checksum", BigInteger, nullable=False),
     comment=f"{MARK}the payloads of snapshots",
 )
-"""The payloads of a snapshot, some hundred in each chunk."""
+"""The payloads of a snapshot, some hundred in each chunk.  Those without a row in
+``task_snapshots`` are leftovers: no answer depends on them."""
 
 task_set_aside = Table(
     "task_set_aside",

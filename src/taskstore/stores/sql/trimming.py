@@ -6,7 +6,7 @@ decode the bytes are kept in ``task_set_aside`` [12].
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -15,14 +15,13 @@ import sqlalchemy as sa
 from taskstore.codec import checksum
 from taskstore.errors import CorruptStoreError
 from taskstore.journal import SetAside
+from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.rows import as_bytes, entry_of
 from taskstore.stores.sql.session import Session
-from taskstore.stores.sql.snapshots import read_set_aside
-from taskstore.stores.sql.statements import Statements
+from taskstore.stores.sql.snapshots import insert, read_head, set_aside_rows
+from taskstore.stores.sql.statements import ENTRY, Statements, stored_bytes
 from taskstore.stores.sql.tables import task_journal, task_set_aside, tasks
 
-PAGE = 250
-"""How many entries are read at a time: their payloads may be large."""
 _SHOWN = 3
 
 
@@ -51,58 +50,56 @@ def check_rows(session: Session, low: int, high: int, location: str) -> None:
 
 
 class Findings(NamedTuple):
-    """What is to be done about entries besides deleting them."""
+    """The next entries that are trimmed, and what is to be done besides deleting them."""
 
-    damaged: Sequence[int]
-    """The seqs of those that do not decode."""
+    end: int
+    """The seq below which they lie."""
     forgotten: Sequence[int]
     """The rows of ``task_set_aside`` that keep something of a task that they delete."""
+    kept: Sequence[SetAside]
+    """What of them does not decode, and is kept nowhere else."""
+    last_row: int
+    """The highest id in ``task_set_aside``, before anything is added for them."""
 
 
-def examine(session: Session, sql: Statements, low: int, high: int) -> Findings:
-    """Look through the entries in ``[low, high)``."""
-    kept = _kept_rows(session, sql)
-    damaged: list[int] = []
-    forgotten: list[int] = []
-    while low < high:
-        for row in _entries(session, low, min(low + PAGE, high)):
-            if row[2] == "deleted":
-                forgotten += kept.pop(row[3], ())
-            elif _damage_of(row) is not None:
-                damaged.append(row[0])
-        low += PAGE
-    return Findings(damaged, forgotten)
+def examine(session: Session, sql: Statements, step: int) -> Findings | None:
+    """Look through the next ``step`` entries below the floor; ``None`` if there is none.
 
-
-def set_aside_entries(session: Session, sql: Statements, found: Findings) -> list[SetAside]:
-    """Keep the bytes of entries that are about to be deleted, in the same transaction.
-
-    An entry whose task is deleted by a later one goes as every deleted record does, and
-    one that is still its task's row, byte by byte, is kept by that.
+    What lies below the floor changes no more: this needs no lock.
     """
-    aside = task_set_aside.c
-    if found.forgotten:
-        session.change(sa.delete(task_set_aside).where(aside.id.in_(found.forgotten)))
-    moved: list[SetAside] = []
-    for seq in found.damaged:
-        for row in _entries(session, seq, seq + 1):
-            item = _damage_of(row)
-            if item is not None and not _is_gone_or_stored(session, row):
-                moved.append(item)
-    last = session.scalar(sa.select(sa.func.max(aside.id))) or 0
-    for number, item in enumerate(moved, last + 1):
-        payload = msgspec.json.encode(item)
-        session.execute(sql.insert[task_set_aside][1], (number, payload, checksum(payload)))
-    return moved
-
-
-def _entries(session: Session, low: int, high: int) -> Iterable[Any]:
+    floor = read_head(session, sql).floor
+    low = session.scalar(sa.select(sa.func.min(task_journal.c.seq)))
+    if low is None or low >= floor:
+        return None
+    end = min(floor, low + step)
+    rows, last_row = _rows_by_task(session, sql)
+    forgotten: list[int] = []
+    kept: list[SetAside] = []
     seq = task_journal.c.seq
-    columns = [
-        sa.cast(column, sa.LargeBinary) if column.name == "payload" else column
-        for column in task_journal.columns
-    ]
-    return session.ask(sa.select(*columns).where(seq >= low, seq < high).order_by(seq))
+    for row in session.ask(sa.select(*ENTRY).where(seq >= low, seq < end).order_by(seq)):
+        if row[2] == "deleted":
+            forgotten += rows.pop(row[3], ())
+            continue
+        item = _damage_of(row)
+        if item is not None and not _is_gone_or_stored(session, row):
+            kept.append(item)
+    return Findings(end, forgotten, kept, last_row)
+
+
+def trim_entries(tx: Session, database: Database, found: Findings) -> None:
+    """Delete entries that were examined, keeping what is to be kept of them.
+
+    Doing it twice is the same: rows that were added lie behind the last one.
+    """
+    aside = task_set_aside.c.id
+    if found.forgotten:
+        tx.change(sa.delete(task_set_aside).where(aside.in_(found.forgotten)))
+    if found.kept:
+        tx.change(sa.delete(task_set_aside).where(aside > found.last_row))
+        payloads = enumerate(map(msgspec.json.encode, found.kept), found.last_row + 1)
+        rows = [(number, payload, checksum(payload)) for number, payload in payloads]
+        insert(tx, database, task_set_aside, rows)
+    tx.change(sa.delete(task_journal).where(task_journal.c.seq < found.end))
 
 
 def _damage_of(row: Any) -> SetAside | None:
@@ -121,6 +118,8 @@ def _damage_of(row: Any) -> SetAside | None:
 
 
 def _is_gone_or_stored(session: Session, row: Any) -> bool:
+    """Whether a later entry deletes the task, whose record then goes as every deleted one
+    does; or the entry is still the task's row, byte by byte, which keeps it."""
     seq, _, _, task_id, revision, _, payload, _ = row
     entry = task_journal.c
     deletion = sa.select(entry.seq).where(
@@ -129,18 +128,16 @@ def _is_gone_or_stored(session: Session, row: Any) -> bool:
     if session.scalar(deletion.limit(1)) is not None:
         return True
     stored = session.ask(
-        sa.select(tasks.c.revision, sa.cast(tasks.c.payload, sa.LargeBinary)).where(
-            tasks.c.task_id == task_id
-        )
+        sa.select(tasks.c.revision, stored_bytes(tasks.c.payload)).where(tasks.c.task_id == task_id)
     )
     return [(found, as_bytes(data)) for found, data in stored] == [(revision, as_bytes(payload))]
 
 
-def _kept_rows(session: Session, sql: Statements) -> dict[str, list[int]]:
-    """Which rows of ``task_set_aside`` keep something of which task."""
-    kept: dict[str, list[int]] = {}
-    numbers = [row[0] for row in session.rows(sql.read_set_aside)]
-    for number, item in zip(numbers, read_set_aside(session, sql), strict=True):
+def _rows_by_task(session: Session, sql: Statements) -> tuple[dict[str, list[int]], int]:
+    """Which rows of ``task_set_aside`` keep something of which task, and the highest id."""
+    rows: dict[str, list[int]] = {}
+    last = 0
+    for last, item in set_aside_rows(session, sql):
         if item.superseded and item.task_id is not None:
-            kept.setdefault(item.task_id, []).append(number)
-    return kept
+            rows.setdefault(item.task_id, []).append(last)
+    return rows, last

@@ -13,11 +13,11 @@ from taskstore.records import TaskRecord
 from taskstore.store import VerifyReport
 from taskstore.stores.integrity import IntegrityCheck
 from taskstore.stores.sql.dialects import Database
-from taskstore.stores.sql.rows import CARRIED, Mark, TaskRow, entry_of, record_of
+from taskstore.stores.sql.rows import CARRIED, TaskRow, entry_of, record_of
 from taskstore.stores.sql.session import Session
-from taskstore.stores.sql.snapshots import read_head, read_marked, read_set_aside
+from taskstore.stores.sql.snapshots import read_head, read_marked, read_marks, read_set_aside
 from taskstore.stores.sql.statements import PAGE
-from taskstore.stores.sql.tables import PROJECTED, task_journal, task_snapshots, tasks
+from taskstore.stores.sql.tables import PROJECTED, task_journal, tasks
 from taskstore.stores.sql.transactions import Transactions
 
 
@@ -35,8 +35,7 @@ class _Tables:
         self._session = session
         self._sql = database.sql
         self._location = database.location
-        published = sa.select(task_snapshots).where(task_snapshots.c.state == "published")
-        self._marks = {row[0]: Mark(*row) for row in session.ask(published)}
+        self._marks = {mark.seq: mark for mark in read_marks(session)}
         self._head = read_head(session, self._sql)
         places = {seq: f"the snapshot at seq {seq}" for seq in self._marks}
         self._check = IntegrityCheck(self._head.floor, places, self._snapshot)

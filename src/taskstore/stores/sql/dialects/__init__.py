@@ -15,7 +15,7 @@ from collections.abc import Callable
 import sqlalchemy as sa
 
 from taskstore.backends import scheme_of
-from taskstore.errors import ValidationError
+from taskstore.errors import StoreUnavailableError, ValidationError
 from taskstore.stores.sql.dialects.base import Database, Guard
 from taskstore.stores.sql.dialects.mariadb import MariaDBDatabase, open_mariadb
 from taskstore.stores.sql.dialects.postgresql import PostgreSQLDatabase, open_postgresql
@@ -40,11 +40,12 @@ __all__ = [
     "open_database",
 ]
 
-_SERVERS: dict[str, Callable[..., Database]] = {
-    "postgresql": open_postgresql,
-    "mysql": open_mariadb,
-    "mariadb": open_mariadb,
+_SERVERS: dict[str, tuple[Callable[..., Database], str]] = {
+    "postgresql": (open_postgresql, "postgres"),
+    "mysql": (open_mariadb, "mysql"),
+    "mariadb": (open_mariadb, "mysql"),
 }
+"""What opens a URL, and our extra that installs the driver."""
 
 _SEVERAL_HOSTS = re.compile(r"@[^/?@]*,[^/?@]*(/|\?|$)")
 """Hosts as libpq reads them, and SQLAlchemy does not."""
@@ -63,6 +64,7 @@ def host_database(engine: sa.Engine, *, durability: str, read_only: bool) -> Dat
         raise ValidationError(
             "engine", f"is of {engine.dialect.name}+{engine.dialect.driver}; supported: {known}"
         )
+    _refuse_at_sign("engine", engine.url)
     return kind(engine, owned=False, durability=durability, read_only=read_only)
 
 
@@ -76,8 +78,14 @@ def open_database(url: str, *, durability: str = "full", read_only: bool = False
     if scheme_of(url) == "sqlite":
         return open_sqlite(path_of(url), durability=durability, read_only=read_only)
     parsed = _parse(url)
-    opener = _SERVERS[parsed.get_backend_name()]
-    return opener(parsed, durability=durability, read_only=read_only)
+    opener, extra = _SERVERS[parsed.get_backend_name()]
+    try:
+        return opener(parsed, durability=durability, read_only=read_only)
+    except ImportError as error:
+        raise StoreUnavailableError(
+            f"the driver of {parsed.drivername} is not installed: {error}",
+            hint=f"pip install 'taskstore[{extra}]'",
+        ) from error
 
 
 def _parse(url: str) -> sa.URL:
@@ -91,9 +99,13 @@ def _parse(url: str) -> sa.URL:
         if _SEVERAL_HOSTS.search(url):
             reason += "; several hosts are written ?host=one:5432&host=two:5432"
         raise ValidationError("url", reason) from None
-    if "@" in (parsed.host or ""):
-        raise ValidationError("url", "has an @ in its user name or password: write it as %40")
+    _refuse_at_sign("url", parsed)
     if kind is None or driver != kind.driver:
         known = ", ".join(["sqlite:", *(f"{name}+{DIALECTS[name].driver}:" for name in _SERVERS)])
         raise ValidationError("url", f"{parsed.drivername}: is not one of {known}")
     return parsed
+
+
+def _refuse_at_sign(name: str, url: sa.URL) -> None:
+    if "@" in (url.host or ""):
+        raise ValidationError(name, "has an @ in its user name or password: write it as %40")

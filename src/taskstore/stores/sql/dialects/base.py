@@ -79,7 +79,7 @@ class Database:
         self.location = self._location()
         dbapi: Any = engine.dialect.loaded_dbapi
         self.translator = Translator(
-            self.location, dbapi.Error, self.fault_of, _password(engine.url), _tail(engine.url)
+            self.location, dbapi.Error, self.fault_of, _password(engine.url)
         )
 
     def __init_subclass__(cls) -> None:
@@ -88,8 +88,6 @@ class Database:
     def _location(self) -> str:
         url = self.engine.url
         place = {name: url.query[name] for name in _PLACE if name in url.query}
-        if tail := _tail(url):
-            url = url.set(host=(url.host or "").removeprefix(tail))
         return url.set(query=place).render_as_string(hide_password=True)
 
     @staticmethod
@@ -169,12 +167,12 @@ class Database:
         ``None`` when the schema epoch is not one that we may write.
         """
         rows = session.rows(self.sql.claim, (count, now, now, SCHEMA_EPOCH, over))
-        return Claimed(*rows[0]) if rows else None
+        return Claimed(*rows[0][:4]) if rows else None
 
     def insert(self, session: Session, rows: Sequence[tuple[Any, ...]], floor: int) -> int:
         """Insert new tasks whose ids and bookings are free and were not deleted since
         ``floor``; returns how many.  ``rows`` are as many as statements exist for."""
-        return session.touch(self.sql.insert_tasks[len(rows)], (*flat(rows), floor))
+        return session.touch(self.sql.insert_tasks(len(rows)), (*flat(rows), floor))
 
     lots: ClassVar[Callable[..., Iterable[Sequence[tuple[Any, ...]]]]] = staticmethod(pieces)
     """Cuts rows into what one statement takes."""
@@ -189,12 +187,6 @@ class Database:
         """Give up the engine, if it is ours."""
         if self.owned:
             self.engine.dispose()
-
-
-def _tail(url: sa.URL) -> str:
-    """What of a password has become part of the host, because an @ was not escaped."""
-    before, at, _ = (url.host or "").rpartition("@")
-    return before + at
 
 
 def _password(url: sa.URL) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import sqlalchemy as sa
@@ -17,14 +17,22 @@ from sqlalchemy import bindparam, event
 from sqlalchemy.dialects.mysql.mariadb import MariaDBDialect
 from sqlalchemy.dialects.mysql.pymysql import MySQLDialect_pymysql
 from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.sql.expression import FromClause
 
 from taskstore.errors import StoreBusyError, StoreUnavailableError, ValidationError
 from taskstore.stores.sql.dialects.base import LOCK_S, LOCK_WAIT_S, Database
 from taskstore.stores.sql.errors import mariadb_fault
-from taskstore.stores.sql.rows import Claimed, Head
+from taskstore.stores.sql.rows import Claimed
 from taskstore.stores.sql.session import Session
-from taskstore.stores.sql.statements import UPDATE_ORDER, ByCount, Statements, flat, pieces
-from taskstore.stores.sql.tables import SCHEMA_EPOCH, task_journal, tasks, taskstore_head
+from taskstore.stores.sql.statements import (
+    CLAIMED,
+    Statements,
+    advance_head,
+    flat,
+    parameters,
+    pieces,
+)
+from taskstore.stores.sql.tables import SCHEMA_EPOCH, task_journal, tasks
 
 OLDEST = (10, 6)
 """The first version in which creating a table is all or nothing."""
@@ -68,50 +76,26 @@ class _Dialect(MariaDBDialect, MySQLDialect_pymysql):
 
 
 class MariaDBStatements(Statements):
-    """No CTE stands before an UPDATE here, and none is needed before an INSERT."""
+    """No CTE stands before an UPDATE here, and no UPDATE gives rows."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        super().__init__(dialect)
+        self.count_deleted = cache(self._count_deleted)
+
+    def _rows(self, columns: Sequence[sa.Column[Any]], count: int) -> FromClause:
+        rows = [
+            sa.select(*(value.label(name) for name, value in parameters(columns, row).items()))
+            for row in range(count)
+        ]
+        return (sa.union_all(*rows) if count > 1 else rows[0]).subquery("new")
+
+    def _same(self, stored: sa.ColumnElement[Any], new: Any) -> sa.ColumnElement[bool]:
+        # Said here, because the connection of a host may have another collation.
+        return stored == sa.collate(new, COLLATION)
 
     def _update_tasks(self, count: int) -> str:
         # What stays as it is costs no index anything, so that the wide statement will do.
         return super()._update_tasks(1) if count == 1 else self._update_tasks_wide(count)
-
-    def _update_tasks_wide(self, count: int) -> str:
-        names = [name for name in UPDATE_ORDER if name not in ("task_id", "base")]
-        types = {name: tasks.c[name].type for name in (*names, "task_id")}
-        types["base"] = sa.BigInteger()
-        rows = [
-            sa.select(*(bindparam(f"{n}_{row}", type_=types[n]).label(n) for n in UPDATE_ORDER))
-            for row in range(count)
-        ]
-        new = sa.union_all(*rows).subquery("new") if count > 1 else rows[0].subquery("new")
-        statement = (
-            sa.update(tasks)
-            .values({name: new.c[name] for name in names})
-            .where(
-                # Said here, because the connection of a host may have another collation.
-                tasks.c.task_id == sa.collate(new.c.task_id, COLLATION),
-                tasks.c.revision == new.c.base,
-            )
-        )
-        order = (f"{name}_{row}" for row in range(count) for name in UPDATE_ORDER)
-        return self._compile(statement, *order)
-
-    @cached_property
-    def advance(self) -> str:
-        """Set (head_seq, last_at) of the head row."""
-        return self._compile(
-            sa.update(taskstore_head)
-            .where(taskstore_head.c.id == sa.literal_column("1"))
-            .values(
-                head_seq=bindparam("head_seq", type_=sa.BigInteger),
-                last_at=bindparam("last_at", type_=sa.BigInteger),
-            ),
-            "head_seq",
-            "last_at",
-        )
-
-    def __init__(self, dialect: Dialect) -> None:
-        super().__init__(dialect)
-        self.count_deleted = ByCount(self._count_deleted)
 
     def _count_deleted(self, count: int) -> str:
         """Count the deletions of tasks since a seq; parameters: ids, then the seq."""
@@ -128,6 +112,16 @@ class MariaDBStatements(Statements):
             *order,
             "floor",
         )
+
+    @cached_property
+    def claim(self) -> str:
+        """Take ``count`` seqs, unless the schema epoch is too high."""
+        return self._compile(advance_head(), "count", "now", "now", "epoch")
+
+    @cached_property
+    def claimed(self) -> str:
+        """Read what the head row is after a claim, and the commit at seq ``over``."""
+        return self._compile(sa.select(*CLAIMED), "over")
 
 
 class MariaDBDatabase(Database):
@@ -149,7 +143,7 @@ class MariaDBDatabase(Database):
     def cursor(self, raw: Any) -> Any:
         from pymysql.cursors import Cursor
 
-        return _MeasuringCursor(raw.cursor(Cursor), self)
+        return raw.cursor(Cursor)
 
     # -- what there has to be ----------------------------------------------
 
@@ -235,23 +229,18 @@ class MariaDBDatabase(Database):
         session.execute("ROLLBACK")
 
     def claim(self, session: Session, count: int, now: int, over: int) -> Claimed | None:
-        # There is no UPDATE … RETURNING.
-        row = session.row(self.sql.lock_head_over, (over,))
-        if row is None or Head(*row[:-1]).schema_epoch > SCHEMA_EPOCH:
+        if not session.touch(self.sql.claim, (count, now, now, SCHEMA_EPOCH)):
             return None
-        head = Head(*row[:-1])
-        head_seq, last_at = head.head_seq + count, max(head.last_at, now)
-        session.execute(self.sql.advance, (head_seq, last_at))
-        return Claimed(head_seq, last_at, head.floor, row[-1])
+        return Claimed(*session.row(self.sql.claimed, (over,)))
 
     def insert(self, session: Session, rows: Sequence[tuple[Any, ...]], floor: int) -> int:
         # What is there already is a violation of a unique index, which the
         # caller takes for what it is.
         ids = [row[0] for row in rows]
-        [deleted] = session.row(self.sql.count_deleted[len(ids)], (*ids, floor))
+        [deleted] = session.row(self.sql.count_deleted(len(ids)), (*ids, floor))
         if deleted:
             return 0
-        return session.touch(self.sql.insert[tasks][len(rows)], flat(rows))
+        return session.touch(self.sql.insert[tasks](len(rows)), flat(rows))
 
     def lots(self, rows: Sequence[tuple[Any, ...]]) -> Iterable[Sequence[tuple[Any, ...]]]:
         for lot in pieces(rows):
@@ -259,24 +248,19 @@ class MariaDBDatabase(Database):
 
     def _fitting(self, rows: Sequence[tuple[Any, ...]]) -> Iterator[Sequence[tuple[Any, ...]]]:
         """Halve what might not fit into a packet; sizes stay powers of two."""
-        if len(rows) == 1 or sum(map(_longest, rows)) <= self._packet:
+        size = sum(map(_longest, rows))
+        if size <= self._packet:
             yield rows
+        elif len(rows) == 1:
+            raise StoreUnavailableError(
+                f"{self.location}: a statement of up to {size} bytes may be more than the server "
+                f"takes, max_allowed_packet={self._packet}; nothing was written",
+                hint=f"set max_allowed_packet to {_DEFAULT_PACKET}",
+            )
         else:
             half = len(rows) // 2
             yield from self._fitting(rows[:half])
             yield from self._fitting(rows[half:])
-
-    def check_size(self, statement: str) -> None:
-        """Refuse what the server would hang up on."""
-        if len(statement) * 4 < self._packet:
-            return
-        size = len(statement.encode("utf-8", "surrogateescape")) + 1
-        if size >= self._packet:
-            raise StoreUnavailableError(
-                f"{self.location}: a statement of {size} bytes is more than the server takes, "
-                f"max_allowed_packet={self._packet}; nothing was written",
-                hint=f"set max_allowed_packet to {_DEFAULT_PACKET}",
-            )
 
     # -- the schema ------------------------------------------------------------
 
@@ -290,22 +274,6 @@ class MariaDBDatabase(Database):
     def unlock_schema(self, connection: sa.Connection, *, done: bool) -> None:
         del done
         connection.exec_driver_sql(f"DO RELEASE_LOCK({_LOCK})")
-
-
-class _MeasuringCursor:
-    """A cursor that looks at the size of what it sends."""
-
-    def __init__(self, cursor: Any, database: MariaDBDatabase) -> None:
-        self._cursor = cursor
-        self._database = database
-
-    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> None:
-        statement = self._cursor.mogrify(sql, parameters)
-        self._database.check_size(statement)
-        self._cursor.execute(statement)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cursor, name)
 
 
 def _longest(row: tuple[Any, ...]) -> int:
@@ -345,11 +313,6 @@ def open_mariadb(url: sa.URL, *, durability: str, read_only: bool) -> MariaDBDat
             pool_reset_on_return=None,
             connect_args={name: defaults[name] for name in defaults.keys() - url.query.keys()},
         )
-    except ImportError as error:
-        raise StoreUnavailableError(
-            f"the driver of {url.drivername} is not installed: {error}",
-            hint="pip install 'taskstore[mysql]'",
-        ) from error
     except (TypeError, ValueError):
         # From None: the cause may repeat the URL with its password.
         raise ValidationError("url", "has an option that its driver does not take") from None

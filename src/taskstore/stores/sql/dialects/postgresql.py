@@ -13,10 +13,8 @@ from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from taskstore.errors import StoreUnavailableError
 from taskstore.stores.sql.dialects.base import LOCK_S, LOCK_WAIT_S, Database
 from taskstore.stores.sql.errors import postgresql_fault
-from taskstore.stores.sql.rows import Claimed
 from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.statements import Statements
-from taskstore.stores.sql.tables import SCHEMA_EPOCH
 
 _CHANNEL = "taskstore_"
 _KEY = "hashtextextended({}, 0)"
@@ -45,8 +43,8 @@ class PostgreSQLStatements(Statements):
     """
 
     @cached_property
-    def claim_notifying(self) -> str:
-        """As ``claim``, with a fifth column that means nothing."""
+    def claim(self) -> str:
+        """As everywhere, with a fifth column that means nothing."""
         channel = f"'{_CHANNEL}' || taskstore_head.ledger_id"
         notified: sa.ColumnElement[Any] = sa.literal_column(
             f"CASE WHEN pg_try_advisory_xact_lock({_KEY.format(channel)}) THEN NULL "
@@ -123,10 +121,6 @@ class PostgreSQLDatabase(Database):
         # Never prepared: it may be two statements, in one round trip.
         session.raw.execute(self._begin_write, prepare=False)
 
-    def claim(self, session: Session, count: int, now: int, over: int) -> Claimed | None:
-        rows = session.rows(self.sql.claim_notifying, (count, now, now, SCHEMA_EPOCH, over))
-        return Claimed(*rows[0][:4]) if rows else None
-
     def holders(self, session: Session) -> Sequence[str]:
         return [
             f"server process {pid}, {name or 'unnamed'} at {host or 'this machine'}, "
@@ -170,19 +164,13 @@ def open_postgresql(url: sa.URL, *, durability: str, read_only: bool) -> Postgre
     defaults = {**_DEFAULTS}
     if _has_several_hosts(url):
         defaults["target_session_attrs"] = "read-write"
-    try:
-        engine = sa.create_engine(
-            url,
-            isolation_level="AUTOCOMMIT",
-            client_encoding="utf8",
-            hide_parameters=True,
-            connect_args={name: defaults[name] for name in defaults.keys() - url.query.keys()},
-        )
-    except ImportError as error:
-        raise StoreUnavailableError(
-            f"the driver of {url.drivername} is not installed: {error}",
-            hint="pip install 'taskstore[postgres]'",
-        ) from error
+    engine = sa.create_engine(
+        url,
+        isolation_level="AUTOCOMMIT",
+        client_encoding="utf8",
+        hide_parameters=True,
+        connect_args={name: defaults[name] for name in defaults.keys() - url.query.keys()},
+    )
     settings = [
         f"lock_timeout = '{LOCK_WAIT_S}s'",
         f"idle_in_transaction_session_timeout = '{LOCK_S}s'",
