@@ -85,7 +85,7 @@ def progress(summary: str) -> Mutation:
             record,
             revision=record.revision + 1,
             progress_summary=folded,
-            last_event_at=_event_time(record, now),
+            last_event_at=max(now, record.created_at, record.last_event_at or 0),
         )
 
     return noted

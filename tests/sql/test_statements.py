@@ -14,9 +14,10 @@ from taskstore.journal import Put, Snapshot
 from taskstore.query import TaskQuery, evaluate
 from taskstore.records import TaskRecord, TaskStatus
 from taskstore.stores.sql.commits import insert_row
-from taskstore.stores.sql.dialects import DIALECTS
+from taskstore.stores.sql.dialects import Database
+from taskstore.stores.sql.dialects.base import pieces
 from taskstore.stores.sql.query import _one_select
-from taskstore.stores.sql.statements import SIZES, pieces
+from taskstore.stores.sql.statements import SIZES
 from taskstore.stores.sql.tables import ONLY_ON, TABLES, tasks
 from taskstore.testing.factories import EPOCH_MS, create, make_record, next_of, removal_of, update
 
@@ -103,9 +104,9 @@ def test_rows_are_cut_into_lots_of_known_sizes():
         assert {len(lot) for lot in lots} <= set(SIZES)
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", Database.kinds)
 def test_every_statement_compiles_with_the_parameters_it_declares(dialect):
-    sql = DIALECTS[dialect].sql
+    sql = Database.kinds[dialect].sql
     for name in dir(type(sql)):
         if not name.startswith("_") and not callable(getattr(type(sql), name)):
             assert isinstance(getattr(sql, name), str)

@@ -400,5 +400,7 @@ class Writer:
             with contextlib.suppress(OSError):
                 self.disk.remove_all([temporary])
         self.last = Position(0)
-        self.index = Index()
-        self.index.learn(snapshot)
+        self.index = None  # until it is whole: an interrupt leaves none rather than a half of one
+        index = Index()
+        index.learn(snapshot)
+        self.index = index

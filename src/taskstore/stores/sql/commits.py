@@ -37,10 +37,10 @@ from taskstore.journal import (
 from taskstore.records import DedupKey, TaskRecord
 from taskstore.store import other_history
 from taskstore.stores.sql.dialects import Database
+from taskstore.stores.sql.dialects.base import Session, flat, pieces
 from taskstore.stores.sql.errors import Fault
 from taskstore.stores.sql.rows import Claimed, Head
-from taskstore.stores.sql.session import Session
-from taskstore.stores.sql.statements import KEPT, flat, pieces
+from taskstore.stores.sql.statements import KEPT
 from taskstore.stores.sql.tables import (
     PROJECTED,
     SCHEMA_EPOCH,

@@ -30,9 +30,9 @@ from taskstore.policy import CompactionPolicy, CompactionReport, SnapshotMark
 from taskstore.stores import compaction
 from taskstore.stores.compaction import CompactionSteps, Cut, Retained, Standing
 from taskstore.stores.sql.dialects import Database
+from taskstore.stores.sql.dialects.base import Session
 from taskstore.stores.sql.lease import Lease
 from taskstore.stores.sql.rows import Mark, aside_line, chunks_of, line_of, with_chunk
-from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.snapshots import (
     insert,
     newest_mark,

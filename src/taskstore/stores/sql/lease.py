@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from taskstore.clock import system_clock
 from taskstore.errors import OutcomeUnknownError, StoreBusyError, StoreUnavailableError
-from taskstore.stores.sql.session import Session
+from taskstore.stores.sql.dialects.base import Session
 from taskstore.stores.sql.tables import taskstore_head
 from taskstore.stores.sql.transactions import Transactions
 

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 import taskstore
 from taskstore.backends import redacted
 from taskstore.errors import SchemaMismatchError, TaskStoreError, ValidationError
-from taskstore.stores.sql.dialects import DIALECTS, Database, host_database, open_database
+from taskstore.stores.sql.dialects import Database, host_database, open_database
 from taskstore.stores.sql.tables import (
     MARK,
     ONLY_ON,
@@ -227,7 +227,7 @@ def _foreign(where: str, state: SchemaState) -> SchemaMismatchError:
 def _is_unfinished(connection: sa.Connection, state: SchemaState) -> bool:
     """Whether all that a database holds of us was left by a first migration that was
     killed, or is being made by one that goes on: our own tables, and nothing in them."""
-    kind = DIALECTS[connection.dialect.name]
+    kind = Database.kinds[connection.dialect.name]
     if state.revision is not None or not state.tables or not kind.schema_commits:
         return False
     inspector = sa.inspect(connection)

@@ -17,8 +17,8 @@ from taskstore.errors import CorruptStoreError
 from taskstore.journal import SetAside
 from taskstore.query import SESSION_KEY, Cursor, Page, TaskQuery, page_of
 from taskstore.records import ACTIVE_STATUSES, TaskRecord
+from taskstore.stores.sql.dialects.base import Session
 from taskstore.stores.sql.rows import TaskRow, record_of
-from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.statements import PAGE
 from taskstore.stores.sql.tables import ACTIVE, PROJECTED, tasks, taskstore_head
 from taskstore.stores.sql.transactions import Transactions

@@ -18,6 +18,7 @@ from taskstore.journal import SetAside, Snapshot, validated_snapshot
 from taskstore.records import TaskRecord
 from taskstore.stores.sql.commits import insert_row, too_new
 from taskstore.stores.sql.dialects import Database
+from taskstore.stores.sql.dialects.base import Session, flat, pieces
 from taskstore.stores.sql.rows import (
     Head,
     Mark,
@@ -30,8 +31,7 @@ from taskstore.stores.sql.rows import (
     record_of,
     with_chunk,
 )
-from taskstore.stores.sql.session import Session
-from taskstore.stores.sql.statements import PAGE, Statements, flat, pieces
+from taskstore.stores.sql.statements import PAGE, Statements
 from taskstore.stores.sql.tables import (
     task_journal,
     task_set_aside,

@@ -107,21 +107,30 @@ class FileGuard:
         try:
             found = os.stat(self._directory)  # noqa: PTH116 - half the time
         except OSError:
-            self.look()
-        else:
-            if (found.st_mtime_ns, found.st_ino) != self._settled:
-                self.look()
+            self._look(None)
+            return
+        stamp = (found.st_mtime_ns, found.st_ino)
+        if stamp != self._settled:
+            self._look(stamp)
 
     def look(self) -> None:
         """The same, whatever the directory tells."""
-        # The directory first: what is changed after this look changes it again.
-        stamp = _stamp_of(self._directory)
-        if not self._lost:
-            if inode_of(self._path) != self._inode:
-                self._lost = "file"
-            for name, log in self._logs.items():
-                if log == _NO_FILE or inode_of(name) != log:
-                    self._lost = self._lost or "log"
+        self._look(_stamp_of(self._directory))
+
+    def _look(self, stamp: tuple[int, int] | None) -> None:
+        """Look at the files; ``stamp`` is of the directory before that, so that what is changed
+        after the look changes it again."""
+        files = () if self._lost else ((self._path, self._inode), *self._logs.items())
+        for name, inode in files:
+            try:
+                found = os.stat(name)  # noqa: PTH116 - half the time
+            except OSError:
+                there = _NO_FILE
+            else:
+                there = (found.st_ino, found.st_dev)
+            if there != inode or inode == _NO_FILE:
+                self._lost = "file" if name == self._path else "log"
+                break
         if self._lost:
             self._settled = None
             self._refuse()

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, cached_property, partial
-from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import ColumnElement, bindparam
@@ -41,7 +40,6 @@ PAGE = 1000
 KEPT = tuple(name for name in PROJECTED if name != "status")
 """The projections that an update rarely changes."""
 
-_Row = TypeVar("_Row")
 _WRITTEN = (tasks, task_journal, task_snapshots, task_snapshot_chunks, task_set_aside)
 _ALWAYS = ("revision", "status", "payload", "checksum")
 _BASE = sa.Column("base", sa.BigInteger)
@@ -49,25 +47,6 @@ _THE_HEAD = taskstore_head.c.id == sa.literal_column("1")
 
 UPDATE_ORDER = (*_ALWAYS, "task_id", "base", *KEPT)
 """Parameters of one row of ``update_tasks``, narrow or wide."""
-
-
-def pieces(rows: Sequence[_Row]) -> Sequence[Sequence[_Row]]:
-    """Cut rows into lots of the sizes that statements exist for."""
-    if len(rows) == 1:
-        return (rows,)
-    lots: list[Sequence[_Row]] = []
-    start, left = 0, len(rows)
-    for size in SIZES:
-        while left >= size:
-            lots.append(rows[start : start + size])
-            start += size
-            left -= size
-    return lots
-
-
-def flat(rows: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
-    """The parameters of a statement over several rows."""
-    return rows[0] if len(rows) == 1 else tuple(chain.from_iterable(rows))
 
 
 class Statements:

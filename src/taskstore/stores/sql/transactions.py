@@ -35,9 +35,9 @@ from taskstore.stores.retry import (
     UnansweredError,
 )
 from taskstore.stores.sql.dialects import Database
+from taskstore.stores.sql.dialects.base import Session
 from taskstore.stores.sql.errors import GONE, Fault
 from taskstore.stores.sql.rows import Head
-from taskstore.stores.sql.session import Session
 
 _T = TypeVar("_T")
 

@@ -16,8 +16,8 @@ from taskstore.codec import checksum
 from taskstore.errors import CorruptStoreError
 from taskstore.journal import SetAside
 from taskstore.stores.sql.dialects import Database
+from taskstore.stores.sql.dialects.base import Session
 from taskstore.stores.sql.rows import as_bytes, entry_of
-from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.snapshots import insert, read_head, set_aside_rows
 from taskstore.stores.sql.statements import ENTRY, Statements, stored_bytes
 from taskstore.stores.sql.tables import task_journal, task_set_aside, tasks

@@ -13,8 +13,8 @@ from taskstore.records import TaskRecord
 from taskstore.store import VerifyReport
 from taskstore.stores.integrity import IntegrityCheck
 from taskstore.stores.sql.dialects import Database
+from taskstore.stores.sql.dialects.base import Session
 from taskstore.stores.sql.rows import CARRIED, TaskRow, entry_of, record_of
-from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.snapshots import read_head, read_marked, read_marks, read_set_aside
 from taskstore.stores.sql.statements import PAGE
 from taskstore.stores.sql.tables import PROJECTED, task_journal, tasks

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.sql.expression import Executable
 
+from taskstore.backends import scheme_of
+from taskstore.errors import StoreUnavailableError, ValidationError
 from taskstore.stores.retry import Backoff
 from taskstore.stores.sql.errors import Fault, Translator
 from taskstore.stores.sql.rows import Claimed
-from taskstore.stores.sql.session import Session
-from taskstore.stores.sql.statements import Statements, flat, pieces
+from taskstore.stores.sql.statements import SIZES, Statements
 from taskstore.stores.sql.tables import SCHEMA_EPOCH
 
 log = logging.getLogger("taskstore")
@@ -29,6 +33,102 @@ the caller has seen whether they make progress."""
 
 
 _PLACE = ("host", "port", "unix_socket")
+
+
+_SEVERAL_HOSTS = re.compile(r"@[^/?@]*,[^/?@]*(/|\?|$)")
+"""Hosts as libpq reads them, and SQLAlchemy does not."""
+
+
+_Row = TypeVar("_Row")
+
+
+def pieces(rows: Sequence[_Row]) -> Sequence[Sequence[_Row]]:
+    """Cut rows into lots of the sizes that statements exist for."""
+    if len(rows) == 1:
+        return (rows,)
+    lots: list[Sequence[_Row]] = []
+    start, left = 0, len(rows)
+    for size in SIZES:
+        while left >= size:
+            lots.append(rows[start : start + size])
+            start += size
+            left -= size
+    return lots
+
+
+def flat(rows: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """The parameters of a statement over several rows."""
+    return rows[0] if len(rows) == 1 else tuple(chain.from_iterable(rows))
+
+
+class Session:
+    """One connection, in the driver's autocommit, and a cursor of the driver on it.
+
+    Everything runs on that cursor, also what is built with Core: a host's
+    engine may have listeners that begin transactions when SQLAlchemy does.
+    ``restore`` is what a host's connection is to be set back to afterwards.
+    """
+
+    __slots__ = ("_dialect", "connection", "cursor", "raw", "restore")
+
+    def __init__(self, connection: sa.Connection, raw: Any, cursor: Any, dialect: Dialect) -> None:
+        self.connection = connection
+        self.raw = raw
+        self.cursor = cursor
+        self._dialect = dialect
+        self.restore: tuple[str, ...] = ()
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> None:
+        """Run a statement."""
+        self.cursor.execute(sql, parameters)
+
+    def touch(self, sql: str, parameters: Sequence[Any] = ()) -> int:
+        """Run an INSERT, UPDATE or DELETE; returns how many rows it touched."""
+        self.cursor.execute(sql, parameters)
+        count = int(self.cursor.rowcount)
+        if count < 0:
+            # The standard library's sqlite3 does not count where a WITH comes first.
+            count = int(self.row("SELECT changes()")[0])
+        return count
+
+    def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
+        """All rows of a query: SQLite holds its read lock until the last one is fetched."""
+        self.cursor.execute(sql, parameters)
+        return list(self.cursor.fetchall())
+
+    def row(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
+        """The first row of a query, or ``None``."""
+        rows = self.rows(sql, parameters)
+        return rows[0] if rows else None
+
+    def set_back(self) -> None:
+        """Set a host's connection back to how it was."""
+        for statement in self.restore:
+            self.rows(statement)
+        self.restore = ()
+
+    # -- statements that are built where they are used ---------------------
+
+    def change(self, statement: Executable) -> int:
+        """Run a Core statement; returns how many rows it touched."""
+        return self.touch(*self._compiled(statement))
+
+    def ask(self, query: Executable) -> list[Any]:
+        """All rows of a Core query, as tuples."""
+        return self.rows(*self._compiled(query))
+
+    def scalar(self, query: Executable) -> Any:
+        """The first value of the first row of a Core query, or ``None``."""
+        rows = self.ask(query)
+        return rows[0][0] if rows else None
+
+    def _compiled(self, statement: Executable) -> tuple[str, tuple[Any, ...]]:
+        # An Executable that does not compile is none of ours.
+        compiled = statement.compile(  # type: ignore[attr-defined]
+            dialect=self._dialect, compile_kwargs={"render_postcompile": True}
+        )
+        values = compiled.params
+        return str(compiled), tuple(values[name] for name in compiled.positiontup or ())
 
 
 class Guard(Protocol):
@@ -47,6 +147,12 @@ class Guard(Protocol):
 class Database:
     """One database.  ``owned`` tells that the engine is ours and not a host's."""
 
+    names: ClassVar[tuple[str, ...]]
+    """SQLAlchemy's names for the dialect."""
+    kinds: ClassVar[dict[str, type[Database]]] = {}
+    """The dialects that there are, by these names."""
+    extra: ClassVar[str] = ""
+    """Our extra that installs the driver; empty where none is needed."""
     driver: ClassVar[str]
     """The driver that the statements are compiled for."""
     compiler: ClassVar[Dialect]
@@ -82,7 +188,25 @@ class Database:
             self.location, dbapi.Error, self.fault_of, _password(engine.url)
         )
 
+    @classmethod
+    def open(cls, url: str, *, durability: str, read_only: bool) -> Database:
+        """The database that a URL of this dialect names, with an engine of our own."""
+        parsed = parse(url)
+        try:
+            return cls.connect(parsed, durability=durability, read_only=read_only)
+        except ImportError as error:
+            raise StoreUnavailableError(
+                f"the driver of {parsed.drivername} is not installed: {error}",
+                hint=f"pip install 'taskstore[{cls.extra}]'",
+            ) from error
+
+    @classmethod
+    def connect(cls, url: sa.URL, *, durability: str, read_only: bool) -> Database:
+        """Make the engine of a server."""
+        raise AssertionError(url, durability, read_only)
+
     def __init_subclass__(cls) -> None:
+        Database.kinds.update(dict.fromkeys(cls.names, cls))
         cls.sql = cls.statements(cls.compiler)
 
     def _location(self) -> str:
@@ -192,3 +316,59 @@ class Database:
 def _password(url: sa.URL) -> str | None:
     found = url.password or url.query.get("password")
     return str(found) if found else None
+
+
+def host_database(engine: sa.Engine, *, durability: str, read_only: bool) -> Database:
+    """The database of an engine that belongs to the host.
+
+    Raises :class:`~taskstore.ValidationError` for an engine that we cannot use.
+    """
+    if not isinstance(engine, sa.Engine):
+        raise ValidationError("engine", f"must be an Engine, not {type(engine).__name__}")
+    kind = Database.kinds.get(engine.dialect.name)
+    if kind is None or engine.dialect.driver != kind.driver:
+        known = ", ".join(f"{name}+{kind.driver}" for name, kind in Database.kinds.items())
+        raise ValidationError(
+            "engine", f"is of {engine.dialect.name}+{engine.dialect.driver}; supported: {known}"
+        )
+    _refuse_at_sign("engine", engine.url)
+    return kind(engine, owned=False, durability=durability, read_only=read_only)
+
+
+def open_database(url: str, *, durability: str = "full", read_only: bool = False) -> Database:
+    """Make the engine for a URL.  A new SQLite file is created, empty and private.
+
+    Raises :class:`~taskstore.ValidationError` for a URL that we do not
+    understand, :class:`~taskstore.StoreUnavailableError` for a path that
+    cannot be used.
+    """
+    kind = Database.kinds.get(scheme_of(url).partition("+")[0])
+    if kind is None:
+        parse(url)  # says what is wrong with it
+        raise AssertionError(url)
+    return kind.open(url, durability=durability, read_only=read_only)
+
+
+def parse(url: str) -> sa.URL:
+    """The URL of a server; raises :class:`~taskstore.ValidationError` for one that is none."""
+    try:
+        parsed = sa.make_url(url)
+        kind = Database.kinds.get(parsed.get_backend_name())
+        driver = parsed.get_driver_name()
+    except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError, ValueError):
+        # From None: the cause may repeat the URL with its password.
+        reason = "is not a database URL"
+        if _SEVERAL_HOSTS.search(url):
+            reason += "; several hosts are written ?host=one:5432&host=two:5432"
+        raise ValidationError("url", reason) from None
+    _refuse_at_sign("url", parsed)
+    if kind is None or driver != kind.driver:
+        servers = [f"{name}+{kind.driver}:" for name, kind in Database.kinds.items() if kind.extra]
+        known = ", ".join(["sqlite:", *servers])
+        raise ValidationError("url", f"{parsed.drivername}: is not one of {known}")
+    return parsed
+
+
+def _refuse_at_sign(name: str, url: sa.URL) -> None:
+    if "@" in (url.host or ""):
+        raise ValidationError(name, "has an @ in its user name or password: write it as %40")

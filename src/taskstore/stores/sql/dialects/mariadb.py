@@ -20,17 +20,14 @@ from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.sql.expression import FromClause
 
 from taskstore.errors import StoreBusyError, StoreUnavailableError, ValidationError
-from taskstore.stores.sql.dialects.base import LOCK_S, LOCK_WAIT_S, Database
+from taskstore.stores.sql.dialects.base import LOCK_S, LOCK_WAIT_S, Database, Session, flat, pieces
 from taskstore.stores.sql.errors import mariadb_fault
 from taskstore.stores.sql.rows import Claimed
-from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.statements import (
     CLAIMED,
     Statements,
     advance_head,
-    flat,
     parameters,
-    pieces,
 )
 from taskstore.stores.sql.tables import SCHEMA_EPOCH, task_journal, tasks
 
@@ -127,6 +124,8 @@ class MariaDBStatements(Statements):
 class MariaDBDatabase(Database):
     """A MariaDB database."""
 
+    names = ("mysql", "mariadb")
+    extra = "mysql"
     driver = "pymysql"
     compiler = _Dialect(paramstyle="format")
     statements = MariaDBStatements
@@ -139,6 +138,10 @@ class MariaDBDatabase(Database):
     schema_commits = True
 
     _packet = _DEFAULT_PACKET
+
+    @classmethod
+    def connect(cls, url: sa.URL, *, durability: str, read_only: bool) -> MariaDBDatabase:
+        return open_mariadb(url, durability=durability, read_only=read_only)
 
     def cursor(self, raw: Any) -> Any:
         from pymysql.cursors import Cursor

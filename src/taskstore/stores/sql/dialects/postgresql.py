@@ -11,9 +11,8 @@ from sqlalchemy import event
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 
 from taskstore.errors import StoreUnavailableError
-from taskstore.stores.sql.dialects.base import LOCK_S, LOCK_WAIT_S, Database
+from taskstore.stores.sql.dialects.base import LOCK_S, LOCK_WAIT_S, Database, Session
 from taskstore.stores.sql.errors import postgresql_fault
-from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.statements import Statements
 
 _CHANNEL = "taskstore_"
@@ -79,6 +78,8 @@ _DEFAULTS: dict[str, object] = {
 class PostgreSQLDatabase(Database):
     """A PostgreSQL database, through psycopg 3."""
 
+    names = ("postgresql",)
+    extra = "postgres"
     driver = "psycopg"
     statements = PostgreSQLStatements
     sql: PostgreSQLStatements
@@ -89,6 +90,10 @@ class PostgreSQLDatabase(Database):
     begin_schema = ("BEGIN", "SELECT pg_advisory_xact_lock(1952543595)")
     fault_of = staticmethod(postgresql_fault)
     _begin_write = "BEGIN ISOLATION LEVEL READ COMMITTED"
+
+    @classmethod
+    def connect(cls, url: sa.URL, *, durability: str, read_only: bool) -> PostgreSQLDatabase:
+        return open_postgresql(url, durability=durability, read_only=read_only)
 
     def cursor(self, raw: Any) -> Any:
         from psycopg.rows import tuple_row

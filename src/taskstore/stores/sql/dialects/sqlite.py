@@ -21,9 +21,8 @@ from taskstore.errors import (
 )
 from taskstore.stores.fairlock import FairLock
 from taskstore.stores.holders import lock_holders
-from taskstore.stores.sql.dialects.base import LOCK_WAIT_S, Database
+from taskstore.stores.sql.dialects.base import LOCK_WAIT_S, Database, Session
 from taskstore.stores.sql.errors import Fault, Translator, sqlite_fault
-from taskstore.stores.sql.session import Session
 from taskstore.stores.sql.sqlite_files import (
     create_privately,
     library_notice,
@@ -48,6 +47,7 @@ _CROWDED_S = 1.0
 class SQLiteDatabase(Database):
     """An SQLite file."""
 
+    names = ("sqlite",)
     driver = "pysqlite"
     compiler = SQLiteDialect_pysqlite(paramstyle="qmark")
     begin_schema = ("BEGIN IMMEDIATE",)
@@ -55,6 +55,10 @@ class SQLiteDatabase(Database):
     erase_s: ClassVar[float] = 10.0
     """How long erasing waits for readers to let go of the log, in seconds."""
     fault_of = staticmethod(sqlite_fault)
+
+    @classmethod
+    def open(cls, url: str, *, durability: str, read_only: bool) -> SQLiteDatabase:
+        return open_sqlite(path_of(url), durability=durability, read_only=read_only)
 
     def __init__(
         self,
