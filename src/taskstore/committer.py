@@ -389,7 +389,7 @@ class Committer:
             try:
                 request.result = request.operation(staging)
                 request.error = None
-                in_doubt = in_doubt or len(staging.changes) == mark
+                in_doubt = in_doubt or staging.in_doubt or len(staging.changes) == mark
             except Exception as error:  # noqa: BLE001 (it is raised in the caller's thread)
                 request.error = error
                 staging.undo(mark)

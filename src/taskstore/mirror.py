@@ -365,16 +365,19 @@ class Replica(Mirror):
 class Staging(Lookups):
     """Changes that are not committed yet, laid over what they change.
 
-    ``changes`` is what the store will be asked for, in order.
+    ``changes`` is what the store will be asked for, in order.  ``in_doubt``
+    tells that an operation found nothing to do: nothing that the store checks
+    says whether that still holds.
     """
 
-    __slots__ = ("_holders", "_over", "_under", "changes")
+    __slots__ = ("_holders", "_over", "_under", "changes", "in_doubt")
 
     def __init__(self, under: Lookups) -> None:
         self._under = under
         self._over: dict[str, TaskRecord | None] = {}
         self._holders: dict[DedupKey, str] = {}
         self.changes: list[Change] = []
+        self.in_doubt = False
 
     def get(self, task_id: str) -> TaskRecord | None:
         """Return the record of an id as it would be, or ``None``."""
@@ -432,6 +435,7 @@ class Staging(Lookups):
     def update(self, before: TaskRecord, after: TaskRecord) -> TaskRecord:
         """Stage what became of a record, one revision on; nothing if it is still the same."""
         if after is before:
+            self.in_doubt = True
             return before
         if after.revision > MAX_INT:
             check_int("revision", after.revision)

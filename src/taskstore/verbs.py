@@ -109,6 +109,7 @@ class Delete(Struct, frozen=True):
         """Give whether there was one."""
         record = staging.get(self.task_id)
         if record is None:
+            staging.in_doubt = True
             return False
         self.of(record, staging)
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,19 @@ import pytest
 from cli_process import CLI, Said, Say
 
 from taskstore.cli import main
+from taskstore.cli.child import FORWARDED
 from taskstore.cli.options import URL_VARIABLE
+
+
+@pytest.fixture(autouse=True)
+def heard_signals() -> Iterator[None]:
+    """Signals that the test run ignores, as under ``nohup``, are not ignored by the tests."""
+    ignored = [number for number in FORWARDED if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture

@@ -250,3 +250,19 @@ def test_a_task_that_another_deleted_meanwhile_is_booked_by_nobody(open_ledger):
         there.mark_running(child.task_id)
     assert there.get(child.task_id).status == "running"
     assert there.find_by_run("r").task_id not in (gone.task_id, again.task_id)
+
+
+def test_what_a_batch_found_is_compared_with_the_store(open_ledger):
+    """Part of it changes something, and would be committed; what it found is gone by then."""
+    here, there = open_ledger(), open_ledger()
+    found = here.create(runtime="cli", task="x", run_id="r")
+    other = here.create(runtime="cli", task="other")
+    there.delete(found.task_id)
+    with here.batch():
+        assert here.create(runtime="cli", task="x", run_id="r").task_id == found.task_id
+        here.mark_running(other.task_id)
+    made = here.find_by_run("r")
+    assert made is not None
+    assert made.task_id != found.task_id
+    there.refresh()
+    assert there.find_by_run("r") == made
