@@ -26,7 +26,8 @@ class JournalStats(Struct, frozen=True, kw_only=True):
     ``entries`` and ``bytes`` count the journal since the newest snapshot
     (``bytes`` 0 where a store does not know), ``oldest_at`` is the time of
     the first of these entries (Unix ms), ``records`` the number of live ones,
-    ``now`` the clock (Unix ms).
+    ``now`` the clock (Unix ms).  ``newest`` is the seq of that snapshot (0:
+    none) and ``floor`` the first seq kept.
     """
 
     entries: int
@@ -34,6 +35,8 @@ class JournalStats(Struct, frozen=True, kw_only=True):
     now: int
     bytes: int = 0
     oldest_at: int | None = None
+    newest: int = 0
+    floor: int = 1
 
 
 class CompactionPolicy(Struct, frozen=True, kw_only=True):

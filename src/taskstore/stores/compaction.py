@@ -17,24 +17,6 @@ from taskstore.clock import Clock
 from taskstore.policy import CompactionPolicy, CompactionReport, JournalStats, SnapshotMark
 
 
-class Standing(NamedTuple):
-    """What decides whether compaction is due.
-
-    ``newest`` is the seq of the newest snapshot (0: none), ``floor`` the
-    first seq kept.  ``entries`` and ``bytes`` count the journal since that
-    snapshot (``bytes`` 0 where a store does not know), ``oldest_at`` is the
-    time of the first of these entries (Unix milliseconds), ``records`` the
-    number of live records.
-    """
-
-    newest: int
-    floor: int
-    entries: int
-    records: int
-    bytes: int = 0
-    oldest_at: int | None = None
-
-
 class Cut(NamedTuple):
     """The moment that the new snapshot is of: its seq and time (Unix milliseconds), and the
     floor and the published snapshots as they are then."""
@@ -56,7 +38,7 @@ class CompactionSteps(ABC):
     """What one store does in each step of a compaction."""
 
     @abstractmethod
-    def standing(self) -> Standing:
+    def stats(self, now: int) -> JournalStats:
         """Look how much there is to compact, without the lock."""
 
     @abstractmethod
@@ -79,11 +61,11 @@ class CompactionSteps(ABC):
 def compact(steps: CompactionSteps, policy: CompactionPolicy, clock: Clock) -> CompactionReport:
     """Do what :meth:`taskstore.SupportsCompaction.compact` promises."""
     started = time.monotonic()
-    standing = steps.standing()
-    reason = policy.due(_stats(standing, clock()))
+    stats = steps.stats(clock())
+    reason = policy.due(stats)
     if reason is None:
         return CompactionReport(
-            compacted=False, reason="not due", seq=standing.newest, floor=standing.floor
+            compacted=False, reason="not due", seq=stats.newest, floor=stats.floor
         )
     with steps.lock():
         cut = steps.cut()
@@ -99,16 +81,6 @@ def compact(steps: CompactionSteps, policy: CompactionPolicy, clock: Clock) -> C
         trimmed=retained.floor - cut.floor,
         snapshots=tuple(sorted(retained.seqs)),
         duration_s=time.monotonic() - started,
-    )
-
-
-def _stats(standing: Standing, now: int) -> JournalStats:
-    return JournalStats(
-        entries=standing.entries,
-        records=standing.records,
-        now=now,
-        bytes=standing.bytes,
-        oldest_at=standing.oldest_at,
     )
 
 

@@ -29,11 +29,11 @@ from taskstore.journal import (
     replaces,
     validated_snapshot,
 )
-from taskstore.policy import CompactionPolicy, CompactionReport, SnapshotMark
+from taskstore.policy import CompactionPolicy, CompactionReport, JournalStats, SnapshotMark
 from taskstore.query import Page, TaskQuery, evaluate
 from taskstore.records import DedupKey, TaskRecord
 from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport, check_history
-from taskstore.stores.compaction import CompactionSteps, Cut, Retained, Standing, compact
+from taskstore.stores.compaction import CompactionSteps, Cut, Retained, compact
 from taskstore.stores.integrity import IntegrityCheck
 
 
@@ -249,11 +249,12 @@ class _Compaction(CompactionSteps):
     def __init__(self, storage: MemoryStorage) -> None:
         self._storage = storage
 
-    def standing(self) -> Standing:
+    def stats(self, now: int) -> JournalStats:
         storage = self._storage
         newest = max(storage.snapshots, default=0)
         since = storage.journal[max(newest - (storage.floor - 1), 0) :]
-        return Standing(
+        return JournalStats(
+            now=now,
             newest=newest,
             floor=storage.floor,
             entries=storage.head - newest,

@@ -22,8 +22,8 @@ from msgspec.structs import replace
 
 from taskstore import codec
 from taskstore.journal import EntryKind, SetAside
-from taskstore.policy import SnapshotMark
-from taskstore.stores.compaction import CompactionSteps, Cut, Retained, Standing
+from taskstore.policy import JournalStats, SnapshotMark
+from taskstore.stores.compaction import CompactionSteps, Cut, Retained
 from taskstore.stores.jsonfile.files import TORN
 from taskstore.stores.jsonfile.index import keys_of
 from taskstore.stores.jsonfile.layout import (
@@ -55,7 +55,7 @@ class Compaction(CompactionSteps):
         self._erase = erase
         self._layout = writer.layout
 
-    def standing(self) -> Standing:
+    def stats(self, now: int) -> JournalStats:
         writer = self._writer
         with writer.entered():
             assert writer.index is not None
@@ -63,7 +63,8 @@ class Compaction(CompactionSteps):
             newest = layout.newest.seq if layout.newest is not None else 0
             since = [segment for segment in layout.segments if segment.first > newest]
             first = next(iter(Walk(layout, layout.after_newest())), None)
-            return Standing(
+            return JournalStats(
+                now=now,
                 newest=newest,
                 floor=layout.floor,
                 entries=writer.place.seq - newest,

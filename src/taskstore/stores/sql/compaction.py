@@ -26,9 +26,9 @@ from taskstore.clock import Clock
 from taskstore.codec import checksum
 from taskstore.errors import StoreUnavailableError
 from taskstore.journal import SetAside
-from taskstore.policy import CompactionPolicy, CompactionReport, SnapshotMark
+from taskstore.policy import CompactionPolicy, CompactionReport, JournalStats, SnapshotMark
 from taskstore.stores import compaction
-from taskstore.stores.compaction import CompactionSteps, Cut, Retained, Standing
+from taskstore.stores.compaction import CompactionSteps, Cut, Retained
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.dialects.base import Session
 from taskstore.stores.sql.lease import Lease
@@ -90,15 +90,17 @@ class Steps(CompactionSteps):
         self._building = Mark(0, 0)
         self._sizes: list[int] = []
 
-    def standing(self) -> Standing:
-        return self._transactions.read(self._standing, one_moment=True)
+    def stats(self, now: int) -> JournalStats:
+        look = partial(self._stats, now=now)
+        return self._transactions.read(look, one_moment=True)
 
-    def _standing(self, session: Session) -> Standing:
+    def _stats(self, session: Session, now: int) -> JournalStats:
         head = read_head(session, self._sql)
         mark = newest_mark(session, head.head_seq)
         newest = 0 if mark is None else mark.seq
         first = max(newest + 1, head.floor)
-        return Standing(
+        return JournalStats(
+            now=now,
             newest=newest,
             floor=head.floor,
             entries=head.head_seq - newest,
