@@ -39,6 +39,7 @@ SNAPSHOT_FORMAT = "taskstore-snapshot/1"
 """The format that :func:`encode_snapshot` writes."""
 
 _T = TypeVar("_T")
+_FORMAT_FIRST = b'{"format":"%s",' % SNAPSHOT_FORMAT.encode()
 _BLOCK_LINES = 256
 _BRACE = ord("{")
 _MAJOR = FORMAT_VERSION.split(".", maxsplit=1)[0]
@@ -160,7 +161,7 @@ def encode_snapshot(snapshot: Snapshot) -> bytes:
     """
     snapshot = validated_snapshot(snapshot)
     payloads = (encode_record(snapshot.records[task_id]) for task_id in sorted(snapshot.records))
-    header = SnapshotHeader(SNAPSHOT_FORMAT, snapshot.seq, snapshot.at)
+    header = SnapshotHeader(snapshot.seq, snapshot.at)
     return b"".join(write_snapshot(header, payloads, snapshot.set_aside))
 
 
@@ -179,10 +180,12 @@ def write_snapshot(
 ) -> Iterator[bytes]:
     """Write a snapshot in blocks of bytes: a JSON document with one payload a line.
 
-    Memory is bounded by a block.  The last line is the CRC-32 of everything before it.
+    The first line names the format and holds what ``header`` says.  Memory is bounded
+    by a block.  The last line is the CRC-32 of everything before it.
     """
     crc = 0
-    for block in _blocks(_encoder.encode(header), payloads, aside):
+    head = _FORMAT_FIRST + _encoder.encode(header)[1:]
+    for block in _blocks(head, payloads, aside):
         crc = zlib.crc32(block, crc)
         yield block
     yield b'"checksum":"%08x"}\n' % crc
@@ -207,9 +210,8 @@ def _lines(values: Iterable[bytes]) -> Iterator[bytes]:
 
 
 class SnapshotHeader(Struct, frozen=True):
-    """What the first line of every snapshot says."""
+    """What the first line of every snapshot says after its format."""
 
-    format: str
     seq: Annotated[int, Meta(ge=0, le=MAX_INT)]
     at: Annotated[int, Meta(ge=0, le=MAX_INT)]
 
@@ -235,9 +237,10 @@ class SnapshotReader(Generic[_H]):
         first = self._line()
         if not first.endswith(b',"records":[\n'):
             raise self._damaged("the header line is damaged")
-        self.header = self._json(first[: -len(b',"records":[\n')] + b"}", header_type)
-        if self.header.format != SNAPSHOT_FORMAT:
+        if not first.startswith(_FORMAT_FIRST):
             raise self._damaged(f"the format is not {SNAPSHOT_FORMAT}")
+        header = first[len(_FORMAT_FIRST) : -len(b',"records":[\n')]
+        self.header = self._json(b"{" + header + b"}", header_type)
 
     def __iter__(self) -> Iterator[bytes]:
         yield from self._until(b'],"set_aside":[\n')

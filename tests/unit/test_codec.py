@@ -241,7 +241,7 @@ def test_every_missing_or_doubled_line_is_noticed():
 )
 def test_a_header_that_makes_no_sense(header):
     document = b"".join(codec.write_snapshot(header, []))
-    with pytest.raises(CorruptStoreError):
+    with pytest.raises(CorruptStoreError, match=r"`(seq|at)`|\.seq"):
         decode_snapshot(document)
 
 

@@ -161,8 +161,17 @@ def test_trouble_reaches_all_waiters_and_the_next_one_begins_anew(ledger):
     assert ledger.watches[0].closed
 
 
-def test_one_thread_while_there_are_waiters_and_none_afterwards():
-    ledger = Ledger(idle_s=0.2)
+def wait_until_a_commit(ledger, watches):
+    """Wait through the watch of that number, counted from one, for a commit."""
+    answers = []
+    with meanwhile(lambda: answers.append(ledger.feed.wait_for(ledger.head, PATIENCE_S))):
+        until(lambda: len(ledger.watches) == watches and ledger.feed._watch is ledger.watches[-1])
+        ledger.commit()
+    assert answers == [True]
+
+
+def test_one_thread_for_all_who_wait():
+    ledger = Ledger(idle_s=PATIENCE_S)
     threads = set()
 
     def wait():
@@ -177,19 +186,16 @@ def test_one_thread_while_there_are_waiters_and_none_afterwards():
     for _ in range(3):
         assert not ledger.feed.wait_for(1, 0.01)
     assert len(ledger.watches) == 1, "who waits in slices need not begin anew"
-    until(lambda: not thread.is_alive())
-    assert ledger.watches[0].closed
-    assert not ledger.feed.wait_for(1, 0.01)
-    assert len(ledger.watches) == 2
     ledger.feed.close()
-    assert ledger.watches[1].closed
+    assert ledger.watches[0].closed
+    assert not thread.is_alive()
 
 
-def test_without_idle_time_the_watch_goes_with_the_last_waiter():
-    ledger = Ledger(idle_s=0.0)
-    for number in range(3):
-        assert not ledger.feed.wait_for(0, 0.01)
-        until(lambda number=number: len(ledger.watches) == number + 1)
+@pytest.mark.parametrize("idle_s", [0.0, 0.01])
+def test_the_thread_ends_some_time_after_the_last_waiter(idle_s):
+    ledger = Ledger(idle_s=idle_s)
+    for number in range(1, 4):
+        wait_until_a_commit(ledger, number)
         until(lambda: all(watch.closed for watch in ledger.watches) and not ledger.feed._thread)
     ledger.feed.close()
 

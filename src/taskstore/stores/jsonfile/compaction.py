@@ -94,9 +94,7 @@ class Compaction(CompactionSteps):
         path = layout.snapshot_path(cut.seq)
         ledger, timeline = layout.identity.ledger, layout.identity.timeline
         deleted = {task_id: seq for task_id, seq in merge.deleted.items() if seq >= floor}
-        header = SnapshotHeader(
-            codec.SNAPSHOT_FORMAT, cut.seq, cut.at, ledger, timeline, floor, deleted
-        )
+        header = SnapshotHeader(cut.seq, cut.at, ledger, timeline, floor, deleted)
         blocks = codec.write_snapshot(header, merge.payloads(), merge.aside())
         disk.publish(disk.write_temporary(path, blocks), path)
         with self._writer.entered():

@@ -383,7 +383,7 @@ class Writer:
         identity = Identity(known.ledger, known.timeline + 1) if head else known
         path = self.directory / snapshot_name(snapshot.seq)
         floor, ledger, timeline = snapshot.seq + 1, identity.ledger, identity.timeline
-        header = SnapshotHeader(codec.SNAPSHOT_FORMAT, snapshot.seq, at, ledger, timeline, floor)
+        header = SnapshotHeader(snapshot.seq, at, ledger, timeline, floor)
         blocks = codec.write_snapshot(header, payloads, snapshot.set_aside)
         temporary = self.disk.write_temporary(path, blocks)
         try:
