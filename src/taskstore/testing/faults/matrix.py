@@ -194,7 +194,7 @@ class _Player:
         hold_s = HOLD_S if len(parts) > 1 else 0.0
         with self._door.opened(number, fault, hold_s=hold_s):
             outcomes = _act(parts)
-        struck, refuses = self._door.struck, False
+        struck, later, refuses = self._door.struck, self._door.steps[number:], False
         is_open = stage.registry is not None
         problems: list[str] = []
         try:
@@ -212,7 +212,7 @@ class _Player:
         except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding
             problems.append(f"afterwards, in peace: {error!r}")
         if fault is not None:
-            problems += judge_sync(fault, struck, outcomes, goes_on=is_open and not refuses)
+            problems += judge_sync(fault, struck, later, outcomes, goes_on=is_open and not refuses)
         elif any(outcome.error is not None for outcome in outcomes):
             problems.append(f"without any fault: {[outcome.error for outcome in outcomes]}")
         if problems:

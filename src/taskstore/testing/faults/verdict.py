@@ -62,12 +62,21 @@ def judge_callers(
 
 
 def judge_sync(
-    fault: Fault, struck: Step | None, outcomes: Sequence[Outcome], *, goes_on: bool
+    fault: Fault,
+    struck: Step | None,
+    later: Sequence[Step],
+    outcomes: Sequence[Outcome],
+    *,
+    goes_on: bool,
 ) -> list[str]:
-    """Whether a failed sync was taken as seriously as it is [4]."""
+    """Whether a failed sync was taken as seriously as it is [4]; ``later`` came after it."""
     if struck is None or not fault.grave(struck):
         return []
     if all(outcome.error is None for outcome in outcomes):
+        # A group that failed is committed again, each call by itself: to new files.
+        together = struck.fresh and len(outcomes) > 1
+        if together and any(step.label == struck.label for step in later):
+            return []
         return [f"{struck.label} failed, and nobody was told"]
     on_a_file = struck.name == "commit" or not _is_directory(struck.on)
     if on_a_file and not struck.fresh and goes_on:
