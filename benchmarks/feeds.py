@@ -150,7 +150,8 @@ def listen(url: str, seconds: float) -> None:
 def listened_to(store: Any) -> bool:
     locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database = "
     here = "(SELECT oid FROM pg_database WHERE datname = current_database())"
-    return bool(store._rows(locks + here, ())[0][0])  # noqa: SLF001 - looked at from outside
+    read = store._transactions.read  # noqa: SLF001 - looked at from outside
+    return bool(read(lambda session: session.row(locks + here))[0])
 
 
 def compare_lone_writer(url: str, commits: int) -> None:

@@ -17,36 +17,37 @@ from collections.abc import (
     AsyncIterator,
     Callable,
     Coroutine,
+    Generator,
     Iterable,
     Mapping,
     Sequence,
 )
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from taskstore import history
-from taskstore.awaitable import AsyncFollower, Opening
 from taskstore.backends import default_url, open_store
 from taskstore.batch import Batch
 from taskstore.clock import Clock
 from taskstore.committer import Operation
 from taskstore.errors import StoreClosedError, TaskStoreError
+from taskstore.following import Follower
 from taskstore.hooks import Hook, Hooks
 from taskstore.journal import JournalEntry, Snapshot
 from taskstore.mirror import Lookups
-from taskstore.news import News
 from taskstore.records import TaskRecord
 from taskstore.registry import LedgerReader
-from taskstore.store import TaskRegistryStore
+from taskstore.store import SupportsJournal, TaskRegistryStore
 from taskstore.validation import check_key
 from taskstore.verbs import ChangeRun, Plan, Planner, Run, RunScope
 
 P = ParamSpec("P")
 T = TypeVar("T")
+R = TypeVar("R", bound="AsyncTaskRegistry")
 
 LOOK_S = 2.0
 """How often a follower that hears nothing looks at the journal itself, in seconds."""
@@ -88,7 +89,6 @@ class AsyncTaskRegistry(LedgerReader):
             store.clock = clock
         super().__init__(store, Hooks(hooks, interrupts=False))
         self._planner = Planner(self._now)
-        self._follower: AsyncFollower | None = None
         self._loop = asyncio.get_running_loop()
         self._settled: deque[asyncio.Future[None]] = deque()
         self._woken = False
@@ -263,13 +263,7 @@ class AsyncTaskRegistry(LedgerReader):
         Hooks hear of what others commit in the thread that follows.  Use it in
         an ``async with``, or ``stop()`` it, which does not wait for the thread.
         """
-        self._check_open()
-        if self._follower is None or not self._follower.alive:
-            journal = history.journal_of(self._store, "follow")
-            self._follower = AsyncFollower(
-                journal, lambda: self._mirror.seq, self._committer.refresh
-            )
-        return self._follower
+        return self._follow(AsyncFollower)
 
     # -- the end ------------------------------------------------------------------
 
@@ -280,20 +274,10 @@ class AsyncTaskRegistry(LedgerReader):
             self._closed = True
             closed = StoreClosedError(f"the registry over {self._store.location} is closed")
             self._news.close(closed)
+            # In one call, in a thread: nothing can cancel half of it.
             self._closing = self._loop.run_in_executor(self._threads, self._finish)
             self._closing.add_done_callback(self._dismiss)
         await asyncio.shield(self._closing)
-
-    def _finish(self) -> None:
-        """Close everything.  In one call, in a thread: nothing can cancel half of it."""
-        follower, self._follower = self._follower, None
-        if follower is not None:
-            follower.ask_to_stop()
-        try:
-            super()._finish()
-        finally:
-            if follower is not None:
-                follower.wait()
 
     def _dismiss(self, _: object) -> None:
         self._threads.shutdown(wait=False)
@@ -400,3 +384,118 @@ def _close_unwanted(opening: asyncio.Future[TaskRegistryStore]) -> None:
     """Close what was opened after nobody waited for it any more, off the event loop's thread."""
     if not opening.cancelled() and opening.exception() is None:
         threading.Thread(target=opening.result().close, name="taskstore-closing").start()
+
+
+class AsyncFollower(Follower):
+    """A follower that does not hold up the event loop: ``async with`` waits for its thread,
+    ``stop()`` does not."""
+
+    def stop(self) -> None:
+        """Follow no longer; the thread ends by itself.  Twice is fine, and so is from a hook."""
+        self.ask_to_stop()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.ask_to_stop()
+        await asyncio.to_thread(self.wait)
+
+
+class Opening(Coroutine[Any, Any, R], AbstractAsyncContextManager[R]):
+    """What is being opened: ``await`` it, or let ``async with`` do so, which closes it too."""
+
+    def __init__(self, opening: Coroutine[Any, Any, R]) -> None:
+        self._opening = opening
+
+    def __await__(self) -> Generator[Any, Any, R]:
+        return self._opening.__await__()
+
+    def send(self, value: Any) -> Any:
+        """As for any coroutine."""
+        return self._opening.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        """As for any coroutine."""
+        return self._opening.throw(*error)
+
+    def close(self) -> None:
+        """As for any coroutine: give up."""
+        self._opening.close()
+
+    async def __aenter__(self) -> R:
+        self._opened = await self._opening
+        return self._opened
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._opened.close()
+
+
+class News:
+    """The coroutines of one event loop that wait for commits of one journal.
+
+    While there are any, a thread waits for the next commit, a slice at a time.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="taskstore-news")
+        self._waiting: dict[asyncio.Future[None], int] = {}
+        self._runner: asyncio.Task[None] | None = None
+        self._head = 0
+        self._closed: Exception | None = None
+
+    async def wait_for(self, journal: SupportsJournal, after: int, seconds: float) -> bool:
+        """Wait until the head exceeds ``after``, at most so long; whether it does."""
+        if self._closed is not None:
+            raise self._closed
+        if self._runner is None:
+            self._head = 0
+            self._runner = self._loop.create_task(self._run(journal))
+        elif self._head > after:
+            return True
+        news: asyncio.Future[None] = self._loop.create_future()
+        self._waiting[news] = after
+        try:
+            await asyncio.wait([news], timeout=seconds)
+        finally:
+            del self._waiting[news]
+        if not news.done():
+            return False
+        news.result()
+        return True
+
+    def close(self, error: Exception) -> None:
+        """End each wait, also later ones, with ``error``."""
+        self._closed = error
+        self._fail(error)
+        self._thread.shutdown(wait=False)
+
+    async def _run(self, journal: SupportsJournal) -> None:
+        try:
+            while self._waiting:
+                # A coroutine that comes while the thread waits has read no further than
+                # this head, or is woken by the commit that it lacks.
+                self._head = await self._loop.run_in_executor(
+                    self._thread, _next_head, journal, self._head
+                )
+                for news, after in self._waiting.items():
+                    if self._head > after and not news.done():
+                        news.set_result(None)
+        except Exception as error:  # noqa: BLE001 - raised by each coroutine that waits
+            self._fail(error)
+        finally:
+            self._runner = None
+            for news in self._waiting:
+                news.cancel()
+
+    def _fail(self, error: Exception) -> None:
+        for news in self._waiting:
+            if not news.done():
+                news.set_exception(error)
+
+
+def _next_head(journal: SupportsJournal, head: int) -> int:
+    """The head once it exceeds ``head``, or after a slice."""
+    journal.wait_for(head, history.WAIT_SLICE_S)
+    return journal.head()

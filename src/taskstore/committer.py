@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from operator import attrgetter
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -36,7 +37,7 @@ from taskstore.errors import (
     TaskStoreError,
 )
 from taskstore.hooks import Hooks
-from taskstore.journal import Change, ChangeSet
+from taskstore.journal import ChangeSet
 from taskstore.mirror import Replica, Staging
 from taskstore.store import SupportsExclusive, SupportsJournal, TaskRegistryStore
 from taskstore.stores.retry import Backoff
@@ -65,6 +66,7 @@ INTERRUPTED_S = 1.0
 Operation = Callable[[Staging], T]
 """Looks records up, stages changes, returns what the caller gets."""
 
+_task_id_of = attrgetter("task_id")
 _NOT_CONTENDED: AbstractContextManager[AbstractSet[str]] = nullcontext(frozenset())
 
 
@@ -343,6 +345,8 @@ class Committer:
         for attempt in range(ATTEMPTS if alone else GROUP_ATTEMPTS):
             if self._replica.stale:
                 self._replica.load()
+            if self._contended_until and time.monotonic() >= self._contended_until:
+                self._contended_until = 0.0
             with self._others_kept_out() if self._contended_until else _NOT_CONTENDED as changed:
                 staging = Staging(self._replica)
                 in_doubt = self._stage(requests, staging)
@@ -350,8 +354,9 @@ class Committer:
                     continue
                 if not staging.changes:
                     return
-                if changed:
-                    self._note_contention(changed, staging.changes)
+                if changed and not changed.isdisjoint(map(_task_id_of, staging.changes)):
+                    # Keeping others out has just prevented a conflict.
+                    self._contended_until = time.monotonic() + CONTENDED_S
                 try:
                     commit = self._store.apply(ChangeSet(staging.changes, self._replica.position))
                 except ConflictError as error:
@@ -399,7 +404,8 @@ class Committer:
 
     # -- contention -----------------------------------------------------------------
 
-    def _others_kept_out(self) -> AbstractContextManager[AbstractSet[str]]:
+    @contextmanager
+    def _others_kept_out(self) -> Iterator[AbstractSet[str]]:
         """Where others change the same tasks, let them wait from here until we have committed.
 
         No other commit comes in between what is read and what is committed
@@ -408,26 +414,14 @@ class Committer:
         that others had changed.
         """
         store = self._store
-        if time.monotonic() >= self._contended_until:
-            self._contended_until = 0.0
-        elif isinstance(store, SupportsExclusive) and isinstance(store, SupportsJournal):
-            return self._exclusive(store, store)
-        return _NOT_CONTENDED
-
-    @contextmanager
-    def _exclusive(
-        self, store: SupportsExclusive, journal: SupportsJournal
-    ) -> Iterator[AbstractSet[str]]:
-        changed = set[str]()
+        changed: AbstractSet[str] = frozenset()
+        if not (isinstance(store, SupportsExclusive) and isinstance(store, SupportsJournal)):
+            yield changed
+            return
         with store.exclusive():
             with suppress(CursorExpiredError):  # then what is committed conflicts or reloads
-                changed = self._replica.read_on(journal)
+                changed = self._replica.read_on(store)
             yield changed
-
-    def _note_contention(self, changed: AbstractSet[str], changes: Sequence[Change]) -> None:
-        """Go on keeping others out if that has just prevented a conflict."""
-        if any(change.task_id in changed for change in changes):
-            self._contended_until = time.monotonic() + CONTENDED_S
 
 
 def _fail(requests: Sequence[Request[Any]], error: BaseException) -> None:

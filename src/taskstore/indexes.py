@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 from msgspec.structs import astuple
 
-from taskstore.records import TaskRecord
+from taskstore.records import OPTIONAL_KEYS, TaskRecord
 from taskstore.yielding import RUN, empty, in_order
 
 Key = tuple[int, str]
@@ -25,21 +25,7 @@ Key = tuple[int, str]
 _Groups = dict[object, str | list[Key]]
 """Of each value of a field, the id of its only task, or the keys of several in order."""
 
-INDEXED = (
-    "status",
-    "runtime",
-    "owner_key",
-    "run_id",
-    "child_session_key",
-    "requester_session_key",
-    "parent_task_id",
-    "parent_flow_id",
-    "agent_id",
-    "requester_agent_id",
-    "label",
-    "task_kind",
-    "source_id",
-)
+INDEXED = ("status", "runtime", *sorted({*OPTIONAL_KEYS} - {"booking", "lease_token"}))
 """Fields by which records are found without reading others."""
 
 _indexed_of = attrgetter(*INDEXED)

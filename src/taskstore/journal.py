@@ -186,6 +186,11 @@ class SetAside(Struct, frozen=True, gc=False):
         """The id of the task that this is the current image of, if that can be told."""
         return None if self.superseded else self.task_id
 
+    def goes_with(self, task_id: str, kind: EntryKind) -> bool:
+        """Whether a later entry makes this obsolete: it is the next image of the same task,
+        or deletes the task, which removes its superseded images too."""
+        return self.task_id == task_id and (not self.superseded or kind is EntryKind.DELETED)
+
 
 class JournalEntry(Struct, frozen=True, gc=False):
     """One committed change.
@@ -377,7 +382,7 @@ def fold(snapshot: Snapshot, entries: Iterable[JournalEntry]) -> Snapshot:
             raise CorruptStoreError("journal", f"seq {entry.seq} follows seq {seq}")
         seq, at = entry.seq, entry.at
         if aside:
-            aside = [item for item in aside if not replaces(entry, item)]
+            aside = [item for item in aside if not item.goes_with(entry.task_id, entry.kind)]
         if entry.record is not None:
             records[entry.task_id] = entry.record
         else:
@@ -391,11 +396,3 @@ def occupied_by(set_aside: Iterable[SetAside]) -> dict[str, int]:
     """The ids that are occupied by images which do not decode, with the revision of each
     (0 where it cannot be told)."""
     return {item.occupies: item.revision or 0 for item in set_aside if item.occupies is not None}
-
-
-def replaces(entry: JournalEntry, item: SetAside) -> bool:
-    """Whether an entry makes what was set aside obsolete: it is the next image of the same
-    task, or deletes the task, which removes its superseded images too."""
-    if item.task_id != entry.task_id:
-        return False
-    return not item.superseded or entry.kind is EntryKind.DELETED

@@ -33,6 +33,7 @@ from taskstore.journal import (
     Remove,
     Snapshot,
     dedup_key,
+    entries_of,
     put_valid,
 )
 from taskstore.query import SESSION_KEY, Page, Summary, TaskQuery, page_of
@@ -210,21 +211,6 @@ class Mirror(Lookups):
             return None
         return [self._indexes.group(name, value) for name in fields for value in wanted]
 
-    def take_in(
-        self, position: Position, task_id: str, record: TaskRecord | None
-    ) -> TaskRecord | None:
-        """Mirror what the entry at ``position``, the next one, makes of a task.
-
-        Returns the record that is replaced or removed.
-        """
-        with self.lock:
-            if record is not None:
-                previous = self._indexes.put(record)
-            else:
-                previous = self._indexes.remove(task_id)
-            self.position = position
-        return previous
-
 
 class Replica(Mirror):
     """A mirror that is kept like a store: after our commits, after those of others, and anew.
@@ -290,7 +276,8 @@ class Replica(Mirror):
                     limit = min(limit, end - self.position.seq)
                 page = entries_beyond(journal, self.position, limit)
                 entries = page if len(page) < PAGE_ENTRIES else _whole_commits(page)
-                self._mirror_entries(entries)
+                for _, commit in groupby(entries, attrgetter("commit_id")):
+                    self._take_in(commit, local=False)
                 changed.update(entry.task_id for entry in entries)
                 if len(page) < limit:
                     break
@@ -300,23 +287,9 @@ class Replica(Mirror):
         """Mirror a commit, and before it what others committed in between."""
         if commit.first_seq != self.position.seq + 1 and self._catch_up_with(commit):
             return
-        events: list[Event] = []
-        seq = commit.first_seq
-        for start in range(0, len(changes), PAGE_ENTRIES):
-            with self.lock:
-                for change in changes[start : start + PAGE_ENTRIES]:
-                    record = change.record if isinstance(change, Put) else None
-                    position = Position(seq, commit.commit_id)
-                    if record is not None:
-                        previous = self.take_in(position, record.task_id, record)
-                        events.append(Upserted(seq, commit.at, record, previous))
-                    else:
-                        previous = self.take_in(position, change.task_id, None)
-                        events.append(Deleted(seq, commit.at, change.task_id, previous))
-                    seq += 1
-        # What is stale the hooks hear of when it is loaded anew.
-        if self._hooks.registered and not self.stale:
-            self._hooks.emit(events)
+        entries = entries_of(changes, commit)
+        for start in range(0, len(entries), PAGE_ENTRIES):
+            self._take_in(entries[start : start + PAGE_ENTRIES], local=True)
 
     def _catch_up_with(self, commit: Commit) -> bool:
         """Mirror what others committed before our commit; whether that brought the commit too."""
@@ -346,20 +319,23 @@ class Replica(Mirror):
             self.load()
             return True
 
-    def _mirror_entries(self, entries: Sequence[JournalEntry]) -> None:
-        """Mirror what others committed, each commit as a whole."""
+    def _take_in(self, entries: Iterable[JournalEntry], *, local: bool) -> None:
+        """Mirror the next entries, which become visible as a whole, and let the hooks know."""
         events: list[Event] = []
-        for _, commit in groupby(entries, attrgetter("commit_id")):
-            with self.lock:
-                for entry in commit:
-                    seq, at, record = entry.seq, entry.at, entry.record
-                    position = Position(seq, entry.commit_id)
-                    previous = self.take_in(position, entry.task_id, record)
-                    if record is not None:
-                        events.append(Upserted(seq, at, record, previous, local=False))
-                    elif entry.set_aside is None:  # what does not decode is no event
-                        events.append(Deleted(seq, at, entry.task_id, previous, local=False))
-        self._hooks.emit(events)
+        with self.lock:
+            for entry in entries:
+                seq, at, task_id, record = entry.seq, entry.at, entry.task_id, entry.record
+                if record is not None:
+                    previous = self._indexes.put(record)
+                    events.append(Upserted(seq, at, record, previous, local))
+                else:
+                    previous = self._indexes.remove(task_id)
+                    if entry.set_aside is None:  # what does not decode is no event
+                        events.append(Deleted(seq, at, task_id, previous, local))
+                self.position = Position(seq, entry.commit_id)
+        # What is stale the hooks hear of when it is loaded anew.
+        if self._hooks.registered and not self.stale:
+            self._hooks.emit(events)
 
 
 class Staging(Lookups):
@@ -412,11 +388,8 @@ class Staging(Lookups):
         return heapq.merge(under, staged, key=lambda record: record.sort_key, reverse=True)
 
     def summary(self) -> Summary:
-        """Count the records as they would be."""
-        summary = self._under.summary()
-        for task_id, record in self._over.items():
-            summary = summary.exchanged(self._under.get(task_id), record)
-        return summary
+        """Count the records as they would be, looking at each."""
+        return Summary.of(self.select(TaskQuery()), self._under.summary().seq)
 
     def create(self, record: TaskRecord, key: DedupKey | None) -> TaskRecord:
         """Stage a new task that claims a dedup key; raises :class:`ConflictError` if its id is
@@ -484,9 +457,7 @@ def _whole_commits(page: Sequence[JournalEntry]) -> Sequence[JournalEntry]:
     return page[:end] or page
 
 
-_pausing = threading.RLock()
-_pauses: set[object] = set()
-_was_on = False
+_turned_off = False
 
 
 @contextmanager
@@ -494,35 +465,26 @@ def collector_paused() -> Iterator[None]:
     """Leave Python's garbage collector off in the body of a ``with``: many records are made there.
 
     It would look again and again for cycles among objects that cannot have
-    any, and each of its great looks holds up every other thread.  Pauses may
-    overlap; after the last one it is as it was.
+    any, and each of its great looks holds up every other thread.  Where pauses
+    overlap, the one that turned it off turns it on again at its end.
     """
-    global _was_on  # noqa: PLW0603 - the collector is one for the whole process
-    pause = object()
+    global _turned_off  # noqa: PLW0603 - the collector is one for the whole process
+    was_on = gc.isenabled()
     try:
-        with _pausing:
-            if not _pauses:
-                _was_on = gc.isenabled()
-            _pauses.add(pause)
-            gc.disable()
+        _turned_off = _turned_off or was_on
+        gc.disable()
         yield
     finally:
-        with _pausing:
-            try:
-                if _was_on and _pauses <= {pause}:
-                    gc.enable()
-            finally:
-                _pauses.discard(pause)
+        if was_on:
+            gc.enable()
+            _turned_off = False
 
 
-def end_pauses() -> None:
-    """End every pause: in a forked child, the threads that made them are not there."""
-    global _pausing  # noqa: PLW0603 - held by a thread that is not there
-    _pausing = threading.RLock()
-    if _pauses and _was_on:
+def end_pause() -> None:
+    """Turn the collector on again in a forked child: the thread that would do it is not there."""
+    if _turned_off:
         gc.enable()
-    _pauses.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=end_pauses)
+    os.register_at_fork(after_in_child=end_pause)

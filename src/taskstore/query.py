@@ -15,7 +15,6 @@ from typing import Any, Self, overload
 
 import msgspec
 from msgspec import Struct
-from msgspec.structs import replace
 
 from taskstore.errors import ValidationError
 from taskstore.records import (
@@ -148,18 +147,15 @@ class Summary(Struct, frozen=True, kw_only=True):
         """How many tasks have not ended (``int``)."""
         return sum(self.by_status.get(status, 0) for status in ACTIVE_STATUSES)
 
-    def exchanged(self, before: TaskRecord | None, after: TaskRecord | None) -> Self:
-        """Count one record as changed from ``before`` to ``after`` (``None``: absent)."""
-        statuses, runtimes = Counter(self.by_status), Counter(self.by_runtime)
-        for record, step in ((before, -1), (after, 1)):
-            if record is not None:
-                statuses[str(record.status)] += step
-                runtimes[record.runtime] += step
-        return replace(
-            self,
-            total=self.total + (after is not None) - (before is not None),
-            by_status=dict(+statuses),
-            by_runtime=dict(+runtimes),
+    @classmethod
+    def of(cls, records: Iterable[TaskRecord], seq: int) -> Self:
+        """Count records."""
+        statuses, runtimes = Counter[str](), Counter[str]()
+        for record in records:
+            statuses[str(record.status)] += 1
+            runtimes[record.runtime] += 1
+        return cls(
+            total=statuses.total(), by_status=dict(statuses), by_runtime=dict(runtimes), seq=seq
         )
 
 

@@ -6,7 +6,7 @@ What may stand in it is checked in :mod:`taskstore.validation`.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import msgspec
 from msgspec import Raw, Struct
@@ -97,6 +97,11 @@ class DeliveryContext(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
     thread_id: str | None = None
 
 
+Key = Annotated[str, "key"]
+"""Text of at most ``KEY_BYTES`` that identifies, or is the name of something."""
+Time = Annotated[int, "time"]
+"""Unix milliseconds, UTC."""
+
 NO_METADATA = Raw(b"{}")
 
 DedupKey = tuple[str, str]
@@ -125,39 +130,39 @@ class TaskRecord(
     ``Put`` does, and what the registry makes of a record is valid already.
     """
 
-    task_id: str
+    task_id: Key
     revision: int
-    runtime: str
+    runtime: Key
     task: str
     status: TaskStatus
-    created_at: int
-    task_kind: str | None = None
-    source_id: str | None = None
-    label: str | None = None
-    requester_session_key: str | None = None
-    owner_key: str | None = None
+    created_at: Time
+    task_kind: Key | None = None
+    source_id: Key | None = None
+    label: Key | None = None
+    requester_session_key: Key | None = None
+    owner_key: Key | None = None
     scope_kind: ScopeKind = ScopeKind.SYSTEM
-    child_session_key: str | None = None
-    parent_flow_id: str | None = None
-    parent_task_id: str | None = None
-    agent_id: str | None = None
-    requester_agent_id: str | None = None
-    run_id: str | None = None
-    booking: str | None = None
+    child_session_key: Key | None = None
+    parent_flow_id: Key | None = None
+    parent_task_id: Key | None = None
+    agent_id: Key | None = None
+    requester_agent_id: Key | None = None
+    run_id: Key | None = None
+    booking: Key | None = None
     delivery_status: DeliveryStatus = DeliveryStatus.NOT_APPLICABLE
     notify_policy: NotifyPolicy = NotifyPolicy.DONE_ONLY
     requester_origin: DeliveryContext | None = None
-    started_at: int | None = None
-    ended_at: int | None = None
-    last_event_at: int | None = None
-    last_notified_event_at: int | None = None
-    cleanup_after: int | None = None
+    started_at: Time | None = None
+    ended_at: Time | None = None
+    last_event_at: Time | None = None
+    last_notified_event_at: Time | None = None
+    cleanup_after: Time | None = None
     error: str | None = None
     progress_summary: str | None = None
     terminal_summary: str | None = None
     terminal_outcome: TerminalOutcome | None = None
-    lease_until: int | None = None
-    lease_token: str | None = None
+    lease_until: Time | None = None
+    lease_token: Key | None = None
     metadata_json: Raw = msgspec.field(default=NO_METADATA, name="metadata")
     unknown_json: Raw | None = msgspec.field(default=None, name="_unknown")
 
@@ -181,22 +186,15 @@ class TaskRecord(
         return hash((self.task_id, self.revision))
 
 
-REQUIRED_KEYS = ("task_id", "runtime")
-OPTIONAL_KEYS = (
-    "task_kind",
-    "source_id",
-    "label",
-    "requester_session_key",
-    "owner_key",
-    "child_session_key",
-    "parent_flow_id",
-    "parent_task_id",
-    "agent_id",
-    "requester_agent_id",
-    "run_id",
-    "booking",
-    "lease_token",
-)
+def _fields_of(kind: object) -> tuple[str, ...]:
+    """The fields of a record that are of this kind, as they are declared above."""
+    declared = get_type_hints(TaskRecord, include_extras=True)
+    return tuple(name for name, hint in declared.items() if hint == kind)
+
+
+REQUIRED_KEYS = _fields_of(Key)
+OPTIONAL_KEYS = _fields_of(Key | None)
+OPTIONAL_TIMES = _fields_of(Time | None)
 NEVER_EMPTY = frozenset(
     {"task_id", "runtime", "owner_key", "run_id", "booking", "lease_token", "fence"}
 )
@@ -206,14 +204,6 @@ TEXT_LIMITS = {
     "progress_summary": SUMMARY_BYTES,
     "terminal_summary": SUMMARY_BYTES,
 }
-OPTIONAL_TIMES = (
-    "started_at",
-    "ended_at",
-    "last_event_at",
-    "last_notified_event_at",
-    "cleanup_after",
-    "lease_until",
-)
 ENUM_FIELDS: dict[str, type[StrEnum]] = {
     "status": TaskStatus,
     "scope_kind": ScopeKind,

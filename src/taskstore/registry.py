@@ -27,6 +27,7 @@ from taskstore.validation import check_int, check_key, check_text
 from taskstore.verbs import ChangeRun, Plan, Run, RunScope, Verbs
 
 T = TypeVar("T")
+FollowerT = TypeVar("FollowerT", bound=Follower)
 
 
 class LedgerReader(ABC):
@@ -38,6 +39,9 @@ class LedgerReader(ABC):
         self._mirror = Replica(store, hooks)
         self._committer = Committer(store, self._mirror, hooks)
         self._owns_store = False
+        self._follower: Follower | None = None
+        # Two that come together start one thread, and close() misses none.
+        self._following = threading.Lock()
         self._closed = False
         self._opened_by = os.getpid()
 
@@ -134,19 +138,37 @@ class LedgerReader(ABC):
     def _reload(self) -> None:
         """Load memory anew before it is used, after an interrupt, if this thread may wait."""
 
+    def _follow(self, kind: type[FollowerT]) -> FollowerT:
+        with self._following:
+            self._check_open()
+            follower = self._follower
+            if not isinstance(follower, kind) or not follower.alive:
+                journal = history.journal_of(self._store, "follow")
+                follower = kind(journal, lambda: self._mirror.seq, self._committer.refresh)
+                self._follower = follower
+            return follower
+
     def _finish(self) -> None:
-        """Commit and deliver what is under way, and close the store if it is ours.
+        """Commit and deliver what is under way, follow no longer, and close the store if it
+        is ours.
 
         In a forked child nothing: all that is under way is the parent's.
         """
         if self._opened_by != os.getpid():
             return
-        self._committer.close()
+        follower = self._follower
+        if follower is not None:
+            follower.ask_to_stop()
         try:
-            self._hooks.drain()
+            self._committer.close()
+            try:
+                self._hooks.drain()
+            finally:
+                if self._owns_store:
+                    self._store.close()
         finally:
-            if self._owns_store:
-                self._store.close()
+            if follower is not None:
+                follower.wait()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -178,9 +200,6 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
             store.clock = clock
         super().__init__(store, Hooks(hooks))
         self._local = _Local()
-        self._follower: Follower | None = None
-        # Two that come together start one thread, and close() misses none.
-        self._following = threading.Lock()
         self._committer.load()
 
     @classmethod
@@ -318,13 +337,7 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
         second call gives the one that follows already.  Raises
         :class:`UnsupportedError` for a store without a journal.
         """
-        with self._following:
-            self._check_open()
-            if self._follower is None or not self._follower.alive:
-                journal = history.journal_of(self._store, "follow")
-                refresh = self._committer.refresh
-                self._follower = Follower(journal, lambda: self._mirror.seq, refresh)
-            return self._follower
+        return self._follow(Follower)
 
     def close(self) -> None:
         """Close the registry, and the store if :meth:`open` made it.
@@ -337,14 +350,7 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
         """
         with self._following:
             self._closed = True
-            follower = self._follower
-        if follower is not None:
-            follower.ask_to_stop()
-        try:
-            self._finish()
-        finally:
-            if follower is not None:
-                follower.stop()
+        self._finish()
 
     def __enter__(self) -> Self:
         return self

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from taskstore import Change, Commit, OutcomeUnknownError, Put, StoreUnavailableError
 from taskstore.cli import child as child_module
 from taskstore.cli import recorder as recorder_module
-from taskstore.cli.child import Events, forwarded_signals, running
-from taskstore.cli.lines import LastLine, summary_of
+from taskstore.cli.child import Events, LastLine, forwarded_signals, running, summary_of
 from taskstore.cli.recorder import Recorder
 from taskstore.cli.run import new_command_record
 from taskstore.records import SUMMARY_BYTES

@@ -8,7 +8,7 @@ import pytest
 
 from taskstore import Commit, TaskRegistry
 from taskstore.errors import OutcomeUnknownError, StoreUnavailableError
-from taskstore.journal import Position, entries_of
+from taskstore.journal import entries_of
 from taskstore.store import TaskRegistryStore
 from taskstore.stores.jsonfile import open_json
 from taskstore.stores.memory import MemoryStorage, MemoryStore
@@ -107,10 +107,7 @@ def publishing_first(store, hooks):
 
     def ahead(changes):
         commit = Commit(registry.seq + 1, registry.seq + len(changes), store.clock())
-        for entry in entries_of(changes, commit):
-            committer._replica.take_in(
-                Position(entry.seq, entry.commit_id), entry.task_id, entry.record
-            )
+        committer._replica._take_in(entries_of(changes, commit), local=True)
         return apply(changes)
 
     store.apply = ahead

@@ -16,7 +16,6 @@ from taskstore import (
     StoreClosedError,
     TaskRegistry,
     TaskStoreError,
-    mirror,
 )
 from taskstore.clock import new_task_id
 from taskstore.committer import CommitQueue
@@ -302,8 +301,6 @@ def test_a_child_forked_while_the_collector_is_paused_has_it_again():
     with collector_paused():
         assert not gc.isenabled()
         assert status_of_child(lambda: 0 if gc.isenabled() else 1) == 0
-        with mirror._pausing:
-            assert status_of_child(lambda: collector_paused().__enter__() or 0) == 0
     assert gc.isenabled()
 
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from taskstore import StoreClosedError, StoreUnavailableError, aio, news
+from taskstore import StoreClosedError, StoreUnavailableError, aio
 from taskstore.aio import AsyncTaskRegistry
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 from taskstore.testing.threads import until

@@ -25,6 +25,9 @@ class DriverError(Exception):
 class Translation:
     errors = (DriverError,)
 
+    def trouble_of(self, error):
+        return error.trouble
+
     def translate(self, error):
         if error.trouble in (Trouble.LOCKED, Trouble.WAITED, Trouble.COLLIDED):
             return StoreBusyError("here is locked")
@@ -58,7 +61,7 @@ def time(monkeypatch):
 
 
 def policy_of(breaker, **others):
-    return RetryPolicy(Translation(), lambda error: error.trouble, breaker, **others)
+    return RetryPolicy(Translation(), breaker, **others)
 
 
 @pytest.fixture

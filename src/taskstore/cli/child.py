@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import subprocess
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
-from taskstore.cli.lines import LastLine
+from taskstore.records import SUMMARY_BYTES
+from taskstore.validation import fold_whitespace
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """The signals that the recorder passes on to the command."""
@@ -34,8 +37,16 @@ LINGER_S = 2.0
 LOOK_S = 0.2
 """How often to look whether a group that was told to end is gone."""
 
+KEPT_BYTES = 4 * SUMMARY_BYTES
+"""How much of a line is looked at: enough for a summary after colours are removed."""
+
 CHUNK = 64 * 1024
 OUT, ERR = 1, 2
+
+# CSI, OSC and the other string sequences, and the two-character ones (ECMA-48).
+_TERMINAL = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_].*?(?:\x07|\x1b\\|\Z)|\x1b[ -/]*[0-~]", re.DOTALL
+)
 
 
 class Events:
@@ -201,3 +212,36 @@ def _write(sink: int, chunk: bytes) -> None:
             rest = rest[os.write(sink, rest) :]
         except BlockingIOError:
             select.select([], [sink], [])
+
+
+def summary_of(line: bytes) -> str:
+    """A line of output as a summary: text without colours and controls, not too long."""
+    text = _TERMINAL.sub("", line.decode(errors="replace"))
+    text = "".join(
+        char for char in fold_whitespace(text) if unicodedata.category(char) not in ("Cc", "Cs")
+    )
+    return fold_whitespace(text.encode()[:SUMMARY_BYTES].decode(errors="ignore"))
+
+
+class LastLine:
+    """Follows one stream of bytes; a carriage return ends a line too, as in progress bars.
+
+    Memory is bounded however long a line gets.
+    """
+
+    def __init__(self) -> None:
+        self._begun = b""
+
+    def feed(self, chunk: bytes) -> str | None:
+        """Take what was printed; returns the last line that it completed, if it says anything."""
+        lines, _, begun = (self._begun + chunk).replace(b"\r", b"\n").rpartition(b"\n")
+        self._begun = begun[:KEPT_BYTES]
+        while lines := lines.rstrip():
+            lines, _, line = lines.rpartition(b"\n")
+            if summary := summary_of(line[:KEPT_BYTES]):
+                return summary
+        return None
+
+    def close(self) -> str | None:
+        """The stream has ended: returns its last line if that was not completed."""
+        return summary_of(self._begun) or None

@@ -10,8 +10,7 @@ compare-and-set is what makes them hold against other writers.
 from __future__ import annotations
 
 import shlex
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
@@ -139,17 +138,13 @@ def count(store: TaskRegistryStore) -> Summary:
 
     Tasks created while counting are not counted; ``seq`` is where it began.
     """
-    statuses: Counter[str] = Counter()
-    runtimes: Counter[str] = Counter()
-    page = ask(store, TaskQuery(limit=PAGE_RECORDS))
-    seq = page.seq
-    while True:
-        for record in page:
-            statuses[str(record.status)] += 1
-            runtimes[record.runtime] += 1
-        if page.next_cursor is None:
-            break
-        page = ask(store, TaskQuery(limit=PAGE_RECORDS, after=page.next_cursor))
-    return Summary(
-        total=statuses.total(), by_status=dict(statuses), by_runtime=dict(runtimes), seq=seq
-    )
+    first = ask(store, TaskQuery(limit=PAGE_RECORDS))
+
+    def records() -> Iterator[TaskRecord]:
+        page = first
+        yield from page
+        while page.next_cursor is not None:
+            page = ask(store, TaskQuery(limit=PAGE_RECORDS, after=page.next_cursor))
+            yield from page
+
+    return Summary.of(records(), first.seq)

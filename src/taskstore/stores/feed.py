@@ -167,11 +167,13 @@ class Feed:
             del error  # which refers to this frame
 
     def announce(self, seq: int) -> None:
-        """Wake the waiters: this process has committed up to ``seq``.
+        """Wake the waiters: somebody has committed up to ``seq``.
 
         A commit need not call this while there are no ``waiters``.
         """
-        self._publish(seq)
+        for waiter, after in list(self.waiters.items()):
+            if seq > after:
+                waiter.put(None)
 
     def close(self) -> None:
         """End each wait: the waiters raise :class:`~taskstore.StoreClosedError`."""
@@ -182,11 +184,6 @@ class Feed:
         self._wake()
         if thread is not None:
             thread.join(CLOSE_S)
-
-    def _publish(self, head: int) -> None:
-        for waiter, after in list(self.waiters.items()):
-            if head > after:
-                waiter.put(None)
 
     def _fail(self, error: BaseException) -> None:
         for waiter in list(self.waiters):
@@ -261,7 +258,7 @@ class Feed:
                     break
                 head = watch.look()
                 if head is not None:
-                    self._publish(head)
+                    self.announce(head)
                 watch.pause(min(rest, until - now))
             broken = False
         finally:

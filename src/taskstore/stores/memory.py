@@ -26,7 +26,6 @@ from taskstore.journal import (
     find_conflicts,
     occupied_by,
     plan,
-    replaces,
     validated_snapshot,
 )
 from taskstore.policy import CompactionPolicy, CompactionReport, JournalStats, SnapshotMark
@@ -135,7 +134,7 @@ class MemoryStore(TaskRegistryStore):
             storage.set_aside = tuple(
                 item
                 for item in storage.set_aside
-                if not any(replaces(entry, item) for entry in entries)
+                if not any(item.goes_with(entry.task_id, entry.kind) for entry in entries)
             )
         storage.journal += entries
         storage.deleted.update(

@@ -156,6 +156,9 @@ class Translation(Protocol):
     errors: tuple[type[Exception], ...]
     """What the driver raises."""
 
+    def trouble_of(self, error: BaseException) -> Trouble:
+        """What an error means for trying again."""
+
     def translate(self, error: BaseException) -> TaskStoreError:
         """The store's own error."""
 
@@ -178,14 +181,12 @@ class RetryPolicy:
     def __init__(
         self,
         translation: Translation,
-        trouble_of: Callable[[BaseException], Trouble],
         breaker: CircuitBreaker,
         *,
         position: Callable[[], object] | None = None,
         owners: Callable[[], Sequence[str] | None] = lambda: None,
     ) -> None:
         self.translation = translation
-        self.trouble_of = trouble_of
         self.breaker = breaker
         self.position = position
         self.owners = owners
@@ -246,7 +247,7 @@ class Attempt:
         policy = self._policy
         if self.unanswered and self._reads_back:
             return  # the caller finds out first what became of the commit
-        trouble = policy.trouble_of(error)
+        trouble = policy.translation.trouble_of(error)
         if trouble is Trouble.FINAL:
             enough = True
         elif trouble is Trouble.AWAY:

@@ -35,7 +35,6 @@ from taskstore.stores.jsonfile.layout import (
 )
 from taskstore.stores.jsonfile.lines import Entry, image
 from taskstore.stores.jsonfile.segments import Found, Walk
-from taskstore.stores.jsonfile.snapshots import is_obsolete
 from taskstore.stores.jsonfile.writing import Writer
 from taskstore.yielding import in_order
 
@@ -238,11 +237,11 @@ class Merge:
                 elif keys.task_id not in self._ends:
                     yield keys.task_id, payload
             self._unknown += reader.aside
-            self._unknown = [
-                item for item in self._unknown if not is_obsolete(item, self._end(item.task_id))
-            ]
+            self._unknown = [item for item in self._unknown if not self._is_obsolete(item)]
 
-    def _end(self, task_id: str | None) -> EntryKind | None:
-        if task_id not in self._ends:
-            return None
-        return EntryKind.DELETED if self._ends[task_id] is None else EntryKind.UPSERTED
+    def _is_obsolete(self, item: SetAside) -> bool:
+        task_id = item.task_id
+        if task_id is None or task_id not in self._ends:
+            return False
+        deleted = self._ends[task_id] is None
+        return item.goes_with(task_id, EntryKind.DELETED if deleted else EntryKind.UPSERTED)

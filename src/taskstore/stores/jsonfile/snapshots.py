@@ -48,8 +48,12 @@ def load(layout: Layout, *, strict: bool, index: Index | None = None) -> tuple[S
             if index is not None and entry.kind is EntryKind.DELETED:
                 index.deleted[entry.task_id] = found.line.seq
     if images and aside:
-        ends = {task_id: entry.kind for task_id, (entry, _) in images.items()}
-        aside = [item for item in aside if not is_obsolete(item, ends.get(item.task_id or ""))]
+        aside = [
+            item
+            for item in aside
+            if not (last := images.get(item.task_id or ""))
+            or not item.goes_with(last[0].task_id, last[0].kind)
+        ]
     for task_id, (entry, where) in images.items():
         if entry.kind is EntryKind.DELETED:
             records.pop(task_id, None)
@@ -65,8 +69,3 @@ def load(layout: Layout, *, strict: bool, index: Index | None = None) -> tuple[S
     if index is not None:
         index.learn(snapshot)
     return snapshot, place
-
-
-def is_obsolete(item: SetAside, end: EntryKind | None) -> bool:
-    """Whether what a snapshot sets aside goes, ``end`` being the last later change of its task."""
-    return end is not None and (not item.superseded or end is EntryKind.DELETED)

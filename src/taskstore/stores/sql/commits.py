@@ -132,7 +132,7 @@ def commit(transactions: Transactions, changes: Sequence[Change], clock: Clock) 
                 return done
         except _Moved as moved:
             collisions += 1
-            conflicts = _conflicts(transactions, batch.steps)
+            conflicts = transactions.run(partial(conflicts_of, batch.steps))
             if not conflicts and collisions == _TRIES:
                 conflicts = [Conflict(step.task_id, step.base, step.base) for step in batch.steps]
             if conflicts:
@@ -193,7 +193,7 @@ def _write(database: Database, tx: Session, batch: Batch, floor: int) -> None:
         raise
     if done != len(batch.steps) - len(batch.passing):
         raise _Moved
-    if batch.passing and conflicts_of(tx, batch.passing):
+    if batch.passing and conflicts_of(batch.passing, tx):
         raise _Moved
 
 
@@ -210,14 +210,7 @@ def _is_there(database: Database, done: Commit, tx: Session) -> bool:
     return bool(commit_id == done.commit_id)
 
 
-def _conflicts(transactions: Transactions, steps: Sequence[Step]) -> list[Conflict]:
-    for attempt in transactions.attempts():
-        with attempt, transactions.write() as tx:
-            return conflicts_of(tx, steps)
-    raise AssertionError("attempts end by raising")
-
-
-def conflicts_of(tx: Session, steps: Sequence[Step]) -> list[Conflict]:
+def conflicts_of(steps: Sequence[Step], tx: Session) -> list[Conflict]:
     """Compare what is stored with what the steps expect, under the head lock."""
     head = taskstore_head.c
     floor = tx.scalar(sa.select(head.floor).where(head.id == 1).with_for_update())

@@ -22,6 +22,7 @@ from taskstore.errors import (
     StoreUnavailableError,
     TaskStoreError,
 )
+from taskstore.stores.retry import Trouble
 
 
 class Fault(Enum):
@@ -161,7 +162,8 @@ class Translator:
 
     ``location`` names the database without its password, ``secret`` is that
     password, ``fault_of`` the classification of its dialect, and ``driver`` the
-    root of the driver's exceptions.
+    root of the driver's exceptions.  ``waits`` tells whether the database has
+    waited for a lock before it says that it is not free.
     """
 
     def __init__(
@@ -170,8 +172,11 @@ class Translator:
         driver: type[Exception],
         fault_of: Callable[[BaseException], Fault],
         secret: str | None = None,
+        *,
+        waits: bool = True,
     ) -> None:
         self.location = location
+        self._waits = waits
         # A message or a value of a damaged database may be no text.
         self.errors: tuple[type[Exception], ...] = (
             driver,
@@ -196,6 +201,17 @@ class Translator:
     def fault_of(self, error: BaseException) -> Fault:
         """What kind of trouble an exception of the driver is."""
         return Fault.CORRUPT if isinstance(error, UnicodeDecodeError) else self._fault_of(error)
+
+    def trouble_of(self, error: BaseException) -> Trouble:
+        """What an exception of the driver means for trying again."""
+        if isinstance(error, sa.exc.TimeoutError):
+            return Trouble.FINAL  # of a pool that has no connection to spare
+        fault = self.fault_of(error)
+        if fault in GONE:
+            return Trouble.AWAY
+        if fault is Fault.BUSY:
+            return Trouble.WAITED if self._waits else Trouble.LOCKED
+        return Trouble.COLLIDED if fault is Fault.RETRY else Trouble.FINAL
 
     def cause(self, error: BaseException) -> BaseException | None:
         """The driver's exception, or ``None`` when it would give the password away."""

@@ -49,7 +49,7 @@ class Lease:
         """
         _held_here.add(self._owner)
         try:
-            if not self._take():
+            if not self._transactions.run(self._take):
                 raise StoreBusyError(
                     f"{self._location} is being compacted by another process",
                     hint="a compactor that was killed keeps others away for a short while",
@@ -59,52 +59,40 @@ class Lease:
             try:
                 # Where that fails, our process knows it all the same; for others it runs out.
                 with suppress(StoreBusyError, StoreUnavailableError, OutcomeUnknownError):
-                    self._give_back()
+                    self._transactions.run(lambda tx: tx.change(_change(None, self._mine)))
             finally:
                 _held_here.discard(self._owner)
 
     def run(self, work: Callable[[Session], _T]) -> _T:
-        """Do ``work`` in one small write transaction under the lease.
+        """Do ``work`` in one small write transaction under the lease, which it renews.
 
         It may run several times: doing it twice has to be the same as once.
         """
-        for attempt in self._transactions.attempts():
-            with attempt, self.step() as tx:
-                return work(tx)
-        raise AssertionError("attempts end by raising")
-
-    @contextmanager
-    def step(self) -> Iterator[Session]:
-        """One write transaction under the lease, which it renews."""
         started = time.monotonic()
-        with self._transactions.write() as tx:
+
+        def fenced(tx: Session) -> _T:
             if tx.change(_change(self._owner, self._mine)) != 1:
                 raise StoreBusyError(
                     f"{self._location}: another process has taken over the compaction or "
                     "replaced the content"
                 )
-            yield tx
+            return work(tx)
+
+        result = self._transactions.run(fenced)
         # As long again for others: a writer that waits for SQLite's lock does so asleep,
         # and would not be awake in the moment between two of our steps.
         time.sleep(min(time.monotonic() - started, PAUSE_S))
+        return result
 
-    def _take(self) -> bool:
+    def _take(self, tx: Session) -> bool:
+        """Take the lease if it may be taken; returns whether it is ours now."""
         lease = taskstore_head.c
-        for attempt in self._transactions.attempts():
-            with attempt, self._transactions.write() as tx:
-                owner = tx.scalar(sa.select(lease.lease_owner))
-                free = sa.or_(lease.lease_owner.is_(None), lease.lease_until < system_clock())
-                if owner is not None and (owner == self._owner or _is_dead(owner)):
-                    # Mistaken or not, this is safe: each step of the other is fenced.
-                    free = sa.or_(free, lease.lease_owner == owner)
-                return tx.change(_change(self._owner, free)) == 1
-        raise AssertionError("attempts end by raising")
-
-    def _give_back(self) -> None:
-        for attempt in self._transactions.attempts():
-            with attempt, self._transactions.write() as tx:
-                tx.change(_change(None, self._mine))
-                return
+        owner = tx.scalar(sa.select(lease.lease_owner))
+        free = sa.or_(lease.lease_owner.is_(None), lease.lease_until < system_clock())
+        if owner is not None and (owner == self._owner or _is_dead(owner)):
+            # Mistaken or not, this is safe: each step of the other is fenced.
+            free = sa.or_(free, lease.lease_owner == owner)
+        return tx.change(_change(self._owner, free)) == 1
 
 
 def _change(owner: str | None, where: sa.ColumnElement[bool]) -> sa.Update:

@@ -18,6 +18,7 @@ import sqlalchemy as sa
 import taskstore
 from taskstore.backends import redacted
 from taskstore.errors import SchemaMismatchError, TaskStoreError, ValidationError
+from taskstore.stores.retry import CircuitBreaker, RetryPolicy
 from taskstore.stores.sql.dialects import Database, host_database, open_database
 from taskstore.stores.sql.tables import (
     MARK,
@@ -146,7 +147,7 @@ def alembic_options(dialect: str) -> dict[str, Any]:
     }
 
 
-def ensure_schema(database: Database, migrate: str, url: str | None = None) -> None:
+def ensure_schema(database: Database, migrate: str) -> None:
     """Make sure that a database has the schema that this version works with.
 
     With ``migrate="auto"`` one that holds nothing of us is given it; nothing
@@ -164,7 +165,8 @@ def ensure_schema(database: Database, migrate: str, url: str | None = None) -> N
     if fresh and migrate == "auto" and not database.read_only:
         _upgrade(database, "head")
         return
-    needed, hint = REVISIONS[-1], f"run: taskstore db upgrade --url {redacted(url or where)}"
+    needed, named = REVISIONS[-1], redacted(database.url or where)
+    hint = f"run: taskstore db upgrade --url {named}"
     missing = ", ".join(sorted(TABLES - state.tables))
     if fresh:
         problem = "holds a ledger that is only half made" if unfinished else "holds no ledger"
@@ -288,7 +290,11 @@ def _connected(database: Database) -> Iterator[sa.Connection]:
 def _locked(database: Database) -> Iterator[sa.Connection]:
     """A connection that changes the schema, others waiting until it is done."""
     with _connected(database) as connection:
-        database.patiently(lambda: database.lock_schema(connection))
+        waiting = RetryPolicy(database.translator, CircuitBreaker(database.location, 0.0))
+        for attempt in waiting.attempts():
+            with attempt:
+                database.lock_schema(connection)
+                break
         try:
             yield connection
         except BaseException:

@@ -10,6 +10,7 @@ import os
 import sqlite3
 import stat
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -47,47 +48,39 @@ def library_notice(module: Any) -> str | None:
     return WAL_RESET.format(version=module.sqlite_version, module=module.__name__.split(".")[0])
 
 
-class _OpenFiles:
-    """Which SQLite library holds which file in this process.
+_opening = threading.Lock()
+_open_files: Counter[tuple[str, str]] = Counter()
+"""How many stores of this process hold which file through which SQLite library."""
+
+
+def hold(path: str, library: str) -> str | None:
+    """Note that a store opens a file; a warning when another library has it open already.
 
     File locks belong to the process: when one library closes a file, it
     drops the locks by which the other protects it.
     """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._held: dict[str, list[str]] = {}
-
-    def hold(self, path: str, library: str) -> str | None:
-        """Note that a library holds a file; a warning when another one does already."""
-        with self._lock:
-            held = self._held.setdefault(path, [])
-            others = sorted({name for name in held if name != library})
-            held.append(library)
-        if not others:
-            return None
-        return (
-            f"{path} is open in this process through two SQLite libraries, {library} and "
-            f"{', '.join(others)}: closing it in one drops the file locks of the other, and "
-            "committed data can be lost; use one engine, or one module=, for both"
-        )
-
-    def release(self, path: str, library: str) -> None:
-        """Forget one holder."""
-        with self._lock:
-            held = self._held.get(path, [])
-            if library in held:
-                held.remove(library)
-            if not held:
-                self._held.pop(path, None)
+    with _opening:
+        held = sorted(name for place, name in _open_files if place == path and name != library)
+        _open_files[path, library] += 1
+    if not held:
+        return None
+    return (
+        f"{path} is open in this process through two SQLite libraries, {library} and "
+        f"{', '.join(held)}: closing it in one drops the file locks of the other, and "
+        "committed data can be lost; use one engine, or one module=, for both"
+    )
 
 
-open_files = _OpenFiles()
-"""The files that this process's stores hold open."""
+def release(path: str, library: str) -> None:
+    """Note that a store has closed a file."""
+    with _opening:
+        _open_files[path, library] -= 1
+        if not _open_files[path, library]:
+            del _open_files[path, library]
 
 
 def library_of(module: Any) -> str:
-    """The name by which :data:`open_files` tells libraries apart."""
+    """The name by which :func:`hold` tells libraries apart."""
     return str(module.__name__).split(".", maxsplit=1)[0].removeprefix("_")
 
 

@@ -56,7 +56,7 @@ class SQLStore(TaskRegistryStore):
 
     def __init__(
         self,
-        engine: sa.Engine,
+        engine: sa.Engine | Database,
         *,
         durability: str = "full",
         migrate: str = "auto",
@@ -65,29 +65,9 @@ class SQLStore(TaskRegistryStore):
         reconnect_s: float = RECONNECT_S,
     ) -> None:
         _check_options(durability, migrate, reconnect_s)
-        database = host_database(engine, durability=durability, read_only=read_only)
-        self._open(database, migrate=migrate, strict=strict, reconnect_s=reconnect_s)
-
-    @classmethod
-    def _on(
-        cls, database: Database, *, migrate: str, strict: bool, reconnect_s: float, url: str
-    ) -> SQLStore:
-        """A store on a database of our own."""
-        store = cls.__new__(cls)
-        store._open(  # noqa: SLF001 - its own
-            database, migrate=migrate, strict=strict, reconnect_s=reconnect_s, url=url
-        )
-        return store
-
-    def _open(
-        self,
-        database: Database,
-        *,
-        migrate: str,
-        strict: bool,
-        reconnect_s: float,
-        url: str | None = None,
-    ) -> None:
+        database = engine
+        if not isinstance(database, Database):
+            database = host_database(database, durability=durability, read_only=read_only)
         super().__init__(read_only=database.read_only)
         self.durability = database.durability
         self.location = database.location
@@ -104,9 +84,8 @@ class SQLStore(TaskRegistryStore):
         self._making_feed = threading.Lock()
         try:
             database.hold()
-            ensure_schema(database, migrate, url)
-            with database.translator, self._transactions.reading() as session:
-                database.prepare(session)
+            ensure_schema(database, migrate)
+            self._transactions.read(database.prepare)
         except BaseException:
             self._transactions.close()
             raise
@@ -261,9 +240,7 @@ def open_sql(
     """
     _check_options(durability, migrate, reconnect_s)
     database = open_database(url, durability=durability, read_only=read_only)
-    return SQLStore._on(  # noqa: SLF001 - ours
-        database, migrate=migrate, strict=strict, reconnect_s=reconnect_s, url=url
-    )
+    return SQLStore(database, migrate=migrate, strict=strict, reconnect_s=reconnect_s)
 
 
 def _check_options(durability: str, migrate: str, reconnect_s: float) -> None:

@@ -92,18 +92,7 @@ tasks = Table(
 projections for filters, and what changes at every event is in no full index
 (but on MariaDB, which has only these, for the status)."""
 
-PROJECTED = (
-    "created_at",
-    "status",
-    "runtime",
-    "owner_key",
-    "requester_session_key",
-    "child_session_key",
-    "run_id",
-    "booking",
-    "parent_task_id",
-    "parent_flow_id",
-)
+PROJECTED = tuple(column.name for column in tasks.columns)[2:-2]
 """The columns of ``tasks`` that repeat a field of the payload under its name."""
 
 

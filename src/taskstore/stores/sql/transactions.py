@@ -31,7 +31,6 @@ from taskstore.stores.retry import (
     RECONNECT_S,
     CircuitBreaker,
     RetryPolicy,
-    Trouble,
     UnansweredError,
 )
 from taskstore.stores.sql.dialects import Database
@@ -147,13 +146,10 @@ class Transactions:
         self.database = database
         # A standby may answer readers while there is nobody to write to.
         self._reads = RetryPolicy(
-            database.translator,
-            self._trouble_of,
-            CircuitBreaker(database.location, reconnect_s),
+            database.translator, CircuitBreaker(database.location, reconnect_s)
         )
         writes = RetryPolicy(
             database.translator,
-            self._trouble_of,
             CircuitBreaker(database.location, reconnect_s),
             position=self._position,
             owners=self._lock_owners,
@@ -205,6 +201,16 @@ class Transactions:
             if session is not pool.writing:
                 self._release(session)
 
+    def run(self, work: Callable[[Session], _T]) -> _T:
+        """Do ``work`` in one write transaction.
+
+        It may run several times: doing it twice has to be the same as once.
+        """
+        for attempt in self.attempts():
+            with attempt, self.write() as tx:
+                return work(tx)
+        raise AssertionError("attempts end by raising")
+
     def read_back(self, happened: Callable[[Session], bool]) -> bool:
         """Find out what became of a COMMIT that was not answered.
 
@@ -212,20 +218,21 @@ class Transactions:
         writer, and no transaction of a connection that is lost, is under way then.
         Raises :class:`~taskstore.OutcomeUnknownError` if it cannot be found out.
         """
+
+        def look(tx: Session) -> bool:
+            tx.rows(self.database.sql.lock_head)
+            # A primary that died while it waited for its standby shows, once it is
+            # back, what the standby may not have.  This commit waits for all before it.
+            return happened(tx)
+
         try:
-            for attempt in self.attempts():
-                with attempt, self.write() as tx:
-                    tx.rows(self.database.sql.lock_head)
-                    # A primary that died while it waited for its standby shows, once it is
-                    # back, what the standby may not have.  This commit waits for all before it.
-                    return happened(tx)
+            return self.run(look)
         except (StoreBusyError, StoreUnavailableError) as final:
             raise OutcomeUnknownError(
                 f"{self.database.location}: the connection broke during a commit, and "
                 f"whether it happened cannot be read back: {final}",
                 hint="read the store again when it can be reached",
             ) from final
-        raise AssertionError("attempts end by raising")
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -350,21 +357,6 @@ class Transactions:
         with suppress(Exception), self.reading() as session:
             return self.database.holders(session)
         return None
-
-    def _trouble_of(self, error: BaseException) -> Trouble:
-        """What a driver's exception means for trying again."""
-        database = self.database
-        fault = database.translator.fault_of(error)
-        if isinstance(error, sa.exc.TimeoutError):
-            return Trouble.FINAL  # of a pool that has no connection to spare
-        if fault in GONE:
-            return Trouble.AWAY
-        if fault is Fault.RETRY:
-            return Trouble.COLLIDED
-        if fault is Fault.BUSY:
-            patient = database.waits_for_locks or database.read_only
-            return Trouble.WAITED if patient else Trouble.LOCKED
-        return Trouble.FINAL
 
     # -- ending -----------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -16,7 +15,6 @@ from sqlalchemy.sql.expression import Executable
 
 from taskstore.backends import scheme_of
 from taskstore.errors import StoreUnavailableError, ValidationError
-from taskstore.stores.retry import Backoff
 from taskstore.stores.sql.errors import Fault, Translator
 from taskstore.stores.sql.rows import Claimed
 from taskstore.stores.sql.statements import SIZES, Statements
@@ -171,6 +169,8 @@ class Database:
     generation = 0
     """How often the server may have become another one."""
     guard: Guard | None = None
+    url = ""
+    """As it was given, password included; empty for a host's engine."""
     scratch: Path | None = None
     """A directory for temporary files; ``None`` is the system's."""
 
@@ -185,7 +185,11 @@ class Database:
         self.location = self._location()
         dbapi: Any = engine.dialect.loaded_dbapi
         self.translator = Translator(
-            self.location, dbapi.Error, self.fault_of, _password(engine.url)
+            self.location,
+            dbapi.Error,
+            self.fault_of,
+            _password(engine.url),
+            waits=self.waits_for_locks or read_only,
         )
 
     @classmethod
@@ -218,20 +222,6 @@ class Database:
     def fault_of(error: BaseException) -> Fault:
         """Say what kind of trouble a driver's exception is."""
         raise AssertionError(error)
-
-    def patiently(self, work: Callable[[], object]) -> None:
-        """Do ``work``, again where the database says at once that a lock is not free."""
-        started, backoff = time.monotonic(), Backoff(0.001, 0.02)
-        while True:
-            try:
-                work()
-            except self.translator.errors as error:
-                busy = self.fault_of(error) is Fault.BUSY and not self.waits_for_locks
-                if not busy or time.monotonic() - started > LOCK_S:
-                    raise
-                backoff.sleep()
-            else:
-                return
 
     def notice(self, text: str | None) -> None:
         """Tell the operator: in the report, and once in the log."""
@@ -346,7 +336,9 @@ def open_database(url: str, *, durability: str = "full", read_only: bool = False
     if kind is None:
         parse(url)  # says what is wrong with it
         raise AssertionError(url)
-    return kind.open(url, durability=durability, read_only=read_only)
+    database = kind.open(url, durability=durability, read_only=read_only)
+    database.url = url
+    return database
 
 
 def parse(url: str) -> sa.URL:

@@ -141,7 +141,39 @@ class MariaDBDatabase(Database):
 
     @classmethod
     def connect(cls, url: sa.URL, *, durability: str, read_only: bool) -> MariaDBDatabase:
-        return open_mariadb(url, durability=durability, read_only=read_only)
+        if not url.database:
+            raise ValidationError("url", "names no database")
+        defaults = {"charset": "utf8mb4", "connect_timeout": 10, "program_name": "taskstore"}
+        if url.query.get("charset", "utf8mb4") != "utf8mb4":
+            raise ValidationError("url", "asks for a charset that is not utf8mb4")
+        try:
+            engine = sa.create_engine(
+                url,
+                isolation_level="AUTOCOMMIT",
+                hide_parameters=True,
+                # We end our transactions ourselves: one round trip less for each read.
+                pool_reset_on_return=None,
+                connect_args={name: defaults[name] for name in defaults.keys() - url.query.keys()},
+            )
+        except (TypeError, ValueError):
+            # From None: the cause may repeat the URL with its password.
+            raise ValidationError("url", "has an option that its driver does not take") from None
+        _check_options(engine, url)
+        database = cls(engine, owned=True, durability=durability, read_only=read_only)
+        access = ", READ ONLY" if read_only else ""
+
+        @event.listens_for(engine, "connect")
+        def configure(raw: Any, _record: object) -> None:
+            with raw.cursor() as cursor:
+                cursor.execute("SELECT VERSION()")
+                refuse_version(cursor.fetchone()[0], database.location)
+                cursor.execute(f"SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED{access}")
+                cursor.execute(
+                    f"{_MODE}, innodb_lock_wait_timeout = {LOCK_WAIT_S}, "
+                    f"lock_wait_timeout = {LOCK_S}, idle_transaction_timeout = {LOCK_S}"
+                )
+
+        return database
 
     def cursor(self, raw: Any) -> Any:
         from pymysql.cursors import Cursor
@@ -298,43 +330,6 @@ def refuse_version(version: str, location: str) -> None:
         f"{location}: the server is {version}, which {problem}",
         hint=f"use MariaDB {needed} or later",
     )
-
-
-def open_mariadb(url: sa.URL, *, durability: str, read_only: bool) -> MariaDBDatabase:
-    """A database by its URL, with an engine of our own."""
-    if not url.database:
-        raise ValidationError("url", "names no database")
-    defaults = {"charset": "utf8mb4", "connect_timeout": 10, "program_name": "taskstore"}
-    if url.query.get("charset", "utf8mb4") != "utf8mb4":
-        raise ValidationError("url", "asks for a charset that is not utf8mb4")
-    try:
-        engine = sa.create_engine(
-            url,
-            isolation_level="AUTOCOMMIT",
-            hide_parameters=True,
-            # We end our transactions ourselves: one round trip less for each read.
-            pool_reset_on_return=None,
-            connect_args={name: defaults[name] for name in defaults.keys() - url.query.keys()},
-        )
-    except (TypeError, ValueError):
-        # From None: the cause may repeat the URL with its password.
-        raise ValidationError("url", "has an option that its driver does not take") from None
-    _check_options(engine, url)
-    database = MariaDBDatabase(engine, owned=True, durability=durability, read_only=read_only)
-    access = ", READ ONLY" if read_only else ""
-
-    @event.listens_for(engine, "connect")
-    def configure(raw: Any, _record: object) -> None:
-        with raw.cursor() as cursor:
-            cursor.execute("SELECT VERSION()")
-            refuse_version(cursor.fetchone()[0], database.location)
-            cursor.execute(f"SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED{access}")
-            cursor.execute(
-                f"{_MODE}, innodb_lock_wait_timeout = {LOCK_WAIT_S}, lock_wait_timeout = {LOCK_S}, "
-                f"idle_transaction_timeout = {LOCK_S}"
-            )
-
-    return database
 
 
 def _check_options(engine: sa.Engine, url: sa.URL) -> None:

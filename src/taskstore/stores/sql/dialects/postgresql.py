@@ -93,7 +93,38 @@ class PostgreSQLDatabase(Database):
 
     @classmethod
     def connect(cls, url: sa.URL, *, durability: str, read_only: bool) -> PostgreSQLDatabase:
-        return open_postgresql(url, durability=durability, read_only=read_only)
+        defaults = {**_DEFAULTS}
+        if _has_several_hosts(url):
+            defaults["target_session_attrs"] = "read-write"
+        engine = sa.create_engine(
+            url,
+            isolation_level="AUTOCOMMIT",
+            client_encoding="utf8",
+            hide_parameters=True,
+            connect_args={name: defaults[name] for name in defaults.keys() - url.query.keys()},
+        )
+        settings = [
+            f"lock_timeout = '{LOCK_WAIT_S}s'",
+            f"idle_in_transaction_session_timeout = '{LOCK_S}s'",
+            "client_min_messages = warning",
+        ]
+        if read_only:
+            settings.append("default_transaction_read_only = on")
+        database = cls(engine, owned=True, durability=durability, read_only=read_only)
+
+        @event.listens_for(engine, "connect")
+        def configure(raw: Any, record: Any) -> None:
+            record.info["generation"] = database.generation
+            for setting in settings:
+                raw.execute(f"SET {setting}")
+            raw.commit()
+
+        @event.listens_for(engine, "checkout")
+        def renew(_raw: object, record: Any, _borrowed: object) -> None:
+            if record.info["generation"] != database.generation:
+                raise sa.exc.DisconnectionError  # the pool makes a new one
+
+        return database
 
     def cursor(self, raw: Any) -> Any:
         from psycopg.rows import tuple_row
@@ -162,42 +193,6 @@ class PostgreSQLDatabase(Database):
             raise StoreUnavailableError(f"{self.location}: the connection is closed")
         if raw.info.transaction_status != 0:  # IDLE
             raw.execute("ROLLBACK")
-
-
-def open_postgresql(url: sa.URL, *, durability: str, read_only: bool) -> PostgreSQLDatabase:
-    """A database by its URL, with an engine of our own."""
-    defaults = {**_DEFAULTS}
-    if _has_several_hosts(url):
-        defaults["target_session_attrs"] = "read-write"
-    engine = sa.create_engine(
-        url,
-        isolation_level="AUTOCOMMIT",
-        client_encoding="utf8",
-        hide_parameters=True,
-        connect_args={name: defaults[name] for name in defaults.keys() - url.query.keys()},
-    )
-    settings = [
-        f"lock_timeout = '{LOCK_WAIT_S}s'",
-        f"idle_in_transaction_session_timeout = '{LOCK_S}s'",
-        "client_min_messages = warning",
-    ]
-    if read_only:
-        settings.append("default_transaction_read_only = on")
-    database = PostgreSQLDatabase(engine, owned=True, durability=durability, read_only=read_only)
-
-    @event.listens_for(engine, "connect")
-    def configure(raw: Any, record: Any) -> None:
-        record.info["generation"] = database.generation
-        for setting in settings:
-            raw.execute(f"SET {setting}")
-        raw.commit()
-
-    @event.listens_for(engine, "checkout")
-    def renew(_raw: object, record: Any, _borrowed: object) -> None:
-        if record.info["generation"] != database.generation:
-            raise sa.exc.DisconnectionError  # the pool makes a new one
-
-    return database
 
 
 def _has_several_hosts(url: sa.URL) -> bool:

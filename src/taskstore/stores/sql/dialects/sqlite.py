@@ -21,6 +21,7 @@ from taskstore.errors import (
 )
 from taskstore.stores.fairlock import FairLock
 from taskstore.stores.holders import lock_holders
+from taskstore.stores.sql import sqlite_files
 from taskstore.stores.sql.dialects.base import LOCK_WAIT_S, Database, Session
 from taskstore.stores.sql.errors import Fault, Translator, sqlite_fault
 from taskstore.stores.sql.sqlite_files import (
@@ -28,7 +29,6 @@ from taskstore.stores.sql.sqlite_files import (
     library_notice,
     library_of,
     needs_immutable,
-    open_files,
     opener,
     sqlite_module,
 )
@@ -58,7 +58,44 @@ class SQLiteDatabase(Database):
 
     @classmethod
     def open(cls, url: str, *, durability: str, read_only: bool) -> SQLiteDatabase:
-        return open_sqlite(path_of(url), durability=durability, read_only=read_only)
+        path, module = path_of(url), sqlite_module()
+        immutable = None
+        if read_only:
+            with Translator(str(path), module.Error, sqlite_fault):
+                immutable = ImmutableGuard(path) if needs_immutable(module, path) else None
+        else:
+            create_privately(path)
+        open_one = opener(
+            module,
+            path,
+            busy_timeout_s=1.0 if read_only else 5.0,
+            read_only=read_only,
+            immutable=immutable is not None,
+        )
+        pragmas = _READ_PRAGMAS if read_only else _write_pragmas(durability)
+
+        def set_up(raw: Any) -> Any:
+            raw.text_factory = _LENIENT
+            for pragma in pragmas:
+                raw.execute(pragma)
+            return raw
+
+        files = FileGuard(path, open_one, set_up) if immutable is None else None
+        engine = sa.create_engine(
+            sa.URL.create("sqlite", database=str(path)),
+            module=module,
+            creator=files.connect if files is not None else lambda: set_up(open_one()),
+            poolclass=sa.QueuePool,
+            isolation_level="AUTOCOMMIT",
+        )
+        return cls(
+            engine,
+            owned=True,
+            durability=durability,
+            read_only=read_only,
+            files=files,
+            immutable=immutable,
+        )
 
     def __init__(
         self,
@@ -106,8 +143,8 @@ class SQLiteDatabase(Database):
         [mode] = session.row("PRAGMA journal_mode")
         if self.owned and not self.read_only and mode != "wal":
             # The journal mode is a property of the file, and changing it takes the
-            # file for itself, which the busy timeout does not wait for.
-            self.patiently(partial(session.rows, "PRAGMA journal_mode = WAL"))
+            # file for itself, which the busy timeout does not wait for: it is tried again.
+            session.rows("PRAGMA journal_mode = WAL")
             [mode] = session.row("PRAGMA journal_mode")
         if mode != "wal" and self._immutable is None:
             self.notice(
@@ -186,7 +223,7 @@ class SQLiteDatabase(Database):
 
     def hold(self) -> None:
         self._holds = True
-        self.notice(open_files.hold(self.location, self._library))
+        self.notice(sqlite_files.hold(self.location, self._library))
         if self._files is not None:
             with self.translator:
                 self._files.start()
@@ -199,7 +236,7 @@ class SQLiteDatabase(Database):
             self._fair_lock.close()
         if self._holds:
             self._holds = False
-            open_files.release(self.location, self._library)
+            sqlite_files.release(self.location, self._library)
 
 
 def path_of(url: str) -> Path:
@@ -214,48 +251,6 @@ def path_of(url: str) -> Path:
         raise ValidationError("url", "holds a NUL character")
     # Links are followed, so that the file itself is made private and locked by one name.
     return Path(os.path.realpath(path))
-
-
-def open_sqlite(path: Path, *, durability: str, read_only: bool) -> SQLiteDatabase:
-    """A file by its path; a new one is created, empty and private."""
-    module = sqlite_module()
-    immutable = None
-    if read_only:
-        with Translator(str(path), module.Error, sqlite_fault):
-            immutable = ImmutableGuard(path) if needs_immutable(module, path) else None
-    else:
-        create_privately(path)
-    open_one = opener(
-        module,
-        path,
-        busy_timeout_s=1.0 if read_only else 5.0,
-        read_only=read_only,
-        immutable=immutable is not None,
-    )
-    pragmas = _READ_PRAGMAS if read_only else _write_pragmas(durability)
-
-    def set_up(raw: Any) -> Any:
-        raw.text_factory = _LENIENT
-        for pragma in pragmas:
-            raw.execute(pragma)
-        return raw
-
-    files = FileGuard(path, open_one, set_up) if immutable is None else None
-    engine = sa.create_engine(
-        sa.URL.create("sqlite", database=str(path)),
-        module=module,
-        creator=files.connect if files is not None else lambda: set_up(open_one()),
-        poolclass=sa.QueuePool,
-        isolation_level="AUTOCOMMIT",
-    )
-    return SQLiteDatabase(
-        engine,
-        owned=True,
-        durability=durability,
-        read_only=read_only,
-        files=files,
-        immutable=immutable,
-    )
 
 
 _LENIENT = partial(str, encoding="utf-8", errors="surrogateescape")
