@@ -194,11 +194,8 @@ class AsyncTaskRegistry(LedgerReader):
         For the current asyncio task, and those that it starts in the body,
         until the body ends.  Otherwise as :meth:`taskstore.TaskRegistry.batch`.
         """
-        self._check_open()
         outer = self._batch
-        if outer is None:
-            self._committer.check_writable()
-        batch = Batch(self._mirror if outer is None else outer.staging)
+        batch = self._new_batch(outer)
         token = _batches.set(MappingProxyType({**_batches.get({}), id(self): batch}))
         try:
             yield self
@@ -284,7 +281,7 @@ class AsyncTaskRegistry(LedgerReader):
         self._hook_thread.shutdown(wait=False)
 
     async def __aenter__(self) -> Self:
-        if not self._committer.loaded:
+        if self._mirror.stale:
             await self._in_thread(self._committer.load)
         return self
 

@@ -14,11 +14,9 @@ nothing.  A newer major version is refused.
 from __future__ import annotations
 
 import io
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from types import MappingProxyType
 from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
@@ -26,9 +24,9 @@ from msgspec import Meta, Raw, Struct
 from msgspec.structs import force_setattr, replace
 
 from taskstore.errors import CorruptStoreError
-from taskstore.journal import SetAside, Snapshot, validated_snapshot
+from taskstore.journal import SetAside, Snapshot, snapshot_of, validated_snapshot
 from taskstore.records import FORMAT_VERSION, MAX_INT, NO_METADATA, PAYLOAD_DEPTH, TaskRecord
-from taskstore.validation import nests_deeper
+from taskstore.validation import SAME_MAJOR, nests_deeper
 
 UPCASTERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "1.0": lambda members: {**members, "v": "1.1"},
@@ -43,7 +41,6 @@ _FORMAT_FIRST = b'{"format":"%s",' % SNAPSHOT_FORMAT.encode()
 _BLOCK_LINES = 256
 _BRACE = ord("{")
 _MAJOR = FORMAT_VERSION.split(".", maxsplit=1)[0]
-_SAME_MAJOR = re.compile(rf"{_MAJOR}\.[0-9]+\Z")
 _CURRENT = b'{"v":"%s",' % FORMAT_VERSION.encode()
 _LACKING_ONLY = b'{"v":"1.0",'
 """How a payload begins that is of this version but for optional fields it does not have."""
@@ -113,7 +110,7 @@ def _decode_slowly(payload: bytes, where: str) -> TaskRecord:
             raise CorruptStoreError(where, "is not a JSON object")
         while isinstance(version := members.get("v"), str) and version in UPCASTERS:
             members = UPCASTERS[version](members)
-        if not isinstance(version, str) or not _SAME_MAJOR.match(version):
+        if not isinstance(version, str) or not SAME_MAJOR.match(version):
             raise CorruptStoreError(where, f"has the record format {version!r}, not {_MAJOR}.x")
         unknown = {name: value for name, value in members.items() if name not in _FIELDS}
         known = {name: value for name, value in members.items() if name in _FIELDS}
@@ -253,23 +250,11 @@ class SnapshotReader(Generic[_H]):
 
     def snapshot(self, *, strict: bool = False) -> Snapshot:
         """Everything at once, decoded; ``strict`` raises for what is or would be set aside."""
-        records: dict[str, TaskRecord] = {}
-        found: list[SetAside] = []
         decode = decode_record if strict else decode_or_set_aside
-        for payload in self:
-            item = decode(payload, self._where)
-            if isinstance(item, SetAside):
-                found.append(item)
-            else:
-                records[item.task_id] = item
+        items = [decode(payload, self._where) for payload in self]
         if strict and self.aside:
             raise CorruptStoreError(self.aside[0].where, self.aside[0].reason)
-        return Snapshot(
-            self.header.seq,
-            MappingProxyType(records),
-            self.header.at,
-            (*self.aside, *found),
-        )
+        return snapshot_of(self.header.seq, self.header.at, (*self.aside, *items))
 
     def _until(self, end: bytes) -> Iterator[bytes]:
         while (line := self._line()) != end:

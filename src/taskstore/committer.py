@@ -202,11 +202,6 @@ class Committer:
         # seconds, 0: none are).
         self._contended_until = 0.0
 
-    @property
-    def loaded(self) -> bool:
-        """Whether memory has been loaded, and nothing is known against it (``bool``)."""
-        return not self._replica.stale
-
     def load(self) -> None:
         """Load everything from the store, and deliver that."""
         self._locked(self._replica.load)

@@ -13,7 +13,7 @@ from itertools import takewhile
 
 from taskstore.errors import CursorExpiredError, UnsupportedError, ValidationError
 from taskstore.journal import JournalEntry, Position, Snapshot, fold
-from taskstore.mirror import collector_paused
+from taskstore.mirror import PAGE_ENTRIES, collector_paused
 from taskstore.store import (
     SupportsHistory,
     SupportsJournal,
@@ -21,10 +21,7 @@ from taskstore.store import (
     commit_id_at,
     entries_beyond,
 )
-from taskstore.validation import check_int
-
-PAGE_ENTRIES = 1000
-"""How many journal entries are read at a time."""
+from taskstore.validation import check_int, check_seconds
 
 WAIT_SLICE_S = 0.5
 """How long one waits for news at a time, in seconds: so soon it is seen that nobody wants any."""
@@ -101,10 +98,8 @@ def changes(
 
 def check_wait(wait: object) -> None:
     """Raise :class:`ValidationError` unless ``wait`` is ``None`` or seconds from 0 on."""
-    if wait is None:
-        return
-    if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait <= LONGEST_S:
-        raise ValidationError("wait", f"must be seconds from 0 to {LONGEST_S:g}, not {wait!r}")
+    if wait is not None:
+        check_seconds("wait", wait, 0, LONGEST_S)
 
 
 def _follow(
@@ -182,10 +177,7 @@ def _as_of_time(journal: SupportsJournal, at: int) -> Snapshot:
         if entry.at > at:
             break
         seq = entry.seq
-    nearest = _base(journal, seq)
-    return fold(
-        nearest, takewhile(lambda entry: entry.seq <= seq, entries_after(journal, nearest.seq))
-    )
+    return _as_of_seq(journal, seq)
 
 
 def _base(journal: SupportsJournal, seq: int) -> Snapshot:

@@ -246,6 +246,18 @@ class Snapshot(Struct, frozen=True):
         force_setattr(self, "records", MappingProxyType(copied))
 
 
+def snapshot_of(seq: int, at: int, items: Iterable[TaskRecord | SetAside]) -> Snapshot:
+    """The snapshot that holds these records, and what is set aside among them."""
+    records: dict[str, TaskRecord] = {}
+    aside: list[SetAside] = []
+    for item in items:
+        if isinstance(item, TaskRecord):
+            records[item.task_id] = item
+        else:
+            aside.append(item)
+    return Snapshot(seq, MappingProxyType(records), at, tuple(aside))
+
+
 def validated_snapshot(snapshot: Snapshot) -> Snapshot:
     """Return ``snapshot`` as it may become the content of a store, its mapping copied.
 

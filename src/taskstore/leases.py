@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from taskstore.errors import Conflict, ConflictError, InvalidTransition, Leased, ValidationError
+from taskstore.errors import Conflict, ConflictError, InvalidTransition, Leased
 from taskstore.lifecycle import Mutation
 from taskstore.records import MAX_INT, TaskRecord
-from taskstore.validation import check_int, check_key
+from taskstore.validation import check_int, check_key, check_seconds
 
 LEASE_S = 60.0
 """How long a lease runs unless told otherwise, in seconds."""
@@ -31,13 +31,8 @@ LONGEST_S = 366 * 24 * 3600.0
 
 def check_lease(lease_s: object) -> int:
     """Return the length of a lease in milliseconds; raises :class:`ValidationError`."""
-    if isinstance(lease_s, bool) or not isinstance(lease_s, int | float):
-        raise ValidationError("lease_s", f"must be seconds, not {type(lease_s).__name__}")
-    if not SHORTEST_S <= lease_s <= LONGEST_S:
-        raise ValidationError(
-            "lease_s", f"must be from {SHORTEST_S} to {LONGEST_S:.0f}, not {lease_s}"
-        )
-    return check_int("lease_s", round(lease_s * 1000), 1)
+    seconds = check_seconds("lease_s", lease_s, SHORTEST_S, LONGEST_S)
+    return check_int("lease_s", round(seconds * 1000), 1)
 
 
 def check_fence(fence: object) -> None:

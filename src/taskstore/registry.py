@@ -138,6 +138,13 @@ class LedgerReader(ABC):
     def _reload(self) -> None:
         """Load memory anew before it is used, after an interrupt, if this thread may wait."""
 
+    def _new_batch(self, outer: Batch | None) -> Batch:
+        self._check_open()
+        if outer is not None:
+            return Batch(outer.staging)
+        self._committer.check_writable()
+        return Batch(self._mirror)
+
     def _follow(self, kind: type[FollowerT]) -> FollowerT:
         with self._following:
             self._check_open()
@@ -250,12 +257,8 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
         what the verbs raise, and :class:`ConflictError` if the body went on
         with a task whose run another process has booked under another id.
         """
-        self._check_open()
         outer = self._local.batch
-        if outer is None:
-            self._committer.check_writable()
-        batch = Batch(self._mirror if outer is None else outer.staging)
-        self._local.batch = batch
+        self._local.batch = batch = self._new_batch(outer)
         try:
             yield self
         finally:

@@ -39,7 +39,8 @@ from taskstore.records import (
 )
 
 _MEMBERS = {field.encode_name for field in msgspec.structs.fields(TaskRecord)} - {"_unknown"}
-_SAME_MAJOR = re.compile(rf"{FORMAT_VERSION.partition('.')[0]}\.[0-9]+\Z")
+SAME_MAJOR = re.compile(rf"{FORMAT_VERSION.partition('.')[0]}\.[0-9]+\Z")
+"""The format versions that this version reads."""
 _RUNTIME = re.compile(r"[a-z][a-z0-9_.-]*\Z")
 _NO_SIGNS = bytes(set(range(256)) - set(b'"{}[]'))
 """Every byte that says nothing of how deep JSON nests."""
@@ -91,6 +92,15 @@ def check_int(field: str, value: object, least: int = 0) -> int:
         raise ValidationError(field, f"must be an integer, not {type(value).__name__}")
     if not least <= value <= MAX_INT:
         raise ValidationError(field, f"must be from {least} to {MAX_INT}, not {value}")
+    return value
+
+
+def check_seconds(field: str, value: object, least: float, most: float) -> float:
+    """Return ``value`` if it is a number of seconds from ``least`` to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValidationError(field, f"must be seconds, not {type(value).__name__}")
+    if not least <= value <= most:
+        raise ValidationError(field, f"must be seconds from {least:g} to {most:g}, not {value}")
     return value
 
 
@@ -202,7 +212,7 @@ def _check_unknown(field: str, encoded: object) -> object:
     if known:
         raise ValidationError(field, f"holds {sorted(known)}, which are known fields")
     version = members.get("v", FORMAT_VERSION)
-    if not isinstance(version, str) or not _SAME_MAJOR.match(version):
+    if not isinstance(version, str) or not SAME_MAJOR.match(version):
         raise ValidationError(field, f"is of another format: {version!r}")
     return encoded
 
@@ -232,11 +242,6 @@ def nests_deeper(encoded: bytes, depth: int) -> bool:
     for _ in range(depth):
         brackets = brackets.replace(b"{}", b"")  # the innermost ones, everywhere
     return b"{}" in brackets or brackets.count(b"{") > depth
-
-
-def fold_whitespace(text: str) -> str:
-    """Return ``text`` with each run of white space as one space, none at the ends."""
-    return " ".join(text.split())
 
 
 def check_summary(field: str, value: object) -> str | None:

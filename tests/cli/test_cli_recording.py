@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 
 from taskstore import Change, Commit, OutcomeUnknownError, Put, StoreUnavailableError
 from taskstore.cli import child as child_module
-from taskstore.cli import recorder as recorder_module
+from taskstore.cli import run as recorder_module
 from taskstore.cli.child import Events, LastLine, forwarded_signals, running, summary_of
-from taskstore.cli.recorder import Recorder
-from taskstore.cli.run import new_command_record
+from taskstore.cli.run import Recorder, new_command_record
 from taskstore.records import SUMMARY_BYTES
 from taskstore.stores.memory import MemoryStore
 from taskstore.validation import check_text

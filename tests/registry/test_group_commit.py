@@ -190,7 +190,7 @@ def test_a_busy_store_is_waited_for_once_and_not_once_for_each():
     # The first goes alone; the others come together meanwhile, or nearly so.
     assert store.tried <= 5
     assert registry.seq == 0
-    assert registry._committer.loaded
+    assert not registry._mirror.stale
 
 
 def test_close_commits_what_is_under_way_and_takes_nothing_more():

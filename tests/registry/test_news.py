@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from taskstore import StoreClosedError, StoreUnavailableError, aio
+from taskstore import StoreClosedError, StoreUnavailableError, aio, history
 from taskstore.aio import AsyncTaskRegistry
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 from taskstore.testing.threads import until
@@ -19,7 +19,7 @@ FOLLOWERS = 50
 def only_told(monkeypatch):
     """Nobody looks for himself: what is not told is not heard of in time."""
     monkeypatch.setattr(aio, "LOOK_S", 60.0)
-    monkeypatch.setattr(news, "WAIT_SLICE_S", 60.0)
+    monkeypatch.setattr(history, "WAIT_SLICE_S", 60.0)
 
 
 async def first_of(registry, after):

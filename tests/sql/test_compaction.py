@@ -196,14 +196,14 @@ from taskstore import open_store
 from taskstore.policy import CompactionPolicy
 from taskstore.stores.sql import compaction, rows
 compaction.STEP, compaction.CHUNK_STEP, rows.CHUNK_RECORDS = 7, 2, 3
-steps, real = int(sys.argv[2]), compaction.Lease.step
-def step(self):
+steps, real = int(sys.argv[2]), compaction.Lease.run
+def run(self, work):
     global steps
     steps -= 1
     if steps < 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(self)
-compaction.Lease.step = step
+    return real(self, work)
+compaction.Lease.run = run
 policy = CompactionPolicy(force=True, history_s=0, history_entries=0, keep_snapshots=1)
 open_store(sys.argv[1]).compact(policy)
 """

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
 from taskstore.records import SUMMARY_BYTES
-from taskstore.validation import fold_whitespace
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """The signals that the recorder passes on to the command."""
@@ -216,11 +215,9 @@ def _write(sink: int, chunk: bytes) -> None:
 
 def summary_of(line: bytes) -> str:
     """A line of output as a summary: text without colours and controls, not too long."""
-    text = _TERMINAL.sub("", line.decode(errors="replace"))
-    text = "".join(
-        char for char in fold_whitespace(text) if unicodedata.category(char) not in ("Cc", "Cs")
-    )
-    return fold_whitespace(text.encode()[:SUMMARY_BYTES].decode(errors="ignore"))
+    text = " ".join(_TERMINAL.sub("", line.decode(errors="replace")).split())
+    printable = (char for char in text if unicodedata.category(char) not in ("Cc", "Cs"))
+    return " ".join("".join(printable).encode()[:SUMMARY_BYTES].decode(errors="ignore").split())
 
 
 class LastLine:

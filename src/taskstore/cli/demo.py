@@ -31,7 +31,6 @@ TASKSTORE = (sys.executable, "-m", "taskstore")
 PATIENCE_S = 90.0
 """Something must have gone wrong when the ledger brings nothing new for so long."""
 
-
 PRIMES = """
 import itertools
 found = 0
@@ -41,7 +40,6 @@ for number in itertools.count(2):
         if found % 2000 == 0:
             print(f"{found} primes found, the last is {number}", flush=True)
 """
-
 
 FAREWELL = f"""\
 The ledger lies in {{url}}. Go on with:

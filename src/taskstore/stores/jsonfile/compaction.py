@@ -24,9 +24,9 @@ from taskstore import codec
 from taskstore.journal import EntryKind, SetAside
 from taskstore.policy import JournalStats, SnapshotMark
 from taskstore.stores.compaction import CompactionSteps, Cut, Retained
-from taskstore.stores.jsonfile.files import TORN
 from taskstore.stores.jsonfile.index import keys_of
 from taskstore.stores.jsonfile.layout import (
+    TORN,
     Layout,
     SnapshotHeader,
     open_snapshot,

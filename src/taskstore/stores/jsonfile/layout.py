@@ -6,12 +6,18 @@
 - A segment marked ``base`` counts only when the snapshot before it is there:
   it is created first, and the snapshot is what replaces the content.
 - What counts has to be one chain of one ledger, else it is damaged.
+
+What is published under its final name was written under ``*.tmp`` and synced
+before, and the directory is synced afterwards, so that a crash leaves either
+the old file or the new one (:mod:`taskstore.disk`).
 """
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -19,10 +25,17 @@ from typing import NamedTuple, TypeVar
 from msgspec import field
 
 from taskstore import codec
-from taskstore.errors import CorruptStoreError
-from taskstore.stores.jsonfile.files import numbered, segment_name, snapshot_name
+from taskstore.errors import CorruptStoreError, StoreUnavailableError
+from taskstore.journal import Snapshot
 from taskstore.stores.jsonfile.lines import STAMP_BYTES, Identity, decode_header, is_sound
 from taskstore.stores.retry import Backoff
+
+LOCK_NAME = "lock"
+COMPACT_LOCK_NAME = "compact.lock"
+TORN = ".torn"
+
+_SEGMENT = re.compile(r"journal-(\d{20})\.jsonl")
+_SNAPSHOT = re.compile(r"snapshot-(\d{20})\.json")
 
 _T = TypeVar("_T")
 _ATTEMPTS = 20
@@ -231,6 +244,20 @@ def read_snapshot_header(directory: Path, seq: int) -> SnapshotHeader:
         return reader.header
 
 
+def check_newest(layout: Layout) -> None:
+    """Raise :class:`CorruptStoreError` unless the newest snapshot matches its checksum."""
+    if layout.newest is not None:
+        with open_snapshot(layout.directory, layout.newest.seq) as reader:
+            for _ in reader:
+                pass
+
+
+def read_snapshot(layout: Layout, seq: int, *, strict: bool) -> Snapshot:
+    """A retained snapshot, decoded."""
+    with open_snapshot(layout.directory, seq) as reader:
+        return reader.snapshot(strict=strict)
+
+
 def _damaged_hint(directory: Path, seq: int) -> str | None:
     """Say whether the ledger can do without a damaged snapshot, if that is the newest."""
     snapshots, segments = numbered(entry.name for entry in directory.iterdir())
@@ -279,3 +306,53 @@ def _check_one_ledger(layout: Layout) -> None:
         following = layout.directory / segment_name(layout.newest.seq + 1)
         if following not in [segment.path for segment in layout.segments]:
             raise _missing(following)
+
+
+def segment_name(first: int) -> str:
+    """The name of the segment whose first seq is ``first``."""
+    return f"journal-{first:020d}.jsonl"
+
+
+def snapshot_name(seq: int) -> str:
+    """The name of the snapshot as of ``seq``."""
+    return f"snapshot-{seq:020d}.json"
+
+
+def numbered(names: Iterable[str]) -> tuple[list[int], list[int]]:
+    """The seqs of the snapshots and the first seqs of the segments among ``names``, ascending."""
+    snapshots, segments = [], []
+    for name in names:
+        if match := _SNAPSHOT.fullmatch(name):
+            snapshots.append(int(match[1]))
+        elif match := _SEGMENT.fullmatch(name):
+            segments.append(int(match[1]))
+    return sorted(snapshots), sorted(segments)
+
+
+@contextmanager
+def translated(directory: Path) -> Iterator[None]:
+    """Turn the operating system's errors into ours."""
+    try:
+        yield
+    except OSError as error:
+        raise unavailable(directory, error) from error
+
+
+def unavailable(directory: Path, error: OSError) -> StoreUnavailableError:
+    """An error of the operating system in our words, naming the ledger's directory."""
+    return StoreUnavailableError(
+        f"the store {directory} cannot be used: {error}", hint=_ADVICE.get(error.errno or 0)
+    )
+
+
+_ADVICE = {
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "the path has to be a directory",
+    errno.EEXIST: "the path has to be a directory",
+    errno.EACCES: "check who owns the directory and its files, and their modes",
+    errno.EPERM: "check who owns the directory and its files, and their modes",
+    errno.EROFS: "open it read-only",
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room in the quota",
+    errno.EIO: "check the disk",
+}

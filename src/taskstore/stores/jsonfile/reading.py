@@ -23,8 +23,7 @@ from taskstore.errors import (
 )
 from taskstore.journal import JournalEntry
 from taskstore.records import MAX_INT
-from taskstore.stores.jsonfile.files import LOCK_NAME
-from taskstore.stores.jsonfile.layout import Layout, Place, read_layout, settled
+from taskstore.stores.jsonfile.layout import LOCK_NAME, Layout, Place, read_layout, settled
 from taskstore.stores.jsonfile.lines import decode_commit, id_needle, journal_entry
 from taskstore.stores.jsonfile.locks import read_generation
 from taskstore.stores.jsonfile.segments import Found, Walk, lines_of, torn

@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 from taskstore.disk import Disk
 from taskstore.errors import CorruptStoreError
-from taskstore.stores.jsonfile.files import TORN
-from taskstore.stores.jsonfile.layout import Layout, Place, SegmentFile
+from taskstore.stores.jsonfile.layout import TORN, Layout, Place, SegmentFile
 from taskstore.stores.jsonfile.lines import (
     STAMP_BYTES,
     Identity,

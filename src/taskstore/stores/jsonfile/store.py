@@ -27,12 +27,10 @@ from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport, check_
 from taskstore.stores.compaction import compact
 from taskstore.stores.feed import Feed, PollingWatch, Watch
 from taskstore.stores.jsonfile.compaction import Compaction
-from taskstore.stores.jsonfile.files import translated, unavailable
-from taskstore.stores.jsonfile.index import Index
-from taskstore.stores.jsonfile.layout import Layout
+from taskstore.stores.jsonfile.index import Index, load
+from taskstore.stores.jsonfile.layout import Layout, read_snapshot, translated, unavailable
 from taskstore.stores.jsonfile.lines import Identity, encode_changes
 from taskstore.stores.jsonfile.reading import Reader
-from taskstore.stores.jsonfile.snapshots import load, read_snapshot
 from taskstore.stores.jsonfile.verify import verify
 from taskstore.stores.jsonfile.writing import Writer
 

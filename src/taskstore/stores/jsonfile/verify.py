@@ -10,10 +10,9 @@ from taskstore.journal import JournalEntry
 from taskstore.records import MAX_INT
 from taskstore.store import VerifyReport
 from taskstore.stores.integrity import SHOWN, IntegrityCheck
-from taskstore.stores.jsonfile.layout import Layout, read_layout, settled
+from taskstore.stores.jsonfile.layout import Layout, read_layout, read_snapshot, settled
 from taskstore.stores.jsonfile.lines import journal_entry
 from taskstore.stores.jsonfile.segments import Walk
-from taskstore.stores.jsonfile.snapshots import read_snapshot
 from taskstore.stores.jsonfile.writing import Writer
 
 

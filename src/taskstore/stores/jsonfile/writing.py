@@ -27,26 +27,24 @@ from taskstore.errors import (
     StoreUnavailableError,
 )
 from taskstore.journal import Commit, Position, Snapshot, Step, find_conflicts
-from taskstore.stores.jsonfile.files import (
+from taskstore.stores.jsonfile.index import Index, load
+from taskstore.stores.jsonfile.layout import (
     COMPACT_LOCK_NAME,
     LOCK_NAME,
-    segment_name,
-    snapshot_name,
-    unavailable,
-)
-from taskstore.stores.jsonfile.index import Index
-from taskstore.stores.jsonfile.layout import (
     Layout,
     Place,
     SegmentFile,
     SnapshotHeader,
+    check_newest,
     read_layout,
+    segment_name,
     settled,
+    snapshot_name,
+    unavailable,
 )
 from taskstore.stores.jsonfile.lines import STAMP_BYTES, Identity, encode_commit
 from taskstore.stores.jsonfile.locks import STATE_BYTES, FileLock, WriteLock, busy
 from taskstore.stores.jsonfile.segments import Walk, cut_tail, prepare_segment
-from taskstore.stores.jsonfile.snapshots import check_newest, load
 from taskstore.stores.retry import Contention
 
 _REOPEN = "close it and open it again"
@@ -400,7 +398,4 @@ class Writer:
             with contextlib.suppress(OSError):
                 self.disk.remove_all([temporary])
         self.last = Position(0)
-        self.index = None  # until it is whole: an interrupt leaves none rather than a half of one
-        index = Index()
-        index.learn(snapshot)
-        self.index = index
+        self.index = None

@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain
-from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -14,7 +13,7 @@ import sqlalchemy as sa
 
 from taskstore.codec import check_nesting, checksum, encode_record
 from taskstore.errors import ConflictError, CorruptStoreError
-from taskstore.journal import SetAside, Snapshot, validated_snapshot
+from taskstore.journal import SetAside, Snapshot, snapshot_of, validated_snapshot
 from taskstore.records import TaskRecord
 from taskstore.stores.sql.commits import insert_row, too_new
 from taskstore.stores.sql.dialects import Database
@@ -103,7 +102,7 @@ def load(transactions: Transactions) -> Snapshot:
         head = read_head(session, sql)
         aside = read_set_aside(session, sql)
         rows = map(record_of, scan_tasks(session, sql))
-        return _snapshot(head.head_seq, head.last_at, chain(aside, rows))
+        return snapshot_of(head.head_seq, head.last_at, chain(aside, rows))
 
     return transactions.read(work, one_moment=True)
 
@@ -126,18 +125,7 @@ def read_marked(session: Session, sql: Statements, mark: Mark, location: str) ->
 
     Raises :class:`~taskstore.CorruptStoreError` for a chunk that is missing or damaged.
     """
-    return _snapshot(mark.seq, mark.at, _read_chunks(session, sql, mark, location))
-
-
-def _snapshot(seq: int, at: int, items: Iterable[TaskRecord | SetAside]) -> Snapshot:
-    records: dict[str, TaskRecord] = {}
-    aside: list[SetAside] = []
-    for item in items:
-        if isinstance(item, TaskRecord):
-            records[item.task_id] = item
-        else:
-            aside.append(item)
-    return Snapshot(seq, MappingProxyType(records), at, tuple(aside))
+    return snapshot_of(mark.seq, mark.at, _read_chunks(session, sql, mark, location))
 
 
 def _read_chunks(

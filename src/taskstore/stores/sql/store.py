@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from taskstore.policy import CompactionPolicy, CompactionReport
 from taskstore.query import Page, TaskQuery
 from taskstore.records import MAX_INT
 from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport
-from taskstore.stores.feed import IDLE_S, Feed, Watch
+from taskstore.stores.feed import IDLE_S, Feed, PollingWatch, Watch
 from taskstore.stores.retry import RECONNECT_S
 from taskstore.stores.sql import compaction, snapshots
 from taskstore.stores.sql.commits import commit
@@ -30,8 +31,8 @@ from taskstore.stores.sql.query import answer
 from taskstore.stores.sql.rows import Head, entry_of
 from taskstore.stores.sql.transactions import ConnectionPool, Transactions
 from taskstore.stores.sql.verify import verify
-from taskstore.stores.sql.watches import DataVersionWatch, ListeningWatch, polling_watch
-from taskstore.validation import check_key
+from taskstore.stores.sql.watches import DataVersionWatch, ListeningWatch
+from taskstore.validation import check_key, check_seconds
 
 _WATCHES: dict[str, Callable[[ConnectionPool, Callable[[], int]], Watch]] = {
     "sqlite": DataVersionWatch,
@@ -196,10 +197,10 @@ class SQLStore(TaskRegistryStore):
 
     def _new_feed(self) -> Feed:
         database = self._database
-        watch = _WATCHES.get(database.engine.dialect.name, polling_watch)
+        watch = _WATCHES.get(database.engine.dialect.name)
         return Feed(
             self.head,
-            partial(watch, self._pool, self.head),
+            partial(watch, self._pool, self.head) if watch else partial(PollingWatch, self.head),
             self.location,
             # A connection of a host's pool is not kept when no call waits.
             idle_s=IDLE_S if database.owned else 0.0,
@@ -245,5 +246,4 @@ def open_sql(
 
 def _check_options(durability: str, migrate: str, reconnect_s: float) -> None:
     check_options(durability, migrate)
-    if not isinstance(reconnect_s, (int, float)) or not reconnect_s >= 0:
-        raise ValidationError("reconnect_s", f"must be seconds, not {reconnect_s!r}")
+    check_seconds("reconnect_s", reconnect_s, 0, math.inf)

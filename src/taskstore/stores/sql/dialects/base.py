@@ -29,7 +29,6 @@ LOCK_WAIT_S = 15
 """How long one attempt waits for the lock of the writers, in seconds: after the second,
 the caller has seen whether they make progress."""
 
-
 _PLACE = ("host", "port", "unix_socket")
 
 

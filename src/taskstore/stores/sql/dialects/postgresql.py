@@ -18,7 +18,6 @@ from taskstore.stores.sql.statements import Statements
 _CHANNEL = "taskstore_"
 _KEY = "hashtextextended({}, 0)"
 
-
 _HOLDERS = """
 SELECT DISTINCT held.pid, who.application_name, host(who.client_addr), who.state,
     extract(epoch FROM clock_timestamp() - who.xact_start)::int
@@ -51,8 +50,9 @@ class PostgreSQLStatements(Statements):
         )
         return self._claim_giving(notified)
 
-    be_heard = f"SELECT pg_try_advisory_lock_shared({_KEY.format('%s')})"
-    """Let writers know that somebody listens; parameter: the channel."""
+    be_heard = f"SELECT pg_advisory_lock_shared({_KEY.format('%s')})"
+    """Let writers know that somebody listens, waiting for the one who commits just now;
+    parameter: the channel."""
     be_quiet = f"SELECT pg_advisory_unlock_shared({_KEY.format('%s')})"
     """The opposite; parameter: the channel."""
 
