@@ -67,6 +67,7 @@ soak: $(dev)
 	  $(python) -m pytest -n 3 --dist load tests/crash $(PYTEST_ARGS)
 
 bench: $(dev)
+	$(python) benchmarks/lone.py
 	$(python) benchmarks/growth.py
 	$(python) benchmarks/contention.py
 	$(python) benchmarks/feeds.py

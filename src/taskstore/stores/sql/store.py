@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from taskstore.stores.sql.rows import Head, entry_of
 from taskstore.stores.sql.transactions import ConnectionPool, Transactions
 from taskstore.stores.sql.verify import verify
 from taskstore.stores.sql.watches import DataVersionWatch, ListeningWatch
-from taskstore.validation import check_key, check_seconds
+from taskstore.validation import check_key
 
 _WATCHES: dict[str, Callable[[ConnectionPool, Callable[[], int]], Watch]] = {
     "sqlite": DataVersionWatch,
@@ -246,4 +245,5 @@ def open_sql(
 
 def _check_options(durability: str, migrate: str, reconnect_s: float) -> None:
     check_options(durability, migrate)
-    check_seconds("reconnect_s", reconnect_s, 0, math.inf)
+    if not isinstance(reconnect_s, (int, float)) or not reconnect_s >= 0:
+        raise ValidationError("reconnect_s", f"must be seconds, not {reconnect_s!r}")
