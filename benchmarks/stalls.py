@@ -32,7 +32,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from taskstore import CompactionPolicy, Compactor, Put, Snapshot, compact, creation, open_store
+from taskstore import CompactionPolicy, Compactor, Put, Snapshot, compact, lifecycle, open_store
 from taskstore.aio import AsyncTaskRegistry
 from taskstore.clock import new_task_id
 
@@ -44,7 +44,7 @@ FULL = CompactionPolicy(force=True, history_s=0, history_entries=0)
 def new_puts(store: Any, first: int, count: int) -> list[Put]:
     return [
         Put(
-            creation.new_record(
+            lifecycle.new_record(
                 now=store.clock(),
                 task_id=new_task_id(),
                 runtime="cli",

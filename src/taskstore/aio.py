@@ -31,9 +31,8 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from taskstore import history
 from taskstore.backends import default_url, open_store
-from taskstore.batch import Batch
 from taskstore.clock import Clock
-from taskstore.committer import Operation
+from taskstore.committer import Batch, Operation
 from taskstore.errors import StoreClosedError, TaskStoreError
 from taskstore.following import Follower
 from taskstore.hooks import Hook, Hooks

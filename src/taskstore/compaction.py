@@ -9,7 +9,7 @@ from typing import Self
 from msgspec.structs import replace
 
 from taskstore.errors import StoreBusyError, StoreClosedError, UnsupportedError
-from taskstore.hooks import Event, Restored
+from taskstore.hooks import Deleted, Event, Restored
 from taskstore.policy import CompactionPolicy, CompactionReport, JournalStats
 from taskstore.store import SupportsCompaction, TaskRegistryStore
 
@@ -40,8 +40,8 @@ def compact(
 class Compactor:
     """A hook that compacts a store in a thread of its own when it is due.
 
-    ``registry.hooks.add(Compactor(registry.store))``: it counts what goes by,
-    and asks the store when one may be due; writers are not held up.  ``runs`` counts the
+    ``registry.hooks.add(Compactor(registry.store))``: it counts what goes by
+    and asks the policy; writers are not held up.  ``runs`` counts the
     compactions done, ``failures`` those that raised (they are logged, and
     tried again at the next event that finds one due); ``last_report`` is the
     newest :class:`CompactionReport` or ``None``.  Close it before the store.
@@ -56,22 +56,31 @@ class Compactor:
         self._thread: threading.Thread | None = None
         self._closed = False
         self._entries = 0
+        self._records = 0
         self._oldest_at: int | None = None
         self.runs = 0
         self.failures = 0
         self.last_report: CompactionReport | None = None
 
     def __call__(self, event: Event) -> None:
-        """Count an event, and start compacting when that may make it due."""
+        """Count an event, and start compacting when that makes it due."""
         with self._lock:
             if isinstance(event, Restored):
+                # How much came since the last snapshot, the store knows best.
+                self._records = event.count
                 self._start()
                 return
             self._entries += 1
             self._oldest_at = self._oldest_at or event.at
-            # How many records there are, and what they weigh, the store knows best.
+            if isinstance(event, Deleted):
+                self._records -= 1
+            elif event.previous is None:
+                self._records += 1
             stats = JournalStats(
-                entries=self._entries, records=0, now=event.at, oldest_at=self._oldest_at
+                entries=self._entries,
+                records=max(self._records, 0),
+                now=event.at,
+                oldest_at=self._oldest_at,
             )
             if self._policy.due(stats) is not None:
                 self._start()

@@ -15,6 +15,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import groupby
@@ -388,8 +389,15 @@ class Staging(Lookups):
         return heapq.merge(under, staged, key=lambda record: record.sort_key, reverse=True)
 
     def summary(self) -> Summary:
-        """Count the records as they would be, looking at each."""
-        return Summary.of(self.select(TaskQuery()), self._under.summary().seq)
+        """Count the records as they would be."""
+        under = self._under.summary()
+        statuses, runtimes = Counter(under.by_status), Counter(under.by_runtime)
+        for task_id, after in self._over.items():
+            for record, step in ((self._under.get(task_id), -1), (after, 1)):
+                if record is not None:
+                    statuses[str(record.status)] += step
+                    runtimes[record.runtime] += step
+        return Summary.of(+statuses, +runtimes, under.seq)
 
     def create(self, record: TaskRecord, key: DedupKey | None) -> TaskRecord:
         """Stage a new task that claims a dedup key; raises :class:`ConflictError` if its id is
@@ -457,6 +465,7 @@ def _whole_commits(page: Sequence[JournalEntry]) -> Sequence[JournalEntry]:
     return page[:end] or page
 
 
+_pausing = threading.Lock()
 _turned_off = False
 
 
@@ -465,25 +474,32 @@ def collector_paused() -> Iterator[None]:
     """Leave Python's garbage collector off in the body of a ``with``: many records are made there.
 
     It would look again and again for cycles among objects that cannot have
-    any, and each of its great looks holds up every other thread.  Where pauses
-    overlap, the one that turned it off turns it on again at its end.
+    any, and each of its great looks holds up every other thread.  A pause
+    that begins during another one changes nothing: the first turns the
+    collector off, and on again at its end.
     """
     global _turned_off  # noqa: PLW0603 - the collector is one for the whole process
-    was_on = gc.isenabled()
+    first = _pausing.acquire(blocking=False)
     try:
-        _turned_off = _turned_off or was_on
-        gc.disable()
+        if first and gc.isenabled():
+            _turned_off = True
+            gc.disable()
         yield
     finally:
-        if was_on:
-            gc.enable()
-            _turned_off = False
+        if first:
+            if _turned_off:
+                gc.enable()
+                _turned_off = False
+            _pausing.release()
 
 
 def end_pause() -> None:
-    """Turn the collector on again in a forked child: the thread that would do it is not there."""
+    """End the pause of another thread, which is not there in a forked child."""
+    global _pausing, _turned_off  # noqa: PLW0603
+    _pausing = threading.Lock()
     if _turned_off:
         gc.enable()
+        _turned_off = False
 
 
 if hasattr(os, "register_at_fork"):

@@ -148,14 +148,13 @@ class Summary(Struct, frozen=True, kw_only=True):
         return sum(self.by_status.get(status, 0) for status in ACTIVE_STATUSES)
 
     @classmethod
-    def of(cls, records: Iterable[TaskRecord], seq: int) -> Self:
-        """Count records."""
-        statuses, runtimes = Counter[str](), Counter[str]()
-        for record in records:
-            statuses[str(record.status)] += 1
-            runtimes[record.runtime] += 1
+    def of(cls, by_status: Counter[str], by_runtime: Counter[str], seq: int) -> Self:
+        """The summary of records that were counted."""
         return cls(
-            total=statuses.total(), by_status=dict(statuses), by_runtime=dict(runtimes), seq=seq
+            total=by_status.total(),
+            by_status=dict(by_status),
+            by_runtime=dict(by_runtime),
+            seq=seq,
         )
 
 

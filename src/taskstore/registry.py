@@ -12,9 +12,8 @@ from typing import Any, Self, TypeVar
 
 from taskstore import history
 from taskstore.backends import default_url, open_store
-from taskstore.batch import Batch
 from taskstore.clock import Clock
-from taskstore.committer import Committer, Operation
+from taskstore.committer import Batch, Committer, Operation
 from taskstore.errors import StoreClosedError, ValidationError
 from taskstore.following import Follower
 from taskstore.hooks import Hook, Hooks

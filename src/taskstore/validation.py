@@ -100,7 +100,7 @@ def check_seconds(field: str, value: object, least: float, most: float) -> float
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValidationError(field, f"must be seconds, not {type(value).__name__}")
     if not least <= value <= most:
-        raise ValidationError(field, f"must be seconds from {least:g} to {most:g}, not {value}")
+        raise ValidationError(field, f"must be seconds from {least} to {most:.0f}, not {value}")
     return value
 
 

@@ -17,7 +17,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from msgspec import Struct
 
-from taskstore import creation, leases, lifecycle
+from taskstore import leases, lifecycle
 from taskstore.clock import Clock, new_task_id
 from taskstore.errors import Conflict, ConflictError, TaskNotFound
 from taskstore.journal import dedup_key
@@ -55,7 +55,7 @@ class Create(Struct, frozen=True):
         holder = None if key is None else staging.holder(key)
         if holder is None:
             return staging.create(record, key)
-        return staging.update(holder, creation.attach(holder, record))
+        return staging.update(holder, lifecycle.attach(holder, record))
 
 
 class Change(Struct, frozen=True):
@@ -429,7 +429,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         Raises :class:`ValidationError`, and :class:`ConflictError` if
         ``task_id`` is or was in use.
         """
-        record = creation.new_record(
+        record = lifecycle.new_record(
             now=self._now(),
             task_id=new_task_id() if task_id is None else task_id,
             runtime=runtime,

@@ -10,7 +10,7 @@ import signal
 import pytest
 from jsonfiles import FOLD, names, output_of, segments, state_of
 
-from taskstore import OutcomeUnknownError, StoreUnavailableError
+from taskstore import ConflictError, OutcomeUnknownError, Put, StoreUnavailableError
 from taskstore.disk import Disk
 from taskstore.journal import Snapshot
 from taskstore.testing.factories import create, make_put, make_record, update
@@ -41,6 +41,20 @@ class Failing(Disk):
     def publish(self, temporary, path) -> None:
         super().publish(temporary, path)
         self.check(f"published {path.name.partition('-')[0]}")
+
+
+class InterruptedAtTheEnd(Disk):
+    """Interrupts, once it is ``armed``, who clears up after a snapshot that is published."""
+
+    armed = False
+
+    def remove_all(self, paths) -> None:
+        paths = list(paths)
+        super().remove_all(paths)
+        if self.armed and any(
+            path.suffix == ".tmp" and path.with_suffix("").exists() for path in paths
+        ):
+            raise KeyboardInterrupt
 
 
 EIO = OSError(errno.EIO, os.strerror(errno.EIO))
@@ -209,6 +223,22 @@ def test_an_interrupted_commit_is_taken_back(directory, open_):
     disk.fails = {}
     assert without(state_of(directory)) == without(before)
     update(store, task)
+    assert store.verify().ok
+
+
+def test_an_interrupt_after_the_content_was_replaced(open_):
+    """What the writer knew of the content before is of no use any more."""
+    disk = InterruptedAtTheEnd()
+    store = open_(disk=disk)
+    gone = create(store)
+    there = make_record()
+    disk.armed = True
+    with pytest.raises(KeyboardInterrupt):
+        store.save_snapshot(Snapshot(50, {there.task_id: there}))
+    disk.armed = False
+    with pytest.raises(ConflictError):
+        store.apply([Put(there)])
+    store.apply([Put(make_record(task_id=gone.task_id))])
     assert store.verify().ok
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import astuple
 
-from taskstore import creation, leases, lifecycle
+from taskstore import leases, lifecycle
 from taskstore.errors import ConflictError, InvalidTransition, ValidationError
 from taskstore.records import (
     ERROR_BYTES,
@@ -119,7 +119,7 @@ def test_what_comes_of_a_valid_record_is_valid(verb, data):
 @given(data=st.data())
 def test_what_a_repeated_create_leaves_is_valid(data):
     asked = data.draw(records())
-    check_mutation(lambda record: creation.attach(record, asked), data)
+    check_mutation(lambda record: lifecycle.attach(record, asked), data)
 
 
 def check_mutation(mutation, data):
@@ -147,7 +147,7 @@ def test_what_is_born_is_valid(data):
         (born if strange in BIRTH else fields)[strange] = data.draw(anything)
     refused = None
     try:
-        record = creation.new_record(now=data.draw(times()), fields=fields, **born)
+        record = lifecycle.new_record(now=data.draw(times()), fields=fields, **born)
     except ValidationError as error:
         refused = error.field
     if refused is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -19,7 +20,7 @@ from taskstore import (
 )
 from taskstore.clock import new_task_id
 from taskstore.committer import CommitQueue
-from taskstore.creation import new_record
+from taskstore.lifecycle import new_record
 from taskstore.mirror import collector_paused
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 from taskstore.testing.threads import until
@@ -301,6 +302,29 @@ def test_a_child_forked_while_the_collector_is_paused_has_it_again():
     with collector_paused():
         assert not gc.isenabled()
         assert status_of_child(lambda: 0 if gc.isenabled() else 1) == 0
+    assert gc.isenabled()
+
+
+def test_pauses_of_several_threads_leave_the_collector_as_it_was():
+    def pause(pauses):
+        for _ in range(pauses):
+            with collector_paused():
+                pass
+
+    with collector_paused():
+        pause(1)
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    threads = [threading.Thread(target=pause, args=(20_000,)) for _ in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
     assert gc.isenabled()
 
 

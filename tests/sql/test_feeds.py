@@ -38,7 +38,6 @@ def listeners(url):
     with psycopg.connect(url.replace("+psycopg", ""), autocommit=True) as raw:
         [count] = raw.execute(
             "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ShareLock'"
-            " AND granted"
             " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
         ).fetchone()
     return count

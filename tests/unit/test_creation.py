@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import asdict
 
-from taskstore import creation
+from taskstore import lifecycle
 from taskstore.errors import ValidationError
 from taskstore.records import (
     TERMINAL_STATUSES,
@@ -23,7 +23,7 @@ S = TaskStatus
 def new(**fields):
     known = {"task_id": "t", "runtime": "cli", "task": "do it", "status": "queued"}
     main = {name: fields.pop(name, value) for name, value in known.items()}
-    return creation.new_record(now=NOW, fields=fields, **main)
+    return lifecycle.new_record(now=NOW, fields=fields, **main)
 
 
 def test_a_new_system_task():
@@ -106,7 +106,7 @@ SCOPE = {
 
 def test_the_booking_is_the_scope():
     record = new(**SCOPE)
-    assert record.booking == creation.run_digest(record)
+    assert record.booking == lifecycle.run_digest(record)
     assert len(record.booking) == 32
     same = new(**SCOPE, task_id="other", source_id="x", agent_id="a", metadata={"a": 1})
     assert same.booking == record.booking
@@ -143,7 +143,7 @@ def test_attach_fills_what_was_missing():
         requester_origin=DeliveryContext(to="Ann"),
         metadata={"a": 1},
     )
-    filled = creation.attach(existing, asked)
+    filled = lifecycle.attach(existing, asked)
     assert (filled.owner_key, filled.agent_id, filled.source_id) == ("o", "a", "s")
     assert (filled.cleanup_after, filled.progress_summary) == (99_000, "x")
     assert filled.requester_origin == DeliveryContext(to="Ann")
@@ -153,20 +153,20 @@ def test_attach_fills_what_was_missing():
     assert {k: v for k, v in asdict(filled).items() if k in unchanged} == {
         k: v for k, v in asdict(existing).items() if k in unchanged
     }
-    assert creation.attach(filled, asked) is filled
+    assert lifecycle.attach(filled, asked) is filled
 
 
 def test_attach_does_not_merge_metadata():
     existing = new(run_id="r", metadata={"a": 1})
-    assert creation.attach(existing, new(run_id="r", metadata={"b": 1})) is existing
+    assert lifecycle.attach(existing, new(run_id="r", metadata={"b": 1})) is existing
 
 
 @pytest.mark.parametrize("status", sorted(TERMINAL_STATUSES))
 def test_attach_leaves_the_ended_alone(status):
     ended = make_record(status=status, run_id="r")
-    assert creation.attach(ended, new(source_id="s")) is ended
+    assert lifecycle.attach(ended, new(source_id="s")) is ended
 
 
 def test_attach_leaves_what_holds():
     existing = new(run_id="r")
-    assert creation.attach(existing, new(run_id="r", task_id="other")) is existing
+    assert lifecycle.attach(existing, new(run_id="r", task_id="other")) is existing

@@ -10,7 +10,8 @@ compare-and-set is what makes them hold against other writers.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
@@ -138,13 +139,12 @@ def count(store: TaskRegistryStore) -> Summary:
 
     Tasks created while counting are not counted; ``seq`` is where it began.
     """
-    first = ask(store, TaskQuery(limit=PAGE_RECORDS))
-
-    def records() -> Iterator[TaskRecord]:
-        page = first
-        yield from page
-        while page.next_cursor is not None:
-            page = ask(store, TaskQuery(limit=PAGE_RECORDS, after=page.next_cursor))
-            yield from page
-
-    return Summary.of(records(), first.seq)
+    statuses, runtimes = Counter[str](), Counter[str]()
+    page = ask(store, TaskQuery(limit=PAGE_RECORDS))
+    seq = page.seq
+    while True:
+        statuses.update(str(record.status) for record in page)
+        runtimes.update(record.runtime for record in page)
+        if page.next_cursor is None:
+            return Summary.of(statuses, runtimes, seq)
+        page = ask(store, TaskQuery(limit=PAGE_RECORDS, after=page.next_cursor))

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple, TextIO
 
 import typer
 
-from taskstore import creation, lifecycle
+from taskstore import lifecycle
 from taskstore.backends import open_store
 from taskstore.cli import ledger, render
 from taskstore.cli.child import TIMEOUT, forwarded_signals, running
@@ -164,7 +164,7 @@ def new_command_record(command: Sequence[str], **fields: Any) -> TaskRecord:
     metadata: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname(), "cwd": cwd}
     if sum(2 * len(word.encode()) + 8 for word in argv) < METADATA_BYTES // 2:
         metadata["argv"] = argv
-    return creation.new_record(
+    return lifecycle.new_record(
         now=system_clock(),
         task_id=new_task_id(),
         runtime=RUNTIME,

@@ -9,8 +9,8 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from taskstore.clock import new_task_id
-from taskstore.creation import run_digest
 from taskstore.journal import Change, EntryKind, Put, Remove, Snapshot
+from taskstore.lifecycle import run_digest
 from taskstore.records import TaskRecord, TaskStatus
 from taskstore.store import TaskRegistryStore
 from taskstore.validation import encode_metadata

@@ -29,6 +29,7 @@ from taskstore.stores.jsonfile.locks import read_generation
 from taskstore.stores.jsonfile.segments import Found, Walk, lines_of, torn
 
 _T = TypeVar("_T")
+_SPARSE_BYTES = 256 * 1024
 _PLACES = 1024
 _APPENDING_S = 0.01
 _seq_of = operator.attrgetter("seq")
@@ -109,8 +110,8 @@ class Reader:
             self._forget()
             known = self._nearest(layout, MAX_INT)
         walk = Walk(layout, known)
-        for _ in walk:
-            pass
+        for found in walk:
+            self._note(found, walk.place)
         self._remember(walk.place)
         return walk.place
 
@@ -140,6 +141,7 @@ class Reader:
         walk = Walk(layout, place)
         for found in walk:
             before, place, line = place, walk.place, found.line
+            self._note(found, place)
             begin = max(after + 1 - line.seq, 0)
             entries += [
                 journal_entry(line, index, found.where, strict=self.strict)
@@ -176,6 +178,11 @@ class Reader:
         there = place.first in [segment.first for segment in layout.segments]
         # At a boundary the start of the later segment is as good.
         return place if there and place.first >= best.first and place.seq >= best.seq else best
+
+    def _note(self, found: Found, place: Place) -> None:
+        """Remember a place in every quarter of a megabyte."""
+        if found.offset // _SPARSE_BYTES != place.offset // _SPARSE_BYTES:
+            self._remember(place)
 
     def _remember(self, *places: Place) -> None:
         """Remember where to read on; when there are too many places, every other one goes."""

@@ -387,6 +387,8 @@ class Writer:
         try:
             segment = self.directory / segment_name(snapshot.seq + 1)
             begun = prepare_segment(self.disk, segment, identity, at=at, base=True)
+            # Of no use from here on, whatever interrupts.
+            self.last, self.index, self.loaded = Position(0), None, None
             with self._refusing("replacing the content"), self._lock.changing():
                 self.disk.publish(begun, segment)
                 self.disk.publish(temporary, path)
@@ -397,5 +399,3 @@ class Writer:
         finally:
             with contextlib.suppress(OSError):
                 self.disk.remove_all([temporary])
-        self.last = Position(0)
-        self.index = None

@@ -75,7 +75,7 @@ def release(path: str, library: str) -> None:
     """Note that a store has closed a file."""
     with _opening:
         _open_files[path, library] -= 1
-        if not _open_files[path, library]:
+        if _open_files[path, library] <= 0:
             del _open_files[path, library]
 
 

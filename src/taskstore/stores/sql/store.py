@@ -47,7 +47,8 @@ class SQLStore(TaskRegistryStore):
     borrowed for each call and given back as it was, and :meth:`close` does
     not dispose of it.  Its pool has to have a connection for every thread
     that calls.  To open a URL with an engine of our own, use
-    ``taskstore.open_store``.  ``strict`` makes a load raise
+    ``taskstore.open_store``: it passes a ``Database``, which has its
+    own durability and access.  ``strict`` makes a load raise
     :class:`~taskstore.CorruptStoreError` for the first record that does not
     decode, instead of setting it aside.  ``reconnect_s`` is how long a server
     may be away, in seconds, before callers get

@@ -50,8 +50,8 @@ class ListeningWatch:
 
     While it listens it holds an advisory lock, by which a writer sees that a
     notification is wanted: see ``PostgreSQLStatements``.  A writer whose
-    transaction began before says nothing: the lock is waited for until that
-    has ended, and the head is looked at after.
+    transaction began before the lock was got says nothing, so the head is
+    polled until then, and looked at once more after.
     """
 
     def __init__(self, pool: ConnectionPool, head: Callable[[], int]) -> None:
@@ -62,9 +62,9 @@ class ListeningWatch:
         self._generation = self._database.generation
         self._session = pool.acquire()
         self._channel = ""
-        # Whether writers commit without our hearing of it, whether somebody else has
-        # told of a commit, and whether anybody has.
-        self._deaf = self._heard = self._told = False
+        # Whether we hold the lock, whether writers commit without our hearing of it,
+        # whether somebody else has told of a commit, and whether anybody has.
+        self._locked = self._deaf = self._heard = self._told = False
         self._seen: int | None = None
         self._naps = Backoff(SHORTEST_NAP_S, LONGEST_NAP_S)
         self._due_at = 0.0
@@ -86,7 +86,6 @@ class ListeningWatch:
         # answer: without a handler it would be gone.
         session.raw.add_notify_handler(self._on_note)
         session.execute(f'LISTEN "{self._channel}"')
-        session.row(self._sql.be_heard, (self._channel,))
         for end in (self._hearing, self._waking):
             end.settimeout(0)
         self._selector.register(self._hearing, selectors.EVENT_READ)
@@ -111,17 +110,21 @@ class ListeningWatch:
         return self._look()
 
     def _look(self) -> int:
+        session, locked = self._session, self._locked
+        if not locked:
+            [self._locked] = session.row(self._sql.be_heard, (self._channel,))
         told, self._told, self._heard = self._told, False, False
-        row = self._session.row(self._sql.head)
+        row = session.row(self._sql.head)
         if row is None:
             raise WatchBrokenError
         head = Head(*row).head_seq
         if self._seen is not None and head != self._seen:
             self._naps.reset()
             # Somebody has committed whom we cannot hear.
-            self._deaf = self._deaf or not (told or self._told)
+            self._deaf = self._deaf or (locked and not told and not self._told)
         self._seen = head
-        self._due_at = time.monotonic() + (self._naps.next_s() if self._deaf else SAFETY_S)
+        period = SAFETY_S if self._locked and not self._deaf else self._naps.next_s()
+        self._due_at = time.monotonic() + period
         return head
 
     def pause(self, seconds: float) -> None:
@@ -150,7 +153,8 @@ class ListeningWatch:
             try:
                 self._session.raw.remove_notify_handler(self._on_note)
                 self._session.execute(f'UNLISTEN "{self._channel}"')
-                self._session.row(self._sql.be_quiet, (self._channel,))
+                if self._locked:
+                    self._session.row(self._sql.be_quiet, (self._channel,))
             except Exception:  # noqa: BLE001 - whatever a broken driver raises
                 broken = True
         self._selector.close()

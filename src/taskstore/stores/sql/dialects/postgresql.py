@@ -50,9 +50,8 @@ class PostgreSQLStatements(Statements):
         )
         return self._claim_giving(notified)
 
-    be_heard = f"SELECT pg_advisory_lock_shared({_KEY.format('%s')})"
-    """Let writers know that somebody listens, waiting for the one who commits just now;
-    parameter: the channel."""
+    be_heard = f"SELECT pg_try_advisory_lock_shared({_KEY.format('%s')})"
+    """Let writers know that somebody listens; parameter: the channel."""
     be_quiet = f"SELECT pg_advisory_unlock_shared({_KEY.format('%s')})"
     """The opposite; parameter: the channel."""
 
