@@ -57,9 +57,12 @@ def test_a_directory_that_was_replaced(pair, tmp_path):
     with JSONStore(tmp_path / "other") as other:
         other.apply([make_put() for _ in range(5)])
 
+    # A copy that is only half there would be told as damage.
+    shutil.copytree(tmp_path / "other", tmp_path / "copy")
+
     def change():
         (tmp_path / "ledger").rename(tmp_path / "away")
-        shutil.copytree(tmp_path / "other", tmp_path / "ledger")
+        (tmp_path / "copy").rename(tmp_path / "ledger")
 
     # In between there may be nothing there at all, which is told.
     try:
