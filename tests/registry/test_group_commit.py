@@ -299,9 +299,14 @@ def test_a_child_forked_while_an_id_is_drawn_draws_its_own():
 
 
 def test_a_child_forked_while_the_collector_is_paused_has_it_again():
+    def pausing():
+        with collector_paused():
+            return int(gc.isenabled())
+
     with collector_paused():
         assert not gc.isenabled()
         assert status_of_child(lambda: 0 if gc.isenabled() else 1) == 0
+        assert status_of_child(pausing) == 0
     assert gc.isenabled()
 
 
