@@ -23,8 +23,8 @@ from pathlib import Path
 from taskstore import TaskRegistry
 
 NUMBERS = itertools.count(1)
-LINE = b"x" * 639 + b"\n"
-"""As long as the line of one `create` in the journal of a JSON ledger."""
+LINE = b"x" * 611 + b"\n"
+"""About as long as the line of one `create` here in the journal of a JSON ledger."""
 
 
 @contextmanager

@@ -6,7 +6,7 @@ commits what has come together, all at once.
 
 An operation is a function over a :class:`~taskstore.mirror.Staging`: it
 looks records up and stages changes.  It holds no state of its own, so that
-it can run again over fresher records when another writer was faster.
+it can run again over fresher records when another writer was faster; a batch is several as one.
 
 One rule for interrupts, such as Ctrl-C: the change of an interrupted caller
 is done or not done, and memory is loaded anew before its next use.

@@ -64,7 +64,7 @@ _A_PUT = Put(
 def put_valid(record: TaskRecord) -> Put:
     """The :class:`Put` of a record that is known to be valid, without looking at it again.
 
-    That is so for what :mod:`~taskstore.lifecycle`, :mod:`~taskstore.lifecycle`
+    That is so for what :mod:`~taskstore.lifecycle`
     and :mod:`~taskstore.leases` make: they check what they are given.
     """
     put: Put = _A_PUT.__copy__()  # type: ignore[attr-defined]  # msgspec's stubs leave it out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -71,3 +72,12 @@ class Ticker:
 @pytest.fixture
 def ticker() -> Ticker:
     return Ticker()
+
+
+@pytest.fixture
+def threads_change_often() -> Iterator[None]:
+    """Let Python change threads a thousand times as often: a race comes up at once."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 
@@ -23,7 +22,7 @@ from taskstore import (
 )
 from taskstore.aio import AsyncTaskRegistry
 from taskstore.stores.memory import MemoryStorage, MemoryStore
-from taskstore.testing.threads import until
+from taskstore.testing.threads import run_together, until
 
 PATIENCE_S = 10.0
 
@@ -156,24 +155,9 @@ def test_following_in_asyncio(open_ledger):
     asyncio.run(main())
 
 
-def test_two_that_follow_at_once_start_one_thread(open_ledger):
+def test_two_that_follow_at_once_start_one_thread(open_ledger, threads_change_often):
     registry, followers = open_ledger(), []
-    gate = threading.Barrier(8)
-
-    def follow():
-        gate.wait()
-        followers.append(registry.follow())
-
-    threads = [threading.Thread(target=follow) for _ in range(8)]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    run_together(*[lambda: followers.append(registry.follow())] * 8)
     assert len(set(map(id, followers))) == 1
 
 

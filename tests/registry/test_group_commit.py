@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import sys
 import threading
 import time
 
@@ -23,7 +22,7 @@ from taskstore.committer import CommitQueue
 from taskstore.lifecycle import new_record
 from taskstore.mirror import collector_paused
 from taskstore.stores.memory import MemoryStorage, MemoryStore
-from taskstore.testing.threads import until
+from taskstore.testing.threads import run_together, until
 from taskstore.verbs import Create
 
 
@@ -310,7 +309,7 @@ def test_a_child_forked_while_the_collector_is_paused_has_it_again():
     assert gc.isenabled()
 
 
-def test_pauses_of_several_threads_leave_the_collector_as_it_was():
+def test_pauses_of_several_threads_leave_the_collector_as_it_was(threads_change_often):
     def pause(pauses):
         for _ in range(pauses):
             with collector_paused():
@@ -320,16 +319,7 @@ def test_pauses_of_several_threads_leave_the_collector_as_it_was():
         pause(1)
         assert not gc.isenabled()
     assert gc.isenabled()
-    threads = [threading.Thread(target=pause, args=(20_000,)) for _ in range(4)]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    run_together(*[lambda: pause(20_000)] * 4)
     assert gc.isenabled()
 
 

@@ -1,4 +1,4 @@
-"""A child process that is passed through and ended as a whole.
+"""A child process that is passed through and ended as a whole, and the last line it printed.
 
 The command runs in a session of its own, so that it and what it starts can
 be ended together.  It is over when it has exited and no process holds its

@@ -143,13 +143,12 @@ def load(layout: Layout, *, strict: bool, index: Index | None = None) -> tuple[S
             images[entry.task_id] = (entry, where)
             if index is not None and entry.kind is EntryKind.DELETED:
                 index.deleted[entry.task_id] = found.line.seq
-    if images and aside:
-        aside = [
-            item
-            for item in aside
-            if not (last := images.get(item.task_id or ""))
-            or not item.goes_with(last[0].task_id, last[0].kind)
-        ]
+
+    def is_obsolete(item: SetAside) -> bool:
+        last = images.get(item.task_id or "")
+        return last is not None and item.goes_with(last[0].task_id, last[0].kind)
+
+    aside = [item for item in aside if not is_obsolete(item)]
     for task_id, (entry, where) in images.items():
         if entry.kind is EntryKind.DELETED:
             records.pop(task_id, None)

@@ -1,4 +1,4 @@
-"""Which files of the directory count: the rule from which everything else follows.
+"""The files of the directory: their names, which of them count, and errors in using them.
 
 - The newest snapshot is the one with the highest seq; its header declares the
   floor.  Publishing a snapshot is what moves the floor; what lies below it is
