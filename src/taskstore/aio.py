@@ -41,7 +41,7 @@ from taskstore.mirror import Lookups
 from taskstore.records import TaskRecord
 from taskstore.registry import LedgerReader
 from taskstore.store import SupportsJournal, TaskRegistryStore
-from taskstore.validation import check_key
+from taskstore.validation import check_key, check_seconds
 from taskstore.verbs import ChangeRun, Plan, Planner, Run, RunScope
 
 P = ParamSpec("P")
@@ -225,7 +225,8 @@ class AsyncTaskRegistry(LedgerReader):
         self._check_open()
         journal = history.journal_of(self._store, "changes")
         tail = history.Tail(journal, self._cursor(after))
-        history.check_wait(wait)
+        if wait is not None:
+            check_seconds("wait", wait, 0, history.LONGEST_S)
         deadline = self._loop.time() + (wait or 0)
         while True:
             self._check_open()

@@ -91,15 +91,10 @@ def changes(
     """
     journal = journal_of(store, "changes")
     tail = Tail(journal, after)
-    check_wait(wait)
-    tail.check()
-    return _follow(journal, tail, wait, check)
-
-
-def check_wait(wait: object) -> None:
-    """Raise :class:`ValidationError` unless ``wait`` is ``None`` or seconds from 0 on."""
     if wait is not None:
         check_seconds("wait", wait, 0, LONGEST_S)
+    tail.check()
+    return _follow(journal, tail, wait, check)
 
 
 def _follow(

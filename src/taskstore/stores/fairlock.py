@@ -23,6 +23,7 @@ PATIENCE_S = 0.25
 
 _PAUSE_S = 0.0002
 _LONGEST_PAUSE_S = 0.01
+_AGE_S = 0.003  # after so long, a waiter polls twice as often as a newcomer
 
 
 class FairLock:
@@ -51,9 +52,11 @@ class FairLock:
                     return True
                 if waited >= timeout_s:
                     return False
-                # A waiter polls no less often than a newcomer, or it would starve; only where
-                # the lock is held for longer than commits take does polling become rare.
-                pause = max(_PAUSE_S, min((waited - PATIENCE_S) / 100, _LONGEST_PAUSE_S))
+                # The longer a waiter has waited, the more often it polls, so that newcomers
+                # seldom pass it; only where the lock is held for longer than commits take
+                # does polling become rare.
+                eager = _PAUSE_S / (1 + min(waited, 7 * _AGE_S) / _AGE_S)
+                pause = max(eager, min((waited - PATIENCE_S) / 100, _LONGEST_PAUSE_S))
                 jittered = pause * random.uniform(0.5, 1)  # noqa: S311 (jitter)
                 time.sleep(min(jittered, timeout_s - waited))
                 waited = time.monotonic() - started

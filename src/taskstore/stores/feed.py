@@ -35,7 +35,6 @@ CLOSE_S = 1.0
 LONGEST_PAUSE_S = 1.0
 """How long the thread pauses at most between two looks, in seconds."""
 
-SHORTEST_NAP_S = 0.001
 LONGEST_NAP_S = 0.06
 
 
@@ -66,6 +65,11 @@ class Watch(Protocol):
         ...
 
 
+def naps(longest_s: float = LONGEST_NAP_S) -> Backoff:
+    """Pauses between two looks: about half the time that nothing has come."""
+    return Backoff(0.001, longest_s, growth=1.5)
+
+
 class PollingWatch:
     """Asks for the head, ever more rarely.  ``sign``, if given, is something cheap that
     differs whenever the head does; without it the head itself is asked for each time."""
@@ -80,7 +84,7 @@ class PollingWatch:
         self._head = head
         self._sign = sign or head
         self._seen: object = None
-        self._naps = Backoff(SHORTEST_NAP_S, longest_nap_s)
+        self._naps = naps(longest_nap_s)
         self._woken = threading.Event()
 
     def look(self) -> int | None:

@@ -16,11 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from taskstore.errors import (
-    CursorExpiredError,
-    StoreUnavailableError,
-    TaskStoreError,
-)
+from taskstore.errors import CursorExpiredError, StoreUnavailableError, TaskStoreError
 from taskstore.journal import JournalEntry
 from taskstore.records import MAX_INT
 from taskstore.stores.jsonfile.layout import LOCK_NAME, Layout, Place, read_layout, settled

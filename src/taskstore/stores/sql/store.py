@@ -10,11 +10,7 @@ from functools import partial
 import sqlalchemy as sa
 
 from taskstore.backends import check_options
-from taskstore.errors import (
-    CorruptStoreError,
-    CursorExpiredError,
-    ValidationError,
-)
+from taskstore.errors import CorruptStoreError, CursorExpiredError, ValidationError
 from taskstore.journal import Change, Commit, JournalEntry, SetAside, Snapshot
 from taskstore.policy import CompactionPolicy, CompactionReport
 from taskstore.query import Page, TaskQuery

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from taskstore.stores.feed import LONGEST_NAP_S, SHORTEST_NAP_S, PollingWatch, WatchBrokenError
-from taskstore.stores.retry import Backoff
+from taskstore.stores.feed import PollingWatch, WatchBrokenError, naps
 from taskstore.stores.sql.rows import Head
 from taskstore.stores.sql.transactions import ConnectionPool
 
@@ -66,7 +65,7 @@ class ListeningWatch:
         # whether somebody else has told of a commit, and whether anybody has.
         self._locked = self._deaf = self._heard = self._told = False
         self._seen: int | None = None
-        self._naps = Backoff(SHORTEST_NAP_S, LONGEST_NAP_S)
+        self._naps = naps()
         self._due_at = 0.0
         self._hearing, self._waking = socket.socketpair()
         self._selector = selectors.DefaultSelector()
