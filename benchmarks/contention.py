@@ -1,7 +1,7 @@
 """What does it cost to share five tasks with three other processes?
 
 On each ledger one process changes five tasks alone, then four at once, in
-interleaved rounds; see ``taskstore.testing.hammer``.  Prints, for each
+interleaved rounds; see ``taskstore.testing.crash.hammer``.  Prints, for each
 backend, the lone writer's median, and of all at once the median, the slowest
 hundredth, both as medians of the lone writer, and the longest wait; and
 whether revisions and journal add up.  Runs are repeated; medians of runs, and
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from taskstore.testing.hammer import Result, hammer
+from taskstore.testing.crash.hammer import Result, hammer
 from taskstore.testing.servers import MariaDBServer, PostgresServer
 
 

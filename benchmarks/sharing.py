@@ -26,7 +26,7 @@ from typing import Any
 
 from taskstore import Put, TaskRegistry, lifecycle
 from taskstore.aio import AsyncTaskRegistry
-from taskstore.codec import encode_record
+from taskstore.model.codec import encode_record
 from taskstore.testing.scratch import scratch
 
 WORDS = itertools.count(1)
@@ -136,7 +136,7 @@ class Raw:
     """The driver alone: the least that one durable change of a row and a journal takes."""
 
     def __init__(self, path: Path, ledger: Ledger) -> None:
-        from taskstore.stores.sql.sqlite_files import sqlite_module
+        from taskstore.stores.sql.sqlite_library import sqlite_module
 
         self.database = sqlite_module().connect(path, isolation_level=None)
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "wal_autocheckpoint = 4000"):

@@ -34,7 +34,7 @@ from typing import Any
 
 from taskstore import CompactionPolicy, Compactor, Put, Snapshot, compact, lifecycle, open_store
 from taskstore.aio import AsyncTaskRegistry
-from taskstore.clock import new_task_id
+from taskstore.model.ids import new_task_id
 
 COROUTINES = 64
 BATCH = 1_000

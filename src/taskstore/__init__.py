@@ -4,8 +4,6 @@ Open a :class:`TaskRegistry` and record what happens to your tasks; it is
 there after a crash, for other processes, and for whoever asks later.
 """
 
-from taskstore.backends import open_store
-from taskstore.compaction import Compactor, compact
 from taskstore.errors import (
     BackendNotFoundError,
     Conflict,
@@ -25,8 +23,7 @@ from taskstore.errors import (
     UnsupportedError,
     ValidationError,
 )
-from taskstore.hooks import Deleted, Event, Hook, Restored, Upserted
-from taskstore.journal import (
+from taskstore.model.journal import (
     Change,
     ChangeSet,
     Commit,
@@ -39,9 +36,9 @@ from taskstore.journal import (
     Snapshot,
     fold,
 )
-from taskstore.policy import CompactionPolicy, CompactionReport
-from taskstore.query import Page, Summary, TaskQuery
-from taskstore.records import (
+from taskstore.model.policies import CompactionPolicy, CompactionReport
+from taskstore.model.query import Page, Summary, TaskQuery
+from taskstore.model.records import (
     DeliveryContext,
     DeliveryStatus,
     NotifyPolicy,
@@ -50,8 +47,11 @@ from taskstore.records import (
     TaskStatus,
     TerminalOutcome,
 )
-from taskstore.registry import TaskRegistry
-from taskstore.store import (
+from taskstore.registry.compactor import Compactor, compact
+from taskstore.registry.hooks import Deleted, Event, Hook, Restored, Upserted
+from taskstore.registry.registry import TaskRegistry
+from taskstore.registry.verbs import RunScope
+from taskstore.store.interface import (
     StoreReport,
     SupportsCompaction,
     SupportsExclusive,
@@ -62,7 +62,7 @@ from taskstore.store import (
     TaskRegistryStore,
     VerifyReport,
 )
-from taskstore.verbs import RunScope
+from taskstore.store.opening import open_store
 
 __version__ = "0.1.0"
 

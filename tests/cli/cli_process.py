@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from taskstore.cli import main
-from taskstore.cli.options import URL_VARIABLE
+from taskstore.cli.ledger import URL_VARIABLE
 
 TASKSTORE = [sys.executable, "-m", "taskstore"]
 

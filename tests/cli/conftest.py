@@ -11,7 +11,7 @@ from cli_process import CLI, Said, Say
 
 from taskstore.cli import main
 from taskstore.cli.child import FORWARDED
-from taskstore.cli.options import URL_VARIABLE
+from taskstore.cli.ledger import URL_VARIABLE
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ import typer
 from taskstore import TaskRegistry
 from taskstore.cli import main
 from taskstore.cli.app import app
-from taskstore.testing.processes import Child, Report
+from taskstore.testing.crash.processes import Child, Report
 
 PATIENCE_S = 10.0
 """Less than anybody waits for a lock, far more than any command takes on a busy machine."""

@@ -12,7 +12,7 @@ from cli_process import CLI, Say
 from msgspec.structs import replace
 
 from taskstore import ConflictError, TaskRecord, TaskRegistry
-from taskstore.cli import ledger, maintain
+from taskstore.cli import change, ledger, maintain
 
 
 @pytest.fixture
@@ -96,12 +96,12 @@ def test_a_change_that_lost_a_race_is_tried_again(
 
     monkeypatch.setattr(ledger, "get", get_and_race)
     with ledger.open_existing(url) as store:
-        record = ledger.change(store, "a", lambda record, _: _labelled(record, "mine"))
+        record = change.change(store, "a", lambda record, _: _labelled(record, "mine"))
     assert (record.revision, record.metadata, record.label) == (5, {"n": 2}, "mine")
     monkeypatch.setattr(ledger, "ATTEMPTS", 1)
     raced.clear()
     with ledger.open_existing(url) as store, pytest.raises(ConflictError):
-        ledger.change(store, "a", lambda record, _: _labelled(record, "other"))
+        change.change(store, "a", lambda record, _: _labelled(record, "other"))
 
 
 def _labelled(record: TaskRecord, label: str) -> TaskRecord:

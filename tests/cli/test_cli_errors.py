@@ -194,12 +194,12 @@ def test_the_url_may_stand_before_the_command(
     assert say("--url", before, "list").status == 0
     assert say("--url", "foo:", "list", "--url", after).status == 0
     monkeypatch.delenv("TASKSTORE_URL")
-    monkeypatch.setattr("taskstore.cli.options.default_url", lambda: before)
+    monkeypatch.setattr("taskstore.cli.ledger.default_url", lambda: before)
     assert say("list").status == 0
 
 
 def test_only_what_is_needed_is_imported() -> None:
     code = "import sys, taskstore.cli; print(*sys.modules)"
     loaded = subprocess.check_output([sys.executable, "-c", code], encoding="utf-8").split()
-    heavy = {"rich", "sqlalchemy", "alembic", "filelock", "taskstore.registry"}
-    assert not heavy & set(loaded) - {"taskstore.registry"}
+    heavy = {"rich", "sqlalchemy", "alembic", "filelock", "taskstore.registry.registry"}
+    assert not heavy & set(loaded) - {"taskstore.registry.registry"}

@@ -213,7 +213,7 @@ def test_nothing_reads_the_whole_ledger(
         raise AssertionError("the ledger was loaded")
 
     monkeypatch.setattr("taskstore.stores.sql.store.SQLStore.load_snapshot", refuse)
-    monkeypatch.setattr("taskstore.registry.TaskRegistry.__init__", refuse)
+    monkeypatch.setattr("taskstore.registry.registry.TaskRegistry.__init__", refuse)
     for words in (["list"], ["show", "run-1"], ["log", ids["done"]], ["summary"], ["changes"]):
         assert say(*words).status == 0
     for words in (["cancel", "s-1"], ["notify", ids["done"], "silent"], ["delete", "s-1", "--yes"]):

@@ -18,9 +18,9 @@ from taskstore.cli import child as child_module
 from taskstore.cli import run as recorder_module
 from taskstore.cli.child import Events, LastLine, forwarded_signals, running, summary_of
 from taskstore.cli.run import Recorder, new_command_record
-from taskstore.records import SUMMARY_BYTES
+from taskstore.model.records import SUMMARY_BYTES
+from taskstore.model.validation import check_text
 from taskstore.stores.memory import MemoryStore
-from taskstore.validation import check_text
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ import pickle
 from contextlib import contextmanager
 from types import MappingProxyType
 
-from taskstore.codec import decode_record, decode_snapshot, encode_record, encode_snapshot
 from taskstore.errors import CorruptStoreError
-from taskstore.journal import Put, Remove, plan
+from taskstore.model.codec import decode_record, decode_snapshot, encode_record, encode_snapshot
+from taskstore.model.journal import Put, Remove, plan
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 
 

@@ -9,8 +9,8 @@ from broken_writers import Broken
 from msgspec.structs import replace
 
 from taskstore.errors import CursorExpiredError
-from taskstore.journal import Commit, plan
-from taskstore.query import Page, decode_cursor, encode_cursor
+from taskstore.model.journal import Commit, plan
+from taskstore.model.query import Page, decode_cursor, encode_cursor
 
 # -- journal ----------------------------------------------------------------
 

@@ -11,9 +11,9 @@ import msgspec
 from msgspec.structs import force_setattr, replace
 
 from taskstore.errors import ConflictError
-from taskstore.journal import Put, Snapshot, plan
+from taskstore.model.journal import Put, Snapshot, plan
+from taskstore.model.validation import encode_metadata
 from taskstore.stores.memory import MemoryStorage, MemoryStore
-from taskstore.validation import encode_metadata
 
 
 class Broken(MemoryStore):

@@ -32,7 +32,7 @@ class TestLogStore(StoreContract):
 
 @pytest.mark.parametrize("case", CAUGHT, ids=lambda case: f"{case[0].__name__}-{case[1]}")
 def test_the_clause_catches_the_fault(case, tmp_path, monkeypatch):
-    monkeypatch.setattr("taskstore.testing.contract_processes.PATIENCE_S", 1.0)
+    monkeypatch.setattr("taskstore.testing.contract.processes.PATIENCE_S", 1.0)
     store_class, name, *arguments = case
     clause = getattr(StoreContract(), f"test_{name}")
     ledger = Ledger(lambda *, read_only=False: store_class(tmp_path / "log", read_only=read_only))

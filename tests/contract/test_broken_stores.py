@@ -11,8 +11,8 @@ from hypothesis import Phase, settings
 
 from taskstore.stores.memory import MemoryStorage
 from taskstore.testing import NASTY, Ledger, StoreContract
-from taskstore.testing.contract_compaction import FOLD
-from taskstore.testing.machine import MACHINE_SETTINGS, run_store_machine
+from taskstore.testing.contract.compaction import FOLD
+from taskstore.testing.contract.machine import MACHINE_SETTINGS, run_store_machine
 
 ROWS = {row.name: row for row in NASTY}
 
@@ -132,9 +132,9 @@ def name_of(case):
 def test_the_clause_catches_the_fault(case, monkeypatch):
     store_class, *clause = case
     run(writers.Broken, *clause)
-    monkeypatch.setattr("taskstore.testing.contract_exclusive.A_WHILE_S", 10.0)
-    monkeypatch.setattr("taskstore.testing.contract_journal.PATIENCE_S", 0.5)
-    monkeypatch.setattr("taskstore.testing.contract_shared.PATIENCE_S", 0.5)
+    monkeypatch.setattr("taskstore.testing.contract.exclusive.A_WHILE_S", 10.0)
+    monkeypatch.setattr("taskstore.testing.contract.journal.PATIENCE_S", 0.5)
+    monkeypatch.setattr("taskstore.testing.contract.shared.PATIENCE_S", 0.5)
     monkeypatch.setattr("taskstore.testing.threads.PATIENCE_S", 5.0)
     with pytest.raises((Exception, pytest.fail.Exception)) as caught:
         run(store_class, *clause)

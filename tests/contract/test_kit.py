@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from taskstore.journal import Snapshot
-from taskstore.store import (
+from taskstore.model.journal import Snapshot
+from taskstore.store.interface import (
     SupportsCompaction,
     SupportsExclusive,
     SupportsHistory,
@@ -21,13 +21,13 @@ from taskstore.store import (
 )
 from taskstore.stores.memory import MemoryStore
 from taskstore.testing import StoreContract
-from taskstore.testing.base import ContractBase
+from taskstore.testing.contract.base import ContractBase
 
 AUTHORS = """
 import pytest
-from taskstore.codec import decode_snapshot, encode_snapshot
-from taskstore.journal import Snapshot
-from taskstore.store import TaskRegistryStore
+from taskstore.model.codec import decode_snapshot, encode_snapshot
+from taskstore.model.journal import Snapshot
+from taskstore.store.interface import TaskRegistryStore
 from taskstore.stores.memory import MemoryStore
 from taskstore.testing import StoreContract
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from taskstore.codec import decode_snapshot, encode_snapshot
 from taskstore.errors import ConflictError
-from taskstore.journal import Snapshot
-from taskstore.store import StoreReport, TaskRegistryStore
+from taskstore.model.codec import decode_snapshot, encode_snapshot
+from taskstore.model.journal import Snapshot
+from taskstore.store.interface import StoreReport, TaskRegistryStore
 from taskstore.testing import OpenStore
-from taskstore.testing.contract_apply import ApplyContract
-from taskstore.testing.contract_core import CoreContract
-from taskstore.testing.machine import ModelContract
+from taskstore.testing.contract.apply import ApplyContract
+from taskstore.testing.contract.core import CoreContract
+from taskstore.testing.contract.machine import ModelContract
 
 
 class FileStore(TaskRegistryStore):

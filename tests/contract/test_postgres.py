@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from taskstore.backends import open_store
+from taskstore.store.opening import open_store
 from taskstore.testing import OpenStore, StoreContract
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from taskstore.backends import open_store
+from taskstore.store.opening import open_store
 from taskstore.testing import OpenStore, StoreContract
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from taskstore.testing.replication import PostgresNode, url_of
+from taskstore.testing.crash.replication import PostgresNode, url_of
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 
 from taskstore import Commit, TaskRegistry
 from taskstore.errors import OutcomeUnknownError, StoreUnavailableError
-from taskstore.journal import entries_of
-from taskstore.store import TaskRegistryStore
+from taskstore.model.journal import entries_of
+from taskstore.store.interface import TaskRegistryStore
 from taskstore.stores.jsonfile import open_json
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 from taskstore.testing.faults import Door, FaultyStore, problems, run_matrix

@@ -13,7 +13,7 @@ import pytest
 from load import Load
 
 from taskstore import TaskNotFound, TaskQuery, TaskRegistry
-from taskstore.testing.replication import url_of
+from taskstore.testing.crash.replication import url_of
 from taskstore.testing.threads import meanwhile, until
 
 ROUNDS = int(os.environ.get("TASKSTORE_FAILOVERS", "1"))

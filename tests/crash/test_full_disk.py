@@ -12,7 +12,7 @@ import subprocess
 import pytest
 
 from taskstore import StoreUnavailableError, TaskRegistry, open_store
-from taskstore.compaction import compact
+from taskstore.registry.compactor import compact
 
 SIZE_KB = 4096
 

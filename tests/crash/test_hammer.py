@@ -16,8 +16,8 @@ import pytest
 
 from taskstore import TaskRecord, TaskRegistry, open_store
 from taskstore.errors import InvalidTransition, TaskNotFound
-from taskstore.testing.hammer import WAIT_S, describe, hammer
-from taskstore.testing.processes import Report, Work, together
+from taskstore.testing.crash.hammer import WAIT_S, describe, hammer
+from taskstore.testing.crash.processes import Report, Work, together
 
 CHANGES = int(os.environ.get("TASKSTORE_HAMMER_CHANGES", "80"))
 RACES = 10

@@ -14,10 +14,10 @@ import pytest
 
 from taskstore import TaskRegistry, open_store
 from taskstore.errors import StoreUnavailableError, TaskStoreError, ValidationError
-from taskstore.stores.retry import RECONNECT_S
+from taskstore.stores.common.retry import RECONNECT_S
 from taskstore.stores.sql import SQLStore, migrate
+from taskstore.testing.crash.replication import url_of
 from taskstore.testing.factories import create
-from taskstore.testing.replication import url_of
 
 NOBODY = "127.0.0.1:9"
 

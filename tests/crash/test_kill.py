@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from taskstore.testing.crash import KillHarness
+from taskstore.testing.crash.kills import KillHarness
 
 ROUNDS = int(os.environ.get("TASKSTORE_KILL_ROUNDS", "10"))
 LONGEST_REST_S = 0.02

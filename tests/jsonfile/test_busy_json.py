@@ -11,7 +11,7 @@ import pytest
 from taskstore import StoreBusyError
 from taskstore.stores.jsonfile import JSONStore
 from taskstore.testing import make_put
-from taskstore.testing.processes import Child
+from taskstore.testing.crash.processes import Child
 
 
 def test_who_holds_the_lock_is_told(tmp_path):

@@ -11,8 +11,8 @@ import pytest
 from jsonfiles import FOLD, names, output_of, segments, state_of
 
 from taskstore import ConflictError, OutcomeUnknownError, Put, StoreUnavailableError
-from taskstore.disk import Disk
-from taskstore.journal import Snapshot
+from taskstore.model.journal import Snapshot
+from taskstore.store.disk import Disk
 from taskstore.testing.factories import create, make_put, make_record, update
 
 

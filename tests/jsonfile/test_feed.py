@@ -12,7 +12,7 @@ import pytest
 from taskstore import Snapshot, StoreClosedError, StoreUnavailableError
 from taskstore.stores.jsonfile import JSONStore
 from taskstore.testing import make_put
-from taskstore.testing.contract_compaction import TRIM
+from taskstore.testing.contract.compaction import TRIM
 from taskstore.testing.threads import meanwhile, until
 
 PATIENCE_S = 20

@@ -11,8 +11,8 @@ import pytest
 from jsonfiles import FOLD, FOLD_AND_TRIM, names, segments, snapshots
 
 from taskstore import StoreUnavailableError, ValidationError, open_store
-from taskstore.codec import decode_record
-from taskstore.journal import Put, Snapshot
+from taskstore.model.codec import decode_record
+from taskstore.model.journal import Put, Snapshot
 from taskstore.stores.jsonfile import JSONStore, open_json
 from taskstore.testing.factories import create, delete, make_record, next_of, update
 

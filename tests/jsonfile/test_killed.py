@@ -19,7 +19,7 @@ import pytest
 from jsonfiles import FOLD, FOLD_AND_TRIM, segments, snapshots, state_of
 
 from taskstore import CompactionPolicy, ConflictError, StoreUnavailableError
-from taskstore.journal import Snapshot
+from taskstore.model.journal import Snapshot
 from taskstore.stores.jsonfile import JSONStore
 from taskstore.testing.factories import create, delete, make_put, make_record, next_of, update
 

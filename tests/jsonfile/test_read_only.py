@@ -16,7 +16,7 @@ from taskstore import (
     StoreUnavailableError,
     TaskQuery,
 )
-from taskstore.journal import Remove, Snapshot
+from taskstore.model.journal import Remove, Snapshot
 from taskstore.stores.jsonfile import JSONStore, open_json
 from taskstore.testing.factories import create, delete, make_put, update
 

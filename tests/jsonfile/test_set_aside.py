@@ -7,7 +7,7 @@ from jsonfiles import FOLD, FOLD_AND_TRIM, forged, framed, segments, snapshots
 from msgspec.structs import replace
 
 from taskstore import ConflictError, CorruptStoreError
-from taskstore.journal import EntryKind, Remove
+from taskstore.model.journal import EntryKind, Remove
 from taskstore.testing.factories import create, make_put, next_of, update
 
 

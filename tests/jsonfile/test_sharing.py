@@ -10,7 +10,7 @@ import pytest
 from jsonfiles import FOLD, FOLD_AND_TRIM, child, names, output_of, segments, snapshots
 
 from taskstore import CompactionPolicy, ConflictError, CursorExpiredError, StoreBusyError
-from taskstore.journal import Put, Snapshot
+from taskstore.model.journal import Put, Snapshot
 from taskstore.stores.jsonfile.lines import decode_commit
 from taskstore.stores.jsonfile.store import LOCK_TIMEOUT_S
 from taskstore.testing.factories import create, delete, make_put, make_record, next_of, update

@@ -9,7 +9,7 @@ import pytest
 from jsonfiles import FOLD, segments
 
 from taskstore import ConflictError
-from taskstore.disk import Disk
+from taskstore.store.disk import Disk
 from taskstore.testing.factories import create, make_put, next_of, update
 
 IN_TURN = ["line", "sync", "note"]

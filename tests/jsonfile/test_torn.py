@@ -6,7 +6,7 @@ import pytest
 from jsonfiles import FOLD, damaged, segments, state_of
 
 from taskstore import CorruptStoreError
-from taskstore.journal import Put
+from taskstore.model.journal import Put
 from taskstore.testing.factories import create, make_record, update
 
 

@@ -60,7 +60,7 @@ def public_members(cls: type) -> Iterator[tuple[str, object]]:
 def explained_aliases() -> set[str]:
     """Names in the package that are assigned and followed by a string, as type aliases are."""
     explained = set()
-    for path in Path(taskstore.__file__).parent.glob("*.py"):
+    for path in Path(taskstore.__file__).parent.rglob("*.py"):
         body = ast.parse(path.read_text()).body
         for node, following in pairwise(body):
             if (

@@ -20,7 +20,7 @@ from taskstore import (
     open_store,
 )
 from taskstore.aio import AsyncTaskRegistry
-from taskstore.codec import decode_snapshot, encode_snapshot
+from taskstore.model.codec import decode_snapshot, encode_snapshot
 
 
 def record_work(url: str) -> TaskRecord:

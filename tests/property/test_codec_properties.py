@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskstore.codec import (
+from taskstore.errors import CorruptStoreError
+from taskstore.model.codec import (
     checksum,
     decode_or_set_aside,
     decode_record,
@@ -16,11 +17,10 @@ from taskstore.codec import (
     encode_record,
     encode_snapshot,
 )
-from taskstore.errors import CorruptStoreError
-from taskstore.journal import SetAside, Snapshot
-from taskstore.records import TaskRecord
+from taskstore.model.journal import SetAside, Snapshot
+from taskstore.model.records import TaskRecord
+from taskstore.model.validation import validated
 from taskstore.testing.strategies import metadata, records
-from taskstore.validation import validated
 
 
 @given(records())

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskstore.indexes import INDEXED, Indexes
-from taskstore.journal import JournalEntry, Snapshot, dedup_key
-from taskstore.mirror import Mirror
-from taskstore.query import TaskQuery, evaluate
+from taskstore.model.chunked import RUN, in_order
+from taskstore.model.journal import JournalEntry, Snapshot, dedup_key
+from taskstore.model.query import TaskQuery, evaluate
+from taskstore.registry.cache import Mirror
+from taskstore.registry.indexes import INDEXED, Indexes
 from taskstore.testing import make_record
-from taskstore.yielding import RUN, in_order
 
 FEW = st.sampled_from([None, "a", "b"])
 RECORDS = st.builds(

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from taskstore.journal import EntryKind, JournalEntry, Snapshot
-from taskstore.stores.integrity import IntegrityCheck
+from taskstore.model.journal import EntryKind, JournalEntry, Snapshot
+from taskstore.stores.common.integrity import IntegrityCheck
 from taskstore.stores.memory import MemoryStore
 from taskstore.testing import Model
 from taskstore.testing.factories import play

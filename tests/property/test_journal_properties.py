@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskstore.errors import ConflictError
-from taskstore.journal import Commit, Put, Remove, Snapshot, entries_of, fold, plan
-from taskstore.store import check_steps
+from taskstore.model.journal import Commit, Put, Remove, Snapshot, entries_of, fold, plan
+from taskstore.store.interface import check_steps
 from taskstore.testing import Model, make_record
 
 IDS = st.sampled_from(["a", "A", "b", "c"])

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import astuple
 
-from taskstore import leases, lifecycle
 from taskstore.errors import ConflictError, InvalidTransition, ValidationError
-from taskstore.records import (
+from taskstore.model import leases, lifecycle
+from taskstore.model.records import (
     ERROR_BYTES,
     MAX_INT,
     OPTIONAL_KEYS,
@@ -27,8 +27,8 @@ from taskstore.records import (
     TaskStatus,
     TerminalOutcome,
 )
+from taskstore.model.validation import validated
 from taskstore.testing.strategies import keys, metadata, records, texts, times
-from taskstore.validation import validated
 
 
 class Text(str):

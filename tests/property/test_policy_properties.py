@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskstore.policy import CompactionPolicy, SnapshotMark
+from taskstore.model.policies import CompactionPolicy, SnapshotMark
 
 POLICIES = st.builds(
     CompactionPolicy,

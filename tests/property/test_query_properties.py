@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskstore.errors import ValidationError
-from taskstore.query import TaskQuery, decode_cursor, encode_cursor, evaluate
-from taskstore.records import MAX_INT, TaskStatus
+from taskstore.model.query import TaskQuery, decode_cursor, encode_cursor, evaluate
+from taskstore.model.records import MAX_INT, TaskStatus
 from taskstore.testing import make_record
 from taskstore.testing.strategies import keys
 

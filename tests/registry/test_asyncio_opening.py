@@ -60,7 +60,7 @@ class SlowToCloseStore(MemoryStore):
 
 def test_a_cancelled_close_goes_on_in_the_background(monkeypatch):
     store = SlowToCloseStore()
-    monkeypatch.setattr("taskstore.aio.open_store", lambda *_, **__: store)
+    monkeypatch.setattr("taskstore.aio.registry.open_store", lambda *_, **__: store)
 
     async def main():
         registry = await AsyncTaskRegistry.open("any:")
@@ -84,7 +84,7 @@ def test_what_is_opened_after_nobody_waits_is_closed(monkeypatch):
         assert go_on.wait(10)
         return store
 
-    monkeypatch.setattr("taskstore.aio.open_store", slow)
+    monkeypatch.setattr("taskstore.aio.registry.open_store", slow)
 
     async def main():
         with pytest.raises(TimeoutError):

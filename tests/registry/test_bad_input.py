@@ -14,7 +14,7 @@ from taskstore import (
     TaskRegistry,
     ValidationError,
 )
-from taskstore.journal import Commit, entries_of
+from taskstore.model.journal import Commit, entries_of
 from taskstore.testing import make_record
 
 GOOD = {"runtime": "cli", "task": "x"}

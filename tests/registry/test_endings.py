@@ -18,7 +18,7 @@ from taskstore import (
     TaskStoreError,
 )
 from taskstore.aio import AsyncTaskRegistry
-from taskstore.committer import INTERRUPTED_S, CommitQueue, wait
+from taskstore.registry.commit import INTERRUPTED_S, CommitQueue, wait
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 from taskstore.testing.threads import until
 

@@ -10,7 +10,7 @@ import uvloop
 
 from taskstore import Compactor, RunScope, StoreClosedError, open_store
 from taskstore.aio import AsyncTaskRegistry
-from taskstore.policy import CompactionPolicy
+from taskstore.model.policies import CompactionPolicy
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 
 NOT_THE_SEAM = {"clock"}  # asked for the time on the loop's thread
@@ -180,7 +180,7 @@ def test_opening_and_closing_by_url_stays_off_the_loop(run, ledger_url, monkeypa
         called.append(("open", threading.current_thread()))
         return watched(open_store(*args, **kwargs), called)
 
-    monkeypatch.setattr("taskstore.aio.open_store", opening)
+    monkeypatch.setattr("taskstore.aio.registry.open_store", opening)
 
     async def main():
         async with await AsyncTaskRegistry.open(ledger_url) as registry:

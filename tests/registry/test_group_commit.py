@@ -17,13 +17,13 @@ from taskstore import (
     TaskRegistry,
     TaskStoreError,
 )
-from taskstore.clock import new_task_id
-from taskstore.committer import CommitQueue
-from taskstore.lifecycle import new_record
-from taskstore.mirror import collector_paused
+from taskstore.model.ids import new_task_id
+from taskstore.model.lifecycle import new_record
+from taskstore.registry.cache import collector_paused
+from taskstore.registry.commit import CommitQueue
+from taskstore.registry.verbs import Create
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 from taskstore.testing.threads import run_together, until
-from taskstore.verbs import Create
 
 
 class SlowStore(MemoryStore):
@@ -251,7 +251,7 @@ def test_closing_again_does_what_an_interrupted_close_has_left():
 
 
 def test_the_writer_thread_ends_when_there_is_no_company_and_comes_back(monkeypatch):
-    monkeypatch.setattr("taskstore.committer.IDLE_S", 0.01)
+    monkeypatch.setattr("taskstore.registry.commit.IDLE_S", 0.01)
     before = set(threading.enumerate())
 
     def writers():

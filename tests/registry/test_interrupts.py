@@ -16,7 +16,7 @@ import pytest
 import taskstore
 from taskstore import TaskRegistry
 from taskstore.stores.memory import MemoryStore
-from taskstore.stores.sql.sqlite_files import sqlite_module
+from taskstore.stores.sql.sqlite_library import sqlite_module
 from taskstore.testing import make_put, removal_of
 
 # Between open() and its with, an interrupt leaves the closing to the garbage collector;

@@ -9,7 +9,7 @@ import pytest
 
 from taskstore import ConflictError, InvalidTransition, RunScope, TaskNotFound, ValidationError
 from taskstore.aio import AsyncTaskRegistry
-from taskstore.verbs import Verbs
+from taskstore.registry.verbs import Verbs
 
 FENCED = {
     "mark_running": (),

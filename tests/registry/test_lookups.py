@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskstore import Snapshot, TaskNotFound, TaskQuery, TaskRegistry, ValidationError
-from taskstore.indexes import Indexes
-from taskstore.query import evaluate
+from taskstore.model.query import evaluate
+from taskstore.registry.indexes import Indexes
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 
 
@@ -209,7 +209,7 @@ def test_lookups_go_on_while_everything_is_loaded_anew(monkeypatch):
             assert go_on.wait(10)
             super().__init__(records)
 
-    monkeypatch.setattr("taskstore.mirror.Indexes", SlowIndexes)
+    monkeypatch.setattr("taskstore.registry.cache.Indexes", SlowIndexes)
     other = MemoryStore(storage)
     held = other.load_snapshot()
     other.save_snapshot(Snapshot(held.seq + 1, {}))

@@ -9,7 +9,7 @@ import pytest
 
 from taskstore import InvalidTransition, StoreBusyError, TaskRecord, TaskRegistry
 from taskstore.aio import AsyncTaskRegistry
-from taskstore.mirror import PAGE_ENTRIES
+from taskstore.registry.cache import PAGE_ENTRIES
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 from taskstore.testing.threads import until
 

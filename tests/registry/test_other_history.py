@@ -20,7 +20,7 @@ from taskstore import (
     ValidationError,
 )
 from taskstore.aio import AsyncTaskRegistry
-from taskstore.history import Tail
+from taskstore.registry.history import Tail
 from taskstore.stores.memory import MemoryStore
 from taskstore.testing.threads import until
 

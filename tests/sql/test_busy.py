@@ -12,7 +12,7 @@ import pytest
 from sqlkit import Spy, in_process, output_of
 
 from taskstore import StoreBusyError
-from taskstore.stores import retry
+from taskstore.stores.common import retry
 from taskstore.stores.sql.dialects import mariadb, postgresql, sqlite
 from taskstore.testing import make_put
 

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlkit import Spy
 
 from taskstore import StoreClosedError
-from taskstore.stores import feed
+from taskstore.stores.common import change_feed as feed
 from taskstore.stores.sql import SQLStore, watches
 from taskstore.stores.sql.dialects.postgresql import PostgreSQLDatabase
 from taskstore.stores.sql.statements import Statements

@@ -11,8 +11,8 @@ import sqlalchemy as sa
 from sqlalchemy import event
 
 from taskstore.errors import StoreBusyError, ValidationError
-from taskstore.policy import CompactionPolicy
-from taskstore.query import TaskQuery
+from taskstore.model.policies import CompactionPolicy
+from taskstore.model.query import TaskQuery
 from taskstore.stores.sql import SQLStore
 from taskstore.testing.factories import create, delete, make_record, update
 
@@ -194,7 +194,7 @@ def test_two_libraries_on_one_file_are_warned_about(sqlite_path, open_, caplog):
 
 
 def test_an_affected_library_is_named(sqlite_path, caplog):
-    from taskstore.stores.sql.sqlite_files import has_wal_reset_bug
+    from taskstore.stores.sql.sqlite_library import has_wal_reset_bug
 
     engine = sa.create_engine(f"sqlite:///{sqlite_path}", module=sqlite3)
     store = SQLStore(engine)

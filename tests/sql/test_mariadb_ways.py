@@ -16,8 +16,8 @@ from test_host_engine import work_with
 
 from taskstore import open_store
 from taskstore.errors import StoreBusyError, StoreUnavailableError, TaskStoreError, ValidationError
-from taskstore.journal import Put
-from taskstore.stores import retry
+from taskstore.model.journal import Put
+from taskstore.stores.common import retry
 from taskstore.stores.sql import SQLStore, migrate
 from taskstore.stores.sql.dialects import mariadb
 from taskstore.testing.factories import create, make_put, make_record, next_of, update

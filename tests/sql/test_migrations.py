@@ -271,7 +271,7 @@ def test_the_encoded_record_fits_the_columns(empty_url, open_):
         task="\x01" * 1024 * 1024,  # six bytes of JSON each
     )
     store = open_(empty_url)
-    from taskstore.journal import Put
+    from taskstore.model.journal import Put
 
     store.apply([Put(record)])
     assert store.load_snapshot().records[longest] == record

@@ -17,7 +17,7 @@ from taskstore.errors import (
 )
 from taskstore.stores.sql import SQLStore, open_sql
 from taskstore.stores.sql.errors import Fault, Translator, sqlite_fault
-from taskstore.stores.sql.sqlite_files import sqlite_module
+from taskstore.stores.sql.sqlite_library import sqlite_module
 from taskstore.testing.factories import create
 
 LIMITED = """

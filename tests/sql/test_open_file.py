@@ -9,9 +9,10 @@ import pytest
 from sqlkit import in_process, output_of
 
 from taskstore.errors import StoreReplacedError
+from taskstore.stores.sql.dialects.sqlite import opener
 from taskstore.stores.sql.migrate import engine_for_url, upgrade
-from taskstore.stores.sql.sqlite_files import opener, sqlite_module
 from taskstore.stores.sql.sqlite_guard import FileGuard
+from taskstore.stores.sql.sqlite_library import sqlite_module
 
 MODULE = sqlite_module()
 

@@ -7,10 +7,10 @@ import hashlib
 import pytest
 import sqlalchemy as sa
 
-from taskstore.codec import checksum, encode_record
 from taskstore.errors import CorruptStoreError
-from taskstore.policy import CompactionPolicy
-from taskstore.query import TaskQuery
+from taskstore.model.codec import checksum, encode_record
+from taskstore.model.policies import CompactionPolicy
+from taskstore.model.query import TaskQuery
 from taskstore.stores.sql.dialects import open_database
 from taskstore.testing.factories import create, delete, update
 

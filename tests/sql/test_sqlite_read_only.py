@@ -12,9 +12,9 @@ import pytest
 from sqlkit import in_process, output_of, write
 
 from taskstore.errors import ReadOnlyError, StoreUnavailableError
-from taskstore.journal import Snapshot
-from taskstore.policy import CompactionPolicy
-from taskstore.query import TaskQuery
+from taskstore.model.journal import Snapshot
+from taskstore.model.policies import CompactionPolicy
+from taskstore.model.query import TaskQuery
 from taskstore.testing.factories import create, make_put
 
 NOBODY = 65534

@@ -9,10 +9,10 @@ import pytest
 import sqlalchemy as sa
 from sqlkit import Spy, in_process, output_of, write
 
-from taskstore.codec import checksum, encode_record
-from taskstore.journal import Put, Snapshot
-from taskstore.query import TaskQuery, evaluate
-from taskstore.records import TaskRecord, TaskStatus
+from taskstore.model.codec import checksum, encode_record
+from taskstore.model.journal import Put, Snapshot
+from taskstore.model.query import TaskQuery, evaluate
+from taskstore.model.records import TaskRecord, TaskStatus
 from taskstore.stores.sql.commits import insert_row
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.dialects.base import pieces
@@ -256,7 +256,7 @@ def test_what_changes_at_every_event_is_in_no_full_index():
 MANY = """
 import json, sys, tracemalloc
 from taskstore import open_store
-from taskstore.query import TaskQuery
+from taskstore.model.query import TaskQuery
 store = open_store(sys.argv[1], read_only=True)
 store.query(TaskQuery(limit=1))
 tracemalloc.start()

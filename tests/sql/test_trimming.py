@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import sqlalchemy as sa
 
-from taskstore.codec import checksum
 from taskstore.errors import CorruptStoreError
-from taskstore.journal import fold
-from taskstore.policy import CompactionPolicy
+from taskstore.model.codec import checksum
+from taskstore.model.journal import fold
+from taskstore.model.policies import CompactionPolicy
 from taskstore.stores.sql import compaction
 from taskstore.stores.sql.dialects import open_database
 from taskstore.testing.factories import create, delete, update

@@ -20,7 +20,7 @@ from taskstore.errors import (
     ValidationError,
 )
 from taskstore.stores.sql import open_sql
-from taskstore.stores.sql.sqlite_files import has_wal_reset_bug, sqlite_module
+from taskstore.stores.sql.sqlite_library import has_wal_reset_bug, sqlite_module
 from taskstore.testing.factories import create, make_put, next_of
 
 # -- paths --------------------------------------------------------------------
@@ -576,7 +576,7 @@ with open_store(sys.argv[1]) as store:
     create(store)
     assert store.verify().ok
     notices = store.report().notices
-from taskstore.stores.sql.sqlite_files import has_wal_reset_bug
+from taskstore.stores.sql.sqlite_library import has_wal_reset_bug
 print(bool(notices) == has_wal_reset_bug(sqlite3.sqlite_version_info))
 """
     printed = output_of(in_process(script, f"sqlite:///{sqlite_path}")).splitlines()

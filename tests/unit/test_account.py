@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from taskstore import TaskRegistry
 from taskstore.stores.memory import MemoryStore
-from taskstore.testing.account import Change, problems_of
+from taskstore.testing.crash.account import Change, problems_of
 
 
 @pytest.fixture

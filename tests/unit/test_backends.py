@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from taskstore.backends import installed_backends, open_store, redacted, scheme_of
 from taskstore.errors import BackendNotFoundError, ValidationError
+from taskstore.store.opening import installed_backends, open_store, redacted, scheme_of
 from taskstore.stores.memory import MemoryStore
 
 
@@ -108,7 +108,7 @@ class FakeEntry:
 
 
 def fake_entries(monkeypatch, *entries):
-    monkeypatch.setattr("taskstore.backends.entry_points", lambda group: entries)
+    monkeypatch.setattr("taskstore.store.opening.entry_points", lambda group: entries)
 
 
 def test_two_packages_for_one_scheme(monkeypatch):

@@ -10,7 +10,7 @@ from itertools import count
 
 import pytest
 
-from taskstore.clock import UUIDv7, new_task_id, system_clock
+from taskstore.model.ids import UUIDv7, new_task_id, system_clock
 
 FORM = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\Z")
 

@@ -8,8 +8,9 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from taskstore import codec
-from taskstore.codec import (
+from taskstore.errors import CorruptStoreError, ValidationError
+from taskstore.model import codec
+from taskstore.model.codec import (
     checksum,
     decode_or_set_aside,
     decode_record,
@@ -18,9 +19,8 @@ from taskstore.codec import (
     encode_snapshot,
     set_aside,
 )
-from taskstore.errors import CorruptStoreError, ValidationError
-from taskstore.journal import SetAside, Snapshot
-from taskstore.records import FORMAT_VERSION, NO_METADATA, TaskStatus
+from taskstore.model.journal import SetAside, Snapshot
+from taskstore.model.records import FORMAT_VERSION, NO_METADATA, TaskStatus
 from taskstore.testing import make_record
 
 BASE = {

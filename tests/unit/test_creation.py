@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import asdict
 
-from taskstore import lifecycle
 from taskstore.errors import ValidationError
-from taskstore.records import (
+from taskstore.model import lifecycle
+from taskstore.model.records import (
     TERMINAL_STATUSES,
     DeliveryContext,
     DeliveryStatus,

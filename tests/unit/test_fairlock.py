@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from taskstore.stores import fairlock
-from taskstore.stores.fairlock import FairLock
-from taskstore.testing.processes import Child
+from taskstore.stores.common import locks as fairlock
+from taskstore.stores.common.locks import FairLock
+from taskstore.testing.crash.processes import Child
 from taskstore.testing.threads import meanwhile
 
 

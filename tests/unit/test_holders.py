@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from taskstore.stores import holders
-from taskstore.stores.holders import command_of, lock_holders, named
+from taskstore.stores.common import locks as holders
+from taskstore.stores.common.locks import command_of, lock_holders, named
 
 HOLD = """
 import fcntl, sys

@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from taskstore.errors import CorruptStoreError
-from taskstore.journal import (
+from taskstore.model.journal import (
     Commit,
     EntryKind,
     JournalEntry,
@@ -17,7 +17,7 @@ from taskstore.journal import (
     entries_of,
     fold,
 )
-from taskstore.stores.integrity import MOST, IntegrityCheck
+from taskstore.stores.common.integrity import MOST, IntegrityCheck
 from taskstore.testing import make_record
 
 FIRST, SECOND = make_record(task_id="a", label="1"), make_record(task_id="b", label="1")

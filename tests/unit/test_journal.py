@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from taskstore.errors import Conflict, ConflictError, CorruptStoreError, ValidationError
-from taskstore.journal import (
+from taskstore.model.journal import (
     Commit,
     EntryKind,
     JournalEntry,
@@ -22,7 +22,7 @@ from taskstore.journal import (
     plan,
     validated_snapshot,
 )
-from taskstore.store import check_steps
+from taskstore.store.interface import check_steps
 from taskstore.testing import make_put, make_record, next_of, removal_of
 
 

@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 
-from taskstore import lifecycle
 from taskstore.errors import InvalidTransition, ValidationError
-from taskstore.lifecycle import RETENTION_MS
-from taskstore.records import (
+from taskstore.model import lifecycle
+from taskstore.model.lifecycle import RETENTION_MS
+from taskstore.model.records import (
     ACTIVE_STATUSES,
     TERMINAL_STATUSES,
     NotifyPolicy,

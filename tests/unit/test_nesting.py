@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Raw
 
-from taskstore.codec import decode_or_set_aside, decode_record, encode_record
 from taskstore.errors import CorruptStoreError, ValidationError
-from taskstore.journal import SetAside
-from taskstore.records import METADATA_DEPTH, PAYLOAD_DEPTH
+from taskstore.model.codec import decode_or_set_aside, decode_record, encode_record
+from taskstore.model.journal import SetAside
+from taskstore.model.records import METADATA_DEPTH, PAYLOAD_DEPTH
+from taskstore.model.validation import nests_deeper, validated
 from taskstore.stores.jsonfile import lines
 from taskstore.stores.jsonfile.index import keys_of
 from taskstore.testing import make_record
-from taskstore.validation import nests_deeper, validated
 
 JSON = st.recursive(
     st.none() | st.text('"\\[]{}é\n'),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from taskstore.policy import CompactionPolicy, JournalStats, SnapshotMark
+from taskstore.model.policies import CompactionPolicy, JournalStats, SnapshotMark
 
 HOUR_S = 3600
 

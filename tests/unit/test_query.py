@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from taskstore.errors import ValidationError
-from taskstore.query import Page, TaskQuery, decode_cursor, encode_cursor, evaluate
-from taskstore.records import TaskStatus
+from taskstore.model.query import Page, TaskQuery, decode_cursor, encode_cursor, evaluate
+from taskstore.model.records import TaskStatus
 from taskstore.testing import make_record
 
 

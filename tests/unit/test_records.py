@@ -10,7 +10,7 @@ from msgspec import Raw
 from msgspec.structs import fields
 
 from taskstore.errors import ValidationError
-from taskstore.records import (
+from taskstore.model.records import (
     ACTIVE_STATUSES,
     KEY_BYTES,
     MAX_INT,
@@ -20,9 +20,7 @@ from taskstore.records import (
     TaskRecord,
     TaskStatus,
 )
-from taskstore.testing import NASTY, make_record
-from taskstore.testing.contract_values import root_of, unchecked
-from taskstore.validation import (
+from taskstore.model.validation import (
     check_enum,
     check_int,
     check_key,
@@ -31,6 +29,8 @@ from taskstore.validation import (
     encode_metadata,
     validated,
 )
+from taskstore.testing import NASTY, make_record
+from taskstore.testing.contract.values import root_of, unchecked
 
 
 @pytest.mark.parametrize("row", NASTY, ids=lambda row: row.name)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from taskstore import StoreBusyError, StoreUnavailableError
-from taskstore.stores import retry
-from taskstore.stores.retry import (
+from taskstore.stores.common import retry
+from taskstore.stores.common.retry import (
     Backoff,
     CircuitBreaker,
     Contention,

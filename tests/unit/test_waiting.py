@@ -8,8 +8,8 @@ import time
 import pytest
 
 from taskstore.errors import StoreClosedError, StoreUnavailableError
-from taskstore.stores import feed
-from taskstore.stores.feed import Feed, PollingWatch, WatchBrokenError
+from taskstore.stores.common import change_feed as feed
+from taskstore.stores.common.change_feed import Feed, PollingWatch, WatchBrokenError
 from taskstore.testing.threads import meanwhile, run_together, until
 
 PATIENCE_S = 20

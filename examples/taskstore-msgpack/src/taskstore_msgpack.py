@@ -5,8 +5,8 @@ from pathlib import Path
 
 import taskstore
 from msgspec import MsgspecError, msgpack
-from taskstore.codec import checksum, decode_or_set_aside, encode_record
-from taskstore.journal import SetAside, Snapshot, validated_snapshot
+from taskstore.model.codec import checksum, decode_or_set_aside, encode_record
+from taskstore.model.journal import SetAside, Snapshot, validated_snapshot
 
 Ledger = tuple[int, int, list[bytes], tuple[SetAside, ...]]  # seq, at, records, set aside
 

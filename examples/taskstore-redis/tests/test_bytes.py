@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import redis
 from taskstore import CompactionPolicy, Put, Remove, Snapshot, TaskQuery, ValidationError
-from taskstore.codec import encode_record
-from taskstore.records import MAX_INT
+from taskstore.model.codec import encode_record
+from taskstore.model.records import MAX_INT
 from taskstore.testing import OpenStore, create, make_put, make_record, next_of, update
 
 from taskstore_redis import open_redis, writing

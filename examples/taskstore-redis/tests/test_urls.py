@@ -9,7 +9,7 @@ from importlib.resources import files
 
 import pytest
 from taskstore import SupportsQuery, TaskRegistry, ValidationError, open_store
-from taskstore.backends import installed_backends
+from taskstore.store.opening import installed_backends
 from taskstore.testing import create
 from taskstore.testing.scratch import scratch
 

@@ -12,9 +12,8 @@ from typing import Annotated
 
 import typer
 
-from taskstore.backends import redacted
-from taskstore.cli import change, contract, db, demo, maintain, read, run
-from taskstore.cli.options import URL_VARIABLE, Misuse
+from taskstore.cli import change, db, demo, maintain, read, run
+from taskstore.cli.ledger import URL_VARIABLE, Misuse
 from taskstore.cli.render import note
 from taskstore.errors import (
     BackendNotFoundError,
@@ -25,6 +24,7 @@ from taskstore.errors import (
     UnsupportedError,
     ValidationError,
 )
+from taskstore.store.opening import redacted
 
 FINE, NOT_SO, USAGE, TROUBLE = 0, 1, 2, 3
 """Exit statuses: fine; what was asked for is not so; wrong usage; store trouble."""
@@ -63,7 +63,7 @@ app.command("delete", rich_help_panel=CHANGE)(change.delete)
 app.command("compact", rich_help_panel=CARE)(maintain.compact)
 app.command("verify", rich_help_panel=CARE)(maintain.verify)
 app.command("backends", rich_help_panel=CARE)(maintain.backends)
-app.command("contract", rich_help_panel=CARE)(contract.contract)
+app.command("contract", rich_help_panel=CARE)(maintain.contract)
 app.add_typer(db.app, name="db", rich_help_panel=CARE)
 
 

@@ -5,16 +5,28 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from typing import Annotated, Any
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Annotated, Any, TypeVar
 
 import typer
+from msgspec.structs import replace
 
-from taskstore import lifecycle
 from taskstore.cli import ledger, render
-from taskstore.cli.options import Misuse, Token, Url, url_of
-from taskstore.query import TaskQuery
-from taskstore.records import ACTIVE_STATUSES, NotifyPolicy, TaskRecord
-from taskstore.store import TaskRegistryStore
+from taskstore.cli.ledger import Misuse, Token, Url, url_of
+from taskstore.errors import ConflictError
+from taskstore.model import lifecycle
+from taskstore.model.journal import Put, Remove
+from taskstore.model.lifecycle import Mutation
+from taskstore.model.query import TaskQuery
+from taskstore.model.records import ACTIVE_STATUSES, NotifyPolicy, TaskRecord
+from taskstore.store.interface import TaskRegistryStore
+from taskstore.stores.common.retry import Backoff
+
+_T = TypeVar("_T")
+
+ATTEMPTS = 20
+"""How often a change is tried while other writers are faster."""
 
 
 def cancel(
@@ -27,7 +39,7 @@ def cancel(
     """Record a task as cancelled. That stops nothing by itself: who runs it has to look."""
     with ledger.open_existing(url_of(ctx, url)) as store:
         task_id = only(store, token, status=ACTIVE_STATUSES).task_id
-        record = ledger.change(store, task_id, lifecycle.cancel(reason))
+        record = change(store, task_id, lifecycle.cancel(reason))
     render.print_line(f"cancelled {render.visible(record.task_id)}")
     process = _process_of(record)
     if process is not None:
@@ -44,7 +56,7 @@ def notify(
     """Set what a task's owner wants to hear of."""
     with ledger.open_existing(url_of(ctx, url)) as store:
         task_id = only(store, token).task_id
-        record = ledger.change(store, task_id, lifecycle.notify(policy))
+        record = change(store, task_id, lifecycle.notify(policy))
     render.print_line(f"{render.visible(record.task_id)} notifies {record.notify_policy}")
 
 
@@ -60,8 +72,51 @@ def delete(
         record = only(store, token)
         if not yes:
             confirm(f"Delete {record.task_id} ({record.status}: {render.what(record)})?")
-        ledger.remove(store, record.task_id)
+        remove(store, record.task_id)
     render.print_line(f"deleted {render.visible(record.task_id)}")
+
+
+def change(
+    store: TaskRegistryStore,
+    task_id: str,
+    mutation: Mutation,
+    *,
+    known: TaskRecord | None = None,
+) -> TaskRecord:
+    """Run a pure function over one record and store what comes out.
+
+    ``known`` is the record as last seen: with it nothing is read first.
+    When another writer was faster the function runs again on the fresh record.
+    """
+
+    def attempt() -> TaskRecord:
+        nonlocal known
+        record, known = known or ledger.get(store, task_id), None
+        after = mutation(record, store.clock())
+        if after is not record:
+            # One revision, however many steps of the lifecycle the function takes.
+            after = replace(after, revision=record.revision + 1)
+            store.apply([Put(after)])
+        return after
+
+    return _until_no_conflict(attempt)
+
+
+def remove(store: TaskRegistryStore, task_id: str) -> None:
+    """Delete the record of a task, whatever revision it has come to."""
+    _until_no_conflict(
+        lambda: store.apply([Remove(task_id, ledger.get(store, task_id).revision + 1)])
+    )
+
+
+def _until_no_conflict(attempt: Callable[[], _T]) -> _T:
+    """Do it again while other writers are faster, after a few milliseconds."""
+    backoff = Backoff(0.002, 0.05)
+    for _ in range(1, ATTEMPTS):
+        with suppress(ConflictError):
+            return attempt()
+        backoff.sleep()
+    return attempt()
 
 
 def only(store: TaskRegistryStore, token: str, **preferred: Any) -> TaskRecord:

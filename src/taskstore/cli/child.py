@@ -19,7 +19,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
-from taskstore.records import SUMMARY_BYTES
+from taskstore.model.records import SUMMARY_BYTES
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """The signals that the recorder passes on to the command."""

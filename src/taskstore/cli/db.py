@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from taskstore.backends import installed_backends, redacted, scheme_of
 from taskstore.cli import render
-from taskstore.cli.options import AsJson, Misuse, Url, url_of
+from taskstore.cli.ledger import AsJson, Misuse, Url, url_of
 from taskstore.errors import BackendNotFoundError, ValidationError
+from taskstore.store.opening import installed_backends, redacted, scheme_of
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine

@@ -18,12 +18,12 @@ from urllib.parse import quote
 
 import typer
 
-from taskstore import history
-from taskstore.backends import open_store, redacted
 from taskstore.cli import ledger, render
 from taskstore.cli.change import is_alive
-from taskstore.cli.options import URL_VARIABLE, Misuse, Url
-from taskstore.records import TaskRecord
+from taskstore.cli.ledger import URL_VARIABLE, Misuse, Url
+from taskstore.model.records import TaskRecord
+from taskstore.registry import history
+from taskstore.store.opening import open_store, redacted
 
 TASKSTORE = (sys.executable, "-m", "taskstore")
 """Our own command line, in a process of its own."""
@@ -200,7 +200,7 @@ def _restart(url: str, work: Sequence[Job], ids: dict[str, str]) -> None:
 
 def _reconcile(url: str, ids: dict[str, str]) -> None:
     """Mark as lost what no process records any more, as a host does when it starts."""
-    from taskstore.registry import TaskRegistry
+    from taskstore.registry.registry import TaskRegistry
 
     _say("No process is left to tell what became of it: it is marked lost")
     lost = []

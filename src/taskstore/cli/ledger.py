@@ -9,27 +9,21 @@ compare-and-set is what makes them hold against other writers.
 
 from __future__ import annotations
 
+import re
 import shlex
+import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar
+from datetime import UTC, datetime
+from typing import Annotated, Any, NamedTuple
 
-from msgspec.structs import replace
+import typer
 
-from taskstore.backends import open_store
-from taskstore.errors import ConflictError, TaskNotFound
-from taskstore.journal import Put, Remove
-from taskstore.lifecycle import Mutation
-from taskstore.query import SESSION_KEY, Page, Summary, TaskQuery, evaluate
-from taskstore.records import ACTIVE_STATUSES, TaskRecord
-from taskstore.store import SupportsQuery, TaskRegistryStore
-from taskstore.stores.retry import Backoff
-
-_T = TypeVar("_T")
-
-ATTEMPTS = 20
-"""How often a change is tried while other writers are faster."""
+from taskstore.errors import TaskNotFound, TaskStoreError
+from taskstore.model.query import SESSION_KEY, Page, Summary, TaskQuery, evaluate
+from taskstore.model.records import ACTIVE_STATUSES, TaskRecord
+from taskstore.registry.history import EARLIEST_TIME
+from taskstore.store.interface import SupportsQuery, TaskRegistryStore
+from taskstore.store.opening import default_url, open_store
 
 PAGE_RECORDS = 1000
 """How many records are read at a time where all of them count."""
@@ -93,47 +87,6 @@ def find(store: TaskRegistryStore, token: str) -> Found:
     raise TaskNotFound(token)
 
 
-def change(
-    store: TaskRegistryStore,
-    task_id: str,
-    mutation: Mutation,
-    *,
-    known: TaskRecord | None = None,
-) -> TaskRecord:
-    """Run a pure function over one record and store what comes out.
-
-    ``known`` is the record as last seen: with it nothing is read first.
-    When another writer was faster the function runs again on the fresh record.
-    """
-
-    def attempt() -> TaskRecord:
-        nonlocal known
-        record, known = known or get(store, task_id), None
-        after = mutation(record, store.clock())
-        if after is not record:
-            # One revision, however many steps of the lifecycle the function takes.
-            after = replace(after, revision=record.revision + 1)
-            store.apply([Put(after)])
-        return after
-
-    return _until_no_conflict(attempt)
-
-
-def remove(store: TaskRegistryStore, task_id: str) -> None:
-    """Delete the record of a task, whatever revision it has come to."""
-    _until_no_conflict(lambda: store.apply([Remove(task_id, get(store, task_id).revision + 1)]))
-
-
-def _until_no_conflict(attempt: Callable[[], _T]) -> _T:
-    """Do it again while other writers are faster, after a few milliseconds."""
-    backoff = Backoff(0.002, 0.05)
-    for _ in range(1, ATTEMPTS):
-        with suppress(ConflictError):
-            return attempt()
-        backoff.sleep()
-    return attempt()
-
-
 def count(store: TaskRegistryStore) -> Summary:
     """Count the tasks by status and runtime, a page at a time.
 
@@ -148,3 +101,76 @@ def count(store: TaskRegistryStore) -> Summary:
         if page.next_cursor is None:
             return Summary.of(statuses, runtimes, seq)
         page = ask(store, TaskQuery(limit=PAGE_RECORDS, after=page.next_cursor))
+
+
+URL_VARIABLE = "TASKSTORE_URL"
+"""The environment variable that names the ledger when ``--url`` does not."""
+
+_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhdw])?\Z")
+
+Url = Annotated[
+    str | None,
+    typer.Option(
+        "--url",
+        metavar="URL",
+        help=f"The ledger, such as sqlite:///tasks.db; otherwise {URL_VARIABLE}, "
+        "otherwise SQLite in your state directory.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
+Token = Annotated[
+    str,
+    typer.Argument(metavar="TOKEN", help="A task id, run id or session key.", show_default=False),
+]
+
+
+class Misuse(TaskStoreError):
+    """The command cannot be meant like this; the message says why, ``hint`` what would do."""
+
+
+def url_of(ctx: typer.Context, url: str | None) -> str:
+    """The ledger's URL: after the command, before it, the environment, the default."""
+    if url is None:
+        url = ctx.find_root().params.get("url")
+    return default_url() if url is None else url
+
+
+def seconds(text: str) -> float:
+    """Read a duration: ``90``, ``1.5s``, ``5m``, ``2h``, ``3d`` or ``1w``, as seconds."""
+    match = _DURATION.match(text.strip())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not a duration such as 90, 1.5s, 5m, 2h or 3d")
+    return float(match[1]) * _UNITS[match[2] or "s"]
+
+
+def positive_seconds(text: str) -> float:
+    """Read a duration that is not nothing."""
+    value = seconds(text)
+    if not 0 < value < 10**9:
+        raise typer.BadParameter(f"{text!r} is not a time that can be waited for")
+    return value
+
+
+def moment(text: str) -> int:
+    """Read a time, as Unix milliseconds.
+
+    ISO 8601 (UTC where it names no zone), Unix milliseconds, or so long ago: ``2h``.
+    """
+    text = text.strip()
+    if text.isdecimal():
+        if int(text) < EARLIEST_TIME:
+            raise typer.BadParameter(
+                f"{text!r} is not Unix milliseconds; for so long ago write a unit, as in {text}h"
+            )
+        return int(text)
+    if _DURATION.match(text):
+        return max(0, time.time_ns() // 1_000_000 - round(seconds(text) * 1000))
+    try:
+        when = datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not a time: give 2026-01-31T14:00Z, 2h, 3d or Unix milliseconds"
+        ) from None
+    return int(when.replace(tzinfo=when.tzinfo or UTC).timestamp() * 1000)

@@ -14,14 +14,14 @@ from typing import Annotated, Any
 
 import typer
 
-from taskstore import history
 from taskstore.cli import ledger, render
-from taskstore.cli.options import AsJson, Token, Url, moment, url_of
+from taskstore.cli.ledger import AsJson, Token, Url, moment, url_of
 from taskstore.errors import TaskNotFound
-from taskstore.journal import EntryKind, JournalEntry
-from taskstore.query import SESSION_KEY, TaskQuery
-from taskstore.records import TaskRecord, TaskStatus
-from taskstore.store import TaskRegistryStore
+from taskstore.model.journal import EntryKind, JournalEntry
+from taskstore.model.query import SESSION_KEY, TaskQuery
+from taskstore.model.records import TaskRecord, TaskStatus
+from taskstore.registry import history
+from taskstore.store.interface import TaskRegistryStore
 
 FOLLOW_S = 3600.0
 """How long one wait for changes lasts before the next one begins."""

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec.structs import asdict
 
-from taskstore.records import TaskRecord
-from taskstore.store import TaskRegistryStore
+from taskstore.model.records import TaskRecord
+from taskstore.store.interface import TaskRegistryStore
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -16,16 +16,16 @@ from typing import Annotated, Any, NamedTuple, TextIO
 
 import typer
 
-from taskstore import lifecycle
-from taskstore.backends import open_store
-from taskstore.cli import ledger, render
+from taskstore.cli import change, ledger, render
 from taskstore.cli.child import TIMEOUT, forwarded_signals, running
-from taskstore.cli.options import Misuse, Url, positive_seconds, seconds, url_of
-from taskstore.clock import new_task_id, system_clock
+from taskstore.cli.ledger import Misuse, Url, positive_seconds, seconds, url_of
 from taskstore.errors import ConflictError, OutcomeUnknownError, TaskStoreError
-from taskstore.journal import Put
-from taskstore.records import METADATA_BYTES, TASK_BYTES, TaskRecord, TaskStatus
-from taskstore.store import TaskRegistryStore
+from taskstore.model import lifecycle
+from taskstore.model.ids import new_task_id, system_clock
+from taskstore.model.journal import Put
+from taskstore.model.records import METADATA_BYTES, TASK_BYTES, TaskRecord, TaskStatus
+from taskstore.store.interface import TaskRegistryStore
+from taskstore.store.opening import open_store
 
 RUNTIME = "cli"
 TIMED_OUT, NOT_EXECUTABLE, NOT_FOUND, BY_SIGNAL = 124, 126, 127, 128
@@ -307,7 +307,7 @@ class Recorder:
         """
         known, self._known = self._known, None
         try:
-            self.record = ledger.change(self._store, self.record.task_id, mutation, known=known)
+            self.record = change.change(self._store, self.record.task_id, mutation, known=known)
         except Exception as error:  # noqa: BLE001 (whatever a store raises, the command goes on)
             self.failure = error
             return False

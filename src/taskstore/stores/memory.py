@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 
-from taskstore.clock import new_commit_id
 from taskstore.errors import ConflictError, CursorExpiredError, ValidationError
-from taskstore.journal import (
+from taskstore.model.ids import new_commit_id
+from taskstore.model.journal import (
     Change,
     Commit,
     EntryKind,
@@ -28,12 +28,12 @@ from taskstore.journal import (
     plan,
     validated_snapshot,
 )
-from taskstore.policy import CompactionPolicy, CompactionReport, JournalStats, SnapshotMark
-from taskstore.query import Page, TaskQuery, evaluate
-from taskstore.records import DedupKey, TaskRecord
-from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport, check_history
-from taskstore.stores.compaction import CompactionSteps, Cut, Retained, compact
-from taskstore.stores.integrity import IntegrityCheck
+from taskstore.model.policies import CompactionPolicy, CompactionReport, JournalStats, SnapshotMark
+from taskstore.model.query import Page, TaskQuery, evaluate
+from taskstore.model.records import DedupKey, TaskRecord
+from taskstore.store.interface import StoreReport, TaskRegistryStore, VerifyReport, check_history
+from taskstore.stores.common.compaction import CompactionSteps, Cut, Retained, compact
+from taskstore.stores.common.integrity import IntegrityCheck
 
 
 class MemoryStorage:

@@ -19,46 +19,25 @@ from __future__ import annotations
 import pytest
 
 # Before they are imported, so that a failing clause shows its values.
-pytest.register_assert_rewrite(
-    *(
-        f"taskstore.testing.{module}"
-        for module in (
-            "base",
-            "contract_apply",
-            "contract_compaction",
-            "contract_core",
-            "contract_crash",
-            "contract_exclusive",
-            "contract_integrity",
-            "contract_journal",
-            "contract_processes",
-            "contract_query",
-            "contract_shared",
-            "contract_values",
-            "machine",
-            "threads",
-        )
-    )
-)
+pytest.register_assert_rewrite("taskstore.testing.contract", "taskstore.testing.threads")
 
-from taskstore.testing.base import (
-    ContractBase,
-    Ledger,
-    OpenStore,
-    as_of,
-    needs,
+from taskstore.testing.contract.apply import ApplyContract
+from taskstore.testing.contract.base import ContractBase, Ledger, as_of, needs
+from taskstore.testing.contract.compaction import CompactionContract
+from taskstore.testing.contract.core import CoreContract
+from taskstore.testing.contract.crash import CrashContract
+from taskstore.testing.contract.exclusive import ExclusiveContract
+from taskstore.testing.contract.integrity import IntegrityContract
+from taskstore.testing.contract.journal import JournalContract
+from taskstore.testing.contract.machine import (
+    ModelContract,
+    StoreMachine,
+    run_store_machine,
 )
-from taskstore.testing.contract_apply import ApplyContract
-from taskstore.testing.contract_compaction import CompactionContract
-from taskstore.testing.contract_core import CoreContract
-from taskstore.testing.contract_crash import CrashContract
-from taskstore.testing.contract_exclusive import ExclusiveContract
-from taskstore.testing.contract_integrity import IntegrityContract
-from taskstore.testing.contract_journal import JournalContract
-from taskstore.testing.contract_processes import ProcessesContract
-from taskstore.testing.contract_query import QueryContract
-from taskstore.testing.contract_shared import SharedContract
-from taskstore.testing.contract_values import ValuesContract
+from taskstore.testing.contract.processes import ProcessesContract
+from taskstore.testing.contract.query import QueryContract
+from taskstore.testing.contract.shared import SharedContract
+from taskstore.testing.contract.values import ValuesContract
 from taskstore.testing.factories import (
     EPOCH_MS,
     Model,
@@ -71,11 +50,7 @@ from taskstore.testing.factories import (
     removal_of,
     update,
 )
-from taskstore.testing.machine import (
-    ModelContract,
-    StoreMachine,
-    run_store_machine,
-)
+from taskstore.testing.types import OpenStore
 from taskstore.testing.values import NASTY, Nasty
 
 __all__ = [

@@ -8,12 +8,12 @@ from typing import Any
 from msgspec import Raw
 from msgspec.structs import replace
 
-from taskstore.clock import new_task_id
-from taskstore.journal import Change, EntryKind, Put, Remove, Snapshot
-from taskstore.lifecycle import run_digest
-from taskstore.records import TaskRecord, TaskStatus
-from taskstore.store import TaskRegistryStore
-from taskstore.validation import encode_metadata
+from taskstore.model.ids import new_task_id
+from taskstore.model.journal import Change, EntryKind, Put, Remove, Snapshot
+from taskstore.model.lifecycle import run_digest
+from taskstore.model.records import TaskRecord, TaskStatus
+from taskstore.model.validation import encode_metadata
+from taskstore.store.interface import TaskRegistryStore
 
 EPOCH_MS = 1_700_000_000_000
 """When the records of tests are created, unless they say otherwise: Unix milliseconds."""

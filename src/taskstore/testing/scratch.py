@@ -19,11 +19,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from taskstore.backends import installed_backends, open_store, redacted, scheme_of
 from taskstore.errors import BackendNotFoundError, StoreUnavailableError, UnsupportedError
-from taskstore.store import TaskRegistryStore
+from taskstore.store.interface import TaskRegistryStore
+from taskstore.store.opening import installed_backends, open_store, redacted, scheme_of
 from taskstore.stores.memory import MemoryStorage, MemoryStore
-from taskstore.testing.base import OpenStore
+from taskstore.testing.types import OpenStore
 
 if TYPE_CHECKING:
     import sqlalchemy

@@ -107,7 +107,7 @@ class DatabaseServer(ABC):
         return name
 
     def _migrated_database(self) -> str:
-        from taskstore.backends import open_store
+        from taskstore.store.opening import open_store
 
         name = self._new()
         open_store(self.url_of(name)).close()

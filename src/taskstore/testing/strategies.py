@@ -10,7 +10,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from taskstore.records import (
+from taskstore.model.records import (
     KEY_BYTES,
     MAX_INT,
     OPTIONAL_KEYS,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from msgspec import Raw
 
-from taskstore.records import (
+from taskstore.model.records import (
     ERROR_BYTES,
     MAX_INT,
     METADATA_BYTES,

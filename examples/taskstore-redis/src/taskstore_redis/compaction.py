@@ -25,8 +25,8 @@ from typing import Any
 
 from msgspec import Struct
 from taskstore import CompactionPolicy, CompactionReport, StoreBusyError, TaskStoreError
-from taskstore.clock import Clock
-from taskstore.policy import JournalStats, SnapshotMark
+from taskstore.model.ids import Clock
+from taskstore.model.policies import JournalStats, SnapshotMark
 
 from taskstore_redis.layout import Mark, State, marks_of, raw_entry
 from taskstore_redis.reading import Reader

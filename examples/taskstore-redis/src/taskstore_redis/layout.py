@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 from taskstore import CorruptStoreError, EntryKind, JournalEntry, SetAside, TaskRecord
-from taskstore.codec import checksum, decode_or_set_aside, set_aside
+from taskstore.model.codec import checksum, decode_or_set_aside, set_aside
 
 FORMAT = b"1"
 """The layout of these keys; another one is refused."""

@@ -24,7 +24,7 @@ from taskstore import (
     TaskRecord,
     fold,
 )
-from taskstore.codec import check_nesting
+from taskstore.model.codec import check_nesting
 
 from taskstore_redis.layout import (
     ALL,

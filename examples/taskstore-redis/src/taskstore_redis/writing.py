@@ -29,10 +29,10 @@ from taskstore import (
     TaskStoreError,
     ValidationError,
 )
-from taskstore.clock import Clock, new_commit_id
-from taskstore.codec import encode_record
-from taskstore.journal import ChangeSet, Position, Step, plan, validated_snapshot
-from taskstore.store import other_history
+from taskstore.model.codec import encode_record
+from taskstore.model.ids import Clock, new_commit_id
+from taskstore.model.journal import ChangeSet, Position, Step, plan, validated_snapshot
+from taskstore.store.interface import other_history
 
 from taskstore_redis.layout import CONTENT, FORMAT, facts_of, image_of
 from taskstore_redis.link import AnswerLostError

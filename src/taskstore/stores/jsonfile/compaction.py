@@ -20,10 +20,11 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import replace
 
-from taskstore import codec
-from taskstore.journal import EntryKind, SetAside
-from taskstore.policy import JournalStats, SnapshotMark
-from taskstore.stores.compaction import CompactionSteps, Cut, Retained
+from taskstore.model import codec
+from taskstore.model.chunked import in_order
+from taskstore.model.journal import EntryKind, SetAside
+from taskstore.model.policies import JournalStats, SnapshotMark
+from taskstore.stores.common.compaction import CompactionSteps, Cut, Retained
 from taskstore.stores.jsonfile.index import keys_of
 from taskstore.stores.jsonfile.layout import (
     TORN,
@@ -36,7 +37,6 @@ from taskstore.stores.jsonfile.layout import (
 from taskstore.stores.jsonfile.lines import Entry, image
 from taskstore.stores.jsonfile.segments import Found, Walk
 from taskstore.stores.jsonfile.writing import Writer
-from taskstore.yielding import in_order
 
 TIDYING_S = 5.0
 """How long a compaction waits for its lock, in seconds: writers that clear up hold it briefly."""

@@ -11,9 +11,9 @@ from types import MappingProxyType
 import msgspec
 from msgspec import Raw, Struct
 
-from taskstore import codec
-from taskstore.journal import EntryKind, SetAside, Snapshot, Step, dedup_key
-from taskstore.records import FORMAT_VERSION, DedupKey, TaskRecord
+from taskstore.model import codec
+from taskstore.model.journal import EntryKind, SetAside, Snapshot, Step, dedup_key
+from taskstore.model.records import FORMAT_VERSION, DedupKey, TaskRecord
 from taskstore.stores.jsonfile.layout import Layout, Place, read_snapshot
 from taskstore.stores.jsonfile.lines import Entry, Line, image
 from taskstore.stores.jsonfile.segments import Walk

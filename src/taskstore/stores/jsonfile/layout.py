@@ -9,7 +9,7 @@
 
 What is published under its final name was written under ``*.tmp`` and synced
 before, and the directory is synced afterwards, so that a crash leaves either
-the old file or the new one (:mod:`taskstore.disk`).
+the old file or the new one (:mod:`taskstore.store.disk`).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import NamedTuple, TypeVar
 
 from msgspec import field
 
-from taskstore import codec
 from taskstore.errors import CorruptStoreError, StoreUnavailableError
-from taskstore.journal import Snapshot
+from taskstore.model import codec
+from taskstore.model.journal import Snapshot
+from taskstore.stores.common.retry import Backoff
 from taskstore.stores.jsonfile.lines import STAMP_BYTES, Identity, decode_header, is_sound
-from taskstore.stores.retry import Backoff
 
 LOCK_NAME = "lock"
 COMPACT_LOCK_NAME = "compact.lock"

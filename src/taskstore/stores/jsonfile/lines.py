@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import Raw, Struct
 
-from taskstore import codec
 from taskstore.errors import CorruptStoreError
-from taskstore.journal import Change, Commit, EntryKind, JournalEntry, Put, SetAside
-from taskstore.records import PAYLOAD_DEPTH, TaskRecord
+from taskstore.model import codec
+from taskstore.model.journal import Change, Commit, EntryKind, JournalEntry, Put, SetAside
+from taskstore.model.records import PAYLOAD_DEPTH, TaskRecord
 
 JOURNAL_FORMAT = "taskstore-journal/1"
 STAMP_BYTES = 18

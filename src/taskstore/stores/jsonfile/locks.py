@@ -20,10 +20,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from taskstore.disk import Disk
 from taskstore.errors import StoreBusyError
-from taskstore.stores.fairlock import FairLock
-from taskstore.stores.holders import lock_holders, named, process
+from taskstore.store.disk import Disk
+from taskstore.stores.common.locks import FairLock, lock_holders, named, process
 
 _FIELDS = 4
 STATE_BYTES = 74

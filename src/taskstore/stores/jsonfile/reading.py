@@ -16,10 +16,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from taskstore.errors import CursorExpiredError, StoreUnavailableError, TaskStoreError
-from taskstore.journal import JournalEntry
-from taskstore.records import MAX_INT
-from taskstore.stores.jsonfile.layout import LOCK_NAME, Layout, Place, read_layout, settled
+from taskstore.errors import (
+    CursorExpiredError,
+    StoreUnavailableError,
+    TaskStoreError,
+)
+from taskstore.model.journal import JournalEntry
+from taskstore.model.records import MAX_INT
+from taskstore.stores.jsonfile.layout import (
+    LOCK_NAME,
+    Layout,
+    Place,
+    read_layout,
+    settled,
+)
 from taskstore.stores.jsonfile.lines import decode_commit, id_needle, journal_entry
 from taskstore.stores.jsonfile.locks import read_generation
 from taskstore.stores.jsonfile.segments import Found, Walk, lines_of, torn

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from taskstore.disk import Disk
 from taskstore.errors import CorruptStoreError
+from taskstore.store.disk import Disk
 from taskstore.stores.jsonfile.layout import TORN, Layout, Place, SegmentFile
 from taskstore.stores.jsonfile.lines import (
     STAMP_BYTES,

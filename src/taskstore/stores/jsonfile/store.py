@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from taskstore import codec
-from taskstore.backends import check_options
-from taskstore.disk import SYSTEM, Disk
-from taskstore.errors import ValidationError
-from taskstore.journal import (
+from taskstore.errors import CorruptStoreError, ValidationError
+from taskstore.model import codec
+from taskstore.model.journal import (
     Change,
     ChangeSet,
     Commit,
@@ -21,17 +19,28 @@ from taskstore.journal import (
     plan,
     validated_snapshot,
 )
-from taskstore.policy import CompactionPolicy, CompactionReport
-from taskstore.query import Page, TaskQuery, evaluate
-from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport, check_history
-from taskstore.stores.compaction import compact
-from taskstore.stores.feed import Feed, PollingWatch, Watch
+from taskstore.model.policies import CompactionPolicy, CompactionReport
+from taskstore.model.query import Page, TaskQuery, evaluate
+from taskstore.model.records import MAX_INT
+from taskstore.store.disk import SYSTEM, Disk
+from taskstore.store.interface import StoreReport, TaskRegistryStore, VerifyReport, check_history
+from taskstore.store.opening import check_options
+from taskstore.stores.common.change_feed import Feed, PollingWatch, Watch
+from taskstore.stores.common.compaction import compact
+from taskstore.stores.common.integrity import SHOWN, IntegrityCheck
 from taskstore.stores.jsonfile.compaction import Compaction
 from taskstore.stores.jsonfile.index import Index, load
-from taskstore.stores.jsonfile.layout import Layout, read_snapshot, translated, unavailable
-from taskstore.stores.jsonfile.lines import Identity, encode_changes
+from taskstore.stores.jsonfile.layout import (
+    Layout,
+    read_layout,
+    read_snapshot,
+    settled,
+    translated,
+    unavailable,
+)
+from taskstore.stores.jsonfile.lines import Identity, encode_changes, journal_entry
 from taskstore.stores.jsonfile.reading import Reader
-from taskstore.stores.jsonfile.verify import verify
+from taskstore.stores.jsonfile.segments import Walk
 from taskstore.stores.jsonfile.writing import Writer
 
 LOCK_TIMEOUT_S = 30.0
@@ -267,3 +276,59 @@ def _path_of(url: str) -> Path:
     if not path or "\0" in path:
         raise ValidationError("url", f"{url!r} names no directory")
     return Path(path)
+
+
+def verify(directory: Path, writer: Writer | None) -> VerifyReport:
+    """Check the files of a directory, and what a writer remembers of them.
+
+    Once more when something is wrong: files may have changed meanwhile.
+    """
+    report = settled(directory, lambda _: _verify(directory, writer))
+    return report if report.ok else settled(directory, lambda _: _verify(directory, writer))
+
+
+def _verify(directory: Path, writer: Writer | None) -> VerifyReport:
+    try:
+        layout = read_layout(directory)
+    except CorruptStoreError as error:
+        return VerifyReport(0, 0, 0, (str(error),))
+    places = {seq: str(layout.snapshot_path(seq)) for seq in layout.snapshots}
+    check = IntegrityCheck(
+        layout.floor, places, lambda seq: read_snapshot(layout, seq, strict=False)
+    )
+    if layout.lost:
+        check.problems.append(layout.lost)
+    check.journal(_entries(layout))
+    if writer is not None and check.whole:
+        _compare_index(writer, check)
+    return check.report()
+
+
+def _entries(layout: Layout) -> Iterator[JournalEntry | CorruptStoreError]:
+    """The journal, with an error for what is missing of it and for what cannot be read."""
+    seq = layout.floor - 1
+    for segment in layout.segments:
+        if segment.first > seq + 1:
+            reason = f"seq {seq + 1} to {segment.first - 1} are missing before it"
+            yield CorruptStoreError(str(segment.path), reason)
+        walk = Walk(layout, layout.start_of(segment))
+        try:
+            for found in walk.within(segment):
+                for index in range(len(found.line.entries)):
+                    yield journal_entry(found.line, index, found.where, strict=False)
+            seq = walk.place.seq
+        except CorruptStoreError as error:
+            yield error
+            seq = MAX_INT  # where it ends is not known
+
+
+def _compare_index(writer: Writer, check: IntegrityCheck) -> None:
+    """Compare what a writer remembers, if that is of the same moment."""
+    before, index = writer.place, writer.index
+    if index is None or before.seq != check.seq:
+        return
+    revisions = dict(index.revisions)
+    stored = {key: revision for key, (revision, _) in check.content.items() if type(key) is str}
+    if writer.place == before and revisions != stored:
+        wrong = {task_id for task_id, _ in revisions.items() ^ stored.items()}
+        check.problems.append(f"the writer's index is wrong about {sorted(wrong)[:SHOWN]}")

@@ -16,9 +16,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from taskstore import codec
-from taskstore.clock import Clock, new_commit_id
-from taskstore.disk import TEMPORARY, Disk
 from taskstore.errors import (
     ConflictError,
     CorruptStoreError,
@@ -26,7 +23,11 @@ from taskstore.errors import (
     StoreBusyError,
     StoreUnavailableError,
 )
-from taskstore.journal import Commit, Position, Snapshot, Step, find_conflicts
+from taskstore.model import codec
+from taskstore.model.ids import Clock, new_commit_id
+from taskstore.model.journal import Commit, Position, Snapshot, Step, find_conflicts
+from taskstore.store.disk import TEMPORARY, Disk
+from taskstore.stores.common.retry import Contention
 from taskstore.stores.jsonfile.index import Index, load
 from taskstore.stores.jsonfile.layout import (
     COMPACT_LOCK_NAME,
@@ -45,7 +46,6 @@ from taskstore.stores.jsonfile.layout import (
 from taskstore.stores.jsonfile.lines import STAMP_BYTES, Identity, encode_commit
 from taskstore.stores.jsonfile.locks import STATE_BYTES, FileLock, WriteLock, busy
 from taskstore.stores.jsonfile.segments import Walk, cut_tail, prepare_segment
-from taskstore.stores.retry import Contention
 
 _REOPEN = "close it and open it again"
 

@@ -15,15 +15,15 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from taskstore.clock import Clock, new_commit_id
-from taskstore.codec import checksum, encode_record
 from taskstore.errors import (
     Conflict,
     ConflictError,
     OutcomeUnknownError,
     SchemaMismatchError,
 )
-from taskstore.journal import (
+from taskstore.model.codec import checksum, encode_record
+from taskstore.model.ids import Clock, new_commit_id
+from taskstore.model.journal import (
     Change,
     ChangeSet,
     Commit,
@@ -34,8 +34,8 @@ from taskstore.journal import (
     find_conflicts,
     plan,
 )
-from taskstore.records import DedupKey, TaskRecord
-from taskstore.store import other_history
+from taskstore.model.records import DedupKey, TaskRecord
+from taskstore.store.interface import other_history
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.dialects.base import Session, flat, pieces
 from taskstore.stores.sql.errors import Fault

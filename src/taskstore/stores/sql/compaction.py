@@ -26,26 +26,19 @@ from typing import IO, Any, NamedTuple
 import msgspec
 import sqlalchemy as sa
 
-from taskstore.clock import Clock
-from taskstore.codec import checksum
 from taskstore.errors import CorruptStoreError, StoreUnavailableError
-from taskstore.journal import SetAside
-from taskstore.policy import CompactionPolicy, CompactionReport, JournalStats, SnapshotMark
-from taskstore.stores import compaction
-from taskstore.stores.compaction import CompactionSteps, Cut, Retained
+from taskstore.model.codec import checksum
+from taskstore.model.ids import Clock
+from taskstore.model.journal import SetAside
+from taskstore.model.policies import CompactionPolicy, CompactionReport, JournalStats, SnapshotMark
+from taskstore.stores.common import compaction
+from taskstore.stores.common.compaction import CompactionSteps, Cut, Retained
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.dialects.base import Session
 from taskstore.stores.sql.lease import Lease
-from taskstore.stores.sql.rows import (
-    Mark,
-    as_bytes,
-    aside_line,
-    chunks_of,
-    entry_of,
-    line_of,
-    with_chunk,
-)
+from taskstore.stores.sql.rows import Mark, as_bytes, aside_line, entry_of, line_of
 from taskstore.stores.sql.snapshots import (
+    chunks_of,
     insert,
     newest_mark,
     read_head,
@@ -53,6 +46,7 @@ from taskstore.stores.sql.snapshots import (
     read_set_aside,
     scan_tasks,
     set_aside_rows,
+    with_chunk,
 )
 from taskstore.stores.sql.statements import ENTRY, Statements, stored_bytes
 from taskstore.stores.sql.tables import (

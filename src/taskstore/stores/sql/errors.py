@@ -22,7 +22,7 @@ from taskstore.errors import (
     StoreUnavailableError,
     TaskStoreError,
 )
-from taskstore.stores.retry import Trouble
+from taskstore.stores.common.retry import Trouble
 
 
 class Fault(Enum):

@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import sqlalchemy as sa
 
-from taskstore.clock import system_clock
 from taskstore.errors import OutcomeUnknownError, StoreBusyError, StoreUnavailableError
+from taskstore.model.ids import system_clock
 from taskstore.stores.sql.dialects.base import Session
 from taskstore.stores.sql.tables import taskstore_head
 from taskstore.stores.sql.transactions import Transactions

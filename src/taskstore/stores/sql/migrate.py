@@ -10,15 +10,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sqlalchemy as sa
 
-import taskstore
-from taskstore.backends import redacted
 from taskstore.errors import SchemaMismatchError, TaskStoreError, ValidationError
-from taskstore.stores.retry import CircuitBreaker, RetryPolicy
+from taskstore.store.opening import redacted
+from taskstore.stores.common.retry import CircuitBreaker, RetryPolicy
 from taskstore.stores.sql.dialects import Database, host_database, open_database
 from taskstore.stores.sql.tables import (
     MARK,
@@ -53,7 +53,7 @@ class SchemaState(NamedTuple):
 
 def migrations_path() -> Path:
     """Where the migration scripts lie: inside the installed package, or in the checkout."""
-    package = Path(taskstore.__file__).parent
+    package = Path(str(files("taskstore")))
     for place in (package / "migrations", package.parents[1] / "migrations"):
         if (place / "env.py").is_file():
             return place

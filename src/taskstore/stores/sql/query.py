@@ -14,9 +14,9 @@ import sqlalchemy as sa
 from sqlalchemy import ColumnElement
 
 from taskstore.errors import CorruptStoreError
-from taskstore.journal import SetAside
-from taskstore.query import SESSION_KEY, Cursor, Page, TaskQuery, page_of
-from taskstore.records import ACTIVE_STATUSES, TaskRecord
+from taskstore.model.journal import SetAside
+from taskstore.model.query import SESSION_KEY, Cursor, Page, TaskQuery, page_of
+from taskstore.model.records import ACTIVE_STATUSES, TaskRecord
 from taskstore.stores.sql.dialects.base import Session
 from taskstore.stores.sql.rows import TaskRow, record_of
 from taskstore.stores.sql.statements import PAGE
@@ -35,7 +35,7 @@ def _becomes_sql(field: str, wanted: frozenset[Any]) -> bool:
 
 
 def answer(transactions: Transactions, query: TaskQuery, met: dict[str, SetAside]) -> Page:
-    """Answer a query as ``taskstore.query.evaluate`` would over every record.
+    """Answer a query as ``taskstore.model.query.evaluate`` would over every record.
 
     Rows that do not decode are left out and noted in ``met`` by their id.
     """

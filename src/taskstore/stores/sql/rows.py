@@ -1,29 +1,30 @@
-"""From rows to records, entries and chunks, and what to do with damaged ones: pure."""
+"""From rows to records and journal entries, damaged ones included: pure."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
-from taskstore.codec import check_nesting, checksum, decode_or_set_aside, decode_record, set_aside
 from taskstore.errors import CorruptStoreError, ValidationError
-from taskstore.journal import EntryKind, JournalEntry, SetAside
-from taskstore.records import TaskRecord
-from taskstore.validation import check_int, check_key
-
-CHUNK_BYTES = 1024 * 1024
-"""A chunk of a snapshot is closed when it holds this much, so that it stays
-well below what servers take in one statement."""
-CHUNK_RECORDS = 1000
+from taskstore.model.codec import (
+    checksum,
+    decode_or_set_aside,
+    decode_record,
+    set_aside,
+)
+from taskstore.model.journal import EntryKind, JournalEntry, SetAside
+from taskstore.model.records import TaskRecord
+from taskstore.model.validation import check_int, check_key
 
 CARRIED = -1
 """The checksum of a row of ``tasks`` that came in with a saved snapshot and did not
 decode: no payload has it, so none of these is taken for a record by chance."""
 
-_ASIDE = b"!"
+ASIDE = b"!"
+"""How the line of a snapshot begins that holds what did not decode."""
 
 
 class Head(NamedTuple):
@@ -139,7 +140,16 @@ def as_bytes(value: object) -> bytes:
     return b"" if value is None else bytes(value)  # type: ignore[call-overload]  # or it raises
 
 
-# -- chunks ----------------------------------------------------------------
+def aside_row(item: SetAside) -> tuple[Any, ...] | None:
+    """The row of ``tasks`` that stands for something set aside, so that nobody takes
+    its id; ``None`` when it has no id that could be one."""
+    try:
+        task_id = check_key("task_id", item.occupies)
+        revision = check_int("revision", item.revision or 0)
+    except ValidationError:
+        return None
+    unset = (None,) * 7
+    return (task_id, revision, 0, "", "", *unset, item.raw, CARRIED)
 
 
 def line_of(row: TaskRow) -> bytes:
@@ -158,55 +168,4 @@ def line_of(row: TaskRow) -> bytes:
 
 def aside_line(item: SetAside) -> bytes:
     """The line by which a snapshot carries something that does not decode."""
-    return _ASIDE + msgspec.json.encode(item)
-
-
-def read_lines(data: bytes, where: str) -> Iterator[TaskRecord | SetAside]:
-    """What the lines of a chunk hold."""
-    for line in data.split(b"\n"):
-        if line[:1] == _ASIDE:
-            try:
-                check_nesting(line)
-                yield msgspec.json.decode(line[1:], type=SetAside)
-            except msgspec.DecodeError as error:
-                raise CorruptStoreError(where, f"a line does not decode: {error}") from error
-        elif line:
-            yield decode_or_set_aside(line, where)
-
-
-def chunks_of(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Join lines into chunks of bounded size."""
-    chunk: list[bytes] = []
-    size = 0
-    for line in lines:
-        chunk.append(line)
-        size += len(line) + 1
-        if size >= CHUNK_BYTES or len(chunk) == CHUNK_RECORDS:
-            yield b"\n".join(chunk)
-            chunk, size = [], 0
-    if chunk:
-        yield b"\n".join(chunk)
-
-
-def aside_row(item: SetAside) -> tuple[Any, ...] | None:
-    """The row of ``tasks`` that stands for something set aside, so that nobody takes
-    its id; ``None`` when it has no id that could be one."""
-    try:
-        task_id = check_key("task_id", item.occupies)
-        revision = check_int("revision", item.revision or 0)
-    except ValidationError:
-        return None
-    unset = (None,) * 7
-    return (task_id, revision, 0, "", "", *unset, item.raw, CARRIED)
-
-
-def with_chunk(mark: Mark, chunk: bytes) -> Mark:
-    """The row of a snapshot to which one more chunk is added."""
-    aside = (b"\n" + chunk).count(b"\n" + _ASIDE)
-    return mark._replace(
-        chunks=mark.chunks + 1,
-        records=mark.records + chunk.count(b"\n") + 1 - aside,
-        set_aside=mark.set_aside + aside,
-        size=mark.size + len(chunk),
-        checksum=zlib.crc32(chunk, mark.checksum),
-    )
+    return ASIDE + msgspec.json.encode(item)

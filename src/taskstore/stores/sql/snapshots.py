@@ -11,24 +11,22 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from taskstore.codec import check_nesting, checksum, encode_record
 from taskstore.errors import ConflictError, CorruptStoreError
-from taskstore.journal import SetAside, Snapshot, snapshot_of, validated_snapshot
-from taskstore.records import TaskRecord
+from taskstore.model.codec import check_nesting, checksum, decode_or_set_aside, encode_record
+from taskstore.model.journal import SetAside, Snapshot, snapshot_of, validated_snapshot
+from taskstore.model.records import TaskRecord
 from taskstore.stores.sql.commits import insert_row, too_new
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.dialects.base import Session, flat, pieces
 from taskstore.stores.sql.rows import (
+    ASIDE,
     Head,
     Mark,
     TaskRow,
     aside_line,
     aside_row,
-    chunks_of,
     damage_of,
-    read_lines,
     record_of,
-    with_chunk,
 )
 from taskstore.stores.sql.statements import PAGE, Statements
 from taskstore.stores.sql.tables import (
@@ -40,6 +38,11 @@ from taskstore.stores.sql.tables import (
     taskstore_head,
 )
 from taskstore.stores.sql.transactions import Transactions
+
+CHUNK_BYTES = 1024 * 1024
+"""A chunk of a snapshot is closed when it holds this much, so that it stays
+well below what servers take in one statement."""
+CHUNK_RECORDS = 1000
 
 
 def read_head(session: Session, sql: Statements, *, lock: bool = False) -> Head:
@@ -217,3 +220,45 @@ def insert(session: Session, database: Database, table: sa.Table, rows: list[Any
     """Insert rows, in order of the table's columns, whatever is there."""
     for lot in database.lots(rows):
         session.execute(database.sql.insert[table](len(lot)), flat(lot))
+
+
+# -- chunks ----------------------------------------------------------------
+
+
+def read_lines(data: bytes, where: str) -> Iterator[TaskRecord | SetAside]:
+    """What the lines of a chunk hold."""
+    for line in data.split(b"\n"):
+        if line[:1] == ASIDE:
+            try:
+                check_nesting(line)
+                yield msgspec.json.decode(line[1:], type=SetAside)
+            except msgspec.DecodeError as error:
+                raise CorruptStoreError(where, f"a line does not decode: {error}") from error
+        elif line:
+            yield decode_or_set_aside(line, where)
+
+
+def chunks_of(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Join lines into chunks of bounded size."""
+    chunk: list[bytes] = []
+    size = 0
+    for line in lines:
+        chunk.append(line)
+        size += len(line) + 1
+        if size >= CHUNK_BYTES or len(chunk) == CHUNK_RECORDS:
+            yield b"\n".join(chunk)
+            chunk, size = [], 0
+    if chunk:
+        yield b"\n".join(chunk)
+
+
+def with_chunk(mark: Mark, chunk: bytes) -> Mark:
+    """The row of a snapshot to which one more chunk is added."""
+    aside = (b"\n" + chunk).count(b"\n" + ASIDE)
+    return mark._replace(
+        chunks=mark.chunks + 1,
+        records=mark.records + chunk.count(b"\n") + 1 - aside,
+        set_aside=mark.set_aside + aside,
+        size=mark.size + len(chunk),
+        checksum=zlib.crc32(chunk, mark.checksum),
+    )

@@ -6,28 +6,33 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import sqlalchemy as sa
 
-from taskstore.backends import check_options
 from taskstore.errors import CorruptStoreError, CursorExpiredError, ValidationError
-from taskstore.journal import Change, Commit, JournalEntry, SetAside, Snapshot
-from taskstore.policy import CompactionPolicy, CompactionReport
-from taskstore.query import Page, TaskQuery
-from taskstore.records import MAX_INT
-from taskstore.store import StoreReport, TaskRegistryStore, VerifyReport
-from taskstore.stores.feed import IDLE_S, Feed, PollingWatch, Watch
-from taskstore.stores.retry import RECONNECT_S
+from taskstore.model.journal import Change, Commit, JournalEntry, SetAside, Snapshot
+from taskstore.model.policies import CompactionPolicy, CompactionReport
+from taskstore.model.query import Page, TaskQuery
+from taskstore.model.records import MAX_INT, TaskRecord
+from taskstore.model.validation import check_key
+from taskstore.store.interface import StoreReport, TaskRegistryStore, VerifyReport
+from taskstore.store.opening import check_options
+from taskstore.stores.common.change_feed import IDLE_S, Feed, PollingWatch, Watch
+from taskstore.stores.common.integrity import IntegrityCheck
+from taskstore.stores.common.retry import RECONNECT_S
 from taskstore.stores.sql import compaction, snapshots
 from taskstore.stores.sql.commits import commit
 from taskstore.stores.sql.dialects import Database, host_database, open_database
+from taskstore.stores.sql.dialects.base import Session
 from taskstore.stores.sql.migrate import ensure_schema
 from taskstore.stores.sql.query import answer
-from taskstore.stores.sql.rows import Head, entry_of
+from taskstore.stores.sql.rows import CARRIED, Head, TaskRow, entry_of, record_of
+from taskstore.stores.sql.snapshots import read_head, read_marked, read_marks, read_set_aside
+from taskstore.stores.sql.statements import PAGE
+from taskstore.stores.sql.tables import PROJECTED, task_journal, tasks
 from taskstore.stores.sql.transactions import ConnectionPool, Transactions
-from taskstore.stores.sql.verify import verify
 from taskstore.stores.sql.watches import DataVersionWatch, ListeningWatch
-from taskstore.validation import check_key
 
 _WATCHES: dict[str, Callable[[ConnectionPool, Callable[[], int]], Watch]] = {
     "sqlite": DataVersionWatch,
@@ -244,3 +249,78 @@ def _check_options(durability: str, migrate: str, reconnect_s: float) -> None:
     check_options(durability, migrate)
     if not isinstance(reconnect_s, (int, float)) or not reconnect_s >= 0:
         raise ValidationError("reconnect_s", f"must be seconds, not {reconnect_s!r}")
+
+
+def verify(transactions: Transactions) -> VerifyReport:
+    """Check everything; see ``SupportsIntegrity.verify``."""
+    return transactions.read(
+        lambda session: _Tables(session, transactions.database).verify(), one_moment=True
+    )
+
+
+class _Tables:
+    """Reads the tables, and checks what only they have: checksums, and columns beside payloads."""
+
+    def __init__(self, session: Session, database: Database) -> None:
+        self._session = session
+        self._sql = database.sql
+        self._location = database.location
+        self._marks = {mark.seq: mark for mark in read_marks(session)}
+        self._head = read_head(session, self._sql)
+        places = {seq: f"the snapshot at seq {seq}" for seq in self._marks}
+        self._check = IntegrityCheck(self._head.floor, places, self._snapshot)
+
+    def verify(self) -> VerifyReport:
+        self._check.journal(self._entries(), self._head.head_seq)
+        self._check.compare("the table tasks", self._current())
+        return self._check.report()
+
+    def _snapshot(self, seq: int) -> Snapshot:
+        return read_marked(self._session, self._sql, self._marks[seq], self._location)
+
+    def _pages(self, table: sa.Table, after: int | str) -> Iterator[Sequence[Any]]:
+        """The rows of a table in order of its key, which is its first column."""
+        (key,) = table.primary_key
+        while True:
+            page = sa.select(table).where(key > after).order_by(key).limit(PAGE)
+            rows = self._session.ask(page)
+            yield from rows
+            if len(rows) < PAGE:
+                return
+            after = rows[-1][0]
+
+    def _entries(self) -> Iterator[JournalEntry | CorruptStoreError]:
+        for row in self._pages(task_journal, self._head.floor - 1):
+            try:
+                entry = entry_of(row, f"{self._location}: task_journal")
+            except CorruptStoreError as error:
+                yield error
+                continue
+            if entry.set_aside is not None:
+                self._check.problems.append(f"{entry.set_aside.where}: {entry.set_aside.reason}")
+            yield entry
+
+    def _current(self) -> Snapshot:
+        """What the rows hold now; each is compared with its own columns."""
+        records: dict[str, TaskRecord] = {}
+        aside = read_set_aside(self._session, self._sql)
+        damaged = [item for item in aside if item.where.startswith("task_set_aside")]
+        names = [column.name for column in tasks.columns]
+        for row in self._pages(tasks, ""):
+            columns = dict(zip(names, row, strict=True))
+            found = record_of(TaskRow(*map(columns.__getitem__, TaskRow._fields)))
+            if isinstance(found, SetAside):
+                aside.append(found)
+                # What came in with a saved snapshot as it is, is as it should be.
+                if columns["checksum"] != CARRIED:
+                    damaged.append(found)
+                continue
+            records[found.task_id] = found
+            for name in ("revision", *PROJECTED):
+                if columns[name] != getattr(found, name):
+                    self._check.problems.append(
+                        f"the column {name} of task {found.task_id!r} is not as its payload says"
+                    )
+        for item in damaged:
+            self._check.problems.append(f"{item.where}: {item.reason}")
+        return Snapshot(self._head.head_seq, records, set_aside=tuple(aside))

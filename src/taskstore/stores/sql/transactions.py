@@ -27,7 +27,7 @@ from taskstore.errors import (
     StoreUnavailableError,
     TaskStoreError,
 )
-from taskstore.stores.retry import (
+from taskstore.stores.common.retry import (
     RECONNECT_S,
     CircuitBreaker,
     RetryPolicy,

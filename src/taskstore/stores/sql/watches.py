@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from taskstore.stores.feed import PollingWatch, WatchBrokenError, naps
+from taskstore.stores.common.change_feed import PollingWatch, WatchBrokenError, naps
 from taskstore.stores.sql.rows import Head
 from taskstore.stores.sql.transactions import ConnectionPool
 

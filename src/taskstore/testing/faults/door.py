@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from taskstore.testing.processes import STEPS
+from taskstore.testing.crash.processes import STEPS
 
 DELAY_S = 0.002
 """How long a delayed step takes longer, in seconds."""

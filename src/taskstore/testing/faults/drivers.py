@@ -50,7 +50,7 @@ def _commit(step: Step) -> bool:
 @contextmanager
 def impatient() -> Iterator[None]:
     """Let stores give up soon, so that a fault that stays does not last half a minute."""
-    from taskstore.stores import retry
+    from taskstore.stores.common import retry
     from taskstore.stores.sql import open_sql
     from taskstore.stores.sql.dialects import base, sqlite
 
@@ -80,7 +80,7 @@ class SQLite:
     """SQLite's statements, through the module that the store uses."""
 
     def __init__(self, door: Door) -> None:
-        from taskstore.stores.sql.sqlite_files import sqlite_module
+        from taskstore.stores.sql.sqlite_library import sqlite_module
 
         self._module = sqlite_module()
         self._door = door

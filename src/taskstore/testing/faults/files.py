@@ -18,8 +18,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+from taskstore.testing.crash.processes import STEPS
 from taskstore.testing.faults.door import DELAY, Call, Door, Fault, Step
-from taskstore.testing.processes import STEPS
 
 _BY_PATH = ("link", "listdir", "mkdir", "open", "remove", "rename", "replace", "rmdir", "scandir",
             "stat", "truncate", "unlink")  # fmt: skip

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import NamedTuple, Self
 from unittest import mock
 
-from taskstore import backends
-from taskstore.backends import scheme_of
 from taskstore.errors import OutcomeUnknownError
-from taskstore.journal import Snapshot
-from taskstore.store import TaskRegistryStore
+from taskstore.model.journal import Snapshot
+from taskstore.store import opening as backends
+from taskstore.store.interface import TaskRegistryStore
+from taskstore.store.opening import scheme_of
 from taskstore.testing.faults import drivers, seam
 from taskstore.testing.faults.door import HOLD_S, Door, Fault
 from taskstore.testing.faults.files import FAULTS as FILE_FAULTS

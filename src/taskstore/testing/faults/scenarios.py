@@ -8,12 +8,12 @@ from enum import Enum
 from functools import partial
 from typing import NamedTuple
 
-from taskstore.compaction import compact
-from taskstore.journal import Snapshot
-from taskstore.policy import CompactionPolicy
-from taskstore.records import TaskRecord
-from taskstore.registry import TaskRegistry
-from taskstore.store import SupportsCompaction, SupportsJournal, TaskRegistryStore
+from taskstore.model.journal import Snapshot
+from taskstore.model.policies import CompactionPolicy
+from taskstore.model.records import TaskRecord
+from taskstore.registry.compactor import compact
+from taskstore.registry.registry import TaskRegistry
+from taskstore.store.interface import SupportsCompaction, SupportsJournal, TaskRegistryStore
 from taskstore.testing.faults.stage import Stage
 
 Records = Mapping[str, TaskRecord]

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from taskstore.errors import OutcomeUnknownError, StoreBusyError, StoreUnavailableError
-from taskstore.journal import Change, Commit, Snapshot
-from taskstore.store import StoreReport, TaskRegistryStore
+from taskstore.model.journal import Change, Commit, Snapshot
+from taskstore.store.interface import StoreReport, TaskRegistryStore
 from taskstore.testing.faults.door import DELAY, Call, Door, Fault, Step
 
 _ABILITIES = ("compact", "exclusive", "floor", "head", "query", "read_history", "read_journal",

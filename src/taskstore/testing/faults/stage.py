@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from taskstore.hooks import Event, Hook, Restored, Upserted
-from taskstore.journal import JournalEntry, Snapshot
-from taskstore.records import TaskRecord
-from taskstore.registry import TaskRegistry
-from taskstore.store import SupportsIntegrity, SupportsJournal, TaskRegistryStore
+from taskstore.model.journal import JournalEntry, Snapshot
+from taskstore.model.records import TaskRecord
+from taskstore.registry.hooks import Event, Hook, Restored, Upserted
+from taskstore.registry.registry import TaskRegistry
+from taskstore.store.interface import SupportsIntegrity, SupportsJournal, TaskRegistryStore
 
 LAST_ENTRIES = 40
 """How much of the end of the journal is compared."""

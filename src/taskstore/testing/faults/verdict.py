@@ -8,7 +8,7 @@ from types import NoneType
 from typing import Any, NamedTuple
 
 from taskstore.errors import OutcomeUnknownError, StoreUnavailableError, TaskStoreError
-from taskstore.records import TaskRecord
+from taskstore.model.records import TaskRecord
 from taskstore.testing.faults.door import Fault, Step
 from taskstore.testing.faults.scenarios import Part, State
 from taskstore.testing.faults.stage import Seen, Stage

@@ -1,6 +1,6 @@
 """What a power loss may leave of a store that keeps files, and the proof that it is enough.
 
-A store that changes its files through a :class:`~taskstore.disk.Disk` can be
+A store that changes its files through a :class:`~taskstore.store.disk.Disk` can be
 lived through on a recorder; from its log every state is built that a power loss
 may leave at any moment, and the ledger in it is opened::
 

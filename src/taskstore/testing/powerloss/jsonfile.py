@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from taskstore.disk import Disk
-from taskstore.journal import Put
+from taskstore.model.journal import Put
+from taskstore.store.disk import Disk
 from taskstore.stores.jsonfile import JSONStore
 from taskstore.testing.factories import make_record
 from taskstore.testing.powerloss.life import FOLD, Life

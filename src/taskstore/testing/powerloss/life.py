@@ -8,10 +8,10 @@ from contextlib import suppress
 from msgspec.structs import replace
 
 from taskstore.errors import OutcomeUnknownError, TaskStoreError
-from taskstore.journal import Change, Snapshot
-from taskstore.policy import CompactionPolicy
-from taskstore.records import TaskRecord
-from taskstore.store import SupportsCompaction, TaskRegistryStore
+from taskstore.model.journal import Change, Snapshot
+from taskstore.model.policies import CompactionPolicy
+from taskstore.model.records import TaskRecord
+from taskstore.store.interface import SupportsCompaction, TaskRegistryStore
 from taskstore.testing.factories import Model
 from taskstore.testing.powerloss.recorder import KilledError, Omits, RecordedDisk, Recorder, Trap
 from taskstore.testing.powerloss.survival import Facts, Known, OpenOn

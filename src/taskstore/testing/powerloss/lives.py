@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import os
 
-from taskstore.journal import Change, Put
-from taskstore.policy import CompactionPolicy
-from taskstore.store import TaskRegistryStore
+from taskstore.model.journal import Change, Put
+from taskstore.model.policies import CompactionPolicy
+from taskstore.store.interface import TaskRegistryStore
 from taskstore.testing.factories import make_record, next_of, removal_of
 from taskstore.testing.powerloss.life import FOLD, Life
 from taskstore.testing.powerloss.recorder import KilledError, Trap

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from taskstore import disk as door
-from taskstore.disk import Disk
+from taskstore.store import disk as door
+from taskstore.store.disk import Disk
 
 
 class Made(Struct, frozen=True):
@@ -103,7 +103,7 @@ class Recorder:
 
     Each process that the workload plays gets a disk of its own from
     :meth:`disk`.  ``log`` holds the operations in order, ``steps`` counts them
-    by the names of the methods of :class:`~taskstore.disk.Disk`, and ``sites``
+    by the names of the methods of :class:`~taskstore.store.disk.Disk`, and ``sites``
     has each step with the place in the code, ``(step, file, line)``, which
     asked for it; ``unsynced`` are the files and directories that were changed
     since they were synced.

@@ -37,17 +37,17 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 from msgspec import Struct, field
 
-from taskstore.backends import open_store
-from taskstore.disk import Disk
-from taskstore.journal import Change
-from taskstore.store import TaskRegistryStore
+from taskstore.model.journal import Change
+from taskstore.store.disk import Disk
+from taskstore.store.interface import TaskRegistryStore
+from taskstore.store.opening import open_store
 from taskstore.stores.sql import SQLStore
-from taskstore.stores.sql.sqlite_files import sqlite_module
+from taskstore.stores.sql.sqlite_library import sqlite_module
+from taskstore.testing.crash.processes import Child, Report
 from taskstore.testing.factories import Model, make_put, next_of, removal_of
 from taskstore.testing.powerloss.model import BLOCK
 from taskstore.testing.powerloss.survey import fast_directory
 from taskstore.testing.powerloss.survival import Known, check
-from taskstore.testing.processes import Child, Report
 
 NAME = "tasks.db"
 CHECKPOINT_PAGES = 40

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, Protocol
 
 from msgspec import Struct
 
-from taskstore.disk import SYSTEM, Disk
 from taskstore.errors import StoreUnavailableError
-from taskstore.journal import Put
-from taskstore.records import TaskRecord
-from taskstore.store import SupportsIntegrity, SupportsJournal, TaskRegistryStore
+from taskstore.model.journal import Put
+from taskstore.model.records import TaskRecord
+from taskstore.store.disk import SYSTEM, Disk
+from taskstore.store.interface import SupportsIntegrity, SupportsJournal, TaskRegistryStore
 from taskstore.testing.factories import Model, make_record
 
 _LIMIT = 1_000_000

@@ -13,8 +13,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.sql.expression import Executable
 
-from taskstore.backends import scheme_of
 from taskstore.errors import StoreUnavailableError, ValidationError
+from taskstore.store.opening import scheme_of
 from taskstore.stores.sql.errors import Fault, Translator
 from taskstore.stores.sql.rows import Claimed
 from taskstore.stores.sql.statements import SIZES, Statements

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import quote
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
@@ -19,20 +21,12 @@ from taskstore.errors import (
     StoreUnavailableError,
     ValidationError,
 )
-from taskstore.stores.fairlock import FairLock
-from taskstore.stores.holders import lock_holders
-from taskstore.stores.sql import sqlite_files
+from taskstore.stores.common.locks import FairLock, lock_holders
+from taskstore.stores.sql import sqlite_library
 from taskstore.stores.sql.dialects.base import LOCK_WAIT_S, Database, Session
 from taskstore.stores.sql.errors import Fault, Translator, sqlite_fault
-from taskstore.stores.sql.sqlite_files import (
-    create_privately,
-    library_notice,
-    library_of,
-    needs_immutable,
-    opener,
-    sqlite_module,
-)
 from taskstore.stores.sql.sqlite_guard import FileGuard, ImmutableGuard
+from taskstore.stores.sql.sqlite_library import library_notice, library_of, sqlite_module
 
 _WRITE_LOCK = 120
 """The byte of the ``-shm`` file that whoever writes holds: part of SQLite's file format."""
@@ -223,7 +217,7 @@ class SQLiteDatabase(Database):
 
     def hold(self) -> None:
         self._holds = True
-        self.notice(sqlite_files.hold(self.location, self._library))
+        self.notice(sqlite_library.hold(self.location, self._library))
         if self._files is not None:
             with self.translator:
                 self._files.start()
@@ -236,7 +230,7 @@ class SQLiteDatabase(Database):
             self._fair_lock.close()
         if self._holds:
             self._holds = False
-            sqlite_files.release(self.location, self._library)
+            sqlite_library.release(self.location, self._library)
 
 
 def path_of(url: str) -> Path:
@@ -271,3 +265,90 @@ def _write_pragmas(durability: str) -> tuple[str, ...]:
     if sys.platform == "darwin" and durability == "full":
         pragmas += ["PRAGMA fullfsync = ON", "PRAGMA checkpoint_fullfsync = ON"]
     return tuple(pragmas)
+
+
+def create_privately(path: Path) -> None:
+    """Make the file if it is not there, readable by its owner only.
+
+    New directories are 0700, the file 0600; SQLite gives its ``-wal`` and
+    ``-shm`` the mode of the file.  What exists is left as it is.
+    """
+    try:
+        missing = [parent for parent in path.parents if not parent.exists()]
+        for parent in reversed(missing):
+            parent.mkdir(mode=0o700, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        if not path.is_file():
+            kind = "is a directory" if path.is_dir() else "is no regular file"
+            raise StoreUnavailableError(f"{path} {kind}, not a database") from None
+        if not os.access(path, os.R_OK | os.W_OK):
+            raise StoreUnavailableError(
+                f"{path} cannot be written: permission denied", hint="open it read-only"
+            ) from None
+    except OSError as error:
+        raise StoreUnavailableError(
+            f"{path} cannot be created: {error.strerror or error}",
+            hint=f"is {path.parent} a directory that you may write?",
+        ) from error
+
+
+def opener(
+    module: Any, path: Path, *, busy_timeout_s: float, read_only: bool, immutable: bool
+) -> Callable[[], Any]:
+    """A function that opens one connection to a file, in driver-level autocommit."""
+    # The path is quoted for a URI: it may hold %, ? and #.  No connection makes the file.
+    mode = "ro" if read_only else "rw"
+    name = f"file:{quote(os.fsencode(path))}?mode={mode}" + ("&immutable=1" if immutable else "")
+
+    def connect() -> Any:
+        return module.connect(
+            name,
+            timeout=busy_timeout_s,
+            isolation_level=None,
+            check_same_thread=False,
+            uri=True,
+        )
+
+    return connect
+
+
+def wal_exists(path: Path) -> bool:
+    """Whether a write-ahead log lies beside the database."""
+    return Path(f"{path}-wal").exists()
+
+
+def needs_immutable(module: Any, path: Path) -> bool:
+    """Find out whether a file can only be read as immutable.
+
+    Raises :class:`~taskstore.StoreUnavailableError` where it cannot be read
+    at all: no such file, no right to, or a ``-wal`` without the ``-shm`` that
+    this user may not create.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else error.strerror
+        raise StoreUnavailableError(f"{path} cannot be read: {reason}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise StoreUnavailableError(f"{path} is not a file")
+    if not os.access(path, os.R_OK):
+        raise StoreUnavailableError(f"{path} cannot be read: permission denied")
+    connection = None
+    try:
+        connection = opener(module, path, busy_timeout_s=1.0, read_only=True, immutable=False)()
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except module.OperationalError as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF not in (8, 14):  # READONLY, CANTOPEN
+            raise
+        if not wal_exists(path):
+            return True
+        raise StoreUnavailableError(
+            f"{path} has a write-ahead log, and {path.parent} cannot be written, "
+            "which SQLite needs to read it",
+            hint="read it as its owner, or let its writer close it",
+        ) from error
+    finally:
+        if connection is not None:
+            connection.close()
+    return False

@@ -1,0 +1,449 @@
+"""The life of a task as pure functions: a verb's arguments make a mutation of its record.
+
+A task begins with :func:`new_record`; a create that comes again is answered
+by :func:`attach`.  Each other function checks its arguments, once, and returns a
+:data:`Mutation`.  Wrong arguments raise :class:`ValidationError` whatever
+the task is.  The mutation takes a record and now and returns the record that
+should stand afterwards: the same object when what is asked for already
+holds, otherwise a new one whose revision is one more.  What the status does
+not allow raises :class:`InvalidTransition`.  What comes out of a valid
+record is valid, but for a revision beyond the last.
+
+The rules of the end: once a task has ended, its status, times, error and
+outcome stay.  Two exceptions: :func:`finish` may correct ``succeeded`` to
+failed, timed_out or cancelled, and :func:`recover` alone corrects ``lost``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+from msgspec.structs import force_setattr, replace
+
+from taskstore.errors import InvalidTransition, ValidationError
+from taskstore.model.records import (
+    ACTIVE_STATUSES,
+    ERROR_BYTES,
+    MAX_INT,
+    NO_METADATA,
+    OPTIONAL_KEYS,
+    TASK_BYTES,
+    DeliveryStatus,
+    NotifyPolicy,
+    ScopeKind,
+    TaskRecord,
+    TaskStatus,
+    TerminalOutcome,
+)
+from taskstore.model.validation import (
+    CHECKS,
+    check_enum,
+    check_int,
+    check_key,
+    check_summary,
+    check_text,
+    encode_metadata,
+    plain_metadata,
+)
+
+Mutation = Callable[[TaskRecord, int], TaskRecord]
+"""From a record and now (Unix milliseconds) to what should stand: pure."""
+
+RETENTION_MS = 7 * 24 * 60 * 60 * 1000
+"""How long an ended task is kept unless told otherwise: 7 days."""
+
+_CORRECTIONS = frozenset({TaskStatus.FAILED, TaskStatus.TIMED_OUT, TaskStatus.CANCELLED})
+
+# An enum looks its members up at each access.
+_RUNNING, _SESSION, _PENDING = TaskStatus.RUNNING, ScopeKind.SESSION, DeliveryStatus.PENDING
+
+_BEGINNINGS = {str(status): status for status in TaskStatus if not status.is_terminal}
+"""What a task may be when it is created, by its name."""
+
+_CHECKS = {
+    name: CHECKS[name]
+    for name in (
+        *(key for key in OPTIONAL_KEYS if key not in ("booking", "lease_token")),
+        *("created_at", "started_at", "last_event_at", "cleanup_after"),
+        *("scope_kind", "delivery_status", "notify_policy", "requester_origin"),
+    )
+} | {"progress_summary": check_summary}
+"""What may be given when a task is created, and what it is checked with."""
+
+_FILLABLE = frozenset(OPTIONAL_KEYS) - {"run_id", "booking", "lease_token"} | {
+    "requester_origin",
+    "cleanup_after",
+    "progress_summary",
+}
+
+
+def new_record(
+    *, now: int, task_id: str, runtime: str, task: str, status: str, fields: Mapping[str, Any]
+) -> TaskRecord:
+    """Make revision 1 of a task.
+
+    ``fields`` are further record fields by name; ``now`` is in Unix
+    milliseconds.  Raises :class:`ValidationError` for anything that may not
+    be stored or that only a later change can set.
+    """
+    given: dict[str, Any] = {}
+    for name, value in fields.items():
+        check = _CHECKS.get(name)
+        if name == "metadata":
+            given["metadata_json"] = NO_METADATA if value is None else encode_metadata(value)
+            continue
+        if check is None:
+            known = name in TaskRecord.__struct_fields__
+            raise ValidationError(
+                str(name), "is not given to a new task" if known else "is not a field of a record"
+            )
+        if value is not None:
+            given[name] = check(name, value)
+    state = _BEGINNINGS.get(status) if isinstance(status, str) else None
+    if state is None:
+        state = check_enum("status", status, TaskStatus)
+        raise ValidationError("status", f"a task starts queued or running, not {state}")
+    created_at = given.setdefault("created_at", now)
+    event_at = max(now, created_at)
+    if "owner_key" in given or "requester_session_key" in given:
+        given.setdefault("scope_kind", _SESSION)
+        given.setdefault("delivery_status", _PENDING)
+    given.setdefault("last_event_at", event_at)
+    if state is _RUNNING:
+        given.setdefault("started_at", event_at)
+    for name in ("started_at", "last_event_at", "cleanup_after"):
+        if name in given and given[name] < created_at:
+            given[name] = created_at
+    record = TaskRecord(
+        task_id=check_key("task_id", task_id),
+        revision=1,
+        runtime=check_key("runtime", runtime),
+        task=check_text("task", task, TASK_BYTES),
+        status=state,
+        **given,
+    )
+    if record.scope_kind is _SESSION and record.owner_key is None:
+        raise ValidationError("owner_key", "is required unless scope_kind is system")
+    if record.run_id is not None:
+        # It is nobody else's yet.
+        force_setattr(record, "booking", run_digest(record))
+    return record
+
+
+def run_digest(record: TaskRecord) -> str:
+    """Digest the run scope of a record: 32 hexadecimal digits.
+
+    The scope is (run_id, runtime, scope kind, owner, child session, flow,
+    label, task) as they are at creation; two creates with the same scope are
+    the same task.
+    """
+    scope = (
+        record.run_id,
+        record.runtime,
+        record.scope_kind,
+        record.owner_key,
+        record.child_session_key,
+        record.parent_flow_id,
+        record.label,
+        record.task,
+    )
+    return hashlib.blake2b(msgspec.json.encode(scope), digest_size=16).hexdigest()
+
+
+def attach(existing: TaskRecord, asked: TaskRecord) -> TaskRecord:
+    """Answer a repeated create: fill what ``existing`` lacked, touch nothing else.
+
+    An ended task is returned unchanged.
+    """
+    if existing.is_terminal:
+        return existing
+    filled: dict[str, Any] = {
+        name: getattr(asked, name)
+        for name in sorted(_FILLABLE)
+        if getattr(existing, name) is None and getattr(asked, name) is not None
+    }
+    if "cleanup_after" in filled:
+        filled["cleanup_after"] = max(filled["cleanup_after"], existing.created_at)
+    if existing.metadata_json == NO_METADATA and asked.metadata_json != NO_METADATA:
+        filled["metadata_json"] = asked.metadata_json
+    return replace(existing, revision=existing.revision + 1, **filled) if filled else existing
+
+
+def start(*, started_at: int | None = None) -> Mutation:
+    """Queued → running.  A running task is returned as it is."""
+    _check_time("started_at", started_at)
+
+    def started(record: TaskRecord, now: int) -> TaskRecord:
+        if record.status is TaskStatus.RUNNING:
+            return record
+        if record.status is not TaskStatus.QUEUED:
+            raise InvalidTransition(record.task_id, record.status, "start it")
+        return replace(
+            record,
+            revision=record.revision + 1,
+            status=TaskStatus.RUNNING,
+            started_at=max(now if started_at is None else started_at, record.created_at),
+            last_event_at=_event_time(record, now),
+        )
+
+    return started
+
+
+def progress(summary: str) -> Mutation:
+    """Note how far an active task has come.  The same summary again changes nothing."""
+    folded = check_summary("progress_summary", summary)
+    if folded is None:
+        raise ValidationError("progress_summary", "must be text, not NoneType")
+
+    def noted(record: TaskRecord, now: int) -> TaskRecord:
+        if record.status not in ACTIVE_STATUSES:
+            raise InvalidTransition(record.task_id, record.status, "record progress")
+        if folded == record.progress_summary:
+            return record
+        return replace(
+            record,
+            revision=record.revision + 1,
+            progress_summary=folded,
+            last_event_at=max(now, record.created_at, record.last_event_at or 0),
+        )
+
+    return noted
+
+
+def finish(
+    status: str,
+    *,
+    error: str | None = None,
+    summary: str | None = None,
+    outcome: str | None = None,
+    ended_at: int | None = None,
+) -> Mutation:
+    """End an active task, or correct ``succeeded`` to failed, timed_out or cancelled.
+
+    Repeating the end that stands, with the same facts or none, returns the
+    record as it is; other facts raise :class:`InvalidTransition`, because
+    the end is final.
+    """
+    end = check_enum("status", status, TaskStatus)
+    if not end.is_terminal:
+        raise ValidationError("status", f"a task ends in a terminal status, not {end}")
+    given = _end_facts(error, summary, outcome, ended_at)
+
+    def finished(record: TaskRecord, now: int) -> TaskRecord:
+        facts = _facts_of(record, given)
+        if record.status is end:
+            return _repeated(record, f"finish it as {end} with other facts", facts)
+        corrects = record.status is TaskStatus.SUCCEEDED and end in _CORRECTIONS
+        if record.is_terminal and not corrects:
+            raise InvalidTransition(record.task_id, record.status, f"finish it as {end}")
+        if corrects:
+            facts = {"error": None, "terminal_outcome": None, **facts}
+            facts.setdefault("ended_at", record.ended_at)
+        return _ended(record, now, end, facts)
+
+    return finished
+
+
+def lose(*, error: str | None = None) -> Mutation:
+    """Active → lost: what became of it cannot be told any more.  A lost task stays as it is."""
+    return _end_active(TaskStatus.LOST, _end_facts(error, None, None, None), "mark it lost")
+
+
+def cancel(reason: str | None = None) -> Mutation:
+    """Active → cancelled, the reason kept as the error.  A cancelled task stays as it is."""
+    return _end_active(TaskStatus.CANCELLED, _end_facts(reason, None, None, None), "cancel it")
+
+
+def _end_active(end: TaskStatus, facts: Mapping[str, Any], attempted: str) -> Mutation:
+    def ended(record: TaskRecord, now: int) -> TaskRecord:
+        if record.status is end:
+            return record
+        if record.is_terminal:
+            raise InvalidTransition(record.task_id, record.status, attempted)
+        return _ended(record, now, end, facts)
+
+    return ended
+
+
+def recover(
+    status: str = TaskStatus.RUNNING,
+    *,
+    error: str | None = None,
+    summary: str | None = None,
+    outcome: str | None = None,
+    ended_at: int | None = None,
+) -> Mutation:
+    """Lost → what the task really is: active again, or how it really ended."""
+    state = check_enum("status", status, TaskStatus)
+    if state is TaskStatus.LOST:
+        raise ValidationError("status", "recover says what a lost task really is, not lost")
+    given = _end_facts(error, summary, outcome, ended_at)
+    if not state.is_terminal and given:
+        raise ValidationError(next(iter(given)), f"does not go with the status {state}")
+
+    def recovered(record: TaskRecord, now: int) -> TaskRecord:
+        facts = _facts_of(record, given)
+        if record.status is state:
+            return _repeated(record, f"recover it as {state} with other facts", facts)
+        if record.status is not TaskStatus.LOST:
+            raise InvalidTransition(record.task_id, record.status, f"recover it as {state}")
+        alive = _without_end(record)
+        if state.is_terminal:
+            return _ended(alive, now, state, facts)
+        started_at = record.started_at
+        if state is TaskStatus.RUNNING and started_at is None:
+            started_at = max(now, record.created_at)
+        return replace(
+            alive,
+            revision=record.revision + 1,
+            status=state,
+            started_at=started_at,
+            last_event_at=_event_time(record, now),
+        )
+
+    return recovered
+
+
+def deliver(status: str, *, last_notified_event_at: int | None = None) -> Mutation:
+    """Note how far the answer got.
+
+    ``delivered`` also notes which event the owner now knows of:
+    ``last_notified_event_at``, by default the task's last event.
+    """
+    state = check_enum("delivery_status", status, DeliveryStatus)
+    _check_time("last_notified_event_at", last_notified_event_at)
+
+    def delivered(record: TaskRecord, _now: int) -> TaskRecord:
+        notified = record.last_notified_event_at
+        if last_notified_event_at is not None:
+            notified = max(last_notified_event_at, record.created_at)
+        elif state is DeliveryStatus.DELIVERED:
+            notified = record.last_event_at
+        return _changed(record, delivery_status=state, last_notified_event_at=notified)
+
+    return delivered
+
+
+def notify(policy: str) -> Mutation:
+    """Set what the owner wants to hear of."""
+    chosen = check_enum("notify_policy", policy, NotifyPolicy)
+    return lambda record, _now: _changed(record, notify_policy=chosen)
+
+
+def retain(cleanup_after: int | None) -> Mutation:
+    """Set when the record may be removed (Unix milliseconds), or ``None`` for never."""
+    _check_time("cleanup_after", cleanup_after)
+
+    def retained(record: TaskRecord, _now: int) -> TaskRecord:
+        until = cleanup_after
+        return _changed(
+            record, cleanup_after=None if until is None else max(until, record.created_at)
+        )
+
+    return retained
+
+
+def link_flow(parent_flow_id: str | None) -> Mutation:
+    """Set the flow that the task belongs to.  Its dedup key stays as it was at creation."""
+    flow = None if parent_flow_id is None else check_key("parent_flow_id", parent_flow_id)
+    return lambda record, _now: _changed(record, parent_flow_id=flow)
+
+
+def merge_metadata(changes: object) -> Mutation:
+    """Merge a mapping into the metadata, key by key at the top level; ``None`` is a value.
+
+    The result has to be within the limits of metadata: else the mutation
+    raises :class:`ValidationError`.
+    """
+    copied = plain_metadata(changes)
+    encode_metadata(copied)
+
+    def merged(record: TaskRecord, _now: int) -> TaskRecord:
+        return _changed(record, metadata_json=encode_metadata({**record.metadata, **copied}))
+
+    return merged
+
+
+def _changed(record: TaskRecord, **fields: Any) -> TaskRecord:
+    if all(getattr(record, name) == value for name, value in fields.items()):
+        return record
+    return replace(record, revision=record.revision + 1, **fields)
+
+
+def _check_time(field: str, given: int | None) -> None:
+    if given is not None:
+        check_int(field, given)
+
+
+def _event_time(record: TaskRecord, now: int) -> int:
+    """``last_event_at`` never goes back, whatever the clock does."""
+    return max(now, record.created_at, record.last_event_at or 0)
+
+
+def _end_facts(
+    error: str | None, summary: str | None, outcome: str | None, ended_at: int | None
+) -> dict[str, Any]:
+    """The facts of an end that were given, checked, by field name."""
+    facts: dict[str, Any] = {}
+    if error is not None:
+        facts["error"] = check_text("error", error, ERROR_BYTES)
+    if summary is not None:
+        facts["terminal_summary"] = check_summary("terminal_summary", summary)
+    if outcome is not None:
+        facts["terminal_outcome"] = check_enum("terminal_outcome", outcome, TerminalOutcome)
+    if ended_at is not None:
+        facts["ended_at"] = check_int("ended_at", ended_at)
+    return facts
+
+
+def _facts_of(record: TaskRecord, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given facts as they hold for this task: it does not end before its creation."""
+    facts = dict(given)
+    if "ended_at" in facts:
+        facts["ended_at"] = max(facts["ended_at"], record.created_at)
+    return facts
+
+
+def _without_end(record: TaskRecord) -> TaskRecord:
+    """A lost task without what its end has set, at the same revision: on the way to the next."""
+    automatic = record.ended_at is not None and (
+        record.cleanup_after == record.ended_at + RETENTION_MS
+    )
+    return replace(
+        record,
+        error=None,
+        ended_at=None,
+        cleanup_after=None if automatic else record.cleanup_after,
+    )
+
+
+def _repeated(record: TaskRecord, attempted: str, facts: Mapping[str, Any]) -> TaskRecord:
+    """The record, if the facts are the ones that stand."""
+    if any(getattr(record, name) != value for name, value in facts.items()):
+        raise InvalidTransition(record.task_id, record.status, attempted)
+    return record
+
+
+def _ended(
+    record: TaskRecord, now: int, status: TaskStatus, facts: Mapping[str, Any]
+) -> TaskRecord:
+    ended_at = facts.get("ended_at")
+    if ended_at is None:
+        ended_at = max(now, record.created_at)
+    cleanup_after = record.cleanup_after
+    if cleanup_after is None:
+        cleanup_after = min(ended_at + RETENTION_MS, MAX_INT)
+    return replace(
+        record,
+        **{
+            **facts,
+            "revision": record.revision + 1,
+            "status": status,
+            "ended_at": ended_at,
+            "last_event_at": _event_time(record, now),
+            "cleanup_after": cleanup_after,
+        },
+    )

@@ -1,0 +1,229 @@
+"""Questions about records: filters, newest-first order, keyset cursors.
+
+A query means the same everywhere: :func:`evaluate` defines it, indexes and
+SQL only get there faster.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from enum import StrEnum
+from typing import Any, Self, overload
+
+import msgspec
+from msgspec import Struct
+
+from taskstore.errors import ValidationError
+from taskstore.model.records import (
+    ACTIVE_STATUSES,
+    ENUM_FIELDS,
+    OPTIONAL_KEYS,
+    OPTIONAL_TIMES,
+    REQUIRED_KEYS,
+    TEXT_LIMITS,
+    TaskRecord,
+    TerminalOutcome,
+)
+from taskstore.model.validation import check_enum, check_int, check_key, check_text
+
+SESSION_KEY = "session_key"
+"""A filter that is no field: the child's or the requester's session."""
+
+_TEXT_FIELDS = frozenset({*REQUIRED_KEYS, *OPTIONAL_KEYS, *TEXT_LIMITS, SESSION_KEY})
+_INT_FIELDS = frozenset({"revision", "created_at", *OPTIONAL_TIMES})
+_ENUMS: dict[str, type[StrEnum]] = {**ENUM_FIELDS, "terminal_outcome": TerminalOutcome}
+_FILTERS = _TEXT_FIELDS | _INT_FIELDS | _ENUMS.keys()
+_LONGEST = max(TEXT_LIMITS.values())
+
+Cursor = tuple[int, str]
+"""Where a page ended: (created_at, task_id) of its last record."""
+
+
+class TaskQuery:
+    """Which records, and how many: newest first by (created_at, task_id).
+
+    ``filters`` are record field names (but for ``metadata`` and
+    ``requester_origin``) and ``session_key``, which is the child's or the
+    requester's.  A value may be a collection of which any may match; ``None``
+    means that the field is not set.  ``since`` is the earliest ``created_at``
+    (Unix milliseconds), ``limit`` the most records (``None``: all) and
+    ``after`` the ``next_cursor`` of the page before.
+
+    Raises :class:`ValidationError` for what is not a field or not of its type.
+    """
+
+    __slots__ = ("_tests", "after", "cursor", "limit", "since", "where")
+
+    def __init__(
+        self,
+        *,
+        since: int | None = None,
+        limit: int | None = None,
+        after: str | None = None,
+        **filters: Any,
+    ) -> None:
+        self.since = None if since is None else check_int("since", since)
+        self.limit = None if limit is None else check_int("limit", limit, 1)
+        self.after = after
+        self.cursor = None if after is None else decode_cursor(after)
+        self.where: dict[str, frozenset[Any]] = {
+            field: _wanted(field, value) for field, value in filters.items()
+        }
+        self._tests: list[Callable[[TaskRecord], bool]] = [
+            _test(field, wanted) for field, wanted in self.where.items()
+        ]
+
+    def matches(self, record: TaskRecord) -> bool:
+        """Whether a record passes the filters and ``since``, wherever the cursor stands."""
+        if self.since is not None and record.created_at < self.since:
+            return False
+        return all(test(record) for test in self._tests)
+
+    def __repr__(self) -> str:
+        parts = [f"{field}={sorted(map(repr, values))}" for field, values in self.where.items()]
+        parts += [
+            f"{name}={getattr(self, name)!r}"
+            for name in ("since", "limit", "after")
+            if getattr(self, name) is not None
+        ]
+        return f"TaskQuery({', '.join(parts)})"
+
+
+class Page(Sequence[TaskRecord]):
+    """Some records, newest first.
+
+    ``next_cursor`` (``str``) asks for the following page with ``after=``, or
+    is ``None`` when there is none.  ``seq`` is the journal position that the
+    answer is true for.
+    """
+
+    __slots__ = ("next_cursor", "records", "seq")
+
+    def __init__(
+        self, records: Iterable[TaskRecord], *, next_cursor: str | None = None, seq: int = 0
+    ) -> None:
+        self.records = tuple(records)
+        self.next_cursor = next_cursor
+        self.seq = seq
+
+    @overload
+    def __getitem__(self, index: int) -> TaskRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[TaskRecord]: ...
+    def __getitem__(self, index: int | slice) -> TaskRecord | Sequence[TaskRecord]:
+        return self.records[index]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Page):
+            return self.records == other.records and self.next_cursor == other.next_cursor
+        return NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]  # as for a list
+
+    def __repr__(self) -> str:
+        return f"Page({list(self.records)!r}, next_cursor={self.next_cursor!r}, seq={self.seq})"
+
+
+class Summary(Struct, frozen=True, kw_only=True):
+    """How many tasks there are.
+
+    ``total`` counts the records, ``by_status`` and ``by_runtime`` map names
+    to counts above 0, ``seq`` is the commit that it is true for.
+    """
+
+    total: int
+    by_status: dict[str, int]
+    by_runtime: dict[str, int]
+    seq: int = 0
+
+    @property
+    def active(self) -> int:
+        """How many tasks have not ended (``int``)."""
+        return sum(self.by_status.get(status, 0) for status in ACTIVE_STATUSES)
+
+    @classmethod
+    def of(cls, by_status: Counter[str], by_runtime: Counter[str], seq: int) -> Self:
+        """The summary of records that were counted."""
+        return cls(
+            total=by_status.total(),
+            by_status=dict(by_status),
+            by_runtime=dict(by_runtime),
+            seq=seq,
+        )
+
+
+def page_of(newest_first: Iterator[TaskRecord], query: TaskQuery, seq: int) -> Page:
+    """Cut one page from matching records that come newest first, the cursor applied."""
+    if query.limit is None:
+        return Page(newest_first, seq=seq)
+    records: list[TaskRecord] = []
+    for record in newest_first:
+        if len(records) == query.limit:
+            return Page(records, next_cursor=encode_cursor(records[-1].sort_key), seq=seq)
+        records.append(record)
+    return Page(records, seq=seq)
+
+
+def evaluate(query: TaskQuery, records: Iterable[TaskRecord], seq: int) -> Page:
+    """Answer a query over records in any order: what every backend has to agree with."""
+    matching = sorted(
+        (record for record in records if query.matches(record)),
+        key=lambda record: record.sort_key,
+        reverse=True,
+    )
+    cursor = query.cursor
+    return page_of(
+        (record for record in matching if cursor is None or record.sort_key < cursor), query, seq
+    )
+
+
+def encode_cursor(key: Cursor) -> str:
+    """An opaque, URL-safe text for a place in the order of records."""
+    return base64.urlsafe_b64encode(msgspec.json.encode(key)).rstrip(b"=").decode()
+
+
+def decode_cursor(cursor: str) -> Cursor:
+    """The place that :func:`encode_cursor` made a text of.
+
+    Raises :class:`ValidationError` for anything else.
+    """
+    text = check_text("after", cursor, _LONGEST)
+    try:
+        raw = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+        created_at, task_id = msgspec.json.decode(raw, type=tuple[int, str])
+        key = (check_int("after", created_at), check_key("task_id", task_id))
+        if encode_cursor(key) == text:
+            return key
+    except (binascii.Error, ValueError):
+        pass
+    raise ValidationError("after", "is not the next_cursor of a page")
+
+
+def _wanted(field: str, value: Any) -> frozenset[Any]:
+    """The values that a filter accepts, checked for their field."""
+    if field not in _FILTERS:
+        raise ValidationError(field, "is not a field that records can be filtered by")
+    many = isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
+    return frozenset(_value(field, item) for item in (value if many else (value,)))
+
+
+def _value(field: str, value: Any) -> Any:
+    if field in _ENUMS:
+        return None if value is None else check_enum(field, value, _ENUMS[field])
+    if field in _TEXT_FIELDS:
+        return None if value is None else check_text(field, value, _LONGEST)
+    return None if value is None else check_int(field, value)
+
+
+def _test(field: str, wanted: frozenset[Any]) -> Callable[[TaskRecord], bool]:
+    if field == SESSION_KEY:
+        return lambda record: (
+            record.child_session_key in wanted or record.requester_session_key in wanted
+        )
+    return lambda record: getattr(record, field) in wanted

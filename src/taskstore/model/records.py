@@ -1,0 +1,212 @@
+"""The task record: the immutable state of one task at one revision, and its limits.
+
+What may stand in it is checked in :mod:`taskstore.model.validation`.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, get_type_hints
+
+import msgspec
+from msgspec import Raw, Struct
+
+KEY_BYTES = 255
+"""Longest key (ids, session keys, labels) in bytes of UTF-8."""
+SUMMARY_BYTES = 4096
+"""Longest progress or terminal summary in bytes of UTF-8."""
+ERROR_BYTES = 64 * 1024
+"""Longest error text in bytes of UTF-8."""
+TASK_BYTES = 1024 * 1024
+"""Longest task text in bytes of UTF-8."""
+METADATA_BYTES = 64 * 1024
+"""Longest metadata in bytes of canonical JSON."""
+METADATA_DEPTH = 64
+"""Deepest nesting of objects and arrays in metadata."""
+PAYLOAD_DEPTH = 2 * METADATA_DEPTH
+"""Deepest nesting of a payload that is stored or decoded, unknown members included.
+
+It is far below what the JSON decoder can do, which depends on the interpreter.
+"""
+MAX_INT = 2**53 - 1
+"""Greatest time and revision: what every JSON reader holds exactly."""
+
+
+class TaskStatus(StrEnum):
+    """Where a task is in its life."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    TIMED_OUT = "timed_out"
+    CANCELLED = "cancelled"
+    LOST = "lost"
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the task has ended (``bool``): anything but queued and running."""
+        return self not in ACTIVE_STATUSES
+
+
+ACTIVE_STATUSES = frozenset({TaskStatus.QUEUED, TaskStatus.RUNNING})
+"""The statuses of a task that has not ended."""
+TERMINAL_STATUSES = frozenset(TaskStatus) - ACTIVE_STATUSES
+"""The statuses of a task that has ended."""
+
+
+class DeliveryStatus(StrEnum):
+    """How far the answer got on its way to whoever asked."""
+
+    PENDING = "pending"
+    DELIVERED = "delivered"
+    SESSION_QUEUED = "session_queued"
+    FAILED = "failed"
+    PARENT_MISSING = "parent_missing"
+    NOT_APPLICABLE = "not_applicable"
+
+
+class NotifyPolicy(StrEnum):
+    """What the owner wants to hear of: the end, every change of status, or nothing."""
+
+    DONE_ONLY = "done_only"
+    STATE_CHANGES = "state_changes"
+    SILENT = "silent"
+
+
+class ScopeKind(StrEnum):
+    """Whether a task belongs to someone's session or to the system itself."""
+
+    SESSION = "session"
+    SYSTEM = "system"
+
+
+class TerminalOutcome(StrEnum):
+    """What a finished run achieved: its aim, or the finding that it is blocked."""
+
+    SUCCEEDED = "succeeded"
+    BLOCKED = "blocked"
+
+
+class DeliveryContext(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """Where the answer goes: each part a key of at most 255 bytes, or ``None``."""
+
+    channel: str | None = None
+    to: str | None = None
+    account_id: str | None = None
+    thread_id: str | None = None
+
+
+Key = Annotated[str, "key"]
+"""Text of at most ``KEY_BYTES`` that identifies, or is the name of something."""
+Time = Annotated[int, "time"]
+"""Unix milliseconds, UTC."""
+
+NO_METADATA = Raw(b"{}")
+
+DedupKey = tuple[str, str]
+"""``(run_id, booking)``: the run of a task and the digest of its run scope.  At most one task of
+a ledger has it, which makes ``create`` idempotent."""
+
+FORMAT_VERSION = "1.1"
+"""Version of the encoded record: ``major.minor``, the first member of each payload."""
+
+
+class TaskRecord(
+    Struct,
+    frozen=True,
+    kw_only=True,
+    omit_defaults=True,
+    forbid_unknown_fields=True,
+    gc=False,
+    tag_field="v",
+    tag=FORMAT_VERSION,
+):
+    """The immutable state of one task at one revision.
+
+    Times are Unix milliseconds UTC (``int``), keys are ``str`` of at most 255
+    bytes of UTF-8.  Records are shared freely; to change one, the registry
+    makes the next revision of it.  The constructor does not validate:
+    ``Put`` does, and what the registry makes of a record is valid already.
+    """
+
+    task_id: Key
+    revision: int
+    runtime: Key
+    task: str
+    status: TaskStatus
+    created_at: Time
+    task_kind: Key | None = None
+    source_id: Key | None = None
+    label: Key | None = None
+    requester_session_key: Key | None = None
+    owner_key: Key | None = None
+    scope_kind: ScopeKind = ScopeKind.SYSTEM
+    child_session_key: Key | None = None
+    parent_flow_id: Key | None = None
+    parent_task_id: Key | None = None
+    agent_id: Key | None = None
+    requester_agent_id: Key | None = None
+    run_id: Key | None = None
+    booking: Key | None = None
+    delivery_status: DeliveryStatus = DeliveryStatus.NOT_APPLICABLE
+    notify_policy: NotifyPolicy = NotifyPolicy.DONE_ONLY
+    requester_origin: DeliveryContext | None = None
+    started_at: Time | None = None
+    ended_at: Time | None = None
+    last_event_at: Time | None = None
+    last_notified_event_at: Time | None = None
+    cleanup_after: Time | None = None
+    error: str | None = None
+    progress_summary: str | None = None
+    terminal_summary: str | None = None
+    terminal_outcome: TerminalOutcome | None = None
+    lease_until: Time | None = None
+    lease_token: Key | None = None
+    metadata_json: Raw = msgspec.field(default=NO_METADATA, name="metadata")
+    unknown_json: Raw | None = msgspec.field(default=None, name="_unknown")
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The task's metadata, decoded into a fresh ``dict`` at each access."""
+        decoded: dict[str, Any] = msgspec.json.decode(self.metadata_json)
+        return decoded
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the task has ended (``bool``)."""
+        return self.status not in ACTIVE_STATUSES
+
+    @property
+    def sort_key(self) -> tuple[int, str]:
+        """``(created_at, task_id)``: lists are in descending order of it."""
+        return (self.created_at, self.task_id)
+
+    def __hash__(self) -> int:
+        return hash((self.task_id, self.revision))
+
+
+def _fields_of(kind: object) -> tuple[str, ...]:
+    """The fields of a record that are of this kind, as they are declared above."""
+    declared = get_type_hints(TaskRecord, include_extras=True)
+    return tuple(name for name, hint in declared.items() if hint == kind)
+
+
+REQUIRED_KEYS = _fields_of(Key)
+OPTIONAL_KEYS = _fields_of(Key | None)
+OPTIONAL_TIMES = _fields_of(Time | None)
+NEVER_EMPTY = frozenset(
+    {"task_id", "runtime", "owner_key", "run_id", "booking", "lease_token", "fence"}
+)
+TEXT_LIMITS = {
+    "task": TASK_BYTES,
+    "error": ERROR_BYTES,
+    "progress_summary": SUMMARY_BYTES,
+    "terminal_summary": SUMMARY_BYTES,
+}
+ENUM_FIELDS: dict[str, type[StrEnum]] = {
+    "status": TaskStatus,
+    "scope_kind": ScopeKind,
+    "delivery_status": DeliveryStatus,
+    "notify_policy": NotifyPolicy,
+}

@@ -1,0 +1,1 @@
+"""The half in memory: the registry, and how it drives a store."""

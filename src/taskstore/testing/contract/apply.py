@@ -1,0 +1,327 @@
+"""Core: apply, the one way to change a ledger, all of a batch or nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from taskstore.errors import Conflict, ConflictError, ValidationError
+from taskstore.model.ids import system_clock
+from taskstore.model.journal import Change, Put, Remove, Snapshot
+from taskstore.model.records import TaskRecord, TaskStatus
+from taskstore.store.interface import SupportsJournal, TaskRegistryStore
+from taskstore.testing.contract.base import ContractBase, Ledger, needs
+from taskstore.testing.factories import (
+    EPOCH_MS,
+    create,
+    delete,
+    make_put,
+    make_record,
+    next_of,
+    play,
+    removal_of,
+    update,
+)
+
+
+def conflicts_of(store: TaskRegistryStore, *changes: Change) -> set[Conflict]:
+    """The conflicts that applying these changes runs into."""
+    with pytest.raises(ConflictError) as caught:
+        store.apply(changes)
+    assert len(set(caught.value.conflicts)) == len(caught.value.conflicts)
+    return set(caught.value.conflicts)
+
+
+def records_of(store: TaskRegistryStore) -> dict[str, TaskRecord]:
+    """The records that the store holds."""
+    return dict(store.load_snapshot().records)
+
+
+class ApplyContract(ContractBase):
+    """Commits: contiguous, compare-and-set, atomic."""
+
+    # -- seqs and times ---------------------------------------------------
+
+    def test_seqs_are_contiguous(self, ledger: Ledger) -> None:
+        """[2] Each change gets the next seq, from 1, across batches and restarts."""
+        head = 0
+        for size in (1, 3, 2):
+            commit = ledger.reopened().apply([make_put() for _ in range(size)])
+            assert (commit.first_seq, commit.last_seq) == (head + 1, head + size)
+            head += size
+            for store in ledger.twice():
+                assert store.load_snapshot().seq == head
+
+    def test_a_refused_batch_takes_no_seq(self, ledger: Ledger) -> None:
+        """[2] The seq after a conflict is the one that the conflict did not get."""
+        record = create(ledger.store)
+        with ledger.unchanged():
+            conflicts_of(ledger.store, make_put(), Put(record))
+        assert ledger.store.apply([make_put()]).first_seq == 2
+
+    def test_the_time_is_the_clocks(self, ledger: Ledger) -> None:
+        """[2] A commit carries the time of the store's clock."""
+        before = system_clock()
+        commit = ledger.store.apply([make_put()])
+        assert before <= commit.at <= system_clock()
+        ledger.store.clock = lambda: before + 10**9
+        commit = ledger.store.apply([make_put()])
+        assert commit.at == before + 10**9
+        for store in ledger.twice():
+            assert store.load_snapshot().at == commit.at
+
+    def test_the_time_never_goes_back(self, ledger: Ledger) -> None:
+        """[2] A clock that steps back does not take the journal with it."""
+        ledger.store.clock = lambda: EPOCH_MS
+        assert ledger.store.apply([make_put()]).at == EPOCH_MS
+        for store in ledger.twice():
+            store.clock = lambda: EPOCH_MS - 5000
+            assert store.apply([make_put()]).at == EPOCH_MS
+
+    def test_the_time_never_goes_back_over_a_save(self, ledger: Ledger) -> None:
+        """[2] Not even when a snapshot of an earlier time is saved in between."""
+        ledger.store.clock = lambda: EPOCH_MS
+        ledger.store.apply([make_put()])
+        ledger.store.save_snapshot(Snapshot(9, {}, EPOCH_MS - 5000))
+        for store in ledger.twice():
+            store.clock = lambda: EPOCH_MS - 5000
+            assert store.apply([make_put()]).at == EPOCH_MS
+
+    # -- compare and set --------------------------------------------------
+
+    def test_create_over_existing(self, ledger: Ledger) -> None:
+        """[3] Revision 1 applies over absence only."""
+        record = update(ledger.store, create(ledger.store))
+        with ledger.unchanged():
+            found = conflicts_of(ledger.store, make_put(task_id=record.task_id))
+            assert found == {Conflict(record.task_id, 0, 2)}
+
+    def test_update_of_absent(self, ledger: Ledger) -> None:
+        """[3] A later revision needs the one before to be stored."""
+        create(ledger.store)
+        with ledger.unchanged():
+            found = conflicts_of(ledger.store, make_put(task_id="absent", revision=5))
+            assert found == {Conflict("absent", 4, 0)}
+
+    @pytest.mark.parametrize("revision", [1, 2, 3, 5, 6, 99])
+    def test_stale_and_skipped_revisions(self, ledger: Ledger, revision: int) -> None:
+        """[3] Only revision r + 1 applies over r: neither an older one nor a later."""
+        record = create(ledger.store, task_id="task")
+        for _ in range(2):
+            record = update(ledger.store, record)
+        with ledger.unchanged():
+            found = conflicts_of(ledger.store, next_of(record, revision=revision))
+            assert found == {Conflict("task", revision - 1, 3)}
+        update(ledger.store, record)
+
+    @pytest.mark.parametrize("revision", [2, 3, 5, 99])
+    def test_delete_of_another_revision(self, ledger: Ledger, revision: int) -> None:
+        """[3] A deletion is compared like any other change."""
+        record = update(ledger.store, update(ledger.store, create(ledger.store, task_id="task")))
+        with ledger.unchanged():
+            found = conflicts_of(ledger.store, Remove("task", revision))
+            assert found == {Conflict("task", revision - 1, 3)}
+        delete(ledger.store, record)
+
+    def test_delete_of_absent(self, ledger: Ledger) -> None:
+        """[3] What is not there cannot be deleted."""
+        create(ledger.store)
+        with ledger.unchanged():
+            found = conflicts_of(ledger.store, Remove("absent", 2))
+            assert found == {Conflict("absent", 1, 0)}
+
+    def test_the_same_change_again(self, ledger: Ledger) -> None:
+        """[3] Repeating an acknowledged change is a conflict, not a second commit."""
+        change = next_of(create(ledger.store), label="once")
+        ledger.store.apply([change])
+        with ledger.unchanged():
+            found = conflicts_of(ledger.store, change)
+            assert found == {Conflict(change.task_id, 1, 2)}
+
+    @needs(SupportsJournal)
+    def test_a_deleted_task_stays_deleted(self, ledger: Ledger) -> None:
+        """[3] While the journal holds its deletion, no change of that id applies."""
+        record = create(ledger.store, task_id="gone")
+        delete(ledger.store, record)
+        changes = (make_put(task_id="gone"), next_of(record), Remove("gone", 2), Remove("gone", 3))
+        for _ in ledger.twice():
+            for change in changes:
+                with ledger.unchanged():
+                    found = conflicts_of(ledger.store, change)
+                    assert found == {Conflict("gone", change.revision - 1, 0, deleted=True)}
+
+    @needs(SupportsJournal)
+    def test_what_came_and_went_in_one_batch_stays_deleted(self, ledger: Ledger) -> None:
+        """[3] A task that a single batch created and deleted was deleted all the same."""
+        ledger.store.apply([make_put(task_id="gone"), Remove("gone", 2)])
+        for _ in ledger.twice():
+            with ledger.unchanged():
+                found = conflicts_of(ledger.store, make_put(task_id="gone"))
+                assert found == {Conflict("gone", 0, 0, deleted=True)}
+
+    # -- batches ----------------------------------------------------------
+
+    def test_a_batch_is_all_or_nothing(self, ledger: Ledger) -> None:
+        """[3] One change in the way takes the whole batch with it, wherever it stands."""
+        one, two = create(ledger.store), create(ledger.store)
+        good: list[Change] = [
+            make_put(),
+            next_of(one, label="changed"),
+            removal_of(two),
+            make_put(run_id="r"),
+        ]
+        for place in range(len(good) + 1):
+            with ledger.unchanged():
+                bad = make_put(task_id="absent", revision=3)
+                found = conflicts_of(ledger.store, *good[:place], bad, *good[place:])
+                assert found == {Conflict("absent", 2, 0)}
+        ledger.store.apply(good)
+        for store in ledger.twice():
+            assert len(records_of(store)) == 3
+
+    def test_every_task_in_the_way_is_named(self, ledger: Ledger) -> None:
+        """[3] A conflict names all tasks of the batch that collide, each once."""
+        record = update(ledger.store, create(ledger.store))
+        holder = create(ledger.store, run_id="run-1")
+        booked = make_put(run_id="run-1")
+        with ledger.unchanged():
+            found = conflicts_of(
+                ledger.store,
+                make_put(),
+                next_of(record, revision=2),
+                next_of(record, revision=3),
+                Remove("absent", 8),
+                booked,
+            )
+            assert found == {
+                Conflict(record.task_id, 1, 2),
+                Conflict("absent", 7, 0),
+                Conflict(booked.task_id, 0, 0, booked_by=holder.task_id),
+            }
+
+    def test_several_changes_of_one_task(self, ledger: Ledger) -> None:
+        """[3] A batch may change one task again and again; the last image stays."""
+        first = create(ledger.store)
+        new = make_record()
+        second, newer = next_of(first, label="a"), next_of(new, label="n")
+        third = next_of(second.record, label="b", status=TaskStatus.RUNNING)
+        commit = ledger.store.apply([second, Put(new), third, newer])
+        assert commit.last_seq - commit.first_seq == 3
+        for store in ledger.twice():
+            assert records_of(store) == {
+                first.task_id: third.record,
+                new.task_id: newer.record,
+            }
+
+    def test_change_and_deletion_in_one_batch(self, ledger: Ledger) -> None:
+        """[3] What is changed and then deleted is gone; both took a seq."""
+        old, new = create(ledger.store), make_record()
+        changed = next_of(old, label="last words")
+        commit = ledger.store.apply(
+            [changed, Put(new), removal_of(changed.record), removal_of(new)]
+        )
+        assert (commit.first_seq, commit.last_seq) == (2, 5)
+        for store in ledger.twice():
+            assert records_of(store) == {}
+            assert store.load_snapshot().seq == 5
+
+    def test_a_batch_that_contradicts_itself(self, ledger: Ledger) -> None:
+        """[3] Two changes of one task that do not follow on each other are a conflict."""
+        record = create(ledger.store)
+        contradictions: list[list[Change]] = [
+            [next_of(record), next_of(record)],
+            [next_of(record), next_of(record, revision=4)],
+            [removal_of(record), next_of(record)],
+            [removal_of(record), make_put(task_id=record.task_id)],
+            [removal_of(record), removal_of(record)],
+            [make_put(task_id="new"), make_put(task_id="new")],
+            [make_put(run_id="run-1"), make_put(run_id="run-1")],
+        ]
+        for changes in contradictions:
+            with ledger.unchanged():
+                assert conflicts_of(ledger.store, make_put(), *changes)
+
+    def test_an_empty_batch(self, ledger: Ledger) -> None:
+        """[3] Nothing to do is a mistake of the caller and takes no seq."""
+        play(ledger.store)
+        with ledger.unchanged(), pytest.raises(ValidationError) as caught:
+            ledger.store.apply([])
+        assert caught.value.field == "changes"
+
+    def test_what_is_not_a_change(self, ledger: Ledger) -> None:
+        """[11] A record is not a change, and neither is anything else."""
+        for stranger in (make_record(), None, "put", {"record": make_record()}):
+            changes: Any = [make_put(), stranger]
+            with ledger.unchanged(), pytest.raises(ValidationError) as caught:
+                ledger.store.apply(changes)
+            assert caught.value.field == "changes"
+
+    def test_a_large_batch(self, ledger: Ledger) -> None:
+        """[3] A batch of a thousand changes is one commit."""
+        puts = [make_put(task_id=f"task-{n:04}", label="x" * (n % 50)) for n in range(1000)]
+        commit = ledger.store.apply(puts)
+        assert (commit.first_seq, commit.last_seq) == (1, 1000)
+        for store in ledger.twice():
+            assert records_of(store) == {put.task_id: put.record for put in puts}
+        changes = [next_of(put.record, label="changed") for put in puts]
+        with ledger.unchanged():
+            assert conflicts_of(ledger.store, *changes, Remove("absent", 2))
+        ledger.store.apply([*changes[:500], *(removal_of(put.record) for put in puts[500:])])
+        for store in ledger.twice():
+            assert records_of(store) == {put.task_id: put.record for put in changes[:500]}
+
+    # -- bookings ---------------------------------------------------------
+
+    def test_a_run_is_booked_once(self, ledger: Ledger) -> None:
+        """[3] The second creation for one run scope is told who holds it."""
+        holder = create(ledger.store, run_id="run-1", label="same")
+        for store in ledger.twice():
+            with ledger.unchanged():
+                late = make_put(run_id="run-1", label="same")
+                found = conflicts_of(ledger.store, late)
+                assert found == {Conflict(late.task_id, 0, 0, booked_by=holder.task_id)}
+            assert records_of(ledger.store) == {holder.task_id: holder}
+            del store
+
+    def test_another_scope_of_the_same_run(self, ledger: Ledger) -> None:
+        """[3] It is the pair of run and booking that is unique, neither of them alone."""
+        one = create(ledger.store, run_id="run-1", booking="a" * 32)
+        two = create(ledger.store, run_id="run-1", booking="b" * 32)
+        three = create(ledger.store, run_id="run-2", booking="a" * 32)
+        four, five = create(ledger.store), create(ledger.store)
+        for store in ledger.twice():
+            assert set(records_of(store)) == {r.task_id for r in (one, two, three, four, five)}
+
+    def test_runs_that_differ_only_in_case_or_space(self, ledger: Ledger) -> None:
+        """[11] Bookings are compared byte by byte."""
+        runs = ["run", "Run", "run ", " run", "rün", "ru\u0308n", "run\n"]
+        for run_id in runs:
+            create(ledger.store, run_id=run_id, booking="b" * 32)
+        for store in ledger.twice():
+            assert {record.run_id for record in records_of(store).values()} == set(runs)
+            with pytest.raises(ConflictError):
+                create(store, run_id="Run", booking="b" * 32)
+
+    def test_an_update_keeps_the_booking(self, ledger: Ledger) -> None:
+        """[3] Changing the holder, to its end even, does not free its run."""
+        holder = create(ledger.store, run_id="run-1")
+        holder = update(ledger.store, holder, status=TaskStatus.SUCCEEDED)
+        for store in ledger.twice():
+            with pytest.raises(ConflictError) as caught:
+                create(store, run_id="run-1")
+            assert caught.value.conflicts[0].booked_by == holder.task_id
+
+    def test_deletion_frees_the_booking(self, ledger: Ledger) -> None:
+        """[3] A run is free once its task is deleted, in an earlier commit or the same."""
+        holder = create(ledger.store, run_id="run-1")
+        delete(ledger.store, holder)
+        second = create(ledger.store, run_id="run-1")
+        third = make_put(run_id="run-1")
+        ledger.store.apply([removal_of(second), third])
+        fourth = make_put(run_id="run-1")
+        ledger.store.apply([fourth, removal_of(third.record)])
+        for store in ledger.twice():
+            assert records_of(store) == {fourth.task_id: fourth.record}
+            with pytest.raises(ConflictError):
+                create(store, run_id="run-1")

@@ -1,0 +1,183 @@
+"""What every clause of the contract stands on: the storage under test, opened again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple, cast
+
+import pytest
+
+from taskstore.model.journal import JournalEntry, Snapshot, fold
+from taskstore.model.records import TaskRecord
+from taskstore.store.interface import (
+    SupportsJournal,
+    TaskRegistryStore,
+)
+from taskstore.testing.types import FullStore, OpenStore
+
+MISSING_FIXTURE = """\
+{name} does not say how its store is opened.  Override the fixture make_store:
+
+    class {name}(StoreContract):
+        @pytest.fixture
+        def make_store(self, tmp_path):
+            return lambda *, read_only=False: MyStore(tmp_path / "ledger", read_only=read_only)
+
+It returns a callable.  Each call opens the same storage again, as a second
+process would; storage is empty when the fixture is set up."""
+
+
+Clause = Callable[..., None]
+
+
+def needs(*abilities: type) -> Callable[[Clause], Clause]:
+    """Mark a clause that only makes sense with these ``Supports…`` protocols."""
+
+    def mark(clause: Clause) -> Clause:
+        vars(clause)["abilities"] = abilities
+        return clause
+
+    return mark
+
+
+class Content(NamedTuple):
+    """Everything that can be read from a store, to compare before with after."""
+
+    seq: int
+    at: int
+    records: Mapping[str, TaskRecord]
+    set_aside: tuple[bytes, ...]
+    head: int | None
+    floor: int | None
+    journal: tuple[JournalEntry, ...]
+
+
+def content_of(store: TaskRegistryStore) -> Content:
+    """Read everything from a store that is not being written to."""
+    loaded = store.load_snapshot()
+    head = floor = None
+    journal: tuple[JournalEntry, ...] = ()
+    if isinstance(store, SupportsJournal):
+        head, floor = store.head(), store.floor()
+        journal = tuple(store.read_journal(floor - 1, head + 1))
+    raw = tuple(sorted(item.raw for item in loaded.set_aside))
+    return Content(loaded.seq, loaded.at, dict(loaded.records), raw, head, floor, journal)
+
+
+def as_of(store: FullStore, seq: int) -> Snapshot:
+    """The records as of one seq: the nearest earlier snapshot and the journal, folded."""
+    base = store.read_snapshot(seq)
+    if base is None:
+        assert store.floor() == 1, f"the floor is {store.floor()}, but no snapshot is before {seq}"
+        base = Snapshot(0)
+    if base.seq == seq:
+        return base
+    return fold(base, store.read_journal(base.seq, seq - base.seq))
+
+
+def journal_of(store: FullStore) -> list[JournalEntry]:
+    """Every entry that is kept."""
+    return list(store.read_journal(store.floor() - 1, store.head() + 1))
+
+
+class Ledger:
+    """The storage under test, and every instance of it that a clause opened."""
+
+    def __init__(self, open_store: OpenStore) -> None:
+        self._open_store = open_store
+        self._opened: list[TaskRegistryStore] = []
+        self._store: FullStore | None = None
+
+    @property
+    def store(self) -> FullStore:
+        """The instance that the clause works with, opened at first use."""
+        if self._store is None:
+            self._store = self.open()
+        return self._store
+
+    @property
+    def open_store(self) -> OpenStore:
+        """What ``make_store`` returned, for a clause that closes what it opens."""
+        return self._open_store
+
+    def open(self, *, read_only: bool = False) -> FullStore:
+        """Open one more instance on the same storage; it is closed with the ledger."""
+        store = self._open_store(read_only=True) if read_only else self._open_store()
+        if not isinstance(store, TaskRegistryStore):
+            pytest.fail(
+                f"make_store has to return a callable that opens a TaskRegistryStore, "
+                f"but it gave a {type(store).__name__}"
+            )
+        self._opened.append(store)
+        return cast("FullStore", store)
+
+    def reopened(self) -> FullStore:
+        """Close every instance, as at the end of a process, and open the storage again.
+
+        What ends with the process lives in storage that ``make_store`` shares
+        among the instances; for it this is a second instance.
+        """
+        self.close()
+        return self.store
+
+    def twice(self) -> Iterator[FullStore]:
+        """The store as it is, and once more after reopening: for every clause that reads."""
+        yield self.store
+        yield self.reopened()
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Check that the body writes nothing, not even a seq, now and after reopening."""
+        before = content_of(self.store)
+        yield
+        for store in self.twice():
+            assert content_of(store) == before
+
+    def close(self) -> None:
+        """Close every instance that was opened."""
+        self._store = None
+        while self._opened:
+            self._opened.pop().close()
+
+
+class ContractBase:
+    """Where the clauses get their ledger from.  Subclass ``StoreContract`` instead.
+
+    ``level`` names the room that the clauses of a class belong to, ``abilities``
+    those without which all of them are skipped.
+    """
+
+    is_taskstore_contract: ClassVar[bool] = True
+    level: ClassVar[str] = "core"
+    abilities: ClassVar[tuple[type, ...]] = ()
+    promise: ClassVar[str | None] = None
+    """What a store may withhold, by the name that it has in ``store.withholds``."""
+
+    @pytest.fixture
+    def make_store(self) -> OpenStore:
+        """Return a callable that opens the storage under test: to be overridden."""
+        pytest.fail(MISSING_FIXTURE.format(name=type(self).__name__), pytrace=False)
+
+    @pytest.fixture
+    def ledger(self, request: pytest.FixtureRequest, make_store: OpenStore) -> Iterator[Ledger]:
+        """The storage under test, empty."""
+        if not callable(make_store):
+            pytest.fail(MISSING_FIXTURE.format(name=type(self).__name__), pytrace=False)
+        ledger = Ledger(make_store)
+        try:
+            self.skip_without_abilities(request.function, ledger.store)
+            yield ledger
+        finally:
+            ledger.close()
+
+    def skip_without_abilities(self, clause: Any, store: TaskRegistryStore) -> None:
+        """Skip a clause whose abilities the store does not have, naming them."""
+        room = next(cls for cls in type(self).__mro__ if clause.__name__ in vars(cls))
+        wanted = (*vars(room).get("abilities", ()), *vars(clause).get("abilities", ()))
+        missing = [ability.__name__ for ability in wanted if not isinstance(store, ability)]
+        if missing:
+            pytest.skip(f"the store has no {', '.join(missing)}")
+        promise: str | None = vars(room).get("promise")
+        if promise is not None and promise in store.withholds:
+            pytest.skip(f"the store withholds {promise}: {store.withholds[promise]}")

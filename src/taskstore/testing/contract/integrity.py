@@ -1,0 +1,64 @@
+"""Integrity: a store that checks itself finds a good ledger good, and counts what it checked."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from taskstore.model.journal import Snapshot
+from taskstore.store.interface import SupportsCompaction, SupportsIntegrity
+from taskstore.testing.contract.base import ContractBase, Ledger, needs
+from taskstore.testing.contract.compaction import ERASE, FOLD, TRIM
+from taskstore.testing.factories import EPOCH_MS, Model, delete, make_record, play
+
+
+class IntegrityContract(ContractBase):
+    """What ``SupportsIntegrity`` promises.  That damage is found, each backend proves itself."""
+
+    level = "integrity"
+    abilities: ClassVar[tuple[type, ...]] = (SupportsIntegrity,)
+
+    def test_an_empty_ledger_is_whole(self, ledger: Ledger) -> None:
+        """[5] There is nothing wrong with nothing."""
+        for store in ledger.twice():
+            report = store.verify()
+            assert (report.ok, report.problems) == (True, ())
+            assert (report.seq, report.records, report.entries) == (0, 0, 0)
+
+    def test_a_good_ledger_is_whole(self, ledger: Ledger) -> None:
+        """[5] verify says how much it checked, and finds nothing."""
+        model = play(ledger.store)
+        for store in ledger.twice():
+            report = store.verify()
+            assert report.problems == ()
+            assert (report.seq, report.records) == (model.head, len(model.records))
+            assert report.entries == len(model.entries)
+
+    def test_verifying_changes_nothing(self, ledger: Ledger) -> None:
+        """[13] verify reads only, so that it works read-only too."""
+        play(ledger.store)
+        with ledger.unchanged():
+            ledger.store.verify()
+            with ledger.open(read_only=True) as reader:
+                assert reader.verify().ok
+
+    @needs(SupportsCompaction)
+    def test_a_compacted_ledger_is_whole(self, ledger: Ledger) -> None:
+        """[7] Neither folding nor trimming makes a problem, nor what comes after."""
+        model = Model()
+        for policy in (FOLD, TRIM, FOLD, ERASE):
+            play(ledger.store, model)
+            model.trim(ledger.store.compact(policy).floor)
+            for store in ledger.twice():
+                report = store.verify()
+                assert report.problems == ()
+                assert (report.seq, report.entries) == (model.head, len(model.entries))
+
+    def test_a_saved_ledger_is_whole(self, ledger: Ledger) -> None:
+        """[5] A snapshot that was saved is a base for verify like any other."""
+        record = make_record(revision=9)
+        play(ledger.store)
+        ledger.store.save_snapshot(Snapshot(1000, {record.task_id: record}, EPOCH_MS))
+        assert ledger.store.verify().problems == ()
+        delete(ledger.store, record)
+        for store in ledger.twice():
+            assert store.verify().problems == ()

@@ -1,0 +1,290 @@
+"""The model machine: a store against plain dicts, over long random lives.
+
+Hypothesis draws the lives: creations, updates, conflicts, deletions,
+batches, saves, compactions, restarts and second instances in any order, and
+shrinks one that goes wrong to its shortest form.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+from taskstore.errors import ConflictError, CursorExpiredError
+from taskstore.model.journal import Change, Put, Remove, Snapshot
+from taskstore.model.policies import CompactionPolicy
+from taskstore.model.query import TaskQuery, evaluate
+from taskstore.model.records import TaskRecord, TaskStatus
+from taskstore.store.interface import (
+    SupportsCompaction,
+    SupportsIntegrity,
+    SupportsJournal,
+    SupportsQuery,
+    TaskRegistryStore,
+)
+from taskstore.testing.contract.base import ContractBase, Ledger, as_of, journal_of
+from taskstore.testing.contract.journal import facts_of
+from taskstore.testing.factories import EPOCH_MS, Model, make_record, next_of
+from taskstore.testing.types import FullStore, OpenStore
+
+IDS = ("a", "A", "a ", "á", "b", "c", "d")
+RUNS = (None, None, "run", "Run")
+
+_ids = st.sampled_from(IDS)
+_runs = st.sampled_from(RUNS)
+_facts = st.fixed_dictionaries(
+    {
+        "label": st.sampled_from([None, "", "x", "é"]),
+        "status": st.sampled_from(TaskStatus),
+        "error": st.none() | st.text("ab\n🎉", max_size=3),
+    }
+)
+_policies = st.builds(
+    CompactionPolicy,
+    force=st.just(value=True),
+    history_entries=st.sampled_from([0, 3, 10_000]),
+    history_s=st.sampled_from([0.0, 10_000.0]),
+    keep_snapshots=st.integers(1, 3),
+    erase_deleted=st.sampled_from([False, False, False, True]),
+)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """One life of a ledger.  ``open_store`` is what the fixture ``make_store`` returns."""
+
+    open_store: ClassVar[OpenStore]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.instances: list[FullStore] = [self._open()]
+        self.model = Model()
+        self.journalled = isinstance(self.store, SupportsJournal)
+
+    @property
+    def store(self) -> FullStore:
+        """The instance whose turn it is."""
+        return self.instances[0]
+
+    def _open(self) -> FullStore:
+        store: TaskRegistryStore = type(self).open_store()
+        return cast("FullStore", store)
+
+    @initialize()
+    def begin(self) -> None:
+        """Empty what the life before left, and go on from its head."""
+        loaded = self.store.load_snapshot()
+        if loaded.seq:
+            loaded = Snapshot(loaded.seq + 1)
+            self.store.save_snapshot(loaded)
+        self.model = Model(loaded)
+
+    # -- writing ----------------------------------------------------------
+
+    def _apply(self, *changes: Change) -> None:
+        batch = list(changes)
+        accepted = self.model.accepts(batch, remembers_deletions=self.journalled)
+        refusal: ConflictError | None = None
+        try:
+            commit = self.store.apply(batch)
+        except ConflictError as conflict:
+            refusal = conflict
+        if refusal is not None:
+            assert not accepted, f"refused what applies: {refusal}"
+            ids = {change.task_id for change in batch}
+            assert refusal.conflicts
+            assert all(item.task_id in ids for item in refusal.conflicts)
+            return
+        assert accepted, "applied what conflicts"
+        first = self.model.head + 1
+        self.model.commit(batch)
+        assert (commit.first_seq, commit.last_seq) == (first, self.model.head)
+
+    def _change(self, task_id: str, run: str | None, facts: dict[str, Any]) -> Put:
+        stored = self.model.records.get(task_id)
+        if stored is not None:
+            return next_of(stored, **facts)
+        return Put(make_record(task_id=task_id, run_id=run, booking=run and "b" * 32, **facts))
+
+    @rule(task_id=_ids, run=_runs, facts=_facts)
+    def put(self, task_id: str, run: str | None, facts: dict[str, Any]) -> None:
+        """Create or update a task."""
+        self._apply(self._change(task_id, run, facts))
+
+    @rule(task_id=_ids, revision=st.integers(1, 5))
+    def put_any_revision(self, task_id: str, revision: int) -> None:
+        """Store a revision that may or may not follow."""
+        stored = self.model.records.get(task_id)
+        # A task keeps the run that it was created for, whatever else changes.
+        run, booking = (stored.run_id, stored.booking) if stored else (None, None)
+        record = make_record(task_id=task_id, revision=revision, run_id=run, booking=booking)
+        self._apply(Put(record))
+
+    @rule(task_id=_ids)
+    def remove(self, task_id: str) -> None:
+        """Delete a task, or what is not there."""
+        stored = self.model.records.get(task_id)
+        self._apply(Remove(task_id, stored.revision + 1 if stored is not None else 2))
+
+    @rule(task_id=_ids, revision=st.integers(2, 5))
+    def remove_any_revision(self, task_id: str, revision: int) -> None:
+        """Delete a revision that may or may not be there."""
+        self._apply(Remove(task_id, revision))
+
+    @rule(
+        steps=st.lists(
+            st.tuples(_ids, _runs, _facts, st.sampled_from(["put", "put", "put", "remove"])),
+            min_size=2,
+            max_size=6,
+        )
+    )
+    def batch(self, steps: list[tuple[str, str | None, dict[str, Any], str]]) -> None:
+        """Apply several changes at once, each made to follow on the ones before it."""
+        records: dict[str, TaskRecord | None] = dict(self.model.records)
+        changes: list[Change] = []
+        for task_id, run, facts, verb in steps:
+            stored = records.get(task_id)
+            if verb == "remove" and stored is not None:
+                changes.append(Remove(task_id, stored.revision + 1))
+                records[task_id] = None
+                continue
+            change = next_of(stored, **facts) if stored else self._change(task_id, run, facts)
+            changes.append(change)
+            records[task_id] = change.record
+        self._apply(*changes)
+
+    @rule(ahead=st.integers(-1, 3), kept=st.sets(_ids))
+    def save(self, ahead: int, kept: set[str]) -> None:
+        """Replace everything by a part of it, ahead of the head or not."""
+        seq = max(self.model.head + ahead, 0)
+        records = {key: record for key, record in self.model.records.items() if key in kept}
+        snapshot = Snapshot(seq, records, EPOCH_MS)
+        try:
+            self.store.save_snapshot(snapshot)
+        except ConflictError:
+            assert self.model.head >= seq
+            assert self.model.head > 0
+        else:
+            assert seq > self.model.head or self.model.head == 0
+            self.model = Model(snapshot)
+
+    @rule(policy=_policies)
+    def compact(self, policy: CompactionPolicy) -> None:
+        """Fold, and trim as far as the policy says."""
+        if isinstance(self.store, SupportsCompaction):
+            report = self.store.compact(policy)
+            assert self.model.floor <= report.floor <= self.model.head + 1
+            if policy.erase_deleted:
+                assert report.floor == self.model.head + 1
+            self.model.trim(report.floor)
+
+    # -- instances --------------------------------------------------------
+
+    @rule()
+    def reopen(self) -> None:
+        """Close every instance and open the storage again."""
+        while self.instances:
+            self.instances.pop().close()
+        self.instances = [self._open()]
+
+    @rule()
+    def second_instance(self) -> None:
+        """Go on with another instance, a new one at first, then in turns."""
+        if not self.journalled:
+            return
+        if len(self.instances) == 1:
+            self.instances.append(self._open())
+        self.instances.reverse()
+
+    def teardown(self) -> None:
+        """Close every instance."""
+        while self.instances:
+            self.instances.pop().close()
+
+    # -- reading ----------------------------------------------------------
+
+    @invariant()
+    def the_same_records(self) -> None:
+        """Every instance loads what the model holds."""
+        for store in self.instances:
+            loaded = store.load_snapshot()
+            assert (loaded.seq, dict(loaded.records)) == (
+                self.model.head,
+                dict(self.model.records),
+            )
+
+    @invariant()
+    def the_same_journal(self) -> None:
+        """The journal is the model's, from the floor to the head."""
+        if self.journalled:
+            store = self.instances[-1]
+            assert (store.head(), store.floor()) == (self.model.head, self.model.floor)
+            assert [facts_of(entry) for entry in journal_of(store)] == self.model.entries
+            for seq in (self.model.floor - 1, self.model.head):
+                assert dict(as_of(store, seq).records) == self.model.states[seq]
+
+    @rule(back=st.integers(0, 8))
+    def read_at_seq(self, back: int) -> None:
+        """Read the records as of an earlier seq."""
+        seq = self.model.head - back
+        if not self.journalled or seq < 0:
+            return
+        if seq >= self.model.floor - 1:
+            assert dict(as_of(self.store, seq).records) == self.model.states[seq]
+        else:
+            with pytest.raises(CursorExpiredError) as caught:
+                self.store.read_journal(seq, 1)
+            assert caught.value.floor == self.model.floor
+
+    @rule(limit=st.none() | st.integers(1, 3), label=st.sampled_from([None, "", "x"]))
+    def ask(self, limit: int | None, label: str | None) -> None:
+        """Query, and compare with what the query means."""
+        if isinstance(self.store, SupportsQuery):
+            query = TaskQuery(limit=limit, label=label)
+            page = self.store.query(query)
+            assert page == evaluate(query, self.model.records.values(), self.model.head)
+            assert page.seq == self.model.head
+
+    @rule()
+    def verify(self) -> None:
+        """Let the store check itself."""
+        if isinstance(self.store, SupportsIntegrity):
+            assert self.store.verify().problems == ()
+
+
+MACHINE_SETTINGS = settings(
+    max_examples=25,
+    stateful_step_count=25,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
+)
+"""How long the clause runs: 25 lives of up to 25 rules each."""
+
+
+def run_store_machine(open_store: OpenStore, *, settings: settings = MACHINE_SETTINGS) -> None:
+    """Run the machine on a store, with settings of Hypothesis.
+
+    Everything happens in the one storage that ``open_store`` opens; each
+    life begins by emptying it.
+    """
+    machine = type("StoreMachine", (StoreMachine,), {"open_store": staticmethod(open_store)})
+    run_state_machine_as_test(machine, settings=settings)
+
+
+class ModelContract(ContractBase):
+    """The machine as a clause."""
+
+    def test_many_random_lives(self, ledger: Ledger) -> None:
+        """[5] Whatever happens in whatever order, the store and the model agree."""
+        run_store_machine(ledger.open_store)
