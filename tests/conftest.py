@@ -1,15 +1,22 @@
-"""What tests of every kind share: the servers of this session, and how to show figures."""
+"""What tests of several folders share: servers, a ledger on every backend, figures to show."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 
+from taskstore import TaskRegistry
+from taskstore.stores.memory import MemoryStorage, MemoryStore
 from taskstore.testing.servers import MARIADB_MISSING, MariaDBServer, PostgresServer
+
+OpenLedger = Callable[..., TaskRegistry]
 
 # Who is started in the background by a shell ignores Ctrl-C, and so does what he starts
 # in turn: but some of that is to be interrupted.
@@ -63,6 +70,74 @@ def mariadb_url(mariadb_server: MariaDBServer) -> Iterator[str]:
     """The URL of an empty, migrated ledger."""
     with mariadb_server.ledger() as url:
         yield url
+
+
+@pytest.fixture(params=["memory", "json", "sqlite", "postgresql", "mariadb"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def ledger_url(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> str:
+    if backend == "memory":
+        return "memory:"
+    if backend == "json":
+        return f"json:///{tmp_path / 'ledger'}"
+    if backend == "sqlite":
+        return f"sqlite:///{tmp_path / 'tasks.db'}"
+    server = {"postgresql": "postgres_url", "mariadb": "mariadb_url"}[backend]
+    return str(request.getfixturevalue(server))
+
+
+@pytest.fixture
+def open_ledger(ledger_url: str) -> Iterator[OpenLedger]:
+    """Open a registry on the test's ledger; each call is another one, as in another process."""
+    storage = MemoryStorage()
+    opened: list[TaskRegistry] = []
+
+    def open_one(**options: Any) -> TaskRegistry:
+        if ledger_url == "memory:":
+            store = MemoryStore(storage, read_only=options.pop("read_only", False))
+            registry = TaskRegistry(store, **options)
+        else:
+            registry = TaskRegistry.open(ledger_url, **options)
+        opened.append(registry)
+        return registry
+
+    yield open_one
+    for registry in opened:
+        registry.close()
+
+
+@pytest.fixture
+def registry(open_ledger: OpenLedger) -> TaskRegistry:
+    return open_ledger()
+
+
+class Ticker:
+    """A clock that a test sets: Unix ms, ``step`` further at each look."""
+
+    def __init__(self, now: int = 1_700_000_000_000) -> None:
+        self.now = now
+        self.step = 1000
+
+    def __call__(self) -> int:
+        self.now += self.step
+        return self.now
+
+
+@pytest.fixture
+def ticker() -> Ticker:
+    return Ticker()
+
+
+@pytest.fixture
+def threads_change_often() -> Iterator[None]:
+    """Let Python change threads a thousand times as often: a race comes up at once."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
 
 
 @pytest.fixture

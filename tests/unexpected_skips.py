@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 
 ALLOWED = re.compile(
-    r"the store (has no Supports\w+(, Supports\w+)*|withholds [a-z-]+: .+)$"
+    r"the store (has no Supports\w+(, Supports\w+)*|does not guarantee [a-z-]+: .+)$"
     r"|no file system can be mounted here: "
 )
 

@@ -83,7 +83,7 @@ class Conflict(NamedTuple):
 
     ``expected`` and ``found`` are revisions; 0 means absent.  ``found`` is
     also 0 when the task was deleted while a change of it was under way.
-    ``booked_by`` is the id of the task that already holds the booking, when
+    ``existing_task_id`` is the id of the task that already holds the booking, when
     that was what collided.  ``deleted`` tells that the journal still holds a
     deletion of this id, so that it cannot be created again.  ``leased`` is
     set when a lease was in the way.
@@ -92,7 +92,7 @@ class Conflict(NamedTuple):
     task_id: str
     expected: int
     found: int
-    booked_by: str | None = None
+    existing_task_id: str | None = None
     deleted: bool = False
     leased: Leased | None = None
 
@@ -104,8 +104,8 @@ class Conflict(NamedTuple):
     def __str__(self) -> str:
         if self.leased is not None:
             return f"task {self.task_id!r}: {self.leased}"
-        if self.booked_by is not None:
-            return f"task {self.task_id!r}: its run is already booked by {self.booked_by!r}"
+        if self.existing_task_id is not None:
+            return f"task {self.task_id!r}: its run is already booked by {self.existing_task_id!r}"
         if self.deleted:
             return f"task {self.task_id!r}: expected revision {self.expected}, but it was deleted"
         return f"task {self.task_id!r}: expected revision {self.expected}, found {self.found}"
@@ -153,7 +153,7 @@ class StoreBusyError(TaskStoreError):
     """Another writer or compactor held the store for longer than we wait.
 
     As long as other writers make progress, one waits for them without it.
-    Nothing was written.  The same call may succeed later.  ``holders`` names
+    Nothing was written.  The same call may succeed later.  ``owners`` names
     who held it, a text for each, as far as the system tells
     (``tuple[str, ...]``).
     """
@@ -161,10 +161,10 @@ class StoreBusyError(TaskStoreError):
     retryable = True
 
     def __init__(
-        self, message: str, *, hint: str | None = None, holders: Iterable[str] = ()
+        self, message: str, *, hint: str | None = None, owners: Iterable[str] = ()
     ) -> None:
         super().__init__(message, hint=hint)
-        self.holders = tuple(holders)
+        self.owners = tuple(owners)
 
 
 class StoreUnavailableError(TaskStoreError):

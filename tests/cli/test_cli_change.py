@@ -98,7 +98,7 @@ def test_a_change_that_lost_a_race_is_tried_again(
     with ledger.open_existing(url) as store:
         record = change.change(store, "a", lambda record, _: _labelled(record, "mine"))
     assert (record.revision, record.metadata, record.label) == (5, {"n": 2}, "mine")
-    monkeypatch.setattr(ledger, "ATTEMPTS", 1)
+    monkeypatch.setattr(change, "ATTEMPTS", 1)
     raced.clear()
     with ledger.open_existing(url) as store, pytest.raises(ConflictError):
         change.change(store, "a", lambda record, _: _labelled(record, "other"))

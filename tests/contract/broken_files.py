@@ -23,7 +23,7 @@ from taskstore.stores.memory import MemoryStorage, MemoryStore
 class LogStore(MemoryStore):
     """The right one."""
 
-    withholds = MappingProxyType({})
+    unsupported_guarantees = MappingProxyType({})
     durability = "process"
     compact = None
     exclusive = None

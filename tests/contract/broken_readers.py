@@ -184,7 +184,7 @@ class RemembersTheErased(Broken):
 
 class DropsWhatWasSetAsideAtCompaction(Broken):
     def compact(self, policy):
-        self.storage.set_aside = ()
+        self.storage.quarantined = ()
         return super().compact(policy)
 
 

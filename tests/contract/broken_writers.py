@@ -47,7 +47,7 @@ class DistrustsWhatWasTrimmed(Broken):
     """Wants to see the commit over which the changes were made, always."""
 
     def apply(self, changes):
-        over = getattr(changes, "over", None)
+        over = getattr(changes, "base", None)
         if over is not None and over.seq and over.seq < self.floor():
             raise ConflictError([], "not to be seen")
         return super().apply(changes)
@@ -227,7 +227,7 @@ class SavesWhatIsNotValid(Broken):
 
 class DropsWhatWasSetAside(Broken):
     def save_snapshot(self, snapshot):
-        super().save_snapshot(replace(snapshot, set_aside=()))
+        super().save_snapshot(replace(snapshot, quarantined=()))
 
 
 class LoadsHeadAndRecordsFromTwoMoments(Broken):

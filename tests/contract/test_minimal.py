@@ -30,7 +30,7 @@ class FileStore(TaskRegistryStore):
         if not self.path.exists():
             return Snapshot(0)
         loaded = decode_snapshot(self.path.read_bytes(), self.location)
-        self.met = StoreReport(loaded.set_aside)
+        self.met = StoreReport(loaded.quarantined)
         return loaded
 
     def save_snapshot(self, snapshot: Snapshot) -> None:
@@ -39,7 +39,7 @@ class FileStore(TaskRegistryStore):
         if before.seq and snapshot.seq <= before.seq:
             raise ConflictError([], f"the head is at {before.seq}")
         if snapshot.at < before.at:
-            snapshot = Snapshot(snapshot.seq, snapshot.records, before.at, snapshot.set_aside)
+            snapshot = Snapshot(snapshot.seq, snapshot.records, before.at, snapshot.quarantined)
         new = self.path.with_suffix(".new")
         with new.open("wb") as file:
             file.write(encode_snapshot(snapshot))

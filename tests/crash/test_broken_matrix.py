@@ -107,7 +107,7 @@ def publishing_first(store, hooks):
 
     def ahead(changes):
         commit = Commit(registry.seq + 1, registry.seq + len(changes), store.clock())
-        committer._replica._take_in(entries_of(changes, commit), local=True)
+        committer._cache._take_in(entries_of(changes, commit), local=True)
         return apply(changes)
 
     store.apply = ahead

@@ -1,7 +1,8 @@
 """A disk that is really full: a file system of a few MB, filled, and given room again.
 
 Needs the right to mount one; without it, as for users in most containers, a limit
-on the size of files stands in (tests/jsonfile/test_failed_writes.py, tests/sql/test_trouble.py).
+on the size of files stands in (tests/stores/jsonfile/test_failed_writes.py,
+tests/stores/sql/test_failures.py).
 """
 
 from __future__ import annotations

@@ -259,6 +259,6 @@ def test_no_revision_follows_the_last(registry):
     registry.store.apply([Put(make_record(task_id="a", revision=1))])
     registry.refresh()
     last = make_record(task_id="a", revision=2**53 - 1)
-    registry._mirror._take_in(entries_of([Put(last)], Commit(2, 2, 0)), local=True)
+    registry._cache._take_in(entries_of([Put(last)], Commit(2, 2, 0)), local=True)
     with pytest.raises(ValidationError, match="revision"):
         registry.cancel("a")

@@ -191,7 +191,7 @@ def test_a_run_that_another_booked_meanwhile_leaves_nothing_dangling(open_ledger
     with pytest.raises(ConflictError, match=booked.task_id) as caught:
         once()
     [conflict] = caught.value.conflicts
-    assert conflict.booked_by == booked.task_id
+    assert conflict.existing_task_id == booked.task_id
     assert open_ledger().summary().total == 1
     once()  # by now it knows
     [child] = open_ledger().children(booked.task_id)

@@ -207,7 +207,7 @@ def test_lookups_in_a_forked_child_are_refused_and_do_not_hang(open_ledger):
     held, go = threading.Event(), threading.Event()
 
     def look():
-        with registry._mirror.lock:
+        with registry._cache.lock:
             held.set()
             go.wait(30)
 

@@ -19,9 +19,9 @@ from taskstore import (
 )
 from taskstore.model.ids import new_task_id
 from taskstore.model.lifecycle import new_record
-from taskstore.registry.cache import collector_paused
+from taskstore.registry.cache import gc_paused
 from taskstore.registry.commit import CommitQueue
-from taskstore.registry.verbs import Create
+from taskstore.registry.verbs import CreateTask
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 from taskstore.testing.threads import run_together, until
 
@@ -190,7 +190,7 @@ def test_a_busy_store_is_waited_for_once_and_not_once_for_each():
     # The first goes alone; the others come together meanwhile, or nearly so.
     assert store.tried <= 5
     assert registry.seq == 0
-    assert not registry._mirror.stale
+    assert not registry._cache.stale
 
 
 def test_close_commits_what_is_under_way_and_takes_nothing_more():
@@ -299,10 +299,10 @@ def test_a_child_forked_while_an_id_is_drawn_draws_its_own():
 
 def test_a_child_forked_while_the_collector_is_paused_has_it_again():
     def pausing():
-        with collector_paused():
+        with gc_paused():
             return int(gc.isenabled())
 
-    with collector_paused():
+    with gc_paused():
         assert not gc.isenabled()
         assert status_of_child(lambda: 0 if gc.isenabled() else 1) == 0
         assert status_of_child(pausing) == 0
@@ -312,10 +312,10 @@ def test_a_child_forked_while_the_collector_is_paused_has_it_again():
 def test_pauses_of_several_threads_leave_the_collector_as_it_was(threads_change_often):
     def pause(pauses):
         for _ in range(pauses):
-            with collector_paused():
+            with gc_paused():
                 pass
 
-    with collector_paused():
+    with gc_paused():
         pause(1)
         assert not gc.isenabled()
     assert gc.isenabled()
@@ -402,7 +402,7 @@ def test_a_forked_child_does_not_deliver_what_its_parent_owes():
     heard.clear()
     settled = threading.Event()
     record = new_record(now=1, task_id="a", runtime="cli", task="x", status="queued", fields={})
-    registry._committer.post(Create(record), settled.set)
+    registry._committer.post(CreateTask(record), settled.set)
     assert settled.wait(10)
     child = os.fork()
     if child == 0:

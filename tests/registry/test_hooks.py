@@ -182,7 +182,7 @@ def test_events_of_many_threads_come_one_at_a_time_and_in_order():
 def test_who_begins_to_listen_during_a_commit_misses_nothing(monkeypatch):
     """Either the lookup after ``add`` sees the change, or the hook hears of it."""
     registry, heard, seen = TaskRegistry(MemoryStore()), [], []
-    publish, listening = registry._mirror._take_in, threading.Event()
+    publish, listening = registry._cache._take_in, threading.Event()
 
     def listen():
         registry.hooks.add(heard.append)
@@ -195,7 +195,7 @@ def test_who_begins_to_listen_during_a_commit_misses_nothing(monkeypatch):
         return publish(entries, local=local)
 
     other = threading.Thread(target=listen)
-    monkeypatch.setattr(registry._mirror, "_take_in", listening_first)
+    monkeypatch.setattr(registry._cache, "_take_in", listening_first)
     task = registry.create(runtime="cli", task="x", task_id="a")
     other.join()
     assert seen in ([None], [task])

@@ -203,13 +203,13 @@ class NotingLock:
     """The lock of a mirror, and how many records there were whenever somebody got it."""
 
     def __init__(self, mirror):
-        self._mirror, self._lock, self._depth = mirror, mirror.lock, 0
+        self._cache, self._lock, self._depth = mirror, mirror.lock, 0
         self.totals = []
 
     def __enter__(self):
         self._lock.acquire()
         if not self._depth:
-            self.totals.append(len(self._mirror.records))
+            self.totals.append(len(self._cache.records))
         self._depth += 1
 
     def __exit__(self, *_):
@@ -224,7 +224,7 @@ def test_nobody_sees_half_a_commit_in_the_gap_before_ones_own(open_ledger):
         with writer.batch():
             for number in range(size):
                 writer.create(runtime="cli", task=str(number))
-    registry._mirror.lock = noting = NotingLock(registry._mirror)
+    registry._cache.lock = noting = NotingLock(registry._cache)
     registry.create(runtime="cli", task="mine")
     assert noting.totals == [number * size for number in range(commits + 1)]
 

@@ -49,7 +49,7 @@ def test_a_committed_change_never_looks_failed_whatever_reading_raises(open_ledg
     one.create(runtime="cli", task="theirs")
     with monkeypatch.context() as patch:
         patch.setattr(two.store, "read_journal", broken)
-        patch.setattr("taskstore.stores.memory.check_history", lambda *_: None)
+        patch.setattr("taskstore.stores.memory.check_base", lambda *_: None)
         ours = two.create(runtime="cli", task="ours")
     assert two.get(ours.task_id) == ours
     two.refresh()

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import taskstore
 from msgspec import MsgspecError, msgpack
-from taskstore.model.codec import checksum, decode_or_set_aside, encode_record
-from taskstore.model.journal import SetAside, Snapshot, validated_snapshot
+from taskstore.model.codec import checksum, decode_or_quarantine, encode_record
+from taskstore.model.journal import QuarantinedRecord, Snapshot, validated_snapshot
 
-Ledger = tuple[int, int, list[bytes], tuple[SetAside, ...]]  # seq, at, records, set aside
+Ledger = tuple[int, int, list[bytes], tuple[QuarantinedRecord, ...]]  # seq, at, records, set aside
 
 
 class MsgpackStore(taskstore.TaskRegistryStore):
@@ -17,7 +17,7 @@ class MsgpackStore(taskstore.TaskRegistryStore):
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         super().__init__(read_only=read_only)
         self.path, self.new, self.location = path, Path(f"{path}.new"), str(path)
-        self.aside: tuple[SetAside, ...] = ()
+        self.aside: tuple[QuarantinedRecord, ...] = ()
 
     def load_snapshot(self) -> Snapshot:
         self._check_open()
@@ -32,9 +32,9 @@ class MsgpackStore(taskstore.TaskRegistryStore):
             raise taskstore.StoreUnavailableError(f"cannot read {self.path}: {error}") from error
         except MsgspecError as error:
             raise taskstore.CorruptStoreError(self.location, f"is no ledger: {error}") from error
-        found = [decode_or_set_aside(payload, self.location) for payload in payloads]
-        records = {item.task_id: item for item in found if not isinstance(item, SetAside)}
-        self.aside = (*aside, *(item for item in found if isinstance(item, SetAside)))
+        found = [decode_or_quarantine(payload, self.location) for payload in payloads]
+        records = {item.task_id: item for item in found if not isinstance(item, QuarantinedRecord)}
+        self.aside = (*aside, *(item for item in found if isinstance(item, QuarantinedRecord)))
         return Snapshot(seq, records, at, self.aside)
 
     def save_snapshot(self, snapshot: Snapshot) -> None:
@@ -43,7 +43,9 @@ class MsgpackStore(taskstore.TaskRegistryStore):
         if old.seq and snapshot.seq <= old.seq:
             raise taskstore.ConflictError([], f"seq {snapshot.seq} is not ahead of {old.seq}")
         records = [encode_record(record) for record in snapshot.records.values()]
-        data = msgpack.encode((snapshot.seq, max(snapshot.at, old.at), records, snapshot.set_aside))
+        data = msgpack.encode(
+            (snapshot.seq, max(snapshot.at, old.at), records, snapshot.quarantined)
+        )
         trouble: type[taskstore.TaskStoreError] = taskstore.StoreUnavailableError
         try:
             self.new.touch(0o600)
@@ -56,7 +58,7 @@ class MsgpackStore(taskstore.TaskRegistryStore):
             raise trouble(f"cannot write {self.path}: {error}") from error
 
     def report(self) -> taskstore.StoreReport:
-        return taskstore.StoreReport(set_aside=self.aside)
+        return taskstore.StoreReport(quarantined=self.aside)
 
 
 def _sync(path: Path) -> None:

@@ -84,11 +84,11 @@ def test_what_a_newer_version_wrote_is_carried(path: Path) -> None:
     data = msgpack.encode((7, 0, [encode_record(known), newer], ()))
     path.write_bytes(msgpack.encode((checksum(data), data)))
     with MsgpackStore(path) as store:
-        assert [item.raw for item in store.load_snapshot().set_aside] == [newer]
+        assert [item.raw for item in store.load_snapshot().quarantined] == [newer]
         update(store, known)
-        assert [item.raw for item in store.report().set_aside] == [newer]
+        assert [item.raw for item in store.report().quarantined] == [newer]
     with MsgpackStore(path) as store:
-        assert [item.task_id for item in store.load_snapshot().set_aside] == ["future"]
+        assert [item.task_id for item in store.load_snapshot().quarantined] == ["future"]
 
 
 def test_a_directory_that_takes_no_files(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

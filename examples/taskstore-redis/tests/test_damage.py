@@ -12,9 +12,9 @@ from taskstore import (
     CompactionPolicy,
     ConflictError,
     CorruptStoreError,
+    QuarantinedRecord,
     Remove,
     SchemaMismatchError,
-    SetAside,
     Snapshot,
     TaskQuery,
     TaskRegistry,
@@ -64,10 +64,10 @@ def test_a_damaged_row_is_set_aside(make_store: OpenStore, door: Door, damage: s
         door("HSET", "rows", "bad", broken)
         loaded = store.load_snapshot()
         assert dict(loaded.records) == {"good": good}
-        [item] = loaded.set_aside
+        [item] = loaded.quarantined
         assert (item.task_id, item.revision, item.raw) == ("bad", 2, broken[8:])
         assert "rows, field 'bad'" in item.where
-        assert store.report().set_aside == (item,)
+        assert store.report().quarantined == (item,)
         assert [record.task_id for record in store.query(TaskQuery(label="x"))] == ["good"]
         assert any("bad" in problem for problem in store.verify().problems)
         with pytest.raises(ConflictError):
@@ -75,22 +75,24 @@ def test_a_damaged_row_is_set_aside(make_store: OpenStore, door: Door, damage: s
         for policy in (FOLD, ERASE):
             report = store.compact(policy)
             kept = store.read_snapshot(report.seq)
-            assert [each.raw for each in kept.set_aside] == [broken[8:]]
-            assert store.load_snapshot().set_aside[0].raw == broken[8:]
+            assert [each.raw for each in kept.quarantined] == [broken[8:]]
+            assert store.load_snapshot().quarantined[0].raw == broken[8:]
             update(store, store.load_snapshot().records["good"])
         mended = update(store, bad, label="mended")
         assert store.load_snapshot().records["bad"] == mended
-        assert store.load_snapshot().set_aside == ()
+        assert store.load_snapshot().quarantined == ()
 
 
 @pytest.mark.parametrize("removed", [False, True], ids=["updated", "removed"])
 def test_writing_over_what_was_set_aside(make_store: OpenStore, *, removed: bool) -> None:
     """[12] It came with a saved snapshot; a change over its revision takes its place."""
     future = [
-        SetAside(f'{{"v":"9.{n}","task_id":"future"}}'.encode(), "afar", "format 9", "future", 3)
+        QuarantinedRecord(
+            f'{{"v":"9.{n}","task_id":"future"}}'.encode(), "afar", "format 9", "future", 3
+        )
         for n in range(2)
     ]
-    other = SetAside(b"\0\xff", "afar", "damaged")
+    other = QuarantinedRecord(b"\0\xff", "afar", "damaged")
     with make_store() as store:
         store.save_snapshot(Snapshot(1, {}, 0, (*future, other)))
         store.compact(CompactionPolicy(erase_deleted=True))
@@ -101,11 +103,11 @@ def test_writing_over_what_was_set_aside(make_store: OpenStore, *, removed: bool
         put = make_put(task_id="future", revision=4)
         store.apply([Remove("future", 4) if removed else put])
         loaded = store.load_snapshot()
-        assert loaded.set_aside == (other,)
+        assert loaded.quarantined == (other,)
         assert dict(loaded.records) == ({} if removed else {"future": put.record})
         assert store.verify().problems == ()
         kept = store.read_snapshot(store.compact(FOLD).seq)
-        assert kept.set_aside == (other,)
+        assert kept.quarantined == (other,)
         assert store.verify().problems == ()
 
 
@@ -125,7 +127,7 @@ def test_a_damaged_entry_is_set_aside(make_store: OpenStore, door: Door) -> None
             )
         for found in (store.read_journal(0, 10), store.read_history("task")):
             assert [entry.record for entry in found] == [record, None, third]
-            aside = found[1].set_aside
+            aside = found[1].quarantined
             assert aside is not None
             assert (aside.task_id, aside.revision) == ("task", 2)
             assert b"sekond" in aside.raw
@@ -309,8 +311,8 @@ def test_what_was_set_aside_does_not_stop_a_registry(url: str, door: Door) -> No
     door("HSET", "rows", task.task_id, "00000000gibberish")
     with TaskRegistry.open(url) as registry:
         assert [each.task for each in registry.list()] == ["good"]
-        [aside] = registry.store.report().set_aside
-        assert isinstance(aside, SetAside)
+        [aside] = registry.store.report().quarantined
+        assert isinstance(aside, QuarantinedRecord)
         assert aside.raw == b"gibberish"
     with open_redis(url, read_only=True) as store:
-        assert store.load_snapshot().set_aside
+        assert store.load_snapshot().quarantined

@@ -40,7 +40,7 @@ from taskstore.registry.commit import Batch, Operation
 from taskstore.registry.follower import Follower
 from taskstore.registry.hooks import Hook, Hooks
 from taskstore.registry.registry import LedgerReader
-from taskstore.registry.verbs import ChangeRun, Plan, Planner, Run, RunScope
+from taskstore.registry.verbs import ChangeRun, OperationFactory, RunScope, TaskOperation, TaskRun
 from taskstore.store.interface import SupportsJournal, TaskRegistryStore
 from taskstore.store.opening import default_url, open_store
 
@@ -56,7 +56,7 @@ _batches: ContextVar[Mapping[int, Batch]] = ContextVar("taskstore-batches")
 
 
 def _awaited(
-    verb: Callable[Concatenate[Planner, P], Operation[T]],
+    verb: Callable[Concatenate[OperationFactory, P], Operation[T]],
 ) -> Callable[Concatenate[AsyncTaskRegistry, P], Coroutine[Any, Any, T]]:
     """The same verb, to be awaited: then it checks its arguments and has its operation done."""
 
@@ -87,7 +87,7 @@ class AsyncTaskRegistry(LedgerReader):
         if clock is not None:
             store.clock = clock
         super().__init__(store, Hooks(hooks, interrupts=False))
-        self._planner = Planner(self._now)
+        self._planner = OperationFactory(self._now)
         self._loop = asyncio.get_running_loop()
         self._settled: deque[asyncio.Future[None]] = deque()
         self._woken = False
@@ -95,7 +95,7 @@ class AsyncTaskRegistry(LedgerReader):
         self._closing: asyncio.Future[None] | None = None
         # Apart from each other: those who wait for news hold up nobody else.
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="taskstore-aio")
-        self._news = News(self._loop)
+        self._commit_waiter = CommitWaiter(self._loop)
         self._hook_thread = ThreadPoolExecutor(1, thread_name_prefix="taskstore-hooks")
 
     @classmethod
@@ -163,28 +163,28 @@ class AsyncTaskRegistry(LedgerReader):
 
     # -- creating and changing ------------------------------------------------
 
-    create = _awaited(Planner.create)
-    mark_running = _awaited(Planner.mark_running)
-    record_progress = _awaited(Planner.record_progress)
-    finish = _awaited(Planner.finish)
-    mark_lost = _awaited(Planner.mark_lost)
-    recover = _awaited(Planner.recover)
-    cancel = _awaited(Planner.cancel)
-    set_delivery_status = _awaited(Planner.set_delivery_status)
-    set_notify_policy = _awaited(Planner.set_notify_policy)
-    set_cleanup_after = _awaited(Planner.set_cleanup_after)
-    link_flow = _awaited(Planner.link_flow)
-    update_metadata = _awaited(Planner.update_metadata)
-    delete = _awaited(Planner.delete)
-    take_lease = _awaited(Planner.take_lease)
-    renew_lease = _awaited(Planner.renew_lease)
-    release_lease = _awaited(Planner.release_lease)
+    create = _awaited(OperationFactory.create)
+    mark_running = _awaited(OperationFactory.mark_running)
+    record_progress = _awaited(OperationFactory.record_progress)
+    finish = _awaited(OperationFactory.finish)
+    mark_lost = _awaited(OperationFactory.mark_lost)
+    recover = _awaited(OperationFactory.recover)
+    cancel = _awaited(OperationFactory.cancel)
+    set_delivery_status = _awaited(OperationFactory.set_delivery_status)
+    set_notify_policy = _awaited(OperationFactory.set_notify_policy)
+    set_cleanup_after = _awaited(OperationFactory.set_cleanup_after)
+    link_flow = _awaited(OperationFactory.link_flow)
+    update_metadata = _awaited(OperationFactory.update_metadata)
+    delete = _awaited(OperationFactory.delete)
+    take_lease = _awaited(OperationFactory.take_lease)
+    renew_lease = _awaited(OperationFactory.renew_lease)
+    release_lease = _awaited(OperationFactory.release_lease)
 
     def run(
         self, run_id: str, *, runtime: str | None = None, session_key: str | None = None
     ) -> RunScope[Coroutine[Any, Any, list[TaskRecord]]]:
         """Address every task of a run: see :meth:`taskstore.TaskRegistry.run`."""
-        return RunScope(Run(run_id, runtime, session_key), self._now, self._commit_run)
+        return RunScope(TaskRun(run_id, runtime, session_key), self._now, self._commit_run)
 
     @asynccontextmanager
     async def batch(self) -> AsyncIterator[Self]:
@@ -212,7 +212,7 @@ class AsyncTaskRegistry(LedgerReader):
         """Bring in what other processes committed; returns the last seq mirrored."""
         self._check_open()
         await self._in_thread(self._committer.refresh)
-        return self._mirror.seq
+        return self._cache.seq
 
     async def changes(
         self, after: int | str = 0, wait: float | None = None
@@ -238,7 +238,9 @@ class AsyncTaskRegistry(LedgerReader):
             left = max(0.0, deadline - self._loop.time())
             # Now and then it looks whether it is still the same journal.
             if wait is None or (
-                not await self._news.wait_for(journal, tail.position.seq, min(left, LOOK_S))
+                not await self._commit_waiter.wait_for(
+                    journal, tail.position.seq, min(left, LOOK_S)
+                )
                 and left <= LOOK_S
             ):
                 return
@@ -270,7 +272,7 @@ class AsyncTaskRegistry(LedgerReader):
         if self._closing is None:
             self._closed = True
             closed = StoreClosedError(f"the registry over {self._store.location} is closed")
-            self._news.close(closed)
+            self._commit_waiter.close(closed)
             # In one call, in a thread: nothing can cancel half of it.
             self._closing = self._loop.run_in_executor(self._threads, self._finish)
             self._closing.add_done_callback(self._dismiss)
@@ -281,7 +283,7 @@ class AsyncTaskRegistry(LedgerReader):
         self._hook_thread.shutdown(wait=False)
 
     async def __aenter__(self) -> Self:
-        if self._mirror.stale:
+        if self._cache.stale:
             await self._in_thread(self._committer.load)
         return self
 
@@ -289,7 +291,7 @@ class AsyncTaskRegistry(LedgerReader):
         await self.close()
 
     def __repr__(self) -> str:
-        return f"<AsyncTaskRegistry {self._store.location} at seq {self._mirror.seq}>"
+        return f"<AsyncTaskRegistry {self._store.location} at seq {self._cache.seq}>"
 
     # -- within -------------------------------------------------------------------
 
@@ -304,14 +306,14 @@ class AsyncTaskRegistry(LedgerReader):
 
     def _records(self) -> Lookups:
         batch = self._batch
-        return self._mirror if batch is None else batch.staging
+        return self._cache if batch is None else batch.staging
 
     async def _commit(self, operation: Operation[T], /) -> T:
         """Have an operation committed by the writer thread."""
         self._check_open()
         batch = self._batch
         if batch is not None:
-            with self._mirror.lock:
+            with self._cache.lock:
                 return batch.add(operation)
         if asyncio.get_running_loop() is not self._loop:
             # Said before anything is committed: nobody here could wait for that.
@@ -328,7 +330,9 @@ class AsyncTaskRegistry(LedgerReader):
             raise
         return ticket.outcome()
 
-    async def _commit_run(self, run: Run, plan: Callable[[], Plan]) -> list[TaskRecord]:
+    async def _commit_run(
+        self, run: TaskRun, plan: Callable[[], TaskOperation]
+    ) -> list[TaskRecord]:
         return await self._commit(ChangeRun(run, plan()))
 
     def _note(self, settled: asyncio.Future[None]) -> None:
@@ -428,7 +432,7 @@ class Opening(Coroutine[Any, Any, R], AbstractAsyncContextManager[R]):
         await self._opened.close()
 
 
-class News:
+class CommitWaiter:
     """The coroutines of one event loop that wait for commits of one journal.
 
     While there are any, a thread waits for the next commit, a slice at a time.

@@ -26,7 +26,7 @@ from taskstore.errors import (
 )
 from taskstore.store.opening import redacted
 
-FINE, NOT_SO, USAGE, TROUBLE = 0, 1, 2, 3
+OK, FAILED, USAGE, ERROR = 0, 1, 2, 3
 """Exit statuses: fine; what was asked for is not so; wrong usage; store trouble."""
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -129,7 +129,7 @@ def _invoke(arguments: list[str]) -> int:
     except typer.Exit as done:
         return done.exit_code
     except typer.Abort:
-        return NOT_SO
+        return FAILED
     except BrokenPipeError:
         raise
     except TaskStoreError as error:
@@ -138,7 +138,7 @@ def _invoke(arguments: list[str]) -> int:
     except OSError as error:
         where = "" if error.filename is None else f": {error.filename}"
         complain(f"{error.strerror or error}{where}")
-        return TROUBLE
+        return ERROR
     except Exception as error:
         # Which library the exceptions of usage come from depends on Typer's version.
         if hasattr(error, "format_message"):
@@ -151,17 +151,17 @@ def _invoke(arguments: list[str]) -> int:
             raise
         report = f"please report it; {DEBUG_VARIABLE}=1 shows where it comes from"
         complain(f"unexpected {type(error).__name__}: {error} ({report})")
-        return TROUBLE
-    return status if isinstance(status, int) else FINE
+        return ERROR
+    return status if isinstance(status, int) else OK
 
 
 def status_of(error: TaskStoreError) -> int:
     """The exit status that an error of the store stands for."""
     if isinstance(error, TaskNotFound | InvalidTransition | CursorExpiredError):
-        return NOT_SO
+        return FAILED
     if isinstance(error, Misuse | ValidationError | BackendNotFoundError | UnsupportedError):
         return USAGE
-    return TROUBLE
+    return ERROR
 
 
 def complain(text: str) -> None:

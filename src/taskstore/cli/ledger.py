@@ -56,7 +56,7 @@ def get(store: TaskRegistryStore, task_id: str) -> TaskRecord:
     return page[0]
 
 
-class Found(NamedTuple):
+class Match(NamedTuple):
     """What a token names: a record, the field that it matched, and whether others match too."""
 
     record: TaskRecord
@@ -69,7 +69,7 @@ class Found(NamedTuple):
         return f"taskstore list {option} {shlex.quote(token)}"
 
 
-def find(store: TaskRegistryStore, token: str) -> Found:
+def find(store: TaskRegistryStore, token: str) -> Match:
     """Return the task with this id, or else of this run, or else of this session.
 
     Of a run's or session's tasks the newest active one, or the newest.
@@ -81,9 +81,9 @@ def find(store: TaskRegistryStore, token: str) -> Found:
         if not newest:
             continue
         if len(newest) == 1:
-            return Found(newest[0], field, others=False)
+            return Match(newest[0], field, others=False)
         active = ask(store, TaskQuery(**named, status=ACTIVE_STATUSES, limit=1))
-        return Found((active or newest)[0], field, others=True)
+        return Match((active or newest)[0], field, others=True)
     raise TaskNotFound(token)
 
 

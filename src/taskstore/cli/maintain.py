@@ -241,7 +241,7 @@ def _verdict(clauses: list[dict[str, Any]]) -> dict[str, Any]:
         verdict = "broken"
     elif counts["passed"]:
         # A clause for an ability that the store does not have takes nothing from the rest.
-        withheld = any("withholds" in (clause["reason"] or "") for clause in clauses)
+        withheld = any("does not guarantee" in (clause["reason"] or "") for clause in clauses)
         verdict = "kept in part" if withheld else "kept"
     else:
         verdict = "not claimed"

@@ -312,8 +312,11 @@ def _entry_members(entry: JournalEntry) -> dict[str, Any]:
         "revision": entry.revision,
         "record": None if entry.record is None else render.record_members(entry.record),
     }
-    if entry.set_aside is not None:
-        members["set_aside"] = {"where": entry.set_aside.where, "reason": entry.set_aside.reason}
+    if entry.quarantined is not None:
+        members["quarantined"] = {
+            "where": entry.quarantined.where,
+            "reason": entry.quarantined.reason,
+        }
     return members
 
 

@@ -225,7 +225,7 @@ def console() -> Console:
 def tell_report(store: TaskRegistryStore) -> None:
     """Tell on standard error what the store has to say: set-aside records and notices."""
     report = store.report()
-    for item in report.set_aside:
+    for item in report.quarantined:
         name = item.task_id or "an unknown task"
         if item.superseded:
             name = f"an earlier image of {name}"

@@ -194,7 +194,9 @@ def _create(store: TaskRegistryStore, record: TaskRecord) -> bool:
     try:
         store.apply([Put(record)])
     except ConflictError as error:
-        holder = next((c.booked_by for c in error.conflicts if c.booked_by is not None), None)
+        holder = next(
+            (c.existing_task_id for c in error.conflicts if c.existing_task_id is not None), None
+        )
         if holder is None:
             raise
         standing = ledger.get(store, holder)

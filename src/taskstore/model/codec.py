@@ -24,7 +24,7 @@ from msgspec import Meta, Raw, Struct
 from msgspec.structs import force_setattr, replace
 
 from taskstore.errors import CorruptStoreError
-from taskstore.model.journal import SetAside, Snapshot, snapshot_of, validated_snapshot
+from taskstore.model.journal import QuarantinedRecord, Snapshot, snapshot_of, validated_snapshot
 from taskstore.model.records import FORMAT_VERSION, MAX_INT, NO_METADATA, PAYLOAD_DEPTH, TaskRecord
 from taskstore.model.validation import SAME_MAJOR, nests_deeper
 
@@ -127,15 +127,15 @@ def _decode_slowly(payload: bytes, where: str) -> TaskRecord:
         raise CorruptStoreError(where, f"does not decode: {error!r}") from error
 
 
-def decode_or_set_aside(payload: bytes, where: str) -> TaskRecord | SetAside:
+def decode_or_quarantine(payload: bytes, where: str) -> TaskRecord | QuarantinedRecord:
     """The record of a payload, or the payload as bytes to keep and report."""
     try:
         return decode_record(payload, where)
     except CorruptStoreError as error:
-        return set_aside(payload, where, error.reason)
+        return quarantine(payload, where, error.reason)
 
 
-def set_aside(payload: bytes, where: str, reason: str) -> SetAside:
+def quarantine(payload: bytes, where: str, reason: str) -> QuarantinedRecord:
     """Wrap a payload that does not decode, with what can still be told of it."""
     task_id = revision = None
     try:
@@ -148,7 +148,7 @@ def set_aside(payload: bytes, where: str, reason: str) -> SetAside:
             task_id = members["task_id"]
         if type(members.get("revision")) is int:
             revision = members["revision"]
-    return SetAside(bytes(payload), where, reason, task_id, revision)
+    return QuarantinedRecord(bytes(payload), where, reason, task_id, revision)
 
 
 def encode_snapshot(snapshot: Snapshot) -> bytes:
@@ -159,7 +159,7 @@ def encode_snapshot(snapshot: Snapshot) -> bytes:
     snapshot = validated_snapshot(snapshot)
     payloads = (encode_record(snapshot.records[task_id]) for task_id in sorted(snapshot.records))
     header = SnapshotHeader(snapshot.seq, snapshot.at)
-    return b"".join(write_snapshot(header, payloads, snapshot.set_aside))
+    return b"".join(write_snapshot(header, payloads, snapshot.quarantined))
 
 
 def decode_snapshot(data: bytes, where: str = "snapshot") -> Snapshot:
@@ -173,7 +173,7 @@ def decode_snapshot(data: bytes, where: str = "snapshot") -> Snapshot:
 
 
 def write_snapshot(
-    header: SnapshotHeader, payloads: Iterable[bytes], aside: Iterable[SetAside] = ()
+    header: SnapshotHeader, payloads: Iterable[bytes], aside: Iterable[QuarantinedRecord] = ()
 ) -> Iterator[bytes]:
     """Write a snapshot in blocks of bytes: a JSON document with one payload a line.
 
@@ -188,7 +188,9 @@ def write_snapshot(
     yield b'"checksum":"%08x"}\n' % crc
 
 
-def _blocks(head: bytes, payloads: Iterable[bytes], aside: Iterable[SetAside]) -> Iterator[bytes]:
+def _blocks(
+    head: bytes, payloads: Iterable[bytes], aside: Iterable[QuarantinedRecord]
+) -> Iterator[bytes]:
     yield head[:-1] + b',"records":[\n'
     yield from _lines(payloads)
     yield b'],"set_aside":[\n'
@@ -230,7 +232,7 @@ class SnapshotReader(Generic[_H]):
         self._where = where
         self._crc = 0
         self._offset = 0
-        self.aside: list[SetAside] = []
+        self.aside: list[QuarantinedRecord] = []
         first = self._line()
         if not first.endswith(b',"records":[\n'):
             raise self._damaged("the header line is damaged")
@@ -241,7 +243,7 @@ class SnapshotReader(Generic[_H]):
 
     def __iter__(self) -> Iterator[bytes]:
         yield from self._until(b'],"set_aside":[\n')
-        self.aside = [self._json(line, SetAside) for line in self._until(b"],\n")]
+        self.aside = [self._json(line, QuarantinedRecord) for line in self._until(b"],\n")]
         expected = b'"checksum":"%08x"}\n' % self._crc
         if self._line() != expected:
             raise self._damaged("the checksum does not match")
@@ -250,7 +252,7 @@ class SnapshotReader(Generic[_H]):
 
     def snapshot(self, *, strict: bool = False) -> Snapshot:
         """Everything at once, decoded; ``strict`` raises for what is or would be set aside."""
-        decode = decode_record if strict else decode_or_set_aside
+        decode = decode_record if strict else decode_or_quarantine
         items = [decode(payload, self._where) for payload in self]
         if strict and self.aside:
             raise CorruptStoreError(self.aside[0].where, self.aside[0].reason)

@@ -61,7 +61,7 @@ _A_PUT = Put(
 )
 
 
-def put_valid(record: TaskRecord) -> Put:
+def unchecked_put(record: TaskRecord) -> Put:
     """The :class:`Put` of a record that is known to be valid, without looking at it again.
 
     That is so for what :mod:`~taskstore.model.lifecycle`
@@ -87,7 +87,7 @@ Change = Put | Remove
 """What a caller asks a store for."""
 
 
-class OfRun(Protocol):
+class HasDedupKey(Protocol):
     """Anything that says for which run it was created."""
 
     @property
@@ -99,7 +99,7 @@ class OfRun(Protocol):
         """The digest of the run scope."""
 
 
-def dedup_key(record: OfRun | None) -> DedupKey | None:
+def dedup_key(record: HasDedupKey | None) -> DedupKey | None:
     """``(run_id, booking)``, which at most one task of a ledger has: it makes ``create``
     idempotent.  ``None`` for a task without a run, and for none."""
     if record is None or record.run_id is None or record.booking is None:
@@ -138,18 +138,18 @@ class Position(Struct, frozen=True, gc=False):
 
 
 class ChangeSet(list[Change]):
-    """Changes that were worked out from what stood at a position, ``over``.
+    """Changes that were worked out from what stood at a position, ``base``.
 
     :meth:`~taskstore.TaskRegistryStore.apply` takes it as any sequence of
     changes.  A store that knows its commits refuses it when its history does
     not hold that position: the same revision may be another record there.
     """
 
-    __slots__ = ("over",)
+    __slots__ = ("base",)
 
-    def __init__(self, changes: Iterable[Change], over: Position) -> None:
+    def __init__(self, changes: Iterable[Change], base: Position) -> None:
         self[:] = changes
-        self.over = over
+        self.base = base
 
 
 class Commit(Struct, frozen=True, gc=False):
@@ -165,7 +165,7 @@ class Commit(Struct, frozen=True, gc=False):
     commit_id: str = ""
 
 
-class SetAside(Struct, frozen=True, gc=False):
+class QuarantinedRecord(Struct, frozen=True, gc=False):
     """A stored record that could not be decoded, kept as the bytes that it is.
 
     ``where`` says where it lies and ``reason`` why it does not decode
@@ -198,7 +198,7 @@ class JournalEntry(Struct, frozen=True, gc=False):
     ``seq`` is its place in the journal (``int`` ≥ 1), ``at`` the time of the
     commit (Unix milliseconds), ``revision`` the task's afterwards.
     ``record`` is ``None`` for a deletion, and for an upsert that could not be
-    decoded: then ``set_aside`` has its bytes.
+    decoded: then ``quarantined`` has its bytes.
     """
 
     seq: int
@@ -208,7 +208,7 @@ class JournalEntry(Struct, frozen=True, gc=False):
     revision: int
     record: TaskRecord | None
     commit_id: str = ""
-    set_aside: SetAside | None = None
+    quarantined: QuarantinedRecord | None = None
 
     @property
     def cursor(self) -> str:
@@ -224,7 +224,7 @@ class Snapshot(Struct, frozen=True):
 
     ``records`` maps task_id to record and cannot be changed: a mapping given
     to the constructor is copied.  ``at`` is the time of the commit at
-    ``seq`` (Unix milliseconds, 0 before the first).  ``set_aside`` holds what
+    ``seq`` (Unix milliseconds, 0 before the first).  ``quarantined`` holds what
     could not be decoded; it travels with the snapshot, so that nothing that
     rewrites a store drops it.
     """
@@ -232,7 +232,7 @@ class Snapshot(Struct, frozen=True):
     seq: int
     records: Mapping[str, TaskRecord] = _EMPTY
     at: int = 0
-    set_aside: tuple[SetAside, ...] = ()
+    quarantined: tuple[QuarantinedRecord, ...] = ()
 
     def __post_init__(self) -> None:
         if type(self.seq) is not int or not 0 <= self.seq <= MAX_INT:
@@ -246,10 +246,10 @@ class Snapshot(Struct, frozen=True):
         force_setattr(self, "records", MappingProxyType(copied))
 
 
-def snapshot_of(seq: int, at: int, items: Iterable[TaskRecord | SetAside]) -> Snapshot:
+def snapshot_of(seq: int, at: int, items: Iterable[TaskRecord | QuarantinedRecord]) -> Snapshot:
     """The snapshot that holds these records, and what is set aside among them."""
     records: dict[str, TaskRecord] = {}
-    aside: list[SetAside] = []
+    aside: list[QuarantinedRecord] = []
     for item in items:
         if isinstance(item, TaskRecord):
             records[item.task_id] = item
@@ -276,7 +276,7 @@ def validated_snapshot(snapshot: Snapshot) -> Snapshot:
             if holder != task_id:
                 raise ValidationError("records", f"{task_id!r} and {holder!r} book the same run")
         records[record.task_id] = record
-    return Snapshot(snapshot.seq, MappingProxyType(records), snapshot.at, snapshot.set_aside)
+    return Snapshot(snapshot.seq, MappingProxyType(records), snapshot.at, snapshot.quarantined)
 
 
 class Step(Struct, frozen=True, gc=False):
@@ -329,7 +329,7 @@ def plan(changes: Sequence[Change]) -> list[Step]:
         if key is not None:
             holder = claimed.setdefault(key, step.task_id)
             if holder != step.task_id:
-                raise ConflictError([Conflict(step.task_id, 0, 0, booked_by=holder)])
+                raise ConflictError([Conflict(step.task_id, 0, 0, existing_task_id=holder)])
     return list(steps.values())
 
 
@@ -360,7 +360,7 @@ def find_conflicts(
         if holder in (None, task_id):
             continue
         if holder not in {step.task_id for step in steps if step.record is None}:
-            conflicts.append(Conflict(task_id, step.base, found or 0, booked_by=holder))
+            conflicts.append(Conflict(task_id, step.base, found or 0, existing_task_id=holder))
     return conflicts
 
 
@@ -387,7 +387,7 @@ def fold(snapshot: Snapshot, entries: Iterable[JournalEntry]) -> Snapshot:
     snapshot without a gap.
     """
     records = dict(snapshot.records)
-    aside = list(snapshot.set_aside)
+    aside = list(snapshot.quarantined)
     seq, at = snapshot.seq, snapshot.at
     for entry in entries:
         if entry.seq != seq + 1:
@@ -399,12 +399,12 @@ def fold(snapshot: Snapshot, entries: Iterable[JournalEntry]) -> Snapshot:
             records[entry.task_id] = entry.record
         else:
             records.pop(entry.task_id, None)
-            if entry.set_aside is not None:
-                aside.append(entry.set_aside)
+            if entry.quarantined is not None:
+                aside.append(entry.quarantined)
     return Snapshot(seq, MappingProxyType(records), at, tuple(aside))
 
 
-def occupied_by(set_aside: Iterable[SetAside]) -> dict[str, int]:
+def quarantined_revisions(quarantined: Iterable[QuarantinedRecord]) -> dict[str, int]:
     """The ids that are occupied by images which do not decode, with the revision of each
     (0 where it cannot be told)."""
-    return {item.occupies: item.revision or 0 for item in set_aside if item.occupies is not None}
+    return {item.occupies: item.revision or 0 for item in quarantined if item.occupies is not None}

@@ -13,7 +13,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 
-class SnapshotMark(NamedTuple):
+class SnapshotInfo(NamedTuple):
     """A snapshot that a store has: its seq, and the time of that commit (Unix ms)."""
 
     seq: int
@@ -91,7 +91,7 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
         return None
 
     def retained(
-        self, snapshots: Sequence[SnapshotMark], *, head: int, floor: int, now: int
+        self, snapshots: Sequence[SnapshotInfo], *, head: int, floor: int, now: int
     ) -> tuple[frozenset[int], int]:
         """Say which snapshots stay and what the floor becomes.
 
@@ -115,7 +115,7 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
         kept = {mark.seq for mark in snapshots[-max(self.keep_snapshots, 1) :]}
         # Between the anchor and the newest, a few are left for the anchor to
         # move to: a quarter of the window apart, so that their number is bounded.
-        last = SnapshotMark(anchor, 0)
+        last = SnapshotInfo(anchor, 0)
         for mark in snapshots:
             if mark.seq == anchor:
                 kept.add(anchor)

@@ -1,9 +1,9 @@
 """The records in memory, how they are found, and how they are kept like the store.
 
 :class:`Lookups` is the one interface through which the registry looks
-records up.  :class:`Mirror` answers from indexes over what is committed,
+records up.  :class:`RecordCache` answers from indexes over what is committed,
 :class:`Staging` from the same with uncommitted changes laid over it.
-:class:`Replica` is the mirror of one store.
+:class:`ReplicatedCache` is the mirror of one store.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from taskstore.model.journal import (
     Snapshot,
     dedup_key,
     entries_of,
-    put_valid,
+    unchecked_put,
 )
 from taskstore.model.query import SESSION_KEY, Page, Summary, TaskQuery, page_of
 from taskstore.model.records import ACTIVE_STATUSES, MAX_INT, DedupKey, TaskRecord
@@ -44,7 +44,7 @@ from taskstore.store.interface import (
     SupportsJournal,
     TaskRegistryStore,
     commit_id_at,
-    entries_beyond,
+    entries_after_position,
 )
 
 logger = logging.getLogger("taskstore")
@@ -68,7 +68,7 @@ class Lookups(ABC):
         """Yield what matches, newest first, after the query's cursor; its limit is not applied."""
 
     @abstractmethod
-    def holder(self, key: DedupKey) -> TaskRecord | None:
+    def by_dedup_key(self, key: DedupKey) -> TaskRecord | None:
         """Return the task that has a dedup key, or ``None``."""
 
     @abstractmethod
@@ -120,7 +120,7 @@ class Lookups(ABC):
         return active or next(self.select(TaskQuery(**filters)), None)
 
 
-class Mirror(Lookups):
+class RecordCache(Lookups):
     """What is committed, as far as this process has seen it.
 
     ``position`` is that of the last entry mirrored; ``interrupted`` tells that
@@ -162,10 +162,10 @@ class Mirror(Lookups):
         """Return the record of an id, or ``None``."""
         return self._indexes.records.get(task_id)
 
-    def holder(self, key: DedupKey) -> TaskRecord | None:
+    def by_dedup_key(self, key: DedupKey) -> TaskRecord | None:
         """Return the task that has a dedup key, or ``None``."""
         indexes = self._indexes
-        task_id = indexes.holders.get("\0".join(key))
+        task_id = indexes.by_dedup_key.get("\0".join(key))
         return None if task_id is None else indexes.records[task_id]
 
     def summary(self) -> Summary:
@@ -218,7 +218,7 @@ class Mirror(Lookups):
         return [self._indexes.group(name, value) for name in fields for value in wanted]
 
 
-class Replica(Mirror):
+class ReplicatedCache(RecordCache):
     """A mirror that is kept like a store: after our commits, after those of others, and anew.
 
     What brings it forward is called with the commit lock held.  Hooks hear of
@@ -241,7 +241,7 @@ class Replica(Mirror):
         if isinstance(store, SupportsJournal):
             head = store.head()
             commit_id = commit_id_at(store, head)
-        with collector_paused():
+        with gc_paused():
             snapshot = store.load_snapshot()
             if isinstance(store, SupportsJournal) and snapshot.seq != head:  # others are committing
                 commit_id = commit_id_at(store, snapshot.seq)
@@ -268,19 +268,19 @@ class Replica(Mirror):
             return before != self.seq
         return False
 
-    def read_on(self, journal: SupportsJournal, end: int | None = None) -> set[str]:
+    def apply_remote(self, journal: SupportsJournal, end: int | None = None) -> set[str]:
         """Mirror what comes after memory in the journal, up to seq ``end`` if that is given.
 
         Returns which tasks that concerns.  Raises :class:`CursorExpiredError`
         when the journal is not the one that memory is of, or was trimmed.
         """
         changed = set[str]()
-        with collector_paused():
+        with gc_paused():
             while end is None or self.position.seq < end:
                 limit = PAGE_ENTRIES
                 if end is not None:
                     limit = min(limit, end - self.position.seq)
-                page = entries_beyond(journal, self.position, limit)
+                page = entries_after_position(journal, self.position, limit)
                 entries = page if len(page) < PAGE_ENTRIES else _whole_commits(page)
                 for _, commit in groupby(entries, attrgetter("commit_id")):
                     self._take_in(commit, local=False)
@@ -303,7 +303,7 @@ class Replica(Mirror):
         try:
             if isinstance(self._store, SupportsJournal) and self.position.seq < before:
                 with suppress(CursorExpiredError):
-                    self.read_on(self._store, before)
+                    self.apply_remote(self._store, before)
             if self.position.seq != before:
                 self.load()
         except Exception:
@@ -320,7 +320,7 @@ class Replica(Mirror):
         is loaded anew: going on from there would mix two histories.
         """
         try:
-            return bool(self.read_on(store))
+            return bool(self.apply_remote(store))
         except CursorExpiredError:
             self.load()
             return True
@@ -336,7 +336,7 @@ class Replica(Mirror):
                     events.append(Upserted(seq, at, record, previous, local))
                 else:
                     previous = self._indexes.remove(task_id)
-                    if entry.set_aside is None:  # what does not decode is no event
+                    if entry.quarantined is None:  # what does not decode is no event
                         events.append(Deleted(seq, at, task_id, previous, local))
                 self.position = Position(seq, entry.commit_id)
         # What is stale the hooks hear of when it is loaded anew.
@@ -366,12 +366,12 @@ class Staging(Lookups):
         over = self._over
         return over[task_id] if task_id in over else self._under.get(task_id)
 
-    def holder(self, key: DedupKey) -> TaskRecord | None:
+    def by_dedup_key(self, key: DedupKey) -> TaskRecord | None:
         """Return the task that would have a dedup key, or ``None``."""
         task_id = self._holders.get(key)
         if task_id is not None:
             return self.get(task_id)
-        holder = self._under.holder(key)
+        holder = self._under.by_dedup_key(key)
         return holder if holder is None else self.get(holder.task_id)
 
     def select(self, query: TaskQuery) -> Iterator[TaskRecord]:
@@ -414,7 +414,7 @@ class Staging(Lookups):
             raise ConflictError([Conflict(record.task_id, 0, standing.revision)])
         if key is not None:
             self._holders[key] = record.task_id
-        self.changes.append(put_valid(record))
+        self.changes.append(unchecked_put(record))
         self._over[record.task_id] = record
         return record
 
@@ -425,7 +425,7 @@ class Staging(Lookups):
             return before
         if after.revision > MAX_INT:
             check_int("revision", after.revision)
-        self.changes.append(put_valid(after))
+        self.changes.append(unchecked_put(after))
         self._over[after.task_id] = after
         return after
 
@@ -475,7 +475,7 @@ _turned_off = False
 
 
 @contextmanager
-def collector_paused() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Leave Python's garbage collector off in the body of a ``with``: many records are made there.
 
     It would look again and again for cycles among objects that cannot have
@@ -498,7 +498,7 @@ def collector_paused() -> Iterator[None]:
             _pausing.release()
 
 
-def end_pause() -> None:
+def restore_gc() -> None:
     """End the pause of another thread, which is not there in a forked child."""
     global _pausing, _turned_off  # noqa: PLW0603
     _pausing = threading.Lock()
@@ -508,4 +508,4 @@ def end_pause() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=end_pause)
+    os.register_at_fork(after_in_child=restore_gc)

@@ -40,7 +40,7 @@ from taskstore.errors import (
 )
 from taskstore.model.journal import ChangeSet, Put
 from taskstore.model.records import TaskRecord
-from taskstore.registry.cache import Lookups, Replica, Staging
+from taskstore.registry.cache import Lookups, ReplicatedCache, Staging
 from taskstore.registry.hooks import Hooks
 from taskstore.store.interface import SupportsExclusive, SupportsJournal, TaskRegistryStore
 
@@ -189,9 +189,9 @@ def wait(ticket: Ticket[T], settled: threading.Lock) -> None:
 class Committer:
     """Commits operations to one store, one commit at a time, and keeps memory like it."""
 
-    def __init__(self, store: TaskRegistryStore, replica: Replica, hooks: Hooks) -> None:
+    def __init__(self, store: TaskRegistryStore, replica: ReplicatedCache, hooks: Hooks) -> None:
         self._store = store
-        self._replica = replica
+        self._cache = replica
         self._hooks = hooks
         self._queue = CommitQueue()
         self._writer: threading.Thread | None = None
@@ -207,13 +207,13 @@ class Committer:
 
     def load(self) -> None:
         """Load everything from the store, and deliver that."""
-        self._locked(self._replica.load)
+        self._locked(self._cache.load)
         self._hooks.deliver()
 
     def refresh(self) -> None:
         """Bring in what other writers committed."""
         try:
-            self._locked(self._replica.refresh)
+            self._locked(self._cache.refresh)
         finally:
             self._hooks.deliver()
 
@@ -298,7 +298,7 @@ class Committer:
             except Exception:
                 raise
             except BaseException:  # interrupted: what memory lacks is not known
-                self._replica.stale = self._replica.interrupted = True
+                self._cache.stale = self._cache.interrupted = True
                 raise
             finally:
                 self._inside = self._committing = False
@@ -340,12 +340,12 @@ class Committer:
         alone = len(requests) == 1
         conflict: ConflictError | None = None
         for attempt in range(ATTEMPTS if alone else GROUP_ATTEMPTS):
-            if self._replica.stale:
-                self._replica.load()
+            if self._cache.stale:
+                self._cache.load()
             if self._contended_until and time.monotonic() >= self._contended_until:
                 self._contended_until = 0.0
             with self._others_kept_out() if self._contended_until else _NOT_CONTENDED as changed:
-                staging = Staging(self._replica)
+                staging = Staging(self._cache)
                 in_doubt = self._stage(requests, staging)
                 if in_doubt and attempt < ATTEMPTS - 1 and self._was_behind(alone=alone):
                     continue
@@ -355,16 +355,16 @@ class Committer:
                     # Keeping others out has just prevented a conflict.
                     self._contended_until = time.monotonic() + CONTENDED_S
                 try:
-                    commit = self._store.apply(ChangeSet(staging.changes, self._replica.position))
+                    commit = self._store.apply(ChangeSet(staging.changes, self._cache.position))
                 except ConflictError as error:
                     conflict = error
                 except OutcomeUnknownError:
-                    self._replica.stale = True
+                    self._cache.stale = True
                     raise
                 else:
-                    self._replica.publish(commit, staging.changes)
+                    self._cache.publish(commit, staging.changes)
                     return
-            if not self._replica.behind(reload=True):
+            if not self._cache.behind(reload=True):
                 break
             self._contended_until = time.monotonic() + CONTENDED_S
             if not isinstance(self._store, SupportsExclusive):
@@ -375,7 +375,7 @@ class Committer:
     def _was_behind(self, *, alone: bool) -> bool:
         """Bring memory up to the store; returns whether it was behind."""
         try:
-            return self._replica.behind()
+            return self._cache.behind()
         except TaskStoreError as error:
             if alone:
                 raise
@@ -417,7 +417,7 @@ class Committer:
             return
         with store.exclusive():
             with suppress(CursorExpiredError):  # then what is committed conflicts or reloads
-                changed = self._replica.read_on(store)
+                changed = self._cache.apply_remote(store)
             yield changed
 
 
@@ -471,7 +471,7 @@ class Batch:
                 raise
             if isinstance(result, TaskRecord) and again.task_id != result.task_id:
                 if not staging.creates(again.task_id):
-                    taken = Conflict(result.task_id, 0, 0, booked_by=again.task_id)
+                    taken = Conflict(result.task_id, 0, 0, existing_task_id=again.task_id)
                     elsewhere[result.task_id] = taken
             elif elsewhere and result is True and again is False:
                 raise ConflictError(elsewhere.values())  # deleted in the body, and not here

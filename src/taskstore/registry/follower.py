@@ -74,7 +74,7 @@ class Follower:
                 if pause > FIRST_PAUSE_S:
                     logger.info("following again, from seq %d", self._seq())
                 pause = FIRST_PAUSE_S
-                self._await_news()
+                self._wait_for_commit()
             except StoreClosedError:
                 return
             except BaseException as error:  # a hook may raise anything: it ends nothing
@@ -84,7 +84,7 @@ class Follower:
                 self._stopped.wait(pause)
                 pause = min(pause * 2, LONGEST_PAUSE_S)
 
-    def _await_news(self) -> None:
+    def _wait_for_commit(self) -> None:
         """Return when somebody else may have committed, or after a while."""
         while not self._stopped.is_set():
             seq = self._seq()

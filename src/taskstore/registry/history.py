@@ -14,13 +14,13 @@ from itertools import takewhile
 from taskstore.errors import CursorExpiredError, UnsupportedError, ValidationError
 from taskstore.model.journal import JournalEntry, Position, Snapshot, fold
 from taskstore.model.validation import check_int, check_seconds
-from taskstore.registry.cache import PAGE_ENTRIES, collector_paused
+from taskstore.registry.cache import PAGE_ENTRIES, gc_paused
 from taskstore.store.interface import (
     SupportsHistory,
     SupportsJournal,
     TaskRegistryStore,
     commit_id_at,
-    entries_beyond,
+    entries_after_position,
 )
 
 WAIT_SLICE_S = 0.5
@@ -64,7 +64,7 @@ class Tail:
 
         A seq alone is taken to be of the history that is there now, and from now on of that one.
         """
-        entries_beyond(self._journal, self.position, 0)
+        entries_after_position(self._journal, self.position, 0)
         seq = self.position.seq
         if seq and not self.position.commit_id:
             self.position = Position(seq, commit_id_at(self._journal, seq))
@@ -73,7 +73,7 @@ class Tail:
         """The next entries that are there, none if it is at the end."""
         if not self.position.commit_id:
             self.check()
-        entries = entries_beyond(self._journal, self.position, PAGE_ENTRIES)
+        entries = entries_after_position(self._journal, self.position, PAGE_ENTRIES)
         if entries:
             self.position = Position(entries[-1].seq, entries[-1].commit_id)
         return entries
@@ -142,7 +142,7 @@ def as_of(store: TaskRegistryStore, moment: int | datetime) -> Snapshot:
     while True:
         floor = journal.floor()
         try:
-            with collector_paused():
+            with gc_paused():
                 if at_time is not None:
                     return _as_of_time(journal, at_time)
                 return _as_of_seq(journal, check_int("as_of", moment))

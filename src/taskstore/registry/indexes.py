@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 from msgspec.structs import astuple
 
-from taskstore.model.chunked import RUN, empty, in_order
+from taskstore.model.chunked import RUN_ITEMS, chunked_sort, clear_in_chunks
 from taskstore.model.records import OPTIONAL_KEYS, TaskRecord
 
 Key = tuple[int, str]
@@ -48,10 +48,10 @@ class Indexes:
         self.records: dict[str, TaskRecord] = {}
         self.keys: list[Key] = []
         self._groups: dict[str, _Groups] = {field: {} for field in INDEXED}
-        self.holders: dict[str, str] = {}
+        self.by_dedup_key: dict[str, str] = {}
         # In order, so that every index is filled by appending.
         keys = [(record.created_at, task_id) for task_id, record in records.items()]
-        for _, task_id in sorted(keys) if len(keys) <= RUN else in_order(keys):
+        for _, task_id in sorted(keys) if len(keys) <= RUN_ITEMS else chunked_sort(keys):
             record = records[task_id]
             self._add(record)
             self.records[task_id] = record
@@ -85,10 +85,10 @@ class Indexes:
 
     def dismantle(self) -> None:
         """Let go of everything, so that other threads can run in between."""
-        empty(self.records)
-        empty(self.holders)
+        clear_in_chunks(self.records)
+        clear_in_chunks(self.by_dedup_key)
         for groups in self._groups.values():
-            empty(groups)
+            clear_in_chunks(groups)
         while self.keys:
             del self.keys[-1000:]
 
@@ -100,7 +100,7 @@ class Indexes:
             insort(self.keys, key)
         self._group(zip(self._groups.values(), _indexed_of(record), strict=True), key)
         if record.booking is not None and record.run_id is not None:
-            self.holders["\0".join((record.run_id, record.booking))] = record.task_id
+            self.by_dedup_key["\0".join((record.run_id, record.booking))] = record.task_id
 
     def _discard(self, record: TaskRecord) -> None:
         key = record.sort_key
@@ -110,8 +110,8 @@ class Indexes:
                 _ungroup(groups, value, key)
         if record.booking is not None and record.run_id is not None:
             held_as = "\0".join((record.run_id, record.booking))
-            if self.holders.get(held_as) == record.task_id:
-                del self.holders[held_as]
+            if self.by_dedup_key.get(held_as) == record.task_id:
+                del self.by_dedup_key[held_as]
 
     def _move(self, old: TaskRecord, new: TaskRecord) -> None:
         """Index a changed record: only the indexes whose value changed are touched."""

@@ -17,12 +17,12 @@ from taskstore.model.query import Page, Summary, TaskQuery
 from taskstore.model.records import ACTIVE_STATUSES, KEY_BYTES, MAX_INT, TaskRecord
 from taskstore.model.validation import check_int, check_key, check_text
 from taskstore.registry import history
-from taskstore.registry.cache import Lookups, Replica
+from taskstore.registry.cache import Lookups, ReplicatedCache
 from taskstore.registry.commit import Batch, Committer, Operation
 from taskstore.registry.follower import Follower
 from taskstore.registry.hooks import Hook, Hooks
-from taskstore.registry.verbs import ChangeRun, Plan, Run, RunScope, Verbs
-from taskstore.store.interface import TaskRegistryStore, forked
+from taskstore.registry.verbs import ChangeRun, RunScope, TaskOperation, TaskRun, Verbs
+from taskstore.store.interface import TaskRegistryStore, forked_error
 from taskstore.store.opening import default_url, open_store
 
 T = TypeVar("T")
@@ -35,8 +35,8 @@ class LedgerReader(ABC):
     def __init__(self, store: TaskRegistryStore, hooks: Hooks) -> None:
         self._store = store
         self._hooks = hooks
-        self._mirror = Replica(store, hooks)
-        self._committer = Committer(store, self._mirror, hooks)
+        self._cache = ReplicatedCache(store, hooks)
+        self._committer = Committer(store, self._cache, hooks)
         self._owns_store = False
         self._follower: Follower | None = None
         # Two that come together start one thread, and close() misses none.
@@ -57,7 +57,7 @@ class LedgerReader(ABC):
     @property
     def seq(self) -> int:
         """The last seq mirrored (``int``, 0 before the first)."""
-        return self._mirror.seq
+        return self._cache.seq
 
     # -- looking up ---------------------------------------------------------
 
@@ -96,7 +96,7 @@ class LedgerReader(ABC):
         elif not isinstance(query, TaskQuery):
             raise ValidationError("query", f"must be a TaskQuery, not {type(query).__name__}")
         with self._reading() as records:
-            return records.page(query, self._mirror.seq)
+            return records.page(query, self._cache.seq)
 
     def active(self) -> Page:
         """Return the tasks that have not ended, newest first."""
@@ -113,7 +113,7 @@ class LedgerReader(ABC):
 
     def _cursor(self, after: int | str) -> int | str | Position:
         """The same cursor, with the history to it where it is the seq that memory is at."""
-        position = self._mirror.position
+        position = self._cache.position
         return position if type(after) is int and after == position.seq else after
 
     @abstractmethod
@@ -124,9 +124,9 @@ class LedgerReader(ABC):
     def _reading(self) -> Iterator[Lookups]:
         """Keep what the calling thread sees as it is while it looks something up."""
         self._check_open()
-        if self._mirror.interrupted:
+        if self._cache.interrupted:
             self._reload()
-        with self._mirror.lock:
+        with self._cache.lock:
             yield self._records()
 
     def _now(self) -> int:
@@ -142,7 +142,7 @@ class LedgerReader(ABC):
         if outer is not None:
             return Batch(outer.staging)
         self._committer.check_writable()
-        return Batch(self._mirror)
+        return Batch(self._cache)
 
     def _follow(self, kind: type[FollowerT]) -> FollowerT:
         with self._following:
@@ -150,7 +150,7 @@ class LedgerReader(ABC):
             follower = self._follower
             if not isinstance(follower, kind) or not follower.alive:
                 journal = history.journal_of(self._store, "follow")
-                follower = kind(journal, lambda: self._mirror.seq, self._committer.refresh)
+                follower = kind(journal, lambda: self._cache.seq, self._committer.refresh)
                 self._follower = follower
             return follower
 
@@ -180,7 +180,7 @@ class LedgerReader(ABC):
         if self._closed:
             raise StoreClosedError(f"the registry over {self._store.location} is closed")
         if self._opened_by != os.getpid():
-            raise forked(f"the registry over {self._store.location}")
+            raise forked_error(f"the registry over {self._store.location}")
 
 
 class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
@@ -276,7 +276,7 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
         ``runtime`` and ``session_key`` (the child's session) narrow it down;
         a run whose tasks belong to several scopes matches nothing.
         """
-        return RunScope(Run(run_id, runtime, session_key), self._now, self._commit_run)
+        return RunScope(TaskRun(run_id, runtime, session_key), self._now, self._commit_run)
 
     # -- the journal --------------------------------------------------------
 
@@ -328,7 +328,7 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
             self._committer.refresh()
         finally:
             self._local.batch = outer
-        return self._mirror.seq
+        return self._cache.seq
 
     def follow(self) -> Follower:
         """Keep up with other processes from a thread in the background.
@@ -361,7 +361,7 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
         self.close()
 
     def __repr__(self) -> str:
-        return f"<TaskRegistry {self._store.location} at seq {self._mirror.seq}>"
+        return f"<TaskRegistry {self._store.location} at seq {self._cache.seq}>"
 
     # -- within -------------------------------------------------------------
 
@@ -372,7 +372,7 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
         batch = self._local.batch
         if batch is None:
             return self._committer.run(operation)
-        with self._mirror.lock:
+        with self._cache.lock:
             return batch.add(operation)
 
     _create = _commit
@@ -380,7 +380,7 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
     _delete = _commit
     _lease = _commit
 
-    def _commit_run(self, run: Run, plan: Callable[[], Plan]) -> list[TaskRecord]:
+    def _commit_run(self, run: TaskRun, plan: Callable[[], TaskOperation]) -> list[TaskRecord]:
         return self._commit(ChangeRun(run, plan()))
 
     def _reload(self) -> None:
@@ -388,7 +388,7 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
 
     def _records(self) -> Lookups:
         batch = self._local.batch
-        return self._mirror if batch is None else batch.staging
+        return self._cache if batch is None else batch.staging
 
 
 class _Local(threading.local):

@@ -43,7 +43,7 @@ LOST = frozenset({TaskStatus.LOST})
 # -- operations ---------------------------------------------------------------
 
 
-class Create(Struct, frozen=True):
+class CreateTask(Struct, frozen=True):
     """Store a new record, or fill in the task that has its dedup key."""
 
     record: TaskRecord
@@ -52,13 +52,13 @@ class Create(Struct, frozen=True):
         """Give the record that stands afterwards."""
         record = self.record
         key = dedup_key(record)
-        holder = None if key is None else staging.holder(key)
+        holder = None if key is None else staging.by_dedup_key(key)
         if holder is None:
             return staging.create(record, key)
         return staging.update(holder, lifecycle.attach(holder, record))
 
 
-class Change(Struct, frozen=True):
+class ChangeTask(Struct, frozen=True):
     """Store what a mutation makes of a task at ``now`` (Unix milliseconds).
 
     ``if_revision`` and ``fence`` have to hold for the task, where they are
@@ -86,10 +86,10 @@ class Change(Struct, frozen=True):
         return staging.update(record, self.mutation(record, self.now))
 
 
-class Lease(Struct, frozen=True):
+class ChangeLease(Struct, frozen=True):
     """Change the lease of a task; gives its token."""
 
-    change: Change
+    change: ChangeTask
     token: str
 
     def __call__(self, staging: Staging) -> str:
@@ -98,7 +98,7 @@ class Lease(Struct, frozen=True):
         return self.token
 
 
-class Delete(Struct, frozen=True):
+class DeleteTask(Struct, frozen=True):
     """Delete a task."""
 
     task_id: str
@@ -120,11 +120,11 @@ class Delete(Struct, frozen=True):
         staging.delete(record)
 
 
-Plan = Create | Change | Delete
+TaskOperation = CreateTask | ChangeTask | DeleteTask
 """What a verb makes of its arguments, but for leases."""
 
 
-class Run(Struct, frozen=True):
+class TaskRun(Struct, frozen=True):
     """Which run: its id, and what narrows it down to one scope."""
 
     run_id: str
@@ -139,17 +139,17 @@ class Run(Struct, frozen=True):
 class ChangeRun(Struct, frozen=True):
     """Do to every task of a run what an operation does to one."""
 
-    run: Run
-    each: Plan
+    run: TaskRun
+    each: TaskOperation
 
     def __call__(self, staging: Staging) -> list[TaskRecord]:
         """Give the records that were changed, or what they were before they were deleted."""
         changed = []
         for record in self.run.tasks(staging):
-            if isinstance(self.each, Delete):
+            if isinstance(self.each, DeleteTask):
                 self.each.of(record, staging)
                 changed.append(record)
-            elif isinstance(self.each, Change) and record.status in self.each.statuses:
+            elif isinstance(self.each, ChangeTask) and record.status in self.each.statuses:
                 after = self.each.of(record, staging)
                 if after is not record:
                     changed.append(after)
@@ -183,19 +183,19 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         """The time in Unix milliseconds; raises :class:`ValidationError` if a clock tells none."""
 
     @abstractmethod
-    def _create(self, create: Create, /) -> RecordT:
+    def _create(self, create: CreateTask, /) -> RecordT:
         """Have a task created."""
 
     @abstractmethod
-    def _change(self, change: Change, /) -> RecordT:
+    def _change(self, change: ChangeTask, /) -> RecordT:
         """Have a change done."""
 
     @abstractmethod
-    def _delete(self, delete: Delete, /) -> FlagT:
+    def _delete(self, delete: DeleteTask, /) -> FlagT:
         """Have a task deleted."""
 
     @abstractmethod
-    def _lease(self, lease: Lease, /) -> TokenT:
+    def _lease(self, lease: ChangeLease, /) -> TokenT:
         """Have a lease changed."""
 
     def _mutate(
@@ -208,7 +208,9 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> RecordT:
         if type(task_id) is not str or if_revision is not None or fence is not None:
             _check_expected(task_id, if_revision, fence)
-        return self._change(Change(task_id, mutation, self._now(), if_revision, fence, statuses))
+        return self._change(
+            ChangeTask(task_id, mutation, self._now(), if_revision, fence, statuses)
+        )
 
     def mark_running(
         self,
@@ -402,7 +404,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         or another lease than that of ``fence``.
         """
         _check_expected(task_id, if_revision, fence)
-        return self._delete(Delete(task_id, if_revision, fence))
+        return self._delete(DeleteTask(task_id, if_revision, fence))
 
     def create(
         self,
@@ -437,7 +439,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
             status=status,
             fields=fields,
         )
-        return self._create(Create(record))
+        return self._create(CreateTask(record))
 
     # -- leases -------------------------------------------------------------
 
@@ -460,8 +462,8 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         _check_expected(task_id, if_revision, fence)
         token = new_task_id()
         taking = leases.take(token, lease_s, fence=fence)
-        change = Change(task_id, taking, self._now(), if_revision, fence, ACTIVE_STATUSES)
-        return self._lease(Lease(change, token))
+        change = ChangeTask(task_id, taking, self._now(), if_revision, fence, ACTIVE_STATUSES)
+        return self._lease(ChangeLease(change, token))
 
     def renew_lease(
         self,
@@ -481,8 +483,8 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         check_key("fence", fence)
         _check_expected(task_id, if_revision, fence)
         renewing = leases.renew(lease_s)
-        change = Change(task_id, renewing, self._now(), if_revision, fence, ACTIVE_STATUSES)
-        return self._lease(Lease(change, fence))
+        change = ChangeTask(task_id, renewing, self._now(), if_revision, fence, ACTIVE_STATUSES)
+        return self._lease(ChangeLease(change, fence))
 
     def release_lease(self, task_id: str, *, fence: str, if_revision: int | None = None) -> RecordT:
         """Give a lease back before it runs out, so that others need not wait for that.
@@ -493,7 +495,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         return self._mutate(task_id, leases.release(), if_revision, fence)
 
 
-class Planner(Verbs[Create | Change, Delete, Lease]):
+class OperationFactory(Verbs[CreateTask | ChangeTask, DeleteTask, ChangeLease]):
     """The verbs, giving the operation that each makes."""
 
     def __init__(self, now: Clock) -> None:
@@ -502,16 +504,16 @@ class Planner(Verbs[Create | Change, Delete, Lease]):
     def _now(self) -> int:
         return self._clock()
 
-    def _create(self, create: Create, /) -> Create:
+    def _create(self, create: CreateTask, /) -> CreateTask:
         return create
 
-    def _change(self, change: Change, /) -> Change:
+    def _change(self, change: ChangeTask, /) -> ChangeTask:
         return change
 
-    def _delete(self, delete: Delete, /) -> Delete:
+    def _delete(self, delete: DeleteTask, /) -> DeleteTask:
         return delete
 
-    def _lease(self, lease: Lease, /) -> Lease:
+    def _lease(self, lease: ChangeLease, /) -> ChangeLease:
         return lease
 
 
@@ -519,7 +521,7 @@ class Planner(Verbs[Create | Change, Delete, Lease]):
 
 
 def _for_run(
-    verb: Callable[Concatenate[Planner, str, _P], Plan],
+    verb: Callable[Concatenate[OperationFactory, str, _P], TaskOperation],
 ) -> Callable[Concatenate[RunScope[RecordsT], _P], RecordsT]:
     """The same verb for every task of a run: without the task's id."""
 
@@ -545,23 +547,26 @@ class RunScope(Generic[RecordsT]):
     """
 
     def __init__(
-        self, run: Run, now: Clock, commit: Callable[[Run, Callable[[], Plan]], RecordsT]
+        self,
+        run: TaskRun,
+        now: Clock,
+        commit: Callable[[TaskRun, Callable[[], TaskOperation]], RecordsT],
     ) -> None:
         """``commit`` makes the plan that it is given, and commits it for the run."""
         check_key("run_id", run.run_id)
         self._run = run
-        self._planner = Planner(now)
+        self._planner = OperationFactory(now)
         self._commit = commit
 
-    mark_running = _for_run(Planner.mark_running)
-    record_progress = _for_run(Planner.record_progress)
-    finish = _for_run(Planner.finish)
-    mark_lost = _for_run(Planner.mark_lost)
-    recover = _for_run(Planner.recover)
-    cancel = _for_run(Planner.cancel)
-    set_delivery_status = _for_run(Planner.set_delivery_status)
-    set_notify_policy = _for_run(Planner.set_notify_policy)
-    set_cleanup_after = _for_run(Planner.set_cleanup_after)
-    link_flow = _for_run(Planner.link_flow)
-    update_metadata = _for_run(Planner.update_metadata)
-    delete = _for_run(Planner.delete)
+    mark_running = _for_run(OperationFactory.mark_running)
+    record_progress = _for_run(OperationFactory.record_progress)
+    finish = _for_run(OperationFactory.finish)
+    mark_lost = _for_run(OperationFactory.mark_lost)
+    recover = _for_run(OperationFactory.recover)
+    cancel = _for_run(OperationFactory.cancel)
+    set_delivery_status = _for_run(OperationFactory.set_delivery_status)
+    set_notify_policy = _for_run(OperationFactory.set_notify_policy)
+    set_cleanup_after = _for_run(OperationFactory.set_cleanup_after)
+    link_flow = _for_run(OperationFactory.link_flow)
+    update_metadata = _for_run(OperationFactory.update_metadata)
+    delete = _for_run(OperationFactory.delete)

@@ -2,23 +2,23 @@
 
 from taskstore.model.codec import check_nesting as check_nesting
 from taskstore.model.codec import checksum as checksum
-from taskstore.model.codec import decode_or_set_aside as decode_or_set_aside
+from taskstore.model.codec import decode_or_quarantine as decode_or_quarantine
 from taskstore.model.codec import decode_record as decode_record
 from taskstore.model.codec import decode_snapshot as decode_snapshot
 from taskstore.model.codec import encode_record as encode_record
 from taskstore.model.codec import encode_snapshot as encode_snapshot
-from taskstore.model.codec import set_aside as set_aside
+from taskstore.model.codec import quarantine as quarantine
 from taskstore.model.ids import Clock as Clock
 from taskstore.model.ids import new_commit_id as new_commit_id
 from taskstore.model.journal import ChangeSet as ChangeSet
 from taskstore.model.journal import Position as Position
-from taskstore.model.journal import SetAside as SetAside
+from taskstore.model.journal import QuarantinedRecord as QuarantinedRecord
 from taskstore.model.journal import Snapshot as Snapshot
 from taskstore.model.journal import Step as Step
 from taskstore.model.journal import plan as plan
 from taskstore.model.journal import validated_snapshot as validated_snapshot
 from taskstore.model.policies import JournalStats as JournalStats
-from taskstore.model.policies import SnapshotMark as SnapshotMark
+from taskstore.model.policies import SnapshotInfo as SnapshotInfo
 from taskstore.model.query import SESSION_KEY as SESSION_KEY
 from taskstore.model.query import evaluate as evaluate
 from taskstore.model.query import page_of as page_of
@@ -33,6 +33,6 @@ from taskstore.store.interface import SupportsJournal as SupportsJournal
 from taskstore.store.interface import SupportsQuery as SupportsQuery
 from taskstore.store.interface import TaskRegistryStore as TaskRegistryStore
 from taskstore.store.interface import VerifyReport as VerifyReport
-from taskstore.store.interface import check_history as check_history
-from taskstore.store.interface import other_history as other_history
+from taskstore.store.interface import base_not_found as base_not_found
+from taskstore.store.interface import check_base as check_base
 from taskstore.store.opening import redacted as redacted

@@ -34,15 +34,15 @@ from taskstore.model.journal import (
     Commit,
     JournalEntry,
     Position,
-    SetAside,
+    QuarantinedRecord,
     Snapshot,
     Step,
     dedup_key,
     entries_of,
     find_conflicts,
     fold,
-    occupied_by,
     plan,
+    quarantined_revisions,
 )
 from taskstore.model.policies import CompactionPolicy, CompactionReport
 from taskstore.model.query import Page, TaskQuery
@@ -51,12 +51,12 @@ from taskstore.model.query import Page, TaskQuery
 class StoreReport(Struct, frozen=True):
     """What a store has to tell its operator.
 
-    ``set_aside`` are the records that do not decode, as found by the last
+    ``quarantined`` are the records that do not decode, as found by the last
     load [12].  ``notices`` are sentences: a torn line that was cut, an
     affected SQLite library, a durability that the server decides.
     """
 
-    set_aside: tuple[SetAside, ...] = ()
+    quarantined: tuple[QuarantinedRecord, ...] = ()
     notices: tuple[str, ...] = ()
 
 
@@ -95,7 +95,7 @@ class TaskRegistryStore(ABC):
     durability: str = "full"
     """What an acknowledged change survives [4]: ``full`` (power loss) or ``process`` (kill -9)."""
 
-    withholds: Mapping[str, str] = MappingProxyType({})
+    unsupported_guarantees: Mapping[str, str] = MappingProxyType({})
     """What this store does not promise, with the reason: ``processes`` (several
     processes on one storage) and ``crash-safe`` (the writer killed at any
     instruction).  The contract suite skips those clauses and says why."""
@@ -110,7 +110,7 @@ class TaskRegistryStore(ABC):
         """Return every live record as of one seq, head and records from one moment [5].
 
         A new store gives ``Snapshot(0, {})``.  Records that do not decode are
-        in the snapshot's ``set_aside`` [12].  Raises
+        in the snapshot's ``quarantined`` [12].  Raises
         :class:`~taskstore.CorruptStoreError` when the storage is damaged.
         """
 
@@ -172,7 +172,7 @@ class TaskRegistryStore(ABC):
         if self._closed:
             raise StoreClosedError(f"the store {self.location or type(self).__name__} is closed")
         if self._opened_by != os.getpid():
-            raise forked(f"the store {self.location or type(self).__name__}")
+            raise forked_error(f"the store {self.location or type(self).__name__}")
 
     def _check_writable(self) -> None:
         if self._closed or self._opened_by != os.getpid():
@@ -302,7 +302,7 @@ class SupportsIntegrity(Protocol):
         ...
 
 
-def entries_beyond(
+def entries_after_position(
     journal: SupportsJournal, position: Position, limit: int
 ) -> Sequence[JournalEntry]:
     """Return the entries after a position of this history, at most ``limit``.
@@ -334,19 +334,19 @@ def commit_id_at(journal: SupportsJournal, seq: int) -> str:
     return entries[0].commit_id if entries and entries[0].seq == seq else ""
 
 
-def check_history(journal: SupportsJournal, changes: Sequence[Change]) -> None:
+def check_base(journal: SupportsJournal, changes: Sequence[Change]) -> None:
     """Raise :class:`~taskstore.ConflictError` for a :class:`ChangeSet` over another history.
 
     A store calls it under its lock, unless it has a faster way.
     """
-    if isinstance(changes, ChangeSet) and changes.over.seq:
+    if isinstance(changes, ChangeSet) and changes.base.seq:
         try:
-            entries_beyond(journal, changes.over, 0)
+            entries_after_position(journal, changes.base, 0)
         except CursorExpiredError as error:
-            raise other_history(changes.over) from error
+            raise base_not_found(changes.base) from error
 
 
-def other_history(position: Position) -> ConflictError:
+def base_not_found(position: Position) -> ConflictError:
     """The error of changes over a position that the journal does not hold."""
     return ConflictError(
         [],
@@ -355,7 +355,7 @@ def other_history(position: Position) -> ConflictError:
     )
 
 
-def forked(what: str) -> StoreClosedError:
+def forked_error(what: str) -> StoreClosedError:
     """The error of ``what``, used in a child that was forked after it was opened."""
     return StoreClosedError(
         f"{what} was opened before the process forked",
@@ -368,7 +368,7 @@ def check_steps(steps: Sequence[Step], stored: Snapshot) -> None:
 
     For stores that keep no journal: deletions of the past are not known.
     """
-    revisions = occupied_by(stored.set_aside)
+    revisions = quarantined_revisions(stored.quarantined)
     revisions |= {task_id: record.revision for task_id, record in stored.records.items()}
     holders = {
         key: record.task_id

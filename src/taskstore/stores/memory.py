@@ -18,21 +18,21 @@ from taskstore.model.journal import (
     Commit,
     EntryKind,
     JournalEntry,
-    SetAside,
+    QuarantinedRecord,
     Snapshot,
     Step,
     dedup_key,
     entries_of,
     find_conflicts,
-    occupied_by,
     plan,
+    quarantined_revisions,
     validated_snapshot,
 )
-from taskstore.model.policies import CompactionPolicy, CompactionReport, JournalStats, SnapshotMark
+from taskstore.model.policies import CompactionPolicy, CompactionReport, JournalStats, SnapshotInfo
 from taskstore.model.query import Page, TaskQuery, evaluate
 from taskstore.model.records import DedupKey, TaskRecord
-from taskstore.store.interface import StoreReport, TaskRegistryStore, VerifyReport, check_history
-from taskstore.stores.common.compaction import CompactionSteps, Cut, Retained, compact
+from taskstore.store.interface import StoreReport, TaskRegistryStore, VerifyReport, check_base
+from taskstore.stores.common.compaction import CompactionPoint, CompactionSteps, Retained, compact
 from taskstore.stores.common.integrity import IntegrityCheck
 
 
@@ -44,13 +44,13 @@ class MemoryStorage:
         self.gate = threading.RLock()
         self.changed = threading.Condition(self.gate)
         self.current: dict[str, TaskRecord] = {}
-        self.holders: dict[DedupKey, str] = {}
+        self.by_dedup_key: dict[DedupKey, str] = {}
         self.head = 0
         self.last_at = 0
         self.journal: list[JournalEntry] = []
         self.deleted: set[str] = set()
         self.snapshots: dict[int, Snapshot] = {}
-        self.set_aside: tuple[SetAside, ...] = ()
+        self.quarantined: tuple[QuarantinedRecord, ...] = ()
 
     @property
     def floor(self) -> int:
@@ -62,7 +62,7 @@ class MemoryStore(TaskRegistryStore):
     """A store in this process's memory; ``memory:`` opens an empty one."""
 
     durability = "none"
-    withholds = MappingProxyType(
+    unsupported_guarantees = MappingProxyType(
         {
             "processes": "its storage is the memory of one process",
             "crash-safe": "its storage ends with the process",
@@ -78,7 +78,7 @@ class MemoryStore(TaskRegistryStore):
         self._check_open()
         storage = self.storage
         with storage.gate:
-            seen = Snapshot(storage.head, storage.current, storage.last_at, storage.set_aside)
+            seen = Snapshot(storage.head, storage.current, storage.last_at, storage.quarantined)
         return seen  # noqa: RET504 - returned from within, an interrupt gives the gate back twice
 
     def save_snapshot(self, snapshot: Snapshot) -> None:
@@ -93,7 +93,7 @@ class MemoryStore(TaskRegistryStore):
             storage.head = snapshot.seq
             storage.last_at = max(snapshot.at, storage.last_at)
             storage.current = dict(snapshot.records)
-            storage.holders = {
+            storage.by_dedup_key = {
                 key: task_id
                 for task_id, record in snapshot.records.items()
                 if (key := dedup_key(record)) is not None
@@ -101,7 +101,7 @@ class MemoryStore(TaskRegistryStore):
             storage.journal = []
             storage.deleted = set()
             storage.snapshots = {snapshot.seq: snapshot}
-            storage.set_aside = snapshot.set_aside
+            storage.quarantined = snapshot.quarantined
             storage.changed.notify_all()
 
     def apply(self, changes: Sequence[Change]) -> Commit:
@@ -109,7 +109,7 @@ class MemoryStore(TaskRegistryStore):
         steps = plan(changes)
         storage = self.storage
         with storage.gate:
-            check_history(self, changes)
+            check_base(self, changes)
             self._check(steps)
             first = storage.head + 1
             at = max(self.clock(), storage.last_at)
@@ -130,10 +130,10 @@ class MemoryStore(TaskRegistryStore):
         for step in sorted(steps, key=lambda step: step.record is not None):
             self._write(step)
         entries = entries_of(changes, commit)
-        if storage.set_aside:
-            storage.set_aside = tuple(
+        if storage.quarantined:
+            storage.quarantined = tuple(
                 item
-                for item in storage.set_aside
+                for item in storage.quarantined
                 if not any(item.goes_with(entry.task_id, entry.kind) for entry in entries)
             )
         storage.journal += entries
@@ -145,12 +145,12 @@ class MemoryStore(TaskRegistryStore):
 
     def _check(self, steps: Sequence[Step]) -> None:
         storage = self.storage
-        revisions = occupied_by(storage.set_aside)
+        revisions = quarantined_revisions(storage.quarantined)
         for step in steps:
             record = storage.current.get(step.task_id)
             if record is not None:
                 revisions[step.task_id] = record.revision
-        conflicts = find_conflicts(steps, revisions, storage.deleted, storage.holders)
+        conflicts = find_conflicts(steps, revisions, storage.deleted, storage.by_dedup_key)
         if conflicts:
             raise ConflictError(conflicts)
 
@@ -160,12 +160,12 @@ class MemoryStore(TaskRegistryStore):
             gone = storage.current.pop(step.task_id, None)
             key = dedup_key(gone)
             if key is not None:
-                storage.holders.pop(key, None)
+                storage.by_dedup_key.pop(key, None)
             return
         storage.current[step.task_id] = step.record
         key = step.claims
         if key is not None:
-            storage.holders[key] = step.task_id
+            storage.by_dedup_key[key] = step.task_id
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -174,7 +174,9 @@ class MemoryStore(TaskRegistryStore):
             yield
 
     def report(self) -> StoreReport:
-        return StoreReport(self.storage.set_aside, ("what this store holds ends with the process",))
+        return StoreReport(
+            self.storage.quarantined, ("what this store holds ends with the process",)
+        )
 
     # -- journal ----------------------------------------------------------
 
@@ -264,22 +266,22 @@ class _Compaction(CompactionSteps):
     def lock(self) -> AbstractContextManager[object]:
         return self._storage.gate
 
-    def cut(self) -> Cut:
+    def begin(self) -> CompactionPoint:
         storage = self._storage
-        marks = [SnapshotMark(seq, storage.snapshots[seq].at) for seq in sorted(storage.snapshots)]
-        return Cut(storage.head, storage.last_at, storage.floor, tuple(marks))
+        marks = [SnapshotInfo(seq, storage.snapshots[seq].at) for seq in sorted(storage.snapshots)]
+        return CompactionPoint(storage.head, storage.last_at, storage.floor, tuple(marks))
 
-    def publish(self, cut: Cut, retained: Retained) -> int:
+    def publish(self, point: CompactionPoint, retained: Retained) -> int:
         del retained  # the floor is where the journal begins
         storage = self._storage
-        snapshot = Snapshot(storage.head, storage.current, storage.last_at, storage.set_aside)
-        storage.snapshots[cut.seq] = snapshot
-        return len(snapshot.records) + len(snapshot.set_aside)
+        snapshot = Snapshot(storage.head, storage.current, storage.last_at, storage.quarantined)
+        storage.snapshots[point.seq] = snapshot
+        return len(snapshot.records) + len(snapshot.quarantined)
 
-    def trim(self, cut: Cut, retained: Retained) -> None:
+    def trim(self, point: CompactionPoint, retained: Retained) -> None:
         storage = self._storage
-        trimmed = storage.journal[: retained.floor - cut.floor]
-        storage.journal = storage.journal[retained.floor - cut.floor :]
+        trimmed = storage.journal[: retained.floor - point.floor]
+        storage.journal = storage.journal[retained.floor - point.floor :]
         storage.deleted -= {e.task_id for e in trimmed if e.kind is EntryKind.DELETED}
         storage.snapshots = {seq: storage.snapshots[seq] for seq in retained.seqs}
 

@@ -26,7 +26,7 @@ from typing import Any
 from msgspec import Struct
 from taskstore import CompactionPolicy, CompactionReport, StoreBusyError, TaskStoreError
 from taskstore.model.ids import Clock
-from taskstore.model.policies import JournalStats, SnapshotMark
+from taskstore.model.policies import JournalStats, SnapshotInfo
 
 from taskstore_redis.layout import Mark, State, marks_of, raw_entry
 from taskstore_redis.reading import Reader
@@ -92,8 +92,8 @@ class Compactor:
         if reason is None:
             return CompactionReport(compacted=False, reason="not due", seq=newest, floor=before)
         seq, at, records, chunks = self._copy()
-        marks = [SnapshotMark(mark.seq, mark.at) for mark in found.marks if mark.seq != seq]
-        marks.append(SnapshotMark(seq, at))
+        marks = [SnapshotInfo(mark.seq, mark.at) for mark in found.marks if mark.seq != seq]
+        marks.append(SnapshotInfo(seq, at))
         kept, floor = policy.retained(marks, head=seq, floor=before, now=now)
         self._step(
             "publish",

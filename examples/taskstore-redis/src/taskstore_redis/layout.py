@@ -36,8 +36,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
-from taskstore import CorruptStoreError, EntryKind, JournalEntry, SetAside, TaskRecord
-from taskstore.model.codec import checksum, decode_or_set_aside, set_aside
+from taskstore import CorruptStoreError, EntryKind, JournalEntry, QuarantinedRecord, TaskRecord
+from taskstore.model.codec import checksum, decode_or_quarantine, quarantine
 
 FORMAT = b"1"
 """The layout of these keys; another one is refused."""
@@ -176,7 +176,7 @@ def damage_of(image: bytes) -> str | None:
 
 def record_of(
     image: bytes, where: str, task_id: str, revision: int | None
-) -> TaskRecord | SetAside:
+) -> TaskRecord | QuarantinedRecord:
     """The record of an image, or its bytes when it is damaged.
 
     It is damaged too when it is of another task, or at another revision:
@@ -184,13 +184,13 @@ def record_of(
     """
     payload, damage = image[CRC_DIGITS:], damage_of(image)
     if damage is None:
-        found = decode_or_set_aside(payload, where)
-        if isinstance(found, SetAside):
+        found = decode_or_quarantine(payload, where)
+        if isinstance(found, QuarantinedRecord):
             return replace(found, task_id=task_id, revision=revision)
         if found.task_id == task_id and revision in (None, found.revision):
             return found
         damage = f"the payload is of task {found.task_id!r} at revision {found.revision}"
-    return replace(set_aside(payload, where, damage), task_id=task_id, revision=revision)
+    return replace(quarantine(payload, where, damage), task_id=task_id, revision=revision)
 
 
 # -- entries --------------------------------------------------------------------
@@ -230,14 +230,14 @@ def raw_entry(reply: Sequence[Any], location: str) -> RawEntry:
 
 
 def entry_of(raw: RawEntry, location: str) -> JournalEntry:
-    """The entry; an upsert that does not decode keeps its bytes in ``set_aside``."""
+    """The entry; an upsert that does not decode keeps its bytes in ``quarantined``."""
     if raw.kind == _DELETED:
         record, aside, kind = None, None, EntryKind.DELETED
     elif raw.kind == _UPSERTED:
         where = f"{location}: journal, seq {raw.seq}"
         found = record_of(raw.image, where, raw.task_id, raw.revision)
         kind = EntryKind.UPSERTED
-        record, aside = (None, found) if isinstance(found, SetAside) else (found, None)
+        record, aside = (None, found) if isinstance(found, QuarantinedRecord) else (found, None)
     else:
         raise CorruptStoreError(
             f"{location}: journal", f"an entry is of unknown kind {raw.kind!r}", offset=raw.seq

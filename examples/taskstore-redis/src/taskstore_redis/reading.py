@@ -18,8 +18,8 @@ from taskstore import (
     CorruptStoreError,
     CursorExpiredError,
     JournalEntry,
+    QuarantinedRecord,
     SchemaMismatchError,
-    SetAside,
     Snapshot,
     TaskRecord,
     fold,
@@ -195,7 +195,7 @@ class Reader:
         ]
         return Scan(self.checked(reply[0]), reply[1], found)
 
-    def decoded(self, row: Row) -> TaskRecord | SetAside | None:
+    def decoded(self, row: Row) -> TaskRecord | QuarantinedRecord | None:
         """What a row holds; ``None`` for a place whose row is gone."""
         if row.image is None:
             return None
@@ -249,12 +249,12 @@ class Reader:
             after = entries[-1].seq
             self.trail.saw(after, entries[-1].commit_id)
 
-    def _aside(self, value: bytes) -> SetAside:
+    def _aside(self, value: bytes) -> QuarantinedRecord:
         try:
             check_nesting(value)
-            return msgspec.json.decode(value, type=SetAside)
+            return msgspec.json.decode(value, type=QuarantinedRecord)
         except msgspec.DecodeError as error:
-            return SetAside(value, f"{self.location}: aside", f"does not decode: {error}")
+            return QuarantinedRecord(value, f"{self.location}: aside", f"does not decode: {error}")
 
     # -- the journal ------------------------------------------------------------------
 
@@ -352,7 +352,7 @@ class Reader:
             raise CorruptStoreError(where, f"has {count} records, not {mark.records}")
         return Snapshot(mark.seq, records, mark.at, tuple(aside))
 
-    def snapshot_aside(self, mark: Mark) -> list[SetAside]:
+    def snapshot_aside(self, mark: Mark) -> list[QuarantinedRecord]:
         """What a snapshot carries that came set aside."""
         lines = self.link.call("HGET", self.keys.snapshot(mark.token), "aside")
         return [self._aside(line) for line in sorted((lines or b"").split(b"\n")) if line]

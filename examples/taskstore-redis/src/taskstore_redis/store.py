@@ -12,7 +12,7 @@ from taskstore import (
     CompactionReport,
     JournalEntry,
     Page,
-    SetAside,
+    QuarantinedRecord,
     Snapshot,
     StoreReport,
     TaskQuery,
@@ -67,7 +67,7 @@ class RedisStore(TaskRegistryStore):
             raise ValidationError("timeout_s", f"must be seconds above 0, not {timeout_s!r}")
         self.location = target.location
         self._link = Link(target, timeout_s)
-        self._set_aside: tuple[SetAside, ...] = ()
+        self._quarantined: tuple[QuarantinedRecord, ...] = ()
         try:
             facts = read_facts(self._link)
             self._reader = Reader(self._link, Keys(target.namespace), self.location)
@@ -85,7 +85,7 @@ class RedisStore(TaskRegistryStore):
     def load_snapshot(self) -> Snapshot:
         self._check_open()
         snapshot = self._reader.load()
-        self._set_aside = snapshot.set_aside
+        self._quarantined = snapshot.quarantined
         return snapshot
 
     def save_snapshot(self, snapshot: Snapshot) -> None:
@@ -97,7 +97,7 @@ class RedisStore(TaskRegistryStore):
         return self._writer.commit(changes, self.clock)
 
     def report(self) -> StoreReport:
-        return StoreReport(self._set_aside, (*self._notices, *self._reader.trail.losses))
+        return StoreReport(self._quarantined, (*self._notices, *self._reader.trail.losses))
 
     def close(self) -> None:
         if not self._closed:

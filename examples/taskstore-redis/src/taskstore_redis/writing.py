@@ -32,7 +32,7 @@ from taskstore import (
 from taskstore.model.codec import encode_record
 from taskstore.model.ids import Clock, new_commit_id
 from taskstore.model.journal import ChangeSet, Position, Step, plan, validated_snapshot
-from taskstore.store.interface import other_history
+from taskstore.store.interface import base_not_found
 
 from taskstore_redis.layout import CONTENT, FORMAT, facts_of, image_of
 from taskstore_redis.link import AnswerLostError
@@ -62,8 +62,8 @@ class Batch:
     def __init__(self, changes: Sequence[Change]) -> None:
         self.steps = plan(changes)
         self.count = len(changes)
-        over = changes.over if isinstance(changes, ChangeSet) else Position(0)
-        self.over = over if over.commit_id else Position(0)
+        over = changes.base if isinstance(changes, ChangeSet) else Position(0)
+        self.base = over if over.commit_id else Position(0)
         self._arguments: list[Any] = []
         last: dict[str, int] = {}
         size = 0
@@ -86,7 +86,7 @@ class Batch:
         """What the script is called with."""
         ledger = secrets.token_hex(16)
         counts = [self.count, len(self.steps)]
-        over = (self.over.seq, self.over.commit_id)
+        over = (self.base.seq, self.base.commit_id)
         return [FORMAT, commit_id, now, ledger, *counts, *over, *self._arguments]
 
 
@@ -119,7 +119,7 @@ class Writer:
             case b"conflict":
                 raise ConflictError(_conflicts(batch.steps, reply[1:]))
             case b"elsewhere":
-                raise other_history(batch.over)
+                raise base_not_found(batch.base)
             case b"damaged":
                 task_id = reply[1].decode("utf-8", "replace")
                 where = f"{self._reader.location}: facts, field {task_id!r}"
@@ -225,7 +225,7 @@ class Writer:
             secrets.token_hex(16),
             snapshot.seq,
             snapshot.at,
-            len(snapshot.records) + len(snapshot.set_aside),
+            len(snapshot.records) + len(snapshot.quarantined),
             chunks,
             self._keys.snapshot(""),
         )
@@ -243,10 +243,10 @@ class Writer:
             if reply[0] != b"ok":
                 return None
             chunks += 1
-        if snapshot.set_aside:
+        if snapshot.quarantined:
             ids: dict[str, list[str]] = {}
-            values = [msgspec.json.encode(item) for item in snapshot.set_aside]
-            for number, item in enumerate(snapshot.set_aside):
+            values = [msgspec.json.encode(item) for item in snapshot.quarantined]
+            for number, item in enumerate(snapshot.quarantined):
                 task_id = item.occupies
                 if task_id is not None:
                     ids.setdefault(task_id, ["0"]).append(str(number))
@@ -308,7 +308,7 @@ def _conflicts(steps: Sequence[Step], facts: Sequence[Any]) -> list[Conflict]:
                 step.task_id,
                 step.base,
                 int(found),
-                booked_by=holder.decode() if holder else None,
+                existing_task_id=holder.decode() if holder else None,
                 deleted=deleted == b"1",
             )
         )

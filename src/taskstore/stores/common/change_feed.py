@@ -1,8 +1,8 @@
 """The change feed of a store: threads wait in it for commits.
 
-A :class:`Feed` is what stands behind ``wait_for``.  While anybody waits, one
+A :class:`ChangeFeed` is what stands behind ``wait_for``.  While anybody waits, one
 thread of the feed looks out for what other processes commit, through a
-:class:`Watch`, and wakes the waiters.  Own commits are announced and wake them
+:class:`Watcher`, and wakes the waiters.  Own commits are announced and wake them
 at once.
 
 Nothing is missed: a waiter registers before it reads the head, and the thread
@@ -30,19 +30,19 @@ RETRY_S = 5.0
 """How long the head is polled before a watch that broke is set up again, in seconds."""
 
 CLOSE_S = 1.0
-"""How long :meth:`Feed.close` lets the thread give its watch back, in seconds."""
+"""How long :meth:`ChangeFeed.close` lets the thread give its watch back, in seconds."""
 
 LONGEST_PAUSE_S = 1.0
 """How long the thread pauses at most between two looks, in seconds."""
 
-LONGEST_NAP_S = 0.06
+LONGEST_POLL_PAUSE_S = 0.06
 
 
-class WatchBrokenError(Exception):
+class WatcherBrokenError(Exception):
     """A watch cannot be set up, or is of no use any more: the head is polled for a while."""
 
 
-class Watch(Protocol):
+class Watcher(Protocol):
     """Looks out for the commits of others.  Used by one thread at a time, but for ``wake``."""
 
     def look(self) -> int | None:
@@ -65,12 +65,12 @@ class Watch(Protocol):
         ...
 
 
-def naps(longest_s: float = LONGEST_NAP_S) -> Backoff:
+def polling_backoff(longest_s: float = LONGEST_POLL_PAUSE_S) -> Backoff:
     """Pauses between two looks: about half the time that nothing has come."""
     return Backoff(0.001, longest_s, growth=1.5)
 
 
-class PollingWatch:
+class PollingWatcher:
     """Asks for the head, ever more rarely.  ``sign``, if given, is something cheap that
     differs whenever the head does; without it the head itself is asked for each time."""
 
@@ -79,12 +79,12 @@ class PollingWatch:
         head: Callable[[], int],
         sign: Callable[[], object] | None = None,
         *,
-        longest_nap_s: float = LONGEST_NAP_S,
+        longest_pause_s: float = LONGEST_POLL_PAUSE_S,
     ) -> None:
         self._head = head
         self._sign = sign or head
         self._seen: object = None
-        self._naps = naps(longest_nap_s)
+        self._backoff = polling_backoff(longest_pause_s)
         self._woken = threading.Event()
 
     def look(self) -> int | None:
@@ -93,11 +93,11 @@ class PollingWatch:
         if sign == self._seen:
             return None
         self._seen = sign
-        self._naps.reset()
+        self._backoff.reset()
         return self._head()
 
     def pause(self, seconds: float) -> None:
-        self._woken.wait(min(self._naps.next_s(), seconds))
+        self._woken.wait(min(self._backoff.next_s(), seconds))
         self._woken.clear()
 
     def wake(self) -> None:
@@ -112,12 +112,12 @@ _Waiter: TypeAlias = "SimpleQueue[BaseException | None]"
 The queue is written in C, so that an interrupt leaves none of it half-done."""
 
 
-class Feed:
+class ChangeFeed:
     """The waiting calls of one store (``waiters``), and the thread that watches for them.
 
     ``head`` reads the head, with the patience and the errors of the store;
     ``watch`` sets up what looks out for the commits of others.  When it raises
-    :class:`WatchBrokenError` or one of ``errors``, there or later, the head is
+    :class:`WatcherBrokenError` or one of ``errors``, there or later, the head is
     polled for a while.  The thread ends when nobody has waited for ``idle_s``
     seconds.
     """
@@ -125,7 +125,7 @@ class Feed:
     def __init__(
         self,
         head: Callable[[], int],
-        watch: Callable[[], Watch],
+        watch: Callable[[], Watcher],
         location: str,
         *,
         idle_s: float = IDLE_S,
@@ -135,12 +135,12 @@ class Feed:
         self._set_up = watch
         self._location = location
         self._idle_s = idle_s
-        self._broken: tuple[type[Exception], ...] = (WatchBrokenError, *errors)
+        self._broken: tuple[type[Exception], ...] = (WatcherBrokenError, *errors)
         self._lock = threading.RLock()
         # The waiting calls, and the seq that each has seen already.
         self.waiters: dict[_Waiter, int] = {}
         self._thread: threading.Thread | None = None
-        self._watch: Watch | None = None
+        self._watch: Watcher | None = None
         self._closed = False
 
     def wait_for(self, after: int, timeout: float) -> bool:
@@ -224,7 +224,7 @@ class Feed:
         while self._goes_on():
             try:
                 if time.monotonic() < retry_at:
-                    self._serve(PollingWatch(self._head), retry_at)
+                    self._serve(PollingWatcher(self._head), retry_at)
                 else:
                     self._serve(self._set_up())
             except self._broken:
@@ -246,7 +246,7 @@ class Feed:
             self._thread = None
             return False
 
-    def _serve(self, watch: Watch, until: float = math.inf) -> None:
+    def _serve(self, watch: Watcher, until: float = math.inf) -> None:
         """Look out through ``watch`` while there is a waiter, at most ``until`` (monotonic)."""
         needed_at = time.monotonic()
         broken = True

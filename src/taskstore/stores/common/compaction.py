@@ -14,17 +14,17 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from taskstore.model.ids import Clock
-from taskstore.model.policies import CompactionPolicy, CompactionReport, JournalStats, SnapshotMark
+from taskstore.model.policies import CompactionPolicy, CompactionReport, JournalStats, SnapshotInfo
 
 
-class Cut(NamedTuple):
+class CompactionPoint(NamedTuple):
     """The moment that the new snapshot is of: its seq and time (Unix milliseconds), and the
     floor and the published snapshots as they are then."""
 
     seq: int
     at: int
     floor: int
-    marks: tuple[SnapshotMark, ...]
+    marks: tuple[SnapshotInfo, ...]
 
 
 class Retained(NamedTuple):
@@ -46,15 +46,15 @@ class CompactionSteps(ABC):
         """Keep other compactors out; :class:`~taskstore.StoreBusyError` while one is at work."""
 
     @abstractmethod
-    def cut(self) -> Cut:
+    def begin(self) -> CompactionPoint:
         """Fix the moment of the snapshot: nothing that it will hold changes any more."""
 
     @abstractmethod
-    def publish(self, cut: Cut, retained: Retained) -> int:
+    def publish(self, point: CompactionPoint, retained: Retained) -> int:
         """Write the snapshot, move the floor; returns how many records the snapshot holds."""
 
     @abstractmethod
-    def trim(self, cut: Cut, retained: Retained) -> None:
+    def trim(self, point: CompactionPoint, retained: Retained) -> None:
         """Remove the entries below the floor and the snapshots that are not retained."""
 
 
@@ -68,25 +68,25 @@ def compact(steps: CompactionSteps, policy: CompactionPolicy, clock: Clock) -> C
             compacted=False, reason="not due", seq=stats.newest, floor=stats.floor
         )
     with steps.lock():
-        cut = steps.cut()
-        retained = _retained(policy, cut, clock())
-        records = steps.publish(cut, retained)
-        steps.trim(cut, retained)
+        point = steps.begin()
+        retained = _retained(policy, point, clock())
+        records = steps.publish(point, retained)
+        steps.trim(point, retained)
     return CompactionReport(
         compacted=True,
         reason=reason,
-        seq=cut.seq,
+        seq=point.seq,
         floor=retained.floor,
         records=records,
-        trimmed=retained.floor - cut.floor,
+        trimmed=retained.floor - point.floor,
         snapshots=tuple(sorted(retained.seqs)),
         duration_s=time.monotonic() - started,
     )
 
 
-def _retained(policy: CompactionPolicy, cut: Cut, now: int) -> Retained:
+def _retained(policy: CompactionPolicy, point: CompactionPoint, now: int) -> Retained:
     """Which snapshots stay, the new one included, and the floor that follows."""
-    marks = [mark for mark in cut.marks if mark.seq != cut.seq]
-    marks.append(SnapshotMark(cut.seq, cut.at))
-    kept, floor = policy.retained(marks, head=cut.seq, floor=cut.floor, now=now)
+    marks = [mark for mark in point.marks if mark.seq != point.seq]
+    marks.append(SnapshotInfo(point.seq, point.at))
+    kept, floor = policy.retained(marks, head=point.seq, floor=point.floor, now=now)
     return Retained(kept & {mark.seq for mark in marks}, floor)

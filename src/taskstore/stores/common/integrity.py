@@ -115,8 +115,8 @@ class IntegrityCheck:
                 what = f"{record.task_id!r} at revision {record.revision}"
                 self.problems.append(f"{where}: its record is {what}")
             self.content[entry.task_id] = (entry.revision, record)
-        elif entry.set_aside is not None:
-            self.content[entry.task_id] = (entry.revision, entry.set_aside.raw)
+        elif entry.quarantined is not None:
+            self.content[entry.task_id] = (entry.revision, entry.quarantined.raw)
 
     def compare(self, place: str, found: Snapshot) -> None:
         """Compare what a place holds with what the journal leads to, as far as that is known.
@@ -150,7 +150,7 @@ def _content_of(snapshot: Snapshot) -> Content:
     content: Content = {
         task_id: (record.revision, record) for task_id, record in snapshot.records.items()
     }
-    for item in snapshot.set_aside:
+    for item in snapshot.quarantined:
         if not item.superseded:
             content.setdefault(item.task_id or item.raw, (item.revision or 0, item.raw))
     return content

@@ -93,7 +93,7 @@ _LONGEST = 80
 _TELLING = re.compile(r"^--?[^=]+=|://|^--?(pass|pw|token|secret|key)", re.IGNORECASE)
 
 
-def lock_holders(path: str | Path, *, byte: int | None = None) -> tuple[str, ...]:
+def lock_owners(path: str | Path, *, byte: int | None = None) -> tuple[str, ...]:
     """Name the processes with an exclusive lock on a file, or on one ``byte`` of it.
 
     Empty when the system does not tell: it is not Linux, the file system has
@@ -115,10 +115,10 @@ def lock_holders(path: str | Path, *, byte: int | None = None) -> tuple[str, ...
         locked = (int(major, 16), int(minor, 16), int(inode))
         if locked == file and (byte is None or first <= byte <= last):
             pids.add(int(fields[4]))
-    return tuple(process(pid) for pid in sorted(pids))
+    return tuple(describe_process(pid) for pid in sorted(pids))
 
 
-def process(pid: int) -> str:
+def describe_process(pid: int) -> str:
     """A process in words: its pid, and what it runs if that may be seen."""
     if pid == os.getpid():
         return f"pid {pid}, this process"
@@ -141,7 +141,7 @@ def command_of(pid: int) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
-def named(holders: Iterable[str]) -> str:
+def describe_owners(holders: Iterable[str]) -> str:
     """A sentence about who holds a lock."""
     names = "; ".join(holders)
     return f"held by {names}" if names else "who holds it, the system does not tell"

@@ -22,7 +22,7 @@ from itertools import repeat
 from typing import NoReturn, Protocol
 
 from taskstore.errors import StoreBusyError, StoreUnavailableError, TaskStoreError
-from taskstore.stores.common.locks import named
+from taskstore.stores.common.locks import describe_owners
 
 BUSY_S = 30.0
 """How long a write waits for other writers that make no progress, in seconds."""
@@ -132,18 +132,18 @@ class Contention:
         return moved
 
 
-class Trouble(Enum):
+class FailureKind(Enum):
     """What an error of the storage means for trying again."""
 
-    FINAL = "final"
+    PERMANENT = "permanent"
     """Another attempt meets the same."""
-    LOCKED = "locked"
+    LOCK_BUSY = "lock busy"
     """A lock without a queue is held by others: look again soon and often."""
-    WAITED = "waited"
+    LOCK_TIMEOUT = "lock timeout"
     """The server has waited for a lock for as long as it was told to."""
-    COLLIDED = "collided"
+    SERIALIZATION = "serialization"
     """A deadlock or serialization failure: run again."""
-    AWAY = "away"
+    UNAVAILABLE = "unavailable"
     """The server does not answer, or takes no writes."""
 
 
@@ -151,13 +151,13 @@ class UnansweredError(Exception):
     """COMMIT was sent and not answered; the cause is the driver's error."""
 
 
-class Translation(Protocol):
+class ErrorTranslation(Protocol):
     """How a store reads the errors of its driver."""
 
     errors: tuple[type[Exception], ...]
     """What the driver raises."""
 
-    def trouble_of(self, error: BaseException) -> Trouble:
+    def failure_kind(self, error: BaseException) -> FailureKind:
         """What an error means for trying again."""
 
     def translate(self, error: BaseException) -> TaskStoreError:
@@ -181,7 +181,7 @@ class RetryPolicy:
 
     def __init__(
         self,
-        translation: Translation,
+        translation: ErrorTranslation,
         breaker: CircuitBreaker,
         *,
         position: Callable[[], object] | None = None,
@@ -206,9 +206,9 @@ class RetryPolicy:
         if isinstance(told, StoreBusyError) and told.hint is None and self.position is not None:
             owners = tuple(self.owners() or ())
             told = StoreBusyError(
-                f"{told.message}; {named(owners)}",
+                f"{told.message}; {describe_owners(owners)}",
                 hint="try again, or see what that process is doing",
-                holders=owners,
+                owners=owners,
             )
         raise told from self.translation.cause(error)
 
@@ -248,20 +248,20 @@ class Attempt:
         policy = self._policy
         if self.unanswered and self._reads_back:
             return  # the caller finds out first what became of the commit
-        trouble = policy.translation.trouble_of(error)
-        if trouble is Trouble.FINAL:
+        kind = policy.translation.failure_kind(error)
+        if kind is FailureKind.PERMANENT:
             enough = True
-        elif trouble is Trouble.AWAY:
+        elif kind is FailureKind.UNAVAILABLE:
             enough = policy.breaker.failed(self._tried_at, policy.translation.text(error))
         else:
-            enough = self._has_waited(0.0 if trouble is Trouble.WAITED else BUSY_S)
+            enough = self._has_waited(0.0 if kind is FailureKind.LOCK_TIMEOUT else BUSY_S)
         if enough:
             policy.give_up(error)
         if self._backoff is None:
             # Doubling from half a millisecond, so that writers that met once do not keep
             # meeting.  A caller that waits for a lock without a queue has to look often:
             # others leave it free for moments only, and would starve it.
-            self._backoff = Backoff(0.0005, 0.002 if trouble is Trouble.LOCKED else 0.1)
+            self._backoff = Backoff(0.0005, 0.002 if kind is FailureKind.LOCK_BUSY else 0.1)
         self._backoff.sleep()
         self._tried_at = time.monotonic()
 

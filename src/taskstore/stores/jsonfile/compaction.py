@@ -21,10 +21,10 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from taskstore.model import codec
-from taskstore.model.chunked import in_order
-from taskstore.model.journal import EntryKind, SetAside
-from taskstore.model.policies import JournalStats, SnapshotMark
-from taskstore.stores.common.compaction import CompactionSteps, Cut, Retained
+from taskstore.model.chunked import chunked_sort
+from taskstore.model.journal import EntryKind, QuarantinedRecord
+from taskstore.model.policies import JournalStats, SnapshotInfo
+from taskstore.stores.common.compaction import CompactionPoint, CompactionSteps, Retained
 from taskstore.stores.jsonfile.index import keys_of
 from taskstore.stores.jsonfile.layout import (
     TORN,
@@ -35,7 +35,7 @@ from taskstore.stores.jsonfile.layout import (
     read_snapshot_header,
 )
 from taskstore.stores.jsonfile.lines import Entry, image
-from taskstore.stores.jsonfile.segments import Found, Walk
+from taskstore.stores.jsonfile.segments import CommitLocation, SegmentReader
 from taskstore.stores.jsonfile.writing import Writer
 
 TIDYING_S = 5.0
@@ -49,7 +49,7 @@ class Compaction(CompactionSteps):
     """
 
     def __init__(self, writer: Writer, *, erase: bool) -> None:
-        self.superseded: list[SetAside] = []
+        self.superseded: list[QuarantinedRecord] = []
         self._writer = writer
         self._erase = erase
         self._layout = writer.layout
@@ -61,7 +61,7 @@ class Compaction(CompactionSteps):
             layout = writer.layout
             newest = layout.newest.seq if layout.newest is not None else 0
             since = [segment for segment in layout.segments if segment.first > newest]
-            first = next(iter(Walk(layout, layout.after_newest())), None)
+            first = next(iter(SegmentReader(layout, layout.after_newest())), None)
             return JournalStats(
                 now=now,
                 newest=newest,
@@ -75,25 +75,25 @@ class Compaction(CompactionSteps):
     def lock(self) -> AbstractContextManager[None]:
         return self._writer.compact_lock().held(TIDYING_S, "another compactor")
 
-    def cut(self) -> Cut:
+    def begin(self) -> CompactionPoint:
         with self._writer.entered():
             layout = self._layout = self._writer.roll()
             seq, at = self._writer.place.seq, self._writer.place.at
         directory = layout.directory
         # Read again: what the last run removed may still be in the layout that the writer keeps.
         marks = tuple(
-            SnapshotMark(seq, read_snapshot_header(directory, seq).at)
+            SnapshotInfo(seq, read_snapshot_header(directory, seq).at)
             for seq in read_layout(directory).snapshots
         )
-        return Cut(seq, at, layout.floor, marks)
+        return CompactionPoint(seq, at, layout.floor, marks)
 
-    def publish(self, cut: Cut, retained: Retained) -> int:
+    def publish(self, point: CompactionPoint, retained: Retained) -> int:
         layout, floor, disk = self._layout, retained.floor, self._writer.disk
-        merge = Merge(layout, cut.seq, floor)
-        path = layout.snapshot_path(cut.seq)
+        merge = Merge(layout, point.seq, floor)
+        path = layout.snapshot_path(point.seq)
         ledger, timeline = layout.identity.ledger, layout.identity.timeline
         deleted = {task_id: seq for task_id, seq in merge.deleted.items() if seq >= floor}
-        header = SnapshotHeader(cut.seq, cut.at, ledger, timeline, floor, deleted)
+        header = SnapshotHeader(point.seq, point.at, ledger, timeline, floor, deleted)
         blocks = codec.write_snapshot(header, merge.payloads(), merge.aside())
         disk.publish(disk.write_temporary(path, blocks), path)
         with self._writer.entered():
@@ -101,9 +101,9 @@ class Compaction(CompactionSteps):
         self.superseded = merge.superseded
         return merge.count
 
-    def trim(self, cut: Cut, retained: Retained) -> None:
+    def trim(self, point: CompactionPoint, retained: Retained) -> None:
         layout = self._layout
-        dropped = [mark.seq for mark in cut.marks if mark.seq not in retained.seqs]
+        dropped = [mark.seq for mark in point.marks if mark.seq not in retained.seqs]
         void = read_layout(layout.directory).void
         self._remove((*void, *(layout.snapshot_path(seq) for seq in dropped)))
         if self._erase:
@@ -125,15 +125,15 @@ class _Image(Struct, frozen=True, gc=False):
     length: int
 
 
-def _damage_of(entry: Entry, where: str) -> SetAside | None:
+def _damage_of(entry: Entry, where: str) -> QuarantinedRecord | None:
     """What is set aside of an entry, if it does not decode or holds something else."""
     item = image(entry, where, strict=False)
-    if isinstance(item, SetAside):
+    if isinstance(item, QuarantinedRecord):
         return item
     if (item.task_id, item.revision) == (entry.task_id, entry.revision):
         return None
     reason = "is the record of another change"
-    return SetAside(bytes(entry.record), where, reason, entry.task_id, entry.revision)
+    return QuarantinedRecord(bytes(entry.record), where, reason, entry.task_id, entry.revision)
 
 
 class Merge:
@@ -150,22 +150,24 @@ class Merge:
         self.deleted: dict[str, int] = {}
         self._layout = layout
         self._floor = floor
-        self._ends: dict[str, _Image | SetAside | None] = {}
+        self._ends: dict[str, _Image | QuarantinedRecord | None] = {}
         """By task what its last change in the journal left; ``None``: it was deleted."""
-        self._damaged: dict[str, SetAside] = {}
+        self._damaged: dict[str, QuarantinedRecord] = {}
         """By task its last change, if that is below the floor and does not decode."""
-        self._superseded: dict[str, list[SetAside]] = {}
-        self._unknown: list[SetAside] = []
+        self._superseded: dict[str, list[QuarantinedRecord]] = {}
+        self._unknown: list[QuarantinedRecord] = []
         if layout.newest is not None:
             self.deleted.update(layout.newest.deleted)
         trims = floor > layout.floor
-        for found in Walk(layout, layout.before(layout.floor) if trims else layout.after_newest()):
+        for found in SegmentReader(
+            layout, layout.before(layout.floor) if trims else layout.after_newest()
+        ):
             if found.line.seq > seq:
                 break
             self._take(found, found.where)
         self.superseded = [item for items in self._superseded.values() for item in items]
 
-    def _take(self, found: Found, where: str) -> None:
+    def _take(self, found: CommitLocation, where: str) -> None:
         newest = self._layout.newest
         since_newest = newest is None or found.line.seq > newest.seq
         position = 0
@@ -210,15 +212,15 @@ class Merge:
                 segment.first: stack.enter_context(segment.path.open("rb"))
                 for segment in self._layout.segments
             }
-            for task_id in in_order(self._ends):
+            for task_id in chunked_sort(self._ends):
                 found = self._ends[task_id]
                 if isinstance(found, _Image):
                     file = files[found.segment]
                     yield task_id, os.pread(file.fileno(), found.length, found.offset)
 
-    def aside(self) -> Iterator[SetAside]:
+    def aside(self) -> Iterator[QuarantinedRecord]:
         """What is set aside, to be asked for after the payloads."""
-        found = (item for item in self._ends.values() if isinstance(item, SetAside))
+        found = (item for item in self._ends.values() if isinstance(item, QuarantinedRecord))
         for item in (*self.superseded, *self._unknown, *found):
             self.count += 1
             yield item
@@ -233,13 +235,13 @@ class Merge:
                 keys = keys_of(payload)
                 if keys is None:
                     where = str(layout.snapshot_path(layout.newest.seq))
-                    self._unknown.append(codec.set_aside(payload, where, "its id cannot be told"))
+                    self._unknown.append(codec.quarantine(payload, where, "its id cannot be told"))
                 elif keys.task_id not in self._ends:
                     yield keys.task_id, payload
             self._unknown += reader.aside
             self._unknown = [item for item in self._unknown if not self._is_obsolete(item)]
 
-    def _is_obsolete(self, item: SetAside) -> bool:
+    def _is_obsolete(self, item: QuarantinedRecord) -> bool:
         task_id = item.task_id
         if task_id is None or task_id not in self._ends:
             return False

@@ -12,11 +12,11 @@ import msgspec
 from msgspec import Raw, Struct
 
 from taskstore.model import codec
-from taskstore.model.journal import EntryKind, SetAside, Snapshot, Step, dedup_key
+from taskstore.model.journal import EntryKind, QuarantinedRecord, Snapshot, Step, dedup_key
 from taskstore.model.records import FORMAT_VERSION, DedupKey, TaskRecord
-from taskstore.stores.jsonfile.layout import Layout, Place, read_snapshot
+from taskstore.stores.jsonfile.layout import JournalOffset, Layout, read_snapshot
 from taskstore.stores.jsonfile.lines import Entry, Line, image
-from taskstore.stores.jsonfile.segments import Walk
+from taskstore.stores.jsonfile.segments import SegmentReader
 
 
 class Keys(Struct, frozen=True, gc=False):
@@ -42,8 +42,8 @@ def keys_of(payload: bytes | Raw) -> Keys | None:
         return None
     if keys.v == FORMAT_VERSION:
         return keys
-    item = codec.decode_or_set_aside(payload, "")
-    if isinstance(item, SetAside):
+    item = codec.decode_or_quarantine(payload, "")
+    if isinstance(item, QuarantinedRecord):
         return keys
     return Keys(keys.v, item.task_id, item.revision, item.run_id, item.booking)
 
@@ -59,7 +59,7 @@ class Index:
     def __init__(self) -> None:
         self.revisions: dict[str, int] = {}
         self.deleted: dict[str, int] = {}
-        self.holders: dict[DedupKey, str] = {}
+        self.by_dedup_key: dict[DedupKey, str] = {}
         self._booked: dict[str, DedupKey] = {}
 
     def _add(self, item: Keys | TaskRecord) -> None:
@@ -70,7 +70,7 @@ class Index:
         """Take in a whole content, and what is known of its records that do not decode."""
         for record in snapshot.records.values():
             self._add(record)
-        for item in snapshot.set_aside:
+        for item in snapshot.quarantined:
             if item.superseded:
                 continue
             keys = keys_of(item.raw)
@@ -101,7 +101,7 @@ class Index:
                 self.revisions[step.task_id] = step.revision
                 key = step.claims
                 if key is not None:
-                    self.holders[key] = step.task_id
+                    self.by_dedup_key[key] = step.task_id
                     self._booked[step.task_id] = key
 
     def forget_deletions(self, floor: int) -> None:
@@ -111,32 +111,34 @@ class Index:
 
     def _book(self, key: DedupKey | None, task_id: str) -> None:
         if key is not None:
-            self.holders[key] = task_id
+            self.by_dedup_key[key] = task_id
             self._booked[task_id] = key
 
     def _remove(self, task_id: str, seq: int) -> None:
         self.revisions.pop(task_id, None)
         self.deleted[task_id] = seq
         key = self._booked.pop(task_id, None)
-        if key is not None and self.holders.get(key) == task_id:
-            del self.holders[key]
+        if key is not None and self.by_dedup_key.get(key) == task_id:
+            del self.by_dedup_key[key]
 
 
-def load(layout: Layout, *, strict: bool, index: Index | None = None) -> tuple[Snapshot, Place]:
+def load(
+    layout: Layout, *, strict: bool, index: Index | None = None
+) -> tuple[Snapshot, JournalOffset]:
     """The newest snapshot brought forward to the end of the journal, and where that is.
 
     Only the last image of each task is decoded.  ``index``, when given, is
     empty and learns the keys of everything on the way.
     """
     records: dict[str, TaskRecord] = {}
-    aside: list[SetAside] = []
+    aside: list[QuarantinedRecord] = []
     if layout.newest is not None:
         newest = read_snapshot(layout, layout.newest.seq, strict=strict)
-        records, aside = dict(newest.records), list(newest.set_aside)
+        records, aside = dict(newest.records), list(newest.quarantined)
         if index is not None:
             index.deleted.update(layout.newest.deleted)
     images: dict[str, tuple[Entry, str]] = {}
-    walk = Walk(layout, layout.after_newest())
+    walk = SegmentReader(layout, layout.after_newest())
     for found in walk:
         where = found.where
         for entry in found.line.entries:
@@ -144,7 +146,7 @@ def load(layout: Layout, *, strict: bool, index: Index | None = None) -> tuple[S
             if index is not None and entry.kind is EntryKind.DELETED:
                 index.deleted[entry.task_id] = found.line.seq
 
-    def is_obsolete(item: SetAside) -> bool:
+    def is_obsolete(item: QuarantinedRecord) -> bool:
         last = images.get(item.task_id or "")
         return last is not None and item.goes_with(last[0].task_id, last[0].kind)
 
@@ -154,7 +156,7 @@ def load(layout: Layout, *, strict: bool, index: Index | None = None) -> tuple[S
             records.pop(task_id, None)
             continue
         item = image(entry, where, strict=strict)
-        if isinstance(item, SetAside):
+        if isinstance(item, QuarantinedRecord):
             records.pop(task_id, None)
             aside.append(item)
         else:

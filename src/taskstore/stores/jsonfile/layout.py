@@ -69,7 +69,7 @@ class SegmentFile(NamedTuple):
     base: bool
 
 
-class Place(NamedTuple):
+class JournalOffset(NamedTuple):
     """A place in the journal: what lies before ``offset`` of segment ``first`` has been read.
 
     ``seq`` and ``at`` are those of the last entry before it.  ``mark`` is
@@ -119,15 +119,17 @@ class Layout(NamedTuple):
         """Where the snapshot as of ``seq`` lies."""
         return self.directory / snapshot_name(seq)
 
-    def after_newest(self) -> Place:
+    def after_newest(self) -> JournalOffset:
         """The place right after the newest snapshot."""
         return self.before(self.newest.seq + 1 if self.newest is not None else 1)
 
-    def start_of(self, segment: SegmentFile) -> Place:
+    def start_of(self, segment: SegmentFile) -> JournalOffset:
         """The place before the first commit of a segment."""
-        return Place(segment.first, segment.first - 1, segment.at, segment.start, segment.inode)
+        return JournalOffset(
+            segment.first, segment.first - 1, segment.at, segment.start, segment.inode
+        )
 
-    def holds(self, place: Place) -> bool:
+    def holds(self, place: JournalOffset) -> bool:
         """Whether a place that was remembered is still what it was."""
         for segment in self.segments:
             if (segment.first, segment.inode) == (place.first, place.inode):
@@ -136,7 +138,7 @@ class Layout(NamedTuple):
                     return not place.stamp or file.read(STAMP_BYTES) == place.stamp
         return False
 
-    def before(self, seq: int) -> Place:
+    def before(self, seq: int) -> JournalOffset:
         """The start of the segment that holds ``seq``, which must not be below the floor."""
         holding = [segment for segment in self.segments if segment.first <= seq]
         return self.start_of(holding[-1] if holding else self.segments[0])

@@ -15,7 +15,7 @@ from msgspec import Raw, Struct
 
 from taskstore.errors import CorruptStoreError
 from taskstore.model import codec
-from taskstore.model.journal import Change, Commit, EntryKind, JournalEntry, Put, SetAside
+from taskstore.model.journal import Change, Commit, EntryKind, JournalEntry, Put, QuarantinedRecord
 from taskstore.model.records import PAYLOAD_DEPTH, TaskRecord
 
 JOURNAL_FORMAT = "taskstore-journal/1"
@@ -166,7 +166,7 @@ def journal_entry(line: Line, index: int, where: str, *, strict: bool) -> Journa
     record, aside = None, None
     if entry.kind is EntryKind.UPSERTED:
         item = image(entry, where, strict=strict)
-        if isinstance(item, SetAside):
+        if isinstance(item, QuarantinedRecord):
             aside = item
         else:
             record = item
@@ -178,15 +178,15 @@ def journal_entry(line: Line, index: int, where: str, *, strict: bool) -> Journa
         revision=entry.revision,
         record=record,
         commit_id=line.commit,
-        set_aside=aside,
+        quarantined=aside,
     )
 
 
-def image(entry: Entry, where: str, *, strict: bool) -> TaskRecord | SetAside:
+def image(entry: Entry, where: str, *, strict: bool) -> TaskRecord | QuarantinedRecord:
     """The record of an entry, or its payload set aside; ``strict`` raises instead."""
     if strict:
         return codec.decode_record(bytes(entry.record), where)
-    item = codec.decode_or_set_aside(bytes(entry.record), where)
-    if isinstance(item, SetAside):
-        return SetAside(item.raw, where, item.reason, entry.task_id, entry.revision)
+    item = codec.decode_or_quarantine(bytes(entry.record), where)
+    if isinstance(item, QuarantinedRecord):
+        return QuarantinedRecord(item.raw, where, item.reason, entry.task_id, entry.revision)
     return item

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from taskstore.errors import StoreBusyError
 from taskstore.store.disk import Disk
-from taskstore.stores.common.locks import FairLock, lock_holders, named, process
+from taskstore.stores.common.locks import FairLock, describe_owners, describe_process, lock_owners
 
 _FIELDS = 4
 STATE_BYTES = 74
@@ -187,17 +187,18 @@ def read_generation(path: Path) -> tuple[int, int] | None:
 
 def busy(path: Path, what: str, waited_s: float) -> StoreBusyError:
     """The error of somebody who waited in vain for the lock at ``path``."""
-    holders = lock_holders(path)
-    if not holders:
+    owners = lock_owners(path)
+    if not owners:
         with contextlib.suppress(OSError):
             pid, _, _ = _parse(path.read_bytes())
             # The lock itself tells nothing: the last writer is the likeliest.
-            holders = (f"perhaps {process(pid)}",) if pid else ()
+            owners = (f"perhaps {describe_process(pid)}",) if pid else ()
     waited = f" for {waited_s:g} s" if waited_s else ""
     return StoreBusyError(
-        f"the store {path.parent} is busy: {what} has held {path.name}{waited}; {named(holders)}",
+        f"the store {path.parent} is busy: {what} has held {path.name}{waited}; "
+        f"{describe_owners(owners)}",
         hint="try again, or see what that process is doing",
-        holders=holders,
+        owners=owners,
     )
 
 

@@ -25,14 +25,14 @@ from taskstore.model.journal import JournalEntry
 from taskstore.model.records import MAX_INT
 from taskstore.stores.jsonfile.layout import (
     LOCK_NAME,
+    JournalOffset,
     Layout,
-    Place,
     read_layout,
     settled,
 )
 from taskstore.stores.jsonfile.lines import decode_commit, id_needle, journal_entry
 from taskstore.stores.jsonfile.locks import read_generation
-from taskstore.stores.jsonfile.segments import Found, Walk, lines_of, torn
+from taskstore.stores.jsonfile.segments import CommitLocation, SegmentReader, lines_of, torn
 
 _T = TypeVar("_T")
 _SPARSE_BYTES = 256 * 1024
@@ -50,7 +50,7 @@ class Reader:
         self._guard = threading.Lock()
         self._layout: Layout | None = None
         self._generation: tuple[int, int] | None = None
-        self._places: list[Place] = []
+        self._places: list[JournalOffset] = []
 
     def settled(self, work: Callable[[Layout], _T]) -> _T:
         """Do ``work`` over a layout, again with a fresh one while files change under it."""
@@ -106,7 +106,7 @@ class Reader:
             self._places = []
             self._layout = None
 
-    def end(self, layout: Layout) -> Place:
+    def end(self, layout: Layout) -> JournalOffset:
         """The place after the last commit."""
         known = self._nearest(layout, MAX_INT)
         size = layout.segments[-1].path.stat().st_size
@@ -115,7 +115,7 @@ class Reader:
         if size < known.offset:
             self._forget()
             known = self._nearest(layout, MAX_INT)
-        walk = Walk(layout, known)
+        walk = SegmentReader(layout, known)
         for found in walk:
             self._note(found, walk.place)
         self._remember(walk.place)
@@ -144,7 +144,7 @@ class Reader:
         if limit <= 0:
             return ()
         before = place = self._nearest(layout, after)
-        walk = Walk(layout, place)
+        walk = SegmentReader(layout, place)
         for found in walk:
             before, place, line = place, walk.place, found.line
             self._note(found, place)
@@ -167,7 +167,7 @@ class Reader:
             last = segment is layout.segments[-1]
             for offset, raw in lines_of(segment, segment.start, last=last, naming=needle):
                 line = decode_commit(raw, str(segment.path), offset)
-                where = Found(segment, offset, raw, line).where
+                where = CommitLocation(segment, offset, raw, line).where
                 entries += [
                     journal_entry(line, index, where, strict=self.strict)
                     for index, entry in enumerate(line.entries)
@@ -175,7 +175,7 @@ class Reader:
                 ]
         return tuple(entries)
 
-    def _nearest(self, layout: Layout, after: int) -> Place:
+    def _nearest(self, layout: Layout, after: int) -> JournalOffset:
         """The last known place at or before a seq."""
         best = layout.before(after + 1)
         with self._guard:
@@ -185,12 +185,12 @@ class Reader:
         # At a boundary the start of the later segment is as good.
         return place if there and place.first >= best.first and place.seq >= best.seq else best
 
-    def _note(self, found: Found, place: Place) -> None:
+    def _note(self, found: CommitLocation, place: JournalOffset) -> None:
         """Remember a place in every quarter of a megabyte."""
         if found.offset // _SPARSE_BYTES != place.offset // _SPARSE_BYTES:
             self._remember(place)
 
-    def _remember(self, *places: Place) -> None:
+    def _remember(self, *places: JournalOffset) -> None:
         """Remember where to read on; when there are too many places, every other one goes."""
         with self._guard:
             for place in places:

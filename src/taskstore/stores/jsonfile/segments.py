@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from taskstore.errors import CorruptStoreError
 from taskstore.store.disk import Disk
-from taskstore.stores.jsonfile.layout import TORN, Layout, Place, SegmentFile
+from taskstore.stores.jsonfile.layout import TORN, JournalOffset, Layout, SegmentFile
 from taskstore.stores.jsonfile.lines import (
     STAMP_BYTES,
     Identity,
@@ -21,7 +21,7 @@ from taskstore.stores.jsonfile.lines import (
 _BUFFER = 1 << 18
 
 
-class Found(NamedTuple):
+class CommitLocation(NamedTuple):
     """A commit and where it lies: ``raw`` is its line at ``offset`` of ``segment``."""
 
     segment: SegmentFile
@@ -35,7 +35,7 @@ class Found(NamedTuple):
         return f"{self.segment.path} at offset {self.offset}"
 
 
-class Walk:
+class SegmentReader:
     """The commits after a place, over as many segments as follow.
 
     While it is iterated, ``place`` is right after the last commit given.  It
@@ -43,11 +43,11 @@ class Walk:
     Everything else that is not the next commit is :class:`CorruptStoreError`.
     """
 
-    def __init__(self, layout: Layout, place: Place) -> None:
+    def __init__(self, layout: Layout, place: JournalOffset) -> None:
         self.layout = layout
         self.place = place
 
-    def __iter__(self) -> Iterator[Found]:
+    def __iter__(self) -> Iterator[CommitLocation]:
         for segment in self.layout.segments:
             if segment.first < self.place.first:
                 continue
@@ -66,7 +66,7 @@ class Walk:
             )
         self.place = self.layout.start_of(segment)
 
-    def within(self, segment: SegmentFile) -> Iterator[Found]:
+    def within(self, segment: SegmentFile) -> Iterator[CommitLocation]:
         """The commits after the place, to the end of its segment."""
         path, first, seq = str(segment.path), segment.first, self.place.seq
         last = segment is self.layout.segments[-1]
@@ -75,8 +75,10 @@ class Walk:
             if line.seq != seq + 1:
                 raise CorruptStoreError(path, f"seq {line.seq} follows seq {seq}", offset=offset)
             seq, end = line.last, offset + len(raw)
-            self.place = Place(first, seq, line.at, end, segment.inode, offset, raw[:STAMP_BYTES])
-            yield Found(segment, offset, raw, line)
+            self.place = JournalOffset(
+                first, seq, line.at, end, segment.inode, offset, raw[:STAMP_BYTES]
+            )
+            yield CommitLocation(segment, offset, raw, line)
 
 
 def lines_of(

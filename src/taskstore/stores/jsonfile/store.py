@@ -14,7 +14,7 @@ from taskstore.model.journal import (
     ChangeSet,
     Commit,
     JournalEntry,
-    SetAside,
+    QuarantinedRecord,
     Snapshot,
     plan,
     validated_snapshot,
@@ -23,9 +23,9 @@ from taskstore.model.policies import CompactionPolicy, CompactionReport
 from taskstore.model.query import Page, TaskQuery, evaluate
 from taskstore.model.records import MAX_INT
 from taskstore.store.disk import SYSTEM, Disk
-from taskstore.store.interface import StoreReport, TaskRegistryStore, VerifyReport, check_history
+from taskstore.store.interface import StoreReport, TaskRegistryStore, VerifyReport, check_base
 from taskstore.store.opening import check_options
-from taskstore.stores.common.change_feed import Feed, PollingWatch, Watch
+from taskstore.stores.common.change_feed import ChangeFeed, PollingWatcher, Watcher
 from taskstore.stores.common.compaction import compact
 from taskstore.stores.common.integrity import SHOWN, IntegrityCheck
 from taskstore.stores.jsonfile.compaction import Compaction
@@ -40,14 +40,14 @@ from taskstore.stores.jsonfile.layout import (
 )
 from taskstore.stores.jsonfile.lines import Identity, encode_changes, journal_entry
 from taskstore.stores.jsonfile.reading import Reader
-from taskstore.stores.jsonfile.segments import Walk
+from taskstore.stores.jsonfile.segments import SegmentReader
 from taskstore.stores.jsonfile.writing import Writer
 
 LOCK_TIMEOUT_S = 30.0
 """How long a write waits for other writers unless told otherwise."""
 
 _T = TypeVar("_T")
-LONGEST_NAP_S = 0.025
+LONGEST_POLL_PAUSE_S = 0.025
 """The longest pause between two looks at the files while somebody waits, in seconds."""
 
 
@@ -82,8 +82,8 @@ class JSONStore(TaskRegistryStore):
         self.strict = strict
         self._reader = Reader(self.directory, strict=strict)
         self._writer: Writer | None = None
-        self._set_aside: tuple[SetAside, ...] = ()
-        self._feed = Feed(self.head, self._watch, self.location)
+        self._quarantined: tuple[QuarantinedRecord, ...] = ()
+        self._feed = ChangeFeed(self.head, self._watch, self.location)
         with translated(self.directory):
             if read_only:
                 self._reader.settled(lambda layout: layout)
@@ -131,7 +131,7 @@ class JSONStore(TaskRegistryStore):
             return snapshot
 
         snapshot = self._read(work)
-        self._set_aside = snapshot.set_aside
+        self._quarantined = snapshot.quarantined
         return snapshot
 
     def save_snapshot(self, snapshot: Snapshot) -> None:
@@ -147,7 +147,7 @@ class JSONStore(TaskRegistryStore):
                 writer.entered(indexed=False),
             ):
                 writer.replace(snapshot, payloads)
-        self._set_aside = snapshot.set_aside
+        self._quarantined = snapshot.quarantined
         self._feed.announce(snapshot.seq)
 
     def apply(self, changes: Sequence[Change]) -> Commit:
@@ -157,8 +157,8 @@ class JSONStore(TaskRegistryStore):
         entries = encode_changes(changes)
         try:
             with writer.entered():
-                if isinstance(changes, ChangeSet) and changes.over != writer.last:
-                    check_history(self, changes)
+                if isinstance(changes, ChangeSet) and changes.base != writer.last:
+                    check_base(self, changes)
                 commit = writer.commit(steps, len(changes), entries, self.clock)
         except OSError as error:
             raise unavailable(self.directory, error) from error
@@ -179,7 +179,7 @@ class JSONStore(TaskRegistryStore):
     def report(self) -> StoreReport:
         notices = list(self._writer.notices) if self._writer is not None else []
         found = [self._reader.lost, self._reader.torn() if self.read_only else None]
-        return StoreReport(self._set_aside, (*notices, *filter(None, found)))
+        return StoreReport(self._quarantined, (*notices, *filter(None, found)))
 
     def close(self) -> None:
         if not self._closed:
@@ -213,8 +213,8 @@ class JSONStore(TaskRegistryStore):
         self._check_open()
         return self._feed.wait_for(after, timeout)
 
-    def _watch(self) -> Watch:
-        return PollingWatch(self.head, self._sign, longest_nap_s=LONGEST_NAP_S)
+    def _watch(self) -> Watcher:
+        return PollingWatcher(self.head, self._sign, longest_pause_s=LONGEST_POLL_PAUSE_S)
 
     def _sign(self) -> object:
         with translated(self.directory):
@@ -228,7 +228,7 @@ class JSONStore(TaskRegistryStore):
             with translated(self.directory):
                 return compact(steps, policy, self.clock)
         finally:
-            self._set_aside = (*self._set_aside, *steps.superseded)
+            self._quarantined = (*self._quarantined, *steps.superseded)
 
     def query(self, query: TaskQuery) -> Page:
         snapshot = self.load_snapshot()
@@ -311,7 +311,7 @@ def _entries(layout: Layout) -> Iterator[JournalEntry | CorruptStoreError]:
         if segment.first > seq + 1:
             reason = f"seq {seq + 1} to {segment.first - 1} are missing before it"
             yield CorruptStoreError(str(segment.path), reason)
-        walk = Walk(layout, layout.start_of(segment))
+        walk = SegmentReader(layout, layout.start_of(segment))
         try:
             for found in walk.within(segment):
                 for index in range(len(found.line.entries)):

@@ -32,8 +32,8 @@ from taskstore.stores.jsonfile.index import Index, load
 from taskstore.stores.jsonfile.layout import (
     COMPACT_LOCK_NAME,
     LOCK_NAME,
+    JournalOffset,
     Layout,
-    Place,
     SegmentFile,
     SnapshotHeader,
     check_newest,
@@ -45,7 +45,7 @@ from taskstore.stores.jsonfile.layout import (
 )
 from taskstore.stores.jsonfile.lines import STAMP_BYTES, Identity, encode_commit
 from taskstore.stores.jsonfile.locks import STATE_BYTES, FileLock, WriteLock, busy
-from taskstore.stores.jsonfile.segments import Walk, cut_tail, prepare_segment
+from taskstore.stores.jsonfile.segments import SegmentReader, cut_tail, prepare_segment
 
 _REOPEN = "close it and open it again"
 
@@ -58,12 +58,12 @@ class Writer:
         self.disk = disk
         self.notices: list[str] = []
         self.layout = Layout(directory)
-        self.place = Place(1, 0, 0)
+        self.place = JournalOffset(1, 0, 0)
         self.last = Position(0)
         """The last commit that is known to be in the journal; of seq 0 when none is."""
         self.index: Index | None = None
         """``None`` until a commit needs it, and whenever it may be wrong: it is built anew."""
-        self.loaded: tuple[Index, Place] | None = None
+        self.loaded: tuple[Index, JournalOffset] | None = None
         """What a load learned on its way, for the next commit that has no index."""
         self.reserved = False
         """Whether the thread that holds the lock passes it on to its next :meth:`entered`."""
@@ -200,7 +200,7 @@ class Writer:
             _, place = load(layout, strict=False, index=index)
         else:
             index, place = None, layout.start_of(layout.segments[-1])
-        walk = Walk(layout, place)
+        walk = SegmentReader(layout, place)
         for found in walk:
             last_commit = Position(found.line.last, found.line.commit)
             if index is not None:
@@ -281,13 +281,13 @@ class Writer:
         """Check a batch of ``count`` changes and append it.  Under the lock."""
         index, place = self.index, self.place
         assert index is not None
-        conflicts = find_conflicts(steps, index.revisions, index.deleted, index.holders)
+        conflicts = find_conflicts(steps, index.revisions, index.deleted, index.by_dedup_key)
         if conflicts and any(conflict.deleted for conflict in conflicts):
             # Perhaps the journal does not hold the deletion any more.
             index.forget_deletions(
                 settled(self.directory, lambda _: read_layout(self.directory).floor)
             )
-            conflicts = find_conflicts(steps, index.revisions, index.deleted, index.holders)
+            conflicts = find_conflicts(steps, index.revisions, index.deleted, index.by_dedup_key)
         if conflicts:
             raise ConflictError(conflicts)
         seq = place.seq
@@ -307,7 +307,7 @@ class Writer:
         index.commit(steps, commit.first_seq)
         end = place.offset + len(line)
         stamp = line[:STAMP_BYTES]
-        self.place = Place(
+        self.place = JournalOffset(
             place.first, commit.last_seq, commit.at, end, place.inode, place.offset, stamp
         )
         self.last = Position(commit.last_seq, commit.commit_id)
@@ -382,7 +382,7 @@ class Writer:
         path = self.directory / snapshot_name(snapshot.seq)
         floor, ledger, timeline = snapshot.seq + 1, identity.ledger, identity.timeline
         header = SnapshotHeader(snapshot.seq, at, ledger, timeline, floor)
-        blocks = codec.write_snapshot(header, payloads, snapshot.set_aside)
+        blocks = codec.write_snapshot(header, payloads, snapshot.quarantined)
         temporary = self.disk.write_temporary(path, blocks)
         try:
             segment = self.directory / segment_name(snapshot.seq + 1)

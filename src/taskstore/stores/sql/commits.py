@@ -35,7 +35,7 @@ from taskstore.model.journal import (
     plan,
 )
 from taskstore.model.records import DedupKey, TaskRecord
-from taskstore.store.interface import other_history
+from taskstore.store.interface import base_not_found
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.dialects.base import Session, flat, pieces
 from taskstore.stores.sql.errors import Fault
@@ -113,7 +113,7 @@ def update_row(step: Step, record: TaskRecord, payload: bytes, check: int) -> tu
 def commit(transactions: Transactions, changes: Sequence[Change], clock: Clock) -> Commit:
     """Commit a batch; see ``TaskRegistryStore.apply`` for what that promises."""
     batch = Batch(changes)
-    over = changes.over if isinstance(changes, ChangeSet) else Position(0)
+    over = changes.base if isinstance(changes, ChangeSet) else Position(0)
     database, count, collisions = transactions.database, len(changes), 0
     for attempt in transactions.attempts(reads_back=True):
         try:
@@ -124,7 +124,7 @@ def commit(transactions: Transactions, changes: Sequence[Change], clock: Clock) 
                 first, at = claimed.head_seq - count + 1, claimed.last_at
                 done = Commit(first, claimed.head_seq, at, batch.commit_id)
                 if not _holds(over, claimed):
-                    raise other_history(over)
+                    raise base_not_found(over)
                 _write(database, tx, batch, claimed.floor)
                 rows = [(seq, at, *entry) for seq, entry in enumerate(batch.entries, first)]
                 for lot in database.lots(rows):

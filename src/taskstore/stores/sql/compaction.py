@@ -29,23 +29,23 @@ import sqlalchemy as sa
 from taskstore.errors import CorruptStoreError, StoreUnavailableError
 from taskstore.model.codec import checksum
 from taskstore.model.ids import Clock
-from taskstore.model.journal import SetAside
-from taskstore.model.policies import CompactionPolicy, CompactionReport, JournalStats, SnapshotMark
+from taskstore.model.journal import QuarantinedRecord
+from taskstore.model.policies import CompactionPolicy, CompactionReport, JournalStats, SnapshotInfo
 from taskstore.stores.common import compaction
-from taskstore.stores.common.compaction import CompactionSteps, Cut, Retained
+from taskstore.stores.common.compaction import CompactionPoint, CompactionSteps, Retained
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.dialects.base import Session
 from taskstore.stores.sql.lease import Lease
-from taskstore.stores.sql.rows import Mark, as_bytes, aside_line, entry_of, line_of
+from taskstore.stores.sql.rows import SnapshotRow, as_bytes, entry_of, line_of, quarantined_line
 from taskstore.stores.sql.snapshots import (
     chunks_of,
     insert,
-    newest_mark,
+    newest_snapshot_row,
+    quarantined_rows,
     read_head,
-    read_marks,
-    read_set_aside,
+    read_quarantined,
+    read_snapshot_rows,
     scan_tasks,
-    set_aside_rows,
     with_chunk,
 )
 from taskstore.stores.sql.statements import ENTRY, Statements, stored_bytes
@@ -71,7 +71,7 @@ def compact(
     transactions: Transactions,
     policy: CompactionPolicy,
     clock: Clock,
-    on_kept: Callable[[SetAside], object],
+    on_kept: Callable[[QuarantinedRecord], object],
 ) -> CompactionReport:
     """Compact when the policy says so; see ``SupportsCompaction.compact``.
 
@@ -87,7 +87,9 @@ class Steps(CompactionSteps):
     """The steps of one compaction, in small transactions under the lease."""
 
     def __init__(
-        self, transactions: Transactions, on_kept: Callable[[SetAside], object] = lambda _: None
+        self,
+        transactions: Transactions,
+        on_kept: Callable[[QuarantinedRecord], object] = lambda _: None,
     ) -> None:
         self._transactions = transactions
         self._location = transactions.database.location
@@ -97,7 +99,7 @@ class Steps(CompactionSteps):
         self._spool: IO[bytes]
         # The snapshot that is written, and the length of each of its chunks in the spool,
         # in bytes.
-        self._building = Mark(0, 0)
+        self._building = SnapshotRow(0, 0)
         self._sizes: list[int] = []
 
     def stats(self, now: int) -> JournalStats:
@@ -106,7 +108,7 @@ class Steps(CompactionSteps):
 
     def _stats(self, session: Session, now: int) -> JournalStats:
         head = read_head(session, self._sql)
-        mark = newest_mark(session, head.head_seq)
+        mark = newest_snapshot_row(session, head.head_seq)
         newest = 0 if mark is None else mark.seq
         first = max(newest + 1, head.floor)
         return JournalStats(
@@ -125,16 +127,16 @@ class Steps(CompactionSteps):
         with self._lease.held(), _spool(self._transactions.database) as self._spool:
             yield
 
-    def cut(self) -> Cut:
+    def begin(self) -> CompactionPoint:
         self._clear_leftovers()
-        return self._transactions.read(self._cut, one_moment=True)
+        return self._transactions.read(self._begin, one_moment=True)
 
-    def _cut(self, session: Session) -> Cut:
+    def _begin(self, session: Session) -> CompactionPoint:
         """Read everything of one moment into the spool."""
         self._spool.seek(0)
         self._spool.truncate()
         head = read_head(session, self._sql)
-        mark = Mark(head.head_seq, head.last_at)
+        mark = SnapshotRow(head.head_seq, head.last_at)
         self._sizes = []
         for chunk in chunks_of(self._lines(session)):
             mark = with_chunk(mark, chunk)
@@ -142,23 +144,23 @@ class Steps(CompactionSteps):
             self._spool.write(chunk)
         self._spool.flush()
         self._building = mark
-        marks = tuple(SnapshotMark(mark.seq, mark.at) for mark in read_marks(session))
-        return Cut(head.head_seq, head.last_at, head.floor, marks)
+        marks = tuple(SnapshotInfo(mark.seq, mark.at) for mark in read_snapshot_rows(session))
+        return CompactionPoint(head.head_seq, head.last_at, head.floor, marks)
 
     def _lines(self, session: Session) -> Iterator[bytes]:
         yield from map(line_of, scan_tasks(session, self._sql))
-        yield from map(aside_line, read_set_aside(session, self._sql))
+        yield from map(quarantined_line, read_quarantined(session, self._sql))
 
-    def publish(self, cut: Cut, retained: Retained) -> int:
+    def publish(self, point: CompactionPoint, retained: Retained) -> int:
         self._transactions.read(
-            lambda session: check_rows(session, cut.floor, retained.floor, self._location)
+            lambda session: check_rows(session, point.floor, retained.floor, self._location)
         )
-        if cut.seq not in [mark.seq for mark in cut.marks]:
-            self._write_chunks(cut.seq)
-            there = task_snapshots.c.seq == cut.seq
+        if point.seq not in [mark.seq for mark in point.marks]:
+            self._write_chunks(point.seq)
+            there = task_snapshots.c.seq == point.seq
             self._lease.run(partial(self._put, task_snapshots, there, self._building))
         self._move_floor(retained)
-        return self._building.records + self._building.set_aside
+        return self._building.records + self._building.quarantined
 
     def _write_chunks(self, seq: int) -> None:
         chunks = task_snapshot_chunks.c
@@ -187,8 +189,8 @@ class Steps(CompactionSteps):
 
         self._lease.run(work)
 
-    def trim(self, cut: Cut, retained: Retained) -> None:
-        del cut, retained  # what no reader sees, and what earlier compactions left of it
+    def trim(self, point: CompactionPoint, retained: Retained) -> None:
+        del point, retained  # what no reader sees, and what earlier compactions left of it
         self._clear_leftovers()
 
     def _clear_leftovers(self) -> None:
@@ -264,7 +266,7 @@ class Findings(NamedTuple):
     """The seq below which they lie."""
     forgotten: Sequence[int]
     """The rows of ``task_set_aside`` that keep something of a task that they delete."""
-    kept: Sequence[SetAside]
+    kept: Sequence[QuarantinedRecord]
     """What of them does not decode, and is kept nowhere else."""
     last_row: int
     """The highest id in ``task_set_aside``, before anything is added for them."""
@@ -282,7 +284,7 @@ def examine(session: Session, sql: Statements, step: int) -> Findings | None:
     end = min(floor, low + step)
     rows, last_row = _rows_by_task(session, sql)
     forgotten: list[int] = []
-    kept: list[SetAside] = []
+    kept: list[QuarantinedRecord] = []
     seq = task_journal.c.seq
     for row in session.ask(sa.select(*ENTRY).where(seq >= low, seq < end).order_by(seq)):
         if row[2] == "deleted":
@@ -310,11 +312,11 @@ def trim_entries(tx: Session, database: Database, found: Findings) -> None:
     tx.change(sa.delete(task_journal).where(task_journal.c.seq < found.end))
 
 
-def _damage_of(row: Any) -> SetAside | None:
+def _damage_of(row: Any) -> QuarantinedRecord | None:
     """What is to be kept of an entry; ``None`` when it is sound."""
     seq, _, _, task_id, revision, _, payload, _ = row
     try:
-        found = entry_of(row, "task_journal").set_aside
+        found = entry_of(row, "task_journal").quarantined
     except CorruptStoreError as error:
         reason = error.reason
     else:
@@ -322,7 +324,7 @@ def _damage_of(row: Any) -> SetAside | None:
             return None
         reason = found.reason
     where = f"task_journal, seq {seq}"
-    return SetAside(as_bytes(payload), where, reason, task_id, revision, superseded=True)
+    return QuarantinedRecord(as_bytes(payload), where, reason, task_id, revision, superseded=True)
 
 
 def _is_gone_or_stored(session: Session, row: Any) -> bool:
@@ -345,7 +347,7 @@ def _rows_by_task(session: Session, sql: Statements) -> tuple[dict[str, list[int
     """Which rows of ``task_set_aside`` keep something of which task, and the highest id."""
     rows: dict[str, list[int]] = {}
     last = 0
-    for last, item in set_aside_rows(session, sql):
+    for last, item in quarantined_rows(session, sql):
         if item.superseded and item.task_id is not None:
             rows.setdefault(item.task_id, []).append(last)
     return rows, last

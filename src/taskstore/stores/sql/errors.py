@@ -22,7 +22,7 @@ from taskstore.errors import (
     StoreUnavailableError,
     TaskStoreError,
 )
-from taskstore.stores.common.retry import Trouble
+from taskstore.stores.common.retry import FailureKind
 
 
 class Fault(Enum):
@@ -202,16 +202,16 @@ class Translator:
         """What kind of trouble an exception of the driver is."""
         return Fault.CORRUPT if isinstance(error, UnicodeDecodeError) else self._fault_of(error)
 
-    def trouble_of(self, error: BaseException) -> Trouble:
+    def failure_kind(self, error: BaseException) -> FailureKind:
         """What an exception of the driver means for trying again."""
         if isinstance(error, sa.exc.TimeoutError):
-            return Trouble.FINAL  # of a pool that has no connection to spare
+            return FailureKind.PERMANENT  # of a pool that has no connection to spare
         fault = self.fault_of(error)
         if fault in GONE:
-            return Trouble.AWAY
+            return FailureKind.UNAVAILABLE
         if fault is Fault.BUSY:
-            return Trouble.WAITED if self._waits else Trouble.LOCKED
-        return Trouble.COLLIDED if fault is Fault.RETRY else Trouble.FINAL
+            return FailureKind.LOCK_TIMEOUT if self._waits else FailureKind.LOCK_BUSY
+        return FailureKind.SERIALIZATION if fault is Fault.RETRY else FailureKind.PERMANENT
 
     def cause(self, error: BaseException) -> BaseException | None:
         """The driver's exception, or ``None`` when it would give the password away."""

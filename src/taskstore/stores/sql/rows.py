@@ -11,15 +11,15 @@ import msgspec
 from taskstore.errors import CorruptStoreError, ValidationError
 from taskstore.model.codec import (
     checksum,
-    decode_or_set_aside,
+    decode_or_quarantine,
     decode_record,
-    set_aside,
+    quarantine,
 )
-from taskstore.model.journal import EntryKind, JournalEntry, SetAside
+from taskstore.model.journal import EntryKind, JournalEntry, QuarantinedRecord
 from taskstore.model.records import TaskRecord
 from taskstore.model.validation import check_int, check_key
 
-CARRIED = -1
+QUARANTINED = -1
 """The checksum of a row of ``tasks`` that came in with a saved snapshot and did not
 decode: no payload has it, so none of these is taken for a record by chance."""
 
@@ -54,14 +54,14 @@ class Claimed(NamedTuple):
     over: str | None
 
 
-class Mark(NamedTuple):
+class SnapshotRow(NamedTuple):
     """A row of ``task_snapshots``, in order of its columns."""
 
     seq: int
     at: int
     chunks: int = 0
     records: int = 0
-    set_aside: int = 0
+    quarantined: int = 0
     size: int = 0
     checksum: int = 0
 
@@ -81,7 +81,7 @@ def damage_of(payload: bytes, stored: int | None) -> str | None:
     return None if found == stored else f"the checksum is {found}, stored with it is {stored}"
 
 
-def record_of(row: TaskRow) -> TaskRecord | SetAside:
+def record_of(row: TaskRow) -> TaskRecord | QuarantinedRecord:
     """The record of a row of ``tasks``, or its bytes when it is damaged.
 
     A row is also damaged when its payload is of another task: two rows must
@@ -98,17 +98,17 @@ def record_of(row: TaskRow) -> TaskRecord | SetAside:
             if record.task_id == row.task_id:
                 return record
             damage = f"the payload is of task {record.task_id!r}"
-    elif row.checksum == CARRIED:
+    elif row.checksum == QUARANTINED:
         damage = "it was set aside in the snapshot that this ledger was made from"
     else:
         damage = damage_of(payload, row.checksum) or ""
-    return SetAside(payload, where, damage, row.task_id, row.revision)
+    return QuarantinedRecord(payload, where, damage, row.task_id, row.revision)
 
 
 def entry_of(row: Sequence[Any], where: str) -> JournalEntry:
     """The journal entry of a row (in order of the columns of ``task_journal``).
 
-    An upsert that does not decode keeps its bytes in ``set_aside``.
+    An upsert that does not decode keeps its bytes in ``quarantined``.
     """
     seq, at, kind, task_id, revision, commit_id, payload, stored = row
     if kind == "deleted":
@@ -119,15 +119,17 @@ def entry_of(row: Sequence[Any], where: str) -> JournalEntry:
     payload = as_bytes(payload)
     damage = damage_of(payload, stored)
     found = (
-        decode_or_set_aside(payload, place) if damage is None else set_aside(payload, place, damage)
+        decode_or_quarantine(payload, place)
+        if damage is None
+        else quarantine(payload, place, damage)
     )
     if isinstance(found, TaskRecord):
         if (found.task_id, found.revision) == (task_id, revision):
             return JournalEntry(seq, at, EntryKind.UPSERTED, task_id, revision, found, commit_id)
-        found = SetAside(payload, place, f"the payload is of task {found.task_id!r}")
+        found = QuarantinedRecord(payload, place, f"the payload is of task {found.task_id!r}")
     kept = msgspec.structs.replace(found, task_id=task_id, revision=revision)
     return JournalEntry(
-        seq, at, EntryKind.UPSERTED, task_id, revision, None, commit_id, set_aside=kept
+        seq, at, EntryKind.UPSERTED, task_id, revision, None, commit_id, quarantined=kept
     )
 
 
@@ -140,7 +142,7 @@ def as_bytes(value: object) -> bytes:
     return b"" if value is None else bytes(value)  # type: ignore[call-overload]  # or it raises
 
 
-def aside_row(item: SetAside) -> tuple[Any, ...] | None:
+def quarantined_row(item: QuarantinedRecord) -> tuple[Any, ...] | None:
     """The row of ``tasks`` that stands for something set aside, so that nobody takes
     its id; ``None`` when it has no id that could be one."""
     try:
@@ -149,7 +151,7 @@ def aside_row(item: SetAside) -> tuple[Any, ...] | None:
     except ValidationError:
         return None
     unset = (None,) * 7
-    return (task_id, revision, 0, "", "", *unset, item.raw, CARRIED)
+    return (task_id, revision, 0, "", "", *unset, item.raw, QUARANTINED)
 
 
 def line_of(row: TaskRow) -> bytes:
@@ -163,9 +165,9 @@ def line_of(row: TaskRow) -> bytes:
     found = record_of(row)
     if isinstance(found, TaskRecord):
         return msgspec.json.format(payload, indent=-1)
-    return aside_line(found)
+    return quarantined_line(found)
 
 
-def aside_line(item: SetAside) -> bytes:
+def quarantined_line(item: QuarantinedRecord) -> bytes:
     """The line by which a snapshot carries something that does not decode."""
     return ASIDE + msgspec.json.encode(item)

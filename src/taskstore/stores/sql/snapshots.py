@@ -12,8 +12,8 @@ import msgspec
 import sqlalchemy as sa
 
 from taskstore.errors import ConflictError, CorruptStoreError
-from taskstore.model.codec import check_nesting, checksum, decode_or_set_aside, encode_record
-from taskstore.model.journal import SetAside, Snapshot, snapshot_of, validated_snapshot
+from taskstore.model.codec import check_nesting, checksum, decode_or_quarantine, encode_record
+from taskstore.model.journal import QuarantinedRecord, Snapshot, snapshot_of, validated_snapshot
 from taskstore.model.records import TaskRecord
 from taskstore.stores.sql.commits import insert_row, too_new
 from taskstore.stores.sql.dialects import Database
@@ -21,11 +21,11 @@ from taskstore.stores.sql.dialects.base import Session, flat, pieces
 from taskstore.stores.sql.rows import (
     ASIDE,
     Head,
-    Mark,
+    SnapshotRow,
     TaskRow,
-    aside_line,
-    aside_row,
     damage_of,
+    quarantined_line,
+    quarantined_row,
     record_of,
 )
 from taskstore.stores.sql.statements import PAGE, Statements
@@ -68,33 +68,33 @@ def _task_pages(session: Session, sql: Statements) -> Iterator[Iterable[TaskRow]
         after = rows[-1][0]
 
 
-def set_aside_rows(session: Session, sql: Statements) -> Iterator[tuple[int, SetAside]]:
+def quarantined_rows(session: Session, sql: Statements) -> Iterator[tuple[int, QuarantinedRecord]]:
     """The rows of ``task_set_aside``: their ids, and what they hold."""
-    for number, payload, stored in session.rows(sql.read_set_aside):
+    for number, payload, stored in session.rows(sql.read_quarantined):
         where = f"task_set_aside, row {number}"
         damage = damage_of(payload, stored)
         try:
             check_nesting(payload)
-            item = msgspec.json.decode(payload, type=SetAside)
+            item = msgspec.json.decode(payload, type=QuarantinedRecord)
         except msgspec.DecodeError as error:
             damage = damage or str(error)
-        yield number, item if damage is None else SetAside(payload, where, damage)
+        yield number, item if damage is None else QuarantinedRecord(payload, where, damage)
 
 
-def read_set_aside(session: Session, sql: Statements) -> list[SetAside]:
+def read_quarantined(session: Session, sql: Statements) -> list[QuarantinedRecord]:
     """What came in with a saved snapshot and did not decode."""
-    return [item for _, item in set_aside_rows(session, sql)]
+    return [item for _, item in quarantined_rows(session, sql)]
 
 
-def read_marks(session: Session) -> list[Mark]:
+def read_snapshot_rows(session: Session) -> list[SnapshotRow]:
     """The published snapshots, oldest first."""
     rows = session.ask(sa.select(task_snapshots).order_by(task_snapshots.c.seq))
-    return [Mark(*row) for row in rows]
+    return [SnapshotRow(*row) for row in rows]
 
 
-def newest_mark(session: Session, at: int) -> Mark | None:
+def newest_snapshot_row(session: Session, at: int) -> SnapshotRow | None:
     """The newest published snapshot at or before a seq."""
-    return next((mark for mark in reversed(read_marks(session)) if mark.seq <= at), None)
+    return next((mark for mark in reversed(read_snapshot_rows(session)) if mark.seq <= at), None)
 
 
 def load(transactions: Transactions) -> Snapshot:
@@ -103,7 +103,7 @@ def load(transactions: Transactions) -> Snapshot:
 
     def work(session: Session) -> Snapshot:
         head = read_head(session, sql)
-        aside = read_set_aside(session, sql)
+        aside = read_quarantined(session, sql)
         rows = map(record_of, scan_tasks(session, sql))
         return snapshot_of(head.head_seq, head.last_at, chain(aside, rows))
 
@@ -115,15 +115,15 @@ def read_snapshot(transactions: Transactions, at: int) -> Snapshot | None:
     database = transactions.database
 
     def work(session: Session) -> Snapshot | None:
-        mark = newest_mark(session, at)
+        mark = newest_snapshot_row(session, at)
         if mark is None:
             return None
-        return read_marked(session, database.sql, mark, database.location)
+        return read_published(session, database.sql, mark, database.location)
 
     return transactions.read(work, one_moment=True)
 
 
-def read_marked(session: Session, sql: Statements, mark: Mark, location: str) -> Snapshot:
+def read_published(session: Session, sql: Statements, mark: SnapshotRow, location: str) -> Snapshot:
     """A published snapshot, of which the row is given.
 
     Raises :class:`~taskstore.CorruptStoreError` for a chunk that is missing or damaged.
@@ -132,8 +132,8 @@ def read_marked(session: Session, sql: Statements, mark: Mark, location: str) ->
 
 
 def _read_chunks(
-    session: Session, sql: Statements, mark: Mark, location: str
-) -> Iterator[TaskRecord | SetAside]:
+    session: Session, sql: Statements, mark: SnapshotRow, location: str
+) -> Iterator[TaskRecord | QuarantinedRecord]:
     total = 0
     for number in range(mark.chunks):
         where = f"{location}: task_snapshot_chunks, seq {mark.seq}, chunk {number}"
@@ -176,7 +176,7 @@ def _is_at(database: Database, seq: int, tx: Session) -> bool:
 def _replace(tx: Session, database: Database, snapshot: Snapshot, head: Head) -> None:
     for table in (tasks, task_journal, task_snapshot_chunks, task_snapshots, task_set_aside):
         tx.change(sa.delete(table))
-    mark = Mark(snapshot.seq, snapshot.at)
+    mark = SnapshotRow(snapshot.seq, snapshot.at)
     for chunk in chunks_of(_store_all(tx, database, snapshot)):
         row = (snapshot.seq, mark.chunks, chunk, checksum(chunk))
         insert(tx, database, task_snapshot_chunks, [row])
@@ -205,15 +205,15 @@ def _store_all(session: Session, database: Database, snapshot: Snapshot) -> Iter
         insert(session, database, tasks, rows)
         yield from (payload for _, payload in lot)
     taken = set(snapshot.records)
-    for number, item in enumerate(snapshot.set_aside, 1):
-        row = aside_row(item)
+    for number, item in enumerate(snapshot.quarantined, 1):
+        row = quarantined_row(item)
         if row is not None and row[0] not in taken:
             taken.add(row[0])
             insert(session, database, tasks, [row])
         else:
             payload = msgspec.json.encode(item)
             insert(session, database, task_set_aside, [(number, payload, checksum(payload))])
-        yield aside_line(item)
+        yield quarantined_line(item)
 
 
 def insert(session: Session, database: Database, table: sa.Table, rows: list[Any]) -> None:
@@ -225,17 +225,17 @@ def insert(session: Session, database: Database, table: sa.Table, rows: list[Any
 # -- chunks ----------------------------------------------------------------
 
 
-def read_lines(data: bytes, where: str) -> Iterator[TaskRecord | SetAside]:
+def read_lines(data: bytes, where: str) -> Iterator[TaskRecord | QuarantinedRecord]:
     """What the lines of a chunk hold."""
     for line in data.split(b"\n"):
         if line[:1] == ASIDE:
             try:
                 check_nesting(line)
-                yield msgspec.json.decode(line[1:], type=SetAside)
+                yield msgspec.json.decode(line[1:], type=QuarantinedRecord)
             except msgspec.DecodeError as error:
                 raise CorruptStoreError(where, f"a line does not decode: {error}") from error
         elif line:
-            yield decode_or_set_aside(line, where)
+            yield decode_or_quarantine(line, where)
 
 
 def chunks_of(lines: Iterable[bytes]) -> Iterator[bytes]:
@@ -252,13 +252,13 @@ def chunks_of(lines: Iterable[bytes]) -> Iterator[bytes]:
         yield b"\n".join(chunk)
 
 
-def with_chunk(mark: Mark, chunk: bytes) -> Mark:
+def with_chunk(mark: SnapshotRow, chunk: bytes) -> SnapshotRow:
     """The row of a snapshot to which one more chunk is added."""
     aside = (b"\n" + chunk).count(b"\n" + ASIDE)
     return mark._replace(
         chunks=mark.chunks + 1,
         records=mark.records + chunk.count(b"\n") + 1 - aside,
-        set_aside=mark.set_aside + aside,
+        quarantined=mark.quarantined + aside,
         size=mark.size + len(chunk),
         checksum=zlib.crc32(chunk, mark.checksum),
     )

@@ -252,7 +252,7 @@ class Statements:
         )
 
     @cached_property
-    def read_set_aside(self) -> str:
+    def read_quarantined(self) -> str:
         """Read (id, payload, checksum) of everything set aside."""
         aside = task_set_aside.c
         return self._compile(

@@ -11,14 +11,14 @@ from typing import Any
 import sqlalchemy as sa
 
 from taskstore.errors import CorruptStoreError, CursorExpiredError, ValidationError
-from taskstore.model.journal import Change, Commit, JournalEntry, SetAside, Snapshot
+from taskstore.model.journal import Change, Commit, JournalEntry, QuarantinedRecord, Snapshot
 from taskstore.model.policies import CompactionPolicy, CompactionReport
 from taskstore.model.query import Page, TaskQuery
 from taskstore.model.records import MAX_INT, TaskRecord
 from taskstore.model.validation import check_key
 from taskstore.store.interface import StoreReport, TaskRegistryStore, VerifyReport
 from taskstore.store.opening import check_options
-from taskstore.stores.common.change_feed import IDLE_S, Feed, PollingWatch, Watch
+from taskstore.stores.common.change_feed import IDLE_S, ChangeFeed, PollingWatcher, Watcher
 from taskstore.stores.common.integrity import IntegrityCheck
 from taskstore.stores.common.retry import RECONNECT_S
 from taskstore.stores.sql import compaction, snapshots
@@ -27,16 +27,21 @@ from taskstore.stores.sql.dialects import Database, host_database, open_database
 from taskstore.stores.sql.dialects.base import Session
 from taskstore.stores.sql.migrate import ensure_schema
 from taskstore.stores.sql.query import answer
-from taskstore.stores.sql.rows import CARRIED, Head, TaskRow, entry_of, record_of
-from taskstore.stores.sql.snapshots import read_head, read_marked, read_marks, read_set_aside
+from taskstore.stores.sql.rows import QUARANTINED, Head, TaskRow, entry_of, record_of
+from taskstore.stores.sql.snapshots import (
+    read_head,
+    read_published,
+    read_quarantined,
+    read_snapshot_rows,
+)
 from taskstore.stores.sql.statements import PAGE
 from taskstore.stores.sql.tables import PROJECTED, task_journal, tasks
 from taskstore.stores.sql.transactions import ConnectionPool, Transactions
-from taskstore.stores.sql.watches import DataVersionWatch, ListeningWatch
+from taskstore.stores.sql.watchers import DataVersionWatcher, ListeningWatcher
 
-_WATCHES: dict[str, Callable[[ConnectionPool, Callable[[], int]], Watch]] = {
-    "sqlite": DataVersionWatch,
-    "postgresql": ListeningWatch,
+_WATCHES: dict[str, Callable[[ConnectionPool, Callable[[], int]], Watcher]] = {
+    "sqlite": DataVersionWatcher,
+    "postgresql": ListeningWatcher,
 }
 """What looks out for the commits of others, by dialect; where none is named, the head is polled."""
 
@@ -77,12 +82,12 @@ class SQLStore(TaskRegistryStore):
         self._database = database
         pool = ConnectionPool(database)
         self._transactions = Transactions(pool, reconnect_s)
-        self._aside: tuple[SetAside, ...] = ()
-        self._met: dict[str, SetAside] = {}
-        self._kept: list[SetAside] = []
+        self._aside: tuple[QuarantinedRecord, ...] = ()
+        self._met: dict[str, QuarantinedRecord] = {}
+        self._kept: list[QuarantinedRecord] = []
         self._pool = pool
         # Made by the first call that waits.
-        self._feed: Feed | None = None
+        self._feed: ChangeFeed | None = None
         self._making_feed = threading.Lock()
         try:
             database.hold()
@@ -97,9 +102,9 @@ class SQLStore(TaskRegistryStore):
     def load_snapshot(self) -> Snapshot:
         self._check_open()
         loaded = snapshots.load(self._transactions)
-        self._aside, self._met, self._kept = loaded.set_aside, {}, []
-        if self._strict and loaded.set_aside:
-            first = loaded.set_aside[0]
+        self._aside, self._met, self._kept = loaded.quarantined, {}, []
+        if self._strict and loaded.quarantined:
+            first = loaded.quarantined[0]
             raise CorruptStoreError(f"{self.location}: {first.where}", first.reason)
         return loaded
 
@@ -196,12 +201,12 @@ class SQLStore(TaskRegistryStore):
                 self._feed = self._new_feed()
         return self._feed.wait_for(after, timeout)
 
-    def _new_feed(self) -> Feed:
+    def _new_feed(self) -> ChangeFeed:
         database = self._database
         watch = _WATCHES.get(database.engine.dialect.name)
-        return Feed(
+        return ChangeFeed(
             self.head,
-            partial(watch, self._pool, self.head) if watch else partial(PollingWatch, self.head),
+            partial(watch, self._pool, self.head) if watch else partial(PollingWatcher, self.head),
             self.location,
             # A connection of a host's pool is not kept when no call waits.
             idle_s=IDLE_S if database.owned else 0.0,
@@ -265,7 +270,7 @@ class _Tables:
         self._session = session
         self._sql = database.sql
         self._location = database.location
-        self._marks = {mark.seq: mark for mark in read_marks(session)}
+        self._marks = {mark.seq: mark for mark in read_snapshot_rows(session)}
         self._head = read_head(session, self._sql)
         places = {seq: f"the snapshot at seq {seq}" for seq in self._marks}
         self._check = IntegrityCheck(self._head.floor, places, self._snapshot)
@@ -276,7 +281,7 @@ class _Tables:
         return self._check.report()
 
     def _snapshot(self, seq: int) -> Snapshot:
-        return read_marked(self._session, self._sql, self._marks[seq], self._location)
+        return read_published(self._session, self._sql, self._marks[seq], self._location)
 
     def _pages(self, table: sa.Table, after: int | str) -> Iterator[Sequence[Any]]:
         """The rows of a table in order of its key, which is its first column."""
@@ -296,23 +301,25 @@ class _Tables:
             except CorruptStoreError as error:
                 yield error
                 continue
-            if entry.set_aside is not None:
-                self._check.problems.append(f"{entry.set_aside.where}: {entry.set_aside.reason}")
+            if entry.quarantined is not None:
+                self._check.problems.append(
+                    f"{entry.quarantined.where}: {entry.quarantined.reason}"
+                )
             yield entry
 
     def _current(self) -> Snapshot:
         """What the rows hold now; each is compared with its own columns."""
         records: dict[str, TaskRecord] = {}
-        aside = read_set_aside(self._session, self._sql)
+        aside = read_quarantined(self._session, self._sql)
         damaged = [item for item in aside if item.where.startswith("task_set_aside")]
         names = [column.name for column in tasks.columns]
         for row in self._pages(tasks, ""):
             columns = dict(zip(names, row, strict=True))
             found = record_of(TaskRow(*map(columns.__getitem__, TaskRow._fields)))
-            if isinstance(found, SetAside):
+            if isinstance(found, QuarantinedRecord):
                 aside.append(found)
                 # What came in with a saved snapshot as it is, is as it should be.
-                if columns["checksum"] != CARRIED:
+                if columns["checksum"] != QUARANTINED:
                     damaged.append(found)
                 continue
             records[found.task_id] = found
@@ -323,4 +330,4 @@ class _Tables:
                     )
         for item in damaged:
             self._check.problems.append(f"{item.where}: {item.reason}")
-        return Snapshot(self._head.head_seq, records, set_aside=tuple(aside))
+        return Snapshot(self._head.head_seq, records, quarantined=tuple(aside))

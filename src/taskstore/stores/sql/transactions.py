@@ -355,7 +355,7 @@ class Transactions:
 
     def _lock_owners(self) -> Sequence[str] | None:
         with suppress(Exception), self.reading() as session:
-            return self.database.holders(session)
+            return self.database.lock_owners(session)
         return None
 
     # -- ending -----------------------------------------------------------

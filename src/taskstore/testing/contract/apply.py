@@ -197,7 +197,7 @@ class ApplyContract(ContractBase):
             assert found == {
                 Conflict(record.task_id, 1, 2),
                 Conflict("absent", 7, 0),
-                Conflict(booked.task_id, 0, 0, booked_by=holder.task_id),
+                Conflict(booked.task_id, 0, 0, existing_task_id=holder.task_id),
             }
 
     def test_several_changes_of_one_task(self, ledger: Ledger) -> None:
@@ -280,7 +280,7 @@ class ApplyContract(ContractBase):
             with ledger.unchanged():
                 late = make_put(run_id="run-1", label="same")
                 found = conflicts_of(ledger.store, late)
-                assert found == {Conflict(late.task_id, 0, 0, booked_by=holder.task_id)}
+                assert found == {Conflict(late.task_id, 0, 0, existing_task_id=holder.task_id)}
             assert records_of(ledger.store) == {holder.task_id: holder}
             del store
 
@@ -310,7 +310,7 @@ class ApplyContract(ContractBase):
         for store in ledger.twice():
             with pytest.raises(ConflictError) as caught:
                 create(store, run_id="run-1")
-            assert caught.value.conflicts[0].booked_by == holder.task_id
+            assert caught.value.conflicts[0].existing_task_id == holder.task_id
 
     def test_deletion_frees_the_booking(self, ledger: Ledger) -> None:
         """[3] A run is free once its task is deleted, in an earlier commit or the same."""

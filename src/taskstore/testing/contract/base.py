@@ -47,7 +47,7 @@ class Content(NamedTuple):
     seq: int
     at: int
     records: Mapping[str, TaskRecord]
-    set_aside: tuple[bytes, ...]
+    quarantined: tuple[bytes, ...]
     head: int | None
     floor: int | None
     journal: tuple[JournalEntry, ...]
@@ -61,7 +61,7 @@ def content_of(store: TaskRegistryStore) -> Content:
     if isinstance(store, SupportsJournal):
         head, floor = store.head(), store.floor()
         journal = tuple(store.read_journal(floor - 1, head + 1))
-    raw = tuple(sorted(item.raw for item in loaded.set_aside))
+    raw = tuple(sorted(item.raw for item in loaded.quarantined))
     return Content(loaded.seq, loaded.at, dict(loaded.records), raw, head, floor, journal)
 
 
@@ -152,7 +152,7 @@ class ContractBase:
     level: ClassVar[str] = "core"
     abilities: ClassVar[tuple[type, ...]] = ()
     promise: ClassVar[str | None] = None
-    """What a store may withhold, by the name that it has in ``store.withholds``."""
+    """What a store may withhold, by the name that it has in ``store.unsupported_guarantees``."""
 
     @pytest.fixture
     def make_store(self) -> OpenStore:
@@ -179,5 +179,7 @@ class ContractBase:
         if missing:
             pytest.skip(f"the store has no {', '.join(missing)}")
         promise: str | None = vars(room).get("promise")
-        if promise is not None and promise in store.withholds:
-            pytest.skip(f"the store withholds {promise}: {store.withholds[promise]}")
+        if promise is not None and promise in store.unsupported_guarantees:
+            pytest.skip(
+                f"the store does not guarantee {promise}: {store.unsupported_guarantees[promise]}"
+            )

@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 
 from taskstore.errors import CursorExpiredError
-from taskstore.model.journal import SetAside, Snapshot
+from taskstore.model.journal import QuarantinedRecord, Snapshot
 from taskstore.model.policies import CompactionPolicy, CompactionReport
 from taskstore.model.query import TaskQuery
 from taskstore.store.interface import (
@@ -339,17 +339,19 @@ class CompactionContract(ContractBase):
 
     def test_what_was_set_aside_is_carried(self, ledger: Ledger) -> None:
         """[12] Compaction carries what does not decode as bytes; it is never trimmed."""
-        aside = SetAside(b'{"v":"9.0","task_id":"future"}', "elsewhere", "format 9", "future", 3)
+        aside = QuarantinedRecord(
+            b'{"v":"9.0","task_id":"future"}', "elsewhere", "format 9", "future", 3
+        )
         ledger.store.save_snapshot(Snapshot(1, {}, EPOCH_MS, (aside,)))
         for policy in (FOLD, TRIM, ERASE):
             create(ledger.store)
             report = ledger.store.compact(policy)
             assert report.compacted
             for store in ledger.twice():
-                assert [item.raw for item in store.load_snapshot().set_aside] == [aside.raw]
+                assert [item.raw for item in store.load_snapshot().quarantined] == [aside.raw]
                 kept = store.read_snapshot(report.seq)
                 assert kept is not None
-                assert [item.raw for item in kept.set_aside] == [aside.raw]
+                assert [item.raw for item in kept.quarantined] == [aside.raw]
 
     def test_many_records(self, ledger: Ledger) -> None:
         """[7] A snapshot of more records than fit one block or chunk is whole."""

@@ -15,7 +15,7 @@ from taskstore.errors import (
     ValidationError,
 )
 from taskstore.model.codec import decode_record, encode_record
-from taskstore.model.journal import SetAside, Snapshot
+from taskstore.model.journal import QuarantinedRecord, Snapshot
 from taskstore.model.policies import CompactionPolicy
 from taskstore.model.query import TaskQuery
 from taskstore.model.records import TaskRecord, TaskStatus
@@ -183,7 +183,7 @@ class CoreContract(ContractBase):
         for store in ledger.twice():
             with pytest.raises(ConflictError) as caught:
                 store.apply([make_put(run_id="run-2")])
-            assert caught.value.conflicts[0].booked_by == holder.task_id
+            assert caught.value.conflicts[0].existing_task_id == holder.task_id
         create(ledger.store, run_id="run-1")
 
     def test_save_forgets_deletions(self, ledger: Ledger) -> None:
@@ -198,17 +198,19 @@ class CoreContract(ContractBase):
     def test_what_was_set_aside_travels(self, ledger: Ledger) -> None:
         """[12] What could not be decoded is kept as bytes, reported, and never dropped."""
         aside = (
-            SetAside(b'{"v":"9.0","task_id":"future"}', "elsewhere", "format 9", "future", 3),
-            SetAside(b"\x00\xff not even JSON \xfe", "elsewhere", "damaged"),
+            QuarantinedRecord(
+                b'{"v":"9.0","task_id":"future"}', "elsewhere", "format 9", "future", 3
+            ),
+            QuarantinedRecord(b"\x00\xff not even JSON \xfe", "elsewhere", "damaged"),
         )
         record = make_record()
         ledger.store.save_snapshot(Snapshot(1, {record.task_id: record}, EPOCH_MS, aside))
         create(ledger.store)
         for store in ledger.twice():
             loaded = store.load_snapshot()
-            assert {item.raw for item in loaded.set_aside} == {item.raw for item in aside}
+            assert {item.raw for item in loaded.quarantined} == {item.raw for item in aside}
             assert len(loaded.records) == 2
-            assert {item.raw for item in store.report().set_aside} == {item.raw for item in aside}
+            assert {item.raw for item in store.report().quarantined} == {item.raw for item in aside}
         with ledger.unchanged(), pytest.raises(ConflictError) as caught:
             ledger.store.apply([make_put(task_id="future")])
         assert caught.value.conflicts[0].found == 3
@@ -314,17 +316,19 @@ class CoreContract(ContractBase):
 
     def test_report_never_raises(self, ledger: Ledger) -> None:
         """[12] The report says what was set aside, before and after anything was read."""
-        assert ledger.store.report().set_aside == ()
+        assert ledger.store.report().quarantined == ()
         play(ledger.store)
         for store in ledger.twice():
-            assert store.report().set_aside == ()
+            assert store.report().quarantined == ()
             store.load_snapshot()
-            assert store.report().set_aside == ()
+            assert store.report().quarantined == ()
 
     def test_it_says_what_it_is(self, ledger: Ledger) -> None:
         """[4] The durability is named, and a place for messages to name too."""
         assert ledger.store.durability in {"full", "process", "none"}
-        assert (ledger.store.durability == "none") <= ("crash-safe" in ledger.store.withholds)
+        assert (ledger.store.durability == "none") <= (
+            "crash-safe" in ledger.store.unsupported_guarantees
+        )
         assert ledger.store.location
         assert ledger.store.location in repr(ledger.store)
 

@@ -123,7 +123,7 @@ class SharedContract(ContractBase):
         for store in (two, one):
             with pytest.raises(ConflictError) as caught:
                 create(store, run_id="run-1")
-            assert caught.value.conflicts[0].booked_by == holder.task_id
+            assert caught.value.conflicts[0].existing_task_id == holder.task_id
         delete(two, holder)
         create(one, run_id="run-1")
         with pytest.raises(ConflictError):
@@ -271,7 +271,7 @@ class SharedContract(ContractBase):
                 try:
                     patiently(lambda: store.apply([change]))
                 except ConflictError as conflict:
-                    told.append(conflict.conflicts[0].booked_by)
+                    told.append(conflict.conflicts[0].existing_task_id)
                 else:
                     made.append(change.task_id)
 

@@ -92,7 +92,7 @@ class ValuesContract(ContractBase):
     def _check(self, store: FullStore, expected: dict[str, TaskRecord]) -> None:
         """Compare everything that the store holds, byte by byte."""
         loaded = store.load_snapshot()
-        assert loaded.set_aside == ()
+        assert loaded.quarantined == ()
         assert set(loaded.records) == set(expected)
         for task_id, record in expected.items():
             assert same(loaded.records[task_id], record)

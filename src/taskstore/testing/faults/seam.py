@@ -26,7 +26,7 @@ class FaultyStore(TaskRegistryStore):
         super().__init__(read_only=store.read_only)
         self.location = store.location
         self.durability = store.durability
-        self.withholds = store.withholds
+        self.unsupported_guarantees = store.unsupported_guarantees
         self._store = store
         self._door = door
         for name in _ABILITIES:

@@ -61,7 +61,7 @@ class Facts(NamedTuple):
     def of(cls, store: TaskRegistryStore) -> Facts:
         """Ask a store."""
         snapshot = store.load_snapshot()
-        assert not snapshot.set_aside, f"set aside: {snapshot.set_aside[0].reason}"
+        assert not snapshot.quarantined, f"set aside: {snapshot.quarantined[0].reason}"
         if not isinstance(store, SupportsJournal):
             return cls(snapshot.seq, dict(snapshot.records), None, ())
         assert store.head() == snapshot.seq, f"head {store.head()}, loaded at {snapshot.seq}"

@@ -40,7 +40,7 @@ _Row = TypeVar("_Row")
 
 
 def pieces(rows: Sequence[_Row]) -> Sequence[Sequence[_Row]]:
-    """Cut rows into lots of the sizes that statements exist for."""
+    """CompactionPoint rows into lots of the sizes that statements exist for."""
     if len(rows) == 1:
         return (rows,)
     lots: list[Sequence[_Row]] = []
@@ -257,7 +257,7 @@ class Database:
         """Begin a transaction that writes."""
         raise AssertionError(session)
 
-    def holders(self, session: Session) -> Sequence[str]:
+    def lock_owners(self, session: Session) -> Sequence[str]:
         """Name who keeps other writers out, as far as we are told; ``session`` waits for nobody."""
         del session
         return ()

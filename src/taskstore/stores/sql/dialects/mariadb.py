@@ -254,7 +254,7 @@ class MariaDBDatabase(Database):
             session.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
         session.execute("START TRANSACTION")
 
-    def holders(self, session: Session) -> Sequence[str]:
+    def lock_owners(self, session: Session) -> Sequence[str]:
         return [
             f"connection {number}, {user} at {host}, {command}, in a transaction for {seconds} s"
             for number, user, host, command, seconds in session.rows(_HOLDERS)

@@ -156,7 +156,7 @@ class PostgreSQLDatabase(Database):
         # Never prepared: it may be two statements, in one round trip.
         session.raw.execute(self._begin_write, prepare=False)
 
-    def holders(self, session: Session) -> Sequence[str]:
+    def lock_owners(self, session: Session) -> Sequence[str]:
         return [
             f"server process {pid}, {name or 'unnamed'} at {host or 'this machine'}, "
             f"{state or 'doing what is not told'}"

@@ -21,7 +21,7 @@ from taskstore.errors import (
     StoreUnavailableError,
     ValidationError,
 )
-from taskstore.stores.common.locks import FairLock, lock_holders
+from taskstore.stores.common.locks import FairLock, lock_owners
 from taskstore.stores.sql import sqlite_library
 from taskstore.stores.sql.dialects.base import LOCK_WAIT_S, Database, Session
 from taskstore.stores.sql.errors import Fault, Translator, sqlite_fault
@@ -183,11 +183,11 @@ class SQLiteDatabase(Database):
         session.execute(f"PRAGMA synchronous = {_SYNCHRONOUS[self.durability]}")
         session.row("PRAGMA secure_delete = ON")
 
-    def holders(self, session: Session) -> Sequence[str]:
+    def lock_owners(self, session: Session) -> Sequence[str]:
         del session
         # A writer holds a byte of the shared memory; without a write-ahead log, of the file.
-        writing = lock_holders(f"{self.location}-shm", byte=_WRITE_LOCK)
-        return writing or lock_holders(self.location)
+        writing = lock_owners(f"{self.location}-shm", byte=_WRITE_LOCK)
+        return writing or lock_owners(self.location)
 
     def rollback(self, session: Session) -> None:
         if session.raw.in_transaction:

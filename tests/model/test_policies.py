@@ -1,0 +1,97 @@
+"""When compaction is due and what it keeps."""
+
+from __future__ import annotations
+
+import pytest
+
+from taskstore.model.policies import CompactionPolicy, JournalStats, SnapshotInfo
+
+HOUR_S = 3600
+
+
+def stats(**fields):
+    return JournalStats(**{"entries": 1, "records": 1, "now": 10_000_000, **fields})
+
+
+def test_nothing_is_due_without_an_entry():
+    policy = CompactionPolicy(min_entries=0, ratio=0, max_bytes=0, max_age_s=0, force=True)
+    assert policy.due(stats(entries=0, oldest_at=0, bytes=5)) is None
+
+
+def test_one_entry_is_not_due():
+    assert CompactionPolicy().due(stats(oldest_at=10_000_000)) is None
+
+
+@pytest.mark.parametrize(
+    ("entries", "records", "due"),
+    [(9_999, 5, False), (10_000, 5, True), (10_000, 10_001, False), (10_001, 10_001, True)],
+)
+def test_due_by_entries_and_ratio(entries, records, due):
+    reason = CompactionPolicy().due(stats(entries=entries, records=records))
+    assert (reason is not None) is due
+    assert reason is None or str(entries) in reason
+
+
+def test_due_by_bytes():
+    policy = CompactionPolicy(max_bytes=100)
+    assert policy.due(stats(bytes=99)) is None
+    assert "100 bytes" in policy.due(stats(bytes=100))
+
+
+def test_due_by_age():
+    policy = CompactionPolicy(max_age_s=HOUR_S)
+    now = 10 * HOUR_S * 1000
+    assert policy.due(stats(now=now, oldest_at=now - HOUR_S * 1000 + 1)) is None
+    assert "older" in policy.due(stats(now=now, oldest_at=now - HOUR_S * 1000))
+    assert policy.due(stats(now=now, oldest_at=now + 5)) is None
+
+
+def test_due_by_order():
+    assert CompactionPolicy(force=True).due(stats()) == "it was asked for"
+    assert CompactionPolicy().forced().due(stats()) == "it was asked for"
+    assert CompactionPolicy(min_entries=5).forced() == CompactionPolicy(min_entries=5, force=True)
+    assert "erased" in CompactionPolicy(erase_deleted=True).due(stats(entries=0))
+
+
+def marks(*pairs):
+    return [SnapshotInfo(seq, at) for seq, at in pairs]
+
+
+def test_erasing_keeps_the_newest_only():
+    policy = CompactionPolicy(erase_deleted=True, keep_snapshots=5)
+    kept = policy.retained(marks((5, 0), (9, 0)), head=9, floor=1, now=0)
+    assert kept == (frozenset({9}), 10)
+
+
+def test_everything_within_the_window_stays():
+    kept, floor = CompactionPolicy().retained(marks((5, 0), (9, 1)), head=9, floor=1, now=2)
+    assert floor == 1
+    assert 9 in kept
+
+
+def test_the_snapshot_below_the_floor_stays():
+    policy = CompactionPolicy(history_entries=100, keep_snapshots=1)
+    kept, floor = policy.retained(marks((5, 0), (7, 0), (9, 1)), head=9, floor=6, now=2)
+    assert floor == 6
+    assert {5, 9} <= kept
+
+
+def test_both_windows_have_to_be_left():
+    old = marks((100, 0), (200, 10 * HOUR_S * 1000))
+    now = 10 * HOUR_S * 1000
+    by_both = CompactionPolicy(history_entries=100, history_s=HOUR_S, keep_snapshots=1)
+    assert by_both.retained(old, head=200, floor=1, now=now)[1] == 101
+    more_entries = CompactionPolicy(history_entries=101, history_s=HOUR_S, keep_snapshots=1)
+    assert more_entries.retained(old, head=200, floor=1, now=now)[1] == 1
+    more_time = CompactionPolicy(history_entries=100, history_s=11 * HOUR_S, keep_snapshots=1)
+    assert more_time.retained(old, head=200, floor=1, now=now)[1] == 1
+
+
+def test_no_history_at_all():
+    policy = CompactionPolicy(history_entries=0, history_s=0, keep_snapshots=1)
+    assert policy.retained(marks((5, 3), (9, 4)), head=9, floor=3, now=4) == (frozenset({9}), 10)
+
+
+def test_no_snapshots_at_all_is_one():
+    policy = CompactionPolicy(history_entries=0, history_s=0, keep_snapshots=0)
+    assert policy.retained(marks((9, 4)), head=9, floor=1, now=4)[0] == frozenset({9})

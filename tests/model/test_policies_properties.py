@@ -1,0 +1,90 @@
+"""Whatever the traffic: every seq from the floor on can be answered, and not too much is kept."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taskstore.model.policies import CompactionPolicy, SnapshotInfo
+
+POLICIES = st.builds(
+    CompactionPolicy,
+    history_entries=st.sampled_from([0, 1, 4, 100, 10_000]),
+    history_s=st.sampled_from([0, 1, 60, 3600, 7 * 24 * 3600]),
+    keep_snapshots=st.integers(0, 5),
+    erase_deleted=st.sampled_from([False, False, False, True]),
+)
+TRAFFIC = st.lists(
+    st.tuples(st.sampled_from([1, 2, 50, 3000]), st.sampled_from([0, 1, 500, 60_000, 10**7])),
+    min_size=1,
+    max_size=60,
+)
+
+
+def run(policy, traffic, begin=0):
+    """Compact after each burst; yield what is kept after it."""
+    head, now, floor, snapshots = begin, 1_700_000_000_000, begin + 1, []
+    if begin:
+        snapshots = [SnapshotInfo(begin, now)]
+    for entries, pause_ms in traffic:
+        head += entries
+        now += pause_ms
+        snapshots.append(SnapshotInfo(head, now))
+        kept, floor_after = policy.retained(snapshots, head=head, floor=floor, now=now)
+        yield head, now, floor, floor_after, snapshots, kept
+        snapshots = [mark for mark in snapshots if mark.seq in kept]
+        floor = floor_after
+
+
+@given(POLICIES, TRAFFIC, st.sampled_from([0, 5]))
+def test_what_always_holds(policy, traffic, begin):
+    for head, now, before, floor, snapshots, kept in run(policy, traffic, begin):
+        assert before <= floor <= head + 1
+        assert kept <= {mark.seq for mark in snapshots}
+        assert head in kept
+        assert min(kept) >= floor - 1
+        if floor > 1:
+            assert floor - 1 in kept
+        if policy.erase_deleted:
+            assert (kept, floor) == ({head}, head + 1)
+            continue
+        newest = [mark.seq for mark in snapshots if mark.seq >= floor - 1]
+        assert set(newest[-max(policy.keep_snapshots, 1) :]) <= kept
+        if floor > before:
+            anchor = next(mark for mark in snapshots if mark.seq == floor - 1)
+            assert head - anchor.seq >= policy.history_entries
+            assert anchor.at <= now - policy.history_s * 1000
+        assert len(kept) <= policy.keep_snapshots + 8
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("policy", [CompactionPolicy(), CompactionPolicy(history_entries=500)])
+def test_a_long_life_keeps_little(seed, policy):
+    rng = random.Random(seed)
+    traffic = [
+        (rng.choice([1, 100, 10_000]), rng.choice([10, 60_000, 8 * 3600_000])) for _ in range(2000)
+    ]
+    most = 0
+    for head, now, _, floor, snapshots, kept in run(policy, traffic):
+        most = max(most, len(kept))
+        beyond = [
+            mark
+            for mark in snapshots
+            if head - mark.seq >= policy.history_entries
+            and mark.at <= now - policy.history_s * 1000
+        ]
+        # The history that is kept is at most a quarter of the window longer than asked for,
+        # and what one pause or burst adds, because a snapshot cannot stand within it.
+        assert not beyond or floor >= max(mark.seq for mark in beyond if mark.seq in kept) + 1
+    assert floor > head / 2
+    assert most <= policy.keep_snapshots + 8
+
+
+@given(TRAFFIC)
+def test_no_history_means_none(traffic):
+    policy = CompactionPolicy(history_entries=0, history_s=0, keep_snapshots=1)
+    for head, _, _, floor, _, kept in run(policy, traffic):
+        assert (kept, floor) == ({head}, head + 1)

@@ -1,0 +1,272 @@
+"""How a store on a database hears of commits, and what it holds meanwhile."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+from sqlkit import Spy
+
+from taskstore import StoreClosedError
+from taskstore.stores.common import change_feed as feed
+from taskstore.stores.sql import SQLStore, watches
+from taskstore.stores.sql.dialects.postgresql import PostgreSQLDatabase
+from taskstore.stores.sql.statements import Statements
+from taskstore.testing import make_put
+from taskstore.testing.threads import meanwhile, until
+
+PATIENCE_S = 20
+
+
+@pytest.fixture
+def only_notified(monkeypatch):
+    """Nothing but a notification wakes: what is missed is missed for good."""
+    monkeypatch.setattr(watches, "SAFETY_S", 1000.0)
+
+
+@pytest.fixture
+def pair(postgres_url, open_):
+    return open_(postgres_url), open_(postgres_url)
+
+
+def listeners(url):
+    """The channels that some session of the database holds our lock for."""
+    with psycopg.connect(url.replace("+psycopg", ""), autocommit=True) as raw:
+        [count] = raw.execute(
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ShareLock'"
+            " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        ).fetchone()
+    return count
+
+
+def waits(store, after, answers):
+    return meanwhile(lambda: answers.append(store.wait_for(after, PATIENCE_S)))
+
+
+def test_every_commit_is_heard(pair, only_notified):
+    one, two = pair
+    answers = []
+    for seq in range(60):
+        with waits(two, seq, answers):
+            time.sleep(seq % 6 * 0.0004)
+            one.apply([make_put()])
+    assert answers == [True] * 60
+
+
+def test_what_is_heard_in_the_middle_of_a_statement(pair, only_notified, monkeypatch):
+    """The notification comes with the answer of a statement that saw the head before it."""
+    one, two = pair
+    look = watches.ListeningWatcher._look
+    looks = []
+
+    def slowly(watch):
+        head = look(watch)
+        looks.append(head)
+        if len(looks) == 1:
+            one.apply([make_put()])
+            watch._session.row("SELECT pg_sleep(0.1)")
+        return head
+
+    monkeypatch.setattr(watches.ListeningWatcher, "_look", slowly)
+    assert two.wait_for(0, PATIENCE_S)
+    assert looks == [0, 1]
+
+
+def test_the_first_look_while_somebody_commits(pair, only_notified, postgres_url):
+    """A transaction that began before anybody listened says nothing, and is seen all the same."""
+    one, two = pair
+    begun, go_on = threading.Event(), threading.Event()
+    claim = one._database.claim
+
+    def slow_claim(*arguments):
+        claimed = claim(*arguments)
+        begun.set()
+        assert go_on.wait(PATIENCE_S)
+        return claimed
+
+    one._database.claim = slow_claim
+    answers = []
+    with meanwhile(lambda: one.apply([make_put()])):
+        assert begun.wait(PATIENCE_S)
+        with waits(two, 0, answers):
+            time.sleep(0.1)
+            assert listeners(postgres_url) == 0
+            go_on.set()
+    assert answers == [True]
+
+
+def test_nobody_is_notified_when_nobody_listens(pair, postgres_url):
+    one, two = pair
+    channel = one._database.sql.channel_of(one._head().ledger_id)
+    with psycopg.connect(postgres_url.replace("+psycopg", ""), autocommit=True) as raw:
+        raw.execute(f'LISTEN "{channel}"')
+        one.apply([make_put()])
+        assert list(raw.notifies(timeout=0.1)) == []
+        answers = []
+        with waits(two, 1, answers):
+            until(lambda: listeners(postgres_url) == 1)
+            one.apply([make_put()])
+        assert [note.payload for note in raw.notifies(timeout=5, stop_after=1)] == [""]
+
+
+def test_own_commits_are_not_asked_for_again(pair, only_notified, postgres_url):
+    one, _ = pair
+    looks = []
+    with pytest.raises(StoreClosedError), waits(one, 10**6, []):
+        until(lambda: listeners(postgres_url) == 1)
+        watch = one._feed._watch
+        look = watch._look
+        watch._look = lambda: looks.append(0) or look()
+        for _ in range(20):
+            one.apply([make_put()])
+        time.sleep(0.05)
+        one.close()
+    assert len(looks) <= 1
+
+
+def test_a_listening_connection_that_is_cut(pair, only_notified, postgres_url):
+    one, two = pair
+    answers = []
+    with waits(two, 0, answers):
+        until(lambda: listeners(postgres_url) == 1)
+        with psycopg.connect(postgres_url.replace("+psycopg", ""), autocommit=True) as raw:
+            raw.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
+                " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+            )
+        time.sleep(0.1)
+        assert answers == []
+        one.apply([make_put()])
+    assert answers == [True]
+
+
+def test_a_server_that_another_has_taken_over_from(pair, only_notified, postgres_url):
+    """Who listens to the old one, which may be there still, begins anew."""
+    one, two = pair
+    answers = []
+    with waits(two, 0, answers):
+        until(lambda: listeners(postgres_url) == 1)
+        old = two._feed._watch
+        two._database.renew()
+        old.wake()
+        until(lambda: two._feed._watch not in (None, old))
+        one.apply([make_put()])
+    assert answers == [True]
+    assert listeners(postgres_url) == 0
+
+
+def test_a_server_on_which_nobody_may_listen(pair, monkeypatch):
+    """As on a standby: the head is asked for, also while listening is tried again."""
+    one, two = pair
+    monkeypatch.setattr(feed, "RETRY_S", 0.1)
+    monkeypatch.setattr(
+        watches.ListeningWatcher, "_listen", lambda watch: watch._session.execute("LISTEN")
+    )
+    answers = []
+    for seq in range(3):
+        with waits(two, seq, answers):
+            time.sleep(0.15)
+            one.apply([make_put()])
+    assert answers == [True] * 3
+
+
+def test_a_writer_who_says_nothing(pair, monkeypatch):
+    """Behind some poolers, nothing is heard: found at the first safety look, and polled then."""
+    one, two = pair
+    silent = Statements(PostgreSQLDatabase.compiler).claim
+    monkeypatch.setattr(PostgreSQLDatabase.sql, "claim", silent)
+    answers = []
+    for seq in range(3):
+        with waits(two, seq, answers):
+            until(lambda seq=seq: two._feed and two._feed._watch and two._feed._watch._seen == seq)
+            one.apply([make_put()])
+        assert two._feed._watch._deaf
+        # From now on a safety look would come too late for anybody.
+        monkeypatch.setattr(watches, "SAFETY_S", 1000.0)
+    assert answers == [True] * 3
+
+
+def test_one_connection_for_all_who_wait_and_none_afterwards(pair, postgres_url, monkeypatch):
+    one, two = pair
+    two.wait_for(0, 0)
+    two._feed._idle_s = 0.2
+    answers = []
+    pool = two._database.engine.pool
+    with waits(two, 0, answers), waits(two, 0, answers), waits(two, 0, answers):
+        until(lambda: listeners(postgres_url) == 1)
+        until(lambda: two._feed and len(two._feed.waiters) == 3)
+        time.sleep(0.05)
+        assert pool.checkedout() == 1
+        one.apply([make_put()])
+    assert answers == [True] * 3
+    first = two._feed._watch
+    assert not two.wait_for(1, 0.05)
+    assert two._feed._watch is first, "who waits in slices need not begin anew"
+    until(lambda: pool.checkedout() == 0)
+    assert listeners(postgres_url) == 0
+    with psycopg.connect(postgres_url.replace("+psycopg", ""), autocommit=True) as raw:
+        told = raw.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%' AND state = 'idle'"
+        ).fetchone()
+    assert told == (0,)
+
+
+def test_a_pool_of_the_host(postgres_url):
+    """Who waits holds one connection of it, and only while he waits."""
+    engine = sa.create_engine(postgres_url, pool_size=2, max_overflow=0, pool_timeout=2)
+    with SQLStore(engine) as store:
+        answers = []
+        with waits(store, 0, answers), waits(store, 0, answers), waits(store, 0, answers):
+            until(lambda: listeners(postgres_url) == 1)
+            store.apply([make_put()])
+        assert answers == [True] * 3
+        until(lambda: engine.pool.checkedout() == 0)
+        assert listeners(postgres_url) == 0
+    engine.dispose()
+
+
+def test_an_idle_wait_asks_sqlite_for_its_version_only(sqlite_path, open_):
+    store = open_(f"sqlite:///{sqlite_path}")
+    spy = Spy(store)
+    assert not store.wait_for(0, 0.5)
+    asked = spy.matching("taskstore_head")
+    assert len(asked) <= 2, asked
+    assert 0 < len(spy.matching("data_version")) < 60
+
+
+def test_closing_while_somebody_waits_gives_everything_back(url, open_):
+    store = open_(url)
+    pool = store._database.engine.pool
+    with pytest.raises(StoreClosedError), waits(store, 0, []):
+        until(lambda: store._feed and store._feed._watch)
+        store.close()
+    until(lambda: pool.checkedout() == 0)
+
+
+def test_an_interrupt_leaves_nothing_behind(url, open_):
+    one, two = open_(url), open_(url)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(3):
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            with pytest.raises(KeyboardInterrupt):
+                two.wait_for(0, PATIENCE_S)
+            assert not two._feed.waiters
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    until(lambda: two._feed._thread is None)
+    assert two._feed._watch is None
+    assert two._database.engine.pool.checkedout() == 0
+    answers = []
+    with waits(two, 0, answers):
+        one.apply([make_put()])
+    assert answers == [True]
