@@ -24,8 +24,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from taskstore import Put, TaskRegistry, lifecycle
+from taskstore import Put, TaskRegistry
 from taskstore.aio import AsyncTaskRegistry
+from taskstore.model import lifecycle
 from taskstore.model.codec import encode_record
 from taskstore.testing.scratch import scratch
 

@@ -32,8 +32,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from taskstore import CompactionPolicy, Compactor, Put, Snapshot, compact, lifecycle, open_store
+from taskstore import CompactionPolicy, Compactor, Put, Snapshot, compact, open_store
 from taskstore.aio import AsyncTaskRegistry
+from taskstore.model import lifecycle
 from taskstore.model.ids import new_task_id
 
 COROUTINES = 64

@@ -229,15 +229,15 @@ class ChecksBookingsInItsOwnMemoryOnly(LogStore):
     """Knows of a run what it had seen when it was opened."""
 
     def apply(self, changes):
-        known = dict(self.storage.bookings)
+        known = dict(self.storage.by_dedup_key)
         right = self._check
 
         def check(steps):
-            bookings, self.storage.bookings = self.storage.bookings, known
+            bookings, self.storage.by_dedup_key = self.storage.by_dedup_key, known
             try:
                 right(steps)
             finally:
-                self.storage.bookings = bookings
+                self.storage.by_dedup_key = bookings
 
         self._check = check
         try:

@@ -126,23 +126,26 @@ class ForgetsWhatCameAndWentInOneBatch(Broken):
 
 class BooksTheSameRunTwiceFromTwoInstances(Broken):
     def _check(self, steps):
-        shared, self.storage.bookings = self.storage.bookings, vars(self).setdefault("mine", {})
+        shared, self.storage.by_dedup_key = (
+            self.storage.by_dedup_key,
+            vars(self).setdefault("mine", {}),
+        )
         super()._check(steps)
-        self.storage.bookings = shared
+        self.storage.by_dedup_key = shared
         self.mine.update({s.claims: s.task_id for s in steps if s.claims})
 
 
 class NeverFreesABooking(Broken):
     def _write(self, step):
-        bookings = dict(self.storage.bookings)
+        bookings = dict(self.storage.by_dedup_key)
         super()._write(step)
-        self.storage.bookings = bookings | self.storage.bookings
+        self.storage.by_dedup_key = bookings | self.storage.by_dedup_key
 
 
 class ComparesRunsWithoutTheirCase(Broken):
     def _check(self, steps):
         super()._check(steps)
-        runs = {run.lower() for run, _ in self.storage.bookings}
+        runs = {run.lower() for run, _ in self.storage.by_dedup_key}
         for step in steps:
             if step.claims and step.claims[0].lower() in runs:
                 raise ConflictError([], "booked")
@@ -207,9 +210,9 @@ class SavesOnTopOfWhatIsThere(Broken):
 
 class SavesWithoutTheBookings(Broken):
     def save_snapshot(self, snapshot):
-        bookings = self.storage.bookings
+        bookings = self.storage.by_dedup_key
         super().save_snapshot(snapshot)
-        self.storage.bookings = bookings
+        self.storage.by_dedup_key = bookings
 
 
 class SavesWithoutForgettingDeletions(Broken):

@@ -19,7 +19,7 @@ from taskstore.model.codec import (
     encode_snapshot,
     quarantine,
 )
-from taskstore.model.journal import QuarantinedRecord, Snapshot
+from taskstore.model.journal import Quarantined, Snapshot
 from taskstore.model.records import FORMAT_VERSION, NO_METADATA, TaskStatus
 from taskstore.testing import make_record
 
@@ -156,7 +156,7 @@ def test_damage_is_corrupt_and_nothing_else(raw):
     with pytest.raises(CorruptStoreError):
         decode_record(raw)
     aside = decode_or_quarantine(raw, "row 5")
-    assert isinstance(aside, QuarantinedRecord)
+    assert isinstance(aside, Quarantined)
     assert (aside.raw, aside.where) == (raw, "row 5")
     assert aside.reason
 
@@ -177,7 +177,7 @@ def test_checksum_is_crc_32():
 
 def snapshot() -> Snapshot:
     records = [make_record(task_id=f"t{n}", metadata={"n": n}) for n in range(3)]
-    aside = QuarantinedRecord(b"\x00\xff", "row 1", "damaged", "t9", 4)
+    aside = Quarantined(b"\x00\xff", "row 1", "damaged", "t9", 4)
     return Snapshot(7, {r.task_id: r for r in records}, 99, (aside,))
 
 

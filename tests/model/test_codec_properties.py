@@ -17,7 +17,7 @@ from taskstore.model.codec import (
     encode_record,
     encode_snapshot,
 )
-from taskstore.model.journal import QuarantinedRecord, Snapshot
+from taskstore.model.journal import Quarantined, Snapshot
 from taskstore.model.records import TaskRecord
 from taskstore.model.validation import validated
 from taskstore.testing.strategies import metadata, records
@@ -56,14 +56,14 @@ def test_a_damaged_payload_is_corrupt_or_a_record(record, data):
     try:
         decoded = decode_record(damaged)
     except CorruptStoreError:
-        assert isinstance(decode_or_quarantine(damaged, "here"), QuarantinedRecord)
+        assert isinstance(decode_or_quarantine(damaged, "here"), Quarantined)
     else:
         assert isinstance(decoded, TaskRecord)
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_corrupt_or_a_record(raw):
-    assert isinstance(decode_or_quarantine(raw, "here"), TaskRecord | QuarantinedRecord)
+    assert isinstance(decode_or_quarantine(raw, "here"), TaskRecord | Quarantined)
 
 
 JSON = st.recursive(
@@ -85,9 +85,9 @@ def test_any_value_in_any_field_is_corrupt_or_a_record(record, field, value, min
 
 @given(st.lists(records(), max_size=4), st.integers(0, 99), st.lists(st.binary(max_size=9)))
 def test_a_snapshot_survives(some, seq, raw):
-    aside = tuple(QuarantinedRecord(each, "here", "why") for each in raw)
-    by_run = {(r.run_id, r.booking): r for r in some if r.run_id and r.booking}
-    kept = [r for r in some if by_run.get((r.run_id, r.booking), r) is r]
+    aside = tuple(Quarantined(each, "here", "why") for each in raw)
+    by_run = {(r.run_id, r.run_digest): r for r in some if r.run_id and r.run_digest}
+    kept = [r for r in some if by_run.get((r.run_id, r.run_digest), r) is r]
     snapshot = Snapshot(seq, {record.task_id: record for record in kept}, seq, aside)
     assert decode_snapshot(encode_snapshot(snapshot)) == snapshot
 

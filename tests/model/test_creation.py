@@ -31,7 +31,7 @@ def test_a_new_system_task():
     assert (record.revision, record.status, record.scope_kind) == (1, S.QUEUED, ScopeKind.SYSTEM)
     assert record.delivery_status is DeliveryStatus.NOT_APPLICABLE
     assert (record.created_at, record.last_event_at, record.started_at) == (NOW, NOW, None)
-    assert record.booking is None
+    assert record.run_digest is None
 
 
 @pytest.mark.parametrize("owner", ["owner_key", "requester_session_key"])
@@ -73,7 +73,7 @@ def test_a_task_is_not_born_ended(status):
         {"terminal_summary": "x"},
         {"terminal_outcome": "blocked"},
         {"revision": 2},
-        {"booking": "x"},
+        {"run_digest": "x"},
         {"metadata_json": b"{}"},
         {"unknown_json": b"{}"},
         {"last_notified_event_at": 1},
@@ -106,10 +106,10 @@ SCOPE = {
 
 def test_the_booking_is_the_scope():
     record = new(**SCOPE)
-    assert record.booking == lifecycle.run_digest(record)
-    assert len(record.booking) == 32
+    assert record.run_digest == lifecycle.run_digest(record)
+    assert len(record.run_digest) == 32
     same = new(**SCOPE, task_id="other", source_id="x", agent_id="a", metadata={"a": 1})
-    assert same.booking == record.booking
+    assert same.run_digest == record.run_digest
 
 
 @pytest.mark.parametrize(
@@ -119,13 +119,13 @@ def test_the_booking_is_the_scope():
     + [{"runtime": "cron"}, {"task": "do it!"}, {"scope_kind": "system"}, {"label": ""}],
 )
 def test_another_scope_is_another_booking(changed):
-    assert new(**{**SCOPE, **changed}).booking != new(**SCOPE).booking
+    assert new(**{**SCOPE, **changed}).run_digest != new(**SCOPE).run_digest
 
 
 def test_scopes_cannot_be_shifted_into_each_other():
     one = new(run_id="r", child_session_key="a", parent_flow_id="b")
     two = new(run_id="r", child_session_key="ab", parent_flow_id="")
-    assert one.booking != two.booking
+    assert one.run_digest != two.run_digest
 
 
 # -- attach -----------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_attach_fills_what_was_missing():
     assert filled.requester_origin == DeliveryContext(to="Ann")
     assert filled.metadata == {"a": 1}
     assert filled.revision == existing.revision + 1
-    unchanged = {"task_id", "status", "created_at", "booking", "run_id", "task"}
+    unchanged = {"task_id", "status", "created_at", "run_digest", "run_id", "task"}
     assert {k: v for k, v in asdict(filled).items() if k in unchanged} == {
         k: v for k, v in asdict(existing).items() if k in unchanged
     }

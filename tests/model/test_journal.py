@@ -13,7 +13,7 @@ from taskstore.model.journal import (
     EntryKind,
     JournalEntry,
     Put,
-    QuarantinedRecord,
+    Quarantined,
     Remove,
     Snapshot,
     entries_of,
@@ -108,10 +108,10 @@ def test_a_run_booked_twice_in_a_batch():
 
 def test_only_creations_claim_a_booking():
     record = make_record(run_id="r")
-    assert plan([Put(record)])[0].claims == ("r", record.booking)
+    assert plan([Put(record)])[0].claims == ("r", record.run_digest)
     assert plan([next_of(record)])[0].claims is None
     assert plan([make_put()])[0].claims is None
-    assert plan([make_put(run_id="r", booking=None)])[0].claims is None
+    assert plan([make_put(run_id="r", run_digest=None)])[0].claims is None
     assert plan([Put(record), removal_of(record)])[0].claims is None
 
 
@@ -194,17 +194,15 @@ def test_fold_notices_a_gap(seqs):
 
 
 def test_fold_carries_what_was_set_aside():
-    aside = QuarantinedRecord(b"?", "here", "why", "a", 3)
-    nameless = QuarantinedRecord(b"??", "here", "why")
+    aside = Quarantined(b"?", "here", "why", "a", 3)
+    nameless = Quarantined(b"??", "here", "why")
     start = Snapshot(0, {}, 0, (aside, nameless))
     other = make_record(task_id="b")
     assert fold(start, [entry(1, other)]).quarantined == (aside, nameless)
     again = make_record(task_id="a", revision=4)
     assert fold(start, [entry(1, again)]).quarantined == (nameless,)
     assert fold(start, [deletion(1, replace(again, revision=3))]).quarantined == (nameless,)
-    lost = replace(
-        entry(1, other), record=None, quarantined=QuarantinedRecord(b"x", "w", "r", "b", 1)
-    )
+    lost = replace(entry(1, other), record=None, quarantined=Quarantined(b"x", "w", "r", "b", 1))
     assert fold(start, [lost]).quarantined[-1].raw == b"x"
     assert dict(fold(start, [lost]).records) == {}
 
@@ -214,9 +212,7 @@ def test_fold_carries_what_was_set_aside():
 
 def test_check_steps():
     one, booked = make_record(task_id="one", revision=3), make_record(task_id="two", run_id="r")
-    stored = Snapshot(
-        9, {"one": one, "two": booked}, 0, (QuarantinedRecord(b"?", "w", "r", "aside", 5),)
-    )
+    stored = Snapshot(9, {"one": one, "two": booked}, 0, (Quarantined(b"?", "w", "r", "aside", 5),))
     check_steps(plan([next_of(one), make_put(), removal_of(booked)]), stored)
     check_steps(plan([make_put(task_id="aside", revision=6)]), stored)
     check_steps(plan([removal_of(booked), make_put(run_id="r")]), stored)
@@ -252,10 +248,10 @@ STORED = {"a": 3, "aside": 0}
         (make_put(task_id="aside"), Conflict("aside", 0, 0)),
         (Remove("aside", 2), Conflict("aside", 1, 0)),
         (
-            make_put(task_id="new", run_id="r", booking="k"),
+            make_put(task_id="new", run_id="r", run_digest="k"),
             Conflict("new", 0, 0, existing_task_id="a"),
         ),
-        (make_put(task_id="new", run_id="r", booking="other"), None),
+        (make_put(task_id="new", run_id="r", run_digest="other"), None),
     ],
 )
 def test_conflicts_between_steps_and_what_is_stored(change, conflict):
@@ -264,13 +260,13 @@ def test_conflicts_between_steps_and_what_is_stored(change, conflict):
 
 
 def test_a_removed_task_gives_its_dedup_key_free():
-    steps = plan([make_put(task_id="new", run_id="r", booking="k"), Remove("a", 4)])
+    steps = plan([make_put(task_id="new", run_id="r", run_digest="k"), Remove("a", 4)])
     assert find_conflicts(steps, STORED, (), {("r", "k"): "a"}) == []
 
 
 def test_a_superseded_image_goes_with_its_task_only():
     one = make_record(task_id="a")
-    old = QuarantinedRecord(b"?", "here", "why", "a", 1, superseded=True)
+    old = Quarantined(b"?", "here", "why", "a", 1, superseded=True)
     base = Snapshot(1, {"a": one}, 0, (old,))
     assert fold(base, [entry(2, next_of(one).record)]).quarantined == (old,)
     assert fold(base, [deletion(2, one)]).quarantined == ()

@@ -27,7 +27,7 @@ def batch_of(steps, records, run):
         else:
             record = make_record(task_id=task_id, revision=max(revision, 1), label=f"{number}")
             if run and number % 3 == 0:
-                booking = {"run_id": run, "booking": "b" * 32}
+                booking = {"run_id": run, "run_digest": "b" * 32}
                 stored_run = stored.run_id if stored else run
                 if stored_run:
                     record = make_record(
@@ -39,7 +39,7 @@ def batch_of(steps, records, run):
                     revision=max(revision, 1),
                     label=f"{number}",
                     run_id=stored.run_id,
-                    booking=stored.booking,
+                    run_digest=stored.run_digest,
                 )
             changes.append(Put(record))
             records[task_id] = record

@@ -79,7 +79,7 @@ FACTS = {
     "progress_summary": texts(9),
     "metadata": metadata(),
 }
-del FACTS["booking"], FACTS["lease_token"]
+del FACTS["run_digest"], FACTS["lease_token"]
 BIRTH = {"task_id": anything, "runtime": anything, "task": anything, "status": anything}
 STRANGE = sorted({*TaskRecord.__struct_fields__, "metadata", "colour"} - set(BIRTH))
 

@@ -11,7 +11,7 @@ from msgspec import Raw
 
 from taskstore.errors import CorruptStoreError, ValidationError
 from taskstore.model.codec import decode_or_quarantine, decode_record, encode_record
-from taskstore.model.journal import QuarantinedRecord
+from taskstore.model.journal import Quarantined
 from taskstore.model.records import METADATA_DEPTH, PAYLOAD_DEPTH
 from taskstore.model.validation import nests_deeper, validated
 from taskstore.stores.jsonfile import lines
@@ -81,7 +81,7 @@ def test_unknown_members_may_be_stored_as_deep_as_they_are_read():
 def test_what_nests_deeper_is_set_aside(depth):
     payload = newer(depth)
     item = decode_or_quarantine(payload, "here")
-    assert isinstance(item, QuarantinedRecord)
+    assert isinstance(item, Quarantined)
     assert item.raw == payload
     assert keys_of(payload) is None
 

@@ -154,7 +154,7 @@ def test_text_becomes_plain():
 def test_keys():
     assert check_key("label", "") == ""
     assert check_key("label", "x" * KEY_BYTES)
-    for field in ("task_id", "runtime", "owner_key", "run_id", "booking"):
+    for field in ("task_id", "runtime", "owner_key", "run_id", "run_digest"):
         with pytest.raises(ValidationError, match=r"empty|token"):
             check_key(field, "")
 

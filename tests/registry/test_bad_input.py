@@ -57,7 +57,7 @@ BAD = [
     ("progress_summary", {"progress_summary": "x" * 4097}),
     ("ended_at", {"ended_at": 5}),
     ("revision", {"revision": 5}),
-    ("booking", {"booking": "mine"}),
+    ("run_digest", {"run_digest": "mine"}),
     ("colour", {"colour": "red"}),
 ]
 

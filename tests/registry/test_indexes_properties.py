@@ -19,7 +19,7 @@ from taskstore.testing import make_record
 FEW = st.sampled_from([None, "a", "b"])
 RECORDS = st.builds(
     # No two tasks hold one booking: the stores see to that.
-    lambda task_id, **fields: make_record(task_id=task_id, booking=task_id, **fields),
+    lambda task_id, **fields: make_record(task_id=task_id, run_digest=task_id, **fields),
     task_id=st.sampled_from(["1", "2", "3", "4", "5"]),
     created_at=st.integers(0, 3),
     status=st.sampled_from(["queued", "running", "failed"]),
@@ -90,7 +90,11 @@ def test_the_garbage_collector_has_nothing_to_look_at_for_each_task():
     """A full collection holds up every thread, the event loop's too."""
     records = {
         str(n): make_record(
-            task_id=str(n), run_id=f"r{n}", booking="b", child_session_key=f"s{n}", owner_key="me"
+            task_id=str(n),
+            run_id=f"r{n}",
+            run_digest="b",
+            child_session_key=f"s{n}",
+            owner_key="me",
         )
         for n in range(1000)
     }

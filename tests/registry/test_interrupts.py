@@ -188,9 +188,9 @@ def test_a_batch_in_memory_is_there_or_not(tmp_path):
     store, moment, where = MemoryStore(), 0, ""
     while where is not None:
         moment += 1
-        one, two = make_put(run_id=f"r{moment}", booking="b"), make_put()
+        one, two = make_put(run_id=f"r{moment}", run_digest="b"), make_put()
         before = store.apply([one]).last_seq
-        changes = [removal_of(one.record), make_put(run_id=f"r{moment}", booking="b"), two]
+        changes = [removal_of(one.record), make_put(run_id=f"r{moment}", run_digest="b"), two]
         where = struck(moment, lambda changes=changes: store.apply(changes))
         assert store.head() in (before, before + 3), where
         assert not store.verify().problems, where

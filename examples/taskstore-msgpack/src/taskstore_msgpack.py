@@ -5,10 +5,10 @@ from pathlib import Path
 
 import taskstore
 from msgspec import MsgspecError, msgpack
-from taskstore.model.codec import checksum, decode_or_quarantine, encode_record
-from taskstore.model.journal import QuarantinedRecord, Snapshot, validated_snapshot
+from taskstore.store import Quarantined, Snapshot, checksum, decode_or_quarantine, encode_record
+from taskstore.store import validated_snapshot as validated
 
-Ledger = tuple[int, int, list[bytes], tuple[QuarantinedRecord, ...]]  # seq, at, records, set aside
+Ledger = tuple[int, int, list[bytes], tuple[Quarantined, ...]]  # seq, at, records, quarantined
 
 
 class MsgpackStore(taskstore.TaskRegistryStore):
@@ -17,7 +17,7 @@ class MsgpackStore(taskstore.TaskRegistryStore):
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         super().__init__(read_only=read_only)
         self.path, self.new, self.location = path, Path(f"{path}.new"), str(path)
-        self.aside: tuple[QuarantinedRecord, ...] = ()
+        self.quarantined: tuple[Quarantined, ...] = ()
 
     def load_snapshot(self) -> Snapshot:
         self._check_open()
@@ -25,7 +25,7 @@ class MsgpackStore(taskstore.TaskRegistryStore):
             check, data = msgpack.decode(self.path.read_bytes(), type=tuple[int, bytes])
             if checksum(data) != check:
                 raise taskstore.CorruptStoreError(self.location, "the checksum does not match")
-            seq, at, payloads, aside = msgpack.decode(data, type=Ledger)
+            seq, at, payloads, old = msgpack.decode(data, type=Ledger)
         except FileNotFoundError:
             return Snapshot(0)
         except OSError as error:
@@ -33,19 +33,18 @@ class MsgpackStore(taskstore.TaskRegistryStore):
         except MsgspecError as error:
             raise taskstore.CorruptStoreError(self.location, f"is no ledger: {error}") from error
         found = [decode_or_quarantine(payload, self.location) for payload in payloads]
-        records = {item.task_id: item for item in found if not isinstance(item, QuarantinedRecord)}
-        self.aside = (*aside, *(item for item in found if isinstance(item, QuarantinedRecord)))
-        return Snapshot(seq, records, at, self.aside)
+        records = {item.task_id: item for item in found if not isinstance(item, Quarantined)}
+        self.quarantined = (*old, *(item for item in found if isinstance(item, Quarantined)))
+        return Snapshot(seq, records, at, self.quarantined)
 
     def save_snapshot(self, snapshot: Snapshot) -> None:
         self._check_writable()
-        snapshot, old = validated_snapshot(snapshot), self.load_snapshot()
+        snapshot, old = validated(snapshot), self.load_snapshot()
         if old.seq and snapshot.seq <= old.seq:
             raise taskstore.ConflictError([], f"seq {snapshot.seq} is not ahead of {old.seq}")
         records = [encode_record(record) for record in snapshot.records.values()]
-        data = msgpack.encode(
-            (snapshot.seq, max(snapshot.at, old.at), records, snapshot.quarantined)
-        )
+        at = max(snapshot.at, old.at)
+        data = msgpack.encode((snapshot.seq, at, records, snapshot.quarantined))
         trouble: type[taskstore.TaskStoreError] = taskstore.StoreUnavailableError
         try:
             self.new.touch(0o600)
@@ -58,7 +57,7 @@ class MsgpackStore(taskstore.TaskRegistryStore):
             raise trouble(f"cannot write {self.path}: {error}") from error
 
     def report(self) -> taskstore.StoreReport:
-        return taskstore.StoreReport(quarantined=self.aside)
+        return taskstore.StoreReport(quarantined=self.quarantined)
 
 
 def _sync(path: Path) -> None:

@@ -18,7 +18,7 @@ from taskstore import (
     TaskRegistry,
     open_store,
 )
-from taskstore.model.codec import checksum, encode_record
+from taskstore.store import checksum, encode_record
 from taskstore.testing import OpenStore, StoreContract, create, make_record, update
 
 import taskstore_msgpack

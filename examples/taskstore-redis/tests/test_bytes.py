@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import redis
 from taskstore import CompactionPolicy, Put, Remove, Snapshot, TaskQuery, ValidationError
-from taskstore.model.codec import encode_record
 from taskstore.model.records import MAX_INT
+from taskstore.store import encode_record
 from taskstore.testing import OpenStore, create, make_put, make_record, next_of, update
 
 from taskstore_redis import open_redis, writing
@@ -57,7 +57,7 @@ def test_odd_texts_in_every_key(make_store: OpenStore) -> None:
                 task_id=text,
                 owner_key=text,
                 run_id=text,
-                booking=text,
+                run_digest=text,
                 child_session_key=text,
                 requester_session_key=text + text,
                 parent_task_id=text,

@@ -12,7 +12,7 @@ from taskstore import (
     CompactionPolicy,
     ConflictError,
     CorruptStoreError,
-    QuarantinedRecord,
+    Quarantined,
     Remove,
     SchemaMismatchError,
     Snapshot,
@@ -87,12 +87,10 @@ def test_a_damaged_row_is_set_aside(make_store: OpenStore, door: Door, damage: s
 def test_writing_over_what_was_set_aside(make_store: OpenStore, *, removed: bool) -> None:
     """[12] It came with a saved snapshot; a change over its revision takes its place."""
     future = [
-        QuarantinedRecord(
-            f'{{"v":"9.{n}","task_id":"future"}}'.encode(), "afar", "format 9", "future", 3
-        )
+        Quarantined(f'{{"v":"9.{n}","task_id":"future"}}'.encode(), "afar", "format 9", "future", 3)
         for n in range(2)
     ]
-    other = QuarantinedRecord(b"\0\xff", "afar", "damaged")
+    other = Quarantined(b"\0\xff", "afar", "damaged")
     with make_store() as store:
         store.save_snapshot(Snapshot(1, {}, 0, (*future, other)))
         store.compact(CompactionPolicy(erase_deleted=True))
@@ -312,7 +310,7 @@ def test_what_was_set_aside_does_not_stop_a_registry(url: str, door: Door) -> No
     with TaskRegistry.open(url) as registry:
         assert [each.task for each in registry.list()] == ["good"]
         [aside] = registry.store.report().quarantined
-        assert isinstance(aside, QuarantinedRecord)
+        assert isinstance(aside, Quarantined)
         assert aside.raw == b"gibberish"
     with open_redis(url, read_only=True) as store:
         assert store.load_snapshot().quarantined

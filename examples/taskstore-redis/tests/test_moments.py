@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from taskstore import CompactionPolicy, Put, Remove, Snapshot, TaskQuery
-from taskstore.model.query import evaluate
+from taskstore.store import evaluate
 from taskstore.testing import Model, OpenStore, make_record, next_of
 
 from taskstore_redis import RedisStore

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from taskstore import TaskRegistry
-from taskstore.testing.crash.kills import kill_round
+from taskstore.testing.crash import kill_round
 
 from taskstore_redis import open_redis
 

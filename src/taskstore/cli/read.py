@@ -26,7 +26,7 @@ from taskstore.store.interface import TaskRegistryStore
 FOLLOW_S = 3600.0
 """How long one wait for changes lasts before the next one begins."""
 
-_NOT_IN_A_LOG = ("task_id", "revision", "booking", "last_event_at")
+_NOT_IN_A_LOG = ("task_id", "revision", "run_digest", "last_event_at")
 
 
 @contextmanager

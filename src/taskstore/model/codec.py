@@ -24,7 +24,7 @@ from msgspec import Meta, Raw, Struct
 from msgspec.structs import force_setattr, replace
 
 from taskstore.errors import CorruptStoreError
-from taskstore.model.journal import QuarantinedRecord, Snapshot, snapshot_of, validated_snapshot
+from taskstore.model.journal import Quarantined, Snapshot, snapshot_of, validated_snapshot
 from taskstore.model.records import FORMAT_VERSION, MAX_INT, NO_METADATA, PAYLOAD_DEPTH, TaskRecord
 from taskstore.model.validation import SAME_MAJOR, nests_deeper
 
@@ -127,7 +127,7 @@ def _decode_slowly(payload: bytes, where: str) -> TaskRecord:
         raise CorruptStoreError(where, f"does not decode: {error!r}") from error
 
 
-def decode_or_quarantine(payload: bytes, where: str) -> TaskRecord | QuarantinedRecord:
+def decode_or_quarantine(payload: bytes, where: str) -> TaskRecord | Quarantined:
     """The record of a payload, or the payload as bytes to keep and report."""
     try:
         return decode_record(payload, where)
@@ -135,7 +135,7 @@ def decode_or_quarantine(payload: bytes, where: str) -> TaskRecord | Quarantined
         return quarantine(payload, where, error.reason)
 
 
-def quarantine(payload: bytes, where: str, reason: str) -> QuarantinedRecord:
+def quarantine(payload: bytes, where: str, reason: str) -> Quarantined:
     """Wrap a payload that does not decode, with what can still be told of it."""
     task_id = revision = None
     try:
@@ -148,7 +148,7 @@ def quarantine(payload: bytes, where: str, reason: str) -> QuarantinedRecord:
             task_id = members["task_id"]
         if type(members.get("revision")) is int:
             revision = members["revision"]
-    return QuarantinedRecord(bytes(payload), where, reason, task_id, revision)
+    return Quarantined(bytes(payload), where, reason, task_id, revision)
 
 
 def encode_snapshot(snapshot: Snapshot) -> bytes:
@@ -173,7 +173,7 @@ def decode_snapshot(data: bytes, where: str = "snapshot") -> Snapshot:
 
 
 def write_snapshot(
-    header: SnapshotHeader, payloads: Iterable[bytes], aside: Iterable[QuarantinedRecord] = ()
+    header: SnapshotHeader, payloads: Iterable[bytes], aside: Iterable[Quarantined] = ()
 ) -> Iterator[bytes]:
     """Write a snapshot in blocks of bytes: a JSON document with one payload a line.
 
@@ -189,7 +189,7 @@ def write_snapshot(
 
 
 def _blocks(
-    head: bytes, payloads: Iterable[bytes], aside: Iterable[QuarantinedRecord]
+    head: bytes, payloads: Iterable[bytes], aside: Iterable[Quarantined]
 ) -> Iterator[bytes]:
     yield head[:-1] + b',"records":[\n'
     yield from _lines(payloads)
@@ -232,7 +232,7 @@ class SnapshotReader(Generic[_H]):
         self._where = where
         self._crc = 0
         self._offset = 0
-        self.aside: list[QuarantinedRecord] = []
+        self.aside: list[Quarantined] = []
         first = self._line()
         if not first.endswith(b',"records":[\n'):
             raise self._damaged("the header line is damaged")
@@ -243,7 +243,7 @@ class SnapshotReader(Generic[_H]):
 
     def __iter__(self) -> Iterator[bytes]:
         yield from self._until(b'],"set_aside":[\n')
-        self.aside = [self._json(line, QuarantinedRecord) for line in self._until(b"],\n")]
+        self.aside = [self._json(line, Quarantined) for line in self._until(b"],\n")]
         expected = b'"checksum":"%08x"}\n' % self._crc
         if self._line() != expected:
             raise self._damaged("the checksum does not match")

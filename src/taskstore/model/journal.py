@@ -95,16 +95,16 @@ class HasDedupKey(Protocol):
         """The id of the run, if it was created for one."""
 
     @property
-    def booking(self) -> str | None:
+    def run_digest(self) -> str | None:
         """The digest of the run scope."""
 
 
 def dedup_key(record: HasDedupKey | None) -> DedupKey | None:
-    """``(run_id, booking)``, which at most one task of a ledger has: it makes ``create``
+    """``(run_id, run_digest)``, which at most one task of a ledger has: it makes ``create``
     idempotent.  ``None`` for a task without a run, and for none."""
-    if record is None or record.run_id is None or record.booking is None:
+    if record is None or record.run_id is None or record.run_digest is None:
         return None
-    return (record.run_id, record.booking)
+    return (record.run_id, record.run_digest)
 
 
 class Position(Struct, frozen=True, gc=False):
@@ -165,7 +165,7 @@ class Commit(Struct, frozen=True, gc=False):
     commit_id: str = ""
 
 
-class QuarantinedRecord(Struct, frozen=True, gc=False):
+class Quarantined(Struct, frozen=True, gc=False):
     """A stored record that could not be decoded, kept as the bytes that it is.
 
     ``where`` says where it lies and ``reason`` why it does not decode
@@ -208,7 +208,7 @@ class JournalEntry(Struct, frozen=True, gc=False):
     revision: int
     record: TaskRecord | None
     commit_id: str = ""
-    quarantined: QuarantinedRecord | None = None
+    quarantined: Quarantined | None = None
 
     @property
     def cursor(self) -> str:
@@ -232,7 +232,7 @@ class Snapshot(Struct, frozen=True):
     seq: int
     records: Mapping[str, TaskRecord] = _EMPTY
     at: int = 0
-    quarantined: tuple[QuarantinedRecord, ...] = ()
+    quarantined: tuple[Quarantined, ...] = ()
 
     def __post_init__(self) -> None:
         if type(self.seq) is not int or not 0 <= self.seq <= MAX_INT:
@@ -246,10 +246,10 @@ class Snapshot(Struct, frozen=True):
         force_setattr(self, "records", MappingProxyType(copied))
 
 
-def snapshot_of(seq: int, at: int, items: Iterable[TaskRecord | QuarantinedRecord]) -> Snapshot:
+def snapshot_of(seq: int, at: int, items: Iterable[TaskRecord | Quarantined]) -> Snapshot:
     """The snapshot that holds these records, and what is set aside among them."""
     records: dict[str, TaskRecord] = {}
-    aside: list[QuarantinedRecord] = []
+    aside: list[Quarantined] = []
     for item in items:
         if isinstance(item, TaskRecord):
             records[item.task_id] = item
@@ -404,7 +404,7 @@ def fold(snapshot: Snapshot, entries: Iterable[JournalEntry]) -> Snapshot:
     return Snapshot(seq, MappingProxyType(records), at, tuple(aside))
 
 
-def quarantined_revisions(quarantined: Iterable[QuarantinedRecord]) -> dict[str, int]:
+def quarantined_revisions(quarantined: Iterable[Quarantined]) -> dict[str, int]:
     """The ids that are occupied by images which do not decode, with the revision of each
     (0 where it cannot be told)."""
     return {item.occupies: item.revision or 0 for item in quarantined if item.occupies is not None}

@@ -66,14 +66,14 @@ _BEGINNINGS = {str(status): status for status in TaskStatus if not status.is_ter
 _CHECKS = {
     name: CHECKS[name]
     for name in (
-        *(key for key in OPTIONAL_KEYS if key not in ("booking", "lease_token")),
+        *(key for key in OPTIONAL_KEYS if key not in ("run_digest", "lease_token")),
         *("created_at", "started_at", "last_event_at", "cleanup_after"),
         *("scope_kind", "delivery_status", "notify_policy", "requester_origin"),
     )
 } | {"progress_summary": check_summary}
 """What may be given when a task is created, and what it is checked with."""
 
-_FILLABLE = frozenset(OPTIONAL_KEYS) - {"run_id", "booking", "lease_token"} | {
+_FILLABLE = frozenset(OPTIONAL_KEYS) - {"run_id", "run_digest", "lease_token"} | {
     "requester_origin",
     "cleanup_after",
     "progress_summary",
@@ -129,7 +129,7 @@ def new_record(
         raise ValidationError("owner_key", "is required unless scope_kind is system")
     if record.run_id is not None:
         # It is nobody else's yet.
-        force_setattr(record, "booking", run_digest(record))
+        force_setattr(record, "run_digest", run_digest(record))
     return record
 
 

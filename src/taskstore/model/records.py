@@ -105,7 +105,7 @@ Time = Annotated[int, "time"]
 NO_METADATA = Raw(b"{}")
 
 DedupKey = tuple[str, str]
-"""``(run_id, booking)``: the run of a task and the digest of its run scope.  At most one task of
+"""``(run_id, run_digest)``: the run of a task and the digest of its run scope.  At most one task of
 a ledger has it, which makes ``create`` idempotent."""
 
 FORMAT_VERSION = "1.1"
@@ -148,7 +148,7 @@ class TaskRecord(
     agent_id: Key | None = None
     requester_agent_id: Key | None = None
     run_id: Key | None = None
-    booking: Key | None = None
+    run_digest: Key | None = msgspec.field(default=None, name="booking")
     delivery_status: DeliveryStatus = DeliveryStatus.NOT_APPLICABLE
     notify_policy: NotifyPolicy = NotifyPolicy.DONE_ONLY
     requester_origin: DeliveryContext | None = None
@@ -196,7 +196,7 @@ REQUIRED_KEYS = _fields_of(Key)
 OPTIONAL_KEYS = _fields_of(Key | None)
 OPTIONAL_TIMES = _fields_of(Time | None)
 NEVER_EMPTY = frozenset(
-    {"task_id", "runtime", "owner_key", "run_id", "booking", "lease_token", "fence"}
+    {"task_id", "runtime", "owner_key", "run_id", "run_digest", "lease_token", "fence"}
 )
 TEXT_LIMITS = {
     "task": TASK_BYTES,

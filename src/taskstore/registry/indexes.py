@@ -25,13 +25,13 @@ Key = tuple[int, str]
 _Groups = dict[object, str | list[Key]]
 """Of each value of a field, the id of its only task, or the keys of several in order."""
 
-INDEXED = ("status", "runtime", *sorted({*OPTIONAL_KEYS} - {"booking", "lease_token"}))
+INDEXED = ("status", "runtime", *sorted({*OPTIONAL_KEYS} - {"run_digest", "lease_token"}))
 """Fields by which records are found without reading others."""
 
 _indexed_of = attrgetter(*INDEXED)
-_fixed_of = attrgetter("created_at", "run_id", "booking", "runtime")
+_fixed_of = attrgetter("created_at", "run_id", "run_digest", "runtime")
 # What decides where a record stands, and little else: they are next to each other.
-_PLACES = sorted(map(TaskRecord.__struct_fields__.index, ("created_at", "booking", *INDEXED)))
+_PLACES = sorted(map(TaskRecord.__struct_fields__.index, ("created_at", "run_digest", *INDEXED)))
 _PLACE = slice(_PLACES[0], _PLACES[-1] + 1)
 _NO_RECORDS: Mapping[str, TaskRecord] = MappingProxyType({})
 
@@ -99,8 +99,8 @@ class Indexes:
         else:
             insort(self.keys, key)
         self._group(zip(self._groups.values(), _indexed_of(record), strict=True), key)
-        if record.booking is not None and record.run_id is not None:
-            self.by_dedup_key["\0".join((record.run_id, record.booking))] = record.task_id
+        if record.run_digest is not None and record.run_id is not None:
+            self.by_dedup_key["\0".join((record.run_id, record.run_digest))] = record.task_id
 
     def _discard(self, record: TaskRecord) -> None:
         key = record.sort_key
@@ -108,8 +108,8 @@ class Indexes:
         for groups, value in zip(self._groups.values(), _indexed_of(record), strict=True):
             if value is not None:
                 _ungroup(groups, value, key)
-        if record.booking is not None and record.run_id is not None:
-            held_as = "\0".join((record.run_id, record.booking))
+        if record.run_digest is not None and record.run_id is not None:
+            held_as = "\0".join((record.run_id, record.run_digest))
             if self.by_dedup_key.get(held_as) == record.task_id:
                 del self.by_dedup_key[held_as]
 

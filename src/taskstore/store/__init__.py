@@ -12,7 +12,7 @@ from taskstore.model.ids import Clock as Clock
 from taskstore.model.ids import new_commit_id as new_commit_id
 from taskstore.model.journal import ChangeSet as ChangeSet
 from taskstore.model.journal import Position as Position
-from taskstore.model.journal import QuarantinedRecord as QuarantinedRecord
+from taskstore.model.journal import Quarantined as Quarantined
 from taskstore.model.journal import Snapshot as Snapshot
 from taskstore.model.journal import Step as Step
 from taskstore.model.journal import plan as plan

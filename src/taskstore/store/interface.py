@@ -34,7 +34,7 @@ from taskstore.model.journal import (
     Commit,
     JournalEntry,
     Position,
-    QuarantinedRecord,
+    Quarantined,
     Snapshot,
     Step,
     dedup_key,
@@ -56,7 +56,7 @@ class StoreReport(Struct, frozen=True):
     affected SQLite library, a durability that the server decides.
     """
 
-    quarantined: tuple[QuarantinedRecord, ...] = ()
+    quarantined: tuple[Quarantined, ...] = ()
     notices: tuple[str, ...] = ()
 
 
@@ -130,7 +130,7 @@ class TaskRegistryStore(ABC):
         Each change gets the next seq, in order.  A change to revision r + 1
         applies over stored revision r; revision 1 over absence, when the
         journal holds no deletion of that id and nobody else holds the
-        record's (run_id, booking).  Otherwise
+        record's (run_id, run_digest).  Otherwise
         :class:`~taskstore.ConflictError` names every task in the way and
         nothing is written, not even a seq.  Durable when it returns [4].
         A batch is validated first: :class:`~taskstore.ValidationError`.

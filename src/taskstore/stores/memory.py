@@ -18,7 +18,7 @@ from taskstore.model.journal import (
     Commit,
     EntryKind,
     JournalEntry,
-    QuarantinedRecord,
+    Quarantined,
     Snapshot,
     Step,
     dedup_key,
@@ -50,7 +50,7 @@ class MemoryStorage:
         self.journal: list[JournalEntry] = []
         self.deleted: set[str] = set()
         self.snapshots: dict[int, Snapshot] = {}
-        self.quarantined: tuple[QuarantinedRecord, ...] = ()
+        self.quarantined: tuple[Quarantined, ...] = ()
 
     @property
     def floor(self) -> int:

@@ -41,8 +41,8 @@ def make_record(**fields: Any) -> TaskRecord:
             **fields,
         }
     )
-    if record.run_id is not None and "booking" not in fields:
-        record = replace(record, booking=run_digest(record))
+    if record.run_id is not None and "run_digest" not in fields:
+        record = replace(record, run_digest=run_digest(record))
     return record
 
 
@@ -117,7 +117,7 @@ class Model:
                 records[change.task_id] = change.record
             else:
                 gone.add(change.task_id)
-        booked = [(r.run_id, r.booking) for r in records.values() if r.run_id and r.booking]
+        booked = [(r.run_id, r.run_digest) for r in records.values() if r.run_id and r.run_digest]
         return len(booked) == len(set(booked))
 
     def commit(self, changes: list[Change]) -> None:

@@ -11,7 +11,7 @@ from taskstore.model.journal import (
     EntryKind,
     JournalEntry,
     Put,
-    QuarantinedRecord,
+    Quarantined,
     Remove,
     Snapshot,
     entries_of,
@@ -206,7 +206,7 @@ def test_a_later_snapshot_that_is_damaged():
 
 
 def aside(task_id: str | None, revision: int | None, raw: bytes = b"junk", **fields: bool):
-    return QuarantinedRecord(raw, "there", "no JSON", task_id, revision, **fields)
+    return Quarantined(raw, "there", "no JSON", task_id, revision, **fields)
 
 
 def test_what_was_set_aside_stands_as_its_bytes():

@@ -125,7 +125,7 @@ def test_what_was_superseded_is_set_aside_when_it_is_trimmed(superseded, open_):
             assert instance.load_snapshot().records["B"] == record
             assert instance.verify().ok, instance.verify()
             with pytest.raises(ConflictError):
-                instance.apply([make_put(run_id="run-1", booking=record.booking)])
+                instance.apply([make_put(run_id="run-1", run_digest=record.run_digest)])
         record = update(store, record, label=f"on {number}")
         update(open_(), record, label="and on")
         record = store.load_snapshot().records["B"]
@@ -211,7 +211,7 @@ def test_its_booking_still_holds(directory, open_):
         if loaded:
             store.load_snapshot()
         with pytest.raises(ConflictError) as caught:
-            store.apply([make_put(run_id="run-1", booking=bad.booking)])
+            store.apply([make_put(run_id="run-1", run_digest=bad.run_digest)])
         assert caught.value.conflicts[0].existing_task_id == bad.task_id
         store.compact(FOLD_AND_TRIM)
         store.close()
@@ -219,7 +219,7 @@ def test_its_booking_still_holds(directory, open_):
     store.save_snapshot(replace(store.load_snapshot(), seq=50))
     for instance in (store, open_()):
         with pytest.raises(ConflictError):
-            instance.apply([make_put(run_id="run-1", booking=bad.booking)])
+            instance.apply([make_put(run_id="run-1", run_digest=bad.run_digest)])
 
 
 def test_a_newer_minor_version_keeps_its_members_through_a_compaction(directory, open_):
@@ -232,7 +232,7 @@ def test_a_newer_minor_version_keeps_its_members_through_a_compaction(directory,
     assert b'"colour":"red"' in snapshots(directory)[0].read_bytes()
     (record,) = open_().load_snapshot().records.values()
     with pytest.raises(ConflictError):
-        store.apply([make_put(run_id="run-1", booking=task.booking)])
+        store.apply([make_put(run_id="run-1", run_digest=task.run_digest)])
     update(store, record, label="x")
     store.compact(FOLD_AND_TRIM)
     assert b'"colour":"red"' in snapshots(directory)[0].read_bytes()

@@ -66,10 +66,10 @@ def test_a_run_that_another_writer_booked_is_taken(open_):
     one, two = open_(), open_()
     holder = create(one, run_id="run-1")
     with pytest.raises(ConflictError) as caught:
-        two.apply([make_put(run_id="run-1", booking=holder.booking)])
+        two.apply([make_put(run_id="run-1", run_digest=holder.run_digest)])
     assert caught.value.conflicts[0].existing_task_id == holder.task_id
     delete(one, holder)
-    two.apply([make_put(run_id="run-1", booking=holder.booking)])
+    two.apply([make_put(run_id="run-1", run_digest=holder.run_digest)])
 
 
 def test_a_writer_follows_when_another_one_compacts(directory, open_):
@@ -339,7 +339,7 @@ def test_bookings_and_revisions_are_known_again_after_reopening(open_):
     for _ in range(2):
         for instance in (store, open_()):
             with pytest.raises(ConflictError):
-                instance.apply([make_put(run_id="run-1", booking=holder.booking)])
+                instance.apply([make_put(run_id="run-1", run_digest=holder.run_digest)])
             task = update(instance, task)
         store.compact(FOLD)
 

@@ -79,11 +79,11 @@ def test_the_server_orders_and_tells_keys_apart_as_python_does(raw):
 
 
 def test_bookings_that_look_alike_are_not(store):
-    create(store, run_id="run", booking="b")
+    create(store, run_id="run", run_digest="b")
     for run_id, booking in (("run ", "b"), ("RUN", "b"), ("run", "b "), ("run", "B")):
-        create(store, run_id=run_id, booking=booking)
+        create(store, run_id=run_id, run_digest=booking)
     with pytest.raises(TaskStoreError, match="already booked"):
-        create(store, run_id="run", booking="b")
+        create(store, run_id="run", run_digest="b")
 
 
 def test_nothing_is_cut_off_in_silence(store):

@@ -22,7 +22,7 @@ done, lost = [], 0
 for turn in range(rounds):
     # Everybody books the same runs; one of them gets each.
     try:
-        store.apply([make_put(run_id=f"run-{turn}", booking="same", label=str(number))])
+        store.apply([make_put(run_id=f"run-{turn}", run_digest="same", label=str(number))])
         done.append(turn)
     except ConflictError as error:
         [conflict] = error.conflicts

@@ -328,7 +328,7 @@ def test_an_update_brings_every_projection_along(store):
         "requester_session_key": "r",
         "child_session_key": "c",
         "run_id": "run",
-        "booking": "b",
+        "run_digest": "b",
         "parent_task_id": "p",
         "parent_flow_id": "f",
     }
@@ -341,10 +341,10 @@ def test_an_update_brings_every_projection_along(store):
 def test_a_booking_carried_onto_another_is_a_conflict(store):
     from taskstore.errors import ConflictError
 
-    holder = create(store, run_id="run", booking="b")
+    holder = create(store, run_id="run", run_digest="b")
     other = create(store)
     with pytest.raises(ConflictError) as caught:
-        update(store, other, run_id="run", booking="b")
+        update(store, other, run_id="run", run_digest="b")
     [conflict] = caught.value.conflicts
     assert (conflict.task_id, conflict.existing_task_id) == (other.task_id, holder.task_id)
     assert store.head() == 2

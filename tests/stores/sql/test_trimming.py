@@ -166,7 +166,7 @@ def test_the_last_image_of_a_task_is_not_trimmed(store, url, open_, task):
         status=task.status.value,
         runtime=task.runtime,
         run_id=task.run_id,
-        booking=task.booking,
+        booking=task.run_digest,
     )
     create(other)
     assert other.compact(ALL).floor == 9

@@ -25,8 +25,7 @@ from typing import Any
 
 from msgspec import Struct
 from taskstore import CompactionPolicy, CompactionReport, StoreBusyError, TaskStoreError
-from taskstore.model.ids import Clock
-from taskstore.model.policies import JournalStats, SnapshotInfo
+from taskstore.store import Clock, JournalStats, SnapshotInfo
 
 from taskstore_redis.layout import Mark, State, marks_of, raw_entry
 from taskstore_redis.reading import Reader

@@ -36,8 +36,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
-from taskstore import CorruptStoreError, EntryKind, JournalEntry, QuarantinedRecord, TaskRecord
-from taskstore.model.codec import checksum, decode_or_quarantine, quarantine
+from taskstore import CorruptStoreError, EntryKind, JournalEntry, Quarantined, TaskRecord
+from taskstore.store import checksum, decode_or_quarantine, quarantine
 
 FORMAT = b"1"
 """The layout of these keys; another one is refused."""
@@ -129,7 +129,7 @@ def facts_of(record: TaskRecord) -> bytes:
         (
             b"%d" % record.revision,
             created(record.created_at),
-            _fact(record.booking),
+            _fact(record.run_digest),
             *(_fact(getattr(record, field)) for field in INDEXED),
         )
     )
@@ -176,7 +176,7 @@ def damage_of(image: bytes) -> str | None:
 
 def record_of(
     image: bytes, where: str, task_id: str, revision: int | None
-) -> TaskRecord | QuarantinedRecord:
+) -> TaskRecord | Quarantined:
     """The record of an image, or its bytes when it is damaged.
 
     It is damaged too when it is of another task, or at another revision:
@@ -185,7 +185,7 @@ def record_of(
     payload, damage = image[CRC_DIGITS:], damage_of(image)
     if damage is None:
         found = decode_or_quarantine(payload, where)
-        if isinstance(found, QuarantinedRecord):
+        if isinstance(found, Quarantined):
             return replace(found, task_id=task_id, revision=revision)
         if found.task_id == task_id and revision in (None, found.revision):
             return found
@@ -237,7 +237,7 @@ def entry_of(raw: RawEntry, location: str) -> JournalEntry:
         where = f"{location}: journal, seq {raw.seq}"
         found = record_of(raw.image, where, raw.task_id, raw.revision)
         kind = EntryKind.UPSERTED
-        record, aside = (None, found) if isinstance(found, QuarantinedRecord) else (found, None)
+        record, aside = (None, found) if isinstance(found, Quarantined) else (found, None)
     else:
         raise CorruptStoreError(
             f"{location}: journal", f"an entry is of unknown kind {raw.kind!r}", offset=raw.seq

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from taskstore import Page, TaskQuery, TaskRecord
-from taskstore.model.query import SESSION_KEY, evaluate, page_of
+from taskstore.store import SESSION_KEY, evaluate, page_of
 
 from taskstore_redis.layout import ALL, INDEXED, Keys, created, place_of
 from taskstore_redis.link import Link
@@ -130,7 +130,7 @@ class Search:
 
 
 def run(reader: Reader, query: TaskQuery) -> Page:
-    """Answer a query as :func:`taskstore.model.query.evaluate` would over all records."""
+    """Answer a query as :func:`taskstore.store.evaluate` would over all records."""
     ids = query.where.get("task_id")
     if ids is not None and len(ids) <= MAX_IDS:
         return _by_id(reader, query, sorted(ids - {None}))

@@ -18,13 +18,13 @@ from taskstore import (
     CorruptStoreError,
     CursorExpiredError,
     JournalEntry,
-    QuarantinedRecord,
+    Quarantined,
     SchemaMismatchError,
     Snapshot,
     TaskRecord,
     fold,
 )
-from taskstore.model.codec import check_nesting
+from taskstore.store import check_nesting
 
 from taskstore_redis.layout import (
     ALL,
@@ -195,7 +195,7 @@ class Reader:
         ]
         return Scan(self.checked(reply[0]), reply[1], found)
 
-    def decoded(self, row: Row) -> TaskRecord | QuarantinedRecord | None:
+    def decoded(self, row: Row) -> TaskRecord | Quarantined | None:
         """What a row holds; ``None`` for a place whose row is gone."""
         if row.image is None:
             return None
@@ -249,12 +249,12 @@ class Reader:
             after = entries[-1].seq
             self.trail.saw(after, entries[-1].commit_id)
 
-    def _aside(self, value: bytes) -> QuarantinedRecord:
+    def _aside(self, value: bytes) -> Quarantined:
         try:
             check_nesting(value)
-            return msgspec.json.decode(value, type=QuarantinedRecord)
+            return msgspec.json.decode(value, type=Quarantined)
         except msgspec.DecodeError as error:
-            return QuarantinedRecord(value, f"{self.location}: aside", f"does not decode: {error}")
+            return Quarantined(value, f"{self.location}: aside", f"does not decode: {error}")
 
     # -- the journal ------------------------------------------------------------------
 
@@ -352,7 +352,7 @@ class Reader:
             raise CorruptStoreError(where, f"has {count} records, not {mark.records}")
         return Snapshot(mark.seq, records, mark.at, tuple(aside))
 
-    def snapshot_aside(self, mark: Mark) -> list[QuarantinedRecord]:
+    def snapshot_aside(self, mark: Mark) -> list[Quarantined]:
         """What a snapshot carries that came set aside."""
         lines = self.link.call("HGET", self.keys.snapshot(mark.token), "aside")
         return [self._aside(line) for line in sorted((lines or b"").split(b"\n")) if line]

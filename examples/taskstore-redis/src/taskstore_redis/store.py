@@ -12,7 +12,7 @@ from taskstore import (
     CompactionReport,
     JournalEntry,
     Page,
-    QuarantinedRecord,
+    Quarantined,
     Snapshot,
     StoreReport,
     TaskQuery,
@@ -67,7 +67,7 @@ class RedisStore(TaskRegistryStore):
             raise ValidationError("timeout_s", f"must be seconds above 0, not {timeout_s!r}")
         self.location = target.location
         self._link = Link(target, timeout_s)
-        self._quarantined: tuple[QuarantinedRecord, ...] = ()
+        self._quarantined: tuple[Quarantined, ...] = ()
         try:
             facts = read_facts(self._link)
             self._reader = Reader(self._link, Keys(target.namespace), self.location)

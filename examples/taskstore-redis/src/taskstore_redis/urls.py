@@ -7,7 +7,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from msgspec import Struct
 from taskstore import ValidationError
-from taskstore.store.opening import redacted
+from taskstore.store import redacted
 
 SHAPE = "redis://[user:password@]host[:port][/db][?namespace=NAME]"
 DEFAULT_NAMESPACE = "taskstore"

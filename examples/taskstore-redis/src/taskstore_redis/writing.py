@@ -29,10 +29,17 @@ from taskstore import (
     TaskStoreError,
     ValidationError,
 )
-from taskstore.model.codec import encode_record
-from taskstore.model.ids import Clock, new_commit_id
-from taskstore.model.journal import ChangeSet, Position, Step, plan, validated_snapshot
-from taskstore.store.interface import base_not_found
+from taskstore.store import (
+    ChangeSet,
+    Clock,
+    Position,
+    Step,
+    base_not_found,
+    encode_record,
+    new_commit_id,
+    plan,
+    validated_snapshot,
+)
 
 from taskstore_redis.layout import CONTENT, FORMAT, facts_of, image_of
 from taskstore_redis.link import AnswerLostError

@@ -22,7 +22,7 @@ from msgspec.structs import replace
 
 from taskstore.model import codec
 from taskstore.model.chunked import chunked_sort
-from taskstore.model.journal import EntryKind, QuarantinedRecord
+from taskstore.model.journal import EntryKind, Quarantined
 from taskstore.model.policies import JournalStats, SnapshotInfo
 from taskstore.stores.common.compaction import CompactionPoint, CompactionSteps, Retained
 from taskstore.stores.jsonfile.index import keys_of
@@ -49,7 +49,7 @@ class Compaction(CompactionSteps):
     """
 
     def __init__(self, writer: Writer, *, erase: bool) -> None:
-        self.superseded: list[QuarantinedRecord] = []
+        self.superseded: list[Quarantined] = []
         self._writer = writer
         self._erase = erase
         self._layout = writer.layout
@@ -125,15 +125,15 @@ class _Image(Struct, frozen=True, gc=False):
     length: int
 
 
-def _damage_of(entry: Entry, where: str) -> QuarantinedRecord | None:
+def _damage_of(entry: Entry, where: str) -> Quarantined | None:
     """What is set aside of an entry, if it does not decode or holds something else."""
     item = image(entry, where, strict=False)
-    if isinstance(item, QuarantinedRecord):
+    if isinstance(item, Quarantined):
         return item
     if (item.task_id, item.revision) == (entry.task_id, entry.revision):
         return None
     reason = "is the record of another change"
-    return QuarantinedRecord(bytes(entry.record), where, reason, entry.task_id, entry.revision)
+    return Quarantined(bytes(entry.record), where, reason, entry.task_id, entry.revision)
 
 
 class Merge:
@@ -150,12 +150,12 @@ class Merge:
         self.deleted: dict[str, int] = {}
         self._layout = layout
         self._floor = floor
-        self._ends: dict[str, _Image | QuarantinedRecord | None] = {}
+        self._ends: dict[str, _Image | Quarantined | None] = {}
         """By task what its last change in the journal left; ``None``: it was deleted."""
-        self._damaged: dict[str, QuarantinedRecord] = {}
+        self._damaged: dict[str, Quarantined] = {}
         """By task its last change, if that is below the floor and does not decode."""
-        self._superseded: dict[str, list[QuarantinedRecord]] = {}
-        self._unknown: list[QuarantinedRecord] = []
+        self._superseded: dict[str, list[Quarantined]] = {}
+        self._unknown: list[Quarantined] = []
         if layout.newest is not None:
             self.deleted.update(layout.newest.deleted)
         trims = floor > layout.floor
@@ -218,9 +218,9 @@ class Merge:
                     file = files[found.segment]
                     yield task_id, os.pread(file.fileno(), found.length, found.offset)
 
-    def aside(self) -> Iterator[QuarantinedRecord]:
+    def aside(self) -> Iterator[Quarantined]:
         """What is set aside, to be asked for after the payloads."""
-        found = (item for item in self._ends.values() if isinstance(item, QuarantinedRecord))
+        found = (item for item in self._ends.values() if isinstance(item, Quarantined))
         for item in (*self.superseded, *self._unknown, *found):
             self.count += 1
             yield item
@@ -241,7 +241,7 @@ class Merge:
             self._unknown += reader.aside
             self._unknown = [item for item in self._unknown if not self._is_obsolete(item)]
 
-    def _is_obsolete(self, item: QuarantinedRecord) -> bool:
+    def _is_obsolete(self, item: Quarantined) -> bool:
         task_id = item.task_id
         if task_id is None or task_id not in self._ends:
             return False

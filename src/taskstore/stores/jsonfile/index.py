@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Raw, Struct
 
 from taskstore.model import codec
-from taskstore.model.journal import EntryKind, QuarantinedRecord, Snapshot, Step, dedup_key
+from taskstore.model.journal import EntryKind, Quarantined, Snapshot, Step, dedup_key
 from taskstore.model.records import FORMAT_VERSION, DedupKey, TaskRecord
 from taskstore.stores.jsonfile.layout import JournalOffset, Layout, read_snapshot
 from taskstore.stores.jsonfile.lines import Entry, Line, image
@@ -26,7 +26,7 @@ class Keys(Struct, frozen=True, gc=False):
     task_id: str
     revision: int
     run_id: str | None = None
-    booking: str | None = None
+    run_digest: str | None = msgspec.field(default=None, name="booking")
 
 
 _decoder = msgspec.json.Decoder(Keys)
@@ -43,9 +43,9 @@ def keys_of(payload: bytes | Raw) -> Keys | None:
     if keys.v == FORMAT_VERSION:
         return keys
     item = codec.decode_or_quarantine(payload, "")
-    if isinstance(item, QuarantinedRecord):
+    if isinstance(item, Quarantined):
         return keys
-    return Keys(keys.v, item.task_id, item.revision, item.run_id, item.booking)
+    return Keys(keys.v, item.task_id, item.revision, item.run_id, item.run_digest)
 
 
 class Index:
@@ -131,7 +131,7 @@ def load(
     empty and learns the keys of everything on the way.
     """
     records: dict[str, TaskRecord] = {}
-    aside: list[QuarantinedRecord] = []
+    aside: list[Quarantined] = []
     if layout.newest is not None:
         newest = read_snapshot(layout, layout.newest.seq, strict=strict)
         records, aside = dict(newest.records), list(newest.quarantined)
@@ -146,7 +146,7 @@ def load(
             if index is not None and entry.kind is EntryKind.DELETED:
                 index.deleted[entry.task_id] = found.line.seq
 
-    def is_obsolete(item: QuarantinedRecord) -> bool:
+    def is_obsolete(item: Quarantined) -> bool:
         last = images.get(item.task_id or "")
         return last is not None and item.goes_with(last[0].task_id, last[0].kind)
 
@@ -156,7 +156,7 @@ def load(
             records.pop(task_id, None)
             continue
         item = image(entry, where, strict=strict)
-        if isinstance(item, QuarantinedRecord):
+        if isinstance(item, Quarantined):
             records.pop(task_id, None)
             aside.append(item)
         else:

@@ -15,7 +15,7 @@ from msgspec import Raw, Struct
 
 from taskstore.errors import CorruptStoreError
 from taskstore.model import codec
-from taskstore.model.journal import Change, Commit, EntryKind, JournalEntry, Put, QuarantinedRecord
+from taskstore.model.journal import Change, Commit, EntryKind, JournalEntry, Put, Quarantined
 from taskstore.model.records import PAYLOAD_DEPTH, TaskRecord
 
 JOURNAL_FORMAT = "taskstore-journal/1"
@@ -166,7 +166,7 @@ def journal_entry(line: Line, index: int, where: str, *, strict: bool) -> Journa
     record, aside = None, None
     if entry.kind is EntryKind.UPSERTED:
         item = image(entry, where, strict=strict)
-        if isinstance(item, QuarantinedRecord):
+        if isinstance(item, Quarantined):
             aside = item
         else:
             record = item
@@ -182,11 +182,11 @@ def journal_entry(line: Line, index: int, where: str, *, strict: bool) -> Journa
     )
 
 
-def image(entry: Entry, where: str, *, strict: bool) -> TaskRecord | QuarantinedRecord:
+def image(entry: Entry, where: str, *, strict: bool) -> TaskRecord | Quarantined:
     """The record of an entry, or its payload set aside; ``strict`` raises instead."""
     if strict:
         return codec.decode_record(bytes(entry.record), where)
     item = codec.decode_or_quarantine(bytes(entry.record), where)
-    if isinstance(item, QuarantinedRecord):
-        return QuarantinedRecord(item.raw, where, item.reason, entry.task_id, entry.revision)
+    if isinstance(item, Quarantined):
+        return Quarantined(item.raw, where, item.reason, entry.task_id, entry.revision)
     return item

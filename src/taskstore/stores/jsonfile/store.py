@@ -14,7 +14,7 @@ from taskstore.model.journal import (
     ChangeSet,
     Commit,
     JournalEntry,
-    QuarantinedRecord,
+    Quarantined,
     Snapshot,
     plan,
     validated_snapshot,
@@ -82,7 +82,7 @@ class JSONStore(TaskRegistryStore):
         self.strict = strict
         self._reader = Reader(self.directory, strict=strict)
         self._writer: Writer | None = None
-        self._quarantined: tuple[QuarantinedRecord, ...] = ()
+        self._quarantined: tuple[Quarantined, ...] = ()
         self._feed = ChangeFeed(self.head, self._watch, self.location)
         with translated(self.directory):
             if read_only:

@@ -228,9 +228,9 @@ def conflicts_of(steps: Sequence[Step], tx: Session) -> list[Conflict]:
     records = [step.record for step in steps if step.record is not None]
     holders: dict[DedupKey, str] = {}
     for keys in pieces([key for record in records if (key := dedup_key(record)) is not None]):
-        held = sa.select(tasks.c.run_id, tasks.c.booking, tasks.c.task_id).where(
+        held = sa.select(tasks.c.run_id, tasks.c.run_digest, tasks.c.task_id).where(
             tasks.c.run_id.in_([run_id for run_id, _ in keys]),
-            tasks.c.booking.in_([booking for _, booking in keys]),
+            tasks.c.run_digest.in_([run_digest for _, run_digest in keys]),
         )
         holders.update({(row[0], row[1]): row[2] for row in tx.ask(held)})
     return find_conflicts(steps, revisions, deleted, holders)

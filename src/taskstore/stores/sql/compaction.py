@@ -29,7 +29,7 @@ import sqlalchemy as sa
 from taskstore.errors import CorruptStoreError, StoreUnavailableError
 from taskstore.model.codec import checksum
 from taskstore.model.ids import Clock
-from taskstore.model.journal import QuarantinedRecord
+from taskstore.model.journal import Quarantined
 from taskstore.model.policies import CompactionPolicy, CompactionReport, JournalStats, SnapshotInfo
 from taskstore.stores.common import compaction
 from taskstore.stores.common.compaction import CompactionPoint, CompactionSteps, Retained
@@ -71,7 +71,7 @@ def compact(
     transactions: Transactions,
     policy: CompactionPolicy,
     clock: Clock,
-    on_kept: Callable[[QuarantinedRecord], object],
+    on_kept: Callable[[Quarantined], object],
 ) -> CompactionReport:
     """Compact when the policy says so; see ``SupportsCompaction.compact``.
 
@@ -89,7 +89,7 @@ class Steps(CompactionSteps):
     def __init__(
         self,
         transactions: Transactions,
-        on_kept: Callable[[QuarantinedRecord], object] = lambda _: None,
+        on_kept: Callable[[Quarantined], object] = lambda _: None,
     ) -> None:
         self._transactions = transactions
         self._location = transactions.database.location
@@ -266,7 +266,7 @@ class Findings(NamedTuple):
     """The seq below which they lie."""
     forgotten: Sequence[int]
     """The rows of ``task_set_aside`` that keep something of a task that they delete."""
-    kept: Sequence[QuarantinedRecord]
+    kept: Sequence[Quarantined]
     """What of them does not decode, and is kept nowhere else."""
     last_row: int
     """The highest id in ``task_set_aside``, before anything is added for them."""
@@ -284,7 +284,7 @@ def examine(session: Session, sql: Statements, step: int) -> Findings | None:
     end = min(floor, low + step)
     rows, last_row = _rows_by_task(session, sql)
     forgotten: list[int] = []
-    kept: list[QuarantinedRecord] = []
+    kept: list[Quarantined] = []
     seq = task_journal.c.seq
     for row in session.ask(sa.select(*ENTRY).where(seq >= low, seq < end).order_by(seq)):
         if row[2] == "deleted":
@@ -312,7 +312,7 @@ def trim_entries(tx: Session, database: Database, found: Findings) -> None:
     tx.change(sa.delete(task_journal).where(task_journal.c.seq < found.end))
 
 
-def _damage_of(row: Any) -> QuarantinedRecord | None:
+def _damage_of(row: Any) -> Quarantined | None:
     """What is to be kept of an entry; ``None`` when it is sound."""
     seq, _, _, task_id, revision, _, payload, _ = row
     try:
@@ -324,7 +324,7 @@ def _damage_of(row: Any) -> QuarantinedRecord | None:
             return None
         reason = found.reason
     where = f"task_journal, seq {seq}"
-    return QuarantinedRecord(as_bytes(payload), where, reason, task_id, revision, superseded=True)
+    return Quarantined(as_bytes(payload), where, reason, task_id, revision, superseded=True)
 
 
 def _is_gone_or_stored(session: Session, row: Any) -> bool:

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy import ColumnElement
 
 from taskstore.errors import CorruptStoreError
-from taskstore.model.journal import QuarantinedRecord
+from taskstore.model.journal import Quarantined
 from taskstore.model.query import SESSION_KEY, Cursor, Page, TaskQuery, page_of
 from taskstore.model.records import ACTIVE_STATUSES, TaskRecord
 from taskstore.stores.sql.dialects.base import Session
@@ -34,7 +34,7 @@ def _becomes_sql(field: str, wanted: frozenset[Any]) -> bool:
     return field in _COLUMNS and len(wanted) <= MOST_VALUES
 
 
-def answer(transactions: Transactions, query: TaskQuery, met: dict[str, QuarantinedRecord]) -> Page:
+def answer(transactions: Transactions, query: TaskQuery, met: dict[str, Quarantined]) -> Page:
     """Answer a query as ``taskstore.model.query.evaluate`` would over every record.
 
     Rows that do not decode are left out and noted in ``met`` by their id.
@@ -47,9 +47,7 @@ def answer(transactions: Transactions, query: TaskQuery, met: dict[str, Quaranti
     return transactions.read(lambda session: _pages(session, query, met), one_moment=True)
 
 
-def _one_select(
-    session: Session, query: TaskQuery, met: dict[str, QuarantinedRecord]
-) -> Page | None:
+def _one_select(session: Session, query: TaskQuery, met: dict[str, Quarantined]) -> Page | None:
     """One page by one statement; ``None`` when rows had to be left out of it."""
     assert query.limit is not None
     seq, rows = _fetch(session, query, query.cursor, query.limit + 1)
@@ -61,7 +59,7 @@ def _one_select(
     return page_of(iter(records), query, seq)
 
 
-def _pages(session: Session, query: TaskQuery, met: dict[str, QuarantinedRecord]) -> Page:
+def _pages(session: Session, query: TaskQuery, met: dict[str, Quarantined]) -> Page:
     """Walk from page to page until enough records are found, all of one moment."""
     seq, rows = _fetch(session, query, query.cursor, PAGE)
 
@@ -85,9 +83,9 @@ def _place(session: Session, row: TaskRow) -> Cursor:
     return (session.scalar(found), row.task_id)
 
 
-def _note(found: list[TaskRecord | QuarantinedRecord], met: dict[str, QuarantinedRecord]) -> None:
+def _note(found: list[TaskRecord | Quarantined], met: dict[str, Quarantined]) -> None:
     for item in found:
-        if isinstance(item, QuarantinedRecord) and item.task_id is not None:
+        if isinstance(item, Quarantined) and item.task_id is not None:
             met[item.task_id] = item
 
 

@@ -15,7 +15,7 @@ from taskstore.model.codec import (
     decode_record,
     quarantine,
 )
-from taskstore.model.journal import EntryKind, JournalEntry, QuarantinedRecord
+from taskstore.model.journal import EntryKind, JournalEntry, Quarantined
 from taskstore.model.records import TaskRecord
 from taskstore.model.validation import check_int, check_key
 
@@ -81,7 +81,7 @@ def damage_of(payload: bytes, stored: int | None) -> str | None:
     return None if found == stored else f"the checksum is {found}, stored with it is {stored}"
 
 
-def record_of(row: TaskRow) -> TaskRecord | QuarantinedRecord:
+def record_of(row: TaskRow) -> TaskRecord | Quarantined:
     """The record of a row of ``tasks``, or its bytes when it is damaged.
 
     A row is also damaged when its payload is of another task: two rows must
@@ -102,7 +102,7 @@ def record_of(row: TaskRow) -> TaskRecord | QuarantinedRecord:
         damage = "it was set aside in the snapshot that this ledger was made from"
     else:
         damage = damage_of(payload, row.checksum) or ""
-    return QuarantinedRecord(payload, where, damage, row.task_id, row.revision)
+    return Quarantined(payload, where, damage, row.task_id, row.revision)
 
 
 def entry_of(row: Sequence[Any], where: str) -> JournalEntry:
@@ -126,7 +126,7 @@ def entry_of(row: Sequence[Any], where: str) -> JournalEntry:
     if isinstance(found, TaskRecord):
         if (found.task_id, found.revision) == (task_id, revision):
             return JournalEntry(seq, at, EntryKind.UPSERTED, task_id, revision, found, commit_id)
-        found = QuarantinedRecord(payload, place, f"the payload is of task {found.task_id!r}")
+        found = Quarantined(payload, place, f"the payload is of task {found.task_id!r}")
     kept = msgspec.structs.replace(found, task_id=task_id, revision=revision)
     return JournalEntry(
         seq, at, EntryKind.UPSERTED, task_id, revision, None, commit_id, quarantined=kept
@@ -142,7 +142,7 @@ def as_bytes(value: object) -> bytes:
     return b"" if value is None else bytes(value)  # type: ignore[call-overload]  # or it raises
 
 
-def quarantined_row(item: QuarantinedRecord) -> tuple[Any, ...] | None:
+def quarantined_row(item: Quarantined) -> tuple[Any, ...] | None:
     """The row of ``tasks`` that stands for something set aside, so that nobody takes
     its id; ``None`` when it has no id that could be one."""
     try:
@@ -168,6 +168,6 @@ def line_of(row: TaskRow) -> bytes:
     return quarantined_line(found)
 
 
-def quarantined_line(item: QuarantinedRecord) -> bytes:
+def quarantined_line(item: Quarantined) -> bytes:
     """The line by which a snapshot carries something that does not decode."""
     return ASIDE + msgspec.json.encode(item)

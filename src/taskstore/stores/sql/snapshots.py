@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from taskstore.errors import ConflictError, CorruptStoreError
 from taskstore.model.codec import check_nesting, checksum, decode_or_quarantine, encode_record
-from taskstore.model.journal import QuarantinedRecord, Snapshot, snapshot_of, validated_snapshot
+from taskstore.model.journal import Quarantined, Snapshot, snapshot_of, validated_snapshot
 from taskstore.model.records import TaskRecord
 from taskstore.stores.sql.commits import insert_row, too_new
 from taskstore.stores.sql.dialects import Database
@@ -68,20 +68,20 @@ def _task_pages(session: Session, sql: Statements) -> Iterator[Iterable[TaskRow]
         after = rows[-1][0]
 
 
-def quarantined_rows(session: Session, sql: Statements) -> Iterator[tuple[int, QuarantinedRecord]]:
+def quarantined_rows(session: Session, sql: Statements) -> Iterator[tuple[int, Quarantined]]:
     """The rows of ``task_set_aside``: their ids, and what they hold."""
     for number, payload, stored in session.rows(sql.read_quarantined):
         where = f"task_set_aside, row {number}"
         damage = damage_of(payload, stored)
         try:
             check_nesting(payload)
-            item = msgspec.json.decode(payload, type=QuarantinedRecord)
+            item = msgspec.json.decode(payload, type=Quarantined)
         except msgspec.DecodeError as error:
             damage = damage or str(error)
-        yield number, item if damage is None else QuarantinedRecord(payload, where, damage)
+        yield number, item if damage is None else Quarantined(payload, where, damage)
 
 
-def read_quarantined(session: Session, sql: Statements) -> list[QuarantinedRecord]:
+def read_quarantined(session: Session, sql: Statements) -> list[Quarantined]:
     """What came in with a saved snapshot and did not decode."""
     return [item for _, item in quarantined_rows(session, sql)]
 
@@ -133,7 +133,7 @@ def read_published(session: Session, sql: Statements, mark: SnapshotRow, locatio
 
 def _read_chunks(
     session: Session, sql: Statements, mark: SnapshotRow, location: str
-) -> Iterator[TaskRecord | QuarantinedRecord]:
+) -> Iterator[TaskRecord | Quarantined]:
     total = 0
     for number in range(mark.chunks):
         where = f"{location}: task_snapshot_chunks, seq {mark.seq}, chunk {number}"
@@ -225,13 +225,13 @@ def insert(session: Session, database: Database, table: sa.Table, rows: list[Any
 # -- chunks ----------------------------------------------------------------
 
 
-def read_lines(data: bytes, where: str) -> Iterator[TaskRecord | QuarantinedRecord]:
+def read_lines(data: bytes, where: str) -> Iterator[TaskRecord | Quarantined]:
     """What the lines of a chunk hold."""
     for line in data.split(b"\n"):
         if line[:1] == ASIDE:
             try:
                 check_nesting(line)
-                yield msgspec.json.decode(line[1:], type=QuarantinedRecord)
+                yield msgspec.json.decode(line[1:], type=Quarantined)
             except msgspec.DecodeError as error:
                 raise CorruptStoreError(where, f"a line does not decode: {error}") from error
         elif line:

@@ -100,7 +100,7 @@ class Statements:
 
     def _rows(self, columns: Sequence[sa.Column[Any]], count: int) -> FromClause:
         """``count`` rows of parameters as a table ``new``."""
-        names = [sa.column(col.name, col.type) for col in columns]
+        names = [sa.column(col.key, col.type) for col in columns]
         data = [tuple(parameters(columns, row).values()) for row in range(count)]
         return sa.values(*names, name="new").data(data).cte("new")
 
@@ -115,7 +115,7 @@ class Statements:
         same = tasks.alias("same")
         booked = tasks.alias("booked")
         statement = sa.insert(tasks).from_select(
-            [col.name for col in tasks.columns],
+            [col.key for col in tasks.columns],
             sa.select(new)
             .where(
                 ~sa.exists().where(
@@ -127,7 +127,7 @@ class Statements:
             .where(~sa.exists().where(same.c.task_id == new.c.task_id))
             .where(
                 ~sa.exists().where(
-                    booked.c.run_id == new.c.run_id, booked.c.booking == new.c.booking
+                    booked.c.run_id == new.c.run_id, booked.c.run_digest == new.c.run_digest
                 )
             ),
         )
@@ -302,9 +302,9 @@ def _update_columns() -> list[sa.Column[Any]]:
 
 def parameters(columns: Any, row: int) -> dict[str, ColumnElement[Any]]:
     """The parameters of one row, by their columns' names."""
-    return {col.name: bindparam(f"{col.name}_{row}", type_=col.type) for col in columns}
+    return {col.key: bindparam(f"{col.key}_{row}", type_=col.type) for col in columns}
 
 
 def _order(columns: Any, count: int) -> list[str]:
     """The names of the parameters of ``count`` rows."""
-    return [f"{col.name}_{row}" for row in range(count) for col in columns]
+    return [f"{col.key}_{row}" for row in range(count) for col in columns]

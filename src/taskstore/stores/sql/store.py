@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from taskstore.errors import CorruptStoreError, CursorExpiredError, ValidationError
-from taskstore.model.journal import Change, Commit, JournalEntry, QuarantinedRecord, Snapshot
+from taskstore.model.journal import Change, Commit, JournalEntry, Quarantined, Snapshot
 from taskstore.model.policies import CompactionPolicy, CompactionReport
 from taskstore.model.query import Page, TaskQuery
 from taskstore.model.records import MAX_INT, TaskRecord
@@ -82,9 +82,9 @@ class SQLStore(TaskRegistryStore):
         self._database = database
         pool = ConnectionPool(database)
         self._transactions = Transactions(pool, reconnect_s)
-        self._aside: tuple[QuarantinedRecord, ...] = ()
-        self._met: dict[str, QuarantinedRecord] = {}
-        self._kept: list[QuarantinedRecord] = []
+        self._aside: tuple[Quarantined, ...] = ()
+        self._met: dict[str, Quarantined] = {}
+        self._kept: list[Quarantined] = []
         self._pool = pool
         # Made by the first call that waits.
         self._feed: ChangeFeed | None = None
@@ -312,11 +312,11 @@ class _Tables:
         records: dict[str, TaskRecord] = {}
         aside = read_quarantined(self._session, self._sql)
         damaged = [item for item in aside if item.where.startswith("task_set_aside")]
-        names = [column.name for column in tasks.columns]
+        names = [column.key for column in tasks.columns]
         for row in self._pages(tasks, ""):
             columns = dict(zip(names, row, strict=True))
             found = record_of(TaskRow(*map(columns.__getitem__, TaskRow._fields)))
-            if isinstance(found, QuarantinedRecord):
+            if isinstance(found, Quarantined):
                 aside.append(found)
                 # What came in with a saved snapshot as it is, is as it should be.
                 if columns["checksum"] != QUARANTINED:

@@ -81,7 +81,7 @@ tasks = Table(
     Column("requester_session_key", _key()),
     Column("child_session_key", _key()),
     Column("run_id", _key()),
-    Column("booking", _key()),
+    Column("booking", _key(), key="run_digest"),
     Column("parent_task_id", _key()),
     Column("parent_flow_id", _key()),
     Column("payload", _blob(), nullable=False),
@@ -92,7 +92,7 @@ tasks = Table(
 projections for filters, and what changes at every event is in no full index
 (but on MariaDB, which has only these, for the status)."""
 
-PROJECTED = tuple(column.name for column in tasks.columns)[2:-2]
+PROJECTED = tuple(column.key for column in tasks.columns)[2:-2]
 """The columns of ``tasks`` that repeat a field of the payload under its name."""
 
 
@@ -114,7 +114,7 @@ Index(
     postgresql_where=text(ACTIVE),
 )
 Index("ix_tasks_status", tasks.c.status, tasks.c.created_at, tasks.c.task_id)
-Index("uq_tasks_booking", tasks.c.run_id, tasks.c.booking, unique=True, **_present("run_id"))
+Index("uq_tasks_booking", tasks.c.run_id, tasks.c.run_digest, unique=True, **_present("run_id"))
 Index("ix_tasks_child", tasks.c.child_session_key, **_present("child_session_key"))
 Index("ix_tasks_requester", tasks.c.requester_session_key, **_present("requester_session_key"))
 Index("ix_tasks_parent", tasks.c.parent_task_id, **_present("parent_task_id"))

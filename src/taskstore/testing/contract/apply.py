@@ -286,9 +286,9 @@ class ApplyContract(ContractBase):
 
     def test_another_scope_of_the_same_run(self, ledger: Ledger) -> None:
         """[3] It is the pair of run and booking that is unique, neither of them alone."""
-        one = create(ledger.store, run_id="run-1", booking="a" * 32)
-        two = create(ledger.store, run_id="run-1", booking="b" * 32)
-        three = create(ledger.store, run_id="run-2", booking="a" * 32)
+        one = create(ledger.store, run_id="run-1", run_digest="a" * 32)
+        two = create(ledger.store, run_id="run-1", run_digest="b" * 32)
+        three = create(ledger.store, run_id="run-2", run_digest="a" * 32)
         four, five = create(ledger.store), create(ledger.store)
         for store in ledger.twice():
             assert set(records_of(store)) == {r.task_id for r in (one, two, three, four, five)}
@@ -297,11 +297,11 @@ class ApplyContract(ContractBase):
         """[11] Bookings are compared byte by byte."""
         runs = ["run", "Run", "run ", " run", "rün", "ru\u0308n", "run\n"]
         for run_id in runs:
-            create(ledger.store, run_id=run_id, booking="b" * 32)
+            create(ledger.store, run_id=run_id, run_digest="b" * 32)
         for store in ledger.twice():
             assert {record.run_id for record in records_of(store).values()} == set(runs)
             with pytest.raises(ConflictError):
-                create(store, run_id="Run", booking="b" * 32)
+                create(store, run_id="Run", run_digest="b" * 32)
 
     def test_an_update_keeps_the_booking(self, ledger: Ledger) -> None:
         """[3] Changing the holder, to its end even, does not free its run."""

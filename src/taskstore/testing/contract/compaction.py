@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 
 from taskstore.errors import CursorExpiredError
-from taskstore.model.journal import QuarantinedRecord, Snapshot
+from taskstore.model.journal import Quarantined, Snapshot
 from taskstore.model.policies import CompactionPolicy, CompactionReport
 from taskstore.model.query import TaskQuery
 from taskstore.store.interface import (
@@ -339,9 +339,7 @@ class CompactionContract(ContractBase):
 
     def test_what_was_set_aside_is_carried(self, ledger: Ledger) -> None:
         """[12] Compaction carries what does not decode as bytes; it is never trimmed."""
-        aside = QuarantinedRecord(
-            b'{"v":"9.0","task_id":"future"}', "elsewhere", "format 9", "future", 3
-        )
+        aside = Quarantined(b'{"v":"9.0","task_id":"future"}', "elsewhere", "format 9", "future", 3)
         ledger.store.save_snapshot(Snapshot(1, {}, EPOCH_MS, (aside,)))
         for policy in (FOLD, TRIM, ERASE):
             create(ledger.store)

@@ -15,7 +15,7 @@ from taskstore.errors import (
     ValidationError,
 )
 from taskstore.model.codec import decode_record, encode_record
-from taskstore.model.journal import QuarantinedRecord, Snapshot
+from taskstore.model.journal import Quarantined, Snapshot
 from taskstore.model.policies import CompactionPolicy
 from taskstore.model.query import TaskQuery
 from taskstore.model.records import TaskRecord, TaskStatus
@@ -198,10 +198,8 @@ class CoreContract(ContractBase):
     def test_what_was_set_aside_travels(self, ledger: Ledger) -> None:
         """[12] What could not be decoded is kept as bytes, reported, and never dropped."""
         aside = (
-            QuarantinedRecord(
-                b'{"v":"9.0","task_id":"future"}', "elsewhere", "format 9", "future", 3
-            ),
-            QuarantinedRecord(b"\x00\xff not even JSON \xfe", "elsewhere", "damaged"),
+            Quarantined(b'{"v":"9.0","task_id":"future"}', "elsewhere", "format 9", "future", 3),
+            Quarantined(b"\x00\xff not even JSON \xfe", "elsewhere", "damaged"),
         )
         record = make_record()
         ledger.store.save_snapshot(Snapshot(1, {record.task_id: record}, EPOCH_MS, aside))

@@ -113,7 +113,7 @@ class StoreMachine(RuleBasedStateMachine):
         stored = self.model.records.get(task_id)
         if stored is not None:
             return next_of(stored, **facts)
-        return Put(make_record(task_id=task_id, run_id=run, booking=run and "b" * 32, **facts))
+        return Put(make_record(task_id=task_id, run_id=run, run_digest=run and "b" * 32, **facts))
 
     @rule(task_id=_ids, run=_runs, facts=_facts)
     def put(self, task_id: str, run: str | None, facts: dict[str, Any]) -> None:
@@ -125,8 +125,8 @@ class StoreMachine(RuleBasedStateMachine):
         """Store a revision that may or may not follow."""
         stored = self.model.records.get(task_id)
         # A task keeps the run that it was created for, whatever else changes.
-        run, booking = (stored.run_id, stored.booking) if stored else (None, None)
-        record = make_record(task_id=task_id, revision=revision, run_id=run, booking=booking)
+        run, run_digest = (stored.run_id, stored.run_digest) if stored else (None, None)
+        record = make_record(task_id=task_id, revision=revision, run_id=run, run_digest=run_digest)
         self._apply(Put(record))
 
     @rule(task_id=_ids)

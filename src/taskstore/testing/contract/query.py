@@ -48,14 +48,14 @@ def varied(count: int) -> list[dict[str, Any]]:
     for n in range(count):
         row: dict[str, Any] = {"task_id": f"task-{(n * 7) % count:02}", "owner_key": f"o{n % 3}"}
         for place, field in enumerate(FILTERS):
-            if field in ("session_key", "task_id", "revision", "owner_key", "booking", "run_id"):
+            if field in ("session_key", "task_id", "revision", "owner_key", "run_digest", "run_id"):
                 continue
             choices = _CHOICES.get(field, _TIMES if field in OPTIONAL_TIMES else _TEXTS)
             row[field] = choices[(n * (place % 5 + 1) + place) % len(choices)]
         row["task"] = row["task"] or ""
         row["lease_token"] = row["lease_token"] or None
         row["run_id"] = (None, f"run-{n % 4}")[n % 2]
-        row["booking"] = f"{n:032}" if row["run_id"] else None
+        row["run_digest"] = f"{n:032}" if row["run_id"] else None
         rows.append(row)
     return rows
 

@@ -13,7 +13,7 @@ from sqlkit import Spy
 
 from taskstore import StoreClosedError
 from taskstore.stores.common import change_feed as feed
-from taskstore.stores.sql import SQLStore, watches
+from taskstore.stores.sql import SQLStore, watchers
 from taskstore.stores.sql.dialects.postgresql import PostgreSQLDatabase
 from taskstore.stores.sql.statements import Statements
 from taskstore.testing import make_put
@@ -25,7 +25,7 @@ PATIENCE_S = 20
 @pytest.fixture
 def only_notified(monkeypatch):
     """Nothing but a notification wakes: what is missed is missed for good."""
-    monkeypatch.setattr(watches, "SAFETY_S", 1000.0)
+    monkeypatch.setattr(watchers, "SAFETY_S", 1000.0)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_every_commit_is_heard(pair, only_notified):
 def test_what_is_heard_in_the_middle_of_a_statement(pair, only_notified, monkeypatch):
     """The notification comes with the answer of a statement that saw the head before it."""
     one, two = pair
-    look = watches.ListeningWatcher._look
+    look = watchers.ListeningWatcher._look
     looks = []
 
     def slowly(watch):
@@ -71,7 +71,7 @@ def test_what_is_heard_in_the_middle_of_a_statement(pair, only_notified, monkeyp
             watch._session.row("SELECT pg_sleep(0.1)")
         return head
 
-    monkeypatch.setattr(watches.ListeningWatcher, "_look", slowly)
+    monkeypatch.setattr(watchers.ListeningWatcher, "_look", slowly)
     assert two.wait_for(0, PATIENCE_S)
     assert looks == [0, 1]
 
@@ -164,7 +164,7 @@ def test_a_server_on_which_nobody_may_listen(pair, monkeypatch):
     one, two = pair
     monkeypatch.setattr(feed, "RETRY_S", 0.1)
     monkeypatch.setattr(
-        watches.ListeningWatcher, "_listen", lambda watch: watch._session.execute("LISTEN")
+        watchers.ListeningWatcher, "_listen", lambda watch: watch._session.execute("LISTEN")
     )
     answers = []
     for seq in range(3):
@@ -186,7 +186,7 @@ def test_a_writer_who_says_nothing(pair, monkeypatch):
             one.apply([make_put()])
         assert two._feed._watch._deaf
         # From now on a safety look would come too late for anybody.
-        monkeypatch.setattr(watches, "SAFETY_S", 1000.0)
+        monkeypatch.setattr(watchers, "SAFETY_S", 1000.0)
     assert answers == [True] * 3
 
 
