@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from taskstore.testing.crash.hammer import Result, hammer
+from taskstore.testing.crash.hammer import Result, run_stress_test
 from taskstore.testing.servers import MariaDBServer, PostgresServer
 
 
@@ -37,15 +37,15 @@ def row(scheme: str, results: list[Result]) -> str:
     def over(values: list[float], form: str) -> str:
         return f"{statistics.median(values):{form}} ({max(values):{form}})"
 
-    lone = [result.lone_median for result in results]
-    medians = [statistics.median(result.together) for result in results]
+    lone = [result.single_median for result in results]
+    medians = [statistics.median(result.concurrent) for result in results]
     cells = [
         f"{scheme:<11}",
         f"{statistics.median(lone) * 1000:8.2f} ms",
         f"{statistics.median(m / one for m, one in zip(medians, lone, strict=True)):7.1f}",
         f"{over([result.ratio for result in results], '7.1f'):>18}",
         f"{over([result.longest * 1000 for result in results], '8.0f'):>20} ms",
-        f"{statistics.median(len(r.together) / r.spent_s for r in results):8.0f}/s",
+        f"{statistics.median(len(r.concurrent) / r.elapsed_s for r in results):8.0f}/s",
         "  adds up" if not any(result.problems for result in results) else "  DOES NOT ADD UP",
     ]
     return " ".join(cells)
@@ -67,7 +67,7 @@ def main() -> None:
     for scheme in options.scheme:
         with ledger(scheme, options.dir) as url:
             results = [
-                hammer(
+                run_stress_test(
                     url,
                     processes=options.processes,
                     tasks=options.tasks,

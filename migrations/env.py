@@ -1,8 +1,8 @@
-"""How Alembic runs our migrations: from the package, or by hand in a checkout.
+"""Alembic's environment: for the package, and for manual use in a checkout.
 
-The package hands over a connection with its transaction begun and the lock
-taken.  By hand, the URL is that of ``-x url=…``, of ``TASKSTORE_URL``, or of
-``sqlalchemy.url`` in ``alembic.ini``, in this order.
+The package passes a connection with an open transaction and the schema lock.
+In manual use, the URL is the first of ``-x url=…``, ``TASKSTORE_URL`` and
+``sqlalchemy.url`` in ``alembic.ini``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _url() -> str:
 def _run(dialect: str, **target: object) -> None:
     context.configure(
         **alembic_options(dialect),
-        # SQLite alters tables by copying them.
+        # In SQLite, ALTER TABLE often requires a copy of the table.
         render_as_batch=True,
         **target,  # type: ignore[arg-type]
     )

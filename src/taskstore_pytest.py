@@ -1,8 +1,8 @@
 """The pytest plugin of taskstore: options and markers for the contract suite.
 
-It is a module of its own, beside the package, because pytest imports it in
-every project where taskstore is installed: it imports nothing of taskstore
-until a contract suite is really run.
+The plugin is a module outside the package, because pytest imports it in every
+project where taskstore is installed.  It imports taskstore only when a contract
+suite runs.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--taskstore-url",
         metavar="URL",
-        help="the backend that taskstore.testing.suite runs against, in a namespace of its own",
+        help="the backend that taskstore.testing.suite tests, in a separate namespace",
     )
     group.addoption(
         "--taskstore-level",
         metavar="LEVEL",
         action="append",
-        help="run the clauses of this level only (may be given several times)",
+        help="run only the clauses of this level (may be repeated)",
     )
     group.addoption(
-        "--taskstore-report", metavar="FILE", help="write the verdict on each clause as JSON"
+        "--taskstore-report", metavar="FILE", help="write the outcome of each clause as JSON"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare the marker, and keep a report if one was asked for."""
+    """Declare the marker, and register the reporter if a report was requested."""
     config.addinivalue_line(
         "markers", f"{MARKER}(name): the level of the contract that a clause belongs to"
     )
@@ -46,33 +46,33 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark the clauses of contract suites with their level, and select those asked for."""
-    wanted = config.getoption("taskstore_level")
-    left_out = []
+    """Mark the clauses of contract suites with their level, and select the requested levels."""
+    requested = config.getoption("taskstore_level")
+    deselected = []
     for item in items:
         level = _level_of(item)
         if level is not None:
             item.add_marker(pytest.mark.taskstore_level(level))
-            if wanted and level not in wanted:
-                left_out.append(item)
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+            if requested and level not in requested:
+                deselected.append(item)
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in deselected]
 
 
 def _level_of(item: pytest.Item) -> str | None:
-    """The level that the class which defines a clause names."""
+    """The level of the class that defines a clause; ``None`` outside contract suites."""
     cls = getattr(item, "cls", None)
     if cls is None or not getattr(cls, "is_taskstore_contract", False):
         return None
     name = getattr(item, "originalname", item.name)
-    room = next((base for base in cls.__mro__ if name in vars(base)), cls)
-    level: str = room.level
+    defining_class = next((base for base in cls.__mro__ if name in vars(base)), cls)
+    level: str = defining_class.level
     return level
 
 
 class _Reporter:
-    """Notes what became of each clause, and writes it down at the end."""
+    """Collects the outcome of each clause, and writes the report at the end."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -85,10 +85,10 @@ class _Reporter:
         report = yield
         marker = item.get_closest_marker(MARKER)
         if marker is not None:
-            self._note(item, marker.args[0], report)
+            self._add_outcome(item, marker.args[0], report)
         return report
 
-    def _note(self, item: pytest.Item, level: str, report: pytest.TestReport) -> None:
+    def _add_outcome(self, item: pytest.Item, level: str, report: pytest.TestReport) -> None:
         clause = self._clauses.setdefault(
             item.nodeid,
             {

@@ -1,4 +1,4 @@
-"""What tests of several folders share: servers, a ledger on every backend, figures to show."""
+"""Shared fixtures: servers, a ledger on every backend, a clock, reports."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from taskstore.testing.servers import MARIADB_MISSING, MariaDBServer, PostgresSe
 
 OpenLedger = Callable[..., TaskRegistry]
 
-# Who is started in the background by a shell ignores Ctrl-C, and so does what he starts
-# in turn: but some of that is to be interrupted.
+# A process that a shell starts in the background ignores SIGINT, and so do its children.
+# Some tests interrupt their children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A slow machine is no failure.
+# A slow machine must not fail a test.
 hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresServer]:
-    """A real server, started at first use; it fails, and says what to install, without one."""
+    """A PostgreSQL server, started at first use; without one the tests fail."""
     server = PostgresServer()
     try:
         server.start()
@@ -47,10 +47,10 @@ def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def mariadb_server() -> Iterator[MariaDBServer]:
-    """A real server: the one that runs here, or one started at first use.
+    """A MariaDB server: the running one, or one started at first use.
 
-    There is none in a wheel.  A machine without one skips, saying what is
-    missing; where everything has to be tested, that is a failure.
+    No wheel contains MariaDB.  On a machine without it the tests skip and name
+    what is missing; in CI they fail.
     """
     server = MariaDBServer()
     try:
@@ -91,7 +91,7 @@ def ledger_url(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> 
 
 @pytest.fixture
 def open_ledger(ledger_url: str) -> Iterator[OpenLedger]:
-    """Open a registry on the test's ledger; each call is another one, as in another process."""
+    """Open a registry on the ledger of the test; each call opens another registry."""
     storage = MemoryStorage()
     opened: list[TaskRegistry] = []
 
@@ -115,7 +115,7 @@ def registry(open_ledger: OpenLedger) -> TaskRegistry:
 
 
 class Ticker:
-    """A clock that a test sets: Unix ms, ``step`` further at each look."""
+    """A clock for tests: Unix ms, ``step`` later at each call."""
 
     def __init__(self, now: int = 1_700_000_000_000) -> None:
         self.now = now
@@ -133,7 +133,7 @@ def ticker() -> Ticker:
 
 @pytest.fixture
 def threads_change_often() -> Iterator[None]:
-    """Let Python change threads a thousand times as often: a race comes up at once."""
+    """Make Python switch threads a thousand times as often, to provoke races."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -142,7 +142,7 @@ def threads_change_often() -> Iterator[None]:
 
 @pytest.fixture
 def report(record_property: Callable[[str, object], None]) -> Callable[[str, object], None]:
-    """Show something under a heading in the terminal summary, from whatever process."""
+    """Return a function that shows a text under a heading in the terminal summary."""
     return lambda heading, text: record_property(heading, str(text))
 
 

@@ -1,11 +1,9 @@
-"""A pytest plugin: every skip has to name an ability that a backend does not have.
+"""A pytest plugin that fails the run at any unexpected skip.
 
-``python -m pytest -p tests.unexpected_skips`` fails the run for any other
-reason, so that a suite that skipped its way to green is not green.  The
-contract suite skips like that by itself.  Tests on servers that no wheel brings
-skip, outside of CI, where the server is missing, and those on a full disk where
-nothing may be mounted (limits on the size of files stand in); nothing else may
-skip at all.
+Use it with ``python -m pytest -p tests.unexpected_skips``.  A contract clause may skip
+if the store lacks an ability or a guarantee.  Outside of CI, a test may skip if no
+MariaDB or Redis server is there.  A test of a full disk may skip if it cannot mount a
+file system; tests with file size limits cover the same errors.  No other test may skip.
 """
 
 import os
@@ -24,21 +22,21 @@ if not os.environ.get("CI"):
     ALLOWED = re.compile(f"{ALLOWED.pattern}|{missing_server}")
 
 
-class SkipPolice:
-    """Collects what was skipped for another reason than a missing ability."""
+class SkipCheck:
+    """Collects the skips with an unexpected reason."""
 
     def __init__(self) -> None:
         self.unexpected: list[str] = []
 
-    def note(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+    def check(self, report: pytest.TestReport | pytest.CollectReport) -> None:
         if report.skipped and not hasattr(report, "wasxfail"):
             where = report.nodeid
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
             if not ALLOWED.match(reason.removeprefix("Skipped: ")):
                 self.unexpected.append(f"{where}: {reason}")
 
-    pytest_runtest_logreport = note
-    pytest_collectreport = note
+    pytest_runtest_logreport = check
+    pytest_collectreport = check
 
     @pytest.hookimpl(wrapper=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> Iterator[None]:
@@ -48,10 +46,10 @@ class SkipPolice:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.unexpected:
-            terminalreporter.section("skips that name no missing ability", red=True)
+            terminalreporter.section("unexpected skips", red=True)
             for line in self.unexpected:
                 terminalreporter.line(line)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(SkipPolice(), "skip-police")
+    config.pluginmanager.register(SkipCheck(), "skip-check")

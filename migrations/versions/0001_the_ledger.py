@@ -1,7 +1,7 @@
-"""The ledger: tasks, journal, snapshots, what was set aside, and the head row.
+"""The ledger: tasks, journal, snapshots, quarantined payloads, and the head row.
 
-A migration describes its own moment: the tables are written out here, and
-not imported from the metadata, which moves on.
+The tables are declared here and not imported from the metadata: the metadata
+changes with later versions, a migration does not.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def _present(column: str) -> dict[str, Any]:
 
 
 def _commits_by_itself() -> bool:
-    """Whether each statement here stands when the next one is not reached.
+    """Return whether each DDL statement commits by itself.
 
-    Then they bear repetition, so that a migration that was killed is
-    completed by running it again.
+    The statements are then idempotent: a repeated migration completes a killed
+    one.
     """
     return op.get_context().dialect.name in ("mysql", "mariadb")
 
@@ -190,7 +190,7 @@ def _create_head() -> None:
         comment="the one row that every commit updates first",
     )
     if not op.get_context().as_sql and op.get_bind().scalar(sa.select(head.c.id)) is not None:
-        return  # it was killed after this, and is being run again
+        return  # a killed migration has inserted the row
     op.bulk_insert(
         head,
         [

@@ -1,7 +1,7 @@
-"""taskstore: the durable ledger of background work for Python programs.
+"""taskstore: a durable ledger of background tasks for Python programs.
 
-Open a :class:`TaskRegistry` and record what happens to your tasks; it is
-there after a crash, for other processes, and for whoever asks later.
+Open a :class:`TaskRegistry` and record the state of your tasks.  The records
+survive a crash, and other processes can read them.
 """
 
 from taskstore.errors import (

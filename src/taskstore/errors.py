@@ -1,8 +1,8 @@
-"""The one tree of errors that taskstore raises.
+"""The errors that taskstore raises, all under one base class.
 
 Every error says what happened, where, and (as its *hint*) what to do next.
-Driver errors never escape: they are translated in one place per store and
-kept as ``__cause__``.  No message carries the password of a URL.
+Driver errors never escape: each store translates them in one place and keeps
+them as ``__cause__``.  No message contains the password of a URL.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from typing import NamedTuple
 
 
 class TaskStoreError(Exception):
-    """Root of everything that taskstore raises on purpose.
+    """The base class of all errors that taskstore raises on purpose.
 
-    ``hint`` tells the reader what to do next (or is ``None``), and
-    ``retryable`` whether the same call may succeed later without anybody
-    mending anything.
+    ``hint`` says what to do next (``str`` or ``None``).  ``retryable`` says
+    whether the same call may succeed later without a repair.
     """
 
     retryable: bool = False
@@ -33,8 +32,8 @@ class TaskStoreError(Exception):
 class ValidationError(TaskStoreError, ValueError):
     """A value cannot be part of a record, a change or a query.
 
-    ``field`` is the name of the argument or record field (``str``) and
-    ``reason`` what is wrong with it (``str``).  Nothing was written.
+    ``field`` is the name of the argument or record field (``str``);
+    ``reason`` is what is wrong with its value (``str``).  Nothing was written.
     """
 
     def __init__(self, field: str, reason: str) -> None:
@@ -44,7 +43,7 @@ class ValidationError(TaskStoreError, ValueError):
 
 
 class TaskNotFound(TaskStoreError, LookupError):
-    """No task has this id.  ``task_id`` (``str``) is what was asked for."""
+    """No task has the id ``task_id`` (``str``)."""
 
     def __init__(self, task_id: str) -> None:
         super().__init__(f"no task {task_id!r}")
@@ -52,9 +51,9 @@ class TaskNotFound(TaskStoreError, LookupError):
 
 
 class InvalidTransition(TaskStoreError):
-    """The task's status does not allow this change; it stays as it was.
+    """The task's status does not allow this change; the task is unchanged.
 
-    ``task_id`` and ``status`` (the status that stands) are ``str``.
+    ``task_id`` and ``status`` (the current status) are ``str``.
     """
 
     def __init__(self, task_id: str, status: str, attempted: str) -> None:
@@ -64,29 +63,29 @@ class InvalidTransition(TaskStoreError):
         self.attempted = attempted
 
 
-class Leased(NamedTuple):
-    """Whose lease stood in the way: ``fence`` is the token that was shown, if any,
-    and ``until`` when the task's lease runs out (Unix ms), if it has one."""
+class LeaseConflict(NamedTuple):
+    """A lease that refused a change: ``fence`` is the token that the caller passed, if any;
+    ``until`` is when the task's lease expires (Unix ms), if it has one."""
 
     fence: str | None
     until: int | None
 
     def __str__(self) -> str:
         if self.fence is None:
-            return f"somebody holds its lease until {self.until} (Unix milliseconds)"
-        held = "it has no lease" if self.until is None else "its lease is somebody else's"
-        return f"the fence {self.fence!r} does not hold: {held}"
+            return f"another worker holds its lease until {self.until} (Unix milliseconds)"
+        reason = "it has no lease" if self.until is None else "its lease has another token"
+        return f"the fence {self.fence!r} is not valid: {reason}"
 
 
 class Conflict(NamedTuple):
-    """One task that stood in the way of a commit.
+    """One task that conflicts with a commit.
 
     ``expected`` and ``found`` are revisions; 0 means absent.  ``found`` is
-    also 0 when the task was deleted while a change of it was under way.
-    ``existing_task_id`` is the id of the task that already holds the booking, when
-    that was what collided.  ``deleted`` tells that the journal still holds a
-    deletion of this id, so that it cannot be created again.  ``leased`` is
-    set when a lease was in the way.
+    also 0 when the task was deleted while a change to it was in progress.
+    ``existing_task_id`` is the task that already has the dedup key, when the
+    key conflicts.  ``deleted`` is true when the journal still holds a deletion
+    of this id, so that the id cannot be created again.  ``leased`` is set when
+    a lease conflicts.
     """
 
     task_id: str
@@ -94,31 +93,30 @@ class Conflict(NamedTuple):
     found: int
     existing_task_id: str | None = None
     deleted: bool = False
-    leased: Leased | None = None
+    leased: LeaseConflict | None = None
 
     @property
     def is_final(self) -> bool:
-        """Whether the same call cannot but meet it again (``bool``)."""
+        """Whether a retry of the same call always fails (``bool``)."""
         return self.deleted or (self.leased is not None and self.leased.fence is not None)
 
     def __str__(self) -> str:
         if self.leased is not None:
             return f"task {self.task_id!r}: {self.leased}"
         if self.existing_task_id is not None:
-            return f"task {self.task_id!r}: its run is already booked by {self.existing_task_id!r}"
+            return f"task {self.task_id!r}: its run already has task {self.existing_task_id!r}"
         if self.deleted:
             return f"task {self.task_id!r}: expected revision {self.expected}, but it was deleted"
         return f"task {self.task_id!r}: expected revision {self.expected}, found {self.found}"
 
 
 class ConflictError(TaskStoreError):
-    """Somebody else changed the data first; nothing of this call was written.
+    """Another writer changed the data first; nothing of this call was written.
 
-    ``conflicts`` is a tuple of :class:`Conflict`, at least one, unless the
-    conflict is about the whole ledger (``save_snapshot`` behind its head, or
-    changes that were worked out over another history).  It is not
-    ``retryable`` where a fence does not hold or an id was deleted: they never
-    will again.
+    ``conflicts`` is a tuple of :class:`Conflict`.  It is empty only if the
+    conflict concerns the whole ledger: ``save_snapshot`` at or below its head, or
+    changes based on another history.  The error is not ``retryable`` if a fence
+    is not valid or an id was deleted, because a retry fails again.
     """
 
     retryable = True
@@ -130,19 +128,19 @@ class ConflictError(TaskStoreError):
 
 
 class CorruptStoreError(TaskStoreError):
-    """Stored bytes are damaged; they were left exactly as found.
+    """Stored bytes are damaged; they were not changed.
 
-    ``where`` names the file, table or directory (``str``), ``offset`` the
-    byte offset or row position in it where that is known (``int | None``).
+    ``where`` names the file, table or directory (``str``); ``offset`` is the
+    byte offset or row position in it, if known (``int | None``).
     """
 
     def __init__(
         self, where: str, reason: str, *, offset: int | None = None, hint: str | None = None
     ) -> None:
-        place = where if offset is None else f"{where} at offset {offset}"
+        location = where if offset is None else f"{where} at offset {offset}"
         super().__init__(
-            f"{place}: {reason}",
-            hint=hint or "nothing was changed; copy it aside and restore a backup",
+            f"{location}: {reason}",
+            hint=hint or "nothing was changed; copy the damaged data and restore a backup",
         )
         self.where = where
         self.offset = offset
@@ -150,12 +148,11 @@ class CorruptStoreError(TaskStoreError):
 
 
 class StoreBusyError(TaskStoreError):
-    """Another writer or compactor held the store for longer than we wait.
+    """Another writer or compactor held the store for longer than the timeout.
 
-    As long as other writers make progress, one waits for them without it.
-    Nothing was written.  The same call may succeed later.  ``owners`` names
-    who held it, a text for each, as far as the system tells
-    (``tuple[str, ...]``).
+    While other writers commit, a waiting writer does not get this error.
+    Nothing was written.  The same call may succeed later.  ``owners`` describes
+    each lock owner that the system reports (``tuple[str, ...]``).
     """
 
     retryable = True
@@ -170,37 +167,37 @@ class StoreBusyError(TaskStoreError):
 class StoreUnavailableError(TaskStoreError):
     """The storage cannot be reached, opened or written.
 
-    No such directory, no permission, a full disk, a server that does not
-    answer.  Nothing of this call was written.
+    Examples: no such directory, no permission, a full disk, a server that does
+    not answer.  Nothing of this call was written.
     """
 
     retryable = True
 
 
 class StoreReplacedError(StoreUnavailableError):
-    """The file that a store has open, or a log beside it, was removed, moved or replaced.
+    """The open file of a store, or a log beside it, was removed, moved or replaced.
 
-    Nothing of this call was written.  The store refuses every further use: open
-    the ledger again, which opens what lies there now.
+    Nothing of this call was written.  The store refuses every further call.  Open
+    the ledger again to use the file that is there now.
     """
 
     retryable = False
 
 
 class OutcomeUnknownError(TaskStoreError):
-    """The connection died during a commit and its outcome cannot be read back,
-    or the disk did not confirm it.
+    """The connection died during a commit and the outcome cannot be read back,
+    or the disk did not confirm the commit.
 
-    The change is there as a whole or not at all.  The registry reloads
+    The commit is stored completely or not at all.  The registry reloads
     before its next write.
     """
 
 
 class SchemaMismatchError(TaskStoreError):
-    """The database's schema is not the one that this version works with.
+    """This version does not support the database's schema.
 
-    ``found`` and ``needed`` name the revisions (``str | None``); the hint is
-    the command to run.  The database was left untouched.
+    ``found`` and ``needed`` are the schema revisions (``str | None``); the hint
+    is the command to run.  The database was not changed.
     """
 
     def __init__(
@@ -212,7 +209,7 @@ class SchemaMismatchError(TaskStoreError):
 
 
 class ReadOnlyError(TaskStoreError):
-    """A write was asked of a store or registry that was opened read-only."""
+    """The store or registry was opened read-only and refuses to write."""
 
 
 class StoreClosedError(TaskStoreError):
@@ -222,8 +219,8 @@ class StoreClosedError(TaskStoreError):
 class BackendNotFoundError(TaskStoreError):
     """No installed backend serves this URL scheme.
 
-    ``scheme`` is what was asked for and ``installed`` a sorted tuple of the
-    schemes that are there (both without the colon).
+    ``scheme`` is the requested scheme; ``installed`` is a sorted tuple of the
+    installed ones (both without the colon).
     """
 
     def __init__(self, scheme: str, installed: Iterable[str], *, hint: str | None = None) -> None:
@@ -236,20 +233,20 @@ class BackendNotFoundError(TaskStoreError):
 class CursorExpiredError(TaskStoreError):
     """The journal no longer reaches back to this position, or never held it.
 
-    ``after`` is the seq that was asked for, ``floor`` the first seq kept.
-    ``replaced`` tells that the journal does not hold the position at all: it
-    is of another history (a backup was restored, or a standby took over
-    without the last commits), or beyond the head.
+    ``after`` is the requested seq; ``floor`` is the first retained seq.
+    ``replaced`` is true when the position is not in this journal: it belongs to
+    another history (a backup was restored, or a standby took over without the
+    last commits), or it is beyond the head.
     """
 
     def __init__(self, after: int, floor: int, *, replaced: bool = False) -> None:
         self.replaced = replaced
         super().__init__(
-            f"the journal does not hold seq {after} as this cursor knows it: nothing has come so "
-            "far yet, or a backup was restored, or a standby took over without the last commits"
+            f"the journal does not hold this cursor's entry at seq {after}: the seq is beyond the "
+            "head, a backup was restored, or a standby took over without the last commits"
             if replaced
             else f"the journal begins at seq {floor}: "
-            f"what came after seq {after} is no longer complete",
+            f"the entries after seq {after} are no longer complete",
             hint="load the current records and continue from their seq",
         )
         self.after = after
@@ -257,4 +254,4 @@ class CursorExpiredError(TaskStoreError):
 
 
 class UnsupportedError(TaskStoreError):
-    """This store does not have the ability that the call needs."""
+    """The store does not implement the optional ability that the call needs."""

@@ -19,11 +19,11 @@ from taskstore import (
 )
 from taskstore.aio import AsyncTaskRegistry
 from taskstore.stores.memory import MemoryStorage, MemoryStore
-from taskstore.testing.threads import PATIENCE_S
+from taskstore.testing.threads import TIMEOUT_S
 
 
 class SlowStore(MemoryStore):
-    """A store whose commits take as long as a disk's, and that knows which threads call it."""
+    """A store whose commits take as long as on a disk, and that records the calling threads."""
 
     def __init__(self, storage=None, seconds=0.002):
         super().__init__(storage)
@@ -104,7 +104,7 @@ def test_another_event_loop_is_refused_before_anything_is_written():
     asyncio.run(main())
 
 
-def test_errors_come_to_the_one_who_caused_them(ledger_url):
+def test_each_error_is_raised_in_its_own_caller(ledger_url):
     async def main():
         async with await AsyncTaskRegistry.open(ledger_url) as registry:
             task = await registry.create(runtime="cli", task="x")
@@ -153,7 +153,7 @@ def test_a_batch_belongs_to_its_asyncio_task(ledger_url):
     asyncio.run(main())
 
 
-def test_hooks_hear_of_a_change_before_its_verb_returns(ledger_url):
+def test_hooks_get_an_event_before_its_verb_returns(ledger_url):
     async def main():
         events = []
         async with await AsyncTaskRegistry.open(ledger_url, hooks=[events.append]) as registry:
@@ -165,25 +165,25 @@ def test_hooks_hear_of_a_change_before_its_verb_returns(ledger_url):
     asyncio.run(main())
 
 
-def test_a_cancelled_wait_leaves_its_change_done_or_not_done():
+def test_the_change_of_a_cancelled_wait_is_committed_or_not():
     store = SlowStore(seconds=0.02)
 
     async def main():
         registry = await AsyncTaskRegistry.over(store)
-        company = [
-            asyncio.create_task(registry.create(runtime="cli", task="company")) for _ in range(3)
+        others = [
+            asyncio.create_task(registry.create(runtime="cli", task="other")) for _ in range(3)
         ]
         await asyncio.sleep(0.005)
-        impatient = [
+        cancellable = [
             asyncio.create_task(registry.create(runtime="cli", task="x", task_id=f"mine-{n}"))
             for n in range(20)
         ]
-        for number, waiting in enumerate(impatient):
+        for number, waiting in enumerate(cancellable):
             await asyncio.sleep(0.003)
             if number % 2:
                 waiting.cancel()
-        results = await asyncio.gather(*impatient, return_exceptions=True)
-        await asyncio.gather(*company)
+        results = await asyncio.gather(*cancellable, return_exceptions=True)
+        await asyncio.gather(*others)
         await registry.close()
         return registry, results
 
@@ -195,7 +195,7 @@ def test_a_cancelled_wait_leaves_its_change_done_or_not_done():
             assert stored[f"mine-{number}"] == result
 
 
-def test_changes_with_wait_follow():
+def test_changes_with_wait():
     storage = MemoryStorage()
 
     async def main():
@@ -224,7 +224,7 @@ def test_changes_with_wait_follow():
     asyncio.run(main())
 
 
-def test_closed_and_read_only_say_so():
+def test_closed_and_read_only_registries_raise():
     async def main():
         store = MemoryStore(read_only=True)
         reader = await AsyncTaskRegistry.over(store)
@@ -251,7 +251,7 @@ def test_closed_and_read_only_say_so():
     asyncio.run(main())
 
 
-def test_the_loop_goes_on_while_the_store_is_slow():
+def test_the_loop_runs_while_the_store_is_slow():
     go_on = threading.Event()
 
     class Standing(MemoryStore):
@@ -272,7 +272,7 @@ def test_the_loop_goes_on_while_the_store_is_slow():
     asyncio.run(main())
 
 
-def test_a_task_that_outlives_the_batch_it_was_started_in_is_on_its_own():
+def test_a_task_that_outlives_its_batch_commits_by_itself():
     async def main():
         registry = await AsyncTaskRegistry.over(MemoryStore())
         go = asyncio.Event()
@@ -311,24 +311,24 @@ def test_no_event_waits_for_the_next_change():
     asyncio.run(main())
 
 
-def test_following_holds_up_nobody_else():
+def test_waiting_readers_block_no_other_call():
     begun, over = threading.Event(), threading.Event()
 
     class Waits(MemoryStore):
         def wait_for(self, after, timeout):
             begun.set()
-            assert over.wait(PATIENCE_S)
+            assert over.wait(TIMEOUT_S)
             return False
 
     async def main():
         registry = await AsyncTaskRegistry.over(Waits())
 
         async def follow():
-            return [entry async for entry in registry.changes(wait=PATIENCE_S)]
+            return [entry async for entry in registry.changes(wait=TIMEOUT_S)]
 
         followers = [asyncio.create_task(follow()) for _ in range(20)]
-        await asyncio.to_thread(begun.wait, PATIENCE_S)
-        await asyncio.wait_for(registry.refresh(), PATIENCE_S / 2)
+        await asyncio.to_thread(begun.wait, TIMEOUT_S)
+        await asyncio.wait_for(registry.refresh(), TIMEOUT_S / 2)
         over.set()
         for follower in followers:
             follower.cancel()
@@ -339,7 +339,7 @@ def test_following_holds_up_nobody_else():
 
 
 @pytest.mark.parametrize("outer_fails", [False, True])
-def test_a_batch_that_outlives_the_one_it_was_begun_in_is_on_its_own(ledger_url, outer_fails):
+def test_a_batch_that_outlives_its_outer_batch_commits_by_itself(ledger_url, outer_fails):
     async def main():
         async with AsyncTaskRegistry.open(ledger_url) as registry:
             begun, over = asyncio.Event(), asyncio.Event()

@@ -35,7 +35,7 @@ def test_every_way_to_open_one(ledger_url):
     asyncio.run(main())
 
 
-def test_one_that_cannot_be_opened(tmp_path):
+def test_a_failed_open_raises(tmp_path):
     async def main():
         with pytest.raises(TaskStoreError):
             async with AsyncTaskRegistry.open(f"nowhere:///{tmp_path}"):
@@ -45,7 +45,7 @@ def test_one_that_cannot_be_opened(tmp_path):
 
 
 class SlowToCloseStore(MemoryStore):
-    """A store that says when it has been closed."""
+    """A store that reports its close."""
 
     def __init__(self):
         super().__init__()
@@ -71,13 +71,13 @@ def test_a_cancelled_close_goes_on_in_the_background(monkeypatch):
             await closing
         assert not store.was_closed.is_set()
         store.may_close.set()
-        await registry.close()  # waits for the same
+        await registry.close()  # waits for the same close
         assert store.was_closed.is_set()
 
     asyncio.run(main())
 
 
-def test_what_is_opened_after_nobody_waits_is_closed(monkeypatch):
+def test_a_store_opened_after_a_cancelled_open_is_closed(monkeypatch):
     store, go_on = SlowToCloseStore(), threading.Event()
 
     def slow(*_, **__):
@@ -96,7 +96,7 @@ def test_what_is_opened_after_nobody_waits_is_closed(monkeypatch):
     asyncio.run(main())
 
 
-def test_whoever_reads_changes_hears_that_it_is_closed():
+def test_changes_of_a_closed_registry_raise():
     async def main():
         registry = await AsyncTaskRegistry.open("memory:")
         for number in range(3):

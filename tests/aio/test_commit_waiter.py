@@ -1,4 +1,4 @@
-"""Followers among coroutines: any number of them, one thread that waits."""
+"""The commit waiter: many coroutines, one waiting thread."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ FOLLOWERS = 50
 
 
 @pytest.fixture(autouse=True)
-def only_told(monkeypatch):
-    """Nobody looks for himself: what is not told is not heard of in time."""
-    monkeypatch.setattr(aio, "LOOK_S", 60.0)
+def no_polling(monkeypatch):
+    """No reader polls: only a reported commit wakes a waiter in time."""
+    monkeypatch.setattr(aio, "POLL_INTERVAL_S", 60.0)
     monkeypatch.setattr(history, "WAIT_SLICE_S", 60.0)
 
 
@@ -32,12 +32,12 @@ async def first_of(registry, after):
 
 
 async def waiting(registry, number):
-    """Return when so many wait, and the thread that waits for them has begun."""
-    await asyncio.to_thread(until, lambda: len(registry._commit_waiter._waiting) >= number)
+    """Return when ``number`` coroutines wait, and their thread has started to wait."""
+    await asyncio.to_thread(until, lambda: len(registry._commit_waiter._waiters) >= number)
     await asyncio.sleep(0.02)
 
 
-def test_everybody_hears_at_once():
+def test_one_commit_wakes_all_waiters():
     storage = MemoryStorage()
 
     async def main():
@@ -46,10 +46,10 @@ def test_everybody_hears_at_once():
         for seq in range(1, 4):
             followers = [asyncio.create_task(first_of(two, seq - 1)) for _ in range(FOLLOWERS)]
             await waiting(two, FOLLOWERS)
-            await one.create(runtime="cli", task="news")
+            await one.create(runtime="cli", task="x")
             assert set(await asyncio.gather(*followers)) == {seq}
         names = [thread.name for thread in threading.enumerate()]
-        assert sum(name.startswith("taskstore-news") for name in names) == 1
+        assert sum(name.startswith("taskstore-commit-waiter") for name in names) == 1
         await one.close()
         await two.close()
         two.store.close()
@@ -57,19 +57,19 @@ def test_everybody_hears_at_once():
     asyncio.run(main())
 
 
-def test_who_has_read_less_is_not_forgotten():
-    """One waits for what comes after the head, another comes who has not read that far."""
+def test_a_waiter_with_a_lower_seq_is_woken():
+    """One coroutine waits beyond the head, another one has read less than the head."""
 
     async def main():
         registry = await AsyncTaskRegistry.over(MemoryStore())
         ahead = asyncio.create_task(registry._commit_waiter.wait_for(registry.store, 7, 30))
         for _ in range(3):
-            await registry.create(runtime="cli", task="news")
+            await registry.create(runtime="cli", task="x")
         await waiting(registry, 1)
         assert await registry._commit_waiter.wait_for(registry.store, 1, 30)
         assert not ahead.done()
         for _ in range(5):
-            await registry.create(runtime="cli", task="news")
+            await registry.create(runtime="cli", task="x")
         assert await asyncio.wait_for(ahead, 30)
         await registry.close()
         registry.store.close()
@@ -91,7 +91,7 @@ def test_closing_ends_every_wait_at_once():
     asyncio.run(main())
 
 
-def test_a_store_that_fails_tells_every_follower_and_the_next_one_begins_anew():
+def test_a_failing_store_raises_in_every_waiter_and_the_next_wait_works():
     class Failing(MemoryStore):
         broken = False
 
@@ -111,7 +111,7 @@ def test_a_store_that_fails_tells_every_follower_and_the_next_one_begins_anew():
         store.broken = False
         follower = asyncio.create_task(first_of(registry, 0))
         await waiting(registry, 1)
-        await registry.create(runtime="cli", task="news")
+        await registry.create(runtime="cli", task="x")
         assert await follower == 1
         await registry.close()
         registry.store.close()

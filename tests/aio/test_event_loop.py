@@ -1,4 +1,4 @@
-"""No store is called on the event loop's thread, whatever is done, on asyncio and uvloop."""
+"""No call of a store runs on the event loop's thread, on asyncio and uvloop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from taskstore.aio import AsyncTaskRegistry
 from taskstore.model.policies import CompactionPolicy
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 
-NOT_THE_SEAM = {"clock"}  # asked for the time on the loop's thread
+NOT_A_STORE_CALL = {"clock"}  # read on the loop's thread
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 
@@ -27,7 +27,7 @@ def run(request):
 
 
 def watched(store, called):
-    """The same store, noting each call of its methods, the thread with it."""
+    """The same store; each call of a method is recorded with its thread."""
 
     def wrap(name, method):
         def call(*args, **kwargs):
@@ -37,7 +37,11 @@ def watched(store, called):
         return call
 
     for name in dir(store):
-        if not name.startswith("_") and name not in NOT_THE_SEAM and callable(getattr(store, name)):
+        if (
+            not name.startswith("_")
+            and name not in NOT_A_STORE_CALL
+            and callable(getattr(store, name))
+        ):
             setattr(store, name, wrap(name, getattr(store, name)))
     return store
 
@@ -91,7 +95,7 @@ USES = {
     "as_of": lambda r, t: r.as_of(1),
     "close": lambda r, t: r.close(),
 }
-"""Everything that is awaited, by its name: how it is used on a new task."""
+"""Each awaitable method by name, and a use of it on a new task."""
 FROM_MEMORY = {
     "active": lambda r, t: r.active(),
     "children": lambda r, t: r.children(t),
@@ -105,9 +109,9 @@ FROM_MEMORY = {
     "store": lambda r, t: r.store,
     "summary": lambda r, t: r.summary(),
 }
-"""What is not: it calls no store at all."""
+"""The other methods: they call no store."""
 ELSEWHERE = {"open", "over", "renew_lease", "release_lease"}
-"""What the tests below, or the uses above, call by themselves."""
+"""The methods that the tests below, or the uses above, call themselves."""
 
 
 def test_no_public_name_is_left_out():
@@ -148,7 +152,7 @@ async def use_everything(store, called):
 
 
 class ScopeAsRegistry:
-    """The verbs of a run, called with an id that they do not take."""
+    """The verbs of a run scope, called with a task id, which is dropped."""
 
     def __init__(self, scope):
         self._scope = scope
@@ -173,7 +177,7 @@ def test_no_store_is_called_on_the_loops_thread(run, ledger_url):
     assert {"load_snapshot", "apply", "read_journal", "close"} <= {name for name, _ in called}
 
 
-def test_opening_and_closing_by_url_stays_off_the_loop(run, ledger_url, monkeypatch):
+def test_opening_and_closing_by_url_does_not_run_on_the_loop(run, ledger_url, monkeypatch):
     called = []
 
     def opening(*args, **kwargs):
@@ -192,7 +196,7 @@ def test_opening_and_closing_by_url_stays_off_the_loop(run, ledger_url, monkeypa
     assert threading.main_thread() not in {thread for _, thread in called}
 
 
-def test_a_compactor_is_no_work_for_the_loop(run):
+def test_a_compactor_does_not_run_on_the_loop(run):
     called = []
 
     async def main():

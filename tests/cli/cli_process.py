@@ -1,4 +1,4 @@
-"""``taskstore`` as tests run it: as a process, or in this one."""
+"""The ``taskstore`` command for tests, in a new process or in this one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TASKSTORE = [sys.executable, "-m", "taskstore"]
 
 
 class CLI:
-    """``taskstore`` on one ledger."""
+    """The ``taskstore`` command on one ledger."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -26,7 +26,7 @@ class CLI:
         self._started: list[subprocess.Popen[bytes]] = []
 
     def __call__(self, *words: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
-        """Run it as a process, to its end."""
+        """Run the command in a new process, to its end."""
         options.setdefault("stdin", subprocess.DEVNULL)
         options.setdefault("timeout", 60)
         return subprocess.run(
@@ -44,13 +44,13 @@ class CLI:
         return self._started[-1]
 
     def end(self) -> None:
-        """End what a test has left running, and close what it has left open."""
+        """Kill all started processes, and close their pipes."""
         for process in self._started:
             with process:
                 process.kill()
 
     def json(self, *words: str) -> Any:
-        """Ask in this process, which is faster."""
+        """Run the command in this process, which is faster, and parse its JSON."""
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
             status = main([*words, "--json", "--url", self.url])
@@ -65,8 +65,8 @@ class CLI:
         return task
 
 
-class Said:
-    """What a command said in this process, and its exit status."""
+class Result:
+    """The output and the exit status of a command in this process."""
 
     def __init__(self, status: int, out: str, err: str) -> None:
         self.status = status
@@ -82,4 +82,4 @@ class Said:
         return json.loads(self.out)
 
 
-Say = Callable[..., Said]
+Invoke = Callable[..., Result]

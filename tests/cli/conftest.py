@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes on real files."""
+"""Fixtures for tests of the command line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli_process import CLI, Said, Say
+from cli_process import CLI, Invoke, Result
 
 from taskstore.cli import main
 from taskstore.cli.child import FORWARDED
@@ -15,8 +15,8 @@ from taskstore.cli.ledger import URL_VARIABLE
 
 
 @pytest.fixture(autouse=True)
-def heard_signals() -> Iterator[None]:
-    """Signals that the test run ignores, as under ``nohup``, are not ignored by the tests."""
+def default_signals() -> Iterator[None]:
+    """Restore the default handling of signals that the test run ignores, as under ``nohup``."""
     ignored = [number for number in FORWARDED if signal.getsignal(number) is signal.SIG_IGN]
     for number in ignored:
         signal.signal(number, signal.SIG_DFL)
@@ -38,14 +38,14 @@ def cli(url: str) -> Iterator[CLI]:
 
 
 @pytest.fixture
-def say(url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Say:
-    """Run a command in this process: for everything that needs no process of its own."""
+def invoke(url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Invoke:
+    """Run a command in this process, for tests that need no new process."""
     monkeypatch.setenv(URL_VARIABLE, url)
 
-    def run(*words: str) -> Said:
+    def run(*words: str) -> Result:
         capsys.readouterr()
         status = main(words)
         captured = capsys.readouterr()
-        return Said(status, captured.out, captured.err)
+        return Result(status, captured.out, captured.err)
 
     return run

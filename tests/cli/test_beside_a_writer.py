@@ -1,8 +1,8 @@
-"""[13] Commands that read beside a writer: nobody waits for anybody, and nothing changes.
+"""[13] Reading commands beside a writer: no process waits, and nothing changes.
 
-Writer and commands are processes of their own, and the commands read with no
-right to do anything else: as a role that may only SELECT, or as somebody who
-may not write to the directory.
+The writer and the commands run in separate processes.  The commands have read
+permission only: as a database role that may only SELECT, or as a user that may
+not write to the directory.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from taskstore.cli import main
 from taskstore.cli.app import app
 from taskstore.testing.crash.processes import Child, Report
 
-PATIENCE_S = 10.0
-"""Less than anybody waits for a lock, far more than any command takes on a busy machine."""
+MAX_WAIT_S = 10.0
+"""Less than every lock timeout, and more than a command takes on a busy machine."""
 
 READING = {
     "backends": [],
@@ -46,7 +46,7 @@ READING = {
     "summary": [],
     "verify": [],
 }
-"""The commands that read, and how they are called."""
+"""The reading commands and their arguments."""
 
 WRITING = {"run", "demo", "cancel", "notify", "delete", "compact", "contract"} | {
     "db upgrade",
@@ -62,13 +62,13 @@ def names_of(command: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
         yield " ".join(path)
 
 
-def test_of_each_command_it_is_known_whether_it_reads():
+def test_each_command_is_listed_as_reading_or_writing():
     assert set(names_of(typer.main.get_command(app))) == READING.keys() | WRITING
 
 
 @pytest.fixture(autouse=True, scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Whatever commands import, so that not each child has to, and can without rights."""
+    """Import the modules of all commands here, because children may lack the permissions."""
     for url in (f"{scheme}:///{tmp_path_factory.mktemp('l')}/l" for scheme in ("json", "sqlite")):
         with TaskRegistry.open(url) as registry:
             task = registry.create(runtime="cli", task="x")
@@ -81,13 +81,13 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 class Writer:
-    """A process that commits without end, or holds the ledger's write lock when told to."""
+    """A process that commits continuously, or owns the ledger's write lock on request."""
 
     GO, HOLD, END = 0, 1, 2
 
     def __init__(self, url: str) -> None:
         self._url = url
-        # What it is to do, whether it holds the lock, its commits, its longest wait in ms.
+        # The request, whether the writer owns the lock, its commits, its longest wait in ms.
         self._shared = memoryview(mmap.mmap(-1, 32)).cast("q")
         self._child = Child(self._work)
         self.task_id = self._child.line()
@@ -112,10 +112,10 @@ class Writer:
                 shared[2] += 1
                 time.sleep(0.001)
 
-    def goes_on(self) -> None:
-        """Wait for some more commits."""
-        wanted, deadline = self._shared[2] + 3, time.monotonic() + PATIENCE_S
-        while self._shared[2] < wanted:
+    def wait_for_commits(self) -> None:
+        """Wait for three more commits."""
+        expected, deadline = self._shared[2] + 3, time.monotonic() + MAX_WAIT_S
+        while self._shared[2] < expected:
             assert time.monotonic() < deadline, "the writer waits for a reader"
             time.sleep(0.001)
 
@@ -139,19 +139,19 @@ class Writer:
         if kind is not None:
             self._child.kill()
         assert self._child.finish() == []
-        assert self._shared[3] < PATIENCE_S * 1000, "the writer waited for a reader"
+        assert self._shared[3] < MAX_WAIT_S * 1000, "the writer waited for a reader"
 
 
 def commands(url: str, task_id: str) -> Iterator[tuple[str, list[str]]]:
-    """Each reading command that makes sense for the ledger, with all its words."""
-    given = {"URL": url, "TASK": task_id}
+    """Each reading command that the ledger's backend supports, with its arguments."""
+    values = {"URL": url, "TASK": task_id}
     for name, words in READING.items():
         if not (name.startswith("db ") and url.startswith("json:")):
-            yield name, [*name.split(), *(given.get(word, word) for word in words)]
+            yield name, [*name.split(), *(values.get(word, word) for word in words)]
 
 
 def run(url: str, words: list[str], before: Callable[[], object] = lambda: None) -> Child:
-    """Run a command in a process of its own; it tells its status, its seconds, its complaints."""
+    """Run a command in a new process, which reports its status, duration and error output."""
 
     def work(report: Report) -> None:
         before()
@@ -164,15 +164,15 @@ def run(url: str, words: list[str], before: Callable[[], object] = lambda: None)
 
 
 def check(url: str, words: list[str], before: Callable[[], object] = lambda: None) -> None:
-    """Run a command to its end, and find it well and quick."""
+    """Run a command to its end; it must succeed without a long wait."""
     [line] = run(url, words, before).finish()
-    status, seconds, complaints = json.loads(line)
-    assert status == 0, complaints
-    assert seconds < PATIENCE_S
+    status, seconds, errors = json.loads(line)
+    assert status == 0, errors
+    assert seconds < MAX_WAIT_S
 
 
 class StopAt:
-    """Stops this process at its n-th step of reading; counts them without a number."""
+    """Stops this process at its n-th read step; without a number, counts the read steps."""
 
     STEPS = frozenset({"execute", "fetchall", "read", "readline", "readinto", "pread", "open"})
 
@@ -181,9 +181,9 @@ class StopAt:
         self.steps = 0
 
     def __call__(self) -> None:
-        sys.setprofile(self._look)
+        sys.setprofile(self._profile)
 
-    def _look(self, frame: Any, event: str, argument: Any) -> None:
+    def _profile(self, frame: Any, event: str, argument: Any) -> None:
         if event in ("c_call", "call"):
             name = argument.__name__ if event == "c_call" else frame.f_code.co_name
             if name in self.STEPS:
@@ -195,15 +195,15 @@ class StopAt:
 # -- ledgers --------------------------------------------------------------------
 
 
-class Place:
-    """A ledger, as its writer and as its readers reach it, and everything that is stored of it."""
+class Ledger:
+    """A ledger: its URLs for the writer and for readers, and a function for its stored state."""
 
     def __init__(self, url: str, read_url: str, state: Callable[[], object]) -> None:
         self.url, self.read_url, self.state = url, read_url, state
 
 
 def files_of(folder: Path) -> dict[str, tuple[int, int, bytes]]:
-    """Every file but SQLite's shared memory, which is no part of the ledger."""
+    """All files except SQLite's shared memory, which is not part of the ledger."""
     return {
         path.name: (path.stat().st_ino, path.stat().st_mtime_ns, path.read_bytes())
         for path in folder.iterdir()
@@ -212,38 +212,38 @@ def files_of(folder: Path) -> dict[str, tuple[int, int, bytes]]:
 
 
 @pytest.fixture(params=["json", "sqlite", "postgresql", "mariadb"])
-def place(request: pytest.FixtureRequest) -> Iterator[Place]:
-    yield from PLACES[request.param](request)
+def ledger(request: pytest.FixtureRequest) -> Iterator[Ledger]:
+    yield from LEDGERS[request.param](request)
 
 
-def json_place(request: pytest.FixtureRequest) -> Iterator[Place]:
+def json_ledger(request: pytest.FixtureRequest) -> Iterator[Ledger]:
     folder = request.getfixturevalue("tmp_path") / "ledger"
     url = f"json:///{folder}"
-    yield Place(url, url, lambda: files_of(folder))
+    yield Ledger(url, url, lambda: files_of(folder))
 
 
-def sqlite_place(request: pytest.FixtureRequest) -> Iterator[Place]:
+def sqlite_ledger(request: pytest.FixtureRequest) -> Iterator[Ledger]:
     folder = request.getfixturevalue("tmp_path")
     url = f"sqlite:///{folder / 'tasks.db'}"
-    yield Place(url, url, lambda: files_of(folder))
+    yield Ledger(url, url, lambda: files_of(folder))
 
 
-def postgresql_place(request: pytest.FixtureRequest) -> Iterator[Place]:
+def postgresql_ledger(request: pytest.FixtureRequest) -> Iterator[Ledger]:
     server, url = (request.getfixturevalue(name) for name in ("postgres_server", "postgres_url"))
     database, role = sa.make_url(url).database, f"reader_{secrets.token_hex(4)}"
     server.execute(f"CREATE ROLE {role} LOGIN")
     server.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}", database)
 
     def state() -> object:
-        # The next transaction number of the whole server: nobody has written anything at all.
+        # The next transaction id of the whole server: unchanged if no session has written.
         return server.execute("SELECT pg_snapshot_xmax(pg_current_snapshot())::text")
 
-    yield Place(url, text_of(sa.make_url(url).set(username=role)), state)
+    yield Ledger(url, text_of(sa.make_url(url).set(username=role)), state)
     server.execute(f"DROP OWNED BY {role}", database)
     server.execute(f"DROP ROLE {role}")
 
 
-def mariadb_place(request: pytest.FixtureRequest) -> Iterator[Place]:
+def mariadb_ledger(request: pytest.FixtureRequest) -> Iterator[Ledger]:
     server, url = (request.getfixturevalue(name) for name in ("mariadb_server", "mariadb_url"))
     database, user = sa.make_url(url).database, f"reader_{secrets.token_hex(4)}"
     server.execute(f"CREATE USER {user}@'%'")
@@ -256,7 +256,7 @@ def mariadb_place(request: pytest.FixtureRequest) -> Iterator[Place]:
         )
         return [(row, server.execute(f"CHECKSUM TABLE {database}.{row[0]}"), row) for row in tables]
 
-    yield Place(url, text_of(sa.make_url(url).set(username=user)), state)
+    yield Ledger(url, text_of(sa.make_url(url).set(username=user)), state)
     server.execute(f"DROP USER {user}@'%'")
 
 
@@ -264,44 +264,44 @@ def text_of(url: sa.URL) -> str:
     return url.render_as_string(hide_password=False)
 
 
-PLACES = {
-    "json": json_place,
-    "sqlite": sqlite_place,
-    "postgresql": postgresql_place,
-    "mariadb": mariadb_place,
+LEDGERS = {
+    "json": json_ledger,
+    "sqlite": sqlite_ledger,
+    "postgresql": postgresql_ledger,
+    "mariadb": mariadb_ledger,
 }
 
 
-# -- beside a live writer-----------------------------------------------------------
+# -- beside a running writer ------------------------------------------------------
 
 
-def test_a_writer_goes_on_while_commands_read(place):
-    with Writer(place.url) as writer:
-        for _, words in commands(place.read_url, writer.task_id):
-            check(place.read_url, words)
-            writer.goes_on()
+def test_a_writer_commits_while_commands_read(ledger):
+    with Writer(ledger.url) as writer:
+        for _, words in commands(ledger.read_url, writer.task_id):
+            check(ledger.read_url, words)
+            writer.wait_for_commits()
 
 
-def test_commands_wait_for_no_writer_and_change_nothing(place):
-    with Writer(place.url) as writer:
+def test_commands_wait_for_no_writer_and_change_nothing(ledger):
+    with Writer(ledger.url) as writer:
         with writer.stopped_in_a_transaction():
-            before = place.state()
-            for name, words in commands(place.read_url, writer.task_id):
-                check(place.read_url, words)
-                assert place.state() == before, name
-        writer.goes_on()
+            before = ledger.state()
+            for name, words in commands(ledger.read_url, writer.task_id):
+                check(ledger.read_url, words)
+                assert ledger.state() == before, name
+        writer.wait_for_commits()
 
 
-def test_a_writer_waits_for_no_command_that_is_stopped_while_it_reads(place):
-    with Writer(place.url) as writer:
+def test_a_writer_waits_for_no_command_that_is_stopped_while_it_reads(ledger):
+    with Writer(ledger.url) as writer:
         with writer.stopped_in_a_transaction():
-            steps = count_steps(place.read_url, ["verify"])
+            steps = count_steps(ledger.read_url, ["verify"])
         assert steps > 4
         for number in {1, steps // 3, steps // 2, steps * 3 // 4}:
-            reader = run(place.read_url, ["verify"], StopAt(number))
+            reader = run(ledger.read_url, ["verify"], StopAt(number))
             os.waitid(os.P_PID, reader.pid, os.WSTOPPED | os.WNOWAIT)
             try:
-                writer.goes_on()
+                writer.wait_for_commits()
             finally:
                 os.kill(reader.pid, signal.SIGCONT)
             [line] = reader.finish()
@@ -325,7 +325,7 @@ def count_steps(url: str, words: list[str]) -> int:
 
 
 def written(url: str, *, killed: bool) -> str:
-    """A ledger that a writer left, closing it or killed in the middle; returns a task's id."""
+    """Write a ledger in a process that closes it or is killed; return a task's id."""
 
     def work(report: Report) -> None:
         with TaskRegistry.open(url) as registry:
@@ -340,7 +340,7 @@ def written(url: str, *, killed: bool) -> str:
     return task_id
 
 
-def test_the_log_of_a_killed_writer_stays_as_it_is(tmp_path):
+def test_commands_do_not_change_the_log_of_a_killed_writer(tmp_path):
     url = f"sqlite:///{tmp_path / 'tasks.db'}"
     task_id = written(url, killed=True)
     before = files_of(tmp_path)
@@ -350,7 +350,7 @@ def test_the_log_of_a_killed_writer_stays_as_it_is(tmp_path):
         assert files_of(tmp_path) == before, name
 
 
-def test_a_closed_database_stays_as_it_is(tmp_path):
+def test_commands_do_not_change_a_closed_database(tmp_path):
     url = f"sqlite:///{tmp_path / 'tasks.db'}"
     task_id = written(url, killed=False)
     before = files_of(tmp_path)
@@ -362,7 +362,7 @@ def test_a_closed_database_stays_as_it_is(tmp_path):
         assert after == before, name
 
 
-def test_a_directory_that_may_not_be_written_to_will_do():
+def test_commands_read_in_a_directory_without_write_permission():
     folder = Path(tempfile.mkdtemp())
     try:
         url = f"sqlite:///{folder / 'tasks.db'}"
@@ -371,7 +371,7 @@ def test_a_directory_that_may_not_be_written_to_will_do():
         folder.chmod(0o555)
         before = files_of(folder)
         for name, words in commands(url, task_id):
-            # The scripts of the migrations may lie where nobody else may read.
+            # The user nobody may not be allowed to read the migration scripts.
             if not name.startswith("db "):
                 check(url, words, become_nobody)
                 assert files_of(folder) == before, name

@@ -1,4 +1,4 @@
-"""list, show, log, summary, changes."""
+"""Tests of list, show, log, summary and changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pysqlite3
 import pytest
 import sqlalchemy
-from cli_process import CLI, Say
+from cli_process import CLI, Invoke
 
 from taskstore import (
     DeliveryContext,
@@ -36,7 +36,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def ids(url: str) -> dict[str, str]:
-    """A ledger with a little of everything; ids by label."""
+    """Create a ledger with various tasks; return their ids by label."""
     with TaskRegistry.open(url, clock=iter(range(T0, T0 + 10**6, 1000)).__next__) as registry:
         make = registry.create
         done = make(runtime="cli", task="make", label="done", owner_key="me", status="running")
@@ -74,29 +74,29 @@ def ids(url: str) -> dict[str, str]:
     ],
 )
 def test_filters(
-    say: Say, ids: dict[str, str], filters: tuple[str, ...], labels: list[str]
+    invoke: Invoke, ids: dict[str, str], filters: tuple[str, ...], labels: list[str]
 ) -> None:
-    said = say("list", *filters)
-    assert said.status == 0
-    assert [line[7] for line in said.lines] == labels
-    assert [line[0] for line in said.lines] == [ids[label] for label in labels]
-    answer = say("list", *filters, "--json").json
+    result = invoke("list", *filters)
+    assert result.status == 0
+    assert [line[7] for line in result.lines] == labels
+    assert [line[0] for line in result.lines] == [ids[label] for label in labels]
+    answer = invoke("list", *filters, "--json").json
     assert [task["label"] for task in answer["tasks"]] == labels
     assert set(answer) == {"tasks", "next_cursor", "seq"}
 
 
-def test_pages_follow_each_other_by_the_printed_command(say: Say, ids: dict[str, str]) -> None:
-    seen, words = [], ["list", "--limit", "1", "--runtime", "subagent"]
+def test_the_printed_command_gives_the_next_page(invoke: Invoke, ids: dict[str, str]) -> None:
+    collected, words = [], ["list", "--limit", "1", "--runtime", "subagent"]
     while words:
-        said = say(*words)
-        seen += [line[7] for line in said.lines]
-        _, more, command = said.err.strip().partition("next page: taskstore ")
+        result = invoke(*words)
+        collected += [line[7] for line in result.lines]
+        _, more, command = result.err.strip().partition("next page: taskstore ")
         words = command.split() if more else []
-    assert seen == ["again", "thinking"]
+    assert collected == ["again", "thinking"]
 
 
-def test_the_json_of_a_record_has_every_field(say: Say, ids: dict[str, str]) -> None:
-    record = say("show", ids["thinking"], "--json").json
+def test_the_json_of_a_record_has_every_field(invoke: Invoke, ids: dict[str, str]) -> None:
+    record = invoke("show", ids["thinking"], "--json").json
     fields = set(TaskRecord.__struct_fields__) - {"metadata_json", "unknown_json"} | {"metadata"}
     assert set(record) == fields
     assert record["metadata"] == {"n": [1, 2.5, None]}
@@ -110,49 +110,49 @@ def test_the_json_of_a_record_has_every_field(say: Say, ids: dict[str, str]) -> 
     assert record["ended_at"] is None
 
 
-def test_show_finds_by_id_run_and_session(say: Say, ids: dict[str, str]) -> None:
-    assert f"task_id: {ids['done']}\n" in say("show", ids["done"]).out
-    by_run = say("show", "run-1")
+def test_show_finds_by_id_run_and_session(invoke: Invoke, ids: dict[str, str]) -> None:
+    assert f"task_id: {ids['done']}\n" in invoke("show", ids["done"]).out
+    by_run = invoke("show", "run-1")
     assert f"task_id: {ids['again']}\n" in by_run.out
-    assert "others match too: taskstore list --run run-1" in by_run.err
-    assert say("show", "s-1", "--json").json["task_id"] == ids["thinking"]
-    missing = say("show", "nothing")
+    assert "other tasks match too: taskstore list --run run-1" in by_run.err
+    assert invoke("show", "s-1", "--json").json["task_id"] == ids["thinking"]
+    missing = invoke("show", "nothing")
     assert (missing.status, missing.out) == (1, "")
     assert missing.err == "taskstore: no task 'nothing'\n"
 
 
-def test_log_says_what_changed_at_each_revision(say: Say, ids: dict[str, str]) -> None:
-    entries = say("log", ids["done"], "--json").json["entries"]
+def test_log_shows_the_changes_of_each_revision(invoke: Invoke, ids: dict[str, str]) -> None:
+    entries = invoke("log", ids["done"], "--json").json["entries"]
     assert [entry["revision"] for entry in entries] == [1, 2, 3]
     assert entries[0]["changed"]["status"] == [None, "running"]
     assert entries[1]["changed"] == {"progress_summary": [None, "half"]}
     assert entries[2]["changed"]["status"] == ["running", "succeeded"]
     assert entries[2]["record"]["terminal_summary"] == "made"
-    lines = [line for line in say("log", ids["done"]).lines if line[2] == "3"]
+    lines = [line for line in invoke("log", ids["done"]).lines if line[2] == "3"]
     assert [line[3:] for line in lines if line[3] == "status"] == [
         ["status", "running", "succeeded"]
     ]
 
 
-def test_log_of_a_deleted_task(say: Say, ids: dict[str, str]) -> None:
-    said = say("log", ids["gone"])
-    assert said.status == 0
-    assert said.lines[-1][2:] == ["3", "deleted", "-", "-"]
-    assert say("show", ids["gone"]).status == 1
-    assert say("log", "never-was").status == 1
+def test_log_of_a_deleted_task(invoke: Invoke, ids: dict[str, str]) -> None:
+    result = invoke("log", ids["gone"])
+    assert result.status == 0
+    assert result.lines[-1][2:] == ["3", "deleted", "-", "-"]
+    assert invoke("show", ids["gone"]).status == 1
+    assert invoke("log", "never-was").status == 1
 
 
-def test_log_says_when_the_beginning_is_gone(say: Say, ids: dict[str, str], url: str) -> None:
-    assert say("compact", "--keep-days", "0").status == 0
+def test_log_reports_a_trimmed_history(invoke: Invoke, ids: dict[str, str], url: str) -> None:
+    assert invoke("compact", "--keep-days", "0").status == 0
     with TaskRegistry.open(url) as registry:
         registry.set_notify_policy(ids["done"], "silent")
-    said = say("log", ids["done"])
-    assert "before revision 4 has been compacted away" in said.err
-    assert say("log", ids["done"], "--json").json["complete"] is False
+    result = invoke("log", ids["done"])
+    assert "before revision 4 was compacted away" in result.err
+    assert invoke("log", ids["done"], "--json").json["complete"] is False
 
 
-def test_summary(say: Say, ids: dict[str, str]) -> None:
-    counted = say("summary", "--json").json
+def test_summary(invoke: Invoke, ids: dict[str, str]) -> None:
+    counted = invoke("summary", "--json").json
     assert (counted["total"], counted["active"]) == (3, 2)
     assert counted["by_status"] == {
         "queued": 2,
@@ -164,33 +164,33 @@ def test_summary(say: Say, ids: dict[str, str]) -> None:
         "lost": 0,
     }
     assert counted["by_runtime"] == {"cli": 1, "subagent": 2}
-    assert ["runtime", "subagent", "2"] in say("summary").lines
+    assert ["runtime", "subagent", "2"] in invoke("summary").lines
 
 
 def test_summary_counts_page_by_page(
-    say: Say, ids: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    invoke: Invoke, ids: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ledger, "PAGE_RECORDS", 1)
-    assert say("summary", "--json").json["total"] == 3
+    assert invoke("summary", "--json").json["total"] == 3
 
 
-def test_changes(say: Say, ids: dict[str, str]) -> None:
-    lines = [json.loads(line) for line in say("changes", "--json").out.splitlines()]
+def test_changes(invoke: Invoke, ids: dict[str, str]) -> None:
+    lines = [json.loads(line) for line in invoke("changes", "--json").out.splitlines()]
     assert [line["seq"] for line in lines] == list(range(1, 9))
     assert (lines[-1]["kind"], lines[-1]["record"]) == ("deleted", None)
     assert lines[2]["record"]["status"] == "succeeded"
-    assert [line[0] for line in say("changes", "--after", "6").lines] == ["7", "8"]
-    assert [line[0] for line in say("changes", "--limit", "2").lines] == ["1", "2"]
-    assert say("changes", "--after", "head").out == ""
-    assert say("changes", "--after", "soon").status == 2
+    assert [line[0] for line in invoke("changes", "--after", "6").lines] == ["7", "8"]
+    assert [line[0] for line in invoke("changes", "--limit", "2").lines] == ["1", "2"]
+    assert invoke("changes", "--after", "head").out == ""
+    assert invoke("changes", "--after", "soon").status == 2
 
 
-def test_changes_that_are_gone(say: Say, ids: dict[str, str]) -> None:
-    say("compact", "--keep-days", "0")
-    said = say("changes", "--after", "1")
-    assert said.status == 1
-    assert "the journal begins at seq 9" in said.err
-    assert say("changes").status == 0
+def test_changes_before_the_floor(invoke: Invoke, ids: dict[str, str]) -> None:
+    invoke("compact", "--keep-days", "0")
+    result = invoke("changes", "--after", "1")
+    assert result.status == 1
+    assert "the journal begins at seq 9" in result.err
+    assert invoke("changes").status == 0
 
 
 def test_changes_follow(cli: CLI, url: str, ids: dict[str, str]) -> None:
@@ -206,8 +206,8 @@ def test_changes_follow(cli: CLI, url: str, ids: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("url", ["sqlite"], indirect=True)
-def test_nothing_reads_the_whole_ledger(
-    say: Say, ids: dict[str, str], monkeypatch: pytest.MonkeyPatch
+def test_no_command_loads_the_ledger(
+    invoke: Invoke, ids: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("the ledger was loaded")
@@ -215,13 +215,13 @@ def test_nothing_reads_the_whole_ledger(
     monkeypatch.setattr("taskstore.stores.sql.store.SQLStore.load_snapshot", refuse)
     monkeypatch.setattr("taskstore.registry.registry.TaskRegistry.__init__", refuse)
     for words in (["list"], ["show", "run-1"], ["log", ids["done"]], ["summary"], ["changes"]):
-        assert say(*words).status == 0
+        assert invoke(*words).status == 0
     for words in (["cancel", "s-1"], ["notify", ids["done"], "silent"], ["delete", "s-1", "--yes"]):
-        assert say(*words).status == 0
+        assert invoke(*words).status == 0
 
 
 class Minimal(TaskRegistryStore):
-    """What the smallest of plugins can do."""
+    """A store without optional abilities."""
 
     def __init__(self, inner: TaskRegistryStore) -> None:
         super().__init__()
@@ -237,17 +237,17 @@ class Minimal(TaskRegistryStore):
         self._inner.close()
 
 
-def test_a_store_that_cannot_query_is_asked_for_everything(
-    say: Say, ids: dict[str, str], monkeypatch: pytest.MonkeyPatch
+def test_a_store_without_queries_is_queried_over_its_snapshot(
+    invoke: Invoke, ids: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         ledger, "open_store", lambda url, **options: Minimal(open_store(url, **options))
     )
-    assert [line[7] for line in say("list").lines] == ["again", "thinking", "done"]
-    assert say("show", "run-1", "--json").json["task_id"] == ids["again"]
-    assert say("cancel", "s-1").status == 0
+    assert [line[7] for line in invoke("list").lines] == ["again", "thinking", "done"]
+    assert invoke("show", "run-1", "--json").json["task_id"] == ids["again"]
+    assert invoke("cancel", "s-1").status == 0
     for words in (["log", ids["done"]], ["changes"], ["verify"], ["compact"]):
-        assert say(*words).status == 2
+        assert invoke(*words).status == 2
 
 
 # -- SQL only ---------------------------------------------------------------
@@ -256,21 +256,21 @@ def test_a_store_that_cannot_query_is_asked_for_everything(
 @pytest.fixture
 def statements(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Every statement that reaches SQLite."""
-    seen: list[str] = []
+    collected: list[str] = []
 
     def trace(connection: Any, _: object) -> None:
-        connection.set_trace_callback(seen.append)
+        connection.set_trace_callback(collected.append)
 
     sqlalchemy.event.listen(sqlalchemy.Pool, "connect", trace)
-    yield seen
+    yield collected
     sqlalchemy.event.remove(sqlalchemy.Pool, "connect", trace)
 
 
 @pytest.mark.parametrize("url", ["sqlite"], indirect=True)
 def test_a_list_is_one_select_with_a_limit(
-    say: Say, ids: dict[str, str], statements: list[str]
+    invoke: Invoke, ids: dict[str, str], statements: list[str]
 ) -> None:
-    assert say("list", "--status", "queued", "--limit", "2").status == 0
+    assert invoke("list", "--status", "queued", "--limit", "2").status == 0
     assert statements, "nothing was traced"
     of_tasks = [text for text in statements if re.search(r"FROM tasks\b", text)]
     assert len(of_tasks) == 1, of_tasks
@@ -278,7 +278,7 @@ def test_a_list_is_one_select_with_a_limit(
     assert not [text for text in statements if text.startswith(("INSERT", "UPDATE", "CREATE"))]
 
 
-LIST_AND_TELL_PEAK = """
+LIST_AND_PRINT_PEAK = """
 import re, sys
 from taskstore.cli import main
 main(["list", "--limit", "10", "--url", sys.argv[1]])
@@ -288,7 +288,7 @@ print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("url", ["sqlite"], indirect=True)
-def test_a_list_takes_the_same_memory_whatever_the_size(tmp_path: Path, url: str) -> None:
+def test_the_memory_of_a_list_does_not_depend_on_the_size(tmp_path: Path, url: str) -> None:
     peaks = []
     for count in (10, 100_000):
         where = f"sqlite:///{tmp_path}/{count}.db"
@@ -305,9 +305,9 @@ def test_a_list_takes_the_same_memory_whatever_the_size(tmp_path: Path, url: str
                 for number in range(count)
             }
             store.save_snapshot(Snapshot(count, records, T0))
-        # ru_maxrss would tell of this process, which the child is forked from.
+        # ru_maxrss would include the memory of this process, from which the child is forked.
         out = subprocess.check_output(
-            [sys.executable, "-c", LIST_AND_TELL_PEAK, where], encoding="utf-8"
+            [sys.executable, "-c", LIST_AND_PRINT_PEAK, where], encoding="utf-8"
         )
         *listed, peak = out.splitlines()
         assert len(listed) == 10
@@ -316,13 +316,15 @@ def test_a_list_takes_the_same_memory_whatever_the_size(tmp_path: Path, url: str
 
 
 @pytest.mark.parametrize("url", ["sqlite"], indirect=True)
-def test_what_does_not_decode_is_told(say: Say, ids: dict[str, str], tmp_path: Path) -> None:
+def test_a_quarantined_record_is_reported(
+    invoke: Invoke, ids: dict[str, str], tmp_path: Path
+) -> None:
     connection = pysqlite3.connect(tmp_path / "ledger")
     connection.execute("UPDATE tasks SET payload = 'oops' WHERE task_id = ?", (ids["thinking"],))
     connection.commit()
     connection.close()
-    said = say("list")
-    assert [line[7] for line in said.lines] == ["again", "done"]
-    assert f"set aside: {ids['thinking']}" in said.err
-    assert f"set aside: {ids['thinking']}" in say("show", ids["thinking"]).err
-    assert say("verify").status == 1
+    result = invoke("list")
+    assert [line[7] for line in result.lines] == ["again", "done"]
+    assert f"quarantined: {ids['thinking']}" in result.err
+    assert f"quarantined: {ids['thinking']}" in invoke("show", ids["thinking"]).err
+    assert invoke("verify").status == 1

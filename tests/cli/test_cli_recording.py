@@ -1,4 +1,4 @@
-"""The parts of ``taskstore run``, each by itself."""
+"""Unit tests of the parts of ``taskstore run``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from hypothesis import strategies as st
 from taskstore import Change, Commit, OutcomeUnknownError, Put, StoreUnavailableError
 from taskstore.cli import child as child_module
 from taskstore.cli import run as recorder_module
-from taskstore.cli.child import Events, LastLine, forwarded_signals, running, summary_of
+from taskstore.cli.child import (
+    LastLine,
+    SignalQueue,
+    forwarded_signals,
+    running_child,
+    summarize_line,
+)
 from taskstore.cli.run import Recorder, new_command_record
 from taskstore.model.records import SUMMARY_BYTES
 from taskstore.model.validation import check_text
@@ -36,25 +42,25 @@ from taskstore.stores.memory import MemoryStore
     ],
 )
 def test_a_line_becomes_a_summary(line: bytes, summary: str) -> None:
-    assert summary_of(line) == summary
+    assert summarize_line(line) == summary
 
 
 @given(st.binary(max_size=200) | st.text(max_size=3000).map(lambda text: text.encode() * 3))
-def test_any_line_can_be_stored(line: bytes) -> None:
-    summary = summary_of(line)
+def test_every_summary_is_valid(line: bytes) -> None:
+    summary = summarize_line(line)
     assert check_text("progress_summary", summary, SUMMARY_BYTES) == summary
     assert summary == " ".join(summary.split())
-    assert summary_of(summary.encode()) == summary
+    assert summarize_line(summary.encode()) == summary
 
 
 @given(
     st.lists(st.sampled_from([b"a", b"bc", b" ", b"\n", b"\r", b"\r\n", b"\x1b[0m", b"\xc3\xa9"])),
     st.data(),
 )
-def test_how_a_stream_is_cut_makes_no_difference(parts: list[bytes], data: st.DataObject) -> None:
+def test_chunks_do_not_change_the_last_line(parts: list[bytes], data: st.DataObject) -> None:
     stream = b"".join(parts)
     cuts = sorted(data.draw(st.sets(st.integers(0, len(stream)))))
-    lines = [summary_of(line) for line in stream.replace(b"\r", b"\n").split(b"\n")]
+    lines = [summarize_line(line) for line in stream.replace(b"\r", b"\n").split(b"\n")]
     expected = next((line for line in reversed(lines) if line), None)
     last, follower = None, LastLine()
     for begin, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
@@ -62,16 +68,16 @@ def test_how_a_stream_is_cut_makes_no_difference(parts: list[bytes], data: st.Da
     assert (follower.close() or last) == expected
 
 
-def test_a_line_without_end_takes_no_memory() -> None:
+def test_an_endless_line_takes_bounded_memory() -> None:
     follower = LastLine()
     for _ in range(1000):
         assert follower.feed(b"x" * 10_000) is None
-    assert len(follower._begun) < 100_000
+    assert len(follower._partial) < 100_000
     assert follower.close() == "x" * SUMMARY_BYTES
 
 
 class Faulty(MemoryStore):
-    """A store that does not answer before its gate is opened, or refuses so many commits."""
+    """A store that blocks until its gate is opened, or fails the first commits."""
 
     def __init__(self, *, refusals: int = 0) -> None:
         super().__init__()
@@ -90,8 +96,8 @@ class Faulty(MemoryStore):
         return super().apply(changes)
 
 
-class Unsure(Faulty):
-    """A store that commits an end, and cannot tell whether it did."""
+class UnknownOutcome(Faulty):
+    """A store that commits the end and then raises :class:`OutcomeUnknownError`."""
 
     def apply(self, changes: Sequence[Change]) -> Commit:
         commit = super().apply(changes)
@@ -101,8 +107,8 @@ class Unsure(Faulty):
 
 
 @pytest.fixture
-def events() -> Iterator[Events]:
-    with closing(Events()) as opened:
+def queue() -> Iterator[SignalQueue]:
+    with closing(SignalQueue()) as opened:
         yield opened
 
 
@@ -113,7 +119,7 @@ def finished(store: Faulty, work: Callable[[Recorder], Any]) -> Recorder:
     return recorder
 
 
-def test_a_slow_store_holds_nothing_up() -> None:
+def test_a_slow_store_does_not_block_the_recorder() -> None:
     store = Faulty()
     store.gate.clear()
 
@@ -128,23 +134,23 @@ def test_a_slow_store_holds_nothing_up() -> None:
     assert recorder.recorded
 
 
-def test_a_store_that_recovers_has_the_end() -> None:
+def test_the_end_is_retried_until_the_store_recovers() -> None:
     recorder = finished(Faulty(refusals=3), lambda recorder: recorder.progress("half"))
     assert recorder.recorded
     assert recorder.failure is None
     assert recorder.record.status == "succeeded"
 
 
-def test_a_store_that_does_not_recover_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder_module, "PATIENCE_S", 0.3)
+def test_the_recorder_gives_up_after_the_retry_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder_module, "RETRY_TIMEOUT_S", 0.3)
     recorder = finished(Faulty(refusals=10**6), lambda _: None)
     assert not recorder.recorded
     assert isinstance(recorder.failure, StoreUnavailableError)
     assert recorder.record.status == "running"
 
 
-def test_a_store_that_hangs_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder_module, "HANG_S", 0.1)
+def test_the_wait_for_a_hanging_store_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder_module, "STORE_TIMEOUT_S", 0.1)
     store = Faulty()
     store.gate.clear()
     recorder = Recorder(store, store.record)
@@ -155,8 +161,8 @@ def test_a_store_that_hangs_is_not_waited_for_without_end(monkeypatch: pytest.Mo
         store.gate.set()
 
 
-def test_an_end_that_may_be_recorded_is_looked_for() -> None:
-    store = Unsure()
+def test_an_end_with_unknown_outcome_is_read_back() -> None:
+    store = UnknownOutcome()
     recorder = finished(store, lambda recorder: recorder.progress("half"))
     assert recorder.recorded
     assert recorder.failure is None
@@ -165,15 +171,18 @@ def test_an_end_that_may_be_recorded_is_looked_for() -> None:
     assert (record.status, record.terminal_summary) == ("succeeded", "half")
 
 
-def test_nothing_of_a_command_outlives_an_exception(events: Events) -> None:
-    with pytest.raises(RuntimeError, match="of ours"), running(["sleep", "79"], events, print) as c:
-        raise RuntimeError("of ours")
+def test_an_exception_kills_the_command(queue: SignalQueue) -> None:
+    with (
+        pytest.raises(RuntimeError, match="bug"),
+        running_child(["sleep", "79"], queue, print) as c,
+    ):
+        raise RuntimeError("bug")
     with pytest.raises(ProcessLookupError):
         os.killpg(c.pid, 0)
 
 
-def test_streams_that_are_read_too_late_are_closed_all_the_same(
-    events: Events, monkeypatch: pytest.MonkeyPatch
+def test_a_stream_whose_thread_starts_late_is_closed(
+    queue: SignalQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     late: list[threading.Thread] = []
 
@@ -182,29 +191,29 @@ def test_streams_that_are_read_too_late_are_closed_all_the_same(
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", hold_back)
-        with suppress(RuntimeError), running(["sleep", "78"], events, print):
+        with suppress(RuntimeError), running_child(["sleep", "78"], queue, print):
             raise RuntimeError("before any thread has begun")
     for thread in late:
         thread.run()
-    assert [events.get(0) for _ in range(3)] == [child_module.CLOSED, child_module.CLOSED, None]
+    assert [queue.get(0) for _ in range(3)] == [child_module.CLOSED, child_module.CLOSED, None]
 
 
-def test_events_that_come_too_late_are_dropped() -> None:
-    events = Events()
-    events.put(child_module.CLOSED)
-    events.close()
-    events.put(child_module.CLOSED)
+def test_a_closed_queue_ignores_items() -> None:
+    queue = SignalQueue()
+    queue.put(child_module.CLOSED)
+    queue.close()
+    queue.put(child_module.CLOSED)
 
 
 @pytest.mark.parametrize("number", child_module.FORWARDED)
-def test_a_signal_that_another_thread_gets_is_not_missed(number: signal.Signals) -> None:
-    """The kernel may give it to any thread, and the main thread waits without end."""
-    with forwarded_signals() as events:
+def test_a_signal_in_another_thread_is_queued(number: signal.Signals) -> None:
+    """The kernel may deliver a signal to any thread while the main thread waits."""
+    with forwarded_signals() as queue:
         threading.Thread(target=lambda: signal.pthread_kill(threading.get_ident(), number)).start()
-        assert events.get(timeout=60) == number
+        assert queue.get(timeout=60) == number
 
 
-def test_signals_are_handled_as_before_when_nothing_is_recorded() -> None:
+def test_signal_handlers_are_restored() -> None:
     handlers = [signal.getsignal(number) for number in child_module.FORWARDED]
     ignored = signal.signal(signal.SIGQUIT, signal.SIG_IGN)
     try:
@@ -216,8 +225,8 @@ def test_signals_are_handled_as_before_when_nothing_is_recorded() -> None:
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_a_child_that_cannot_be_attended_is_ended(
-    events: Events, monkeypatch: pytest.MonkeyPatch
+def test_a_child_without_reader_threads_is_killed(
+    queue: SignalQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = []
     popen = child_module.subprocess.Popen
@@ -231,7 +240,7 @@ def test_a_child_that_cannot_be_attended_is_ended(
 
     monkeypatch.setattr(child_module.subprocess, "Popen", noting)
     monkeypatch.setattr(threading.Thread, "start", no_threads)
-    with pytest.raises(RuntimeError), running(["sleep", "80"], events, print):
+    with pytest.raises(RuntimeError), running_child(["sleep", "80"], queue, print):
         pass
     assert started[0].returncode == -signal.SIGKILL
     for pipe in (started[0].stdout, started[0].stderr):

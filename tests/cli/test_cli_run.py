@@ -1,4 +1,4 @@
-"""``taskstore run``: what it passes through, and what it records."""
+"""``taskstore run``: the copied output, exit statuses, signals and records."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def url(tmp_path: Path) -> str:
 
 
 def is_alive(pid: int) -> bool:
-    """Running, and not a zombie that somebody has yet to reap."""
+    """Return whether a process is running and not a zombie."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:
@@ -39,7 +39,7 @@ def is_alive(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] != "Z"
 
 
-def test_every_byte_passes_through(cli: CLI) -> None:
+def test_every_byte_is_copied(cli: CLI) -> None:
     script = (
         "import sys; data = sys.stdin.buffer.read();"
         "sys.stdout.buffer.write(data * 20000); sys.stderr.buffer.write(data[::-1])"
@@ -53,7 +53,7 @@ def test_every_byte_passes_through(cli: CLI) -> None:
     assert "\0" not in task["progress_summary"]
 
 
-def test_what_is_recorded_of_a_success(cli: CLI, tmp_path: Path) -> None:
+def test_the_record_of_a_success(cli: CLI, tmp_path: Path) -> None:
     done = cli(
         "run", "--label", "greet", "--owner", "me", "--session", "s-1",
         "sh", "-c", "echo one; echo 'two  words' >&2", cwd=tmp_path,
@@ -85,7 +85,7 @@ def test_what_is_recorded_of_a_success(cli: CLI, tmp_path: Path) -> None:
         (["/"], 126, "cannot run /: Permission denied"),
     ],
 )
-def test_the_exit_status_passes_through_and_decides(
+def test_the_exit_status_is_copied_and_sets_the_status(
     cli: CLI, command: list[str], status: int, error: str
 ) -> None:
     done = cli("run", "--", *command)
@@ -95,7 +95,7 @@ def test_the_exit_status_passes_through_and_decides(
     assert task["metadata"]["exit_status"] == status
 
 
-def test_the_record_is_there_before_the_command_starts(cli: CLI, tmp_path: Path) -> None:
+def test_the_task_is_recorded_before_the_command_starts(cli: CLI, tmp_path: Path) -> None:
     id_file = tmp_path / "id"
     done = cli("run", "--id-file", str(id_file), "--", "cat", str(id_file))
     assert done.stdout.decode().strip() == cli.only_task()["task_id"]
@@ -109,7 +109,7 @@ def test_a_command_that_cannot_be_recorded_is_not_started(tmp_path: Path) -> Non
     assert not (tmp_path / "made").exists()
 
 
-def test_arguments_after_the_command_are_the_commands(cli: CLI) -> None:
+def test_arguments_after_the_command_belong_to_it(cli: CLI) -> None:
     assert cli("run", "echo", "--help", "--", "-x").stdout == b"--help -- -x\n"
     assert cli("run", "--", "echo", "--", "--url").stdout == b"-- --url\n"
     assert cli("run").returncode == 2
@@ -126,20 +126,20 @@ def test_a_run_is_recorded_once(cli: CLI, tmp_path: Path) -> None:
     assert cli(*words).returncode == 0
     again = cli(*words)
     assert again.returncode == 1
-    assert b"recorded already" in again.stderr
+    assert b"already recorded" in again.stderr
     assert (tmp_path / "count").read_text() == "x\n"
 
 
-def test_who_left_the_group_and_holds_the_output_is_not_waited_for(cli: CLI) -> None:
+def test_a_process_outside_the_group_is_not_waited_for(cli: CLI) -> None:
     script = "setsid sleep 300 & echo $!; exec sleep 300"
-    # Were the grace waited for, this would not come back in time.
+    # A wait for the whole grace period would exceed the test timeout.
     done = cli("run", "--timeout", "2s", "--grace", "1h", "--", "sh", "-c", script)
     os.kill(int(done.stdout), signal.SIGKILL)
     assert done.returncode == 124
     assert cli.only_task()["status"] == "timed_out"
 
 
-def test_the_group_has_its_grace_when_its_leader_is_gone(cli: CLI, tmp_path: Path) -> None:
+def test_the_group_has_its_grace_period_after_its_leader_exits(cli: CLI, tmp_path: Path) -> None:
     there = tmp_path / "cleaned up"
     inner = f"trap 'sleep 3; touch \"{there}\"; exit' TERM; while :; do sleep 0.1; done"
     script = f"({inner}) & exec sleep 30"
@@ -159,7 +159,7 @@ def test_a_timeout_ends_the_whole_group(cli: CLI, tmp_path: Path) -> None:
     assert task["progress_summary"] == "begun"
 
 
-def test_who_outlives_the_leader_is_ended_too(cli: CLI, tmp_path: Path) -> None:
+def test_a_process_that_outlives_the_leader_is_killed(cli: CLI, tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     deaf = f"trap '' TERM; echo $$ > {pid_file}; exec sleep 81"
     script = f"sh -c \"{deaf}\" >/dev/null 2>&1 & trap 'exit 0' TERM; while :; do sleep 0.05; done"
@@ -169,8 +169,8 @@ def test_who_outlives_the_leader_is_ended_too(cli: CLI, tmp_path: Path) -> None:
     until(lambda: not is_alive(pid))
 
 
-def test_who_reacts_to_sigterm_may_end_by_itself(cli: CLI, tmp_path: Path) -> None:
-    # What sh itself says of its sleep being terminated would be the last line.
+def test_a_command_may_exit_by_itself_after_sigterm(cli: CLI, tmp_path: Path) -> None:
+    # The message of sh about its terminated sleep would be the last line.
     script = "exec 2>&-; trap 'echo cleaned up; exit 0' TERM; while :; do sleep 0.05; done"
     done = cli("run", "--timeout", "2", "--", "sh", "-c", script)
     assert done.returncode == 124
@@ -178,7 +178,7 @@ def test_who_reacts_to_sigterm_may_end_by_itself(cli: CLI, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_is_passed_on_and_cancels(cli: CLI, number: signal.Signals) -> None:
+def test_a_signal_is_forwarded_and_cancels_the_task(cli: CLI, number: signal.Signals) -> None:
     name = number.name.removeprefix("SIG")
     script = f"trap 'echo got {name}; exit 0' {name}; echo ready; while :; do sleep 0.05; done"
     recorder = cli.start("run", "--", "sh", "-c", script)
@@ -204,7 +204,7 @@ def test_a_second_signal_kills(cli: CLI) -> None:
     assert cli.only_task()["status"] == "cancelled"
 
 
-def test_a_command_that_nobody_reads_gets_its_sigpipe(cli: CLI) -> None:
+def test_a_command_gets_sigpipe_when_the_output_is_closed(cli: CLI) -> None:
     recorder = cli.start("run", "--", "yes", stderr=subprocess.DEVNULL)
     assert recorder.stdout is not None
     recorder.stdout.readline()
@@ -240,7 +240,7 @@ def test_a_killed_recorder_leaves_a_running_record(cli: CLI) -> None:
     os.killpg(task["metadata"]["child_pid"], signal.SIGKILL)
 
 
-def test_a_ledger_that_goes_away_does_not_take_the_command_along(tmp_path: Path) -> None:
+def test_a_removed_ledger_does_not_stop_the_command(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger"
     cli = CLI(f"json:///{ledger}")
     script = f"echo begun; sleep 0.5; rm -rf {ledger}; echo done; exit 5"
@@ -250,7 +250,7 @@ def test_a_ledger_that_goes_away_does_not_take_the_command_along(tmp_path: Path)
     assert b"Traceback" not in done.stderr
 
 
-def test_another_s_end_stands_but_lost_is_corrected(cli: CLI, url: str, tmp_path: Path) -> None:
+def test_an_end_by_another_writer_is_kept_unless_lost(cli: CLI, url: str, tmp_path: Path) -> None:
     go = tmp_path / "go"
     script = f"echo ready; while [ ! -e {go} ]; do sleep 0.05; done; exit 4"
     recorders = [cli.start("run", "--label", str(n), "--", "sh", "-c", script) for n in range(2)]
@@ -262,10 +262,10 @@ def test_another_s_end_stands_but_lost_is_corrected(cli: CLI, url: str, tmp_path
         registry.cancel(cancelled, "enough")
         registry.mark_lost(lost)
     go.touch()
-    said = [recorder.communicate(timeout=20)[1] for recorder in recorders]
+    result = [recorder.communicate(timeout=20)[1] for recorder in recorders]
     assert [recorder.returncode for recorder in recorders] == [4, 4]
-    assert f"task {cancelled} had been ended as cancelled before".encode() in said[0]
-    assert said[1] == b""
+    assert f"task {cancelled} had already ended as cancelled".encode() in result[0]
+    assert result[1] == b""
     with TaskRegistry.open(url) as registry:
         assert registry.get(cancelled).status == "cancelled"
         assert registry.get(cancelled).error == "enough"
@@ -280,7 +280,7 @@ def test_a_closed_standard_output_does_not_become_the_database(cli: CLI) -> None
     assert cli.only_task()["status"] == "succeeded"
 
 
-def test_long_command_lines_are_cut_in_the_record_only(cli: CLI) -> None:
+def test_only_the_record_truncates_long_command_lines(cli: CLI) -> None:
     words = ["x" * 1000] * 100
     done = cli("run", "--", PY, "-c", "import sys; print(len(sys.argv))", *words)
     assert done.stdout == b"101\n"
@@ -289,7 +289,7 @@ def test_long_command_lines_are_cut_in_the_record_only(cli: CLI) -> None:
     assert len(task["task"]) > 100_000
 
 
-def test_the_same_on_postgresql(postgres_url: str) -> None:
+def test_commands_on_postgresql(postgres_url: str) -> None:
     cli = CLI(postgres_url)
     assert cli("run", "--label", "there", "--", "sh", "-c", "echo hi; exit 7").returncode == 7
     task = cli.only_task()

@@ -1,4 +1,4 @@
-"""``taskstore contract`` and the suite under pytest: one runner, one verdict."""
+"""``taskstore contract`` and the suite under pytest give the same verdict."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import sys
 
 import pytest
 
-HUNG_S = 900
-"""When a run of the suite has hung, however busy the machine is."""
+SUITE_TIMEOUT_S = 900
+"""The timeout of a run of the suite, enough for a busy machine."""
 
-OPEN_FOR_EVER = """
+NEVER_CLOSED = """
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 
-class OpenForEver(MemoryStore):
+class NeverClosed(MemoryStore):
     def _check_open(self):
         pass
 
-def open_for_ever(url, **options):
+def open_never_closed(url, **options):
     raise NotImplementedError
 
 from contextlib import contextmanager
@@ -27,11 +27,11 @@ from contextlib import contextmanager
 @contextmanager
 def scratch(url):
     storage = MemoryStorage()
-    yield lambda *, read_only=False: OpenForEver(storage, read_only=read_only)
+    yield lambda *, read_only=False: NeverClosed(storage, read_only=read_only)
 """
 ENTRY_POINTS = """
 [taskstore.backends]
-forever = forever:open_for_ever
+forever = forever:open_never_closed
 
 [taskstore.scratch]
 forever = forever:scratch
@@ -39,12 +39,12 @@ forever = forever:scratch
 
 
 @pytest.fixture
-def elsewhere(tmp_path):
-    """A directory outside the checkout, and an environment with one more backend installed."""
+def outside(tmp_path):
+    """A directory outside the checkout, and an environment with an additional backend."""
     site = tmp_path / "site"
     installed = site / "forever-1.0.dist-info"
     installed.mkdir(parents=True)
-    (site / "forever.py").write_text(OPEN_FOR_EVER)
+    (site / "forever.py").write_text(NEVER_CLOSED)
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: forever\nVersion: 1.0\n")
     (installed / "entry_points.txt").write_text(ENTRY_POINTS)
     work = tmp_path / "work"
@@ -52,21 +52,21 @@ def elsewhere(tmp_path):
     return work, {**os.environ, "PYTHONPATH": str(site)}
 
 
-def contract(elsewhere, *arguments):
-    work, environment = elsewhere
+def contract(outside, *arguments):
+    work, environment = outside
     return subprocess.run(
         [sys.executable, "-m", "taskstore", "contract", *arguments],
         cwd=work,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=HUNG_S,
+        timeout=SUITE_TIMEOUT_S,
         check=False,
     )
 
 
-def suite(elsewhere, *arguments):
-    work, environment = elsewhere
+def suite(outside, *arguments):
+    work, environment = outside
     return subprocess.run(
         [
             sys.executable,
@@ -77,13 +77,13 @@ def suite(elsewhere, *arguments):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=HUNG_S,
+        timeout=SUITE_TIMEOUT_S,
         check=False,
     )
 
 
-def test_a_good_backend_is_kept(elsewhere):
-    done = contract(elsewhere, "memory:")
+def test_a_correct_backend_keeps_the_contract(outside):
+    done = contract(outside, "memory:")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = dict(line.split("\t")[:2] for line in done.stdout.splitlines() if line)
     assert rows == {
@@ -96,52 +96,52 @@ def test_a_good_backend_is_kept(elsewhere):
         "crash-safe": "not claimed",
     }
     assert "its storage is the memory of one process" in done.stdout
-    assert suite(elsewhere, "--taskstore-url", "memory:").returncode == 0
+    assert suite(outside, "--taskstore-url", "memory:").returncode == 0
 
 
-def test_a_broken_one_is_told_by_the_clause(elsewhere):
-    done = contract(elsewhere, "forever:x", "--level", "core", "--json")
+def test_a_broken_backend_fails_the_matching_clauses(outside):
+    done = contract(outside, "forever:x", "--level", "core", "--json")
     assert done.returncode == 1, done.stdout + done.stderr
-    told = json.loads(done.stdout)
-    assert told["ok"] is False
-    assert set(told["levels"]) == {"core"}
-    broken = [clause for clause in told["clauses"] if clause["outcome"] == "failed"]
+    answer = json.loads(done.stdout)
+    assert answer["ok"] is False
+    assert set(answer["levels"]) == {"core"}
+    broken = [clause for clause in answer["clauses"] if clause["outcome"] == "failed"]
     assert {clause["clause"] for clause in broken} == {
         "a_closed_store_refuses_every_call",
         "a_store_is_a_context_manager",
     }
     assert all(clause["promise"].startswith("[") for clause in broken)
-    done = suite(elsewhere, "--taskstore-url", "forever:x", "--taskstore-level", "core")
+    done = suite(outside, "--taskstore-url", "forever:x", "--taskstore-level", "core")
     assert done.returncode == 1
     assert "test_a_closed_store_refuses_every_call" in done.stdout
 
 
-def test_what_is_at_the_url_stays_untouched(elsewhere):
-    work, _ = elsewhere
+def test_the_data_at_the_url_is_not_changed(outside):
+    work, _ = outside
     (work / "ledger").mkdir()
     (work / "ledger" / "precious.txt").write_text("do not touch")
-    done = contract(elsewhere, "json:///ledger", "--level", "integrity", "--level", "crash-safe")
+    done = contract(outside, "json:///ledger", "--level", "integrity", "--level", "crash-safe")
     assert done.returncode == 0, done.stdout + done.stderr
     assert [path.name for path in work.iterdir()] == ["ledger"]
     assert [path.name for path in (work / "ledger").iterdir()] == ["precious.txt"]
 
 
-def test_wrong_usage_is_told_in_a_line(elsewhere):
-    unknown = contract(elsewhere, "nothing:x")
+def test_wrong_usage_prints_one_line(outside):
+    unknown = contract(outside, "nothing:x")
     assert (unknown.returncode, len(unknown.stderr.splitlines())) == (2, 1)
     assert "installed:" in unknown.stderr
-    level = contract(elsewhere, "memory:", "--level", "heroic")
+    level = contract(outside, "memory:", "--level", "heroic")
     assert level.returncode == 2
-    nowhere = contract(elsewhere, "postgresql+psycopg://me:geheim@127.0.0.1:1/db")
+    nowhere = contract(outside, "postgresql+psycopg://me:geheim@127.0.0.1:1/db")
     assert nowhere.returncode == 3
     assert "geheim" not in nowhere.stderr
-    missing = suite(elsewhere)
+    missing = suite(outside)
     assert missing.returncode == 4
     assert "--taskstore-url" in missing.stdout + missing.stderr
 
 
-def test_the_plugin_is_light_when_it_is_not_used(elsewhere):
-    work, environment = elsewhere
+def test_the_unused_plugin_imports_no_heavy_module(outside):
+    work, environment = outside
     (work / "test_light.py").write_text(
         "import sys\ndef test_light():\n"
         "    assert 'taskstore_pytest' in sys.modules\n"
@@ -162,7 +162,7 @@ def test_the_plugin_is_light_when_it_is_not_used(elsewhere):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=HUNG_S,
+        timeout=SUITE_TIMEOUT_S,
         check=False,
     )
     assert done.returncode == 0, done.stdout

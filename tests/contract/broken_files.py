@@ -1,8 +1,8 @@
-"""A right store in a file, and wrong ones that only a second process or a kill finds out.
+"""A correct store in a file, and defective ones that need a second process or a kill.
 
-:class:`LogStore` keeps the memory store's state as a log: a line per commit,
-replayed under a lock before each use.  It writes a line in two halves, as a
-disk may, so that a kill tears it.
+:class:`LogStore` logs the commits of a memory store, one line each, and replays the
+log under a lock before each use.  It writes a line in two halves, as a disk may, so
+that a kill tears the line.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from taskstore.stores.memory import MemoryStorage, MemoryStore
 
 
 class LogStore(MemoryStore):
-    """The right one."""
+    """The correct store."""
 
     unsupported_guarantees = MappingProxyType({})
     durability = "process"
@@ -33,7 +33,7 @@ class LogStore(MemoryStore):
         self.location = str(path)
         self.path = path
         self.offset = 0
-        self.entered = 0  # what reads locks too, also in the middle of a commit
+        self.lock_depth = 0  # reads also lock, even during a commit
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         with self.locked():
             self.catch_up()
@@ -44,26 +44,26 @@ class LogStore(MemoryStore):
     def locked(self):
         with self.storage.changed:
             self._check_open()
-            if self.entered == 0:
+            if self.lock_depth == 0:
                 fcntl.flock(self.descriptor, fcntl.LOCK_EX)
-            self.entered += 1
+            self.lock_depth += 1
             try:
                 yield
             finally:
-                self.entered -= 1
-                if self.entered == 0:
+                self.lock_depth -= 1
+                if self.lock_depth == 0:
                     fcntl.flock(self.descriptor, fcntl.LOCK_UN)
 
     def catch_up(self):
-        rest = os.pread(self.descriptor, 1 << 30, self.offset)
-        whole, newline, torn = rest.rpartition(b"\n")
+        data = os.pread(self.descriptor, 1 << 30, self.offset)
+        complete, newline, torn = data.rpartition(b"\n")
         if torn:
-            self.meet(torn, self.offset + len(whole) + len(newline))
-        for line in whole.splitlines():
+            self.handle_torn_line(torn, self.offset + len(complete) + len(newline))
+        for line in complete.splitlines():
             self.replay(line)
-        self.offset += len(whole) + len(newline)
+        self.offset += len(complete) + len(newline)
 
-    def meet(self, torn, offset):
+    def handle_torn_line(self, torn, offset):
         if not self.read_only:
             os.ftruncate(self.descriptor, offset)
 
@@ -73,15 +73,15 @@ class LogStore(MemoryStore):
         except Exception as error:
             raise CorruptStoreError(self.location, "a line is damaged") from error
         if commit is None:
-            MemoryStore.save_snapshot(self.writable(), decode_snapshot(content))
+            MemoryStore.save_snapshot(self.writable_view(), decode_snapshot(content))
         else:
             changes = [
                 Put(decode_record(change)) if isinstance(change, bytes) else Remove(*change)
                 for change in content
             ]
-            self._take_in(changes, plan(changes), commit)
+            self._commit(changes, plan(changes), commit)
 
-    def writable(self):
+    def writable_view(self):
         return MemoryStore(self.storage)
 
     def append(self, commit, content):
@@ -102,10 +102,10 @@ class LogStore(MemoryStore):
         with self.locked():
             self.catch_up()
             commit = super().apply(changes)
-            self.append(commit, [self.written(change) for change in changes])
+            self.append(commit, [self.encode_change(change) for change in changes])
             return commit
 
-    def written(self, change):
+    def encode_change(self, change):
         if isinstance(change, Put):
             return encode_record(change.record)
         return (change.task_id, change.revision)
@@ -134,15 +134,15 @@ class LogStore(MemoryStore):
         return True
 
 
-def reading(name):
-    """A read that catches up first."""
-    right = getattr(MemoryStore, name)
+def catching_up(name):
+    """Return a read method that catches up first."""
+    original = getattr(MemoryStore, name)
 
     def read(self, *args):
         self._check_open()
         with self.locked():
             self.catch_up()
-        return right(self, *args)
+        return original(self, *args)
 
     return read
 
@@ -157,11 +157,11 @@ for _name in (
     "query",
     "verify",
 ):
-    setattr(LogStore, _name, reading(_name))
+    setattr(LogStore, _name, catching_up(_name))
 
 
-class LeavesTheTornTailAndAppendsAfterIt(LogStore):
-    def meet(self, torn, offset):
+class AppendsAfterTheTornLine(LogStore):
+    def handle_torn_line(self, torn, offset):
         pass
 
     def write(self, line):
@@ -169,7 +169,7 @@ class LeavesTheTornTailAndAppendsAfterIt(LogStore):
         super().write(line)
 
 
-class KeepsHalfOfABatchWhoseLineWasTorn(LogStore):
+class KeepsPartOfATornBatch(LogStore):
     def append(self, commit, content):
         if commit is None:
             super().append(commit, content)
@@ -180,7 +180,7 @@ class KeepsHalfOfABatchWhoseLineWasTorn(LogStore):
             super().append(part, [change])
 
 
-class AcknowledgesBeforeItIsWritten(LogStore):
+class AcknowledgesBeforeWriting(LogStore):
     pending = b""
 
     def write(self, line):
@@ -206,45 +206,45 @@ class SavesInPlace(LogStore):
             self.append(None, encode_snapshot(snapshot))
 
 
-class ForgetsTheLock(LogStore):
+class SkipsTheLock(LogStore):
     @contextmanager
     def locked(self):
         with self.storage.changed:
             yield
 
 
-class ComparesBeforeItHasTheLock(LogStore):
+class ComparesBeforeLocking(LogStore):
     def apply(self, changes):
         with self.locked():
             self.catch_up()
             self._check(plan(changes))
-        right, self._check = self._check, lambda steps: None
+        original, self._check = self._check, lambda steps: None
         try:
             return super().apply(changes)
         finally:
-            self._check = right
+            self._check = original
 
 
-class ChecksBookingsInItsOwnMemoryOnly(LogStore):
-    """Knows of a run what it had seen when it was opened."""
+class ChecksDedupKeysInMemoryOnly(LogStore):
+    """Checks only the dedup keys that were stored when the instance was opened."""
 
     def apply(self, changes):
-        known = dict(self.storage.by_dedup_key)
-        right = self._check
+        keys_at_start = dict(self.storage.by_dedup_key)
+        original = self._check
 
         def check(steps):
-            bookings, self.storage.by_dedup_key = self.storage.by_dedup_key, known
+            dedup_keys, self.storage.by_dedup_key = self.storage.by_dedup_key, keys_at_start
             try:
-                right(steps)
+                original(steps)
             finally:
-                self.storage.by_dedup_key = bookings
+                self.storage.by_dedup_key = dedup_keys
 
         self._check = check
         try:
             return super().apply(changes)
         finally:
-            self._check = right
+            self._check = original
 
 
-class HearsOfItsOwnCommitsOnly(LogStore):
+class WakesOnOwnCommitsOnly(LogStore):
     wait_for = MemoryStore.wait_for

@@ -1,4 +1,4 @@
-"""Stores that read, compact or check wrongly: each the shortest edit of the right one."""
+"""Memory stores with one defect each in reading, compaction or verification."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from taskstore.model.query import Page, decode_cursor, encode_cursor
 # -- journal ----------------------------------------------------------------
 
 
-class ShowsASeqBeforeTheOnesBeforeIt(Broken):
+class ExposesSeqsOutOfOrder(Broken):
     def apply(self, changes):
         commit = super().apply(changes)
         with self.storage.changed:
@@ -37,7 +37,7 @@ class IgnoresTheLimit(Broken):
         return super().read_journal(after, 10**9)
 
 
-class ReadsFromTheSeqInsteadOfAfterIt(Broken):
+class ReadsFromTheSeqInclusive(Broken):
     def read_journal(self, after, limit):
         return super().read_journal(max(after - 1, self.floor() - 1), limit)
 
@@ -50,7 +50,7 @@ class DoesNotExpireCursors(Broken):
             return ()
 
 
-class NeverWakesUp(Broken):
+class NeverWakes(Broken):
     def wait_for(self, after, timeout):
         self._check_open()
         answer = self.storage.head > after
@@ -70,7 +70,7 @@ class SpinsWhileItWaits(Broken):
         return True
 
 
-class SpinsInAThreadOfItsOwn(Broken):
+class SpinsInASeparateThread(Broken):
     def wait_for(self, after, timeout):
         spinning = threading.Thread(target=SpinsWhileItWaits.wait_for, args=(self, after, timeout))
         spinning.start()
@@ -79,8 +79,8 @@ class SpinsInAThreadOfItsOwn(Broken):
         return self.storage.head > after
 
 
-class WaitsForTheNextCommit(Broken):
-    """Misses the one between looking and waiting."""
+class MissesACommitBeforeTheWait(Broken):
+    """Misses a commit between the read of the head and the wait."""
 
     def wait_for(self, after, timeout):
         self._check_open()
@@ -91,17 +91,17 @@ class WaitsForTheNextCommit(Broken):
         return self.storage.head > after
 
 
-class WakesOnlyOne(Broken):
+class WakesOneWaiter(Broken):
     def apply(self, changes):
         changed = self.storage.changed
-        everybody, changed.notify_all = changed.notify_all, changed.notify
+        notify_all, changed.notify_all = changed.notify_all, changed.notify
         try:
             return super().apply(changes)
         finally:
-            changed.notify_all = everybody
+            changed.notify_all = notify_all
 
 
-class GoesOnWaitingWhenItIsClosed(Broken):
+class KeepsWaitingAfterClose(Broken):
     def wait_for(self, after, timeout):
         self._check_open()
         storage = self.storage
@@ -109,14 +109,14 @@ class GoesOnWaitingWhenItIsClosed(Broken):
             return storage.changed.wait_for(lambda: storage.head > after, min(timeout, 1000))
 
 
-class TakesNoLongTime(Broken):
+class RejectsLongTimeouts(Broken):
     def wait_for(self, after, timeout):
         if timeout > 10**6:
             raise OverflowError("timeout value is too large")
         return super().wait_for(after, timeout)
 
 
-class FindsTheHistoryOfOthers(Broken):
+class ReturnsHistoryOfSimilarIds(Broken):
     def read_history(self, task_id):
         return [e for e in self.storage.journal if e.task_id.lower() == task_id.lower()]
 
@@ -124,7 +124,7 @@ class FindsTheHistoryOfOthers(Broken):
 # -- compaction -------------------------------------------------------------
 
 
-class GivesASeqAgainAfterEverythingWasTrimmed(Broken):
+class ReusesSeqsAfterTrimming(Broken):
     def compact(self, policy):
         report = super().compact(policy)
         if not self.storage.journal and not self.storage.current:
@@ -140,7 +140,7 @@ class LosesTheLastEntryAtCompaction(Broken):
         return report
 
 
-class CompactsWhatARetainedSnapshotStillNeeds(Broken):
+class DropsRetainedSnapshots(Broken):
     def compact(self, policy):
         report = super().compact(policy)
         kept = {max(report.snapshots, default=0)}
@@ -150,15 +150,15 @@ class CompactsWhatARetainedSnapshotStillNeeds(Broken):
 
 class KeepsDeletedRecordsInTheSnapshot(Broken):
     def compact(self, policy):
-        ghosts = {e.task_id: e.record for e in self.storage.journal if e.record is not None}
+        deleted = {e.task_id: e.record for e in self.storage.journal if e.record is not None}
         report = super().compact(policy)
         for seq, snapshot in self.storage.snapshots.items():
-            self.storage.snapshots[seq] = replace(snapshot, records={**ghosts, **snapshot.records})
+            self.storage.snapshots[seq] = replace(snapshot, records={**deleted, **snapshot.records})
         return report
 
 
-class TrimsWhatCameWhileItFolded(Broken):
-    """As if somebody always came in between."""
+class LosesCommitsDuringCompaction(Broken):
+    """Behaves as if a commit always came in between."""
 
     def compact(self, policy):
         report = super().compact(policy)
@@ -169,12 +169,12 @@ class TrimsWhatCameWhileItFolded(Broken):
         return report
 
 
-class CompactsWhenItIsNotDue(Broken):
+class CompactsWhenNotDue(Broken):
     def compact(self, policy):
         return super().compact(policy.forced())
 
 
-class RemembersTheErased(Broken):
+class KeepsErasedSnapshots(Broken):
     def compact(self, policy):
         before = dict(self.storage.snapshots)
         report = super().compact(policy)
@@ -182,13 +182,13 @@ class RemembersTheErased(Broken):
         return report
 
 
-class DropsWhatWasSetAsideAtCompaction(Broken):
+class DropsQuarantinedAtCompaction(Broken):
     def compact(self, policy):
         self.storage.quarantined = ()
         return super().compact(policy)
 
 
-class StampsSnapshotsWithTheTimeOfCompaction(Broken):
+class SetsSnapshotTimeToCompactionTime(Broken):
     def compact(self, policy):
         report = super().compact(policy)
         for seq, snapshot in self.storage.snapshots.items():
@@ -199,7 +199,7 @@ class StampsSnapshotsWithTheTimeOfCompaction(Broken):
 # -- query and integrity ----------------------------------------------------
 
 
-class SortsIdsLikeALanguage(Broken):
+class SortsIdsByCollation(Broken):
     def query(self, query):
         page = super().query(query)
         ordered = sorted(page, key=lambda r: (r.created_at, r.task_id.casefold()), reverse=True)
@@ -214,34 +214,33 @@ class SkipsTiesAcrossPages(Broken):
         return super().query(query)
 
 
-class PointsBeyondTheLastPage(Broken):
+class ReturnsACursorOnTheLastPage(Broken):
     def query(self, query):
         page = super().query(query)
         cursor = page.next_cursor or (encode_cursor(page[-1].sort_key) if page else None)
         return Page(page, next_cursor=cursor, seq=page.seq)
 
 
-class FindsEverythingForNoValues(Broken):
+class MatchesAllForAnEmptyFilter(Broken):
     def query(self, query):
-        query._tests = [
-            test for test, values in zip(query._tests, query.where.values(), strict=True) if values
-        ]
+        pairs = zip(query._predicates, query.where.values(), strict=True)
+        query._predicates = [predicate for predicate, values in pairs if values]
         return super().query(query)
 
 
-class AnswersForTheWrongSeq(Broken):
+class ReturnsTheWrongSeq(Broken):
     def query(self, query):
         page = super().query(query)
         return Page(page, next_cursor=page.next_cursor, seq=max(page.seq - 1, 0))
 
 
-class FiltersWithoutCase(Broken):
+class FiltersIgnoringCase(Broken):
     def query(self, query):
         found = {
             field: {v.lower() if isinstance(v, str) else v for v in values}
             for field, values in query.where.items()
         }
-        query._tests = [
+        query._predicates = [
             lambda r, field=field, values=values: (
                 (v.lower() if isinstance(v := getattr(r, field, None), str) else v) in values
             )
@@ -250,25 +249,25 @@ class FiltersWithoutCase(Broken):
         return super().query(query)
 
 
-class FindsFaultWithAGoodLedger(Broken):
+class ReportsProblemsInASoundLedger(Broken):
     def verify(self):
         report = super().verify()
         return replace(report, problems=("nothing in particular",) if report.entries else ())
 
 
-class CountsWrong(Broken):
+class VerifyCountsWrong(Broken):
     def verify(self):
         return replace(super().verify(), records=0)
 
 
-class VerifiesByWriting(Broken):
+class VerifyNeedsWriteAccess(Broken):
     def verify(self):
         self._check_writable()
         return super().verify()
 
 
-class ForgetsACommitNowAndThen(Broken):
-    """Not in any one clause's way: for the machine to find."""
+class DropsSomeCommits(Broken):
+    """Drops a rare kind of commit that only the model machine finds."""
 
     def apply(self, changes):
         if len(changes) > 2 and self.storage.deleted and self.storage.snapshots:

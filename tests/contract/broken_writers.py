@@ -1,5 +1,5 @@
-# ruff: noqa: RUF012 - what a broken store rewrites is never changed
-"""Stores that write wrongly: each the shortest edit of the right one, named by its fault."""
+# ruff: noqa: RUF012 - the class attributes are never changed
+"""Memory stores with one defect each in writing, saving or loading."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from taskstore.stores.memory import MemoryStorage, MemoryStore
 
 
 class Broken(MemoryStore):
-    """The right store; each subclass breaks one thing."""
+    """The correct store; each subclass adds one defect."""
 
 
-def rewritten(store, **fields):
-    """Change the fields of every stored record, behind everybody's back."""
+def rewrite_records(store, **fields):
+    """Change fields of every stored record without a commit."""
     storage = store.storage
     for task_id, record in storage.current.items():
         changes = {name: change(getattr(record, name)) for name, change in fields.items()}
         storage.current[task_id] = replace(record, **changes)
 
 
-class LetsOthersInMeanwhile(Broken):
+class DoesNotExcludeWriters(Broken):
     def exclusive(self):
         return nullcontext()
 
@@ -36,37 +36,37 @@ class LetsOthersInMeanwhile(Broken):
 # -- apply ------------------------------------------------------------------
 
 
-class TrustsAnyHistory(Broken):
-    """Does not look over which commit the changes were made."""
+class IgnoresTheBaseCommit(Broken):
+    """Does not check the commit that the changes are based on."""
 
     def apply(self, changes):
         return super().apply(list(changes))
 
 
-class DistrustsWhatWasTrimmed(Broken):
-    """Wants to see the commit over which the changes were made, always."""
+class RejectsATrimmedBase(Broken):
+    """Rejects changes whose base commit was trimmed."""
 
     def apply(self, changes):
-        over = getattr(changes, "base", None)
-        if over is not None and over.seq and over.seq < self.floor():
-            raise ConflictError([], "not to be seen")
+        base = getattr(changes, "base", None)
+        if base is not None and base.seq and base.seq < self.floor():
+            raise ConflictError([], "the base commit is trimmed")
         return super().apply(changes)
 
 
-class AcknowledgesBeforeItIsThere(Broken):
-    """Keeps the last commit for itself until the next one comes."""
+class KeepsCommitsInTheInstance(Broken):
+    """Commits to storage that no other instance reads."""
 
     def __init__(self, storage=None, **options):
         super().__init__(MemoryStorage(), **options)
-        self.real = storage
+        self.shared = storage
 
     def load_snapshot(self):
         if not self.storage.head:
-            MemoryStore(self.storage).save_snapshot(MemoryStore(self.real).load_snapshot())
+            MemoryStore(self.storage).save_snapshot(MemoryStore(self.shared).load_snapshot())
         return super().load_snapshot()
 
 
-class AppliesHalfABatch(Broken):
+class AppliesPartOfABatch(Broken):
     def apply(self, changes):
         try:
             return super().apply(changes)
@@ -116,7 +116,7 @@ class ForgetsDeletions(Broken):
         super()._check(steps)
 
 
-class ForgetsWhatCameAndWentInOneBatch(Broken):
+class ForgetsTasksOfOneBatch(Broken):
     def apply(self, changes):
         steps = plan(changes)
         commit = super().apply(changes)
@@ -124,31 +124,31 @@ class ForgetsWhatCameAndWentInOneBatch(Broken):
         return commit
 
 
-class BooksTheSameRunTwiceFromTwoInstances(Broken):
+class ChecksDedupKeysPerInstance(Broken):
     def _check(self, steps):
         shared, self.storage.by_dedup_key = (
             self.storage.by_dedup_key,
-            vars(self).setdefault("mine", {}),
+            vars(self).setdefault("own_keys", {}),
         )
         super()._check(steps)
         self.storage.by_dedup_key = shared
-        self.mine.update({s.claims: s.task_id for s in steps if s.claims})
+        self.own_keys.update({s.claims: s.task_id for s in steps if s.claims})
 
 
-class NeverFreesABooking(Broken):
+class NeverFreesADedupKey(Broken):
     def _write(self, step):
-        bookings = dict(self.storage.by_dedup_key)
+        dedup_keys = dict(self.storage.by_dedup_key)
         super()._write(step)
-        self.storage.by_dedup_key = bookings | self.storage.by_dedup_key
+        self.storage.by_dedup_key = dedup_keys | self.storage.by_dedup_key
 
 
-class ComparesRunsWithoutTheirCase(Broken):
+class ComparesRunsIgnoringCase(Broken):
     def _check(self, steps):
         super()._check(steps)
         runs = {run.lower() for run, _ in self.storage.by_dedup_key}
         for step in steps:
             if step.claims and step.claims[0].lower() in runs:
-                raise ConflictError([], "booked")
+                raise ConflictError([], "the dedup key is taken")
 
 
 class NamesOnlyTheFirstConflict(Broken):
@@ -171,7 +171,7 @@ class LetsTimeGoBackAtSave(Broken):
         super().save_snapshot(snapshot)
 
 
-class JournalsTheLastImagesOnly(Broken):
+class JournalsOnlyTheLastRecords(Broken):
     def apply(self, changes):
         commit = super().apply(changes)
         last = {change.task_id: change for change in changes if isinstance(change, Put)}
@@ -184,7 +184,7 @@ class JournalsTheLastImagesOnly(Broken):
         return commit
 
 
-class GivesEachEntryACommitIdOfItsOwn(Broken):
+class SetsACommitIdPerEntry(Broken):
     def apply(self, changes):
         commit = super().apply(changes)
         for entry in self.storage.journal[-len(changes) :]:
@@ -202,38 +202,38 @@ class SavesBehindTheHead(Broken):
         super().save_snapshot(snapshot)
 
 
-class SavesOnTopOfWhatIsThere(Broken):
+class SaveKeepsExistingRecords(Broken):
     def save_snapshot(self, snapshot):
         records = {**self.storage.current, **snapshot.records}
         super().save_snapshot(replace(snapshot, records=records))
 
 
-class SavesWithoutTheBookings(Broken):
+class SaveKeepsOldDedupKeys(Broken):
     def save_snapshot(self, snapshot):
-        bookings = self.storage.by_dedup_key
+        dedup_keys = self.storage.by_dedup_key
         super().save_snapshot(snapshot)
-        self.storage.by_dedup_key = bookings
+        self.storage.by_dedup_key = dedup_keys
 
 
-class SavesWithoutForgettingDeletions(Broken):
+class SaveKeepsDeletions(Broken):
     def save_snapshot(self, snapshot):
         deleted = self.storage.deleted
         super().save_snapshot(snapshot)
         self.storage.deleted = deleted
 
 
-class SavesWhatIsNotValid(Broken):
+class SavesInvalidRecords(Broken):
     def save_snapshot(self, snapshot):
         super().save_snapshot(Snapshot(snapshot.seq, {}, snapshot.at))
         self.storage.current = dict(snapshot.records)
 
 
-class DropsWhatWasSetAside(Broken):
+class DropsQuarantined(Broken):
     def save_snapshot(self, snapshot):
         super().save_snapshot(replace(snapshot, quarantined=()))
 
 
-class LoadsHeadAndRecordsFromTwoMoments(Broken):
+class LoadsHeadAndRecordsSeparately(Broken):
     def load_snapshot(self):
         self._check_open()
         head = self.storage.head
@@ -273,12 +273,12 @@ class Rewrites(Broken):
 
     def apply(self, changes):
         commit = super().apply(changes)
-        rewritten(self, **self.fields)
+        rewrite_records(self, **self.fields)
         return commit
 
     def save_snapshot(self, snapshot):
         super().save_snapshot(snapshot)
-        rewritten(self, **self.fields)
+        rewrite_records(self, **self.fields)
 
 
 class TurnsAnEmptyStringIntoNull(Rewrites):
@@ -301,7 +301,7 @@ class TruncatesLongTexts(Rewrites):
     fields = {"task": lambda text: text.encode()[:65535].decode(errors="ignore")}
 
 
-class KeepsTimesInSeconds(Rewrites):
+class RoundsTimesToSeconds(Rewrites):
     fields = {"created_at": lambda at: at // 1000 * 1000}
 
 
@@ -319,7 +319,7 @@ class DropsTheUnknownFieldsOfANewerPayload(Rewrites):
     fields = {"unknown_json": lambda _: None}
 
 
-class FoldsIdsThatDifferOnlyInCase(Broken):
+class MergesIdsThatDifferInCase(Broken):
     def _write(self, step):
         for task_id in list(self.storage.current):
             if task_id.lower() == step.task_id.lower() and task_id != step.task_id:

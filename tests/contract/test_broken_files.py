@@ -1,4 +1,4 @@
-"""Real processes and real kills find the faults that one process cannot show."""
+"""Defects that the contract finds only with several processes or kills."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import pytest
 from taskstore.testing import Ledger, OpenStore, StoreContract
 
 CAUGHT = [
-    (files.LeavesTheTornTailAndAppendsAfterIt, "killed_at_every_step", False),
-    (files.LeavesTheTornTailAndAppendsAfterIt, "killed_at_every_step", True),
-    (files.KeepsHalfOfABatchWhoseLineWasTorn, "killed_at_every_step", False),
-    (files.KeepsHalfOfABatchWhoseLineWasTorn, "killed_at_every_step", True),
-    (files.AcknowledgesBeforeItIsWritten, "killed_at_every_step", False),
-    (files.AcknowledgesBeforeItIsWritten, "killed_right_after_an_answer"),
+    (files.AppendsAfterTheTornLine, "killed_at_every_step", False),
+    (files.AppendsAfterTheTornLine, "killed_at_every_step", True),
+    (files.KeepsPartOfATornBatch, "killed_at_every_step", False),
+    (files.KeepsPartOfATornBatch, "killed_at_every_step", True),
+    (files.AcknowledgesBeforeWriting, "killed_at_every_step", False),
+    (files.AcknowledgesBeforeWriting, "killed_right_after_an_answer"),
     (files.SavesInPlace, "killed_at_every_step", False),
-    (files.ForgetsTheLock, "processes_lose_no_update"),
-    (files.ComparesBeforeItHasTheLock, "processes_lose_no_update"),
-    (files.ChecksBookingsInItsOwnMemoryOnly, "processes_book_a_run_once"),
-    (files.HearsOfItsOwnCommitsOnly, "another_process_ends_the_wait"),
+    (files.SkipsTheLock, "processes_lose_no_update"),
+    (files.ComparesBeforeLocking, "processes_lose_no_update"),
+    (files.ChecksDedupKeysInMemoryOnly, "processes_book_a_run_once"),
+    (files.WakesOnOwnCommitsOnly, "another_process_ends_the_wait"),
 ]
 
 
 class TestLogStore(StoreContract):
-    """The right one, of which the others are the shortest edits."""
+    """The correct store; the defective ones are subclasses of it."""
 
     @pytest.fixture
     def make_store(self, tmp_path) -> OpenStore:
@@ -32,13 +32,13 @@ class TestLogStore(StoreContract):
 
 @pytest.mark.parametrize("case", CAUGHT, ids=lambda case: f"{case[0].__name__}-{case[1]}")
 def test_the_clause_catches_the_fault(case, tmp_path, monkeypatch):
-    monkeypatch.setattr("taskstore.testing.contract.processes.PATIENCE_S", 1.0)
+    monkeypatch.setattr("taskstore.testing.contract.processes.TIMEOUT_S", 1.0)
     store_class, name, *arguments = case
     clause = getattr(StoreContract(), f"test_{name}")
     ledger = Ledger(lambda *, read_only=False: store_class(tmp_path / "log", read_only=read_only))
     try:
         with pytest.raises((Exception, pytest.fail.Exception)) as caught:
             clause(ledger, *arguments)
-        assert not isinstance(caught.value, TypeError | NameError), "the broken store is broken"
+        assert not isinstance(caught.value, TypeError | NameError), "an unrelated error"
     finally:
         ledger.close()

@@ -1,4 +1,4 @@
-"""The suite catches what it is for: each wrong store fails the clause meant for it."""
+"""Every defective store fails the clause that covers its defect."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from taskstore.testing.contract.machine import MACHINE_SETTINGS, run_store_machi
 ROWS = {row.name: row for row in NASTY}
 
 CAUGHT = [
-    (writers.AcknowledgesBeforeItIsThere, "every_call_opens_the_same_storage"),
-    (writers.AppliesHalfABatch, "a_batch_is_all_or_nothing"),
+    (writers.KeepsCommitsInTheInstance, "every_call_opens_the_same_storage"),
+    (writers.AppliesPartOfABatch, "a_batch_is_all_or_nothing"),
     (writers.IgnoresTheExpectedRevision, "stale_and_skipped_revisions", 2),
     (writers.IgnoresTheExpectedRevision, "delete_of_another_revision", 99),
     (writers.IgnoresTheExpectedRevision, "update_of_absent"),
@@ -30,30 +30,30 @@ CAUGHT = [
     (writers.TakesASeqForARefusedBatch, "a_refused_batch_takes_no_seq"),
     (writers.ForgetsDeletions, "a_deleted_task_stays_deleted"),
     (writers.ForgetsDeletions, "deletions_hold_across_instances"),
-    (writers.ForgetsWhatCameAndWentInOneBatch, "what_came_and_went_in_one_batch_stays_deleted"),
-    (writers.BooksTheSameRunTwiceFromTwoInstances, "bookings_hold_across_instances"),
-    (writers.BooksTheSameRunTwiceFromTwoInstances, "one_of_many_gets_the_booking"),
-    (writers.NeverFreesABooking, "deletion_frees_the_booking"),
-    (writers.ComparesRunsWithoutTheirCase, "runs_that_differ_only_in_case_or_space"),
+    (writers.ForgetsTasksOfOneBatch, "what_came_and_went_in_one_batch_stays_deleted"),
+    (writers.ChecksDedupKeysPerInstance, "bookings_hold_across_instances"),
+    (writers.ChecksDedupKeysPerInstance, "one_of_many_gets_the_booking"),
+    (writers.NeverFreesADedupKey, "deletion_frees_the_booking"),
+    (writers.ComparesRunsIgnoringCase, "runs_that_differ_only_in_case_or_space"),
     (writers.NamesOnlyTheFirstConflict, "every_task_in_the_way_is_named"),
     (writers.LetsTimeGoBack, "the_time_never_goes_back"),
     (writers.LetsTimeGoBack, "times_never_go_back"),
     (writers.LetsTimeGoBackAtSave, "the_time_never_goes_back_over_a_save"),
-    (writers.JournalsTheLastImagesOnly, "entries_are_what_was_committed"),
-    (writers.GivesEachEntryACommitIdOfItsOwn, "entries_carry_their_commit"),
+    (writers.JournalsOnlyTheLastRecords, "entries_are_what_was_committed"),
+    (writers.SetsACommitIdPerEntry, "entries_carry_their_commit"),
     (writers.SavesBehindTheHead, "save_behind_the_head_is_refused"),
     (writers.SavesBehindTheHead, "save_of_the_same_snapshot_again_is_refused"),
-    (writers.SavesOnTopOfWhatIsThere, "save_replaces_the_whole_content"),
-    (writers.SavesOnTopOfWhatIsThere, "save_of_nothing_empties_the_store"),
-    (writers.SavesWithoutTheBookings, "save_replaces_the_bookings"),
-    (writers.SavesWithoutForgettingDeletions, "save_forgets_deletions"),
-    (writers.SavesWhatIsNotValid, "save_validates_every_record"),
-    (writers.SavesWhatIsNotValid, "save_refuses_a_record_under_another_id"),
-    (writers.SavesWhatIsNotValid, "save_refuses_a_run_booked_twice"),
-    (writers.SavesWhatIsNotValid, "nasty_value_is_refused", ROWS["nul_in_key"]),
-    (writers.SavesWhatIsNotValid, "nasty_value_is_refused", ROWS["metadata_not_canonical"]),
-    (writers.DropsWhatWasSetAside, "what_was_set_aside_travels"),
-    (writers.LoadsHeadAndRecordsFromTwoMoments, "loading_is_one_moment"),
+    (writers.SaveKeepsExistingRecords, "save_replaces_the_whole_content"),
+    (writers.SaveKeepsExistingRecords, "save_of_nothing_empties_the_store"),
+    (writers.SaveKeepsOldDedupKeys, "save_replaces_the_bookings"),
+    (writers.SaveKeepsDeletions, "save_forgets_deletions"),
+    (writers.SavesInvalidRecords, "save_validates_every_record"),
+    (writers.SavesInvalidRecords, "save_refuses_a_record_under_another_id"),
+    (writers.SavesInvalidRecords, "save_refuses_a_run_booked_twice"),
+    (writers.SavesInvalidRecords, "nasty_value_is_refused", ROWS["nul_in_key"]),
+    (writers.SavesInvalidRecords, "nasty_value_is_refused", ROWS["metadata_not_canonical"]),
+    (writers.DropsQuarantined, "what_was_set_aside_travels"),
+    (writers.LoadsHeadAndRecordsSeparately, "loading_is_one_moment"),
     (writers.ReturnsTheLiveMapping, "what_was_loaded_stays_as_it_was"),
     (writers.ReturnsAMutableMapping, "what_is_loaded_cannot_be_changed"),
     (writers.AnswersWhenClosed, "a_closed_store_refuses_every_call"),
@@ -64,53 +64,53 @@ CAUGHT = [
     (writers.NormalisesUnicode, "nasty_value_is_stored_exactly", ROWS["combining"]),
     (writers.TruncatesLongKeys, "nasty_value_is_stored_exactly", ROWS["longest_key"]),
     (writers.TruncatesLongTexts, "nasty_value_is_stored_exactly", ROWS["longest_task"]),
-    (writers.KeepsTimesInSeconds, "nasty_value_is_stored_exactly", ROWS["times_at_most"]),
+    (writers.RoundsTimesToSeconds, "nasty_value_is_stored_exactly", ROWS["times_at_most"]),
     (writers.RoundsIntegersBeyondADouble, "nasty_value_is_stored_exactly", ROWS["metadata_ints"]),
-    (writers.FoldsIdsThatDifferOnlyInCase, "nasty_value_is_stored_exactly", ROWS["case_id"]),
-    (writers.FoldsIdsThatDifferOnlyInCase, "all_nasty_values_together"),
+    (writers.MergesIdsThatDifferInCase, "nasty_value_is_stored_exactly", ROWS["case_id"]),
+    (writers.MergesIdsThatDifferInCase, "all_nasty_values_together"),
     (writers.DropsTheUnknownFieldsOfANewerPayload, "what_a_newer_minor_version_wrote_is_kept"),
-    (readers.ShowsASeqBeforeTheOnesBeforeIt, "readers_see_no_gap"),
+    (readers.ExposesSeqsOutOfOrder, "readers_see_no_gap"),
     (readers.IgnoresTheLimit, "paging_reads_everything_once", 3),
-    (readers.ReadsFromTheSeqInsteadOfAfterIt, "reading_from_every_point"),
+    (readers.ReadsFromTheSeqInclusive, "reading_from_every_point"),
     (readers.DoesNotExpireCursors, "the_ones_before_the_floor_are_expired"),
     (readers.DoesNotExpireCursors, "a_saved_snapshot_reaches_the_other"),
-    (readers.NeverWakesUp, "a_commit_ends_the_wait"),
-    (readers.NeverWakesUp, "waiting_for_the_other"),
+    (readers.NeverWakes, "a_commit_ends_the_wait"),
+    (readers.NeverWakes, "waiting_for_the_other"),
     (readers.SpinsWhileItWaits, "waiting_does_not_spin"),
-    (readers.SpinsInAThreadOfItsOwn, "waiting_does_not_spin"),
-    (readers.WaitsForTheNextCommit, "no_commit_is_missed"),
-    (readers.WakesOnlyOne, "everybody_who_waits_is_woken"),
-    (readers.GoesOnWaitingWhenItIsClosed, "closing_ends_the_wait"),
-    (readers.TakesNoLongTime, "any_timeout", 10.0**9),
-    (readers.FindsTheHistoryOfOthers, "history_of_one_task"),
-    (readers.GivesASeqAgainAfterEverythingWasTrimmed, "seqs_are_not_given_again"),
+    (readers.SpinsInASeparateThread, "waiting_does_not_spin"),
+    (readers.MissesACommitBeforeTheWait, "no_commit_is_missed"),
+    (readers.WakesOneWaiter, "everybody_who_waits_is_woken"),
+    (readers.KeepsWaitingAfterClose, "closing_ends_the_wait"),
+    (readers.RejectsLongTimeouts, "any_timeout", 10.0**9),
+    (readers.ReturnsHistoryOfSimilarIds, "history_of_one_task"),
+    (readers.ReusesSeqsAfterTrimming, "seqs_are_not_given_again"),
     (readers.LosesTheLastEntryAtCompaction, "folding_changes_no_answer"),
     (readers.LosesTheLastEntryAtCompaction, "life_goes_on", FOLD),
-    (readers.CompactsWhatARetainedSnapshotStillNeeds, "history_by_entries"),
-    (readers.CompactsWhatARetainedSnapshotStillNeeds, "snapshots_that_are_kept"),
+    (readers.DropsRetainedSnapshots, "history_by_entries"),
+    (readers.DropsRetainedSnapshots, "snapshots_that_are_kept"),
     (readers.KeepsDeletedRecordsInTheSnapshot, "folding_changes_no_answer"),
     (readers.KeepsDeletedRecordsInTheSnapshot, "trimming_keeps_the_records"),
-    (readers.CompactsWhenItIsNotDue, "not_due"),
-    (readers.CompactsWhenItIsNotDue, "due_by_entries"),
-    (readers.RemembersTheErased, "deleted_text_is_erased"),
-    (readers.DropsWhatWasSetAsideAtCompaction, "what_was_set_aside_is_carried"),
-    (readers.StampsSnapshotsWithTheTimeOfCompaction, "snapshots_know_their_time"),
-    (readers.SortsIdsLikeALanguage, "ids_are_ordered_byte_by_byte"),
+    (readers.CompactsWhenNotDue, "not_due"),
+    (readers.CompactsWhenNotDue, "due_by_entries"),
+    (readers.KeepsErasedSnapshots, "deleted_text_is_erased"),
+    (readers.DropsQuarantinedAtCompaction, "what_was_set_aside_is_carried"),
+    (readers.SetsSnapshotTimeToCompactionTime, "snapshots_know_their_time"),
+    (readers.SortsIdsByCollation, "ids_are_ordered_byte_by_byte"),
     (readers.SkipsTiesAcrossPages, "pages", 2),
     (readers.SkipsTiesAcrossPages, "every_cursor"),
-    (readers.PointsBeyondTheLastPage, "pages", 28),
-    (readers.FindsEverythingForNoValues, "filter", "label"),
-    (readers.AnswersForTheWrongSeq, "the_seq_of_the_answer"),
-    (readers.FiltersWithoutCase, "filter", "label"),
-    (readers.FiltersWithoutCase, "nasty_value_is_stored_exactly", ROWS["case"]),
-    (readers.FindsFaultWithAGoodLedger, "a_good_ledger_is_whole"),
-    (readers.CountsWrong, "a_good_ledger_is_whole"),
-    (readers.VerifiesByWriting, "verifying_changes_nothing"),
-    (writers.TrustsAnyHistory, "changes_over_another_history"),
-    (writers.DistrustsWhatWasTrimmed, "changes_over_what_was_trimmed"),
-    (writers.LetsOthersInMeanwhile, "others_wait_for_who_keeps_them_out"),
-    (writers.LetsOthersInMeanwhile, "who_looks_first_conflicts_with_nobody"),
-    (readers.TrimsWhatCameWhileItFolded, "compacting_while_writing"),
+    (readers.ReturnsACursorOnTheLastPage, "pages", 28),
+    (readers.MatchesAllForAnEmptyFilter, "filter", "label"),
+    (readers.ReturnsTheWrongSeq, "the_seq_of_the_answer"),
+    (readers.FiltersIgnoringCase, "filter", "label"),
+    (readers.FiltersIgnoringCase, "nasty_value_is_stored_exactly", ROWS["case"]),
+    (readers.ReportsProblemsInASoundLedger, "a_good_ledger_is_whole"),
+    (readers.VerifyCountsWrong, "a_good_ledger_is_whole"),
+    (readers.VerifyNeedsWriteAccess, "verifying_changes_nothing"),
+    (writers.IgnoresTheBaseCommit, "changes_over_another_history"),
+    (writers.RejectsATrimmedBase, "changes_over_what_was_trimmed"),
+    (writers.DoesNotExcludeWriters, "others_wait_for_who_keeps_them_out"),
+    (writers.DoesNotExcludeWriters, "who_looks_first_conflicts_with_nobody"),
+    (readers.LosesCommitsDuringCompaction, "compacting_while_writing"),
 ]
 
 
@@ -132,23 +132,23 @@ def name_of(case):
 def test_the_clause_catches_the_fault(case, monkeypatch):
     store_class, *clause = case
     run(writers.Broken, *clause)
-    monkeypatch.setattr("taskstore.testing.contract.exclusive.A_WHILE_S", 10.0)
-    monkeypatch.setattr("taskstore.testing.contract.journal.PATIENCE_S", 0.5)
-    monkeypatch.setattr("taskstore.testing.contract.shared.PATIENCE_S", 0.5)
-    monkeypatch.setattr("taskstore.testing.threads.PATIENCE_S", 5.0)
+    monkeypatch.setattr("taskstore.testing.contract.exclusive.BLOCKED_S", 10.0)
+    monkeypatch.setattr("taskstore.testing.contract.journal.TIMEOUT_S", 0.5)
+    monkeypatch.setattr("taskstore.testing.contract.shared.TIMEOUT_S", 0.5)
+    monkeypatch.setattr("taskstore.testing.threads.TIMEOUT_S", 5.0)
     with pytest.raises((Exception, pytest.fail.Exception)) as caught:
         run(store_class, *clause)
     assert not isinstance(caught.value, TypeError | NameError | AttributeError), (
-        "the broken store is broken"
+        "an unrelated error"
     )
 
 
 FOUND_BY_THE_MACHINE = [
-    readers.ForgetsACommitNowAndThen,
+    readers.DropsSomeCommits,
     readers.KeepsDeletedRecordsInTheSnapshot,
-    readers.CompactsWhatARetainedSnapshotStillNeeds,
-    writers.AppliesHalfABatch,
-    writers.FoldsIdsThatDifferOnlyInCase,
+    readers.DropsRetainedSnapshots,
+    writers.AppliesPartOfABatch,
+    writers.MergesIdsThatDifferInCase,
 ]
 
 
@@ -161,7 +161,7 @@ def test_the_machine_finds_the_fault(store_class):
             lambda *, read_only=False: store_class(storage, read_only=read_only), settings=quick
         )
     assert not isinstance(caught.value, TypeError | NameError | AttributeError), (
-        "the broken store is broken"
+        "an unrelated error"
     )
 
 

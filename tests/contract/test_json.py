@@ -1,4 +1,4 @@
-"""The JSON store keeps the contract."""
+"""The contract suite on the JSON store."""
 
 from __future__ import annotations
 

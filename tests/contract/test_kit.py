@@ -1,4 +1,4 @@
-"""The kit tells backend authors what they forgot, and what it left out."""
+"""The messages and skips of the contract suite for backend authors."""
 
 from __future__ import annotations
 
@@ -75,31 +75,31 @@ CLAUSES = "seqs_are_contiguous or every_call_opens or not_due or a_new_journal"
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What pytest says of a file of careless authors."""
+    """The pytest output for a file of incorrect contract classes."""
     folder = tmp_path_factory.mktemp("author")
     (folder / "test_mine.py").write_text(AUTHORS)
     command = [sys.executable, "-m", "pytest", "-rsfE", "-p", "no:cacheprovider", "-k", CLAUSES]
-    ran = subprocess.run(
+    result = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=120, check=False
     )
-    assert ran.returncode == 1
-    return ran.stdout
+    assert result.returncode == 1
+    return result.stdout
 
 
 @pytest.mark.parametrize("name", ["TestForgotten", "TestNotCallable"])
-def test_a_forgotten_fixture_fails_and_says_what_to_write(outcome, name):
+def test_a_missing_fixture_fails_with_an_example(outcome, name):
     assert len(re.findall(rf"ERROR test_mine.py::{name}::test_\w+", outcome)) == 4
     assert f"class {name}(StoreContract):\n" in outcome
     assert "return lambda *, read_only=False: MyStore(" in outcome
 
 
-def test_what_is_no_store_is_named(outcome):
-    assert "opens a TaskRegistryStore, but it gave a dict" in outcome
+def test_a_value_that_is_no_store_fails(outcome):
+    assert "opens a TaskRegistryStore, but the callable returned a dict" in outcome
 
 
-def test_fresh_storage_at_each_call_is_noticed(outcome):
+def test_new_storage_at_each_call_fails(outcome):
     assert "FAILED test_mine.py::TestFreshEachTime::test_every_call_opens" in outcome
-    assert "each call of what make_store returns has to open the same storage" in outcome
+    assert "each call of the callable that make_store returns must open the same storage" in outcome
 
 
 def test_a_skip_names_the_missing_ability(outcome):
@@ -112,16 +112,16 @@ def test_a_failing_clause_shows_its_values(outcome):
     assert re.search(r"^E +assert .*==.*", outcome, re.MULTILINE)
 
 
-def test_rooms_and_their_abilities():
-    rooms = {cls.level for cls in StoreContract.__mro__ if issubclass(cls, ContractBase)}
-    assert rooms == {"core", "journal", "compaction", "query", "integrity", "shared", "crash-safe"}
-    asked = {
+def test_levels_and_their_abilities():
+    levels = {cls.level for cls in StoreContract.__mro__ if issubclass(cls, ContractBase)}
+    assert levels == {"core", "journal", "compaction", "query", "integrity", "shared", "crash-safe"}
+    required = {
         ability
         for cls in StoreContract.__mro__
         for holder in (cls, *vars(cls).values())
         for ability in getattr(holder, "abilities", ())
     }
-    assert asked == {
+    assert required == {
         SupportsJournal,
         SupportsExclusive,
         SupportsHistory,
@@ -129,21 +129,21 @@ def test_rooms_and_their_abilities():
         SupportsQuery,
         SupportsIntegrity,
     }
-    assert all(isinstance(MemoryStore(), ability) for ability in asked)
+    assert all(isinstance(MemoryStore(), ability) for ability in required)
 
 
-def test_no_two_rooms_have_a_clause_of_the_same_name():
-    seen = {}
+def test_no_two_classes_define_the_same_clause():
+    defined = {}
     for cls in StoreContract.__mro__:
         for name in vars(cls):
             if name.startswith("test_"):
-                assert name not in seen, f"{name} is in {cls} and in {seen[name]}"
-                seen[name] = cls
+                assert name not in defined, f"{name} is in {cls} and in {defined[name]}"
+                defined[name] = cls
 
 
-def test_every_clause_reads_once_more_after_reopening():
-    """By its words; those that have nothing to read again are named here."""
-    nothing_to_read = {
+def test_every_clause_reads_again_after_reopening():
+    """Search the source of each clause; some clauses are exempt."""
+    exempt = {
         "test_close_before_any_use",
         "test_a_store_is_a_context_manager",
         "test_a_closed_store_refuses_every_call",
@@ -155,19 +155,19 @@ def test_every_clause_reads_once_more_after_reopening():
         "test_many_random_lives",
         "test_a_reading_process_sees_no_gap",
     }
-    once = []
+    not_reopened = []
     for cls in StoreContract.__mro__:
         if getattr(cls, "level", None) == "crash-safe":
-            continue  # being opened again after a kill is all that these are about
+            continue  # these clauses always reopen after a kill
         source = Path(sys.modules[cls.__module__].__file__).read_text() if cls is not object else ""
         for name in vars(cls):
-            if not name.startswith("test_") or name in nothing_to_read:
+            if not name.startswith("test_") or name in exempt:
                 continue
             body = source[source.index(f"def {name}(") :]
             body = body[: body.find("\n    def ", 5)]
             if not re.search(r"twice\(\)|reopened\(\)|unchanged\(\)|_read_while", body):
-                once.append(name)
-    assert once == []
+                not_reopened.append(name)
+    assert not_reopened == []
 
 
 def test_a_minimal_store_needs_two_methods():

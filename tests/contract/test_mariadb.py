@@ -1,4 +1,4 @@
-"""The SQL store keeps the contract on MariaDB."""
+"""The contract suite on MariaDB."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from taskstore.testing import OpenStore, StoreContract
 class TestMariaDBStore(StoreContract):
     @pytest.fixture
     def make_store(self, mariadb_url: str) -> OpenStore:
-        # Loading the certificates of the machine takes PyMySQL longer than the rest.
+        # Without this option PyMySQL spends most of the time on loading certificates.
         url = f"{mariadb_url}?ssl_disabled=true"
         return lambda *, read_only=False: open_store(url, read_only=read_only)

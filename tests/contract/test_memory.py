@@ -1,4 +1,4 @@
-"""The memory store keeps the contract, but for persistence."""
+"""The contract suite on the memory store, without crash safety."""
 
 from __future__ import annotations
 

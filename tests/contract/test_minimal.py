@@ -1,4 +1,4 @@
-"""The least that a backend can be, load and save in one file, keeps the core of the contract."""
+"""The core clauses on a minimal backend that loads and saves one file."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class FileStore(TaskRegistryStore):
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         super().__init__(read_only=read_only)
         self.path, self.location = path, str(path)
-        self.met = StoreReport()
+        self.last_report = StoreReport()
 
     def load_snapshot(self) -> Snapshot:
         self._check_open()
         if not self.path.exists():
             return Snapshot(0)
         loaded = decode_snapshot(self.path.read_bytes(), self.location)
-        self.met = StoreReport(loaded.quarantined)
+        self.last_report = StoreReport(loaded.quarantined)
         return loaded
 
     def save_snapshot(self, snapshot: Snapshot) -> None:
@@ -47,7 +47,7 @@ class FileStore(TaskRegistryStore):
         new.replace(self.path)
 
     def report(self) -> StoreReport:
-        return self.met
+        return self.last_report
 
 
 class TestMinimalStore(CoreContract, ApplyContract, ModelContract):
@@ -55,6 +55,6 @@ class TestMinimalStore(CoreContract, ApplyContract, ModelContract):
     def make_store(self, tmp_path: Path) -> OpenStore:
         return lambda *, read_only=False: FileStore(tmp_path / "ledger.json", read_only=read_only)
 
-    # Without a journal a deletion is forgotten at once: asked for by needs(SupportsJournal).
+    # These clauses need SupportsJournal; a store without a journal keeps no deletions.
     test_a_deleted_task_stays_deleted = None
     test_what_came_and_went_in_one_batch_stays_deleted = None

@@ -1,4 +1,4 @@
-"""The SQL store keeps the contract on PostgreSQL."""
+"""The contract suite on PostgreSQL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The SQL store keeps the contract on SQLite."""
+"""The contract suite on SQLite."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from taskstore.testing import OpenStore, StoreContract
 
 @pytest.fixture(scope="session")
 def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty ledger to copy: migrating one for each clause takes half of the time."""
+    """An empty ledger to copy; a migration for each clause would double the time."""
     path = tmp_path_factory.mktemp("migrated") / "tasks.db"
     open_store(f"sqlite:///{path}").close()
     return path
@@ -26,7 +26,7 @@ class TestSQLiteStore(StoreContract):
         return lambda *, read_only=False: open_store(f"sqlite:///{path}", read_only=read_only)
 
 
-def test_a_new_database_keeps_it_too(tmp_path: Path) -> None:
-    """One clause without the copy."""
+def test_a_new_database_is_empty(tmp_path: Path) -> None:
+    """Check one new database without the copy."""
     with open_store(f"sqlite:///{tmp_path / 'new.db'}") as store:
         assert store.load_snapshot().seq == 0

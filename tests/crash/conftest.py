@@ -1,4 +1,4 @@
-"""Servers that tests may kill, and places where nothing lasts."""
+"""Fixtures: servers that tests may kill, a directory in memory, no logging."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from taskstore.testing.crash.replication import PostgresNode, url_of
 
 @pytest.fixture
 def quiet() -> Iterator[None]:
-    """Nothing is logged: what goes wrong does so on purpose."""
+    """Disable logging, because the failures are intended."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
@@ -23,8 +23,8 @@ def quiet() -> Iterator[None]:
 
 @pytest.fixture
 def memory_path(tmp_path: Path) -> Iterator[Path]:
-    """A directory where syncing takes no time, for what is not about the disk itself."""
-    shared = Path("/dev/shm")  # a directory of the test's own is made in it
+    """A directory in memory, where fsync is fast, for tests that do not need a disk."""
+    shared = Path("/dev/shm")  # the fixture creates a directory in it
     if not os.access(shared, os.W_OK):
         yield tmp_path
         return
@@ -34,7 +34,7 @@ def memory_path(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[PostgresNode]:
-    """A server for those who leave it running."""
+    """A server that the tests of a module share."""
     with PostgresNode.create() as node:
         yield node
 
@@ -47,7 +47,7 @@ def server_url(server: PostgresNode) -> str:
 
 @pytest.fixture
 def primary() -> Iterator[PostgresNode]:
-    """A server of one's own, to be replaced by its standby."""
+    """A server of one test, which a standby may replace."""
     with PostgresNode.create() as node:
         yield node
 

@@ -1,7 +1,7 @@
-"""Writers that go on whatever happens, and the check of what they were told.
+"""A write load that survives server failures, and the check of its outcomes.
 
-Every change carries a text of its own, by which the journal tells whether it
-was stored.  A writer notes each text under what it was told of it.
+Every change has a unique text, by which the check finds it in the journal.  A writer
+records each text by its outcome.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from taskstore import (
 )
 from taskstore.aio import AsyncTaskRegistry
 
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 
 
 class Load:
-    """Threads and coroutines that write into one ledger until they are told to stop.
+    """Threads and coroutines that write into one ledger until the body ends.
 
-    ``acknowledged``, ``refused`` and ``unknown`` are texts, in the order in which
-    that became known; ``failures`` is what must never reach a caller.
+    ``acknowledged``, ``refused`` and ``unknown`` are texts, in the order of their
+    outcomes; ``failures`` are exceptions that must not reach a caller.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Load:
 
     @contextmanager
     def threads(self, registry: TaskRegistry, number: int, shared: str) -> Iterator[None]:
-        """Let so many threads write through a registry during the body."""
+        """Run ``number`` writer threads on a registry during the body."""
         workers = [
             threading.Thread(target=self._work, args=(registry, f"thread {n}", shared))
             for n in range(number)
@@ -55,7 +55,7 @@ class Load:
 
     @contextmanager
     def coroutines(self, url: str, number: int, shared: str, **options: object) -> Iterator[None]:
-        """Let so many coroutines write through an asynchronous registry of their own."""
+        """Run ``number`` writer coroutines on a new asynchronous registry during the body."""
         work = self._work_async(url, number, shared, options)
         with self._running([threading.Thread(target=lambda: self._note_failure(work))]):
             yield
@@ -69,8 +69,8 @@ class Load:
         finally:
             self._stopping.set()
             for thread in threads:
-                thread.join(PATIENCE_S)
-        assert not any(thread.is_alive() for thread in threads), "a writer hangs"
+                thread.join(TIMEOUT_S)
+        assert not any(thread.is_alive() for thread in threads), "a writer thread did not end"
         if self.failures:
             raise self.failures[0]
 
@@ -81,16 +81,16 @@ class Load:
             self.failures.append(failure)
 
     def _work(self, registry: TaskRegistry, name: str, shared: str) -> None:
-        chance, own = random.Random(name), shared
+        rng, own = random.Random(name), shared
         try:
             for text in _texts(name):
                 if self._stopping.is_set():
                     return
-                with self._told(text):
-                    if chance.random() < 0.3:
+                with self._outcome_recorded(text):
+                    if rng.random() < 0.3:
                         own = registry.create(runtime="cli", task="work", label=text).task_id
                     else:
-                        registry.record_progress(chance.choice((own, shared)), text)
+                        registry.record_progress(rng.choice((own, shared)), text)
         except BaseException as failure:  # noqa: BLE001 - raised where the load was started
             self.failures.append(failure)
 
@@ -98,46 +98,46 @@ class Load:
         async with await AsyncTaskRegistry.open(url, **options) as registry:
 
             async def one(name: str) -> None:
-                chance = random.Random(name)
+                rng = random.Random(name)
                 for text in _texts(name):
                     if self._stopping.is_set():
                         return
-                    with self._told(text):
-                        if chance.random() < 0.5:
+                    with self._outcome_recorded(text):
+                        if rng.random() < 0.5:
                             await registry.create(runtime="cli", task="work", label=text)
                         else:
                             await registry.record_progress(shared, text)
-                    await asyncio.sleep(chance.uniform(0, 0.05))
+                    await asyncio.sleep(rng.uniform(0, 0.05))
 
             await asyncio.gather(*(one(f"coroutine {n}") for n in range(number)))
 
     @contextmanager
-    def _told(self, text: str) -> Iterator[None]:
-        """Note what a caller is told of its change; only named errors are fine."""
+    def _outcome_recorded(self, text: str) -> Iterator[None]:
+        """Record the outcome of a change; only the named errors are expected."""
         try:
             yield
         except OutcomeUnknownError:
             self.unknown.append(text)
         except (StoreUnavailableError, StoreBusyError):
             self.refused.append(text)
-            time.sleep(0.01)  # who is refused at once would do nothing but ask again
+            time.sleep(0.01)  # limits the rate of retries while the server refuses writes
         else:
             self.acknowledged.append(text)
 
-    # -- looking ---------------------------------------------------------------
+    # -- checks ----------------------------------------------------------------
 
-    def until_acknowledged(self, more: int, within_s: float = PATIENCE_S) -> None:
-        """Wait until so many more changes were acknowledged."""
-        wanted, deadline = len(self.acknowledged) + more, time.monotonic() + within_s
-        while len(self.acknowledged) < wanted:
+    def until_acknowledged(self, more: int, within_s: float = TIMEOUT_S) -> None:
+        """Wait until ``more`` further changes are acknowledged."""
+        target, deadline = len(self.acknowledged) + more, time.monotonic() + within_s
+        while len(self.acknowledged) < target:
             assert not self.failures, self.failures
-            assert time.monotonic() < deadline, f"{self} do not get on"
+            assert time.monotonic() < deadline, f"no progress after {within_s:g} s: {self}"
             time.sleep(0.01)
 
     def check(self, url: str, registry: TaskRegistry | None = None) -> None:
-        """Compare a ledger with what the writers were told, and a registry with the ledger.
+        """Compare the ledger with the outcomes, and a registry with the ledger.
 
-        The ledger has to have been empty before, but for the shared task.
+        Before the load the ledger must have contained only the shared task.
         """
         with open_store(url, read_only=True) as store:
             assert store.verify().problems == ()
@@ -167,7 +167,7 @@ def _texts(name: str) -> Iterator[str]:
 
 
 def _text(record: object) -> str:
-    """What the last change of a record was called."""
+    """Return the text of the last change of a record."""
     return record.progress_summary or record.label
 
 

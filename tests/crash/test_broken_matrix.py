@@ -1,4 +1,4 @@
-"""The matrix notices what is broken on purpose, and goes through a store of any kind."""
+"""The fault matrix finds the bugs of broken stores, and runs on any store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from taskstore.model.journal import entries_of
 from taskstore.store.interface import TaskRegistryStore
 from taskstore.stores.jsonfile import open_json
 from taskstore.stores.memory import MemoryStorage, MemoryStore
-from taskstore.testing.faults import Door, FaultyStore, problems, run_matrix
+from taskstore.testing.faults import FaultyStore, InjectionPoint, problems, run_matrix
 from taskstore.testing.faults.__main__ import main
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -23,8 +23,8 @@ def url(memory_path) -> str:
     return f"json:///{memory_path}/ledger"
 
 
-class Around(TaskRegistryStore):
-    """A store that is asked before this one does something else."""
+class Wrapper(TaskRegistryStore):
+    """A store that forwards its calls to another one."""
 
     def __init__(self, store):
         super().__init__()
@@ -43,7 +43,7 @@ class Around(TaskRegistryStore):
         return self.store.apply(changes)
 
 
-class Swallowing(Around):
+class Swallowing(Wrapper):
     def apply(self, changes):
         try:
             return self.store.apply(changes)
@@ -52,7 +52,7 @@ class Swallowing(Around):
             return Commit(head + 1, head + len(changes), self.clock())
 
 
-class Untranslated(Around):
+class Untranslated(Wrapper):
     def apply(self, changes):
         try:
             return self.store.apply(changes)
@@ -60,54 +60,56 @@ class Untranslated(Around):
             raise error.__cause__ from None
 
 
-class FailingAfterwards(Around):
-    """Says that nothing was written when only the lock could not be looked at again."""
+class FailingAfterwards(Wrapper):
+    """Reports a failed write when only a read after the commit failed."""
 
     def apply(self, changes):
-        done = self.store.apply(changes)
+        commit = self.store.apply(changes)
         try:
             self.store.floor()
         except StoreUnavailableError as error:
             raise StoreUnavailableError("cannot be read") from error
-        return done
+        return commit
 
 
-def careless_about_syncing(store):
-    """fsync fails, and is taken for done."""
+def ignoring_sync_errors(store):
+    """Ignore the errors of fdatasync."""
     disk = store._writer.disk
     sync = disk.sync_data
 
-    def careless(descriptor: int) -> None:
+    def sync_ignoring_errors(descriptor: int) -> None:
         with contextlib.suppress(OSError):
             sync(descriptor)
 
-    store._writer.disk = type("Careless", (type(disk),), {"sync_data": staticmethod(careless)})()
+    store._writer.disk = type(
+        "Careless", (type(disk),), {"sync_data": staticmethod(sync_ignoring_errors)}
+    )()
     return store
 
 
-def going_on_after_a_failed_sync(store):
+def writing_after_a_failed_sync(store):
     writer = store._writer
-    take_back = writer._take_back
+    undo_append = writer._undo_append
 
     def forgetting(*arguments, **options):
         try:
-            take_back(*arguments, **options)
+            undo_append(*arguments, **options)
         finally:
             writer._refusal = None
 
-    writer._take_back = forgetting
+    writer._undo_append = forgetting
     return store
 
 
 def publishing_first(store, hooks):
-    """Memory runs ahead of the disk."""
+    """Publish to memory before the store commits."""
     registry = TaskRegistry(store, hooks=hooks)
     committer = registry._committer
     apply = store.apply
 
     def ahead(changes):
         commit = Commit(registry.seq + 1, registry.seq + len(changes), store.clock())
-        committer._cache._take_in(entries_of(changes, commit), local=True)
+        committer._cache._apply_entries(entries_of(changes, commit), local=True)
         return apply(changes)
 
     store.apply = ahead
@@ -115,49 +117,49 @@ def publishing_first(store, hooks):
 
 
 @pytest.mark.parametrize(
-    ("wrap", "complaint"),
+    ("wrap", "problem"),
     [
-        (Swallowing, "acknowledged, and not there"),
-        (Untranslated, "which is no error of ours"),
-        (FailingAfterwards, "and the change is there"),
-        (careless_about_syncing, "fdatasync journal-#.jsonl failed, and nobody was told"),
-        (going_on_after_a_failed_sync, "failed, and the instance goes on writing"),
+        (Swallowing, "the change was acknowledged and is not stored"),
+        (Untranslated, "which is not a TaskStoreError"),
+        (FailingAfterwards, "and the change is stored"),
+        (ignoring_sync_errors, "fdatasync journal-#.jsonl failed, and no caller got an error"),
+        (writing_after_a_failed_sync, "failed, and the instance still accepts writes"),
     ],
 )
-def test_a_broken_store_is_noticed(url, wrap, complaint):
+def test_a_broken_store_is_detected(url, wrap, problem):
     found = problems(run_matrix(url, scenarios=["update"], wrap=wrap))
-    assert any(complaint in line for line in found), found
+    assert any(problem in line for line in found), found
 
 
-def test_memory_that_runs_ahead_is_noticed(url):
+def test_memory_ahead_of_the_disk_is_detected(url):
     found = problems(run_matrix(url, scenarios=["create"], make_registry=publishing_first))
     assert any("memory is at seq" in line for line in found), found
 
 
-def test_hooks_that_are_not_told_are_noticed(url):
-    def deaf(store, hooks):
+def test_missing_events_are_detected(url):
+    def without_events(store, hooks):
         registry = TaskRegistry(store, hooks=hooks)
         registry.hooks.emit = lambda events: None
         return registry
 
-    found = problems(run_matrix(url, scenarios=["create"], make_registry=deaf))
-    assert any("a hook heard up to seq" in line for line in found), found
+    found = problems(run_matrix(url, scenarios=["create"], make_registry=without_events))
+    assert any("the hook is at seq" in line for line in found), found
 
 
-def test_a_store_that_is_known_by_its_methods_only():
+def test_faults_of_any_store_are_injected_at_its_methods():
     cells = run_matrix("memory:")
     assert problems(cells) == []
-    got = {(cell.step, cell.fault, cell.side): cell.got for cell in cells}
-    assert got["apply", "unavailable", "before"] == "StoreUnavailableError"
-    assert got["apply", "unknown", "after"] == "OutcomeUnknownError"
-    assert got["apply", "delay", ""] == "ok"
+    outcomes = {(cell.step, cell.fault, cell.side): cell.outcome for cell in cells}
+    assert outcomes["apply", "unavailable", "before"] == "StoreUnavailableError"
+    assert outcomes["apply", "unknown", "after"] == "OutcomeUnknownError"
+    assert outcomes["apply", "delay", ""] == "ok"
 
 
-def test_a_wrapper_has_the_abilities_of_what_it_wraps(tmp_path):
+def test_a_faulty_store_has_the_abilities_of_the_wrapped_store(tmp_path):
     from taskstore import SupportsCompaction, SupportsJournal, UnsupportedError
 
     for store in (MemoryStore(MemoryStorage()), open_json(f"json:///{tmp_path}/ledger")):
-        with FaultyStore(store, Door()) as faulty:
+        with FaultyStore(store, InjectionPoint()) as faulty:
             assert isinstance(faulty, SupportsJournal)
             assert isinstance(faulty, SupportsCompaction)
     assert not isinstance(UnsupportedError, SupportsJournal)
@@ -171,16 +173,16 @@ def test_the_command_prints_the_matrix(url, capsys, monkeypatch):
     assert "memory equals disk" in printed
 
 
-def test_the_command_says_what_is_wrong(url, capsys, monkeypatch):
+def test_the_command_prints_the_problems(url, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["faults", url, "--scenario", "update", "--steps", "2"])
-    apply = TaskRegistry.record_progress
+    record_progress = TaskRegistry.record_progress
 
-    def wrong(*arguments, **options):
+    def ignoring_errors(*arguments, **options):
         try:
-            return apply(*arguments, **options)
+            return record_progress(*arguments, **options)
         except (StoreUnavailableError, OutcomeUnknownError):
             return None
 
-    monkeypatch.setattr(TaskRegistry, "record_progress", wrong)
+    monkeypatch.setattr(TaskRegistry, "record_progress", ignoring_errors)
     assert main() == 1
     assert "WRONG: update" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """Every fault at every step: the caller gets a named error or success, and memory equals disk.
 
-``TASKSTORE_FAULT_STEPS`` sets at how many steps of a scenario each fault strikes, each
-fault beginning at another one (default: a few); 0, as in ``make soak``, is all of them.
+``TASKSTORE_FAULT_STEPS`` sets at how many steps of a scenario each fault is injected
+(default: a few); each fault starts at a different step.  0, as in ``make soak``, is all steps.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 from taskstore.testing.faults import problems, render, run_matrix
 
 STEPS = {"json": 3, "sqlite": 2, "postgres": 1, "mariadb": 1}
-"""What takes about as long on each."""
+"""The default number of steps; each backend then takes about the same time."""
 
 
 def steps_of(scheme: str) -> int | None:
@@ -29,13 +29,13 @@ def url_of(scheme: str, request) -> str:
 
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("scheme", STEPS)
-def test_every_fault_is_told_by_name_and_memory_equals_disk(scheme, request, report):
+def test_every_fault_raises_a_named_error_and_memory_equals_disk(scheme, request, report):
     cells = run_matrix(url_of(scheme, request), steps=steps_of(scheme))
     report(f"every fault at every step, {scheme}", render(cells))
     assert not problems(cells), render(cells)
     assert len({cell.scenario for cell in cells}) == 11
-    struck = [cell for cell in cells if cell.number]
-    # Both ends of the matter were reached: faults that were survived, and such that were told.
-    assert {"ok", "StoreUnavailableError"} <= {cell.got for cell in struck}
+    faulted = [cell for cell in cells if cell.number]
+    # Some faults were handled, and some were reported.
+    assert {"ok", "StoreUnavailableError"} <= {cell.outcome for cell in faulted}
     if STEPS[scheme] > 1:
-        assert any("OutcomeUnknownError" in cell.got for cell in struck)
+        assert any("OutcomeUnknownError" in cell.outcome for cell in faulted)

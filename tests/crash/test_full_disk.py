@@ -1,8 +1,8 @@
-"""A disk that is really full: a file system of a few MB, filled, and given room again.
+"""Ledgers on a full disk: a file system of a few MB that a test fills and frees.
 
-Needs the right to mount one; without it, as for users in most containers, a limit
-on the size of files stands in (tests/stores/jsonfile/test_failed_writes.py,
-tests/stores/sql/test_failures.py).
+The tests need the permission to mount a file system.  Without it, for example in most
+containers, tests with a file size limit cover the same errors
+(tests/stores/jsonfile/test_failed_writes.py, tests/stores/sql/test_failures.py).
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ SIZE_KB = 4096
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A directory that is a file system of its own, of a few megabytes."""
+    """A directory with its own file system of a few megabytes."""
     mount = shutil.which("mount")
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = [mount or "mount", "-t", "tmpfs", "-o", f"size={SIZE_KB}k", "none", str(place)]
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    command = [mount or "mount", "-t", "tmpfs", "-o", f"size={SIZE_KB}k", "none", str(directory)]
     if mount is None or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("no file system can be mounted here: that takes root")
+        pytest.skip("no file system can be mounted here: root is required")
     try:
-        yield place
+        yield directory
     finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
 
 
-def fill(place, leaving: int = 0):
-    """Take all of the disk's room, but for ``leaving`` bytes; returns what takes it."""
-    ballast = place / "ballast"
+def fill(directory, leaving: int = 0):
+    """Fill the disk except for ``leaving`` bytes; return the file that fills it."""
+    ballast = directory / "ballast"
     with ballast.open("wb", buffering=0) as file:
         with pytest.raises(OSError, match="No space left"):
             while True:
@@ -53,9 +53,7 @@ def memory_equals_disk(registry, url: str) -> bool:
 
 @pytest.mark.parametrize("scheme", ["json", "sqlite"])
 @pytest.mark.parametrize("leaving", [0, 8192, 40_960])
-def test_writers_fail_by_name_while_it_is_full_and_go_on_when_there_is_room(
-    small_disk, scheme, leaving
-):
+def test_writes_fail_while_the_disk_is_full_and_succeed_afterwards(small_disk, scheme, leaving):
     url = f"{scheme}:///{small_disk}/ledger"
     acknowledged = {}
     with TaskRegistry.open(url) as registry:
@@ -76,12 +74,12 @@ def test_writers_fail_by_name_while_it_is_full_and_go_on_when_there_is_room(
             if len(failures) == 20:
                 break
         assert len(failures) == 20
-        for told in failures:
-            assert str(small_disk) in str(told)
-            assert "space" in str(told)
-            assert told.retryable
+        for failure in failures:
+            assert str(small_disk) in str(failure)
+            assert "space" in str(failure)
+            assert failure.retryable
         ballast.unlink()
-        # The very same instance goes on: nothing has to be opened again.
+        # The same instance continues without reopening.
         for size in (100, 5000, 20_000):
             create(size)
         assert memory_equals_disk(registry, url)
@@ -90,7 +88,7 @@ def test_writers_fail_by_name_while_it_is_full_and_go_on_when_there_is_room(
 
 
 @pytest.mark.parametrize("scheme", ["json", "sqlite"])
-def test_a_compaction_that_finds_no_room_changes_no_answer(small_disk, scheme):
+def test_a_compaction_on_a_full_disk_changes_no_answer(small_disk, scheme):
     url = f"{scheme}:///{small_disk}/ledger"
     with TaskRegistry.open(url) as registry:
         for number in range(30):
@@ -108,7 +106,7 @@ def test_a_compaction_that_finds_no_room_changes_no_answer(small_disk, scheme):
 
 
 @pytest.mark.parametrize("scheme", ["json", "sqlite"])
-def test_a_ledger_that_finds_no_room_to_begin_begins_later(small_disk, scheme):
+def test_a_ledger_cannot_be_created_on_a_full_disk_but_later(small_disk, scheme):
     ballast = fill(small_disk)
     url = f"{scheme}:///{small_disk}/new/ledger"
     for _ in range(2):

@@ -1,8 +1,8 @@
-"""[1] [2] [3] [6] Processes on the same few tasks: everything adds up, and nobody sees an error.
+"""[1] [2] [3] [6] Stress tests and races of processes on the same few tasks.
 
-That nobody waits for longer than five seconds is asserted; how the slowest
-compare with a lone writer is printed, here and by ``benchmarks/contention.py``.
-``TASKSTORE_HAMMER_CHANGES`` sets how many changes each process makes.
+The tests assert that no change takes longer than five seconds.  They print the p99 latency
+relative to a single writer, as does ``benchmarks/contention.py``.
+``TASKSTORE_HAMMER_CHANGES`` sets the number of changes of each process.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import pytest
 
 from taskstore import TaskRecord, TaskRegistry, open_store
 from taskstore.errors import InvalidTransition, TaskNotFound
-from taskstore.testing.crash.hammer import WAIT_S, describe, hammer
-from taskstore.testing.crash.processes import Report, Work, together
+from taskstore.testing.crash.hammer import MAX_LATENCY_S, describe, run_stress_test
+from taskstore.testing.crash.processes import Report, Work, run_processes
 
 CHANGES = int(os.environ.get("TASKSTORE_HAMMER_CHANGES", "80"))
 RACES = 10
@@ -32,35 +32,37 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_four_processes_on_five_tasks(url, report):
-    result = hammer(url, processes=4, tasks=5, changes=CHANGES, rounds=2)
+    result = run_stress_test(url, processes=4, tasks=5, changes=CHANGES, rounds=2)
     report(f"four processes on five tasks, {url.partition(':')[0]}", "\n".join(describe(result)))
     assert result.problems == []
     assert result.revisions == result.changes + 5
-    assert result.longest < WAIT_S
+    assert result.longest < MAX_LATENCY_S
 
 
-def test_threads_in_processes_beside_one_that_holds_on(url):
+def test_threads_in_processes_with_a_long_exclusive_lock(url):
     def hold() -> None:
         with open_store(url) as store:
             for _ in range(3):
                 with store.exclusive():
                     time.sleep(0.2)
 
-    result = hammer(url, processes=2, tasks=5, changes=CHANGES, threads=4, rounds=1, beside=hold)
+    result = run_stress_test(
+        url, processes=2, tasks=5, changes=CHANGES, threads=4, rounds=1, background=hold
+    )
     assert result.problems == []
     assert result.revisions == result.changes + 5
-    assert result.longest < WAIT_S
+    assert result.longest < MAX_LATENCY_S
 
 
 # -- races ------------------------------------------------------------------
 
-Move = Callable[[TaskRegistry, str], str]
+Action = Callable[[TaskRegistry, str], str]
 
 
-def race(url: str, *moves: Move) -> list[list[str]]:
-    """Let each move be made by a process of its own, all at once, task by task.
+def race(url: str, *actions: Action) -> list[list[str]]:
+    """Run each action in its own process, all at once, task by task.
 
-    Returns for each task what the processes were told, in the order of the moves.
+    Returns for each task its id and the results, in the order of the actions.
     """
     with TaskRegistry.open(url) as registry:
         tasks = [
@@ -68,16 +70,16 @@ def race(url: str, *moves: Move) -> list[list[str]]:
             for number in range(RACES)
         ]
 
-    def work(move: Move) -> Work:
+    def work(action: Action) -> Work:
         def run(report: Report) -> None:
             with TaskRegistry.open(url) as registry:
                 for task_id in tasks:
-                    report(move(registry, task_id))
+                    report(action(registry, task_id))
 
         return run
 
-    told = zip(*together([work(move) for move in moves]), strict=True)
-    return [[task_id, *answers] for task_id, answers in zip(tasks, told, strict=True)]
+    results = zip(*run_processes([work(action) for action in actions]), strict=True)
+    return [[task_id, *answers] for task_id, answers in zip(tasks, results, strict=True)]
 
 
 def cancel(registry: TaskRegistry, task_id: str) -> str:
@@ -97,13 +99,13 @@ def succeed(registry: TaskRegistry, task_id: str) -> str:
 def test_a_cancel_is_never_overwritten_by_a_late_success(url):
     outcomes = race(url, cancel, succeed, cancel, succeed)
     with TaskRegistry.open(url) as registry:
-        for task_id, *told in outcomes:
+        for task_id, *results in outcomes:
             task = registry.get(task_id)
-            # Ended once, by one of them, and everybody was told how.
+            # One action ended the task, and all actions returned the same end.
             assert task.revision == 2
             cancelled = ["cancelled", "too late"] * 2
             succeeded = ["too late", "succeeded"] * 2
-            assert told == (cancelled if task.status == "cancelled" else succeeded)
+            assert results == (cancelled if task.status == "cancelled" else succeeded)
 
 
 def delete(registry: TaskRegistry, task_id: str) -> str:
@@ -118,28 +120,28 @@ def update(registry: TaskRegistry, task_id: str) -> str:
         return "gone"
 
 
-def test_what_is_deleted_stays_deleted_whoever_changes_it(url):
+def test_a_deleted_task_stays_deleted_under_concurrent_updates(url):
     outcomes = race(url, update, delete, update, delete)
     with TaskRegistry.open(url) as registry:
-        for task_id, *told in outcomes:
+        for task_id, *results in outcomes:
             assert registry.find(task_id) is None
-            assert sorted([told[1], told[3]]) == ["deleted", "gone"]
-            revisions = sorted(int(each) for each in (told[0], told[2]) if each != "gone")
-            # Whoever got through did so before it was deleted.
+            assert sorted([results[1], results[3]]) == ["deleted", "gone"]
+            revisions = sorted(int(each) for each in (results[0], results[2]) if each != "gone")
+            # Successful updates came before the deletion.
             assert revisions == list(range(2, 2 + len(revisions)))
             entries = registry.history(task_id)
             assert [entry.revision for entry in entries] == list(range(1, 3 + len(revisions)))
             assert [entry.kind for entry in entries][-1] == "deleted"
 
 
-def test_a_run_that_four_processes_create_at_once_is_one_task(url):
-    def book(registry: TaskRegistry, task_id: str) -> str:
+def test_four_processes_create_one_task_for_a_run(url):
+    def create_run(registry: TaskRegistry, task_id: str) -> str:
         task: TaskRecord = registry.create(runtime="cli", task="the same", run_id=task_id)
         return task.task_id
 
-    outcomes = race(url, book, book, book, book)
+    outcomes = race(url, create_run, create_run, create_run, create_run)
     with TaskRegistry.open(url) as registry:
-        for run_id, *told in outcomes:
+        for run_id, *results in outcomes:
             [task] = registry.list(run_id=run_id)
-            assert set(told) == {task.task_id}
+            assert set(results) == {task.task_id}
             assert task.revision == 1

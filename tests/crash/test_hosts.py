@@ -1,4 +1,4 @@
-"""URLs that name several servers; servers that take no writes, or do not answer at all."""
+"""URLs with several hosts; servers that refuse writes or do not respond."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from taskstore.stores.sql import SQLStore, migrate
 from taskstore.testing.crash.replication import url_of
 from taskstore.testing.factories import create
 
-NOBODY = "127.0.0.1:9"
+CLOSED_ADDRESS = "127.0.0.1:9"
 
 
 def cli(*words: str) -> subprocess.CompletedProcess[str]:
@@ -30,17 +30,17 @@ def cli(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(params=["host=H1&host=H2", "host=127.0.0.1,127.0.0.1&port=P1,P2"])
 def two_hosts(request, server, server_url):
-    """The same two hosts, of which the first does not answer, in each way to write them."""
-    places = request.param.replace("H1", NOBODY).replace("H2", server.address)
-    places = places.replace("P1", NOBODY.rpartition(":")[2]).replace("P2", str(server.port))
-    return server_url.partition("?")[0].replace("postgres@", "postgres:s3cret@") + "?" + places
+    """Two hosts, of which the first refuses connections, in both syntaxes of a URL."""
+    hosts = request.param.replace("H1", CLOSED_ADDRESS).replace("H2", server.address)
+    hosts = hosts.replace("P1", CLOSED_ADDRESS.rpartition(":")[2]).replace("P2", str(server.port))
+    return server_url.partition("?")[0].replace("postgres@", "postgres:s3cret@") + "?" + hosts
 
 
 def test_a_ledger_on_one_of_two_hosts(two_hosts):
     assert "is at revision" not in cli("--url", two_hosts, "db", "upgrade").stderr
     with TaskRegistry.open(two_hosts) as registry:
-        task = registry.create(runtime="cli", task="made on the second")
-        assert NOBODY.rpartition(":")[2] in registry.store.location
+        task = registry.create(runtime="cli", task="created on the second")
+        assert CLOSED_ADDRESS.rpartition(":")[2] in registry.store.location
         for text in (repr(registry), registry.store.location):
             assert "s3cret" not in text
     listed = cli("--url", two_hosts, "list", "--json")
@@ -52,27 +52,28 @@ def test_a_ledger_on_one_of_two_hosts(two_hosts):
     engine.dispose()
 
 
-def test_no_host_answers(caplog):
-    url = f"postgresql+psycopg://me:s3cret@/db?host={NOBODY}&host=127.0.0.1:10"
+def test_no_host_accepts_connections(caplog):
+    url = f"postgresql+psycopg://me:s3cret@/db?host={CLOSED_ADDRESS}&host=127.0.0.1:10"
     with pytest.raises(StoreUnavailableError) as caught:
         open_store(url)
-    told = cli("--url", url, "list")
-    assert told.returncode == 3
-    said = "".join(traceback.format_exception(caught.value)) + caplog.text
-    for text in (said, told.stdout + told.stderr):
+    listed = cli("--url", url, "list")
+    assert listed.returncode == 3
+    output = "".join(traceback.format_exception(caught.value)) + caplog.text
+    for text in (output, listed.stdout + listed.stderr):
         assert "127.0.0.1" in text
         assert "s3cret" not in text
 
 
-def test_hosts_written_as_libpq_does_are_explained():
+def test_hosts_in_libpq_syntax_raise_with_the_correct_url():
     with pytest.raises(ValidationError, match=r"\?host=one:5432&host=two:5432") as caught:
         open_store("postgresql+psycopg://me:s3cret@one:5432,two:5432/db")
     assert "s3cret" not in str(caught.value)
 
 
-def test_a_host_that_says_nothing_is_given_up(server, server_url):
-    with socket.create_server(("127.0.0.1", 0)) as mute:
-        url = server_url.replace("?", f"?host=127.0.0.1:{mute.getsockname()[1]}&connect_timeout=2&")
+def test_an_unresponsive_host_times_out(server, server_url):
+    with socket.create_server(("127.0.0.1", 0)) as unresponsive:
+        port = unresponsive.getsockname()[1]
+        url = server_url.replace("?", f"?host=127.0.0.1:{port}&connect_timeout=2&")
         started = time.monotonic()
         with TaskRegistry.open(url) as registry:
             registry.create(runtime="cli", task="on the second")
@@ -80,57 +81,58 @@ def test_a_host_that_says_nothing_is_given_up(server, server_url):
         assert time.monotonic() - started < 15
 
 
-def test_a_connection_to_a_dead_host_is_given_up(server_url):
+def test_connections_use_keepalives(server_url):
     store = open_store(server_url)
-    with socket.socket(fileno=socket.dup(store._transactions.pool.writer().raw.fileno())) as wire:
-        for option, wanted in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+    raw = store._transactions.pool.acquire_writer().raw
+    with socket.socket(fileno=socket.dup(raw.fileno())) as client:
+        for option, expected in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
             if hasattr(socket, option):
-                assert wire.getsockopt(socket.IPPROTO_TCP, getattr(socket, option)) == wanted
+                assert client.getsockopt(socket.IPPROTO_TCP, getattr(socket, option)) == expected
     store.close()
 
 
-def test_what_the_url_says_counts(server_url):
+def test_the_url_overrides_the_defaults(server_url):
     store = open_store(f"{server_url}&keepalives_idle=77&application_name=mine")
-    raw = store._transactions.pool.writer().raw
+    raw = store._transactions.pool.acquire_writer().raw
     assert raw.info.get_parameters()["keepalives_idle"] == "77"
     assert raw.info.get_parameters()["application_name"] == "mine"
     store.close()
 
 
-def test_a_standby_is_written_to_once_it_is_promoted(primary):
+def test_a_standby_accepts_writes_after_its_promotion(primary):
     open_store(url_of(primary)).close()
     standby = primary.standby()
-    impatient = open_store(url_of(standby), reconnect_s=0.2)
+    short_retry = open_store(url_of(standby), reconnect_s=0.2)
     with pytest.raises(StoreUnavailableError, match="is a standby"):
-        create(impatient)
-    impatient.close()
+        create(short_retry)
+    short_retry.close()
     with open_store(url_of(standby)) as store:
-        made = []
-        writer = threading.Thread(target=lambda: made.append(create(store)))
+        created = []
+        writer = threading.Thread(target=lambda: created.append(create(store)))
         writer.start()
         time.sleep(0.3)
-        assert (store.head(), made) == (0, [])
+        assert (store.head(), created) == (0, [])
         standby.promote()
         writer.join(30)
-        assert (store.head(), len(made)) == (1, 1)
+        assert (store.head(), len(created)) == (1, 1)
 
 
-def test_connections_to_a_former_primary_are_not_used_again(server_url):
-    """When one connection shows that the server may be another, all others are made anew."""
+def test_connections_to_a_former_primary_are_not_reused(server_url):
+    """After a failover the pool replaces all connections, not only the broken one."""
     with open_store(server_url) as store:
         create(store)
         pids = backends(store, 3)
         assert backends(store, 3) == pids
-        store._database.renew()
+        store._database.invalidate_connections()
         assert not backends(store, 3) & pids
 
 
 def backends(store: SQLStore, number: int) -> set[int]:
-    """The processes that serve so many readers at once."""
-    together = threading.Barrier(number)
+    """Return the backend processes of ``number`` concurrent readers."""
+    barrier = threading.Barrier(number)
 
     def read(session):
-        together.wait(10)
+        barrier.wait(10)
         return session.row("SELECT pg_backend_pid()")[0]
 
     found = []
@@ -145,13 +147,13 @@ def backends(store: SQLStore, number: int) -> set[int]:
     return set(found)
 
 
-def test_patience_is_checked(server_url):
-    for wrong in (-1, "30", float("nan")):
+def test_an_invalid_retry_timeout_raises(server_url):
+    for invalid in (-1, "30", float("nan")):
         with pytest.raises(ValidationError, match="reconnect_s"):
-            open_store(server_url, reconnect_s=wrong)
+            open_store(server_url, reconnect_s=invalid)
 
 
-def test_all_errors_are_ours(server, server_url):
+def test_all_errors_are_task_store_errors(server, server_url):
     with TaskRegistry.open(server_url, reconnect_s=0.3) as registry:
         task = registry.create(runtime="cli", task="before")
         server.kill()

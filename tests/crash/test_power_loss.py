@@ -1,7 +1,7 @@
-"""[4] [7] The power is lost at any moment: what was acknowledged is there, in every state left.
+"""[4] [7] Power loss at any moment: every crash state contains all acknowledged changes.
 
-``TASKSTORE_POWER_STATES`` sets how many states of one moment are opened at
-most (default 12); ``make soak`` sets many.
+``TASKSTORE_POWER_STATES`` limits the states that are opened for one crash point
+(default 12); ``make soak`` sets a high limit.
 """
 
 from __future__ import annotations
@@ -15,38 +15,38 @@ import pytest
 from taskstore.stores import jsonfile
 from taskstore.testing.factories import make_put
 from taskstore.testing.powerloss import RecordedDisk, survey
-from taskstore.testing.powerloss.jsonfile import JSON_LIVES, open_json, open_unsynced
+from taskstore.testing.powerloss.jsonfile import JSON_SCENARIOS, open_json, open_unsynced
 
 STATES = int(os.environ.get("TASKSTORE_POWER_STATES", "12"))
 
 STORE = Path(jsonfile.__file__).parent
 
 UNNEEDED = {
-    # What it removes does not count any more; if it is back, it is removed again.
-    "writing.py: Writer._clear_up: sync_directory",
+    # The removed files are obsolete; if one reappears, it is removed again.
+    "writing.py: _remove_leftovers: sync_directory",
     "writing.py: Writer.replace: sync_directory",
 }
-"""Syncs without which nothing is lost."""
+"""Syncs that no acknowledged change needs."""
 
 
 @pytest.fixture(scope="module")
-def surveyed():
-    return survey(open_json, lives=JSON_LIVES, most=STATES)
+def result():
+    return survey(open_json, scenarios=JSON_SCENARIOS, max_states=STATES)
 
 
-def test_nothing_acknowledged_is_lost_to_power(surveyed, report):
-    report("power loss, the JSON store", surveyed)
-    assert not surveyed.problems
-    assert surveyed.opened > 500
+def test_no_acknowledged_change_is_lost(result, report):
+    report("power loss, the JSON store", result)
+    assert not result.problems
+    assert result.opened > 500
 
 
-def test_every_operation_of_the_disk_was_among_them(surveyed):
-    assert surveyed.missing == []
+def test_every_step_of_the_disk_was_covered(result):
+    assert result.uncovered_steps == []
 
 
 def calls_of_the_disk() -> dict[tuple[str, int], str]:
-    """Every place in the store that goes through the door, and what it is called."""
-    places = {}
+    """Return the name of every call of the disk in the store, by file and line."""
+    calls = {}
     for path in sorted(STORE.glob("*.py")):
         for parent in ast.walk(ast.parse(path.read_text())):
             if isinstance(parent, ast.ClassDef):
@@ -57,16 +57,16 @@ def calls_of_the_disk() -> dict[tuple[str, int], str]:
                 continue
             for function in functions:
                 for call in ast.walk(function) if isinstance(function, ast.FunctionDef) else ():
-                    if isinstance(call, ast.Call) and is_door(call.func):
+                    if isinstance(call, ast.Call) and is_disk(call.func):
                         name = f"{path.name}: {prefix}{function.name}: {call.func.attr}"
-                        places |= {
+                        calls |= {
                             (str(path), line): name
                             for line in range(call.lineno, call.end_lineno + 1)
                         }
-    return places
+    return calls
 
 
-def is_door(called: ast.expr) -> bool:
+def is_disk(called: ast.expr) -> bool:
     if not isinstance(called, ast.Attribute):
         return False
     owner = called.value
@@ -74,16 +74,16 @@ def is_door(called: ast.expr) -> bool:
     return name in ("disk", "_disk")
 
 
-def test_every_place_in_the_store_that_changes_files_was_among_them(surveyed):
-    reached = {(file, line) for _, file, line in surveyed.sites}
-    places = calls_of_the_disk()
-    assert len(set(places.values())) > 20
-    assert {name for place, name in places.items() if place in reached} == set(places.values())
+def test_every_call_of_the_disk_in_the_store_was_covered(result):
+    reached = {(file, line) for _, file, line in result.sites}
+    calls = calls_of_the_disk()
+    assert len(set(calls.values())) > 20
+    assert {name for site, name in calls.items() if site in reached} == set(calls.values())
 
 
-def test_nothing_changes_files_beside_the_door():
-    """Or the record would not be the truth.  (The waiting room of the fair lock lies elsewhere, and
-    is an empty file on which nothing relies.)"""
+def test_the_store_changes_files_only_through_the_disk():
+    """Otherwise the trace would be incomplete.  (The queue file of the fair lock is in another
+    package; it is empty and no data depends on it.)"""
     changing = {"fsync", "fdatasync", "pwrite", "ftruncate", "rename", "unlink", "mkdir", "touch"}
     changing |= {
         "writelines",
@@ -99,48 +99,48 @@ def test_nothing_changes_files_beside_the_door():
         for call in ast.walk(ast.parse(path.read_text())):
             called = call.func if isinstance(call, ast.Call) else None
             if isinstance(called, ast.Attribute) and called.attr in changing:
-                assert is_door(called), f"{path.name}:{call.lineno}"
+                assert is_disk(called), f"{path.name}:{call.lineno}"
 
 
-def test_without_syncing_the_ledger_is_whole_or_told_to_be_corrupt():
-    """``durability="process"`` promises nothing here, but it never passes off half a commit."""
+def test_without_syncs_the_ledger_is_intact_or_reported_as_corrupt():
+    """``durability="process"`` may lose commits, but never returns part of one."""
     found = survey(
         lambda directory, disk, *, read_only: (
             open_unsynced if isinstance(disk, RecordedDisk) else open_json
         )(directory, disk, read_only=read_only),
-        lives=(unsynced,),
-        most=STATES,
+        scenarios=(unsynced,),
+        max_states=STATES,
     )
     assert found.opened > 30
     corrupt = [problem for problem in found.problems if "does not match its checksum" in problem]
     assert found.problems == corrupt
 
 
-def unsynced(life):
-    store = life.open()
+def unsynced(workload):
+    store = workload.open()
     for size in (0, 2_000, 0, 2_000):
-        life.apply(store, make_put(error="x" * size or None), durable=False)
+        workload.apply(store, make_put(error="x" * size or None), durable=False)
     store.close()
 
 
-def test_each_sync_is_needed(surveyed, report):
-    """A store that leaves out any single sync loses something, and the enumeration sees it."""
+def test_each_sync_is_needed(result, report):
+    """The survey finds a problem for each sync that a store leaves out."""
     names = calls_of_the_disk()
-    syncs = {site for site in surveyed.sites if site[0].startswith("sync")}
+    syncs = {site for site in result.sites if site[0].startswith("sync")}
     syncs = {site for site in syncs if Path(site[1]).parent == STORE}
     assert len(syncs) > 15
     caught, lines = set(), []
     for site in sorted(syncs):
         found = survey(
             open_json,
-            lives=JSON_LIVES,
-            most=24,
+            scenarios=JSON_SCENARIOS,
+            max_states=24,
             stop=True,
-            omits=lambda step, place, site=site: (step, *place) == site,
+            omits=lambda step, call_site, site=site: (step, *call_site) == site,
         )
         name = names[site[1:]]
         caught |= {name} if found.problems else set()
-        verdict = f"caught by state {found.opened}" if found.problems else "makes no difference"
-        lines.append(f"{name:<52} {site[0]:<15} left out: {verdict}")
+        verdict = f"caught by state {found.opened}" if found.problems else "no problem found"
+        lines.append(f"{name:<52} {site[0]:<15} omitted: {verdict}")
     report("power loss, the JSON store without one of its syncs", "\n".join(lines))
     assert {names[site[1:]] for site in syncs} - caught == UNNEEDED

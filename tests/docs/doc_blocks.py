@@ -1,8 +1,8 @@
-"""The code blocks of a Markdown document, and running them in order, as a reader would.
+"""The code blocks of Markdown documents, and a runner for them.
 
-A comment on the line before a fence says what else to do with the block:
-``<!-- not run: why -->`` leaves it alone, ``<!-- file: name -->`` writes it to
-a file of that name instead of running it.
+A comment on the line before a fence changes the treatment of the block:
+``<!-- not run: why -->`` skips it, ``<!-- file: name -->`` writes it to a file of that
+name instead.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _REMARK = re.compile(r"<!-- (not run|file): (.+?) -->\n\Z")
-_LOOSELY = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+_DOCTEST_OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 class Block(NamedTuple):
-    """One fenced block: where it is, its language, text, and the remark before it."""
+    """One fenced block: its location, language, text, and the comment before it."""
 
     path: Path
     line: int
@@ -35,7 +35,7 @@ class Block(NamedTuple):
     value: str
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         return f"{self.path.relative_to(ROOT)}:{self.line}"
 
 
@@ -48,14 +48,14 @@ def blocks_of(path: Path) -> Iterator[Block]:
         yield Block(path, before.count("\n") + 2, fence[1], fence[2], kind, value)
 
 
-class Reader:
-    """Follows a document in the current directory, which should be empty."""
+class BlockRunner:
+    """Runs the blocks of a document in the current directory, which should be empty."""
 
     def __init__(self) -> None:
         self.namespace: dict[str, Any] = {"__name__": "__main__"}
         self.exported: dict[str, str] = {}
 
-    def follow(self, block: Block) -> None:
+    def run(self, block: Block) -> None:
         if block.remark == "not run":
             return
         if block.remark == "file":
@@ -66,27 +66,28 @@ class Reader:
             self._console(block)
 
     def _python(self, block: Block) -> None:
-        # As many empty lines in front as put the traceback on the document's own line.
+        # The empty lines give a traceback the line numbers of the document.
         source = "\n" * (block.line - 1) + block.text
         exec(compile(source, str(block.path), "exec"), self.namespace)
 
     def _console(self, block: Block) -> None:
         checker = doctest.OutputChecker()
         for session in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
-            command, _, wanted = session.partition("\n")
+            command, _, expected = session.partition("\n")
             if command.startswith("export "):
                 name, _, value = command.removeprefix("export ").partition("=")
                 self.exported[name] = value
                 continue
-            done = self._shell(command)
-            assert done.returncode == 0, f"{block.place}: {command}\n{done.stdout}"
-            if wanted.strip():
-                assert checker.check_output(wanted, done.stdout, _LOOSELY), (
-                    f"{block.place}: {command}\n--- wanted\n{wanted}\n--- got\n{done.stdout}"
+            result = self._shell(command)
+            assert result.returncode == 0, f"{block.location}: {command}\n{result.stdout}"
+            if expected.strip():
+                assert checker.check_output(expected, result.stdout, _DOCTEST_OPTIONS), (
+                    f"{block.location}: {command}\n"
+                    f"--- expected\n{expected}\n--- actual\n{result.stdout}"
                 )
 
     def _shell(self, command: str) -> subprocess.CompletedProcess[str]:
-        """Run a command with this environment's programs first, away from the user's files."""
+        """Run a command with the programs of this environment and a temporary home."""
         programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         state = {"HOME": str(Path.cwd()), "XDG_STATE_HOME": str(Path.cwd() / "state")}
         return subprocess.run(

@@ -1,4 +1,4 @@
-"""What the documents show is what happens, and what they link to is there."""
+"""Checks of the documents: blocks run, links resolve, tables are complete."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import re
 from pathlib import Path
 
 import pytest
-from doc_blocks import DOCUMENTS, ROOT, Reader, blocks_of
+from doc_blocks import DOCUMENTS, ROOT, BlockRunner, blocks_of
 
 import taskstore
 
 LANGUAGES = {"", "python", "console", "sh", "text", "toml", "json", "sql", "ini"}
 NOT_RUN = 3
-"""How many blocks are shown and not run: a number to keep small."""
+"""The highest allowed number of skipped blocks."""
 
 
 def name_of(path: Path) -> str:
@@ -23,44 +23,43 @@ def name_of(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
-def test_what_a_document_shows_happens(
+def test_the_blocks_of_a_document(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TASKSTORE_URL", raising=False)
-    reader = Reader()
+    runner = BlockRunner()
     for block in blocks_of(path):
-        reader.follow(block)
+        runner.run(block)
 
 
-def test_few_blocks_are_not_run() -> None:
-    left_out = [
-        block.place for path in DOCUMENTS for block in blocks_of(path) if block.remark == "not run"
-    ]
-    assert len(left_out) <= NOT_RUN, left_out
+def test_few_blocks_are_skipped() -> None:
+    blocks = [block for path in DOCUMENTS for block in blocks_of(path)]
+    skipped = [block.location for block in blocks if block.remark == "not run"]
+    assert len(skipped) <= NOT_RUN, skipped
 
 
-def test_every_block_names_a_language_that_is_known() -> None:
-    strange = {
-        block.place: block.language
+def test_every_block_has_a_known_language() -> None:
+    unknown = {
+        block.location: block.language
         for path in DOCUMENTS
         for block in blocks_of(path)
         if block.language not in LANGUAGES
     }
-    assert not strange
+    assert not unknown
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
-def test_links_lead_somewhere(path: Path) -> None:
+def test_links_have_a_target(path: Path) -> None:
     prose = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", prose):
         if "://" in target:
             continue
         file, _, anchor = target.partition("#")
-        there = path.parent / file if file else path
-        assert there.exists(), f"{name_of(path)} links to {target}"
+        linked = path.parent / file if file else path
+        assert linked.exists(), f"{name_of(path)} links to {target}"
         if anchor:
-            headings = re.findall(r"^#+ (.+)$", there.read_text(), re.MULTILINE)
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
             anchors = {
                 re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings
             }
@@ -75,7 +74,7 @@ def test_every_table_and_column_is_described() -> None:
         assert {table.name, *(column.name for column in table.columns)} <= described, table.name
 
 
-def test_every_error_says_what_to_do() -> None:
+def test_every_error_is_in_the_operations_guide() -> None:
     text = (ROOT / "docs" / "operations.md").read_text()
     errors = [name for name in taskstore.__all__ if name.endswith(("Error", "NotFound"))]
     for name in [*errors, "InvalidTransition"]:

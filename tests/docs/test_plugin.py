@@ -1,4 +1,4 @@
-"""The backend of docs/writing-a-backend.md, packaged and installed as its author would."""
+"""The backend of docs/writing-a-backend.md, packaged and installed."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import sys
 from pathlib import Path
 
 import pytest
-from doc_blocks import ROOT, Reader, blocks_of
+from doc_blocks import ROOT, BlockRunner, blocks_of
 
 GUIDE = ROOT / "docs" / "writing-a-backend.md"
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The files that the guide shows, written down."""
+    """A directory with the files of the guide."""
     monkeypatch.chdir(tmp_path)
-    reader = Reader()
+    runner = BlockRunner()
     for block in blocks_of(GUIDE):
         if block.remark == "file":
-            reader.follow(block)
+            runner.run(block)
     return tmp_path
 
 
 def run(*command: str | Path) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 def test_the_scheme_works_once_it_is_installed(
@@ -41,14 +41,14 @@ def test_the_scheme_works_once_it_is_installed(
     (project / "onefile.py").unlink()
     monkeypatch.setenv("PYTHONPATH", str(project / "site"))
     run(sys.executable, "use_it.py")
-    used = (project / "ledger.json").read_text()
-    assert used.startswith('{"format":"taskstore-snapshot/1"')
+    ledger = (project / "ledger.json").read_text()
+    assert ledger.startswith('{"format":"taskstore-snapshot/1"')
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     proof = run("bash", "-e", "prove.sh")
     assert proof.startswith("core\tkept\t"), proof
     assert "4 passed" in proof, proof
     assert "memory equals disk" in run("bash", "-e", "faults.sh")
-    assert (project / "ledger.json").read_text() == used
+    assert (project / "ledger.json").read_text() == ledger
 
 
 def test_the_smallest_backend_is_small(project: Path) -> None:

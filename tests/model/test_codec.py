@@ -1,4 +1,4 @@
-"""Payloads and snapshots: exact, and damage is never anything but CorruptStoreError."""
+"""The encoding of payloads and snapshots; damage raises only CorruptStoreError."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_defaults_are_left_out():
     }
 
 
-def test_metadata_does_not_keep_the_whole_payload_alive():
+def test_metadata_does_not_keep_the_payload_in_memory():
     record = decode_record(encode_record(make_record(task="x" * 10_000, metadata={"a": 1})))
     assert len(memoryview(record.metadata_json).obj) < 100
 
@@ -64,7 +64,7 @@ def test_no_metadata_is_shared():
 
 
 @pytest.mark.parametrize("version", ["1.2", "1.7", "1.99999"])
-def test_a_newer_minor_keeps_what_it_does_not_know(version):
+def test_a_newer_minor_version_keeps_unknown_members(version):
     raw = payload(version, colour=["red", {"deep": 1}], metadata={"b": 1.5}, _unknown={"x": 1})
     record = decode_record(raw)
     assert record.status is TaskStatus.QUEUED
@@ -113,7 +113,7 @@ def test_upcasters_lead_from_version_to_version(monkeypatch):
     assert decode_record(json.dumps(old).encode()) == decode_record(payload())
 
 
-def test_an_upcaster_that_stumbles_over_damage(monkeypatch):
+def test_an_upcaster_that_fails_on_damage(monkeypatch):
     monkeypatch.setitem(codec.UPCASTERS, "0.9", lambda members: {**members, "v": members["next"]})
     with pytest.raises(CorruptStoreError):
         decode_record(payload("0.9"))
@@ -152,20 +152,20 @@ def test_an_upcaster_that_stumbles_over_damage(monkeypatch):
         b'{"v":"1.1","task_id":"\xff\xff"}',
     ],
 )
-def test_damage_is_corrupt_and_nothing_else(raw):
+def test_damage_raises_only_corrupt_store_error(raw):
     with pytest.raises(CorruptStoreError):
         decode_record(raw)
-    aside = decode_or_quarantine(raw, "row 5")
-    assert isinstance(aside, Quarantined)
-    assert (aside.raw, aside.where) == (raw, "row 5")
-    assert aside.reason
+    quarantined = decode_or_quarantine(raw, "row 5")
+    assert isinstance(quarantined, Quarantined)
+    assert (quarantined.raw, quarantined.where) == (raw, "row 5")
+    assert quarantined.reason
 
 
-def test_set_aside_tells_what_can_be_told():
-    aside = quarantine(payload("9.0", revision=4), "here", "why")
-    assert (aside.task_id, aside.revision, aside.reason) == ("a", 4, "why")
-    aside = quarantine(b'{"task_id":5,"revision":true}', "here", "why")
-    assert (aside.task_id, aside.revision) == (None, None)
+def test_quarantine_reads_the_id_and_revision_if_possible():
+    quarantined = quarantine(payload("9.0", revision=4), "here", "why")
+    assert (quarantined.task_id, quarantined.revision, quarantined.reason) == ("a", 4, "why")
+    quarantined = quarantine(b'{"task_id":5,"revision":true}', "here", "why")
+    assert (quarantined.task_id, quarantined.revision) == (None, None)
 
 
 def test_checksum_is_crc_32():
@@ -177,8 +177,8 @@ def test_checksum_is_crc_32():
 
 def snapshot() -> Snapshot:
     records = [make_record(task_id=f"t{n}", metadata={"n": n}) for n in range(3)]
-    aside = Quarantined(b"\x00\xff", "row 1", "damaged", "t9", 4)
-    return Snapshot(7, {r.task_id: r for r in records}, 99, (aside,))
+    quarantined = Quarantined(b"\x00\xff", "row 1", "damaged", "t9", 4)
+    return Snapshot(7, {r.task_id: r for r in records}, 99, (quarantined,))
 
 
 def test_snapshot_round_trip():
@@ -198,7 +198,7 @@ def test_a_snapshot_is_a_json_document():
     assert [record["task_id"] for record in document["records"]] == ["t0", "t1", "t2"]
 
 
-def test_every_damaged_byte_is_noticed():
+def test_every_damaged_byte_is_detected():
     right, whole = snapshot(), encode_snapshot(snapshot())
     for offset in range(len(whole)):
         for change in (1, 0x80, whole[offset] ^ ord("\n") or 2):
@@ -210,7 +210,7 @@ def test_every_damaged_byte_is_noticed():
     assert decode_snapshot(whole) == right
 
 
-def test_every_cut_is_noticed():
+def test_every_truncation_is_detected():
     whole = encode_snapshot(snapshot())
     for end in range(len(whole)):
         with pytest.raises(CorruptStoreError):
@@ -220,10 +220,10 @@ def test_every_cut_is_noticed():
             decode_snapshot(whole + extra)
 
 
-def test_every_missing_or_doubled_line_is_noticed():
+def test_every_missing_or_duplicate_line_is_detected():
     lines = encode_snapshot(snapshot()).splitlines(keepends=True)
-    for place in range(len(lines)):
-        for changed in (lines[:place] + lines[place + 1 :], lines[: place + 1] + lines[place:]):
+    for index in range(len(lines)):
+        for changed in (lines[:index] + lines[index + 1 :], lines[: index + 1] + lines[index:]):
             with pytest.raises(CorruptStoreError):
                 decode_snapshot(b"".join(changed))
 
@@ -239,13 +239,13 @@ def test_every_missing_or_doubled_line_is_noticed():
         {"seq": True, "at": 0},
     ],
 )
-def test_a_header_that_makes_no_sense(header):
+def test_an_invalid_header(header):
     document = b"".join(codec.write_snapshot(header, []))
     with pytest.raises(CorruptStoreError, match=r"`(seq|at)`|\.seq"):
         decode_snapshot(document)
 
 
-def test_a_record_that_does_not_decode_is_set_aside():
+def test_a_record_that_does_not_decode_is_quarantined():
     lines = [encode_record(make_record(task_id="good")), payload("9.0", task_id="future")]
     document = b"".join(codec.write_snapshot({"seq": 3, "at": 5}, lines))
     loaded = decode_snapshot(document, "file")

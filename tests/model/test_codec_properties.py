@@ -1,4 +1,4 @@
-"""Records survive encoding; damage is noticed, whatever it is."""
+"""Properties of the encoding: round trips, and detection of any damage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from taskstore.testing.strategies import metadata, records
 
 
 @given(records())
-def test_a_record_survives(record):
+def test_record_round_trip(record):
     assert validated(record) == record
     payload = encode_record(record)
     assert decode_record(payload) == record
@@ -33,7 +33,7 @@ def test_a_record_survives(record):
 
 
 @given(records(), st.dictionaries(st.text("xyz", min_size=1), metadata(), max_size=3))
-def test_a_newer_record_survives(record, unknown):
+def test_round_trip_of_a_newer_record(record, unknown):
     members = json.loads(encode_record(record))
     members |= {"v": "1.7", **unknown}
     payload = json.dumps(members).encode()
@@ -50,8 +50,8 @@ def test_a_newer_record_survives(record, unknown):
 def test_a_damaged_payload_is_corrupt_or_a_record(record, data):
     payload = bytearray(encode_record(record))
     for _ in range(data.draw(st.integers(1, 3))):
-        place = data.draw(st.integers(0, len(payload) - 1))
-        payload[place] = data.draw(st.integers(0, 255))
+        offset = data.draw(st.integers(0, len(payload) - 1))
+        payload[offset] = data.draw(st.integers(0, 255))
     damaged = bytes(payload)[: data.draw(st.integers(0, len(payload)))]
     try:
         decoded = decode_record(damaged)
@@ -84,25 +84,25 @@ def test_any_value_in_any_field_is_corrupt_or_a_record(record, field, value, min
 
 
 @given(st.lists(records(), max_size=4), st.integers(0, 99), st.lists(st.binary(max_size=9)))
-def test_a_snapshot_survives(some, seq, raw):
-    aside = tuple(Quarantined(each, "here", "why") for each in raw)
+def test_snapshot_round_trip(some, seq, raw):
+    quarantined = tuple(Quarantined(each, "here", "why") for each in raw)
     by_run = {(r.run_id, r.run_digest): r for r in some if r.run_id and r.run_digest}
     kept = [r for r in some if by_run.get((r.run_id, r.run_digest), r) is r]
-    snapshot = Snapshot(seq, {record.task_id: record for record in kept}, seq, aside)
+    snapshot = Snapshot(seq, {record.task_id: record for record in kept}, seq, quarantined)
     assert decode_snapshot(encode_snapshot(snapshot)) == snapshot
 
 
 @given(records(), st.data())
 def test_a_damaged_snapshot_is_corrupt(record, data):
     whole = bytearray(encode_snapshot(Snapshot(3, {record.task_id: record}, 5)))
-    place = data.draw(st.integers(0, len(whole) - 1))
-    whole[place] ^= data.draw(st.integers(1, 255))
+    offset = data.draw(st.integers(0, len(whole) - 1))
+    whole[offset] ^= data.draw(st.integers(1, 255))
     with pytest.raises(CorruptStoreError):
         decode_snapshot(bytes(whole))
 
 
 @given(st.binary(min_size=1, max_size=50), st.data())
-def test_the_checksum_notices_one_byte(payload, data):
+def test_the_checksum_detects_one_changed_byte(payload, data):
     changed = bytearray(payload)
     changed[data.draw(st.integers(0, len(payload) - 1))] ^= data.draw(st.integers(1, 255))
     assert checksum(bytes(changed)) != checksum(payload)

@@ -1,4 +1,4 @@
-"""Creation, bookings, and what a repeated create fills in."""
+"""Creation of records, run digests, and the fields that a repeated create sets."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_new_system_task():
 
 
 @pytest.mark.parametrize("owner", ["owner_key", "requester_session_key"])
-def test_a_new_task_of_somebody(owner):
+def test_a_new_session_task(owner):
     if owner == "requester_session_key":
         with pytest.raises(ValidationError) as caught:
             new(requester_session_key="s")
@@ -53,13 +53,13 @@ def test_a_new_running_task_has_started():
     assert new(status="running", created_at=1, started_at=3).started_at == 3
 
 
-def test_times_of_creation_are_raised():
+def test_times_before_creation_are_raised_to_it():
     record = new(created_at=100, started_at=1, last_event_at=2, cleanup_after=3)
     assert (record.started_at, record.last_event_at, record.cleanup_after) == (100, 100, 100)
 
 
 @pytest.mark.parametrize("status", sorted(TERMINAL_STATUSES))
-def test_a_task_is_not_born_ended(status):
+def test_a_new_task_cannot_be_terminal(status):
     with pytest.raises(ValidationError):
         new(status=status)
 
@@ -85,7 +85,7 @@ def test_a_task_is_not_born_ended(status):
         {"owner_key": ""},
     ],
 )
-def test_what_creation_refuses(fields):
+def test_creation_refuses_invalid_fields(fields):
     with pytest.raises(ValidationError) as caught:
         new(**fields)
     assert caught.value.field == next(iter(fields))
@@ -104,7 +104,7 @@ SCOPE = {
 }
 
 
-def test_the_booking_is_the_scope():
+def test_the_run_digest_is_of_the_scope():
     record = new(**SCOPE)
     assert record.run_digest == lifecycle.run_digest(record)
     assert len(record.run_digest) == 32
@@ -118,11 +118,11 @@ def test_the_booking_is_the_scope():
     + [{name: None} for name in SCOPE if name not in ("run_id", "owner_key")]
     + [{"runtime": "cron"}, {"task": "do it!"}, {"scope_kind": "system"}, {"label": ""}],
 )
-def test_another_scope_is_another_booking(changed):
+def test_another_scope_has_another_run_digest(changed):
     assert new(**{**SCOPE, **changed}).run_digest != new(**SCOPE).run_digest
 
 
-def test_scopes_cannot_be_shifted_into_each_other():
+def test_scope_fields_are_not_concatenated():
     one = new(run_id="r", child_session_key="a", parent_flow_id="b")
     two = new(run_id="r", child_session_key="ab", parent_flow_id="")
     assert one.run_digest != two.run_digest
@@ -131,7 +131,7 @@ def test_scopes_cannot_be_shifted_into_each_other():
 # -- attach -----------------------------------------------------------------
 
 
-def test_attach_fills_what_was_missing():
+def test_attach_sets_empty_fields():
     existing = new(run_id="r", owner_key="o", agent_id="a")
     asked = new(
         run_id="r",
@@ -162,11 +162,11 @@ def test_attach_does_not_merge_metadata():
 
 
 @pytest.mark.parametrize("status", sorted(TERMINAL_STATUSES))
-def test_attach_leaves_the_ended_alone(status):
+def test_attach_does_not_change_an_ended_task(status):
     ended = make_record(status=status, run_id="r")
     assert lifecycle.attach(ended, new(source_id="s")) is ended
 
 
-def test_attach_leaves_what_holds():
+def test_attach_without_new_fields_changes_nothing():
     existing = new(run_id="r")
     assert lifecycle.attach(existing, new(run_id="r", task_id="other")) is existing

@@ -12,7 +12,7 @@ from taskstore.errors import (
     CorruptStoreError,
     CursorExpiredError,
     InvalidTransition,
-    Leased,
+    LeaseConflict,
     SchemaMismatchError,
     StoreBusyError,
     StoreUnavailableError,
@@ -28,12 +28,12 @@ EVERY = [
 ]
 
 
-def test_there_is_one_root():
+def test_there_is_one_base_class():
     assert len(EVERY) == 16
     assert all(issubclass(error, TaskStoreError) for error in EVERY)
 
 
-def test_what_may_be_tried_again():
+def test_retryable_errors():
     assert {error.__name__ for error in EVERY if error.retryable} == {
         "ConflictError",
         "StoreBusyError",
@@ -46,12 +46,12 @@ def test_what_may_be_tried_again():
     [
         (Conflict("a", 1, 2), True),
         (Conflict("a", 0, 0, existing_task_id="b"), True),
-        (Conflict("a", 1, 1, leased=Leased(None, 5)), True),
-        (Conflict("a", 1, 1, leased=Leased("mine", 5)), False),
+        (Conflict("a", 1, 1, leased=LeaseConflict(None, 5)), True),
+        (Conflict("a", 1, 1, leased=LeaseConflict("mine", 5)), False),
         (Conflict("a", 0, 0, deleted=True), False),
     ],
 )
-def test_what_never_holds_again_is_not_to_be_tried_again(conflict, retryable):
+def test_a_final_conflict_is_not_retryable(conflict, retryable):
     assert ConflictError([Conflict("z", 1, 2), conflict]).retryable is retryable
 
 
@@ -74,7 +74,7 @@ def test_not_found_is_a_lookup_error():
     assert "'x'" in str(error)
 
 
-def test_a_transition_says_what_stands():
+def test_a_transition_names_the_current_status():
     error = InvalidTransition("x", "failed", "cancel it")
     assert str(error) == "task 'x' is failed: cannot cancel it"
 
@@ -85,10 +85,10 @@ def test_a_transition_says_what_stands():
         (Conflict("x", 2, 3), "task 'x': expected revision 2, found 3"),
         (Conflict("x", 2, 0), "task 'x': expected revision 2, found 0"),
         (Conflict("x", 2, 0, deleted=True), "task 'x': expected revision 2, but it was deleted"),
-        (Conflict("x", 0, 0, existing_task_id="y"), "task 'x': its run is already booked by 'y'"),
+        (Conflict("x", 0, 0, existing_task_id="y"), "task 'x': its run already has task 'y'"),
     ],
 )
-def test_a_conflict_says_what_was_in_the_way(conflict, text):
+def test_a_conflict_names_its_cause(conflict, text):
     assert str(conflict) == text
     both = ConflictError([conflict, Conflict("z", 1, 2)])
     assert str(both) == f"{text}; task 'z': expected revision 1, found 2"
@@ -100,7 +100,7 @@ def test_a_conflict_over_the_whole_ledger():
     assert (error.conflicts, str(error)) == ((), "the snapshot is behind")
 
 
-def test_corruption_says_where_and_what_to_do():
+def test_corruption_has_a_location_and_a_hint():
     error = CorruptStoreError("/x/journal.jsonl", "is damaged", offset=17)
     assert str(error).startswith("/x/journal.jsonl at offset 17: is damaged")
     assert "restore a backup" in str(error)
@@ -109,7 +109,7 @@ def test_corruption_says_where_and_what_to_do():
     assert str(CorruptStoreError("/x", "y", hint="z")) == "/x: y (z)"
 
 
-def test_a_backend_that_is_not_there_lists_those_that_are():
+def test_a_missing_backend_lists_the_installed_ones():
     error = BackendNotFoundError("redis", ["sqlite", "json"], hint="install it")
     assert error.installed == ("json", "sqlite")
     assert str(error) == (
@@ -125,7 +125,7 @@ def test_an_expired_cursor_says_where_the_journal_begins():
     assert error.hint
 
 
-def test_a_schema_mismatch_names_both():
+def test_a_schema_mismatch_has_both_revisions():
     error = SchemaMismatchError("the schema is old", found="0001", needed="0002", hint="upgrade")
     assert (error.found, error.needed, str(error)) == (
         "0001",

@@ -1,4 +1,4 @@
-"""Ids that only go up, whatever the clock does."""
+"""Task ids increase strictly, even if the clock does not."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_ids_strictly_increase(clock):
     assert all(FORM.match(each) for each in made)
 
 
-def test_an_overflow_goes_on_in_the_next_millisecond():
+def test_an_overflow_continues_in_the_next_millisecond():
     source = UUIDv7(lambda: 5)
     first = source()
     source._random = (1 << 74) - 1

@@ -1,4 +1,4 @@
-"""Changes, plans and folds: the pure middle of every store."""
+"""Changes, plans, conflicts, snapshots and folds."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def deletion(seq, record):
 # -- changes ----------------------------------------------------------------
 
 
-def test_put_validates_and_completes():
+def test_put_validates_and_converts():
     put = Put(make_record(status="running"))
     assert put.record.status.is_terminal is False
     assert (put.task_id, put.revision) == (put.record.task_id, 1)
@@ -87,7 +87,7 @@ def test_a_plan_has_one_step_for_each_task():
         ([(4,), (4, "remove")], Conflict("t", 3, 4)),
     ],
 )
-def test_a_batch_that_contradicts_itself(changes, conflict):
+def test_a_batch_with_contradicting_changes(changes, conflict):
     batch = [
         Remove("t", revision) if verb else make_put(task_id="t", revision=revision)
         for revision, *verb in changes
@@ -97,7 +97,7 @@ def test_a_batch_that_contradicts_itself(changes, conflict):
     assert caught.value.conflicts == (conflict,)
 
 
-def test_a_run_booked_twice_in_a_batch():
+def test_two_tasks_with_one_dedup_key_in_a_batch():
     one, two = make_put(run_id="r", task_id="one"), make_put(run_id="r", task_id="two")
     with pytest.raises(ConflictError) as caught:
         plan([one, two])
@@ -106,7 +106,7 @@ def test_a_run_booked_twice_in_a_batch():
     assert len(plan([one, Remove("one", 2), two])) == 2
 
 
-def test_only_creations_claim_a_booking():
+def test_only_creations_claim_a_dedup_key():
     record = make_record(run_id="r")
     assert plan([Put(record)])[0].claims == ("r", record.run_digest)
     assert plan([next_of(record)])[0].claims is None
@@ -116,7 +116,7 @@ def test_only_creations_claim_a_booking():
 
 
 @pytest.mark.parametrize("batch", [[], (), ["x"], [None], [make_record()]])
-def test_what_is_no_batch(batch):
+def test_invalid_batches(batch):
     with pytest.raises(ValidationError) as caught:
         plan(batch)
     assert caught.value.field == "changes"
@@ -134,16 +134,16 @@ def test_entries_of_a_commit():
 # -- snapshots --------------------------------------------------------------
 
 
-def test_a_snapshot_copies_what_can_change():
+def test_a_snapshot_copies_a_mutable_mapping():
     records = {"a": make_record(task_id="a")}
     snapshot = Snapshot(1, records)
     records.clear()
     assert list(snapshot.records) == ["a"]
     with pytest.raises(TypeError):
         snapshot.records["b"] = None
-    held = {"a": make_record(task_id="a")}
-    snapshot = Snapshot(1, MappingProxyType(held))
-    held.clear()
+    proxied = {"a": make_record(task_id="a")}
+    snapshot = Snapshot(1, MappingProxyType(proxied))
+    proxied.clear()
     assert list(snapshot.records) == ["a"]
 
 
@@ -158,8 +158,8 @@ def test_a_snapshot_is_validated():
     checked = validated_snapshot(Snapshot(1, {record.task_id: record}, 5, ()))
     assert checked.records[record.task_id].status.is_terminal is False
     assert (checked.seq, checked.at) == (1, 5)
-    live = {}
-    assert validated_snapshot(Snapshot(1, MappingProxyType(live))).records is not live
+    mutable = {}
+    assert validated_snapshot(Snapshot(1, MappingProxyType(mutable))).records is not mutable
     for records in (
         {"other": record},
         {record.task_id: make_record(task_id=record.task_id, label="\0")},
@@ -188,39 +188,39 @@ def test_fold_of_nothing():
 
 
 @pytest.mark.parametrize("seqs", [[6], [5, 7], [5, 5], [4], [5, 4]])
-def test_fold_notices_a_gap(seqs):
+def test_fold_detects_a_gap(seqs):
     with pytest.raises(CorruptStoreError, match="follows seq"):
         fold(Snapshot(4), [entry(seq, make_record()) for seq in seqs])
 
 
-def test_fold_carries_what_was_set_aside():
-    aside = Quarantined(b"?", "here", "why", "a", 3)
-    nameless = Quarantined(b"??", "here", "why")
-    start = Snapshot(0, {}, 0, (aside, nameless))
+def test_fold_keeps_quarantined_records():
+    quarantined = Quarantined(b"?", "here", "why", "a", 3)
+    anonymous = Quarantined(b"??", "here", "why")
+    start = Snapshot(0, {}, 0, (quarantined, anonymous))
     other = make_record(task_id="b")
-    assert fold(start, [entry(1, other)]).quarantined == (aside, nameless)
+    assert fold(start, [entry(1, other)]).quarantined == (quarantined, anonymous)
     again = make_record(task_id="a", revision=4)
-    assert fold(start, [entry(1, again)]).quarantined == (nameless,)
-    assert fold(start, [deletion(1, replace(again, revision=3))]).quarantined == (nameless,)
+    assert fold(start, [entry(1, again)]).quarantined == (anonymous,)
+    assert fold(start, [deletion(1, replace(again, revision=3))]).quarantined == (anonymous,)
     lost = replace(entry(1, other), record=None, quarantined=Quarantined(b"x", "w", "r", "b", 1))
     assert fold(start, [lost]).quarantined[-1].raw == b"x"
     assert dict(fold(start, [lost]).records) == {}
 
 
-# -- what a store without a journal checks ------------------------------------
+# -- checks of a store without a journal --------------------------------------
 
 
 def test_check_steps():
-    one, booked = make_record(task_id="one", revision=3), make_record(task_id="two", run_id="r")
-    stored = Snapshot(9, {"one": one, "two": booked}, 0, (Quarantined(b"?", "w", "r", "aside", 5),))
-    check_steps(plan([next_of(one), make_put(), removal_of(booked)]), stored)
-    check_steps(plan([make_put(task_id="aside", revision=6)]), stored)
-    check_steps(plan([removal_of(booked), make_put(run_id="r")]), stored)
+    one, other = make_record(task_id="one", revision=3), make_record(task_id="two", run_id="r")
+    stored = Snapshot(9, {"one": one, "two": other}, 0, (Quarantined(b"?", "w", "r", "bad", 5),))
+    check_steps(plan([next_of(one), make_put(), removal_of(other)]), stored)
+    check_steps(plan([make_put(task_id="bad", revision=6)]), stored)
+    check_steps(plan([removal_of(other), make_put(run_id="r")]), stored)
     wrong = [
         next_of(one, revision=3),
         Remove("absent", 4),
         make_put(task_id="three", run_id="r"),
-        make_put(task_id="aside"),
+        make_put(task_id="bad"),
     ]
     with pytest.raises(ConflictError) as caught:
         check_steps(plan(wrong), stored)
@@ -228,11 +228,11 @@ def test_check_steps():
         Conflict("one", 2, 3),
         Conflict("absent", 3, 0),
         Conflict("three", 0, 0, existing_task_id="two"),
-        Conflict("aside", 0, 5),
+        Conflict("bad", 0, 5),
     }
 
 
-STORED = {"a": 3, "aside": 0}
+STORED = {"a": 3, "bad": 0}
 
 
 @pytest.mark.parametrize(
@@ -244,9 +244,9 @@ STORED = {"a": 3, "aside": 0}
         (Remove("a", 3), Conflict("a", 2, 3)),
         (Remove("b", 2), Conflict("b", 1, 0)),
         (make_put(task_id="gone"), Conflict("gone", 0, 0, deleted=True)),
-        # What is quarantined occupies its id, and nothing applies over it.
-        (make_put(task_id="aside"), Conflict("aside", 0, 0)),
-        (Remove("aside", 2), Conflict("aside", 1, 0)),
+        # A quarantined record occupies its id, and no change applies over it.
+        (make_put(task_id="bad"), Conflict("bad", 0, 0)),
+        (Remove("bad", 2), Conflict("bad", 1, 0)),
         (
             make_put(task_id="new", run_id="r", run_digest="k"),
             Conflict("new", 0, 0, existing_task_id="a"),
@@ -254,17 +254,17 @@ STORED = {"a": 3, "aside": 0}
         (make_put(task_id="new", run_id="r", run_digest="other"), None),
     ],
 )
-def test_conflicts_between_steps_and_what_is_stored(change, conflict):
+def test_conflicts_between_steps_and_stored_revisions(change, conflict):
     found = find_conflicts(plan([change]), STORED, {"gone"}, {("r", "k"): "a"})
     assert found == ([] if conflict is None else [conflict])
 
 
-def test_a_removed_task_gives_its_dedup_key_free():
+def test_a_removal_frees_the_dedup_key():
     steps = plan([make_put(task_id="new", run_id="r", run_digest="k"), Remove("a", 4)])
     assert find_conflicts(steps, STORED, (), {("r", "k"): "a"}) == []
 
 
-def test_a_superseded_image_goes_with_its_task_only():
+def test_a_superseded_image_is_dropped_with_its_task_only():
     one = make_record(task_id="a")
     old = Quarantined(b"?", "here", "why", "a", 1, superseded=True)
     base = Snapshot(1, {"a": one}, 0, (old,))

@@ -16,7 +16,7 @@ STEPS = st.lists(st.tuples(IDS, st.sampled_from(["put", "put", "remove", "stale"
 
 
 def batch_of(steps, records, run):
-    """Changes that mostly follow on each other, some of them on purpose not."""
+    """Changes that mostly apply to each other; some are deliberately stale."""
     records, changes = dict(records), []
     for number, (task_id, verb) in enumerate(steps):
         stored = records.get(task_id)
@@ -27,11 +27,14 @@ def batch_of(steps, records, run):
         else:
             record = make_record(task_id=task_id, revision=max(revision, 1), label=f"{number}")
             if run and number % 3 == 0:
-                booking = {"run_id": run, "run_digest": "b" * 32}
+                dedup_fields = {"run_id": run, "run_digest": "b" * 32}
                 stored_run = stored.run_id if stored else run
                 if stored_run:
                     record = make_record(
-                        task_id=task_id, revision=max(revision, 1), label=f"{number}", **booking
+                        task_id=task_id,
+                        revision=max(revision, 1),
+                        label=f"{number}",
+                        **dedup_fields,
                     )
             if stored:
                 record = make_record(

@@ -1,4 +1,4 @@
-"""The rules of the end, for every status and every verb [6]."""
+"""The result of every verb in every status [6]."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ VERBS = {
     "recover_cancelled": lambda r: lifecycle.recover("cancelled")(r, NOW),
 }
 
-# For each verb: what becomes of a task that is queued, running, succeeded, failed, timed_out,
+# For each verb: the result for a task that is queued, running, succeeded, failed, timed_out,
 # cancelled, lost.  "=" the record itself; "!" InvalidTransition.
 TABLE = {
     "start":             "running = ! ! ! ! !",
@@ -97,7 +97,7 @@ def test_every_verb_in_every_status(verb, status, outcome):
 
 
 @pytest.mark.parametrize("status", TaskStatus)
-def test_what_stays_editable(status):
+def test_edits_do_not_change_final_fields(status):
     record = in_status(status)
     edits = [
         lifecycle.deliver("delivered")(record, NOW),
@@ -137,7 +137,7 @@ def test_repeating_an_edit_changes_nothing(status):
 @pytest.mark.parametrize(
     ("end", "start"), list(itertools.product(sorted(TERMINAL_STATUSES), sorted(ACTIVE_STATUSES)))
 )
-def test_an_end_has_its_facts(end, start):
+def test_an_end_stores_its_facts(end, start):
     record = lifecycle.finish(end, error="why", summary="  10 \n mails  ", outcome="blocked")(
         in_status(start), NOW
     )
@@ -176,22 +176,22 @@ def test_a_cancel_is_not_overwritten_by_a_late_success():
             VERBS[verb](record)
 
 
-def test_recovery_brings_back_to_life():
+def test_recovery_makes_a_task_active():
     lost = lifecycle.lose(error="no heartbeat")(in_status(S.RUNNING), 4000)
     assert (lost.error, lost.ended_at, lost.cleanup_after) == (
         "no heartbeat",
         4000,
         4000 + RETENTION_MS,
     )
-    alive = lifecycle.recover()(lost, NOW)
-    assert (alive.status, alive.error, alive.ended_at) == (S.RUNNING, None, None)
-    assert (alive.cleanup_after, alive.started_at) == (None, 2000)
+    active = lifecycle.recover()(lost, NOW)
+    assert (active.status, active.error, active.ended_at) == (S.RUNNING, None, None)
+    assert (active.cleanup_after, active.started_at) == (None, 2000)
     ended = lifecycle.recover("failed", error="it had", ended_at=3500)(lost, NOW)
     assert (ended.status, ended.error, ended.ended_at) == (S.FAILED, "it had", 3500)
     assert ended.cleanup_after == 3500 + RETENTION_MS
 
 
-def test_recovery_keeps_a_retention_that_was_set():
+def test_recovery_keeps_an_explicit_retention():
     lost = lifecycle.lose()(in_status(S.RUNNING, cleanup_after=77_000), 4000)
     assert lost.cleanup_after == 77_000
     assert lifecycle.recover()(lost, NOW).cleanup_after == 77_000
@@ -203,7 +203,7 @@ def test_recovery_as_running_gives_a_start():
     assert lifecycle.recover("queued")(lost, NOW).started_at is None
 
 
-def test_recovery_refuses_what_makes_no_sense():
+def test_recovery_refuses_invalid_arguments():
     lost = in_status(S.LOST)
     with pytest.raises(ValidationError):
         lifecycle.recover("lost")(lost, NOW)

@@ -1,6 +1,6 @@
-"""What the lifecycle makes of a valid record is valid, whatever else it is given.
+"""Every mutation of a valid record gives a valid record, for any arguments.
 
-The registry relies on it: it stores what comes out without looking again.
+The registry relies on this property: it stores the result without a check.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from taskstore.testing.strategies import keys, metadata, records, texts, times
 
 
 class Text(str):
-    """Text that encoders and drivers do not know."""
+    """A subclass of text that encoders and drivers do not support."""
 
     __slots__ = ()
 
 
 class Number(int):
-    """The same for an integer."""
+    """A subclass of an integer."""
 
 
 ENUMS = (TaskStatus, DeliveryStatus, NotifyPolicy, TerminalOutcome)
@@ -60,43 +60,43 @@ anything = st.one_of(
     st.dictionaries(st.text(max_size=3), st.floats() | st.binary(max_size=2), max_size=2),
     st.lists(st.integers(), max_size=2),
 )
-ends = {"error": anything, "summary": anything, "outcome": anything, "ended_at": anything}
-lengths = st.floats(leases.SHORTEST_S, leases.LONGEST_S)
+end_facts = {"error": anything, "summary": anything, "outcome": anything, "ended_at": anything}
+durations = st.floats(leases.MIN_LEASE_S, leases.MAX_LEASE_S)
 tokens = st.text(min_size=1, max_size=36).filter(lambda text: "\0" not in text)
 
 
-def spelt(kind):
+def spellings(kind):
     return st.sampled_from([*kind, *map(str, kind), *map(Text, kind)])
 
 
-FACTS = {
+VALID_FIELDS = {
     **dict.fromkeys(OPTIONAL_KEYS, keys(1) | st.builds(Text, keys(1))),
     **dict.fromkeys(("created_at", "started_at", "last_event_at", "cleanup_after"), times()),
-    "scope_kind": spelt(ScopeKind),
-    "delivery_status": spelt(DeliveryStatus),
-    "notify_policy": spelt(NotifyPolicy),
+    "scope_kind": spellings(ScopeKind),
+    "delivery_status": spellings(DeliveryStatus),
+    "notify_policy": spellings(NotifyPolicy),
     "requester_origin": st.builds(DeliveryContext, to=st.none() | texts(9) | st.builds(Text)),
     "progress_summary": texts(9),
     "metadata": metadata(),
 }
-del FACTS["run_digest"], FACTS["lease_token"]
-BIRTH = {"task_id": anything, "runtime": anything, "task": anything, "status": anything}
-STRANGE = sorted({*TaskRecord.__struct_fields__, "metadata", "colour"} - set(BIRTH))
+del VALID_FIELDS["run_digest"], VALID_FIELDS["lease_token"]
+REQUIRED = {"task_id": anything, "runtime": anything, "task": anything, "status": anything}
+OTHER_FIELDS = sorted({*TaskRecord.__struct_fields__, "metadata", "colour"} - set(REQUIRED))
 
 VERBS = {
     "start": (lifecycle.start, [], {"started_at": anything}),
     "progress": (lifecycle.progress, [anything], {}),
-    "finish": (lifecycle.finish, [anything], ends),
+    "finish": (lifecycle.finish, [anything], end_facts),
     "lose": (lifecycle.lose, [], {"error": anything}),
     "cancel": (lifecycle.cancel, [], {"reason": anything}),
-    "recover": (lifecycle.recover, [anything], ends),
+    "recover": (lifecycle.recover, [anything], end_facts),
     "deliver": (lifecycle.deliver, [anything], {"last_notified_event_at": anything}),
     "notify": (lifecycle.notify, [anything], {}),
     "retain": (lifecycle.retain, [anything], {}),
     "link_flow": (lifecycle.link_flow, [anything], {}),
     "merge_metadata": (lifecycle.merge_metadata, [anything | metadata()], {}),
-    "take": (leases.take, [tokens, lengths | anything], {"fence": anything}),
-    "renew": (leases.renew, [lengths | anything], {}),
+    "take": (leases.take, [tokens, durations | anything], {"fence": anything}),
+    "renew": (leases.renew, [durations | anything], {}),
     "release": (leases.release, [], {}),
 }
 
@@ -104,20 +104,20 @@ VERBS = {
 @pytest.mark.parametrize("verb", VERBS)
 @settings(max_examples=30)
 @given(data=st.data())
-def test_what_comes_of_a_valid_record_is_valid(verb, data):
+def test_a_changed_record_is_valid(verb, data):
     function, positional, keyword = VERBS[verb]
     arguments = [data.draw(strategy) for strategy in positional]
     options = data.draw(st.fixed_dictionaries({}, optional=keyword))
     try:
         mutation = function(*arguments, **options)
     except ValidationError:
-        return  # whatever the task is
+        return  # for any record
     check_mutation(lambda record: mutation(record, data.draw(times())), data)
 
 
 @settings(max_examples=30)
 @given(data=st.data())
-def test_what_a_repeated_create_leaves_is_valid(data):
+def test_the_record_after_a_repeated_create_is_valid(data):
     asked = data.draw(records())
     check_mutation(lambda record: lifecycle.attach(record, asked), data)
 
@@ -130,7 +130,7 @@ def check_mutation(mutation, data):
     assert isinstance(after, TaskRecord)
     if after is before:
         return
-    # Nothing is to be found in it, nor to be put right.
+    # The record is valid, and no field needs a conversion.
     assert validated(after) is after
     assert list(map(type, astuple(validated(after)))) == list(map(type, astuple(after)))
     assert after.revision == before.revision + 1
@@ -139,19 +139,19 @@ def check_mutation(mutation, data):
 
 @settings(max_examples=300)
 @given(data=st.data())
-def test_what_is_born_is_valid(data):
-    born = {"task_id": "t", "runtime": "cli", "task": "do it", "status": "queued"}
-    fields = data.draw(st.fixed_dictionaries({}, optional=FACTS))
-    strange = data.draw(st.sampled_from([None, *BIRTH, *STRANGE]))
-    if strange is not None:
-        (born if strange in BIRTH else fields)[strange] = data.draw(anything)
+def test_a_new_record_is_valid(data):
+    required = {"task_id": "t", "runtime": "cli", "task": "do it", "status": "queued"}
+    fields = data.draw(st.fixed_dictionaries({}, optional=VALID_FIELDS))
+    invalid_field = data.draw(st.sampled_from([None, *REQUIRED, *OTHER_FIELDS]))
+    if invalid_field is not None:
+        (required if invalid_field in REQUIRED else fields)[invalid_field] = data.draw(anything)
     refused = None
     try:
-        record = lifecycle.new_record(now=data.draw(times()), fields=fields, **born)
+        record = lifecycle.new_record(now=data.draw(times()), fields=fields, **required)
     except ValidationError as error:
         refused = error.field
     if refused is not None:
-        assert strange is not None or refused == "owner_key"  # which a session needs
+        assert invalid_field is not None or refused == "owner_key"  # required for a session
         return
     assert validated(record) is record
     assert list(map(type, astuple(validated(record)))) == list(map(type, astuple(record)))

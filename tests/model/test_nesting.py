@@ -1,4 +1,4 @@
-"""How deep JSON may nest: our limit, the same on every interpreter and at any depth of stack."""
+"""The nesting limit of JSON; it does not depend on the interpreter or the stack."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from taskstore.errors import CorruptStoreError, ValidationError
 from taskstore.model.codec import decode_or_quarantine, decode_record, encode_record
 from taskstore.model.journal import Quarantined
 from taskstore.model.records import METADATA_DEPTH, PAYLOAD_DEPTH
-from taskstore.model.validation import nests_deeper, validated
+from taskstore.model.validation import exceeds_depth, validated
 from taskstore.stores.jsonfile import lines
 from taskstore.stores.jsonfile.index import keys_of
 from taskstore.testing import make_record
@@ -35,7 +35,7 @@ def arrays(depth):
 
 
 def newer(depth):
-    """A payload of a newer version that nests so deep, its own object included."""
+    """A payload of a newer version with this nesting depth, its own object included."""
     payload = encode_record(make_record(task_id="t")).replace(b'"v":"1.1"', b'"v":"1.7"')
     return payload[:-1] + b',"x":' + arrays(depth - 1) + b"}"
 
@@ -44,18 +44,18 @@ def newer(depth):
 def test_the_depth_is_that_of_the_decoded_value(value, ascii_only):
     encoded = json.dumps(value, ensure_ascii=ascii_only).encode()
     depth = depth_of(value)
-    assert not nests_deeper(encoded, depth)
-    assert depth == 0 or nests_deeper(encoded, depth - 1)
+    assert not exceeds_depth(encoded, depth)
+    assert depth == 0 or exceeds_depth(encoded, depth - 1)
 
 
-def test_many_side_by_side_are_not_deep():
-    assert not nests_deeper(b"[" + b",".join([b'{"a":[]}'] * 1000) + b"]", 3)
-    assert nests_deeper(b"[" + b",".join([b'{"a":[]}'] * 1000) + b"]", 2)
+def test_siblings_do_not_add_depth():
+    assert not exceeds_depth(b"[" + b",".join([b'{"a":[]}'] * 1000) + b"]", 3)
+    assert exceeds_depth(b"[" + b",".join([b'{"a":[]}'] * 1000) + b"]", 2)
 
 
-def test_what_is_never_closed_is_deep_too():
-    assert nests_deeper(b"[" * 100, 99)
-    assert not nests_deeper(b"[" * 100, 100)
+def test_unclosed_brackets_count():
+    assert exceeds_depth(b"[" * 100, 99)
+    assert not exceeds_depth(b"[" * 100, 100)
 
 
 def test_metadata_that_was_encoded_elsewhere():
@@ -67,7 +67,7 @@ def test_metadata_that_was_encoded_elsewhere():
         validated(with_metadata(METADATA_DEPTH + 1))
 
 
-def test_unknown_members_may_be_stored_as_deep_as_they_are_read():
+def test_reading_and_storing_unknown_members_have_one_limit():
     record = decode_record(newer(PAYLOAD_DEPTH))
     assert encode_record(validated(record)) != b""
     with pytest.raises(CorruptStoreError, match="nested more than 128 deep"):
@@ -78,7 +78,7 @@ def test_unknown_members_may_be_stored_as_deep_as_they_are_read():
 
 
 @pytest.mark.parametrize("depth", [PAYLOAD_DEPTH + 1, 5000, 100_000])
-def test_what_nests_deeper_is_set_aside(depth):
+def test_a_payload_over_the_limit_is_quarantined(depth):
     payload = newer(depth)
     item = decode_or_quarantine(payload, "here")
     assert isinstance(item, Quarantined)

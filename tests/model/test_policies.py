@@ -1,4 +1,4 @@
-"""When compaction is due and what it keeps."""
+"""When compaction is due and what it retains."""
 
 from __future__ import annotations
 
@@ -46,38 +46,38 @@ def test_due_by_age():
     assert policy.due(stats(now=now, oldest_at=now + 5)) is None
 
 
-def test_due_by_order():
-    assert CompactionPolicy(force=True).due(stats()) == "it was asked for"
-    assert CompactionPolicy().forced().due(stats()) == "it was asked for"
+def test_due_by_force():
+    assert CompactionPolicy(force=True).due(stats()) == "compaction was forced"
+    assert CompactionPolicy().forced().due(stats()) == "compaction was forced"
     assert CompactionPolicy(min_entries=5).forced() == CompactionPolicy(min_entries=5, force=True)
     assert "erased" in CompactionPolicy(erase_deleted=True).due(stats(entries=0))
 
 
-def marks(*pairs):
+def snapshots(*pairs):
     return [SnapshotInfo(seq, at) for seq, at in pairs]
 
 
 def test_erasing_keeps_the_newest_only():
     policy = CompactionPolicy(erase_deleted=True, keep_snapshots=5)
-    kept = policy.retained(marks((5, 0), (9, 0)), head=9, floor=1, now=0)
+    kept = policy.retained(snapshots((5, 0), (9, 0)), head=9, floor=1, now=0)
     assert kept == (frozenset({9}), 10)
 
 
-def test_everything_within_the_window_stays():
-    kept, floor = CompactionPolicy().retained(marks((5, 0), (9, 1)), head=9, floor=1, now=2)
+def test_history_within_the_window_is_retained():
+    kept, floor = CompactionPolicy().retained(snapshots((5, 0), (9, 1)), head=9, floor=1, now=2)
     assert floor == 1
     assert 9 in kept
 
 
-def test_the_snapshot_below_the_floor_stays():
+def test_the_snapshot_below_the_floor_is_retained():
     policy = CompactionPolicy(history_entries=100, keep_snapshots=1)
-    kept, floor = policy.retained(marks((5, 0), (7, 0), (9, 1)), head=9, floor=6, now=2)
+    kept, floor = policy.retained(snapshots((5, 0), (7, 0), (9, 1)), head=9, floor=6, now=2)
     assert floor == 6
     assert {5, 9} <= kept
 
 
-def test_both_windows_have_to_be_left():
-    old = marks((100, 0), (200, 10 * HOUR_S * 1000))
+def test_history_is_trimmed_only_outside_both_windows():
+    old = snapshots((100, 0), (200, 10 * HOUR_S * 1000))
     now = 10 * HOUR_S * 1000
     by_both = CompactionPolicy(history_entries=100, history_s=HOUR_S, keep_snapshots=1)
     assert by_both.retained(old, head=200, floor=1, now=now)[1] == 101
@@ -89,9 +89,12 @@ def test_both_windows_have_to_be_left():
 
 def test_no_history_at_all():
     policy = CompactionPolicy(history_entries=0, history_s=0, keep_snapshots=1)
-    assert policy.retained(marks((5, 3), (9, 4)), head=9, floor=3, now=4) == (frozenset({9}), 10)
+    assert policy.retained(snapshots((5, 3), (9, 4)), head=9, floor=3, now=4) == (
+        frozenset({9}),
+        10,
+    )
 
 
-def test_no_snapshots_at_all_is_one():
+def test_at_least_one_snapshot_is_retained():
     policy = CompactionPolicy(history_entries=0, history_s=0, keep_snapshots=0)
-    assert policy.retained(marks((9, 4)), head=9, floor=1, now=4)[0] == frozenset({9})
+    assert policy.retained(snapshots((9, 4)), head=9, floor=1, now=4)[0] == frozenset({9})

@@ -1,4 +1,4 @@
-"""Whatever the traffic: every seq from the floor on can be answered, and not too much is kept."""
+"""Properties of retention: every seq from the floor is readable, and storage is bounded."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ TRAFFIC = st.lists(
 )
 
 
-def run(policy, traffic, begin=0):
-    """Compact after each burst; yield what is kept after it."""
+def compactions(policy, traffic, begin=0):
+    """Compact after each burst; yield the snapshots that are retained."""
     head, now, floor, snapshots = begin, 1_700_000_000_000, begin + 1, []
     if begin:
         snapshots = [SnapshotInfo(begin, now)]
@@ -35,15 +35,15 @@ def run(policy, traffic, begin=0):
         snapshots.append(SnapshotInfo(head, now))
         kept, floor_after = policy.retained(snapshots, head=head, floor=floor, now=now)
         yield head, now, floor, floor_after, snapshots, kept
-        snapshots = [mark for mark in snapshots if mark.seq in kept]
+        snapshots = [snapshot for snapshot in snapshots if snapshot.seq in kept]
         floor = floor_after
 
 
 @given(POLICIES, TRAFFIC, st.sampled_from([0, 5]))
-def test_what_always_holds(policy, traffic, begin):
-    for head, now, before, floor, snapshots, kept in run(policy, traffic, begin):
+def test_invariants_of_retention(policy, traffic, begin):
+    for head, now, before, floor, snapshots, kept in compactions(policy, traffic, begin):
         assert before <= floor <= head + 1
-        assert kept <= {mark.seq for mark in snapshots}
+        assert kept <= {snapshot.seq for snapshot in snapshots}
         assert head in kept
         assert min(kept) >= floor - 1
         if floor > 1:
@@ -51,10 +51,10 @@ def test_what_always_holds(policy, traffic, begin):
         if policy.erase_deleted:
             assert (kept, floor) == ({head}, head + 1)
             continue
-        newest = [mark.seq for mark in snapshots if mark.seq >= floor - 1]
+        newest = [snapshot.seq for snapshot in snapshots if snapshot.seq >= floor - 1]
         assert set(newest[-max(policy.keep_snapshots, 1) :]) <= kept
         if floor > before:
-            anchor = next(mark for mark in snapshots if mark.seq == floor - 1)
+            anchor = next(snapshot for snapshot in snapshots if snapshot.seq == floor - 1)
             assert head - anchor.seq >= policy.history_entries
             assert anchor.at <= now - policy.history_s * 1000
         assert len(kept) <= policy.keep_snapshots + 8
@@ -62,23 +62,26 @@ def test_what_always_holds(policy, traffic, begin):
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("policy", [CompactionPolicy(), CompactionPolicy(history_entries=500)])
-def test_a_long_life_keeps_little(seed, policy):
+def test_a_long_history_retains_few_snapshots(seed, policy):
     rng = random.Random(seed)
     traffic = [
         (rng.choice([1, 100, 10_000]), rng.choice([10, 60_000, 8 * 3600_000])) for _ in range(2000)
     ]
     most = 0
-    for head, now, _, floor, snapshots, kept in run(policy, traffic):
+    for head, now, _, floor, snapshots, kept in compactions(policy, traffic):
         most = max(most, len(kept))
-        beyond = [
-            mark
-            for mark in snapshots
-            if head - mark.seq >= policy.history_entries
-            and mark.at <= now - policy.history_s * 1000
+        outside_window = [
+            snapshot
+            for snapshot in snapshots
+            if head - snapshot.seq >= policy.history_entries
+            and snapshot.at <= now - policy.history_s * 1000
         ]
-        # The history that is kept is at most a quarter of the window longer than asked for,
-        # and what one pause or burst adds, because a snapshot cannot stand within it.
-        assert not beyond or floor >= max(mark.seq for mark in beyond if mark.seq in kept) + 1
+        # The retained history exceeds the window by at most a quarter of it, plus one pause
+        # or burst, because there is no snapshot within one.
+        assert (
+            not outside_window
+            or floor >= max(snapshot.seq for snapshot in outside_window if snapshot.seq in kept) + 1
+        )
     assert floor > head / 2
     assert most <= policy.keep_snapshots + 8
 
@@ -86,5 +89,5 @@ def test_a_long_life_keeps_little(seed, policy):
 @given(TRAFFIC)
 def test_no_history_means_none(traffic):
     policy = CompactionPolicy(history_entries=0, history_s=0, keep_snapshots=1)
-    for head, _, _, floor, _, kept in run(policy, traffic):
+    for head, _, _, floor, _, kept in compactions(policy, traffic):
         assert (kept, floor) == ({head}, head + 1)

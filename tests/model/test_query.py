@@ -1,4 +1,4 @@
-"""Queries: what they mean, and what they refuse."""
+"""The results of queries, and the arguments that they refuse."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def test_pages():
     assert first.seq == 9
 
 
-def test_a_last_page_that_is_full_has_no_cursor():
+def test_a_full_last_page_has_no_cursor():
     assert evaluate(TaskQuery(limit=1), [make_record()], 0).next_cursor is None
 
 
 @pytest.mark.parametrize(
-    ("asked", "found"),
+    ("arguments", "expected"),
     [
         ({}, "abc"),
         ({"label": "x"}, "a"),
@@ -57,7 +57,7 @@ def test_a_last_page_that_is_full_has_no_cursor():
         ({"terminal_outcome": None, "task_id": ["a", "c"]}, "ac"),
     ],
 )
-def test_filters(asked, found):
+def test_filters(arguments, expected):
     records = [
         make_record(task_id="a", created_at=1, label="x", child_session_key="s"),
         make_record(
@@ -69,11 +69,11 @@ def test_filters(asked, found):
         ),
         make_record(task_id="c", created_at=3),
     ]
-    assert sorted(ids(evaluate(TaskQuery(**asked), records, 0))) == list(found)
+    assert sorted(ids(evaluate(TaskQuery(**arguments), records, 0))) == list(expected)
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "arguments",
     [
         {"colour": "red"},
         {"metadata": {}},
@@ -104,10 +104,10 @@ def test_filters(asked, found):
         {"after": "not a cursor"},
     ],
 )
-def test_refused(asked):
+def test_invalid_arguments_are_refused(arguments):
     with pytest.raises(ValidationError) as caught:
-        TaskQuery(**asked)
-    assert caught.value.field in asked
+        TaskQuery(**arguments)
+    assert caught.value.field in arguments
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_page_is_a_sequence():
     assert "next_cursor='x'" in repr(page)
 
 
-def test_repr_names_what_was_asked():
+def test_repr_names_the_arguments():
     text = repr(TaskQuery(status=["queued", "running"], limit=5, label=None))
     assert "status" in text
     assert "limit=5" in text

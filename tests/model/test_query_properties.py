@@ -45,20 +45,20 @@ def test_pages_concatenate(records, asked, limit):
         (r for r in records if TaskQuery(**asked).matches(r)),
         key=lambda r: (-r.created_at, [-ord(c) for c in r.task_id] + [1]),
     )
-    seen, after = [], None
+    pages, after = [], None
     while True:
         page = evaluate(TaskQuery(**asked, limit=limit, after=after), records, 7)
         assert page.seq == 7
-        seen += page
+        pages += page
         after = page.next_cursor
         if after is None:
             break
         assert len(page) == limit
-    assert seen == whole
+    assert pages == whole
 
 
 @given(RECORDS, st.integers(0, 4), keys(1))
-def test_a_cursor_is_a_place(records, created_at, task_id):
+def test_a_cursor_is_a_position(records, created_at, task_id):
     page = evaluate(TaskQuery(after=encode_cursor((created_at, task_id))), records, 0)
     assert {r.task_id for r in page} == {
         r.task_id for r in records if r.sort_key < (created_at, task_id)
@@ -79,10 +79,10 @@ def test_any_other_text_is_refused(text):
 
 
 @given(st.integers(0, MAX_INT), keys(1), st.integers(0, 200), st.integers(0, 127))
-def test_a_changed_cursor_is_refused_or_another_place(created_at, task_id, place, letter):
+def test_a_changed_cursor_is_refused_or_another_position(created_at, task_id, index, letter):
     cursor = encode_cursor((created_at, task_id))
     changed = list(cursor)
-    changed[place % len(changed)] = chr(letter)
+    changed[index % len(changed)] = chr(letter)
     text = "".join(changed)
     if text == cursor:
         return

@@ -1,4 +1,4 @@
-"""What may stand in a record; the table of nasty values has the rest."""
+"""The validation of records; the table of nasty values has more cases."""
 
 from __future__ import annotations
 
@@ -88,10 +88,10 @@ def test_enums_become_members():
     assert record.requester_origin == DeliveryContext(to="Ann")
 
 
-@pytest.mark.parametrize("stranger", [None, {}, "record", 5, DeliveryContext()])
-def test_what_is_not_a_record(stranger):
+@pytest.mark.parametrize("value", [None, {}, "record", 5, DeliveryContext()])
+def test_values_that_are_not_records(value):
     with pytest.raises(ValidationError) as caught:
-        validated(stranger)
+        validated(value)
     assert caught.value.field == "record"
 
 
@@ -138,7 +138,7 @@ def test_text_is_measured_in_bytes():
         check_text("f", "é" * 5 + "x", 10)
 
 
-def test_text_becomes_plain():
+def test_text_is_converted_to_str():
     class Text(str):
         __slots__ = ()
 
@@ -165,13 +165,13 @@ def test_runtimes(runtime):
 
 
 @pytest.mark.parametrize("runtime", ["9x", "_a", "-a", "A", "a b", "a\n", "é", "a:b", "a/b"])
-def test_what_is_no_runtime(runtime):
+def test_invalid_runtimes(runtime):
     with pytest.raises(ValidationError, match="token"):
         check_key("runtime", runtime)
 
 
 @pytest.mark.parametrize("wrong", [True, 1.0, "1", None, -1, MAX_INT + 1, math.nan])
-def test_what_is_no_int(wrong):
+def test_invalid_ints(wrong):
     with pytest.raises(ValidationError):
         check_int("f", wrong)
 
@@ -183,7 +183,7 @@ def test_ints():
         check_int("f", 1, 2)
 
 
-def test_enums_list_what_they_take():
+def test_an_enum_error_lists_the_members():
     with pytest.raises(ValidationError, match="queued, running, succeeded"):
         check_enum("status", "paused", TaskStatus)
     with pytest.raises(ValidationError, match="not int"):
@@ -229,26 +229,26 @@ class Colour(enum.IntEnum):
     RED = 1
 
 
-def test_metadata_of_subclasses_becomes_plain():
+def test_metadata_of_subclasses_is_converted():
     assert bytes(encode_metadata({"a": Colour.RED, "b": TaskStatus.LOST})) == b'{"a":1,"b":"lost"}'
 
 
 @pytest.mark.parametrize(
     "value", [{"x": object()}, {"x": 1j}, {"x": [set()]}, {b"x": 1}, {None: 1}]
 )
-def test_what_is_not_json(value):
+def test_values_that_are_not_json(value):
     with pytest.raises(ValidationError, match="metadata"):
         encode_metadata(value)
 
 
-def test_metadata_that_holds_itself():
+def test_metadata_that_contains_itself():
     value = {}
     value["self"] = value
     with pytest.raises(ValidationError, match="nested"):
         encode_metadata(value)
 
 
-def test_the_path_of_what_is_wrong():
+def test_an_error_has_the_path_of_the_value():
     with pytest.raises(ValidationError) as caught:
         encode_metadata({"a": [{"b": math.inf}]})
     assert caught.value.field == "metadata.a[0].b"

@@ -1,4 +1,4 @@
-"""The distribution as its users get it: built, installed, and run away from the checkout."""
+"""Fixtures: the built distribution, and an environment that has it installed."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from installed_copy import ROOT, Distribution, Installed
 
 @pytest.fixture(scope="session")
 def distribution(tmp_path_factory: pytest.TempPathFactory) -> Distribution:
-    """The sdist, and the wheel built from it: so the sdist is known to be complete."""
+    """The sdist, and the wheel built from it, so that a missing file fails the build."""
     out = tmp_path_factory.mktemp("dist")
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
-    done = subprocess.run(build, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
     [sdist], [wheel] = out.glob("*.tar.gz"), out.glob("*.whl")
     return Distribution(sdist, wheel)
 
 
 @pytest.fixture(scope="session")
 def environment(distribution: Distribution, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment with the wheel; what it depends on is lent by this one."""
+    """A virtual environment with the wheel and the dependencies of this environment."""
     directory = tmp_path_factory.mktemp("installed") / "venv"
     venv.create(directory, with_pip=False)
     python = directory / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
     install = [*pip, "install", "--quiet", "--no-index", "--no-deps", str(distribution.wheel)]
-    done = subprocess.run(install, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = subprocess.run(install, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
     [site_packages] = directory.glob("lib/python*/site-packages")
-    lent = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    (site_packages / "lent.pth").write_text("\n".join(sorted(lent)) + "\n")
+    shared = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (site_packages / "shared.pth").write_text("\n".join(sorted(shared)) + "\n")
     return directory
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the distribution work with."""
+"""Helpers for the tests of the distribution."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Distribution:
-    """What ``python -m build`` makes of the checkout."""
+    """The files that ``python -m build`` creates from the checkout."""
 
     sdist: Path
     wheel: Path
@@ -21,7 +21,7 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Installed:
-    """A virtual environment with the wheel in it, and an empty directory to work in."""
+    """A virtual environment with the wheel, and an empty working directory."""
 
     bin: Path
     cwd: Path
@@ -33,21 +33,22 @@ class Installed:
     def run(
         self, *command: str | Path, status: int | None = 0, env: Mapping[str, str] | None = None
     ) -> str:
-        """Run a command of the environment; return its standard output."""
-        clean = {
+        """Run a command of the environment and return its standard output."""
+        inherited = {
             name: value
             for name, value in os.environ.items()
             if not name.startswith(("PYTHON", "PYTEST", "TASKSTORE", "COV_", "VIRTUAL_ENV"))
         }
-        done = subprocess.run(
+        home = str(self.cwd)
+        result = subprocess.run(
             [self.bin / command[0], *command[1:]],
             cwd=self.cwd,
-            env={**clean, "HOME": str(self.cwd), "XDG_STATE_HOME": str(self.cwd), **(env or {})},
+            env={**inherited, "HOME": home, "XDG_STATE_HOME": home, **(env or {})},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=120,
             check=False,
         )
-        assert status in (None, done.returncode), (command, done.stdout, done.stderr)
-        return done.stdout
+        assert status in (None, result.returncode), (command, result.stdout, result.stderr)
+        return result.stdout

@@ -1,6 +1,6 @@
-"""How much of the package one call passes through: counts, which no clock can blur.
+"""Upper bounds of the function calls that one public call makes.
 
-Run as a script it prints the counts.
+As a script it prints the counts.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from typing import Any, NamedTuple
 import taskstore
 from taskstore import CompactionPolicy, TaskRegistry, compact
 
-HOME = str(Path(taskstore.__file__).parent)
+PACKAGE = str(Path(taskstore.__file__).parent)
 FOLD = CompactionPolicy(history_s=0, history_entries=0).forced()
 
 
 class Counts(NamedTuple):
-    """The package's own functions entered, the files they are in, and changes of file."""
+    """The calls of package functions, their files, and the switches between files."""
 
     frames: int
     files: int
     switches: int
 
 
-# Upper bounds of warm calls.  Python 3.12 and newer enter fewer frames: comprehensions
-# have none of their own.
+# Upper bounds of warm calls.  Python 3.12 and newer make fewer calls, because
+# comprehensions are inlined.
 BOUNDS = {
     "sqlite create": Counts(frames=70, files=18, switches=45),
     "sqlite record_progress": Counts(frames=55, files=18, switches=42),
-    # While the directory is younger than 20 ms, each read looks at the files in it.
+    # While the directory is younger than 20 ms, each read checks its files.
     "sqlite open": Counts(frames=350, files=22, switches=175),
     "json create": Counts(frames=60, files=18, switches=35),
     "json record_progress": Counts(frames=45, files=18, switches=36),
@@ -43,16 +43,16 @@ BOUNDS = {
 
 
 def counts_of(call: Callable[[], object]) -> Counts:
-    """What of the package this thread enters during a call."""
+    """Return the counts of this thread during a call."""
     entered: list[str] = []
 
-    def note(frame: FrameType, event: str, _: object) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(HOME):
+    def record_call(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
             entered.append(frame.f_code.co_filename)
 
     gc.collect()
-    gc.disable()  # what a collection finalizes belongs to no call
-    sys.setprofile(note)
+    gc.disable()  # a garbage collection would count finalizers
+    sys.setprofile(record_call)
     try:
         call()
     finally:
@@ -63,7 +63,7 @@ def counts_of(call: Callable[[], object]) -> Counts:
 
 
 def measure(scheme: str) -> dict[str, Counts]:
-    """The counts of one backend, on a small ledger of its own."""
+    """Return the counts of one backend on a small new ledger."""
     with TemporaryDirectory() as folder:
         url = f"{scheme}:///{folder}/ledger"
 
@@ -83,22 +83,22 @@ def measure(scheme: str) -> dict[str, Counts]:
             )
             registry.finish(task_id, "succeeded")
             compact(registry.store, FOLD)
-        opened: list[TaskRegistry] = []
-        counts[f"{scheme} open"] = counts_of(lambda: opened.append(TaskRegistry.open(url)))
-        opened[0].close()
+        registries: list[TaskRegistry] = []
+        counts[f"{scheme} open"] = counts_of(lambda: registries.append(TaskRegistry.open(url)))
+        registries[0].close()
     return counts
 
 
-def test_no_call_passes_through_more_than_it_should() -> None:
-    # In a process of its own, in which nothing else of the package was used before.
-    printed = subprocess.run([sys.executable, __file__], capture_output=True, check=True).stdout
-    counts = {name: Counts(**found) for name, found in json.loads(printed).items()}
-    grown = {
+def test_no_call_exceeds_its_bounds() -> None:
+    # In a new process, in which no other test has used the package.
+    output = subprocess.run([sys.executable, __file__], capture_output=True, check=True).stdout
+    counts = {name: Counts(**found) for name, found in json.loads(output).items()}
+    exceeded = {
         name: f"{counts[name]}, at most {bounds}"
         for name, bounds in BOUNDS.items()
         if any(found > most for found, most in zip(counts[name], bounds, strict=True))
     }
-    assert not grown
+    assert not exceeded
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is in the wheel and the sdist, and that the installed copy does its work alone."""
+"""The contents of the wheel and the sdist, and tests of the installed copy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ with TaskRegistry.open("{url}") as registry:
     registry.record_progress(task.task_id, "3 of 10 mails read")
     registry.finish(task.task_id, "succeeded", summary="10 mails read")
     registry.get(task.task_id).status            # TaskStatus.SUCCEEDED
-"""  # noqa: E501 (as it stands in the README)
+"""  # noqa: E501 (the text of the README)
 SECOND_PROCESS = """
 from taskstore import TaskRegistry
 
@@ -37,7 +37,7 @@ def names_in(wheel: Path) -> set[str]:
         return set(archive.namelist())
 
 
-def test_the_wheel_holds_what_runs_and_nothing_else(distribution: Distribution) -> None:
+def test_the_wheel_contains_the_package_and_nothing_else(distribution: Distribution) -> None:
     names = names_in(distribution.wheel)
     assert {"taskstore/py.typed", "taskstore/migrations/env.py"} <= names
     assert "taskstore/migrations/script.py.mako" in names
@@ -48,13 +48,13 @@ def test_the_wheel_holds_what_runs_and_nothing_else(distribution: Distribution) 
         str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "taskstore").rglob("*.py")
     }
     assert modules <= names
-    strange = {
+    unexpected = {
         name
         for name in names
         if "__pycache__" in name
         or not name.startswith(("taskstore/", "taskstore-", "taskstore_pytest.py"))
     }
-    assert not strange
+    assert not unexpected
 
 
 def test_the_metadata_of_the_wheel(distribution: Distribution) -> None:
@@ -74,14 +74,14 @@ def test_the_metadata_of_the_wheel(distribution: Distribution) -> None:
 def test_the_sdist_is_enough_to_build_and_test(distribution: Distribution) -> None:
     with tarfile.open(distribution.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for wanted in ("alembic.ini", "Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
-        assert wanted in names
+    for expected in ("alembic.ini", "Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
+        assert expected in names
     for folder in ("migrations/versions/", "tests/package/", "docs/", "src/taskstore/"):
         assert any(name.startswith(folder) for name in names)
     assert not any(name.startswith((".venv", ".git/", "dist")) for name in names)
 
 
-def test_the_installed_copy_is_the_one_that_runs(installed: Installed, environment: Path) -> None:
+def test_the_installed_copy_runs(installed: Installed, environment: Path) -> None:
     origin = installed.run("python", "-c", "import taskstore; print(taskstore.__file__)")
     assert Path(origin.strip()).is_relative_to(environment)
     version = installed.run("taskstore", "--version")
@@ -110,7 +110,7 @@ def urls(tmp_path: Path, request: pytest.FixtureRequest, backend: str) -> str:
 
 
 @pytest.mark.parametrize("backend", ["json", "sqlite", "odd", "postgresql"])
-def test_the_example_as_printed(
+def test_the_example_of_the_readme(
     installed: Installed, request: pytest.FixtureRequest, tmp_path: Path, backend: str
 ) -> None:
     url = urls(tmp_path, request, backend)
@@ -119,12 +119,12 @@ def test_the_example_as_printed(
     assert second.strip() == "succeeded"
 
 
-def test_the_readme_prints_the_example() -> None:
+def test_the_readme_contains_the_example() -> None:
     assert EXAMPLE.format(url="sqlite:///tasks.db") in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("backend", ["sqlite", "odd", "postgresql"])
-def test_the_life_of_a_database(
+def test_the_schema_commands(
     installed: Installed, request: pytest.FixtureRequest, tmp_path: Path, backend: str
 ) -> None:
     env = {"TASKSTORE_URL": urls(tmp_path, request, backend)}
@@ -143,7 +143,7 @@ def test_the_life_of_a_database(
     installed.run("taskstore", "db", "check", env=env)
 
 
-def test_a_user_of_the_types_is_understood(installed: Installed, tmp_path: Path) -> None:
+def test_the_types_for_users(installed: Installed, tmp_path: Path) -> None:
     user = tmp_path / "user_typing.py"
     user.write_text((Path(__file__).parent / "user_typing.py").read_text())
     checked = installed.run(

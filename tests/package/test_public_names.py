@@ -1,4 +1,4 @@
-"""The public surface: every name is there, and every name is explained."""
+"""The public names: all are exported and have a docstring."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 import taskstore
 
-PROMISED = """
+REQUIRED = """
 TaskRegistry TaskRegistryStore TaskRecord TaskStatus DeliveryStatus DeliveryContext NotifyPolicy
 ScopeKind TerminalOutcome TaskQuery Page Put Remove Commit JournalEntry Snapshot fold open_store
 compact Compactor CompactionPolicy CompactionReport Restored Upserted Deleted SupportsJournal
@@ -25,18 +25,18 @@ CursorExpiredError UnsupportedError
 """
 
 
-@pytest.mark.parametrize("name", PROMISED.split())
-def test_what_others_build_on_is_there(name: str) -> None:
+@pytest.mark.parametrize("name", REQUIRED.split())
+def test_every_required_name_is_exported(name: str) -> None:
     assert name in taskstore.__all__
     assert hasattr(taskstore, name)
 
 
-def test_all_is_sorted_and_true() -> None:
+def test_all_is_sorted_and_complete() -> None:
     assert taskstore.__all__ == sorted(taskstore.__all__)
     assert all(hasattr(taskstore, name) for name in taskstore.__all__)
 
 
-def test_one_root_of_errors() -> None:
+def test_every_error_is_a_task_store_error() -> None:
     errors = [
         value
         for name in taskstore.__all__
@@ -47,8 +47,8 @@ def test_one_root_of_errors() -> None:
 
 
 def public_members(cls: type) -> Iterator[tuple[str, object]]:
-    ours = [base for base in cls.__mro__ if base.__module__.startswith("taskstore")]
-    for name, member in chain.from_iterable(vars(base).items() for base in ours):
+    bases = [base for base in cls.__mro__ if base.__module__.startswith("taskstore")]
+    for name, member in chain.from_iterable(vars(base).items() for base in bases):
         if name.startswith("_"):
             continue
         if isinstance(member, classmethod | staticmethod):
@@ -57,9 +57,9 @@ def public_members(cls: type) -> Iterator[tuple[str, object]]:
             yield name, member
 
 
-def explained_aliases() -> set[str]:
-    """Names in the package that are assigned and followed by a string, as type aliases are."""
-    explained = set()
+def documented_aliases() -> set[str]:
+    """Return the assigned names of the package that a string follows, as with aliases."""
+    documented = set()
     for path in Path(taskstore.__file__).parent.rglob("*.py"):
         body = ast.parse(path.read_text()).body
         for node, following in pairwise(body):
@@ -70,15 +70,15 @@ def explained_aliases() -> set[str]:
                 and isinstance(following.value, ast.Constant)
                 and isinstance(following.value.value, str)
             ):
-                explained.add(target.id)
-    return explained
+                documented.add(target.id)
+    return documented
 
 
 @pytest.mark.parametrize("name", taskstore.__all__)
-def test_every_public_name_is_explained(name: str) -> None:
+def test_every_public_name_has_a_docstring(name: str) -> None:
     value = getattr(taskstore, name)
     if not (inspect.isclass(value) or inspect.isfunction(value)):
-        assert name in explained_aliases()
+        assert name in documented_aliases()
         return
     assert (vars(value) if inspect.isclass(value) else {"__doc__": value.__doc__}).get("__doc__")
     if inspect.isclass(value):

@@ -1,4 +1,4 @@
-"""What a user of the package writes; mypy --strict has to understand every line of it."""
+"""Typical user code, which mypy --strict must accept."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,7 +54,7 @@ def read_back(registry: TaskRegistry) -> list[str]:
 
 
 def misspell(registry: TaskRegistry, awaited: AsyncTaskRegistry) -> None:
-    """Each of these has to be an error."""
+    """Each line must be a type error."""
     registry.finish("id", "failed", eror="why")  # type: ignore[call-arg]
     registry.record_progress("id")  # type: ignore[call-arg]
     registry.run("run-1").finish("failed", eror="why")  # type: ignore[call-arg]
@@ -92,7 +92,7 @@ def attach(url: str) -> int:
 
 
 class FileStore(TaskRegistryStore):
-    """A backend of the user's own."""
+    """A backend of a user."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A backup of a ledger, and putting it back behind the ledger's back, for every backend."""
+"""Backups of a ledger, and their restore under an open ledger, for every backend."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ target.close()
 class MemoryBackup:
     def __init__(self, storage: MemoryStorage) -> None:
         self._storage = storage
-        # All but what its users wait at.
-        self._what_is_stored = set(vars(MemoryStorage())) - {"changed", "gate"}
+        # All state except locks and conditions.
+        self._what_is_stored = set(vars(MemoryStorage())) - {"changed", "lock"}
         self._kept = self._copy_of(storage)
 
     def restore(self) -> None:
@@ -56,7 +56,7 @@ class DirectoryBackup:
 
 
 class SQLiteBackup:
-    """By another process: in ours, only the store may open the file."""
+    """Copies the file in another process: in this one, only the store may open it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -71,7 +71,7 @@ class SQLiteBackup:
 
 
 class ServerBackup:
-    """All rows, put back in one transaction."""
+    """Copies all rows, and restores them in one transaction."""
 
     def __init__(self, url: str) -> None:
         self._engine = sa.create_engine(url)

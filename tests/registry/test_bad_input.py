@@ -65,7 +65,7 @@ BAD = [
 @pytest.mark.parametrize(
     ("field", "bad"), BAD, ids=[f"{field}-{n}" for n, (field, _) in enumerate(BAD)]
 )
-def test_a_record_that_may_not_be_is_refused_by_name(registry, field, bad):
+def test_an_invalid_record_is_refused_with_the_field_name(registry, field, bad):
     with pytest.raises(ValidationError) as raised:
         registry.create(**{**GOOD, **bad})
     assert raised.value.field == field
@@ -76,7 +76,7 @@ def test_a_record_that_may_not_be_is_refused_by_name(registry, field, bad):
     assert registry.seq == 1
 
 
-def test_changes_refuse_the_same(registry):
+def test_changes_refuse_the_same_values(registry):
     task = registry.create(**GOOD, status="running")
     refused = [
         lambda: registry.record_progress(task.task_id, "a\0"),
@@ -105,7 +105,7 @@ def test_changes_refuse_the_same(registry):
     assert registry.seq == 1
 
 
-def test_a_closed_registry_says_so(open_ledger):
+def test_a_closed_registry_raises(open_ledger):
     registry = open_ledger()
     task = registry.create(**GOOD)
     registry.close()
@@ -127,7 +127,7 @@ def test_a_closed_registry_says_so(open_ledger):
             use()
 
 
-def test_a_closed_store_says_so_through_the_registry(open_ledger):
+def test_a_closed_store_raises_through_the_registry(open_ledger):
     registry = open_ledger()
     registry.store.close()
     with pytest.raises(StoreClosedError):
@@ -173,7 +173,7 @@ def test_an_unknown_option_value_is_refused(option):
         TaskRegistry.open("memory:", **option)
 
 
-def test_wrong_arguments_are_told_whatever_the_task(registry):
+def test_invalid_arguments_are_reported_whatever_the_task(registry):
     ended = registry.create(**GOOD, run_id="r")
     registry.finish(ended.task_id, "failed")
     running = registry.create(**GOOD, status="running")
@@ -209,19 +209,19 @@ def test_enums_in_metadata_are_stored_by_their_value(registry):
     assert registry.get(task.task_id).metadata == {"red": "red"}
 
 
-def test_an_end_at_the_end_of_time_is_kept_till_then(registry):
+def test_an_end_at_the_largest_time_is_kept_until_then(registry):
     task = registry.create(**GOOD)
     assert registry.finish(task.task_id, "failed", ended_at=2**53 - 1).cleanup_after == 2**53 - 1
 
 
 class Text(str):
-    """Text that encoders do not know."""
+    """A subclass of ``str`` that encoders do not support."""
 
     __slots__ = ()
 
 
 class Odd(float):
-    """A number of seconds that is not what it says."""
+    """A float whose product is another value."""
 
     def __mul__(self, other):
         return -1e300
@@ -241,7 +241,7 @@ def test_a_lease_of_odd_length_is_refused(registry):
 
 
 @pytest.mark.parametrize("told", [1.5, "now", None, -1, 2**53, True])
-def test_a_clock_that_tells_no_time_is_refused(registry, told):
+def test_an_invalid_clock_value_is_refused(registry, told):
     task = registry.create(**GOOD)
     registry.store.clock = lambda: told
     for refuse in (
@@ -255,10 +255,10 @@ def test_a_clock_that_tells_no_time_is_refused(registry, told):
     assert registry.get(task.task_id) == task
 
 
-def test_no_revision_follows_the_last(registry):
+def test_no_revision_follows_the_largest(registry):
     registry.store.apply([Put(make_record(task_id="a", revision=1))])
     registry.refresh()
     last = make_record(task_id="a", revision=2**53 - 1)
-    registry._cache._take_in(entries_of([Put(last)], Commit(2, 2, 0)), local=True)
+    registry._cache._apply_entries(entries_of([Put(last)], Commit(2, 2, 0)), local=True)
     with pytest.raises(ValidationError, match="revision"):
         registry.cancel("a")

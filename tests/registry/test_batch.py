@@ -1,4 +1,4 @@
-"""batch(): all or nothing, one commit, seen by nobody else before."""
+"""batch(): all or nothing, one commit, invisible to others until then."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_batch_is_one_commit(open_ledger):
     assert open_ledger().summary().total == 2
 
 
-def test_reads_inside_see_what_is_staged_and_nobody_else_does(registry):
+def test_only_reads_in_the_body_see_staged_changes(registry):
     before = registry.create(runtime="cli", task="0", owner_key="me", run_id="r")
     gone = registry.create(runtime="cli", task="gone")
     outside = {}
@@ -74,7 +74,7 @@ def test_an_exception_in_the_body_writes_nothing(registry):
     assert registry.create(runtime="cli", task="2").revision == 1
 
 
-def test_a_refused_change_in_the_body_spoils_only_itself(registry):
+def test_a_refused_change_in_the_body_discards_only_itself(registry):
     with registry.batch():
         task = registry.create(runtime="cli", task="1")
         registry.finish(task.task_id, "succeeded")
@@ -84,7 +84,7 @@ def test_a_refused_change_in_the_body_spoils_only_itself(registry):
     assert registry.seq == 2
 
 
-def test_batches_within_batches_join(registry):
+def test_inner_batches_join_the_outer_one(registry):
     with registry.batch():
         registry.create(runtime="cli", task="1")
         with registry.batch():
@@ -100,7 +100,7 @@ def test_an_empty_batch_writes_nothing(registry):
     assert registry.seq == 0
 
 
-def test_a_batch_that_meets_another_writer_runs_again_over_what_is_there(open_ledger):
+def test_a_batch_that_conflicts_runs_again_over_the_stored_records(open_ledger):
     one, two = open_ledger(), open_ledger()
     task = one.create(runtime="cli", task="x")
     with one.batch():
@@ -142,7 +142,7 @@ def test_a_read_only_registry_opens_no_batch(open_ledger):
         pass
 
 
-def test_an_inner_batch_that_fails_leaves_no_trace_in_the_outer(registry):
+def test_a_failed_inner_batch_adds_nothing_to_the_outer_one(registry):
     with registry.batch():
         outer = registry.create(runtime="cli", task="outer")
         with pytest.raises(RuntimeError), registry.batch():
@@ -153,7 +153,7 @@ def test_an_inner_batch_that_fails_leaves_no_trace_in_the_outer(registry):
     assert [record.task for record in registry.list()] == ["outer"]
 
 
-def test_what_a_hook_does_about_a_refresh_is_no_part_of_the_batch(open_ledger):
+def test_changes_of_a_hook_during_refresh_are_not_part_of_the_batch(open_ledger):
     one, two = open_ledger(), open_ledger()
 
     def note(event):
@@ -179,58 +179,58 @@ def test_what_was_handed_over_is_the_callers_again(registry):
     assert registry.get(task.task_id).metadata == {"a": [1]}
 
 
-def test_a_run_that_another_booked_meanwhile_leaves_nothing_dangling(open_ledger):
+def test_a_run_created_elsewhere_during_a_batch_leaves_no_dangling_child(open_ledger):
     here, there = open_ledger(), open_ledger()
-    booked = there.create(runtime="cli", task="x", run_id="r")
+    existing = there.create(runtime="cli", task="x", run_id="r")
 
     def once():
         with here.batch():
             parent = here.create(runtime="cli", task="x", run_id="r")
             here.create(runtime="cli", task="child", parent_task_id=parent.task_id)
 
-    with pytest.raises(ConflictError, match=booked.task_id) as caught:
+    with pytest.raises(ConflictError, match=existing.task_id) as caught:
         once()
     [conflict] = caught.value.conflicts
-    assert conflict.existing_task_id == booked.task_id
+    assert conflict.existing_task_id == existing.task_id
     assert open_ledger().summary().total == 1
-    once()  # by now it knows
-    [child] = open_ledger().children(booked.task_id)
+    once()  # the registry has caught up
+    [child] = open_ledger().children(existing.task_id)
     assert child.task == "child"
 
 
-def test_going_on_with_a_task_that_another_booked_meanwhile_says_so(open_ledger):
+def test_using_a_task_whose_run_was_created_elsewhere_is_a_conflict(open_ledger):
     here, there = open_ledger(), open_ledger()
-    booked = there.create(runtime="cli", task="x", run_id="r")
-    with pytest.raises(ConflictError, match=booked.task_id), here.batch():
+    existing = there.create(runtime="cli", task="x", run_id="r")
+    with pytest.raises(ConflictError, match=existing.task_id), here.batch():
         mine = here.create(runtime="cli", task="x", run_id="r")
         here.mark_running(mine.task_id)
     with here.batch():
-        assert here.create(runtime="cli", task="x", run_id="r") == booked
-    assert here.get(booked.task_id).revision == 1
+        assert here.create(runtime="cli", task="x", run_id="r") == existing
+    assert here.get(existing.task_id).revision == 1
 
 
-def test_a_run_that_another_booked_meanwhile_and_nobody_refers_to(open_ledger):
+def test_a_run_created_elsewhere_that_the_batch_does_not_use_is_no_conflict(open_ledger):
     here, there = open_ledger(), open_ledger()
-    booked = there.create(runtime="cli", task="x", run_id="r")
+    existing = there.create(runtime="cli", task="x", run_id="r")
     with here.batch():
         here.create(runtime="cli", task="x", run_id="r")
         other = here.create(runtime="cli", task="y")
-    assert here.get(booked.task_id) == booked
+    assert here.get(existing.task_id) == existing
     assert here.get(other.task_id).revision == 1
 
 
-def test_deleting_a_task_that_another_booked_meanwhile_says_so(open_ledger):
+def test_deleting_a_task_whose_run_was_created_elsewhere_is_a_conflict(open_ledger):
     here, there = open_ledger(), open_ledger()
-    booked = there.create(runtime="cli", task="x", run_id="r")
+    existing = there.create(runtime="cli", task="x", run_id="r")
     there.create(runtime="cli", task="y", run_id="r")
-    with pytest.raises(ConflictError, match=booked.task_id), here.batch():
+    with pytest.raises(ConflictError, match=existing.task_id), here.batch():
         mine = here.create(runtime="cli", task="x", run_id="r")
         assert here.delete(mine.task_id)
-        here.create(runtime="cli", task="y", run_id="r")  # by which the store finds out
-    assert here.get(booked.task_id) == booked
+        here.create(runtime="cli", task="y", run_id="r")  # the commit detects the conflict
+    assert here.get(existing.task_id) == existing
 
 
-def test_a_task_that_another_deleted_meanwhile_is_booked_by_nobody(open_ledger):
+def test_a_task_deleted_elsewhere_frees_its_dedup_key(open_ledger):
     here, there = open_ledger(), open_ledger()
     gone = here.create(runtime="cli", task="x", run_id="r")
     child = here.create(runtime="cli", task="child", parent_task_id=gone.task_id)
@@ -252,8 +252,8 @@ def test_a_task_that_another_deleted_meanwhile_is_booked_by_nobody(open_ledger):
     assert there.find_by_run("r").task_id not in (gone.task_id, again.task_id)
 
 
-def test_what_a_batch_found_is_compared_with_the_store(open_ledger):
-    """Part of it changes something, and would be committed; what it found is gone by then."""
+def test_reads_of_a_batch_are_verified_against_the_store(open_ledger):
+    """One operation has a change to commit; the result of another one is outdated by then."""
     here, there = open_ledger(), open_ledger()
     found = here.create(runtime="cli", task="x", run_id="r")
     other = here.create(runtime="cli", task="other")

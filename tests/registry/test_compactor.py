@@ -1,4 +1,4 @@
-"""The compactor hook: it counts, and compacts when the policy says so."""
+"""The compactor hook: it counts entries, and compacts when the policy is due."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from taskstore import CompactionPolicy, Compactor
 POLICY = CompactionPolicy(min_entries=10, ratio=0.5, history_entries=5, history_s=0)
 
 
-def test_it_compacts_when_enough_has_come(open_ledger):
+def test_it_compacts_after_enough_entries(open_ledger):
     registry = open_ledger()
     with Compactor(registry.store, POLICY) as compactor:
         registry.hooks.add(compactor)

@@ -1,4 +1,4 @@
-"""create attaches or creates: the same run scope is the same task, across processes too."""
+"""The dedup key: the same run scope is the same task, across processes too."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_every_part_of_the_scope_counts(registry, other):
     assert registry.create(**{**SCOPE, **other}).task_id != first.task_id
 
 
-def test_a_repeat_fills_only_what_was_lacking(registry):
+def test_a_repeat_fills_only_empty_fields(registry):
     first = registry.create(**SCOPE, agent_id="a1")
     filled = registry.create(
         **SCOPE, agent_id="a2", source_id="s", metadata={"k": 1}, requester_origin={"to": "x"}
@@ -60,20 +60,20 @@ def test_without_a_run_every_create_is_new(registry):
     assert registry.create(**scope).task_id != registry.create(**scope).task_id
 
 
-def test_the_booking_stays_when_the_flow_changes(registry):
+def test_the_dedup_key_stays_when_the_flow_changes(registry):
     first = registry.create(**SCOPE)
     moved = registry.link_flow(first.task_id, "flow")
     assert registry.create(**SCOPE).task_id == first.task_id
     assert registry.create(**SCOPE) == moved
 
 
-def test_a_deleted_task_gives_its_booking_free(registry):
+def test_a_deletion_frees_the_dedup_key(registry):
     first = registry.create(**SCOPE)
     registry.delete(first.task_id)
     assert registry.create(**SCOPE).task_id != first.task_id
 
 
-def test_another_registry_finds_the_first_ones_task(open_ledger):
+def test_another_registry_finds_the_first_registrys_task(open_ledger):
     one, two = open_ledger(), open_ledger()
     first = one.create(**SCOPE)
     assert two.create(**SCOPE) == first
@@ -81,15 +81,15 @@ def test_another_registry_finds_the_first_ones_task(open_ledger):
     assert two.create(**SCOPE, agent_id="a").revision == 2
 
 
-def test_threads_that_book_the_same_run_get_one_task():
+def test_threads_that_create_the_same_run_get_one_task():
     storage = MemoryStorage()
     registries = [TaskRegistry(MemoryStore(storage)) for _ in range(8)]
     ids = []
 
-    def book(registry):
+    def create(registry):
         ids.extend(registry.create(**{**SCOPE, "run_id": f"r{n}"}).task_id for n in range(50))
 
-    threads = [threading.Thread(target=book, args=(registry,)) for registry in registries]
+    threads = [threading.Thread(target=create, args=(registry,)) for registry in registries]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -98,7 +98,7 @@ def test_threads_that_book_the_same_run_get_one_task():
     assert len(set(ids)) == 50
 
 
-def test_an_id_is_given_once(registry):
+def test_an_id_is_used_once(registry):
     registry.create(runtime="cli", task="x", task_id="mine")
     with pytest.raises(ConflictError) as raised:
         registry.create(runtime="cli", task="y", task_id="mine")
@@ -110,7 +110,7 @@ def test_an_id_is_given_once(registry):
     assert registry.seq == 2
 
 
-def test_what_is_filled_in_keeps_to_the_times_of_the_first(registry):
+def test_filled_times_respect_the_times_of_the_first_task(registry):
     first = registry.create(**SCOPE)
     filled = registry.create(**SCOPE, created_at=10, cleanup_after=20)
     assert filled.cleanup_after == first.created_at

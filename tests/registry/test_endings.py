@@ -1,4 +1,4 @@
-"""How things end: closing, hooks that raise what is no error, signals, forks."""
+"""Endings: close, hooks that raise an interrupt, signals, forks."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from taskstore import (
     TaskStoreError,
 )
 from taskstore.aio import AsyncTaskRegistry
-from taskstore.registry.commit import INTERRUPTED_S, CommitQueue, wait
+from taskstore.registry.commit import INTERRUPT_TIMEOUT_S, CommitQueue, wait
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 from taskstore.testing.threads import until
 
 
 def exiting(heard):
-    """A hook that notes each event, and ends the program as far as it can."""
+    """A hook that records each event and raises ``SystemExit``."""
 
     def hook(event):
         heard.append(event.seq)
@@ -33,7 +33,7 @@ def exiting(heard):
     return hook
 
 
-def test_closing_waits_for_hooks_at_work_in_another_thread():
+def test_closing_waits_for_hooks_that_run_in_another_thread():
     heard, at_work = [], threading.Event()
 
     def slow(event):
@@ -100,7 +100,7 @@ def test_a_hook_that_exits_is_counted_and_the_verb_returns():
     assert asyncio.run(main()) == []
 
 
-def test_the_writer_thread_outlives_what_is_no_error():
+def test_the_writer_thread_survives_an_interrupt():
     class Exiting(MemoryStore):
         exits = True
 
@@ -121,14 +121,14 @@ def test_the_writer_thread_outlives_what_is_no_error():
     asyncio.run(main())
 
 
-def test_changes_that_are_asked_for_while_it_closes_end_by_name():
+def test_changes_during_close_raise_store_closed():
     async def main():
         registry = await AsyncTaskRegistry.over(MemoryStore())
         await registry.create(runtime="cli", task="x")
         following = registry.changes(wait=30)
         assert (await anext(following)).seq == 1
         ends = asyncio.create_task(anext(following))
-        await asyncio.sleep(0)  # it asks for the next page in a thread
+        await asyncio.sleep(0)  # the next page is read in a thread
         await registry.close()
         with pytest.raises(StoreClosedError):
             await ends
@@ -136,7 +136,7 @@ def test_changes_that_are_asked_for_while_it_closes_end_by_name():
     asyncio.run(main())
 
 
-def test_leaving_follow_does_not_hold_up_the_loop():
+def test_the_end_of_a_follower_does_not_block_the_loop():
     async def main():
         storage = MemoryStorage()
         registry = await AsyncTaskRegistry.over(MemoryStore(storage))
@@ -230,7 +230,7 @@ def test_lookups_in_a_forked_child_are_refused_and_do_not_hang(open_ledger):
     assert status == 0
 
 
-def test_what_an_interrupted_caller_left_reaches_the_hooks():
+def test_the_events_of_an_interrupted_caller_reach_the_hooks():
     at_work, gates, heard = threading.Event(), [threading.Event(), threading.Event()], []
 
     class Gated(MemoryStore):
@@ -247,7 +247,7 @@ def test_what_an_interrupted_caller_left_reaches_the_hooks():
     at_work.clear()
 
     def interrupt():
-        until(lambda: queue.busy)  # with the ticket of the main thread
+        until(lambda: queue.busy)  # with the request of the main thread
         gates[0].set()
         assert at_work.wait(30)
         signal.pthread_kill(main, signal.SIGUSR1)
@@ -270,8 +270,8 @@ def test_what_an_interrupted_caller_left_reaches_the_hooks():
     assert heard == [0, 1, 2]
 
 
-def test_whoever_is_interrupted_when_all_is_done_does_not_wait_for_it():
-    """The outcome is there, or will not come: the caller has taken its request back."""
+def test_an_interrupted_caller_does_not_wait_for_a_withdrawn_request():
+    """It waits only for a started request, up to the timeout."""
 
     class Interrupting:
         def acquire(self, *, timeout=None):
@@ -280,28 +280,28 @@ def test_whoever_is_interrupted_when_all_is_done_does_not_wait_for_it():
             waited.append(timeout)
 
     waited, queue = [], CommitQueue()
-    ticket, _ = queue.put(lambda _: None, lambda: None)
+    request, _ = queue.put(lambda _: None, lambda: None)
     with pytest.raises(KeyboardInterrupt):
-        wait(ticket, Interrupting())
+        wait(request, Interrupting())
     assert waited == []
     assert queue.take(0) == []
     assert not queue.busy
-    ticket, _ = queue.put(lambda _: None, lambda: None)
-    assert queue.take(0) == [ticket]
+    request, _ = queue.put(lambda _: None, lambda: None)
+    assert queue.take(0) == [request]
     with pytest.raises(KeyboardInterrupt):
-        wait(ticket, Interrupting())
-    assert waited == [INTERRUPTED_S]
+        wait(request, Interrupting())
+    assert waited == [INTERRUPT_TIMEOUT_S]
 
 
-def test_a_hook_that_exits_as_it_closes_keeps_nothing_open():
+def test_a_hook_that_exits_during_close_does_not_keep_the_store_open():
     closed = []
 
-    class Told(MemoryStore):
+    class Recording(MemoryStore):
         def close(self):
             closed.append(True)
             super().close()
 
-    registry = TaskRegistry(Told())
+    registry = TaskRegistry(Recording())
     registry._owns_store = True
     registry._hooks.add(exiting([]))
     registry._hooks.emit([Restored(0, 0, {})])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from taskstore import TaskStatus
 
 
-def test_a_task_is_recorded_through_its_life(open_ledger):
+def test_a_task_is_recorded_from_creation_to_end(open_ledger):
     with open_ledger() as registry:
         task = registry.create(
             runtime="subagent", owner_key="agent:main", run_id="run-1", task="Summarise the inbox"

@@ -1,4 +1,4 @@
-"""A registry that follows: what others commit reaches memory and hooks by itself."""
+"""The follower: commits of other processes reach memory and hooks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from taskstore.testing.threads import run_together, until
 PATIENCE_S = 10.0
 
 
-def test_what_others_commit_arrives_by_itself(open_ledger):
+def test_commits_of_other_processes_arrive(open_ledger):
     events = []
     here, there = open_ledger(hooks=[events.append]), open_ledger()
     with here.follow() as follower:
@@ -40,7 +40,7 @@ def test_what_others_commit_arrives_by_itself(open_ledger):
     assert list(here.list()) == list(there.list())
 
 
-def test_in_order_and_once_beside_changes_of_our_own(open_ledger):
+def test_events_come_once_and_in_order_beside_local_changes(open_ledger):
     events = []
     here, there = open_ledger(hooks=[events.append]), open_ledger()
     here.follow()
@@ -60,7 +60,7 @@ def test_in_order_and_once_beside_changes_of_our_own(open_ledger):
     assert all(isinstance(event, Upserted) for event in events[1:])
 
 
-def test_no_more_after_it_was_stopped(open_ledger):
+def test_a_stopped_follower_applies_nothing(open_ledger):
     here, there = open_ledger(), open_ledger()
     follower = here.follow()
     follower.stop()
@@ -73,7 +73,7 @@ def test_no_more_after_it_was_stopped(open_ledger):
     until(lambda: here.seq == 1)
 
 
-def test_closing_the_registry_ends_it(open_ledger):
+def test_closing_the_registry_ends_the_follower(open_ledger):
     registry = open_ledger()
     follower = registry.follow()
     time.sleep(0.05)
@@ -98,7 +98,7 @@ def test_a_hook_may_close_the_registry(open_ledger):
     until(lambda: not follower.alive)
 
 
-def test_a_reader_follows_too(open_ledger):
+def test_a_read_only_registry_follows_too(open_ledger):
     there = open_ledger()
     with open_ledger(read_only=True) as here:
         here.follow()
@@ -106,24 +106,24 @@ def test_a_reader_follows_too(open_ledger):
         until(lambda: here.seq == 1)
 
 
-def test_trouble_is_waited_out(caplog):
-    class Troubled(MemoryStore):
-        trouble = False
+def test_a_failing_store_is_retried(caplog):
+    class Failing(MemoryStore):
+        failing = False
 
         def read_journal(self, after, limit):
-            if self.trouble:
+            if self.failing:
                 raise StoreUnavailableError("the cable is out")
             return super().read_journal(after, limit)
 
     storage = MemoryStorage()
-    store, other = Troubled(storage), TaskRegistry(MemoryStore(storage))
+    store, other = Failing(storage), TaskRegistry(MemoryStore(storage))
     with caplog.at_level(logging.WARNING, "taskstore"), TaskRegistry(store) as registry:
         other.create(runtime="cli", task="x")
-        store.trouble = True
+        store.failing = True
         registry.follow()
         until(lambda: "the cable is out" in caplog.text)
         time.sleep(0.3)
-        store.trouble = False
+        store.failing = False
         until(lambda: registry.seq == 1)
     assert caplog.text.count("the cable is out") == 1
 
@@ -155,14 +155,14 @@ def test_following_in_asyncio(open_ledger):
     asyncio.run(main())
 
 
-def test_two_that_follow_at_once_start_one_thread(open_ledger, threads_change_often):
+def test_concurrent_calls_of_follow_start_one_thread(open_ledger, threads_change_often):
     registry, followers = open_ledger(), []
     run_together(*[lambda: followers.append(registry.follow())] * 8)
     assert len(set(map(id, followers))) == 1
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_forked_child_does_not_follow_nor_wait_for_its_parents_threads(open_ledger):
+def test_a_forked_child_neither_follows_nor_waits_for_threads_of_its_parent(open_ledger):
     registry = open_ledger()
     with registry._committer._lock:  # as a thread of the parent may
         child = os.fork()

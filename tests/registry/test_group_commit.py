@@ -1,4 +1,4 @@
-"""Many callers share commits; each gets its own answer, and nobody is left behind."""
+"""Group commit: callers share commits, and each gets its own result or error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from taskstore.testing.threads import run_together, until
 
 
 class SlowStore(MemoryStore):
-    """A store whose commits take as long as a disk's."""
+    """A store whose commits take as long as on a disk."""
 
     def __init__(self, storage=None, seconds=0.002):
         super().__init__(storage)
@@ -54,7 +54,7 @@ def in_threads(count, work):
         thread.start()
     for thread in threads:
         thread.join(60)
-        assert not thread.is_alive(), "a caller was left behind"
+        assert not thread.is_alive(), "a caller did not return"
     assert errors == []
 
 
@@ -89,7 +89,7 @@ def test_many_callers_share_commits_and_read_their_own_writes():
     assert [entry.seq for entry in store.read_journal(0, 1000)] == list(range(1, 641))
 
 
-def test_one_bad_mutation_harms_only_its_own_caller():
+def test_one_bad_mutation_fails_only_its_own_caller():
     registry = TaskRegistry(SlowStore())
     ended = registry.create(runtime="cli", task="x")
     registry.finish(ended.task_id, "failed")
@@ -109,7 +109,7 @@ def test_one_bad_mutation_harms_only_its_own_caller():
     assert registry.summary().total == 41
 
 
-def test_a_batch_is_never_split_nor_mixed_up_with_others():
+def test_a_batch_is_never_split_nor_mixed_with_others():
     registry = TaskRegistry(SlowStore())
 
     def work(number):
@@ -142,7 +142,7 @@ def test_two_registries_with_many_callers_each_lose_no_update():
     assert final.revision == 81
 
 
-def test_a_store_that_fails_tells_each_caller_and_memory_stays():
+def test_a_failing_store_raises_in_each_caller_and_memory_stays():
     class Failing(SlowStore):
         broken = False
 
@@ -170,14 +170,14 @@ def test_a_store_that_fails_tells_each_caller_and_memory_stays():
     assert registry.mark_running(task.task_id).revision == 2
 
 
-def test_a_busy_store_is_waited_for_once_and_not_once_for_each():
+def test_a_group_waits_once_for_a_busy_store():
     class Busy(SlowStore):
         tried = 0
 
         def apply(self, changes):
             self.tried += 1
             time.sleep(self.seconds)
-            raise StoreBusyError("somebody else writes")
+            raise StoreBusyError("another writer holds the lock")
 
     store = Busy(seconds=0.2)
     registry = TaskRegistry(store)
@@ -187,13 +187,13 @@ def test_a_busy_store_is_waited_for_once_and_not_once_for_each():
             registry.create(runtime="cli", task="x")
 
     in_threads(12, work)
-    # The first goes alone; the others come together meanwhile, or nearly so.
+    # The first request is committed alone, the others as one or few groups.
     assert store.tried <= 5
     assert registry.seq == 0
     assert not registry._cache.stale
 
 
-def test_close_commits_what_is_under_way_and_takes_nothing_more():
+def test_close_commits_accepted_requests_and_refuses_new_ones():
     store = SlowStore(seconds=0.01)
     registry = TaskRegistry(store)
     done, refused = [], []
@@ -217,7 +217,7 @@ def test_close_commits_what_is_under_way_and_takes_nothing_more():
     assert {record.task_id for record in done} == set(store.load_snapshot().records)
 
 
-def test_closing_again_does_what_an_interrupted_close_has_left():
+def test_a_second_close_completes_an_interrupted_one():
     store, begun, go_on = MemoryStore(), threading.Event(), threading.Event()
     registry, apply = TaskRegistry(store), store.apply
     registry._owns_store = True
@@ -250,8 +250,8 @@ def test_closing_again_does_what_an_interrupted_close_has_left():
         store.head()
 
 
-def test_the_writer_thread_ends_when_there_is_no_company_and_comes_back(monkeypatch):
-    monkeypatch.setattr("taskstore.registry.commit.IDLE_S", 0.01)
+def test_the_idle_writer_thread_ends_and_starts_again(monkeypatch):
+    monkeypatch.setattr("taskstore.registry.commit.IDLE_TIMEOUT_S", 0.01)
     before = set(threading.enumerate())
 
     def writers():
@@ -281,7 +281,7 @@ def test_a_forked_child_is_refused():
 
 
 def status_of_child(work):
-    """Fork; the exit status of the child, which does ``work`` and has ten seconds for it."""
+    """Fork; return the exit status of the child, which calls ``work`` within ten seconds."""
     child = os.fork()
     if child == 0:
         signal.alarm(10)
@@ -289,7 +289,7 @@ def status_of_child(work):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_a_child_forked_while_an_id_is_drawn_draws_its_own():
+def test_a_child_forked_while_an_id_is_generated_generates_its_own():
     def work():
         return TaskRegistry(MemoryStore()).create(runtime="cli", task="x").revision - 1
 
@@ -297,7 +297,7 @@ def test_a_child_forked_while_an_id_is_drawn_draws_its_own():
         assert status_of_child(work) == 0
 
 
-def test_a_child_forked_while_the_collector_is_paused_has_it_again():
+def test_a_child_forked_during_a_gc_pause_has_gc_enabled():
     def pausing():
         with gc_paused():
             return int(gc.isenabled())
@@ -309,7 +309,7 @@ def test_a_child_forked_while_the_collector_is_paused_has_it_again():
     assert gc.isenabled()
 
 
-def test_pauses_of_several_threads_leave_the_collector_as_it_was(threads_change_often):
+def test_gc_pauses_of_several_threads_leave_gc_enabled(threads_change_often):
     def pause(pauses):
         for _ in range(pauses):
             with gc_paused():
@@ -323,16 +323,16 @@ def test_pauses_of_several_threads_leave_the_collector_as_it_was(threads_change_
     assert gc.isenabled()
 
 
-def test_an_interrupted_caller_leaves_its_change_done_or_not_done():
+def test_the_change_of_an_interrupted_caller_is_committed_or_not():
     registry = TaskRegistry(SlowStore(seconds=0.02))
     stop = threading.Event()
 
     def work():
         while not stop.is_set():
-            registry.create(runtime="cli", task="company")
+            registry.create(runtime="cli", task="other")
 
-    company = [threading.Thread(target=work) for _ in range(4)]
-    for thread in company:
+    others = [threading.Thread(target=work) for _ in range(4)]
+    for thread in others:
         thread.start()
     outcomes = []
     for turn in range(10):
@@ -345,7 +345,7 @@ def test_an_interrupted_caller_leaves_its_change_done_or_not_done():
         except KeyboardInterrupt:
             outcomes.append(turn)
     stop.set()
-    for thread in company:
+    for thread in others:
         thread.join(10)
         assert not thread.is_alive()
     registry.create(runtime="cli", task="afterwards")
@@ -354,7 +354,7 @@ def test_an_interrupted_caller_leaves_its_change_done_or_not_done():
     assert stored == {record.task_id: record for record in registry.list()}
 
 
-def test_without_threads_to_be_had_everybody_is_served_all_the_same(monkeypatch):
+def test_without_a_writer_thread_callers_commit_themselves(monkeypatch):
     registry = TaskRegistry(SlowStore())
     starting = threading.Thread.start
 
@@ -371,7 +371,7 @@ def test_without_threads_to_be_had_everybody_is_served_all_the_same(monkeypatch)
     registry.close()
 
 
-def test_a_ticket_that_comes_as_the_writer_gives_up_starts_another_one():
+def test_a_request_after_the_writer_ends_starts_another_writer():
     queue = CommitQueue()
     first, start = queue.put(lambda _: 1, lambda: None)
     assert start
@@ -385,7 +385,7 @@ def test_a_ticket_that_comes_as_the_writer_gives_up_starts_another_one():
     assert queue.busy
 
 
-def test_closing_ends_the_writer_after_what_came_before():
+def test_closing_ends_the_writer_after_the_queued_requests():
     queue = CommitQueue()
     ticket, _ = queue.put(lambda _: None, lambda: None)
     queue.close()
@@ -396,14 +396,14 @@ def test_closing_ends_the_writer_after_what_came_before():
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_forked_child_does_not_deliver_what_its_parent_owes():
+def test_a_forked_child_does_not_deliver_events_of_its_parent():
     heard = []
     registry = TaskRegistry(MemoryStore(), hooks=[heard.append])
     heard.clear()
-    settled = threading.Event()
+    done = threading.Event()
     record = new_record(now=1, task_id="a", runtime="cli", task="x", status="queued", fields={})
-    registry._committer.post(CreateTask(record), settled.set)
-    assert settled.wait(10)
+    registry._committer.submit(CreateTask(record), done.set)
+    assert done.wait(10)
     child = os.fork()
     if child == 0:
         try:

@@ -45,7 +45,7 @@ def test_events_come_in_the_order_of_the_journal_with_their_previous_record(open
     assert [entry.at for entry in registry.changes()] == [event.at for event in events[1:]]
 
 
-def test_what_does_not_change_anything_makes_no_event(open_ledger):
+def test_a_call_without_a_change_makes_no_event(open_ledger):
     events = []
     registry = open_ledger(hooks=[events.append])
     task = registry.create(runtime="cli", task="x", status="running")
@@ -70,12 +70,12 @@ def test_a_hook_sees_the_change_in_memory_and_in_the_store(open_ledger):
     assert seen == [True, True]
 
 
-def test_a_raising_hook_is_logged_and_counted_and_stops_nobody(open_ledger, caplog):
+def test_a_raising_hook_is_logged_and_counted_and_stops_no_other(open_ledger, caplog):
     after = []
     registry = open_ledger()
 
     def broken(event):
-        raise RuntimeError("hook trouble")
+        raise RuntimeError("hook failure")
 
     registry.hooks.add(broken)
     registry.hooks.add(after.append)
@@ -84,10 +84,10 @@ def test_a_raising_hook_is_logged_and_counted_and_stops_nobody(open_ledger, capl
     assert registry.get(task.task_id) == task
     assert [event.seq for event in after] == [1]
     assert registry.hooks.errors == 1
-    assert "hook trouble" in caplog.text
+    assert "hook failure" in caplog.text
 
 
-def test_a_hook_that_is_interrupted_costs_the_others_nothing(open_ledger):
+def test_an_interrupted_hook_does_not_stop_the_others(open_ledger):
     heard = []
     registry = open_ledger()
 
@@ -117,12 +117,12 @@ def test_a_hook_may_change_the_registry(open_ledger):
     registry.hooks.add(start_at_once)
     registry.hooks.add(lambda event: order.append(("second", event.seq)))
     task = registry.create(runtime="cli", task="x")
-    # One event at a time: the second hook hears of seq 1 before anyone hears of seq 2.
+    # One event at a time: the second hook gets seq 1 before any hook gets seq 2.
     assert order == [("first", 1), ("second", 1), ("first", 2), ("second", 2)]
     assert registry.get(task.task_id).revision == 2
 
 
-def test_a_removed_hook_hears_nothing_more(open_ledger):
+def test_a_removed_hook_gets_no_more_events(open_ledger):
     events = []
     registry = open_ledger()
     remove = registry.hooks.add(events.append)
@@ -133,12 +133,12 @@ def test_a_removed_hook_hears_nothing_more(open_ledger):
     assert [event.seq for event in events] == [1]
 
 
-def test_what_is_not_callable_is_no_hook(open_ledger):
+def test_a_hook_must_be_callable(open_ledger):
     with pytest.raises(TypeError, match="not callable"):
         open_ledger().hooks.add("nonsense")
 
 
-def test_a_failed_commit_changes_nothing_and_tells_nobody(open_ledger, monkeypatch):
+def test_a_failed_commit_changes_nothing_and_makes_no_event(open_ledger, monkeypatch):
     events = []
     registry = open_ledger(hooks=[events.append])
     task = registry.create(runtime="cli", task="x")
@@ -179,10 +179,10 @@ def test_events_of_many_threads_come_one_at_a_time_and_in_order():
     assert seqs == list(range(801))
 
 
-def test_who_begins_to_listen_during_a_commit_misses_nothing(monkeypatch):
-    """Either the lookup after ``add`` sees the change, or the hook hears of it."""
+def test_a_hook_added_during_a_commit_misses_nothing(monkeypatch):
+    """Either the lookup after ``add`` sees the change, or the hook gets its event."""
     registry, heard, seen = TaskRegistry(MemoryStore()), [], []
-    publish, listening = registry._cache._take_in, threading.Event()
+    publish, listening = registry._cache._apply_entries, threading.Event()
 
     def listen():
         registry.hooks.add(heard.append)
@@ -195,7 +195,7 @@ def test_who_begins_to_listen_during_a_commit_misses_nothing(monkeypatch):
         return publish(entries, local=local)
 
     other = threading.Thread(target=listen)
-    monkeypatch.setattr(registry._cache, "_take_in", listening_first)
+    monkeypatch.setattr(registry._cache, "_apply_entries", listening_first)
     task = registry.create(runtime="cli", task="x", task_id="a")
     other.join()
     assert seen in ([None], [task])

@@ -1,4 +1,4 @@
-"""The indexes answer as a look at every record would, whatever came before."""
+"""The indexes answer like a scan of all records, after any sequence of changes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskstore.model.chunked import RUN_ITEMS, chunked_sort
+from taskstore.model.chunked import CHUNK_ITEMS, chunked_sort
 from taskstore.model.journal import JournalEntry, Snapshot, dedup_key
 from taskstore.model.query import TaskQuery, evaluate
 from taskstore.registry.cache import RecordCache
@@ -18,7 +18,7 @@ from taskstore.testing import make_record
 
 FEW = st.sampled_from([None, "a", "b"])
 RECORDS = st.builds(
-    # No two tasks hold one booking: the stores see to that.
+    # The stores ensure that no two tasks have the same dedup key.
     lambda task_id, **fields: make_record(task_id=task_id, run_digest=task_id, **fields),
     task_id=st.sampled_from(["1", "2", "3", "4", "5"]),
     created_at=st.integers(0, 3),
@@ -39,13 +39,13 @@ def check(indexes, records):
         values = {getattr(record, field) for record in records.values()} - {None}
         for value in values | {"stranger"}:
             found = [r.sort_key for r in records.values() if getattr(r, field) == value]
-            assert list(indexes.group(field, value)) == sorted(found)
-        sizes = {str(v): len(indexes.group(field, v)) for v in values}
-        assert indexes.sizes(field) == sizes
+            assert list(indexes.keys_of(field, value)) == sorted(found)
+        counts = {str(v): len(indexes.keys_of(field, v)) for v in values}
+        assert indexes.counts(field) == counts
     for record in records.values():
-        booking = dedup_key(record)
-        if booking is not None:
-            assert indexes.by_dedup_key["\0".join(booking)] == record.task_id
+        key = dedup_key(record)
+        if key is not None:
+            assert indexes.by_dedup_key["\0".join(key)] == record.task_id
 
 
 @given(STEPS)
@@ -59,35 +59,35 @@ def test_indexes_agree_with_the_records(steps):
             records[step.task_id] = step
         check(indexes, records)
     check(Indexes(records), records)
-    indexes.dismantle()
+    indexes.clear()
     check(indexes, {})
 
 
 @given(st.dictionaries(st.text(max_size=2), RECORDS), FEW)
-def test_a_mirror_answers_as_a_look_at_every_record_would(given_records, session):
+def test_the_cache_answers_like_a_scan_of_all_records(given_records, session):
     records = {record.task_id: record for record in given_records.values()}
-    mirror = RecordCache()
-    mirror.reset(Snapshot(1, records))
+    cache = RecordCache()
+    cache.reset(Snapshot(1, records))
     for query in (
         TaskQuery(),
         TaskQuery(label="a"),
         TaskQuery(session_key="a"),
         TaskQuery(status=["queued", "failed"], limit=2),
     ):
-        assert mirror.page(query, 1) == evaluate(query, records.values(), 1)
+        assert cache.page(query, 1) == evaluate(query, records.values(), 1)
 
 
 @pytest.mark.parametrize(
-    "count", [0, 1, RUN_ITEMS, RUN_ITEMS + 1, 3 * RUN_ITEMS, 5 * RUN_ITEMS - 1]
+    "count", [0, 1, CHUNK_ITEMS, CHUNK_ITEMS + 1, 3 * CHUNK_ITEMS, 5 * CHUNK_ITEMS - 1]
 )
-def test_in_order_is_sorted(count):
+def test_chunked_sort_sorts(count):
     chance = random.Random(count)
     items = [(chance.randrange(50), str(number)) for number in range(count)]
     assert chunked_sort(items) == sorted(items)
 
 
-def test_the_garbage_collector_has_nothing_to_look_at_for_each_task():
-    """A full collection holds up every thread, the event loop's too."""
+def test_an_index_adds_no_tracked_object_per_task():
+    """A full collection blocks every thread, also that of the event loop."""
     records = {
         str(n): make_record(
             task_id=str(n),

@@ -1,4 +1,4 @@
-"""An interrupt, such as Ctrl-C, wherever it strikes: nobody is kept out afterwards."""
+"""Interrupts, such as Ctrl-C, at every moment: no lock stays locked."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from taskstore.stores.memory import MemoryStore
 from taskstore.stores.sql.sqlite_library import sqlite_module
 from taskstore.testing import make_put, removal_of
 
-# Between open() and its with, an interrupt leaves the closing to the garbage collector;
-# and what strikes in a __del__ Python itself drops.
+# After an interrupt between open() and its with, the garbage collector closes the file;
+# Python ignores an interrupt in a __del__.
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in.*FileIO")
 
 HOME = str(Path(taskstore.__file__).parent)
@@ -33,7 +33,7 @@ class Interrupted(BaseException):
 
 
 class Interrupter:
-    """Raises at one of the moments at which CPython looks for signals, counted from 1.
+    """Raises at one of the moments at which CPython checks for signals, counted from 1.
 
     That is when a function begins, and after each call, in the package's own code.
     """
@@ -49,7 +49,7 @@ class Interrupter:
         if not code.co_filename.startswith(HOME):
             return None
         if kind == "call":
-            # Python 3.13 heeds f_trace_opcodes only of a frame that is traced already.
+            # Python 3.13 respects f_trace_opcodes only for a frame that is already traced.
             frame.f_trace = self
             frame.f_trace_opcodes, frame.f_trace_lines = True, False
             self._tick(frame)
@@ -70,9 +70,9 @@ class Interrupter:
 
 
 def struck(moment, work):
-    """Do ``work``, interrupted at a moment; where that was, ``None`` if it was over before."""
+    """Call ``work``, interrupt it at a moment, and return where; ``None`` if it ended before."""
     interrupter, before = Interrupter(moment), sys.gettrace()
-    # Python 3.12 traces opcodes only if a frame had asked for it when tracing began.
+    # Python 3.12 traces opcodes only if a frame requests it before the tracing starts.
     sys._getframe().f_trace_opcodes = True
     sys.settrace(interrupter)
     try:
@@ -103,7 +103,7 @@ def work():
 
 
 def test_the_moments_are_the_same_on_every_python():
-    """A function begins, or a call is over: by lines of the sample, in order."""
+    """The start of a function and the end of a call, by lines of the sample."""
     names = {}
     exec(compile(SAMPLE, f"{HOME}/sample.py", "exec"), names)
     lines, moment = [], 1
@@ -114,7 +114,7 @@ def test_the_moments_are_the_same_on_every_python():
 
 
 def check_free(path):
-    """Raise if another process could not write at once: it shares no lock with our threads."""
+    """Raise if another process could not write now: it shares no lock with our threads."""
     if not path.exists():
         return  # the memory of this process
     if path.is_dir():
@@ -128,11 +128,11 @@ def check_free(path):
 
 @pytest.mark.parametrize("contended", [False, True], ids=["lone", "contended"])
 @pytest.mark.parametrize("url", ["sqlite:///", "json:///", "memory:"])
-def test_an_interrupt_at_any_moment_keeps_nobody_out(url, contended, tmp_path):
+def test_an_interrupt_at_any_moment_leaves_no_lock(url, contended, tmp_path):
     heard, moment, where = [], 0, ""
     place = f"{tmp_path}/ledger" if url.endswith("/") else ""
     registry = TaskRegistry.open(url + place, durability="process")
-    # Not in a ``with``: one that keeps callers out does not close either.
+    # Not in a ``with``: a registry whose lock is held does not close either.
     registry.hooks.add(heard.append)
     task_id = registry.create(runtime="cli", task="x", status="running").task_id
     if contended:
@@ -150,20 +150,20 @@ def test_an_interrupt_at_any_moment_keeps_nobody_out(url, contended, tmp_path):
         )
         after.start()
         after.join(20)
-        assert not after.is_alive(), f"interrupted at {where}, the next caller waits for ever"
+        assert not after.is_alive(), f"interrupted at {where}, the next caller deadlocks"
         assert registry.get(task_id).progress_summary == f"after {moment}", where
-        assert heard[-1].seq == registry.seq, f"interrupted at {where}, hooks hear nothing"
+        assert heard[-1].seq == registry.seq, f"interrupted at {where}, hooks get no event"
         stored = registry.store.load_snapshot().records
         assert stored == {record.task_id: record for record in registry.list()}, where
     assert not registry.store.verify().problems
     for before, event in pairwise(heard):
-        # What was interrupted half-way may be loaded anew; else, each once and in order.
+        # An interrupted change may cause a reload; all other events come once and in order.
         assert event.kind == "restored" or event.seq == before.seq + 1
     registry.close()
     assert moment > 100
 
 
-def test_an_interrupt_while_catching_up_leaves_nothing_out(tmp_path):
+def test_an_interrupt_during_refresh_skips_no_commit(tmp_path):
     url, heard, moment, where = f"sqlite:///{tmp_path}/ledger", [], 0, ""
     with (
         TaskRegistry.open(url, durability="process") as other,
@@ -178,13 +178,13 @@ def test_an_interrupt_while_catching_up_leaves_nothing_out(tmp_path):
             stored = registry.store.load_snapshot().records
             assert stored == {record.task_id: record for record in registry.list()}, where
             assert registry.summary().by_status == {"running": len(stored)}, where
-            assert heard[-1].seq == registry.seq, f"interrupted at {where}, hooks hear nothing"
+            assert heard[-1].seq == registry.seq, f"interrupted at {where}, hooks get no event"
         for before, event in pairwise(heard):
             assert event.kind == "restored" or event.seq == before.seq + 1
     assert moment > 50
 
 
-def test_a_batch_in_memory_is_there_or_not(tmp_path):
+def test_an_interrupted_batch_is_stored_completely_or_not(tmp_path):
     store, moment, where = MemoryStore(), 0, ""
     while where is not None:
         moment += 1

@@ -1,4 +1,4 @@
-"""Leases and fences on every backend: who lost a task cannot change it any more."""
+"""Leases and fences on every backend: a worker that lost its lease cannot change the task."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def test_every_verb_that_changes_a_task_takes_a_fence():
 
 
 @pytest.mark.parametrize("verb", FENCED)
-def test_a_fence_that_does_not_hold_is_a_conflict(registry, task, verb):
+def test_another_fence_is_a_conflict(registry, task, verb):
     before = registry.seq
     with pytest.raises(ConflictError, match="no lease"):
         getattr(registry, verb)(task.task_id, *FENCED[verb], fence="somebody's")
     registry.take_lease(task.task_id, 60)
-    with pytest.raises(ConflictError, match="somebody else's") as raised:
+    with pytest.raises(ConflictError, match="another token") as raised:
         getattr(registry, verb)(task.task_id, *FENCED[verb], fence="somebody's")
     [conflict] = raised.value.conflicts
     assert conflict.task_id == task.task_id
@@ -60,13 +60,13 @@ def test_a_fence_that_does_not_hold_is_a_conflict(registry, task, verb):
 
 
 @pytest.mark.parametrize("verb", FENCED)
-def test_the_fence_of_the_lease_lets_through(registry, task, verb):
+def test_the_fence_of_the_lease_is_accepted(registry, task, verb):
     token = registry.take_lease(task.task_id, 60)
     assert registry.get(task.task_id).lease_token == token
     getattr(registry, verb)(task.task_id, *FENCED[verb], fence=token)
 
 
-def test_a_fence_holds_after_the_end_too(registry, task):
+def test_a_fence_is_checked_after_the_end_too(registry, task):
     token = registry.take_lease(task.task_id)
     done = registry.finish(task.task_id, "succeeded", fence=token)
     assert registry.finish(task.task_id, "succeeded", fence=token) == done
@@ -96,7 +96,7 @@ def test_one_lease_at_a_time(open_ledger, ticker):
     assert two.finish(task.task_id, "failed", fence=second).status == "failed"
 
 
-def test_a_lease_that_ran_out_counts_until_somebody_takes_another(open_ledger, ticker):
+def test_an_expired_lease_is_valid_until_the_next_is_taken(open_ledger, ticker):
     registry = open_ledger(clock=ticker)
     task = registry.create(runtime="cli", task="x")
     token = registry.take_lease(task.task_id, 0.001)
@@ -123,7 +123,7 @@ def test_a_heartbeat_is_written_in_the_last_half_only(open_ledger, ticker):
     assert registry.get(task.task_id).last_event_at == task.last_event_at
 
 
-def test_a_lease_is_given_back_and_handed_over(registry, task):
+def test_a_lease_is_released_and_handed_over(registry, task):
     first = registry.take_lease(task.task_id, 60)
     second = registry.take_lease(task.task_id, 60, fence=first)
     with pytest.raises(ConflictError):
@@ -133,7 +133,7 @@ def test_a_lease_is_given_back_and_handed_over(registry, task):
     assert registry.take_lease(task.task_id) not in (first, second)
 
 
-def test_a_fence_is_not_fooled_by_a_fresher_record(open_ledger):
+def test_a_fence_is_checked_on_the_fresh_record(open_ledger):
     one, two = open_ledger(), open_ledger()
     task = one.create(runtime="cli", task="x")
     token = one.take_lease(task.task_id, 60)
@@ -161,7 +161,7 @@ def test_a_run_is_fenced_as_a_whole(registry, task):
     assert [r.task_id for r in registry.run("r").cancel(fence=token)] == [task.task_id]
 
 
-def test_a_batch_gives_the_token_that_is_stored(registry):
+def test_a_batch_returns_the_stored_token(registry):
     with registry.batch():
         task = registry.create(runtime="cli", task="x", status="running")
         token = registry.take_lease(task.task_id)
@@ -170,7 +170,7 @@ def test_a_batch_gives_the_token_that_is_stored(registry):
 
 
 @pytest.mark.parametrize("lease_s", [0, -1, True, "60", None, float("nan"), float("inf"), 10**9])
-def test_a_lease_of_no_sensible_length(registry, task, lease_s):
+def test_an_invalid_lease_length_is_refused(registry, task, lease_s):
     with pytest.raises(ValidationError, match="lease_s"):
         registry.take_lease(task.task_id, lease_s)
     with pytest.raises(ValidationError, match="lease_s"):
@@ -178,7 +178,7 @@ def test_a_lease_of_no_sensible_length(registry, task, lease_s):
 
 
 @pytest.mark.parametrize("fence", ["", 5, "a\0b", "x" * 256, b"t"])
-def test_a_fence_that_is_no_token(registry, task, fence):
+def test_an_invalid_fence_is_refused(registry, task, fence):
     with pytest.raises(ValidationError, match="fence"):
         registry.cancel(task.task_id, fence=fence)
     with pytest.raises(ValidationError, match="fence"):
@@ -216,7 +216,7 @@ def test_leases_in_asyncio(ledger_url):
     asyncio.run(main())
 
 
-def test_nobody_renews_or_gives_back_a_lease_without_its_token(registry, task):
+def test_renew_and_release_need_the_token(registry, task):
     mine = registry.take_lease(task.task_id, 60)
     for verb in (registry.renew_lease, registry.release_lease):
         with pytest.raises(ValidationError, match="fence"):

@@ -1,4 +1,4 @@
-"""[6] The end is final, on every backend, and repeating what holds writes nothing."""
+"""[6] The end is final, on every backend, and a repeat writes nothing."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_everything_but_the_end_stays_editable(registry, status):
         assert getattr(edited, field) == getattr(task, field)
 
 
-def test_repeating_what_holds_writes_nothing(registry):
+def test_a_repeat_writes_nothing(registry):
     task = registry.create(runtime="cli", task="x")
     registry.mark_running(task.task_id)
     registry.record_progress(task.task_id, "half")

@@ -1,4 +1,4 @@
-"""Lookups from memory: they agree with a plain evaluation, and read no more than they must."""
+"""Lookups from memory: they agree with a plain evaluation of all records."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_lists_are_newest_first_and_paged_by_cursor(registry):
     assert registry.list(TaskQuery(limit=2))[0].task_id == "t6"
 
 
-def test_a_cursor_stays_good_when_its_record_goes(registry):
+def test_a_cursor_stays_valid_after_its_record_is_deleted(registry):
     for n in range(4):
         registry.create(runtime="cli", task="x", task_id=f"t{n}", created_at=n)
     page = registry.list(limit=2)
@@ -99,7 +99,7 @@ def test_a_wrong_filter_is_named(registry, wrong):
     assert raised.value.field == next(iter(wrong))
 
 
-def test_get_wants_a_key(registry):
+def test_get_requires_a_key(registry):
     with pytest.raises(ValidationError):
         registry.get(7)
     with pytest.raises(TaskNotFound):
@@ -166,7 +166,7 @@ def _take(registry: TaskRegistry, step: tuple) -> None:
 
 @given(steps, st.lists(queries, max_size=4), st.integers(0, 25))
 def test_indexes_agree_with_a_plain_evaluation(taken, asked, committed):
-    """Over committed and staged records alike, whatever happened before."""
+    """For committed and staged records, after any sequence of changes."""
     registry = TaskRegistry(MemoryStore())
     for step in taken[:committed]:
         _take(registry, step)
@@ -197,7 +197,7 @@ def test_indexes_agree_with_a_plain_evaluation(taken, asked, committed):
     assert list(reopened.list()) == list(registry.list())
 
 
-def test_lookups_go_on_while_everything_is_loaded_anew(monkeypatch):
+def test_lookups_continue_during_a_reload(monkeypatch):
     storage = MemoryStorage()
     registry = TaskRegistry(MemoryStore(storage))
     task = registry.create(runtime="cli", task="x")

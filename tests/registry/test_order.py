@@ -1,4 +1,4 @@
-"""What comes together is done in the order in which it came, and seen as the commits that it is."""
+"""The order of requests in a group, and the visibility of whole commits."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from taskstore.testing.threads import until
 
 
 def together(ledger_url, *verbs, prepare):
-    """Have coroutines come together behind another one; returns what they gave, and the end."""
+    """Queue the verbs behind another commit; return their results and the final tasks."""
 
     async def main():
         async with AsyncTaskRegistry.open(ledger_url) as registry:
             await prepare(registry)
-            other = registry.create(runtime="cli", task="so that the writer is at work")
+            other = registry.create(runtime="cli", task="the first commit")
             given = await asyncio.gather(
                 other, *(verb(registry) for verb in verbs), return_exceptions=True
             )
@@ -36,7 +36,7 @@ async def running(registry):
     await registry.record_progress("kept", "a")
 
 
-def test_what_changes_nothing_is_not_done_later_than_it_came(ledger_url):
+def test_a_request_without_a_change_keeps_its_order(ledger_url):
     given, [task] = together(
         ledger_url,
         lambda registry: registry.record_progress("kept", "a"),
@@ -47,7 +47,7 @@ def test_what_changes_nothing_is_not_done_later_than_it_came(ledger_url):
     assert (task.progress_summary, task.revision) == ("b", 3)
 
 
-def test_what_fails_is_not_tried_again_after_what_came_later(ledger_url):
+def test_a_failed_request_is_not_retried_after_later_ones(ledger_url):
     given, [task] = together(
         ledger_url,
         lambda registry: registry.mark_running("kept"),
@@ -60,7 +60,7 @@ def test_what_fails_is_not_tried_again_after_what_came_later(ledger_url):
     assert isinstance(given[2], InvalidTransition)
 
 
-def test_a_deletion_that_finds_nothing_does_not_delete_what_comes_later(ledger_url):
+def test_a_deletion_of_nothing_does_not_delete_a_later_task(ledger_url):
     async def nothing(_):
         pass
 
@@ -73,7 +73,7 @@ def test_a_deletion_that_finds_nothing_does_not_delete_what_comes_later(ledger_u
     assert given == [False, task]
 
 
-def test_who_comes_together_looks_once_whether_memory_is_behind():
+def test_a_group_catches_up_once():
     class Counting(MemoryStore):
         looks = 0
 
@@ -101,37 +101,37 @@ def test_who_comes_together_looks_once_whether_memory_is_behind():
     asyncio.run(main())
 
 
-def test_what_another_has_just_made_is_found_in_company_too(open_ledger):
+def test_a_group_finds_a_task_just_created_elsewhere(open_ledger):
     """Nothing else in the commit would conflict with it."""
     registry, other = open_ledger(), open_ledger()
     committer = registry._committer
-    commit_together, given, threads = committer._commit_together, [], []
+    commit_group, given, threads = committer._commit_group, [], []
 
     def after_another(requests):
         if len(requests) == 2:
             other.create(runtime="cli", task="theirs", task_id="theirs")
-        commit_together(requests)
+        commit_group(requests)
 
-    committer._commit_together = after_another
+    committer._commit_group = after_another
 
     def work(verb):
         threads.append(threading.Thread(target=lambda: given.append(verb())))
         threads[-1].start()
 
     with committer._lock:
-        committer._committing = True  # as if another caller was committing
+        committer._committing = True  # as if another caller were committing
         work(lambda: registry.create(runtime="cli", task="1"))
-        until(lambda: committer._queue.busy and committer._queue._tickets.empty())
+        until(lambda: committer._queue.busy and committer._queue._requests.empty())
         work(lambda: registry.create(runtime="cli", task="2"))
         work(lambda: registry.mark_running("theirs"))
-        until(lambda: committer._queue._tickets.qsize() == 2)
+        until(lambda: committer._queue._requests.qsize() == 2)
     for thread in threads:
         thread.join(30)
     assert len(given) == 3
     assert registry.get("theirs").status == "running"
 
 
-def test_whoever_is_in_doubt_while_the_store_is_busy_harms_nobody_else():
+def test_an_unverified_request_on_a_busy_store_fails_alone():
     class Busy(MemoryStore):
         busy = False
 
@@ -140,7 +140,7 @@ def test_whoever_is_in_doubt_while_the_store_is_busy_harms_nobody_else():
                 raise StoreBusyError("busy")
             return super().read_journal(after, limit)
 
-        def apply(self, changes):  # which reads for itself
+        def apply(self, changes):  # which reads the journal
             self.busy, was = False, self.busy
             commit = super().apply(changes)
             self.busy = was
@@ -162,7 +162,7 @@ def test_whoever_is_in_doubt_while_the_store_is_busy_harms_nobody_else():
 
 
 class Looking:
-    """A thread that counts the tasks all the time; no count is to be that of half a commit."""
+    """A thread that counts the tasks in a loop; no count may be that of half a commit."""
 
     def __init__(self, registry, size):
         self._registry, self._size = registry, size
@@ -186,8 +186,8 @@ class Looking:
 
 
 @pytest.mark.parametrize("local", [True, False], ids=["our own", "another's"])
-def test_nobody_sees_half_a_commit(open_ledger, local):
-    size = 300  # two of which do not end where a page of the journal does
+def test_no_lookup_sees_half_a_commit(open_ledger, local):
+    size = 300  # a commit does not end where a page of the journal ends
     registry = open_ledger()
     writer = registry if local else open_ledger()
     with Looking(registry, size):
@@ -200,10 +200,10 @@ def test_nobody_sees_half_a_commit(open_ledger, local):
 
 
 class NotingLock:
-    """The lock of a mirror, and how many records there were whenever somebody got it."""
+    """The lock of a cache, which records the number of records at each acquisition."""
 
-    def __init__(self, mirror):
-        self._cache, self._lock, self._depth = mirror, mirror.lock, 0
+    def __init__(self, cache):
+        self._cache, self._lock, self._depth = cache, cache.lock, 0
         self.totals = []
 
     def __enter__(self):
@@ -217,7 +217,7 @@ class NotingLock:
         self._lock.release()
 
 
-def test_nobody_sees_half_a_commit_in_the_gap_before_ones_own(open_ledger):
+def test_no_lookup_sees_half_of_a_commit_before_our_own(open_ledger):
     size, commits = 300, 2 * PAGE_ENTRIES // 300 + 1
     registry, writer = open_ledger(), open_ledger()
     for _ in range(commits):
@@ -229,13 +229,13 @@ def test_nobody_sees_half_a_commit_in_the_gap_before_ones_own(open_ledger):
     assert noting.totals == [number * size for number in range(commits + 1)]
 
 
-def test_a_commit_of_more_than_a_page_arrives_too(open_ledger):
+def test_a_commit_of_more_than_a_page_is_applied_completely(open_ledger):
     registry, writer = open_ledger(), open_ledger()
     count = 2 * PAGE_ENTRIES + 7
     with writer.batch():
         for number in range(count):
             writer.create(runtime="cli", task=str(number))
-    own = registry.create(runtime="cli", task="which finds all that in its gap")
+    own = registry.create(runtime="cli", task="after the others")
     assert registry.seq == count + 1
     assert registry.summary().total == count + 1
     assert registry.get(own.task_id) == own

@@ -20,7 +20,7 @@ from taskstore import (
     ValidationError,
 )
 from taskstore.aio import AsyncTaskRegistry
-from taskstore.registry.history import Tail
+from taskstore.registry.history import JournalReader
 from taskstore.stores.memory import MemoryStore
 from taskstore.testing.threads import until
 
@@ -41,7 +41,7 @@ def back_up(open_ledger, backend, ledger_url, tmp_path):
 
 @pytest.fixture
 def live(open_ledger, back_up):
-    """A registry at seq 6, whose ledger was put back to seq 3: one task, at revision 3."""
+    """A registry at seq 6, whose ledger was restored to seq 3: one task, at revision 3."""
     events = []
     registry = open_ledger(hooks=[events.append])
     registry.task = registry.create(runtime="cli", task="x", status="running")
@@ -67,7 +67,7 @@ def same_as_stored(registry):
 
 
 def others_go_on(open_ledger, registry, *steps):
-    """Another writer commits what the live registry does not expect; its last record."""
+    """Another writer commits to the restored ledger; returns its last record."""
     with_others = open_ledger()
     record = with_others.get(registry.task.task_id)
     for step in steps:
@@ -75,7 +75,7 @@ def others_go_on(open_ledger, registry, *steps):
     return record
 
 
-def test_refresh_behind_a_restored_backup(live):
+def test_refresh_after_a_restored_backup(live):
     assert live.refresh() == 3
     assert live.get(live.task.task_id).progress_summary == "saved"
     assert same_as_stored(live)
@@ -83,7 +83,7 @@ def test_refresh_behind_a_restored_backup(live):
 
 
 @pytest.mark.parametrize("count", [1, 3, 5], ids=["behind", "level", "ahead"])
-def test_refresh_when_others_have_gone_on(live, open_ledger, count):
+def test_refresh_after_further_commits_of_others(live, open_ledger, count):
     theirs = others_go_on(open_ledger, live, *[f"theirs {n}" for n in range(count)])
     live.refresh()
     assert live.get(live.task.task_id) == theirs
@@ -91,7 +91,7 @@ def test_refresh_when_others_have_gone_on(live, open_ledger, count):
     assert isinstance(live.heard[0], Restored)
 
 
-def test_a_restore_in_the_middle_of_loading(live, open_ledger, monkeypatch):
+def test_a_restore_during_a_load(live, open_ledger, monkeypatch):
     load = live.store.load_snapshot
     others_go_on(open_ledger, live, "lost 1", "lost 2", "lost 3")
 
@@ -110,7 +110,7 @@ def test_a_restore_in_the_middle_of_loading(live, open_ledger, monkeypatch):
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4], ids="others-{}".format)
-def test_the_first_write_is_made_over_what_is_stored(live, open_ledger, count):
+def test_the_first_write_applies_to_the_stored_records(live, open_ledger, count):
     theirs = others_go_on(open_ledger, live, *[f"theirs {n}" for n in range(count)])
     done = live.update_metadata(live.task.task_id, {"b": 2})
     expected = "saved" if theirs.revision == 3 else f"theirs {count - 1}"
@@ -126,7 +126,7 @@ def test_a_late_success_does_not_overwrite_a_cancel_of_the_other_history(live, o
     others = open_ledger()
     for step in ("one", "two"):
         others.record_progress(live.task.task_id, step)
-    # Now the ledger is at the seq and the task at the revision that the live one knows.
+    # Now the ledger and the task have the seq and revision of the live registry.
     cancelled = others.cancel(live.task.task_id, "enough")
     assert (others.seq, cancelled.revision) == (live.seq, live.get(live.task.task_id).revision)
     with pytest.raises(InvalidTransition):
@@ -152,7 +152,7 @@ def test_a_batch_over_the_lost_history(live, open_ledger):
     assert same_as_stored(live)
 
 
-def test_no_cursor_skips(live, open_ledger):
+def test_no_cursor_skips_an_entry(live, open_ledger):
     cursor, seq = live.last.cursor, live.last.seq
     for after in (cursor, seq, f"{seq}:"):
         with pytest.raises(CursorExpiredError) as raised:
@@ -164,13 +164,13 @@ def test_no_cursor_skips(live, open_ledger):
     with pytest.raises(CursorExpiredError, match="restored") as raised:
         live.changes(after=cursor)
     assert (raised.value.after, raised.value.replaced) == (seq, True)
-    # A position that both histories have leads on.
+    # A position that both histories have is valid.
     third = next(iter(live.changes(after=2)))
     assert [entry.seq for entry in live.changes(after=third.cursor)] == [4, 5, 6, 7]
     assert [entry.revision for entry in live.changes(after=third.cursor)][-1] == others.revision
 
 
-def test_a_follower_of_changes_is_told(open_ledger, back_up):
+def test_a_reader_of_changes_gets_an_error(open_ledger, back_up):
     registry = open_ledger()
     registry.create(runtime="cli", task="kept")
     backup = back_up(registry)
@@ -182,23 +182,23 @@ def test_a_follower_of_changes_is_told(open_ledger, back_up):
         next(following)
 
 
-def test_who_follows_from_a_seq_is_told_too(open_ledger, back_up):
+def test_a_reader_from_a_seq_gets_an_error_too(open_ledger, back_up):
     registry = open_ledger()
     registry.create(runtime="cli", task="kept")
     backup = back_up(registry)
     for number in range(2):
         registry.create(runtime="cli", task=f"lost {number}")
-    tail = Tail(registry.store, 2)
-    tail.check()
+    reader = JournalReader(registry.store, 2)
+    reader.check()
     backup.restore()
     with open_ledger() as other:
         for number in range(3):
             other.create(runtime="cli", task=f"new {number}")
     with pytest.raises(CursorExpiredError):
-        tail.page()
+        reader.next_page()
 
 
-def test_who_follows_starts_over_by_itself(live, open_ledger):
+def test_a_follower_reloads(live, open_ledger):
     with live.follow():
         theirs = others_go_on(open_ledger, live, "one")
         until(lambda: live.get(live.task.task_id) == theirs)
@@ -208,7 +208,7 @@ def test_who_follows_starts_over_by_itself(live, open_ledger):
 @pytest.mark.parametrize(
     "after", ["", "x", "-1", "1.5", "²:a", ":a", "1:\0", "9" * 17, "1:" + "a" * 300]
 )
-def test_what_is_no_cursor(registry, after):
+def test_an_invalid_cursor_is_refused(registry, after):
     with pytest.raises(ValidationError, match="after"):
         registry.changes(after=after)
 
@@ -227,7 +227,7 @@ def test_a_cursor_in_asyncio():
     asyncio.run(main())
 
 
-def test_a_registry_whose_journal_was_trimmed_to_the_end_is_believed(open_ledger):
+def test_a_position_whose_entry_was_trimmed_is_accepted(open_ledger):
     registry: TaskRegistry = open_ledger()
     task = registry.create(runtime="cli", task="x")
     registry.store.save_snapshot(

@@ -24,7 +24,7 @@ KEEP_NOTHING = CompactionPolicy(history_s=0, history_entries=0, keep_snapshots=1
 
 
 class OnlyLoadAndSave(TaskRegistryStore):
-    """The least that a backend can be."""
+    """The smallest backend."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ def lived(registry):
     return task.task_id
 
 
-def test_history_tells_every_revision_of_a_deleted_task_too(registry):
+def test_history_has_every_revision_of_a_deleted_task_too(registry):
     task_id = lived(registry)
     other = registry.create(runtime="cli", task="y")
     entries = registry.history(task_id)
@@ -70,7 +70,7 @@ def test_changes_are_iterated_from_a_seq_and_end(registry):
     assert list(registry.changes(after=5)) == []
 
 
-def test_changes_with_wait_follow(open_ledger):
+def test_changes_with_wait(open_ledger):
     one, two = open_ledger(), open_ledger()
     lived(one)
     seen = []
@@ -89,7 +89,7 @@ def test_changes_with_wait_follow(open_ledger):
     assert list(two.changes(after=6, wait=0.01)) == []
 
 
-def test_every_seq_from_the_floor_on_can_be_looked_at(registry):
+def test_as_of_every_seq_from_the_floor_on(registry):
     lived(registry)
     registry.create(runtime="cli", task="y")
     counts = [len(registry.as_of(seq).records) for seq in range(7)]
@@ -101,7 +101,7 @@ def test_every_seq_from_the_floor_on_can_be_looked_at(registry):
         registry.as_of(7)
 
 
-def test_a_time_can_be_looked_at_too(open_ledger, ticker):
+def test_as_of_a_time(open_ledger, ticker):
     registry = open_ledger(clock=ticker)
     lived(registry)
     entries = list(registry.changes())
@@ -115,7 +115,7 @@ def test_a_time_can_be_looked_at_too(open_ledger, ticker):
         registry.as_of(datetime(2024, 1, 1))  # noqa: DTZ001
 
 
-def test_compaction_moves_how_far_back_one_can_look_and_nothing_else(registry):
+def test_compaction_moves_only_the_floor(registry):
     lived(registry)
     kept = registry.create(runtime="cli", task="y")
     before = {seq: registry.as_of(seq) for seq in range(7)}
@@ -134,7 +134,7 @@ def test_compaction_moves_how_far_back_one_can_look_and_nothing_else(registry):
     assert [entry.seq for entry in registry.changes(after=7)] == []
 
 
-def test_a_store_without_a_journal_says_so():
+def test_a_store_without_a_journal_raises():
     registry = TaskRegistry(OnlyLoadAndSave())
     task = registry.create(runtime="cli", task="x", run_id="r")
     registry.mark_running(task.task_id)
@@ -151,9 +151,9 @@ def test_a_store_without_a_journal_says_so():
         compact(registry.store)
 
 
-def test_looking_back_while_compaction_passes_by():
+def test_as_of_during_a_compaction():
     class Racing(MemoryStore):
-        """Compacts just after it was asked for its floor."""
+        """Compacts just after a read of the floor."""
 
         race = False
 

@@ -1,4 +1,4 @@
-"""Two registries on one ledger: conflicts, refresh, and events from elsewhere."""
+"""Two registries on one ledger: conflicts, refresh, and remote events."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from taskstore import (
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 
 
-def test_refresh_brings_in_what_another_wrote(open_ledger):
+def test_refresh_applies_commits_of_another_writer(open_ledger):
     events = []
     one, two = open_ledger(), open_ledger(hooks=[events.append])
     task = one.create(runtime="cli", task="x")
@@ -29,7 +29,7 @@ def test_refresh_brings_in_what_another_wrote(open_ledger):
     assert events[2].previous == task
 
 
-def test_what_came_in_between_is_mirrored_and_told_before_our_own(open_ledger):
+def test_other_commits_are_applied_and_delivered_before_our_own(open_ledger):
     events = []
     one, two = open_ledger(), open_ledger(hooks=[events.append])
     theirs = one.create(runtime="cli", task="theirs")
@@ -39,12 +39,12 @@ def test_what_came_in_between_is_mirrored_and_told_before_our_own(open_ledger):
     assert events[2].record == ours
 
 
-def test_a_committed_change_never_looks_failed_whatever_reading_raises(open_ledger, monkeypatch):
+def test_a_committed_change_returns_though_the_read_after_it_raises(open_ledger, monkeypatch):
     events = []
     one, two = open_ledger(), open_ledger(hooks=[events.append])
 
     def broken(*_):
-        raise ValueError("a backend of somebody else")
+        raise ValueError("an error of a third-party backend")
 
     one.create(runtime="cli", task="theirs")
     with monkeypatch.context() as patch:
@@ -75,7 +75,7 @@ def test_a_cancel_is_not_overwritten_by_a_late_success(open_ledger):
     assert two.get(task.task_id).status == "cancelled"
 
 
-def test_an_expected_revision_that_does_not_hold_is_a_conflict(open_ledger):
+def test_another_revision_than_expected_is_a_conflict(open_ledger):
     one, two = open_ledger(), open_ledger()
     task = one.create(runtime="cli", task="x")
     two.refresh()
@@ -106,7 +106,7 @@ def test_a_task_deleted_elsewhere_stays_deleted(open_ledger):
     assert events[-1] == Deleted(2, events[-1].at, task.task_id, task, local=False)
 
 
-def test_a_mirror_that_fell_behind_the_floor_is_restored(open_ledger):
+def test_a_cache_behind_the_floor_is_reloaded(open_ledger):
     from taskstore import CompactionPolicy, compact
 
     events = []
@@ -122,7 +122,7 @@ def test_a_mirror_that_fell_behind_the_floor_is_restored(open_ledger):
     assert (two.seq, events[-1].record) == (3, ours)
 
 
-def test_nothing_is_answered_from_memory_that_is_no_longer_so(open_ledger):
+def test_no_verb_returns_an_outdated_result(open_ledger):
     one, two = open_ledger(), open_ledger()
     task = one.create(runtime="cli", task="x", run_id="r", owner_key="me")
     assert two.delete(task.task_id) is True
@@ -150,29 +150,29 @@ def test_nothing_is_answered_from_memory_that_is_no_longer_so(open_ledger):
     assert one.store.load_snapshot().records[again.task_id] == again
 
 
-def test_a_mirror_of_a_ledger_that_lost_commits_starts_over():
+def test_a_cache_of_a_ledger_that_lost_commits_is_reloaded():
     storage, events = MemoryStorage(), []
     one = TaskRegistry(MemoryStore(storage))
     kept = one.create(runtime="cli", task="kept")
-    mirror = TaskRegistry(MemoryStore(storage), hooks=[events.append])
+    registry = TaskRegistry(MemoryStore(storage), hooks=[events.append])
     lost = one.create(runtime="cli", task="lost")
-    mirror.refresh()
-    # A standby takes over that never got the last commit, and goes on.
+    registry.refresh()
+    # A standby takes over without the last commit, and commits further changes.
     storage.journal.pop()
     del storage.current[lost.task_id]
     storage.head -= 1
     other = TaskRegistry(MemoryStore(storage)).create(runtime="cli", task="other")
-    mirror.refresh()
-    assert {record.task_id for record in mirror.list()} == {kept.task_id, other.task_id}
+    registry.refresh()
+    assert {record.task_id for record in registry.list()} == {kept.task_id, other.task_id}
     assert [event.kind for event in events] == ["restored", "upserted", "restored"]
     storage.journal.pop()
     del storage.current[other.task_id]
     storage.head -= 1
-    mirror.refresh()
-    assert [record.task_id for record in mirror.list()] == [kept.task_id]
+    registry.refresh()
+    assert [record.task_id for record in registry.list()] == [kept.task_id]
 
 
-def test_a_commit_is_seen_by_its_writer_though_the_gap_before_it_cannot_be_read(caplog):
+def test_a_caller_sees_its_commit_though_the_commits_before_it_cannot_be_read(caplog):
     class Unreadable(MemoryStore):
         broken = False
 
@@ -194,7 +194,7 @@ def test_a_commit_is_seen_by_its_writer_though_the_gap_before_it_cannot_be_read(
     assert "cannot read what was committed" in caplog.text
 
 
-def test_a_journal_that_gives_nothing_does_not_hold_anybody_up():
+def test_a_journal_without_entries_does_not_block_a_caller():
     class Silent(MemoryStore):
         def read_journal(self, after, limit):
             return ()

@@ -1,4 +1,4 @@
-"""The door: schemes, options, and passwords that stay out of messages."""
+"""URL schemes, options, and passwords that messages must not contain."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def test_scheme(url, scheme):
 
 
 @pytest.mark.parametrize("url", ["", "tasks.db", "/tmp/x", "1x:y", ":x", "//h:secret@x/y", " a:"])
-def test_what_is_not_a_url(url):
+def test_values_that_are_not_urls(url):
     with pytest.raises(ValidationError) as caught:
         scheme_of(url)
     assert caught.value.field == "url"
 
 
 @pytest.mark.parametrize("url", [None, 5, b"memory:"])
-def test_what_is_not_text(url):
+def test_urls_that_are_not_text(url):
     with pytest.raises(ValidationError):
         open_store(url)
 
@@ -90,7 +90,7 @@ def test_an_unknown_scheme_lists_the_installed():
     assert "secret" not in str(caught.value)
 
 
-def test_a_scheme_without_its_driver_is_hinted_at():
+def test_a_scheme_without_its_driver_gets_a_hint():
     with pytest.raises(BackendNotFoundError) as caught:
         open_store("postgresql://ann:secret@host/db")
     assert "did you mean postgresql+psycopg:" in str(caught.value)

@@ -1,32 +1,32 @@
-"""Whether a failed sync was taken as seriously as it is."""
+"""The verdict on a store after a failed fsync."""
 
 from __future__ import annotations
 
 import pytest
 
 from taskstore.errors import StoreUnavailableError
-from taskstore.testing.faults.door import Fault, Step, always
-from taskstore.testing.faults.verdict import Outcome, judge_sync
+from taskstore.testing.faults.injection import Fault, Step, always
+from taskstore.testing.faults.verdict import Outcome, check_failed_sync
 
-FAULT = Fault("EIO", "before", lambda step, call, arguments: None, grave=always)
-OF_A_NEW_FILE = Step("fsync", "ledger.tmp", "/there/ledger.tmp", fresh=True)
-OF_A_FILE_THAT_STAYS = OF_A_NEW_FILE._replace(fresh=False)
-OK, TOLD = Outcome(None), Outcome(StoreUnavailableError("no"))
+FAULT = Fault("EIO", "before", lambda step, call, arguments: None, fails_sync=always)
+NEW_FILE = Step("fsync", "ledger.tmp", "/there/ledger.tmp", is_new=True)
+EXISTING_FILE = NEW_FILE._replace(is_new=False)
+OK, FAILED = Outcome(None), Outcome(StoreUnavailableError("no"))
 
 
 @pytest.mark.parametrize(
-    ("struck", "later", "outcomes", "goes_on", "wrong"),
+    ("step", "later", "outcomes", "writable", "problem"),
     [
-        (OF_A_NEW_FILE, [], [TOLD], True, None),
-        (OF_A_NEW_FILE, [], [OK], True, "nobody was told"),
-        (OF_A_NEW_FILE, [OF_A_NEW_FILE], [OK], True, "nobody was told"),
-        (OF_A_NEW_FILE, [], [OK, OK], True, "nobody was told"),
-        (OF_A_NEW_FILE, [OF_A_NEW_FILE], [OK, OK], True, None),
-        (OF_A_FILE_THAT_STAYS, [OF_A_FILE_THAT_STAYS], [OK, OK], False, "nobody was told"),
-        (OF_A_FILE_THAT_STAYS, [], [TOLD], True, "goes on writing"),
-        (OF_A_FILE_THAT_STAYS, [], [TOLD], False, None),
+        (NEW_FILE, [], [FAILED], True, None),
+        (NEW_FILE, [], [OK], True, "no caller got an error"),
+        (NEW_FILE, [NEW_FILE], [OK], True, "no caller got an error"),
+        (NEW_FILE, [], [OK, OK], True, "no caller got an error"),
+        (NEW_FILE, [NEW_FILE], [OK, OK], True, None),
+        (EXISTING_FILE, [EXISTING_FILE], [OK, OK], False, "no caller got an error"),
+        (EXISTING_FILE, [], [FAILED], True, "still accepts writes"),
+        (EXISTING_FILE, [], [FAILED], False, None),
     ],
 )
-def test_a_failed_sync(struck, later, outcomes, goes_on, wrong):
-    problems = judge_sync(FAULT, struck, later, outcomes, goes_on=goes_on)
-    assert [wrong in problem for problem in problems] == ([True] if wrong else [])
+def test_a_failed_sync(step, later, outcomes, writable, problem):
+    found = check_failed_sync(FAULT, step, later, outcomes, writable=writable)
+    assert [problem in sentence for sentence in found] == ([True] if problem else [])

@@ -108,7 +108,7 @@ def server_url() -> Iterator[str]:
 
 @pytest.fixture
 def client(server_url: str) -> Iterator[redis.Redis]:
-    """The side door: the server itself."""
+    """The side keys: the server itself."""
     with redis.Redis.from_url(server_url) as client:
         yield client
 
@@ -134,7 +134,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         (verify, "JOURNAL_PAGE", 3),
         (compaction, "STEP_ROWS", 2),
         (compaction, "STEP_ENTRIES", 3),
-        (writing, "STAGED_ROWS", 2),
+        (writing, "STAGE_ROWS", 2),
     ):
         assert hasattr(module, name)
         monkeypatch.setattr(module, name, value)

@@ -11,7 +11,7 @@ from taskstore_redis.scripts import script
 
 
 class Proxy:
-    """Forwards to a server; ``trouble`` says what to do with a request for one script.
+    """Forwards to a server; ``fault`` says what to do with a request for one script.
 
     ``lose_request``: break the connection instead of forwarding it.
     ``lose_answer``: forward it, and break the connection before the answer.
@@ -21,13 +21,13 @@ class Proxy:
 
     def __init__(self, host: str, port: int, script_name: str = "apply") -> None:
         self._target = (host, port)
-        self._mark = script(script_name).digest.encode()
+        self._digest = script(script_name).digest.encode()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._sockets: list[socket.socket] = []
         self._held: list[Callable[[], None]] = []
         self.port = self._listener.getsockname()[1]
-        self.trouble: list[str] = []
-        self.seen: list[str] = []
+        self.faults: list[str] = []
+        self.injected: list[str] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -57,17 +57,17 @@ class Proxy:
         threading.Thread(target=answers, daemon=True).start()
         with contextlib.suppress(OSError):
             while data := client.recv(1 << 20):
-                if self._mark in data and self.trouble:
-                    trouble = self.trouble.pop(0)
-                    self.seen.append(trouble)
-                    if trouble == "stall":
+                if self._digest in data and self.faults:
+                    fault = self.faults.pop(0)
+                    self.injected.append(fault)
+                    if fault == "stall":
                         continue
-                    if trouble == "hold":
+                    if fault == "hold":
                         self._held.append(lambda data=data: server.sendall(data))
                         client.shutdown(socket.SHUT_RDWR)
                         return  # the server's side stays open
                     answers_go_on.clear()
-                    if trouble == "lose_answer":
+                    if fault == "lose_answer":
                         server.sendall(data)
                         continue
                     break

@@ -36,7 +36,7 @@ def keys_of(client: redis.Redis, namespace: str) -> set[str]:
     return {key.decode().removeprefix(prefix) for key in client.scan_iter(match=f"{prefix}*")}
 
 
-def agrees(store: RedisStore, model: Model) -> None:
+def assert_equal_to_model(store: RedisStore, model: Model) -> None:
     loaded = store.load_snapshot()
     assert (loaded.seq, dict(loaded.records)) == (model.head, dict(model.records))
     assert (store.head(), store.floor()) == (model.head, model.floor)
@@ -45,19 +45,19 @@ def agrees(store: RedisStore, model: Model) -> None:
     assert store.verify().problems == ()
 
 
-def change_something(store: RedisStore, model: Model, chance: random.Random) -> None:
+def change_something(store: RedisStore, model: Model, rng: random.Random) -> None:
     """A commit of a few changes: new tasks, other tasks, other times, no more tasks."""
     changes: list[Put | Remove] = []
-    for task_id in chance.sample(IDS, chance.randint(1, 3)):
+    for task_id in rng.sample(IDS, rng.randint(1, 3)):
         record = model.records.get(task_id)
         facts = {
-            "created_at": chance.randrange(5),
-            "label": chance.choice("abc"),
-            "status": chance.choice(["queued", "running"]),
+            "created_at": rng.randrange(5),
+            "label": rng.choice("abc"),
+            "status": rng.choice(["queued", "running"]),
         }
         if record is None and task_id not in model.deleted:
             changes.append(Put(make_record(task_id=task_id, **facts)))
-        elif record is not None and chance.random() < 0.2:
+        elif record is not None and rng.random() < 0.2:
             changes.append(Remove(task_id, record.revision + 1))
         elif record is not None:
             changes.append(next_of(record, **facts))
@@ -72,17 +72,17 @@ def test_the_picture_is_of_one_seq_whatever_is_written_meanwhile(
     make_store: OpenStore, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """[7] Between any two steps of the compactor something is changed."""
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     model = Model()
     with make_store() as store, make_store() as writer:
         for _ in range(12):
-            change_something(store, model, chance)
+            change_something(store, model, rng)
         step = Compactor._step
 
         def step_and_change(self: Compactor, name: str, *rest: Any) -> Any:
             reply = step(self, name, *rest)
-            for _ in range(chance.randrange(3)):
-                change_something(writer, model, chance)
+            for _ in range(rng.randrange(3)):
+                change_something(writer, model, rng)
             return reply
 
         monkeypatch.setattr(Compactor, "_step", step_and_change)
@@ -94,7 +94,7 @@ def test_the_picture_is_of_one_seq_whatever_is_written_meanwhile(
             assert dict(kept.records) == model.states[report.seq]
             assert len(kept.records) == report.records
             model.trim(report.floor)
-            agrees(store, model)
+            assert_equal_to_model(store, model)
 
 
 class KilledError(BaseException):
@@ -145,7 +145,7 @@ def test_killed_at_every_step(
             model = play(store, Model(empty))
             store.compact(FOLD)
             play(store, model)
-            revive = kill_at(monkeypatch, number, after=after)
+            restore = kill_at(monkeypatch, number, after=after)
             try:
                 store.compact(policy)
             except KilledError:
@@ -153,18 +153,18 @@ def test_killed_at_every_step(
             else:
                 survived = True
             finally:
-                revive()
+                restore()
         with make_store() as store:
             model.trim(store.floor())
-            agrees(store, model)
+            assert_equal_to_model(store, model)
             play(store, model)
-            agrees(store, model)
+            assert_equal_to_model(store, model)
             play(store, model)
             model.trim(store.compact(policy).floor)
-            agrees(store, model)
+            assert_equal_to_model(store, model)
             left = keys_of(client, namespace)
             snapshots = {key for key in left if key.startswith("snap:")}
-            marks = store._reader.marks()
+            marks = store._reader.snapshots()
             assert snapshots == {f"snap:{mark.token}" for mark in marks if mark.records}
             assert not left & {"staging", "cut", "saved", "lease"}
         if survived:
@@ -189,7 +189,7 @@ def test_a_save_killed_at_every_step(
             store.save_snapshot(empty)
             before = play(store, Model(empty))
             saved = {f"new-{n}": make_record(task_id=f"new-{n}") for n in range(5)}
-            revive = kill_at(monkeypatch, number, after=after)
+            restore = kill_at(monkeypatch, number, after=after)
             try:
                 store.save_snapshot(Snapshot(before.head + 10, saved))
             except KilledError:
@@ -197,11 +197,11 @@ def test_a_save_killed_at_every_step(
             else:
                 survived = True
             finally:
-                revive()
+                restore()
         with make_store() as store:
             loaded = store.load_snapshot()
             if loaded.seq == before.head:
-                agrees(store, before)
+                assert_equal_to_model(store, before)
                 assert not survived
             else:
                 assert (loaded.seq, dict(loaded.records)) == (before.head + 10, saved)
@@ -248,12 +248,12 @@ def test_writers_stop_keeping_for_a_compactor_that_is_gone(
     prefix = f"{{{namespace}}}:"
     with make_store() as store, make_store() as writer:
         records = [create(store, created_at=n) for n in range(9)]
-        revive = kill_at(monkeypatch, 5, after=True)
+        restore = kill_at(monkeypatch, 5, after=True)
         try:
             with pytest.raises(KilledError):
                 store.compact(FOLD)
         finally:
-            revive()
+            restore()
         records = [update(writer, record) for record in records]
         assert client.exists(prefix + "cut", prefix + "saved") == 2
         client.delete(prefix + "lease")  # its time is up
@@ -267,12 +267,12 @@ def test_what_was_kept_for_one_compactor_is_not_for_the_next(
 ) -> None:
     with make_store() as store, make_store() as writer:
         records = [create(store, created_at=n) for n in range(9)]
-        revive = kill_at(monkeypatch, 5, after=True)
+        restore = kill_at(monkeypatch, 5, after=True)
         try:
             with pytest.raises(KilledError):
                 store.compact(FOLD)
         finally:
-            revive()
+            restore()
         records = [update(writer, record) for record in records]
         client.delete(f"{{{namespace}}}:lease")
         report = writer.compact(FOLD)
@@ -372,4 +372,4 @@ def test_a_compactor_whose_lease_ran_out_publishes_nothing(
         with pytest.raises(StoreBusyError, match="overtaken"):
             store.compact(FOLD)
         model.trim(reports[0].floor)
-        agrees(store, model)
+        assert_equal_to_model(store, model)

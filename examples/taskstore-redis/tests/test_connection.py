@@ -42,19 +42,17 @@ def proxy(url: str) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "PATIENCE_S", 0.3)
+def short_retry_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "RETRY_TIMEOUT_S", 0.3)
 
 
-@pytest.mark.parametrize("trouble", ["lose_request", "lose_answer"])
-def test_a_commit_whose_connection_breaks_happens_once(
-    proxy: Proxy, url: str, trouble: str
-) -> None:
+@pytest.mark.parametrize("fault", ["lose_request", "lose_answer"])
+def test_a_commit_whose_connection_breaks_happens_once(proxy: Proxy, url: str, fault: str) -> None:
     with open_redis(behind(proxy, url)) as store, open_redis(url) as witness:
         record = create(store)
-        proxy.trouble.append(trouble)
-        record = update(store, record, label="through trouble")
-        assert proxy.seen == [trouble]
+        proxy.faults.append(fault)
+        record = update(store, record, label="through fault")
+        assert proxy.injected == [fault]
         assert update(store, record).revision == 3
         assert witness.head() == 3
         assert [entry.revision for entry in witness.read_journal(0, 10)] == [1, 2, 3]
@@ -63,7 +61,7 @@ def test_a_commit_whose_connection_breaks_happens_once(
 
 def test_the_answer_that_was_read_back_is_the_right_one(proxy: Proxy, url: str) -> None:
     with open_redis(behind(proxy, url)) as store:
-        proxy.trouble.append("lose_answer")
+        proxy.faults.append("lose_answer")
         record = make_record()
         commit = store.apply([Put(record), next_of(record), next_of(next_of(record).record)])
         entries = store.read_journal(0, 10)
@@ -72,10 +70,10 @@ def test_the_answer_that_was_read_back_is_the_right_one(proxy: Proxy, url: str) 
 
 
 def test_a_command_that_arrives_late_does_nothing(proxy: Proxy, url: str) -> None:
-    """It was given up, told so, and sent again: then the first one is delivered."""
+    """It was given up, raised so, and sent again: then the first one is delivered."""
     with open_redis(behind(proxy, url)) as store, open_redis(url) as witness:
         record = create(store)
-        proxy.trouble.append("hold")
+        proxy.faults.append("hold")
         update(store, record)
         assert witness.head() == 2
         proxy.deliver()
@@ -89,7 +87,7 @@ def test_a_command_that_arrives_late_does_nothing(proxy: Proxy, url: str) -> Non
 def test_a_creation_that_arrives_late_does_nothing(proxy: Proxy, url: str) -> None:
     """No revision stands in its way: only the void keeps it from happening twice."""
     with open_redis(behind(proxy, url)) as store, open_redis(url) as witness:
-        proxy.trouble.append("hold")
+        proxy.faults.append("hold")
         record = create(store)
         witness.apply([removal_of(record)])
         witness.compact(ERASE)
@@ -100,34 +98,34 @@ def test_a_creation_that_arrives_late_does_nothing(proxy: Proxy, url: str) -> No
 
 def test_a_connection_that_always_breaks(proxy: Proxy, url: str) -> None:
     with open_redis(behind(proxy, url)) as store, open_redis(url) as witness:
-        proxy.trouble += ["lose_request"] * 10
+        proxy.faults += ["lose_request"] * 10
         with pytest.raises(StoreUnavailableError, match="breaks at every commit"):
             create(store)
         assert witness.head() == 0
 
 
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("trouble", ["lose_request", "lose_answer"])
+@pytest.mark.usefixtures("short_retry_timeout")
+@pytest.mark.parametrize("fault", ["lose_request", "lose_answer"])
 def test_the_outcome_cannot_be_read_back(
-    proxy: Proxy, url: str, trouble: str, monkeypatch: pytest.MonkeyPatch
+    proxy: Proxy, url: str, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with open_redis(behind(proxy, url)) as store, open_redis(url) as witness:
         record = create(store)
-        proxy.trouble.append(trouble)
+        proxy.faults.append(fault)
         monkeypatch.setattr(proxy, "_target", ("127.0.0.1", 1))  # nobody gets through again
         with pytest.raises(OutcomeUnknownError, match="cannot be read back"):
             update(store, record)
-        assert witness.head() == (2 if trouble == "lose_answer" else 1)
+        assert witness.head() == (2 if fault == "lose_answer" else 1)
         with pytest.raises(StoreUnavailableError, match="cannot be reached"):
             store.load_snapshot()
 
 
 def test_the_registry_goes_on(proxy: Proxy, url: str) -> None:
     with TaskRegistry.open(behind(proxy, url)) as registry:
-        for number, trouble in enumerate(("lose_answer", "lose_request", "lose_answer")):
-            proxy.trouble.append(trouble)
-            task = registry.create(runtime="cli", task=trouble, run_id=f"run-{number}")
-            proxy.trouble.append(trouble)
+        for number, fault in enumerate(("lose_answer", "lose_request", "lose_answer")):
+            proxy.faults.append(fault)
+            task = registry.create(runtime="cli", task=fault, run_id=f"run-{number}")
+            proxy.faults.append(fault)
             registry.finish(task.task_id, "succeeded")
         assert len(registry.list()) == 3
         assert registry.seq == 6
@@ -140,12 +138,12 @@ def test_a_save_whose_answer_is_lost(url: str) -> None:
         with open_redis(behind(proxy, url)) as store:
             head = play(store).head
             record = make_record()
-            for seq, trouble in enumerate(("lose_answer", "lose_request"), head + 1):
-                proxy.trouble.append(trouble)
+            for seq, fault in enumerate(("lose_answer", "lose_request"), head + 1):
+                proxy.faults.append(fault)
                 store.save_snapshot(Snapshot(seq, {record.task_id: record}))
                 assert store.head() == seq
                 assert store.verify().problems == ()
-            assert proxy.seen == ["lose_answer", "lose_request"]
+            assert proxy.injected == ["lose_answer", "lose_request"]
             client = redis.Redis.from_url(url.partition("?")[0])
             with client:
                 prefix = store._reader.keys.prefix.decode()
@@ -157,7 +155,7 @@ def test_a_save_whose_answer_is_lost(url: str) -> None:
 
 def test_a_server_that_does_not_answer(proxy: Proxy, url: str) -> None:
     with open_redis(behind(proxy, url), timeout_s=0.3) as store, open_redis(url) as witness:
-        proxy.trouble.append("stall")
+        proxy.faults.append("stall")
         started = time.monotonic()
         create(store)
         assert 0.3 <= time.monotonic() - started < 3
@@ -195,13 +193,13 @@ def test_scripts_that_the_server_has_forgotten(url: str, client: redis.Redis) ->
 
 def test_closing_ends_a_wait(make_store: OpenStore) -> None:
     store = make_store()
-    told: list[type[BaseException]] = []
+    raised: list[type[BaseException]] = []
 
     def wait() -> None:
         try:
             store.wait_for(0, 60)
-        except BaseException as error:  # noqa: BLE001 (told to the test)
-            told.append(type(error))
+        except BaseException as error:  # noqa: BLE001 (raised to the test)
+            raised.append(type(error))
 
     thread = threading.Thread(target=wait)
     thread.start()
@@ -210,7 +208,7 @@ def test_closing_ends_a_wait(make_store: OpenStore) -> None:
     store.close()
     thread.join(10)
     assert time.monotonic() - started < 5
-    assert told == [StoreClosedError]
+    assert raised == [StoreClosedError]
 
 
 def test_many_wait_at_once(make_store: OpenStore) -> None:

@@ -29,8 +29,8 @@ ERASE = CompactionPolicy(erase_deleted=True)
 KEYS = ("head", "rows", "facts", "index", "bookings", "journal", "commits", "deleted", "aside_ids")
 
 
-class Door:
-    """The side door: the keys themselves."""
+class RawKeys:
+    """The side keys: the keys themselves."""
 
     def __init__(self, client: redis.Redis, namespace: str) -> None:
         self.client = client
@@ -41,17 +41,17 @@ class Door:
 
 
 @pytest.fixture
-def door(client: redis.Redis, namespace: str) -> Door:
-    return Door(client, namespace)
+def keys(client: redis.Redis, namespace: str) -> RawKeys:
+    return RawKeys(client, namespace)
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "cut", "empty", "another version", "another's"])
-def test_a_damaged_row_is_set_aside(make_store: OpenStore, door: Door, damage: str) -> None:
+def test_a_damaged_row_is_set_aside(make_store: OpenStore, keys: RawKeys, damage: str) -> None:
     """[12] With its bytes, in every answer; its id and revision stay taken; writing mends it."""
     with make_store() as store:
         good = create(store, task_id="good", label="x")
         bad = update(store, create(store, task_id="bad", label="x"))
-        image = door("HGET", "rows", "bad")
+        image = keys("HGET", "rows", "bad")
         assert isinstance(image, bytes)
         newer = image[8:].replace(b'"v":"1.1"', b'"v":"9.0"')
         broken = {
@@ -59,9 +59,9 @@ def test_a_damaged_row_is_set_aside(make_store: OpenStore, door: Door, damage: s
             "cut": image[:40],
             "empty": b"",
             "another version": image_of(newer),
-            "another's": door("HGET", "rows", "good"),
+            "another's": keys("HGET", "rows", "good"),
         }[damage]
-        door("HSET", "rows", "bad", broken)
+        keys("HSET", "rows", "bad", broken)
         loaded = store.load_snapshot()
         assert dict(loaded.records) == {"good": good}
         [item] = loaded.quarantined
@@ -109,19 +109,19 @@ def test_writing_over_what_was_set_aside(make_store: OpenStore, *, removed: bool
         assert store.verify().problems == ()
 
 
-def test_a_damaged_entry_is_set_aside(make_store: OpenStore, door: Door) -> None:
+def test_a_damaged_entry_is_set_aside(make_store: OpenStore, keys: RawKeys) -> None:
     """[12] The journal goes on after it; history and feeds have its bytes."""
     with make_store() as store:
         record = create(store, task_id="task")
         second = update(store, record, label="second")
         third = update(store, second, label="third")
-        [(_, fields)] = door.client.xrange(door.prefix + b"journal", "2-0", "2-0")
+        [(_, fields)] = keys.client.xrange(keys.prefix + b"journal", "2-0", "2-0")
         fields[b"p"] = fields[b"p"].replace(b"second", b"sekond")
-        entries = door.client.xrange(door.prefix + b"journal")
-        door("DEL", "journal")
+        entries = keys.client.xrange(keys.prefix + b"journal")
+        keys("DEL", "journal")
         for name, values in entries:
-            door.client.xadd(
-                door.prefix + b"journal", fields if name == b"2-0" else values, id=name
+            keys.client.xadd(
+                keys.prefix + b"journal", fields if name == b"2-0" else values, id=name
             )
         for found in (store.read_journal(0, 10), store.read_history("task")):
             assert [entry.record for entry in found] == [record, None, third]
@@ -133,11 +133,11 @@ def test_a_damaged_entry_is_set_aside(make_store: OpenStore, door: Door) -> None
 
 
 @pytest.mark.parametrize("seq", [1, 2, 3])
-def test_a_missing_entry(make_store: OpenStore, door: Door, seq: int) -> None:
+def test_a_missing_entry(make_store: OpenStore, keys: RawKeys, seq: int) -> None:
     with make_store() as store:
         record = create(store, task_id="task")
         update(store, update(store, record))
-        door("XDEL", "journal", f"{seq}-0")
+        keys("XDEL", "journal", f"{seq}-0")
         with pytest.raises(CorruptStoreError, match=f"seq {seq} is missing"):
             store.read_journal(0, 10)
         assert any(f"seq {seq} is missing" in problem for problem in store.verify().problems)
@@ -146,11 +146,11 @@ def test_a_missing_entry(make_store: OpenStore, door: Door, seq: int) -> None:
         assert len(store.load_snapshot().records) == 1
 
 
-def test_damaged_facts(make_store: OpenStore, door: Door) -> None:
+def test_damaged_facts(make_store: OpenStore, keys: RawKeys) -> None:
     with make_store() as store:
         record = create(store, task_id="task")
         other = create(store, task_id="other")
-        door("HSET", "facts", "task", "gibberish")
+        keys("HSET", "facts", "task", "gibberish")
         with pytest.raises(CorruptStoreError, match="facts, field 'task'"):
             store.apply([next_of(other), next_of(record)])
         update(store, other)
@@ -159,13 +159,13 @@ def test_damaged_facts(make_store: OpenStore, door: Door) -> None:
 
 
 def test_a_snapshot_with_a_missing_or_damaged_chunk(
-    make_store: OpenStore, door: Door, client: redis.Redis
+    make_store: OpenStore, keys: RawKeys, client: redis.Redis
 ) -> None:
     with make_store() as store:
         play(store)
         seq = store.compact(FOLD).seq
         create(store)
-        [key] = client.keys(door.prefix.replace(b"{", b"\\{") + b"snap:*")
+        [key] = client.keys(keys.prefix.replace(b"{", b"\\{") + b"snap:*")
         chunk = client.hget(key, "0")
         assert isinstance(chunk, bytes)
         for broken, reason in (
@@ -184,85 +184,85 @@ def test_a_snapshot_with_a_missing_or_damaged_chunk(
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_a_key_of_another_type(make_store: OpenStore, door: Door, key: str) -> None:
+def test_a_key_of_another_type(make_store: OpenStore, keys: RawKeys, key: str) -> None:
     """Nothing at all is written then: a script does not take back what it has begun."""
     with make_store() as store:
         record = create(store, run_id="run")
         gone = create(store)
         delete(store, gone)
-        names = [name.removeprefix(door.prefix) for name in _names(door)]
-        door("DEL", key)
-        door("SET", key, "what is this?")
-        before = {name: _dump(door, name) for name in names}
+        names = [name.removeprefix(keys.prefix) for name in _names(keys)]
+        keys("DEL", key)
+        keys("SET", key, "what is this?")
+        before = {name: _dump(keys, name) for name in names}
         with pytest.raises(CorruptStoreError, match="is not what it should be"):
             store.apply([next_of(record), make_put(run_id="other")])
-        assert {name: _dump(door, name) for name in names} == before
+        assert {name: _dump(keys, name) for name in names} == before
 
 
-def _names(door: Door) -> list[bytes]:
-    pattern = door.prefix.replace(b"{", b"\\{") + b"*"
-    return list(door.client.scan_iter(match=pattern, count=1000))
+def _names(keys: RawKeys) -> list[bytes]:
+    pattern = keys.prefix.replace(b"{", b"\\{") + b"*"
+    return list(keys.client.scan_iter(match=pattern, count=1000))
 
 
-def _dump(door: Door, name: bytes) -> object:
-    return door.client.dump(door.prefix + name)
+def _dump(keys: RawKeys, name: bytes) -> object:
+    return keys.client.dump(keys.prefix + name)
 
 
-def test_a_head_that_was_evicted(make_store: OpenStore, door: Door) -> None:
+def test_a_head_that_was_evicted(make_store: OpenStore, keys: RawKeys) -> None:
     """[2] Beginning again at seq 1 would give acknowledged seqs twice."""
     with make_store() as store:
         create(store)
-        door("DEL", "head")
+        keys("DEL", "head")
         with pytest.raises(CorruptStoreError, match="head of the ledger is gone"):
             create(store)
 
 
-def test_another_layout_is_refused(make_store: OpenStore, door: Door) -> None:
+def test_another_layout_is_refused(make_store: OpenStore, keys: RawKeys) -> None:
     with make_store() as store:
         create(store)
-        door("HSET", "head", "format", "2")
+        keys("HSET", "head", "format", "2")
         for call in (lambda: create(store), store.load_snapshot, store.head, make_store):
             with pytest.raises(SchemaMismatchError, match="format 2") as caught:
                 call()
             assert (caught.value.found, caught.value.needed) == ("2", "1")
 
 
-def facts(door: Door) -> bytes:
-    found = door("HGET", "facts", "task")
+def facts(keys: RawKeys) -> bytes:
+    found = keys("HGET", "facts", "task")
     assert isinstance(found, bytes)
     return found
 
 
-BREAKAGES: dict[str, Callable[[Door], object]] = {
-    "a row more": lambda door: door("HSET", "rows", "ghost", "00000000{}"),
-    "a row less": lambda door: door("HDEL", "rows", "task"),
-    "facts less": lambda door: door("HDEL", "facts", "task"),
-    "facts that are wrong": lambda door: door(
+DAMAGES: dict[str, Callable[[RawKeys], object]] = {
+    "a row more": lambda keys: keys("HSET", "rows", "ghost", "00000000{}"),
+    "a row less": lambda keys: keys("HDEL", "rows", "task"),
+    "facts less": lambda keys: keys("HDEL", "facts", "task"),
+    "facts that are wrong": lambda keys: keys(
         "HSET",
         "facts",
         "task",
-        str(door("HGET", "facts", "task"), "utf-8").replace("queued", "lost"),
+        str(keys("HGET", "facts", "task"), "utf-8").replace("queued", "lost"),
     ),
-    "the wrong back pointer": lambda door: door("HSET", "facts", "task", b"1" + facts(door)[1:]),
-    "a member more": lambda door: door("ZADD", "index", 0, "s\0lost\0" + "0" * 16 + "task"),
-    "a member less": lambda door: door("ZPOPMIN", "index"),
-    "a booking more": lambda door: door("HSET", "bookings", "run\0booking", "task"),
-    "a booking less": lambda door: door("DEL", "bookings"),
-    "a deletion more": lambda door: door("ZADD", "deleted", 3, "task"),
-    "a deletion less": lambda door: door("DEL", "deleted"),
-    "a journal that is gone": lambda door: door("DEL", "journal"),
+    "the wrong back pointer": lambda keys: keys("HSET", "facts", "task", b"1" + facts(keys)[1:]),
+    "a member more": lambda keys: keys("ZADD", "index", 0, "s\0lost\0" + "0" * 16 + "task"),
+    "a member less": lambda keys: keys("ZPOPMIN", "index"),
+    "a booking more": lambda keys: keys("HSET", "bookings", "run\0booking", "task"),
+    "a booking less": lambda keys: keys("DEL", "bookings"),
+    "a deletion more": lambda keys: keys("ZADD", "deleted", 3, "task"),
+    "a deletion less": lambda keys: keys("DEL", "deleted"),
+    "a journal that is gone": lambda keys: keys("DEL", "journal"),
 }
 
 
-@pytest.mark.parametrize("breakage", BREAKAGES)
-def test_verify_finds(make_store: OpenStore, door: Door, breakage: str) -> None:
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_verify_finds(make_store: OpenStore, keys: RawKeys, damage: str) -> None:
     with make_store() as store:
         create(store, task_id="gone", run_id="gone")
         store.apply([make_put(task_id="task", run_id="run")])
         update(store, store.load_snapshot().records["task"], error="x")
         delete(store, store.load_snapshot().records["gone"])
         assert store.verify().problems == ()
-        BREAKAGES[breakage](door)
+        DAMAGES[damage](keys)
         assert store.verify().problems != ()
 
 
@@ -270,21 +270,21 @@ def test_verify_finds(make_store: OpenStore, door: Door, breakage: str) -> None:
 @pytest.mark.usefixtures("small_steps")
 def test_verify_beside_writers(make_store: OpenStore, seed: int) -> None:
     """It finds nothing wrong with what is only being changed."""
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     done = threading.Event()
 
     def write(store: RedisStore) -> None:
         while not done.is_set():
             try:
                 records = list(store.load_snapshot().records.values())
-                if records and chance.random() < 0.7:
-                    record = chance.choice(records)
-                    if chance.random() < 0.2:
+                if records and rng.random() < 0.7:
+                    record = rng.choice(records)
+                    if rng.random() < 0.2:
                         delete(store, record)
                     else:
-                        update(store, record, created_at=chance.randrange(9))
+                        update(store, record, created_at=rng.randrange(9))
                 else:
-                    create(store, run_id=f"run-{chance.random()}")
+                    create(store, run_id=f"run-{rng.random()}")
             except ConflictError:
                 continue
 
@@ -302,11 +302,11 @@ def test_verify_beside_writers(make_store: OpenStore, seed: int) -> None:
         assert store.verify().problems == ()
 
 
-def test_what_was_set_aside_does_not_stop_a_registry(url: str, door: Door) -> None:
+def test_what_was_set_aside_does_not_stop_a_registry(url: str, keys: RawKeys) -> None:
     with TaskRegistry.open(url) as registry:
         task = registry.create(runtime="cli", task="bad")
         registry.create(runtime="cli", task="good")
-    door("HSET", "rows", task.task_id, "00000000gibberish")
+    keys("HSET", "rows", task.task_id, "00000000gibberish")
     with TaskRegistry.open(url) as registry:
         assert [each.task for each in registry.list()] == ["good"]
         [aside] = registry.store.report().quarantined

@@ -15,7 +15,7 @@ from taskstore_redis.reading import Reader, Scan
 
 TRIM = CompactionPolicy(force=True, history_entries=0, history_s=0, keep_snapshots=1)
 IDS = [f"task-{n:02}" for n in range(20)]
-QUESTIONS: list[dict[str, Any]] = [
+QUERIES: list[dict[str, Any]] = [
     {},
     {"limit": 3},
     {"limit": 7},
@@ -27,31 +27,31 @@ QUESTIONS: list[dict[str, Any]] = [
 ]
 
 
-class Meddler:
+class ConcurrentWriter:
     """Changes a few things between any two pages, and keeps the books."""
 
     def __init__(self, store: RedisStore, seed: int) -> None:
         self.store = store
-        self.chance = random.Random(seed)
+        self.rng = random.Random(seed)
         self.model = Model()
         self.compacts = False
         for _ in range(15):
-            self.meddle()
+            self.write()
 
-    def meddle(self) -> None:
-        chance, model = self.chance, self.model
+    def write(self) -> None:
+        rng, model = self.rng, self.model
         changes: list[Put | Remove] = []
-        for task_id in chance.sample(IDS, chance.randint(1, 3)):
+        for task_id in rng.sample(IDS, rng.randint(1, 3)):
             record = model.records.get(task_id)
             facts = {
-                "created_at": chance.randrange(8),
-                "label": chance.choice("abc"),
-                "status": chance.choice(["queued", "running", "lost"]),
-                "owner_key": chance.choice(["o0", "o1"]),
-                "child_session_key": chance.choice([None, "s0", "s1"]),
-                "requester_session_key": chance.choice([None, "s0", "s1"]),
+                "created_at": rng.randrange(8),
+                "label": rng.choice("abc"),
+                "status": rng.choice(["queued", "running", "lost"]),
+                "owner_key": rng.choice(["o0", "o1"]),
+                "child_session_key": rng.choice([None, "s0", "s1"]),
+                "requester_session_key": rng.choice([None, "s0", "s1"]),
             }
-            if record is not None and chance.random() < 0.2:
+            if record is not None and rng.random() < 0.2:
                 changes.append(Remove(task_id, record.revision + 1))
             elif record is not None:
                 changes.append(next_of(record, **facts))
@@ -60,31 +60,31 @@ class Meddler:
         if changes:
             self.store.apply(changes)
             model.commit(list(changes))
-        if self.compacts and chance.random() < 0.3:
+        if self.compacts and rng.random() < 0.3:
             kept = dict(model.states)
             model.trim(self.store.compact(TRIM).floor)
             model.states = kept
 
 
 @pytest.fixture
-def meddlers(make_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Make one that goes to work once it is told to, and after each page from then on."""
+def make_reader(make_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make one that goes to work once it is raised to, and after each page from then on."""
     stores: list[Any] = []
 
-    def make(seed: int) -> tuple[RedisStore, Meddler]:
+    def make(seed: int) -> tuple[RedisStore, ConcurrentWriter]:
         reader, writer = make_store(), make_store()
         stores.extend((reader, writer))
-        meddler = Meddler(writer, seed)
+        writer = ConcurrentWriter(writer, seed)
         scan = Reader.scan
 
-        def scan_and_meddle(self: Reader, *rest: Any, **options: Any) -> Scan:
+        def scan_and_write(self: Reader, *rest: Any, **options: Any) -> Scan:
             found = scan(self, *rest, **options)
             if self is reader._reader:
-                meddler.meddle()
+                writer.write()
             return found
 
-        monkeypatch.setattr(Reader, "scan", scan_and_meddle)
-        return reader, meddler
+        monkeypatch.setattr(Reader, "scan", scan_and_write)
+        return reader, writer
 
     yield make
     for store in stores:
@@ -94,16 +94,16 @@ def meddlers(make_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("compacts", [False, True], ids=["", "trimmed"])
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.usefixtures("small_steps")
-def test_a_page_is_what_was_true_at_its_seq(meddlers: Any, seed: int, *, compacts: bool) -> None:
+def test_a_page_is_what_was_true_at_its_seq(make_reader: Any, seed: int, *, compacts: bool) -> None:
     """[5] All of it: which records, which revisions, in which order, and the cursor."""
-    store, meddler = meddlers(seed)
-    meddler.compacts = compacts
-    for asked in QUESTIONS * 2:
+    store, writer = make_reader(seed)
+    writer.compacts = compacts
+    for asked in QUERIES * 2:
         after = None
         for _ in range(3):
             query = TaskQuery(**asked, after=after)
             page = store.query(query)
-            right = evaluate(query, meddler.model.states[page.seq].values(), page.seq)
+            right = evaluate(query, writer.model.states[page.seq].values(), page.seq)
             assert list(page) == list(right), asked
             assert page.next_cursor == right.next_cursor
             after = page.next_cursor
@@ -114,28 +114,28 @@ def test_a_page_is_what_was_true_at_its_seq(meddlers: Any, seed: int, *, compact
 @pytest.mark.parametrize("compacts", [False, True], ids=["", "trimmed"])
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.usefixtures("small_steps")
-def test_a_load_is_what_was_true_at_its_seq(meddlers: Any, seed: int, *, compacts: bool) -> None:
+def test_a_load_is_what_was_true_at_its_seq(make_reader: Any, seed: int, *, compacts: bool) -> None:
     """[5] Head, time and records of one moment, however many pages it took."""
-    store, meddler = meddlers(seed)
-    meddler.compacts = compacts
+    store, writer = make_reader(seed)
+    writer.compacts = compacts
     for _ in range(10):
         loaded = store.load_snapshot()
-        assert dict(loaded.records) == meddler.model.states[loaded.seq]
+        assert dict(loaded.records) == writer.model.states[loaded.seq]
         if not compacts:
-            [last] = meddler.store.read_journal(loaded.seq - 1, 1)
+            [last] = writer.store.read_journal(loaded.seq - 1, 1)
             assert loaded.at == last.at
 
 
 @pytest.mark.usefixtures("small_steps")
-def test_a_save_in_the_middle_of_a_load(meddlers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, meddler = meddlers(1)
+def test_a_save_in_the_middle_of_a_load(make_reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, writer = make_reader(1)
     saved = {f"saved-{n}": make_record(task_id=f"saved-{n}") for n in range(5)}
     pages: list[int] = []
 
     def save_instead() -> None:
         pages.append(1)
         if len(pages) == 2:
-            meddler.store.save_snapshot(Snapshot(meddler.store.head() + 1, saved))
+            writer.store.save_snapshot(Snapshot(writer.store.head() + 1, saved))
 
-    meddler.meddle = save_instead
+    writer.write = save_instead
     assert dict(store.load_snapshot().records) == saved

@@ -14,9 +14,9 @@ from taskstore_redis import open_redis
 
 PROCESSES = 4
 TASKS = 5
-TURNS = 40
+ROUNDS = 40
 
-HAMMER = """
+WRITER = """
 import sys
 from taskstore import TaskRegistry
 
@@ -52,7 +52,7 @@ def test_four_processes_on_five_tasks(url: str) -> None:
         tasks = [registry.create(runtime="cli", task=f"{n}").task_id for n in range(TASKS)]
     writers = [
         subprocess.Popen(
-            [sys.executable, "-c", HAMMER, url, f"writer-{n}", str(TURNS), *tasks],
+            [sys.executable, "-c", WRITER, url, f"writer-{n}", str(ROUNDS), *tasks],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -72,23 +72,23 @@ def test_four_processes_on_five_tasks(url: str) -> None:
     with open_redis(url) as store:
         records = store.load_snapshot().records
         for task in tasks:
-            assert records[task].metadata == {f"writer-{n}": TURNS for n in range(PROCESSES)}
-            assert records[task].revision == 1 + PROCESSES * TURNS
-        assert store.head() == TASKS * (1 + PROCESSES * TURNS)
+            assert records[task].metadata == {f"writer-{n}": ROUNDS for n in range(PROCESSES)}
+            assert records[task].revision == 1 + PROCESSES * ROUNDS
+        assert store.head() == TASKS * (1 + PROCESSES * ROUNDS)
         assert store.verify().problems == ()
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_killed_while_compacting(url: str, seed: int) -> None:
-    """[7] With SIGKILL, again and again: what was told is there, and the next one goes on."""
-    chance = random.Random(seed)
+    """[7] With SIGKILL, again and again: what was raised is there, and the next one goes on."""
+    rng = random.Random(seed)
     for _ in range(4):
         with subprocess.Popen(
             [sys.executable, "-c", COMPACT, url], stdout=subprocess.PIPE, text=True
         ) as writer:
             assert writer.stdout is not None
             assert writer.stdout.readline() == "ready\n"
-            heads = [int(writer.stdout.readline()) for _ in range(chance.randrange(1, 8))]
+            heads = [int(writer.stdout.readline()) for _ in range(rng.randrange(1, 8))]
             writer.kill()
             heads += [int(line) for line in writer.stdout.read().splitlines()]
         with open_redis(url) as store:
@@ -99,6 +99,6 @@ def test_killed_while_compacting(url: str, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_at_any_moment(url: str, seed: int) -> None:
     """[4] The kit's own kill harness, with its compactor always at work."""
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     for _ in range(2):
-        assert kill_round(url, after_s=chance.uniform(0.05, 0.5), seed=seed) == []
+        assert kill_round(url, after_s=rng.uniform(0.05, 0.5), seed=seed) == []

@@ -155,7 +155,7 @@ def test_the_ledger_survives_the_servers_death(start_server: StartServer) -> Non
 
 
 def test_a_server_that_lost_commits(start_server: StartServer) -> None:
-    """[2] Its seqs come again: who has seen them is told, and a registry loads anew."""
+    """[2] Its seqs come again: who has seen them is raised, and a registry loads anew."""
     server = start_server("--save", "", "--appendonly", "no")
     restored: list[int] = []
 

@@ -1,9 +1,8 @@
 """The registry for asyncio: the same verbs, awaitable.
 
-Nothing here waits for a store on the event loop's thread.  Changes go to a
-writer thread, so that coroutines share commits as threads do, and the loop is
-woken once for all that were committed together.  Lookups come from memory
-and stay synchronous.
+The event loop's thread never waits for a store.  A writer thread commits the
+changes, so that coroutines share commits as threads do, and wakes the loop once
+per group of commits.  Lookups read memory and are synchronous.
 """
 
 from __future__ import annotations
@@ -48,21 +47,21 @@ P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R", bound="AsyncTaskRegistry")
 
-LOOK_S = 2.0
-"""How often a follower that hears nothing looks at the journal itself, in seconds."""
+POLL_INTERVAL_S = 2.0
+"""How often ``changes()`` reads the journal without a reported commit, in seconds."""
 
 _batches: ContextVar[Mapping[int, Batch]] = ContextVar("taskstore-batches")
-"""The batches that the current asyncio task is in, by the id of their registry."""
+"""The batches of the current asyncio task, by the id of their registry."""
 
 
-def _awaited(
+def _async_verb(
     verb: Callable[Concatenate[OperationFactory, P], Operation[T]],
 ) -> Callable[Concatenate[AsyncTaskRegistry, P], Coroutine[Any, Any, T]]:
-    """The same verb, to be awaited: then it checks its arguments and has its operation done."""
+    """The same verb as a coroutine function, which commits the operation."""
 
     @functools.wraps(verb)
     async def call(self: AsyncTaskRegistry, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await self._commit(verb(self._planner, *args, **kwargs))
+        return await self._commit(verb(self._factory, *args, **kwargs))
 
     return call
 
@@ -71,29 +70,29 @@ class AsyncTaskRegistry(LedgerReader):
     """A :class:`taskstore.TaskRegistry` for one event loop.
 
     ``async with AsyncTaskRegistry.open(url) as registry:``.  Verbs are
-    awaited; lookups (``get``, ``find``, ``list``, …) are not.  A cancelled
-    wait leaves its change fully done or not done.  Hooks are called in order,
-    in threads other than the loop's, and before the verb returns whose event
-    they are called with, unless they are at an earlier one just then.
+    awaited; lookups (``get``, ``find``, ``list``, …) are not.  After a
+    cancelled wait, the change is committed completely or not at all.  Hooks are
+    called in order, in threads other than the loop's.  A verb returns after the
+    hooks were called with its event, unless an earlier event is being delivered.
     """
 
     def __init__(
         self, store: TaskRegistryStore, *, hooks: Iterable[Hook] = (), clock: Clock | None = None
     ) -> None:
-        """Made over a store that is yours to close, it is loaded by ``async with``.
+        """A registry over a store that the caller closes; ``async with`` loads it.
 
-        :meth:`open` and :meth:`over` do that at once.
+        :meth:`open` and :meth:`over` return a loaded registry.
         """
         if clock is not None:
             store.clock = clock
-        super().__init__(store, Hooks(hooks, interrupts=False))
-        self._planner = OperationFactory(self._now)
+        super().__init__(store, Hooks(hooks, raise_interrupts=False))
+        self._factory = OperationFactory(self._now)
         self._loop = asyncio.get_running_loop()
-        self._settled: deque[asyncio.Future[None]] = deque()
-        self._woken = False
+        self._done: deque[asyncio.Future[None]] = deque()
+        self._wake_scheduled = False
         self._delivering = False
         self._closing: asyncio.Future[None] | None = None
-        # Apart from each other: those who wait for news hold up nobody else.
+        # Separate pools: waits for commits and hooks do not block other calls.
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="taskstore-aio")
         self._commit_waiter = CommitWaiter(self._loop)
         self._hook_thread = ThreadPoolExecutor(1, thread_name_prefix="taskstore-hooks")
@@ -109,10 +108,10 @@ class AsyncTaskRegistry(LedgerReader):
         read_only: bool = False,
         clock: Clock | None = None,
         **options: Any,
-    ) -> Opening[Self]:
+    ) -> RegistryOpener[Self]:
         """Open the ledger at a URL and load it: see :meth:`taskstore.TaskRegistry.open`.
 
-        To be awaited, or entered with ``async with``, which closes it at the end.
+        ``await`` the result, or use it in an ``async with``, which also closes it.
         """
         make_store = functools.partial(
             open_store,
@@ -122,7 +121,7 @@ class AsyncTaskRegistry(LedgerReader):
             read_only=read_only,
             **options,
         )
-        return Opening(cls._open(make_store, hooks, clock))
+        return RegistryOpener(cls._open(make_store, hooks, clock))
 
     @classmethod
     async def _open(
@@ -135,8 +134,8 @@ class AsyncTaskRegistry(LedgerReader):
         try:
             store = await asyncio.shield(opening)
         except asyncio.CancelledError:
-            # The thread goes on, and nobody else would close what it opens.
-            opening.add_done_callback(_close_unwanted)
+            # The thread continues: the store that it opens must be closed.
+            opening.add_done_callback(_close_abandoned)
             raise
         try:
             registry = await cls.over(store, hooks=hooks, clock=clock)
@@ -149,9 +148,9 @@ class AsyncTaskRegistry(LedgerReader):
     @classmethod
     def over(
         cls, store: TaskRegistryStore, *, hooks: Iterable[Hook] = (), clock: Clock | None = None
-    ) -> Opening[Self]:
-        """Make a registry over a store and load it; closing the store is left to you."""
-        return Opening(cls._over(store, hooks, clock))
+    ) -> RegistryOpener[Self]:
+        """Make a registry over a store and load it; the caller closes the store."""
+        return RegistryOpener(cls._over(store, hooks, clock))
 
     @classmethod
     async def _over(
@@ -163,22 +162,22 @@ class AsyncTaskRegistry(LedgerReader):
 
     # -- creating and changing ------------------------------------------------
 
-    create = _awaited(OperationFactory.create)
-    mark_running = _awaited(OperationFactory.mark_running)
-    record_progress = _awaited(OperationFactory.record_progress)
-    finish = _awaited(OperationFactory.finish)
-    mark_lost = _awaited(OperationFactory.mark_lost)
-    recover = _awaited(OperationFactory.recover)
-    cancel = _awaited(OperationFactory.cancel)
-    set_delivery_status = _awaited(OperationFactory.set_delivery_status)
-    set_notify_policy = _awaited(OperationFactory.set_notify_policy)
-    set_cleanup_after = _awaited(OperationFactory.set_cleanup_after)
-    link_flow = _awaited(OperationFactory.link_flow)
-    update_metadata = _awaited(OperationFactory.update_metadata)
-    delete = _awaited(OperationFactory.delete)
-    take_lease = _awaited(OperationFactory.take_lease)
-    renew_lease = _awaited(OperationFactory.renew_lease)
-    release_lease = _awaited(OperationFactory.release_lease)
+    create = _async_verb(OperationFactory.create)
+    mark_running = _async_verb(OperationFactory.mark_running)
+    record_progress = _async_verb(OperationFactory.record_progress)
+    finish = _async_verb(OperationFactory.finish)
+    mark_lost = _async_verb(OperationFactory.mark_lost)
+    recover = _async_verb(OperationFactory.recover)
+    cancel = _async_verb(OperationFactory.cancel)
+    set_delivery_status = _async_verb(OperationFactory.set_delivery_status)
+    set_notify_policy = _async_verb(OperationFactory.set_notify_policy)
+    set_cleanup_after = _async_verb(OperationFactory.set_cleanup_after)
+    link_flow = _async_verb(OperationFactory.link_flow)
+    update_metadata = _async_verb(OperationFactory.update_metadata)
+    delete = _async_verb(OperationFactory.delete)
+    take_lease = _async_verb(OperationFactory.take_lease)
+    renew_lease = _async_verb(OperationFactory.renew_lease)
+    release_lease = _async_verb(OperationFactory.release_lease)
 
     def run(
         self, run_id: str, *, runtime: str | None = None, session_key: str | None = None
@@ -190,8 +189,8 @@ class AsyncTaskRegistry(LedgerReader):
     async def batch(self) -> AsyncIterator[Self]:
         """Make all changes in the ``async with`` body one commit: all or nothing.
 
-        For the current asyncio task, and those that it starts in the body,
-        until the body ends.  Otherwise as :meth:`taskstore.TaskRegistry.batch`.
+        A batch belongs to the current asyncio task, and to the tasks that it starts in
+        the body, until the body ends.  Otherwise as :meth:`taskstore.TaskRegistry.batch`.
         """
         outer = self._batch
         batch = self._new_batch(outer)
@@ -209,7 +208,7 @@ class AsyncTaskRegistry(LedgerReader):
     # -- the journal ------------------------------------------------------------
 
     async def refresh(self) -> int:
-        """Bring in what other processes committed; returns the last seq mirrored."""
+        """Apply the commits of other processes to memory; returns its last seq."""
         self._check_open()
         await self._in_thread(self._committer.refresh)
         return self._cache.seq
@@ -219,29 +218,29 @@ class AsyncTaskRegistry(LedgerReader):
     ) -> AsyncIterator[JournalEntry]:
         """Iterate the journal entries after a seq, or an entry's ``cursor``, and end.
 
-        With ``wait`` it goes on until none has come for so many seconds.
+        With ``wait`` it ends when no entry has come for this many seconds.
         Errors as in :meth:`taskstore.TaskRegistry.changes`, at the first step.
         """
         self._check_open()
         journal = history.journal_of(self._store, "changes")
-        tail = history.Tail(journal, self._cursor(after))
+        reader = history.JournalReader(journal, self._cursor(after))
         if wait is not None:
-            check_seconds("wait", wait, 0, history.LONGEST_S)
+            check_seconds("wait", wait, 0, history.MAX_WAIT_S)
         deadline = self._loop.time() + (wait or 0)
         while True:
             self._check_open()
-            while entries := await self._in_thread(tail.page):
+            while entries := await self._in_thread(reader.next_page):
                 for entry in entries:
                     yield entry
                     self._check_open()
                 deadline = self._loop.time() + (wait or 0)
             left = max(0.0, deadline - self._loop.time())
-            # Now and then it looks whether it is still the same journal.
+            # Each poll interval, it checks that the journal has the same history.
             if wait is None or (
                 not await self._commit_waiter.wait_for(
-                    journal, tail.position.seq, min(left, LOOK_S)
+                    journal, reader.position.seq, min(left, POLL_INTERVAL_S)
                 )
-                and left <= LOOK_S
+                and left <= POLL_INTERVAL_S
             ):
                 return
 
@@ -257,28 +256,28 @@ class AsyncTaskRegistry(LedgerReader):
         return await self._in_thread(history.as_of, self._store, moment)
 
     def follow(self) -> AsyncFollower:
-        """Keep up with other processes: see :meth:`taskstore.TaskRegistry.follow`.
+        """Start a follower: see :meth:`taskstore.TaskRegistry.follow`.
 
-        Hooks hear of what others commit in the thread that follows.  Use it in
-        an ``async with``, or ``stop()`` it, which does not wait for the thread.
+        Its thread calls the hooks for commits of other processes.  End it with an
+        ``async with``, or with ``stop()``, which does not wait for the thread.
         """
-        return self._follow(AsyncFollower)
+        return self._start_follower(AsyncFollower)
 
-    # -- the end ------------------------------------------------------------------
+    # -- closing ------------------------------------------------------------------
 
     async def close(self) -> None:
-        """Commit what is under way, then close the registry, and the store if
-        :meth:`open` made it.  Twice is fine; cancelled, it goes on in the background."""
+        """Commit changes in progress, then close the registry, and the store if :meth:`open`
+        made it.  May be repeated; if cancelled, it continues in the background."""
         if self._closing is None:
             self._closed = True
             closed = StoreClosedError(f"the registry over {self._store.location} is closed")
             self._commit_waiter.close(closed)
-            # In one call, in a thread: nothing can cancel half of it.
-            self._closing = self._loop.run_in_executor(self._threads, self._finish)
-            self._closing.add_done_callback(self._dismiss)
+            # One call in a thread, so that a cancellation cannot interrupt it.
+            self._closing = self._loop.run_in_executor(self._threads, self._shut_down)
+            self._closing.add_done_callback(self._stop_threads)
         await asyncio.shield(self._closing)
 
-    def _dismiss(self, _: object) -> None:
+    def _stop_threads(self, _: object) -> None:
         self._threads.shutdown(wait=False)
         self._hook_thread.shutdown(wait=False)
 
@@ -293,78 +292,78 @@ class AsyncTaskRegistry(LedgerReader):
     def __repr__(self) -> str:
         return f"<AsyncTaskRegistry {self._store.location} at seq {self._cache.seq}>"
 
-    # -- within -------------------------------------------------------------------
+    # -- internal -----------------------------------------------------------------
 
     @property
     def _batch(self) -> Batch | None:
-        """The batch that the current asyncio task is in."""
+        """The open batch of the current asyncio task."""
         batch = _batches.get({}).get(id(self))
         return None if batch is None or batch.closed else batch
 
     def _reload(self) -> None:
-        """Leave it to the next change: a lookup does not wait for the store."""
+        """Do nothing: a lookup does not wait for the store.  The next change reloads."""
 
-    def _records(self) -> Lookups:
+    def _lookups(self) -> Lookups:
         batch = self._batch
         return self._cache if batch is None else batch.staging
 
     async def _commit(self, operation: Operation[T], /) -> T:
-        """Have an operation committed by the writer thread."""
+        """Commit an operation in the writer thread, or add it to the batch of this task."""
         self._check_open()
         batch = self._batch
         if batch is not None:
             with self._cache.lock:
                 return batch.add(operation)
         if asyncio.get_running_loop() is not self._loop:
-            # Said before anything is committed: nobody here could wait for that.
+            # Raised before the commit: this loop could not wait for its end.
             raise TaskStoreError(
                 f"the registry over {self._store.location} belongs to another event loop",
                 hint="open one in each event loop",
             )
-        settled: asyncio.Future[None] = self._loop.create_future()
-        ticket = self._committer.post(operation, functools.partial(self._note, settled))
+        done: asyncio.Future[None] = self._loop.create_future()
+        request = self._committer.submit(operation, functools.partial(self._notify_done, done))
         try:
-            await settled
+            await done
         except asyncio.CancelledError:
-            ticket.withdraw()
+            request.withdraw()
             raise
-        return ticket.outcome()
+        return request.outcome()
 
     async def _commit_run(
-        self, run: TaskRun, plan: Callable[[], TaskOperation]
+        self, run: TaskRun, make_operation: Callable[[], TaskOperation]
     ) -> list[TaskRecord]:
-        return await self._commit(ChangeRun(run, plan()))
+        return await self._commit(ChangeRun(run, make_operation()))
 
-    def _note(self, settled: asyncio.Future[None]) -> None:
-        """Wake the loop, once for all that is settled until it looks.  In the writer thread."""
-        self._settled.append(settled)
-        if not self._woken:
-            self._woken = True
-            # A loop that is closed has nobody left who waits.
+    def _notify_done(self, done: asyncio.Future[None]) -> None:
+        """Wake the loop, once per group of ended requests.  Called in the writer thread."""
+        self._done.append(done)
+        if not self._wake_scheduled:
+            self._wake_scheduled = True
+            # A closed loop has no waiting coroutines.
             with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._look)
+                self._loop.call_soon_threadsafe(self._process_done)
 
-    def _look(self) -> None:
-        """Let everybody go on whose change is settled, after the hooks have heard of it."""
-        self._woken = False
-        settled = []
-        while self._settled:
-            settled.append(self._settled.popleft())
+    def _process_done(self) -> None:
+        """Resume the coroutines whose request is done, after the delivery of its events."""
+        self._wake_scheduled = False
+        done = []
+        while self._done:
+            done.append(self._done.popleft())
         if not self._hooks.events or self._delivering:
-            _release(settled)
+            _resolve(done)
             return
-        self._deliver(settled)
+        self._deliver_events(done)
 
-    def _deliver(self, settled: Sequence[asyncio.Future[None]]) -> None:
-        """Let the hooks hear of everything, then let go on who waited for that."""
+    def _deliver_events(self, done: Sequence[asyncio.Future[None]]) -> None:
+        """Deliver all events in the hook thread, then resume the coroutines of ``done``."""
         self._delivering = True
 
         def delivered(_: object) -> None:
             self._delivering = False
-            _release(settled)
-            # What came while nobody looked would have to wait for the next change.
+            _resolve(done)
+            # Events queued since then must not wait for the next change.
             if self._hooks.events and not self._closed:
-                self._deliver(())
+                self._deliver_events(())
 
         self._loop.run_in_executor(self._hook_thread, self._hooks.deliver).add_done_callback(
             delivered
@@ -375,36 +374,36 @@ class AsyncTaskRegistry(LedgerReader):
         return await self._loop.run_in_executor(threads, functools.partial(call, *args, **kwargs))
 
 
-def _release(settled: Iterable[asyncio.Future[None]]) -> None:
-    for future in settled:
+def _resolve(done: Iterable[asyncio.Future[None]]) -> None:
+    for future in done:
         if not future.done():
             future.set_result(None)
 
 
-def _close_unwanted(opening: asyncio.Future[TaskRegistryStore]) -> None:
-    """Close what was opened after nobody waited for it any more, off the event loop's thread."""
+def _close_abandoned(opening: asyncio.Future[TaskRegistryStore]) -> None:
+    """Close a store whose opener was cancelled, off the event loop's thread."""
     if not opening.cancelled() and opening.exception() is None:
         threading.Thread(target=opening.result().close, name="taskstore-closing").start()
 
 
 class AsyncFollower(Follower):
-    """A follower that does not hold up the event loop: ``async with`` waits for its thread,
+    """A follower that does not block the event loop: ``async with`` waits for its thread,
     ``stop()`` does not."""
 
     def stop(self) -> None:
-        """Follow no longer; the thread ends by itself.  Twice is fine, and so is from a hook."""
-        self.ask_to_stop()
+        """Ask the thread to end.  May be repeated, and called in a hook."""
+        self.request_stop()
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self.ask_to_stop()
+        self.request_stop()
         await asyncio.to_thread(self.wait)
 
 
-class Opening(Coroutine[Any, Any, R], AbstractAsyncContextManager[R]):
-    """What is being opened: ``await`` it, or let ``async with`` do so, which closes it too."""
+class RegistryOpener(Coroutine[Any, Any, R], AbstractAsyncContextManager[R]):
+    """The opening of a registry: ``await`` it, or use ``async with``, which also closes it."""
 
     def __init__(self, opening: Coroutine[Any, Any, R]) -> None:
         self._opening = opening
@@ -421,82 +420,82 @@ class Opening(Coroutine[Any, Any, R], AbstractAsyncContextManager[R]):
         return self._opening.throw(*error)
 
     def close(self) -> None:
-        """As for any coroutine: give up."""
+        """As for any coroutine."""
         self._opening.close()
 
     async def __aenter__(self) -> R:
-        self._opened = await self._opening
-        return self._opened
+        self._registry = await self._opening
+        return self._registry
 
     async def __aexit__(self, *_: object) -> None:
-        await self._opened.close()
+        await self._registry.close()
 
 
 class CommitWaiter:
     """The coroutines of one event loop that wait for commits of one journal.
 
-    While there are any, a thread waits for the next commit, a slice at a time.
+    While a coroutine waits, a thread waits for the next commit, a slice at a time.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="taskstore-news")
-        self._waiting: dict[asyncio.Future[None], int] = {}
-        self._runner: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="taskstore-commit-waiter")
+        self._waiters: dict[asyncio.Future[None], int] = {}
+        self._poller: asyncio.Task[None] | None = None
         self._head = 0
         self._closed: Exception | None = None
 
     async def wait_for(self, journal: SupportsJournal, after: int, seconds: float) -> bool:
-        """Wait until the head exceeds ``after``, at most so long; whether it does."""
+        """Wait until the head exceeds ``after``, at most ``seconds``; returns whether it does."""
         if self._closed is not None:
             raise self._closed
-        if self._runner is None:
+        if self._poller is None:
             self._head = 0
-            self._runner = self._loop.create_task(self._run(journal))
+            self._poller = self._loop.create_task(self._poll(journal))
         elif self._head > after:
             return True
-        news: asyncio.Future[None] = self._loop.create_future()
-        self._waiting[news] = after
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        self._waiters[waiter] = after
         try:
-            await asyncio.wait([news], timeout=seconds)
+            await asyncio.wait([waiter], timeout=seconds)
         finally:
-            del self._waiting[news]
-        if not news.done():
+            del self._waiters[waiter]
+        if not waiter.done():
             return False
-        news.result()
+        waiter.result()
         return True
 
     def close(self, error: Exception) -> None:
-        """End each wait, also later ones, with ``error``."""
+        """End each wait, also a later one, with ``error``."""
         self._closed = error
         self._fail(error)
         self._thread.shutdown(wait=False)
 
-    async def _run(self, journal: SupportsJournal) -> None:
+    async def _poll(self, journal: SupportsJournal) -> None:
         try:
-            while self._waiting:
-                # A coroutine that comes while the thread waits has read no further than
-                # this head, or is woken by the commit that it lacks.
+            while self._waiters:
+                # A coroutine that starts to wait during this call returns at once if its
+                # seq is below this head; otherwise a later head wakes it.
                 self._head = await self._loop.run_in_executor(
                     self._thread, _next_head, journal, self._head
                 )
-                for news, after in self._waiting.items():
-                    if self._head > after and not news.done():
-                        news.set_result(None)
-        except Exception as error:  # noqa: BLE001 - raised by each coroutine that waits
+                for waiter, after in self._waiters.items():
+                    if self._head > after and not waiter.done():
+                        waiter.set_result(None)
+        except Exception as error:  # noqa: BLE001 - raised by each waiting coroutine
             self._fail(error)
         finally:
-            self._runner = None
-            for news in self._waiting:
-                news.cancel()
+            self._poller = None
+            for waiter in self._waiters:
+                waiter.cancel()
 
     def _fail(self, error: Exception) -> None:
-        for news in self._waiting:
-            if not news.done():
-                news.set_exception(error)
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_exception(error)
 
 
 def _next_head(journal: SupportsJournal, head: int) -> int:
-    """The head once it exceeds ``head``, or after a slice."""
+    """The head, as soon as it exceeds ``head``, or after a slice."""
     journal.wait_for(head, history.WAIT_SLICE_S)
     return journal.head()

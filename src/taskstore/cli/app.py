@@ -1,4 +1,4 @@
-"""The application: its commands, and what becomes of errors."""
+"""The command-line application: its commands, error output and exit statuses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 
 from taskstore.cli import change, db, demo, maintain, read, run
 from taskstore.cli.ledger import URL_VARIABLE, Misuse
-from taskstore.cli.render import note
+from taskstore.cli.render import print_note
 from taskstore.errors import (
     BackendNotFoundError,
     CursorExpiredError,
@@ -27,23 +27,24 @@ from taskstore.errors import (
 from taskstore.store.opening import redacted
 
 OK, FAILED, USAGE, ERROR = 0, 1, 2, 3
-"""Exit statuses: fine; what was asked for is not so; wrong usage; store trouble."""
+"""Exit statuses: success; a failed check or request; wrong usage; a store error."""
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 DEBUG_VARIABLE = "TASKSTORE_DEBUG"
-"""Set to anything, this environment variable lets unexpected errors show their traceback."""
+"""If this environment variable is set, an unexpected error prints its traceback."""
 
 app = typer.Typer(
     name="taskstore",
-    help="The durable ledger of background work: record it, ask about it, look after it.",
-    epilog="Exit status: 0 fine, 1 what was asked for is not so, 2 wrong usage, 3 store trouble. "
+    help="A durable ledger of background tasks: record, query and maintain it.",
+    epilog="Exit status: 0 success, 1 a failed check or request, 2 wrong usage, 3 a store error. "
     "`run` exits with the status of its command.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RECORD, ASK, CHANGE, CARE = "Record work", "Ask", "Change records", "Look after the ledger"
+RECORD, QUERY, CHANGE, MAINTAIN = "Record", "Query", "Change", "Maintain"
+"""The panels of the help text."""
 
 app.command(
     "run",
@@ -52,19 +53,19 @@ app.command(
     context_settings={"allow_interspersed_args": False},
 )(run.run)
 app.command("demo", rich_help_panel=RECORD)(demo.demo)
-app.command("list", rich_help_panel=ASK)(read.list_tasks)
-app.command("show", rich_help_panel=ASK)(read.show)
-app.command("log", rich_help_panel=ASK)(read.log)
-app.command("summary", rich_help_panel=ASK)(read.summary)
-app.command("changes", rich_help_panel=ASK)(read.changes)
+app.command("list", rich_help_panel=QUERY)(read.list_tasks)
+app.command("show", rich_help_panel=QUERY)(read.show)
+app.command("log", rich_help_panel=QUERY)(read.log)
+app.command("summary", rich_help_panel=QUERY)(read.summary)
+app.command("changes", rich_help_panel=QUERY)(read.changes)
 app.command("cancel", rich_help_panel=CHANGE)(change.cancel)
 app.command("notify", rich_help_panel=CHANGE)(change.notify)
 app.command("delete", rich_help_panel=CHANGE)(change.delete)
-app.command("compact", rich_help_panel=CARE)(maintain.compact)
-app.command("verify", rich_help_panel=CARE)(maintain.verify)
-app.command("backends", rich_help_panel=CARE)(maintain.backends)
-app.command("contract", rich_help_panel=CARE)(maintain.contract)
-app.add_typer(db.app, name="db", rich_help_panel=CARE)
+app.command("compact", rich_help_panel=MAINTAIN)(maintain.compact)
+app.command("verify", rich_help_panel=MAINTAIN)(maintain.verify)
+app.command("backends", rich_help_panel=MAINTAIN)(maintain.backends)
+app.command("contract", rich_help_panel=MAINTAIN)(maintain.contract)
+app.add_typer(db.app, name="db", rich_help_panel=MAINTAIN)
 
 
 def _print_version(wanted: bool) -> None:
@@ -85,7 +86,7 @@ def options(
             "--url",
             metavar="URL",
             envvar=URL_VARIABLE,
-            help="The ledger; may also stand after the command.",
+            help="The ledger; the option may also follow the command.",
             show_default=False,
         ),
     ] = None,
@@ -103,9 +104,9 @@ def options(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line on ``argv`` (default: the process's); returns the exit status."""
+    """Run the command line ``argv`` (default: ``sys.argv``); return the exit status."""
     _prepare_streams()
-    # What a store logs for its host it also reports; here that is told once.
+    # A store's notices are printed from its report, so their log output is dropped.
     if not (logger := logging.getLogger("taskstore")).handlers:
         logger.addHandler(logging.NullHandler())
     try:
@@ -114,14 +115,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Nobody reads any more; without this Python complains at exit.
+        # The reader closed the pipe.  Without this, Python prints an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     return status
 
 
 def _invoke(arguments: list[str]) -> int:
-    """Run one command; every error becomes a line and a status."""
+    """Run one command; return its exit status, and print an error on one line."""
     try:
         command = typer.main.get_command(app)
         with command.make_context("taskstore", arguments) as ctx:
@@ -133,30 +134,30 @@ def _invoke(arguments: list[str]) -> int:
     except BrokenPipeError:
         raise
     except TaskStoreError as error:
-        complain(str(error))
-        return status_of(error)
+        print_error(str(error))
+        return exit_status_of(error)
     except OSError as error:
         where = "" if error.filename is None else f": {error.filename}"
-        complain(f"{error.strerror or error}{where}")
+        print_error(f"{error.strerror or error}{where}")
         return ERROR
     except Exception as error:
-        # Which library the exceptions of usage come from depends on Typer's version.
+        # The module of the usage errors depends on Typer's version.
         if hasattr(error, "format_message"):
-            if message := error.format_message():  # otherwise the help was shown instead
+            if message := error.format_message():  # empty if the help was printed instead
                 context = getattr(error, "ctx", None)
                 path = "taskstore" if context is None else context.command_path
-                complain(f"{message.rstrip('.')} (see {path} --help)")
+                print_error(f"{message.rstrip('.')} (see {path} --help)")
             return USAGE
         if DEBUG_VARIABLE in os.environ:
             raise
-        report = f"please report it; {DEBUG_VARIABLE}=1 shows where it comes from"
-        complain(f"unexpected {type(error).__name__}: {error} ({report})")
+        report = f"please report it; {DEBUG_VARIABLE}=1 prints the traceback"
+        print_error(f"unexpected {type(error).__name__}: {error} ({report})")
         return ERROR
     return status if isinstance(status, int) else OK
 
 
-def status_of(error: TaskStoreError) -> int:
-    """The exit status that an error of the store stands for."""
+def exit_status_of(error: TaskStoreError) -> int:
+    """The exit status for an error of the store."""
     if isinstance(error, TaskNotFound | InvalidTransition | CursorExpiredError):
         return FAILED
     if isinstance(error, Misuse | ValidationError | BackendNotFoundError | UnsupportedError):
@@ -164,17 +165,17 @@ def status_of(error: TaskStoreError) -> int:
     return ERROR
 
 
-def complain(text: str) -> None:
-    """Say on standard error, in one line, what is wrong and what to do."""
+def print_error(text: str) -> None:
+    """Print an error and its hint on standard error, in one line."""
     with contextlib.suppress(OSError):
-        note(redacted(text))
+        print_note(redacted(text))
 
 
 def _prepare_streams() -> None:
-    """Make sure that 0, 1 and 2 are open and take any character.
+    """Open the file descriptors 0, 1 and 2 if they are closed, and accept any character.
 
-    Were one of them closed, the next file opened (the database, say) would
-    become it, and what is printed would be written there.
+    If one of them were closed, the next opened file (for example the database) would
+    get its number, and output would be written into that file.
     """
     for number in range(3):
         try:

@@ -25,39 +25,39 @@ from taskstore.stores.common.retry import Backoff
 
 _T = TypeVar("_T")
 
-ATTEMPTS = 20
-"""How often a change is tried while other writers are faster."""
+MAX_ATTEMPTS = 20
+"""How often a change is attempted when it conflicts with other writers."""
 
 
 def cancel(
     ctx: typer.Context,
     token: Token,
     *,
-    reason: Annotated[str | None, typer.Option(help="Kept as the task's error.")] = None,
+    reason: Annotated[str | None, typer.Option(help="Stored as the task's error.")] = None,
     url: Url = None,
 ) -> None:
-    """Record a task as cancelled. That stops nothing by itself: who runs it has to look."""
+    """Record a task as cancelled. No process is stopped: its runner must check the record."""
     with ledger.open_existing(url_of(ctx, url)) as store:
-        task_id = only(store, token, status=ACTIVE_STATUSES).task_id
+        task_id = find_one(store, token, status=ACTIVE_STATUSES).task_id
         record = change(store, task_id, lifecycle.cancel(reason))
-    render.print_line(f"cancelled {render.visible(record.task_id)}")
-    process = _process_of(record)
+    render.print_line(f"cancelled {render.escape_controls(record.task_id)}")
+    process = _process_hint(record)
     if process is not None:
-        render.note(f"its process was not stopped by this: {process}")
+        render.print_note(f"this command did not stop the task's process: {process}")
 
 
 def notify(
     ctx: typer.Context,
     token: Token,
-    policy: Annotated[NotifyPolicy, typer.Argument(help="What the owner wants to hear of.")],
+    policy: Annotated[NotifyPolicy, typer.Argument(help="When to notify the owner.")],
     *,
     url: Url = None,
 ) -> None:
-    """Set what a task's owner wants to hear of."""
+    """Set when a task's owner is notified."""
     with ledger.open_existing(url_of(ctx, url)) as store:
-        task_id = only(store, token).task_id
+        task_id = find_one(store, token).task_id
         record = change(store, task_id, lifecycle.notify(policy))
-    render.print_line(f"{render.visible(record.task_id)} notifies {record.notify_policy}")
+    render.print_line(f"{render.escape_controls(record.task_id)} notifies {record.notify_policy}")
 
 
 def delete(
@@ -67,13 +67,13 @@ def delete(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     url: Url = None,
 ) -> None:
-    """Delete a task's record. Its text stays in the journal until compaction passes it."""
+    """Delete a task's record. Its text stays in the journal until compaction trims it."""
     with ledger.open_existing(url_of(ctx, url)) as store:
-        record = only(store, token)
+        record = find_one(store, token)
         if not yes:
-            confirm(f"Delete {record.task_id} ({record.status}: {render.what(record)})?")
+            confirm(f"Delete {record.task_id} ({record.status}: {render.title_of(record)})?")
         remove(store, record.task_id)
-    render.print_line(f"deleted {render.visible(record.task_id)}")
+    render.print_line(f"deleted {render.escape_controls(record.task_id)}")
 
 
 def change(
@@ -83,10 +83,10 @@ def change(
     *,
     known: TaskRecord | None = None,
 ) -> TaskRecord:
-    """Run a pure function over one record and store what comes out.
+    """Apply a pure function to one record, store the result and return it.
 
-    ``known`` is the record as last seen: with it nothing is read first.
-    When another writer was faster the function runs again on the fresh record.
+    ``known`` is the last known record; it saves the first read.  After a conflict
+    with another writer, the function runs again on the current record.
     """
 
     def attempt() -> TaskRecord:
@@ -94,57 +94,59 @@ def change(
         record, known = known or ledger.get(store, task_id), None
         after = mutation(record, store.clock())
         if after is not record:
-            # One revision, however many steps of the lifecycle the function takes.
+            # The function may take several lifecycle steps; the store takes one revision.
             after = replace(after, revision=record.revision + 1)
             store.apply([Put(after)])
         return after
 
-    return _until_no_conflict(attempt)
+    return _retry_conflicts(attempt)
 
 
 def remove(store: TaskRegistryStore, task_id: str) -> None:
-    """Delete the record of a task, whatever revision it has come to."""
-    _until_no_conflict(
+    """Delete the record of a task at its current revision."""
+    _retry_conflicts(
         lambda: store.apply([Remove(task_id, ledger.get(store, task_id).revision + 1)])
     )
 
 
-def _until_no_conflict(attempt: Callable[[], _T]) -> _T:
-    """Do it again while other writers are faster, after a few milliseconds."""
+def _retry_conflicts(attempt: Callable[[], _T]) -> _T:
+    """Retry after conflicts with other writers, with a backoff of milliseconds."""
     backoff = Backoff(0.002, 0.05)
-    for _ in range(1, ATTEMPTS):
+    for _ in range(1, MAX_ATTEMPTS):
         with suppress(ConflictError):
             return attempt()
         backoff.sleep()
     return attempt()
 
 
-def only(store: TaskRegistryStore, token: str, **preferred: Any) -> TaskRecord:
-    """The one task that a token names; of several, the only one with the preferred fields.
+def find_one(store: TaskRegistryStore, token: str, **preferred: Any) -> TaskRecord:
+    """Return the one task that a token names.
 
-    A change must not hit whichever task happens to be newest, so a token that
-    names several is refused.
+    If a token names several tasks, exactly one of them must have the preferred
+    fields; otherwise the token is refused.
     """
-    found = ledger.find(store, token)
-    if not found.others:
-        return found.record
+    match = ledger.find(store, token)
+    if not match.ambiguous:
+        return match.record
     if preferred:
-        preferred[found.field] = token
-        matching = ledger.ask(store, TaskQuery(**preferred, limit=2))
+        preferred[match.field] = token
+        matching = ledger.run_query(store, TaskQuery(**preferred, limit=2))
         if len(matching) == 1:
             return matching[0]
-    raise Misuse(f"{token!r} names several tasks; give the id of one", hint=found.listing(token))
+    raise Misuse(
+        f"{token!r} names several tasks; give the id of one", hint=match.list_command(token)
+    )
 
 
 def confirm(question: str) -> None:
-    """Ask on the terminal; where there is none, ``--yes`` has to be given."""
+    """Ask on the terminal; without a terminal, ``--yes`` is required."""
     if not sys.stdin.isatty():
-        raise Misuse("there is no terminal to ask on", hint="--yes goes on without")
-    typer.confirm(render.visible(question), abort=True, err=True)
+        raise Misuse("there is no terminal for a confirmation", hint="confirm with --yes")
+    typer.confirm(render.escape_controls(question), abort=True, err=True)
 
 
-def _process_of(record: TaskRecord) -> str | None:
-    """The process that ``taskstore run`` noted in a record, for a person."""
+def _process_hint(record: TaskRecord) -> str | None:
+    """Describe the process that ``taskstore run`` stored in a record, if it may be alive."""
     metadata = record.metadata
     pid, host = metadata.get("pid"), metadata.get("host")
     if record.runtime != "cli" or type(pid) is not int or pid <= 1:
@@ -153,11 +155,11 @@ def _process_of(record: TaskRecord) -> str | None:
         return f"pid {pid} on {host}"
     if not is_alive(pid):
         return None
-    return f"kill {pid} ends it and its command"
+    return f"kill {pid} stops it and its command"
 
 
 def is_alive(pid: object) -> bool:
-    """Whether a process of this machine has this number."""
+    """Return whether this machine has a process with this pid."""
     if type(pid) is not int or pid <= 1:
         return False
     try:

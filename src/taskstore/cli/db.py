@@ -1,6 +1,6 @@
 """Commands for the schema of an SQL ledger: ``taskstore db …``.
 
-Only these commands, and the creation of a new ledger, ever change a schema.
+Only these commands and the creation of a new ledger change a schema.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from taskstore.store.opening import installed_backends, redacted, scheme_of
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-app = typer.Typer(help="Look after the schema of an SQL ledger.", no_args_is_help=True)
+app = typer.Typer(help="Manage the schema of an SQL ledger.", no_args_is_help=True)
 
 _SQL = "taskstore.stores.sql:"
 
@@ -27,51 +27,52 @@ _SQL = "taskstore.stores.sql:"
 @app.command()
 def upgrade(
     ctx: typer.Context,
-    revision: Annotated[str, typer.Argument(help="Where to.")] = "head",
+    revision: Annotated[str, typer.Argument(help="The target revision.")] = "head",
     *,
     url: Url = None,
 ) -> None:
-    """Bring the schema up to a revision; creates a ledger where there is none."""
+    """Upgrade the schema to a revision; creates a missing ledger."""
     from taskstore.stores.sql import migrate
 
     with _engine(sql_url_of(ctx, url)) as engine:
         before = migrate.current(engine)
         migrate.upgrade(engine, revision)
-        _tell_move(before, migrate.current(engine))
+        _print_move(before, migrate.current(engine))
 
 
 @app.command()
 def downgrade(
     ctx: typer.Context,
     revision: Annotated[
-        str | None, typer.Argument(help="Where to; base removes the tables. Default: one back.")
+        str | None,
+        typer.Argument(help="The target revision; base drops the tables. Default: one back."),
     ] = None,
     *,
     yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Go on when that drops records or history.")
+        bool, typer.Option("--yes", "-y", help="Continue if this drops records or history.")
     ] = False,
     url: Url = None,
 ) -> None:
-    """Take the schema back to an earlier revision."""
+    """Downgrade the schema to an earlier revision."""
     from taskstore.stores.sql import migrate
 
     where = sql_url_of(ctx, url)
     with _engine(where, read_only=True) as engine:
         before = migrate.current(engine)
     if before is None:
-        raise Misuse("there is no ledger to take back")
+        raise Misuse("there is no ledger to downgrade")
     with _engine(where) as engine:
-        target = _one_back(before) if revision is None else revision
+        target = _previous_revision(before) if revision is None else revision
         try:
             migrate.downgrade(engine, target, allow_data_loss=yes)
         except ValidationError as error:
-            raise Misuse(error.reason, hint="--yes does it") from error
-        _tell_move(before, migrate.current(engine))
+            raise Misuse(error.reason, hint="confirm with --yes") from error
+        _print_move(before, migrate.current(engine))
 
 
 @app.command()
 def current(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> None:
-    """Print the revision that the ledger's schema is at."""
+    """Print the revision of the ledger's schema."""
     from taskstore.stores.sql import migrate
     from taskstore.stores.sql.tables import REVISIONS
 
@@ -86,23 +87,23 @@ def current(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> 
 
 @app.command()
 def history(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> None:
-    """List the revisions that there are, newest first; with --url mark the ledger's."""
+    """List all revisions, newest first; --url marks the ledger's revision."""
     from taskstore.stores.sql import migrate
 
-    here = None
+    current_revision = None
     if url is not None:
         with _engine(sql_url_of(ctx, url), read_only=True) as engine:
-            here = migrate.current(engine)
+            current_revision = migrate.current(engine)
     revisions = migrate.history()
-    listed = [{"revision": name, "description": text} for name, text in revisions]
-    rows = ((name, "current" if name == here else "", text) for name, text in revisions)
+    members = [{"revision": name, "description": text} for name, text in revisions]
+    rows = ((name, "current" if name == current_revision else "", text) for name, text in revisions)
     columns = ("REVISION", "", "DESCRIPTION")
-    render.answer(as_json, {"revisions": listed, "current": here}, columns, rows)
+    render.print_result(as_json, {"revisions": members, "current": current_revision}, columns, rows)
 
 
 @app.command()
 def check(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> int:
-    """Compare the ledger's schema with the one that this version declares."""
+    """Compare the ledger's schema with the schema that this version declares."""
     from taskstore.stores.sql import migrate
 
     with _engine(sql_url_of(ctx, url), read_only=True) as engine:
@@ -110,11 +111,11 @@ def check(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> in
         revision = migrate.current(engine)
     members = {"ok": not problems, "revision": revision, "problems": problems}
     text = "" if problems else f"the schema is as declared, at revision {revision}"
-    return render.verdict(as_json, members, text)
+    return render.print_check(as_json, members, text)
 
 
 def sql_url_of(ctx: typer.Context, url: str | None) -> str:
-    """The ledger's URL, if it is an SQL one."""
+    """Return the ledger's URL; refuse a ledger that is not SQL."""
     where = url_of(ctx, url)
     scheme = scheme_of(where)
     declared = installed_backends()
@@ -127,7 +128,7 @@ def sql_url_of(ctx: typer.Context, url: str | None) -> str:
 
 @contextmanager
 def _engine(url: str, *, read_only: bool = False) -> Iterator[Engine]:
-    """An engine on the ledger; what Alembic cannot make sense of is wrong usage."""
+    """Open an engine on the ledger; errors of Alembic's commands are raised as ``Misuse``."""
     from alembic.util import CommandError
 
     from taskstore.stores.sql import migrate
@@ -141,8 +142,8 @@ def _engine(url: str, *, read_only: bool = False) -> Iterator[Engine]:
         engine.dispose()
 
 
-def _one_back(revision: str) -> str:
-    """The revision before one."""
+def _previous_revision(revision: str) -> str:
+    """The revision before another one."""
     from taskstore.stores.sql import migrate
 
     names = [name for name, _ in migrate.history()] + ["base"]
@@ -151,7 +152,7 @@ def _one_back(revision: str) -> str:
     return names[names.index(revision) + 1]
 
 
-def _tell_move(before: str | None, after: str | None) -> None:
+def _print_move(before: str | None, after: str | None) -> None:
     if before == after:
         render.print_line(f"the schema stays at revision {after or 'none'}")
     else:

@@ -1,4 +1,4 @@
-"""``taskstore demo``: the main job, shown on real work and checked on the way."""
+"""``taskstore demo``: real commands are recorded, and the results are checked."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from taskstore.registry import history
 from taskstore.store.opening import open_store, redacted
 
 TASKSTORE = (sys.executable, "-m", "taskstore")
-"""Our own command line, in a process of its own."""
+"""The command line of taskstore, for a process of its own."""
 
-PATIENCE_S = 90.0
-"""Something must have gone wrong when the ledger brings nothing new for so long."""
+NO_CHANGE_TIMEOUT_S = 90.0
+"""The demo fails if the ledger records no change for this many seconds."""
 
 PRIMES = """
 import itertools
@@ -41,8 +41,8 @@ for number in itertools.count(2):
             print(f"{found} primes found, the last is {number}", flush=True)
 """
 
-FAREWELL = f"""\
-The ledger lies in {{url}}. Go on with:
+NEXT_STEPS = f"""\
+The ledger is {{url}}. Next steps:
   export {URL_VARIABLE}={{quoted}}
   taskstore list
   taskstore show {{lost}}
@@ -51,25 +51,25 @@ The ledger lies in {{url}}. Go on with:
 
 
 class Job(NamedTuple):
-    """A command to record, and how it is to end.
+    """A command to record, and its expected end.
 
-    ``ends`` is the status that the ledger must show, ``exit_status`` what the
-    recorder must exit with (negative: killed by that signal).
+    ``status`` is the expected status in the ledger.  ``exit_status`` is the expected
+    exit status of the recorder (negative: the signal that killed it).
     """
 
     label: str
     argv: tuple[str, ...]
-    ends: str = "succeeded"
+    status: str = "succeeded"
     exit_status: int = 0
     options: tuple[str, ...] = ()
 
 
 CANCELLED, ORPHANED = "cancelled", "orphaned"
-"""The labels of the jobs that the demo itself ends."""
+"""The labels of the jobs that the demo itself stops."""
 
 
-class NotAsPromised(Exception):
-    """What the demo saw is not what taskstore promises."""
+class DemoFailed(Exception):
+    """The demo found a violated guarantee of taskstore."""
 
 
 def demo(
@@ -80,85 +80,84 @@ def demo(
             "--dir",
             file_okay=False,
             writable=True,
-            help="Where to put everything; new or empty. Default: a fresh one.",
+            help="The directory of all files, new or empty. Default: a new temporary one.",
         ),
     ] = None,
     url: Url = None,
 ) -> int:
-    """Record real commands side by side, kill a recorder, restart, compact, verify.
+    """Record commands concurrently, kill a recorder, restart, compact and verify.
 
-    Takes some 15 seconds and checks what it claims: exits 1 if anything is
-    not as promised.
+    Takes about 15 seconds and checks each step. Exits with 1 if a check fails.
     """
-    place = Path(tempfile.mkdtemp(prefix="taskstore-demo-") if directory is None else directory)
-    place = place.resolve()
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if any(place.iterdir()):
-        raise Misuse(f"--dir {place} is not empty")
-    url = f"sqlite:///{quote((place / 'tasks.db').as_posix())}" if url is None else url
-    work = jobs(place)
-    begun = time.monotonic()
+    root = Path(tempfile.mkdtemp(prefix="taskstore-demo-") if directory is None else directory)
+    root = root.resolve()
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if any(root.iterdir()):
+        raise Misuse(f"--dir {root} is not empty")
+    url = f"sqlite:///{quote((root / 'tasks.db').as_posix())}" if url is None else url
+    demo_jobs = jobs(root)
+    started = time.monotonic()
     try:
-        ids = _record(url, place, work)
-        _restart(url, work, ids)
+        ids = _record(url, root, demo_jobs)
+        _restart(url, demo_jobs, ids)
         _reconcile(url, ids)
-        _look_back(url, ids[ORPHANED])
+        _check_history(url, ids[ORPHANED])
         _compact_and_verify(url)
-    except NotAsPromised as broken:
-        render.note(f"NOT AS PROMISED: {broken}; everything is left as it is in {place}")
+    except DemoFailed as error:
+        render.print_note(f"DEMO FAILED: {error}; all files are kept in {root}")
         return 1
-    _say(f"Everything as promised: {time.monotonic() - begun:.1f}s")
+    _print_heading(f"All checks passed: {time.monotonic() - started:.1f}s")
     quoted = shlex.quote(redacted(url))
-    render.print_line(FAREWELL.format(url=redacted(url), quoted=quoted, lost=ids[ORPHANED]))
+    render.print_line(NEXT_STEPS.format(url=redacted(url), quoted=quoted, lost=ids[ORPHANED]))
     return 0
 
 
-def jobs(place: Path) -> list[Job]:
-    """Work on this Python's standard library, and a script that is written to the place."""
+def jobs(root: Path) -> list[Job]:
+    """Jobs over this Python's standard library, and over a script written into ``root``."""
     python, library = sys.executable, sysconfig.get_path("stdlib")
     packages = [f"{library}/{name}" for name in ("asyncio", "email", "encodings", "json")]
-    script, tar = place / "primes.py", str(place / "library.tar")
+    script, tar = root / "primes.py", str(root / "library.tar")
     script.write_text(PRIMES.lstrip(), encoding="utf-8")
     primes = (python, str(script))
     return [
-        Job("compress", (python, "-m", "zipfile", "-c", str(place / "library.zip"), *packages)),
+        Job("compress", (python, "-m", "zipfile", "-c", str(root / "library.zip"), *packages)),
         Job("archive", (python, "-m", "tarfile", "-v", "-c", tar, *packages)),
-        Job("unpack", (python, "-m", "zipfile", "-e", str(script), str(place)), "failed", 1),
+        Job("unpack", (python, "-m", "zipfile", "-e", str(script), str(root)), "failed", 1),
         Job("too long", primes, "timed_out", 124, ("--timeout", "4s")),
         Job(CANCELLED, primes, "cancelled", 143),
         Job(ORPHANED, primes, "lost", -9),
     ]
 
 
-def _record(url: str, place: Path, work: Sequence[Job]) -> dict[str, str]:
-    """Record the jobs side by side; returns the ids that were acknowledged, by label."""
+def _record(url: str, root: Path, demo_jobs: Sequence[Job]) -> dict[str, str]:
+    """Record the jobs concurrently; return the acknowledged task ids by label."""
     with open_store(url) as store:
-        begin = history.journal_of(store, "the demo").head()
-    _say(f"{len(work)} commands, recorded side by side in {redacted(url)}")
+        head = history.journal_of(store, "the demo").head()
+    _print_heading(f"{len(demo_jobs)} commands, recorded concurrently in {redacted(url)}")
     recorders: dict[str, subprocess.Popen[bytes]] = {}
     try:
-        for job in work:
-            words = ("--label", job.label, "--id-file", str(place / f"{job.label}.id"))
-            with (place / f"{job.label}.out").open("wb") as output:
+        for job in demo_jobs:
+            words = ("--label", job.label, "--id-file", str(root / f"{job.label}.id"))
+            with (root / f"{job.label}.out").open("wb") as output:
                 recorders[job.label] = _start(
                     url, "run", *words, *job.options, "--", *job.argv, stdout=output, stderr=output
                 )
-        _watch(url, begin, recorders)
-        for job in work:
+        _watch(url, head, recorders)
+        for job in demo_jobs:
             status = recorders[job.label].wait()
-            wanted = f"{job.label!r} was to exit with {job.exit_status} and did with {status}"
-            _check(status == job.exit_status, wanted)
+            problem = f"{job.label!r} exited with {status}, not with {job.exit_status}"
+            _check(status == job.exit_status, problem)
     finally:
         for recorder in recorders.values():
             recorder.terminate()
             recorder.wait()
-    return {label: (place / f"{label}.id").read_text().strip() for label in recorders}
+    return {label: (root / f"{label}.id").read_text().strip() for label in recorders}
 
 
-def _watch(url: str, begin: int, recorders: dict[str, subprocess.Popen[bytes]]) -> None:
-    """Show what the journal brings until every command has ended.
+def _watch(url: str, head: int, recorders: dict[str, subprocess.Popen[bytes]]) -> None:
+    """Show the journal's changes until every command has ended.
 
-    Once they are under way, one command is cancelled and the recorder of another is killed.
+    Meanwhile one running command is cancelled, and the recorder of another is killed.
     """
     from rich.live import Live
 
@@ -166,43 +165,44 @@ def _watch(url: str, begin: int, recorders: dict[str, subprocess.Popen[bytes]]) 
     running = recorders.keys() - {ORPHANED}
     records: dict[str, TaskRecord] = {}
     with ledger.open_reader(url) as store, Live(console=render.console()) as display:
-        for entry in history.changes(store, begin, PATIENCE_S):
+        for entry in history.changes(store, head, NO_CHANGE_TIMEOUT_S):
             record = entry.record
             if record is None or record.label not in recorders:
                 continue
             records[record.label] = record
             rows = (
-                (label, seen.status, render.took(seen), render.last_word(seen))
-                for label, seen in records.items()
+                (label, task.status, render.run_time_of(task), render.latest_message(task))
+                for label, task in records.items()
             )
-            columns = ("COMMAND", "STATUS", "TOOK", "LAST WORD")
-            display.update(render.table(columns, rows, stretch="LAST WORD"))
+            columns = ("COMMAND", "STATUS", "TOOK", "LATEST MESSAGE")
+            display.update(render.table(columns, rows, stretch="LATEST MESSAGE"))
             if record.progress_summary and record.label in signals:
                 recorders[record.label].send_signal(signals.pop(record.label))
             if record.is_terminal:
                 running -= {record.label}
             if not running and not signals:
                 return
-    raise NotAsPromised(f"nothing was recorded for {PATIENCE_S:g} s")
+    raise DemoFailed(f"nothing was recorded for {NO_CHANGE_TIMEOUT_S:g} s")
 
 
-def _restart(url: str, work: Sequence[Job], ids: dict[str, str]) -> None:
-    _say("A new process reads the ledger: every acknowledged task is there")
-    found = {task["task_id"]: task["status"] for task in _ask(url, "list", "--limit=1000")["tasks"]}
-    for job in work:
-        status = found.get(ids[job.label])
-        _check(status is not None, f"task {ids[job.label]} is gone")
-        wanted = "running" if job.label == ORPHANED else job.ends
-        _check(status == wanted, f"{job.label!r} is {status}, not {wanted}")
-    render.print_line(f"{len(ids)} acknowledged, {len(found.keys() & ids.values())} found")
-    render.print_line(f"{ORPHANED!r} still says running: its recorder was killed with SIGKILL")
+def _restart(url: str, demo_jobs: Sequence[Job], ids: dict[str, str]) -> None:
+    _print_heading("A new process reads the ledger and finds every acknowledged task")
+    tasks = _query(url, "list", "--limit=1000")["tasks"]
+    statuses = {task["task_id"]: task["status"] for task in tasks}
+    for job in demo_jobs:
+        status = statuses.get(ids[job.label])
+        _check(status is not None, f"task {ids[job.label]} is missing")
+        expected = "running" if job.label == ORPHANED else job.status
+        _check(status == expected, f"{job.label!r} is {status}, not {expected}")
+    render.print_line(f"{len(ids)} acknowledged, {len(statuses.keys() & ids.values())} found")
+    render.print_line(f"{ORPHANED!r} is still running: its recorder was killed with SIGKILL")
 
 
 def _reconcile(url: str, ids: dict[str, str]) -> None:
-    """Mark as lost what no process records any more, as a host does when it starts."""
+    """Mark the task without a recorder as lost, as a host does at its start."""
     from taskstore.registry.registry import TaskRegistry
 
-    _say("No process is left to tell what became of it: it is marked lost")
+    _print_heading("No process records the end of this task: it is marked lost")
     lost = []
     with TaskRegistry.open(url) as registry:
         for task in registry.active():
@@ -211,40 +211,40 @@ def _reconcile(url: str, ids: dict[str, str]) -> None:
                 registry.mark_lost(task.task_id, error=f"its recorder, pid {pid}, is gone")
                 lost.append(task.task_id)
     _check(lost == [ids[ORPHANED]], f"the lost tasks are {lost}")
-    _show(url, "list", "--status=lost")
+    _run_and_print(url, "list", "--status=lost")
 
 
-def _look_back(url: str, task_id: str) -> None:
-    _say("Its history")
-    told = _ask(url, "log", task_id)
-    _check(told["complete"], "the history does not begin at revision 1")
-    last = told["entries"][-1]["record"]["status"]
+def _check_history(url: str, task_id: str) -> None:
+    _print_heading("The history of this task")
+    answer = _query(url, "log", task_id)
+    _check(answer["complete"], "the history does not begin at revision 1")
+    last = answer["entries"][-1]["record"]["status"]
     _check(last == "lost", f"the history ends with {last}")
-    _show(url, "log", task_id, last=8)
+    _run_and_print(url, "log", task_id, last=8)
 
 
 def _compact_and_verify(url: str) -> None:
-    _say("Compaction folds the journal into a snapshot and changes no answer")
-    before = _ask(url, "list", "--limit=1000")["tasks"]
-    _show(url, "compact")
-    _check(before == _ask(url, "list", "--limit=1000")["tasks"], "answers have changed")
-    _show(url, "verify")
+    _print_heading("Compaction folds the journal into a snapshot without changing the answers")
+    before = _query(url, "list", "--limit=1000")["tasks"]
+    _run_and_print(url, "compact")
+    _check(before == _query(url, "list", "--limit=1000")["tasks"], "answers have changed")
+    _run_and_print(url, "verify")
 
 
-def _check(held: bool, otherwise: str) -> None:
-    if not held:
-        raise NotAsPromised(otherwise)
+def _check(passed: bool, problem: str) -> None:
+    if not passed:
+        raise DemoFailed(problem)
 
 
-def _say(text: str) -> None:
-    """A heading."""
-    render.print_line(f"\n== {render.visible(text)}")
+def _print_heading(text: str) -> None:
+    """Print a heading."""
+    render.print_line(f"\n== {render.escape_controls(text)}")
     sys.stdout.flush()
 
 
 def _start(url: str, *words: str, stdout: Any, stderr: Any) -> subprocess.Popen[bytes]:
-    """Start one of our commands in a process of its own."""
-    return subprocess.Popen(  # noqa: S603 (our own command line)
+    """Start a command of taskstore in a process of its own."""
+    return subprocess.Popen(  # noqa: S603 (a command of taskstore)
         [*TASKSTORE, *words],
         env={**os.environ, URL_VARIABLE: url, "PYTHONUNBUFFERED": "1"},
         stdin=subprocess.DEVNULL,
@@ -253,22 +253,22 @@ def _start(url: str, *words: str, stdout: Any, stderr: Any) -> subprocess.Popen[
     )
 
 
-def _ask(url: str, *words: str) -> Any:
+def _query(url: str, *words: str) -> Any:
     return json.loads(_run(url, *words, "--json"))
 
 
-def _show(url: str, *words: str, last: int | None = None) -> None:
-    """Run a command and print it with what it says, or the last lines of that."""
+def _run_and_print(url: str, *words: str, last: int | None = None) -> None:
+    """Run a command; print it and its output, or the last lines of the output."""
     tail = "" if last is None else f" | tail -n {last}"
     render.print_line(f"$ taskstore {shlex.join(words)}{tail}")
     for line in _run(url, *words).splitlines()[-(last or 0) :]:
-        render.print_line(render.visible(line.expandtabs(2)))
+        render.print_line(render.escape_controls(line.expandtabs(2)))
 
 
 def _run(url: str, *words: str) -> str:
-    """Run one of our commands to its end; returns what it printed."""
+    """Run a command of taskstore to its end; return its output."""
     process = _start(url, *words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = (text.decode() for text in process.communicate())
-    failed = f"taskstore {words[0]} exited with {process.returncode}: {err.strip()}"
-    _check(process.returncode == 0, failed)
+    problem = f"taskstore {words[0]} exited with {process.returncode}: {err.strip()}"
+    _check(process.returncode == 0, problem)
     return out

@@ -1,4 +1,4 @@
-"""Commands that look after a ledger: compact, verify, backends."""
+"""Commands for maintenance: compact, verify, backends, contract."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from msgspec.structs import asdict, replace
 
 from taskstore.cli import ledger, render
 from taskstore.cli.ledger import AsJson, Misuse, Url, url_of
-from taskstore.cli.read import reading
+from taskstore.cli.read import open_for_reading
 from taskstore.errors import UnsupportedError
 from taskstore.model.policies import CompactionPolicy
 from taskstore.registry.compactor import compact as compact_store
-from taskstore.store import opening as registry_of_backends
+from taskstore.store import opening
 from taskstore.store.interface import (
     SupportsCompaction,
     SupportsExclusive,
@@ -47,26 +47,26 @@ def compact(
     ctx: typer.Context,
     *,
     if_due: Annotated[
-        bool, typer.Option("--if-due", help="Only when the policy finds that it is due.")
+        bool, typer.Option("--if-due", help="Compact only if the compaction policy demands it.")
     ] = False,
     keep_days: Annotated[
         float | None,
         typer.Option(
-            min=0, help="Keep this much history, instead of 7 days and at least 10,000 entries."
+            min=0, help="Days of history to keep. Default: 7 days and at least 10,000 entries."
         ),
     ] = None,
     erase_deleted: Annotated[
         bool,
         typer.Option(
-            "--erase-deleted", help="Keep no history, so that the text of deleted tasks is gone."
+            "--erase-deleted", help="Keep no history; this erases the text of deleted tasks."
         ),
     ] = False,
     as_json: AsJson = False,
     url: Url = None,
 ) -> None:
-    """Fold the journal into a snapshot and trim what is older than the history to keep."""
+    """Fold the journal into a snapshot, and trim entries older than the history to keep."""
     if erase_deleted and (if_due or keep_days is not None):
-        raise Misuse("--erase-deleted keeps nothing and does not wait until it is due")
+        raise Misuse("--erase-deleted cannot be combined with --if-due or --keep-days")
     policy = CompactionPolicy()
     if keep_days is not None:
         policy = replace(policy, history_s=keep_days * 86400, history_entries=0)
@@ -74,7 +74,7 @@ def compact(
         policy = policy.forced()
     with ledger.open_existing(url_of(ctx, url)) as store:
         report = compact_store(store, policy, erase_deleted=erase_deleted)
-        render.tell_report(store)
+        render.print_report(store)
     if as_json:
         render.print_json(asdict(report))
     elif report.compacted:
@@ -90,46 +90,46 @@ def compact(
 
 
 def verify(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> int:
-    """Check the ledger: no gaps, checksums right, folding the journal gives the records."""
-    with reading(ctx, url) as store:
+    """Check the ledger: contiguous seqs, checksums, and the journal folds to the records."""
+    with open_for_reading(ctx, url) as store:
         if not isinstance(store, SupportsIntegrity):
-            raise UnsupportedError(f"{store.location} cannot verify itself")
+            raise UnsupportedError(f"{store.location}: this backend has no integrity check")
         report = store.verify()
     whole = "whole" if report.ok else f"NOT whole: {len(report.problems)} problems"
     counts = f"{report.records} records, {report.entries} journal entries, seq {report.seq}"
-    return render.verdict(as_json, {"ok": report.ok, **asdict(report)}, f"{whole}: {counts}")
+    return render.print_check(as_json, {"ok": report.ok, **asdict(report)}, f"{whole}: {counts}")
 
 
 def backends(*, as_json: AsJson = False) -> None:
-    """List the backends that are installed, and whether they can be used."""
-    found = [
-        _described(entry)
-        for _, entries in sorted(registry_of_backends.installed_backends().items())
+    """List the installed backends, and whether they are usable."""
+    members = [
+        _describe(entry)
+        for _, entries in sorted(opening.installed_backends().items())
         for entry in entries
     ]
     rows = (
         (
             f"{backend['scheme']}:",
-            backend["package"] or render.NOTHING,
-            backend["version"] or render.NOTHING,
-            render.NOTHING if backend["abilities"] is None else " ".join(backend["abilities"]),
+            backend["package"] or render.EMPTY,
+            backend["version"] or render.EMPTY,
+            render.EMPTY if backend["abilities"] is None else " ".join(backend["abilities"]),
             "yes" if backend["usable"] else f"no: {backend['problem']}",
         )
-        for backend in found
+        for backend in members
     )
     columns = ("SCHEME", "PACKAGE", "VERSION", "ABILITIES", "USABLE")
-    render.answer(as_json, {"backends": found}, columns, rows)
+    render.print_result(as_json, {"backends": members}, columns, rows)
 
 
-def _described(entry: EntryPoint) -> dict[str, Any]:
-    """A declared backend, with what importing it and its driver tells."""
+def _describe(entry: EntryPoint) -> dict[str, Any]:
+    """Describe a declared backend; imports it and its driver."""
     abilities, problem = None, None
     try:
         abilities = _abilities(entry.load())
         _, _, driver = entry.name.partition("+")  # as in postgresql+psycopg
         if driver:
             importlib.import_module(driver)
-    except Exception as error:  # noqa: BLE001 (somebody else's module: anything may happen)
+    except Exception as error:  # noqa: BLE001 (a third-party module may raise anything)
         problem = f"{type(error).__name__}: {error}"
     return {
         "scheme": entry.name,
@@ -142,7 +142,7 @@ def _described(entry: EntryPoint) -> dict[str, Any]:
 
 
 def _abilities(opener: Any) -> list[str] | None:
-    """What the store can that a callable says it returns, or ``None`` if it does not say."""
+    """The abilities of the store class that a callable returns; ``None`` if not annotated."""
     returned = get_type_hints(opener).get("return")
     if not isinstance(returned, type) or returned is TaskRegistryStore:
         return None
@@ -158,74 +158,72 @@ LEVELS = (
     "shared",
     "crash-safe",
 )
-"""What a store can be proved to do, in the order in which it is worth knowing."""
+"""The levels of the contract, in order of output."""
 
 OUTCOMES = ("passed", "failed", "skipped")
 
 
 def contract(
     url: Annotated[
-        str, typer.Argument(metavar="URL", help="A URL of the backend; what is there stays.")
+        str, typer.Argument(metavar="URL", help="A URL of the backend; its data is not changed.")
     ],
     *,
     level: Annotated[
-        list[str] | None, typer.Option("--level", help="This level only; may be repeated.")
+        list[str] | None, typer.Option("--level", help="Only this level; may be repeated.")
     ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Run the contract suite against a backend, in a namespace of its own."""
+    """Run the contract suite against a backend, in a separate namespace."""
     for name in level or ():
         if name not in LEVELS:
             raise typer.BadParameter(f"{name!r} is not one of {', '.join(LEVELS)}")
-    clauses = _run(url, level or [])
-    levels = {
-        name: found for name in LEVELS if (found := [c for c in clauses if c["level"] == name])
-    }
-    verdicts = {name: _verdict(found) for name, found in levels.items()}
+    clauses = _run_suite(url, level or [])
+    by_level = {name: [c for c in clauses if c["level"] == name] for name in LEVELS}
+    verdicts = {name: _level_verdict(group) for name, group in by_level.items() if group}
     failed = [clause for clause in clauses if clause["outcome"] == "failed"]
     members = {"url": redacted(url), "ok": not failed, "levels": verdicts, "clauses": clauses}
     rows = [
         (
             name,
-            found["verdict"],
-            *(str(found[outcome]) for outcome in OUTCOMES),
-            "; ".join(found["reasons"]),
+            verdict["verdict"],
+            *(str(verdict[outcome]) for outcome in OUTCOMES),
+            "; ".join(verdict["reasons"]),
         )
-        for name, found in verdicts.items()
+        for name, verdict in verdicts.items()
     ]
     columns = ("LEVEL", "VERDICT", "PASSED", "FAILED", "SKIPPED", "WHY")
-    render.answer(as_json, members, columns, rows)
+    render.print_result(as_json, members, columns, rows)
     if not as_json:
         _print_failed(failed)
     return 1 if failed else 0
 
 
-def _run(url: str, levels: list[str]) -> list[dict[str, Any]]:
-    """Let pytest run the suite, quietly and without the configuration of whatever is here."""
+def _run_suite(url: str, levels: list[str]) -> list[dict[str, Any]]:
+    """Run the suite with pytest, without output and without the working directory's config."""
     try:
         import hypothesis  # noqa: F401 - the suite needs it
         import pytest
     except ImportError as error:
         raise UnsupportedError(
-            f"the contract suite needs what is not installed: {error.name}",
+            f"the contract suite needs {error.name}, which is not installed",
             hint="pip install 'taskstore[testing]'",
         ) from error
     from taskstore.testing.scratch import scratch
 
-    with scratch(url) as open_store:  # a wrong URL is told here, once
+    with scratch(url) as open_store:  # an invalid URL raises here, before pytest runs
         open_store().close()
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "report.json"
         (Path(directory) / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
         arguments = [
-            # By the name of its entry point, so that it is not loaded twice; autoload may be off.
+            # The entry point's name prevents a second load; plugin autoload may be off.
             *("-p", "taskstore", "-p", "no:cacheprovider"),
             *("--pyargs", "taskstore.testing.suite", "-q"),
             *("-c", str(Path(directory) / "pytest.ini"), "--rootdir", directory),
             *("--taskstore-url", url, "--taskstore-report", str(report)),
             *(f"--taskstore-level={name}" for name in levels),
         ]
-        with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        with Path(os.devnull).open("w", encoding="utf-8") as devnull, redirect_stdout(devnull):
             status = pytest.main(arguments)
         if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
             raise UnsupportedError(f"the contract suite did not run: pytest ended with {status!r}")
@@ -233,16 +231,16 @@ def _run(url: str, levels: list[str]) -> list[dict[str, Any]]:
     return clauses
 
 
-def _verdict(clauses: list[dict[str, Any]]) -> dict[str, Any]:
+def _level_verdict(clauses: list[dict[str, Any]]) -> dict[str, Any]:
     counts = {
         outcome: sum(clause["outcome"] == outcome for clause in clauses) for outcome in OUTCOMES
     }
     if counts["failed"]:
         verdict = "broken"
     elif counts["passed"]:
-        # A clause for an ability that the store does not have takes nothing from the rest.
-        withheld = any("does not guarantee" in (clause["reason"] or "") for clause in clauses)
-        verdict = "kept in part" if withheld else "kept"
+        # A clause skipped for a missing ability does not reduce the verdict.
+        unsupported = any("does not guarantee" in (clause["reason"] or "") for clause in clauses)
+        verdict = "kept in part" if unsupported else "kept"
     else:
         verdict = "not claimed"
     reasons = sorted({clause["reason"] for clause in clauses if clause["outcome"] == "skipped"})
@@ -250,10 +248,10 @@ def _verdict(clauses: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _print_failed(failed: list[dict[str, Any]]) -> None:
-    """Print of each clause that failed what it promises and what went wrong first."""
+    """Print for each failed clause its guarantee and its first error."""
     for (level, clause), cases in groupby(
         failed, key=lambda c: (c["level"], c["clause"].partition("[")[0])
     ):
         first = next(cases)
         render.print_line(f"\n{level}: {clause}: {first['promise']}")
-        render.print_line(render.visible(first["reason"].strip().splitlines()[-1]))
+        render.print_line(render.escape_controls(first["reason"].strip().splitlines()[-1]))

@@ -1,7 +1,7 @@
-"""From records to what is printed: tables for people, lines for grep, JSON for programs.
+"""Output formats: tables for terminals, tab-separated lines, and JSON.
 
-Text out of the ledger was written by others.  It is never read as Rich
-markup, and characters that a terminal would obey are shown as escapes.
+Text in a ledger is untrusted.  It is not interpreted as Rich markup, and control
+characters are printed as escapes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-NOTHING = "-"
-"""What stands in a column whose field is not set."""
+EMPTY = "-"
+"""The text of a column whose field is not set."""
 
 STYLES = {
     "queued": "cyan",
@@ -38,37 +38,37 @@ STYLES = {
     "cancelled": "yellow",
     "lost": "magenta",
 }
-_OBEYED = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-_JOINERS = "\u200c\u200d"  # part of Persian words and of emoji, and harmless
+_CONTROL_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+_JOINERS = "\u200c\u200d"  # harmless: used in Persian words and emoji
 _UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
 _YEAR_10000_MS = 253_402_300_800_000
 
 
-def visible(text: str) -> str:
-    """The text with everything that a terminal would obey as an escape: one line, no colours."""
+def escape_controls(text: str) -> str:
+    """Return a text with its control characters as escapes: one line, without colours."""
     if text.isprintable():
         return text
     return "".join(
         char.encode("unicode_escape").decode()
-        if unicodedata.category(char) in _OBEYED and char not in _JOINERS
+        if unicodedata.category(char) in _CONTROL_CATEGORIES and char not in _JOINERS
         else char
         for char in text
     )
 
 
-def when(at: int | None, *, precise: bool = False) -> str:
-    """A time as ISO 8601 in UTC, to the second or the millisecond."""
+def iso_time(at: int | None, *, precise: bool = False) -> str:
+    """Format a time as ISO 8601 in UTC, to the second or the millisecond."""
     if at is None:
-        return NOTHING
+        return EMPTY
     if at >= _YEAR_10000_MS:
         return f"{at} ms"
     text = datetime.fromtimestamp(at // 1000, UTC).strftime("%Y-%m-%dT%H:%M:%S")
     return f"{text}.{at % 1000:03d}Z" if precise else f"{text}Z"
 
 
-def ago(at: int) -> str:
-    """How long ago a time is, roughly: 42s, 5m, 3h, 12d."""
+def age_of(at: int) -> str:
+    """Format the rounded age of a time: 42s, 5m, 3h, 12d."""
     passed_s = max(0, time.time_ns() // 1_000_000 - at) / 1000
     for unit, length_s in (("d", _DAY_S), ("h", _HOUR_S), ("m", _MINUTE_S)):
         if passed_s >= 2 * length_s:
@@ -76,15 +76,15 @@ def ago(at: int) -> str:
     return f"{passed_s:.0f}s"
 
 
-def took(record: TaskRecord) -> str:
-    """How long an ended task ran."""
+def run_time_of(record: TaskRecord) -> str:
+    """Format the run time of an ended task."""
     if record.started_at is None or record.ended_at is None:
-        return NOTHING
+        return EMPTY
     return duration((record.ended_at - record.started_at) / 1000)
 
 
 def duration(length_s: float) -> str:
-    """Seconds as a person says them: 4.2s, 3m05s, 7h30m, 12d04h."""
+    """Format seconds: 4.2s, 3m05s, 7h30m, 12d04h."""
     if length_s < _MINUTE_S:
         return f"{length_s:.1f}s"
     if length_s < _HOUR_S:
@@ -94,20 +94,20 @@ def duration(length_s: float) -> str:
     return "{}d{:02d}h".format(*divmod(round(length_s / _HOUR_S), 24))
 
 
-def what(record: TaskRecord) -> str:
-    """What a task is about: its label, or the task itself."""
+def title_of(record: TaskRecord) -> str:
+    """The label of a task, or its task text."""
     return record.label or record.task
 
 
-def last_word(record: TaskRecord) -> str:
-    """The last thing that is known of a task."""
-    return record.error or record.terminal_summary or record.progress_summary or NOTHING
+def latest_message(record: TaskRecord) -> str:
+    """The error of a task, else its terminal summary, else its progress summary."""
+    return record.error or record.terminal_summary or record.progress_summary or EMPTY
 
 
 def record_members(record: TaskRecord) -> dict[str, Any]:
-    """A record as a JSON object: every field, ``null`` where not set, metadata decoded.
+    """A record as a JSON object: every field (``null`` if not set), metadata decoded.
 
-    Fields that a newer version wrote and this one does not know are in ``unknown``.
+    Fields of newer versions that this version does not know are in ``unknown``.
     """
     members = asdict(record)
     del members["metadata_json"], members["unknown_json"]
@@ -120,39 +120,39 @@ def record_members(record: TaskRecord) -> dict[str, Any]:
 
 
 def to_json(value: object, *, indent: int | None = None) -> str:
-    """JSON that is safe to print: what a terminal would obey is escaped."""
+    """JSON that is safe to print: control characters are escaped."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
-    # Such characters can only stand inside strings, where \u escapes mean the same.
+    # Control characters occur only inside strings, where \u escapes mean the same.
     return _UNSAFE_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def print_json(value: object) -> None:
-    """Print one JSON value: over several lines for a person, on one for a program."""
+    """Print one JSON value: indented on a terminal, otherwise on one line."""
     print_line(to_json(value, indent=2 if sys.stdout.isatty() else None))
 
 
 def print_line(text: str = "") -> None:
-    """Print one line to standard output, as it is."""
+    """Print one line unchanged to standard output."""
     sys.stdout.write(text + "\n")
 
 
-def note(text: str) -> None:
-    """Tell the operator something on standard error."""
+def print_note(text: str) -> None:
+    """Print a note to the operator on standard error."""
     sys.stdout.flush()
-    sys.stderr.write(f"taskstore: {visible(text)}\n")
+    sys.stderr.write(f"taskstore: {escape_controls(text)}\n")
     sys.stderr.flush()
 
 
 def print_lines(rows: Iterable[Sequence[str]]) -> None:
-    """Print a line per row, with tabs in between."""
+    """Print one tab-separated line per row."""
     for row in rows:
-        print_line("\t".join(map(visible, row)))
+        print_line("\t".join(map(escape_controls, row)))
 
 
-def answer(
+def print_result(
     as_json: bool, members: object, columns: Sequence[str], rows: Iterable[Sequence[str]]
 ) -> None:
-    """Print an answer: one JSON value, a table on a terminal, or lines with tabs in between."""
+    """Print a result: one JSON value, a table on a terminal, or tab-separated lines."""
     if as_json:
         print_json(members)
     elif sys.stdout.isatty():
@@ -161,13 +161,13 @@ def answer(
         print_lines(rows)
 
 
-def verdict(as_json: bool, members: dict[str, Any], text: str) -> int:
-    """Print what a check found, its ``problems`` first; returns the exit status."""
+def print_check(as_json: bool, members: dict[str, Any], text: str) -> int:
+    """Print the result of a check, its ``problems`` first; return the exit status."""
     if as_json:
         print_json(members)
         return 0 if members["ok"] else 1
     for problem in members["problems"]:
-        print_line(f"problem: {visible(problem)}")
+        print_line(f"problem: {escape_controls(problem)}")
     if text:
         print_line(text)
     return 0 if members["ok"] else 1
@@ -181,54 +181,54 @@ def print_table(
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, stretch: str = "") -> Table:
-    """A table for Rich.
+    """Build a Rich table.
 
-    The column named ``stretch`` gets what the others leave, and its text is
-    cut to that; nothing else is.
+    The column named ``stretch`` gets the remaining width, and its text is truncated
+    to it.  No other column is truncated.
     """
     from rich.table import Table
 
-    made = Table(box=None, pad_edge=False, header_style="bold", expand=bool(stretch))
+    rich_table = Table(box=None, pad_edge=False, header_style="bold", expand=bool(stretch))
     for column in columns:
         if column == stretch:
-            made.add_column(column, no_wrap=True, overflow="ellipsis", ratio=1)
+            rich_table.add_column(column, no_wrap=True, overflow="ellipsis", ratio=1)
         else:
-            made.add_column(column, overflow="fold")
+            rich_table.add_column(column, overflow="fold")
     for row in rows:
-        made.add_row(*map(safe_text, row))
-    return made
+        rich_table.add_row(*map(safe_text, row))
+    return rich_table
 
 
 def print_fields(fields: Iterable[tuple[str, str]]) -> None:
-    """Print names and values, a value's further lines indented below it."""
+    """Print names and values; further lines of a value are indented."""
     for name, value in fields:
         first, *more = value.split("\n")
-        print_line(f"{name}: {visible(first)}")
+        print_line(f"{name}: {escape_controls(first)}")
         for line in more:
-            print_line(f"    {visible(line)}")
+            print_line(f"    {escape_controls(line)}")
 
 
 def safe_text(text: str) -> Text:
-    """Ledger text for Rich: no markup, nothing to obey; a status in its colour."""
+    """Ledger text for Rich without markup and control characters; a status gets its colour."""
     from rich.text import Text
 
-    return Text(visible(text), style=STYLES.get(text, ""))
+    return Text(escape_controls(text), style=STYLES.get(text, ""))
 
 
 def console() -> Console:
-    """A Rich console on standard output that takes text as it is."""
+    """A Rich console on standard output that does not interpret text."""
     from rich.console import Console
 
     return Console(markup=False, highlight=False, emoji=False)
 
 
-def tell_report(store: TaskRegistryStore) -> None:
-    """Tell on standard error what the store has to say: set-aside records and notices."""
+def print_report(store: TaskRegistryStore) -> None:
+    """Print quarantined records and notices of a store on standard error."""
     report = store.report()
     for item in report.quarantined:
         name = item.task_id or "an unknown task"
         if item.superseded:
-            name = f"an earlier image of {name}"
-        note(f"set aside: {name} in {item.where}: {item.reason}; its bytes are kept")
+            name = f"an earlier revision of {name}"
+        print_note(f"quarantined: {name} in {item.where}: {item.reason}; its bytes are kept")
     for notice in report.notices:
-        note(f"note: {notice}")
+        print_note(f"note: {notice}")

@@ -1,4 +1,4 @@
-"""``taskstore run``: record a real command."""
+"""``taskstore run``: run a command and record it as a task."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from typing import Annotated, Any, NamedTuple, TextIO
 import typer
 
 from taskstore.cli import change, ledger, render
-from taskstore.cli.child import TIMEOUT, forwarded_signals, running
-from taskstore.cli.ledger import Misuse, Url, positive_seconds, seconds, url_of
+from taskstore.cli.child import TIMEOUT, forwarded_signals, running_child
+from taskstore.cli.ledger import Misuse, Url, parse_duration, parse_positive_duration, url_of
 from taskstore.errors import ConflictError, OutcomeUnknownError, TaskStoreError
 from taskstore.model import lifecycle
 from taskstore.model.ids import new_task_id, system_clock
@@ -28,27 +28,27 @@ from taskstore.store.interface import TaskRegistryStore
 from taskstore.store.opening import open_store
 
 RUNTIME = "cli"
-TIMED_OUT, NOT_EXECUTABLE, NOT_FOUND, BY_SIGNAL = 124, 126, 127, 128
-"""Exit statuses as in timeout(1) and the shell; death by signal n is 128 + n."""
+TIMED_OUT, NOT_EXECUTABLE, NOT_FOUND, SIGNAL_BASE = 124, 126, 127, 128
+"""Exit statuses as in timeout(1) and the shell; a command killed by signal n gives 128 + n."""
 
 GRACE_S = 10.0
-"""How long a command that was told to end may take, before SIGKILL."""
+"""How long a signaled command may take to end before SIGKILL."""
 
-INTERVAL_S = 1.0
-"""The least time between two progress events."""
+PROGRESS_INTERVAL_S = 1.0
+"""The minimum interval between two progress changes."""
 
-PATIENCE_S = 5.0
-"""For how long recording the end is tried again when the store refuses it."""
+RETRY_TIMEOUT_S = 5.0
+"""How long recording the end is retried after store errors."""
 
-RETRY_S = 0.2
-"""How long to wait before the end of a task is tried again."""
+RETRY_INTERVAL_S = 0.2
+"""The interval between these retries."""
 
-HANG_S = 45.0
-"""How long a store may take for the end without an answer; ours give up a lock after 30 s."""
+STORE_TIMEOUT_S = 45.0
+"""How long to wait for the store to record the end; taskstore's lock timeout is 30 s."""
 
 
-class Verdict(NamedTuple):
-    """What is recorded of an end, and the exit status that tells of it."""
+class CommandResult(NamedTuple):
+    """The recorded end of a command, and the exit status of ``taskstore run``."""
 
     status: TaskStatus
     exit_status: int
@@ -66,35 +66,37 @@ def run(
     session: Annotated[str | None, typer.Option(help="The requester's session key.")] = None,
     run_id: Annotated[
         str | None,
-        typer.Option(help="Run it once: not started if this run of it is recorded already (1)."),
+        typer.Option(help="Run the command once: exit 1 if this run is already recorded."),
     ] = None,
     timeout: Annotated[
         float | None,
-        typer.Option(parser=positive_seconds, metavar="S", help="End it after 90, 5m, 2h..."),
+        typer.Option(
+            parser=parse_positive_duration, metavar="S", help="Stop it after 90, 5m, 2h..."
+        ),
     ] = None,
     grace: Annotated[
         float | None,
         typer.Option(
-            parser=seconds,
+            parser=parse_duration,
             metavar="S",
-            help=f"How long it may take to end before SIGKILL; default {GRACE_S:g}.",
+            help=f"The time from the first signal to SIGKILL; default {GRACE_S:g}.",
         ),
     ] = None,
     id_file: Annotated[
         Path | None,
-        typer.Option(help="Write the task id there when it is recorded, before the start."),
+        typer.Option(help="Write the task id to this file before the command starts."),
     ] = None,
     url: Url = None,
 ) -> int:
     """Run a command and record it as a task.
 
-    Output passes through untouched; its last line becomes the task's
-    progress. The command writes to pipes and has no controlling terminal. It
-    is over when it has exited and nobody holds its output open, as in a
-    pipeline. Exits as the command does: 128+n when killed by signal n, 124 at
-    the timeout, 126 or 127 when it cannot be started. If it cannot be
-    recorded (3), it is not started; later trouble is told and it goes on.
-    Ctrl-C, SIGTERM and SIGHUP are passed on; a second one kills.
+    The output is copied unchanged; its last line becomes the task's progress.
+    The command writes to pipes and has no controlling terminal. It has ended
+    when it has exited and no process has its output open, as in a pipeline.
+    Exits with the command's status: 128+n when killed by signal n, 124 at the
+    timeout, 126 or 127 if it cannot be started. If it cannot be recorded, it
+    is not started (3). Later store errors are printed and do not stop it.
+    Ctrl-C, SIGTERM and SIGHUP are forwarded; a second signal kills it.
     """
     fields = {
         "label": label,
@@ -102,8 +104,8 @@ def run(
         "requester_session_key": session,
         "run_id": run_id,
     }
-    new_command_record(command, **fields)  # what may not be stored is refused before anything
-    id_out = _opened(id_file)
+    new_command_record(command, **fields)  # refuses invalid fields before any side effect
+    id_out = _open_id_file(id_file)
     store = open_store(url_of(ctx, url))
     return _run(
         store,
@@ -124,10 +126,10 @@ def _run(
     timeout_s: float,
     grace_s: float,
 ) -> int:
-    """Record the task, run the command, record its end; returns the exit status."""
+    """Record the task, run the command, record its end; return the exit status."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(store)
-        events = stack.enter_context(forwarded_signals())
+        queue = stack.enter_context(forwarded_signals())
         record = new_command_record(command, **fields)
         if not _create(store, record):
             return 1
@@ -136,29 +138,29 @@ def _run(
                 id_out.write(f"{record.task_id}\n")
         recorder = Recorder(store, record)
         try:
-            with running(command, events, recorder.progress) as child:
-                recorder.note(child_pid=child.pid)
-                ending = child.attend(timeout_s=timeout_s, grace_s=grace_s)
-            verdict = verdict_of(*ending, timeout_s)
+            with running_child(command, queue, recorder.progress) as child:
+                recorder.add_metadata(child_pid=child.pid)
+                end = child.wait(timeout_s=timeout_s, grace_s=grace_s)
+            result = result_of(*end, timeout_s)
         except OSError as error:
-            reason = f"cannot run {_storable(command[0])}: {error.strerror or error}"
-            render.note(reason)
+            reason = f"cannot run {_as_utf8(command[0])}: {error.strerror or error}"
+            render.print_note(reason)
             status = NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
-            verdict = Verdict(TaskStatus.FAILED, status, reason)
-        if not recorder.finish(*verdict):
-            stack.pop_all()  # the store hangs: closing it would as well
-    _report(recorder, verdict)
-    return verdict.exit_status
+            result = CommandResult(TaskStatus.FAILED, status, reason)
+        if not recorder.finish(*result):
+            stack.pop_all()  # the store hangs, so closing it would hang too
+    _warn_if_unrecorded(recorder, result)
+    return result.exit_status
 
 
 def new_command_record(command: Sequence[str], **fields: Any) -> TaskRecord:
-    """The first revision of a command's task, already running.
+    """The first revision of a command's task, with status running.
 
-    What is too long to be stored is cut off; what is no text is replaced.
+    Text that is too long is truncated; bytes that are not UTF-8 are replaced.
     """
-    argv = [_storable(word) for word in command]
+    argv = [_as_utf8(word) for word in command]
     try:
-        cwd = _storable(os.getcwd())  # noqa: PTH109 (Path.cwd says the same with more)
+        cwd = _as_utf8(os.getcwd())  # noqa: PTH109 (Path.cwd adds nothing)
     except OSError:
         cwd = ""
     metadata: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname(), "cwd": cwd}
@@ -174,57 +176,61 @@ def new_command_record(command: Sequence[str], **fields: Any) -> TaskRecord:
     )
 
 
-def verdict_of(returncode: int, cause: int | None, timeout_s: float) -> Verdict:
-    """What it means how a command ended, and why it was told to."""
+def result_of(returncode: int, cause: int | None, timeout_s: float) -> CommandResult:
+    """Return the result for a return code and the cause of the stop, if any."""
     if cause == TIMEOUT:
         error = f"timed out after {render.duration(timeout_s)}"
-        return Verdict(TaskStatus.TIMED_OUT, TIMED_OUT, error)
+        return CommandResult(TaskStatus.TIMED_OUT, TIMED_OUT, error)
     if cause is not None:
-        return Verdict(TaskStatus.CANCELLED, BY_SIGNAL + cause, f"ended by {_name(cause)}")
+        return CommandResult(
+            TaskStatus.CANCELLED, SIGNAL_BASE + cause, f"ended by {_signal_name(cause)}"
+        )
     if returncode < 0:
-        error = f"killed by {_name(-returncode)}"
-        return Verdict(TaskStatus.FAILED, BY_SIGNAL - returncode, error)
+        error = f"killed by {_signal_name(-returncode)}"
+        return CommandResult(TaskStatus.FAILED, SIGNAL_BASE - returncode, error)
     if returncode:
-        return Verdict(TaskStatus.FAILED, returncode, f"exit status {returncode}")
-    return Verdict(TaskStatus.SUCCEEDED, 0)
+        return CommandResult(TaskStatus.FAILED, returncode, f"exit status {returncode}")
+    return CommandResult(TaskStatus.SUCCEEDED, 0)
 
 
 def _create(store: TaskRegistryStore, record: TaskRecord) -> bool:
-    """Record the task as running; false, and told, if its run is recorded already."""
+    """Record the task as running; print a note and return false if its run is recorded."""
     try:
         store.apply([Put(record)])
     except ConflictError as error:
-        holder = next(
+        existing_id = next(
             (c.existing_task_id for c in error.conflicts if c.existing_task_id is not None), None
         )
-        if holder is None:
+        if existing_id is None:
             raise
-        standing = ledger.get(store, holder)
-        render.note(
-            f"run {record.run_id} of this command is recorded already, as {holder} "
-            f"({standing.status}); it was not started again"
+        existing = ledger.get(store, existing_id)
+        render.print_note(
+            f"run {record.run_id} of this command is already recorded as task {existing_id} "
+            f"({existing.status}); the command was not started again"
         )
         return False
     return True
 
 
-def _report(recorder: Recorder, verdict: Verdict) -> None:
-    """Say so, loudly, if the ledger does not tell what became of the command."""
+def _warn_if_unrecorded(recorder: Recorder, result: CommandResult) -> None:
+    """Print a warning if the ledger does not contain the end of the command."""
     record = recorder.record
-    if record.status is verdict.status and recorder.recorded:
+    if record.status is result.status and recorder.recorded:
         return
-    ended = f"the command ended as {verdict.status} (exit status {verdict.exit_status})"
+    ended = f"the command ended as {result.status} (exit status {result.exit_status})"
     if recorder.recorded:
-        render.note(f"{ended}, but task {record.task_id} had been ended as {record.status} before")
+        render.print_note(
+            f"{ended}, but task {record.task_id} had already ended as {record.status}"
+        )
         return
     reason = recorder.failure or "the store did not answer"
-    render.note(
-        f"NOT RECORDED: {ended}, but task {record.task_id} still says {record.status}: {reason}"
+    render.print_note(
+        f"NOT RECORDED: {ended}, but task {record.task_id} is still {record.status}: {reason}"
     )
 
 
-def _opened(path: Path | None) -> TextIO | None:
-    """Open the id file before anything happens, so that it is no surprise later."""
+def _open_id_file(path: Path | None) -> TextIO | None:
+    """Open the id file before the task is recorded, so that an error has no side effect."""
     if path is None:
         return None
     try:
@@ -233,13 +239,13 @@ def _opened(path: Path | None) -> TextIO | None:
         raise Misuse(f"--id-file {path}: {error.strerror}") from None
 
 
-def _storable(word: str) -> str:
-    """A word of the command line as text: bytes that are not UTF-8 are replaced."""
+def _as_utf8(word: str) -> str:
+    """Return a command-line word as text; bytes that are not UTF-8 are replaced."""
     return os.fsencode(word).decode(errors="replace")
 
 
-def _name(number: int) -> str:
-    """A signal's name, or its number where it has none."""
+def _signal_name(number: int) -> str:
+    """The name of a signal, or its number if it has no name."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -247,12 +253,12 @@ def _name(number: int) -> str:
 
 
 class Recorder:
-    """Writes what becomes of one task from a thread of its own.
+    """Records progress and end of one task in a thread of its own.
 
-    ``record`` is the task as created.  ``progress`` and ``note`` only leave
-    word and return at once; the store may be as slow as it likes.  A store
-    that fails is tried again at the next event; ``failure`` is the last
-    error, ``None`` after a success.  ``recorded`` tells whether the end was.
+    ``record`` is the last stored record.  ``progress`` and ``add_metadata`` return
+    at once and never wait for the store.  After a store error, the next call
+    retries; ``failure`` is the last error, ``None`` after a success.  ``recorded``
+    is true if the end was recorded.
     """
 
     def __init__(self, store: TaskRegistryStore, record: TaskRecord) -> None:
@@ -263,72 +269,72 @@ class Recorder:
         self._known: TaskRecord | None = record
         self._line: str | None = None
         self._metadata: dict[str, Any] = {}
-        self._end: dict[str, Any] = {}
-        self._word = threading.Event()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._end_fields: dict[str, Any] = {}
+        self._wake = threading.Event()
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run_thread, daemon=True)
         self._thread.start()
 
     def progress(self, line: str) -> None:
-        """Leave word of a new last line."""
+        """Hand over a new last line."""
         if line != self._line:
             self._line = line
-            self._word.set()
+            self._wake.set()
 
-    def note(self, **metadata: Any) -> None:
-        """Leave word of something for the metadata."""
+    def add_metadata(self, **metadata: Any) -> None:
+        """Hand over metadata to merge."""
         self._metadata = self._metadata | metadata
-        self._word.set()
+        self._wake.set()
 
     def finish(self, status: str, exit_status: int, error: str | None = None) -> bool:
-        """Record the end; returns whether the store answered at all."""
-        self._end = {"status": status, "error": error, "ended_at": self._store.clock()}
-        self.note(exit_status=exit_status)
-        self._over.set()
-        self._thread.join(HANG_S)
+        """Record the end; return false if the store did not answer in time."""
+        self._end_fields = {"status": status, "error": error, "ended_at": self._store.clock()}
+        self.add_metadata(exit_status=exit_status)
+        self._ending.set()
+        self._thread.join(STORE_TIMEOUT_S)
         return not self._thread.is_alive()
 
-    def _work(self) -> None:
-        while self._word.wait() and not self._over.is_set():
-            self._word.clear()
-            self._attempt(self._progressed)
-            self._over.wait(INTERVAL_S)
-        give_up_at = time.monotonic() + PATIENCE_S
-        while not (done := self._attempt(self._ended)) and time.monotonic() < give_up_at:
+    def _run_thread(self) -> None:
+        while self._wake.wait() and not self._ending.is_set():
+            self._wake.clear()
+            self._attempt(self._with_progress)
+            self._ending.wait(PROGRESS_INTERVAL_S)
+        deadline = time.monotonic() + RETRY_TIMEOUT_S
+        while not (recorded := self._attempt(self._with_end)) and time.monotonic() < deadline:
             if not isinstance(self.failure, TaskStoreError) or not (
                 self.failure.retryable or isinstance(self.failure, OutcomeUnknownError)
             ):
                 break
-            time.sleep(RETRY_S)
-        self.recorded = done
+            time.sleep(RETRY_INTERVAL_S)
+        self.recorded = recorded
 
     def _attempt(self, mutation: lifecycle.Mutation) -> bool:
-        """Store a change of the record; returns whether the ledger has it.
+        """Store a change of the record; return whether it was stored.
 
-        After a failure the record is read again first: the change may be there.
+        After a failure the record is read first, because the change may be committed.
         """
         known, self._known = self._known, None
         try:
             self.record = change.change(self._store, self.record.task_id, mutation, known=known)
-        except Exception as error:  # noqa: BLE001 (whatever a store raises, the command goes on)
+        except Exception as error:  # noqa: BLE001 (no store error may stop the command)
             self.failure = error
             return False
         self._known = self.record
         self.failure = None
         return True
 
-    def _progressed(self, record: TaskRecord, now: int) -> TaskRecord:
-        """The record with what is known by now; only metadata once somebody ended it."""
+    def _with_progress(self, record: TaskRecord, now: int) -> TaskRecord:
+        """The record with current progress and metadata; after its end, metadata only."""
         line, metadata = self._line, self._metadata
         if line is not None and not record.is_terminal:
             record = lifecycle.progress(line)(record, now)
         return lifecycle.merge_metadata(metadata)(record, now) if metadata else record
 
-    def _ended(self, record: TaskRecord, now: int) -> TaskRecord:
-        """The record with its end.  Another's end stands, unless it only says that we were lost."""
-        record = self._progressed(record, now)
+    def _with_end(self, record: TaskRecord, now: int) -> TaskRecord:
+        """The record with its end.  An end by another writer is kept, unless it is lost."""
+        record = self._with_progress(record, now)
         if record.status is TaskStatus.LOST:
-            return lifecycle.recover(summary=self._line, **self._end)(record, now)
+            return lifecycle.recover(summary=self._line, **self._end_fields)(record, now)
         if record.is_terminal:
             return record
-        return lifecycle.finish(summary=self._line, **self._end)(record, now)
+        return lifecycle.finish(summary=self._line, **self._end_fields)(record, now)

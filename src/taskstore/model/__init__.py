@@ -1,1 +1,1 @@
-"""Values and pure functions: no I/O, no threads, no clock of their own."""
+"""The data model: immutable values and pure functions, without I/O or threads."""

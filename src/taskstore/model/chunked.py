@@ -1,8 +1,8 @@
-"""Work on very many items that lets other threads run in between.
+"""Sorting and clearing large collections in chunks, so that other threads run.
 
-CPython changes threads between bytecodes and in calls that wait.  One call
-that sorts or frees a hundred thousand items holds all other threads up, the
-event loop's among them, for as long as it takes.
+CPython switches threads only between bytecodes and in blocking calls.  One call
+that sorts or frees a hundred thousand items blocks all other threads until it
+returns, including the thread of an event loop.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from typing import Any, TypeVar
 
 T = TypeVar("T", bound=Any)
 
-RUN_ITEMS = 4096
-"""How many items are sorted in one call."""
+CHUNK_ITEMS = 4096
+"""The number of items that one call sorts."""
 
 
 def chunked_sort(items: Iterable[T]) -> list[T]:
-    """The items in ascending order; what compares equal stays in the order in which it came.
+    """Return the items in ascending order; the sort is stable.
 
-    Runs are sorted, then merged two by two: that is what ``sorted`` does with
-    them, in a time that grows with their length and no faster.
+    Chunks are sorted, then merged in pairs.  ``sorted`` merges two sorted chunks
+    in linear time.
     """
-    items = list(items)
-    runs = [sorted(items[start : start + RUN_ITEMS]) for start in range(0, len(items), RUN_ITEMS)]
-    while len(runs) > 1:
-        later: list[list[T]] = [*runs[1::2], []]
-        runs = [sorted(first + second) for first, second in zip(runs[::2], later, strict=False)]
-    return runs[0] if runs else []
+    items, size = list(items), CHUNK_ITEMS
+    chunks = [sorted(items[start : start + size]) for start in range(0, len(items), size)]
+    while len(chunks) > 1:
+        right: list[list[T]] = [*chunks[1::2], []]
+        chunks = [sorted(first + second) for first, second in zip(chunks[::2], right, strict=False)]
+    return chunks[0] if chunks else []
 
 
 def clear_in_chunks(mapping: MutableMapping[Any, Any]) -> None:
-    """Remove everything from a mapping, one after the other."""
+    """Remove all items from a mapping, one at a time."""
     while mapping:
         mapping.popitem()

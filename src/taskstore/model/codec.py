@@ -1,12 +1,11 @@
-"""Bytes to record and back: one encoding for row, journal and snapshot.
+"""The encoding of records and snapshots, the same for rows and journals.
 
-A payload is the record as a JSON object whose first member is its format
-version, ``{"v":"1.1","task_id":…}``; fields at their default are left out.
-The current version is decoded straight into a :class:`TaskRecord`, and so are
-older ones that only lack optional fields.  Any other goes the slow way:
-older ones through the upcasters, a newer minor version by keeping the members
-that this version does not know, so that writing the record back loses
-nothing.  A newer major version is refused.
+A payload is a record as a JSON object.  Its first member is the format version,
+``{"v":"1.1","task_id":…}``; fields at their default are omitted.  Payloads of the
+current version, and older ones that only lack optional fields, are decoded
+directly into a :class:`TaskRecord`.  All others take a slower path.  Upcasters
+convert older versions.  For a newer minor version, unknown members are kept, so
+that writing the record back loses nothing.  A newer major version is refused.
 
 1.1 added the optional ``lease_until`` and ``lease_token``.
 """
@@ -26,36 +25,36 @@ from msgspec.structs import force_setattr, replace
 from taskstore.errors import CorruptStoreError
 from taskstore.model.journal import Quarantined, Snapshot, snapshot_of, validated_snapshot
 from taskstore.model.records import FORMAT_VERSION, MAX_INT, NO_METADATA, PAYLOAD_DEPTH, TaskRecord
-from taskstore.model.validation import SAME_MAJOR, nests_deeper
+from taskstore.model.validation import READABLE_VERSION, exceeds_depth
 
 UPCASTERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "1.0": lambda members: {**members, "v": "1.1"},
 }
-"""From an older version to the next: payload as a dict, changed ``v`` included."""
+"""Functions that convert a payload (``dict``) from an older version to the next, with its ``v``."""
 
 SNAPSHOT_FORMAT = "taskstore-snapshot/1"
 """The format that :func:`encode_snapshot` writes."""
 
 _T = TypeVar("_T")
-_FORMAT_FIRST = b'{"format":"%s",' % SNAPSHOT_FORMAT.encode()
+_FORMAT_PREFIX = b'{"format":"%s",' % SNAPSHOT_FORMAT.encode()
 _BLOCK_LINES = 256
 _BRACE = ord("{")
 _MAJOR = FORMAT_VERSION.split(".", maxsplit=1)[0]
-_CURRENT = b'{"v":"%s",' % FORMAT_VERSION.encode()
-_LACKING_ONLY = b'{"v":"1.0",'
-"""How a payload begins that is of this version but for optional fields it does not have."""
+_CURRENT_PREFIX = b'{"v":"%s",' % FORMAT_VERSION.encode()
+_COMPATIBLE_PREFIX = b'{"v":"1.0",'
+"""The start of a payload that only lacks optional fields of the current version."""
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(TaskRecord)
 _FIELDS = {field.encode_name for field in msgspec.structs.fields(TaskRecord)} - {"_unknown"} | {"v"}
 
 
 def checksum(payload: bytes) -> int:
-    """CRC-32 of a payload, as an integer from 0 to 2**32 - 1."""
+    """Return the CRC-32 of a payload, an integer from 0 to 2**32 - 1."""
     return zlib.crc32(payload)
 
 
 def encode_record(record: TaskRecord) -> bytes:
-    """The payload of a record.  The same record always gives the same bytes."""
+    """Return the payload of a record.  The same record always gives the same bytes."""
     if record.unknown_json is None:
         return _encoder.encode(record)
     members = msgspec.json.decode(_encoder.encode(replace(record, unknown_json=None)), type=dict)
@@ -63,46 +62,46 @@ def encode_record(record: TaskRecord) -> bytes:
 
 
 def decode_record(payload: bytes, where: str = "record") -> TaskRecord:
-    """The record of a payload.
+    """Return the record of a payload.
 
-    Raises :class:`CorruptStoreError`, naming ``where``, for anything that is
-    not a record of this major version.
+    Raises :class:`CorruptStoreError`, naming ``where``, if the payload is not a
+    record of this major version.
     """
-    if payload.startswith(_LACKING_ONLY):
-        payload = _CURRENT + payload[len(_LACKING_ONLY) :]
+    if payload.startswith(_COMPATIBLE_PREFIX):
+        payload = _CURRENT_PREFIX + payload[len(_COMPATIBLE_PREFIX) :]
     try:
         if payload.count(b"{") + payload.count(b"[") > PAYLOAD_DEPTH:
             check_nesting(payload)
         record = _decoder.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return _decode_slowly(payload, where)
+        return _decode_other_version(payload, where)
     if record.unknown_json is not None:
-        return _decode_slowly(payload, where)
+        return _decode_other_version(payload, where)
     if record.metadata_json is not NO_METADATA:
-        force_setattr(record, "metadata_json", _metadata(record.metadata_json, where))
+        force_setattr(record, "metadata_json", _copy_metadata(record.metadata_json, where))
     return record
 
 
 def check_nesting(encoded: bytes, depth: int = PAYLOAD_DEPTH) -> None:
     """Raise :class:`msgspec.DecodeError` for JSON that nests more than ``depth`` deep.
 
-    For whatever is decoded that others may have written: how deep the decoder
-    itself goes depends on the interpreter, and on the caller's stack.
+    Required before decoding untrusted input: the limit of the decoder itself
+    depends on the interpreter and on the caller's stack.
     """
-    if nests_deeper(encoded, depth):
+    if exceeds_depth(encoded, depth):
         raise msgspec.DecodeError(f"it is nested more than {depth} deep")
 
 
-def _metadata(encoded: Raw, where: str) -> Raw:
-    """A copy: a ``Raw`` is a view into the whole payload, and would keep it alive."""
+def _copy_metadata(encoded: Raw, where: str) -> Raw:
+    """Return a copy: a ``Raw`` is a view into the payload and keeps all its bytes in memory."""
     copy = encoded.copy()
     if memoryview(copy)[0] != _BRACE:
         raise CorruptStoreError(where, "has metadata that is not a JSON object")
     return copy
 
 
-def _decode_slowly(payload: bytes, where: str) -> TaskRecord:
-    """Decode another version, or say why the payload does not decode."""
+def _decode_other_version(payload: bytes, where: str) -> TaskRecord:
+    """Decode a payload of another version; raise :class:`CorruptStoreError` for damage."""
     try:
         check_nesting(payload)
         members = msgspec.json.decode(payload)
@@ -110,7 +109,7 @@ def _decode_slowly(payload: bytes, where: str) -> TaskRecord:
             raise CorruptStoreError(where, "is not a JSON object")
         while isinstance(version := members.get("v"), str) and version in UPCASTERS:
             members = UPCASTERS[version](members)
-        if not isinstance(version, str) or not SAME_MAJOR.match(version):
+        if not isinstance(version, str) or not READABLE_VERSION.match(version):
             raise CorruptStoreError(where, f"has the record format {version!r}, not {_MAJOR}.x")
         unknown = {name: value for name, value in members.items() if name not in _FIELDS}
         known = {name: value for name, value in members.items() if name in _FIELDS}
@@ -118,17 +117,17 @@ def _decode_slowly(payload: bytes, where: str) -> TaskRecord:
             unknown["v"] = version
         record = _decoder.decode(_encoder.encode({**known, "v": FORMAT_VERSION}))
         kept = Raw(msgspec.json.encode(unknown, order="deterministic")) if unknown else None
-        metadata = _metadata(record.metadata_json, where)
+        metadata = _copy_metadata(record.metadata_json, where)
         return replace(record, metadata_json=metadata, unknown_json=kept)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CorruptStoreError(where, f"does not decode: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        # An upcaster stumbled over what is missing or of another type.
+        # An upcaster failed on a member that is missing or of another type.
         raise CorruptStoreError(where, f"does not decode: {error!r}") from error
 
 
 def decode_or_quarantine(payload: bytes, where: str) -> TaskRecord | Quarantined:
-    """The record of a payload, or the payload as bytes to keep and report."""
+    """Return the record of a payload, or the payload quarantined if it does not decode."""
     try:
         return decode_record(payload, where)
     except CorruptStoreError as error:
@@ -136,7 +135,7 @@ def decode_or_quarantine(payload: bytes, where: str) -> TaskRecord | Quarantined
 
 
 def quarantine(payload: bytes, where: str, reason: str) -> Quarantined:
-    """Wrap a payload that does not decode, with what can still be told of it."""
+    """Return an undecodable payload as :class:`Quarantined`, with id and revision if readable."""
     task_id = revision = None
     try:
         check_nesting(payload)
@@ -152,9 +151,9 @@ def quarantine(payload: bytes, where: str, reason: str) -> Quarantined:
 
 
 def encode_snapshot(snapshot: Snapshot) -> bytes:
-    """A whole snapshot as one value, for stores that keep everything in one.
+    """Return a whole snapshot as bytes, for stores that keep all data in one value.
 
-    It is validated: :class:`ValidationError` for what may not be stored.
+    Raises :class:`ValidationError` for a record that may not be stored.
     """
     snapshot = validated_snapshot(snapshot)
     payloads = (encode_record(snapshot.records[task_id]) for task_id in sorted(snapshot.records))
@@ -163,9 +162,9 @@ def encode_snapshot(snapshot: Snapshot) -> bytes:
 
 
 def decode_snapshot(data: bytes, where: str = "snapshot") -> Snapshot:
-    """The snapshot that :func:`encode_snapshot` wrote.
+    """Return the snapshot that :func:`encode_snapshot` encoded.
 
-    A record that does not decode is set aside.  Raises
+    A record that does not decode is quarantined.  Raises
     :class:`CorruptStoreError`, naming ``where``, for damage.
     """
     reader = SnapshotReader(io.BytesIO(data), where, SnapshotHeader)
@@ -173,33 +172,33 @@ def decode_snapshot(data: bytes, where: str = "snapshot") -> Snapshot:
 
 
 def write_snapshot(
-    header: SnapshotHeader, payloads: Iterable[bytes], aside: Iterable[Quarantined] = ()
+    header: SnapshotHeader, payloads: Iterable[bytes], quarantined: Iterable[Quarantined] = ()
 ) -> Iterator[bytes]:
-    """Write a snapshot in blocks of bytes: a JSON document with one payload a line.
+    """Yield a snapshot in blocks of bytes: a JSON document with one payload per line.
 
-    The first line names the format and holds what ``header`` says.  Memory is bounded
-    by a block.  The last line is the CRC-32 of everything before it.
+    The first line has the format and the members of ``header``.  Memory use is bounded
+    by one block.  The last line is the CRC-32 of everything before it.
     """
     crc = 0
-    head = _FORMAT_FIRST + _encoder.encode(header)[1:]
-    for block in _blocks(head, payloads, aside):
+    opening = _FORMAT_PREFIX + _encoder.encode(header)[1:]
+    for block in _blocks(opening, payloads, quarantined):
         crc = zlib.crc32(block, crc)
         yield block
     yield b'"checksum":"%08x"}\n' % crc
 
 
 def _blocks(
-    head: bytes, payloads: Iterable[bytes], aside: Iterable[Quarantined]
+    opening: bytes, payloads: Iterable[bytes], quarantined: Iterable[Quarantined]
 ) -> Iterator[bytes]:
-    yield head[:-1] + b',"records":[\n'
+    yield opening[:-1] + b',"records":[\n'
     yield from _lines(payloads)
     yield b'],"set_aside":[\n'
-    yield from _lines(map(_encoder.encode, aside))
+    yield from _lines(map(_encoder.encode, quarantined))
     yield b"],\n"
 
 
 def _lines(values: Iterable[bytes]) -> Iterator[bytes]:
-    """JSON values as the lines of an array, a few hundred a block."""
+    """Yield JSON values as the lines of an array, a few hundred per block."""
     values = iter(values)
     block = list(islice(values, _BLOCK_LINES))
     while block:
@@ -209,69 +208,70 @@ def _lines(values: Iterable[bytes]) -> Iterator[bytes]:
 
 
 class SnapshotHeader(Struct, frozen=True):
-    """What the first line of every snapshot says after its format."""
+    """The members of a snapshot's first line after the format."""
 
     seq: Annotated[int, Meta(ge=0, le=MAX_INT)]
     at: Annotated[int, Meta(ge=0, le=MAX_INT)]
 
 
-_H = TypeVar("_H", bound=SnapshotHeader)
+_Header = TypeVar("_Header", bound=SnapshotHeader)
 
 
-class SnapshotReader(Generic[_H]):
-    """Reads what :func:`write_snapshot` wrote, line by line, in bounded memory.
+class SnapshotReader(Generic[_Header]):
+    """Reads the output of :func:`write_snapshot` line by line, in bounded memory.
 
-    ``header`` is the header, decoded as ``header_type``.  Iterating gives the payloads
-    (``bytes``) in order of task_id; when the iteration has ended without an error,
-    the checksum has been found right and ``aside`` holds what was set aside.
-    Everything else is :class:`CorruptStoreError` naming ``where``.
+    ``header`` is decoded as ``header_type``.  Iteration yields the payloads (``bytes``)
+    in order of task_id.  After an iteration without an error, the checksum is verified
+    and ``quarantined`` holds the quarantined records.  Damage raises
+    :class:`CorruptStoreError`, naming ``where``.
     """
 
-    def __init__(self, lines: Iterable[bytes], where: str, header_type: type[_H]) -> None:
+    def __init__(self, lines: Iterable[bytes], where: str, header_type: type[_Header]) -> None:
         self._lines = iter(lines)
         self._where = where
         self._crc = 0
         self._offset = 0
-        self.aside: list[Quarantined] = []
-        first = self._line()
+        self.quarantined: list[Quarantined] = []
+        first = self._next_line()
         if not first.endswith(b',"records":[\n'):
             raise self._damaged("the header line is damaged")
-        if not first.startswith(_FORMAT_FIRST):
+        if not first.startswith(_FORMAT_PREFIX):
             raise self._damaged(f"the format is not {SNAPSHOT_FORMAT}")
-        header = first[len(_FORMAT_FIRST) : -len(b',"records":[\n')]
-        self.header = self._json(b"{" + header + b"}", header_type)
+        header = first[len(_FORMAT_PREFIX) : -len(b',"records":[\n')]
+        self.header = self._decode(b"{" + header + b"}", header_type)
 
     def __iter__(self) -> Iterator[bytes]:
-        yield from self._until(b'],"set_aside":[\n')
-        self.aside = [self._json(line, Quarantined) for line in self._until(b"],\n")]
+        yield from self._lines_until(b'],"set_aside":[\n')
+        lines = self._lines_until(b"],\n")
+        self.quarantined = [self._decode(line, Quarantined) for line in lines]
         expected = b'"checksum":"%08x"}\n' % self._crc
-        if self._line() != expected:
+        if self._next_line() != expected:
             raise self._damaged("the checksum does not match")
         if next(self._lines, None) is not None:
-            raise self._damaged("there is something after the checksum")
+            raise self._damaged("there is data after the checksum")
 
     def snapshot(self, *, strict: bool = False) -> Snapshot:
-        """Everything at once, decoded; ``strict`` raises for what is or would be set aside."""
+        """Return the whole snapshot; ``strict`` raises for a record that does not decode."""
         decode = decode_record if strict else decode_or_quarantine
         items = [decode(payload, self._where) for payload in self]
-        if strict and self.aside:
-            raise CorruptStoreError(self.aside[0].where, self.aside[0].reason)
-        return snapshot_of(self.header.seq, self.header.at, (*self.aside, *items))
+        if strict and self.quarantined:
+            raise CorruptStoreError(self.quarantined[0].where, self.quarantined[0].reason)
+        return snapshot_of(self.header.seq, self.header.at, (*self.quarantined, *items))
 
-    def _until(self, end: bytes) -> Iterator[bytes]:
-        while (line := self._line()) != end:
+    def _lines_until(self, end: bytes) -> Iterator[bytes]:
+        while (line := self._next_line()) != end:
             yield line[:-2] if line.endswith(b",\n") else line[:-1]
 
-    def _line(self) -> bytes:
+    def _next_line(self) -> bytes:
         line = next(self._lines, None)
         if line is None or not line.endswith(b"\n"):
-            raise self._damaged("the file ends too early")
+            raise self._damaged("the file is truncated")
         if not line.startswith(b'"checksum"'):
             self._crc = zlib.crc32(line, self._crc)
             self._offset += len(line)
         return line
 
-    def _json(self, value: bytes, kind: type[_T]) -> _T:
+    def _decode(self, value: bytes, kind: type[_T]) -> _T:
         try:
             check_nesting(value)
             return msgspec.json.decode(value, type=kind)

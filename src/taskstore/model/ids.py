@@ -1,8 +1,8 @@
-"""Time and ids.
+"""The clock, and the generators of task ids and commit ids.
 
-All times are integer Unix milliseconds in UTC.  Ids are UUIDv7 (RFC 9562),
-strictly increasing within a process: time-ordered keys are appended to a
-B-tree instead of scattered over it.
+All times are integer Unix milliseconds in UTC.  Task ids are UUIDv7 (RFC 9562)
+and strictly increase within a process: inserts of time-ordered keys go to the
+end of a B-tree and not to random pages.
 """
 
 from __future__ import annotations
@@ -14,36 +14,36 @@ import time
 from collections.abc import Callable
 
 Clock = Callable[[], int]
-"""Returns the current time in Unix milliseconds, UTC."""
+"""A function that returns the current time in Unix milliseconds, UTC."""
 
 _RANDOM_BITS = 74
 _LOWER_62 = (1 << 62) - 1
-_DRAWN_BYTES = 9
+_RANDOM_BYTES = 9
 _STEP_BYTES = 4
 
 
 def system_clock() -> int:
-    """The machine's wall clock in Unix milliseconds, UTC."""
+    """Return the wall-clock time of the machine in Unix milliseconds, UTC."""
     return time.time_ns() // 1_000_000
 
 
 class UUIDv7:
-    """A source of UUIDv7 strings, each greater than all before it.
+    """A generator of UUIDv7 strings, each greater than all earlier ones.
 
-    RFC 9562 section 6.2, method 2: within one millisecond (and while the
-    clock stands still or steps back) the 74 random bits are raised by a
-    random step instead of drawn anew.  The step comes from the operating
-    system, so that a forked child does not repeat its parent's ids.
+    RFC 9562 section 6.2, method 2: within one millisecond (and while the clock
+    does not advance) the 74 random bits are incremented by a random step and not
+    drawn again.  The step comes from the operating system, so that a forked
+    child does not repeat its parent's ids.
     """
 
     def __init__(self, clock: Clock = system_clock) -> None:
         self._clock = clock
         self._ms = 0
         self._random = 0
-        self.unlock()
+        self.reset_lock()
 
-    def unlock(self) -> None:
-        """Forget who is drawing an id: in a forked child, that thread is not there."""
+    def reset_lock(self) -> None:
+        """Replace the lock: in a forked child, the thread that holds it does not exist."""
         self._lock = threading.Lock()
 
     def __call__(self) -> str:
@@ -52,27 +52,27 @@ class UUIDv7:
             now = self._clock()
             if now > self._ms:
                 self._ms = now
-                # Two bits of headroom, so that stepping rarely overflows.
-                self._random = int.from_bytes(os.urandom(_DRAWN_BYTES))
+                # 72 of 74 bits are random, so that increments rarely overflow.
+                self._random = int.from_bytes(os.urandom(_RANDOM_BYTES))
             else:
                 self._random += 1 + int.from_bytes(os.urandom(_STEP_BYTES))
                 if self._random >> _RANDOM_BITS:
                     self._ms += 1
-                    self._random = int.from_bytes(os.urandom(_DRAWN_BYTES))
+                    self._random = int.from_bytes(os.urandom(_RANDOM_BYTES))
             ms, random = self._ms, self._random
-        # Version 7 stands before the upper 12 random bits, variant 2 before the other 62.
+        # Version 7 precedes the upper 12 random bits, variant 2 the other 62.
         bits = ms << 80 | 7 << 76 | random >> 62 << 64 | 2 << 62 | random & _LOWER_62
         text = bits.to_bytes(16).hex()
         return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
 new_task_id = UUIDv7()
-"""The process-wide source of task ids: ``new_task_id() -> str``."""
+"""The process-wide generator of task ids: ``new_task_id() -> str``."""
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=new_task_id.unlock)
+    os.register_at_fork(after_in_child=new_task_id.reset_lock)
 
 
 def new_commit_id() -> str:
-    """Return 32 random hexadecimal digits: what tells one commit from every other."""
+    """Return a new unique commit id: 32 random hexadecimal digits."""
     return secrets.token_hex(16)

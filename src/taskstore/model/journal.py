@@ -1,8 +1,8 @@
-"""Changes, commits, entries, snapshots, and how one becomes the other: all pure.
+"""Changes, commits, journal entries and snapshots, with pure functions on them.
 
-A caller hands a batch of changes to a store; the store commits it as journal
-entries with contiguous seqs; folding entries over a snapshot gives the newer
-snapshot.  Every store is built from these functions or proved against them.
+A caller passes a batch of changes to a store.  The store commits the batch as
+journal entries with contiguous seqs.  Folding entries over a snapshot gives a
+newer snapshot.  Stores use these functions or are tested against them.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class EntryKind(StrEnum):
     DELETED = "deleted"
 
 
-# An enum looks its members up at each access.
+# Module constants avoid the member lookup that an enum does at each access.
 _UPSERTED, _DELETED = EntryKind.UPSERTED, EntryKind.DELETED
 
 
 class Put(Struct, frozen=True, gc=False):
     """Store this record, whose revision is one more than the stored one.
 
-    Revision 1 creates the task.  The record is validated here, so that no
-    store ever sees one that may not be stored.
+    Revision 1 creates the task.  The constructor validates the record, so a
+    store never gets an invalid one.
     """
 
     record: TaskRecord
@@ -50,11 +50,11 @@ class Put(Struct, frozen=True, gc=False):
 
     @property
     def revision(self) -> int:
-        """The revision that the task has afterwards (``int`` ≥ 1)."""
+        """The revision of the task after the change (``int`` ≥ 1)."""
         return self.record.revision
 
 
-_A_PUT = Put(
+_PUT_TEMPLATE = Put(
     TaskRecord(
         task_id="any", revision=1, runtime="any", task="", status=TaskStatus.QUEUED, created_at=0
     )
@@ -62,12 +62,12 @@ _A_PUT = Put(
 
 
 def unchecked_put(record: TaskRecord) -> Put:
-    """The :class:`Put` of a record that is known to be valid, without looking at it again.
+    """Return the :class:`Put` of a record that is known to be valid, without a check.
 
-    That is so for what :mod:`~taskstore.model.lifecycle`
-    and :mod:`~taskstore.model.leases` make: they check what they are given.
+    Records from :mod:`~taskstore.model.lifecycle` and :mod:`~taskstore.model.leases`
+    are valid: these modules check their arguments.
     """
-    put: Put = _A_PUT.__copy__()  # type: ignore[attr-defined]  # msgspec's stubs leave it out
+    put: Put = _PUT_TEMPLATE.__copy__()  # type: ignore[attr-defined]  # missing in msgspec's stubs
     force_setattr(put, "record", record)
     return put
 
@@ -84,15 +84,15 @@ class Remove(Struct, frozen=True, gc=False):
 
 
 Change = Put | Remove
-"""What a caller asks a store for."""
+"""A change that a caller passes to a store."""
 
 
 class HasDedupKey(Protocol):
-    """Anything that says for which run it was created."""
+    """An object with the two fields of a dedup key."""
 
     @property
     def run_id(self) -> str | None:
-        """The id of the run, if it was created for one."""
+        """The id of the run that the task was created for, if any."""
 
     @property
     def run_digest(self) -> str | None:
@@ -100,19 +100,20 @@ class HasDedupKey(Protocol):
 
 
 def dedup_key(record: HasDedupKey | None) -> DedupKey | None:
-    """``(run_id, run_digest)``, which at most one task of a ledger has: it makes ``create``
-    idempotent.  ``None`` for a task without a run, and for none."""
+    """Return ``(run_id, run_digest)``; ``None`` for a task without a run, and for no task.
+
+    At most one task of a ledger has a given key, which makes ``create`` idempotent."""
     if record is None or record.run_id is None or record.run_digest is None:
         return None
     return (record.run_id, record.run_digest)
 
 
 class Position(Struct, frozen=True, gc=False):
-    """A place in one history: right after the entry ``seq``, which is of ``commit_id``.
+    """A journal position: after the entry ``seq`` of the commit ``commit_id``.
 
-    The id tells this history from another that has the same seqs: that of a
-    backup which was restored, or of a standby which took over without the
-    last commits.  It is empty where it is not known.
+    After a restored backup, or after a standby took over without the last commits,
+    a new history reuses seqs.  The commit id distinguishes the two histories.  The
+    id is empty if unknown.
     """
 
     seq: int
@@ -123,9 +124,9 @@ class Position(Struct, frozen=True, gc=False):
 
     @classmethod
     def of(cls, cursor: object) -> Self:
-        """The position that a seq or the text of a position (a cursor) names.
+        """Return the position of a seq or of a cursor (the text of a position).
 
-        Raises :class:`ValidationError` for anything else.
+        Raises :class:`ValidationError` for any other value.
         """
         if isinstance(cursor, cls):
             return cursor
@@ -138,11 +139,11 @@ class Position(Struct, frozen=True, gc=False):
 
 
 class ChangeSet(list[Change]):
-    """Changes that were worked out from what stood at a position, ``base``.
+    """Changes that were computed from the records at the position ``base``.
 
-    :meth:`~taskstore.TaskRegistryStore.apply` takes it as any sequence of
-    changes.  A store that knows its commits refuses it when its history does
-    not hold that position: the same revision may be another record there.
+    :meth:`~taskstore.TaskRegistryStore.apply` accepts it like any sequence of
+    changes.  A store that keeps commit ids refuses it if its journal does not
+    hold that position, because the same revision may be another record there.
     """
 
     __slots__ = ("base",)
@@ -153,10 +154,10 @@ class ChangeSet(list[Change]):
 
 
 class Commit(Struct, frozen=True, gc=False):
-    """What a store committed: the seqs of the first and last change, and when.
+    """The seqs of the first and last change of a commit, its time and its id.
 
-    ``at`` is in Unix milliseconds UTC and never less than that of the commit
-    before; ``commit_id`` is unique to this commit (empty where a store keeps none).
+    ``at`` is in Unix milliseconds UTC and never less than that of the previous
+    commit.  ``commit_id`` is unique (empty if the store keeps no commit ids).
     """
 
     first_seq: int
@@ -166,12 +167,12 @@ class Commit(Struct, frozen=True, gc=False):
 
 
 class Quarantined(Struct, frozen=True, gc=False):
-    """A stored record that could not be decoded, kept as the bytes that it is.
+    """A stored record that does not decode, kept as its raw bytes.
 
-    ``where`` says where it lies and ``reason`` why it does not decode
-    (``str``).  ``task_id`` and ``revision`` are given as far as they can be told.
-    ``superseded`` marks an older image of a task that has later changes: it
-    does not occupy the id of the task, and goes when the task is deleted.
+    ``where`` is its location and ``reason`` is why it does not decode (``str``).
+    ``task_id`` and ``revision`` are ``None`` if unknown.  ``superseded`` marks an
+    older image of a task that has later changes: it does not occupy the task's
+    id, and is dropped when the task is deleted.
     """
 
     raw: bytes
@@ -183,22 +184,22 @@ class Quarantined(Struct, frozen=True, gc=False):
 
     @property
     def occupies(self) -> str | None:
-        """The id of the task that this is the current image of, if that can be told."""
+        """The id of the task, if it is known and this is its current image."""
         return None if self.superseded else self.task_id
 
     def goes_with(self, task_id: str, kind: EntryKind) -> bool:
-        """Whether a later entry makes this obsolete: it is the next image of the same task,
-        or deletes the task, which removes its superseded images too."""
+        """Whether a later entry makes this image obsolete: the entry is of the same task, and
+        it is a deletion if this image is superseded."""
         return self.task_id == task_id and (not self.superseded or kind is EntryKind.DELETED)
 
 
 class JournalEntry(Struct, frozen=True, gc=False):
     """One committed change.
 
-    ``seq`` is its place in the journal (``int`` ≥ 1), ``at`` the time of the
-    commit (Unix milliseconds), ``revision`` the task's afterwards.
-    ``record`` is ``None`` for a deletion, and for an upsert that could not be
-    decoded: then ``quarantined`` has its bytes.
+    ``seq`` is its number in the journal (``int`` ≥ 1), ``at`` the time of the
+    commit (Unix milliseconds), ``revision`` the task's revision after the change.
+    ``record`` is ``None`` for a deletion, and for an upsert that does not decode:
+    then ``quarantined`` has its bytes.
     """
 
     seq: int
@@ -212,7 +213,7 @@ class JournalEntry(Struct, frozen=True, gc=False):
 
     @property
     def cursor(self) -> str:
-        """Where this entry ends, for ``changes(after=…)``: unlike a seq it knows its history."""
+        """The position after this entry, for ``changes(after=…)``; includes the commit id."""
         return str(Position(self.seq, self.commit_id))
 
 
@@ -222,11 +223,10 @@ _EMPTY: Mapping[str, TaskRecord] = MappingProxyType({})
 class Snapshot(Struct, frozen=True):
     """Every live record as of one seq.
 
-    ``records`` maps task_id to record and cannot be changed: a mapping given
-    to the constructor is copied.  ``at`` is the time of the commit at
-    ``seq`` (Unix milliseconds, 0 before the first).  ``quarantined`` holds what
-    could not be decoded; it travels with the snapshot, so that nothing that
-    rewrites a store drops it.
+    ``records`` maps task_id to record and is immutable: the constructor copies
+    its mapping.  ``at`` is the time of the commit at ``seq`` (Unix milliseconds, 0
+    before the first).  ``quarantined`` holds the records that do not decode; they
+    are part of the snapshot, so that a rewrite of a store does not drop them.
     """
 
     seq: int
@@ -237,8 +237,8 @@ class Snapshot(Struct, frozen=True):
     def __post_init__(self) -> None:
         if type(self.seq) is not int or not 0 <= self.seq <= MAX_INT:
             check_int("seq", self.seq)
-        # Copied even if it is a proxy: of whose mapping, nobody knows.  A dict behind
-        # one copies itself at once, where dict() would ask for each item.
+        # A proxy is copied too, because its mapping may be mutable.  copy() of a proxied
+        # dict is one fast call; dict() would look up each item.
         given = self.records
         copied = given.copy() if isinstance(given, MappingProxyType) else given
         if copied is given or type(copied) is not dict:
@@ -247,43 +247,44 @@ class Snapshot(Struct, frozen=True):
 
 
 def snapshot_of(seq: int, at: int, items: Iterable[TaskRecord | Quarantined]) -> Snapshot:
-    """The snapshot that holds these records, and what is set aside among them."""
+    """Return the snapshot of these records and quarantined records."""
     records: dict[str, TaskRecord] = {}
-    aside: list[Quarantined] = []
+    quarantined: list[Quarantined] = []
     for item in items:
         if isinstance(item, TaskRecord):
             records[item.task_id] = item
         else:
-            aside.append(item)
-    return Snapshot(seq, MappingProxyType(records), at, tuple(aside))
+            quarantined.append(item)
+    return Snapshot(seq, MappingProxyType(records), at, tuple(quarantined))
 
 
 def validated_snapshot(snapshot: Snapshot) -> Snapshot:
-    """Return ``snapshot`` as it may become the content of a store, its mapping copied.
+    """Return ``snapshot`` with validated records, its mapping copied.
 
-    Raises :class:`ValidationError` for a record that may not be stored, for
-    one under another id than its own, and for two that hold the same booking.
+    Raises :class:`ValidationError` for an invalid record, for a record under
+    another id than its own, and for two records with the same dedup key.
     """
     records: dict[str, TaskRecord] = {}
-    booked: dict[DedupKey, str] = {}
+    ids_by_key: dict[DedupKey, str] = {}
     for task_id, given in snapshot.records.items():
         record = validated(given)
         if record.task_id != task_id:
             raise ValidationError("records", f"has task {record.task_id!r} under {task_id!r}")
         key = dedup_key(record)
         if key is not None:
-            holder = booked.setdefault(key, task_id)
-            if holder != task_id:
-                raise ValidationError("records", f"{task_id!r} and {holder!r} book the same run")
+            existing = ids_by_key.setdefault(key, task_id)
+            if existing != task_id:
+                reason = f"tasks {task_id!r} and {existing!r} have the same dedup key"
+                raise ValidationError("records", reason)
         records[record.task_id] = record
     return Snapshot(snapshot.seq, MappingProxyType(records), snapshot.at, snapshot.quarantined)
 
 
 class Step(Struct, frozen=True, gc=False):
-    """What a batch does to one task, all its changes taken together.
+    """The combined effect of a batch on one task.
 
-    ``base`` is the revision that has to be stored beforehand (0: absent),
-    ``record`` the last image (``None``: removed) and ``revision`` the last revision.
+    ``base`` is the required stored revision (0: absent), ``record`` the last
+    image (``None``: removed) and ``revision`` the last revision.
     """
 
     task_id: str
@@ -293,15 +294,15 @@ class Step(Struct, frozen=True, gc=False):
 
     @property
     def claims(self) -> DedupKey | None:
-        """The dedup key that a task created here claims, if any."""
+        """The dedup key of the task that this step creates, if any."""
         return None if self.base else dedup_key(self.record)
 
 
 def plan(changes: Sequence[Change]) -> list[Step]:
     """Reduce a batch to one step per task, in order of first appearance.
 
-    Raises :class:`ValidationError` for an empty batch or something that is
-    not a change, :class:`ConflictError` where the batch contradicts itself.
+    Raises :class:`ValidationError` for an empty batch or a value that is not a
+    change, :class:`ConflictError` if changes of the batch contradict each other.
     """
     if not changes:
         raise ValidationError("changes", "must not be empty")
@@ -323,13 +324,13 @@ def plan(changes: Sequence[Change]) -> list[Step]:
         if revision != before.revision + 1:
             raise ConflictError([Conflict(task_id, revision - 1, before.revision)])
         steps[task_id] = Step(task_id, before.base, revision, record)
-    claimed: dict[DedupKey, str] = {}
+    ids_by_key: dict[DedupKey, str] = {}
     for step in steps.values() if len(steps) > 1 else ():
         key = step.claims
         if key is not None:
-            holder = claimed.setdefault(key, step.task_id)
-            if holder != step.task_id:
-                raise ConflictError([Conflict(step.task_id, 0, 0, existing_task_id=holder)])
+            existing = ids_by_key.setdefault(key, step.task_id)
+            if existing != step.task_id:
+                raise ConflictError([Conflict(step.task_id, 0, 0, existing_task_id=existing)])
     return list(steps.values())
 
 
@@ -337,35 +338,34 @@ def find_conflicts(
     steps: Sequence[Step],
     revisions: Mapping[str, int],
     deleted: Container[str],
-    holders: Mapping[DedupKey, str],
+    ids_by_key: Mapping[DedupKey, str],
 ) -> list[Conflict]:
-    """Compare what the steps expect with what is stored; empty when all of them apply.
+    """Return the conflicts between the steps and the stored state; none if all steps apply.
 
-    ``revisions`` gives the stored revision of a task: none for a task that is
-    not stored, 0 for one that does not decode and whose revision cannot be
-    told.  ``deleted`` holds the ids whose deletion the journal still has, and
-    ``holders`` the id of the task that has a dedup key.  A task that the
-    steps remove gives its dedup key free for the others.
+    ``revisions`` maps the id of each stored task to its revision (0 if the record
+    does not decode and its revision is unknown).  ``deleted`` contains the ids
+    whose deletion the journal still has.  ``ids_by_key`` maps a dedup key to the
+    id of its task.  A removal in the steps frees the task's dedup key.
     """
     conflicts = []
     for step in steps:
         task_id = step.task_id
         found = revisions.get(task_id)
         if found != (step.base or None) or task_id in deleted:
-            gone = task_id in deleted
-            conflicts.append(Conflict(task_id, step.base, found or 0, deleted=gone))
+            is_deleted = task_id in deleted
+            conflicts.append(Conflict(task_id, step.base, found or 0, deleted=is_deleted))
             continue
         key = dedup_key(step.record)
-        holder = None if key is None else holders.get(key)
-        if holder in (None, task_id):
+        existing = None if key is None else ids_by_key.get(key)
+        if existing in (None, task_id):
             continue
-        if holder not in {step.task_id for step in steps if step.record is None}:
-            conflicts.append(Conflict(task_id, step.base, found or 0, existing_task_id=holder))
+        if existing not in {step.task_id for step in steps if step.record is None}:
+            conflicts.append(Conflict(task_id, step.base, found or 0, existing_task_id=existing))
     return conflicts
 
 
 def entries_of(changes: Sequence[Change], commit: Commit) -> list[JournalEntry]:
-    """The journal entries that a commit made of its changes, in order."""
+    """Return the journal entries of a commit's changes, in order."""
     at, commit_id = commit.at, commit.commit_id
     entries = []
     for seq, change in enumerate(changes, commit.first_seq):
@@ -381,30 +381,31 @@ def entries_of(changes: Sequence[Change], commit: Commit) -> list[JournalEntry]:
 
 
 def fold(snapshot: Snapshot, entries: Iterable[JournalEntry]) -> Snapshot:
-    """Bring a snapshot forward over the entries that follow it.
+    """Return ``snapshot`` with the entries that follow it applied.
 
     Raises :class:`CorruptStoreError` if the entries do not continue the
     snapshot without a gap.
     """
     records = dict(snapshot.records)
-    aside = list(snapshot.quarantined)
+    quarantined = list(snapshot.quarantined)
     seq, at = snapshot.seq, snapshot.at
     for entry in entries:
         if entry.seq != seq + 1:
             raise CorruptStoreError("journal", f"seq {entry.seq} follows seq {seq}")
         seq, at = entry.seq, entry.at
-        if aside:
-            aside = [item for item in aside if not item.goes_with(entry.task_id, entry.kind)]
+        if quarantined:
+            task_id, kind = entry.task_id, entry.kind
+            quarantined = [item for item in quarantined if not item.goes_with(task_id, kind)]
         if entry.record is not None:
             records[entry.task_id] = entry.record
         else:
             records.pop(entry.task_id, None)
             if entry.quarantined is not None:
-                aside.append(entry.quarantined)
-    return Snapshot(seq, MappingProxyType(records), at, tuple(aside))
+                quarantined.append(entry.quarantined)
+    return Snapshot(seq, MappingProxyType(records), at, tuple(quarantined))
 
 
 def quarantined_revisions(quarantined: Iterable[Quarantined]) -> dict[str, int]:
-    """The ids that are occupied by images which do not decode, with the revision of each
-    (0 where it cannot be told)."""
+    """Return the revisions of quarantined records by the task id that they occupy
+    (0 if the revision is unknown)."""
     return {item.occupies: item.revision or 0 for item in quarantined if item.occupies is not None}

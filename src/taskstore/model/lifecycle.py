@@ -1,17 +1,17 @@
-"""The life of a task as pure functions: a verb's arguments make a mutation of its record.
+"""The task lifecycle as pure functions that create and change records.
 
-A task begins with :func:`new_record`; a create that comes again is answered
-by :func:`attach`.  Each other function checks its arguments, once, and returns a
-:data:`Mutation`.  Wrong arguments raise :class:`ValidationError` whatever
-the task is.  The mutation takes a record and now and returns the record that
-should stand afterwards: the same object when what is asked for already
-holds, otherwise a new one whose revision is one more.  What the status does
-not allow raises :class:`InvalidTransition`.  What comes out of a valid
-record is valid, but for a revision beyond the last.
+:func:`new_record` creates revision 1 of a task; :func:`attach` returns the
+result of a repeated create.  Every other function checks its arguments and
+returns a :data:`Mutation`.  Invalid arguments raise :class:`ValidationError`,
+whatever the state of the task.  The mutation takes a record and the current time
+and returns the record to store: the same object if nothing changes, otherwise a
+new record with the next revision.  A change that the status does not allow raises
+:class:`InvalidTransition`.  A mutation of a valid record is valid, except that
+its revision may exceed ``MAX_INT``.
 
-The rules of the end: once a task has ended, its status, times, error and
-outcome stay.  Two exceptions: :func:`finish` may correct ``succeeded`` to
-failed, timed_out or cancelled, and :func:`recover` alone corrects ``lost``.
+Once a task has ended, its status, times, error and outcome are final, with two
+exceptions: :func:`finish` may correct ``succeeded`` to failed, timed_out or
+cancelled, and :func:`recover` alone corrects ``lost``.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ from taskstore.model.validation import (
 )
 
 Mutation = Callable[[TaskRecord, int], TaskRecord]
-"""From a record and now (Unix milliseconds) to what should stand: pure."""
+"""A pure function from a record and the current time (Unix ms) to the record to store."""
 
 RETENTION_MS = 7 * 24 * 60 * 60 * 1000
-"""How long an ended task is kept unless told otherwise: 7 days."""
+"""The default retention of an ended task: 7 days."""
 
 _CORRECTIONS = frozenset({TaskStatus.FAILED, TaskStatus.TIMED_OUT, TaskStatus.CANCELLED})
 
-# An enum looks its members up at each access.
+# Module constants avoid the member lookup that an enum does at each access.
 _RUNNING, _SESSION, _PENDING = TaskStatus.RUNNING, ScopeKind.SESSION, DeliveryStatus.PENDING
 
-_BEGINNINGS = {str(status): status for status in TaskStatus if not status.is_terminal}
-"""What a task may be when it is created, by its name."""
+_INITIAL_STATUSES = {str(status): status for status in TaskStatus if not status.is_terminal}
+"""The allowed statuses of a new task, by name."""
 
-_CHECKS = {
+_CREATION_CHECKS = {
     name: CHECKS[name]
     for name in (
         *(key for key in OPTIONAL_KEYS if key not in ("run_digest", "lease_token")),
@@ -71,7 +71,7 @@ _CHECKS = {
         *("scope_kind", "delivery_status", "notify_policy", "requester_origin"),
     )
 } | {"progress_summary": check_summary}
-"""What may be given when a task is created, and what it is checked with."""
+"""The check of each field that may be given for a new task."""
 
 _FILLABLE = frozenset(OPTIONAL_KEYS) - {"run_id", "run_digest", "lease_token"} | {
     "requester_origin",
@@ -83,26 +83,26 @@ _FILLABLE = frozenset(OPTIONAL_KEYS) - {"run_id", "run_digest", "lease_token"} |
 def new_record(
     *, now: int, task_id: str, runtime: str, task: str, status: str, fields: Mapping[str, Any]
 ) -> TaskRecord:
-    """Make revision 1 of a task.
+    """Return revision 1 of a task.
 
     ``fields`` are further record fields by name; ``now`` is in Unix
-    milliseconds.  Raises :class:`ValidationError` for anything that may not
-    be stored or that only a later change can set.
+    milliseconds.  Raises :class:`ValidationError` for an invalid value and for
+    a field that only a later change may set.
     """
     given: dict[str, Any] = {}
     for name, value in fields.items():
-        check = _CHECKS.get(name)
+        check = _CREATION_CHECKS.get(name)
         if name == "metadata":
             given["metadata_json"] = NO_METADATA if value is None else encode_metadata(value)
             continue
         if check is None:
             known = name in TaskRecord.__struct_fields__
             raise ValidationError(
-                str(name), "is not given to a new task" if known else "is not a field of a record"
+                str(name), "cannot be set on a new task" if known else "is not a field of a record"
             )
         if value is not None:
             given[name] = check(name, value)
-    state = _BEGINNINGS.get(status) if isinstance(status, str) else None
+    state = _INITIAL_STATUSES.get(status) if isinstance(status, str) else None
     if state is None:
         state = check_enum("status", status, TaskStatus)
         raise ValidationError("status", f"a task starts queued or running, not {state}")
@@ -128,17 +128,16 @@ def new_record(
     if record.scope_kind is _SESSION and record.owner_key is None:
         raise ValidationError("owner_key", "is required unless scope_kind is system")
     if record.run_id is not None:
-        # It is nobody else's yet.
+        # No other code has a reference to the frozen record yet.
         force_setattr(record, "run_digest", run_digest(record))
     return record
 
 
 def run_digest(record: TaskRecord) -> str:
-    """Digest the run scope of a record: 32 hexadecimal digits.
+    """Return the digest of a record's run scope: 32 hexadecimal digits.
 
     The scope is (run_id, runtime, scope kind, owner, child session, flow,
-    label, task) as they are at creation; two creates with the same scope are
-    the same task.
+    label, task) at creation.  Two creates with the same scope are the same task.
     """
     scope = (
         record.run_id,
@@ -154,9 +153,9 @@ def run_digest(record: TaskRecord) -> str:
 
 
 def attach(existing: TaskRecord, asked: TaskRecord) -> TaskRecord:
-    """Answer a repeated create: fill what ``existing`` lacked, touch nothing else.
+    """Return the result of a repeated create: ``existing``, its empty fields set from ``asked``.
 
-    An ended task is returned unchanged.
+    Other fields stay unchanged, and so does an ended task.
     """
     if existing.is_terminal:
         return existing
@@ -173,7 +172,7 @@ def attach(existing: TaskRecord, asked: TaskRecord) -> TaskRecord:
 
 
 def start(*, started_at: int | None = None) -> Mutation:
-    """Queued → running.  A running task is returned as it is."""
+    """Queued → running.  A running task stays unchanged."""
     _check_time("started_at", started_at)
 
     def started(record: TaskRecord, now: int) -> TaskRecord:
@@ -193,7 +192,7 @@ def start(*, started_at: int | None = None) -> Mutation:
 
 
 def progress(summary: str) -> Mutation:
-    """Note how far an active task has come.  The same summary again changes nothing."""
+    """Set the progress summary of an active task.  The same summary changes nothing."""
     folded = check_summary("progress_summary", summary)
     if folded is None:
         raise ValidationError("progress_summary", "must be text, not NoneType")
@@ -223,9 +222,9 @@ def finish(
 ) -> Mutation:
     """End an active task, or correct ``succeeded`` to failed, timed_out or cancelled.
 
-    Repeating the end that stands, with the same facts or none, returns the
-    record as it is; other facts raise :class:`InvalidTransition`, because
-    the end is final.
+    A repeat of the same end, with the same facts or none, returns the record
+    unchanged.  Different facts (error, summary, outcome, end time) raise
+    :class:`InvalidTransition`, because the end is final.
     """
     end = check_enum("status", status, TaskStatus)
     if not end.is_terminal:
@@ -233,27 +232,27 @@ def finish(
     given = _end_facts(error, summary, outcome, ended_at)
 
     def finished(record: TaskRecord, now: int) -> TaskRecord:
-        facts = _facts_of(record, given)
+        facts = _clamp_end(record, given)
         if record.status is end:
-            return _repeated(record, f"finish it as {end} with other facts", facts)
+            return _check_repeat(record, f"finish it as {end} with different facts", facts)
         corrects = record.status is TaskStatus.SUCCEEDED and end in _CORRECTIONS
         if record.is_terminal and not corrects:
             raise InvalidTransition(record.task_id, record.status, f"finish it as {end}")
         if corrects:
             facts = {"error": None, "terminal_outcome": None, **facts}
             facts.setdefault("ended_at", record.ended_at)
-        return _ended(record, now, end, facts)
+        return _with_end(record, now, end, facts)
 
     return finished
 
 
 def lose(*, error: str | None = None) -> Mutation:
-    """Active → lost: what became of it cannot be told any more.  A lost task stays as it is."""
+    """Active → lost: the outcome is unknown.  A lost task stays unchanged."""
     return _end_active(TaskStatus.LOST, _end_facts(error, None, None, None), "mark it lost")
 
 
 def cancel(reason: str | None = None) -> Mutation:
-    """Active → cancelled, the reason kept as the error.  A cancelled task stays as it is."""
+    """Active → cancelled, with the reason as the error.  A cancelled task stays unchanged."""
     return _end_active(TaskStatus.CANCELLED, _end_facts(reason, None, None, None), "cancel it")
 
 
@@ -263,7 +262,7 @@ def _end_active(end: TaskStatus, facts: Mapping[str, Any], attempted: str) -> Mu
             return record
         if record.is_terminal:
             raise InvalidTransition(record.task_id, record.status, attempted)
-        return _ended(record, now, end, facts)
+        return _with_end(record, now, end, facts)
 
     return ended
 
@@ -276,28 +275,28 @@ def recover(
     outcome: str | None = None,
     ended_at: int | None = None,
 ) -> Mutation:
-    """Lost → what the task really is: active again, or how it really ended."""
+    """Lost → the actual status of the task: active, or another end."""
     state = check_enum("status", status, TaskStatus)
     if state is TaskStatus.LOST:
-        raise ValidationError("status", "recover says what a lost task really is, not lost")
+        raise ValidationError("status", "a lost task recovers to another status, not lost")
     given = _end_facts(error, summary, outcome, ended_at)
     if not state.is_terminal and given:
-        raise ValidationError(next(iter(given)), f"does not go with the status {state}")
+        raise ValidationError(next(iter(given)), f"cannot be set with the status {state}")
 
     def recovered(record: TaskRecord, now: int) -> TaskRecord:
-        facts = _facts_of(record, given)
+        facts = _clamp_end(record, given)
         if record.status is state:
-            return _repeated(record, f"recover it as {state} with other facts", facts)
+            return _check_repeat(record, f"recover it as {state} with different facts", facts)
         if record.status is not TaskStatus.LOST:
             raise InvalidTransition(record.task_id, record.status, f"recover it as {state}")
-        alive = _without_end(record)
+        active = _without_end(record)
         if state.is_terminal:
-            return _ended(alive, now, state, facts)
+            return _with_end(active, now, state, facts)
         started_at = record.started_at
         if state is TaskStatus.RUNNING and started_at is None:
             started_at = max(now, record.created_at)
         return replace(
-            alive,
+            active,
             revision=record.revision + 1,
             status=state,
             started_at=started_at,
@@ -308,10 +307,10 @@ def recover(
 
 
 def deliver(status: str, *, last_notified_event_at: int | None = None) -> Mutation:
-    """Note how far the answer got.
+    """Set the delivery status of the task's result.
 
-    ``delivered`` also notes which event the owner now knows of:
-    ``last_notified_event_at``, by default the task's last event.
+    ``delivered`` also sets ``last_notified_event_at``, the time of the event that
+    the owner was notified of; the default is the task's last event.
     """
     state = check_enum("delivery_status", status, DeliveryStatus)
     _check_time("last_notified_event_at", last_notified_event_at)
@@ -322,24 +321,24 @@ def deliver(status: str, *, last_notified_event_at: int | None = None) -> Mutati
             notified = max(last_notified_event_at, record.created_at)
         elif state is DeliveryStatus.DELIVERED:
             notified = record.last_event_at
-        return _changed(record, delivery_status=state, last_notified_event_at=notified)
+        return _with_fields(record, delivery_status=state, last_notified_event_at=notified)
 
     return delivered
 
 
 def notify(policy: str) -> Mutation:
-    """Set what the owner wants to hear of."""
+    """Set which events the owner is notified of."""
     chosen = check_enum("notify_policy", policy, NotifyPolicy)
-    return lambda record, _now: _changed(record, notify_policy=chosen)
+    return lambda record, _now: _with_fields(record, notify_policy=chosen)
 
 
 def retain(cleanup_after: int | None) -> Mutation:
-    """Set when the record may be removed (Unix milliseconds), or ``None`` for never."""
+    """Set the time after which the record may be removed (Unix ms); ``None`` is never."""
     _check_time("cleanup_after", cleanup_after)
 
     def retained(record: TaskRecord, _now: int) -> TaskRecord:
         until = cleanup_after
-        return _changed(
+        return _with_fields(
             record, cleanup_after=None if until is None else max(until, record.created_at)
         )
 
@@ -347,27 +346,27 @@ def retain(cleanup_after: int | None) -> Mutation:
 
 
 def link_flow(parent_flow_id: str | None) -> Mutation:
-    """Set the flow that the task belongs to.  Its dedup key stays as it was at creation."""
+    """Set the flow of the task.  The dedup key stays the one from creation."""
     flow = None if parent_flow_id is None else check_key("parent_flow_id", parent_flow_id)
-    return lambda record, _now: _changed(record, parent_flow_id=flow)
+    return lambda record, _now: _with_fields(record, parent_flow_id=flow)
 
 
 def merge_metadata(changes: object) -> Mutation:
     """Merge a mapping into the metadata, key by key at the top level; ``None`` is a value.
 
-    The result has to be within the limits of metadata: else the mutation
-    raises :class:`ValidationError`.
+    The mutation raises :class:`ValidationError` if the result exceeds the limits
+    of metadata.
     """
     copied = plain_metadata(changes)
     encode_metadata(copied)
 
     def merged(record: TaskRecord, _now: int) -> TaskRecord:
-        return _changed(record, metadata_json=encode_metadata({**record.metadata, **copied}))
+        return _with_fields(record, metadata_json=encode_metadata({**record.metadata, **copied}))
 
     return merged
 
 
-def _changed(record: TaskRecord, **fields: Any) -> TaskRecord:
+def _with_fields(record: TaskRecord, **fields: Any) -> TaskRecord:
     if all(getattr(record, name) == value for name, value in fields.items()):
         return record
     return replace(record, revision=record.revision + 1, **fields)
@@ -379,14 +378,14 @@ def _check_time(field: str, given: int | None) -> None:
 
 
 def _event_time(record: TaskRecord, now: int) -> int:
-    """``last_event_at`` never goes back, whatever the clock does."""
+    """The next ``last_event_at``; it never decreases, even if the clock does."""
     return max(now, record.created_at, record.last_event_at or 0)
 
 
 def _end_facts(
     error: str | None, summary: str | None, outcome: str | None, ended_at: int | None
 ) -> dict[str, Any]:
-    """The facts of an end that were given, checked, by field name."""
+    """The given facts of an end (error, summary, outcome, end time), checked, by field name."""
     facts: dict[str, Any] = {}
     if error is not None:
         facts["error"] = check_text("error", error, ERROR_BYTES)
@@ -399,8 +398,8 @@ def _end_facts(
     return facts
 
 
-def _facts_of(record: TaskRecord, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The given facts as they hold for this task: it does not end before its creation."""
+def _clamp_end(record: TaskRecord, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given facts, with ``ended_at`` not before the task's creation."""
     facts = dict(given)
     if "ended_at" in facts:
         facts["ended_at"] = max(facts["ended_at"], record.created_at)
@@ -408,26 +407,26 @@ def _facts_of(record: TaskRecord, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_end(record: TaskRecord) -> TaskRecord:
-    """A lost task without what its end has set, at the same revision: on the way to the next."""
-    automatic = record.ended_at is not None and (
+    """A lost record without the fields that its end set, at the same revision."""
+    is_default = record.ended_at is not None and (
         record.cleanup_after == record.ended_at + RETENTION_MS
     )
     return replace(
         record,
         error=None,
         ended_at=None,
-        cleanup_after=None if automatic else record.cleanup_after,
+        cleanup_after=None if is_default else record.cleanup_after,
     )
 
 
-def _repeated(record: TaskRecord, attempted: str, facts: Mapping[str, Any]) -> TaskRecord:
-    """The record, if the facts are the ones that stand."""
+def _check_repeat(record: TaskRecord, attempted: str, facts: Mapping[str, Any]) -> TaskRecord:
+    """Return the record if it has these facts; raise :class:`InvalidTransition` otherwise."""
     if any(getattr(record, name) != value for name, value in facts.items()):
         raise InvalidTransition(record.task_id, record.status, attempted)
     return record
 
 
-def _ended(
+def _with_end(
     record: TaskRecord, now: int, status: TaskStatus, facts: Mapping[str, Any]
 ) -> TaskRecord:
     ended_at = facts.get("ended_at")

@@ -1,7 +1,7 @@
-"""When to compact and what to keep: the decisions, without the doing.
+"""The compaction policy: when compaction is due and what it retains.
 
-Every store asks the same two questions of a :class:`CompactionPolicy`: is it
-due, and which snapshots stay.  Both answers are pure.
+Every store asks a :class:`CompactionPolicy` whether compaction is due and which
+snapshots to retain.  Both methods are pure functions.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from msgspec.structs import replace
 
 
 class SnapshotInfo(NamedTuple):
-    """A snapshot that a store has: its seq, and the time of that commit (Unix ms)."""
+    """A stored snapshot: its seq, and the time of that commit (Unix ms)."""
 
     seq: int
     at: int
 
 
 class JournalStats(Struct, frozen=True, kw_only=True):
-    """What the policy looks at.
+    """The input of the policy.
 
     ``entries`` and ``bytes`` count the journal since the newest snapshot
-    (``bytes`` 0 where a store does not know), ``oldest_at`` is the time of
-    the first of these entries (Unix ms), ``records`` the number of live ones,
-    ``now`` the clock (Unix ms).  ``newest`` is the seq of that snapshot (0:
-    none) and ``floor`` the first seq kept.
+    (``bytes`` is 0 if unknown).  ``oldest_at`` is the time of the first of these
+    entries (Unix ms), ``records`` the number of live records, ``now`` the current
+    time (Unix ms).  ``newest`` is the seq of the newest snapshot (0: none) and
+    ``floor`` the first retained seq.
     """
 
     entries: int
@@ -40,24 +40,22 @@ class JournalStats(Struct, frozen=True, kw_only=True):
 
 
 class CompactionPolicy(Struct, frozen=True, kw_only=True):
-    """When compaction is due, and how much history it leaves.
+    """When compaction is due, and how much history it retains.
 
-    *Due* when ``min_entries`` entries have come since the newest snapshot
-    and they are at least ``ratio`` times the live records (so that the cost
-    of writing a snapshot, which grows with the records, stays a constant
-    share of each event); or when they hold ``max_bytes`` bytes (what a
-    restart of the JSON store has to read); or when the oldest of them is
-    ``max_age_s`` seconds old (so that a quiet ledger is folded too, and
-    deleted text does not stay for ever).  ``force`` makes it due whenever
-    there is an entry at all.
+    Only entries since the newest snapshot count.  Compaction is *due* when:
 
-    *Kept*: the history of the last ``history_s`` seconds and of at least the
-    last ``history_entries`` entries, whichever reaches back further, because
-    who follows the journal has to be able to stop for a weekend; and the
-    newest ``keep_snapshots`` snapshots, because one may be found damaged.
-    ``erase_deleted`` keeps nothing but the new snapshot, so that the text of
-    deleted tasks is gone from the ledger's files when it returns; it implies
-    ``force``.
+    - there are ``min_entries`` of them and at least ``ratio`` per live record, so
+      that the amortized cost of a snapshot per change is constant;
+    - or they have ``max_bytes`` bytes, which a restart of the JSON store reads;
+    - or the oldest is ``max_age_s`` seconds old, so that an idle ledger is
+      compacted too and deleted text does not stay for ever;
+    - or ``force`` is set and there is at least one entry.
+
+    Compaction *retains* the history of the last ``history_s`` seconds or the last
+    ``history_entries`` entries, whichever is longer, so that a follower may pause
+    for a weekend.  It also retains the newest ``keep_snapshots`` snapshots, because
+    one may be damaged.  ``erase_deleted`` implies ``force`` and retains only the
+    new snapshot: the ledger's files then hold no text of deleted tasks.
     """
 
     min_entries: int = 10_000
@@ -71,17 +69,17 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
     erase_deleted: bool = False
 
     def forced(self) -> Self:
-        """The same policy, due whenever there is anything to fold."""
+        """Return the same policy with ``force`` set."""
         return replace(self, force=True)
 
     def due(self, stats: JournalStats) -> str | None:
-        """Say why compaction is due (``str``), or ``None`` when it is not."""
+        """Return why compaction is due (``str``), or ``None`` when it is not."""
         if self.erase_deleted:
-            return "deleted records are to be erased"
+            return "deleted records must be erased"
         if stats.entries == 0:
             return None
         if self.force:
-            return "it was asked for"
+            return "compaction was forced"
         if stats.entries >= max(self.min_entries, self.ratio * stats.records):
             return f"{stats.entries} entries since the last snapshot"
         if stats.bytes >= self.max_bytes:
@@ -93,50 +91,49 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
     def retained(
         self, snapshots: Sequence[SnapshotInfo], *, head: int, floor: int, now: int
     ) -> tuple[frozenset[int], int]:
-        """Say which snapshots stay and what the floor becomes.
+        """Return the seqs of the snapshots to retain, and the new floor.
 
         ``snapshots`` are in ascending order of seq and include the one just
-        published.  Returns their seqs and the new floor, never below the old
-        one; the snapshot at floor - 1 always stays, so that every seq from
-        there on can be answered.
+        published.  The new floor is never below the old one.  The snapshot at
+        floor - 1 is always retained, so that every later seq can be reconstructed.
         """
         if self.erase_deleted:
             newest = snapshots[-1].seq
             return frozenset({newest}), newest + 1
         window_ms = self.history_s * 1000
-        old_enough = [
-            mark
-            for mark in snapshots
-            if mark.seq >= floor - 1
-            and head - mark.seq >= self.history_entries
-            and mark.at <= now - window_ms
+        outside_window = [
+            snapshot
+            for snapshot in snapshots
+            if snapshot.seq >= floor - 1
+            and head - snapshot.seq >= self.history_entries
+            and snapshot.at <= now - window_ms
         ]
-        anchor = old_enough[-1].seq if old_enough else floor - 1
-        kept = {mark.seq for mark in snapshots[-max(self.keep_snapshots, 1) :]}
-        # Between the anchor and the newest, a few are left for the anchor to
-        # move to: a quarter of the window apart, so that their number is bounded.
-        last = SnapshotInfo(anchor, 0)
-        for mark in snapshots:
-            if mark.seq == anchor:
-                kept.add(anchor)
-                last = mark
+        oldest = outside_window[-1].seq if outside_window else floor - 1
+        retained = {snapshot.seq for snapshot in snapshots[-max(self.keep_snapshots, 1) :]}
+        # Some snapshots after the oldest are retained, so that a later compaction can raise
+        # the floor to one of them.  They are a quarter of the window apart, which bounds them.
+        last = SnapshotInfo(oldest, 0)
+        for snapshot in snapshots:
+            if snapshot.seq == oldest:
+                retained.add(oldest)
+                last = snapshot
             elif (
-                mark.seq > anchor
-                and mark.seq - last.seq >= self.history_entries / 4
-                and mark.at - last.at >= window_ms / 4
+                snapshot.seq > oldest
+                and snapshot.seq - last.seq >= self.history_entries / 4
+                and snapshot.at - last.at >= window_ms / 4
             ):
-                kept.add(mark.seq)
-                last = mark
-        return frozenset(seq for seq in kept if seq >= anchor), anchor + 1
+                retained.add(snapshot.seq)
+                last = snapshot
+        return frozenset(seq for seq in retained if seq >= oldest), oldest + 1
 
 
 class CompactionReport(Struct, frozen=True, kw_only=True):
-    """What a compaction did.
+    """The result of a compaction.
 
-    ``compacted`` tells whether it was due, ``reason`` why or why not.
-    ``seq`` is the new snapshot's, ``records`` how many it holds (with those
-    set aside), ``floor`` the first seq kept afterwards, ``trimmed`` how many
-    entries went, ``snapshots`` the seqs retained, ``duration_s`` seconds.
+    ``compacted`` says whether it was due, ``reason`` why or why not.  ``seq`` is
+    the seq of the new snapshot, ``records`` the number of its records (quarantined
+    ones included), ``floor`` the first retained seq, ``trimmed`` the number of
+    trimmed entries, ``snapshots`` the retained seqs, ``duration_s`` its time.
     """
 
     compacted: bool

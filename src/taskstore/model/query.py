@@ -1,7 +1,7 @@
-"""Questions about records: filters, newest-first order, keyset cursors.
+"""Queries over records: filters, newest-first order, keyset cursors.
 
-A query means the same everywhere: :func:`evaluate` defines it, indexes and
-SQL only get there faster.
+:func:`evaluate` defines the answer of every query.  Indexes and SQL return the
+same answer faster.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ from taskstore.model.records import (
 from taskstore.model.validation import check_enum, check_int, check_key, check_text
 
 SESSION_KEY = "session_key"
-"""A filter that is no field: the child's or the requester's session."""
+"""The filter for the child's or the requester's session; it is not a record field."""
 
 _TEXT_FIELDS = frozenset({*REQUIRED_KEYS, *OPTIONAL_KEYS, *TEXT_LIMITS, SESSION_KEY})
 _INT_FIELDS = frozenset({"revision", "created_at", *OPTIONAL_TIMES})
 _ENUMS: dict[str, type[StrEnum]] = {**ENUM_FIELDS, "terminal_outcome": TerminalOutcome}
 _FILTERS = _TEXT_FIELDS | _INT_FIELDS | _ENUMS.keys()
-_LONGEST = max(TEXT_LIMITS.values())
+_MAX_TEXT_BYTES = max(TEXT_LIMITS.values())
 
 Cursor = tuple[int, str]
-"""Where a page ended: (created_at, task_id) of its last record."""
+"""The end of a page: (created_at, task_id) of its last record."""
 
 
 class TaskQuery:
-    """Which records, and how many: newest first by (created_at, task_id).
+    """A filter, a limit and a cursor; the order is newest first by (created_at, task_id).
 
-    ``filters`` are record field names (but for ``metadata`` and
-    ``requester_origin``) and ``session_key``, which is the child's or the
-    requester's.  A value may be a collection of which any may match; ``None``
-    means that the field is not set.  ``since`` is the earliest ``created_at``
-    (Unix milliseconds), ``limit`` the most records (``None``: all) and
-    ``after`` the ``next_cursor`` of the page before.
+    ``filters`` are record field names (except ``metadata`` and
+    ``requester_origin``) and ``session_key``, which matches the child's or the
+    requester's session.  A value may be a collection of alternatives; ``None``
+    matches a field that is not set.  ``since`` is the earliest ``created_at``
+    (Unix milliseconds), ``limit`` the maximum number of records (``None``: all)
+    and ``after`` the ``next_cursor`` of the previous page.
 
-    Raises :class:`ValidationError` for what is not a field or not of its type.
+    Raises :class:`ValidationError` for an unknown field or a value of another type.
     """
 
-    __slots__ = ("_tests", "after", "cursor", "limit", "since", "where")
+    __slots__ = ("_predicates", "after", "cursor", "limit", "since", "where")
 
     def __init__(
         self,
@@ -70,17 +70,17 @@ class TaskQuery:
         self.after = after
         self.cursor = None if after is None else decode_cursor(after)
         self.where: dict[str, frozenset[Any]] = {
-            field: _wanted(field, value) for field, value in filters.items()
+            field: _accepted_values(field, value) for field, value in filters.items()
         }
-        self._tests: list[Callable[[TaskRecord], bool]] = [
-            _test(field, wanted) for field, wanted in self.where.items()
+        self._predicates: list[Callable[[TaskRecord], bool]] = [
+            _predicate(field, accepted) for field, accepted in self.where.items()
         ]
 
     def matches(self, record: TaskRecord) -> bool:
-        """Whether a record passes the filters and ``since``, wherever the cursor stands."""
+        """Whether a record matches the filters and ``since``; ignores the cursor."""
         if self.since is not None and record.created_at < self.since:
             return False
-        return all(test(record) for test in self._tests)
+        return all(predicate(record) for predicate in self._predicates)
 
     def __repr__(self) -> str:
         parts = [f"{field}={sorted(map(repr, values))}" for field, values in self.where.items()]
@@ -93,11 +93,10 @@ class TaskQuery:
 
 
 class Page(Sequence[TaskRecord]):
-    """Some records, newest first.
+    """One page of records, newest first.
 
-    ``next_cursor`` (``str``) asks for the following page with ``after=``, or
-    is ``None`` when there is none.  ``seq`` is the journal position that the
-    answer is true for.
+    ``next_cursor`` (``str``) is the ``after=`` of the next page, or ``None`` on the
+    last page.  ``seq`` is the commit at which the answer is valid.
     """
 
     __slots__ = ("next_cursor", "records", "seq")
@@ -131,10 +130,10 @@ class Page(Sequence[TaskRecord]):
 
 
 class Summary(Struct, frozen=True, kw_only=True):
-    """How many tasks there are.
+    """Counts of tasks.
 
-    ``total`` counts the records, ``by_status`` and ``by_runtime`` map names
-    to counts above 0, ``seq`` is the commit that it is true for.
+    ``total`` counts all records; ``by_status`` and ``by_runtime`` map names to
+    counts above 0; ``seq`` is the commit at which the counts are valid.
     """
 
     total: int
@@ -144,12 +143,12 @@ class Summary(Struct, frozen=True, kw_only=True):
 
     @property
     def active(self) -> int:
-        """How many tasks have not ended (``int``)."""
+        """The number of tasks that have not ended (``int``)."""
         return sum(self.by_status.get(status, 0) for status in ACTIVE_STATUSES)
 
     @classmethod
     def of(cls, by_status: Counter[str], by_runtime: Counter[str], seq: int) -> Self:
-        """The summary of records that were counted."""
+        """Return the summary of these counters."""
         return cls(
             total=by_status.total(),
             by_status=dict(by_status),
@@ -159,7 +158,7 @@ class Summary(Struct, frozen=True, kw_only=True):
 
 
 def page_of(newest_first: Iterator[TaskRecord], query: TaskQuery, seq: int) -> Page:
-    """Cut one page from matching records that come newest first, the cursor applied."""
+    """Return one page of ``newest_first``, the matching records after the query's cursor."""
     if query.limit is None:
         return Page(newest_first, seq=seq)
     records: list[TaskRecord] = []
@@ -171,7 +170,7 @@ def page_of(newest_first: Iterator[TaskRecord], query: TaskQuery, seq: int) -> P
 
 
 def evaluate(query: TaskQuery, records: Iterable[TaskRecord], seq: int) -> Page:
-    """Answer a query over records in any order: what every backend has to agree with."""
+    """Return the page of a query over records in any order; every backend must return the same."""
     matching = sorted(
         (record for record in records if query.matches(record)),
         key=lambda record: record.sort_key,
@@ -184,16 +183,16 @@ def evaluate(query: TaskQuery, records: Iterable[TaskRecord], seq: int) -> Page:
 
 
 def encode_cursor(key: Cursor) -> str:
-    """An opaque, URL-safe text for a place in the order of records."""
+    """Return an opaque, URL-safe text for a position in the order of records."""
     return base64.urlsafe_b64encode(msgspec.json.encode(key)).rstrip(b"=").decode()
 
 
 def decode_cursor(cursor: str) -> Cursor:
-    """The place that :func:`encode_cursor` made a text of.
+    """Return the position that :func:`encode_cursor` encoded.
 
-    Raises :class:`ValidationError` for anything else.
+    Raises :class:`ValidationError` for any other text.
     """
-    text = check_text("after", cursor, _LONGEST)
+    text = check_text("after", cursor, _MAX_TEXT_BYTES)
     try:
         raw = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
         created_at, task_id = msgspec.json.decode(raw, type=tuple[int, str])
@@ -205,25 +204,25 @@ def decode_cursor(cursor: str) -> Cursor:
     raise ValidationError("after", "is not the next_cursor of a page")
 
 
-def _wanted(field: str, value: Any) -> frozenset[Any]:
-    """The values that a filter accepts, checked for their field."""
+def _accepted_values(field: str, value: Any) -> frozenset[Any]:
+    """Return the values that a filter accepts, validated for their field."""
     if field not in _FILTERS:
         raise ValidationError(field, "is not a field that records can be filtered by")
-    many = isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
-    return frozenset(_value(field, item) for item in (value if many else (value,)))
+    is_many = isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
+    return frozenset(_check_value(field, item) for item in (value if is_many else (value,)))
 
 
-def _value(field: str, value: Any) -> Any:
+def _check_value(field: str, value: Any) -> Any:
     if field in _ENUMS:
         return None if value is None else check_enum(field, value, _ENUMS[field])
     if field in _TEXT_FIELDS:
-        return None if value is None else check_text(field, value, _LONGEST)
+        return None if value is None else check_text(field, value, _MAX_TEXT_BYTES)
     return None if value is None else check_int(field, value)
 
 
-def _test(field: str, wanted: frozenset[Any]) -> Callable[[TaskRecord], bool]:
+def _predicate(field: str, accepted: frozenset[Any]) -> Callable[[TaskRecord], bool]:
     if field == SESSION_KEY:
         return lambda record: (
-            record.child_session_key in wanted or record.requester_session_key in wanted
+            record.child_session_key in accepted or record.requester_session_key in accepted
         )
-    return lambda record: getattr(record, field) in wanted
+    return lambda record: getattr(record, field) in accepted

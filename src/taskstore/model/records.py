@@ -1,6 +1,6 @@
-"""The task record: the immutable state of one task at one revision, and its limits.
+"""The task record: the immutable state of one task at one revision.
 
-What may stand in it is checked in :mod:`taskstore.model.validation`.
+:mod:`taskstore.model.validation` checks its values against the limits below.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ import msgspec
 from msgspec import Raw, Struct
 
 KEY_BYTES = 255
-"""Longest key (ids, session keys, labels) in bytes of UTF-8."""
+"""Maximum length of a key (ids, session keys, labels) in bytes of UTF-8."""
 SUMMARY_BYTES = 4096
-"""Longest progress or terminal summary in bytes of UTF-8."""
+"""Maximum length of a progress or terminal summary in bytes of UTF-8."""
 ERROR_BYTES = 64 * 1024
-"""Longest error text in bytes of UTF-8."""
+"""Maximum length of an error text in bytes of UTF-8."""
 TASK_BYTES = 1024 * 1024
-"""Longest task text in bytes of UTF-8."""
+"""Maximum length of a task text in bytes of UTF-8."""
 METADATA_BYTES = 64 * 1024
-"""Longest metadata in bytes of canonical JSON."""
+"""Maximum length of metadata in bytes of canonical JSON."""
 METADATA_DEPTH = 64
-"""Deepest nesting of objects and arrays in metadata."""
+"""Maximum nesting of objects and arrays in metadata."""
 PAYLOAD_DEPTH = 2 * METADATA_DEPTH
-"""Deepest nesting of a payload that is stored or decoded, unknown members included.
+"""Maximum nesting of a stored or decoded payload, including unknown members.
 
-It is far below what the JSON decoder can do, which depends on the interpreter.
+The limit of the JSON decoder is far higher and depends on the interpreter.
 """
 MAX_INT = 2**53 - 1
-"""Greatest time and revision: what every JSON reader holds exactly."""
+"""Maximum time and revision: every JSON reader represents it exactly."""
 
 
 class TaskStatus(StrEnum):
-    """Where a task is in its life."""
+    """The lifecycle state of a task."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -56,7 +56,7 @@ TERMINAL_STATUSES = frozenset(TaskStatus) - ACTIVE_STATUSES
 
 
 class DeliveryStatus(StrEnum):
-    """How far the answer got on its way to whoever asked."""
+    """The delivery state of a task's result to its requester."""
 
     PENDING = "pending"
     DELIVERED = "delivered"
@@ -67,7 +67,7 @@ class DeliveryStatus(StrEnum):
 
 
 class NotifyPolicy(StrEnum):
-    """What the owner wants to hear of: the end, every change of status, or nothing."""
+    """The events that the owner is notified of: the end, every change of status, or none."""
 
     DONE_ONLY = "done_only"
     STATE_CHANGES = "state_changes"
@@ -75,21 +75,21 @@ class NotifyPolicy(StrEnum):
 
 
 class ScopeKind(StrEnum):
-    """Whether a task belongs to someone's session or to the system itself."""
+    """Whether a task belongs to a session or to the system."""
 
     SESSION = "session"
     SYSTEM = "system"
 
 
 class TerminalOutcome(StrEnum):
-    """What a finished run achieved: its aim, or the finding that it is blocked."""
+    """The result of a finished run: it succeeded, or it found that it is blocked."""
 
     SUCCEEDED = "succeeded"
     BLOCKED = "blocked"
 
 
 class DeliveryContext(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """Where the answer goes: each part a key of at most 255 bytes, or ``None``."""
+    """The address for a task's result: each field is a key of at most 255 bytes or ``None``."""
 
     channel: str | None = None
     to: str | None = None
@@ -98,15 +98,15 @@ class DeliveryContext(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
 
 
 Key = Annotated[str, "key"]
-"""Text of at most ``KEY_BYTES`` that identifies, or is the name of something."""
+"""An identifier or a name: text of at most ``KEY_BYTES`` bytes."""
 Time = Annotated[int, "time"]
 """Unix milliseconds, UTC."""
 
 NO_METADATA = Raw(b"{}")
 
 DedupKey = tuple[str, str]
-"""``(run_id, run_digest)``: the run of a task and the digest of its run scope.  At most one task of
-a ledger has it, which makes ``create`` idempotent."""
+"""``(run_id, run_digest)``: the run of a task and the digest of its run scope.  At most one task
+of a ledger has a given key, which makes ``create`` idempotent."""
 
 FORMAT_VERSION = "1.1"
 """Version of the encoded record: ``major.minor``, the first member of each payload."""
@@ -125,9 +125,9 @@ class TaskRecord(
     """The immutable state of one task at one revision.
 
     Times are Unix milliseconds UTC (``int``), keys are ``str`` of at most 255
-    bytes of UTF-8.  Records are shared freely; to change one, the registry
-    makes the next revision of it.  The constructor does not validate:
-    ``Put`` does, and what the registry makes of a record is valid already.
+    bytes of UTF-8.  Records may be shared; to change a task, the registry creates
+    its next revision.  The constructor does not validate: ``Put`` does, and the
+    registry creates only valid records.
     """
 
     task_id: Key
@@ -179,17 +179,17 @@ class TaskRecord(
 
     @property
     def sort_key(self) -> tuple[int, str]:
-        """``(created_at, task_id)``: lists are in descending order of it."""
+        """``(created_at, task_id)``: lists are in descending order of this key."""
         return (self.created_at, self.task_id)
 
     def __hash__(self) -> int:
         return hash((self.task_id, self.revision))
 
 
-def _fields_of(kind: object) -> tuple[str, ...]:
-    """The fields of a record that are of this kind, as they are declared above."""
+def _fields_of(annotation: object) -> tuple[str, ...]:
+    """The names of the record fields that are declared with this annotation, in order."""
     declared = get_type_hints(TaskRecord, include_extras=True)
-    return tuple(name for name, hint in declared.items() if hint == kind)
+    return tuple(name for name, hint in declared.items() if hint == annotation)
 
 
 REQUIRED_KEYS = _fields_of(Key)

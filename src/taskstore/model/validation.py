@@ -1,5 +1,6 @@
-"""What may stand in a record: checked here and nowhere else, so that every backend
-accepts and refuses exactly the same records.
+"""The validation of records and of their field values.
+
+All checks are in this module, so that every backend accepts the same records.
 """
 
 from __future__ import annotations
@@ -39,21 +40,21 @@ from taskstore.model.records import (
 )
 
 _MEMBERS = {field.encode_name for field in msgspec.structs.fields(TaskRecord)} - {"_unknown"}
-SAME_MAJOR = re.compile(rf"{FORMAT_VERSION.partition('.')[0]}\.[0-9]+\Z")
-"""The format versions that this version reads."""
+READABLE_VERSION = re.compile(rf"{FORMAT_VERSION.partition('.')[0]}\.[0-9]+\Z")
+"""A pattern of the format versions that this version reads."""
 _RUNTIME = re.compile(r"[a-z][a-z0-9_.-]*\Z")
-_NO_SIGNS = bytes(set(range(256)) - set(b'"{}[]'))
-"""Every byte that says nothing of how deep JSON nests."""
+_NOT_STRUCTURAL = bytes(set(range(256)) - set(b'"{}[]'))
+"""All bytes that do not affect the nesting of JSON."""
 _ARRAYS_AS_OBJECTS = bytes.maketrans(b"[]", b"{}")
-_OptionalEnum = TypeVar("_OptionalEnum", bound=StrEnum)
+_Enum = TypeVar("_Enum", bound=StrEnum)
 
 
 def check_text(field: str, value: object, limit: int) -> str:
     """Return ``value`` if it is storable text of at most ``limit`` bytes of UTF-8.
 
-    A subclass of ``str`` becomes ``str``: encoders and drivers do not know it.
-    Raises :class:`ValidationError` for another type, NUL (which PostgreSQL
-    cannot hold), lone surrogates (which are not UTF-8) and over-long text.
+    A subclass of ``str`` is converted to ``str``, which encoders and drivers require.
+    Raises :class:`ValidationError` for another type, NUL (which PostgreSQL cannot
+    store), lone surrogates (which UTF-8 cannot encode) and text over the limit.
     """
     if type(value) is not str:
         if not isinstance(value, str):
@@ -65,18 +66,18 @@ def check_text(field: str, value: object, limit: int) -> str:
         try:
             size = len(value.encode())
         except UnicodeEncodeError:
-            raise ValidationError(field, "holds a lone surrogate, which is not text") from None
+            raise ValidationError(field, "contains a lone surrogate, which is not UTF-8") from None
     if size > limit:
         raise ValidationError(field, f"is {size} bytes of UTF-8 long, at most {limit} are allowed")
     if "\0" in value:
-        raise ValidationError(field, "holds a NUL character")
+        raise ValidationError(field, "contains a NUL character")
     return value
 
 
 def check_key(field: str, value: object) -> str:
-    """Return ``value`` if it is a key: text of at most 255 bytes, not empty where it identifies."""
+    """Return ``value`` if it is a key: text of at most 255 bytes; identifiers must not be empty."""
     if type(value) is str and 0 < len(value) <= KEY_BYTES and value.isascii() and "\0" not in value:
-        text = value  # as nearly every key is
+        text = value  # the common case
     else:
         text = check_text(field, value, KEY_BYTES)
     if not text and field in NEVER_EMPTY:
@@ -86,39 +87,40 @@ def check_key(field: str, value: object) -> str:
     return text
 
 
-def check_int(field: str, value: object, least: int = 0) -> int:
-    """Return ``value`` if it is an integer from ``least`` to 2**53 - 1."""
+def check_int(field: str, value: object, minimum: int = 0) -> int:
+    """Return ``value`` if it is an integer from ``minimum`` to 2**53 - 1."""
     if type(value) is not int:
         raise ValidationError(field, f"must be an integer, not {type(value).__name__}")
-    if not least <= value <= MAX_INT:
-        raise ValidationError(field, f"must be from {least} to {MAX_INT}, not {value}")
+    if not minimum <= value <= MAX_INT:
+        raise ValidationError(field, f"must be from {minimum} to {MAX_INT}, not {value}")
     return value
 
 
-def check_seconds(field: str, value: object, least: float, most: float) -> float:
-    """Return ``value`` if it is a number of seconds from ``least`` to ``most``."""
+def check_seconds(field: str, value: object, minimum: float, maximum: float) -> float:
+    """Return ``value`` if it is a number of seconds from ``minimum`` to ``maximum``."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValidationError(field, f"must be seconds, not {type(value).__name__}")
-    if not least <= value <= most:
-        raise ValidationError(field, f"must be seconds from {least} to {most:.0f}, not {value}")
+    if not minimum <= value <= maximum:
+        allowed = f"from {minimum} to {maximum:.0f}"
+        raise ValidationError(field, f"must be seconds {allowed}, not {value}")
     return value
 
 
-def check_enum(field: str, value: object, kind: type[_OptionalEnum]) -> _OptionalEnum:
-    """Return the member of ``kind`` that ``value`` is or spells."""
+def check_enum(field: str, value: object, kind: type[_Enum]) -> _Enum:
+    """Return ``value`` if it is a member of ``kind``, or the member with this text."""
     if isinstance(value, kind):
         return value
     if isinstance(value, str):
         with suppress(ValueError):
             return kind(value)
-        found = repr(value)
+        actual = repr(value)
     else:
-        found = type(value).__name__
-    raise ValidationError(field, f"must be one of {', '.join(kind)}, not {found}")
+        actual = type(value).__name__
+    raise ValidationError(field, f"must be one of {', '.join(kind)}, not {actual}")
 
 
 def check_origin(field: str, value: object) -> DeliveryContext | None:
-    """Return ``value`` as a :class:`DeliveryContext`; a mapping of its fields is taken too."""
+    """Return ``value`` as a :class:`DeliveryContext`; accepts a mapping of its fields too."""
     if isinstance(value, Mapping):
         unknown = set(value) - set(DeliveryContext.__struct_fields__)
         if unknown:
@@ -139,11 +141,11 @@ def check_origin(field: str, value: object) -> DeliveryContext | None:
 
 
 def encode_metadata(value: object) -> Raw:
-    """Turn a JSON object into canonical bytes: sorted keys, no white space.
+    """Return a JSON object as canonical bytes: sorted keys, no white space.
 
-    Only ``dict``, ``list``, ``tuple``, ``str``, ``int`` (64 bits), finite
-    ``float``, ``bool`` and ``None`` are taken; anything else, NaN and
-    infinities included, raises :class:`ValidationError`.
+    Accepts only ``dict``, ``list``, ``tuple``, ``str``, ``int`` (64 bits), finite
+    ``float``, ``bool`` and ``None``.  All other values, including NaN and
+    infinities, raise :class:`ValidationError`.
     """
     encoded = msgspec.json.encode(plain_metadata(value), order="deterministic")
     if len(encoded) > METADATA_BYTES:
@@ -154,7 +156,7 @@ def encode_metadata(value: object) -> Raw:
 
 
 def plain_metadata(value: object) -> dict[str, Any]:
-    """Copy a JSON object into plain containers that nobody else holds; errors as above."""
+    """Return a deep copy of a JSON object; raises as :func:`encode_metadata` does."""
     if not isinstance(value, Mapping):
         raise ValidationError("metadata", f"must be a mapping, not {type(value).__name__}")
     copied: Any = _plain_json(value, "metadata", METADATA_DEPTH)
@@ -162,18 +164,18 @@ def plain_metadata(value: object) -> dict[str, Any]:
 
 
 def _plain_json(value: object, path: str, depth: int) -> object:
-    """Copy a JSON value into plain containers, checking every leaf."""
+    """Return a deep copy of a JSON value in plain containers, with every leaf checked."""
     if value is None or value is True or value is False:
         return value
     if isinstance(value, str):
         return check_text(path, value, METADATA_BYTES)
     if isinstance(value, int):
         if not -(2**63) <= value < 2**64:
-            raise ValidationError(path, "holds an integer beyond 64 bits")
+            raise ValidationError(path, "contains an integer of more than 64 bits")
         return int(value)
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise ValidationError(path, f"holds {value}, which is not JSON")
+            raise ValidationError(path, f"contains {value}, which is not JSON")
         return float(value)
     if depth == 0:
         raise ValidationError("metadata", f"is nested more than {METADATA_DEPTH} deep")
@@ -188,11 +190,11 @@ def _plain_json(value: object, path: str, depth: int) -> object:
             _plain_json(item, f"{path}[{position}]", depth - 1)
             for position, item in enumerate(value)
         ]
-    raise ValidationError(path, f"holds a {type(value).__name__}, which is not JSON")
+    raise ValidationError(path, f"contains a {type(value).__name__}, which is not JSON")
 
 
 def _check_metadata_bytes(_field: str, encoded: object) -> object:
-    """Return ``encoded`` if it is metadata that came from :func:`encode_metadata`."""
+    """Return ``encoded`` if it equals the output of :func:`encode_metadata`."""
     if encoded is NO_METADATA:
         return encoded
     if isinstance(encoded, Raw) and len(bytes(encoded)) > METADATA_BYTES:
@@ -204,23 +206,23 @@ def _check_metadata_bytes(_field: str, encoded: object) -> object:
 
 
 def _check_unknown(field: str, encoded: object) -> object:
-    """Return ``encoded`` if it holds unknown members of a payload that can be decoded."""
+    """Return ``encoded`` if it is an object of unknown members of a readable payload."""
     members = _decoded(field, encoded, PAYLOAD_DEPTH)
     if not isinstance(members, dict):
         raise ValidationError(field, "must be a JSON object")
     known = _MEMBERS & set(members)
     if known:
-        raise ValidationError(field, f"holds {sorted(known)}, which are known fields")
+        raise ValidationError(field, f"contains {sorted(known)}, which are known fields")
     version = members.get("v", FORMAT_VERSION)
-    if not isinstance(version, str) or not SAME_MAJOR.match(version):
-        raise ValidationError(field, f"is of another format: {version!r}")
+    if not isinstance(version, str) or not READABLE_VERSION.match(version):
+        raise ValidationError(field, f"has a format version that is not readable: {version!r}")
     return encoded
 
 
 def _decoded(field: str, encoded: object, depth: int) -> object:
     if not isinstance(encoded, Raw):
         raise ValidationError(field, f"must be encoded JSON, not {type(encoded).__name__}")
-    if nests_deeper(bytes(encoded), depth):
+    if exceeds_depth(bytes(encoded), depth):
         raise ValidationError(field, f"is nested more than {depth} deep")
     try:
         return msgspec.json.decode(encoded)
@@ -228,24 +230,24 @@ def _decoded(field: str, encoded: object, depth: int) -> object:
         raise ValidationError(field, f"is not JSON: {error}") from None
 
 
-def nests_deeper(encoded: bytes, depth: int) -> bool:
-    """Whether JSON nests objects and arrays more than ``depth`` deep.
+def exceeds_depth(encoded: bytes, depth: int) -> bool:
+    """Return whether JSON nests objects and arrays more than ``depth`` deep.
 
-    The text is not decoded, so the answer is the same on every interpreter.
-    Text that is not JSON is not looked at closely: the decoder refuses it.
+    The function does not decode the text, so its result does not depend on the
+    interpreter.  The result for invalid JSON may be wrong: the decoder refuses it.
     """
     if encoded.count(b"{") + encoded.count(b"[") <= depth:
         return False
-    signs = encoded.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NO_SIGNS)
-    outside = signs.replace(b'""', b"").split(b'"')[::2]
-    brackets = b"".join(outside).translate(_ARRAYS_AS_OBJECTS)
+    structure = encoded.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NOT_STRUCTURAL)
+    outside_strings = structure.replace(b'""', b"").split(b'"')[::2]
+    brackets = b"".join(outside_strings).translate(_ARRAYS_AS_OBJECTS)
     for _ in range(depth):
-        brackets = brackets.replace(b"{}", b"")  # the innermost ones, everywhere
+        brackets = brackets.replace(b"{}", b"")  # removes the innermost level
     return b"{}" in brackets or brackets.count(b"{") > depth
 
 
 def check_summary(field: str, value: object) -> str | None:
-    """Return ``value`` as a summary: white space folded, of at most 4,096 bytes of UTF-8."""
+    """Return ``value`` with white space folded, if it has at most 4,096 bytes of UTF-8."""
     if value is None:
         return None
     if not isinstance(value, str):
@@ -259,7 +261,7 @@ def check_summary(field: str, value: object) -> str | None:
 CHECKS: dict[str, Callable[[str, object], Any]] = {
     **dict.fromkeys((*REQUIRED_KEYS, *OPTIONAL_KEYS), check_key),
     **{field: partial(check_text, limit=limit) for field, limit in TEXT_LIMITS.items()},
-    "revision": partial(check_int, least=1),
+    "revision": partial(check_int, minimum=1),
     **dict.fromkeys(("created_at", *OPTIONAL_TIMES), check_int),
     **{field: partial(check_enum, kind=kind) for field, kind in ENUM_FIELDS.items()},
     "terminal_outcome": partial(check_enum, kind=TerminalOutcome),
@@ -267,8 +269,8 @@ CHECKS: dict[str, Callable[[str, object], Any]] = {
     "metadata_json": _check_metadata_bytes,
     "unknown_json": _check_unknown,
 }
-"""What each field of a stored record is checked with: it returns the value, or what becomes
-of it, and raises :class:`ValidationError`."""
+"""The check of each field of a stored record: it returns the value, converted if necessary,
+or raises :class:`ValidationError`."""
 
 _NEVER_NONE = frozenset(
     {*REQUIRED_KEYS, "task", "revision", "created_at", *ENUM_FIELDS, "metadata_json"}
@@ -276,9 +278,9 @@ _NEVER_NONE = frozenset(
 
 
 def validated(record: object) -> TaskRecord:
-    """Return ``record`` if it may be stored, its enum fields made members.
+    """Return ``record`` if it is valid, with text in enum fields converted to members.
 
-    Raises :class:`ValidationError` naming the first field that may not.
+    Raises :class:`ValidationError` for the first invalid field.
     """
     if not isinstance(record, TaskRecord):
         raise ValidationError("record", f"must be a TaskRecord, not {type(record).__name__}")

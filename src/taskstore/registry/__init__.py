@@ -1,1 +1,1 @@
-"""The half in memory: the registry, and how it drives a store."""
+"""The registry, its record cache, commits, events and indexes, on top of a store."""

@@ -1,9 +1,9 @@
-"""The records in memory, how they are found, and how they are kept like the store.
+"""The record cache, its lookups, its replication, and the staging of changes.
 
-:class:`Lookups` is the one interface through which the registry looks
-records up.  :class:`RecordCache` answers from indexes over what is committed,
-:class:`Staging` from the same with uncommitted changes laid over it.
-:class:`ReplicatedCache` is the mirror of one store.
+:class:`Lookups` is the only interface by which the registry looks records up.
+:class:`RecordCache` answers from indexes over committed records,
+:class:`Staging` from a base with uncommitted changes on top.
+:class:`ReplicatedCache` follows the journal of one store.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ from taskstore.store.interface import (
 logger = logging.getLogger("taskstore")
 
 PAGE_ENTRIES = 1000
-"""How many journal entries are read at a time.  A commit of no more becomes visible as a
-whole; lookups would wait too long for one of very many."""
+"""How many journal entries are read and applied at a time.  A larger commit becomes visible
+in parts, because lookups wait while entries are applied."""
 
 
 class Lookups(ABC):
-    """Finding records: everything follows from four questions."""
+    """Lookups of records: four abstract methods, and those that follow from them."""
 
     __slots__ = ()
 
@@ -65,7 +65,7 @@ class Lookups(ABC):
 
     @abstractmethod
     def select(self, query: TaskQuery) -> Iterator[TaskRecord]:
-        """Yield what matches, newest first, after the query's cursor; its limit is not applied."""
+        """Yield the matches after the query's cursor, newest first, without its limit."""
 
     @abstractmethod
     def by_dedup_key(self, key: DedupKey) -> TaskRecord | None:
@@ -95,7 +95,7 @@ class Lookups(ABC):
         )
 
     def page(self, query: TaskQuery, seq: int) -> Page:
-        """Return one page of what matches."""
+        """Return one page of the matches."""
         return page_of(self.select(query), query, seq)
 
     def run_scope(
@@ -121,11 +121,11 @@ class Lookups(ABC):
 
 
 class RecordCache(Lookups):
-    """What is committed, as far as this process has seen it.
+    """The committed records, up to the last applied journal entry.
 
-    ``position`` is that of the last entry mirrored; ``interrupted`` tells that
-    an interrupt may have left it half-way, until it is loaded anew.  Writers hold the registry's
-    commit lock; ``lock`` is held while the indexes change or are read.
+    ``position`` is the position of this entry.  ``interrupted`` is set when an
+    interrupt may have left the indexes incomplete, until the next load.  A writer
+    holds the registry's commit lock; a user of the indexes holds ``lock``.
     """
 
     def __init__(self) -> None:
@@ -136,7 +136,7 @@ class RecordCache(Lookups):
 
     @property
     def seq(self) -> int:
-        """The last seq mirrored (``int``, 0 before the first)."""
+        """The last applied seq (``int``, 0 before the first)."""
         return self.position.seq
 
     @property
@@ -145,18 +145,18 @@ class RecordCache(Lookups):
         return self._indexes.records
 
     def reset(self, snapshot: Snapshot, commit_id: str = "") -> None:
-        """Start over from a snapshot, whose last commit is ``commit_id`` as far as it is known.
+        """Replace all records with a snapshot; ``commit_id`` is its last commit, if known.
 
-        The lock is held for a moment only: lookups see what was there before
-        until everything is indexed.
+        The lock is held only for the switch: lookups see the old records until
+        the new ones are indexed.
         """
         indexes = Indexes(snapshot.records)
         with self.lock:
-            self._indexes, before = indexes, self._indexes
+            self._indexes, old = indexes, self._indexes
             self.position = Position(snapshot.seq, commit_id)
             self.interrupted = False
-        if before.records:
-            before.dismantle()
+        if old.records:
+            old.clear()
 
     def get(self, task_id: str) -> TaskRecord | None:
         """Return the record of an id, or ``None``."""
@@ -169,22 +169,22 @@ class RecordCache(Lookups):
         return None if task_id is None else indexes.records[task_id]
 
     def summary(self) -> Summary:
-        """Count the records, without looking at them."""
+        """Count the records, from the indexes alone."""
         indexes = self._indexes
         return Summary(
             total=len(indexes.records),
-            by_status=indexes.sizes("status"),
-            by_runtime=indexes.sizes("runtime"),
+            by_status=indexes.counts("status"),
+            by_runtime=indexes.counts("runtime"),
             seq=self.seq,
         )
 
     def select(self, query: TaskQuery) -> Iterator[TaskRecord]:
-        """Yield what matches, newest first, from the smallest index that has it all."""
+        """Yield the matches, newest first, from the smallest index that has all of them."""
         last: Key | None = None
         for key in self._candidates(query):
             if query.since is not None and key[0] < query.since:
                 return
-            # A record of both sessions stands in two merged indexes.
+            # A record with both session keys is in two of the merged indexes.
             if key != last:
                 last = key
                 record = self._indexes.records[key[1]]
@@ -192,21 +192,21 @@ class RecordCache(Lookups):
                     yield record
 
     def _candidates(self, query: TaskQuery) -> Iterator[Key]:
-        """The keys that may match, newest first, after the cursor."""
+        """The sort keys of possible matches after the cursor, newest first."""
         best: list[Sequence[Key]] = [self._indexes.keys]
         for field, wanted in query.where.items():
-            lists = self._indexed(field, wanted)
+            lists = self._index_lists(field, wanted)
             if lists is not None and sum(map(len, lists)) < sum(map(len, best)):
                 best = lists
         cursor = query.cursor
         before = [
-            _descending(keys, len(keys) if cursor is None else bisect_left(keys, cursor))
+            _backwards(keys, len(keys) if cursor is None else bisect_left(keys, cursor))
             for keys in best
         ]
         return before[0] if len(before) == 1 else heapq.merge(*before, reverse=True)
 
-    def _indexed(self, field: str, wanted: Iterable[object]) -> list[Sequence[Key]] | None:
-        """The keys of all records with one of these values, where there is an index."""
+    def _index_lists(self, field: str, wanted: Iterable[object]) -> list[Sequence[Key]] | None:
+        """The sort keys of all records with one of these values; ``None`` without an index."""
         if field == SESSION_KEY:
             fields: tuple[str, ...] = ("child_session_key", "requester_session_key")
         elif field in INDEXED:
@@ -215,16 +215,16 @@ class RecordCache(Lookups):
             return None
         if None in wanted:
             return None
-        return [self._indexes.group(name, value) for name in fields for value in wanted]
+        return [self._indexes.keys_of(name, value) for name in fields for value in wanted]
 
 
 class ReplicatedCache(RecordCache):
-    """A mirror that is kept like a store: after our commits, after those of others, and anew.
+    """A record cache of one store: it publishes our commits and applies those of other writers.
 
-    What brings it forward is called with the commit lock held.  Hooks hear of
-    what is mirrored in the order of the journal; they are called later,
-    without the lock.  ``stale`` is set when memory may not be what the store
-    has, and what it lacks is not known: it is loaded anew before its next use.
+    Each method that changes it is called with the commit lock held.  Events are
+    queued in the order of the journal and delivered later, without the lock.
+    ``stale`` is set when the cache may differ from the store in an unknown
+    way: it is reloaded before its next use.
     """
 
     def __init__(self, store: TaskRegistryStore, hooks: Hooks) -> None:
@@ -234,45 +234,45 @@ class ReplicatedCache(RecordCache):
         self.stale = True  # nothing is loaded yet
 
     def load(self) -> None:
-        """Start over from the store, and say so to the hooks."""
+        """Load all records from the store, and queue :class:`Restored`."""
         store, head, commit_id = self._store, 0, ""
-        # Which history it is, is asked first: should another take its place before
-        # the records are read, the next look at the journal shows it.
+        # The commit id is read first: if another history replaces this one before
+        # the records are read, the next read of the journal detects that.
         if isinstance(store, SupportsJournal):
             head = store.head()
             commit_id = commit_id_at(store, head)
         with gc_paused():
             snapshot = store.load_snapshot()
-            if isinstance(store, SupportsJournal) and snapshot.seq != head:  # others are committing
+            if isinstance(store, SupportsJournal) and snapshot.seq != head:  # a new commit
                 commit_id = commit_id_at(store, snapshot.seq)
             self.reset(snapshot, commit_id)
         self.stale = False
         self._hooks.emit([Restored(snapshot.seq, len(snapshot.records), snapshot.records)])
 
     def refresh(self) -> None:
-        """Bring in what other writers committed."""
+        """Apply the commits of other writers."""
         if self.stale or not isinstance(self._store, SupportsJournal):
             self.load()
         else:
-            self._catch_up(self._store)
+            self._catch_up_journal(self._store)
 
-    def behind(self, *, reload: bool = False) -> bool:
-        """Catch up with the store; returns whether there was anything to catch up with."""
+    def catch_up(self, *, reload: bool = False) -> bool:
+        """Bring the cache up to date with the store; returns whether it was behind."""
         if isinstance(self._store, SupportsJournal):
-            return self._catch_up(self._store)
+            return self._catch_up_journal(self._store)
         if reload:
-            # Without a journal there is one writer, and only a lost outcome
-            # explains that memory differs.
+            # A store without a journal has one writer: the cache differs from the
+            # store only after an unknown outcome.
             before = self.seq
             self.load()
             return before != self.seq
         return False
 
     def apply_remote(self, journal: SupportsJournal, end: int | None = None) -> set[str]:
-        """Mirror what comes after memory in the journal, up to seq ``end`` if that is given.
+        """Apply the journal entries after ``position``, up to seq ``end`` if given.
 
-        Returns which tasks that concerns.  Raises :class:`CursorExpiredError`
-        when the journal is not the one that memory is of, or was trimmed.
+        Returns the ids of their tasks.  Raises :class:`CursorExpiredError` if
+        the journal does not hold the position: it has another history, or was trimmed.
         """
         changed = set[str]()
         with gc_paused():
@@ -283,22 +283,22 @@ class ReplicatedCache(RecordCache):
                 page = entries_after_position(journal, self.position, limit)
                 entries = page if len(page) < PAGE_ENTRIES else _whole_commits(page)
                 for _, commit in groupby(entries, attrgetter("commit_id")):
-                    self._take_in(commit, local=False)
+                    self._apply_entries(commit, local=False)
                 changed.update(entry.task_id for entry in entries)
                 if len(page) < limit:
                     break
         return changed
 
     def publish(self, commit: Commit, changes: Sequence[Change]) -> None:
-        """Mirror a commit, and before it what others committed in between."""
-        if commit.first_seq != self.position.seq + 1 and self._catch_up_with(commit):
+        """Apply our commit to the cache, after the commits of other writers before it."""
+        if commit.first_seq != self.position.seq + 1 and self._catch_up_before(commit):
             return
         entries = entries_of(changes, commit)
         for start in range(0, len(entries), PAGE_ENTRIES):
-            self._take_in(entries[start : start + PAGE_ENTRIES], local=True)
+            self._apply_entries(entries[start : start + PAGE_ENTRIES], local=True)
 
-    def _catch_up_with(self, commit: Commit) -> bool:
-        """Mirror what others committed before our commit; whether that brought the commit too."""
+    def _catch_up_before(self, commit: Commit) -> bool:
+        """Apply the commits before ours; returns whether our commit was applied as well."""
         before = commit.first_seq - 1
         try:
             if isinstance(self._store, SupportsJournal) and self.position.seq < before:
@@ -307,17 +307,17 @@ class ReplicatedCache(RecordCache):
             if self.position.seq != before:
                 self.load()
         except Exception:
-            # The change is committed: whatever this is, it must not look like a failure.
+            # Our change is committed: this error must not look like a failed commit.
             logger.exception("cannot read what was committed before seq %d", commit.first_seq)
             self.stale = True
-        # Where memory could not be loaded, the writer can see its own commit at least.
+        # If the load fails, the caller sees at least its own commit.
         return self.position.seq != before and not self.stale
 
-    def _catch_up(self, store: SupportsJournal) -> bool:
-        """Mirror everything that is in the journal and not in memory.
+    def _catch_up_journal(self, store: SupportsJournal) -> bool:
+        """Apply all new journal entries; returns whether there were any.
 
-        When the journal does not hold what was mirrored last, or no longer, it
-        is loaded anew: going on from there would mix two histories.
+        If the journal does not hold ``position``, all records are loaded
+        again: applying entries of another history would mix the two.
         """
         try:
             return bool(self.apply_remote(store))
@@ -325,8 +325,8 @@ class ReplicatedCache(RecordCache):
             self.load()
             return True
 
-    def _take_in(self, entries: Iterable[JournalEntry], *, local: bool) -> None:
-        """Mirror the next entries, which become visible as a whole, and let the hooks know."""
+    def _apply_entries(self, entries: Iterable[JournalEntry], *, local: bool) -> None:
+        """Apply the next entries, visible to lookups all at once, and queue their events."""
         events: list[Event] = []
         with self.lock:
             for entry in entries:
@@ -336,53 +336,53 @@ class ReplicatedCache(RecordCache):
                     events.append(Upserted(seq, at, record, previous, local))
                 else:
                     previous = self._indexes.remove(task_id)
-                    if entry.quarantined is None:  # what does not decode is no event
+                    if entry.quarantined is None:  # a quarantined record is no event
                         events.append(Deleted(seq, at, task_id, previous, local))
                 self.position = Position(seq, entry.commit_id)
-        # What is stale the hooks hear of when it is loaded anew.
+        # If the cache is stale, the next load queues :class:`Restored`.
         if self._hooks.registered and not self.stale:
             self._hooks.emit(events)
 
 
 class Staging(Lookups):
-    """Changes that are not committed yet, laid over what they change.
+    """Uncommitted changes on top of a base.
 
-    ``changes`` is what the store will be asked for, in order.  ``in_doubt``
-    tells that an operation found nothing to do: nothing that the store checks
-    says whether that still holds.
+    ``changes`` are the changes for the store, in order.  ``unverified`` is set
+    when an operation changed nothing: then the store has no revision to
+    check, and the cache may be outdated.
     """
 
-    __slots__ = ("_holders", "_over", "_under", "changes", "in_doubt")
+    __slots__ = ("_base", "_by_dedup_key", "_overlay", "changes", "unverified")
 
-    def __init__(self, under: Lookups) -> None:
-        self._under = under
-        self._over: dict[str, TaskRecord | None] = {}
-        self._holders: dict[DedupKey, str] = {}
+    def __init__(self, base: Lookups) -> None:
+        self._base = base
+        self._overlay: dict[str, TaskRecord | None] = {}
+        self._by_dedup_key: dict[DedupKey, str] = {}
         self.changes: list[Change] = []
-        self.in_doubt = False
+        self.unverified = False
 
     def get(self, task_id: str) -> TaskRecord | None:
-        """Return the record of an id as it would be, or ``None``."""
-        over = self._over
-        return over[task_id] if task_id in over else self._under.get(task_id)
+        """Return the record of an id with the changes applied, or ``None``."""
+        overlay = self._overlay
+        return overlay[task_id] if task_id in overlay else self._base.get(task_id)
 
     def by_dedup_key(self, key: DedupKey) -> TaskRecord | None:
-        """Return the task that would have a dedup key, or ``None``."""
-        task_id = self._holders.get(key)
+        """Return the task that has a dedup key with the changes applied, or ``None``."""
+        task_id = self._by_dedup_key.get(key)
         if task_id is not None:
             return self.get(task_id)
-        holder = self._under.by_dedup_key(key)
-        return holder if holder is None else self.get(holder.task_id)
+        record = self._base.by_dedup_key(key)
+        return record if record is None else self.get(record.task_id)
 
     def select(self, query: TaskQuery) -> Iterator[TaskRecord]:
-        """Yield what would match, newest first."""
-        if not self._over:
-            return self._under.select(query)
-        over, cursor = self._over, query.cursor
+        """Yield the matches with the changes applied, newest first."""
+        if not self._overlay:
+            return self._base.select(query)
+        overlay, cursor = self._overlay, query.cursor
         staged = sorted(
             (
                 record
-                for record in over.values()
+                for record in overlay.values()
                 if record is not None
                 and query.matches(record)
                 and (cursor is None or record.sort_key < cursor)
@@ -390,121 +390,119 @@ class Staging(Lookups):
             key=lambda record: record.sort_key,
             reverse=True,
         )
-        under = (record for record in self._under.select(query) if record.task_id not in over)
-        return heapq.merge(under, staged, key=lambda record: record.sort_key, reverse=True)
+        base = (record for record in self._base.select(query) if record.task_id not in overlay)
+        return heapq.merge(base, staged, key=lambda record: record.sort_key, reverse=True)
 
     def summary(self) -> Summary:
-        """Count the records as they would be."""
-        under = self._under.summary()
-        statuses, runtimes = Counter(under.by_status), Counter(under.by_runtime)
-        for task_id, after in self._over.items():
-            for record, step in ((self._under.get(task_id), -1), (after, 1)):
+        """Count the records with the changes applied."""
+        base = self._base.summary()
+        statuses, runtimes = Counter(base.by_status), Counter(base.by_runtime)
+        for task_id, after in self._overlay.items():
+            for record, step in ((self._base.get(task_id), -1), (after, 1)):
                 if record is not None:
                     statuses[str(record.status)] += step
                     runtimes[record.runtime] += step
-        return Summary.of(+statuses, +runtimes, under.seq)
+        return Summary.of(+statuses, +runtimes, base.seq)
 
     def create(self, record: TaskRecord, key: DedupKey | None) -> TaskRecord:
-        """Stage a new task that claims a dedup key; raises :class:`ConflictError` if its id is
-        taken."""
-        over = self._over
+        """Stage a new task with its dedup key; raises :class:`ConflictError` if its id exists."""
+        overlay = self._overlay
         task_id = record.task_id
-        standing = over[task_id] if task_id in over else self._under.get(task_id)
-        if standing is not None:
-            raise ConflictError([Conflict(record.task_id, 0, standing.revision)])
+        existing = overlay[task_id] if task_id in overlay else self._base.get(task_id)
+        if existing is not None:
+            raise ConflictError([Conflict(record.task_id, 0, existing.revision)])
         if key is not None:
-            self._holders[key] = record.task_id
+            self._by_dedup_key[key] = record.task_id
         self.changes.append(unchecked_put(record))
-        self._over[record.task_id] = record
+        self._overlay[record.task_id] = record
         return record
 
     def update(self, before: TaskRecord, after: TaskRecord) -> TaskRecord:
-        """Stage what became of a record, one revision on; nothing if it is still the same."""
+        """Stage the next revision of a record; nothing if ``after`` is the same object."""
         if after is before:
-            self.in_doubt = True
+            self.unverified = True
             return before
         if after.revision > MAX_INT:
             check_int("revision", after.revision)
         self.changes.append(unchecked_put(after))
-        self._over[after.task_id] = after
+        self._overlay[after.task_id] = after
         return after
 
     def creates(self, task_id: str) -> bool:
-        """Whether this task is one that is only staged so far."""
-        return task_id in self._over and self._under.get(task_id) is None
+        """Return whether this task exists only in the staged changes."""
+        return task_id in self._overlay and self._base.get(task_id) is None
 
     def delete(self, record: TaskRecord) -> None:
         """Stage a deletion."""
         self.changes.append(Remove(record.task_id, record.revision + 1))
-        self._over[record.task_id] = None
+        self._overlay[record.task_id] = None
 
-    def undo(self, mark: int) -> None:
-        """Forget the changes from the one at index ``mark`` on."""
-        kept = self.changes[:mark]
-        self._over, self._holders, self.changes = {}, {}, []
-        self._take_over(kept)
+    def rollback(self, savepoint: int) -> None:
+        """Discard the changes after the first ``savepoint`` ones."""
+        kept = self.changes[:savepoint]
+        self._overlay, self._by_dedup_key, self.changes = {}, {}, []
+        self._append(kept)
 
-    def absorb(self, later: Staging) -> None:
-        """Take over what was staged on top of this."""
-        self._take_over(later.changes)
+    def merge(self, inner: Staging) -> None:
+        """Add the changes of a staging whose base is this one."""
+        self._append(inner.changes)
 
-    def _take_over(self, changes: Sequence[Change]) -> None:
+    def _append(self, changes: Sequence[Change]) -> None:
         for change in changes:
             record = change.record if isinstance(change, Put) else None
-            self._over[change.task_id] = record
+            self._overlay[change.task_id] = record
             key = None if record is None or record.revision > 1 else dedup_key(record)
             if key is not None:
-                self._holders[key] = change.task_id
+                self._by_dedup_key[key] = change.task_id
         self.changes += changes
 
 
-def _descending(keys: Sequence[Key], end: int) -> Iterator[Key]:
-    """The keys before ``end``, last first."""
+def _backwards(keys: Sequence[Key], end: int) -> Iterator[Key]:
+    """The keys before index ``end``, last first."""
     return map(keys.__getitem__, range(end - 1, -1, -1))
 
 
 def _whole_commits(page: Sequence[JournalEntry]) -> Sequence[JournalEntry]:
-    """A full page without its last commit, which may go on after it; all of it, if that is one."""
+    """A full page without its last commit, which may be incomplete; a single commit as it is."""
     last = page[-1].commit_id
     end = next((n for n in range(len(page), 0, -1) if page[n - 1].commit_id != last), 0)
     return page[:end] or page
 
 
-_pausing = threading.Lock()
-_turned_off = False
+_pause_lock = threading.Lock()
+_gc_disabled = False
 
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """Leave Python's garbage collector off in the body of a ``with``: many records are made there.
+    """Pause Python's garbage collector in the body of a ``with`` that creates many records.
 
-    It would look again and again for cycles among objects that cannot have
-    any, and each of its great looks holds up every other thread.  A pause
-    that begins during another one changes nothing: the first turns the
-    collector off, and on again at its end.
+    Records cannot form cycles, and each full collection blocks every thread.
+    A pause inside another one changes nothing: only the first disables the
+    collector, and enables it at its end.
     """
-    global _turned_off  # noqa: PLW0603 - the collector is one for the whole process
-    first = _pausing.acquire(blocking=False)
+    global _gc_disabled  # noqa: PLW0603 - there is one collector per process
+    first = _pause_lock.acquire(blocking=False)
     try:
         if first and gc.isenabled():
-            _turned_off = True
+            _gc_disabled = True
             gc.disable()
         yield
     finally:
         if first:
-            if _turned_off:
+            if _gc_disabled:
                 gc.enable()
-                _turned_off = False
-            _pausing.release()
+                _gc_disabled = False
+            _pause_lock.release()
 
 
 def restore_gc() -> None:
-    """End the pause of another thread, which is not there in a forked child."""
-    global _pausing, _turned_off  # noqa: PLW0603
-    _pausing = threading.Lock()
-    if _turned_off:
+    """End the pause of a thread that does not exist in a forked child."""
+    global _pause_lock, _gc_disabled  # noqa: PLW0603
+    _pause_lock = threading.Lock()
+    if _gc_disabled:
         gc.enable()
-        _turned_off = False
+        _gc_disabled = False
 
 
 if hasattr(os, "register_at_fork"):

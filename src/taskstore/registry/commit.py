@@ -1,15 +1,15 @@
-"""The commit protocol: stage, have the store apply it, publish it to memory; then hooks.
+"""The commit protocol: stage, apply, publish to the cache, deliver events.
 
-A caller that is alone commits its own request: no other thread is woken.
-While it does, other callers put theirs into a queue, and a writer thread
-commits what has come together, all at once.
+A caller that finds no commit in progress commits its own request and wakes no
+other thread.  Callers that arrive during this commit queue their requests, and
+a writer thread commits the queued requests as one group.
 
 An operation is a function over a :class:`~taskstore.registry.cache.Staging`: it
-looks records up and stages changes.  It holds no state of its own, so that
-it can run again over fresher records when another writer was faster; a batch is several as one.
+looks records up and stages changes.  It has no state, so the committer can run
+it again over fresher records after a conflict.  A batch is one operation.
 
-One rule for interrupts, such as Ctrl-C: the change of an interrupted caller
-is done or not done, and memory is loaded anew before its next use.
+One rule for interrupts, such as Ctrl-C: the change of an interrupted caller is
+committed completely or not at all, and the record cache is reloaded before its next use.
 """
 
 from __future__ import annotations
@@ -46,35 +46,35 @@ from taskstore.store.interface import SupportsExclusive, SupportsJournal, TaskRe
 
 T = TypeVar("T")
 
-ATTEMPTS = 64
-"""How often a request runs when other writers keep being faster."""
+MAX_ATTEMPTS = 64
+"""How often a single request is attempted while other writers commit first."""
 
-GROUP_ATTEMPTS = 4
-"""How often several requests run together, before each goes by itself."""
+MAX_GROUP_ATTEMPTS = 4
+"""How often a group of requests is attempted before each request is committed alone."""
 
-CONTENDED_S = 1.0
-"""How long after a conflict other writers are kept out while a request runs, in seconds."""
+CONTENTION_S = 1.0
+"""How long after a conflict each commit takes the store's exclusive lock, in seconds."""
 
-FIRST_PAUSE_S = 0.0005
-LONGEST_PAUSE_S = 0.01
-"""How long a request waits after a conflict, in seconds, on a store without
-:class:`~taskstore.SupportsExclusive`: twice as long each time, at most this."""
+MIN_BACKOFF_S = 0.0005
+MAX_BACKOFF_S = 0.01
+"""The backoff after a conflict, in seconds, on a store without
+:class:`~taskstore.SupportsExclusive`; it doubles with each attempt up to the maximum."""
 
-IDLE_S = 5.0
+IDLE_TIMEOUT_S = 5.0
 """How long the writer thread waits for another request before it ends, in seconds."""
 
-INTERRUPTED_S = 1.0
-"""How long an interrupted caller waits for a commit that has begun, in seconds."""
+INTERRUPT_TIMEOUT_S = 1.0
+"""How long an interrupted caller waits for a commit that has started, in seconds."""
 
 Operation = Callable[[Staging], T]
-"""Looks records up, stages changes, returns what the caller gets."""
+"""Looks records up, stages changes, and returns the result of the call."""
 
 _task_id_of = attrgetter("task_id")
-_NOT_CONTENDED: AbstractContextManager[AbstractSet[str]] = nullcontext(frozenset())
+_NO_CONTENTION: AbstractContextManager[AbstractSet[str]] = nullcontext(frozenset())
 
 
 class Request(Struct, Generic[T]):
-    """One caller's operation, and in the end its result or error."""
+    """One caller's operation, and after the commit its result or error."""
 
     operation: Operation[T]
     result: Any = None
@@ -88,146 +88,148 @@ class Request(Struct, Generic[T]):
         return result
 
 
-class Ticket(Request[T], Generic[T], kw_only=True):
+class QueuedRequest(Request[T], Generic[T], kw_only=True):
     """A request that waits for the writer thread.
 
-    ``settle`` is called by that thread when the outcome is there.
+    The writer thread calls ``on_done`` when the result or error is set.
     """
 
-    settle: Callable[[], object]
-    # Taken once and never given back: by the writer thread, which begins the
+    on_done: Callable[[], object]
+    # Acquired once and never released: by the writer thread, which starts the
     # request, or by the caller, which withdraws it.
-    turn: Any
+    claim: Any
 
     def withdraw(self) -> bool:
-        """Take the request back unless it has begun; returns whether that succeeded."""
-        withdrawn: bool = self.turn.acquire(blocking=False)
+        """Cancel the request unless it has started; returns whether it was cancelled."""
+        withdrawn: bool = self.claim.acquire(blocking=False)
         return withdrawn
 
 
 class CommitQueue:
-    """Tickets, taken in the order in which they came.
+    """The requests that wait for the writer thread, first in, first out.
 
-    ``busy`` tells whether there are tickets whose outcome is not there yet.
+    ``busy`` is true while a queued request has no outcome.
     """
 
     def __init__(self) -> None:
         self.busy = False
-        self._tickets: SimpleQueue[Ticket[Any] | None] = SimpleQueue()
-        self._gate = threading.Lock()
-        self._attended = False
+        self._requests: SimpleQueue[QueuedRequest[Any] | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._has_writer = False
         self._closed = False
 
-    def put(self, operation: Operation[T], settle: Callable[[], object]) -> tuple[Ticket[T], bool]:
-        """Queue an operation; returns its ticket, and whether a writer thread has to be started.
+    def put(
+        self, operation: Operation[T], on_done: Callable[[], object]
+    ) -> tuple[QueuedRequest[T], bool]:
+        """Queue an operation; returns its request, and whether to start a writer thread.
 
         Raises :class:`~taskstore.StoreClosedError` after :meth:`close`.
         """
-        ticket = Ticket(operation, settle=settle, turn=threading.Lock())
-        with self._gate:
+        request = QueuedRequest(operation, on_done=on_done, claim=threading.Lock())
+        with self._lock:
             if self._closed:
                 raise StoreClosedError("the registry is closed")
-            start = not self._attended
-            self._attended = self.busy = True
-            self._tickets.put(ticket)
-        return ticket, start
+            start = not self._has_writer
+            self._has_writer = self.busy = True
+            self._requests.put(request)
+        return request, start
 
-    def take(self, idle_s: float) -> list[Ticket[Any]]:
-        """Wait for tickets and begin all that are there.
+    def take(self, idle_s: float) -> list[QueuedRequest[Any]]:
+        """Wait for requests, and start all that are queued.
 
-        An empty list says that none came for ``idle_s`` seconds, or that the
-        queue was closed: then its writer thread ends.
+        An empty list ends the writer thread: no request came for ``idle_s``
+        seconds, or the queue is closed.
         """
         while True:
             try:
-                found = [self._tickets.get(timeout=idle_s)]
+                taken = [self._requests.get(timeout=idle_s)]
             except Empty:
-                found = []
-            while not self._tickets.empty():
-                found.append(self._tickets.get())
-            begun = [t for t in found if t is not None and t.turn.acquire(blocking=False)]
-            if None in found and len(found) > 1:
-                self._tickets.put(None)  # what came before the end is done first
-            if begun:
-                return begun
-            with self._gate:
-                if self._tickets.empty():
+                taken = []
+            while not self._requests.empty():
+                taken.append(self._requests.get())
+            started = [r for r in taken if r is not None and r.claim.acquire(blocking=False)]
+            if None in taken and len(taken) > 1:
+                self._requests.put(None)  # the requests queued before close() come first
+            if started:
+                return started
+            with self._lock:
+                if self._requests.empty():
                     self.busy = False
-                    if not found or None in found:
-                        self._attended = False
+                    if not taken or None in taken:
+                        self._has_writer = False
                         return []
 
-    def settle(self, tickets: Sequence[Ticket[Any]]) -> None:
-        """Tell the callers of tickets that their outcome is there."""
-        with self._gate:
-            self.busy = not self._tickets.empty()
-        for ticket in tickets:
-            ticket.settle()
+    def finish(self, requests: Sequence[QueuedRequest[Any]]) -> None:
+        """Call ``on_done`` of requests whose result or error is set."""
+        with self._lock:
+            self.busy = not self._requests.empty()
+        for request in requests:
+            request.on_done()
 
     def close(self) -> None:
-        """Take no more tickets, and let the writer thread end after those that are there."""
-        with self._gate:
+        """Refuse new requests, and end the writer thread after the queued ones."""
+        with self._lock:
             self._closed = True
-            if self._attended:
-                self._tickets.put(None)
+            if self._has_writer:
+                self._requests.put(None)
 
 
-def wait(ticket: Ticket[T], settled: threading.Lock) -> None:
-    """Wait until the outcome of a ticket is there: until ``settled`` is released.
+def wait(request: QueuedRequest[T], done: threading.Lock) -> None:
+    """Wait for the outcome of a request: until the lock ``done`` is released.
 
-    Interrupted, it withdraws a request that has not begun, and waits a moment
-    for one that has, since that is usually done soon.
+    An interrupted caller withdraws a request that has not started.  It waits
+    briefly for one that has started, because most commits end soon.
     """
     try:
-        settled.acquire()
+        done.acquire()
     except BaseException:
-        if not ticket.withdraw():
-            settled.acquire(timeout=INTERRUPTED_S)
+        if not request.withdraw():
+            done.acquire(timeout=INTERRUPT_TIMEOUT_S)
         raise
 
 
 class Committer:
-    """Commits operations to one store, one commit at a time, and keeps memory like it."""
+    """Commits operations to one store, one commit at a time, and updates the record cache."""
 
-    def __init__(self, store: TaskRegistryStore, replica: ReplicatedCache, hooks: Hooks) -> None:
+    def __init__(self, store: TaskRegistryStore, cache: ReplicatedCache, hooks: Hooks) -> None:
         self._store = store
-        self._cache = replica
+        self._cache = cache
         self._hooks = hooks
         self._queue = CommitQueue()
         self._writer: threading.Thread | None = None
-        # Held by the thread that changes memory.  Unlike a plain lock it tells a call
-        # that interrupts another one of the same thread, as a signal handler does.
+        # The commit lock: its owner changes the cache.  It is reentrant, so that a signal
+        # handler that interrupts a call of its own thread gets an error, not a deadlock.
         self._lock = threading.RLock()
-        self._inside = False
+        self._locked = False
         # Whether a caller, or the writer thread, is committing.
         self._committing = False
-        # Until when other writers are taken to be changing the same tasks (monotonic
-        # seconds, 0: none are).
+        # Until when other writers are expected to change the same tasks (monotonic
+        # seconds, 0: no contention).
         self._contended_until = 0.0
 
     def load(self) -> None:
-        """Load everything from the store, and deliver that."""
-        self._locked(self._cache.load)
+        """Load all records from the store, and deliver the event."""
+        self._with_lock(self._cache.load)
         self._hooks.deliver()
 
     def refresh(self) -> None:
-        """Bring in what other writers committed."""
+        """Apply the commits of other writers to the cache, and deliver their events."""
         try:
-            self._locked(self._cache.refresh)
+            self._with_lock(self._cache.refresh)
         finally:
             self._hooks.deliver()
 
     # -- callers --------------------------------------------------------------
 
-    def run(self, operation: Operation[T]) -> T:
-        """Commit an operation, in this thread or together with those of others; deliver events."""
+    def commit(self, operation: Operation[T]) -> T:
+        """Commit an operation, in this thread or in a group, and deliver the events."""
         if self._store.read_only:
             self.check_writable()
         try:
             if self._committing or self._queue.busy:
-                return self._run_together(operation)
+                return self._commit_queued(operation)
             request = Request(operation)
-            self._locked(self._commit, (request,))
+            self._with_lock(self._commit_requests, (request,))
         finally:
             if self._hooks.events:
                 self._hooks.deliver()
@@ -236,46 +238,48 @@ class Committer:
         result: T = request.result
         return result
 
-    def _run_together(self, operation: Operation[T]) -> T:
-        settled = threading.Lock()
-        settled.acquire()
-        ticket = self.post(operation, settled.release, serve_without_thread=True)
-        wait(ticket, settled)
-        return ticket.outcome()
+    def _commit_queued(self, operation: Operation[T]) -> T:
+        done = threading.Lock()
+        done.acquire()
+        request = self.submit(operation, done.release, commit_without_thread=True)
+        wait(request, done)
+        return request.outcome()
 
-    def post(
+    def submit(
         self,
         operation: Operation[T],
-        settle: Callable[[], object],
+        on_done: Callable[[], object],
         *,
-        serve_without_thread: bool = False,
-    ) -> Ticket[T]:
-        """Have an operation committed by the writer thread, which calls ``settle`` in the end.
+        commit_without_thread: bool = False,
+    ) -> QueuedRequest[T]:
+        """Queue an operation for the writer thread, which calls ``on_done`` at the end.
 
-        Delivering events is left to the caller.  Where no thread can be
-        started, this one commits if ``serve_without_thread`` is set; else
-        that is a :class:`TaskStoreError`, as the outcome of the ticket.
+        The caller delivers the events.  If no thread can be started, this thread
+        commits if ``commit_without_thread`` is set; otherwise the error of the
+        request is a :class:`TaskStoreError`.
         """
         self.check_writable()
-        ticket, start = self._queue.put(operation, settle)
+        request, start = self._queue.put(operation, on_done)
         if start:
-            writer = threading.Thread(target=self._write, name="taskstore-writer", daemon=True)
+            writer = threading.Thread(target=self._run_writer, name="taskstore-writer", daemon=True)
             try:
                 writer.start()
             except RuntimeError:  # the system gives no more threads
-                self._write(0.0, refused=not serve_without_thread)
+                self._run_writer(0.0, fail=not commit_without_thread)
             else:
                 self._writer = writer
-        return ticket
+        return request
 
     def check_writable(self) -> None:
         """Raise :class:`ReadOnlyError` for a store that was opened read-only."""
         if self._store.read_only:
-            raise ReadOnlyError(f"{self._store.location} was opened read-only")
+            raise ReadOnlyError(
+                f"{self._store.location} was opened read-only", hint="open it for writing"
+            )
 
     def close(self) -> None:
-        """Take nothing more, and return when everything that was taken is committed."""
-        self._locked(lambda: None)  # or the writer thread would wait for the call we interrupt
+        """Refuse new requests, and return when all accepted requests are committed."""
+        self._with_lock(lambda: None)  # raises inside a call that join() would wait for
         self._queue.close()
         writer = self._writer
         if writer is not None:
@@ -283,77 +287,80 @@ class Committer:
 
     # -- one at a time ----------------------------------------------------------
 
-    def _locked(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Do ``work``, which changes memory, while no other thread does."""
+    def _with_lock(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Call ``work``, which changes the cache, with the commit lock held."""
         with self._lock:
-            if self._inside:
+            if self._locked:
                 raise TaskStoreError(
-                    "this thread is in the middle of another call to the registry, as it may be "
-                    "when a signal handler runs",
-                    hint="let the handler set a flag or raise SystemExit, and go on from there",
+                    "this thread is in the middle of another call to the registry, which a "
+                    "signal handler has probably interrupted",
+                    hint="in the signal handler, only set a flag or raise SystemExit",
                 )
-            self._inside = True
+            self._locked = True
             try:
                 work(*arguments)
             except Exception:
                 raise
-            except BaseException:  # interrupted: what memory lacks is not known
+            except BaseException:  # interrupted: the cache may be incomplete
                 self._cache.stale = self._cache.interrupted = True
                 raise
             finally:
-                self._inside = self._committing = False
+                self._locked = self._committing = False
 
-    def _write(self, idle_s: float | None = None, *, refused: bool = False) -> None:
-        """The writer thread: commit what has come together, until nothing comes any more."""
-        while tickets := self._queue.take(IDLE_S if idle_s is None else idle_s):
+    def _run_writer(self, idle_s: float | None = None, *, fail: bool = False) -> None:
+        """The writer thread: commit groups of requests until the idle timeout or the close."""
+        while requests := self._queue.take(IDLE_TIMEOUT_S if idle_s is None else idle_s):
             try:
-                if refused:
-                    raise TaskStoreError("no thread can be started to commit this")  # noqa: TRY301
-                self._locked(self._commit_together, tickets)
-            except Exception as error:  # noqa: BLE001 (it is raised in the callers' threads)
-                _fail(tickets, error)
+                if fail:
+                    raise TaskStoreError(  # noqa: TRY301
+                        "cannot start a thread to commit this: nothing was written",
+                        hint="raise the limit on threads, or end other threads and retry",
+                    )
+                self._with_lock(self._commit_group, requests)
+            except Exception as error:  # noqa: BLE001 (raised in the callers' threads)
+                _fail(requests, error)
             except BaseException:  # noqa: BLE001 (later callers need the thread)
-                _fail(tickets, OutcomeUnknownError("the thread that committed was interrupted"))
-            self._queue.settle(tickets)
+                _fail(requests, OutcomeUnknownError("the writer thread was interrupted in commit"))
+            self._queue.finish(requests)
 
     # -- the commit ---------------------------------------------------------------
 
-    def _commit_together(self, requests: Sequence[Request[Any]]) -> None:
-        """Commit requests as one; where that fails, each by itself: it shows whose fault it is."""
+    def _commit_group(self, requests: Sequence[Request[Any]]) -> None:
+        """Commit requests as one; if that fails, commit each alone to find the faulty one."""
         try:
-            self._commit(requests)
-        except Exception as error:  # noqa: BLE001 (it is raised in the callers' threads)
-            # None is to wait once more for a store that is busy, or that does not answer.
+            self._commit_requests(requests)
+        except Exception as error:  # noqa: BLE001 (raised in the callers' threads)
+            # Each request alone would wait again for a busy or unreachable store.
             if len(requests) == 1 or isinstance(error, StoreBusyError | OutcomeUnknownError):
                 _fail(requests, error)
                 return
             for request in requests:
-                self._commit_together((request,))
+                self._commit_group((request,))
 
-    def _commit(self, requests: Sequence[Request[Any]]) -> None:
-        """Commit requests as one, in order: again while other writers are faster.
+    def _commit_requests(self, requests: Sequence[Request[Any]]) -> None:
+        """Commit requests as one, in order; retry while other writers commit first.
 
-        One that fails stages nothing.  That it fails, or finds nothing to do, may only
-        be so because memory is behind the store: then all are staged again.
+        A request that fails stages nothing.  A failure, or a request without changes,
+        may only mean that the cache is behind the store.  If so, all are staged again.
         """
         self._committing = True
-        alone = len(requests) == 1
+        single = len(requests) == 1
         conflict: ConflictError | None = None
-        for attempt in range(ATTEMPTS if alone else GROUP_ATTEMPTS):
+        for attempt in range(MAX_ATTEMPTS if single else MAX_GROUP_ATTEMPTS):
             if self._cache.stale:
                 self._cache.load()
             if self._contended_until and time.monotonic() >= self._contended_until:
                 self._contended_until = 0.0
-            with self._others_kept_out() if self._contended_until else _NOT_CONTENDED as changed:
+            with self._exclusive() if self._contended_until else _NO_CONTENTION as remote_ids:
                 staging = Staging(self._cache)
-                in_doubt = self._stage(requests, staging)
-                if in_doubt and attempt < ATTEMPTS - 1 and self._was_behind(alone=alone):
+                unverified = self._stage(requests, staging)
+                if unverified and attempt < MAX_ATTEMPTS - 1 and self._catch_up(single=single):
                     continue
                 if not staging.changes:
                     return
-                if changed and not changed.isdisjoint(map(_task_id_of, staging.changes)):
-                    # Keeping others out has just prevented a conflict.
-                    self._contended_until = time.monotonic() + CONTENDED_S
+                if remote_ids and not remote_ids.isdisjoint(map(_task_id_of, staging.changes)):
+                    # The exclusive lock has just prevented a conflict: contention continues.
+                    self._contended_until = time.monotonic() + CONTENTION_S
                 try:
                     commit = self._store.apply(ChangeSet(staging.changes, self._cache.position))
                 except ConflictError as error:
@@ -364,61 +371,64 @@ class Committer:
                 else:
                     self._cache.publish(commit, staging.changes)
                     return
-            if not self._cache.behind(reload=True):
+            if not self._cache.catch_up(reload=True):
                 break
-            self._contended_until = time.monotonic() + CONTENDED_S
+            self._contended_until = time.monotonic() + CONTENTION_S
             if not isinstance(self._store, SupportsExclusive):
-                pause_s = min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S)
-                time.sleep(random.uniform(pause_s / 2, pause_s))  # noqa: S311 (jitter)
-        raise conflict or ConflictError([], "other writers were faster each time")
+                backoff_s = min(MIN_BACKOFF_S * 2**attempt, MAX_BACKOFF_S)
+                time.sleep(random.uniform(backoff_s / 2, backoff_s))  # noqa: S311 (jitter)
+        raise conflict or ConflictError(
+            [], "other writers committed first in each attempt: nothing was written; retry"
+        )
 
-    def _was_behind(self, *, alone: bool) -> bool:
-        """Bring memory up to the store; returns whether it was behind."""
+    def _catch_up(self, *, single: bool) -> bool:
+        """Bring the cache up to date with the store; returns whether it was behind."""
         try:
-            return self._cache.behind()
+            return self._cache.catch_up()
         except TaskStoreError as error:
-            if alone:
+            if single:
                 raise
-            # Only those in doubt are to hear of that, when each goes by itself.
-            raise TaskStoreError("memory cannot be compared with the store") from error
+            # Each request is then committed alone, and only unverified ones get the error.
+            raise TaskStoreError(
+                "cannot bring the record cache up to date with the store"
+            ) from error
 
     def _stage(self, requests: Sequence[Request[Any]], staging: Staging) -> bool:
-        """Run requests, one on top of the other; returns whether what some of them found has
-        to be compared with the store."""
-        in_doubt = False
+        """Run requests in order, each over the changes before it; returns whether a result
+        or error is unverified: it may come from an outdated cache."""
+        unverified = False
         for request in requests:
-            mark = len(staging.changes)
+            savepoint = len(staging.changes)
             try:
                 request.result = request.operation(staging)
                 request.error = None
-                in_doubt = in_doubt or staging.in_doubt or len(staging.changes) == mark
-            except Exception as error:  # noqa: BLE001 (it is raised in the caller's thread)
+                unverified = unverified or staging.unverified or len(staging.changes) == savepoint
+            except Exception as error:  # noqa: BLE001 (raised in the caller's thread)
                 request.error = error
-                staging.undo(mark)
-                doubtful = (TaskNotFound, InvalidTransition, ConflictError)
-                in_doubt = in_doubt or isinstance(error, doubtful)
-        return in_doubt
+                staging.rollback(savepoint)
+                outdated = (TaskNotFound, InvalidTransition, ConflictError)
+                unverified = unverified or isinstance(error, outdated)
+        return unverified
 
     # -- contention -----------------------------------------------------------------
 
     @contextmanager
-    def _others_kept_out(self) -> Iterator[AbstractSet[str]]:
-        """Where others change the same tasks, let them wait from here until we have committed.
+    def _exclusive(self) -> Iterator[AbstractSet[str]]:
+        """Make other writers wait from here to our commit, and catch up with the store.
 
-        No other commit comes in between what is read and what is committed
-        then, so that all writers get on, in turn.  As long as none conflict,
-        none wait for more than the commit itself.  Gives the ids of the tasks
-        that others had changed.
+        No other commit comes between this read and our commit, so all contending
+        writers make progress in turn.  Without contention, writers wait only for
+        commits.  Yields the ids of the tasks that other writers changed.
         """
         store = self._store
-        changed: AbstractSet[str] = frozenset()
+        remote_ids: AbstractSet[str] = frozenset()
         if not (isinstance(store, SupportsExclusive) and isinstance(store, SupportsJournal)):
-            yield changed
+            yield remote_ids
             return
         with store.exclusive():
-            with suppress(CursorExpiredError):  # then what is committed conflicts or reloads
-                changed = self._cache.apply_remote(store)
-            yield changed
+            with suppress(CursorExpiredError):  # the commit then conflicts or reloads
+                remote_ids = self._cache.apply_remote(store)
+            yield remote_ids
 
 
 def _fail(requests: Sequence[Request[Any]], error: BaseException) -> None:
@@ -427,54 +437,54 @@ def _fail(requests: Sequence[Request[Any]], error: BaseException) -> None:
 
 
 class Batch:
-    """The operations of one ``with registry.batch()``, and what they would make.
+    """The operations of one ``with registry.batch()``, and their staged changes.
 
-    ``closed`` is set when the body has ended: whoever still holds it, such as
-    an asyncio task that was started in the body, is on its own from then on.
+    ``closed`` is set at the end of the body.  An asyncio task that started in
+    the body and outlives it then commits its changes by itself.
     """
 
-    def __init__(self, under: Lookups) -> None:
-        self.staging = Staging(under)
-        # Each with what it gave in the body.
+    def __init__(self, base: Lookups) -> None:
+        self.staging = Staging(base)
+        # Each operation, with its provisional result.
         self.operations: list[tuple[Operation[Any], Any]] = []
         self.closed = False
 
     def add(self, operation: Operation[T]) -> T:
-        """Run an operation provisionally; one that raises leaves no trace."""
-        mark = len(self.staging.changes)
+        """Run an operation provisionally; if it raises, its changes are rolled back."""
+        savepoint = len(self.staging.changes)
         try:
             result = operation(self.staging)
         except BaseException:
-            self.staging.undo(mark)
+            self.staging.rollback(savepoint)
             raise
         self.operations.append((operation, result))
         return result
 
     def join(self, inner: Batch) -> None:
-        """Take over a batch that ended well inside this one."""
-        self.staging.absorb(inner.staging)
+        """Add the operations of an inner batch that ended without an error."""
+        self.staging.merge(inner.staging)
         self.operations += inner.operations
 
     def replay(self, staging: Staging) -> None:
-        """Run everything again over what is committed by now.
+        """Run all operations again over the records that are stored now.
 
-        Raises :class:`ConflictError` where the body went on with a task that
-        another writer has booked first, under another id.
+        Raises :class:`ConflictError` if the body used a task whose run another
+        writer has created first, under another id.
         """
-        elsewhere: dict[str, Conflict] = {}
+        conflicts: dict[str, Conflict] = {}
         for operation, result in self.operations:
             try:
                 again = operation(staging)
             except TaskNotFound as error:
-                if error.task_id in elsewhere:
-                    raise ConflictError([elsewhere[error.task_id]]) from error
+                if error.task_id in conflicts:
+                    raise ConflictError([conflicts[error.task_id]]) from error
                 raise
             if isinstance(result, TaskRecord) and again.task_id != result.task_id:
                 if not staging.creates(again.task_id):
-                    taken = Conflict(result.task_id, 0, 0, existing_task_id=again.task_id)
-                    elsewhere[result.task_id] = taken
-            elif elsewhere and result is True and again is False:
-                raise ConflictError(elsewhere.values())  # deleted in the body, and not here
-        for change in staging.changes if elsewhere else ():
-            if isinstance(change, Put) and change.record.parent_task_id in elsewhere:
-                raise ConflictError([elsewhere[change.record.parent_task_id]])
+                    conflict = Conflict(result.task_id, 0, 0, existing_task_id=again.task_id)
+                    conflicts[result.task_id] = conflict
+            elif conflicts and result is True and again is False:
+                raise ConflictError(conflicts.values())  # deleted in the body, and not here
+        for change in staging.changes if conflicts else ():
+            if isinstance(change, Put) and change.record.parent_task_id in conflicts:
+                raise ConflictError([conflicts[change.record.parent_task_id]])

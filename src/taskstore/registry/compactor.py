@@ -1,4 +1,4 @@
-"""Folding the journal into snapshots: by hand, or by a hook when it is due."""
+"""Compaction of a store: on demand, or by a hook when it is due."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ def compact(
     *,
     erase_deleted: bool = False,
 ) -> CompactionReport:
-    """Fold a store's journal into a snapshot, if the policy finds that due.
+    """Compact a store's journal into a snapshot, if the policy says that it is due.
 
-    ``erase_deleted`` keeps no history at all, so that the text of deleted
-    tasks is gone when it returns.  Raises :class:`~taskstore.UnsupportedError`
-    for a store that cannot, :class:`~taskstore.StoreBusyError` while another
-    compactor is at work.
+    ``erase_deleted`` removes all history, and with it the text of deleted tasks.
+    Raises :class:`~taskstore.UnsupportedError` for a store without compaction,
+    and :class:`~taskstore.StoreBusyError` while another compactor runs.
     """
     if not isinstance(store, SupportsCompaction):
-        raise UnsupportedError(f"{store!r} cannot compact")
+        raise UnsupportedError(f"{store!r} does not support compaction")
     policy = policy or CompactionPolicy()
     if erase_deleted:
         policy = replace(policy, erase_deleted=True)
@@ -38,18 +37,18 @@ def compact(
 
 
 class Compactor:
-    """A hook that compacts a store in a thread of its own when it is due.
+    """A hook that compacts a store in its own thread when compaction is due.
 
-    ``registry.hooks.add(Compactor(registry.store))``: it counts what goes by
-    and asks the policy; writers are not held up.  ``runs`` counts the
-    compactions done, ``failures`` those that raised (they are logged, and
-    tried again at the next event that finds one due); ``last_report`` is the
-    newest :class:`CompactionReport` or ``None``.  Close it before the store.
+    ``registry.hooks.add(Compactor(registry.store))``: it counts events and asks
+    the policy.  It does not block writers.  ``runs`` counts the compactions
+    done, ``failures`` those that raised: they are logged and retried at the
+    next event that makes one due.  ``last_report`` is the newest
+    :class:`CompactionReport` or ``None``.  Close it before the store.
     """
 
     def __init__(self, store: TaskRegistryStore, policy: CompactionPolicy | None = None) -> None:
         if not isinstance(store, SupportsCompaction):
-            raise UnsupportedError(f"{store!r} cannot compact")
+            raise UnsupportedError(f"{store!r} does not support compaction")
         self._store = store
         self._policy = policy or CompactionPolicy()
         self._lock = threading.Lock()
@@ -63,10 +62,10 @@ class Compactor:
         self.last_report: CompactionReport | None = None
 
     def __call__(self, event: Event) -> None:
-        """Count an event, and start compacting when that makes it due."""
+        """Count an event, and start a compaction if one is due."""
         with self._lock:
             if isinstance(event, Restored):
-                # How much came since the last snapshot, the store knows best.
+                # The store knows how many entries came since its last snapshot.
                 self._records = event.count
                 self._start()
                 return
@@ -86,7 +85,7 @@ class Compactor:
                 self._start()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for the compaction that is running, if one is; returns whether it ended."""
+        """Wait for a running compaction; returns whether none is running any more."""
         thread = self._thread
         if thread is None:
             return True
@@ -94,7 +93,7 @@ class Compactor:
         return not thread.is_alive()
 
     def close(self) -> None:
-        """Start no more compactions and wait for the one that is running."""
+        """Start no more compactions, and wait for a running one."""
         with self._lock:
             self._closed = True
         self.wait()
@@ -118,9 +117,9 @@ class Compactor:
             self.last_report = compact(self._store, self._policy)
             self.runs += self.last_report.compacted
         except StoreBusyError:
-            logger.info("another compactor is at work on %s", self._store.location)
+            logger.info("skipped compaction of %s: another compactor runs", self._store.location)
         except StoreClosedError:
-            logger.info("%s was closed before it could be compacted", self._store.location)
+            logger.info("skipped compaction of %s: the store is closed", self._store.location)
         except Exception:
             self.failures += 1
-            logger.exception("compacting %s failed", self._store.location)
+            logger.exception("compaction of %s failed", self._store.location)

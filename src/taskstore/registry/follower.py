@@ -1,4 +1,4 @@
-"""Following: a thread that keeps a registry's memory up with what other processes commit."""
+"""The follower: a thread that applies commits of other processes to memory."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from taskstore.store.interface import SupportsJournal
 
 logger = logging.getLogger("taskstore")
 
-LOOK_S = 0.5
-"""How long it waits for news at a time: so often it also looks whether the
-ledger is still the same one, in seconds."""
+POLL_INTERVAL_S = 0.5
+"""How long the follower waits for a commit before it refreshes anyway, in seconds: a refresh
+detects that the journal has another history."""
 
-SETTLE_S = 0.001
-"""How long it lets a commit of our own reach memory by itself, in seconds."""
+LOCAL_COMMIT_S = 0.001
+"""How long the follower waits for a local commit to reach memory, in seconds."""
 
-BUSY_NAP_S = 0.005
-"""How long it leaves a registry alone that is writing itself, in seconds."""
+LOCAL_WRITES_PAUSE_S = 0.005
+"""How long the follower pauses after each local commit, in seconds."""
 
-FIRST_PAUSE_S = 0.1
-LONGEST_PAUSE_S = 5.0
-"""How long it waits when the store cannot be read, doubling from the first, in seconds."""
+MIN_BACKOFF_S = 0.1
+MAX_BACKOFF_S = 5.0
+"""The backoff while the store cannot be read, in seconds; it doubles up to the maximum."""
 
-STOP_S = 5.0
+STOP_TIMEOUT_S = 5.0
 """How long :meth:`Follower.stop` waits for the thread to end, in seconds."""
 
 
 class Follower:
-    """What :meth:`taskstore.TaskRegistry.follow` gives: ``stop()`` it, or use it in a ``with``.
+    """The result of :meth:`taskstore.TaskRegistry.follow`: end it with ``stop()`` or a ``with``.
 
-    Trouble with the store is logged, once, and waited out.
+    If the store cannot be read, the follower logs this once and retries.
     """
 
     def __init__(
         self, journal: SupportsJournal, seq: Callable[[], int], refresh: Callable[[], object]
     ) -> None:
-        """``seq`` tells how far memory is, ``refresh`` brings it up to date."""
+        """``seq`` returns the last seq in memory, ``refresh`` brings memory up to date."""
         self._journal = journal
         self._seq = seq
         self._refresh = refresh
@@ -49,53 +49,55 @@ class Follower:
 
     @property
     def alive(self) -> bool:
-        """Whether it is still following (``bool``)."""
+        """Whether the follower is running (``bool``)."""
         return not self._stopped.is_set() and self._thread.is_alive()
 
     def stop(self) -> None:
-        """Follow no longer.  Twice is fine, and so is from a hook."""
-        self.ask_to_stop()
+        """End the follower, and wait for its thread.  May be repeated, and called in a hook."""
+        self.request_stop()
         self.wait()
 
-    def ask_to_stop(self) -> None:
-        """Let the thread end when it next looks up."""
+    def request_stop(self) -> None:
+        """Ask the thread to end, without waiting for it."""
         self._stopped.set()
 
     def wait(self) -> None:
-        """Wait until the thread has ended, unless this is it."""
+        """Wait until the thread has ended, unless this thread is the follower."""
         if threading.current_thread() is not self._thread:
-            self._thread.join(STOP_S)
+            self._thread.join(STOP_TIMEOUT_S)
 
     def _run(self) -> None:
-        pause = FIRST_PAUSE_S
+        backoff_s = MIN_BACKOFF_S
         while not self._stopped.is_set():
             try:
                 self._refresh()
-                if pause > FIRST_PAUSE_S:
-                    logger.info("following again, from seq %d", self._seq())
-                pause = FIRST_PAUSE_S
+                if backoff_s > MIN_BACKOFF_S:
+                    logger.info("the follower continues from seq %d", self._seq())
+                backoff_s = MIN_BACKOFF_S
                 self._wait_for_commit()
             except StoreClosedError:
                 return
-            except BaseException as error:  # a hook may raise anything: it ends nothing
-                if pause == FIRST_PAUSE_S:
+            except BaseException as error:  # a hook may raise anything
+                if backoff_s == MIN_BACKOFF_S:
                     known = isinstance(error, TaskStoreError)
-                    logger.warning("cannot follow: %s", error, exc_info=not known)
-                self._stopped.wait(pause)
-                pause = min(pause * 2, LONGEST_PAUSE_S)
+                    logger.warning(
+                        "the follower failed, and retries: %s", error, exc_info=not known
+                    )
+                self._stopped.wait(backoff_s)
+                backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
 
     def _wait_for_commit(self) -> None:
-        """Return when somebody else may have committed, or after a while."""
+        """Return when another process may have committed, or after the poll interval."""
         while not self._stopped.is_set():
             seq = self._seq()
-            if not self._journal.wait_for(seq, LOOK_S):
+            if not self._journal.wait_for(seq, POLL_INTERVAL_S):
                 return
-            # Our own commits come to memory by themselves, and bring along
-            # what others committed before them.
-            self._stopped.wait(SETTLE_S)
+            # A local commit reaches memory without a refresh, and so do the commits
+            # of other processes before it.
+            self._stopped.wait(LOCAL_COMMIT_S)
             if self._seq() <= seq:
                 return
-            self._stopped.wait(BUSY_NAP_S)
+            self._stopped.wait(LOCAL_WRITES_PAUSE_S)
 
     def __enter__(self) -> Self:
         return self

@@ -1,7 +1,7 @@
-"""The past: what was committed, and what stood at an earlier time.
+"""Reads of the journal: changes, one task's history, records of the past.
 
-Everything here reads a store through :class:`~taskstore.SupportsJournal`;
-one without it raises :class:`~taskstore.UnsupportedError`.
+All functions read a store through :class:`~taskstore.SupportsJournal`.  For a
+store without it they raise :class:`~taskstore.UnsupportedError`.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from taskstore.store.interface import (
 )
 
 WAIT_SLICE_S = 0.5
-"""How long one waits for news at a time, in seconds: so soon it is seen that nobody wants any."""
+"""The longest single wait for a commit, in seconds; a close is detected between two waits."""
 
-LONGEST_S = 10.0**9
-"""The longest wait, in seconds: some thirty years."""
+MAX_WAIT_S = 10.0**9
+"""The longest wait, in seconds: about thirty years."""
 
 EARLIEST_TIME = 10**11
-"""Integers from here on are Unix milliseconds (this one is in March 1973), below it seqs."""
+"""Larger integers are Unix milliseconds (this one is in March 1973), smaller ones are seqs."""
 
 
 def journal_of(store: TaskRegistryStore, wanted: str) -> SupportsJournal:
-    """Return the store as one with a journal; raises :class:`UnsupportedError`."""
+    """Return the store, typed as one with a journal; raises :class:`UnsupportedError`."""
     if not isinstance(store, SupportsJournal):
-        raise UnsupportedError(f"{wanted} needs a journal, which {store!r} does not keep")
+        raise UnsupportedError(f"{wanted} needs a journal, but {store!r} keeps none")
     return store
 
 
 def entries_after(store: SupportsJournal, after: int) -> Iterator[JournalEntry]:
-    """Yield every entry after a seq that is there now or comes while reading."""
+    """Yield all entries after a seq, also those committed during the iteration."""
     while entries := store.read_journal(after, PAGE_ENTRIES):
         yield from entries
         after = entries[-1].seq
 
 
-class Tail:
-    """Reads a journal onward from a cursor, and notices when its history is another.
+class JournalReader:
+    """Reads a journal from a cursor, page by page, and detects another history.
 
-    ``after`` is a seq or the ``cursor`` of an entry.  Raises
-    :class:`CursorExpiredError` for what is no longer complete, and for a
-    position that the journal does not hold: nothing is skipped in silence.
+    ``after`` is a seq or the ``cursor`` of an entry.  No entry is skipped:
+    raises :class:`CursorExpiredError` if entries were trimmed, or if the journal
+    does not hold the position.
     """
 
     def __init__(self, journal: SupportsJournal, after: int | str | Position) -> None:
@@ -60,17 +60,17 @@ class Tail:
         self.position = Position.of(after)
 
     def check(self) -> None:
-        """Raise :class:`CursorExpiredError` unless there is a way on from here.
+        """Raise :class:`CursorExpiredError` unless the journal holds the position.
 
-        A seq alone is taken to be of the history that is there now, and from now on of that one.
+        A seq without a commit id gets the commit id of the current history.
         """
         entries_after_position(self._journal, self.position, 0)
         seq = self.position.seq
         if seq and not self.position.commit_id:
             self.position = Position(seq, commit_id_at(self._journal, seq))
 
-    def page(self) -> Sequence[JournalEntry]:
-        """The next entries that are there, none if it is at the end."""
+    def next_page(self) -> Sequence[JournalEntry]:
+        """The next entries; none at the head."""
         if not self.position.commit_id:
             self.check()
         entries = entries_after_position(self._journal, self.position, PAGE_ENTRIES)
@@ -85,39 +85,39 @@ def changes(
     wait: float | None,
     check: Callable[[], object] = lambda: None,
 ) -> Iterator[JournalEntry]:
-    """Yield the entries after a cursor; with ``wait``, go on until none came for so many seconds.
+    """Yield the entries after a cursor; end at the head, or after ``wait`` seconds without one.
 
-    ``check`` is called now and then, to raise when it is time to give up.
+    ``check`` is called before each step, and ends the iteration by raising.
     """
     journal = journal_of(store, "changes")
-    tail = Tail(journal, after)
+    reader = JournalReader(journal, after)
     if wait is not None:
-        check_seconds("wait", wait, 0, LONGEST_S)
-    tail.check()
-    return _follow(journal, tail, wait, check)
+        check_seconds("wait", wait, 0, MAX_WAIT_S)
+    reader.check()
+    return _read_and_wait(journal, reader, wait, check)
 
 
-def _follow(
-    journal: SupportsJournal, tail: Tail, wait: float | None, check: Callable[[], object]
+def _read_and_wait(
+    journal: SupportsJournal, reader: JournalReader, wait: float | None, check: Callable[[], object]
 ) -> Iterator[JournalEntry]:
     deadline = time.monotonic() + (wait or 0)
     while True:
         check()
-        while entries := tail.page():
+        while entries := reader.next_page():
             for entry in entries:
                 yield entry
                 check()
             deadline = time.monotonic() + (wait or 0)
         left = max(0.0, deadline - time.monotonic())
         if wait is None or (
-            not journal.wait_for(tail.position.seq, min(left, WAIT_SLICE_S))
+            not journal.wait_for(reader.position.seq, min(left, WAIT_SLICE_S))
             and left <= WAIT_SLICE_S
         ):
             return
 
 
 def history(store: TaskRegistryStore, task_id: str) -> Sequence[JournalEntry]:
-    """Return a task's entries while they are kept, oldest first."""
+    """Return the entries of a task that are still kept, oldest first."""
     journal = journal_of(store, "history")
     if isinstance(store, SupportsHistory):
         return tuple(store.read_history(task_id))
@@ -126,19 +126,19 @@ def history(store: TaskRegistryStore, task_id: str) -> Sequence[JournalEntry]:
             entries = entries_after(journal, journal.floor() - 1)
             return tuple(entry for entry in entries if entry.task_id == task_id)
         except CursorExpiredError:
-            continue  # trimmed between the two calls: begin where it begins now
+            continue  # trimmed between the two calls: retry from the new floor
 
 
 def as_of(store: TaskRegistryStore, moment: int | datetime) -> Snapshot:
-    """Return every record as it stood at a seq or time.
+    """Return all records as of a seq or time.
 
     ``moment`` is a seq, a time as Unix milliseconds (from 10**11 on), or an
     aware :class:`datetime.datetime`.  Raises :class:`CursorExpiredError`
-    for what lies before floor - 1 and :class:`ValidationError` for a seq
+    for a moment before floor - 1 and :class:`ValidationError` for a seq
     beyond the head.
     """
     journal = journal_of(store, "as_of")
-    at_time = _milliseconds(moment)
+    at_time = _unix_ms(moment)
     while True:
         floor = journal.floor()
         try:
@@ -147,7 +147,7 @@ def as_of(store: TaskRegistryStore, moment: int | datetime) -> Snapshot:
                     return _as_of_time(journal, at_time)
                 return _as_of_seq(journal, check_int("as_of", moment))
         except CursorExpiredError:
-            # Compaction may have passed by between two reads: then begin anew.
+            # Retry if a compaction has trimmed the journal between two reads.
             if journal.floor() == floor:
                 raise
 
@@ -155,7 +155,7 @@ def as_of(store: TaskRegistryStore, moment: int | datetime) -> Snapshot:
 def _as_of_seq(journal: SupportsJournal, seq: int) -> Snapshot:
     if seq > journal.head():
         raise ValidationError("as_of", f"seq {seq} is beyond the head, {journal.head()}")
-    base = _base(journal, seq)
+    base = _base_snapshot(journal, seq)
     if base.seq == seq:
         return base
     entries = takewhile(lambda entry: entry.seq <= seq, entries_after(journal, base.seq))
@@ -163,8 +163,8 @@ def _as_of_seq(journal: SupportsJournal, seq: int) -> Snapshot:
 
 
 def _as_of_time(journal: SupportsJournal, at: int) -> Snapshot:
-    # The times of commits never go back, so the entries up to a time are a prefix.
-    base = _base(journal, journal.floor() - 1)
+    # Commit times never decrease, so the entries up to a time are a prefix.
+    base = _base_snapshot(journal, journal.floor() - 1)
     if base.at > at:
         raise CursorExpiredError(base.seq - 1, base.seq + 1)
     seq = base.seq
@@ -175,8 +175,8 @@ def _as_of_time(journal: SupportsJournal, at: int) -> Snapshot:
     return _as_of_seq(journal, seq)
 
 
-def _base(journal: SupportsJournal, seq: int) -> Snapshot:
-    """The newest snapshot at or before a seq; the empty one before the first entry."""
+def _base_snapshot(journal: SupportsJournal, seq: int) -> Snapshot:
+    """The newest snapshot at or before a seq; an empty one if the journal is complete."""
     floor = journal.floor()
     if seq < floor - 1:
         raise CursorExpiredError(seq, floor)
@@ -188,11 +188,11 @@ def _base(journal: SupportsJournal, seq: int) -> Snapshot:
     return Snapshot(0)
 
 
-def _milliseconds(moment: object) -> int | None:
-    """The time that ``moment`` is, or ``None`` if it is a seq."""
+def _unix_ms(moment: object) -> int | None:
+    """The time of ``moment``, or ``None`` if it is a seq."""
     if isinstance(moment, datetime):
         if moment.tzinfo is None:
-            raise ValidationError("as_of", "a time needs a time zone")
+            raise ValidationError("as_of", "a datetime needs a time zone")
         return int(moment.timestamp() * 1000)
     value = check_int("as_of", moment)
     return value if value >= EARLIEST_TIME else None

@@ -1,9 +1,9 @@
-"""Events, and their delivery to whoever watches.
+"""Events, and their delivery to hooks.
 
-Hooks observe: they are called after the commit, outside its lock, one event
-at a time and in the order of the journal.  What a hook raises is logged and
-counted; it undoes nothing and stops no other hook.  An interrupt is raised on,
-when all hooks have heard of the event.
+Hooks are called after the commit, outside the commit lock, one event at a time
+and in the order of the journal.  An exception in a hook is logged and counted; it
+undoes nothing and stops no other hook.  An interrupt in a hook is raised again
+after all hooks were called with the event.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from taskstore.model.records import TaskRecord
 
 logger = logging.getLogger("taskstore.hooks")
 
-DRAIN_S = 5.0
-"""How long closing waits for hooks that are at work in another thread, in seconds."""
+DRAIN_TIMEOUT_S = 5.0
+"""How long closing waits for hooks that run in another thread, in seconds."""
 
 
 class Restored(Struct, frozen=True):
     """The registry (re)loaded its records; sent for an empty store too.
 
-    ``seq`` is the commit that they are true for, ``count`` their number and
-    ``records`` an immutable mapping of task_id to record.
+    ``seq`` is the seq of the loaded snapshot, ``count`` the number of records
+    and ``records`` an immutable mapping of task_id to record.
     """
 
     kind: ClassVar[str] = "restored"
@@ -43,8 +43,8 @@ class Restored(Struct, frozen=True):
 class Upserted(Struct, frozen=True, gc=False):
     """A task was created (``previous`` is ``None``) or changed.
 
-    ``at`` is the time of the commit (Unix milliseconds).  ``local`` tells
-    whether this registry made the change or another writer did.
+    ``at`` is the time of the commit (Unix milliseconds).  ``local`` is true if
+    this registry made the change, false if another writer did.
     """
 
     kind: ClassVar[str] = "upserted"
@@ -57,10 +57,10 @@ class Upserted(Struct, frozen=True, gc=False):
 
 
 class Deleted(Struct, frozen=True, gc=False):
-    """A task was deleted; ``previous`` is its last record, where it was known.
+    """A task was deleted; ``previous`` is its last record, if known.
 
-    ``at`` is the time of the commit (Unix milliseconds).  ``local`` tells
-    whether this registry made the change or another writer did.
+    ``at`` is the time of the commit (Unix milliseconds).  ``local`` is true if
+    this registry made the change, false if another writer did.
     """
 
     kind: ClassVar[str] = "deleted"
@@ -73,30 +73,29 @@ class Deleted(Struct, frozen=True, gc=False):
 
 
 Event = Restored | Upserted | Deleted
-"""What a hook is called with."""
+"""The argument of a hook."""
 
 Hook = Callable[[Event], object]
-"""Anything that takes an event."""
+"""Any callable that takes an event."""
 
 
 class Hooks:
-    """The hooks of one registry, and the queue of events that they are owed.
+    """The hooks of one registry, and the queue of undelivered events.
 
-    ``events`` are those that the hooks have not all heard yet; ``errors``
-    counts the calls that raised.  What is raised and is no
-    ``Exception``, as an interrupt, comes to who delivers, unless
-    ``interrupts`` is false: where nobody is there whom it could interrupt.
+    ``events`` are not yet delivered to all hooks.  ``errors`` counts the calls
+    that raised.  An interrupt, which is no ``Exception``, is raised in the thread
+    that delivers, unless ``raise_interrupts`` is false.
     """
 
-    def __init__(self, hooks: Iterable[Hook] = (), *, interrupts: bool = True) -> None:
-        self._interrupts = interrupts
+    def __init__(self, hooks: Iterable[Hook] = (), *, raise_interrupts: bool = True) -> None:
+        self._raise_interrupts = raise_interrupts
         self.registered: dict[object, Hook] = {}
         self.events: deque[Event] = deque()
-        # The thread that delivers at present.
+        # The id of the thread that delivers events now.
         self._deliverer: int | None = None
-        # The hooks that have still to hear of the first event; ``None``: all.
-        self._owed: Iterator[Hook] | None = None
-        self._edit = threading.Lock()
+        # The hooks that were not called with the first event; ``None``: all.
+        self._remaining: Iterator[Hook] | None = None
+        self._lock = threading.Lock()
         self.errors = 0
         for hook in hooks:
             self.add(hook)
@@ -104,16 +103,16 @@ class Hooks:
     def add(self, hook: Hook) -> Callable[[], None]:
         """Call ``hook`` with every event from now on.
 
-        Returns a function that removes it again; calling that twice is fine.
+        Returns a function that removes it again; a repeated call does nothing.
         """
         if not callable(hook):
-            raise TypeError(f"a hook is called with events: {hook!r} is not callable")
+            raise TypeError(f"a hook takes an event: {hook!r} is not callable")
         registration = object()  # the same callable may be added more than once
-        with self._edit:
+        with self._lock:
             self.registered = {**self.registered, registration: hook}
 
         def remove() -> None:
-            with self._edit:
+            with self._lock:
                 others = {key: hook for key, hook in self.registered.items() if key != registration}
                 self.registered = others
 
@@ -125,21 +124,20 @@ class Hooks:
             self.events.extend(events)
 
     def deliver(self) -> None:
-        """Deliver what is queued, unless another call is at it: then that one does.
+        """Deliver all queued events, unless another call delivers them.
 
-        Called without the commit lock.  A hook that changes the registry
-        comes back here, finds the place taken, and its event follows after
-        the one being delivered.
+        Called without the commit lock.  If a hook changes the registry, its
+        call returns here at once, and the event follows after the current one.
         """
         me = threading.get_ident()
-        # Looked at again after the place is given up: what was queued between
-        # the last look and the release found it taken.
+        # The loop checks again after a delivery has ended: a call that queued an event
+        # after the last check saw this deliverer, and returned.
         while self.events:
-            taken = self._deliverer
-            if taken is not None:
+            deliverer = self._deliverer
+            if deliverer is not None:
                 return
             try:
-                with self._edit:
+                with self._lock:
                     if self._deliverer is not None:
                         return
                     self._deliverer = me
@@ -150,34 +148,34 @@ class Hooks:
                     self._deliverer = None
 
     def drain(self) -> None:
-        """Deliver what is queued, and wait for whoever is at it just now.
+        """Deliver all queued events, and wait for a delivery in another thread.
 
-        Not from a hook, which would wait for itself; and not for longer than
-        ``DRAIN_S``, because the hook may be waiting for us.
+        Does not wait inside a hook, and never longer than ``DRAIN_TIMEOUT_S``,
+        because the hook may wait for this thread.
         """
-        ends = time.monotonic() + DRAIN_S
+        deadline = time.monotonic() + DRAIN_TIMEOUT_S
         while True:
             self.deliver()
             other = self._deliverer
-            if other in (None, threading.get_ident()) or time.monotonic() > ends:
+            if other in (None, threading.get_ident()) or time.monotonic() > deadline:
                 return
             time.sleep(0.001)
 
     def _deliver_first(self) -> None:
-        """Call the hooks with the first event, or those that an interrupt has left out."""
+        """Call all hooks with the first event; after an interrupt, only the remaining ones."""
         event, interrupt = self.events[0], None
-        if self._owed is None:
-            self._owed = iter(self.registered.values())
-        for hook in self._owed:
+        if self._remaining is None:
+            self._remaining = iter(self.registered.values())
+        for hook in self._remaining:
             try:
                 hook(event)
             except BaseException as error:
                 self.errors += 1
                 logger.exception("a hook raised on %s at seq %d", event.kind, event.seq)
-                # An interrupt is raised when all have heard.
-                if self._interrupts and not isinstance(error, Exception):
+                # An interrupt is raised after all hooks were called.
+                if self._raise_interrupts and not isinstance(error, Exception):
                     interrupt = interrupt or error
-        self._owed = None
+        self._remaining = None
         self.events.popleft()
         if interrupt is not None:
             raise interrupt

@@ -1,4 +1,4 @@
-"""The registry: the task ledger as the embedding program sees it."""
+"""The registry: the task ledger's interface for the embedding program."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FollowerT = TypeVar("FollowerT", bound=Follower)
 
 
 class LedgerReader(ABC):
-    """The lookups of a registry.  None of them waits for a commit or the store."""
+    """The lookups of a registry; none of them waits for a commit or the store."""
 
     def __init__(self, store: TaskRegistryStore, hooks: Hooks) -> None:
         self._store = store
@@ -39,14 +39,14 @@ class LedgerReader(ABC):
         self._committer = Committer(store, self._cache, hooks)
         self._owns_store = False
         self._follower: Follower | None = None
-        # Two that come together start one thread, and close() misses none.
-        self._following = threading.Lock()
+        # Concurrent calls start one follower, and close() sees it.
+        self._follower_lock = threading.Lock()
         self._closed = False
         self._opened_by = os.getpid()
 
     @property
     def store(self) -> TaskRegistryStore:
-        """The store underneath."""
+        """The store of this registry."""
         return self._store
 
     @property
@@ -56,47 +56,48 @@ class LedgerReader(ABC):
 
     @property
     def seq(self) -> int:
-        """The last seq mirrored (``int``, 0 before the first)."""
+        """The last seq that memory holds (``int``, 0 before the first)."""
         return self._cache.seq
 
-    # -- looking up ---------------------------------------------------------
+    # -- lookups ------------------------------------------------------------
 
     def get(self, task_id: str) -> TaskRecord:
         """Return the task with this id; raises :class:`TaskNotFound`."""
         check_key("task_id", task_id)
-        with self._reading() as records:
-            return records.require(task_id)
+        with self._locked_lookups() as lookups:
+            return lookups.require(task_id)
 
     def find(self, token: str) -> TaskRecord | None:
         """Return the task with this id, or else of this run, or else of this session.
 
-        Of a run's or session's tasks the newest active one, or the newest; or ``None``.
+        If a run or session has several tasks, returns the newest active one, or
+        else the newest.  Returns ``None`` if there is none.
         """
         check_text("token", token, KEY_BYTES)
-        with self._reading() as records:
-            return records.find(token)
+        with self._locked_lookups() as lookups:
+            return lookups.find(token)
 
     def find_by_run(self, run_id: str) -> TaskRecord | None:
         """Return the run's newest active task, or its newest, or ``None``."""
         check_text("run_id", run_id, KEY_BYTES)
-        with self._reading() as records:
-            return records.find_by_run(run_id)
+        with self._locked_lookups() as lookups:
+            return lookups.find_by_run(run_id)
 
     def list(self, query: TaskQuery | None = None, /, **filters: Any) -> Page:
         """Return the tasks that match, newest first.
 
         Takes a :class:`TaskQuery` or its arguments: record field names,
         ``since``, ``limit`` (default: no limit) and ``after`` (a cursor).
-        Raises :class:`ValidationError` for what is not one of them.
+        Raises :class:`ValidationError` for any other argument.
         """
         if query is None:
             query = TaskQuery(**filters)
         elif filters:
-            raise ValidationError(next(iter(filters)), "give a query or filters, not both")
+            raise ValidationError(next(iter(filters)), "pass a query or filters, not both")
         elif not isinstance(query, TaskQuery):
             raise ValidationError("query", f"must be a TaskQuery, not {type(query).__name__}")
-        with self._reading() as records:
-            return records.page(query, self._cache.seq)
+        with self._locked_lookups() as lookups:
+            return lookups.page(query, self._cache.seq)
 
     def active(self) -> Page:
         """Return the tasks that have not ended, newest first."""
@@ -108,26 +109,26 @@ class LedgerReader(ABC):
 
     def summary(self) -> Summary:
         """Return how many tasks there are, by status and by runtime."""
-        with self._reading() as records:
-            return records.summary()
+        with self._locked_lookups() as lookups:
+            return lookups.summary()
 
     def _cursor(self, after: int | str) -> int | str | Position:
-        """The same cursor, with the history to it where it is the seq that memory is at."""
+        """The same cursor; if it is the seq of memory, the position with its commit id."""
         position = self._cache.position
         return position if type(after) is int and after == position.seq else after
 
     @abstractmethod
-    def _records(self) -> Lookups:
-        """What the calling thread sees: the mirror, or its batch laid over it."""
+    def _lookups(self) -> Lookups:
+        """The lookups of the calling thread: the record cache, or the staging of its batch."""
 
     @contextmanager
-    def _reading(self) -> Iterator[Lookups]:
-        """Keep what the calling thread sees as it is while it looks something up."""
+    def _locked_lookups(self) -> Iterator[Lookups]:
+        """Yield the lookups of the calling thread, with the cache locked."""
         self._check_open()
         if self._cache.interrupted:
             self._reload()
         with self._cache.lock:
-            yield self._records()
+            yield self._lookups()
 
     def _now(self) -> int:
         now = self._store.clock()
@@ -135,7 +136,7 @@ class LedgerReader(ABC):
 
     @abstractmethod
     def _reload(self) -> None:
-        """Load memory anew before it is used, after an interrupt, if this thread may wait."""
+        """Reload memory after an interrupt, if this thread may wait for the store."""
 
     def _new_batch(self, outer: Batch | None) -> Batch:
         self._check_open()
@@ -144,8 +145,8 @@ class LedgerReader(ABC):
         self._committer.check_writable()
         return Batch(self._cache)
 
-    def _follow(self, kind: type[FollowerT]) -> FollowerT:
-        with self._following:
+    def _start_follower(self, kind: type[FollowerT]) -> FollowerT:
+        with self._follower_lock:
             self._check_open()
             follower = self._follower
             if not isinstance(follower, kind) or not follower.alive:
@@ -154,17 +155,16 @@ class LedgerReader(ABC):
                 self._follower = follower
             return follower
 
-    def _finish(self) -> None:
-        """Commit and deliver what is under way, follow no longer, and close the store if it
-        is ours.
+    def _shut_down(self) -> None:
+        """Finish commits and events in progress, stop the follower, close an owned store.
 
-        In a forked child nothing: all that is under way is the parent's.
+        In a forked child this does nothing: all work in progress is the parent's.
         """
         if self._opened_by != os.getpid():
             return
         follower = self._follower
         if follower is not None:
-            follower.ask_to_stop()
+            follower.request_stop()
         try:
             self._committer.close()
             try:
@@ -184,14 +184,14 @@ class LedgerReader(ABC):
 
 
 class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
-    """Every task of one ledger: the rules of their lives, on top of one store.
+    """All tasks of one ledger: lifecycle rules, lookups and hooks on top of one store.
 
-    Safe to use from several threads.  A change is committed by the store
-    first, then seen in memory, then told to the hooks; one that fails
-    changes nothing anywhere.  Lookups are answered from memory.
+    Safe to use from several threads.  The store commits a change first, then
+    memory changes, then the hooks are called; a change that fails changes
+    nothing.  Lookups read from memory.
 
-    Made over a ``store``, it leaves closing that to whoever made it;
-    :meth:`open` makes one and closes it.  ``hooks`` are callables that take
+    The constructor takes a ``store`` that the caller closes; :meth:`open`
+    opens a store that the registry closes.  ``hooks`` are callables that take
     an event, ``clock`` returns Unix milliseconds.
     """
 
@@ -205,7 +205,7 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
         if clock is not None:
             store.clock = clock
         super().__init__(store, Hooks(hooks))
-        self._local = _Local()
+        self._local = _ThreadState()
         self._committer.load()
 
     @classmethod
@@ -222,9 +222,9 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
     ) -> Self:
         """Open the ledger at a URL, such as ``sqlite:///tasks.db``, and load it.
 
-        ``url=None`` is an SQLite file in the platform's user state directory.
-        The other arguments and errors are those of :func:`taskstore.open_store`
-        and of the constructor.
+        ``url=None`` opens an SQLite file in the platform's user state directory.
+        For the other arguments and the errors see :func:`taskstore.open_store`
+        and the constructor.
         """
         store = open_store(
             default_url() if url is None else url,
@@ -247,14 +247,14 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
     def batch(self) -> Iterator[Self]:
         """Make all changes in the ``with`` body one commit: all or nothing.
 
-        For the calling thread only.  Reads in the body see what it has
-        staged, and nobody else does; the records returned in it are
-        provisional, made over memory as it is.  An exception in the body
-        writes nothing of it.  A batch within a batch joins it when it ends well.
+        A batch belongs to the calling thread: only its reads see the staged
+        changes.  The records returned in the body are provisional, computed
+        from memory as it is.  After an exception in the body nothing is written.
+        An inner batch joins the outer one when it ends without an error.
 
-        At the end everything is made again over what is stored by then; raises
-        what the verbs raise, and :class:`ConflictError` if the body went on
-        with a task whose run another process has booked under another id.
+        At the end the verbs run again over the records stored by then.  This raises
+        the errors of the verbs, and :class:`ConflictError` if the body used a
+        task whose run another process has created first, under another id.
         """
         outer = self._local.batch
         self._local.batch = batch = self._new_batch(outer)
@@ -266,15 +266,15 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
         if outer is not None:
             outer.join(batch)
         elif batch.operations:
-            self._committer.run(batch.replay)
+            self._committer.commit(batch.replay)
 
     def run(
         self, run_id: str, *, runtime: str | None = None, session_key: str | None = None
     ) -> RunScope[list[TaskRecord]]:
         """Address every task of a run with the same verbs.
 
-        ``runtime`` and ``session_key`` (the child's session) narrow it down;
-        a run whose tasks belong to several scopes matches nothing.
+        ``runtime`` and ``session_key`` (the child's session) restrict the tasks.
+        A run whose tasks belong to several scopes matches nothing.
         """
         return RunScope(TaskRun(run_id, runtime, session_key), self._now, self._commit_run)
 
@@ -283,46 +283,47 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
     def changes(self, after: int | str = 0, wait: float | None = None) -> Iterator[JournalEntry]:
         """Iterate the journal entries after a seq, or an entry's ``cursor``, and end.
 
-        With ``wait`` it goes on until none has come for so many seconds.
-        Raises :class:`CursorExpiredError` for entries that are no longer
-        kept, also while it follows, and for a position that the journal does
-        not hold: keep a ``cursor`` rather than a seq across restarts, because
-        it knows its history when a backup is restored.
-        :class:`UnsupportedError` for a store without a journal.
+        With ``wait`` it ends when no entry has come for this many seconds.
+        Raises :class:`CursorExpiredError`, also while it waits, for entries
+        that are no longer kept and for a position that the journal does not
+        hold.  Keep a ``cursor`` across restarts, not a seq: a cursor detects
+        that a backup was restored.  Raises :class:`UnsupportedError` for a
+        store without a journal.
         """
         self._check_open()
         return history.changes(self._store, self._cursor(after), wait, self._check_open)
 
     def history(self, task_id: str) -> Sequence[JournalEntry]:
-        """Return a task's journal entries while they are kept, oldest first.
+        """Return the journal entries of a task that are still kept, oldest first.
 
-        Of a deleted task too; none for an id that never was.  Raises
+        A deleted task has entries too; an unknown id has none.  Raises
         :class:`UnsupportedError` for a store without a journal.
         """
         self._check_open()
         return history.history(self._store, check_key("task_id", task_id))
 
     def as_of(self, moment: int | datetime) -> Snapshot:
-        """Return every record as it stood at a seq or time.
+        """Return all records as of a seq or time.
 
         ``moment`` is a seq from floor - 1 to the head, Unix milliseconds
         (from 10**11 on) or an aware datetime.  Raises
-        :class:`CursorExpiredError` for what lies further back,
+        :class:`CursorExpiredError` for an earlier seq or time,
         :class:`ValidationError` for a seq beyond the head, and
         :class:`UnsupportedError` for a store without a journal.
         """
         self._check_open()
         return history.as_of(self._store, moment)
 
-    # -- keeping up and the end -------------------------------------------
+    # -- other processes, and closing -------------------------------------
 
     def refresh(self) -> int:
-        """Bring in what other processes committed; returns the last seq mirrored.
+        """Apply the commits of other processes to memory; returns its last seq.
 
-        Hooks hear of it with ``local`` false.  A store without a journal is loaded anew.
+        Hooks get these events with ``local`` false.  A store without a journal is
+        loaded again.
         """
         self._check_open()
-        # What hooks do about it is no part of a batch that we may be in.
+        # Changes that hooks make are not part of this thread's batch.
         outer, self._local.batch = self._local.batch, None
         try:
             self._committer.refresh()
@@ -331,28 +332,28 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
         return self._cache.seq
 
     def follow(self) -> Follower:
-        """Keep up with other processes from a thread in the background.
+        """Start a background thread that applies the commits of other processes.
 
-        What they commit reaches memory, and the hooks with ``local`` false,
-        as soon as the store tells of it.  It ends with ``stop()`` of what is
-        returned (also a context manager), or when the registry is closed; a
-        second call gives the one that follows already.  Raises
+        The follower applies a commit to memory as soon as the store reports it,
+        and calls the hooks with ``local`` false.  It ends with its ``stop()``
+        (it is also a context manager), or when the registry is closed.  A
+        second call returns the running follower.  Raises
         :class:`UnsupportedError` for a store without a journal.
         """
-        return self._follow(Follower)
+        return self._start_follower(Follower)
 
     def close(self) -> None:
         """Close the registry, and the store if :meth:`open` made it.
 
-        Twice is fine: it does what an interrupted one has left, and returns
-        when all that was under way is committed and delivered; a hook that
-        itself waits for that holds it up for five seconds.  Not to be called
-        from a signal handler, which may have interrupted what it would wait
-        for: where that is noticed it raises :class:`TaskStoreError`.
+        Returns when all changes in progress are committed and their events are
+        delivered.  It may be called again, also to complete an interrupted
+        close.  A hook that waits for it delays it by up to five seconds.  Must not
+        be called in a signal handler, which may have interrupted a call that
+        it would wait for: if it detects that, it raises :class:`TaskStoreError`.
         """
-        with self._following:
+        with self._follower_lock:
             self._closed = True
-        self._finish()
+        self._shut_down()
 
     def __enter__(self) -> Self:
         return self
@@ -363,15 +364,15 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
     def __repr__(self) -> str:
         return f"<TaskRegistry {self._store.location} at seq {self._cache.seq}>"
 
-    # -- within -------------------------------------------------------------
+    # -- internal -----------------------------------------------------------
 
     def _commit(self, operation: Operation[T], /) -> T:
-        """Have an operation committed, or add it to the batch that this thread is in."""
+        """Commit an operation, or add it to the batch of this thread."""
         if self._closed or self._opened_by != os.getpid():
             self._check_open()
         batch = self._local.batch
         if batch is None:
-            return self._committer.run(operation)
+            return self._committer.commit(operation)
         with self._cache.lock:
             return batch.add(operation)
 
@@ -380,18 +381,20 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
     _delete = _commit
     _lease = _commit
 
-    def _commit_run(self, run: TaskRun, plan: Callable[[], TaskOperation]) -> list[TaskRecord]:
-        return self._commit(ChangeRun(run, plan()))
+    def _commit_run(
+        self, run: TaskRun, make_operation: Callable[[], TaskOperation]
+    ) -> list[TaskRecord]:
+        return self._commit(ChangeRun(run, make_operation()))
 
     def _reload(self) -> None:
         self._committer.refresh()
 
-    def _records(self) -> Lookups:
+    def _lookups(self) -> Lookups:
         batch = self._local.batch
         return self._cache if batch is None else batch.staging
 
 
-class _Local(threading.local):
-    """What each thread has of its own: the batch that it is in."""
+class _ThreadState(threading.local):
+    """The state of each thread: its current batch."""
 
     batch: Batch | None = None

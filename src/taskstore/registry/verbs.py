@@ -1,9 +1,9 @@
-"""The verbs: what can be done to a task, each defined once for everybody who offers it.
+"""The verbs on tasks, each defined once for every kind of registry.
 
-A verb checks its arguments and makes an operation of them: a value that says
-what is to be done, and does it over a :class:`~taskstore.registry.cache.Staging`.  A
-registry has the operation committed, an asyncio registry has that awaited,
-and a run scope does the same to every task of a run.
+A verb checks its arguments and makes an operation: a value that stages the
+change when it is called with a :class:`~taskstore.registry.cache.Staging`.  A
+registry commits the operation, an asyncio registry awaits its commit, and a run
+scope applies it to every task of a run.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from taskstore.registry.cache import Staging
 
 _P = ParamSpec("_P")
 RecordT = TypeVar("RecordT")
-"""What a verb gives that changes a task: the record, or what is awaited for it."""
+"""The result of a verb that changes a task: the record, or a coroutine that returns it."""
 FlagT = TypeVar("FlagT")
-"""What a verb gives that answers yes or no."""
+"""The result of a verb that returns a boolean."""
 TokenT = TypeVar("TokenT")
-"""What a verb gives that takes a lease."""
+"""The result of a verb that takes a lease: its token."""
 RecordsT = TypeVar("RecordsT")
-"""What a verb of a run scope gives: the records that it changed, or what is awaited for them."""
+"""The result of a verb of a run scope: the changed records, or their coroutine."""
 
-EVERY_STATUS = frozenset(TaskStatus)
+ALL_STATUSES = frozenset(TaskStatus)
 LOST = frozenset({TaskStatus.LOST})
 
 
@@ -44,25 +44,25 @@ LOST = frozenset({TaskStatus.LOST})
 
 
 class CreateTask(Struct, frozen=True):
-    """Store a new record, or fill in the task that has its dedup key."""
+    """Create a task, or fill empty fields of the task that has its dedup key."""
 
     record: TaskRecord
 
     def __call__(self, staging: Staging) -> TaskRecord:
-        """Give the record that stands afterwards."""
+        """Return the record after the change."""
         record = self.record
         key = dedup_key(record)
-        holder = None if key is None else staging.by_dedup_key(key)
-        if holder is None:
+        existing = None if key is None else staging.by_dedup_key(key)
+        if existing is None:
             return staging.create(record, key)
-        return staging.update(holder, lifecycle.attach(holder, record))
+        return staging.update(existing, lifecycle.attach(existing, record))
 
 
 class ChangeTask(Struct, frozen=True):
-    """Store what a mutation makes of a task at ``now`` (Unix milliseconds).
+    """Apply a mutation to a task at ``now`` (Unix milliseconds).
 
-    ``if_revision`` and ``fence`` have to hold for the task, where they are
-    given.  Of a run, the tasks in ``statuses`` are changed.
+    The task must have the ``if_revision`` and ``fence`` that are given.  In a
+    run scope, only tasks in ``statuses`` are changed.
     """
 
     task_id: str
@@ -73,27 +73,27 @@ class ChangeTask(Struct, frozen=True):
     statuses: AbstractSet[TaskStatus]
 
     def __call__(self, staging: Staging) -> TaskRecord:
-        """Give the record that stands afterwards."""
+        """Return the record after the change."""
         record = staging.get(self.task_id)
         if record is None:
             raise TaskNotFound(check_key("task_id", self.task_id))
-        return self.of(record, staging)
+        return self.stage(record, staging)
 
-    def of(self, record: TaskRecord, staging: Staging) -> TaskRecord:
-        """Stage what becomes of this record."""
+    def stage(self, record: TaskRecord, staging: Staging) -> TaskRecord:
+        """Stage the change of this record, and return the new one."""
         if self.if_revision is not None or self.fence is not None:
-            _check_conditions(record, self.if_revision, self.fence)
+            _check_preconditions(record, self.if_revision, self.fence)
         return staging.update(record, self.mutation(record, self.now))
 
 
 class ChangeLease(Struct, frozen=True):
-    """Change the lease of a task; gives its token."""
+    """Change the lease of a task."""
 
     change: ChangeTask
     token: str
 
     def __call__(self, staging: Staging) -> str:
-        """Give the token of the lease."""
+        """Return the token of the lease."""
         self.change(staging)
         return self.token
 
@@ -106,65 +106,67 @@ class DeleteTask(Struct, frozen=True):
     fence: str | None
 
     def __call__(self, staging: Staging) -> bool:
-        """Give whether there was one."""
+        """Return whether the task existed."""
         record = staging.get(self.task_id)
         if record is None:
-            staging.in_doubt = True
+            staging.unverified = True
             return False
-        self.of(record, staging)
+        self.stage(record, staging)
         return True
 
-    def of(self, record: TaskRecord, staging: Staging) -> None:
+    def stage(self, record: TaskRecord, staging: Staging) -> None:
         """Stage the deletion of this record."""
-        _check_conditions(record, self.if_revision, self.fence)
+        _check_preconditions(record, self.if_revision, self.fence)
         staging.delete(record)
 
 
 TaskOperation = CreateTask | ChangeTask | DeleteTask
-"""What a verb makes of its arguments, but for leases."""
+"""The operations of the verbs, except those of leases."""
 
 
 class TaskRun(Struct, frozen=True):
-    """Which run: its id, and what narrows it down to one scope."""
+    """The id of a run, and filters that restrict it to one scope."""
 
     run_id: str
     runtime: str | None
     session_key: str | None
 
     def tasks(self, staging: Staging) -> list[TaskRecord]:
-        """The tasks of the run, oldest first; none when it is unknown or ambiguous."""
+        """The tasks of the run, oldest first; none if the run is unknown or ambiguous."""
         return staging.run_scope(self.run_id, self.runtime, self.session_key)
 
 
 class ChangeRun(Struct, frozen=True):
-    """Do to every task of a run what an operation does to one."""
+    """Apply an operation to every task of a run."""
 
     run: TaskRun
-    each: TaskOperation
+    operation: TaskOperation
 
     def __call__(self, staging: Staging) -> list[TaskRecord]:
-        """Give the records that were changed, or what they were before they were deleted."""
+        """Return the changed records; for a deletion, the deleted records."""
         changed = []
         for record in self.run.tasks(staging):
-            if isinstance(self.each, DeleteTask):
-                self.each.of(record, staging)
+            if isinstance(self.operation, DeleteTask):
+                self.operation.stage(record, staging)
                 changed.append(record)
-            elif isinstance(self.each, ChangeTask) and record.status in self.each.statuses:
-                after = self.each.of(record, staging)
+            elif (
+                isinstance(self.operation, ChangeTask) and record.status in self.operation.statuses
+            ):
+                after = self.operation.stage(record, staging)
                 if after is not record:
                     changed.append(after)
         return changed
 
 
-def _check_conditions(record: TaskRecord, if_revision: int | None, fence: str | None) -> None:
-    """Raise :class:`ConflictError` unless the task is as the caller expects."""
+def _check_preconditions(record: TaskRecord, if_revision: int | None, fence: str | None) -> None:
+    """Raise :class:`ConflictError` unless the task has this revision and fence."""
     if if_revision is not None and record.revision != if_revision:
         raise ConflictError([Conflict(record.task_id, if_revision, record.revision)])
-    leases.guard(record, fence)
+    leases.verify_fence(record, fence)
 
 
-def _check_expected(task_id: str, if_revision: int | None, fence: str | None) -> None:
-    """Raise :class:`ValidationError` for what cannot be an id, a revision or a token."""
+def _check_arguments(task_id: str, if_revision: int | None, fence: str | None) -> None:
+    """Raise :class:`ValidationError` for an invalid id, revision or token."""
     check_key("task_id", task_id)
     if if_revision is not None:
         check_int("if_revision", if_revision, 1)
@@ -175,28 +177,28 @@ def _check_expected(task_id: str, if_revision: int | None, fence: str | None) ->
 
 
 class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
-    """What can be done to a task.  A subclass says what it gives: a record, or what is awaited
-    for one, or the operation."""
+    """The verbs on a task.  A subclass decides whether a verb commits its operation and returns
+    the result, or returns the operation."""
 
     @abstractmethod
     def _now(self) -> int:
-        """The time in Unix milliseconds; raises :class:`ValidationError` if a clock tells none."""
+        """The time in Unix milliseconds; raises :class:`ValidationError` for an invalid one."""
 
     @abstractmethod
     def _create(self, create: CreateTask, /) -> RecordT:
-        """Have a task created."""
+        """Handle the creation of a task."""
 
     @abstractmethod
     def _change(self, change: ChangeTask, /) -> RecordT:
-        """Have a change done."""
+        """Handle the change of a task."""
 
     @abstractmethod
     def _delete(self, delete: DeleteTask, /) -> FlagT:
-        """Have a task deleted."""
+        """Handle the deletion of a task."""
 
     @abstractmethod
     def _lease(self, lease: ChangeLease, /) -> TokenT:
-        """Have a lease changed."""
+        """Handle the change of a lease."""
 
     def _mutate(
         self,
@@ -204,10 +206,10 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         mutation: Mutation,
         if_revision: int | None,
         fence: str | None,
-        statuses: AbstractSet[TaskStatus] = EVERY_STATUS,
+        statuses: AbstractSet[TaskStatus] = ALL_STATUSES,
     ) -> RecordT:
         if type(task_id) is not str or if_revision is not None or fence is not None:
-            _check_expected(task_id, if_revision, fence)
+            _check_arguments(task_id, if_revision, fence)
         return self._change(
             ChangeTask(task_id, mutation, self._now(), if_revision, fence, statuses)
         )
@@ -220,12 +222,12 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         if_revision: int | None = None,
         fence: str | None = None,
     ) -> RecordT:
-        """Note that a queued task has started, at ``started_at`` (Unix ms, default now).
+        """Mark a queued task as started at ``started_at`` (Unix ms, default now).
 
-        A running task is returned as it is.  Raises :class:`TaskNotFound`,
-        :class:`InvalidTransition` for an ended one, and
-        :class:`ConflictError` if ``if_revision`` is given and not its
-        revision, or ``fence`` and not the token of its lease.
+        Returns a running task unchanged.  Raises :class:`TaskNotFound`,
+        :class:`InvalidTransition` for an ended task, and
+        :class:`ConflictError` if the task has another revision than
+        ``if_revision``, or its lease another token than ``fence``.
         """
         return self._mutate(
             task_id, lifecycle.start(started_at=started_at), if_revision, fence, ACTIVE_STATUSES
@@ -239,7 +241,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         if_revision: int | None = None,
         fence: str | None = None,
     ) -> RecordT:
-        """Note how far an active task has come; white space in ``summary`` is folded.
+        """Set the progress summary of an active task; white space in ``summary`` is folded.
 
         The same summary again writes nothing.  Errors as in :meth:`mark_running`.
         """
@@ -264,13 +266,13 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         ``error`` is free text, ``summary`` one line, ``outcome`` succeeded or
         blocked, ``ended_at`` Unix milliseconds (default now).  The end is
         final: only ``succeeded`` may be corrected, to failed, timed_out or
-        cancelled.  Repeating what holds writes nothing.  Errors as in
+        cancelled.  A repeat of the same call writes nothing.  Errors as in
         :meth:`mark_running`.
         """
-        ending = lifecycle.finish(
+        mutation = lifecycle.finish(
             status, error=error, summary=summary, outcome=outcome, ended_at=ended_at
         )
-        return self._mutate(task_id, ending, if_revision, fence, ACTIVE_STATUSES)
+        return self._mutate(task_id, mutation, if_revision, fence, ACTIVE_STATUSES)
 
     def mark_lost(
         self,
@@ -280,9 +282,9 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         if_revision: int | None = None,
         fence: str | None = None,
     ) -> RecordT:
-        """Note that nobody can tell any more what became of an active task.
+        """Mark an active task as lost: its outcome is unknown.
 
-        A lost task is returned as it is.  Errors as in :meth:`mark_running`.
+        Returns a lost task unchanged.  Errors as in :meth:`mark_running`.
         """
         return self._mutate(
             task_id, lifecycle.lose(error=error), if_revision, fence, ACTIVE_STATUSES
@@ -300,16 +302,16 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         if_revision: int | None = None,
         fence: str | None = None,
     ) -> RecordT:
-        """Correct a lost task to what it really is: active, or how it really ended.
+        """Correct the status of a lost task: active again, or how it really ended.
 
-        Facts as in :meth:`finish`, for an ended status only.  Errors as in
-        :meth:`mark_running`; a task that is not lost raises
-        :class:`InvalidTransition` unless ``status`` already holds.
+        The other arguments are those of :meth:`finish`, for an ended status
+        only.  Errors as in :meth:`mark_running`; a task that is not lost
+        raises :class:`InvalidTransition` unless it already has ``status``.
         """
-        recovering = lifecycle.recover(
+        mutation = lifecycle.recover(
             status, error=error, summary=summary, outcome=outcome, ended_at=ended_at
         )
-        return self._mutate(task_id, recovering, if_revision, fence, LOST)
+        return self._mutate(task_id, mutation, if_revision, fence, LOST)
 
     def cancel(
         self,
@@ -319,9 +321,9 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         if_revision: int | None = None,
         fence: str | None = None,
     ) -> RecordT:
-        """End an active task as cancelled, ``reason`` kept as its error.
+        """End an active task as cancelled; ``reason`` becomes its error.
 
-        A cancelled task is returned as it is.  Errors as in :meth:`mark_running`.
+        Returns a cancelled task unchanged.  Errors as in :meth:`mark_running`.
         """
         return self._mutate(task_id, lifecycle.cancel(reason), if_revision, fence, ACTIVE_STATUSES)
 
@@ -334,19 +336,19 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         if_revision: int | None = None,
         fence: str | None = None,
     ) -> RecordT:
-        """Note how far the answer got on its way to whoever asked.
+        """Set the delivery status of the task's answer to its requester.
 
         ``delivered`` also sets ``last_notified_event_at`` (Unix milliseconds)
-        to the task's last event, unless another is given.  Allowed after the
+        to the time of the task's last event, unless it is given.  Allowed after the
         end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
         """
-        delivering = lifecycle.deliver(status, last_notified_event_at=last_notified_event_at)
-        return self._mutate(task_id, delivering, if_revision, fence)
+        mutation = lifecycle.deliver(status, last_notified_event_at=last_notified_event_at)
+        return self._mutate(task_id, mutation, if_revision, fence)
 
     def set_notify_policy(
         self, task_id: str, policy: str, *, if_revision: int | None = None, fence: str | None = None
     ) -> RecordT:
-        """Set what the owner wants to hear of: done_only, state_changes or silent.
+        """Set when to notify the owner: done_only, state_changes or silent.
 
         Allowed after the end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
         """
@@ -360,7 +362,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         if_revision: int | None = None,
         fence: str | None = None,
     ) -> RecordT:
-        """Set from when on the record may be removed (Unix ms; ``None``: never).
+        """Set the time after which the record may be removed (Unix ms; ``None``: never).
 
         Allowed after the end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
         """
@@ -374,7 +376,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         if_revision: int | None = None,
         fence: str | None = None,
     ) -> RecordT:
-        """Set the flow that the task belongs to, or ``None`` for none.
+        """Set the flow of the task, or ``None`` for no flow.
 
         Allowed after the end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
         """
@@ -397,13 +399,13 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     def delete(
         self, task_id: str, *, if_revision: int | None = None, fence: str | None = None
     ) -> FlagT:
-        """Remove a task's record; returns whether there was one.
+        """Delete a task's record; returns whether it existed.
 
-        Its text stays in journal and snapshots until compaction passes it.
-        Raises :class:`ConflictError` for another revision than ``if_revision``
-        or another lease than that of ``fence``.
+        Its text stays in journal and snapshots until compaction trims it.
+        Raises :class:`ConflictError` if the task has another revision than
+        ``if_revision``, or its lease another token than ``fence``.
         """
-        _check_expected(task_id, if_revision, fence)
+        _check_arguments(task_id, if_revision, fence)
         return self._delete(DeleteTask(task_id, if_revision, fence))
 
     def create(
@@ -416,17 +418,17 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         task_id: str | None = None,
         **fields: Any,
     ) -> RecordT:
-        """Record a new task, or find the one that is already booked for this run.
+        """Create a task, or return the existing task of the same run.
 
         ``runtime`` is a lower-case token (``subagent``, ``acp``, ``cron``,
-        ``cli`` or your own), ``task`` what was asked, ``status`` queued or
-        running.  ``fields`` are further record fields, ``metadata`` a
+        ``cli`` or your own), ``task`` the text of the request, ``status`` queued
+        or running.  ``fields`` are further record fields, ``metadata`` a
         mapping; times are Unix milliseconds.
 
-        Without ``run_id`` every call makes a new task.  With it, the same
-        (run_id, runtime, scope kind, owner, child session, flow, label, task)
-        again returns the first task, filled in where it lacked something; an
-        ended one is returned as it is.  That holds across processes.
+        Without ``run_id`` every call creates a task.  With it, a repeat of the
+        same (run_id, runtime, scope kind, owner, child session, flow, label,
+        task) returns the first task and fills its empty fields; an ended task is
+        returned unchanged.  This holds across processes.
 
         Raises :class:`ValidationError`, and :class:`ConflictError` if
         ``task_id`` is or was in use.
@@ -446,57 +448,58 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     def take_lease(
         self,
         task_id: str,
-        lease_s: float = leases.LEASE_S,
+        lease_s: float = leases.DEFAULT_LEASE_S,
         *,
         if_revision: int | None = None,
         fence: str | None = None,
     ) -> TokenT:
         """Take the lease of an active task for ``lease_s`` seconds; returns its token.
 
-        The token is what :meth:`renew_lease` and the ``fence`` of every verb
-        want.  With the ``fence`` of the lease that stands, that one is
-        replaced: a way to hand the task to somebody else.  Raises
-        :class:`ConflictError` while somebody else's lease runs; otherwise
+        :meth:`renew_lease` and the ``fence`` of every verb take this token.
+        With ``fence``, the token of the current lease, the new lease replaces
+        it: this hands the task to another worker.  Raises
+        :class:`ConflictError` while another lease has not expired; otherwise
         errors as in :meth:`mark_running`.
         """
-        _check_expected(task_id, if_revision, fence)
+        _check_arguments(task_id, if_revision, fence)
         token = new_task_id()
-        taking = leases.take(token, lease_s, fence=fence)
-        change = ChangeTask(task_id, taking, self._now(), if_revision, fence, ACTIVE_STATUSES)
+        mutation = leases.take(token, lease_s, fence=fence)
+        change = ChangeTask(task_id, mutation, self._now(), if_revision, fence, ACTIVE_STATUSES)
         return self._lease(ChangeLease(change, token))
 
     def renew_lease(
         self,
         task_id: str,
-        lease_s: float = leases.LEASE_S,
+        lease_s: float = leases.DEFAULT_LEASE_S,
         *,
         fence: str,
         if_revision: int | None = None,
     ) -> TokenT:
-        """Tell that the holder of a lease is alive; returns the token, ``fence``, again.
+        """Extend a lease to ``lease_s`` seconds from now; returns its token, ``fence``.
 
-        It then runs for ``lease_s`` seconds from now.  Written only once less
-        than half of that is left, so call it as often as you like.  Raises
-        :class:`ConflictError` when the lease is not yours any more and
-        :class:`InvalidTransition` when the task has ended: stop working on it.
+        Writes only if less than half of ``lease_s`` is left, so it may be
+        called often.  Raises :class:`ConflictError` if the lease has another
+        token, and :class:`InvalidTransition` if the task has ended: the worker
+        must stop work on the task.
         """
         check_key("fence", fence)
-        _check_expected(task_id, if_revision, fence)
-        renewing = leases.renew(lease_s)
-        change = ChangeTask(task_id, renewing, self._now(), if_revision, fence, ACTIVE_STATUSES)
+        _check_arguments(task_id, if_revision, fence)
+        mutation = leases.renew(lease_s)
+        change = ChangeTask(task_id, mutation, self._now(), if_revision, fence, ACTIVE_STATUSES)
         return self._lease(ChangeLease(change, fence))
 
     def release_lease(self, task_id: str, *, fence: str, if_revision: int | None = None) -> RecordT:
-        """Give a lease back before it runs out, so that others need not wait for that.
+        """Release a lease before it expires, so that other workers need not wait.
 
-        Errors as in :meth:`renew_lease`, but an ended task's is given back too.
+        Errors as in :meth:`renew_lease`, but the lease of an ended task may be
+        released too.
         """
         check_key("fence", fence)
         return self._mutate(task_id, leases.release(), if_revision, fence)
 
 
 class OperationFactory(Verbs[CreateTask | ChangeTask, DeleteTask, ChangeLease]):
-    """The verbs, giving the operation that each makes."""
+    """The verbs; each returns its operation."""
 
     def __init__(self, now: Clock) -> None:
         self._clock = now
@@ -520,30 +523,30 @@ class OperationFactory(Verbs[CreateTask | ChangeTask, DeleteTask, ChangeLease]):
 # -- runs ---------------------------------------------------------------------
 
 
-def _for_run(
+def _run_verb(
     verb: Callable[Concatenate[OperationFactory, str, _P], TaskOperation],
 ) -> Callable[Concatenate[RunScope[RecordsT], _P], RecordsT]:
-    """The same verb for every task of a run: without the task's id."""
+    """The same verb for every task of a run, without the parameter ``task_id``."""
 
     @wraps(verb)
-    def of_run(self: RunScope[RecordsT], /, *args: _P.args, **kwargs: _P.kwargs) -> RecordsT:
-        plan = partial(verb, self._planner, self._run.run_id, *args, **kwargs)
-        return self._commit(self._run, plan)
+    def call(self: RunScope[RecordsT], /, *args: _P.args, **kwargs: _P.kwargs) -> RecordsT:
+        make_operation = partial(verb, self._factory, self._run.run_id, *args, **kwargs)
+        return self._commit(self._run, make_operation)
 
-    shown = inspect.signature(verb)
-    parameters = [shown.parameters[name] for name in shown.parameters if name != "task_id"]
-    of_run.__dict__["__signature__"] = shown.replace(parameters=parameters)
-    return of_run
+    signature = inspect.signature(verb)
+    parameters = [signature.parameters[name] for name in signature.parameters if name != "task_id"]
+    call.__dict__["__signature__"] = signature.replace(parameters=parameters)
+    return call
 
 
 class RunScope(Generic[RecordsT]):
     """The verbs of the registry for every task of a run, as one commit.
 
-    Each gives the records that it changed, oldest first: none when the run
-    is unknown or ambiguous.  What a verb does not apply to (mostly tasks that
-    have ended) is skipped.  ``fence`` and ``if_revision``, where given, have
-    to hold for every other one: else :class:`ConflictError`, and nothing is
-    written.  ``delete`` gives the records as they were.
+    Each verb returns the changed records, oldest first, or none if the run is
+    unknown or ambiguous.  It skips tasks to which it does not apply (mostly
+    ended tasks).  All others must have the ``fence`` and ``if_revision`` that
+    are given; otherwise it raises :class:`ConflictError` and writes nothing.
+    ``delete`` returns the deleted records.
     """
 
     def __init__(
@@ -552,21 +555,21 @@ class RunScope(Generic[RecordsT]):
         now: Clock,
         commit: Callable[[TaskRun, Callable[[], TaskOperation]], RecordsT],
     ) -> None:
-        """``commit`` makes the plan that it is given, and commits it for the run."""
+        """``commit`` calls its second argument and commits that operation for the run."""
         check_key("run_id", run.run_id)
         self._run = run
-        self._planner = OperationFactory(now)
+        self._factory = OperationFactory(now)
         self._commit = commit
 
-    mark_running = _for_run(OperationFactory.mark_running)
-    record_progress = _for_run(OperationFactory.record_progress)
-    finish = _for_run(OperationFactory.finish)
-    mark_lost = _for_run(OperationFactory.mark_lost)
-    recover = _for_run(OperationFactory.recover)
-    cancel = _for_run(OperationFactory.cancel)
-    set_delivery_status = _for_run(OperationFactory.set_delivery_status)
-    set_notify_policy = _for_run(OperationFactory.set_notify_policy)
-    set_cleanup_after = _for_run(OperationFactory.set_cleanup_after)
-    link_flow = _for_run(OperationFactory.link_flow)
-    update_metadata = _for_run(OperationFactory.update_metadata)
-    delete = _for_run(OperationFactory.delete)
+    mark_running = _run_verb(OperationFactory.mark_running)
+    record_progress = _run_verb(OperationFactory.record_progress)
+    finish = _run_verb(OperationFactory.finish)
+    mark_lost = _run_verb(OperationFactory.mark_lost)
+    recover = _run_verb(OperationFactory.recover)
+    cancel = _run_verb(OperationFactory.cancel)
+    set_delivery_status = _run_verb(OperationFactory.set_delivery_status)
+    set_notify_policy = _run_verb(OperationFactory.set_notify_policy)
+    set_cleanup_after = _run_verb(OperationFactory.set_cleanup_after)
+    link_flow = _run_verb(OperationFactory.link_flow)
+    update_metadata = _run_verb(OperationFactory.update_metadata)
+    delete = _run_verb(OperationFactory.delete)

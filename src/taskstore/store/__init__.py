@@ -1,4 +1,4 @@
-"""The seam: what a store promises, and what the author of a backend imports."""
+"""The store interface and the functions that backend authors import."""
 
 from taskstore.model.codec import check_nesting as check_nesting
 from taskstore.model.codec import checksum as checksum

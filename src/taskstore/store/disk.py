@@ -1,12 +1,12 @@
-"""The door to the disk: every file operation by which a ledger in files changes.
+"""Every file operation that changes a ledger stored in files.
 
-A store that keeps files goes through one :class:`Disk` for whatever makes,
-changes, syncs, renames or removes them; reading needs no door.  So a test can
-stand in the door: count the steps, let one fail, or record them all and build
-what a power loss would leave (``taskstore.testing.powerloss``).
+A store that keeps files calls one :class:`Disk` to create, change, sync, rename
+or remove them; it reads files directly.  A test replaces the :class:`Disk` to
+count the operations, to make one fail, or to record all of them and build the
+states that a power loss may leave (``taskstore.testing.powerloss``).
 
-The first half of the methods are the steps themselves, as thin as the system's
-own; the second half is made of them.
+The first half of the methods are single system calls; the second half combines
+them.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 TEMPORARY = ".tmp"
-"""What the name of a file ends with until it is whole."""
+"""The suffix of a file name until the file is complete."""
 
 _BUFFER = 1 << 20
 
 
 class Disk:
-    """The operating system's files.  Errors are ``OSError``."""
+    """File operations of the operating system.  They raise ``OSError``."""
 
-    # -- the steps ----------------------------------------------------------
+    # -- single system calls ------------------------------------------------
 
     def open(self, path: Path, flags: int, mode: int = 0o600) -> int:
-        """Open a file, which is created as ``flags`` say; returns a descriptor."""
+        """Open a file, or create it if ``flags`` say so; returns a descriptor."""
         return os.open(path, flags | os.O_CLOEXEC, mode)
 
     def close(self, descriptor: int) -> None:
@@ -38,7 +38,7 @@ class Disk:
         os.close(descriptor)
 
     def pwrite(self, descriptor: int, data: bytes | memoryview, offset: int) -> int:
-        """Write at an offset; returns how many bytes were written, perhaps not all."""
+        """Write at an offset; returns the number of bytes written, which may be fewer."""
         return os.pwrite(descriptor, data, offset)
 
     def truncate(self, descriptor: int, size: int) -> None:
@@ -46,14 +46,14 @@ class Disk:
         os.ftruncate(descriptor, size)
 
     def sync_data(self, descriptor: int) -> None:
-        """Make the bytes and the length of a file survive power loss."""
+        """Make a file's bytes and its length survive power loss."""
         if hasattr(os, "fdatasync"):
             os.fdatasync(descriptor)
         else:
             self.sync_file(descriptor)
 
     def sync_file(self, descriptor: int) -> None:
-        """Make a file survive power loss, with everything that is known of it but its name."""
+        """Make a file's bytes and all its metadata except its name survive power loss."""
         if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync leaves the data in the drive's cache
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
         else:
@@ -68,21 +68,21 @@ class Disk:
             os.close(descriptor)
 
     def rename(self, old: Path, new: Path) -> None:
-        """Give a file another name in one step; what had that name is gone."""
-        os.replace(old, new)  # noqa: PTH105 - the system's own
+        """Atomically rename a file; it replaces a file that has the new name."""
+        os.replace(old, new)  # noqa: PTH105 - the plain system call
 
     def unlink(self, path: Path) -> None:
-        """Remove the name of a file."""
-        os.unlink(path)  # noqa: PTH108 - the system's own
+        """Remove a file's name."""
+        os.unlink(path)  # noqa: PTH108 - the plain system call
 
     def mkdir(self, path: Path, mode: int = 0o700) -> None:
         """Create a directory."""
-        os.mkdir(path, mode)  # noqa: PTH102 - the system's own
+        os.mkdir(path, mode)  # noqa: PTH102 - the plain system call
 
-    # -- made of them -------------------------------------------------------
+    # -- combined operations ------------------------------------------------
 
     def write_at(self, descriptor: int, data: bytes, offset: int) -> None:
-        """Write all of ``data``; what stops it is raised, with a part of it in the file."""
+        """Write all of ``data``; after an error, the file may contain a part of it."""
         written = self.pwrite(descriptor, data, offset)
         while written < len(data):
             more = self.pwrite(descriptor, memoryview(data)[written:], offset + written)
@@ -91,9 +91,9 @@ class Disk:
             written += more
 
     def write_new(self, path: Path, blocks: Iterable[bytes]) -> None:
-        """Create a file of mode 0600 and write it, synced.  Its name is not durable yet.
+        """Create a file of mode 0600, write and sync it.  Its name is not durable yet.
 
-        Raises ``FileExistsError`` when it is there.  No trace if it fails.
+        Raises ``FileExistsError`` if it exists.  Removes its own file on an error.
         """
         descriptor = self.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
@@ -119,9 +119,9 @@ class Disk:
             self.write_at(descriptor, bytes(buffer), offset)
 
     def write_temporary(self, path: Path, blocks: Iterable[bytes]) -> Path:
-        """Write what shall become ``path`` beside it, synced; returns where.
+        """Write and sync a temporary file beside ``path``; returns the temporary path.
 
-        No trace if it fails.  A leftover of somebody who was killed is replaced.
+        Removes the file on an error.  Replaces the leftover file of a killed process.
         """
         temporary = path.with_name(path.name + TEMPORARY)
         self.remove_all([temporary])
@@ -129,28 +129,28 @@ class Disk:
         return temporary
 
     def publish(self, temporary: Path, path: Path) -> None:
-        """Give a written file its name, durably."""
+        """Durably rename a temporary file to its final name."""
         self.rename(temporary, path)
         self.sync_directory(path.parent)
 
     def remove_all(self, paths: Iterable[Path]) -> None:
-        """Remove files in this order; those that are gone already do not matter."""
+        """Remove files in this order; skips files that do not exist."""
         for path in paths:
             with contextlib.suppress(FileNotFoundError):
                 self.unlink(path)
 
     def make_directory(self, directory: Path) -> None:
-        """Create a directory and its parents with mode 0700, durably.
+        """Durably create a directory and its parents with mode 0700.
 
-        One that is there is left as it is; it has to be usable.
+        Leaves an existing directory unchanged; it must be readable and writable.
         """
         missing = []
-        place = directory
-        while not place.exists():
-            missing.append(place)
-            place = place.parent
+        existing = directory
+        while not existing.exists():
+            missing.append(existing)
+            existing = existing.parent
         for part in reversed(missing):
-            with contextlib.suppress(FileExistsError):  # another process was faster
+            with contextlib.suppress(FileExistsError):  # another process created it
                 self.mkdir(part)
             self.sync_directory(part.parent)
         if not directory.is_dir():
@@ -160,4 +160,4 @@ class Disk:
 
 
 SYSTEM = Disk()
-"""The door that everybody uses who is not given another."""
+"""The default :class:`Disk`, used when a store is not given another."""

@@ -1,11 +1,11 @@
-"""The seam: what a store promises the registry.
+"""The store interface: what a backend must implement and guarantee.
 
-A store is the durable side of a ledger.  It knows nothing of lifecycles,
-indexes or hooks; it keeps a gap-free journal of changes and the records that
-follow from it.  To write one, subclass :class:`TaskRegistryStore`, implement
-``load_snapshot`` and ``save_snapshot``, and prove it with
-``taskstore.testing.StoreContract``.  Everything else is an optional ability:
-a ``Supports…`` protocol whose methods the store simply has.
+A store is the durable side of a ledger.  It keeps a gap-free journal of changes
+and the records that result from them.  It knows nothing of lifecycles, indexes
+or hooks.  To write a store, subclass :class:`TaskRegistryStore`, implement
+``load_snapshot`` and ``save_snapshot``, and test the store with
+``taskstore.testing.StoreContract``.  Every other ability is optional: a
+``Supports…`` protocol whose methods the store may implement.
 
 The numbers in brackets are the invariants of ``docs/concepts.md``.
 """
@@ -49,11 +49,11 @@ from taskstore.model.query import Page, TaskQuery
 
 
 class StoreReport(Struct, frozen=True):
-    """What a store has to tell its operator.
+    """What a store reports to its operator.
 
-    ``quarantined`` are the records that do not decode, as found by the last
-    load [12].  ``notices`` are sentences: a torn line that was cut, an
-    affected SQLite library, a durability that the server decides.
+    ``quarantined`` lists the records that the last load could not decode [12].
+    ``notices`` are sentences: a torn line was cut, the SQLite library has a
+    known bug, the server decides the durability.
     """
 
     quarantined: tuple[Quarantined, ...] = ()
@@ -61,10 +61,10 @@ class StoreReport(Struct, frozen=True):
 
 
 class VerifyReport(Struct, frozen=True):
-    """What :meth:`SupportsIntegrity.verify` found.
+    """The result of :meth:`SupportsIntegrity.verify`.
 
-    ``problems`` are sentences, none when the ledger is whole; ``records`` and
-    ``entries`` say how much was checked, ``seq`` up to which commit.
+    ``problems`` are sentences; there are none when the ledger is intact.
+    ``records`` and ``entries`` count what was checked, up to commit ``seq``.
     """
 
     seq: int
@@ -74,31 +74,31 @@ class VerifyReport(Struct, frozen=True):
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found wrong (``bool``)."""
+        """Whether there are no problems (``bool``)."""
         return not self.problems
 
 
 class TaskRegistryStore(ABC):
     """The durable side of a ledger: one open instance of a backend.
 
-    Instances are used from several threads at once, but the registry never
-    calls :meth:`apply` from two at a time.  A store that implements only the
-    two abstract methods serves one process.
+    Several threads use an instance at once, but the registry never calls
+    :meth:`apply` from two threads at a time.  A store that implements only the
+    two abstract methods supports one process.
     """
 
     clock: Clock = staticmethod(system_clock)
-    """Where commit times come from; a registry with a clock of its own sets it."""
+    """The source of commit times; a registry that has its own clock replaces this one."""
 
     location: str = ""
-    """Where the data lies, for messages: a path or URL without its password."""
+    """The path of the storage, or its URL without the password, for messages."""
 
     durability: str = "full"
     """What an acknowledged change survives [4]: ``full`` (power loss) or ``process`` (kill -9)."""
 
     unsupported_guarantees: Mapping[str, str] = MappingProxyType({})
-    """What this store does not promise, with the reason: ``processes`` (several
-    processes on one storage) and ``crash-safe`` (the writer killed at any
-    instruction).  The contract suite skips those clauses and says why."""
+    """The guarantees that this store does not give, each with the reason: ``processes``
+    (several processes on one storage) and ``crash-safe`` (the writer may be killed at any
+    instruction).  The contract suite skips their clauses and reports the reason."""
 
     def __init__(self, *, read_only: bool = False) -> None:
         self.read_only = read_only
@@ -107,40 +107,40 @@ class TaskRegistryStore(ABC):
 
     @abstractmethod
     def load_snapshot(self) -> Snapshot:
-        """Return every live record as of one seq, head and records from one moment [5].
+        """Return every live record as of one seq, which is the head at that moment [5].
 
-        A new store gives ``Snapshot(0, {})``.  Records that do not decode are
+        A new store returns ``Snapshot(0, {})``.  Records that do not decode are
         in the snapshot's ``quarantined`` [12].  Raises
         :class:`~taskstore.CorruptStoreError` when the storage is damaged.
         """
 
     @abstractmethod
     def save_snapshot(self, snapshot: Snapshot) -> None:
-        """Atomically make ``snapshot`` the whole content.
+        """Atomically replace the whole content with ``snapshot``.
 
-        Afterwards head = ``snapshot.seq``, the journal is empty and floor =
-        ``snapshot.seq`` + 1.  On a store whose head is not 0, ``snapshot.seq``
-        must exceed it, else :class:`~taskstore.ConflictError`.  Durable when
-        it returns [4]; killed half-way, the old content is still there.
+        Afterwards the head is ``snapshot.seq``, the journal is empty and the floor
+        is ``snapshot.seq`` + 1.  Raises :class:`~taskstore.ConflictError` if the
+        head is not 0 and ``snapshot.seq`` does not exceed it.  Durable when it
+        returns [4].  If the writer is killed half-way, the old content remains.
         """
 
     def apply(self, changes: Sequence[Change]) -> Commit:
-        """Commit a batch of changes: all of it or nothing [3].
+        """Commit a batch of changes atomically: all of them or none [3].
 
-        Each change gets the next seq, in order.  A change to revision r + 1
-        applies over stored revision r; revision 1 over absence, when the
-        journal holds no deletion of that id and nobody else holds the
-        record's (run_id, run_digest).  Otherwise
-        :class:`~taskstore.ConflictError` names every task in the way and
-        nothing is written, not even a seq.  Durable when it returns [4].
-        A batch is validated first: :class:`~taskstore.ValidationError`.
+        Each change gets the next seq, in order.  Revision r + 1 applies only over
+        stored revision r.  Revision 1 applies only if the task is not stored, the
+        journal holds no deletion of its id, and no other task has its dedup key
+        (run_id, run_digest).  Otherwise :class:`~taskstore.ConflictError` names
+        every conflicting task, nothing is written and no seq is used.  Durable
+        when it returns [4].  Raises :class:`~taskstore.ValidationError`, before
+        any write, for an invalid batch.
 
-        ``changes`` may be a :class:`~taskstore.ChangeSet`: a store that keeps
-        commit ids then raises :class:`~taskstore.ConflictError` when its journal
-        does not hold the commit over which they were worked out.
+        ``changes`` may be a :class:`~taskstore.ChangeSet`.  A store that keeps
+        commit ids then raises :class:`~taskstore.ConflictError` if its journal
+        does not hold the commit at the set's base position.
 
-        Note for implementers: this default loads and saves everything, which
-        is right but slow, and safe for one process only.
+        Note for implementers: this default loads and saves everything.  It is
+        correct but slow, and safe for one process only.
         """
         self._check_writable()
         steps = plan(changes)
@@ -151,21 +151,21 @@ class TaskRegistryStore(ABC):
         return commit
 
     def report(self) -> StoreReport:
-        """Say what the operator should know.  Never raises, reads nothing new."""
+        """Return what the operator should know.  Never raises and never reads the storage."""
         return StoreReport()
 
     def close(self) -> None:
-        """Release everything.  Closing twice is fine; any other call afterwards
+        """Release all resources.  A second close does nothing; any other later call
         raises :class:`~taskstore.StoreClosedError`.
 
-        In a forked child it releases nothing: locks, connections and threads
-        belong to the parent.
+        In a forked child, close releases nothing: locks, connections and threads
+        belong to the parent process.
         """
         self._closed = True
 
     @property
     def _in_forked_child(self) -> bool:
-        """Whether another process than the one that opened the store asks (``bool``)."""
+        """Whether this process was forked after the store was opened (``bool``)."""
         return self._opened_by != os.getpid()
 
     def _check_open(self) -> None:
@@ -194,40 +194,40 @@ class TaskRegistryStore(ABC):
 
 @runtime_checkable
 class SupportsJournal(Protocol):
-    """Keeps the entries behind the records: history, change feeds, several processes."""
+    """Keeps a journal of entries, for history, change feeds and several processes."""
 
     def head(self) -> int:
-        """Return the last seq, 0 before the first."""
+        """Return the last seq; 0 before the first commit."""
         ...
 
     def floor(self) -> int:
-        """Return the first seq kept; head + 1 when the journal is empty, 1 when it is new."""
+        """Return the first retained seq; head + 1 in an empty journal, 1 in a new one."""
         ...
 
     def read_journal(self, after: int, limit: int) -> Sequence[JournalEntry]:
         """Return the entries after seq ``after``, in order, at most ``limit``.
 
-        Empty when there are none.  Who sees seq n can see everything from the
-        floor to n [2].  Raises :class:`~taskstore.CursorExpiredError` when
-        ``after`` < floor - 1.
+        Returns an empty sequence when there are none.  A reader that sees seq n
+        can read every entry from the floor to n [2].  Raises
+        :class:`~taskstore.CursorExpiredError` when ``after`` < floor - 1.
         """
         ...
 
     def read_snapshot(self, at: int) -> Snapshot | None:
         """Return the newest retained snapshot whose seq is at most ``at``, or ``None``.
 
-        When the floor is above 1, the snapshot at floor - 1 is retained.
+        If the floor is above 1, the store retains the snapshot at floor - 1.
         """
         ...
 
     def wait_for(self, after: int, timeout: float) -> bool:
         """Wait until the head exceeds ``after``, at most ``timeout`` seconds.
 
-        Returns whether it does, of whatever process the commit is; ``timeout``
-        may be 0 and may be years.  Never misses a commit: set up whatever tells
-        of commits first, then look at the head, then wait.  Never spins: a
-        waiting thread, and any that works for it, computes next to nothing.
-        Any number of threads may wait; they hold up no other call, and
+        Returns whether the head exceeds ``after``.  Commits of every process
+        count; ``timeout`` may be 0 or years.  Must not miss a commit: start the
+        notification source, then read the head, then wait.  Must not spin: a
+        waiting thread, and a thread that works for it, uses almost no CPU time.
+        Any number of threads may wait, and they must not block other calls.
         :meth:`~TaskRegistryStore.close` ends every wait at once, with
         :class:`~taskstore.StoreClosedError`.
         """
@@ -236,19 +236,19 @@ class SupportsJournal(Protocol):
 
 @runtime_checkable
 class SupportsExclusive(Protocol):
-    """Lets a writer look and decide while the others wait."""
+    """Lets one writer read and decide while all other writers wait."""
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """Keep other writers out from here to the first ``apply``, or to the end of the body.
+        """Hold the writer lock from here to the first ``apply``, or to the end of the body.
 
-        Others are all other instances on the same storage, in any process:
-        their ``apply`` waits as for a commit.  In the body the calling thread
-        sees with ``read_journal`` whatever is committed, and what it applies
-        conflicts with nobody who came in between.  Entering, leaving and
-        raising write nothing; leaving lets the others in, whether anything was
-        applied or not.  The body is short, reads, and applies at most once.
-        Raises :class:`~taskstore.StoreBusyError` when another writer holds on,
-        and :class:`~taskstore.ReadOnlyError`.
+        ``apply`` of every other instance on the same storage, in any process,
+        waits as it waits for a commit.  In the body, the calling thread reads
+        every commit with ``read_journal``, and no other instance commits before
+        the body's ``apply``.  Entering, leaving and raising write nothing.
+        Leaving releases the lock, with or without an ``apply``.  The body must be
+        short; it may read, and may call ``apply`` once.  Raises
+        :class:`~taskstore.StoreBusyError` when another writer keeps the lock too
+        long, and :class:`~taskstore.ReadOnlyError`.
         """
         ...
 
@@ -258,9 +258,9 @@ class SupportsHistory(Protocol):
     """Finds one task's entries without reading the whole journal."""
 
     def read_history(self, task_id: str) -> Sequence[JournalEntry]:
-        """Return the entries of one task that are kept, oldest first.
+        """Return the retained entries of one task, oldest first.
 
-        Of a deleted task too; none for an id that never was.
+        Includes the entries of a deleted task.  An unknown id has none.
         """
         ...
 
@@ -270,46 +270,46 @@ class SupportsCompaction(Protocol):
     """Folds its journal into snapshots."""
 
     def compact(self, policy: CompactionPolicy) -> CompactionReport:
-        """Publish a snapshot and trim the journal as far as ``policy`` says.
+        """Publish a snapshot and trim the journal as far as ``policy`` allows.
 
-        Changes no answer but how far back history reaches, and may be killed
-        at any instruction [7].  Does nothing, and says so, when the policy
-        finds that it is not due.  One compactor at a time:
-        :class:`~taskstore.StoreBusyError` for the second.
+        Changes no answer except how far back history reaches, and may be killed
+        at any instruction [7].  If compaction is not due by the policy, the call
+        does nothing and the report says so.  A second compactor at the same time
+        gets :class:`~taskstore.StoreBusyError`.
         """
         ...
 
 
 @runtime_checkable
 class SupportsQuery(Protocol):
-    """Answers queries itself, without loading the ledger."""
+    """Answers queries without loading the ledger."""
 
     def query(self, query: TaskQuery) -> Page:
-        """Return one page, newest first, of one moment: its ``seq`` is that commit.
+        """Return one page, newest first, as of one commit: the page's ``seq``.
 
-        The answer is that of ``taskstore.model.query.evaluate``.
+        The answer equals that of ``taskstore.model.query.evaluate``.
         """
         ...
 
 
 @runtime_checkable
 class SupportsIntegrity(Protocol):
-    """Checks itself."""
+    """Checks its stored data."""
 
     def verify(self) -> VerifyReport:
-        """Check contiguity, checksums, revisions, and that folding the journal
-        gives the records [5].  Reads only; memory may grow with the ledger."""
+        """Check contiguity, checksums, revisions, and that folding the journal gives the
+        records [5].  Writes nothing.  Memory use may grow with the ledger."""
         ...
 
 
 def entries_after_position(
     journal: SupportsJournal, position: Position, limit: int
 ) -> Sequence[JournalEntry]:
-    """Return the entries after a position of this history, at most ``limit``.
+    """Return the entries after a position, at most ``limit``.
 
     Raises :class:`~taskstore.CursorExpiredError` when they are no longer
-    complete, or when the journal holds another commit there, or none yet.
-    A position whose own entry was trimmed, and nothing more, is believed.
+    complete, or when the journal holds another commit at that seq, or none yet.
+    If only the entry at the position was trimmed, its commit id is not checked.
     """
     seq, commit_id = position.seq, position.commit_id
     if not seq:
@@ -324,7 +324,7 @@ def entries_after_position(
 
 
 def commit_id_at(journal: SupportsJournal, seq: int) -> str:
-    """Return the id of the commit that has ``seq``; empty where that cannot be told."""
+    """Return the id of the commit that has ``seq``; empty if it is unknown."""
     if not seq:
         return ""
     try:
@@ -335,9 +335,9 @@ def commit_id_at(journal: SupportsJournal, seq: int) -> str:
 
 
 def check_base(journal: SupportsJournal, changes: Sequence[Change]) -> None:
-    """Raise :class:`~taskstore.ConflictError` for a :class:`ChangeSet` over another history.
+    """Raise :class:`~taskstore.ConflictError` unless the journal holds the changes' base position.
 
-    A store calls it under its lock, unless it has a faster way.
+    Only a :class:`ChangeSet` has one.  A store calls this under its lock, or has a faster check.
     """
     if isinstance(changes, ChangeSet) and changes.base.seq:
         try:
@@ -347,34 +347,34 @@ def check_base(journal: SupportsJournal, changes: Sequence[Change]) -> None:
 
 
 def base_not_found(position: Position) -> ConflictError:
-    """The error of changes over a position that the journal does not hold."""
+    """Return the error for changes whose base position the journal does not hold."""
     return ConflictError(
         [],
-        f"the journal does not hold the commit at seq {position.seq} over which this was made: "
-        "a backup was restored, a standby took over, or the journal was trimmed since",
+        f"the changes are based on a commit at seq {position.seq} that the journal does not hold: "
+        "a backup was restored, a standby took over, or the journal was trimmed",
     )
 
 
 def forked_error(what: str) -> StoreClosedError:
-    """The error of ``what``, used in a child that was forked after it was opened."""
+    """Return the error for a use of ``what`` in a forked child of the process that opened it."""
     return StoreClosedError(
         f"{what} was opened before the process forked",
-        hint="open one of its own in each process",
+        hint="open a separate one in each process",
     )
 
 
 def check_steps(steps: Sequence[Step], stored: Snapshot) -> None:
     """Raise :class:`~taskstore.ConflictError` unless the steps apply over ``stored``.
 
-    For stores that keep no journal: deletions of the past are not known.
+    For stores without a journal: earlier deletions are unknown.
     """
     revisions = quarantined_revisions(stored.quarantined)
     revisions |= {task_id: record.revision for task_id, record in stored.records.items()}
-    holders = {
+    ids_by_key = {
         key: record.task_id
         for record in stored.records.values()
         if (key := dedup_key(record)) is not None
     }
-    conflicts = find_conflicts(steps, revisions, (), holders)
+    conflicts = find_conflicts(steps, revisions, (), ids_by_key)
     if conflicts:
         raise ConflictError(conflicts)

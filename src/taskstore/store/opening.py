@@ -1,9 +1,9 @@
-"""The one door that stores enter through: URL schemes and entry points.
+"""How a URL opens a store: schemes, entry points and options.
 
 A backend is a distribution that declares an entry point in the group
-``taskstore.backends``, named by its URL scheme and pointing at a callable
-``open(url, *, durability, migrate, read_only) -> TaskRegistryStore``.  The
-built-in ones do the same.
+``taskstore.backends``.  The entry point is named by its URL scheme and refers to
+a callable ``open(url, *, durability, migrate, read_only) -> TaskRegistryStore``.
+The built-in backends are declared in the same way.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import Any
 from taskstore.errors import BackendNotFoundError, TaskStoreError, ValidationError
 from taskstore.store.interface import TaskRegistryStore
 
-GROUP = "taskstore.backends"
+ENTRY_POINT_GROUP = "taskstore.backends"
 """The entry-point group in which backends are declared."""
 
 DURABILITIES = ("full", "process")
 MIGRATIONS = ("auto", "never")
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-# As SQLAlchemy reads it, a password is everything up to the first @, slashes
-# included; up to the last one before the path where an @ was not escaped.
+# As in SQLAlchemy, a password ends at the first @ and may contain slashes.
+# If a password contains an unescaped @, it ends at the last @ before the path.
 _PASSWORD = re.compile(r"(?<=://)([^:/?#\s]*):[^@]*@(?:[^/?#\s]*@)?")
 _PASSWORD_OPTION = re.compile(r"([?&][^=&\s]*passw[^=&\s]*=)[^&\s]*", re.IGNORECASE)
 
 
 def redacted(url: str) -> str:
-    """Return a URL without the password that it may carry, for messages and logs."""
+    """Return a URL with its password replaced by ``***``, for messages and logs."""
     return _PASSWORD_OPTION.sub(r"\1***", _PASSWORD.sub(r"\1:***@", url))
 
 
@@ -47,13 +47,13 @@ def scheme_of(url: str) -> str:
 
 
 def installed_backends() -> dict[str, list[EntryPoint]]:
-    """Return the declared backends by scheme; more than one where packages collide."""
-    found: dict[str, list[EntryPoint]] = {}
-    for entry in entry_points(group=GROUP):
-        declared = found.setdefault(entry.name, [])
+    """Return the declared backends by scheme; several if packages declare the same one."""
+    backends: dict[str, list[EntryPoint]] = {}
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        declared = backends.setdefault(entry.name, [])
         if entry.value not in [other.value for other in declared]:
             declared.append(entry)
-    return found
+    return backends
 
 
 def open_store(
@@ -66,19 +66,19 @@ def open_store(
 ) -> TaskRegistryStore:
     """Open the store that a URL names.
 
-    ``durability`` is ``"full"`` (acknowledged changes survive power loss) or
-    ``"process"`` (the writer's death); ``migrate`` is ``"auto"`` (a new or
-    empty database gets its schema) or ``"never"``; ``read_only`` promises
-    not to change anything.  Further options go to the backend as they are.
+    With ``durability="full"``, acknowledged changes survive power loss; with
+    ``"process"``, they survive a kill of the writer.  With ``migrate="auto"``, a
+    new or empty database gets its schema; ``"never"`` leaves it unchanged.  A
+    ``read_only`` store changes nothing.  The backend gets all other options.
 
-    Raises :class:`~taskstore.BackendNotFoundError` for a scheme that nothing
-    serves, :class:`~taskstore.ValidationError` for a wrong option, and what
-    the backend raises: :class:`~taskstore.StoreUnavailableError`,
+    Raises :class:`~taskstore.BackendNotFoundError` for a scheme without a
+    backend, :class:`~taskstore.ValidationError` for a wrong option, and the
+    errors of the backend: :class:`~taskstore.StoreUnavailableError`,
     :class:`~taskstore.CorruptStoreError`, :class:`~taskstore.SchemaMismatchError`.
     """
     scheme = scheme_of(url)
     check_options(durability, migrate)
-    opener = _load(scheme)
+    opener = _load_opener(scheme)
     store: TaskRegistryStore = opener(
         url, durability=durability, migrate=migrate, read_only=read_only, **options
     )
@@ -86,15 +86,15 @@ def open_store(
 
 
 def check_options(durability: str, migrate: str) -> None:
-    """Raise :class:`~taskstore.ValidationError` for a value that these options do not have."""
+    """Raise :class:`~taskstore.ValidationError` for an unknown value of these options."""
     if durability not in DURABILITIES:
         raise ValidationError("durability", f"must be one of {DURABILITIES}, not {durability!r}")
     if migrate not in MIGRATIONS:
         raise ValidationError("migrate", f"must be one of {MIGRATIONS}, not {migrate!r}")
 
 
-def _load(scheme: str) -> Any:
-    """Import the callable that opens a scheme."""
+def _load_opener(scheme: str) -> Any:
+    """Import the callable that opens URLs of a scheme."""
     backends = installed_backends()
     declared = backends.get(scheme)
     if not declared:
@@ -102,9 +102,9 @@ def _load(scheme: str) -> Any:
         hint = f"did you mean {longer[0]}:?" if longer else None
         raise BackendNotFoundError(scheme, backends, hint=hint)
     if len(declared) > 1:
-        owners = ", ".join(sorted(_owner(entry) for entry in declared))
+        packages = ", ".join(sorted(_package_of(entry) for entry in declared))
         raise TaskStoreError(
-            f"several packages serve the URL scheme {scheme!r}: {owners}",
+            f"several packages declare a backend for the URL scheme {scheme!r}: {packages}",
             hint="uninstall all but one",
         )
     try:
@@ -113,17 +113,17 @@ def _load(scheme: str) -> Any:
         raise BackendNotFoundError(
             scheme,
             [name for name in backends if name != scheme],
-            hint=f"its backend in {_owner(declared[0])} does not import: {error}",
+            hint=f"its backend in {_package_of(declared[0])} does not import: {error}",
         ) from error
 
 
-def _owner(entry: EntryPoint) -> str:
+def _package_of(entry: EntryPoint) -> str:
     return entry.dist.name if entry.dist is not None else entry.value
 
 
 def default_url() -> str:
-    """Return the URL of the ledger that is used when none is named: an SQLite
-    file under the platform's user state directory."""
+    """Return the URL of the default ledger: an SQLite file in the platform's user
+    state directory."""
     from platformdirs import user_state_path
 
     path = user_state_path("taskstore", appauthor=False) / "tasks.db"

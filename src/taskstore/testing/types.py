@@ -1,4 +1,4 @@
-"""The types of the kit: what opens a store, and a store with every ability."""
+"""Types of the contract suite: the store opener and a full store."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from taskstore.store.interface import (
 
 @runtime_checkable
 class OpenStore(Protocol):
-    """What the fixture ``make_store`` returns.
+    """The callable that the fixture ``make_store`` returns.
 
-    Each call opens one more instance on the same storage.  It takes one
-    keyword, ``read_only`` (``bool``, default ``False``).
+    Each call opens another instance on the same storage.  The only parameter is
+    the keyword ``read_only`` (``bool``, default ``False``).
     """
 
     def __call__(self, *, read_only: bool = False) -> TaskRegistryStore:
-        """Open the storage under test once more."""
+        """Open another instance on the storage under test."""
         ...
 
 
@@ -39,6 +39,5 @@ class FullStore(
 ):
     """A store with every ability, for type checkers only.
 
-    A clause sees the store as one of these and uses the abilities that it
-    (or its class) says that it needs.
+    A clause uses only the abilities that the clause or its class declares.
     """

@@ -1,9 +1,9 @@
-# ruff: noqa: RUF001 - letters that look like others are the point here
-"""The nasty values: what every backend has to take exactly as it is, or refuse alike [11].
+# ruff: noqa: RUF001 - the table needs ambiguous characters
+"""The nasty values: every backend stores them exactly or refuses them [11].
 
-Each one has bitten somebody: a collation that folds case, a driver that
-expands ``%s``, a C string that ends at NUL, a JSON reader that rounds beyond
-2**53, an index that is too short, an empty string that comes back as null.
+Each value has caused a real defect: a collation that folds case, a driver that
+expands ``%s``, a C string that ends at NUL, a JSON reader that rounds above
+2**53, an index that is too short, an empty string that is read as null.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from taskstore.model.records import (
 class Nasty(NamedTuple):
     """One row of the table.
 
-    ``fields`` go into a record.  ``refused`` is the field that the
-    :class:`~taskstore.ValidationError` names, or ``None`` when the value is
-    stored and comes back the same.  ``twin`` are the fields of another
-    record that a careless backend takes for the same.
+    ``fields`` are set in a record.  ``refused`` is the field that the
+    :class:`~taskstore.ValidationError` names, or ``None`` when the value must be
+    stored and read back unchanged.  ``twin`` are the fields of a second record
+    that a defective backend treats as equal.
     """
 
     name: str
@@ -40,14 +40,14 @@ class Nasty(NamedTuple):
     refused: str | None = None
 
 
-class _Text(str):
-    """Text of another type, which encoders may not know."""
+class _StrSubclass(str):
+    """A subclass of ``str``, which an encoder may reject."""
 
     __slots__ = ()
 
 
-def _alike(name: str, value: str | None, twin: str | None) -> list[Nasty]:
-    """A key that must not be taken for another one, as a label and as an id."""
+def _distinct(name: str, value: str | None, twin: str | None) -> list[Nasty]:
+    """Return rows for a key that must differ from its twin, as a label and as an id."""
     rows = [Nasty(name, {"label": value}, {"label": twin})]
     if value and twin:
         rows.append(Nasty(f"{name}_id", {"task_id": value}, {"task_id": twin}))
@@ -55,7 +55,7 @@ def _alike(name: str, value: str | None, twin: str | None) -> list[Nasty]:
 
 
 def _nested(depth: int) -> dict[str, Any]:
-    """Metadata nested this deep."""
+    """Return metadata of this nesting depth."""
     value: Any = "leaf"
     for _ in range(depth - 1):
         value = [value]
@@ -63,42 +63,42 @@ def _nested(depth: int) -> dict[str, Any]:
 
 
 def _sized(size: int) -> dict[str, Any]:
-    """Metadata of this many bytes of canonical JSON."""
+    """Return metadata of this many bytes of canonical JSON."""
     return {"m": "x" * (size - len('{"m":""}'))}
 
 
-_ALIKE = [
-    *_alike("case", "Inbox", "inbox"),
-    *_alike("trailing_space", "inbox ", "inbox"),
-    *_alike("leading_space", " inbox", "inbox"),
-    *_alike("trailing_newline", "inbox\n", "inbox"),
-    *_alike("line_ends", "in\r\nbox", "in\nbox"),
-    *_alike("tab", "in\tbox", "in box"),
-    *_alike("accents", "résumé", "resume"),
-    *_alike("combining", "e\u0301te\u0301", "été"),
-    *_alike("sharp_s", "straße", "strasse"),
-    *_alike("turkish_i", "Kadıköy", "Kadiköy"),
-    *_alike("ligature", "ﬁle", "file"),
-    *_alike("width", "ａｂ", "ab"),
-    *_alike("kana", "ひらがな", "ヒラガナ"),
-    *_alike("zero_width", "a\u200bb", "ab"),
-    *_alike("bom", "\ufeffa", "a"),
-    *_alike("emoji_joiner", "👩\u200d👩\u200d👧", "👩👩👧"),
-    *_alike("emoji_variant", "❤\ufe0f", "❤"),
-    *_alike("four_bytes", "𝔘𝔫𝔦🎉", "𝔘𝔫𝔦🎊"),
-    *_alike("leading_zeros", "007", "7"),
-    *_alike("exponent", "1e3", "1000"),
-    *_alike("minus_zero", "-0", "0"),
-    *_alike("wildcards", "a_b%", "axb1"),
-    *_alike("bracket_wildcards", "[ab]*?", "a*?"),
-    *_alike("empty_key", "", None),
-    *_alike("null_word", "null", None),
-    *_alike("None_word", "None", "none"),
-    *_alike("true_word", "true", "1"),
-    *_alike("path", "../../etc/passwd", "/etc/passwd"),
-    *_alike("backslashes", "C:\\new\\\\table", "C:\\new\\table"),
-    *_alike("url_escape", "%41%00", "A%00"),
-    *_alike("late_difference", "k" * 254 + "1", "k" * 254 + "2"),
+_DISTINCT = [
+    *_distinct("case", "Inbox", "inbox"),
+    *_distinct("trailing_space", "inbox ", "inbox"),
+    *_distinct("leading_space", " inbox", "inbox"),
+    *_distinct("trailing_newline", "inbox\n", "inbox"),
+    *_distinct("line_ends", "in\r\nbox", "in\nbox"),
+    *_distinct("tab", "in\tbox", "in box"),
+    *_distinct("accents", "résumé", "resume"),
+    *_distinct("combining", "e\u0301te\u0301", "été"),
+    *_distinct("sharp_s", "straße", "strasse"),
+    *_distinct("turkish_i", "Kadıköy", "Kadiköy"),
+    *_distinct("ligature", "ﬁle", "file"),
+    *_distinct("width", "ａｂ", "ab"),
+    *_distinct("kana", "ひらがな", "ヒラガナ"),
+    *_distinct("zero_width", "a\u200bb", "ab"),
+    *_distinct("bom", "\ufeffa", "a"),
+    *_distinct("emoji_joiner", "👩\u200d👩\u200d👧", "👩👩👧"),
+    *_distinct("emoji_variant", "❤\ufe0f", "❤"),
+    *_distinct("four_bytes", "𝔘𝔫𝔦🎉", "𝔘𝔫𝔦🎊"),
+    *_distinct("leading_zeros", "007", "7"),
+    *_distinct("exponent", "1e3", "1000"),
+    *_distinct("minus_zero", "-0", "0"),
+    *_distinct("wildcards", "a_b%", "axb1"),
+    *_distinct("bracket_wildcards", "[ab]*?", "a*?"),
+    *_distinct("empty_key", "", None),
+    *_distinct("null_word", "null", None),
+    *_distinct("None_word", "None", "none"),
+    *_distinct("true_word", "true", "1"),
+    *_distinct("path", "../../etc/passwd", "/etc/passwd"),
+    *_distinct("backslashes", "C:\\new\\\\table", "C:\\new\\table"),
+    *_distinct("url_escape", "%41%00", "A%00"),
+    *_distinct("late_difference", "k" * 254 + "1", "k" * 254 + "2"),
     Nasty("empty_error", {"error": ""}, {"error": None}),
     Nasty("empty_summary", {"terminal_summary": ""}, {"terminal_summary": None}),
     Nasty("zero_time", {"started_at": 0}, {"started_at": None}),
@@ -150,7 +150,7 @@ _TEXT = [
     ),
     Nasty(
         "another_type_of_text",
-        {"label": _Text("sub"), "task": _Text("class"), "task_kind": TaskStatus.LOST},
+        {"label": _StrSubclass("sub"), "task": _StrSubclass("class"), "task_kind": TaskStatus.LOST},
     ),
     Nasty("status_as_text", {"status": "timed_out", "notify_policy": "silent"}),
     Nasty(
@@ -296,9 +296,9 @@ _REFUSED = [
     Nasty("unknown_fields_known", {"unknown_json": Raw(b'{"task":"x"}')}, refused="unknown_json"),
 ]
 
-NASTY: tuple[Nasty, ...] = (*_ALIKE, *_TEXT, *_NUMBERS, *_METADATA, *_REFUSED)
-"""The whole table."""
+NASTY: tuple[Nasty, ...] = (*_DISTINCT, *_TEXT, *_NUMBERS, *_METADATA, *_REFUSED)
+"""All rows."""
 STORED = tuple(row for row in NASTY if row.refused is None)
-"""Those that every backend stores and gives back exactly."""
+"""The rows that every backend stores and returns exactly."""
 REFUSED = tuple(row for row in NASTY if row.refused is not None)
-"""Those that every backend refuses, naming the field."""
+"""The rows that every backend refuses with a ValidationError that names the field."""

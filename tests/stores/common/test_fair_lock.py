@@ -1,4 +1,4 @@
-"""The waiting room of a fair lock: left by the killed, no obstacle when a waiter stops in it."""
+"""The queue of a fair lock: killed waiters leave it, stopped waiters are bypassed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from taskstore.stores.common import locks as fairlock
+from taskstore.stores.common import locks
 from taskstore.stores.common.locks import FairLock
 from taskstore.testing.crash.processes import Child
 from taskstore.testing.threads import meanwhile
@@ -20,17 +20,17 @@ def path(tmp_path):
     return tmp_path / "turn"
 
 
-def test_who_need_not_wait_leaves_no_trace(path):
+def test_an_uncontended_lock_creates_no_file(path):
     assert FairLock(path).wait(lambda: True, 1)
     assert not path.exists()
 
 
-def test_waiting_ends(path):
-    tries = []
+def test_a_wait_ends_with_success_or_timeout(path):
+    attempts = []
 
     def third() -> bool:
-        tries.append(time.monotonic())
-        return len(tries) == 3
+        attempts.append(time.monotonic())
+        return len(attempts) == 3
 
     assert FairLock(path).wait(third, 10)
     assert path.stat().st_mode & 0o777 == 0o600
@@ -39,7 +39,7 @@ def test_waiting_ends(path):
     assert time.monotonic() - started >= 0.05
 
 
-def test_what_an_attempt_raises_ends_the_wait_and_empties_the_waiting_room(path):
+def test_an_error_in_an_attempt_ends_the_wait_and_leaves_the_queue(path):
     def broken() -> bool:
         raise LookupError
 
@@ -47,34 +47,34 @@ def test_what_an_attempt_raises_ends_the_wait_and_empties_the_waiting_room(path)
     assert not one.wait(lambda: False, 0.001)
     with pytest.raises(LookupError):
         one.wait(broken, 1)
-    assert tries_of(FairLock(path)) == 1
+    assert attempts_of(FairLock(path)) == 1
 
 
-def tries_of(lock: FairLock) -> int:
-    """How long it takes to get through: the number of looks at a lock that is free."""
-    looks: list[None] = []
+def attempts_of(lock: FairLock) -> int:
+    """Return how many attempts a free lock takes."""
+    attempts: list[None] = []
 
-    def look() -> bool:
-        looks.append(None)
+    def attempt() -> bool:
+        attempts.append(None)
         return True
 
-    assert lock.wait(look, 10)
-    return len(looks)
+    assert lock.wait(attempt, 10)
+    return len(attempts)
 
 
-def test_who_had_the_lock_comes_after_who_waits_for_it(path, monkeypatch):
-    monkeypatch.setattr(fairlock, "PATIENCE_S", 1000.0)
+def test_a_waiter_comes_before_the_last_owner(path, monkeypatch):
+    monkeypatch.setattr(locks, "QUEUE_TIMEOUT_S", 1000.0)
     lock, order = threading.Lock(), []
     greedy, patient = FairLock(path), FairLock(path)
     assert greedy.wait(lambda: lock.acquire(blocking=False), 1)
     waiting = threading.Event()
 
-    looks: list[None] = []
+    attempts: list[None] = []
 
     def attempt() -> bool:
-        # Only after the first look is it known that the lock is not free.
-        looks.append(None)
-        if len(looks) > 1:
+        # Only the first attempt shows that the lock is not free.
+        attempts.append(None)
+        if len(attempts) > 1:
             waiting.set()
         return lock.acquire(blocking=False)
 
@@ -94,7 +94,7 @@ def test_who_had_the_lock_comes_after_who_waits_for_it(path, monkeypatch):
 
 
 def waiting(path) -> Child:
-    """A process in the waiting room of a lock that it never gets."""
+    """A process at the front of the queue of a lock that it never gets."""
 
     def work(report) -> None:
         def never() -> bool:
@@ -112,34 +112,34 @@ def waiting(path) -> Child:
     return child
 
 
-def test_nobody_waits_for_who_was_killed_in_the_waiting_room(path, monkeypatch):
-    monkeypatch.setattr(fairlock, "PATIENCE_S", 1000.0)
+def test_a_killed_waiter_leaves_the_queue(path, monkeypatch):
+    monkeypatch.setattr(locks, "QUEUE_TIMEOUT_S", 1000.0)
     child = waiting(path)
     child.kill()
     child.finish()
-    assert tries_of(FairLock(path)) == 1
+    assert attempts_of(FairLock(path)) == 1
 
 
-def test_nobody_waits_long_for_who_stopped_in_the_waiting_room_and_only_once(path, monkeypatch):
+def test_a_stopped_waiter_delays_others_once_and_briefly(path, monkeypatch):
     child = waiting(path)
     os.kill(child.pid, signal.SIGSTOP)
     lock = FairLock(path)
-    assert tries_of(lock) == 1
-    monkeypatch.setattr(fairlock, "PATIENCE_S", 1000.0)
+    assert attempts_of(lock) == 1
+    monkeypatch.setattr(locks, "QUEUE_TIMEOUT_S", 1000.0)
     for _ in range(20):
-        assert tries_of(lock) == 1
+        assert attempts_of(lock) == 1
     child.kill()
     child.finish()
-    assert tries_of(lock) == 1
+    assert attempts_of(lock) == 1
 
 
-def test_a_forked_child_that_closes_its_copy_does_not_empty_the_waiting_room(path):
-    held, looks = FairLock(path), []
+def test_a_forked_child_that_closes_its_copy_does_not_leave_the_queue(path):
+    held, attempts = FairLock(path), []
 
     def attempt() -> bool:
-        looks.append(None)
-        if len(looks) == 1:
-            return False  # so that the waiting room is made, and we are in it
+        attempts.append(None)
+        if len(attempts) == 1:
+            return False  # so that the queue exists and this process is at its front
         assert Child(lambda report: held.close()).finish() == []
         assert not FairLock(path).wait(lambda: True, 0.001)
         return True
@@ -147,4 +147,4 @@ def test_a_forked_child_that_closes_its_copy_does_not_empty_the_waiting_room(pat
     assert held.wait(attempt, 10)
     held.close()
     held.close()
-    assert tries_of(held) == 1
+    assert attempts_of(held) == 1

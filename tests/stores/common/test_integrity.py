@@ -1,4 +1,4 @@
-"""Each kind of damage is told in a sentence, and a sound ledger gives none."""
+"""The integrity check: one problem for each kind of damage, none for a good ledger."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from taskstore.model.journal import (
     entries_of,
     fold,
 )
-from taskstore.stores.common.integrity import MOST, IntegrityCheck
+from taskstore.stores.common.integrity import MAX_PROBLEMS, IntegrityCheck
 from taskstore.testing import make_record
 
 FIRST, SECOND = make_record(task_id="a", label="1"), make_record(task_id="b", label="1")
@@ -32,7 +32,7 @@ CHANGES = [
 
 
 def journal() -> list[JournalEntry]:
-    """Six entries: ``a`` three times, ``b`` comes and goes, ``c``; one a commit, one a second."""
+    """Six entries, one per commit and second: three of ``a``, two of ``b``, one of ``c``."""
     return [
         entry
         for seq, change in enumerate(CHANGES, 1)
@@ -74,7 +74,7 @@ def without(snapshot: Snapshot, *task_ids: str) -> Snapshot:
     return replace(snapshot, records=kept)
 
 
-def test_a_sound_ledger_gives_none():
+def test_a_good_ledger_has_no_problems():
     assert found_in(journal()) == ()
     assert found_in(journal()[2:], floor=3) == ()
     assert found_in([], floor=7, snapshots={6: as_of(6)}) == ()
@@ -113,40 +113,40 @@ def test_an_entry_that_does_not_follow(entries, problem):
 
 
 @pytest.mark.parametrize("seq", range(1, 6))
-def test_a_seq_that_is_missing_is_told_once(seq):
+def test_a_missing_seq_is_reported_once(seq):
     entries = journal()
     del entries[seq - 1]
     assert found_in(entries) == (f"seq {seq} to {seq} are missing",)
 
 
-def test_a_seq_that_is_there_twice():
+def test_a_duplicate_seq():
     entries = journal()
     entries.insert(6, entries[5])
     assert "seq 6, task 'c': follows seq 6" in found_in(entries)
 
 
-def test_an_end_that_is_missing():
+def test_a_missing_end():
     assert found_in(journal()[:4]) == ("the journal ends at seq 4, the head is 6",)
 
 
 def test_a_snapshot_ahead_of_the_head():
     snapshots = {9: as_of(6)}
     assert found_in(journal(), snapshots=snapshots) == ("snapshot 9 is ahead of head 6",)
-    # Where no head is noted, it tells of an end that is missing.
+    # Without a known head, it shows that the end of the journal is missing.
     assert found_in(journal(), head=None, snapshots=snapshots) == (
         "the journal ends at seq 6, the head is 9",
     )
 
 
 @pytest.mark.parametrize("rest", [[], journal()[3:]], ids=["at the end", "in between"])
-def test_entries_that_cannot_be_read_are_told_once(rest):
+def test_unreadable_entries_are_reported_once(rest):
     error = CorruptStoreError("file", "does not match")
     assert found_in([*journal()[:2], error, *rest]) == (str(error),)
 
 
 @pytest.mark.parametrize("place", ["snapshot 4", "tasks"])
 @pytest.mark.parametrize("kind", ["lacks", "has", "disagrees"])
-def test_what_is_stored_is_not_what_the_journal_leads_to(place, kind):
+def test_stored_content_that_differs_from_the_journal(place, kind):
     right = as_of(4 if place == "snapshot 4" else 6)
     wrong, problem = {
         "lacks": (without(right, "a"), "lacks tasks of the journal (1): 'a'"),
@@ -163,7 +163,7 @@ def test_what_is_stored_is_not_what_the_journal_leads_to(place, kind):
     assert found_in(journal(), **given) == (f"{place} {problem}",)
 
 
-def test_what_is_lost_hides_nothing_that_is_known_behind_it():
+def test_a_gap_does_not_hide_damage_after_it():
     missing = "seq 2 to 2 are missing"
     entries = journal()
     del entries[1]
@@ -171,7 +171,7 @@ def test_what_is_lost_hides_nothing_that_is_known_behind_it():
         missing,
         "tasks lacks tasks of the journal (1): 'c'",
     )
-    # Without a snapshot behind the gap, only what has an entry there is known.
+    # Without a snapshot after the gap, only tasks with an entry there are known.
     beyond = {"a": as_of(6).records["a"], "b": SECOND, "c": as_of(6).records["c"]}
     assert found_in(entries, snapshots={}) == (missing,)
     assert found_in(entries, snapshots={}, current=replace(as_of(6), records=beyond)) == (
@@ -192,7 +192,7 @@ def test_what_is_lost_hides_nothing_that_is_known_behind_it():
     ],
     ids=["missing", "damaged"],
 )
-def test_without_the_first_snapshot_the_next_one_is_gone_on_with(snapshots, problem):
+def test_without_the_first_snapshot_the_check_continues_from_the_next_one(snapshots, problem):
     entries = journal()[2:]
     assert found_in(entries, floor=3, snapshots=snapshots) == (problem,)
     assert found_in(entries, floor=3, snapshots=snapshots, current=without(as_of(6), "a", "c")) == (
@@ -201,35 +201,35 @@ def test_without_the_first_snapshot_the_next_one_is_gone_on_with(snapshots, prob
     )
 
 
-def test_a_later_snapshot_that_is_damaged():
+def test_a_damaged_later_snapshot():
     assert found_in(journal(), snapshots={4: None}) == (str(damaged(4)),)
 
 
-def aside(task_id: str | None, revision: int | None, raw: bytes = b"junk", **fields: bool):
+def quarantined(task_id: str | None, revision: int | None, raw: bytes = b"junk", **fields: bool):
     return Quarantined(raw, "there", "no JSON", task_id, revision, **fields)
 
 
-def test_what_was_set_aside_stands_as_its_bytes():
-    entries = changed(6, record=None, quarantined=aside("c", 1))
+def test_a_quarantined_record_is_compared_as_bytes():
+    entries = changed(6, record=None, quarantined=quarantined("c", 1))
     current = without(as_of(6), "c")
-    assert found_in(entries, current=replace(current, quarantined=(aside("c", 1),))) == ()
-    for other in ((), (aside("c", 1, b"other"),), (aside("c", 1, superseded=True),)):
+    assert found_in(entries, current=replace(current, quarantined=(quarantined("c", 1),))) == ()
+    for other in ((), (quarantined("c", 1, b"other"),), (quarantined("c", 1, superseded=True),)):
         assert len(found_in(entries, current=replace(current, quarantined=other))) == 1
 
 
-@pytest.mark.parametrize(("revision", "sound"), [(8, True), (7, False), (0, True), (None, True)])
-def test_what_was_set_aside_has_the_revision_that_can_be_told(revision, sound):
-    base = Snapshot(10, {}, 5, (aside("a", revision), aside(None, None, b"unknown")))
+@pytest.mark.parametrize(("revision", "ok"), [(8, True), (7, False), (0, True), (None, True)])
+def test_a_quarantined_record_has_its_known_revision(revision, ok):
+    base = Snapshot(10, {}, 5, (quarantined("a", revision), quarantined(None, None, b"unknown")))
     record = make_record(task_id="a", revision=9)
     entry = JournalEntry(11, 5, EntryKind.UPSERTED, "a", 9, record)
     problems = found_in(
         [entry], floor=11, head=11, snapshots={10: base}, current=fold(base, [entry])
     )
-    assert problems == (() if sound else ("seq 11, task 'a': revision 9 follows revision 7",))
+    assert problems == (() if ok else ("seq 11, task 'a': revision 9 follows revision 7",))
 
 
-def test_what_is_superseded_stands_for_no_task():
-    old = aside("a", 1, superseded=True)
+def test_a_superseded_record_is_not_compared():
+    old = quarantined("a", 1, superseded=True)
     base = replace(as_of(2), quarantined=(old,))
     current = replace(as_of(6), quarantined=(old,))
     assert found_in(journal()[2:], floor=3, snapshots={2: base}, current=current) == ()
@@ -238,8 +238,10 @@ def test_what_is_superseded_stands_for_no_task():
 def test_many_problems_are_counted():
     entries = [
         JournalEntry(seq, 0, EntryKind.DELETED, f"task {seq}", 2, None)
-        for seq in range(1, MOST + 21)
+        for seq in range(1, MAX_PROBLEMS + 21)
     ]
-    problems = found_in(entries, head=MOST + 20, current=Snapshot(MOST + 20), snapshots={})
-    assert len(problems) == MOST + 1
+    problems = found_in(
+        entries, head=MAX_PROBLEMS + 20, current=Snapshot(MAX_PROBLEMS + 20), snapshots={}
+    )
+    assert len(problems) == MAX_PROBLEMS + 1
     assert problems[-1] == "and 20 more"

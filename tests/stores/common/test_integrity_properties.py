@@ -1,4 +1,4 @@
-"""A ledger that was lived through is whole; any single change to it is found."""
+"""The integrity check accepts every real ledger and finds every single change to one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def problems(entries, floor, retained, current=None):
 
 
 @given(SEQS, st.sets(SEQS))
-def test_a_sound_ledger_is_whole_from_any_floor(floor, retained):
+def test_a_good_ledger_has_no_problems_from_any_floor(floor, retained):
     assert problems(JOURNAL, floor, retained) == ()
 
 
@@ -56,7 +56,7 @@ def test_any_entry_that_is_changed_is_found(seq, retained, field):
         record = None if changed.kind is EntryKind.DELETED else MODEL.states[seq - 1][entry.task_id]
         changed = replace(changed, record=record)
     entries[seq - 1] = changed
-    # A record that is replaced later is compared by a snapshot in between only.
+    # Only a snapshot in between compares a record that a later entry replaces.
     assert problems(entries, 1, retained | {seq})
 
 

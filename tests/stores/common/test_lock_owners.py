@@ -1,4 +1,4 @@
-"""Who holds a lock on a file: told by the system, without touching the file."""
+"""The owners of a file lock, as the system reports them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from taskstore.stores.common import locks as holders
+from taskstore.stores.common import locks
 from taskstore.stores.common.locks import command_of, describe_owners, lock_owners
 
 HOLD = """
@@ -62,19 +62,19 @@ def test_the_process_and_its_command(script, locked, what):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc/locks is Linux's")
-def test_ourselves(locked):
+def test_this_process(locked):
     with locked.open("r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert lock_owners(locked) == (f"pid {os.getpid()}, this process",)
         fcntl.flock(file, fcntl.LOCK_SH)
-        assert lock_owners(locked) == (), "who shares a lock keeps no reader out"
+        assert lock_owners(locked) == (), "a shared lock does not exclude readers"
 
 
-def test_a_system_that_does_not_tell(locked, monkeypatch, tmp_path):
-    monkeypatch.setattr(holders, "_LOCKS", tmp_path / "absent")
+def test_a_system_that_does_not_report_owners(locked, monkeypatch, tmp_path):
+    monkeypatch.setattr(locks, "_LOCKS", tmp_path / "absent")
     assert lock_owners(locked) == ()
     assert lock_owners(tmp_path / "absent") == ()
-    assert "does not tell" in describe_owners(())
+    assert "does not report" in describe_owners(())
 
 
 def test_lines_of_every_kind(locked, monkeypatch, tmp_path):
@@ -90,13 +90,13 @@ def test_lines_of_every_kind(locked, monkeypatch, tmp_path):
         "5: LEASE  ACTIVE    READ 5 00:00:0 0 EOF\n"
         "nonsense\n"
     )
-    monkeypatch.setattr(holders, "_LOCKS", lines)
+    monkeypatch.setattr(locks, "_LOCKS", lines)
     assert lock_owners(locked) == ("pid 999999001", "pid 999999004")
     assert lock_owners(locked, byte=7) == ("pid 999999004",)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
-def test_a_command_line_gives_no_secret_away(script, locked):
+def test_a_command_line_shows_no_secret(script, locked):
     for secret in ("--password=s3cret", "postgresql://me:s3cret@host/db", "--token"):
         with hold(script, locked, "whole", secret, "s3cret") as process:
             command = command_of(process.pid)

@@ -1,4 +1,4 @@
-"""When a call is tried again: an outage that is shared, contention, and outcomes to read back."""
+"""Retries: a shared outage, contention, and unconfirmed commits."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from taskstore.stores.common.retry import (
     Contention,
     FailureKind,
     RetryPolicy,
-    UnansweredError,
+    UnconfirmedCommitError,
 )
 
 
 class DriverError(Exception):
-    def __init__(self, trouble):
-        super().__init__(trouble.value)
-        self.trouble = trouble
+    def __init__(self, kind):
+        super().__init__(kind.value)
+        self.kind = kind
 
 
 class Translation:
     errors = (DriverError,)
 
     def failure_kind(self, error):
-        return error.trouble
+        return error.kind
 
     def translate(self, error):
-        if error.trouble in (
+        if error.kind in (
             FailureKind.LOCK_BUSY,
             FailureKind.LOCK_TIMEOUT,
             FailureKind.SERIALIZATION,
@@ -45,7 +45,7 @@ class Translation:
 
 
 class Time:
-    """A clock that goes on when somebody sleeps, and not otherwise."""
+    """A clock that only advances in ``sleep``."""
 
     def __init__(self):
         self.now = 1000.0
@@ -70,7 +70,7 @@ def policy_of(breaker, **others):
 
 @pytest.fixture
 def attempts(time):
-    """How often a call that takes ``seconds`` to fail is made until its caller hears of it."""
+    """How many attempts a call makes before it raises, if each one fails after ``seconds``."""
 
     def made(breaker, seconds):
         number = 0
@@ -85,11 +85,11 @@ def attempts(time):
     return made
 
 
-def test_an_attempt_that_takes_longer_than_the_patience_counts_all_the_same(attempts, time):
+def test_an_attempt_that_takes_longer_than_the_timeout_counts(attempts, time):
     breaker = CircuitBreaker("here", 5)
     assert attempts(breaker, 10) == 2
     assert attempts(breaker, 10) == 0  # at once, without another attempt
-    with pytest.raises(StoreUnavailableError, match=r"has been away for .* s: unavailable"):
+    with pytest.raises(StoreUnavailableError, match=r"has been unavailable for .* s: unavailable"):
         breaker.check()
     time.sleep(1)
     assert attempts(breaker, 10) == 1
@@ -97,33 +97,33 @@ def test_an_attempt_that_takes_longer_than_the_patience_counts_all_the_same(atte
     assert attempts(breaker, 10) == 2
 
 
-def test_many_short_attempts_share_one_patience(attempts, time):
+def test_many_short_attempts_share_one_timeout(attempts, time):
     breaker = CircuitBreaker("here", 5)
     began = time.now
     assert attempts(breaker, 0.01) > 50
     assert 5 <= time.now - began < 6
 
 
-def test_what_nobody_has_looked_at_for_as_long_is_another_outage(attempts, time):
+def test_a_failure_after_a_long_time_without_attempts_is_another_outage(attempts, time):
     breaker = CircuitBreaker("here", 5)
     assert attempts(breaker, 10) == 2
     time.sleep(6)
     assert attempts(breaker, 1) > 2
 
 
-def test_no_patience_at_all(attempts):
+def test_a_timeout_of_zero(attempts):
     assert attempts(CircuitBreaker("here", 0), 0) == 1
 
 
-def test_a_success_ends_the_outage_for_all():
+def test_a_success_ends_the_outage_for_all_calls():
     breaker = CircuitBreaker("here", 5)
-    policy, troubles = policy_of(breaker), [DriverError(FailureKind.UNAVAILABLE)]
+    policy, errors = policy_of(breaker), [DriverError(FailureKind.UNAVAILABLE)]
 
     def work():
         for attempt in policy.attempts():
             with attempt:
-                if troubles:
-                    raise troubles.pop()
+                if errors:
+                    raise errors.pop()
                 return "done"
         raise AssertionError
 
@@ -141,7 +141,7 @@ def test_other_errors_pass_through():
     assert len(tried) == 1
 
 
-def test_what_cannot_be_mended_is_raised_at_once():
+def test_a_permanent_error_is_raised_at_once():
     with pytest.raises(StoreUnavailableError, match="here cannot be used") as caught:
         for attempt in policy_of(CircuitBreaker("here", 5)).attempts():
             with attempt:
@@ -150,9 +150,9 @@ def test_what_cannot_be_mended_is_raised_at_once():
 
 
 @pytest.mark.parametrize(
-    "trouble", [FailureKind.LOCK_BUSY, FailureKind.SERIALIZATION, FailureKind.LOCK_TIMEOUT]
+    "kind", [FailureKind.LOCK_BUSY, FailureKind.SERIALIZATION, FailureKind.LOCK_TIMEOUT]
 )
-def test_a_write_goes_on_while_others_make_progress(trouble, time):
+def test_a_write_waits_while_other_writers_make_progress(kind, time):
     position = 0
     policy = policy_of(
         CircuitBreaker("here", 5), position=lambda: position, owners=lambda: ["pid 1"]
@@ -164,49 +164,49 @@ def test_a_write_goes_on_while_others_make_progress(trouble, time):
                 time.sleep(1)
                 if time.now < started + 200:
                     position += 1
-                raise DriverError(trouble)
+                raise DriverError(kind)
     assert caught.value.owners == ("pid 1",)
-    assert 200 <= time.now - started < 200 + 2 * retry.BUSY_S
+    assert 200 <= time.now - started < 200 + 2 * retry.BUSY_TIMEOUT_S
 
 
-def test_without_a_view_of_the_others_the_patience_is_bounded(time):
+def test_without_a_position_the_wait_is_bounded(time):
     started = time.now
     with pytest.raises(StoreBusyError):
         for attempt in policy_of(CircuitBreaker("here", 5)).attempts():
             with attempt:
                 time.sleep(1)
                 raise DriverError(FailureKind.LOCK_BUSY)
-    assert retry.BUSY_S <= time.now - started < retry.BUSY_S + 2
+    assert retry.BUSY_TIMEOUT_S <= time.now - started < retry.BUSY_TIMEOUT_S + 2
 
 
-def unanswered(works):
+def commit_unconfirmed(works):
     works.append(1)
-    raise UnansweredError from DriverError(FailureKind.UNAVAILABLE)
+    raise UnconfirmedCommitError from DriverError(FailureKind.UNAVAILABLE)
 
 
-def test_a_commit_that_was_not_answered_is_read_back_by_who_asks_for_it():
+def test_an_unconfirmed_commit_is_left_to_a_caller_that_reads_back():
     policy, works = policy_of(CircuitBreaker("here", 0)), []
     for attempt in policy.attempts(reads_back=True):
         with attempt:
-            unanswered(works)
-        assert attempt.unanswered
+            commit_unconfirmed(works)
+        assert attempt.unconfirmed
         break
     assert len(works) == 1
 
 
-def test_a_commit_that_was_not_answered_is_else_done_again(time):
+def test_an_unconfirmed_commit_is_retried_otherwise(time):
     policy, works = policy_of(CircuitBreaker("here", 5)), []
     with pytest.raises(StoreUnavailableError):
         for attempt in policy.attempts():
             with attempt:
-                unanswered(works)
+                commit_unconfirmed(works)
     assert len(works) > 2
 
 
-def test_whether_others_move_is_known_at_the_second_look():
+def test_the_second_reading_of_the_position_shows_progress():
     positions = [1, 1, 2, None]
     contention = Contention(lambda: positions.pop(0))
-    assert [contention.moves() for _ in range(4)] == [True, False, True, False]
+    assert [contention.made_progress() for _ in range(4)] == [True, False, True, False]
 
 
 def test_pauses_double_up_to_the_longest():

@@ -15,7 +15,7 @@ def directory(tmp_path):
 
 @pytest.fixture
 def open_(directory):
-    """Open the directory once more; everything is closed at the end."""
+    """Open another store on the directory; all are closed at the end."""
     opened = []
 
     def open_once(**options):
@@ -29,9 +29,9 @@ def open_(directory):
 
 @pytest.fixture
 def fast_path(tmp_path):
-    """A directory where syncing costs nothing, for tests that kill a hundred times.
+    """A directory in memory, for tests that kill a hundred processes.
 
-    What survives the death of a process does not depend on the disk.
+    A sync costs nothing there, and a killed process loses nothing without one.
     """
     memory = Path("/dev/shm")
     if not os.access(memory, os.W_OK):

@@ -1,4 +1,4 @@
-"""Side doors into the directory of a JSON store."""
+"""Helpers that read and change the files of a JSON store directly."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def names(directory: Path) -> set[str]:
 
 
 def state_of(directory: Path) -> dict[str, tuple[int, int, int, bytes]]:
-    """Everything that opening could change: names, modes, times and bytes."""
+    """Return all that an open could change: names, modes, times and bytes."""
     return {
         path.name: (
             path.stat().st_mode,
@@ -46,19 +46,19 @@ def state_of(directory: Path) -> dict[str, tuple[int, int, int, bytes]]:
 
 
 def framed(body: bytes) -> bytes:
-    """A line with its checksum, written by hand."""
+    """Return a line with its checksum."""
     return b'{"crc":"%08x",%b\n' % (zlib.crc32(body), body)
 
 
 def forged(segment: Path, old: bytes, new: bytes) -> None:
-    """Replace bytes in a segment and make the checksums right again."""
+    """Replace bytes in a segment and recompute the checksums."""
     lines = segment.read_bytes().splitlines(keepends=True)
     assert any(old in line for line in lines)
     segment.write_bytes(b"".join(framed(line.replace(old, new)[18:-1]) for line in lines))
 
 
 def damaged(path: Path, offset: int) -> bytes:
-    """Flip a byte; returns what the file holds now."""
+    """Flip a bit in a file; return its new content."""
     data = bytearray(path.read_bytes())
     data[offset] ^= 0x01
     path.write_bytes(data)
@@ -66,7 +66,7 @@ def damaged(path: Path, offset: int) -> bytes:
 
 
 def child(code: str, *arguments: object, **options: object) -> subprocess.Popen[str]:
-    """Start a Python process that has the store and the factories at hand."""
+    """Start a Python process that has imported the store and the factories."""
     return subprocess.Popen(
         [sys.executable, "-c", CHILD_PRELUDE + code, *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -78,7 +78,7 @@ def child(code: str, *arguments: object, **options: object) -> subprocess.Popen[
 
 
 def output_of(code: str, *arguments: object) -> str:
-    """Run a child to its end and return what it printed."""
+    """Run a child process to its end; return its output."""
     process = child(code, *arguments)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0, printed

@@ -1,4 +1,4 @@
-"""Who waits for the lock of a directory waits as long as others make progress."""
+"""Waiting for the lock of a directory while other writers make progress."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from taskstore.testing import make_put
 from taskstore.testing.crash.processes import Child
 
 
-def test_who_holds_the_lock_is_told(tmp_path):
+def test_the_error_names_the_lock_owner(tmp_path):
     go, gone = os.pipe()
 
     def hold(report):
-        os.close(gone)  # so that it ends with us
-        with JSONStore(tmp_path) as store, store._writer.entered():
+        os.close(gone)  # so that the child ends with this process
+        with JSONStore(tmp_path) as store, store._writer.locked():
             report("held")
             os.read(go, 1)
 
@@ -32,19 +32,19 @@ def test_who_holds_the_lock_is_told(tmp_path):
     child.finish()
     os.close(go)
     os.close(gone)
-    [told] = caught.value.owners
-    assert f"pid {child.pid}" in told
+    [owner] = caught.value.owners
+    assert f"pid {child.pid}" in owner
     if sys.platform == "linux":
-        assert "perhaps" not in told
-        assert "python" in told
+        assert "perhaps" not in owner
+        assert "python" in owner
 
 
-def test_while_others_make_progress_nobody_hears_of_it(tmp_path, monkeypatch):
+def test_a_writer_waits_while_other_writers_make_progress(tmp_path, monkeypatch):
     with JSONStore(tmp_path) as other, JSONStore(tmp_path, lock_timeout_s=0.2) as store:
-        waiting_room = store._writer._lock.waiting_room
-        wait = waiting_room.wait
+        queue = store._writer._lock.queue
+        wait = queue.wait
         with monkeypatch.context() as patch:
-            patch.setattr(waiting_room, "wait", lambda attempt, timeout_s: False)
+            patch.setattr(queue, "wait", lambda attempt, timeout_s: False)
             with pytest.raises(StoreBusyError):
                 store.apply([make_put()])
         until = time.monotonic() + 1
@@ -56,6 +56,6 @@ def test_while_others_make_progress_nobody_hears_of_it(tmp_path, monkeypatch):
             time.sleep(timeout_s)
             return False
 
-        monkeypatch.setattr(waiting_room, "wait", late)
+        monkeypatch.setattr(queue, "wait", late)
         store.apply([make_put()])
         assert store.head() == other.head() > 2

@@ -1,4 +1,4 @@
-"""Damage is named with its file and offset, and nothing is touched."""
+"""Damaged files: the error names file and offset, and no file changes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ledger(directory, open_):
 
 
 def found_by(work, directory) -> CorruptStoreError:
-    """The error that ``work`` raises, with and without the right to write, changing nothing."""
+    """Return the error of ``work`` in a read-only and a writable store; no file may change."""
     before = state_of(directory)
     for read_only in (True, False):
         with (
@@ -87,7 +87,7 @@ def test_a_damaged_header_of_the_last_segment_with_commits_after_it(ledger):
 @pytest.mark.parametrize("header", [b"", b'{"crc":"', b'{"crc":"00000000","format":1}\n'])
 @pytest.mark.parametrize("position", [0, -1], ids=["only", "last"])
 def test_a_torn_header_with_nothing_after_it(position, header, directory, open_):
-    """No crash leaves one: a segment gets its name after its header was synced."""
+    """No crash leaves one: the header is synced before the segment gets its name."""
     store = open_()
     if position:
         create(store)
@@ -137,7 +137,7 @@ def test_a_segment_that_ends_too_early(ledger):
 
 
 @pytest.mark.parametrize("offset", [3, 60, -150, -3])
-def test_the_newest_snapshot_is_damaged_though_an_older_one_would_do(offset, ledger):
+def test_the_newest_snapshot_is_damaged_and_an_older_one_exists(offset, ledger):
     newest = snapshots(ledger)[-1]
     damaged(newest, offset % newest.stat().st_size)
     error = found_by(JSONStore.load_snapshot, ledger)
@@ -148,14 +148,14 @@ def test_the_newest_snapshot_is_damaged_though_an_older_one_would_do(offset, led
         store.apply([make_put()])
 
 
-def test_a_floor_that_is_damaged_makes_nobody_remove_anything(ledger):
+def test_a_damaged_floor_removes_no_file(ledger):
     newest = snapshots(ledger)[-1]
     newest.write_bytes(newest.read_bytes().replace(b'"floor":1', b'"floor":7'))
     error = found_by(JSONStore.load_snapshot, ledger)
     assert error.where == str(newest)
 
 
-def test_doing_what_the_hint_says_brings_everything_back(ledger):
+def test_following_the_hint_restores_all_records(ledger):
     newest = snapshots(ledger)[-1]
     damaged(newest, newest.stat().st_size - 150)
     newest.rename(newest.with_suffix(".damaged"))
@@ -173,7 +173,7 @@ def test_a_truncated_snapshot(ledger):
     assert error.where == str(newest)
 
 
-def test_an_older_snapshot_that_is_damaged_is_found_by_who_asks_for_it(ledger):
+def test_a_damaged_older_snapshot_is_found_when_it_is_read(ledger):
     older = snapshots(ledger)[0]
     damaged(older, older.stat().st_size - 150)
     error = found_by(lambda store: store.read_snapshot(4), ledger)
@@ -236,7 +236,7 @@ def test_a_journal_without_its_beginning_and_without_a_snapshot_is_refused(direc
     found_by(JSONStore.head, directory)
 
 
-def test_history_that_somebody_removed_is_reported_and_the_records_stay(ledger):
+def test_removed_history_is_reported_and_the_records_stay(ledger):
     segments(ledger)[0].unlink()
     with JSONStore(ledger) as store:
         assert len(store.load_snapshot().records) == 1
@@ -247,7 +247,7 @@ def test_history_that_somebody_removed_is_reported_and_the_records_stay(ledger):
         assert store.verify().problems == ("the journal from seq 1 to 3 is missing",)
 
 
-def test_history_that_somebody_moved_aside_for_a_while_is_not_lost(directory, open_):
+def test_history_that_was_moved_away_for_a_while_is_not_lost(directory, open_):
     store = open_()
     task = create(store)
     for _ in range(3):
@@ -275,7 +275,7 @@ def test_damage_stops_a_compaction_before_it_removes_anything(ledger):
     }
 
 
-def test_verify_finds_a_snapshot_that_says_something_else_than_the_journal(ledger):
+def test_verify_finds_a_snapshot_that_differs_from_the_journal(ledger):
     from zlib import crc32
 
     newest = snapshots(ledger)[-1]
@@ -287,7 +287,7 @@ def test_verify_finds_a_snapshot_that_says_something_else_than_the_journal(ledge
         assert "disagrees" in problem
 
 
-def test_verify_finds_a_missing_segment_with_nothing_but_a_header_after_it(directory, open_):
+def test_verify_finds_a_missing_segment_before_an_empty_one(directory, open_):
     store = open_()
     create(store)
     for _ in range(2):
@@ -302,7 +302,7 @@ def test_verify_finds_a_missing_segment_with_nothing_but_a_header_after_it(direc
     assert "seq 3 to 3 are missing" in problem
 
 
-def test_damage_in_one_segment_does_not_hide_that_of_a_later_one(ledger):
+def test_damage_in_one_segment_does_not_hide_damage_in_a_later_one(ledger):
     damaged(segments(ledger)[0], segments(ledger)[0].stat().st_size - 10)
     damaged(segments(ledger)[1], segments(ledger)[1].stat().st_size - 10)
     from jsonfiles import forged
@@ -328,7 +328,7 @@ def test_a_journal_that_shrank_under_a_writer_is_read_again(directory, open_):
     task = create(store)
     size = segments(directory)[0].stat().st_size
     update(store, task)
-    # An operator restored a backup under the running writer.
+    # An operator restores a backup while the writer runs.
     with segments(directory)[0].open("r+b") as file:
         file.truncate(size)
     assert store.head() == 1
@@ -336,7 +336,7 @@ def test_a_journal_that_shrank_under_a_writer_is_read_again(directory, open_):
     assert store.verify().ok
 
 
-def test_verify_finds_that_a_writer_remembers_something_else(open_):
+def test_verify_finds_a_wrong_index(open_):
     store = open_()
     task = create(store)
     assert store.verify().ok

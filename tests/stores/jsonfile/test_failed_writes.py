@@ -1,4 +1,4 @@
-"""A write that fails leaves disk and memory as they were, or the instance refuses to go on."""
+"""Failed writes: disk and memory stay unchanged, or the store refuses further writes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from taskstore.testing.factories import create, make_put, make_record, update
 
 
 class Failing(Disk):
-    """A disk on which some steps can be made to fail: ``fails`` maps their names to errors.
+    """A disk with failing steps: ``fails`` maps their names to errors.
 
-    One that is in ``once`` as well fails the first time only.
+    A step in ``once`` fails only the first time.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Failing(Disk):
 
 
 class InterruptedAtTheEnd(Disk):
-    """Interrupts, once it is ``armed``, who clears up after a snapshot that is published."""
+    """If ``armed``, interrupts the removal of the temporary file of a published snapshot."""
 
     armed = False
 
@@ -66,7 +66,7 @@ def without(state, *ignored: str):
 
 @pytest.fixture
 def limit():
-    """Limit the size of files for real: what goes beyond is EFBIG, after a partial write."""
+    """Limit the size of files: a write beyond it is partial, the next one fails with EFBIG."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
@@ -78,7 +78,7 @@ def limit():
     signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_partial_append_is_taken_back_and_the_next_one_works(directory, open_, limit):
+def test_a_partial_append_is_undone_and_the_next_one_works(directory, open_, limit):
     store, other = open_(), open_()
     task = create(store)
     before = state_of(directory)
@@ -90,7 +90,7 @@ def test_a_partial_append_is_taken_back_and_the_next_one_works(directory, open_,
         assert without(state_of(directory)) == without(before)
         assert store.head() == other.head() == 1
     limit(None)
-    # Memory did not run ahead: the same change applies, and only once.
+    # Memory is not ahead of the disk: the same change applies, and only once.
     task = update(store, task, task="x" * 4096)
     update(other, task)
     assert store.verify().ok
@@ -120,7 +120,7 @@ while True:
     assert segments(directory)[0].read_bytes().endswith(b"}\n")
 
 
-def test_a_compaction_that_finds_no_room_leaves_no_trace_and_the_writer_goes_on(
+def test_a_compaction_on_a_full_disk_leaves_no_file_and_the_writer_continues(
     directory, open_, limit
 ):
     store = open_()
@@ -135,7 +135,7 @@ def test_a_compaction_that_finds_no_room_leaves_no_trace_and_the_writer_goes_on(
     assert store.verify().ok
 
 
-def test_a_replacement_that_finds_no_room_leaves_the_old_content(directory, open_, limit):
+def test_a_replacement_on_a_full_disk_leaves_the_old_content(directory, open_, limit):
     store = open_()
     task = create(store)
     limit(5000)
@@ -171,7 +171,7 @@ def test_after_a_failed_sync_an_instance_refuses_writes_until_it_is_reopened(dir
     update(open_(), task)
 
 
-def test_when_taking_a_line_back_is_not_confirmed_the_outcome_is_unknown(directory, open_):
+def test_if_the_undo_of_a_line_cannot_be_synced_the_outcome_is_unknown(directory, open_):
     disk = Failing()
     store = open_(disk=disk)
     task = create(store)
@@ -180,14 +180,14 @@ def test_when_taking_a_line_back_is_not_confirmed_the_outcome_is_unknown(directo
     with pytest.raises(OutcomeUnknownError):
         update(store, task)
     disk.fails = {}
-    # It looks as if it had been taken back, but a power loss may bring it back.
+    # The line is undone, but a power loss may restore it.
     assert without(state_of(directory)) == without(before)
     with pytest.raises(StoreUnavailableError, match="reopened"):
         update(store, task)
     update(open_(), task)
 
 
-def test_when_what_others_wrote_cannot_be_synced_an_instance_refuses_writes(open_):
+def test_if_the_commits_of_others_cannot_be_synced_an_instance_refuses_writes(open_):
     disk = Failing()
     store, other = open_(disk=disk), open_()
     task = create(store)
@@ -199,7 +199,7 @@ def test_when_what_others_wrote_cannot_be_synced_an_instance_refuses_writes(open
     update(other, task)
 
 
-def test_when_a_line_cannot_even_be_taken_back_the_outcome_is_unknown(open_):
+def test_if_a_line_cannot_be_undone_the_outcome_is_unknown(open_):
     disk = Failing()
     store = open_(disk=disk)
     task = create(store)
@@ -212,7 +212,7 @@ def test_when_a_line_cannot_even_be_taken_back_the_outcome_is_unknown(open_):
     assert open_().head() == 2
 
 
-def test_an_interrupted_commit_is_taken_back(directory, open_):
+def test_an_interrupted_commit_is_undone(directory, open_):
     disk = Failing()
     store = open_(disk=disk)
     task = create(store)
@@ -227,7 +227,7 @@ def test_an_interrupted_commit_is_taken_back(directory, open_):
 
 
 def test_an_interrupt_after_the_content_was_replaced(open_):
-    """What the writer knew of the content before is of no use any more."""
+    """The index of the old content is invalid."""
     disk = InterruptedAtTheEnd()
     store = open_(disk=disk)
     gone = create(store)
@@ -242,7 +242,7 @@ def test_an_interrupt_after_the_content_was_replaced(open_):
     assert store.verify().ok
 
 
-def test_when_replacing_fails_half_way_the_outcome_is_unknown_and_reopening_tells(open_):
+def test_if_a_replacement_fails_half_way_the_outcome_is_unknown_until_reopened(open_):
     disk = Failing()
     store = open_(disk=disk)
     task = create(store)

@@ -1,4 +1,4 @@
-"""Waiting on a directory: whatever becomes of its files is noticed."""
+"""Waiting on a directory: the change feed follows every change of its files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from taskstore.testing import make_put
 from taskstore.testing.contract.compaction import TRIM
 from taskstore.testing.threads import meanwhile, until
 
-PATIENCE_S = 20
+TIMEOUT_S = 20
 
 
 @pytest.fixture
@@ -26,9 +26,9 @@ def pair(tmp_path):
 
 
 def woken(store, after, change):
-    """Whether a change ends a wait."""
+    """Return whether a change ends a wait."""
     answers = []
-    with meanwhile(lambda: answers.append(store.wait_for(after, PATIENCE_S))):
+    with meanwhile(lambda: answers.append(store.wait_for(after, TIMEOUT_S))):
         time.sleep(0.06)
         change()
     return answers == [True]
@@ -57,14 +57,14 @@ def test_a_directory_that_was_replaced(pair, tmp_path):
     with JSONStore(tmp_path / "other") as other:
         other.apply([make_put() for _ in range(5)])
 
-    # A copy that is only half there would be told as damage.
+    # A half-copied directory would be reported as corrupt.
     shutil.copytree(tmp_path / "other", tmp_path / "copy")
 
     def change():
         (tmp_path / "ledger").rename(tmp_path / "away")
         (tmp_path / "copy").rename(tmp_path / "ledger")
 
-    # In between there may be nothing there at all, which is told.
+    # In between the directory may not exist, which raises.
     try:
         assert woken(two, 2, change)
     except StoreUnavailableError:
@@ -80,7 +80,7 @@ def test_an_idle_wait_reads_no_journal(pair, monkeypatch):
     assert len(reads) <= 2
 
 
-def test_a_torn_end_is_not_read_over_and_over(pair, tmp_path, monkeypatch):
+def test_a_torn_end_is_not_read_again_and_again(pair, tmp_path, monkeypatch):
     _, two = pair
     [segment] = (tmp_path / "ledger").glob("journal-*")
     with segment.open("ab") as file:
@@ -91,16 +91,16 @@ def test_a_torn_end_is_not_read_over_and_over(pair, tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_is_refused(pair):
-    """The child must not wait for a thread of its parent; the parent's waiter goes on."""
+    """The child must not wait for a thread of its parent; the parent still waits."""
     one, two = pair
     answers = []
-    with meanwhile(lambda: answers.append(two.wait_for(2, PATIENCE_S))):
-        until(lambda: two._feed._watch is not None)
+    with meanwhile(lambda: answers.append(two.wait_for(2, TIMEOUT_S))):
+        until(lambda: two._feed._watcher is not None)
         child = os.fork()
         if child == 0:
             signal.alarm(10)
             refused = 0
-            for seconds in (0, PATIENCE_S):
+            for seconds in (0, TIMEOUT_S):
                 try:
                     two.wait_for(2, seconds)
                 except StoreClosedError as error:

@@ -1,4 +1,4 @@
-"""The files as docs and other programs rely on them."""
+"""The file format, as documented for other programs."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_snapshot_is_a_json_document_with_one_record_a_line(directory, open_):
     assert document["checksum"] == f"{zlib.crc32(before):08x}"
 
 
-def test_files_of_one_ledger_name_it(directory, open_):
+def test_the_files_of_a_ledger_hold_its_id(directory, open_):
     store = open_()
     create(store)
     store.compact(FOLD)
@@ -138,7 +138,7 @@ def test_the_lock_file_names_the_last_writer_and_an_even_generation(directory, o
     assert generations[0] == generations[1] < generations[2] < generations[3]
 
 
-def test_trimming_leaves_only_what_counts(directory, open_):
+def test_trimming_leaves_only_live_files(directory, open_):
     store = open_()
     task = create(store)
     for n in range(3):
@@ -169,7 +169,7 @@ def test_erased_text_is_in_no_file(directory, open_):
         ("JSON:///100%25 tasks%", "100%25 tasks%"),
     ],
 )
-def test_three_slashes_are_relative_and_the_path_is_as_it_stands(url, path, tmp_path, monkeypatch):
+def test_three_slashes_are_relative_and_the_path_is_not_decoded(url, path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with open_json(url) as store:
         assert (tmp_path / path / JOURNAL_1).exists()
@@ -202,7 +202,7 @@ def test_a_durability_that_does_not_exist_is_refused(directory):
 
 
 @pytest.mark.parametrize("durability", ["full", "process"])
-def test_the_store_says_what_an_acknowledged_change_survives(durability, open_):
+def test_the_store_reports_its_durability(durability, open_):
     assert open_(durability=durability).durability == durability
 
 

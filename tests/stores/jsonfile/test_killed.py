@@ -1,7 +1,7 @@
-"""Killed at any instruction: the old content or the new one, and work goes on.
+"""Killed at any step: the old content or the new one remains, and writers continue.
 
-A forked child does one thing and kills itself with SIGKILL right before the
-n-th time that it opens, renames, removes or truncates a file, for every n.
+A forked child runs one operation and kills itself with SIGKILL right before the n-th
+time that it opens, renames, removes or truncates a file, for every n.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STEPS = {"open", "os.rename", "os.remove", "os.truncate", "os.mkdir"}
 
 
 def killed_at(step: int, work) -> bool:
-    """Do ``work`` in a child that is killed before its n-th step; whether it came to that."""
+    """Run ``work`` in a child that is killed before its n-th step; return whether it was."""
     pid = os.fork()
     if pid:
         _, status = os.waitpid(pid, 0)
@@ -51,7 +51,7 @@ def killed_at(step: int, work) -> bool:
 
 
 def content(directory) -> dict[str, int]:
-    """Revisions by task id, as somebody without the right to write sees them."""
+    """Return the revisions by task id, as a read-only store returns them."""
     with JSONStore(directory, read_only=True) as store:
         records = store.load_snapshot().records
         assert store.verify().problems == ()
@@ -81,7 +81,7 @@ def ledger(fast_path):
 
 
 def works_on(directory, before: int) -> None:
-    """A live writer and a new one go on, and nothing is left of what was killed."""
+    """Check that two new writers can write, and that no temporary file remains."""
     for store in (JSONStore(directory), JSONStore(directory)):
         with store:
             assert store.load_snapshot().seq >= before
@@ -109,7 +109,7 @@ def test_replacing_the_content(ledger, fast_path):
             seen.append(found == new)
             assert found in (old, new)
             assert set(reader.load_snapshot().records) == set(found)
-            # One who was there all the time writes on what counts now.
+            # A store that was open all the time continues from the current content.
             if found == new:
                 assert (live.floor(), live.head(), len(history(directory))) == (41, 40, 0)
                 update(live, fresh)
@@ -192,8 +192,8 @@ def test_cutting_a_torn_line(ledger, fast_path):
     assert step > 5
 
 
-def test_clearing_up_after_a_killed_replacement(ledger, fast_path):
-    """Killed while replacing, then killed while clearing up."""
+def test_removing_the_leftovers_of_a_killed_replacement(ledger, fast_path):
+    """The first process dies in the replacement, the second while it removes leftovers."""
     fresh = make_record(revision=9)
     for first in range(10, 40, 3):
         template = fast_path / f"template {first}"
@@ -217,7 +217,7 @@ def directory(fast_path):
 
 
 def write_for_ever(directory, durability: str, acknowledge: int) -> None:
-    """Commit without end, a compactor at work beside, and tell what was acknowledged."""
+    """Commit without end beside a running compactor, and report each acknowledged commit."""
     store = JSONStore(directory, durability=durability)
     policy = CompactionPolicy(force=True, history_s=0, history_entries=20, keep_snapshots=1)
 
@@ -257,7 +257,7 @@ def test_nothing_acknowledged_is_lost_when_a_writer_and_its_compactor_are_killed
             os.waitpid(pid, 0)
             complete = [line.split() for line in reports if line.endswith("\n")]
         found = content(directory)
-        # The revision that was acknowledged last, or the one that was under way.
+        # The last acknowledged revision, or the one in progress.
         revision = int(complete[-1][0]) if complete else 1
         assert found[task_id] in (revision, revision + 1)
         assert {batch for _, batch in complete} <= found.keys()
@@ -279,7 +279,7 @@ def test_reading_after_a_kill_changes_nothing(ledger, fast_path):
         assert state_of(directory) == before
 
 
-def test_a_commit_that_is_written_but_not_returned_is_there(directory, open_):
+def test_a_commit_that_was_written_but_not_acknowledged_exists(directory, open_):
     store = open_()
     task = create(store)
     pid = os.fork()

@@ -1,4 +1,4 @@
-"""A directory removed, replaced or moved under a running writer: nothing acknowledged is lost."""
+"""A directory removed, replaced or moved: no commit acknowledged afterwards is lost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from taskstore.testing.factories import create
 
 @pytest.fixture
 def backup(directory, open_):
-    """A copy of everything, locks included, and the writer that went on after it."""
+    """A copy of all files, locks included, and a writer that stays open."""
     writer = open_()
     create(writer, task_id="before")
     copy = directory.with_name("backup")
@@ -22,12 +22,12 @@ def backup(directory, open_):
 
 
 @pytest.mark.parametrize("went_on", [False, True], ids=["same", "older"])
-@pytest.mark.parametrize("aside", [False, True], ids=["removed", "moved aside"])
-def test_a_backup_that_was_put_in_place(backup, directory, open_, aside, went_on):
+@pytest.mark.parametrize("moved", [False, True], ids=["removed", "moved away"])
+def test_a_backup_that_was_put_in_place(backup, directory, open_, moved, went_on):
     writer, copy = backup
     if went_on:
         create(writer, task_id="lost by the restore")
-    if aside:
+    if moved:
         directory.rename(directory.with_name("old"))
     else:
         shutil.rmtree(directory)
@@ -51,12 +51,12 @@ def test_files_that_were_put_back_under_the_same_lock(backup, directory, open_):
     assert set(open_().load_snapshot().records) == acknowledged | {"before"}
 
 
-@pytest.mark.parametrize("how", ["the directory", "its files", "the segment", "moved aside"])
-def test_a_ledger_that_is_gone_is_not_written(backup, directory, how):
+@pytest.mark.parametrize("how", ["the directory", "its files", "the segment", "moved away"])
+def test_a_missing_ledger_is_not_written(backup, directory, how):
     writer, _ = backup
     if how == "the directory":
         shutil.rmtree(directory)
-    elif how == "moved aside":
+    elif how == "moved away":
         directory.rename(directory.with_name("old"))
     elif how == "its files":
         for path in directory.iterdir():
@@ -70,7 +70,7 @@ def test_a_ledger_that_is_gone_is_not_written(backup, directory, how):
     assert not directory.exists() or not segments(directory)
 
 
-def test_a_registry_goes_on_from_what_was_restored(directory):
+def test_a_registry_continues_from_a_restored_backup(directory):
     with TaskRegistry.open(f"json:///{directory}") as registry:
         first = registry.create(runtime="cli", task="first")
         copy = directory.with_name("backup")

@@ -1,4 +1,4 @@
-"""What does not decode is kept as bytes through everything, and reported."""
+"""Quarantined records: every operation keeps their bytes, and the store reports them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from taskstore.testing.factories import create, make_put, next_of, update
 
 @pytest.fixture
 def broken(directory, open_):
-    """A ledger of two tasks, the payload of one written by something else."""
+    """A ledger of two tasks, one with an undecodable payload."""
     store = open_()
     good, bad = create(store, label="good"), create(store, label="bad")
     store.close()
@@ -21,7 +21,7 @@ def broken(directory, open_):
     return good, bad
 
 
-def test_the_rest_loads_and_it_is_reported(broken, open_):
+def test_the_other_records_load_and_it_is_reported(broken, open_):
     good, bad = broken
     store = open_()
     snapshot = store.load_snapshot()
@@ -36,7 +36,7 @@ def test_the_rest_loads_and_it_is_reported(broken, open_):
     assert store.verify().ok
 
 
-def test_two_compactions_carry_it_as_the_bytes_that_it_is(broken, directory, open_):
+def test_two_compactions_keep_its_bytes(broken, directory, open_):
     _, bad = broken
     store = open_()
     (before,) = store.load_snapshot().quarantined
@@ -52,7 +52,7 @@ def test_two_compactions_carry_it_as_the_bytes_that_it_is(broken, directory, ope
     assert len(segments(directory)) == 1
 
 
-def test_one_whose_id_is_gone_is_carried_too(directory, open_):
+def test_compaction_keeps_one_without_an_id(directory, open_):
     store = open_()
     bad = create(store)
     store.close()
@@ -73,26 +73,26 @@ def test_one_whose_id_is_gone_is_carried_too(directory, open_):
         open_(strict=True).load_snapshot()
 
 
-def test_one_whose_id_is_gone_can_be_replaced_through_its_entry(directory, open_):
+def test_one_without_an_id_can_be_replaced_through_its_entry(directory, open_):
     store = open_()
     bad = create(store)
     store.close()
     text = b'"record":{"v":"1.1","task_id":"%b"' % bad.task_id.encode()
     forged(segments(directory)[0], text, b'"record":{"v":"1.1"')
     store = open_()
-    mended = update(store, bad)
+    fixed = update(store, bad)
     assert store.load_snapshot().quarantined == ()
     store.compact(FOLD_AND_TRIM)
-    # The entry is trimmed, its bytes are not; nor do they stand in the way of the record.
+    # The entry is trimmed, its bytes are kept; they do not conflict with the record.
     (kept,) = store.load_snapshot().quarantined
     assert (kept.superseded, kept.task_id) == (True, bad.task_id)
-    assert store.load_snapshot().records == {mended.task_id: mended}
+    assert store.load_snapshot().records == {fixed.task_id: fixed}
     assert store.verify().ok
 
 
 @pytest.fixture
 def superseded(directory, open_):
-    """A task of three changes, the second written by a version to come, and another task."""
+    """A task of three changes, the second in a future format, and another task."""
     store = open_()
     record = create(store, task_id="B", run_id="run-1")
     record = update(store, record, label="two")
@@ -106,7 +106,7 @@ def superseded(directory, open_):
     return record
 
 
-def test_what_was_superseded_is_set_aside_when_it_is_trimmed(superseded, open_):
+def test_a_superseded_record_is_quarantined_when_it_is_trimmed(superseded, open_):
     record = superseded
     store = open_()
     create(store)
@@ -136,7 +136,7 @@ def test_what_was_superseded_is_set_aside_when_it_is_trimmed(superseded, open_):
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_what_was_superseded_goes_when_its_task_is_deleted(before, superseded, open_):
+def test_a_superseded_record_is_removed_when_its_task_is_deleted(before, superseded, open_):
     store = open_()
     if not before:
         store.compact(FOLD_AND_TRIM)
@@ -146,7 +146,7 @@ def test_what_was_superseded_goes_when_its_task_is_deleted(before, superseded, o
     assert open_().load_snapshot().quarantined == ()
 
 
-def test_one_in_a_snapshot_without_an_id_is_carried_too(directory, open_):
+def test_compaction_keeps_one_without_an_id_in_a_snapshot(directory, open_):
     from zlib import crc32
 
     store = open_()
@@ -168,7 +168,7 @@ def test_one_in_a_snapshot_without_an_id_is_carried_too(directory, open_):
 
 
 @pytest.mark.parametrize("reopened", [True, False])
-def test_its_task_can_be_changed_by_who_knows_its_revision(reopened, broken, open_):
+def test_its_task_can_be_changed_with_the_right_revision(reopened, broken, open_):
     _, bad = broken
     store = open_()
     if reopened:
@@ -178,9 +178,9 @@ def test_its_task_can_be_changed_by_who_knows_its_revision(reopened, broken, ope
         store.apply([make_put(task_id=bad.task_id)])
     with pytest.raises(ConflictError):
         update(store, next_of(bad).record)
-    update(store, bad, label="mended")
+    update(store, bad, label="fixed")
     assert store.load_snapshot().quarantined == ()
-    assert store.load_snapshot().records[bad.task_id].label == "mended"
+    assert store.load_snapshot().records[bad.task_id].label == "fixed"
     assert open_().verify().ok
 
 
@@ -201,7 +201,7 @@ def test_strict_raises_instead(broken, open_):
     assert len(store.read_journal(0, 1)) == 1
 
 
-def test_its_booking_still_holds(directory, open_):
+def test_its_dedup_key_is_still_taken(directory, open_):
     store = open_()
     bad = create(store, run_id="run-1", label="bad")
     store.close()

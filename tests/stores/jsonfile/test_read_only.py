@@ -1,4 +1,4 @@
-"""Reading changes nothing [13], and what may not be done says so."""
+"""Read-only stores change no file [13], and raise for what they cannot do."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def test_reading_changes_nothing(ledger, open_):
     assert state_of(ledger) == before
 
 
-def test_a_reader_neither_waits_for_a_writer_nor_holds_one_up(ledger, open_):
+def test_readers_and_writers_do_not_wait_for_each_other(ledger, open_):
     writer, reader = open_(), open_(read_only=True)
-    with writer._writer.entered():
+    with writer._writer.locked():
         started = time.monotonic()
         read_everything(open_(read_only=True))
         read_everything(reader)
@@ -89,7 +89,7 @@ def test_writing_is_refused(ledger, open_):
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_a_closed_store_says_so(read_only, ledger, open_):
+def test_a_closed_store_raises(read_only, ledger, open_):
     store = open_(read_only=read_only)
     store.close()
     store.close()
@@ -113,7 +113,7 @@ def test_a_closed_store_says_so(read_only, ledger, open_):
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_what_is_not_there_is_unavailable_and_is_not_created(there, directory):
+def test_a_missing_ledger_is_unavailable_and_is_not_created(there, directory):
     if there:
         directory.mkdir()
     with pytest.raises(StoreUnavailableError, match=str(directory)):
@@ -131,7 +131,7 @@ def open_descriptors() -> set[int]:
     return found
 
 
-def test_descriptors_are_given_back(ledger):
+def test_descriptors_are_closed(ledger):
     before = open_descriptors()
     for read_only in (True, False):
         for _ in range(3):
@@ -146,7 +146,7 @@ def test_descriptors_are_given_back(ledger):
 
 
 def as_nobody(work) -> str:
-    """Do ``work`` as another user, in a child; returns the name and text of what it raises."""
+    """Run ``work`` as another user in a child; return the name and text of its error."""
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:
@@ -155,7 +155,7 @@ def as_nobody(work) -> str:
             os.setgid(NOBODY)
             os.setuid(NOBODY)
             work()
-        except BaseException as error:  # noqa: BLE001 - told to the parent
+        except BaseException as error:  # noqa: BLE001 - reported to the parent
             os.write(writing, f"{type(error).__name__}: {error}".encode())
         finally:
             os._exit(0)
@@ -168,31 +168,31 @@ def as_nobody(work) -> str:
 
 @pytest.fixture
 def readable(ledger, tmp_path_factory):
-    """The ledger as somebody else may read it, but not change it."""
+    """A ledger that other users may read but not change."""
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
-    place = ledger
-    while place != place.parent and place.stat().st_uid == os.geteuid():
-        if place.stat().st_mode & 0o777 == 0o700:
-            place.chmod(0o755)
-        place = place.parent
+    parent = ledger
+    while parent != parent.parent and parent.stat().st_uid == os.geteuid():
+        if parent.stat().st_mode & 0o777 == 0o700:
+            parent.chmod(0o755)
+        parent = parent.parent
     for path in ledger.iterdir():
         path.chmod(0o644)
     return ledger
 
 
-def test_somebody_who_may_only_read_can_open_it_read_only(readable):
+def test_a_user_without_write_permission_can_open_it_read_only(readable):
     before = state_of(readable)
     assert not as_nobody(lambda: read_everything(JSONStore(readable, read_only=True)))
     assert state_of(readable) == before
 
 
-def test_somebody_who_may_only_read_cannot_open_it_for_writing(readable):
+def test_a_user_without_write_permission_cannot_open_it_for_writing(readable):
     before = state_of(readable)
-    said = as_nobody(lambda: JSONStore(readable))
-    assert said.startswith("StoreUnavailableError")
-    assert str(readable) in said
-    assert "modes" in said
+    message = as_nobody(lambda: JSONStore(readable))
+    assert message.startswith("StoreUnavailableError")
+    assert str(readable) in message
+    assert "modes" in message
     assert state_of(readable) == before
 
 
@@ -200,19 +200,19 @@ def test_a_directory_that_cannot_take_new_files_is_refused_at_once(readable):
     for path in readable.iterdir():
         path.chmod(0o666)
     before = state_of(readable)
-    said = as_nobody(lambda: JSONStore(readable))
-    assert said.startswith("StoreUnavailableError")
+    message = as_nobody(lambda: JSONStore(readable))
+    assert message.startswith("StoreUnavailableError")
     assert state_of(readable) == before
 
 
-def test_a_new_directory_where_one_may_not_write_is_unavailable(readable):
-    said = as_nobody(lambda: JSONStore(readable / "new"))
-    assert said.startswith("StoreUnavailableError")
-    assert str(readable / "new") in said
+def test_a_new_directory_without_write_permission_is_unavailable(readable):
+    message = as_nobody(lambda: JSONStore(readable / "new"))
+    assert message.startswith("StoreUnavailableError")
+    assert str(readable / "new") in message
 
 
-def test_somebody_who_may_not_even_read_is_told_so(readable):
+def test_a_user_without_read_permission_gets_an_error(readable):
     segments(readable)[-1].chmod(0o600)
-    said = as_nobody(lambda: JSONStore(readable, read_only=True))
-    assert said.startswith("StoreUnavailableError")
-    assert segments(readable)[-1].name in said
+    message = as_nobody(lambda: JSONStore(readable, read_only=True))
+    assert message.startswith("StoreUnavailableError")
+    assert segments(readable)[-1].name in message

@@ -1,4 +1,4 @@
-"""A backup is put back under a writer that has the ledger open: by moving, and in place."""
+"""A backup is restored while a writer has the ledger open: by a move, and in place."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ def ledger(tmp_path):
 
 
 @pytest.fixture
-def heard():
+def events():
     return []
 
 
 @pytest.fixture
-def live(ledger, heard, tmp_path):
-    """A registry that knows six tasks, of which the backup has three."""
-    with TaskRegistry.open(f"json:///{ledger}", hooks=[heard.append]) as registry:
+def live(ledger, events, tmp_path):
+    """A registry with six tasks, of which the backup has three."""
+    with TaskRegistry.open(f"json:///{ledger}", hooks=[events.append]) as registry:
         for number in range(3):
             registry.create(runtime="cli", task=f"base {number}")
         (tmp_path / "backup").mkdir()
         for path in content(ledger):
             shutil.copy2(path, tmp_path / "backup")
         registry.lost = [registry.create(runtime="cli", task=f"lost {n}") for n in range(3)]
-        heard.clear()
+        events.clear()
         yield registry
 
 
-def move_aside(ledger):
-    aside = ledger.with_name("aside")
-    aside.mkdir()
+def move_away(ledger):
+    moved = ledger.with_name("moved")
+    moved.mkdir()
     for path in content(ledger):
-        path.rename(aside / path.name)
+        path.rename(moved / path.name)
 
 
-def put_back(ledger):
+def restore(ledger):
     for path in content(ledger.with_name("backup")):
         shutil.copy2(path, ledger)
 
@@ -55,17 +55,17 @@ def tasks_of(ledger):
         return sorted(task.task for task in registry.list())
 
 
-def test_the_files_were_moved_and_a_backup_put_in_their_place(live, ledger, heard):
-    move_aside(ledger)
-    put_back(ledger)
+def test_the_files_were_moved_and_a_backup_was_restored(live, ledger, events):
+    move_away(ledger)
+    restore(ledger)
     live.create(runtime="cli", task="acknowledged")
-    assert isinstance(heard[0], Restored)
+    assert isinstance(events[0], Restored)
     assert live.seq == 4
     assert tasks_of(ledger) == ["acknowledged", "base 0", "base 1", "base 2"]
 
 
-def test_the_files_were_moved_and_nothing_put_in_their_place(live, ledger):
-    move_aside(ledger)
+def test_the_files_were_moved_and_not_restored(live, ledger):
+    move_away(ledger)
     for _ in range(2):
         with pytest.raises(StoreUnavailableError, match="are gone"):
             live.create(runtime="cli", task="not acknowledged")
@@ -73,14 +73,14 @@ def test_the_files_were_moved_and_nothing_put_in_their_place(live, ledger):
 
 
 @pytest.mark.parametrize("count", [0, 2, 3, 4])
-def test_in_place_and_others_have_gone_on(live, ledger, heard, count):
-    put_back(ledger)
+def test_restored_in_place_and_other_writers_have_continued(live, ledger, events, count):
+    restore(ledger)
     with TaskRegistry.open(f"json:///{ledger}") as others:
         for number in range(count):
             others.create(runtime="cli", task=f"next {number}")
     with pytest.raises(TaskNotFound):
         live.finish(live.lost[0].task_id, "succeeded")
-    assert isinstance(heard[0], Restored)
+    assert isinstance(events[0], Restored)
     live.create(runtime="cli", task="acknowledged")
     assert tasks_of(ledger) == sorted(
         ["acknowledged", "base 0", "base 1", "base 2", *(f"next {n}" for n in range(count))]

@@ -36,7 +36,7 @@ with JSONStore(sys.argv[1], durability="process") as store:
 """
 HOLD = """
 store = JSONStore(sys.argv[1])
-with store._writer.entered():
+with store._writer.locked():
     print("held", flush=True)
     sys.stdin.readline()
 """
@@ -62,7 +62,7 @@ def test_two_writers_take_turns(open_):
     assert one.verify().ok
 
 
-def test_a_run_that_another_writer_booked_is_taken(open_):
+def test_a_dedup_key_of_another_writer_is_taken(open_):
     one, two = open_(), open_()
     holder = create(one, run_id="run-1")
     with pytest.raises(ConflictError) as caught:
@@ -72,14 +72,14 @@ def test_a_run_that_another_writer_booked_is_taken(open_):
     two.apply([make_put(run_id="run-1", run_digest=holder.run_digest)])
 
 
-def test_a_writer_follows_when_another_one_compacts(directory, open_):
+def test_a_writer_catches_up_after_another_one_compacts(directory, open_):
     one, two = open_(), open_()
     task = create(one)
     gone = create(two)
     for _ in range(3):
         delete(two, gone)
         two.compact(FOLD_AND_TRIM)
-        task = update(one, task)  # in a segment that it has never seen
+        task = update(one, task)  # in a segment that it has never read
         assert one.floor() == two.floor()
         # The deletion was trimmed, so the id is free again, for both.
         one.apply([Put(gone)])
@@ -109,7 +109,7 @@ def test_a_deletion_that_is_kept_blocks_its_id_everywhere(open_):
     gone = create(one)
     delete(one, gone)
     for _ in range(3):
-        one.compact(FOLD)  # folded again and again, but still in the journal
+        one.compact(FOLD)  # the deletion is in the snapshot and still in the journal
         for store in (one, two, open_()):
             with pytest.raises(ConflictError) as caught:
                 store.apply([Put(gone)])
@@ -117,7 +117,7 @@ def test_a_deletion_that_is_kept_blocks_its_id_everywhere(open_):
         create(one)
 
 
-def test_a_writer_follows_when_another_one_replaces_everything(open_):
+def test_a_writer_catches_up_after_another_one_replaces_the_content(open_):
     one, two = open_(), open_()
     task = create(one)
     two.apply([make_put()])
@@ -130,7 +130,7 @@ def test_a_writer_follows_when_another_one_replaces_everything(open_):
     assert one.verify().ok
 
 
-def test_an_empty_ledger_that_is_replaced_at_seq_0_is_seen_by_everybody(open_):
+def test_all_stores_see_an_empty_ledger_that_is_replaced_at_seq_0(open_):
     one, two = open_(), open_()
     assert one.load_snapshot().records == {}
     task = make_record()
@@ -172,7 +172,7 @@ def test_pages_may_end_within_a_commit(open_):
         assert found == list(range(1, 21))
 
 
-def test_paging_does_not_read_what_was_read(open_):
+def test_paging_reads_no_entry_twice(open_):
     store = open_(durability="process")
     for _ in range(20):
         store.apply([make_put(task="x" * 500) for _ in range(500)])
@@ -180,8 +180,8 @@ def test_paging_does_not_read_what_was_read(open_):
     layout = reader._reader.layout()
 
     def skipped(after: int) -> int:
-        """How many entries are read before the one that is asked for."""
-        return after - reader._reader._nearest(layout, after).seq
+        """Return how many entries are read before the requested one."""
+        return after - reader._reader._nearest_position(layout, after).seq
 
     for after in range(0, 10_000, 500):
         assert skipped(after) == 0
@@ -202,7 +202,7 @@ def test_waiting_ends_when_another_process_commits(directory, open_):
     assert store.wait_for(2, 0)
 
 
-def test_four_processes_append_and_the_journal_is_whole(directory, open_):
+def test_four_processes_append_and_the_journal_is_complete(directory, open_):
     store = open_()
     processes = [child(APPEND, directory, 30, stdin=-1) for _ in range(4)]
     for process in processes:
@@ -255,7 +255,7 @@ def test_threads_of_one_instance_take_turns(open_):
     assert store.verify().ok
 
 
-def test_a_writer_that_waits_too_long_says_who_holds_the_lock(directory, open_):
+def test_the_error_after_the_lock_timeout_names_the_lock_owner(directory, open_):
     store = open_(lock_timeout_s=0.1)
     holder = child(HOLD, directory, stdin=-1)
     assert holder.stdout.readline() == "held\n"
@@ -265,24 +265,24 @@ def test_a_writer_that_waits_too_long_says_who_holds_the_lock(directory, open_):
     assert 0.1 <= time.monotonic() - started < LOCK_TIMEOUT_S / 2
     assert str(directory) in str(caught.value)
     assert f"pid {holder.pid}" in str(caught.value)
-    # Readers wait for nobody, and neither do reads of a writer.
+    # Reads do not wait for the lock.
     assert open_(read_only=True).load_snapshot().seq == store.head() == 0
     holder.send_signal(signal.SIGKILL)
     holder.communicate()
     create(store)
 
 
-def test_a_second_compactor_is_refused_and_a_killed_one_is_not_in_the_way(
+def test_a_second_compactor_is_refused_and_a_killed_one_does_not_block(
     directory, open_, monkeypatch
 ):
-    monkeypatch.setattr("taskstore.stores.jsonfile.compaction.TIDYING_S", 0.2)
+    monkeypatch.setattr("taskstore.stores.jsonfile.compaction.COMPACT_LOCK_TIMEOUT_S", 0.2)
     store = open_()
     create(store)
     holder = child(COMPACT, directory, stdin=-1)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(StoreBusyError, match="compactor"):
         store.compact(FOLD)
-    create(store)  # writers do not care
+    create(store)  # writers do not wait for a compactor
     holder.send_signal(signal.SIGKILL)
     holder.communicate()
     assert store.compact(FOLD).compacted
@@ -293,7 +293,7 @@ def test_a_lock_file_that_was_removed_is_not_relied_on(directory, open_):
     task = create(one)
     (directory / "lock").unlink()
     newcomer = open_()
-    with newcomer._writer.entered(), pytest.raises(StoreBusyError):
+    with newcomer._writer.locked(), pytest.raises(StoreBusyError):
         update(one, task)
     for store in (one, two, newcomer):
         task = update(store, task)
@@ -332,7 +332,7 @@ print(store.head(), store.verify().problems)
     assert printed == "2 ()\n"
 
 
-def test_bookings_and_revisions_are_known_again_after_reopening(open_):
+def test_dedup_keys_and_revisions_are_loaded_after_reopening(open_):
     store = open_()
     holder = create(store, run_id="run-1")
     task = create(store)
@@ -344,7 +344,7 @@ def test_bookings_and_revisions_are_known_again_after_reopening(open_):
         store.compact(FOLD)
 
 
-def test_leftovers_of_killed_processes_are_cleared_by_the_next_writer(directory, open_):
+def test_leftover_files_of_killed_processes_are_removed_by_the_next_writer(directory, open_):
     store = open_()
     create(store)
     store.close()
@@ -374,8 +374,8 @@ def test_a_running_compactor_keeps_its_temporary_file(directory, open_):
     assert not temporary.exists()
 
 
-def test_a_compactor_waits_for_a_writer_that_clears_up(open_, monkeypatch):
-    monkeypatch.setattr("taskstore.stores.jsonfile.compaction.TIDYING_S", 30)
+def test_a_compactor_waits_for_a_writer_that_removes_leftovers(open_, monkeypatch):
+    monkeypatch.setattr("taskstore.stores.jsonfile.compaction.COMPACT_LOCK_TIMEOUT_S", 30)
     store = open_()
     create(store)
     lock = store._writer.compact_lock()
@@ -402,7 +402,7 @@ def test_retained_snapshots_and_the_floor_follow_the_policy(directory, open_):
 
 
 def lines_decoded(monkeypatch):
-    """The lines of the journal that are decoded from now on."""
+    """Return a list of the journal lines that are decoded from now on."""
     decoded = []
 
     def decode(*line):
@@ -413,7 +413,7 @@ def lines_decoded(monkeypatch):
     return decoded
 
 
-def test_reading_on_costs_what_is_new_and_not_what_is_there(open_, monkeypatch):
+def test_catching_up_decodes_only_new_commits(open_, monkeypatch):
     ours, theirs = open_(), open_()
     for _ in range(200):
         ours.apply([make_put()])
@@ -424,10 +424,10 @@ def test_reading_on_costs_what_is_new_and_not_what_is_there(open_, monkeypatch):
         theirs.apply([make_put()])
         assert ours.read_journal(last, 10)
         last = ours.apply([make_put()]).last_seq
-    assert len(decoded) < 300  # the first time everything
+    assert len(decoded) < 300  # the first read decodes everything
 
 
-def test_looking_at_the_last_entry_once_more_costs_no_more(open_, monkeypatch):
+def test_reading_the_last_entry_again_decodes_nothing_else(open_, monkeypatch):
     ours, theirs = open_(), open_()
     for _ in range(200):
         theirs.apply([make_put()])
@@ -437,6 +437,6 @@ def test_looking_at_the_last_entry_once_more_costs_no_more(open_, monkeypatch):
         theirs.apply([make_put(), make_put()])
         seq = ours.read_journal(seq - 1, 1000)[-1].seq
     for _ in range(10):
-        # In pages: the next one begins at the last entry of the one before.
+        # The next page begins at the last entry of the previous one.
         seq = ours.read_journal(max(seq - 3, 0), 3)[-1].seq
     assert len(decoded) < 100

@@ -1,4 +1,4 @@
-"""[4] What another writer has synced is not synced again; what nobody has synced is, first."""
+"""[4] Commits of other writers are synced before the next append, unless already synced."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from taskstore import ConflictError
 from taskstore.store.disk import Disk
 from taskstore.testing.factories import create, make_put, next_of, update
 
-IN_TURN = ["line", "sync", "note"]
-NOTE = len("1234567890 12345678901234567890 ")
-"""Where in the lock file it stands, after the pid and the generation."""
-AFTER_ONE_WHO_DID_NOT = ["sync", *IN_TURN]
+SYNCED_BEFORE = ["line", "sync", "record"]
+SYNCED_OFFSET = len("1234567890 12345678901234567890 ")
+"""The offset of the synced offset in the lock file, after the pid and the generation."""
+NOT_SYNCED_BEFORE = ["sync", *SYNCED_BEFORE]
 
 
 class Steps(Disk):
-    """What is done to the journal and to the lock file, one word each."""
+    """Records the steps on the journal and the lock file, one word each."""
 
     def __init__(self) -> None:
-        self.taken: list[str] = []
+        self.steps: list[str] = []
         self.full = False
-        self._notes: set[int] = set()
+        self._lock_files: set[int] = set()
 
     def open(self, path, flags, mode=0o600):
         descriptor = super().open(path, flags, mode)
-        (self._notes.add if path.name == "lock" else self._notes.discard)(descriptor)
+        (self._lock_files.add if path.name == "lock" else self._lock_files.discard)(descriptor)
         return descriptor
 
     def pwrite(self, descriptor, data, offset):
-        if self.full and descriptor in self._notes:
+        if self.full and descriptor in self._lock_files:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.taken.append("note" if descriptor in self._notes else "line")
+        self.steps.append("record" if descriptor in self._lock_files else "line")
         return super().pwrite(descriptor, data, offset)
 
     def sync_data(self, descriptor):
-        self.taken.append("sync")
+        self.steps.append("sync")
         super().sync_data(descriptor)
 
 
@@ -49,50 +49,50 @@ def disk():
 
 @pytest.fixture
 def both(open_, disk):
-    """Two writers in turn, as they are after a while; the steps of the first one are told."""
+    """Two writers that have committed in turn; ``disk`` records the steps of the first one."""
     store, other = open_(disk=disk), open_()
     for _ in range(2):
         create(other)
         create(store)
-    disk.taken.clear()
+    disk.steps.clear()
     return store, other
 
 
-def test_who_writes_in_turn_syncs_once_for_each_commit(both, disk):
+def test_alternating_writers_sync_once_for_each_commit(both, disk):
     store, other = both
     for _ in range(3):
         create(other)
         create(store)
     create(store)
-    assert disk.taken == 4 * IN_TURN
+    assert disk.steps == 4 * SYNCED_BEFORE
 
 
-def test_who_is_alone_leaves_no_note(open_, disk):
+def test_a_single_writer_does_not_record_its_syncs(open_, disk):
     store = open_(disk=disk)
     create(store)
-    disk.taken.clear()
+    disk.steps.clear()
     create(store)
     create(store)
-    assert disk.taken == ["line", "sync"] * 2
+    assert disk.steps == ["line", "sync"] * 2
 
 
-def test_who_wrote_nothing_has_nothing_to_tell(both, disk):
+def test_a_conflict_records_no_sync(both, disk):
     store, other = both
     record = create(other)
     with pytest.raises(ConflictError):
         store.apply([next_of(record, revision=7)])
-    assert disk.taken == []
+    assert disk.steps == []
     update(store, record)
-    assert disk.taken == IN_TURN
+    assert disk.steps == SYNCED_BEFORE
 
 
-def test_what_another_has_not_synced_is_synced_first(both, open_, disk):
+def test_an_unsynced_commit_of_another_writer_is_synced_first(both, open_, disk):
     store, _ = both
-    careless = open_(durability="process")
+    unsynced = open_(durability="process")
     for _ in range(2):
-        create(careless)
+        create(unsynced)
         create(store)
-    assert disk.taken == 2 * AFTER_ONE_WHO_DID_NOT
+    assert disk.steps == 2 * NOT_SYNCED_BEFORE
 
 
 class Killed(BaseException):
@@ -100,7 +100,7 @@ class Killed(BaseException):
 
 
 class Deadly(Disk):
-    """Kills whoever wants to sync, if it is ``armed``."""
+    """If ``armed``, kills the writer at its next sync."""
 
     def __init__(self) -> None:
         self.armed = self._dead = False
@@ -123,21 +123,21 @@ class Deadly(Disk):
             raise Killed
 
 
-def test_what_a_killed_one_has_not_synced_is_synced_first(both, open_, disk):
+def test_an_unsynced_commit_of_a_killed_writer_is_synced_first(both, open_, disk):
     store, other = both
     deadly = Deadly()
     victim = open_(disk=deadly)
     create(other)
-    create(victim)  # in company from now on
+    create(victim)  # it knows of other writers from now on
     create(other)
     create(store)
-    disk.taken.clear()
+    disk.steps.clear()
     deadly.armed = True
     with pytest.raises(Killed):
         create(victim)
     assert len(store.load_snapshot().records) == 9
     create(store)
-    assert disk.taken == AFTER_ONE_WHO_DID_NOT
+    assert disk.steps == NOT_SYNCED_BEFORE
 
 
 def emptied(lock):
@@ -146,49 +146,49 @@ def emptied(lock):
 
 
 def torn(lock):
-    """The first digits are those of a note that comes to mean more than was synced."""
+    """The first digit is that of an offset beyond the synced bytes."""
     with lock.open("r+b") as file:
-        file.seek(NOTE)
+        file.seek(SYNCED_OFFSET)
         file.write(b"1")
 
 
 def nonsense(lock):
     with lock.open("r+b") as file:
-        file.seek(NOTE)
+        file.seek(SYNCED_OFFSET)
         file.write(b"x" * 41)
 
 
 @pytest.mark.parametrize("harm", [emptied, torn, nonsense])
-def test_a_note_that_is_missing_or_torn_is_not_relied_on(both, directory, disk, harm):
+def test_a_missing_or_torn_synced_offset_is_not_used(both, directory, disk, harm):
     store, other = both
     create(other)
     harm(directory / "lock")
     create(store)
-    # Where nothing can be told, it begins with the pid.
-    steps = disk.taken if harm is torn else disk.taken[1:]
-    assert steps == AFTER_ONE_WHO_DID_NOT
+    # An unreadable state is written first, with the pid.
+    steps = disk.steps if harm is torn else disk.steps[1:]
+    assert steps == NOT_SYNCED_BEFORE
 
 
-def test_a_new_segment_is_not_the_old_one(both, disk):
+def test_a_synced_offset_does_not_apply_to_a_new_segment(both, disk):
     store, other = both
     create(other)
     other.compact(FOLD)
     create(other)
     create(store)
-    assert disk.taken == AFTER_ONE_WHO_DID_NOT
+    assert disk.steps == NOT_SYNCED_BEFORE
 
 
-def test_nobody_relies_on_a_cut_that_was_not_synced(both, directory, open_, disk):
-    """The file is as long as it was, but a power loss may bring back what was cut."""
+def test_an_unsynced_cut_is_synced_first(both, directory, open_, disk):
+    """The file has its old length, but a power loss may restore the cut bytes."""
     store, _ = both
     with segments(directory)[-1].open("ab") as file:
         file.write(b'{"crc":"00000000","torn')
     open_(durability="process")
     create(store)
-    assert "sync" in disk.taken[: disk.taken.index("line")]
+    assert "sync" in disk.steps[: disk.steps.index("line")]
 
 
-def test_a_note_that_cannot_be_written_is_no_failure(both, disk):
+def test_a_synced_offset_that_cannot_be_written_is_no_failure(both, disk):
     store, other = both
     create(other)
     disk.full = True
@@ -198,4 +198,4 @@ def test_a_note_that_cannot_be_written_is_no_failure(both, disk):
     disk.full = False
     create(other)
     create(store)
-    assert disk.taken == ["line", "sync", *IN_TURN]
+    assert disk.steps == ["line", "sync", *SYNCED_BEFORE]

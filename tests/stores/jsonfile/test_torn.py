@@ -1,4 +1,4 @@
-"""A torn last line: writers cut and keep it, readers leave it out, both report it."""
+"""A torn last line: writers cut and save it, readers ignore it, both report it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def torn(request, directory, open_):
     return tail, offset
 
 
-def test_a_writer_cuts_keeps_and_reports_it(torn, directory, open_):
+def test_a_writer_cuts_saves_and_reports_it(torn, directory, open_):
     tail, offset = torn
     store = open_()
     kept = directory / f"{segments(directory)[0].name}.{offset}.torn"
@@ -64,7 +64,7 @@ def test_a_writer_cuts_keeps_and_reports_it(torn, directory, open_):
     assert open_().report().notices == ()
 
 
-def test_a_reader_ignores_it_and_leaves_it(torn, directory, open_):
+def test_a_reader_ignores_it_and_does_not_cut_it(torn, directory, open_):
     before = state_of(directory)
     reader = open_(read_only=True)
     assert reader.head() == 2
@@ -80,7 +80,7 @@ def test_a_reader_ignores_it_and_leaves_it(torn, directory, open_):
     assert state_of(directory) == before
 
 
-def test_what_another_process_left_is_cut_at_the_next_commit(directory, open_):
+def test_a_torn_line_of_another_process_is_cut_at_the_next_commit(directory, open_):
     store = open_()
     create(store)
     with segments(directory)[0].open("ab") as file:
@@ -111,7 +111,7 @@ def test_half_a_batch_is_never_kept(directory, open_):
     assert len(open_().load_snapshot().records) == 1
 
 
-def test_a_complete_line_that_was_never_acknowledged_is_committed(directory, open_):
+def test_a_complete_unacknowledged_line_is_committed(directory, open_):
     store = open_()
     task = create(store)
     store.close()
@@ -120,7 +120,7 @@ def test_a_complete_line_that_was_never_acknowledged_is_committed(directory, ope
     update(other, task)
     other.close()
     after = segments(directory)[0].read_bytes()
-    # As if the writer had died between writing the line and returning.
+    # The writer died after it wrote the line and before it returned.
     segments(directory)[0].write_bytes(before)
     survivor = open_()
     with segments(directory)[0].open("ab") as file:
@@ -130,7 +130,7 @@ def test_a_complete_line_that_was_never_acknowledged_is_committed(directory, ope
     assert survivor.head() == 3
 
 
-def test_a_torn_line_that_is_not_in_the_last_segment_is_damage(directory, open_):
+def test_a_torn_line_before_the_last_segment_is_corruption(directory, open_):
     store = open_()
     create(store)
     create(store)

@@ -1,4 +1,4 @@
-"""Databases of each kind, and ways to look behind the store's back."""
+"""Databases of each kind, and tools that observe a store from outside."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def sqlite_path(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=ENGINES)
 def empty_url(request: pytest.FixtureRequest, sqlite_path: Path) -> str:
-    """The URL of a database that holds nothing at all, on each engine."""
+    """The URL of an empty database without a ledger, on each engine."""
     if request.param == "sqlite":
         return f"sqlite:///{sqlite_path}"
     server: PostgresServer = request.getfixturevalue("postgres_server")
@@ -47,7 +47,7 @@ def url(request: pytest.FixtureRequest, sqlite_path: Path) -> str:
 
 @pytest.fixture
 def open_() -> Iterator[Callable[..., SQLStore]]:
-    """Open a URL; everything is closed at the end."""
+    """Open a URL; the fixture closes all stores at the end."""
     opened: list[SQLStore] = []
 
     def once(url: str, **options: Any) -> SQLStore:
@@ -84,7 +84,7 @@ def open_registry(sqlite_path):
 
 @pytest.fixture
 def backup(sqlite_path):
-    """Of a ledger at seq 2: one task, at revision 2."""
+    """The backup of a ledger at seq 2: one task, at revision 2."""
     with TaskRegistry.open(f"sqlite:///{sqlite_path}") as registry:
         task = registry.create(runtime="cli", task="x", status="running", task_id="kept")
         registry.record_progress(task.task_id, "saved")
@@ -93,7 +93,7 @@ def backup(sqlite_path):
 
 @pytest.fixture
 def live(backup, open_registry):
-    """A registry that has gone on to seq 4, and what its hooks hear from then on."""
+    """A registry that has continued to seq 4, and the events of its hooks after that."""
     heard = []
     registry = open_registry(hooks=[heard.append])
     for step in ("lost 1", "lost 2"):

@@ -1,4 +1,4 @@
-"""Ways to look behind the store's back."""
+"""Tools that observe and change a store from outside."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from taskstore.stores.sql import SQLStore
 
 
 class Spy:
-    """Stands between a store and its driver: records statements, and may act on them.
+    """A layer between a store and its driver that records statements, and may act on them.
 
     ``before`` and ``after`` are called with each statement; what they raise
     is what the driver is seen to raise.
@@ -26,8 +26,8 @@ class Spy:
         self._database = store._database
         self._cursor = self._database.cursor
         pool = store._transactions.pool
-        if (writing := pool.writing) is not None:
-            pool.writing = None  # the next one has a cursor of ours
+        if (writing := pool.write_session) is not None:
+            pool.write_session = None  # the next one has a spied cursor
             pool.release(writing)
         self._database.cursor = self._wrapped  # type: ignore[method-assign]
 
@@ -55,7 +55,7 @@ class _SpiedCursor:
 
 
 def write(store: SQLStore, work: Callable[[Any], Any]) -> Any:
-    """Do ``work`` in one write transaction of a store, trying again as the store does."""
+    """Run ``work`` in one write transaction of a store, with the store's retries."""
     for attempt in store._transactions.attempts():
         with attempt, store._transactions.write() as tx:
             return work(tx)
@@ -63,7 +63,7 @@ def write(store: SQLStore, work: Callable[[Any], Any]) -> Any:
 
 
 def in_process(script: str, *arguments: object) -> subprocess.Popen[str]:
-    """Run a Python script in a process of its own."""
+    """Run a Python script in another process."""
     process = subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)],
         stdin=subprocess.PIPE,
@@ -76,7 +76,7 @@ def in_process(script: str, *arguments: object) -> subprocess.Popen[str]:
 
 
 def reap() -> None:
-    """End what a test has left running."""
+    """Kill the processes that a test has left running."""
     while _started:
         with _started.pop() as process:
             process.kill()
@@ -86,7 +86,7 @@ _started: list[subprocess.Popen[str]] = []
 
 
 def output_of(process: subprocess.Popen[str]) -> str:
-    """What a process printed; it has to succeed."""
+    """The output of a process, which must succeed."""
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     return printed
@@ -96,7 +96,7 @@ LOGS = ("-wal", "-shm")
 
 
 def put_in_place(backup, path, *, remove=LOGS):
-    """Another file, the same bytes, under the path: what ``cp`` and ``mv`` do."""
+    """Replace a file by a copy with the same bytes, as ``cp`` and ``mv`` do."""
     incoming = path.with_name("incoming")
     shutil.copy(backup, incoming)
     for suffix in remove:

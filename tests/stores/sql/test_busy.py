@@ -1,4 +1,4 @@
-"""Who waits for other writers waits as long as they make progress, and is told who they are."""
+"""A write waits while other writers make progress; its error names the lock owner."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def any_url(request, sqlite_path):
     return request.getfixturevalue({"postgresql": "postgres_url"}.get(request.param, "mariadb_url"))
 
 
-UNHURRIED_S = retry.BUSY_S
+UNHURRIED_S = retry.BUSY_TIMEOUT_S
 
 
 @pytest.fixture
 def hurried(monkeypatch):
-    """Patience is short: below a second, or what is the least that the server takes."""
-    monkeypatch.setattr(retry, "BUSY_S", 0.8)
-    monkeypatch.setattr(sqlite, "LOCK_WAIT_S", 0.4)
-    monkeypatch.setattr(postgresql, "LOCK_WAIT_S", 0.4)
-    monkeypatch.setattr(mariadb, "LOCK_WAIT_S", 1)
+    """Short timeouts: below a second, or the shortest that the server accepts."""
+    monkeypatch.setattr(retry, "BUSY_TIMEOUT_S", 0.8)
+    monkeypatch.setattr(sqlite, "WRITE_LOCK_TIMEOUT_S", 0.4)
+    monkeypatch.setattr(postgresql, "WRITE_LOCK_TIMEOUT_S", 0.4)
+    monkeypatch.setattr(mariadb, "WRITE_LOCK_TIMEOUT_S", 1)
 
 
-def test_who_holds_the_lock_is_told(any_url, open_, hurried):
+def test_the_lock_owner_is_named(any_url, open_, hurried):
     store = open_(any_url)
     store.apply([make_put()])
     holder = in_process(HOLD, any_url)
@@ -73,7 +73,7 @@ def test_who_holds_the_lock_is_told(any_url, open_, hurried):
 
 
 def lock_trouble(url) -> Exception:
-    """What the driver raises when a lock was not given in time."""
+    """The driver's error of a lock timeout."""
     if "postgresql" in url:
         return psycopg.errors.LockNotAvailable("canceling statement due to lock timeout")
     if "mariadb" in url:
@@ -84,7 +84,7 @@ def lock_trouble(url) -> Exception:
 
 
 class Locked:
-    """A store that gets no lock for some seconds, while others do this and that."""
+    """A store that gets no lock for some seconds, with different activity of other writers."""
 
     def __init__(
         self, store, url: str, seconds: float, others: Callable[[], object] = lambda: None
@@ -106,7 +106,7 @@ class Locked:
             raise self._error()
 
 
-def test_while_others_make_progress_nobody_hears_of_it(any_url, open_, hurried):
+def test_a_writer_waits_while_others_make_progress(any_url, open_, hurried):
     store, other = open_(any_url), open_(any_url)
     locked = Locked(store, any_url, 1.5, lambda: other.apply([make_put()]))
     store.apply([make_put()])
@@ -114,11 +114,11 @@ def test_while_others_make_progress_nobody_hears_of_it(any_url, open_, hurried):
     assert store.head() == other.head() == locked.tries + 1
 
 
-def test_when_nobody_does_the_caller_is_told(any_url, open_, hurried):
+def test_without_progress_the_caller_gets_an_error(any_url, open_, hurried):
     store = open_(any_url)
     locked = Locked(store, any_url, 1000)
     started = time.monotonic()
-    with pytest.raises(StoreBusyError, match="who holds it, the system does not tell"):
+    with pytest.raises(StoreBusyError, match="the system does not report the lock owner"):
         store.apply([make_put()])
     assert time.monotonic() - started < UNHURRIED_S / 2
     assert locked.tries >= 2

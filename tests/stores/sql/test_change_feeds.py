@@ -1,4 +1,4 @@
-"""How a store on a database hears of commits, and what it holds meanwhile."""
+"""Watchers of SQL stores: commits of other processes, and the resources of a waiter."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from taskstore.stores.sql.statements import Statements
 from taskstore.testing import make_put
 from taskstore.testing.threads import meanwhile, until
 
-PATIENCE_S = 20
+TIMEOUT_S = 20
 
 
 @pytest.fixture
 def only_notified(monkeypatch):
-    """Nothing but a notification wakes: what is missed is missed for good."""
-    monkeypatch.setattr(watchers, "SAFETY_S", 1000.0)
+    """Only a notification wakes a waiter: no safety poll finds a missed one."""
+    monkeypatch.setattr(watchers, "SAFETY_POLL_S", 1000.0)
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def pair(postgres_url, open_):
 
 
 def listeners(url):
-    """The channels that some session of the database holds our lock for."""
+    """The number of sessions of the database that have the listener lock."""
     with psycopg.connect(url.replace("+psycopg", ""), autocommit=True) as raw:
         [count] = raw.execute(
             "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ShareLock'"
@@ -44,10 +44,10 @@ def listeners(url):
 
 
 def waits(store, after, answers):
-    return meanwhile(lambda: answers.append(store.wait_for(after, PATIENCE_S)))
+    return meanwhile(lambda: answers.append(store.wait_for(after, TIMEOUT_S)))
 
 
-def test_every_commit_is_heard(pair, only_notified):
+def test_no_commit_is_missed(pair, only_notified):
     one, two = pair
     answers = []
     for seq in range(60):
@@ -57,27 +57,27 @@ def test_every_commit_is_heard(pair, only_notified):
     assert answers == [True] * 60
 
 
-def test_what_is_heard_in_the_middle_of_a_statement(pair, only_notified, monkeypatch):
-    """The notification comes with the answer of a statement that saw the head before it."""
+def test_a_notification_in_the_middle_of_a_statement(pair, only_notified, monkeypatch):
+    """The notification arrives with the result of a statement that read the head before."""
     one, two = pair
-    look = watchers.ListeningWatcher._look
-    looks = []
+    poll = watchers.ListeningWatcher._poll_head
+    polls = []
 
-    def slowly(watch):
-        head = look(watch)
-        looks.append(head)
-        if len(looks) == 1:
+    def slowly(watcher):
+        head = poll(watcher)
+        polls.append(head)
+        if len(polls) == 1:
             one.apply([make_put()])
-            watch._session.row("SELECT pg_sleep(0.1)")
+            watcher._session.row("SELECT pg_sleep(0.1)")
         return head
 
-    monkeypatch.setattr(watchers.ListeningWatcher, "_look", slowly)
-    assert two.wait_for(0, PATIENCE_S)
-    assert looks == [0, 1]
+    monkeypatch.setattr(watchers.ListeningWatcher, "_poll_head", slowly)
+    assert two.wait_for(0, TIMEOUT_S)
+    assert polls == [0, 1]
 
 
-def test_the_first_look_while_somebody_commits(pair, only_notified, postgres_url):
-    """A transaction that began before anybody listened says nothing, and is seen all the same."""
+def test_the_first_poll_during_a_commit(pair, only_notified, postgres_url):
+    """A transaction that began before the listener sends no notification, and is not missed."""
     one, two = pair
     begun, go_on = threading.Event(), threading.Event()
     claim = one._database.claim
@@ -85,13 +85,13 @@ def test_the_first_look_while_somebody_commits(pair, only_notified, postgres_url
     def slow_claim(*arguments):
         claimed = claim(*arguments)
         begun.set()
-        assert go_on.wait(PATIENCE_S)
+        assert go_on.wait(TIMEOUT_S)
         return claimed
 
     one._database.claim = slow_claim
     answers = []
     with meanwhile(lambda: one.apply([make_put()])):
-        assert begun.wait(PATIENCE_S)
+        assert begun.wait(TIMEOUT_S)
         with waits(two, 0, answers):
             time.sleep(0.1)
             assert listeners(postgres_url) == 0
@@ -99,7 +99,7 @@ def test_the_first_look_while_somebody_commits(pair, only_notified, postgres_url
     assert answers == [True]
 
 
-def test_nobody_is_notified_when_nobody_listens(pair, postgres_url):
+def test_without_a_listener_nothing_is_notified(pair, postgres_url):
     one, two = pair
     channel = one._database.sql.channel_of(one._head().ledger_id)
     with psycopg.connect(postgres_url.replace("+psycopg", ""), autocommit=True) as raw:
@@ -113,19 +113,19 @@ def test_nobody_is_notified_when_nobody_listens(pair, postgres_url):
         assert [note.payload for note in raw.notifies(timeout=5, stop_after=1)] == [""]
 
 
-def test_own_commits_are_not_asked_for_again(pair, only_notified, postgres_url):
+def test_own_commits_cause_no_poll(pair, only_notified, postgres_url):
     one, _ = pair
-    looks = []
+    polls = []
     with pytest.raises(StoreClosedError), waits(one, 10**6, []):
         until(lambda: listeners(postgres_url) == 1)
-        watch = one._feed._watch
-        look = watch._look
-        watch._look = lambda: looks.append(0) or look()
+        watcher = one._feed._watcher
+        poll = watcher._poll_head
+        watcher._poll_head = lambda: polls.append(0) or poll()
         for _ in range(20):
             one.apply([make_put()])
         time.sleep(0.05)
         one.close()
-    assert len(looks) <= 1
+    assert len(polls) <= 1
 
 
 def test_a_listening_connection_that_is_cut(pair, only_notified, postgres_url):
@@ -144,27 +144,27 @@ def test_a_listening_connection_that_is_cut(pair, only_notified, postgres_url):
     assert answers == [True]
 
 
-def test_a_server_that_another_has_taken_over_from(pair, only_notified, postgres_url):
-    """Who listens to the old one, which may be there still, begins anew."""
+def test_a_failover_replaces_the_watcher(pair, only_notified, postgres_url):
+    """The watcher of the old primary, which may still run, is replaced."""
     one, two = pair
     answers = []
     with waits(two, 0, answers):
         until(lambda: listeners(postgres_url) == 1)
-        old = two._feed._watch
-        two._database.renew()
+        old = two._feed._watcher
+        two._database.invalidate_connections()
         old.wake()
-        until(lambda: two._feed._watch not in (None, old))
+        until(lambda: two._feed._watcher not in (None, old))
         one.apply([make_put()])
     assert answers == [True]
     assert listeners(postgres_url) == 0
 
 
-def test_a_server_on_which_nobody_may_listen(pair, monkeypatch):
-    """As on a standby: the head is asked for, also while listening is tried again."""
+def test_a_server_that_rejects_listen(pair, monkeypatch):
+    """As on a standby: the head is polled, also between attempts to listen."""
     one, two = pair
     monkeypatch.setattr(feed, "RETRY_S", 0.1)
     monkeypatch.setattr(
-        watchers.ListeningWatcher, "_listen", lambda watch: watch._session.execute("LISTEN")
+        watchers.ListeningWatcher, "_listen", lambda watcher: watcher._session.execute("LISTEN")
     )
     answers = []
     for seq in range(3):
@@ -174,26 +174,30 @@ def test_a_server_on_which_nobody_may_listen(pair, monkeypatch):
     assert answers == [True] * 3
 
 
-def test_a_writer_who_says_nothing(pair, monkeypatch):
-    """Behind some poolers, nothing is heard: found at the first safety look, and polled then."""
+def test_a_writer_without_notifications(pair, monkeypatch):
+    """Some poolers drop notifications: after the first safety poll the head is polled."""
     one, two = pair
     silent = Statements(PostgreSQLDatabase.compiler).claim
     monkeypatch.setattr(PostgreSQLDatabase.sql, "claim", silent)
     answers = []
     for seq in range(3):
         with waits(two, seq, answers):
-            until(lambda seq=seq: two._feed and two._feed._watch and two._feed._watch._seen == seq)
+            until(
+                lambda seq=seq: (
+                    two._feed and two._feed._watcher and two._feed._watcher._last_head == seq
+                )
+            )
             one.apply([make_put()])
-        assert two._feed._watch._deaf
-        # From now on a safety look would come too late for anybody.
-        monkeypatch.setattr(watchers, "SAFETY_S", 1000.0)
+        assert two._feed._watcher._unnotified
+        # From now on a safety poll would come too late.
+        monkeypatch.setattr(watchers, "SAFETY_POLL_S", 1000.0)
     assert answers == [True] * 3
 
 
-def test_one_connection_for_all_who_wait_and_none_afterwards(pair, postgres_url, monkeypatch):
+def test_one_connection_for_all_waiters_and_none_afterwards(pair, postgres_url, monkeypatch):
     one, two = pair
     two.wait_for(0, 0)
-    two._feed._idle_s = 0.2
+    two._feed._idle_timeout_s = 0.2
     answers = []
     pool = two._database.engine.pool
     with waits(two, 0, answers), waits(two, 0, answers), waits(two, 0, answers):
@@ -203,20 +207,20 @@ def test_one_connection_for_all_who_wait_and_none_afterwards(pair, postgres_url,
         assert pool.checkedout() == 1
         one.apply([make_put()])
     assert answers == [True] * 3
-    first = two._feed._watch
+    first = two._feed._watcher
     assert not two.wait_for(1, 0.05)
-    assert two._feed._watch is first, "who waits in slices need not begin anew"
+    assert two._feed._watcher is first, "a caller that waits in slices reuses the watcher"
     until(lambda: pool.checkedout() == 0)
     assert listeners(postgres_url) == 0
     with psycopg.connect(postgres_url.replace("+psycopg", ""), autocommit=True) as raw:
-        told = raw.execute(
+        count = raw.execute(
             "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%' AND state = 'idle'"
         ).fetchone()
-    assert told == (0,)
+    assert count == (0,)
 
 
 def test_a_pool_of_the_host(postgres_url):
-    """Who waits holds one connection of it, and only while he waits."""
+    """Waiters use one connection of the pool, and only while they wait."""
     engine = sa.create_engine(postgres_url, pool_size=2, max_overflow=0, pool_timeout=2)
     with SQLStore(engine) as store:
         answers = []
@@ -229,7 +233,7 @@ def test_a_pool_of_the_host(postgres_url):
     engine.dispose()
 
 
-def test_an_idle_wait_asks_sqlite_for_its_version_only(sqlite_path, open_):
+def test_an_idle_wait_reads_the_data_version_only(sqlite_path, open_):
     store = open_(f"sqlite:///{sqlite_path}")
     spy = Spy(store)
     assert not store.wait_for(0, 0.5)
@@ -238,11 +242,11 @@ def test_an_idle_wait_asks_sqlite_for_its_version_only(sqlite_path, open_):
     assert 0 < len(spy.matching("data_version")) < 60
 
 
-def test_closing_while_somebody_waits_gives_everything_back(url, open_):
+def test_close_with_a_waiter_releases_all_connections(url, open_):
     store = open_(url)
     pool = store._database.engine.pool
     with pytest.raises(StoreClosedError), waits(store, 0, []):
-        until(lambda: store._feed and store._feed._watch)
+        until(lambda: store._feed and store._feed._watcher)
         store.close()
     until(lambda: pool.checkedout() == 0)
 
@@ -258,13 +262,13 @@ def test_an_interrupt_leaves_nothing_behind(url, open_):
         for _ in range(3):
             signal.setitimer(signal.ITIMER_REAL, 0.1)
             with pytest.raises(KeyboardInterrupt):
-                two.wait_for(0, PATIENCE_S)
+                two.wait_for(0, TIMEOUT_S)
             assert not two._feed.waiters
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     until(lambda: two._feed._thread is None)
-    assert two._feed._watch is None
+    assert two._feed._watcher is None
     assert two._database.engine.pool.checkedout() == 0
     answers = []
     with waits(two, 0, answers):

@@ -1,4 +1,4 @@
-"""Compaction in the tables: small steps, leases, leftovers, and bytes that are gone."""
+"""Compaction in the tables: small steps, leases, leftovers, and erased bytes."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def run(url: str, statement: str) -> None:
 
 @pytest.fixture
 def small_steps(monkeypatch):
-    monkeypatch.setattr(compaction, "STEP", 7)
-    monkeypatch.setattr(compaction, "CHUNK_STEP", 2)
+    monkeypatch.setattr(compaction, "ENTRIES_PER_STEP", 7)
+    monkeypatch.setattr(compaction, "CHUNKS_PER_STEP", 2)
     monkeypatch.setattr(snapshots, "CHUNK_RECORDS", 3)
 
 
@@ -50,18 +50,18 @@ def fill(store, tasks: int = 20, rounds: int = 3) -> None:
         store.apply(batch)
 
 
-def test_nothing_is_held_for_long(store, spy, small_steps):
+def test_every_step_is_a_small_transaction(store, spy, small_steps):
     fill(store)
     spy.statements.clear()
     report = store.compact(ALL)
     assert (report.seq, report.floor, report.trimmed, report.records) == (80, 81, 80, 20)
     transactions = " ".join(spy.statements).split("COMMIT")
     assert len(transactions) > 15
-    # Each renews the lease and does one thing.
+    # Each transaction renews the lease and makes one change.
     assert max(text.count("DELETE") + text.count("INSERT INTO") for text in transactions) <= 2
 
 
-def test_a_writer_gets_between_the_steps(store, url, open_, small_steps):
+def test_a_writer_commits_between_the_steps(store, url, open_, small_steps):
     fill(store)
     other, stop, written = open_(url), threading.Event(), []
 
@@ -99,7 +99,7 @@ def test_readers_see_old_or_new_and_nothing_between(store, url, open_, small_ste
             floor = reader.floor()
             snapshot = reader.read_snapshot(floor - 1)
             if floor > 1 and snapshot is None:
-                # It may have been replaced since, by one that lies further on.
+                # A newer snapshot may have replaced it since.
                 if reader.floor() == floor:
                     wrong.append(floor)
                 continue
@@ -134,8 +134,8 @@ def test_one_compactor_at_a_time(store, url, open_, monkeypatch):
             tried.append(error)
         return real(*arguments)
 
-    real = compaction.Steps.publish
-    monkeypatch.setattr(compaction.Steps, "publish", second)
+    real = compaction.SQLCompactionSteps.publish
+    monkeypatch.setattr(compaction.SQLCompactionSteps, "publish", second)
     store.compact(ALL)
     assert len(tried) == 1
     assert "compacted by another process" in str(tried[0])
@@ -153,16 +153,16 @@ def test_a_dead_compactors_lease_runs_out(store, url):
     assert store.compact(ALL).compacted
 
 
-def test_who_lost_the_lease_stops(store, url, open_, monkeypatch):
+def test_a_compactor_that_lost_the_lease_stops(store, url, open_, monkeypatch):
     fill(store)
     other = open_(url)
-    real = compaction.Steps._move_floor
+    real = compaction.SQLCompactionSteps._move_floor
 
     def too_late(*arguments):
         run(url, "UPDATE taskstore_head SET lease_owner = 'thief'")
         return real(*arguments)
 
-    monkeypatch.setattr(compaction.Steps, "_move_floor", too_late)
+    monkeypatch.setattr(compaction.SQLCompactionSteps, "_move_floor", too_late)
     with pytest.raises(StoreBusyError, match="taken over"):
         store.compact(ALL)
     monkeypatch.undo()
@@ -176,13 +176,13 @@ def test_who_lost_the_lease_stops(store, url, open_, monkeypatch):
 def test_content_that_was_replaced_is_not_compacted(store, url, open_, monkeypatch):
     fill(store)
     other = open_(url)
-    real = compaction.Steps._move_floor
+    real = compaction.SQLCompactionSteps._move_floor
 
     def replaced(*arguments):
         other.save_snapshot(type(other.load_snapshot())(1000))
         return real(*arguments)
 
-    monkeypatch.setattr(compaction.Steps, "_move_floor", replaced)
+    monkeypatch.setattr(compaction.SQLCompactionSteps, "_move_floor", replaced)
     with pytest.raises(StoreBusyError):
         store.compact(ALL)
     assert (other.head(), other.floor(), other.verify().ok) == (1000, 1001, True)
@@ -195,7 +195,7 @@ import os, signal, sys
 from taskstore import open_store
 from taskstore.model.policies import CompactionPolicy
 from taskstore.stores.sql import compaction, snapshots
-compaction.STEP, compaction.CHUNK_STEP, snapshots.CHUNK_RECORDS = 7, 2, 3
+compaction.ENTRIES_PER_STEP, compaction.CHUNKS_PER_STEP, snapshots.CHUNK_RECORDS = 7, 2, 3
 steps, real = int(sys.argv[2]), compaction.Lease.run
 def run(self, work):
     global steps
@@ -223,7 +223,7 @@ def test_killed_at_any_step_it_changed_no_answer(store, url, small_steps, steps)
     entries = store.read_journal(floor - 1, 1000)
     if base is not None:
         assert fold(base, entries).records == before.records
-    # A later one takes over when the lease has run out, and clears what was left.
+    # A later compaction acquires the expired lease, and deletes the leftovers.
     run(url, "UPDATE taskstore_head SET lease_until = 1")
     create(store)
     assert store.compact(ALL).compacted
@@ -233,7 +233,7 @@ def test_killed_at_any_step_it_changed_no_answer(store, url, small_steps, steps)
     assert count(url, "task_snapshot_chunks") == 7
 
 
-def test_what_is_kept_answers_for_the_past(store):
+def test_retained_snapshots_answer_for_the_past(store):
     fill(store, tasks=4, rounds=2)
     states = {}
     for _ in range(3):
@@ -255,7 +255,7 @@ SECRETS = [f"the launch code number {number} is {number:04}-{number:04}" for num
 
 
 def files_hold(path, needles: list[str]) -> list[str]:
-    """Look for bytes in the database's files, in a process of its own."""
+    """The needles that are in the database's files, read in another process."""
     script = """
 import json, sys
 data = b"".join(open(sys.argv[1] + end, "rb").read() for end in ("", "-wal"))
@@ -276,7 +276,7 @@ print(json.dumps([text for text in json.load(sys.stdin) if text.encode() in data
 
 
 @pytest.mark.parametrize("size", [1, 40, 400], ids=["in a page", "some", "overflowing"])
-def test_erased_is_gone_from_the_files(sqlite_path, open_, size):
+def test_erased_bytes_are_not_in_the_files(sqlite_path, open_, size):
     store = open_(f"sqlite:///{sqlite_path}")
     kept = [create(store, task="kept " * size) for _ in range(20)]
     gone = []
@@ -284,7 +284,7 @@ def test_erased_is_gone_from_the_files(sqlite_path, open_, size):
         batch = [Put(make_record(task=text * size)) for text in SECRETS[start : start + 30]]
         store.apply(batch)
         gone += [put.record for put in batch]
-    # Some text is overwritten, not deleted; some goes in a compaction before.
+    # Some text is overwritten, not deleted; an earlier compaction removes some.
     gone = [update(store, record, task="overwritten") for record in gone[:20]] + gone[20:]
     delete(store, *gone[:100])
     store.compact(ALL)
@@ -299,7 +299,7 @@ def test_erased_is_gone_from_the_files(sqlite_path, open_, size):
 def test_a_reader_that_keeps_the_log_is_named(sqlite_path, open_, monkeypatch):
     url = f"sqlite:///{sqlite_path}"
     store = open_(url)
-    monkeypatch.setattr(type(store._database), "erase_s", 0.2)
+    monkeypatch.setattr(type(store._database), "erase_timeout_s", 0.2)
     create(store)
     reader = in_process(
         """
@@ -310,7 +310,7 @@ def hold(session):
     session.rows("SELECT * FROM tasks")
     print("held", flush=True)
     sys.stdin.readline()
-store._transactions.read(hold, one_moment=True)
+store._transactions.read(hold, in_transaction=True)
 """,
         url,
     )

@@ -1,4 +1,4 @@
-"""[3] What keeps other writers out may break: nobody is told anything wrong, and work goes on."""
+"""[3] A lost exclusive lock: the store reports no wrong result, and continues to work."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def server_url(request) -> str:
 
 
 def cut(store) -> None:
-    """The connection that keeps the others out is gone."""
-    store._transactions._begun.raw.close()
+    """Close the connection that has the lock."""
+    store._transactions._exclusive_tx.raw.close()
 
 
 def test_a_connection_that_is_lost_while_reading(server_url, open_):
@@ -24,7 +24,7 @@ def test_a_connection_that_is_lost_while_reading(server_url, open_):
     with store.exclusive():
         cut(store)
         assert store.read_journal(0, 10)[-1].record == record
-        # Nobody is kept out any more, and the revisions say so.
+        # The lock is lost, and the revisions conflict.
         other.apply([next_of(record)])
         with pytest.raises(ConflictError):
             store.apply([next_of(record)])
@@ -40,12 +40,12 @@ def test_a_connection_that_is_lost_before_writing(server_url, open_):
     assert open_(server_url).apply([next_of(next_of(record).record)]).first_seq == 3
 
 
-def test_a_registry_in_company_goes_on_over_lost_connections(server_url):
+def test_registries_survive_lost_write_connections(server_url):
     with TaskRegistry.open(server_url) as one, TaskRegistry.open(server_url) as two:
         task = one.create(runtime="cli", task="x", status="running")
         for number in range(6):
             registry = (one, two)[number % 2]
             if number > 3:
-                registry.store._transactions.pool.writing.raw.close()
+                registry.store._transactions.pool.write_session.raw.close()
             registry.update_metadata(task.task_id, {str(number): number})
         assert len(one.store.load_snapshot().records[task.task_id].metadata) == 6

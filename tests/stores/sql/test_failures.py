@@ -104,10 +104,10 @@ def test_urls_that_are_none(url):
 def test_a_full_database(sqlite_path, open_):
     store = open_(f"sqlite:///{sqlite_path}")
     record = create(store)
-    writer = store._transactions.pool.writing
+    writer = store._transactions.pool.write_session
     [pages] = writer.row("PRAGMA page_count")
     writer.rows(f"PRAGMA max_page_count = {pages + 2}")
-    with pytest.raises(StoreUnavailableError, match="no space") as caught:
+    with pytest.raises(StoreUnavailableError, match="limit is full") as caught:
         create(store, task="x" * 100_000)
     assert str(sqlite_path) in str(caught.value)
     assert caught.value.retryable
@@ -181,10 +181,10 @@ def test_after_a_failed_sync_nothing_is_written_any_more(sqlite_path, open_):
     assert str(sqlite_path) in str(caught.value)
     assert caught.value.__cause__ is not None
     for _ in range(2):
-        with pytest.raises(StoreUnavailableError, match="takes no more writes") as refused:
+        with pytest.raises(StoreUnavailableError, match="refuses writes") as refused:
             create(store)
         assert "open the store again" in str(refused.value)
-    # Reading goes on, and so does an instance that is opened anew.
+    # Reads continue, and a new instance can write.
     assert dict(store.load_snapshot().records) == {record.task_id: record}
     create(open_(url))
 
@@ -204,7 +204,7 @@ def test_durability_is_asked_of_sqlite(sqlite_path, open_):
         store = open_(url, durability=durability)
         assert store.durability == durability
         create(store)
-        held = store._transactions.pool.writing
+        held = store._transactions.pool.write_session
         assert held.row("PRAGMA synchronous") == (synchronous,)
         assert held.row("PRAGMA journal_mode") == ("wal",)
         assert held.row("PRAGMA wal_autocheckpoint") == (4000,)
@@ -327,7 +327,7 @@ def test_an_outcome_that_cannot_be_read_is_unknown(postgres_url, open_, monkeypa
     def before(sql: str) -> None:
         if sql == "COMMIT":
             monkeypatch.setattr(pool, "acquire", unreachable)
-            pool.writing = None
+            pool.write_session = None
             raise psycopg.OperationalError("server closed the connection unexpectedly")
 
     def unreachable() -> None:
@@ -358,7 +358,7 @@ def test_serialization_failures_are_run_again(pg_store):
 
 
 def test_a_real_deadlock_is_run_again(pg_store, postgres_url):
-    """Somebody locks a task and then the head; we lock them the other way round."""
+    """Another client locks a task and then the head; the store locks them in reverse order."""
     import psycopg
 
     task = create(pg_store)
@@ -367,7 +367,7 @@ def test_a_real_deadlock_is_run_again(pg_store, postgres_url):
         psycopg.connect(postgres_url.replace("+psycopg", "")) as other,
         ThreadPoolExecutor(1) as executor,
     ):
-        other.execute("SET deadlock_timeout = '60s'")  # we shall be the one to give way
+        other.execute("SET deadlock_timeout = '60s'")  # the store is the deadlock victim
         other.execute("SELECT 1 FROM tasks WHERE task_id = %s FOR UPDATE", [task.task_id])
 
         def before(sql: str) -> None:
@@ -396,10 +396,10 @@ def test_a_lock_that_is_never_given_is_busy(postgres_url, open_):
     thread = threading.Thread(target=write, args=(blocker, block))
     thread.start()
     held.wait(10)
-    store._transactions.pool.writing.raw.execute("SET lock_timeout = '200ms'")
+    store._transactions.pool.write_session.raw.execute("SET lock_timeout = '200ms'")
     with pytest.raises(StoreBusyError, match="locked"):
         create(store)
-    # Who only reads does not notice.
+    # A reader does not notice.
     assert len(store.load_snapshot().records) == 1
     release.set()
     thread.join()
@@ -468,12 +468,12 @@ def test_a_password_with_special_characters_gets_in(postgres_server, open_):
 
 
 def test_the_text_of_a_driver_is_cleaned():
-    from taskstore.stores.sql.errors import Translator, postgresql_fault
+    from taskstore.stores.sql.errors import Translator, postgresql_error_kind
 
     class DriverError(Exception):
         pass
 
-    translator = Translator("there", DriverError, postgresql_fault, secret=SECRET)
+    translator = Translator("there", DriverError, postgresql_error_kind, secret=SECRET)
     with pytest.raises(StoreUnavailableError) as caught, translator:
         raise DriverError(f"could not log in with {SECRET}")
     assert SECRET not in everything_said(caught.value)
@@ -500,7 +500,7 @@ def test_closed_is_closed(url, open_):
             action()
 
 
-def test_closing_wakes_who_waits(url, open_):
+def test_close_wakes_waiters(url, open_):
     store = open_(url)
     outcome = []
 

@@ -1,4 +1,4 @@
-"""A host hands over its own engine, however it has set it up."""
+"""A host passes its own engine, with any settings."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ ALL = CompactionPolicy(force=True, history_s=0, history_entries=0, keep_snapshot
 
 
 def work_with(store: SQLStore) -> None:
-    """Everything that a store does, once."""
+    """Every operation of a store, once."""
     kept = update(store, create(store, run_id="run-1", owner_key="me"), label="new")
     gone = create(store)
     delete(store, gone)
-    with pytest.raises(Exception, match="already booked"):
+    with pytest.raises(Exception, match="already has task"):
         create(store, run_id="run-1", owner_key="me", task_id="other")
     assert dict(store.load_snapshot().records) == {kept.task_id: kept}
     assert list(store.query(TaskQuery(owner_key="me", limit=5))) == [kept]
@@ -67,7 +67,7 @@ def test_any_isolation_level_will_do(postgres_server, level):
 
 
 def test_listeners_that_begin_transactions(sqlite_path):
-    # What SQLAlchemy's manual gives hosts that want savepoints on SQLite.
+    # SQLAlchemy's manual recommends this for savepoints on SQLite.
     engine = sqlite_engine(sqlite_path)
 
     @event.listens_for(engine, "connect")
@@ -100,7 +100,7 @@ def test_the_host_gets_its_connection_back_as_it_was(sqlite_path):
     with engine.connect() as connection:
         assert connection.exec_driver_sql("SELECT count(*) FROM invoices").scalar() == 0
     store.close()
-    # Closing the store closes nothing of the host's.
+    # Closing the store does not close the host's engine.
     with engine.connect() as connection:
         assert connection.exec_driver_sql("SELECT count(*) FROM tasks").scalar() == 1
     engine.dispose()
@@ -185,7 +185,7 @@ def test_two_libraries_on_one_file_are_warned_about(sqlite_path, open_, caplog):
     [notice] = [text for text in host.report().notices if "two SQLite libraries" in text]
     assert str(sqlite_path) in notice
     assert notice in caplog.messages
-    # Nothing is closed here while the other library holds the file: that is the hazard.
+    # Nothing is closed here while the other library has the file open: that would drop its locks.
     ours.close()
     host.close()
     engine.dispose()

@@ -1,4 +1,4 @@
-"""What only MariaDB has: its collations and modes, its locks, its packets, its settings."""
+"""MariaDB only: collations, modes, locks, packets and settings."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def raw_connection(url: str, **options: object) -> pymysql.Connection:
 
 @pytest.fixture
 def raw(mariadb_url: str) -> Iterator[pymysql.cursors.Cursor]:
-    """A transaction of somebody else in the same database."""
+    """A transaction of another client in the same database."""
     with closing(raw_connection(mariadb_url)) as connection, connection.cursor() as cursor:
         yield cursor
 
@@ -64,7 +64,7 @@ def store(mariadb_url: str) -> Iterator[SQLStore]:
 # -- texts and bytes ------------------------------------------------------------
 
 
-def test_the_server_orders_and_tells_keys_apart_as_python_does(raw):
+def test_the_server_orders_and_compares_keys_as_python_does(raw):
     for key in ODD_KEYS:
         raw.execute(
             "INSERT INTO tasks SET task_id = %s, revision = 1, created_at = 0, status = '', "
@@ -78,11 +78,11 @@ def test_the_server_orders_and_tells_keys_apart_as_python_does(raw):
         assert raw.fetchone() == (1,)
 
 
-def test_bookings_that_look_alike_are_not(store):
+def test_similar_dedup_keys_are_distinct(store):
     create(store, run_id="run", run_digest="b")
     for run_id, booking in (("run ", "b"), ("RUN", "b"), ("run", "b "), ("run", "B")):
         create(store, run_id=run_id, run_digest=booking)
-    with pytest.raises(TaskStoreError, match="already booked"):
+    with pytest.raises(TaskStoreError, match="already has task"):
         create(store, run_id="run", run_digest="b")
 
 
@@ -138,9 +138,9 @@ def test_what_the_server_gives_up_is_tried_again(store, number):
     assert store.verify().ok
 
 
-def test_a_lock_that_nobody_gives_back_is_told(mariadb_url, raw, monkeypatch):
-    monkeypatch.setattr(mariadb, "LOCK_WAIT_S", 1)
-    monkeypatch.setattr(retry, "BUSY_S", 0.5)
+def test_a_lock_that_is_never_released_is_reported(mariadb_url, raw, monkeypatch):
+    monkeypatch.setattr(mariadb, "WRITE_LOCK_TIMEOUT_S", 1)
+    monkeypatch.setattr(retry, "BUSY_TIMEOUT_S", 0.5)
     raw.execute("SELECT * FROM taskstore_head FOR UPDATE")
     with open_store(mariadb_url) as store:
         assert store.load_snapshot().seq == 0, "reading waits for nobody"
@@ -151,8 +151,8 @@ def test_a_lock_that_nobody_gives_back_is_told(mariadb_url, raw, monkeypatch):
         assert store.head() == 1
 
 
-def test_who_stops_within_a_transaction_loses_it(mariadb_url, monkeypatch):
-    monkeypatch.setattr(mariadb, "LOCK_S", 1)
+def test_an_idle_transaction_is_lost(mariadb_url, monkeypatch):
+    monkeypatch.setattr(mariadb, "LOCK_TIMEOUT_S", 1)
     with open_store(mariadb_url) as one, open_store(mariadb_url) as two:
         stopped, go_on = threading.Event(), threading.Event()
         spy = Spy(one)
@@ -177,7 +177,7 @@ def test_who_stops_within_a_transaction_loses_it(mariadb_url, monkeypatch):
 
 
 def kill_writer(store: SQLStore, server: MariaDBServer) -> None:
-    held = store._transactions.pool.writing
+    held = store._transactions.pool.write_session
     assert held is not None
     server.execute(f"KILL CONNECTION {held.raw.thread_id()}")
 
@@ -229,8 +229,8 @@ def test_the_largest_batches_are_cut(store):
     assert store.head() == 8
 
 
-def test_what_no_packet_takes_is_told(store):
-    store._database._packet = 100_000
+def test_a_record_larger_than_a_packet_is_refused(store):
+    store._database._max_packet = 100_000
     store.apply([make_put(task="x" * 30_000) for _ in range(9)])
     with pytest.raises(StoreUnavailableError, match="max_allowed_packet=100000") as caught:
         create(store, task="x" * 100_000)
@@ -289,8 +289,8 @@ def test_the_host_gets_its_connection_back_as_it_was(mariadb_url):
 @pytest.mark.parametrize(
     ("query", "options", "settings", "reason"),
     [
-        ("?charset=latin1", {}, "", "speaks latin1"),
-        ("?charset=utf8", {}, "", "speaks utf8mb3"),
+        ("?charset=latin1", {}, "", "uses latin1"),
+        ("?charset=utf8", {}, "", "uses utf8mb3"),
         ("", {"creator": True}, "", "FOUND_ROWS"),
         ("", {}, "SET SESSION sql_mode = 'EMPTY_STRING_IS_NULL'", "EMPTY_STRING_IS_NULL"),
     ],
@@ -349,10 +349,10 @@ def test_no_password_is_ever_said(caplog):
 )
 def test_which_servers_serve(version, problem):
     if problem is None:
-        mariadb.refuse_version(version, "here")
+        mariadb.check_version(version, "here")
         return
     with pytest.raises(StoreUnavailableError, match=problem) as caught:
-        mariadb.refuse_version(version, "here")
+        mariadb.check_version(version, "here")
     assert caught.value.hint == "use MariaDB 10.6 or later"
 
 

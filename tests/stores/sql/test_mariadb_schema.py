@@ -1,4 +1,4 @@
-"""Migrations where each change of the schema commits by itself."""
+"""Migrations on a database where each schema change commits by itself."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PowerCutError(Exception):
 
 @pytest.fixture
 def url(mariadb_server) -> str:
-    """The URL of a database that holds nothing at all."""
+    """The URL of an empty database without a ledger."""
     return mariadb_server.new_database()
 
 
@@ -49,7 +49,7 @@ def execute(engine: sa.Engine, statement: str) -> None:
 
 
 def cut_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """Let a migration die after so many of its steps."""
+    """Make a migration fail after this many of its steps."""
     left = [count]
     for name in STEPS:
         real = getattr(op, name)
@@ -70,7 +70,7 @@ def test_a_migration_that_is_cut_short_is_completed(url, engine, monkeypatch, st
         open_store(url)
     monkeypatch.undo()
     for options in ({"migrate": "never"}, {"read_only": True}):
-        reason = "only half made" if steps else "holds no ledger"
+        reason = "an incomplete ledger" if steps else "holds no ledger"
         with pytest.raises(SchemaMismatchError, match=reason):
             open_store(url, **options)
     with open_store(url) as store:
@@ -82,7 +82,7 @@ def test_a_migration_that_is_cut_short_is_completed(url, engine, monkeypatch, st
 
 
 def test_that_was_all_but_the_version(url, engine, monkeypatch):
-    """One step more than there are: nothing is cut off."""
+    """One step more than a migration has: nothing is interrupted."""
     cut_after(monkeypatch, 16)
     open_store(url).close()
     monkeypatch.undo()
@@ -99,17 +99,17 @@ def test_records_are_never_taken_for_what_was_left(url, engine):
         create(store)
     execute(engine, f"DELETE FROM {migrate.VERSION_TABLE}")
     for action in (lambda: open_store(url), lambda: migrate.upgrade(engine)):
-        with pytest.raises(SchemaMismatchError, match="not ours"):
+        with pytest.raises(SchemaMismatchError, match="did not create"):
             action()
     execute(engine, f"INSERT INTO {migrate.VERSION_TABLE} VALUES ('0001')")
     with open_store(url) as store:
         assert store.head() == 1
 
 
-def test_an_empty_table_of_somebody_else_stays(url, engine):
+def test_an_empty_table_of_another_program_stays(url, engine):
     execute(engine, "CREATE TABLE tasks (task_id VARCHAR(255) PRIMARY KEY)")
     for action in (lambda: open_store(url), lambda: migrate.upgrade(engine)):
-        with pytest.raises(SchemaMismatchError, match=r"not ours \(tasks\)"):
+        with pytest.raises(SchemaMismatchError, match=r"did not create \(tasks\)"):
             action()
     assert not tables_of(engine) & (TABLES - {"tasks"})
 
@@ -161,7 +161,7 @@ with open_store(sys.argv[1]) as store:
 def test_one_is_killed_while_others_wait(url, engine):
     victim = in_process(KILLED, url)
     others = [in_process(OPEN, url) for _ in range(3)]
-    # Should one of the others have been first, there was nothing to be killed at.
+    # If another process was first, there was no step to be killed at.
     assert victim.wait(60) in (-signal.SIGKILL, 0)
     victim.communicate()
     made = {output_of(process).strip() for process in others}
@@ -171,7 +171,7 @@ def test_one_is_killed_while_others_wait(url, engine):
     assert migrate.check(engine) == []
 
 
-def test_another_finishes_while_one_looks(url, monkeypatch):
+def test_another_process_finishes_during_the_check(url, monkeypatch):
     look, made = migrate._is_unfinished, []
     half_made = migrate.SchemaState(None, None, TABLES)
 
@@ -179,7 +179,7 @@ def test_another_finishes_while_one_looks(url, monkeypatch):
         monkeypatch.undo()
         with open_store(url) as other:
             made.append(create(other).task_id)
-        # What the tables hold is looked at after which revision they are of.
+        # The content of the tables is read after their revision.
         return look(connection, state)
 
     monkeypatch.setattr(migrate, "_is_unfinished", unfinished)
@@ -188,8 +188,8 @@ def test_another_finishes_while_one_looks(url, monkeypatch):
         assert list(store.load_snapshot().records) == made
 
 
-def test_who_holds_the_lock_is_waited_for(url, engine, monkeypatch):
-    monkeypatch.setattr(mariadb, "LOCK_S", 1)
+def test_an_upgrade_waits_for_the_lock_owner(url, engine, monkeypatch):
+    monkeypatch.setattr(mariadb, "LOCK_TIMEOUT_S", 1)
     lock = "CONCAT('taskstore.', MD5(DATABASE()))"
     with engine.connect() as connection:
         assert connection.exec_driver_sql(f"SELECT GET_LOCK({lock}, 0)").scalar() == 1
@@ -218,7 +218,7 @@ def upgrade():
 '''
 
 
-def test_old_writers_are_kept_out_before_anything_is_taken_away(url, engine, tmp_path, monkeypatch):
+def test_old_writers_are_refused_before_anything_is_dropped(url, engine, tmp_path, monkeypatch):
     """[DESIGN 8] The epoch is raised in a transaction of its own, before the schema changes."""
     old = open_store(url)
     record = create(old)
@@ -236,7 +236,7 @@ def test_old_writers_are_kept_out_before_anything_is_taken_away(url, engine, tmp
     assert migrate.current(engine) == "0001"
     with pytest.raises(SchemaMismatchError, match="too new"):
         open_store(url)
-    # What bears repetition is completed by running it again.
+    # An idempotent migration is completed by a second run.
     monkeypatch.delenv("TASKSTORE_CUT")
     migrate.upgrade(engine)
     assert migrate.current(engine) == "0002"

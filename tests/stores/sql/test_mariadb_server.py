@@ -1,4 +1,4 @@
-"""A server of our own, to be configured, killed and started again."""
+"""A private server that the tests configure, kill and restart."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_what_was_acknowledged_outlives_the_server(server):
         records = [create(store) for _ in range(20)]
         server.kill()
         server.restart()
-        # The same instance goes on, on new connections.
+        # The same instance continues on new connections.
         assert set(store.load_snapshot().records) == {record.task_id for record in records}
         update(store, records[0], label="afterwards")
         assert store.head() == 21
@@ -63,7 +63,7 @@ def test_less_than_was_asked_for_is_said(configured, setting, lost):
     configured.execute(f"SET GLOBAL {setting}")
     with open_store(url) as store:
         [notice] = store.report().notices
-        assert "durability=full was asked for" in notice
+        assert "durability=full was requested" in notice
         assert notice.endswith(f"the last commits may not survive {lost}")
         assert setting.split(" = ", maxsplit=1)[0] in notice
     with open_store(url, durability="process") as store:
@@ -85,10 +85,10 @@ def test_small_packets(configured):
     configured.execute(f"SET GLOBAL max_allowed_packet = {1024 * 1024}")
     with open_store(url) as store:
         assert "max_allowed_packet is 1048576" in store.report().notices[0]
-        with pytest.raises(StoreUnavailableError, match="more than the server takes"):
+        with pytest.raises(StoreUnavailableError, match="may exceed the server's max_allowed_packet"):
             create(store, task="x" * 1024 * 1024)
         # Also what the driver writes in more bytes than it is given.
-        with pytest.raises(StoreUnavailableError, match="more than the server takes"):
+        with pytest.raises(StoreUnavailableError, match="may exceed the server's max_allowed_packet"):
             create(store, task='"' * 300_000)
         record = create(store, task="x" * 400_000)
         assert store.load_snapshot().records == {record.task_id: record}

@@ -1,4 +1,4 @@
-"""Fresh databases, upgrades, and everything that must not be touched."""
+"""New databases, upgrades, and databases that must not be changed."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_column_without_a_migration_is_found(engine, monkeypatch):
     assert migrate.check(engine) == ["add column: tasks colour"]
 
 
-def test_an_index_that_somebody_dropped_is_found(engine):
+def test_a_dropped_index_is_found(engine):
     migrate.upgrade(engine)
     with engine.begin() as connection:
         connection.execute(sa.text("DROP INDEX ix_tasks_owner"))
@@ -81,7 +81,7 @@ def test_the_fresh_head_row(engine):
     assert (row.lease_owner, row.lease_until) == (None, None)
 
 
-def test_base_drops_everything_and_says_so_first(empty_url, open_):
+def test_base_drops_everything_only_if_allowed(empty_url, open_):
     store = open_(empty_url)
     create(store)
     store.close()
@@ -93,7 +93,7 @@ def test_base_drops_everything_and_says_so_first(empty_url, open_):
     assert tables_of(engine) == {migrate.VERSION_TABLE}
     assert migrate.current(engine) is None
     engine.dispose()
-    # What is left of us is nothing: the next one to come makes a new ledger.
+    # Nothing of the ledger is left: the next store creates a new one.
     assert open_(empty_url).head() == 0
 
 
@@ -190,11 +190,11 @@ def test_an_epoch_raised_under_a_writer_stops_its_next_write(empty_url, open_):
     assert list(store.load_snapshot().records) == [record.task_id]
 
 
-def test_tables_of_our_names_that_are_not_ours(empty_url, open_):
+def test_foreign_tables_with_the_names_of_a_ledger(empty_url, open_):
     engine = migrate.engine_for_url(empty_url)
     with engine.begin() as connection:
         connection.execute(sa.text("CREATE TABLE tasks (id INTEGER)"))
-    with pytest.raises(SchemaMismatchError, match=r"not ours \(tasks\)"):
+    with pytest.raises(SchemaMismatchError, match=r"did not create \(tasks\)"):
         open_(empty_url)
     assert tables_of(engine) == {"tasks"}
     engine.dispose()

@@ -16,13 +16,13 @@ from taskstore.errors import (
     ValidationError,
 )
 from taskstore.stores.sql import SQLStore, open_sql
-from taskstore.stores.sql.errors import Fault, Translator, sqlite_fault
+from taskstore.stores.sql.errors import ErrorKind, Translator, sqlite_error_kind
 from taskstore.stores.sql.sqlite_library import sqlite_module
 from taskstore.testing.factories import create
 
 LIMITED = """
 import resource, signal, sys
-sys.modules["pysqlite3"] = None  # the standard library's tells what kind of I/O error it is
+sys.modules["pysqlite3"] = None  # the standard library's module has the extended I/O error code
 from taskstore import open_store
 from taskstore.errors import StoreUnavailableError
 from taskstore.testing.factories import create
@@ -54,18 +54,18 @@ def test_a_file_that_may_not_grow_is_written_again_when_it_may(sqlite_path):
     assert output_of(in_process(LIMITED, f"sqlite:///{sqlite_path}")) == "True\n"
 
 
-def test_what_sqlite_says_about_writing_and_syncing():
-    def fault(code: int) -> Fault:
+def test_sqlite_result_codes_of_write_and_sync_errors():
+    def kind_of(code: int) -> ErrorKind:
         error = sqlite_module().OperationalError("disk I/O error")
         error.sqlite_errorcode = code
-        return sqlite_fault(error)
+        return sqlite_error_kind(error)
 
-    assert [fault(10 | (kind << 8)) for kind in (0, 4, 5)] == [Fault.SYNC] * 3
-    assert fault(10 | (3 << 8)) is Fault.FULL
-    assert fault(10 | (1 << 8)) is Fault.OTHER
+    assert [kind_of(10 | (kind << 8)) for kind in (0, 4, 5)] == [ErrorKind.FSYNC_FAILED] * 3
+    assert kind_of(10 | (3 << 8)) is ErrorKind.DISK_FULL
+    assert kind_of(10 | (1 << 8)) is ErrorKind.OTHER
 
 
-def test_an_error_whose_text_is_none(sqlite_path, open_):
+def test_an_error_message_that_is_no_text(sqlite_path, open_):
     url = f"sqlite:///{sqlite_path}"
     with open_(url) as store:
         create(store)
@@ -79,7 +79,7 @@ def test_an_error_whose_text_is_none(sqlite_path, open_):
 
 
 def test_a_value_that_is_no_text_is_damage():
-    translator = Translator("there", sqlite_module().Error, sqlite_fault)
+    translator = Translator("there", sqlite_module().Error, sqlite_error_kind)
     with pytest.raises(CorruptStoreError, match="malformed"), translator:
         b"malformed \xa5".decode()
 

@@ -1,4 +1,4 @@
-"""Which logs are taken for those of an open SQLite file, and which connections are let through."""
+"""Which logs belong to an open SQLite file, and which connections are accepted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from sqlkit import in_process, output_of
 
 from taskstore.errors import StoreReplacedError
-from taskstore.stores.sql.dialects.sqlite import opener
+from taskstore.stores.sql.dialects.sqlite import connection_factory
 from taskstore.stores.sql.migrate import engine_for_url, upgrade
 from taskstore.stores.sql.sqlite_guard import FileGuard
 from taskstore.stores.sql.sqlite_library import sqlite_module
@@ -53,7 +53,7 @@ def plain(sqlite_path):
 
 @contextmanager
 def owner(path):
-    """Another process that has the file open, with logs, and takes them along when it goes."""
+    """Another process that has the file and its logs open, and removes the logs when it exits."""
     process = in_process(OWNER, path)
     assert process.stdout.readline() == "up\n"
     yield
@@ -62,7 +62,7 @@ def owner(path):
 
 
 def guarded(path, *, set_up=lambda _raw: None, open_one=None):
-    open_one = open_one or opener(
+    open_one = open_one or connection_factory(
         MODULE, path, busy_timeout_s=1.0, read_only=False, immutable=False
     )
     return FileGuard(path, open_one, set_up)
@@ -75,11 +75,11 @@ def test_the_logs_are_those_that_the_anchor_has_open(plain):
         assert sorted(guard._logs) == [f"{plain}-shm", f"{plain}-wal"]
         guard.close()
     with pytest.raises(StoreReplacedError):
-        guard.look()  # without the anchor, they went with the last connection
+        guard.check_fully()  # without the anchor, the last connection removed them
     guard = guarded(plain)
     guard.start()
     assert output_of(in_process(PLAIN.replace("t (x)", "other (x)"), plain)) == ""
-    guard.check()  # another process that takes itself for the last one leaves them
+    guard.check()  # another process that closes the file leaves the logs
     guard.close()
     assert not Path(f"{plain}-wal").exists()
 
@@ -136,7 +136,7 @@ def test_every_connection_is_set_up_also_the_anchor(plain):
 @pytest.mark.parametrize(
     ("error", "told"), [(MODULE.OperationalError, StoreReplacedError), (KeyboardInterrupt, None)]
 )
-def test_trouble_with_a_file_that_went_is_that_it_went_and_an_interrupt_is_one(plain, error, told):
+def test_errors_of_a_removed_file_report_the_removal_and_interrupts_pass(plain, error, told):
     failing = []
 
     def set_up(raw):

@@ -1,4 +1,4 @@
-"""Several processes on one ledger: nothing is lost, nothing is double, nothing is skipped."""
+"""Several processes on one ledger: no change is lost, repeated or skipped."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ policy = CompactionPolicy(force=True, history_s=0, history_entries=20, keep_snap
 shared = None
 done, lost = [], 0
 for turn in range(rounds):
-    # Everybody books the same runs; one of them gets each.
+    # All processes create the same runs; one process creates each.
     try:
         store.apply([make_put(run_id=f"run-{turn}", run_digest="same", label=str(number))])
         done.append(turn)
     except ConflictError as error:
         [conflict] = error.conflicts
         assert conflict.existing_task_id is not None, conflict
-    # Everybody counts on one task; a conflict is counted again.
+    # All processes count on one task; after a conflict they count again.
     while True:
         record = store.load_snapshot().records.get("counter")
         if record is None:
@@ -57,7 +57,7 @@ def test_four_processes_hammer_one_ledger(url, open_):
     rounds, writers = 40, 4
     processes = [in_process(WRITER, url, number, rounds) for number in range(writers)]
     won = [json.loads(output_of(process)) for process in processes]
-    # Each run was booked once, by whoever was told so.
+    # Each run was created once, by the process that got the acknowledgement.
     booked = sorted(turn for done, _ in won for turn in done)
     assert booked == list(range(rounds))
     records = store.load_snapshot().records
@@ -84,7 +84,7 @@ while after < last:
         assert entry.at >= at
         after, at = entry.seq, entry.at
         commits.append(entry.commit_id)
-# The entries of one commit lie together.
+# The entries of one commit are contiguous.
 runs = [c for i, c in enumerate(commits) if i == 0 or commits[i - 1] != c]
 print(json.dumps([after, len(runs) == len(set(runs))]))
 """

@@ -13,9 +13,9 @@ from taskstore.stores.sql.sqlite_guard import FileGuard
 
 
 def test_no_connection_is_opened_without_the_logs(live, sqlite_path):
-    """It would make itself an empty log, and read beyond its end."""
+    """A new connection would create an empty log, and read beyond its end."""
     pool = live[0].store._transactions.pool
-    acquired = [pool.acquire() for _ in range(4)]  # more than have ever been opened
+    acquired = [pool.acquire() for _ in range(4)]  # more than were ever open
     remove_logs(sqlite_path)
     with pytest.raises(StoreReplacedError, match="removed while it was open"):
         pool.acquire()
@@ -27,19 +27,19 @@ def test_no_connection_is_opened_without_the_logs(live, sqlite_path):
 
 
 def test_the_connection_that_makes_a_log_of_its_own_is_not_used(live, sqlite_path, monkeypatch):
-    """The logs go just after it has seen them there."""
+    """The logs are removed just after the check found them."""
     registry, _ = live
     pool, removed = registry.store._transactions.pool, []
 
-    def remove_after_the_look(guard):
+    def remove_after_the_check(guard):
         look(guard)
         if not removed:
             removed.append(True)
             remove_logs(sqlite_path)
 
-    look = FileGuard.look
+    look = FileGuard.check_fully
     acquired = [pool.acquire() for _ in range(4)]
-    monkeypatch.setattr(FileGuard, "look", remove_after_the_look)
+    monkeypatch.setattr(FileGuard, "check_fully", remove_after_the_check)
     with pytest.raises(StoreReplacedError, match="removed while it was open"):
         pool.acquire()
     for session in acquired:
@@ -47,7 +47,7 @@ def test_the_connection_that_makes_a_log_of_its_own_is_not_used(live, sqlite_pat
 
 
 @pytest.mark.parametrize("gone", [("-wal",), ("-shm",), LOGS], ids=" ".join)
-def test_nothing_is_acknowledged_into_a_log_that_is_gone(live, sqlite_path, open_registry, gone):
+def test_nothing_is_acknowledged_into_a_removed_log(live, sqlite_path, open_registry, gone):
     registry, _ = live
     remove_logs(sqlite_path, gone)
     for use in (lambda: registry.record_progress("kept", "lost 3"), registry.refresh):
@@ -77,8 +77,8 @@ connection.close()
 def test_locks_that_were_dropped_are_noticed_before_the_next_commit(
     live, sqlite_path, open_registry
 ):
-    """Whoever closes the files in our process, as another SQLite library does, drops the
-    locks; then another process takes itself for the last one, and removes the log."""
+    """Another SQLite library that closes the files in this process drops its locks.  Another
+    process then finds no lock, and removes the log as the last user of the file."""
     registry, _ = live
     for name in (sqlite_path, f"{sqlite_path}-shm"):
         Path(name).open("rb").close()
@@ -97,14 +97,14 @@ def test_locks_that_were_dropped_are_noticed_before_the_next_commit(
 def test_another_store_of_the_process_is_not_opened_without_the_logs(
     backup, sqlite_path, open_registry, gone, read_only
 ):
-    """SQLite would share what the first one has in memory, and other processes would not."""
+    """SQLite would share the memory of the first store, which other processes do not see."""
     open_registry()
     remove_logs(sqlite_path, gone)
     with pytest.raises(StoreReplacedError, match="removed while it was open"):
         open_registry(read_only=read_only)
 
 
-def test_logs_that_another_process_made_anew_are_not_taken_for_ours(live, sqlite_path):
+def test_logs_recreated_by_another_process_are_refused(live, sqlite_path):
     registry, _ = live
     remove_logs(sqlite_path)
     for suffix in LOGS:

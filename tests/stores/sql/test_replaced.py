@@ -19,7 +19,7 @@ from taskstore.testing.threads import until
 
 GONE = "moved, removed or replaced"
 GONE_OR_ITS_LOG = "while it was open"
-"""What is said to who looks while both are replaced, one after the other."""
+"""The error of a check while both files are replaced, one after the other."""
 
 
 @pytest.mark.parametrize("how", ["removed", "replaced", "moved"])
@@ -82,7 +82,7 @@ def test_a_directory_that_was_moved(tmp_path, open_):
     assert open_(f"sqlite:///{elsewhere}/tasks.db").head() == 1
 
 
-def test_what_was_noticed_once_stays_refused(sqlite_path, open_):
+def test_a_detected_replacement_stays_refused(sqlite_path, open_):
     url = f"sqlite:///{sqlite_path}"
     store = open_(url)
     create(store)
@@ -125,7 +125,7 @@ def test_a_registry_is_refused_and_another_one_opens_the_new_file(
 
 
 def open_descriptors(path):
-    """Which files of a database that are gone are still open in this process."""
+    """The removed files of a database that are still open in this process."""
     links = []
     if Path("/proc/self/fd").is_dir():
         found = Path("/proc/self/fd").iterdir()
@@ -152,7 +152,7 @@ def test_replaced_in_the_middle_of_a_transaction(backup, sqlite_path, open_):
     assert (again.head(), again.verify().ok) == (2, True)
 
 
-def test_a_follower_says_so(live, backup, sqlite_path, caplog):
+def test_a_follower_reports_it(live, backup, sqlite_path, caplog):
     registry, heard = live
     with caplog.at_level(logging.WARNING, "taskstore"), registry.follow():
         put_in_place(backup, sqlite_path)
@@ -161,7 +161,7 @@ def test_a_follower_says_so(live, backup, sqlite_path, caplog):
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_who_waits_for_changes_is_told(live, backup, sqlite_path, open_registry, read_only):
+def test_a_waiter_gets_the_error(live, backup, sqlite_path, open_registry, read_only):
     follower = open_registry(read_only=True) if read_only else live[0]
     following = follower.changes(wait=30)
     assert [next(following).seq for _ in range(4)] == [1, 2, 3, 4]
@@ -185,7 +185,7 @@ def test_a_log_of_the_old_file_is_not_replayed_over_the_new_one(
             assert f"{sqlite_path}{suffix}" in caught.value.hint
     assert not heard
     registry.close()
-    # Copying would open the file, which is SQLite's alone in this process.
+    # A copy would open the file, which only SQLite may open in this process.
     assert output_of(in_process(DIGEST, sqlite_path)) == output_of(in_process(DIGEST, backup))
     for suffix in left:
         Path(f"{sqlite_path}{suffix}").unlink()
@@ -216,7 +216,7 @@ def test_no_connection_is_opened_to_a_file_beside_which_the_old_log_lies(
     assert output_of(in_process(DIGEST, sqlite_path)) == output_of(in_process(DIGEST, backup))
 
 
-def test_the_log_of_who_was_faster_is_left_to_them(live, backup, sqlite_path, open_registry):
+def test_the_log_of_a_faster_process_is_left_alone(live, backup, sqlite_path, open_registry):
     registry, _ = live
     put_in_place(backup, sqlite_path)
     other = open_registry()
@@ -254,7 +254,7 @@ def test_threads_that_read_meanwhile_see_the_old_file_or_are_refused(live, backu
     assert set().union(*seen) <= {(4, "lost 2")}
 
 
-def test_replaced_by_what_is_not_ours(live, sqlite_path):
+def test_replaced_by_a_foreign_file(live, sqlite_path):
     registry, _ = live
     strange = sqlite_path.with_name("strange.db")
     for content in (b"", b"?" * 5000):
@@ -269,7 +269,7 @@ def test_replaced_by_what_is_not_ours(live, sqlite_path):
 # -- what it costs, and when the directory is believed -----------------------------------
 
 
-def test_a_lone_commit_looks_once(live, monkeypatch):
+def test_a_lone_commit_checks_once(live, monkeypatch):
     registry, _ = live
     looks = []
 
@@ -289,7 +289,7 @@ def test_a_lone_commit_looks_once(live, monkeypatch):
 def test_a_change_in_the_same_tick_of_the_clock_is_seen(live, backup, sqlite_path, monkeypatch):
     """A directory that was changed just now may be changed again without another time."""
     registry, _ = live
-    monkeypatch.setattr(sqlite_guard, "_TICK_NS", 10**15)
+    monkeypatch.setattr(sqlite_guard, "_MTIME_GRANULARITY_NS", 10**15)
     sqlite_path.with_name("beside").touch()
     registry.record_progress("kept", "the directory is young")
     before = sqlite_path.parent.stat()

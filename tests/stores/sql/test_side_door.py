@@ -1,4 +1,4 @@
-"""Damage done behind the store's back: found, reported, carried along, never dropped."""
+"""Damage from outside the store: found, reported, kept, never dropped."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_one_bad_row_does_not_hide_the_rest(url, open_, damage, fitting):
         assert (aside.raw, aside.task_id, aside.revision) == (DAMAGE[damage], "task-1", 1)
         assert "task-1" in aside.where
         assert store.report().quarantined == (aside,)
-        # Compaction carries it as bytes, and the next load finds it again.
+        # Compaction keeps its bytes, and the next load finds it again.
         report = store.compact(ALL)
         assert report.records == len(others) + 1
         kept = store.read_snapshot(report.seq)
@@ -93,19 +93,19 @@ def test_two_rows_with_one_payload_do_not_become_one(store, url):
     assert [item.task_id for item in loaded.quarantined] == [second.task_id]
 
 
-def test_a_projection_that_lies_is_told_and_not_believed(store, url):
+def test_a_wrong_projection_is_reported_and_not_used(store, url):
     record = create(store, owner_key="me")
     run(url, "UPDATE tasks SET owner_key = 'you'")
     assert list(store.query(TaskQuery(owner_key="you", limit=5))) == []
     assert dict(store.load_snapshot().records) == {record.task_id: record}
     [problem] = store.verify().problems
     assert "column owner_key" in problem
-    # The next change of the task puts it right again.
+    # The next change of the task repairs it.
     update(store, record, label="x")
     assert store.verify().ok
 
 
-def test_a_payload_that_is_text_is_bytes_all_the_same(sqlite_path, open_):
+def test_a_text_payload_is_read_as_bytes(sqlite_path, open_):
     url = f"sqlite:///{sqlite_path}"
     store = open_(url)
     good, bad = create(store), create(store)
@@ -121,7 +121,7 @@ def test_a_payload_that_is_text_is_bytes_all_the_same(sqlite_path, open_):
     assert list(store.query(TaskQuery(limit=5))) == [good]
 
 
-def test_a_damaged_entry_is_handed_out_as_bytes(store, url):
+def test_a_damaged_entry_is_returned_as_bytes(store, url):
     record = create(store)
     update(store, record, label="x")
     run(url, "UPDATE task_journal SET payload = :bad WHERE seq = 1", bad=b"garbage")
@@ -134,7 +134,7 @@ def test_a_damaged_entry_is_handed_out_as_bytes(store, url):
     assert any("seq 1" in problem for problem in store.verify().problems)
 
 
-def test_a_hole_in_the_journal_is_not_skipped(store, url):
+def test_a_gap_in_the_journal_is_an_error(store, url):
     for _ in range(5):
         create(store)
     run(url, "DELETE FROM task_journal WHERE seq = 3")
@@ -145,7 +145,7 @@ def test_a_hole_in_the_journal_is_not_skipped(store, url):
     assert not store.verify().ok
 
 
-def test_an_end_that_was_cut_off_is_not_the_end(store, url):
+def test_a_missing_last_entry_is_an_error(store, url):
     for _ in range(3):
         create(store)
     run(url, "DELETE FROM task_journal WHERE seq = 3")
@@ -175,7 +175,7 @@ def test_a_head_that_was_set_back_stops_writers(store, url):
     assert len(store.load_snapshot().records) == 2
 
 
-def test_a_head_row_that_is_gone(store, url):
+def test_a_missing_head_row(store, url):
     create(store)
     run(url, "DELETE FROM taskstore_head")
     for action in (store.head, store.load_snapshot, lambda: store.query(TaskQuery(limit=1))):
@@ -183,20 +183,20 @@ def test_a_head_row_that_is_gone(store, url):
             action()
 
 
-def test_rows_that_the_journal_does_not_know(store, url):
+def test_rows_without_journal_entries(store, url):
     lost, other = create(store), create(store)
     run(url, "DELETE FROM tasks WHERE task_id = :id", id=lost.task_id)
     run(url, "UPDATE tasks SET task_id = 'renamed' WHERE task_id = :id", id=other.task_id)
     problems = "\n".join(store.verify().problems)
     both = ", ".join(sorted([repr(lost.task_id), repr(other.task_id)]))
     assert f"the table tasks lacks tasks of the journal (2): {both}" in problems
-    assert "payload is of task" in problems
+    assert "payload belongs to task" in problems
 
 
 def test_deletions_stay_known_until_they_are_trimmed(store, url):
     record = create(store)
     delete(store, record)
-    # An entry below the floor is a leftover of a trim: it counts no more.
+    # An entry below the floor is a leftover of a trim, and is ignored.
     run(url, "UPDATE taskstore_head SET floor = 3")
     create(store, task_id=record.task_id)
 

@@ -52,7 +52,7 @@ def test_nothing_is_written(url, open_):
 
 def test_the_connection_itself_refuses(url, open_):
     open_(url).close()
-    # PostgreSQL says of itself what a standby says, which is waited for.
+    # PostgreSQL reports the same error as a standby, so the store waits.
     reader = open_(url, read_only=True, reconnect_s=0.1)
     with pytest.raises(StoreUnavailableError, match=r"cannot be written"):
         write(reader, lambda session: session.execute("DELETE FROM taskstore_head"))
@@ -72,14 +72,14 @@ def test_a_reader_never_waits(sqlite_path, open_):
     url = f"sqlite:///{sqlite_path}"
     store = open_(url)
     create(store)
-    held = store._transactions.pool.writer()
+    held = store._transactions.pool.acquire_writer()
     held.execute("BEGIN EXCLUSIVE")
     assert read_everything(open_(url, read_only=True)) == 1
     held.execute("ROLLBACK")
 
 
 def test_the_last_reader_does_not_checkpoint(sqlite_path):
-    # The writer dies without closing: its commits lie in the log only.
+    # The writer dies without closing: its commits are in the log only.
     script = """
 import os, sys
 from taskstore import open_store
@@ -116,7 +116,7 @@ def test_a_missing_file_is_not_made(sqlite_path, open_):
 
 AS_NOBODY = f"""
 import os, sys
-# Python itself may lie where nobody else may read.
+# Another user may have no access to the directory of Python.
 import alembic.command, encodings.idna, taskstore.stores.sql.migrate, taskstore.testing.factories
 from taskstore.stores.sql import open_sql as open_store
 os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})

@@ -1,4 +1,4 @@
-"""What reaches the database: how many statements, which, and by which index."""
+"""The statements of each operation: their number, kind and index."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from taskstore.model.query import TaskQuery, evaluate
 from taskstore.model.records import TaskRecord, TaskStatus
 from taskstore.stores.sql.commits import insert_row
 from taskstore.stores.sql.dialects import Database
-from taskstore.stores.sql.dialects.base import pieces
-from taskstore.stores.sql.query import _one_select
-from taskstore.stores.sql.statements import SIZES
+from taskstore.stores.sql.dialects.base import row_groups
+from taskstore.stores.sql.query import _select_page
+from taskstore.stores.sql.statements import ROW_COUNTS
 from taskstore.stores.sql.tables import ONLY_ON, TABLES, tasks
 from taskstore.testing.factories import EPOCH_MS, create, make_record, next_of, removal_of, update
 
 
 def kinds(statements: list[str]) -> list[str]:
-    """The statements, each reduced to what it does and to which table."""
+    """The verb and the table of each statement."""
     found = []
     for sql in statements:
         words = sql.split()
@@ -43,7 +43,7 @@ CLAIM = ["UPDATE taskstore_head"]
 def recorded(spy: Spy, action) -> list[str]:
     spy.statements.clear()
     action()
-    # How a transaction begins is the dialect's own affair.
+    # The statement that begins a transaction depends on the dialect.
     return [kind for kind in kinds(spy.statements) if kind != "BEGIN"]
 
 
@@ -97,20 +97,20 @@ def test_every_batch_size_is_right(store):
     assert store.verify().ok
 
 
-def test_rows_are_cut_into_lots_of_known_sizes():
+def test_rows_are_split_into_groups_of_known_sizes():
     for count in (0, 1, 4, 7, 100, 255, 256, 1000):
-        lots = list(pieces(range(count)))
-        assert [item for lot in lots for item in lot] == list(range(count))
-        assert {len(lot) for lot in lots} <= set(SIZES)
+        groups = list(row_groups(range(count)))
+        assert [item for group in groups for item in group] == list(range(count))
+        assert {len(group) for group in groups} <= set(ROW_COUNTS)
 
 
-@pytest.mark.parametrize("dialect", Database.kinds)
+@pytest.mark.parametrize("dialect", Database.dialects)
 def test_every_statement_compiles_with_the_parameters_it_declares(dialect):
-    sql = Database.kinds[dialect].sql
+    sql = Database.dialects[dialect].sql
     for name in dir(type(sql)):
         if not name.startswith("_") and not callable(getattr(type(sql), name)):
             assert isinstance(getattr(sql, name), str)
-    for size in SIZES:
+    for size in ROW_COUNTS:
         for name in ("insert_tasks", "update_tasks", "update_tasks_wide", "delete_tasks"):
             assert getattr(sql, name)(size)
         assert sql.insert_journal(size)
@@ -238,7 +238,7 @@ def test_sqlite_walks_along_the_index(sqlite_path, open_, filters, index):
 
         type(session).rows = rows
         try:
-            return _one_select(session, TaskQuery(**filters, limit=5), {})
+            return _select_page(session, TaskQuery(**filters, limit=5), {})
         finally:
             type(session).rows = session_rows
 
@@ -266,7 +266,7 @@ print(json.dumps([len(page), tracemalloc.get_traced_memory()[1]]))
 
 
 def fill(store, count: int) -> None:
-    """Put many tasks into a ledger by the side door, which is much faster."""
+    """Insert many tasks into a ledger by raw SQL, which is much faster."""
     sql = store._database.sql
     record = make_record(owner_key="me", task="x" * 500)
     from msgspec.structs import replace
@@ -278,9 +278,9 @@ def fill(store, count: int) -> None:
         rows.append(insert_row(one, payload, checksum(payload)))
 
     def work(session):
-        for lot in pieces(rows):
-            values = tuple(value for row in lot for value in row)
-            session.execute(sql.insert[tasks](len(lot)), values)
+        for group in row_groups(rows):
+            values = tuple(value for row in group for value in row)
+            session.execute(sql.insert[tasks](len(group)), values)
 
     write(store, work)
 
@@ -338,7 +338,7 @@ def test_an_update_brings_every_projection_along(store):
     assert store.verify().ok
 
 
-def test_a_booking_carried_onto_another_is_a_conflict(store):
+def test_an_update_to_the_dedup_key_of_another_task_is_a_conflict(store):
     from taskstore.errors import ConflictError
 
     holder = create(store, run_id="run", run_digest="b")

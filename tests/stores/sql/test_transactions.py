@@ -1,4 +1,4 @@
-"""Transactions: what a body that is cut short leaves, and writes inside of writes."""
+"""Transactions: interrupted bodies, and writes inside of writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from taskstore.testing.factories import create, make_put
 
 
 def test_an_orphan_is_rolled_back(url, open_):
-    """An interrupt between a transaction's beginning and its body leaves it to nobody."""
+    """An interrupt between a transaction's BEGIN and its body leaves it without an owner."""
     store, other = open_(url), open_(url)
     begun = store._transactions.write()
     begun.__enter__().execute("UPDATE taskstore_head SET last_at = 99")

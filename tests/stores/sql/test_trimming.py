@@ -1,4 +1,4 @@
-"""What is damaged in the journal outlives its trimming; the last image of a task is not trimmed."""
+"""Trimming keeps damaged entries, and the last record of a task."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def task(store):
     return record
 
 
-def test_entries_that_do_not_decode_are_set_aside(store, url, open_, task):
+def test_entries_that_do_not_decode_are_quarantined(store, url, open_, task):
     damage(url, 2, 5)
     before = dict(store.load_snapshot().records)
     report = store.compact(ALL)
@@ -53,7 +53,7 @@ def test_entries_that_do_not_decode_are_set_aside(store, url, open_, task):
         assert f"task_journal, seq {seq}" in item.where
         assert (item.superseded, item.task_id, item.revision) == (True, "B", revision)
         assert "checksum" in item.reason
-    # They stand in nobody's way, and every later compaction carries them.
+    # They block no change, and every later compaction keeps them.
     for _ in range(3):
         for instance in (store, open_(url)):
             loaded = instance.load_snapshot()
@@ -70,7 +70,7 @@ def test_entries_that_do_not_decode_are_set_aside(store, url, open_, task):
     assert fold(kept, store.read_journal(kept.seq, 9)).quarantined == reported
 
 
-def test_a_right_checksum_over_something_else_is_kept_too(store, url, task):
+def test_other_content_with_a_right_checksum_is_quarantined_too(store, url, task):
     future = b'{"v":"9.0","task_id":"B","revision":2}'
     run(
         url,
@@ -87,7 +87,7 @@ def test_a_right_checksum_over_something_else_is_kept_too(store, url, task):
     assert store.load_snapshot().records["B"] == task
 
 
-def test_what_is_not_trimmed_stays_in_the_journal(store, url, task):
+def test_untrimmed_damage_stays_in_the_journal(store, url, task):
     damage(url, 5)
     assert store.compact(SOME).trimmed == 0
     assert store.report().quarantined == ()
@@ -97,7 +97,7 @@ def test_what_is_not_trimmed_stays_in_the_journal(store, url, task):
     assert [item.raw for item in store.report().quarantined] == [JUNK]
 
 
-def test_one_that_is_its_row_is_kept_once(store, url, task):
+def test_damage_that_is_also_in_the_row_is_kept_once(store, url, task):
     damage(url, 7)
     run(url, "UPDATE tasks SET payload = :junk WHERE task_id = 'B'", junk=JUNK)
     for _ in range(2):
@@ -108,7 +108,7 @@ def test_one_that_is_its_row_is_kept_once(store, url, task):
 
 
 def test_many_steps_and_a_killed_compaction(store, url, task, monkeypatch):
-    monkeypatch.setattr(compaction, "STEP", 2)
+    monkeypatch.setattr(compaction, "ENTRIES_PER_STEP", 2)
     damage(url, 2, 4, 5)
     real, calls = compaction.trim_entries, []
 
@@ -127,14 +127,14 @@ def test_many_steps_and_a_killed_compaction(store, url, task, monkeypatch):
     assert [item.raw for item in store.load_snapshot().quarantined] == [JUNK, JUNK, JUNK]
 
 
-def test_what_is_deleted_takes_its_damaged_images_along(store, url, task):
+def test_deletion_removes_the_damaged_entries_too(store, url, task):
     damage(url, 2)
     delete(store, task)
     store.compact(ALL)
     assert store.report().quarantined == store.load_snapshot().quarantined == ()
 
 
-def test_what_was_kept_of_a_task_is_erased_with_it(store, url, task):
+def test_quarantined_payloads_of_a_task_are_erased_with_it(store, url, task):
     damage(url, 1, 2, 5)
     store.compact(ALL)
     assert len(store.load_snapshot().quarantined) == 3
@@ -144,7 +144,7 @@ def test_what_was_kept_of_a_task_is_erased_with_it(store, url, task):
     assert (item.superseded, item.task_id) == (True, "A")
 
 
-def test_the_last_image_of_a_task_is_not_trimmed(store, url, open_, task):
+def test_the_last_record_of_a_task_is_not_trimmed(store, url, open_, task):
     run(url, "DELETE FROM tasks WHERE task_id = 'B'")
     for policy in (ALL, ERASE):
         with pytest.raises(CorruptStoreError, match=r"'B' \(seq 7\)") as caught:
@@ -152,7 +152,7 @@ def test_the_last_image_of_a_task_is_not_trimmed(store, url, open_, task):
         assert "nothing was trimmed" in caught.value.hint
         assert (store.floor(), store.read_snapshot(99)) == (1, None)
         assert len(store.read_journal(0, 99)) == 7
-    # What keeps the image may be done; and with the row back, everything.
+    # A compaction that trims nothing works; with the row restored, every one works.
     image = store.read_journal(6, 1)[0].record
     assert image == task
     assert store.compact(SOME).trimmed == 0

@@ -27,14 +27,14 @@ from msgspec import Struct
 from taskstore import CompactionPolicy, CompactionReport, StoreBusyError, TaskStoreError
 from taskstore.store import Clock, JournalStats, SnapshotInfo
 
-from taskstore_redis.layout import Mark, State, marks_of, raw_entry
+from taskstore_redis.layout import PublishedSnapshot, State, published_snapshots, raw_entry
 from taskstore_redis.reading import Reader
 from taskstore_redis.writing import Writer
 
 LEASE_MS = 5000
 """How long a compactor may be silent before another one takes over, in milliseconds."""
-LEASE_TRIES = 3
-LEASE_PAUSE_S = 0.02
+LEASE_ATTEMPTS = 3
+LEASE_RETRY_S = 0.02
 """How often, and how far apart in seconds, it is tried: the server may be about
 to find out that a holder is gone."""
 STEP_ROWS = 64
@@ -45,11 +45,11 @@ STEP_ENTRIES = 500
 """How many entries one step trims."""
 
 
-class _Found(Struct):
+class _Inputs(Struct):
     """What there is to compact."""
 
     state: State
-    marks: list[Mark]
+    marks: list[PublishedSnapshot]
     records: int
     oldest_at: int | None
 
@@ -66,9 +66,9 @@ class Compactor:
     def compact(self, policy: CompactionPolicy, clock: Clock) -> CompactionReport:
         """Do what :meth:`SupportsCompaction.compact` promises."""
         started = time.monotonic()
-        with self._reader.link.presence() as connection_id:
+        with self._reader.link.held_connection() as connection_id:
             self._token = f"{secrets.token_hex(16)}.{connection_id}"
-            found = self._acquire()
+            found = self._begin()
             try:
                 self._trim()
                 return self._compact(policy, clock(), found, started)
@@ -77,7 +77,7 @@ class Compactor:
                     self._reader.link.run("release", self._keys.named("lease"), self._token)
 
     def _compact(
-        self, policy: CompactionPolicy, now: int, found: _Found, started: float
+        self, policy: CompactionPolicy, now: int, found: _Inputs, started: float
     ) -> CompactionReport:
         before = found.state.floor
         newest = found.marks[-1].seq if found.marks else 0
@@ -115,32 +115,32 @@ class Compactor:
 
     # -- steps ----------------------------------------------------------------------
 
-    def _acquire(self) -> _Found:
+    def _begin(self) -> _Inputs:
         """Take the lease, clear what others left, and see what there is."""
-        reply = self._take_lease()
+        reply = self._acquire_lease()
         state = self._reader.checked(reply[1])
-        marks = marks_of(reply[2])
+        marks = published_snapshots(reply[2])
         now = int(reply[5])
         published = {mark.token for mark in marks}
         for token, until in zip(reply[3][::2], reply[3][1::2], strict=True):
             if int(until) < now and token.decode() not in published:
-                self._writer.forget(token.decode())
+                self._writer.discard_staged(token.decode())
         oldest = [raw_entry(entry, self._reader.location) for entry in reply[6]]
-        return _Found(state, marks, int(reply[4]), oldest[0].at if oldest else None)
+        return _Inputs(state, marks, int(reply[4]), oldest[0].at if oldest else None)
 
-    def _take_lease(self) -> Any:
+    def _acquire_lease(self) -> Any:
         """Take the lease, from nobody or from one who is gone; what there is to compact."""
         keys = self._keys.named("head", "lease", "snapshots", "staging", "facts", "journal")
         gone = ""
-        for _ in range(LEASE_TRIES):
+        for _ in range(LEASE_ATTEMPTS):
             reply = self._reader.link.run("acquire", keys, self._token, LEASE_MS, gone)
             if reply[0] == b"ok":
                 return reply
             holder = reply[1].decode()
-            if self._reader.link.is_gone(int(holder.rpartition(".")[2])):
+            if self._reader.link.is_disconnected(int(holder.rpartition(".")[2])):
                 gone = holder
             else:
-                time.sleep(LEASE_PAUSE_S)
+                time.sleep(LEASE_RETRY_S)
         raise StoreBusyError(
             f"{self._reader.location} is being compacted by another",
             hint=f"if that one is gone, its lease ends in {int(reply[2])} ms",

@@ -1,6 +1,6 @@
-"""The one place where Redis errors become ours.
+"""Translation of driver errors to errors of taskstore.
 
-No message carries the password of the URL, and where a cause does, it is left out.
+No message contains the password of the URL; a cause that contains it is dropped.
 """
 
 from __future__ import annotations
@@ -16,86 +16,86 @@ from taskstore import (
 )
 
 ERRORS = (exceptions.RedisError, OSError)
-"""What the driver raises."""
+"""The errors that the driver raises."""
 
 REFUSED = (exceptions.AuthenticationError, exceptions.AuthorizationError)
-"""Not to be mended by trying again."""
+"""The server refused the login: a retry cannot succeed."""
 
 NETWORK = (exceptions.ConnectionError, exceptions.TimeoutError, OSError)
-"""The connection is gone, or cannot be made."""
+"""The connection broke, or cannot be made."""
 
-NOT_RUN = (exceptions.BusyLoadingError, exceptions.MaxConnectionsError)
-"""Network errors by class, but the server has answered: it did not run the command."""
+NOT_EXECUTED = (exceptions.BusyLoadingError, exceptions.MaxConnectionsError)
+"""Network errors by class, but the server answered, or no command was sent: it was not run."""
 
-_KINDS = {
+_REPLY_CODES = {
     exceptions.OutOfMemoryError: "OOM",
     exceptions.ReadOnlyError: "READONLY",
     exceptions.NoPermissionError: "NOPERM",
-    exceptions.MovedError: "MOVED",
+    exceptions.InconsistentPagesError: "MOVED",
     exceptions.ClusterCrossSlotError: "MOVED",
     exceptions.MasterDownError: "MASTERDOWN",
     exceptions.ClusterDownError: "CLUSTERDOWN",
 }
-"""Of the answers whose first word redis-py turns into a class, that word."""
+"""The first word of the answers that redis-py turns into a class of its own."""
 
-_UNAVAILABLE = {
+_MEANINGS = {
     "OOM": ("has no memory left for writes", "give it more memory, or compact the ledger"),
     "READONLY": (
-        "is a replica, which takes no writes",
+        "is a replica, which accepts no writes",
         "name the master in the URL, or open the store read-only",
     ),
-    "MISCONF": ("takes no writes, since it cannot save them", "see its log for the disk error"),
-    "NOREPLICAS": ("takes no writes, since it has too few replicas", None),
+    "MISCONF": ("accepts no writes, since it cannot save them", "see its log for the disk error"),
+    "NOREPLICAS": ("accepts no writes, since it has too few replicas", None),
     "MASTERDOWN": ("is a replica that has lost its master", None),
     "CLUSTERDOWN": ("belongs to a cluster that is down", None),
-    "MOVED": ("belongs to a cluster, where another node has this ledger", "name that node"),
+    "MOVED": ("belongs to a cluster in which another node has this ledger", "name that node in the URL"),
     "NOPERM": (
-        "does not let this user do what the store has to",
-        "grant it ~{NAMESPACE}:* +@all -@dangerous +info +config|get +client|list",
+        "refuses this user a command or a key that the store needs",
+        "grant the user ~{NAMESPACE}:* +@all -@dangerous +info +config|get +client|list",
     ),
 }
-"""What an answer means, and what to do."""
+"""The meaning and the hint for an answer, by its first word."""
 
 
 class Translator:
-    """Turns driver errors into ours; ``location`` names the server without its password."""
+    """Translates driver errors; ``location`` is the URL without user and password."""
 
     def __init__(self, location: str, password: str | None) -> None:
         self.location = location
         self._secrets = {password, quote(password, safe="")} if password else set()
 
     def __call__(self, error: BaseException) -> TaskStoreError:
-        """Our error for a driver's, for nothing that was written."""
+        """The taskstore error for a driver error, when nothing was written."""
         text, where = self.text(error), self.location
         if isinstance(error, REFUSED):
             return StoreUnavailableError(
-                f"{where} refuses us: {text}", hint="check user and password"
+                f"{where} refuses the login: {text}", hint="check user and password"
             )
         if not isinstance(error, exceptions.ResponseError):
             return StoreUnavailableError(
                 f"{where} cannot be reached: {text}", hint="check that the server runs"
             )
-        # Within a script the word may come later in the answer.
-        words = {_KINDS.get(type(error), ""), *text.split()}
+        # In an error from within a script, the word is not the first one.
+        words = {_REPLY_CODES.get(type(error), ""), *text.split()}
         if "WRONGTYPE" in words:
             return CorruptStoreError(
                 where,
-                f"a key of this namespace is not what it should be: {text}",
-                hint="something else writes to this namespace: name another one in the URL",
+                f"a key of this namespace has the wrong type: {text}",
+                hint="another program writes to this namespace: name another one in the URL",
             )
         if "BUSY" in words:
             return StoreBusyError(f"{where} is busy with a script: {text}")
-        for word in words & _UNAVAILABLE.keys():
-            meaning, hint = _UNAVAILABLE[word]
+        for word in words & _MEANINGS.keys():
+            meaning, hint = _MEANINGS[word]
             return StoreUnavailableError(f"{where} {meaning}: {text}", hint=hint)
         return StoreUnavailableError(f"{where} answers: {text}")
 
     def cause(self, error: BaseException) -> BaseException | None:
-        """The driver's exception, or ``None`` when it would give the password away."""
+        """The driver's exception, or ``None`` if its text contains the password."""
         return None if self.text(error) != _line(error) else error
 
     def text(self, error: BaseException) -> str:
-        """What the driver said, on one line, without the password."""
+        """The text of a driver's error, on one line, without the password."""
         text = _line(error)
         for secret in self._secrets:
             text = text.replace(secret, "***")

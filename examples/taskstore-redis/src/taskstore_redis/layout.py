@@ -102,7 +102,7 @@ class State(NamedTuple):
     commit: str
 
     @property
-    def life(self) -> tuple[bytes, int]:
+    def identity(self) -> tuple[bytes, int]:
         """Which ledger this is, and which life of it."""
         return (self.ledger, self.timeline)
 
@@ -128,7 +128,7 @@ def facts_of(record: TaskRecord) -> bytes:
     return b"\0".join(
         (
             b"%d" % record.revision,
-            created(record.created_at),
+            time_key(record.created_at),
             _fact(record.run_digest),
             *(_fact(getattr(record, field)) for field in INDEXED),
         )
@@ -139,19 +139,19 @@ def _fact(value: str | None) -> bytes:
     return b"" if value is None else b"=" + value.encode()
 
 
-def created(time: int) -> bytes:
-    """A time as its place in the order of bytes: 16 digits."""
+def time_key(time: int) -> bytes:
+    """A time as its sort_key in the order of bytes: 16 digits."""
     return b"%0*d" % (TIME_DIGITS, time)
 
 
-def place_of(record: TaskRecord) -> bytes:
-    """A record's place in the order of the index."""
-    return created(record.created_at) + record.task_id.encode()
+def sort_key_of(record: TaskRecord) -> bytes:
+    """A record's sort_key in the order of the index."""
+    return time_key(record.created_at) + record.task_id.encode()
 
 
-def id_at(place: bytes) -> str:
-    """The task id of a place in the order of the index."""
-    return place[TIME_DIGITS:].decode("utf-8", "surrogateescape")
+def id_in_sort_key(sort_key: bytes) -> str:
+    """The task id of a sort_key in the order of the index."""
+    return sort_key[TIME_DIGITS:].decode("utf-8", "surrogateescape")
 
 
 def revision_in(facts: bytes | None) -> int | None:
@@ -205,7 +205,7 @@ class RawEntry(NamedTuple):
     kind: bytes
     task_id: str
     revision: int
-    back: int
+    previous_seq: int
     """The seq of the entry before of the same task, 0 if there is none."""
     image: bytes
 
@@ -222,7 +222,7 @@ def raw_entry(reply: Sequence[Any], location: str) -> RawEntry:
             kind=values[b"k"],
             task_id=values[b"i"].decode(),
             revision=int(values[b"r"]),
-            back=int(values[b"b"]),
+            previous_seq=int(values[b"b"]),
             image=values[b"p"],
         )
     except (KeyError, ValueError, TypeError) as error:
@@ -248,7 +248,7 @@ def entry_of(raw: RawEntry, location: str) -> JournalEntry:
 # -- snapshots --------------------------------------------------------------------
 
 
-class Mark(NamedTuple):
+class PublishedSnapshot(NamedTuple):
     """A published snapshot."""
 
     seq: int
@@ -258,15 +258,15 @@ class Mark(NamedTuple):
     token: str
 
 
-def mark_of(seq: bytes, value: bytes) -> Mark:
+def published_snapshot(seq: bytes, value: bytes) -> PublishedSnapshot:
     """A mark as it stands in ``snapshots``."""
     at, records, chunks, token = value.split(b"\0")
-    return Mark(int(seq), int(at), int(records), int(chunks), token.decode())
+    return PublishedSnapshot(int(seq), int(at), int(records), int(chunks), token.decode())
 
 
-def marks_of(reply: Sequence[bytes]) -> list[Mark]:
+def published_snapshots(reply: Sequence[bytes]) -> list[PublishedSnapshot]:
     """Every mark of an HGETALL, in order of seq."""
-    return sorted(map(mark_of, reply[::2], reply[1::2]))
+    return sorted(map(published_snapshot, reply[::2], reply[1::2]))
 
 
 def items_of(chunk: bytes, where: str) -> Iterator[tuple[str, int, bytes]]:

@@ -1,8 +1,7 @@
-"""The connections to the server, and what happens when they break.
+"""The connections to the server: pools, retries, translated errors.
 
-Commands go out as they are and answers come back as bytes and lists.  redis-py
-is never left to try again by itself: it cannot know that a command which may
-have happened must not be sent twice.
+Answers are bytes and lists.  The retries of redis-py are off: redis-py cannot
+know which commands must not be sent twice.
 """
 
 from __future__ import annotations
@@ -19,29 +18,29 @@ from redis.exceptions import NoScriptError
 from redis.retry import Retry
 from taskstore import StoreClosedError, TaskStoreError
 
-from taskstore_redis.errors import ERRORS, NETWORK, NOT_RUN, REFUSED, Translator
+from taskstore_redis.errors import ERRORS, NETWORK, NOT_EXECUTED, REFUSED, Translator
 from taskstore_redis.scripts import Script, script
 from taskstore_redis.urls import Target
 
-PATIENCE_S = 5.0
-"""How long a broken connection is tried again, in seconds."""
-WAIT_SLICE_S = 2.0
-"""How long the server is asked to wait for a commit at a time, in seconds."""
+RETRY_TIMEOUT_S = 5.0
+"""How long an operation is retried on a broken connection, in seconds."""
+BLOCK_S = 2.0
+"""How long one XREAD blocks, in seconds."""
 MAX_CONNECTIONS = 10_000
-"""As many as the threads that use the store at once."""
+"""More than the threads that use the store at once: a pool must not refuse a connection."""
 
 _T = TypeVar("_T")
 
 
 class AnswerLostError(Exception):
-    """A command was sent, or may have been, and no answer came."""
+    """A command was sent, at least in part, and no answer was received."""
 
 
 class Link:
-    """What one store has open to its server.
+    """The connections of one store to its server.
 
-    ``timeout_s`` is how long an answer may take, in seconds.  Errors of the
-    driver come out translated.
+    ``timeout_s`` is the timeout of an answer, in seconds.  Methods raise
+    errors of taskstore in place of those of the driver.
     """
 
     def __init__(self, target: Target, timeout_s: float) -> None:
@@ -49,8 +48,8 @@ class Link:
         self._timeout_s = timeout_s
         self._closed = threading.Event()
         self._pool = self._make_pool(target, timeout_s)
-        # Those who wait block their connection for longer than an answer takes.
-        self._waiting = self._make_pool(target, timeout_s + WAIT_SLICE_S)
+        # XREAD blocks a connection for longer than the timeout of an answer.
+        self._blocking_pool = self._make_pool(target, timeout_s + BLOCK_S)
 
     def _make_pool(self, target: Target, timeout_s: float) -> redis.ConnectionPool:
         return redis.ConnectionPool(
@@ -72,18 +71,18 @@ class Link:
     def call(self, *command: Any) -> Any:
         """Send a command that may be sent twice, and return its answer.
 
-        A broken connection is tried again for some seconds.
+        A broken connection is retried for ``RETRY_TIMEOUT_S``.
         """
-        return self._translated(lambda: self._again(lambda: self._exchange(self._pool, command)))
+        return self._translated(lambda: self._retry(lambda: self._exchange(self._pool, command)))
 
-    def call_now(self, *command: Any) -> Any:
-        """Send a command, without patience for a server that is not there."""
+    def call_without_retry(self, *command: Any) -> Any:
+        """Send a command once, and return its answer."""
         return self._translated(lambda: self._exchange(self._pool, command))
 
     def run(self, name: str, keys: Sequence[bytes], *arguments: Any) -> Any:
         """Run a script that may be run twice, and return its answer."""
         return self._translated(
-            lambda: self._again(
+            lambda: self._retry(
                 lambda: self._run(script(name), keys, arguments, self._exchange_any)
             )
         )
@@ -91,100 +90,105 @@ class Link:
     def run_once(self, name: str, keys: Sequence[bytes], *arguments: Any) -> Any:
         """Run a script that must not be run twice.
 
-        Raises :class:`AnswerLostError` if it was sent and no answer came.
+        Raises :class:`AnswerLostError` if it was sent and no answer was received.
         """
         return self._translated(
             lambda: self._run(script(name), keys, arguments, self._exchange_once)
         )
 
     def wait(self, stream: bytes, after: int, timeout_s: float) -> bool:
-        """Wait until a stream has an entry after ``<after>-0``; returns whether it has."""
-        milliseconds = max(1, int(min(timeout_s, WAIT_SLICE_S) * 1000))
+        """Wait for an entry after ``<after>-0`` in a stream; returns whether one exists."""
+        milliseconds = max(1, int(min(timeout_s, BLOCK_S) * 1000))
         command = ("XREAD", "COUNT", 1, "BLOCK", milliseconds, "STREAMS", stream, f"{after}-0")
         return bool(
-            self._translated(lambda: self._again(lambda: self._exchange(self._waiting, command)))
+            self._translated(
+                lambda: self._retry(lambda: self._exchange(self._blocking_pool, command))
+            )
         )
 
     @contextmanager
-    def presence(self) -> Iterator[int]:
-        """Keep a connection open, whose end tells others that we are gone; its id."""
+    def held_connection(self) -> Iterator[int]:
+        """Keep a connection open while the caller owns a lease; yields its id.
+
+        If the caller dies, the server closes the connection: see :meth:`is_disconnected`.
+        """
         with self._translator():
-            connection = self._again(self._pool.get_connection)
+            connection = self._retry(self._pool.get_connection)
         try:
             with self._translator():
-                number = int(_ask(connection, ("CLIENT", "ID")))
-            yield number
+                connection_id = int(_request(connection, ("CLIENT", "ID")))
+            yield connection_id
         finally:
             self._pool.release(connection)
 
-    def is_gone(self, number: int) -> bool:
-        """Whether the server knows that a connection has ended; ``False`` if it does not tell."""
+    def is_disconnected(self, connection_id: int) -> bool:
+        """Whether a connection has ended; ``False`` if the server refuses CLIENT LIST."""
         try:
-            return not self.call("CLIENT", "LIST", "ID", number).strip()
+            return not self.call("CLIENT", "LIST", "ID", connection_id).strip()
         except TaskStoreError:
             return False
 
     def close(self) -> None:
-        """Close every connection; who waits on one is told."""
+        """Close every connection; pending calls raise :class:`~taskstore.StoreClosedError`."""
         self._closed.set()
-        self._waiting.disconnect()
+        self._blocking_pool.disconnect()
         self._pool.disconnect()
 
-    # -- within ---------------------------------------------------------------
+    # -- connections and retries ----------------------------------------------
 
     def _run(
         self,
-        wanted: Script,
+        script_: Script,
         keys: Sequence[bytes],
         arguments: Sequence[Any],
         exchange: Callable[[Sequence[Any]], Any],
     ) -> Any:
         rest = (len(keys), *keys, *arguments)
         try:
-            return exchange(("EVALSHA", wanted.digest, *rest))
+            return exchange(("EVALSHA", script_.digest, *rest))
         except NoScriptError:
-            # The server was restarted, or its scripts were flushed: nothing has run.
-            return exchange(("EVAL", wanted.source, *rest))
+            # The server was restarted, or its script cache was flushed: nothing was run.
+            return exchange(("EVAL", script_.source, *rest))
 
     def _exchange_any(self, command: Sequence[Any]) -> Any:
         return self._exchange(self._pool, command)
 
     def _exchange_once(self, command: Sequence[Any]) -> Any:
-        """Connect, with patience; then send, once."""
+        """Connect, with retries; then send the command once."""
 
         def attempt() -> Any:
             connection = self._pool.get_connection()
             try:
-                return _ask(connection, command)
-            except NOT_RUN:
+                return _request(connection, command)
+            except NOT_EXECUTED:
                 raise
             except NETWORK as error:
                 raise AnswerLostError(self.translate.text(error)) from self.translate.cause(error)
             finally:
                 self._pool.release(connection)
 
-        return self._again(attempt)
+        return self._retry(attempt)
 
     def _exchange(self, pool: redis.ConnectionPool, command: Sequence[Any]) -> Any:
         connection = pool.get_connection()
         try:
-            return _ask(connection, command)
+            return _request(connection, command)
         finally:
             pool.release(connection)
 
-    def _again(self, attempt: Callable[[], _T]) -> _T:
-        """Try until it works, the trouble is another one, or patience has run out."""
-        deadline = time.monotonic() + PATIENCE_S
-        pause_s = 0.02
+    def _retry(self, attempt: Callable[[], _T]) -> _T:
+        """Retry network errors with a backoff, until ``RETRY_TIMEOUT_S`` has passed."""
+        deadline = time.monotonic() + RETRY_TIMEOUT_S
+        backoff_s = 0.02
         while True:
             try:
                 return attempt()
             except REFUSED:
                 raise
             except NETWORK:
-                if time.monotonic() + pause_s > deadline or self._closed.wait(pause_s):
+                if time.monotonic() + backoff_s > deadline or self._closed.wait(backoff_s):
                     raise
-                pause_s = min(pause_s * 2, 0.5)
+                backoff_s = min(backoff_s * 2, 0.5)
 
     def _translated(self, work: Callable[[], _T]) -> _T:
         with self._translator():
@@ -196,14 +200,14 @@ class Link:
             yield
         except Exception as error:
             if self._closed.is_set():
-                # Closing takes connections from under who uses them, and a
-                # driver may say anything about that.
+                # close() ends connections that are in use; the driver may raise any
+                # error for them.
                 raise StoreClosedError(f"{self.translate.location} was closed") from None
             if isinstance(error, ERRORS):
                 raise self.translate(error) from self.translate.cause(error)
             raise
 
 
-def _ask(connection: Any, command: Sequence[Any]) -> Any:
+def _request(connection: Any, command: Sequence[Any]) -> Any:
     connection.send_command(*command)
     return connection.read_response()

@@ -9,9 +9,9 @@ from itertools import groupby
 from taskstore import Page, TaskQuery, TaskRecord
 from taskstore.store import SESSION_KEY, evaluate, page_of
 
-from taskstore_redis.layout import ALL, INDEXED, Keys, created, place_of
+from taskstore_redis.layout import ALL, INDEXED, Keys, sort_key_of, time_key
 from taskstore_redis.link import Link
-from taskstore_redis.reading import MovedError, Pages, Range, Reader, Row, Scan
+from taskstore_redis.reading import InconsistentPagesError, Pages, Range, Reader, Row, Scan
 
 MAX_IDS = 500
 """Up to so many ids are looked up one by one."""
@@ -46,10 +46,10 @@ def ranges_of(query: TaskQuery) -> list[Range]:
             values = [str(value).encode() for value in wanted]
             prefixes = [letter + b"\0" + value + b"\0" for letter in letters for value in values]
             break
-    first = b"" if query.since is None else created(query.since)
+    first = b"" if query.since is None else time_key(query.since)
     last = b":"  # what follows all digits
     if query.cursor is not None:
-        last = created(query.cursor[0]) + query.cursor[1].encode()
+        last = time_key(query.cursor[0]) + query.cursor[1].encode()
     return [Range(prefix, b"[" + prefix + first, b"(" + prefix + last) for prefix in prefixes]
 
 
@@ -60,33 +60,33 @@ class Search:
         self._reader = reader
         self._query = query
         self._pages = pages
-        self.moments = 0
+        self.scans = 0
 
     def page(self) -> Page:
-        """The answer; raises :class:`MovedError` if it cannot be brought to one moment."""
+        """The answer; raises :class:`InconsistentPagesError` if it cannot be brought to one moment."""
         query, wanted = self._query, None if self._query.limit is None else self._query.limit + 1
         ranges = ranges_of(query)
         scan = self._scan(ranges, wanted)
         found: list[TaskRecord] = []
-        frontier = b""
+        lower_bound = b""
         for row in self._merged(ranges, scan):
             record = self._reader.decoded(row)
             if isinstance(record, TaskRecord) and query.matches(record):
                 found.append(record)
                 if len(found) == wanted:
-                    frontier = row.place
+                    lower_bound = row.sort_key
                     break
-        if self.moments == 1:
-            self._reader.trail.saw(scan.state.head, scan.state.commit)
+        if self.scans == 1:
+            self._reader.known_commits.add(scan.state.head, scan.state.commit)
             return page_of(iter(found), query, scan.state.head)
-        return self._brought_forward(scan, found, frontier, wanted)
+        return self._caught_up(scan, found, lower_bound, wanted)
 
-    def _brought_forward(
-        self, scan: Scan, found: list[TaskRecord], frontier: bytes, wanted: int | None
+    def _caught_up(
+        self, scan: Scan, found: list[TaskRecord], lower_bound: bytes, wanted: int | None
     ) -> Page:
         """Put what was committed since the first page over what was found.
 
-        The rows were read down to ``frontier``: what lies before it is not known.
+        The rows were read down to ``lower_bound``: what lies before it is not known.
         """
         entries = self._reader.since(scan.state)
         seq = entries[-1].seq if entries else scan.state.head
@@ -95,16 +95,16 @@ class Search:
         records += [
             record
             for record in last.values()
-            if record is not None and place_of(record) >= frontier
+            if record is not None and sort_key_of(record) >= lower_bound
         ]
         page = evaluate(self._query, records, seq)
-        if frontier and wanted is not None and len(page) + bool(page.next_cursor) < wanted:
-            raise MovedError
+        if lower_bound and wanted is not None and len(page) + bool(page.next_cursor) < wanted:
+            raise InconsistentPagesError
         return page
 
     def _scan(self, ranges: list[Range], wanted: int | None = None) -> Scan:
         """Read a page of each range; of the first, no more than are ``wanted``."""
-        self.moments += 1
+        self.scans += 1
         pages = self._pages
         if wanted is not None and pages.rows and len(self._query.where) <= 1:
             pages = pages._replace(rows=min(pages.rows, wanted))
@@ -112,10 +112,10 @@ class Search:
 
     def _merged(self, ranges: list[Range], scan: Scan) -> Iterator[Row]:
         rows = heapq.merge(
-            *map(self._rows, ranges, scan.pages), key=lambda row: row.place, reverse=True
+            *map(self._rows, ranges, scan.pages), key=lambda row: row.sort_key, reverse=True
         )
         # A task of both sessions is in two ranges.
-        for _, alike in groupby(rows, key=lambda row: row.place):
+        for _, alike in groupby(rows, key=lambda row: row.sort_key):
             yield next(alike)
 
     def _rows(self, range_: Range, page: tuple[bool, list[Row]]) -> Iterator[Row]:
@@ -125,7 +125,7 @@ class Search:
             yield from rows
             if not more or not rows:
                 return
-            rest = range_._replace(last=b"(" + range_.prefix + rows[-1].place)
+            rest = range_._replace(last=b"(" + range_.prefix + rows[-1].sort_key)
             [(more, rows)] = self._scan([rest]).pages
 
 
@@ -137,7 +137,7 @@ def run(reader: Reader, query: TaskQuery) -> Page:
     for pages in Pages.attempts():
         try:
             return Search(reader, query, pages).page()
-        except MovedError:
+        except InconsistentPagesError:
             continue
     raise AssertionError("unreachable: the last attempt is one moment")
 
@@ -148,7 +148,7 @@ def _by_id(reader: Reader, query: TaskQuery, ids: list[str]) -> Page:
     reply = link.run("rows", keys.named("head", "rows", "facts"), *ids)
     state = reader.checked(reply[0])
     rows = [
-        Row(created(0) + task_id.encode(), facts, image)
+        Row(time_key(0) + task_id.encode(), facts, image)
         for task_id, facts, image in zip(ids, reply[1::2], reply[2::2], strict=True)
     ]
     found = [item for row in rows if isinstance(item := reader.decoded(row), TaskRecord)]

@@ -30,13 +30,13 @@ from taskstore_redis.layout import (
     ALL,
     FORMAT,
     Keys,
-    Mark,
+    PublishedSnapshot,
     RawEntry,
     State,
     entry_of,
-    id_at,
+    id_in_sort_key,
     items_of,
-    marks_of,
+    published_snapshots,
     raw_entry,
     record_of,
     revision_in,
@@ -53,18 +53,18 @@ PAGE_GROWTH = 16
 PAGE_ATTEMPTS = 4
 """When the ledger moves away under a reader, pages grow; the last attempt takes all at once."""
 
-_REMEMBERED = 256
-_SHOWN_LOSSES = 3
+_MAX_KNOWN_COMMITS = 256
+_MAX_NOTICES = 3
 
 
-class MovedError(Exception):
+class InconsistentPagesError(Exception):
     """What was read in pages cannot be brought to one moment: the journal in between is gone."""
 
 
 class Row(NamedTuple):
     """A record as it stands in Redis, at its place in the order of the index."""
 
-    place: bytes
+    sort_key: bytes
     facts: bytes | None
     image: bytes | None
 
@@ -105,7 +105,7 @@ class Scan(NamedTuple):
     """Whether there may be more, and the rows."""
 
 
-class Trail:
+class KnownCommits:
     """The commits that this instance has seen at some seqs.
 
     A server that restarts without its last writes gives their seqs again.
@@ -124,7 +124,7 @@ class Trail:
             self.newest = max(self.newest, seq)
             self._commits[seq] = commit_id
             self._commits.move_to_end(seq)
-            if len(self._commits) > _REMEMBERED:
+            if len(self._commits) > _MAX_KNOWN_COMMITS:
                 self._commits.popitem(last=False)
 
     def at(self, seq: int) -> str:
@@ -142,7 +142,7 @@ class Trail:
             self.newest = head
             if text not in self.losses:
                 self.losses.append(text)
-                del self.losses[:-_SHOWN_LOSSES]
+                del self.losses[:-_MAX_NOTICES]
 
 
 class Reader:
@@ -152,7 +152,7 @@ class Reader:
         self.link = link
         self.keys = keys
         self.location = location
-        self.trail = Trail()
+        self.known_commits = KnownCommits()
 
     def state(self) -> State:
         """The head of the ledger as it is now."""
@@ -173,7 +173,7 @@ class Reader:
         pages: Pages,
         *,
         newest_first: bool = False,
-        with_aside: bool = False,
+        with_quarantined: bool = False,
     ) -> Scan:
         """Read one page of each range, all of one moment."""
         bounds: list[Any] = []
@@ -185,7 +185,7 @@ class Reader:
             self.keys.named("head", "index", "rows", "facts", "aside"),
             pages.rows,
             pages.size,
-            int(with_aside),
+            int(with_quarantined),
             "REV" if newest_first else "",
             *bounds,
         )
@@ -199,7 +199,7 @@ class Reader:
         """What a row holds; ``None`` for a place whose row is gone."""
         if row.image is None:
             return None
-        task_id = id_at(row.place)
+        task_id = id_in_sort_key(row.sort_key)
         where = f"{self.location}: rows, field {task_id!r}"
         return record_of(row.image, where, task_id, revision_in(row.facts))
 
@@ -208,14 +208,14 @@ class Reader:
         for pages in Pages.attempts():
             try:
                 return self._load(pages)
-            except MovedError:
+            except InconsistentPagesError:
                 continue
         raise AssertionError("unreachable: the last attempt is one moment")
 
     def _load(self, pages: Pages) -> Snapshot:
-        scan = self.scan([EVERYTHING], pages, with_aside=True)
-        start, moments = scan.state, 1
-        aside = [self._aside(value) for value in sorted(scan.aside)]
+        scan = self.scan([EVERYTHING], pages, with_quarantined=True)
+        start, scans = scan.state, 1
+        aside = [self._decode_quarantined(value) for value in sorted(scan.quarantined)]
         records: dict[str, TaskRecord] = {}
         while True:
             [(more, rows)] = scan.pages
@@ -227,29 +227,29 @@ class Reader:
                     aside.append(found)
             if not more or not rows:
                 break
-            scan = self.scan([EVERYTHING._replace(first=b"(" + ALL + rows[-1].place)], pages)
-            moments += 1
+            scan = self.scan([EVERYTHING._replace(first=b"(" + ALL + rows[-1].sort_key)], pages)
+            scans += 1
         snapshot = Snapshot(start.head, records, start.at, tuple(aside))
-        if moments == 1:
-            self.trail.saw(start.head, start.commit)
+        if scans == 1:
+            self.known_commits.add(start.head, start.commit)
             return snapshot
         return fold(snapshot, self.since(start))
 
     def since(self, start: State) -> list[JournalEntry]:
-        """Every entry after an earlier state; raises :class:`MovedError` if some are gone."""
+        """Every entry after an earlier state; raises :class:`InconsistentPagesError` if some are gone."""
         entries: list[JournalEntry] = []
         after = start.head
         while True:
             state, raw = self.raw_journal(after, JOURNAL_PAGE)
-            if raw is None or state.life != start.life:
-                raise MovedError
+            if raw is None or state.identity != start.identity:
+                raise InconsistentPagesError
             if not raw:
                 return entries
             entries += (entry_of(item, self.location) for item in raw)
             after = entries[-1].seq
-            self.trail.saw(after, entries[-1].commit_id)
+            self.known_commits.add(after, entries[-1].commit_id)
 
-    def _aside(self, value: bytes) -> Quarantined:
+    def _decode_quarantined(self, value: bytes) -> Quarantined:
         try:
             check_nesting(value)
             return msgspec.json.decode(value, type=Quarantined)
@@ -272,21 +272,21 @@ class Reader:
                 break
             entries += (entry_of(item, self.location) for item in raw)
             for entry in entries[-len(raw) :]:
-                if self.trail.at(entry.seq) not in ("", entry.commit_id):
-                    self.trail.lost(entry.seq, state.head)
+                if self.known_commits.commit_at(entry.seq) not in ("", entry.commit_id):
+                    self.known_commits.mark_lost(entry.seq, state.head)
             start = entries[-1].seq
         if entries:
-            self.trail.saw(start, entries[-1].commit_id)
+            self.known_commits.add(start, entries[-1].commit_id)
         return tuple(entries)
 
     def raw_journal(self, after: int, limit: int) -> tuple[State, list[RawEntry] | None]:
         """A page of the journal, ``None`` where it does not reach back to ``after``."""
-        seen = self.trail.at(after)
+        seen = self.known_commits.commit_at(after)
         reply = self.link.run("journal", self.keys.named("head", "journal"), after, limit, seen)
         state = self.checked(reply[0])
         if reply[1] != b"ok":
             if reply[1] == b"lost":
-                self.trail.lost(after, state.head)
+                self.known_commits.mark_lost(after, state.head)
             return state, None
         entries = [raw_entry(item, self.location) for item in reply[2]]
         for seq, entry in enumerate(entries, after + 1):
@@ -319,49 +319,51 @@ class Reader:
 
     # -- snapshots --------------------------------------------------------------------
 
-    def marks(self) -> list[Mark]:
+    def snapshots(self) -> list[PublishedSnapshot]:
         """The snapshots that are kept, in order of seq."""
-        return marks_of(self.link.call("HGETALL", self.keys["snapshots"]))
+        return published_snapshots(self.link.call("HGETALL", self.keys["snapshots"]))
 
     def snapshot(self, at: int) -> Snapshot | None:
         """The newest kept snapshot at or before a seq."""
         while True:
-            marks = [mark for mark in self.marks() if mark.seq <= at]
-            if not marks:
+            candidates = [published for published in self.snapshots() if published.seq <= at]
+            if not candidates:
                 return None
             try:
-                return self._snapshot(marks[-1])
+                return self._snapshot(candidates[-1])
             except CorruptStoreError:
-                if marks[-1] in self.marks():
+                if candidates[-1] in self.snapshots():
                     raise
                 # It was dropped while we read it.
 
-    def _snapshot(self, mark: Mark) -> Snapshot:
+    def _snapshot(self, published: PublishedSnapshot) -> Snapshot:
         records: dict[str, TaskRecord] = {}
-        where = f"{self.location}: the snapshot at seq {mark.seq}"
-        aside = self.snapshot_aside(mark)
+        where = f"{self.location}: the snapshot at seq {published.seq}"
+        aside = self.snapshot_quarantined(published)
         count = len(aside)
-        for task_id, revision, image in self.items(mark):
+        for task_id, revision, image in self.items(published):
             count += 1
             found = record_of(image, where, task_id, revision)
             if isinstance(found, TaskRecord):
                 records[task_id] = found
             else:
                 aside.append(found)
-        if count != mark.records:
-            raise CorruptStoreError(where, f"has {count} records, not {mark.records}")
-        return Snapshot(mark.seq, records, mark.at, tuple(aside))
+        if count != published.records:
+            raise CorruptStoreError(where, f"has {count} records, not {published.records}")
+        return Snapshot(published.seq, records, published.at, tuple(aside))
 
-    def snapshot_aside(self, mark: Mark) -> list[Quarantined]:
+    def snapshot_quarantined(self, published: PublishedSnapshot) -> list[Quarantined]:
         """What a snapshot carries that came set aside."""
-        lines = self.link.call("HGET", self.keys.snapshot(mark.token), "aside")
-        return [self._aside(line) for line in sorted((lines or b"").split(b"\n")) if line]
+        lines = self.link.call("HGET", self.keys.snapshot(published.token), "aside")
+        return [
+            self._decode_quarantined(line) for line in sorted((lines or b"").split(b"\n")) if line
+        ]
 
-    def items(self, mark: Mark) -> Iterator[tuple[str, int, bytes]]:
+    def items(self, published: PublishedSnapshot) -> Iterator[tuple[str, int, bytes]]:
         """Task id, revision and image of each record of a snapshot, a chunk at a time."""
-        key = self.keys.snapshot(mark.token)
-        for number in range(mark.chunks):
-            where = f"{self.location}: the snapshot at seq {mark.seq}, chunk {number}"
+        key = self.keys.snapshot(published.token)
+        for number in range(published.chunks):
+            where = f"{self.location}: the snapshot at seq {published.seq}, chunk {number}"
             chunk = self.link.call("HGET", key, number)
             if chunk is None:
                 raise CorruptStoreError(where, "is missing")

@@ -14,7 +14,7 @@ from taskstore_redis.link import Link
 from taskstore_redis.store import TIMEOUT_S, RedisStore
 from taskstore_redis.urls import parse
 
-_LOT = 1000
+_SCAN_COUNT = 1000
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def remove(link: Link, keys: Keys) -> None:
     )
     cursor = b"0"
     while True:
-        cursor, found = link.call("SCAN", cursor, "MATCH", pattern + b"*", "COUNT", _LOT)
+        cursor, found = link.call("SCAN", cursor, "MATCH", pattern + b"*", "COUNT", _SCAN_COUNT)
         if found:
             link.call("UNLINK", *found)
         if cursor == b"0":

@@ -1,4 +1,4 @@
-"""The Lua scripts: each file of ``lua/``, with ``common.lua`` in front of it."""
+"""The Lua scripts: the files of ``lua/``, each prefixed with ``common.lua``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Script(NamedTuple):
-    """A script, and the digest that Redis knows it by."""
+    """A script, and the digest that identifies it in Redis."""
 
     name: str
     source: bytes
@@ -18,8 +18,8 @@ class Script(NamedTuple):
 
 @cache
 def script(name: str) -> Script:
-    """The script of a file in ``lua/``, its name without the suffix."""
+    """The script of the file ``lua/NAME.lua``."""
     folder = files(__package__) / "lua"
     source = (folder / "common.lua").read_bytes() + (folder / f"{name}.lua").read_bytes()
-    # Redis names scripts by their SHA-1; nothing here rests on its strength.
+    # Redis identifies scripts by SHA-1; security does not depend on it.
     return Script(name, source, hashlib.sha1(source, usedforsecurity=False).hexdigest())

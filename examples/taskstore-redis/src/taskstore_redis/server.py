@@ -1,4 +1,4 @@
-"""What the server is set to: what it makes of an acknowledged change."""
+"""The server's version and settings, and the durability that they give."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from taskstore import StoreUnavailableError
 from taskstore_redis.errors import ERRORS
 from taskstore_redis.link import Link
 
-OLDEST = (6, 2)
-"""The first version with everything that the scripts use (XTRIM MINID, ZRANGE BYLEX)."""
+MIN_VERSION = (6, 2)
+"""The first version with all commands of the scripts (XTRIM MINID, ZRANGE BYLEX)."""
 
 _SETTINGS = ("appendonly", "appendfsync", "save", "maxmemory", "maxmemory-policy")
 
 
-class ServerFacts(Struct, frozen=True, kw_only=True):
-    """What INFO and CONFIG GET say; ``None`` where the server keeps a setting to itself."""
+class ServerInfo(Struct, frozen=True, kw_only=True):
+    """The answers of INFO and CONFIG GET; ``None`` for a setting that the server refuses."""
 
     version: tuple[int, ...]
     appendonly: bool
@@ -31,74 +31,76 @@ class ServerFacts(Struct, frozen=True, kw_only=True):
 
     @property
     def durability(self) -> str:
-        """What an acknowledged change survives: ``full`` (power loss) or ``process``."""
+        """The actual durability: ``full`` (power loss) or ``process``."""
         return "full" if self.appendonly and self.appendfsync == "always" else "process"
 
-    def notices(self, asked: str) -> tuple[str, ...]:
-        """What the operator should know; ``asked`` is the durability that was asked for."""
-        found = [self._survives()]
-        if asked == "full" and self.durability != "full":
-            found[0] = f"durability=full was asked for and is not what the server gives: {found[0]}"
+    def notices(self, requested: str) -> tuple[str, ...]:
+        """What the operator should know; ``requested`` is the durability that was asked for."""
+        found = [self._durability_notice()]
+        if requested == "full" and self.durability != "full":
+            notices[0] = (
+                f"durability=full was requested, but the server does not provide it: {notices[0]}"
+            )
         if self.policy is not None and self.policy.startswith("allkeys-"):
-            found.append(
-                f"maxmemory-policy is {self.policy}: at its memory limit the server throws "
-                f"the ledger away, piece by piece; set noeviction"
+            notices.append(
+                f"maxmemory-policy is {self.policy}: at its memory limit the server deletes "
+                f"parts of the ledger; set noeviction"
             )
         elif self.policy is not None and self.policy.startswith("volatile-"):
-            found.append(
-                f"maxmemory-policy is {self.policy}: that spares the ledger, whose keys have no "
+            notices.append(
+                f"maxmemory-policy is {self.policy}: the ledger is safe, as its keys have no "
                 f"expiry; at its memory limit the server may only evict a compactor's lease"
             )
         if self.replicas or self.role != "master":
-            found.append(
-                "the server is replicated, and replicas follow asynchronously: "
+            notices.append(
+                "the server is replicated, and replication is asynchronous: "
                 "a failover can lose the last acknowledged changes"
             )
-        return tuple(found)
+        return tuple(notices)
 
-    def _survives(self) -> str:
+    def _durability_notice(self) -> str:
         if not self.appendonly:
             if self.save == "":
                 return (
                     "appendonly is no and nothing is saved: an acknowledged change survives "
-                    "our death, and is lost when the server stops"
+                    "the death of the writer, and is lost when the server stops"
                 )
             return (
-                "appendonly is no: an acknowledged change survives our death; when the server "
-                "dies, everything since its last save of the whole database is lost"
+                "appendonly is no: an acknowledged change survives the death of the writer; "
+                "when the server dies, all changes since its last save are lost"
             )
         match self.appendfsync:
             case "always":
                 return "appendfsync is always: an acknowledged change survives power loss"
             case "everysec":
                 return (
-                    "appendfsync is everysec: an acknowledged change survives our death and the "
-                    "server's; power loss takes the last second or two"
+                    "appendfsync is everysec: an acknowledged change survives the death of "
+                    "the writer and of the server; power loss loses the last second or two"
                 )
             case "no":
                 return (
-                    "appendfsync is no: an acknowledged change survives our death and the "
-                    "server's; power loss takes whatever the system had not written, often "
-                    "half a minute"
+                    "appendfsync is no: an acknowledged change survives the death of the writer "
+                    "and of the server; power loss loses what the system had not written, "
+                    "often half a minute"
                 )
         return (
-            "appendonly is yes, but the server does not tell its appendfsync: an acknowledged "
-            "change survives our death and the server's; what power loss takes is not known"
+            "appendonly is yes, but the server does not report its appendfsync: an acknowledged "
+            "change survives the death of the writer and of the server; power loss may lose it"
         )
 
 
-def read_facts(link: Link) -> ServerFacts:
-    """Ask the server; raises :class:`~taskstore.StoreUnavailableError` for one that is too old."""
+def read_server_info(link: Link) -> ServerInfo:
+    """Query the server; raises :class:`~taskstore.StoreUnavailableError` if it is too old."""
     info = _info(link)
     version = tuple(int(part) for part in re.findall(r"\d+", info.get("redis_version", "")))
-    if version and version[: len(OLDEST)] < OLDEST:
+    if version and version[: len(MIN_VERSION)] < MIN_VERSION:
         raise StoreUnavailableError(
             f"{link.translate.location} is Redis {info['redis_version']}",
-            hint=f"taskstore-redis needs {'.'.join(map(str, OLDEST))} or newer",
+            hint=f"taskstore-redis needs {'.'.join(map(str, MIN_VERSION))} or newer",
         )
     settings = _settings(link)
     appendonly = settings.get("appendonly")
-    return ServerFacts(
+    return ServerInfo(
         version=version,
         appendonly=info.get("aof_enabled") == "1" if appendonly is None else appendonly == "yes",
         appendfsync=settings.get("appendfsync"),
@@ -110,17 +112,17 @@ def read_facts(link: Link) -> ServerFacts:
 
 
 def _info(link: Link) -> dict[str, str]:
-    # The first command of all: without patience for a server that is not there.
-    lines = link.call_now("INFO").decode("utf-8", "replace").splitlines()
+    # The first command: opening a store must fail at once if no server answers.
+    lines = link.call_without_retry("INFO").decode("utf-8", "replace").splitlines()
     return dict(line.split(":", 1) for line in lines if ":" in line)
 
 
 def _settings(link: Link) -> dict[str, str]:
-    """The settings that we may see; managed servers often refuse CONFIG."""
-    found: dict[str, str] = {}
+    """The settings that the user may read; managed servers often refuse CONFIG."""
+    settings: dict[str, str] = {}
     for name in _SETTINGS:
         with suppress(StoreUnavailableError, *ERRORS):
-            reply: Any = link.call_now("CONFIG", "GET", name)
+            reply: Any = link.call_without_retry("CONFIG", "GET", name)
             if len(reply) == 2:  # noqa: PLR2004 (a name and its value)
-                found[name] = reply[1].decode()
-    return found
+                settings[name] = reply[1].decode()
+    return settings

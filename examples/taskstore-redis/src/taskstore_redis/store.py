@@ -1,4 +1,4 @@
-"""The store: one open ledger on a Redis server."""
+"""The Redis store: one open ledger on a Redis server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from taskstore_redis.compaction import Compactor
 from taskstore_redis.layout import Keys
 from taskstore_redis.link import Link
 from taskstore_redis.reading import Reader
-from taskstore_redis.server import read_facts
+from taskstore_redis.server import read_server_info
 from taskstore_redis.urls import Target, parse
 from taskstore_redis.verify import verify
 from taskstore_redis.writing import Writer
@@ -35,23 +35,23 @@ TIMEOUT_S = 10.0
 
 
 class RedisStore(TaskRegistryStore):
-    """A ledger on a Redis server (6.2 or newer), in a namespace of its own.
+    """A ledger on a Redis server (6.2 or newer), in its own namespace.
 
-    Any number of instances, processes and machines may share it: a commit is
-    one script, which the server runs alone.  ``timeout_s`` is how long an
-    answer may take, in seconds.
+    Any number of instances, processes and machines may share the ledger: a
+    commit is one script, and the server runs one script at a time.
+    ``timeout_s`` is the timeout of an answer, in seconds.
 
-    **What an acknowledged change survives is the server's setting, not ours.**
-    ``durability`` says what it is, whatever was asked for: ``full`` with
-    ``appendonly yes`` and ``appendfsync always``, else ``process``.  The first
-    of ``report().notices`` says it in words.  So invariant 4 holds in full on
-    a server that is set so.  On any other, the *crash-safe* level is declared
-    as not given: our own death at any instruction loses nothing, but a server
-    that dies may come back without its last second, or its last hours.  It
-    then gives seqs again that it had acknowledged, which invariant 2 forbids;
-    an instance that has seen them tells its reader
-    :class:`~taskstore.CursorExpiredError`, so that a registry loads anew
-    instead of diverging, and says so in its notices.
+    **The server's configuration decides what an acknowledged change survives.**
+    ``durability`` is the actual durability, whatever was requested: ``full``
+    with ``appendonly yes`` and ``appendfsync always``, else ``process``.  The
+    first of ``report().notices`` describes it.  Only with ``full`` do the
+    invariants 2 and 4 hold when the server dies.  Another server may restart
+    without its last second, or its last hours, and then gives acknowledged
+    seqs to other changes.  An instance that read the lost commits raises
+    :class:`~taskstore.CursorExpiredError` for readers that continue from them,
+    so that a registry reloads, and adds a notice.  When the writing process
+    dies, no acknowledged change is lost on any server.  So the contract's
+    *crash-safe* level passes, and the store declares no unsupported guarantee.
     """
 
     def __init__(
@@ -69,16 +69,16 @@ class RedisStore(TaskRegistryStore):
         self._link = Link(target, timeout_s)
         self._quarantined: tuple[Quarantined, ...] = ()
         try:
-            facts = read_facts(self._link)
+            info = read_server_info(self._link)
             self._reader = Reader(self._link, Keys(target.namespace), self.location)
             self._writer = Writer(self._reader)
             state = self._reader.state()
         except BaseException:
             self._link.close()
             raise
-        self._reader.trail.saw(state.head, state.commit)
-        self.durability = facts.durability
-        self._notices = facts.notices(durability)
+        self._reader.known_commits.add(state.head, state.commit)
+        self.durability = info.durability
+        self._notices = info.notices(durability)
 
     # -- content ------------------------------------------------------------------
 
@@ -97,7 +97,7 @@ class RedisStore(TaskRegistryStore):
         return self._writer.commit(changes, self.clock)
 
     def report(self) -> StoreReport:
-        return StoreReport(self._quarantined, (*self._notices, *self._reader.trail.losses))
+        return StoreReport(self._quarantined, (*self._notices, *self._reader.known_commits.notices))
 
     def close(self) -> None:
         if not self._closed:
@@ -126,12 +126,12 @@ class RedisStore(TaskRegistryStore):
         self._check_open()
         deadline = time.monotonic() + timeout
         while self._reader.state().head <= after:
-            left = deadline - time.monotonic()
-            if left <= 0:
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0:
                 return False
-            # On a connection of its own.  The stream is ordered by seq, so that a
-            # commit between the two questions is not missed.
-            self._link.wait(self._reader.keys["commits"], after, left)
+            # The ids of the stream are seqs.  So XREAD returns at once for a commit
+            # that was made after the head was read.
+            self._link.wait(self._reader.keys["commits"], after, remaining_s)
             self._check_open()
         return True
 
@@ -147,7 +147,7 @@ class RedisStore(TaskRegistryStore):
 
     def query(self, query: TaskQuery) -> Page:
         self._check_open()
-        return querying.run(self._reader, query)
+        return querying.run_query(self._reader, query)
 
     def verify(self) -> VerifyReport:
         self._check_open()
@@ -165,8 +165,8 @@ def open_redis(
     """Open ``redis://[user:password@]host[:port][/db][?namespace=NAME]``.
 
     ``rediss:`` is the same over TLS.  The default namespace is ``taskstore``.
-    User and password are percent-decoded.  Keys appear with the first commit,
-    so ``migrate`` changes nothing.
+    User and password are percent-decoded.  The first commit creates the keys,
+    so ``migrate`` has no effect.
     """
     del migrate
     return RedisStore(parse(url), durability=durability, read_only=read_only, timeout_s=timeout_s)

@@ -9,7 +9,7 @@ from msgspec import Struct
 from taskstore import ValidationError
 from taskstore.store import redacted
 
-SHAPE = "redis://[user:password@]host[:port][/db][?namespace=NAME]"
+URL_FORM = "redis://[user:password@]host[:port][/db][?namespace=NAME]"
 DEFAULT_NAMESPACE = "taskstore"
 DEFAULT_PORT = 6379
 NAMESPACE_BYTES = 200
@@ -45,16 +45,16 @@ def parse(url: str) -> Target:
     except ValueError as error:
         # Its text may quote the part that it stumbled over, so it goes no further.
         del error
-        raise _wrong(url, f"is not {SHAPE}") from None
+        raise _invalid_url(url, f"is not {URL_FORM}") from None
     if parts.scheme.lower() not in ("redis", "rediss") or parts.fragment:
-        raise _wrong(url, f"is not {SHAPE}")
+        raise _invalid_url(url, f"is not {URL_FORM}")
     db = parts.path.removeprefix("/")
     if db and not (db.isascii() and db.isdecimal()):
-        raise _wrong(url, "names a database that is not a number")
+        raise _invalid_url(url, "names a database that is not a number")
     options: dict[str, str] = {}
     for name, value in parse_qsl(parts.query, keep_blank_values=True):
         if name != "namespace" or name in options:
-            raise _wrong(url, f"has the option {name!r}, of which nothing is known")
+            raise _invalid_url(url, f"has the option {name!r}, of which nothing is known")
         options[name] = value
     return Target(
         host=parts.hostname or "localhost",
@@ -83,5 +83,5 @@ def check_namespace(namespace: Any) -> str:
     return namespace
 
 
-def _wrong(url: str, reason: str) -> ValidationError:
+def _invalid_url(url: str, reason: str) -> ValidationError:
     return ValidationError("url", f"{redacted(url)!r} {reason}")

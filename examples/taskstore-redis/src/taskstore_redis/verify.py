@@ -13,19 +13,19 @@ from taskstore import CorruptStoreError, StoreBusyError, TaskRecord, VerifyRepor
 from taskstore_redis.layout import (
     ALL,
     INDEXED,
-    Mark,
+    PublishedSnapshot,
     RawEntry,
     State,
     damage_of,
     facts_of,
-    id_at,
+    id_in_sort_key,
 )
 from taskstore_redis.reading import (
     EVERYTHING,
     JOURNAL_PAGE,
     PAGE_BYTES,
     PAGE_ROWS,
-    MovedError,
+    InconsistentPagesError,
     Pages,
     Reader,
     Row,
@@ -34,7 +34,7 @@ from taskstore_redis.reading import (
 ATTEMPTS = 5
 """How often it begins again when compaction or a save takes the ledger away under it."""
 
-_SHOWN = 3
+_MAX_NAMED_TASKS = 3
 
 Content = dict[str, tuple[int, bytes]]
 """Revision and image by task id."""
@@ -43,14 +43,14 @@ Content = dict[str, tuple[int, bytes]]
 def verify(reader: Reader) -> VerifyReport:
     """Check everything; see :meth:`SupportsIntegrity.verify`."""
     for _ in range(ATTEMPTS):
-        check = _Check(reader)
+        check = _Verification(reader)
         try:
-            return check.report()
-        except MovedError:
+            return check.run()
+        except InconsistentPagesError:
             continue
         except CorruptStoreError as error:
             if (
-                reader.state().life == check.start.life
+                reader.state().identity == check.start.identity
                 and reader.state().floor == check.start.floor
             ):
                 check.problems.append(str(error))
@@ -61,7 +61,7 @@ def verify(reader: Reader) -> VerifyReport:
     )
 
 
-class _Check:
+class _Verification:
     """One pass: the snapshot at floor - 1, brought forward over the journal, has to
     equal each later snapshot at its seq, and the rows at the end."""
 
@@ -71,7 +71,7 @@ class _Check:
         self.problems: list[str] = []
         self.seq = self.start.floor - 1
         self.entries = 0
-        self._at = 0
+        self._last_at = 0
         self._content: Content = {}
         self._last: dict[str, int] = {}
         """The seq of the last entry of each task."""
@@ -82,37 +82,37 @@ class _Check:
         return VerifyReport(self.seq, len(self._content), self.entries, tuple(self.problems))
 
     def report(self) -> VerifyReport:
-        """Check everything; raises :class:`MovedError` if the ledger moved away."""
-        marks = {mark.seq: mark for mark in self._reader.marks()}
-        base = marks.get(self.seq)
+        """Check everything; raises :class:`InconsistentPagesError` if the ledger moved away."""
+        snapshots = {snapshot.seq: snapshot for snapshot in self._reader.snapshots()}
+        base = snapshots.get(self.seq)
         if base is not None:
             self._content = self._snapshot(base)
         elif self.start.floor > 1:
             self.problems.append(f"there is no snapshot at seq {self.seq}, before the floor")
         for entry in self._journal(self.seq):
             self._entry(entry)
-            if entry.seq in marks:
-                self._compare(marks[entry.seq])
+            if entry.seq in snapshots:
+                self._compare_snapshot(snapshots[entry.seq])
         # Rows are read after the journal, and what was committed meanwhile after them.
         before = self.seq
-        rows = {id_at(row.place): row for row in self._rows()}
+        rows = {id_in_sort_key(row.sort_key): row for row in self._rows()}
         index = list(self._index())
-        bookings = dict(self._hash("bookings"))
+        dedup_keys = dict(self._hash("bookings"))
         deleted = dict(self._scores())
         sizes = [
             int(self._reader.link.call("HLEN", self._reader.keys[n])) for n in ("rows", "facts")
         ]
-        touched = set()
+        changed = set()
         for entry in self._journal(before):
             self._entry(entry)
-            touched.add(entry.task_id)
-        if self._reader.state().life != self.start.life:
-            raise MovedError
-        self._check_rows(rows, touched)
-        self._check_index(rows, index, touched)
-        self._check_bookings(rows, bookings, touched)
-        self._check_deleted(deleted, touched)
-        if not touched and sizes != [len(rows)] * 2:
+            changed.add(entry.task_id)
+        if self._reader.state().identity != self.start.identity:
+            raise InconsistentPagesError
+        self._check_rows(rows, changed)
+        self._check_index(rows, index, changed)
+        self._check_dedup_keys(rows, dedup_keys, changed)
+        self._check_deleted(deleted, changed)
+        if not changed and sizes != [len(rows)] * 2:
             self.problems.append(
                 f"rows has {sizes[0]} fields, facts {sizes[1]}, and the index {len(rows)} tasks"
             )
@@ -123,8 +123,8 @@ class _Check:
     def _journal(self, after: int) -> Iterator[RawEntry]:
         while True:
             state, entries = self._reader.raw_journal(after, JOURNAL_PAGE)
-            if entries is None or state.life != self.start.life:
-                raise MovedError
+            if entries is None or state.identity != self.start.identity:
+                raise InconsistentPagesError
             if not entries:
                 return
             yield from entries
@@ -133,8 +133,8 @@ class _Check:
     def _entry(self, entry: RawEntry) -> None:
         where = f"seq {entry.seq}, task {entry.task_id!r}"
         known = self._content.get(entry.task_id)
-        if entry.at < self._at:
-            self.problems.append(f"{where}: the time goes back from {self._at} to {entry.at}")
+        if entry.at < self._last_at:
+            self.problems.append(f"{where}: the time goes back from {self._last_at} to {entry.at}")
         if entry.task_id in self._deleted:
             self.problems.append(f"{where}: a change after its deletion")
         elif known is not None and entry.revision != known[0] + 1:
@@ -142,8 +142,10 @@ class _Check:
         elif known is None and entry.revision != 1:
             self.problems.append(f"{where}: revision {entry.revision} of a task that is not there")
         back = self._last.get(entry.task_id, 0)
-        if entry.back != back and entry.back >= max(back, self.start.floor):
-            self.problems.append(f"{where}: the entry before it is {back}, not {entry.back}")
+        if entry.previous_seq != back and entry.previous_seq >= max(back, self.start.floor):
+            self.problems.append(
+                f"{where}: the entry before it is {back}, not {entry.previous_seq}"
+            )
         if entry.kind == b"u":
             damage = damage_of(entry.image)
             if damage is not None:
@@ -153,28 +155,32 @@ class _Check:
             self._content.pop(entry.task_id, None)
             self._deleted[entry.task_id] = entry.seq
         self._last[entry.task_id] = self.seq = entry.seq
-        self._at = entry.at
+        self._last_at = entry.at
         self.entries += 1
 
-    def _snapshot(self, mark: Mark) -> Content:
+    def _snapshot(self, snapshot: PublishedSnapshot) -> Content:
         content: Content = {}
-        for item in self._reader.snapshot_aside(mark):
+        for item in self._reader.snapshot_quarantined(snapshot):
             if item.occupies is not None:
                 content[item.occupies] = (item.revision or 0, b"")
-        for task_id, revision, image in self._reader.items(mark):
+        for task_id, revision, image in self._reader.items(snapshot):
             damage = damage_of(image)
             if damage is not None:
-                self.problems.append(f"the snapshot at seq {mark.seq}, task {task_id!r}: {damage}")
+                self.problems.append(
+                    f"the snapshot at seq {snapshot.seq}, task {task_id!r}: {damage}"
+                )
             content[task_id] = (revision, image)
         return content
 
-    def _compare(self, mark: Mark) -> None:
-        if mark not in self._reader.marks():
+    def _compare_snapshot(self, snapshot: PublishedSnapshot) -> None:
+        if snapshot not in self._reader.snapshots():
             return  # dropped meanwhile
-        self._differ(f"the snapshot at seq {mark.seq}", self._snapshot(mark), self._content)
+        self._compare_content(
+            f"the snapshot at seq {snapshot.seq}", self._snapshot(snapshot), self._content
+        )
 
-    def _differ(self, what: str, found: Content, right: Content) -> None:
-        for trouble, ids in (
+    def _compare_content(self, what: str, found: Content, right: Content) -> None:
+        for problem, ids in (
             ("lacks", right.keys() - found.keys()),
             ("has too much", found.keys() - right.keys()),
             (
@@ -182,12 +188,12 @@ class _Check:
                 {key for key in found.keys() & right.keys() if found[key] != right[key]},
             ),
         ):
-            self._complain(f"{what} {trouble}", ids)
+            self._report(f"{what} {problem}", ids)
 
-    def _complain(self, what: str, ids: Iterable[str]) -> None:
+    def _report(self, what: str, ids: Iterable[str]) -> None:
         named = sorted(ids)
         if named:
-            shown = ", ".join(map(repr, named[:_SHOWN]))
+            shown = ", ".join(map(repr, named[:_MAX_NAMED_TASKS]))
             self.problems.append(f"{what} {len(named)} tasks: {shown}")
 
     # -- the rows and what is derived from them -----------------------------------------
@@ -196,19 +202,19 @@ class _Check:
         range_ = EVERYTHING
         while True:
             scan = self._reader.scan([range_], Pages(PAGE_ROWS, PAGE_BYTES))
-            if scan.state.life != self.start.life:
-                raise MovedError
+            if scan.state.identity != self.start.identity:
+                raise InconsistentPagesError
             [(more, rows)] = scan.pages
             yield from rows
             if not more or not rows:
                 return
-            range_ = range_._replace(first=b"(" + ALL + rows[-1].place)
+            range_ = range_._replace(first=b"(" + ALL + rows[-1].sort_key)
 
-    def _check_rows(self, rows: dict[str, Row], touched: set[str]) -> None:
+    def _check_rows(self, rows: dict[str, Row], changed: set[str]) -> None:
         found: Content = {}
         wrong = []
         for task_id, row in rows.items():
-            if row.image is None or row.facts is None or task_id in touched:
+            if row.image is None or row.facts is None or task_id in changed:
                 continue
             last, _, facts = row.facts.partition(b"\0")
             revision = facts.partition(b"\0")[0]
@@ -225,10 +231,10 @@ class _Check:
         right = {
             task_id: content
             for task_id, content in self._content.items()
-            if task_id not in touched and content[1]
+            if task_id not in changed and content[1]
         }
-        self._differ("the hash of rows", found, right)
-        self._complain("facts are wrong about", set(wrong))
+        self._compare_content("the hash of rows", found, right)
+        self._report("facts are wrong about", set(wrong))
 
     def _index(self) -> Iterator[bytes]:
         first = b"-"
@@ -241,16 +247,16 @@ class _Check:
                 return
             first = b"(" + page[-1]
 
-    def _check_index(self, rows: dict[str, Row], index: list[bytes], touched: set[str]) -> None:
+    def _check_index(self, rows: dict[str, Row], index: list[bytes], changed: set[str]) -> None:
         right = {
             member
             for task_id, row in rows.items()
-            if task_id not in touched
+            if task_id not in changed
             for member in _members(row)
         }
-        found = {member for member in index if _task_of(member) not in touched}
-        for trouble, members in (("lacks", right - found), ("has too much for", found - right)):
-            self._complain(f"the index {trouble}", {_task_of(member) for member in members})
+        found = {member for member in index if _task_of(member) not in changed}
+        for problem, members in (("lacks", right - found), ("has too much for", found - right)):
+            self._report(f"the index {problem}", {_task_of(member) for member in members})
 
     def _hash(self, name: str) -> Iterator[tuple[bytes, bytes]]:
         cursor = b"0"
@@ -262,17 +268,17 @@ class _Check:
             if cursor == b"0":
                 return
 
-    def _check_bookings(
-        self, rows: dict[str, Row], bookings: dict[bytes, bytes], touched: set[str]
+    def _check_dedup_keys(
+        self, rows: dict[str, Row], dedup_keys: dict[bytes, bytes], changed: set[str]
     ) -> None:
         right: dict[bytes, str] = {}
         for task_id, row in rows.items():
-            claim = _booking(row)
-            if claim is not None:
-                right[claim] = task_id
-        found = {claim: holder.decode() for claim, holder in bookings.items()}
-        wrong = {holder for _, holder in found.items() ^ right.items() if holder not in touched}
-        self._complain("bookings are wrong about", wrong)
+            key = _dedup_key(row)
+            if key is not None:
+                right[key] = task_id
+        found = {key: task_id.decode() for key, task_id in dedup_keys.items()}
+        wrong = {task_id for _, task_id in found.items() ^ right.items() if task_id not in changed}
+        self._report("dedup_keys are wrong about", wrong)
 
     def _scores(self) -> Iterator[tuple[str, int]]:
         offset = 0
@@ -287,10 +293,10 @@ class _Check:
                 return
             offset += PAGE_ROWS
 
-    def _check_deleted(self, deleted: dict[str, int], touched: set[str]) -> None:
+    def _check_deleted(self, deleted: dict[str, int], changed: set[str]) -> None:
         differing = deleted.items() ^ self._deleted.items()
-        wrong = {task_id for task_id, _ in differing if task_id not in touched}
-        self._complain("deletions are wrong about", wrong)
+        wrong = {task_id for task_id, _ in differing if task_id not in changed}
+        self._report("deletions are wrong about", wrong)
 
 
 def _facts(row: Row) -> list[bytes]:
@@ -301,18 +307,18 @@ def _facts(row: Row) -> list[bytes]:
 
 def _members(row: Row) -> Iterator[bytes]:
     """The members of the index that a row should have."""
-    yield ALL + row.place
+    yield ALL + row.sort_key
     for letter, value in zip(INDEXED.values(), _facts(row)[3:], strict=False):
         if value:
-            yield letter + b"\0" + value[1:] + b"\0" + row.place
+            yield letter + b"\0" + value[1:] + b"\0" + row.sort_key
 
 
 def _task_of(member: bytes) -> str:
-    return id_at(member.rpartition(b"\0")[2])
+    return id_in_sort_key(member.rpartition(b"\0")[2])
 
 
-def _booking(row: Row) -> bytes | None:
-    """What a row should hold in ``bookings``."""
+def _dedup_key(row: Row) -> bytes | None:
+    """What a row should hold in ``dedup_keys``."""
     parts = _facts(row)
     if not parts or not parts[2] or not parts[3]:
         return None

@@ -1,8 +1,8 @@
-"""Changing a ledger: commits, and replacing everything.
+"""The writer: commits, and replacement of the whole content.
 
-One script does a whole commit, so that it happens or not.  When its answer
-is lost, the next question is how it came out; asking that also sees to it
-that a command which is still on its way comes too late.
+One script runs a whole commit, so a commit is atomic.  If the answer is lost,
+a second script looks up the outcome.  If the commit is missing, that script
+also voids it: a command that the server receives later has no effect.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ from taskstore_redis.layout import CONTENT, FORMAT, facts_of, image_of
 from taskstore_redis.link import AnswerLostError
 from taskstore_redis.reading import Reader, wrong_format
 
-TRIES = 4
-"""How often a commit is sent whose connection breaks each time, having done nothing."""
+COMMIT_ATTEMPTS = 4
+"""The number of attempts to commit, if each connection breaks and no attempt commits."""
 VOID_MS = 24 * 60 * 60 * 1000
-"""For how long a commit that was given up must not happen any more, in milliseconds."""
-STAGING_MS = 10 * 60 * 1000
-"""For how long what is staged lies untouched before others clear it, in milliseconds."""
-STAGED_ROWS = 64
-STAGED_BYTES = 256 * 1024
-"""What is staged at a time; one record more may make it larger."""
+"""How long a void key exists, in milliseconds."""
+STAGING_TIMEOUT_MS = 10 * 60 * 1000
+"""How long staged content may be idle before a compaction removes it, in milliseconds."""
+STAGE_ROWS = 64
+STAGE_BYTES = 256 * 1024
+"""The limits of one staged chunk; its last record may exceed the byte limit."""
 MAX_BATCH_BYTES = 256 * 1024 * 1024
-"""The longest batch: well below what a server takes as one command."""
+"""The largest commit: well below the server's limit for one command."""
 
 APPLY_KEYS = (
     "head", "rows", "facts", "index", "bookings", "journal", "commits", "deleted", "aside",
@@ -63,42 +63,42 @@ APPLY_KEYS = (
 )  # fmt: skip
 
 
-class Batch:
-    """A batch of changes, as the script wants them."""
+class CommitRequest:
+    """The arguments of ``apply.lua`` for a batch of changes."""
 
     def __init__(self, changes: Sequence[Change]) -> None:
         self.steps = plan(changes)
         self.count = len(changes)
-        over = changes.base if isinstance(changes, ChangeSet) else Position(0)
-        self.base = over if over.commit_id else Position(0)
+        base = changes.base if isinstance(changes, ChangeSet) else Position(0)
+        self.base = base if base.commit_id else Position(0)
         self._arguments: list[Any] = []
         last: dict[str, int] = {}
         size = 0
-        for place, change in enumerate(changes, 1):
+        for number, change in enumerate(changes, 1):
             image = image_of(encode_record(change.record)) if isinstance(change, Put) else b""
             kind = b"u" if isinstance(change, Put) else b"d"
             self._arguments += (change.task_id, kind, change.revision, image)
-            last[change.task_id] = place
+            last[change.task_id] = number
             size += len(image)
         if size > MAX_BATCH_BYTES:
             raise ValidationError(
                 "changes",
-                f"hold {size} bytes, and one commit takes {MAX_BATCH_BYTES} at most on Redis",
+                f"contain {size} bytes; on Redis, one commit takes {MAX_BATCH_BYTES} at most",
             )
         for step in self.steps:
             facts = b"" if step.record is None else facts_of(step.record)
             self._arguments += (last[step.task_id], step.base, facts)
 
     def arguments(self, commit_id: str, now: int) -> list[Any]:
-        """What the script is called with."""
+        """Return the arguments of the script (see ``apply.lua``)."""
         ledger = secrets.token_hex(16)
         counts = [self.count, len(self.steps)]
-        over = (self.base.seq, self.base.commit_id)
-        return [FORMAT, commit_id, now, ledger, *counts, *over, *self._arguments]
+        base = (self.base.seq, self.base.commit_id)
+        return [FORMAT, commit_id, now, ledger, *counts, *base, *self._arguments]
 
 
 class Writer:
-    """Changes one ledger."""
+    """The writer of one ledger."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
@@ -107,118 +107,120 @@ class Writer:
 
     def commit(self, changes: Sequence[Change], clock: Clock) -> Commit:
         """Commit a batch; see ``TaskRegistryStore.apply``."""
-        batch = Batch(changes)
+        request = CommitRequest(changes)
         keys = self._keys.named(*APPLY_KEYS)
 
         def send(commit_id: str) -> Any:
-            keys_of_this = [*keys, self._keys.void(commit_id)]
-            return self._link.run_once("apply", keys_of_this, *batch.arguments(commit_id, clock()))
+            arguments = request.arguments(commit_id, clock())
+            return self._link.run_once("apply", [*keys, self._keys.void(commit_id)], *arguments)
 
-        known = self._reader.trail.newest
-        commit_id, reply = self._decided(send)
+        known_seq = self._reader.known_commits.newest_seq
+        commit_id, reply = self._send_with_retry(send)
         match reply[0]:
             case b"ok":
                 first, last, at = map(int, reply[1:4])
-                if first <= known:
-                    self._reader.trail.lost(known, first - 1)
-                self._reader.trail.saw(last, commit_id)
+                if first <= known_seq:
+                    self._reader.known_commits.mark_lost(known_seq, first - 1)
+                self._reader.known_commits.add(last, commit_id)
                 return Commit(first, last, at, commit_id)
             case b"conflict":
-                raise ConflictError(_conflicts(batch.steps, reply[1:]))
+                raise ConflictError(_conflicts(request.steps, reply[1:]))
             case b"elsewhere":
-                raise base_not_found(batch.base)
+                raise base_not_found(request.base)
             case b"damaged":
                 task_id = reply[1].decode("utf-8", "replace")
                 where = f"{self._reader.location}: facts, field {task_id!r}"
                 raise CorruptStoreError(where, "is damaged")
-        raise self._refusal(reply)
+        raise self._reply_error(reply)
 
-    def _decided(self, send: Callable[[str], Any]) -> tuple[str, Any]:
-        """Send a commit until it is known how it came out: its id and the script's answer."""
+    def _send_with_retry(self, send: Callable[[str], Any]) -> tuple[str, Any]:
+        """Send a commit until its outcome is known; returns its id and the script's reply."""
         lost: AnswerLostError | None = None
-        for _ in range(TRIES):
+        for _ in range(COMMIT_ATTEMPTS):
             commit_id = new_commit_id()
-            known = self._reader.trail.newest
+            known_seq = self._reader.known_commits.newest_seq
             try:
                 return commit_id, send(commit_id)
             except AnswerLostError as error:
                 lost = error
-                reply = self._settle(commit_id, known, error)
+                reply = self._resolve_outcome(commit_id, known_seq, error)
                 if reply[0] == b"ok":
                     return commit_id, reply
         raise StoreUnavailableError(
-            f"{self._reader.location}: the connection breaks at every commit: {lost}"
+            f"{self._reader.location}: the connection broke in {COMMIT_ATTEMPTS} attempts "
+            f"to commit: {lost}",
+            hint="nothing was written: check the server and the network, and try again",
         ) from lost
 
-    def _settle(self, commit_id: str, known: int, lost: AnswerLostError) -> Any:
-        """Find out about a commit whose answer was lost, or forbid it."""
+    def _resolve_outcome(self, commit_id: str, known_seq: int, lost: AnswerLostError) -> Any:
+        """Look up the outcome of a commit whose answer was lost; void a missing commit."""
         keys = [self._keys["commits"], self._keys.void(commit_id)]
         try:
-            reply = self._link.run("settle", keys, commit_id, VOID_MS, known)
+            reply = self._link.run("settle", keys, commit_id, VOID_MS, known_seq)
         except TaskStoreError as error:
-            raise self._unknown(f"{lost}; {error.message}") from lost
+            raise self._outcome_unknown(f"{lost}; {error.message}") from lost
         if reply[0] == b"unknown":
-            raise self._unknown(f"{lost}; too much was committed since") from lost
+            raise self._outcome_unknown(f"{lost}; the server no longer lists the commits of that time") from lost
         return reply
 
-    def _unknown(self, reason: str) -> OutcomeUnknownError:
+    def _outcome_unknown(self, reason: str) -> OutcomeUnknownError:
         return OutcomeUnknownError(
-            f"{self._reader.location}: the connection broke during a commit, and whether it "
-            f"happened cannot be read back: {reason}",
-            hint="read the store again when it can be reached",
+            f"{self._reader.location}: the connection broke during a commit, and the outcome "
+            f"of the commit cannot be read back: {reason}",
+            hint="read the store again when the server can be reached",
         )
 
-    def _refusal(self, reply: Sequence[bytes]) -> TaskStoreError:
-        """The error for an answer that is neither success nor conflict."""
+    def _reply_error(self, reply: Sequence[bytes]) -> TaskStoreError:
+        """The error for a reply that is neither success nor conflict."""
         location = self._reader.location
         if reply[0] == b"format":
             return wrong_format(location, reply[1])
         if reply[0] == b"headless":
             return CorruptStoreError(
                 location,
-                "the head of the ledger is gone, and the rest is still there",
-                hint="was it evicted? see maxmemory-policy; restore a backup",
+                "the head of the ledger is missing, but its other keys exist",
+                hint="restore a backup; if the server evicted the key, see maxmemory-policy",
             )
         return StoreBusyError(
-            f"{location}: what was staged was cleared before it was complete",
-            hint="it took longer than ten minutes between two steps: try again",
+            f"{location}: the staged content was removed before it was complete",
+            hint="more than ten minutes passed between two steps: try again",
         )
 
-    # -- everything ---------------------------------------------------------------
+    # -- replacement --------------------------------------------------------------
 
     def replace(self, snapshot: Snapshot) -> None:
-        """Make a snapshot the whole content; see ``TaskRegistryStore.save_snapshot``."""
+        """Replace the content by a snapshot; see ``TaskRegistryStore.save_snapshot``."""
         snapshot = validated_snapshot(snapshot)
         head = self._reader.state().head
         if head and snapshot.seq <= head:
-            raise _behind(snapshot, head)
+            raise _behind_head(snapshot, head)
 
-        given_up: list[str] = []
+        abandoned: list[str] = []
 
         def send(token: str) -> Any:
-            while given_up:
-                self.forget(given_up.pop())
-            given_up.append(token)
+            while abandoned:
+                self.discard_staged(abandoned.pop())
+            abandoned.append(token)
             chunks = self._stage(token, snapshot)
             return [b"gone"] if chunks is None else self._switch(token, snapshot, chunks)
 
         try:
-            token, reply = self._decided(send)
+            token, reply = self._send_with_retry(send)
         except OutcomeUnknownError:
             raise
         except BaseException:
-            self._forget_quietly(given_up)
+            self._try_discard(abandoned)
             raise
         if reply[0] != b"ok":
-            self._forget_quietly(given_up)
+            self._try_discard(abandoned)
         if reply[0] == b"behind":
-            raise _behind(snapshot, int(reply[1]))
+            raise _behind_head(snapshot, int(reply[1]))
         if reply[0] != b"ok":
-            raise self._refusal(reply)
-        self._reader.trail.saw(snapshot.seq, token)
+            raise self._reply_error(reply)
+        self._reader.known_commits.add(snapshot.seq, token)
 
     def _switch(self, token: str, snapshot: Snapshot, chunks: int) -> Any:
-        """Put what was staged in the place of the live content, once."""
+        """Replace the live content by the staged content; the script is sent once."""
         return self._link.run_once(
             "switch",
             [
@@ -238,15 +240,15 @@ class Writer:
         )
 
     def _stage(self, token: str, snapshot: Snapshot) -> int | None:
-        """Build content beside the live one; returns its number of chunks, ``None`` if cleared."""
+        """Stage the content; returns its number of chunks, or ``None`` if it was removed."""
         staging, snap = self._keys["staging"], self._keys.snapshot(token)
         staged = self._keys.staged(token)
         seconds = int(self._link.call("TIME")[0])
-        self._link.call("HSET", staging, token, seconds * 1000 + STAGING_MS)
+        self._link.call("HSET", staging, token, seconds * 1000 + STAGING_TIMEOUT_MS)
         chunks = 0
         keys = [staging, *staged[:4], snap]
-        for rows in _portions(snapshot):
-            reply = self._link.run("stage", keys, token, STAGING_MS, chunks, *rows)
+        for rows in _chunks_of(snapshot):
+            reply = self._link.run("stage", keys, token, STAGING_TIMEOUT_MS, chunks, *rows)
             if reply[0] != b"ok":
                 return None
             chunks += 1
@@ -268,27 +270,27 @@ class Writer:
                     return None
         return chunks
 
-    def forget(self, token: str) -> None:
-        """Throw away what was staged, if it did not become anything."""
+    def discard_staged(self, token: str) -> None:
+        """Delete the staged content of a token, unless it was published."""
         keys = [self._keys["staging"], *self._keys.staged(token), self._keys.snapshot(token)]
         self._link.run("forget", keys, token)
 
-    def _forget_quietly(self, tokens: Sequence[str]) -> None:
-        """As :meth:`forget`; where that fails too, the next compaction clears them."""
+    def _try_discard(self, tokens: Sequence[str]) -> None:
+        """Try to delete staged content; after a failure, a later compaction deletes it."""
         with suppress(TaskStoreError):
             for token in tokens:
-                self.forget(token)
+                self.discard_staged(token)
 
 
-def _portions(snapshot: Snapshot) -> Iterator[list[Any]]:
-    """The records in portions: id, facts and image of each, one after the other."""
+def _chunks_of(snapshot: Snapshot) -> Iterator[list[Any]]:
+    """The records in chunks: a flat list of id, facts and image of each record."""
     rows: list[Any] = []
     size = 0
     for task_id in sorted(snapshot.records):
         record = snapshot.records[task_id]
         rows += _row(record)
         size += len(rows[-1])
-        if size >= STAGED_BYTES or len(rows) >= 3 * STAGED_ROWS:
+        if size >= STAGE_BYTES or len(rows) >= 3 * STAGE_ROWS:
             yield rows
             rows, size = [], 0
     if rows:
@@ -299,23 +301,23 @@ def _row(record: TaskRecord) -> tuple[str, bytes, bytes]:
     return (record.task_id, facts_of(record), image_of(encode_record(record)))
 
 
-def _behind(snapshot: Snapshot, head: int) -> ConflictError:
+def _behind_head(snapshot: Snapshot, head: int) -> ConflictError:
     return ConflictError([], f"the snapshot is at seq {snapshot.seq}, the head at {head}")
 
 
 def _conflicts(steps: Sequence[Step], facts: Sequence[Any]) -> list[Conflict]:
-    """The conflicts of a reply: the number of the step, what was found, by whom it is booked."""
+    """The conflicts in a reply: step number, stored revision, deleted, owner of the dedup key."""
     conflicts = []
     rest = iter(facts)
-    while lot := tuple(islice(rest, 4)):
-        number, found, deleted, holder = lot
+    while fields := tuple(islice(rest, 4)):
+        number, stored, deleted, owner = fields
         step = steps[int(number) - 1]
         conflicts.append(
             Conflict(
                 step.task_id,
                 step.base,
-                int(found),
-                existing_task_id=holder.decode() if holder else None,
+                int(stored),
+                existing_task_id=owner.decode() if owner else None,
                 deleted=deleted == b"1",
             )
         )

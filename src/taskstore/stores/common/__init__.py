@@ -1,1 +1,1 @@
-"""What several stores have in common."""
+"""Code that several stores share."""

@@ -1,13 +1,13 @@
-"""The change feed of a store: threads wait in it for commits.
+"""The change feed: threads wait for commits of other processes.
 
-A :class:`ChangeFeed` is what stands behind ``wait_for``.  While anybody waits, one
-thread of the feed looks out for what other processes commit, through a
-:class:`Watcher`, and wakes the waiters.  Own commits are announced and wake them
-at once.
+A :class:`ChangeFeed` implements ``wait_for`` for a store.  While a call waits, one
+thread of the feed polls for the commits of other processes through a
+:class:`Watcher`, and wakes the waiters.  The store announces its own commits, which
+wakes the waiters at once.
 
-Nothing is missed: a waiter registers before it reads the head, and the thread
-sets up its watch before it reads the head.  A commit before these reads is seen
-by them; the watch sees a later one.
+No commit is missed.  A waiter registers before it reads the head, and the thread
+starts its watcher before it reads the head.  The read sees every earlier commit;
+the watcher sees every later one.
 """
 
 from __future__ import annotations
@@ -22,77 +22,77 @@ from typing import Protocol, TypeAlias
 from taskstore.errors import StoreClosedError, StoreUnavailableError
 from taskstore.stores.common.retry import Backoff
 
-IDLE_S = 2.0
-"""How long the thread goes on without a waiter, in seconds: a caller that waits in slices
-need not pay for a new watch each time."""
+IDLE_TIMEOUT_S = 2.0
+"""How long the thread runs without a waiter, in seconds: a caller that waits in slices
+does not pay for a new watcher each time."""
 
 RETRY_S = 5.0
-"""How long the head is polled before a watch that broke is set up again, in seconds."""
+"""How long the feed polls the head before it replaces a broken watcher, in seconds."""
 
-CLOSE_S = 1.0
-"""How long :meth:`ChangeFeed.close` lets the thread give its watch back, in seconds."""
+CLOSE_TIMEOUT_S = 1.0
+"""How long :meth:`ChangeFeed.close` waits for the thread to close its watcher, in seconds."""
 
 LONGEST_PAUSE_S = 1.0
-"""How long the thread pauses at most between two looks, in seconds."""
+"""The longest pause of the thread between two polls, in seconds."""
 
 LONGEST_POLL_PAUSE_S = 0.06
 
 
 class WatcherBrokenError(Exception):
-    """A watch cannot be set up, or is of no use any more: the head is polled for a while."""
+    """A watcher cannot start or has stopped working: the feed polls the head for a while."""
 
 
 class Watcher(Protocol):
-    """Looks out for the commits of others.  Used by one thread at a time, but for ``wake``."""
+    """Polls for commits of other processes.  One thread at a time uses it, except for ``wake``."""
 
-    def look(self) -> int | None:
-        """Return the head if it may have moved since the last look, else ``None``; cheap then.
+    def poll(self) -> int | None:
+        """Return the head if it may have moved since the last poll, else ``None`` at low cost.
 
-        The first look returns the head.
+        The first poll returns the head.
         """
         ...
 
     def pause(self, seconds: float) -> None:
-        """Sleep until another look may be worth it, or :meth:`wake` is called; at most so long."""
+        """Sleep until another poll may be useful or :meth:`wake` is called, at most ``seconds``."""
         ...
 
     def wake(self) -> None:
-        """End a pause, the current one or the next.  Never blocks, never raises."""
+        """End the current pause, or the next one.  Never blocks, never raises."""
         ...
 
     def close(self, *, broken: bool) -> None:
-        """Give back what is held, ``broken`` if nobody is to use it again.  Never raises."""
+        """Release all resources; a ``broken`` one must not be reused.  Never raises."""
         ...
 
 
 def polling_backoff(longest_s: float = LONGEST_POLL_PAUSE_S) -> Backoff:
-    """Pauses between two looks: about half the time that nothing has come."""
+    """Return pauses between polls that are about half the time since the last commit."""
     return Backoff(0.001, longest_s, growth=1.5)
 
 
 class PollingWatcher:
-    """Asks for the head, ever more rarely.  ``sign``, if given, is something cheap that
-    differs whenever the head does; without it the head itself is asked for each time."""
+    """Reads the head at growing intervals.  ``version``, if given, is cheap to read and
+    differs whenever the head does; without it, each poll reads the head."""
 
     def __init__(
         self,
         head: Callable[[], int],
-        sign: Callable[[], object] | None = None,
+        version: Callable[[], object] | None = None,
         *,
         longest_pause_s: float = LONGEST_POLL_PAUSE_S,
     ) -> None:
         self._head = head
-        self._sign = sign or head
-        self._seen: object = None
+        self._version = version or head
+        self._last_version: object = None
         self._backoff = polling_backoff(longest_pause_s)
         self._woken = threading.Event()
 
-    def look(self) -> int | None:
-        # The sign is read first: what is committed in between is then seen next time.
-        sign = self._sign()
-        if sign == self._seen:
+    def poll(self) -> int | None:
+        # The version is read first: the next poll sees a commit that comes in between.
+        version = self._version()
+        if version == self._last_version:
             return None
-        self._seen = sign
+        self._last_version = version
         self._backoff.reset()
         return self._head()
 
@@ -108,43 +108,42 @@ class PollingWatcher:
 
 
 _Waiter: TypeAlias = "SimpleQueue[BaseException | None]"
-"""One waiting call: ``None`` tells it that the head moved, an error is what it raises.
-The queue is written in C, so that an interrupt leaves none of it half-done."""
+"""One waiting call: it returns when it receives ``None``, and raises an error that it receives.
+The queue is written in C, so that an interrupt cannot leave it in a partial state."""
 
 
 class ChangeFeed:
     """The waiting calls of one store (``waiters``), and the thread that watches for them.
 
-    ``head`` reads the head, with the patience and the errors of the store;
-    ``watch`` sets up what looks out for the commits of others.  When it raises
-    :class:`WatcherBrokenError` or one of ``errors``, there or later, the head is
-    polled for a while.  The thread ends when nobody has waited for ``idle_s``
-    seconds.
+    ``head`` reads the head, with the retries and the errors of the store;
+    ``start_watcher`` returns a new watcher.  If it or the watcher raises
+    :class:`WatcherBrokenError` or one of ``errors``, the feed polls the head for a
+    while.  The thread ends after ``idle_timeout_s`` seconds without a waiter.
     """
 
     def __init__(
         self,
         head: Callable[[], int],
-        watch: Callable[[], Watcher],
+        start_watcher: Callable[[], Watcher],
         location: str,
         *,
-        idle_s: float = IDLE_S,
+        idle_timeout_s: float = IDLE_TIMEOUT_S,
         errors: tuple[type[Exception], ...] = (),
     ) -> None:
         self._head = head
-        self._set_up = watch
+        self._start_watcher = start_watcher
         self._location = location
-        self._idle_s = idle_s
-        self._broken: tuple[type[Exception], ...] = (WatcherBrokenError, *errors)
+        self._idle_timeout_s = idle_timeout_s
+        self._broken_errors: tuple[type[Exception], ...] = (WatcherBrokenError, *errors)
         self._lock = threading.RLock()
-        # The waiting calls, and the seq that each has seen already.
+        # The waiting calls, and the seq after which each one waits.
         self.waiters: dict[_Waiter, int] = {}
         self._thread: threading.Thread | None = None
-        self._watch: Watcher | None = None
+        self._watcher: Watcher | None = None
         self._closed = False
 
     def wait_for(self, after: int, timeout: float) -> bool:
-        """Wait until the head exceeds ``after``, at most ``timeout`` seconds; whether it does."""
+        """Return whether the head exceeds ``after``, waiting for it at most ``timeout`` seconds."""
         deadline = time.monotonic() + timeout
         waiter: _Waiter = SimpleQueue()
         try:
@@ -159,9 +158,9 @@ class ChangeFeed:
         except Empty:
             return False
         finally:
-            # First of all, and in one call, which an interrupt does not divide.
+            # This comes first and is one call, which an interrupt cannot divide.
             self.waiters.pop(waiter, None)
-            if not (self._idle_s or self.waiters):
+            if not (self._idle_timeout_s or self.waiters):
                 self._wake()
         if error is None:
             return True
@@ -171,7 +170,7 @@ class ChangeFeed:
             del error  # which refers to this frame
 
     def announce(self, seq: int) -> None:
-        """Wake the waiters: somebody has committed up to ``seq``.
+        """Wake the waiters: a store or another process has committed up to ``seq``.
 
         A commit need not call this while there are no ``waiters``.
         """
@@ -184,20 +183,20 @@ class ChangeFeed:
         with self._lock:
             self._closed = True
             thread = self._thread
-        self._fail(StoreClosedError(f"the store {self._location} is closed"))
+        self._fail_waiters(StoreClosedError(f"the store {self._location} is closed"))
         self._wake()
         if thread is not None:
-            thread.join(CLOSE_S)
+            thread.join(CLOSE_TIMEOUT_S)
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail_waiters(self, error: BaseException) -> None:
         for waiter in list(self.waiters):
             waiter.put(error)
             self.waiters.pop(waiter, None)
 
     def _wake(self) -> None:
-        watch = self._watch
-        if watch is not None:
-            watch.wake()
+        watcher = self._watcher
+        if watcher is not None:
+            watcher.wake()
 
     # -- the watching thread ------------------------------------------------
 
@@ -215,27 +214,27 @@ class ChangeFeed:
                 raise StoreUnavailableError(
                     f"{self._location}: the thread that watches for commits cannot be started: "
                     f"{error}",
-                    hint="let the process have more threads, or ask for the head now and then",
+                    hint="raise the limit of threads for this process, or poll the head instead",
                 ) from error
             self._thread = thread
 
     def _run(self) -> None:
         retry_at = -math.inf
-        while self._goes_on():
+        while self._thread_is_needed():
             try:
                 if time.monotonic() < retry_at:
-                    self._serve(PollingWatcher(self._head), retry_at)
+                    self._watch(PollingWatcher(self._head), retry_at)
                 else:
-                    self._serve(self._set_up())
-            except self._broken:
+                    self._watch(self._start_watcher())
+            except self._broken_errors:
                 retry_at = time.monotonic() + RETRY_S
             except BaseException as error:  # noqa: BLE001 - raised by the waiting calls
-                self._fail(error)
+                self._fail_waiters(error)
 
-    def _goes_on(self) -> bool:
-        """Whether this thread is needed; if not, the next waiter starts another one."""
+    def _thread_is_needed(self) -> bool:
+        """Return whether this thread must go on; if not, the next waiter starts a new thread."""
         with self._lock:
-            # An interrupted caller may have started this thread without noting it.
+            # An interrupted caller may have started this thread without storing it.
             me = threading.current_thread()
             if self._thread is None:
                 self._thread = me
@@ -246,25 +245,25 @@ class ChangeFeed:
             self._thread = None
             return False
 
-    def _serve(self, watch: Watcher, until: float = math.inf) -> None:
-        """Look out through ``watch`` while there is a waiter, at most ``until`` (monotonic)."""
+    def _watch(self, watcher: Watcher, until: float = math.inf) -> None:
+        """Poll ``watcher`` while there is a waiter, at most ``until`` (monotonic seconds)."""
         needed_at = time.monotonic()
         broken = True
         try:
-            self._watch = watch
+            self._watcher = watcher
             while not self._closed and (now := time.monotonic()) < until:
                 if self.waiters:
                     needed_at = now
-                    rest = LONGEST_PAUSE_S
+                    remaining = LONGEST_PAUSE_S
                 else:
-                    rest = needed_at + self._idle_s - now
-                if rest <= 0:
+                    remaining = needed_at + self._idle_timeout_s - now
+                if remaining <= 0:
                     break
-                head = watch.look()
+                head = watcher.poll()
                 if head is not None:
                     self.announce(head)
-                watch.pause(min(rest, until - now))
+                watcher.pause(min(remaining, until - now))
             broken = False
         finally:
-            self._watch = None
-            watch.close(broken=broken)
+            self._watcher = None
+            watcher.close(broken=broken)

@@ -1,9 +1,9 @@
 """Compaction, the same for every store: due, lock, publish, retain, trim, report.
 
-A store says in :class:`CompactionSteps` how it does each of these; in which
-order they come, and what the policy decides, stands here.  The process may be
-killed between any two steps: what is published is whole, and what is trimmed
-is what no reader has seen since the snapshot was published.
+A store implements each step in :class:`CompactionSteps`; this module fixes their
+order and applies the policy.  The process may be killed between any two steps: a
+published snapshot is complete, and no reader uses the trimmed entries after the
+snapshot is published.
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ from taskstore.model.policies import CompactionPolicy, CompactionReport, Journal
 
 
 class CompactionPoint(NamedTuple):
-    """The moment that the new snapshot is of: its seq and time (Unix milliseconds), and the
-    floor and the published snapshots as they are then."""
+    """The commit of which the new snapshot is taken: its seq and time (Unix milliseconds), and
+    the floor and the published snapshots at this moment."""
 
     seq: int
     at: int
     floor: int
-    marks: tuple[SnapshotInfo, ...]
+    snapshots: tuple[SnapshotInfo, ...]
 
 
 class Retained(NamedTuple):
-    """What stays: the seqs of the snapshots, the new one among them, and the new floor."""
+    """The seqs of the retained snapshots, the new one included, and the new floor."""
 
     seqs: frozenset[int]
     floor: int
 
 
 class CompactionSteps(ABC):
-    """What one store does in each step of a compaction."""
+    """The steps of a compaction, implemented by one store."""
 
     @abstractmethod
     def stats(self, now: int) -> JournalStats:
-        """Look how much there is to compact, without the lock."""
+        """Return how much there is to compact; takes no lock."""
 
     @abstractmethod
     def lock(self) -> AbstractContextManager[object]:
-        """Keep other compactors out; :class:`~taskstore.StoreBusyError` while one is at work."""
+        """Lock out other compactors; raises :class:`~taskstore.StoreBusyError` while one runs."""
 
     @abstractmethod
     def begin(self) -> CompactionPoint:
-        """Fix the moment of the snapshot: nothing that it will hold changes any more."""
+        """Choose the commit of the snapshot: no entry up to it changes any more."""
 
     @abstractmethod
     def publish(self, point: CompactionPoint, retained: Retained) -> int:
-        """Write the snapshot, move the floor; returns how many records the snapshot holds."""
+        """Write the snapshot and move the floor; return how many records the snapshot holds."""
 
     @abstractmethod
     def trim(self, point: CompactionPoint, retained: Retained) -> None:
@@ -59,7 +59,7 @@ class CompactionSteps(ABC):
 
 
 def compact(steps: CompactionSteps, policy: CompactionPolicy, clock: Clock) -> CompactionReport:
-    """Do what :meth:`taskstore.SupportsCompaction.compact` promises."""
+    """Implement :meth:`taskstore.SupportsCompaction.compact`."""
     started = time.monotonic()
     stats = steps.stats(clock())
     reason = policy.due(stats)
@@ -85,8 +85,8 @@ def compact(steps: CompactionSteps, policy: CompactionPolicy, clock: Clock) -> C
 
 
 def _retained(policy: CompactionPolicy, point: CompactionPoint, now: int) -> Retained:
-    """Which snapshots stay, the new one included, and the floor that follows."""
-    marks = [mark for mark in point.marks if mark.seq != point.seq]
-    marks.append(SnapshotInfo(point.seq, point.at))
-    kept, floor = policy.retained(marks, head=point.seq, floor=point.floor, now=now)
-    return Retained(kept & {mark.seq for mark in marks}, floor)
+    """Return which snapshots stay, the new one included, and the resulting floor."""
+    snapshots = [snapshot for snapshot in point.snapshots if snapshot.seq != point.seq]
+    snapshots.append(SnapshotInfo(point.seq, point.at))
+    kept, floor = policy.retained(snapshots, head=point.seq, floor=point.floor, now=now)
+    return Retained(kept & {snapshot.seq for snapshot in snapshots}, floor)

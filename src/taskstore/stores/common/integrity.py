@@ -1,4 +1,4 @@
-"""Checking a ledger against itself: one pass over its journal, pure."""
+"""The integrity check: one pass over a ledger's journal and snapshots, pure."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from taskstore.model.journal import EntryKind, JournalEntry, Snapshot
 from taskstore.model.records import TaskRecord
 from taskstore.store.interface import VerifyReport
 
-MOST = 100
-"""How many problems are told one by one."""
-SHOWN = 3
+MAX_PROBLEMS = 100
+"""How many problems a report lists; it counts the others."""
+MAX_TASKS_NAMED = 3
 """How many tasks one problem names."""
 
 Content = dict[str | bytes, tuple[int, TaskRecord | bytes]]
-"""Revision (0 where it cannot be told) and record by task id.  An image that does not
-decode stands as its bytes, and under them if its id cannot be told."""
+"""Revision (0 if it is unknown) and record by task id.  A record that does not decode is
+given as its bytes, which are also its key if its task id is unknown."""
 
 
 class IntegrityCheck:
-    """Brings a ledger forward from its floor over the journal, and compares what is stored.
+    """Replays a ledger's journal from its floor, and compares the result with stored content.
 
-    ``retained`` says where its snapshots lie, by seq, and ``read`` reads one.  The store
+    ``snapshots`` names the retained snapshots by seq, and ``read`` reads one.  The store
     calls :meth:`journal`, :meth:`compare` with its current records, then :meth:`report`.
 
-    Behind a part of the journal that is lost, a task is unknown until its next entry
-    or the next snapshot, so that no damage is told twice.  ``content`` is what is known
-    as of ``seq``, ``whole`` says whether that is every task (``bool``), and ``problems``
-    are sentences.
+    After a gap in the journal, a task is unknown until its next entry or the next
+    snapshot, so that the check reports each damage once.  ``content`` is the known
+    content as of ``seq``, ``complete`` tells whether it covers every task (``bool``),
+    and ``problems`` are sentences.
     """
 
     def __init__(
-        self, floor: int, retained: Mapping[int, str], read: Callable[[int], Snapshot]
+        self, floor: int, snapshots: Mapping[int, str], read: Callable[[int], Snapshot]
     ) -> None:
         self.seq = floor - 1
         self.content: Content = {}
-        self.whole = floor == 1 and 0 not in retained
+        self.complete = floor == 1 and 0 not in snapshots
         self.problems: list[str] = []
-        self._retained = retained
+        self._snapshots = snapshots
         self._read = read
-        self._ahead = sorted((seq for seq in retained if seq >= self.seq), reverse=True)
+        self._ahead = sorted((seq for seq in snapshots if seq >= self.seq), reverse=True)
         self._deleted: set[str] = set()
         self._at = self._entries = 0
 
@@ -49,49 +49,49 @@ class IntegrityCheck:
     ) -> None:
         """Check the entries from the floor on, in order, and each snapshot at its seq.
 
-        An error stands for entries that could not be read.  ``head`` is the last seq
-        that there has to be, where the store notes that beside its journal.
+        An error replaces entries that could not be read.  ``head`` is the required last
+        seq, where the store keeps it apart from its journal.
         """
-        if not self.whole and self.seq not in self._retained:
+        if not self.complete and self.seq not in self._snapshots:
             self.problems.append(f"there is no snapshot at seq {self.seq}, before the floor")
-        self._snapshots()
-        told = False
+        self._compare_snapshots()
+        reported = False
         for entry in entries:
             if isinstance(entry, CorruptStoreError):
                 self.problems.append(str(entry))
-                told = True
+                reported = True
                 continue
-            if entry.seq > self.seq + 1 or told:
+            if entry.seq > self.seq + 1 or reported:
                 gap = f"seq {self.seq + 1} to {entry.seq - 1} are missing"
-                self._lose("" if told else gap, entry.seq - 1)
-                told = False
-            self._entry(entry)
-            self._snapshots()
+                self._skip_gap("" if reported else gap, entry.seq - 1)
+                reported = False
+            self._check_entry(entry)
+            self._compare_snapshots()
         last = max([self.seq, *self._ahead]) if head is None else head
-        if self.seq != last or told:
+        if self.seq != last or reported:
             end = f"the journal ends at seq {self.seq}, the head is {last}"
-            self._lose("" if told else end, last)
-        self.problems += [f"{self._retained[seq]} is ahead of head {last}" for seq in self._ahead]
+            self._skip_gap("" if reported else end, last)
+        self.problems += [f"{self._snapshots[seq]} is ahead of head {last}" for seq in self._ahead]
 
-    def _lose(self, problem: str, seq: int) -> None:
-        """Go on behind ``seq`` without what is before it."""
+    def _skip_gap(self, problem: str, seq: int) -> None:
+        """Continue after ``seq`` with unknown content."""
         if problem:
             self.problems.append(problem)
-        self.content, self.whole, self.seq = {}, False, seq
-        self._snapshots()
+        self.content, self.complete, self.seq = {}, False, seq
+        self._compare_snapshots()
 
-    def _snapshots(self) -> None:
-        """Compare the snapshots up to the seq that was reached."""
+    def _compare_snapshots(self) -> None:
+        """Compare the snapshots up to the current seq."""
         while self._ahead and self._ahead[-1] <= self.seq:
             seq = self._ahead.pop()
             try:
-                found = self._read(seq)
+                snapshot = self._read(seq)
             except CorruptStoreError as error:
                 self.problems.append(str(error))
             else:
-                self.compare(self._retained[seq], found)
+                self.compare(self._snapshots[seq], snapshot)
 
-    def _entry(self, entry: JournalEntry) -> None:
+    def _check_entry(self, entry: JournalEntry) -> None:
         where = f"seq {entry.seq}, task {entry.task_id!r}"
         if entry.seq <= self.seq:
             self.problems.append(f"{where}: follows seq {self.seq}")
@@ -99,10 +99,10 @@ class IntegrityCheck:
             self.problems.append(f"{where}: the time goes back from {self._at} to {entry.at}")
         known = self.content.get(entry.task_id)
         before = known[0] if known is not None else 0
-        can_be_told = before > 0 or (known is None and self.whole)
+        before_is_known = before > 0 or (known is None and self.complete)
         if known is None and entry.task_id in self._deleted:
             self.problems.append(f"{where}: a change after its deletion")
-        elif can_be_told and entry.revision != before + 1:
+        elif before_is_known and entry.revision != before + 1:
             self.problems.append(f"{where}: revision {entry.revision} follows revision {before}")
         self.seq, self._at = entry.seq, entry.at
         self._entries += 1
@@ -112,41 +112,42 @@ class IntegrityCheck:
             self._deleted.add(entry.task_id)
         elif record is not None:
             if (record.task_id, record.revision) != (entry.task_id, entry.revision):
-                what = f"{record.task_id!r} at revision {record.revision}"
-                self.problems.append(f"{where}: its record is {what}")
+                actual = f"{record.task_id!r} at revision {record.revision}"
+                self.problems.append(f"{where}: its record is {actual}")
             self.content[entry.task_id] = (entry.revision, record)
         elif entry.quarantined is not None:
             self.content[entry.task_id] = (entry.revision, entry.quarantined.raw)
 
-    def compare(self, place: str, found: Snapshot) -> None:
-        """Compare what a place holds with what the journal leads to, as far as that is known.
+    def compare(self, name: str, snapshot: Snapshot) -> None:
+        """Compare stored content, called ``name``, with the known content of the journal.
 
-        Where that is not every task, what was found is gone on with.
+        If the known content is incomplete, the stored content replaces it.
         """
-        there, right = _content_of(found), self.content
-        surplus = there.keys() - right.keys()
-        differing = {key for key in there.keys() & right.keys() if there[key][1] != right[key][1]}
-        for trouble, keys in (
-            ("lacks tasks of the journal", right.keys() - there.keys()),
-            ("has tasks beyond the journal", surplus if self.whole else surplus & self._deleted),
+        stored, expected = _content_of(snapshot), self.content
+        surplus = stored.keys() - expected.keys()
+        common = stored.keys() & expected.keys()
+        differing = {key for key in common if stored[key][1] != expected[key][1]}
+        for difference, keys in (
+            ("lacks tasks of the journal", expected.keys() - stored.keys()),
+            ("has tasks beyond the journal", surplus if self.complete else surplus & self._deleted),
             ("disagrees with the journal on tasks", differing),
         ):
             if keys:
-                shown = ", ".join(sorted(map(repr, keys))[:SHOWN])
-                self.problems.append(f"{place} {trouble} ({len(keys)}): {shown}")
-        if not self.whole and found.seq == self.seq:
-            self.content, self.whole = there, True
+                shown = ", ".join(sorted(map(repr, keys))[:MAX_TASKS_NAMED])
+                self.problems.append(f"{name} {difference} ({len(keys)}): {shown}")
+        if not self.complete and snapshot.seq == self.seq:
+            self.content, self.complete = stored, True
 
     def report(self) -> VerifyReport:
-        """What was found, at most ``MOST`` problems one by one."""
-        shown, more = self.problems[:MOST], len(self.problems) - MOST
+        """Return the result, with at most ``MAX_PROBLEMS`` problems listed."""
+        shown, more = self.problems[:MAX_PROBLEMS], len(self.problems) - MAX_PROBLEMS
         if more > 0:
             shown.append(f"and {more} more")
         return VerifyReport(self.seq, len(self.content), self._entries, tuple(shown))
 
 
 def _content_of(snapshot: Snapshot) -> Content:
-    """What a snapshot says of each task, but for older images of tasks that went on."""
+    """Return the content of a snapshot, without superseded records."""
     content: Content = {
         task_id: (record.revision, record) for task_id, record in snapshot.records.items()
     }

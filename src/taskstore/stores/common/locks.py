@@ -1,12 +1,13 @@
-"""A fair lock: a waiting room before a lock that has no queue of its own.
+"""File locks between processes: the fair lock, and the lock owners.
 
-Whoever polls a lock loses it to the process that has just released it and
-asks for it again at once; with a few busy writers that can go on for a long
-time.  So only one waiter at a time polls: the one that holds ``flock`` on a
-second file, the waiting room.  The others wait for the waiting room, and so
-does the process that has just released the lock.  The waiting room makes the
-lock fair and protects nothing: a waiter that was killed leaves it by that, and
-one that was stopped in it is passed.
+A process that polls a lock loses it to the process that released it and takes it
+again at once.  With a few busy writers a waiter can starve.  :class:`FairLock`
+prevents this with a queue: a waiter polls the lock only while it owns ``flock`` on a
+second file, the queue file.  The other waiters poll the queue file, and so does the
+process that has just released the lock.  The queue protects no data.  A killed waiter
+leaves it by its death, and the other waiters bypass a stopped one.
+
+:func:`lock_owners` reads from the system which processes own a lock.
 """
 
 from __future__ import annotations
@@ -19,45 +20,45 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-PATIENCE_S = 0.25
-"""How long a waiter waits for the waiting room before it polls the lock without it, in seconds."""
+QUEUE_TIMEOUT_S = 0.25
+"""How long a waiter waits for the queue before it polls the lock without it, in seconds."""
 
 _PAUSE_S = 0.0002
 _LONGEST_PAUSE_S = 0.01
-_AGE_S = 0.003  # after so long, a waiter polls twice as often as a newcomer
+_AGING_S = 0.003  # a waiter that has waited for so long polls twice as often as a new one
 
 
 class FairLock:
-    """The waiting room at the file ``path``, which is made when a lock is first contended.
+    """The queue of a lock, at the file ``path``, which the first contention creates.
 
-    Threads that share an instance have to exclude each other themselves.
+    Threads that share an instance must exclude each other themselves.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = os.fspath(path)  # in a third of the time
         self._descriptor = -1
-        # Whether a waiter that does not move was found in the waiting room.
-        self._passing = False
+        # Whether this waiter ignores the queue, because a stopped waiter is at its front.
+        self._bypasses = False
 
     def wait(self, attempt: Callable[[], bool], timeout_s: float) -> bool:
-        """Call ``attempt`` until it returns true; whether it did within ``timeout_s`` seconds."""
+        """Return true once ``attempt()`` is true, false after ``timeout_s`` seconds."""
         # Without the file, the lock has never been contended.
         if self._descriptor < 0 and not os.access(self._path, os.F_OK) and attempt():
             return True
         try:
-            started, waited, first = time.monotonic(), 0.0, False
+            started, waited, at_front = time.monotonic(), 0.0, False
             while True:
-                first = first or self._enter()
-                self._passing = not first and (self._passing or waited > PATIENCE_S)
-                if (first or self._passing) and attempt():
+                at_front = at_front or self._enter_queue()
+                self._bypasses = not at_front and (self._bypasses or waited > QUEUE_TIMEOUT_S)
+                if (at_front or self._bypasses) and attempt():
                     return True
                 if waited >= timeout_s:
                     return False
-                # The longer a waiter has waited, the more often it polls, so that newcomers
-                # seldom pass it; only where the lock is held for longer than commits take
-                # does polling become rare.
-                eager = _PAUSE_S / (1 + min(waited, 7 * _AGE_S) / _AGE_S)
-                pause = max(eager, min((waited - PATIENCE_S) / 100, _LONGEST_PAUSE_S))
+                # The polling rate grows with the time waited, so that new waiters seldom
+                # overtake.  It falls only where the owner keeps the lock for longer than
+                # a commit takes.
+                eager = _PAUSE_S / (1 + min(waited, 7 * _AGING_S) / _AGING_S)
+                pause = max(eager, min((waited - QUEUE_TIMEOUT_S) / 100, _LONGEST_PAUSE_S))
                 jittered = pause * random.uniform(0.5, 1)  # noqa: S311 (jitter)
                 time.sleep(min(jittered, timeout_s - waited))
                 waited = time.monotonic() - started
@@ -66,13 +67,13 @@ class FairLock:
                 fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def close(self) -> None:
-        """Close the file.  Closing twice is fine."""
+        """Close the file.  A second call does nothing."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
 
-    def _enter(self) -> bool:
-        """Enter the waiting room; false when another waiter is in it."""
+    def _enter_queue(self) -> bool:
+        """Take the front of the queue; return false if another waiter is there."""
         try:
             if self._descriptor < 0:
                 flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
@@ -80,35 +81,36 @@ class FairLock:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        except OSError:  # a file system without such locks: then the lock is not fair
+        except OSError:  # the file system has no such locks: the lock is not fair
             return True
         return True
 
 
 _LOCKS = Path("/proc/locks")
-_FIELDS = 8
-"""How many fields a lock has there that was given: who still waits stands behind an arrow."""
-_WORDS = 4
-_LONGEST = 80
-_TELLING = re.compile(r"^--?[^=]+=|://|^--?(pass|pw|token|secret|key)", re.IGNORECASE)
+_LOCK_FIELDS = 8
+"""How many fields the line of a granted lock has; the line of a waiter has one more."""
+_COMMAND_WORDS = 4
+_COMMAND_LENGTH = 80
+_SENSITIVE = re.compile(r"^--?[^=]+=|://|^--?(pass|pw|token|secret|key)", re.IGNORECASE)
 
 
 def lock_owners(path: str | Path, *, byte: int | None = None) -> tuple[str, ...]:
-    """Name the processes with an exclusive lock on a file, or on one ``byte`` of it.
+    """Describe the processes with an exclusive lock on a file, or on one ``byte`` of it.
 
-    Empty when the system does not tell: it is not Linux, the file system has
-    numbers of its own, or the process is of another machine or container.
+    Empty when the system does not report them: it is not Linux, the file system
+    numbers its files differently, or the process runs on another machine or in
+    another container.
     """
     try:
-        found = os.stat(path)  # noqa: PTH116 - what is locked is not opened
+        status = os.stat(path)  # noqa: PTH116 - a locked file must not be opened
         lines = _LOCKS.read_text().splitlines()
     except OSError:
         return ()
-    file = (os.major(found.st_dev), os.minor(found.st_dev), found.st_ino)
+    file = (os.major(status.st_dev), os.minor(status.st_dev), status.st_ino)
     pids = set()
     for line in lines:
         fields = line.split()
-        if len(fields) != _FIELDS or fields[3] != "WRITE" or not fields[4].isdigit():
+        if len(fields) != _LOCK_FIELDS or fields[3] != "WRITE" or not fields[4].isdigit():
             continue
         major, minor, inode = fields[5].split(":")
         first, last = int(fields[6]), float("inf" if fields[7] == "EOF" else fields[7])
@@ -119,7 +121,7 @@ def lock_owners(path: str | Path, *, byte: int | None = None) -> tuple[str, ...]
 
 
 def describe_process(pid: int) -> str:
-    """A process in words: its pid, and what it runs if that may be seen."""
+    """Return a process as text: its pid, and its command if the system shows it."""
     if pid == os.getpid():
         return f"pid {pid}, this process"
     command = command_of(pid)
@@ -127,21 +129,21 @@ def describe_process(pid: int) -> str:
 
 
 def command_of(pid: int) -> str:
-    """The first words of a process's command line; none that might tell a secret."""
+    """Return the first words of a process's command line, up to a word that may be a secret."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return ""
-    told: list[str] = []
-    for word in words[:_WORDS]:
-        if _TELLING.search(word) or "\n" in word or word == "-c":
+    shown: list[str] = []
+    for word in words[:_COMMAND_WORDS]:
+        if _SENSITIVE.search(word) or "\n" in word or word == "-c":
             break
-        told.append(word)
-    text = " ".join(told).strip()
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+        shown.append(word)
+    text = " ".join(shown).strip()
+    return text if len(text) <= _COMMAND_LENGTH else f"{text[:_COMMAND_LENGTH]}…"
 
 
-def describe_owners(holders: Iterable[str]) -> str:
-    """A sentence about who holds a lock."""
-    names = "; ".join(holders)
-    return f"held by {names}" if names else "who holds it, the system does not tell"
+def describe_owners(owners: Iterable[str]) -> str:
+    """Return a phrase that names the owners of a lock."""
+    names = "; ".join(owners)
+    return f"held by {names}" if names else "the system does not report the lock owner"

@@ -1,4 +1,4 @@
-"""Trying again: backoff, retry policy, circuit breaker, contention.
+"""Retries: backoff, circuit breaker, contention, retry policy.
 
 A store gives each of its calls a loop of attempts::
 
@@ -6,9 +6,10 @@ A store gives each of its calls a loop of attempts::
         with attempt:
             return work()
 
-An attempt that fails with an error of the storage sleeps and is swallowed, so
-that the loop goes on, or raises the store's own error when another attempt
-cannot help or has gone on long enough.  Every other error passes through.
+If an attempt fails with a storage error that a retry may cure, the attempt sleeps
+and suppresses the error, so that the loop continues.  If a retry cannot help, or the
+retry timeout has expired, the attempt raises the store's own error.  Every other
+error passes through.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from typing import NoReturn, Protocol
 from taskstore.errors import StoreBusyError, StoreUnavailableError, TaskStoreError
 from taskstore.stores.common.locks import describe_owners
 
-BUSY_S = 30.0
+BUSY_TIMEOUT_S = 30.0
 """How long a write waits for other writers that make no progress, in seconds."""
 RECONNECT_S = 30.0
-"""How long a server may be away before callers hear of it, in seconds."""
-PROBE_S = 0.25
-"""How often a server is looked for that has been away for too long, in seconds."""
+"""How long a server may be unavailable before calls raise, in seconds."""
+PROBE_INTERVAL_S = 0.25
+"""The interval between attempts at a server after the retry timeout, in seconds."""
 
 
 class Backoff:
     """Pauses that grow from ``first_s`` to ``longest_s`` seconds, with jitter.
 
-    Jitter keeps processes that met once from meeting again at each attempt.
+    Jitter keeps processes that collided once from colliding at each attempt.
     """
 
     __slots__ = ("_first_s", "_growth", "_longest_s", "_next_s")
@@ -47,7 +48,7 @@ class Backoff:
         self._next_s = first_s
 
     def next_s(self) -> float:
-        """The length of the next pause in seconds: from half of what is due to all of it."""
+        """Return the next pause in seconds: between half and all of the nominal pause."""
         pause = self._next_s
         self._next_s = min(self._growth * pause, self._longest_s)
         return random.uniform(pause / 2, pause)  # noqa: S311 - jitter is no secret
@@ -57,54 +58,55 @@ class Backoff:
         time.sleep(self.next_s())
 
     def reset(self) -> None:
-        """Begin with the shortest pause again."""
+        """Start with the shortest pause again."""
         self._next_s = self._first_s
 
 
 class CircuitBreaker:
-    """How long a server has been away, whichever call noticed.
+    """How long a server has been unavailable, shared by all calls.
 
-    Calls wait ``patience_s`` seconds, counted from the first failure and not
-    from their own beginning: a call that queued behind one that waited in vain
-    does not wait as long again, and an attempt to connect, which may itself take
-    seconds, is not made by each of them.
+    Calls retry for ``timeout_s`` seconds, counted from the first failure of the outage
+    and not from the start of the call.  A call that queued behind another one therefore
+    does not wait for the same timeout again.  While the circuit is open, calls fail
+    without their own attempt to connect, which may take seconds.
     """
 
-    def __init__(self, location: str, patience_s: float) -> None:
+    def __init__(self, location: str, timeout_s: float) -> None:
         self._location = location
-        self._patience_s = patience_s
+        self._timeout_s = timeout_s
         self._lock = threading.Lock()
-        self._said = ""
+        self._message = ""
         self.outage: tuple[float, float] | None = None
-        """When the outage began and when an attempt last failed, in monotonic seconds;
+        """When the outage began and when the last attempt failed, in monotonic seconds;
         ``None`` while the server answers."""
 
     def check(self) -> None:
-        """Raise :class:`~taskstore.StoreUnavailableError` if the patience with this outage
-        was at an end only just now."""
+        """Raise :class:`~taskstore.StoreUnavailableError` if the retry timeout has expired
+        and the last attempt failed less than ``PROBE_INTERVAL_S`` ago."""
         with self._lock:
             if self.outage is None:
                 return
             began, failed = self.outage
             now = time.monotonic()
-            if failed - began >= self._patience_s and now - failed < PROBE_S:
+            if failed - began >= self._timeout_s and now - failed < PROBE_INTERVAL_S:
                 raise StoreUnavailableError(
-                    f"{self._location} has been away for {now - began:.1f} s: {self._said}"
+                    f"{self._location} has been unavailable for {now - began:.1f} s: "
+                    f"{self._message}"
                 )
 
-    def failed(self, tried_at: float, said: str) -> bool:
-        """Note that an attempt, made at ``tried_at`` (monotonic seconds), has failed, and what
-        the driver ``said``; returns whether the patience is at an end."""
+    def record_failure(self, attempted_at: float, message: str) -> bool:
+        """Record that an attempt, made at ``attempted_at`` (monotonic seconds), has failed with
+        the driver's ``message``; return whether the retry timeout of this outage has expired."""
         now = time.monotonic()
         with self._lock:
             began, failed = self.outage or (now, now)
-            if tried_at - failed > max(self._patience_s, PROBE_S):
-                began = now  # no call has looked for as long: this is another outage
-            self.outage, self._said = (began, now), said
-            return now - began >= self._patience_s
+            if attempted_at - failed > max(self._timeout_s, PROBE_INTERVAL_S):
+                began = now  # without an attempt for so long, this is another outage
+            self.outage, self._message = (began, now), message
+            return now - began >= self._timeout_s
 
     def close(self) -> None:
-        """Note that the server answers."""
+        """Record that the server answers."""
         with self._lock:
             self.outage = None
 
@@ -112,71 +114,70 @@ class CircuitBreaker:
 class Contention:
     """Whether the other writers make progress, for a caller that waits for them.
 
-    ``position`` reads something that differs when another writer has
-    committed; ``None`` when it cannot be read.
+    ``position`` reads a value that differs when another writer has committed;
+    ``None`` when it cannot be read.
     """
 
     def __init__(self, position: Callable[[], object]) -> None:
         self._position = position
-        self._seen: object = None
+        self._last_position: object = None
 
-    def moves(self) -> bool:
-        """Whether another writer has committed since the last look.
+    def made_progress(self) -> bool:
+        """Return whether another writer has committed since the last call.
 
-        At the first look that is not known: the others are given the same time again.
+        The first call returns true, which gives the other writers another timeout.
         """
         position = self._position()
         if position is None:
             return False
-        moved, self._seen = position != self._seen, position
+        moved, self._last_position = position != self._last_position, position
         return moved
 
 
 class FailureKind(Enum):
-    """What an error of the storage means for trying again."""
+    """What a storage error means for a retry."""
 
     PERMANENT = "permanent"
-    """Another attempt meets the same."""
+    """A retry fails in the same way."""
     LOCK_BUSY = "lock busy"
-    """A lock without a queue is held by others: look again soon and often."""
+    """Another process owns a lock without a queue: retry soon and often."""
     LOCK_TIMEOUT = "lock timeout"
-    """The server has waited for a lock for as long as it was told to."""
+    """The server has waited for a lock until its own timeout."""
     SERIALIZATION = "serialization"
-    """A deadlock or serialization failure: run again."""
+    """A deadlock or serialization failure: run the transaction again."""
     UNAVAILABLE = "unavailable"
-    """The server does not answer, or takes no writes."""
+    """The server does not answer, or accepts no writes."""
 
 
-class UnansweredError(Exception):
-    """COMMIT was sent and not answered; the cause is the driver's error."""
+class UnconfirmedCommitError(Exception):
+    """COMMIT was sent and the server did not answer; the cause is the driver's error."""
 
 
 class ErrorTranslation(Protocol):
-    """How a store reads the errors of its driver."""
+    """How a store classifies and translates the errors of its driver."""
 
     errors: tuple[type[Exception], ...]
     """What the driver raises."""
 
     def failure_kind(self, error: BaseException) -> FailureKind:
-        """What an error means for trying again."""
+        """Return what an error means for a retry."""
 
     def translate(self, error: BaseException) -> TaskStoreError:
-        """The store's own error."""
+        """Return the store's own error."""
 
     def cause(self, error: BaseException) -> BaseException | None:
-        """What the store's own error is raised from."""
+        """Return the cause of the store's own error."""
 
     def text(self, error: BaseException) -> str:
-        """What the driver said, on one line."""
+        """Return the driver's message on one line."""
 
 
 class RetryPolicy:
-    """When a call on one storage is tried again, and for how long.
+    """When a call on one storage is retried, and for how long.
 
-    The patience with a server that is away is shared by all calls.  A write
-    goes on as long as the other writers make progress: ``position`` reads how
-    far they have come, and ``owners`` names the owners of the lock; ``None``
-    when either cannot be told.
+    All calls share the retry timeout of a server outage.  A write is retried as long
+    as the other writers make progress: ``position`` reads how far they have come, and
+    ``owners`` names the owners of the lock; each returns ``None`` if it is unknown.
     """
 
     def __init__(
@@ -193,40 +194,40 @@ class RetryPolicy:
         self.owners = owners
 
     def attempts(self, *, reads_back: bool = False) -> Iterator[Attempt]:
-        """Attempts for one call, which end when one of them raises.
+        """Return the attempts of one call; the attempt that may not be retried raises.
 
-        A COMMIT that was not answered is tried again like any other work, unless
-        the caller ``reads_back``: then it finds :attr:`Attempt.unanswered` set.
+        An unconfirmed COMMIT is retried like any other work, unless the caller
+        ``reads_back`` its outcome: that caller checks :attr:`Attempt.unconfirmed`.
         """
         return repeat(Attempt(self, reads_back))
 
-    def give_up(self, error: BaseException) -> NoReturn:
-        """Raise the store's own error for one of its driver."""
-        told = self.translation.translate(error)
-        if isinstance(told, StoreBusyError) and told.hint is None and self.position is not None:
+    def raise_translated(self, error: BaseException) -> NoReturn:
+        """Raise the store's own error for an error of its driver."""
+        own = self.translation.translate(error)
+        if isinstance(own, StoreBusyError) and own.hint is None and self.position is not None:
             owners = tuple(self.owners() or ())
-            told = StoreBusyError(
-                f"{told.message}; {describe_owners(owners)}",
-                hint="try again, or see what that process is doing",
+            own = StoreBusyError(
+                f"{own.message}; {describe_owners(owners)}",
+                hint="try again, or check what the lock owner is doing",
                 owners=owners,
             )
-        raise told from self.translation.cause(error)
+        raise own from self.translation.cause(error)
 
 
 class Attempt:
-    """The attempts of one call: a context manager that is entered for each of them."""
+    """The attempts of one call: a context manager that is entered once for each attempt."""
 
     def __init__(self, policy: RetryPolicy, reads_back: bool) -> None:  # noqa: FBT001 - hot path
         self._policy = policy
         self._reads_back = reads_back
-        self._began = self._tried_at = time.monotonic()
+        self._waiting_since = self._attempted_at = time.monotonic()
         self._backoff: Backoff | None = None
         self._contention: Contention | None = None
-        self.unanswered = False
-        """Whether the last attempt sent a COMMIT that was not answered."""
+        self.unconfirmed = False
+        """Whether the last attempt sent a COMMIT that the server did not answer."""
 
     def __enter__(self) -> None:
-        self.unanswered = False
+        self.unconfirmed = False
         if self._policy.breaker.outage is not None:
             self._policy.breaker.check()
 
@@ -236,46 +237,47 @@ class Attempt:
             if policy.breaker.outage is not None:
                 policy.breaker.close()
             return False
-        if isinstance(error, UnansweredError) and error.__cause__ is not None:
-            self.unanswered, error = True, error.__cause__
+        if isinstance(error, UnconfirmedCommitError) and error.__cause__ is not None:
+            self.unconfirmed, error = True, error.__cause__
         elif not isinstance(error, policy.translation.errors):
             return False
         self._pause_or_raise(error)
         return True
 
     def _pause_or_raise(self, error: BaseException) -> None:
-        """Sleep before the next attempt; raise when there is to be none."""
+        """Sleep before the next attempt; raise if there must be none."""
         policy = self._policy
-        if self.unanswered and self._reads_back:
-            return  # the caller finds out first what became of the commit
+        if self.unconfirmed and self._reads_back:
+            return  # the caller first reads back the outcome of the commit
         kind = policy.translation.failure_kind(error)
         if kind is FailureKind.PERMANENT:
-            enough = True
+            expired = True
         elif kind is FailureKind.UNAVAILABLE:
-            enough = policy.breaker.failed(self._tried_at, policy.translation.text(error))
+            message = policy.translation.text(error)
+            expired = policy.breaker.record_failure(self._attempted_at, message)
         else:
-            enough = self._has_waited(0.0 if kind is FailureKind.LOCK_TIMEOUT else BUSY_S)
-        if enough:
-            policy.give_up(error)
+            expired = self._expired(0.0 if kind is FailureKind.LOCK_TIMEOUT else BUSY_TIMEOUT_S)
+        if expired:
+            policy.raise_translated(error)
         if self._backoff is None:
-            # Doubling from half a millisecond, so that writers that met once do not keep
-            # meeting.  A caller that waits for a lock without a queue has to look often:
-            # others leave it free for moments only, and would starve it.
+            # The pauses double from half a millisecond, so that colliding writers separate.
+            # A lock without a queue is free for moments only: a caller that waits for it
+            # has to retry often, or it starves.
             self._backoff = Backoff(0.0005, 0.002 if kind is FailureKind.LOCK_BUSY else 0.1)
         self._backoff.sleep()
-        self._tried_at = time.monotonic()
+        self._attempted_at = time.monotonic()
 
-    def _has_waited(self, patience_s: float) -> bool:
-        """Whether others that hold what is needed have been waited for long enough."""
+    def _expired(self, timeout_s: float) -> bool:
+        """Return whether this call has waited for other writers for ``timeout_s`` seconds."""
         position = self._policy.position
         if position is None:
-            return time.monotonic() - self._began >= patience_s
-        # It takes two looks at the others to see whether they make progress.
-        if time.monotonic() - self._began < patience_s / 2:
+            return time.monotonic() - self._waiting_since >= timeout_s
+        # Two readings of the position, half a timeout apart, show whether writers progress.
+        if time.monotonic() - self._waiting_since < timeout_s / 2:
             return False
         if self._contention is None:
             self._contention = Contention(position)
-        if not self._contention.moves():
+        if not self._contention.made_progress():
             return True
-        self._began = time.monotonic()
+        self._waiting_since = time.monotonic()
         return False

@@ -1,7 +1,6 @@
-"""The JSON store: a ledger in a directory that people and other programs can read.
+"""The JSON store: a ledger in a directory of readable files.
 
-``docs/formats.md`` says what lies in the directory, byte by byte, and which
-files count.
+``docs/formats.md`` specifies the files byte by byte, and which of them are live.
 """
 
 from taskstore.stores.jsonfile.store import JSONStore, open_json

@@ -1,11 +1,11 @@
 """Compaction: fold the journal into a snapshot, publish it, trim.
 
-The write lock is held twice for a moment: to begin a new segment at N + 1,
-so that everything up to N lies in files that no longer change, and to tell
-the others that the floor has moved.  In between the old snapshot is streamed
-and merged with the last images of the journal, in memory bounded by the keys.
-Publishing the snapshot at N, whose header declares the floor, is what moves
-it; the files below it are removed afterwards, oldest first.
+The compactor takes the write lock twice for a moment: to begin a new segment at N + 1,
+after which the files up to N no longer change, and to show other processes that the
+floor has moved.  In between it streams the old snapshot and merges it with the last
+payloads of the journal; the memory is bounded by the keys.  Publishing the snapshot at
+N, whose header declares the floor, moves the floor.  The files below the floor are
+removed afterwards, oldest first.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from taskstore.stores.jsonfile.index import keys_of
 from taskstore.stores.jsonfile.layout import (
     TORN,
     Layout,
-    SnapshotHeader,
+    LedgerSnapshotHeader,
     open_snapshot,
     read_layout,
     read_snapshot_header,
 )
-from taskstore.stores.jsonfile.lines import Entry, image
+from taskstore.stores.jsonfile.lines import Entry, decode_entry
 from taskstore.stores.jsonfile.segments import CommitLocation, SegmentReader
 from taskstore.stores.jsonfile.writing import Writer
 
-TIDYING_S = 5.0
-"""How long a compaction waits for its lock, in seconds: writers that clear up hold it briefly."""
+COMPACT_LOCK_TIMEOUT_S = 5.0
+"""How long a compaction waits for its lock, in seconds: a writer takes it to remove leftovers."""
 
 
 class Compaction(CompactionSteps):
-    """The steps of one compaction.  ``erase`` removes the torn lines that were kept, too.
+    """The steps of one compaction.  ``erase`` also removes the saved torn lines.
 
-    ``superseded`` is what was set aside of entries that were trimmed.
+    ``superseded`` are the quarantined payloads of trimmed entries.
     """
 
     def __init__(self, writer: Writer, *, erase: bool) -> None:
@@ -56,7 +56,7 @@ class Compaction(CompactionSteps):
 
     def stats(self, now: int) -> JournalStats:
         writer = self._writer
-        with writer.entered():
+        with writer.locked():
             assert writer.index is not None
             layout = writer.layout
             newest = layout.newest.seq if layout.newest is not None else 0
@@ -66,26 +66,26 @@ class Compaction(CompactionSteps):
                 now=now,
                 newest=newest,
                 floor=layout.floor,
-                entries=writer.place.seq - newest,
+                entries=writer.end.seq - newest,
                 records=len(writer.index.revisions),
                 bytes=sum(segment.path.stat().st_size - segment.start for segment in since),
                 oldest_at=first.line.at if first is not None else None,
             )
 
     def lock(self) -> AbstractContextManager[None]:
-        return self._writer.compact_lock().held(TIDYING_S, "another compactor")
+        return self._writer.compact_lock().held(COMPACT_LOCK_TIMEOUT_S, "another compactor")
 
     def begin(self) -> CompactionPoint:
-        with self._writer.entered():
+        with self._writer.locked():
             layout = self._layout = self._writer.roll()
-            seq, at = self._writer.place.seq, self._writer.place.at
+            seq, at = self._writer.end.seq, self._writer.end.at
         directory = layout.directory
-        # Read again: what the last run removed may still be in the layout that the writer keeps.
-        marks = tuple(
+        # The writer's layout may still have snapshots that the last compaction removed.
+        snapshots = tuple(
             SnapshotInfo(seq, read_snapshot_header(directory, seq).at)
             for seq in read_layout(directory).snapshots
         )
-        return CompactionPoint(seq, at, layout.floor, marks)
+        return CompactionPoint(seq, at, layout.floor, snapshots)
 
     def publish(self, point: CompactionPoint, retained: Retained) -> int:
         layout, floor, disk = self._layout, retained.floor, self._writer.disk
@@ -93,41 +93,41 @@ class Compaction(CompactionSteps):
         path = layout.snapshot_path(point.seq)
         ledger, timeline = layout.identity.ledger, layout.identity.timeline
         deleted = {task_id: seq for task_id, seq in merge.deleted.items() if seq >= floor}
-        header = SnapshotHeader(point.seq, point.at, ledger, timeline, floor, deleted)
-        blocks = codec.write_snapshot(header, merge.payloads(), merge.aside())
+        header = LedgerSnapshotHeader(point.seq, point.at, ledger, timeline, floor, deleted)
+        blocks = codec.write_snapshot(header, merge.payloads(), merge.quarantined())
         disk.publish(disk.write_temporary(path, blocks), path)
-        with self._writer.entered():
-            self._writer.settle(floor)
+        with self._writer.locked():
+            self._writer.announce_floor(floor)
         self.superseded = merge.superseded
         return merge.count
 
     def trim(self, point: CompactionPoint, retained: Retained) -> None:
         layout = self._layout
-        dropped = [mark.seq for mark in point.marks if mark.seq not in retained.seqs]
-        void = read_layout(layout.directory).void
-        self._remove((*void, *(layout.snapshot_path(seq) for seq in dropped)))
+        dropped = [info.seq for info in point.snapshots if info.seq not in retained.seqs]
+        obsolete = read_layout(layout.directory).obsolete
+        self._remove((*obsolete, *(layout.snapshot_path(seq) for seq in dropped)))
         if self._erase:
             self._remove(tuple(layout.directory.glob(f"*{TORN}")))
 
     def _remove(self, paths: tuple[Path, ...]) -> None:
-        """Remove files in this order.  The directory is synced in between, so
-        that no crash shows a later one gone and an earlier one still there."""
+        """Remove files in this order and sync the directory, so that no crash leaves these
+        files and loses a file that a later call removes."""
         if paths:
             self._writer.disk.remove_all(paths)
             self._writer.disk.sync_directory(self._layout.directory)
 
 
-class _Image(Struct, frozen=True, gc=False):
-    """Where the last payload of a task lies; there are many, and no collector looks at them."""
+class _PayloadLocation(Struct, frozen=True, gc=False):
+    """The location of the last payload of a task, without garbage collection: there are many."""
 
     segment: int
     offset: int
     length: int
 
 
-def _damage_of(entry: Entry, where: str) -> Quarantined | None:
-    """What is set aside of an entry, if it does not decode or holds something else."""
-    item = image(entry, where, strict=False)
+def _quarantine_damaged(entry: Entry, where: str) -> Quarantined | None:
+    """Return the payload of an entry, if it does not decode or is another record."""
+    item = decode_entry(entry, where, strict=False)
     if isinstance(item, Quarantined):
         return item
     if (item.task_id, item.revision) == (entry.task_id, entry.revision):
@@ -137,12 +137,11 @@ def _damage_of(entry: Entry, where: str) -> Quarantined | None:
 
 
 class Merge:
-    """The newest snapshot merged with the last images of the journal up to ``seq``.
+    """The newest snapshot merged with the last payloads of the journal up to ``seq``.
 
-    Only keys are held in memory.  A payload whose keys cannot be told is moved
-    to what is set aside; any other stays as the bytes that it is, also when
-    it does not decode.  ``superseded`` is what is kept of entries below ``floor``
-    that do not decode, though their tasks went on [12].
+    Only keys are in memory.  A payload without readable keys becomes quarantined; every
+    other payload is copied as bytes, even if it does not decode.  ``superseded`` are the
+    undecodable payloads of entries below ``floor`` whose tasks have later entries [12].
     """
 
     def __init__(self, layout: Layout, seq: int, floor: int) -> None:
@@ -150,83 +149,82 @@ class Merge:
         self.deleted: dict[str, int] = {}
         self._layout = layout
         self._floor = floor
-        self._ends: dict[str, _Image | Quarantined | None] = {}
-        """By task what its last change in the journal left; ``None``: it was deleted."""
+        self._last_states: dict[str, _PayloadLocation | Quarantined | None] = {}
+        """By task id, the last payload in the journal; ``None`` if the task was deleted."""
         self._damaged: dict[str, Quarantined] = {}
-        """By task its last change, if that is below the floor and does not decode."""
+        """By task id, the last payload if it is below the floor and does not decode."""
         self._superseded: dict[str, list[Quarantined]] = {}
-        self._unknown: list[Quarantined] = []
+        self._unidentified: list[Quarantined] = []
         if layout.newest is not None:
             self.deleted.update(layout.newest.deleted)
         trims = floor > layout.floor
-        for found in SegmentReader(
-            layout, layout.before(layout.floor) if trims else layout.after_newest()
-        ):
-            if found.line.seq > seq:
+        start = layout.before(layout.floor) if trims else layout.after_newest()
+        for location in SegmentReader(layout, start):
+            if location.line.seq > seq:
                 break
-            self._take(found, found.where)
+            self._add_commit(location, location.where)
         self.superseded = [item for items in self._superseded.values() for item in items]
 
-    def _take(self, found: CommitLocation, where: str) -> None:
+    def _add_commit(self, location: CommitLocation, where: str) -> None:
         newest = self._layout.newest
-        since_newest = newest is None or found.line.seq > newest.seq
-        position = 0
-        for seq, entry in enumerate(found.line.entries, found.line.seq):
+        since_newest = newest is None or location.line.seq > newest.seq
+        start = 0
+        for seq, entry in enumerate(location.line.entries, location.line.seq):
             task_id = entry.task_id
             replaced = self._damaged.pop(task_id, None)
             if entry.kind is EntryKind.DELETED:
-                # What was kept of it goes as every deleted record does.
+                # The deletion of a task removes its superseded payloads too.
                 self._superseded.pop(task_id, None)
                 if since_newest:
-                    self._ends[task_id] = None
-                    self.deleted[task_id] = found.line.seq
+                    self._last_states[task_id] = None
+                    self.deleted[task_id] = location.line.seq
                 continue
             if replaced is not None:
                 self._superseded.setdefault(task_id, []).append(replaced)
-            damage = _damage_of(entry, where)
+            damage = _quarantine_damaged(entry, where)
             if damage is not None and seq < self._floor:
                 self._damaged[task_id] = replace(
                     damage, where=f"{where}, seq {seq}", superseded=True
                 )
             if since_newest:
                 payload = bytes(entry.record)
-                position = found.raw.index(payload, position)
-                self._ends[task_id] = damage
+                start = location.raw.index(payload, start)
+                self._last_states[task_id] = damage
                 keys = keys_of(payload) if damage is not None else None
                 if damage is None or (keys is not None and keys.task_id == task_id):
-                    self._ends[task_id] = _Image(
-                        found.segment.first, found.offset + position, len(payload)
+                    self._last_states[task_id] = _PayloadLocation(
+                        location.segment.first, location.offset + start, len(payload)
                     )
-                position += len(payload)
+                start += len(payload)
 
     def payloads(self) -> Iterator[bytes]:
-        """The live payloads in order of task_id."""
-        for _, payload in heapq.merge(self._old(), self._new()):
+        """Yield the live payloads in order of task_id."""
+        for _, payload in heapq.merge(self._snapshot_payloads(), self._journal_payloads()):
             self.count += 1
             yield payload
 
-    def _new(self) -> Iterator[tuple[str, bytes]]:
-        """The payloads of the journal with their task ids."""
+    def _journal_payloads(self) -> Iterator[tuple[str, bytes]]:
+        """Yield the payloads of the journal with their task ids."""
         with contextlib.ExitStack() as stack:
             files = {
                 segment.first: stack.enter_context(segment.path.open("rb"))
                 for segment in self._layout.segments
             }
-            for task_id in chunked_sort(self._ends):
-                found = self._ends[task_id]
-                if isinstance(found, _Image):
-                    file = files[found.segment]
-                    yield task_id, os.pread(file.fileno(), found.length, found.offset)
+            for task_id in chunked_sort(self._last_states):
+                state = self._last_states[task_id]
+                if isinstance(state, _PayloadLocation):
+                    file = files[state.segment]
+                    yield task_id, os.pread(file.fileno(), state.length, state.offset)
 
-    def aside(self) -> Iterator[Quarantined]:
-        """What is set aside, to be asked for after the payloads."""
-        found = (item for item in self._ends.values() if isinstance(item, Quarantined))
-        for item in (*self.superseded, *self._unknown, *found):
+    def quarantined(self) -> Iterator[Quarantined]:
+        """Yield the quarantined payloads; call it after all payloads were read."""
+        states = (item for item in self._last_states.values() if isinstance(item, Quarantined))
+        for item in (*self.superseded, *self._unidentified, *states):
             self.count += 1
             yield item
 
-    def _old(self) -> Iterator[tuple[str, bytes]]:
-        """The payloads of the old snapshot that stay, with their task ids."""
+    def _snapshot_payloads(self) -> Iterator[tuple[str, bytes]]:
+        """Yield the payloads of the old snapshot without later entries, with their task ids."""
         layout = self._layout
         if layout.newest is None:
             return
@@ -235,15 +233,16 @@ class Merge:
                 keys = keys_of(payload)
                 if keys is None:
                     where = str(layout.snapshot_path(layout.newest.seq))
-                    self._unknown.append(codec.quarantine(payload, where, "its id cannot be told"))
-                elif keys.task_id not in self._ends:
+                    item = codec.quarantine(payload, where, "its id is not readable")
+                    self._unidentified.append(item)
+                elif keys.task_id not in self._last_states:
                     yield keys.task_id, payload
-            self._unknown += reader.aside
-            self._unknown = [item for item in self._unknown if not self._is_obsolete(item)]
+            items = (*self._unidentified, *reader.quarantined)
+            self._unidentified = [item for item in items if not self._is_obsolete(item)]
 
     def _is_obsolete(self, item: Quarantined) -> bool:
         task_id = item.task_id
-        if task_id is None or task_id not in self._ends:
+        if task_id is None or task_id not in self._last_states:
             return False
-        deleted = self._ends[task_id] is None
+        deleted = self._last_states[task_id] is None
         return item.goes_with(task_id, EntryKind.DELETED if deleted else EntryKind.UPSERTED)

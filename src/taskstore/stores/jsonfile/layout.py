@@ -1,15 +1,14 @@
-"""The files of the directory: their names, which of them count, and errors in using them.
+"""The files of the directory: their names, the live files, OS errors.
 
-- The newest snapshot is the one with the highest seq; its header declares the
-  floor.  Publishing a snapshot is what moves the floor; what lies below it is
-  void and is removed at leisure.
-- A segment marked ``base`` counts only when the snapshot before it is there:
-  it is created first, and the snapshot is what replaces the content.
-- What counts has to be one chain of one ledger, else it is damaged.
+- The newest snapshot has the highest seq; its header declares the floor.  Publishing
+  a snapshot moves the floor.  Files below the floor are obsolete and are removed later.
+- A segment marked ``base`` is live only if the snapshot before it exists: the segment
+  is created first, and publishing the snapshot replaces the content.
+- The live files must be one chain of one ledger; otherwise the store is corrupt.
 
-What is published under its final name was written under ``*.tmp`` and synced
-before, and the directory is synced afterwards, so that a crash leaves either
-the old file or the new one (:mod:`taskstore.store.disk`).
+A published file was written as ``*.tmp`` and synced before its rename, and the
+directory is synced afterwards.  A crash therefore leaves either the old file or the
+new one (:mod:`taskstore.store.disk`).
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from taskstore.errors import CorruptStoreError, StoreUnavailableError
 from taskstore.model import codec
 from taskstore.model.journal import Snapshot
 from taskstore.stores.common.retry import Backoff
-from taskstore.stores.jsonfile.lines import STAMP_BYTES, Identity, decode_header, is_sound
+from taskstore.stores.jsonfile.lines import LINE_PREFIX_BYTES, Identity, decode_header, is_intact
 
 LOCK_NAME = "lock"
 COMPACT_LOCK_NAME = "compact.lock"
@@ -38,17 +37,17 @@ _SEGMENT = re.compile(r"journal-(\d{20})\.jsonl")
 _SNAPSHOT = re.compile(r"snapshot-(\d{20})\.json")
 
 _T = TypeVar("_T")
-_ATTEMPTS = 20
-_DAMAGED_ATTEMPTS = 3
+_MAX_ATTEMPTS = 20
+_MAX_DAMAGED_ATTEMPTS = 3
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.05
 _BUFFER = 1 << 20
 
 
-class SnapshotHeader(codec.SnapshotHeader, frozen=True):
-    """The first line of a snapshot.
+class LedgerSnapshotHeader(codec.SnapshotHeader, frozen=True):
+    """The first line of a snapshot file: the common header, and its place in the ledger.
 
-    ``deleted`` are the deletions that the journal before it still holds: a seq of the
-    commit by task id.
+    ``deleted`` are the deletions that the journal before the snapshot still holds: a seq
+    of the commit by task id.
     """
 
     ledger: str
@@ -58,7 +57,7 @@ class SnapshotHeader(codec.SnapshotHeader, frozen=True):
 
 
 class SegmentFile(NamedTuple):
-    """One segment that counts; commits begin at the offset ``start``."""
+    """One live segment; its commits begin at the offset ``start``."""
 
     first: int
     path: Path
@@ -70,12 +69,12 @@ class SegmentFile(NamedTuple):
 
 
 class JournalOffset(NamedTuple):
-    """A place in the journal: what lies before ``offset`` of segment ``first`` has been read.
+    """A position in the journal: the byte ``offset`` in the segment ``first``.
 
-    ``seq`` and ``at`` are those of the last entry before it.  ``mark`` is
-    the offset of the last line before it and ``stamp`` how that line begins,
-    by which, with the segment's ``inode``, the place is recognised later; there
-    is no such line before the first commit of a segment.
+    ``seq`` and ``at`` belong to the last entry before it.  ``line_offset`` is the offset
+    of the last line before it, and ``line_prefix`` the first bytes of that line (empty
+    before the first commit of a segment).  The prefix and the segment's ``inode`` show
+    later whether the position is still valid.
     """
 
     first: int
@@ -83,73 +82,73 @@ class JournalOffset(NamedTuple):
     at: int
     offset: int = 0
     inode: int = 0
-    mark: int = 0
-    stamp: bytes = b""
+    line_offset: int = 0
+    line_prefix: bytes = b""
 
 
 class Layout(NamedTuple):
-    """The files of a ledger that count, as of one look through the directory.
+    """The live files of a ledger, from one reading of the directory.
 
-    ``segments`` and ``snapshots`` (seqs) are ascending, ``void`` is in the
-    order in which it has to be removed.  ``lost`` says that the floor had to
-    be put higher than declared, because segments are missing.
+    ``segments`` and ``snapshots`` (seqs) are ascending; ``obsolete`` is in the required
+    order of removal.  ``missing_history`` is a notice that the floor is higher than
+    declared, because segments are missing.
     """
 
     directory: Path
     segments: tuple[SegmentFile, ...] = ()
     snapshots: tuple[int, ...] = ()
-    newest: SnapshotHeader | None = None
+    newest: LedgerSnapshotHeader | None = None
     floor: int = 1
-    void: tuple[Path, ...] = ()
-    lost: str | None = None
+    obsolete: tuple[Path, ...] = ()
+    missing_history: str | None = None
 
     @property
     def fresh(self) -> bool:
-        """Whether there is no ledger yet."""
+        """Return whether there is no ledger yet."""
         return not self.segments
 
     @property
     def identity(self) -> Identity:
-        """Which ledger this is."""
+        """Return the identity of the ledger."""
         if self.newest is not None:
             return Identity(self.newest.ledger, self.newest.timeline)
         return self.segments[0].identity
 
     def snapshot_path(self, seq: int) -> Path:
-        """Where the snapshot as of ``seq`` lies."""
+        """Return the path of the snapshot at ``seq``."""
         return self.directory / snapshot_name(seq)
 
     def after_newest(self) -> JournalOffset:
-        """The place right after the newest snapshot."""
+        """Return the position right after the newest snapshot."""
         return self.before(self.newest.seq + 1 if self.newest is not None else 1)
 
     def start_of(self, segment: SegmentFile) -> JournalOffset:
-        """The place before the first commit of a segment."""
+        """Return the position before the first commit of a segment."""
         return JournalOffset(
             segment.first, segment.first - 1, segment.at, segment.start, segment.inode
         )
 
-    def holds(self, place: JournalOffset) -> bool:
-        """Whether a place that was remembered is still what it was."""
+    def holds(self, position: JournalOffset) -> bool:
+        """Return whether a stored position is still valid."""
         for segment in self.segments:
-            if (segment.first, segment.inode) == (place.first, place.inode):
+            if (segment.first, segment.inode) == (position.first, position.inode):
                 with segment.path.open("rb") as file:
-                    file.seek(place.mark)
-                    return not place.stamp or file.read(STAMP_BYTES) == place.stamp
+                    file.seek(position.line_offset)
+                    prefix = position.line_prefix
+                    return not prefix or file.read(LINE_PREFIX_BYTES) == prefix
         return False
 
     def before(self, seq: int) -> JournalOffset:
-        """The start of the segment that holds ``seq``, which must not be below the floor."""
-        holding = [segment for segment in self.segments if segment.first <= seq]
-        return self.start_of(holding[-1] if holding else self.segments[0])
+        """Return the start of the segment with ``seq``, which must not be below the floor."""
+        earlier = [segment for segment in self.segments if segment.first <= seq]
+        return self.start_of(earlier[-1] if earlier else self.segments[0])
 
 
-def settled(directory: Path, work: Callable[[int], _T]) -> _T:
-    """Do ``work``, given the number of the attempt from 1, while files change under it.
+def retry_while_changing(directory: Path, work: Callable[[int], _T]) -> _T:
+    """Call ``work`` with the number of the attempt, from 1, until it returns.
 
-    A compactor removes files without keeping anybody out.  So when one has
-    vanished, or something looks damaged that may just be changing, the work
-    is done again, a few times.
+    A compactor removes files while readers use them.  If a file has vanished, or a file
+    seems damaged that may be changing, the work is retried a few times.
     """
     attempt = damaged = 0
     backoff = Backoff(_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S)
@@ -158,22 +157,22 @@ def settled(directory: Path, work: Callable[[int], _T]) -> _T:
         try:
             return work(attempt)
         except FileNotFoundError:
-            if attempt == _ATTEMPTS or not directory.is_dir():
+            if attempt == _MAX_ATTEMPTS or not directory.is_dir():
                 raise
         except CorruptStoreError:
             damaged += 1
-            if damaged == _DAMAGED_ATTEMPTS:
+            if damaged == _MAX_DAMAGED_ATTEMPTS:
                 raise
         backoff.sleep()
 
 
 def read_layout(directory: Path) -> Layout:
-    """Look through a directory.
+    """Return the live files of a directory.
 
-    Raises :class:`CorruptStoreError` when what is there is not one ledger,
-    ``OSError`` when it cannot be read or a file vanishes meanwhile.
+    Raises :class:`CorruptStoreError` if the files are not one ledger, and ``OSError`` if
+    the directory cannot be read or a file vanishes meanwhile.
     """
-    snapshots, firsts = numbered(os.listdir(directory))  # noqa: PTH208 - half the time
+    snapshots, firsts = parse_file_names(os.listdir(directory))  # noqa: PTH208 - half the time
     newest = read_snapshot_header(directory, snapshots[-1]) if snapshots else None
     declared = newest.floor if newest is not None else 1
     segments: list[SegmentFile] = []
@@ -181,15 +180,15 @@ def read_layout(directory: Path) -> Layout:
     for first in firsts:
         if first >= declared:
             segment = _read_segment(directory / segment_name(first), first)
-            cut_off = segment.base and first > 1 and first - 1 not in snapshots
-            (abandoned if cut_off else segments).append(segment)
-    void = (
+            unpublished = segment.base and first > 1 and first - 1 not in snapshots
+            (abandoned if unpublished else segments).append(segment)
+    obsolete = (
         *(segment.path for segment in abandoned),
         *(directory / segment_name(first) for first in firsts if first < declared),
         *(directory / snapshot_name(seq) for seq in snapshots if seq < declared - 1),
     )
     if not segments and newest is None:
-        return Layout(directory, void=void)
+        return Layout(directory, obsolete=obsolete)
     floor = _floor(directory, declared, snapshots, [segment.first for segment in segments])
     layout = Layout(
         directory,
@@ -197,8 +196,8 @@ def read_layout(directory: Path) -> Layout:
         snapshots=tuple(seq for seq in snapshots if seq >= floor - 1),
         newest=newest,
         floor=floor,
-        void=void,
-        lost=f"the journal from seq {declared} to {floor - 1} is missing"
+        obsolete=obsolete,
+        missing_history=f"the journal from seq {declared} to {floor - 1} is missing"
         if floor > declared
         else None,
     )
@@ -211,24 +210,26 @@ def _read_segment(path: Path, first: int) -> SegmentFile:
     with path.open("rb") as file:
         inode = os.fstat(file.fileno()).st_ino
         line = file.readline()
-    if not is_sound(line):
+    if not is_intact(line):
         raise CorruptStoreError(str(path), "the header is damaged", offset=0)
     header = decode_header(line, str(path))
     if header.seq != first:
         raise CorruptStoreError(
-            str(path), f"the header says that it begins at seq {header.seq}", offset=0
+            str(path), f"the header declares seq {header.seq} as the first", offset=0
         )
     identity = Identity(header.ledger, header.timeline)
     return SegmentFile(first, path, inode, len(line), header.at, identity, header.base)
 
 
 @contextmanager
-def open_snapshot(directory: Path, seq: int) -> Iterator[codec.SnapshotReader[SnapshotHeader]]:
-    """Open a snapshot.  Damage of the newest one says whether the ledger can do without it."""
+def open_snapshot(
+    directory: Path, seq: int
+) -> Iterator[codec.SnapshotReader[LedgerSnapshotHeader]]:
+    """Open a snapshot.  If the newest one is damaged, the hint says how to read without it."""
     path = directory / snapshot_name(seq)
     with path.open("rb", buffering=_BUFFER) as file:
         try:
-            yield codec.SnapshotReader(file, str(path), SnapshotHeader)
+            yield codec.SnapshotReader(file, str(path), LedgerSnapshotHeader)
         except CorruptStoreError as error:
             if error.where != str(path):
                 raise
@@ -237,12 +238,12 @@ def open_snapshot(directory: Path, seq: int) -> Iterator[codec.SnapshotReader[Sn
             ) from error
 
 
-def read_snapshot_header(directory: Path, seq: int) -> SnapshotHeader:
-    """Read the first line of a snapshot; its checksum is not looked at."""
+def read_snapshot_header(directory: Path, seq: int) -> LedgerSnapshotHeader:
+    """Return the header of a snapshot; does not verify the checksum."""
     with open_snapshot(directory, seq) as reader:
         if reader.header.seq != seq:
             path = str(directory / snapshot_name(seq))
-            raise CorruptStoreError(path, f"the header is that of seq {reader.header.seq}")
+            raise CorruptStoreError(path, f"the header declares seq {reader.header.seq}, not {seq}")
         return reader.header
 
 
@@ -255,21 +256,21 @@ def check_newest(layout: Layout) -> None:
 
 
 def read_snapshot(layout: Layout, seq: int, *, strict: bool) -> Snapshot:
-    """A retained snapshot, decoded."""
+    """Return a retained snapshot, decoded."""
     with open_snapshot(layout.directory, seq) as reader:
         return reader.snapshot(strict=strict)
 
 
 def _damaged_hint(directory: Path, seq: int) -> str | None:
-    """Say whether the ledger can do without a damaged snapshot, if that is the newest."""
-    snapshots, segments = numbered(entry.name for entry in directory.iterdir())
+    """Return how to read the ledger without its newest snapshot, ``None`` if impossible."""
+    snapshots, segments = parse_file_names(entry.name for entry in directory.iterdir())
     is_newest = snapshots[-1:] == [seq]
     for older in (*reversed(snapshots[:-1]), 0) if is_newest else ():
         if older + 1 in segments and seq + 1 in segments:
             source = snapshot_name(older) if older in snapshots else "an empty ledger"
             return (
-                f"nothing was changed; with {snapshot_name(seq)} moved aside, {directory} "
-                f"is read from {source} and the journal after it"
+                f"nothing was changed; move {snapshot_name(seq)} out of {directory}: the ledger "
+                f"is then read from {source} and the journal after it"
             )
     return None
 
@@ -277,7 +278,7 @@ def _damaged_hint(directory: Path, seq: int) -> str | None:
 def _floor(
     directory: Path, declared: int, snapshots: Sequence[int], segments: Sequence[int]
 ) -> int:
-    """The first seq at or above the declared floor from which all history can be answered."""
+    """Return the first seq at or above the declared floor from which the history is complete."""
     for floor in sorted({declared, *(seq + 1 for seq in snapshots)}):
         if floor >= declared and floor in segments and (floor == 1 or floor - 1 in snapshots):
             return floor
@@ -293,7 +294,7 @@ def _missing(segment: Path) -> CorruptStoreError:
 
 
 def _check_one_ledger(layout: Layout) -> None:
-    """Refuse files of different ledgers, and a newest snapshot that nothing continues."""
+    """Raise for files of different ledgers, and for a newest snapshot without a next segment."""
     for segment in layout.segments:
         if segment.identity != layout.identity:
             raise CorruptStoreError(
@@ -302,7 +303,7 @@ def _check_one_ledger(layout: Layout) -> None:
                 f"{segment.identity.timeline}, the others to {layout.identity.ledger}, "
                 f"timeline {layout.identity.timeline}",
                 offset=0,
-                hint="nothing was changed; move the files of the other ledger aside",
+                hint="nothing was changed; move the files of the other ledger to another directory",
             )
     if layout.newest is not None:
         following = layout.directory / segment_name(layout.newest.seq + 1)
@@ -311,17 +312,17 @@ def _check_one_ledger(layout: Layout) -> None:
 
 
 def segment_name(first: int) -> str:
-    """The name of the segment whose first seq is ``first``."""
+    """Return the name of the segment whose first seq is ``first``."""
     return f"journal-{first:020d}.jsonl"
 
 
 def snapshot_name(seq: int) -> str:
-    """The name of the snapshot as of ``seq``."""
+    """Return the name of the snapshot at ``seq``."""
     return f"snapshot-{seq:020d}.json"
 
 
-def numbered(names: Iterable[str]) -> tuple[list[int], list[int]]:
-    """The seqs of the snapshots and the first seqs of the segments among ``names``, ascending."""
+def parse_file_names(names: Iterable[str]) -> tuple[list[int], list[int]]:
+    """Return the seqs of the snapshots and the first seqs of the segments, both ascending."""
     snapshots, segments = [], []
     for name in names:
         if match := _SNAPSHOT.fullmatch(name):
@@ -332,8 +333,8 @@ def numbered(names: Iterable[str]) -> tuple[list[int], list[int]]:
 
 
 @contextmanager
-def translated(directory: Path) -> Iterator[None]:
-    """Turn the operating system's errors into ours."""
+def translate_os_errors(directory: Path) -> Iterator[None]:
+    """Translate the operating system's errors into :class:`StoreUnavailableError`."""
     try:
         yield
     except OSError as error:
@@ -341,20 +342,20 @@ def translated(directory: Path) -> Iterator[None]:
 
 
 def unavailable(directory: Path, error: OSError) -> StoreUnavailableError:
-    """An error of the operating system in our words, naming the ledger's directory."""
+    """Return the store error for an error of the operating system."""
     return StoreUnavailableError(
-        f"the store {directory} cannot be used: {error}", hint=_ADVICE.get(error.errno or 0)
+        f"the store {directory} cannot be used: {error}", hint=_HINTS.get(error.errno or 0)
     )
 
 
-_ADVICE = {
+_HINTS = {
     errno.ENOENT: "check the path",
-    errno.ENOTDIR: "the path has to be a directory",
-    errno.EEXIST: "the path has to be a directory",
-    errno.EACCES: "check who owns the directory and its files, and their modes",
-    errno.EPERM: "check who owns the directory and its files, and their modes",
+    errno.ENOTDIR: "the path must be a directory",
+    errno.EEXIST: "the path must be a directory",
+    errno.EACCES: "check the owners and modes of the directory and its files",
+    errno.EPERM: "check the owners and modes of the directory and its files",
     errno.EROFS: "open it read-only",
-    errno.ENOSPC: "make room on the disk",
-    errno.EDQUOT: "make room in the quota",
+    errno.ENOSPC: "free space on the disk",
+    errno.EDQUOT: "free space in the quota",
     errno.EIO: "check the disk",
 }

@@ -1,8 +1,7 @@
-"""The lines of a segment: a header, then one commit per line, each under its checksum.
+"""The lines of a segment: a header, then one commit per line.
 
-A line is ``{"crc":"xxxxxxxx",…}`` and a newline; the CRC-32 covers what
-follows the comma up to the newline.  A line is there or not: what does not
-match its checksum is no line.
+A line is ``{"crc":"xxxxxxxx",…}`` and a newline; the CRC-32 covers the bytes from
+the comma to the newline.  Bytes that do not match their checksum are not a line.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from taskstore.model.journal import Change, Commit, EntryKind, JournalEntry, Put
 from taskstore.model.records import PAYLOAD_DEPTH, TaskRecord
 
 JOURNAL_FORMAT = "taskstore-journal/1"
-STAMP_BYTES = 18
-"""How much of a line tells it from any other: ``{"crc":"xxxxxxxx",``."""
+LINE_PREFIX_BYTES = 18
+"""The length of the prefix that identifies a line: ``{"crc":"xxxxxxxx",``."""
 
-_NOTHING = Raw(b"")
+_EMPTY = Raw(b"")
 _encoder = msgspec.json.Encoder()
 
 
 class Identity(Struct, frozen=True):
-    """Which ledger a file belongs to, and to which life of it."""
+    """The ledger and the timeline that a file belongs to."""
 
     ledger: str
     timeline: int
@@ -38,7 +37,7 @@ class Header(Struct, frozen=True):
 
     ``seq`` is the first seq of the segment, ``at`` the time of the entry
     before it (Unix milliseconds).  ``base`` tells that the segment continues
-    a snapshot that replaced everything, and not an earlier segment.
+    a snapshot that replaced the whole content, and not an earlier segment.
     """
 
     format: str
@@ -55,11 +54,11 @@ class Entry(Struct, frozen=True, gc=False):
     kind: EntryKind
     task_id: str
     revision: int
-    record: Raw = _NOTHING
+    record: Raw = _EMPTY
 
 
 class Line(Struct, frozen=True, gc=False):
-    """One commit: its entries have the seqs from ``seq`` on."""
+    """One commit: its first entry has the seq ``seq``."""
 
     commit: str
     seq: int
@@ -68,35 +67,35 @@ class Line(Struct, frozen=True, gc=False):
 
     @property
     def last(self) -> int:
-        """The seq of the last entry."""
+        """Return the seq of the last entry."""
         return self.seq + len(self.entries) - 1
 
 
-_DEPTH_OF_RECORD = 3
-"""How deep in the line of a commit a record stands."""
+_RECORD_DEPTH = 3
+"""The nesting depth of a record in the line of a commit."""
 _header_decoder = msgspec.json.Decoder(Header)
 _line_decoder = msgspec.json.Decoder(Line)
 
 
-def is_sound(line: bytes) -> bool:
-    """Whether a line is whole and matches its checksum."""
+def is_intact(line: bytes) -> bool:
+    """Return whether a line is complete and matches its checksum."""
     return (
         line[:8] == b'{"crc":"'
-        and line[16:STAMP_BYTES] == b'",'
+        and line[16:LINE_PREFIX_BYTES] == b'",'
         and line[-2:] == b"}\n"
-        and line[8:16] == b"%08x" % zlib.crc32(memoryview(line)[STAMP_BYTES:-1])
+        and line[8:16] == b"%08x" % zlib.crc32(memoryview(line)[LINE_PREFIX_BYTES:-1])
     )
 
 
 def encode_header(identity: Identity, *, seq: int, at: int, base: bool = False) -> bytes:
-    """The first line of a segment."""
+    """Return the first line of a segment."""
     header = Header(JOURNAL_FORMAT, identity.ledger, identity.timeline, seq, at, base)
     body = _encoder.encode(header)[1:]
     return b'{"crc":"%08x",%b\n' % (zlib.crc32(body), body)
 
 
 def decode_header(line: bytes, where: str) -> Header:
-    """The header that a sound first line holds; :class:`CorruptStoreError` if it is none."""
+    """Return the header in an intact first line; raises :class:`CorruptStoreError` if invalid."""
     try:
         codec.check_nesting(line)
         header = _header_decoder.decode(line)
@@ -107,13 +106,13 @@ def decode_header(line: bytes, where: str) -> Header:
             where,
             f"the format is {header.format!r}, not {JOURNAL_FORMAT!r}",
             offset=0,
-            hint="nothing was changed; a newer taskstore may have written it",
+            hint="nothing was changed; a newer taskstore may have written this file: upgrade",
         )
     return header
 
 
 def encode_changes(changes: Sequence[Change]) -> bytes:
-    """The entries of a commit, joined from the payloads as they are."""
+    """Return the entries of a commit as JSON, with the encoded records embedded."""
     entries = []
     for change in changes:
         if isinstance(change, Put):
@@ -133,7 +132,7 @@ def encode_changes(changes: Sequence[Change]) -> bytes:
 
 
 def encode_commit(commit: Commit, entries: bytes) -> bytes:
-    """The line of a commit."""
+    """Return the line of a commit."""
     body = b'"commit":"%b","seq":%d,"at":%d,"entries":[%b]}' % (
         commit.commit_id.encode(),
         commit.first_seq,
@@ -144,30 +143,32 @@ def encode_commit(commit: Commit, entries: bytes) -> bytes:
 
 
 def decode_commit(line: bytes, where: str, offset: int) -> Line:
-    """The commit that a sound line holds; :class:`CorruptStoreError` if it is none."""
+    """Return the commit in an intact line; raises :class:`CorruptStoreError` if invalid."""
     try:
-        codec.check_nesting(line, PAYLOAD_DEPTH + _DEPTH_OF_RECORD)
+        codec.check_nesting(line, PAYLOAD_DEPTH + _RECORD_DEPTH)
         decoded = _line_decoder.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise CorruptStoreError(where, f"the line is no commit: {error}", offset=offset) from error
+        raise CorruptStoreError(
+            where, f"the line is not a commit: {error}", offset=offset
+        ) from error
     if not decoded.entries:
         raise CorruptStoreError(where, "the commit has no entries", offset=offset)
     return decoded
 
 
-def id_needle(task_id: str) -> bytes:
-    """What a line holds if it has an entry of this task."""
+def task_id_pattern(task_id: str) -> bytes:
+    """Return bytes that every line with an entry of this task contains."""
     return b'"task_id":%b' % _encoder.encode(task_id)
 
 
 def journal_entry(line: Line, index: int, where: str, *, strict: bool) -> JournalEntry:
-    """The journal entry at ``index`` of a commit; ``strict`` raises for what does not decode."""
+    """Return the journal entry at ``index`` of a commit; ``strict`` raises if it is undecodable."""
     entry = line.entries[index]
-    record, aside = None, None
+    record, quarantined = None, None
     if entry.kind is EntryKind.UPSERTED:
-        item = image(entry, where, strict=strict)
+        item = decode_entry(entry, where, strict=strict)
         if isinstance(item, Quarantined):
-            aside = item
+            quarantined = item
         else:
             record = item
     return JournalEntry(
@@ -178,12 +179,12 @@ def journal_entry(line: Line, index: int, where: str, *, strict: bool) -> Journa
         revision=entry.revision,
         record=record,
         commit_id=line.commit,
-        quarantined=aside,
+        quarantined=quarantined,
     )
 
 
-def image(entry: Entry, where: str, *, strict: bool) -> TaskRecord | Quarantined:
-    """The record of an entry, or its payload set aside; ``strict`` raises instead."""
+def decode_entry(entry: Entry, where: str, *, strict: bool) -> TaskRecord | Quarantined:
+    """Return the record of an entry, or its quarantined payload; ``strict`` raises instead."""
     if strict:
         return codec.decode_record(bytes(entry.record), where)
     item = codec.decode_or_quarantine(bytes(entry.record), where)

@@ -1,13 +1,12 @@
-"""Locks between processes: flock on a descriptor held open.
+"""Locks between processes with flock, and the writers' shared state.
 
 The file ``lock`` also holds the line ``<pid> <generation> <synced> <synced>``.
-The pid is the last writer's, for messages.  The generation tells everybody
-whether the set of files may have changed, or been cut: a writer that rolls,
-replaces or cuts makes it odd before and even after, under the lock.  ``synced``
-is a note up to which offset of the last segment everything has been synced, so
-that the next writer need not do it again; it stands there twice, and when the
-two differ nothing is known.  All this means something only among living
-processes, so it is never synced.
+``pid`` is the last writer, for messages.  ``generation`` shows whether the set of
+files may have changed, or a segment was cut: a writer that rolls, replaces or cuts
+makes it odd before and even afterwards, under the lock.  ``synced`` is the offset in
+the last segment up to which all bytes are synced, so that the next writer does not
+sync them again.  It is written twice; if the two copies differ, it is unknown.
+The state is only valid among running processes, so it is never synced.
 """
 
 from __future__ import annotations
@@ -26,48 +25,48 @@ from taskstore.stores.common.locks import FairLock, describe_owners, describe_pr
 
 _FIELDS = 4
 STATE_BYTES = 74
-"""How long the line in the lock file is."""
+"""The length of the line in the lock file."""
 
 
 class FileLock:
     """An exclusive lock on one file, which it creates with mode 0600.
 
-    Two instances exclude each other, also within one process; threads that
-    share an instance have to exclude each other themselves.
+    Two instances exclude each other, also within one process.  Threads that share an
+    instance must exclude each other themselves.
     """
 
     def __init__(self, path: Path, disk: Disk) -> None:
         self.path = path
         self.descriptor = -1
-        """The open file.  The holder releases the lock with ``fcntl.flock`` in its own
-        ``finally``: an interrupt could strike at the start of a method that did it."""
+        """The open file.  The lock owner releases the lock with ``fcntl.flock`` in its own
+        ``finally``: an interrupt could prevent a method call from releasing it."""
         self._disk = disk
-        self.waiting_room = FairLock(path.with_name(f"{path.name}.turn"))
-        """Where the lock is waited for: ``waiting_room.wait(lock.try_acquire, timeout_s)``."""
+        self.queue = FairLock(path.with_name(f"{path.name}.turn"))
+        """The queue of waiters: ``queue.wait(lock.try_acquire, timeout_s)``."""
         self._name = os.fspath(path)
-        self._node = (0, 0)
+        self._file_id = (0, 0)
 
     def try_acquire(self) -> bool:
-        """Take the lock if it is free; whether it was."""
+        """Take the lock if it is free; return whether it was."""
         while True:
             if self.descriptor < 0:
                 self._open()
             try:
                 fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                there = os.stat(self._name)  # noqa: PTH116 - half the time
-                if (there.st_ino, there.st_dev) == self._node:
+                status = os.stat(self._name)  # noqa: PTH116 - half the time
+                if (status.st_ino, status.st_dev) == self._file_id:
                     return True
             except BlockingIOError:
                 return False
             except FileNotFoundError:
                 pass
-            # The file was removed or replaced: a lock on it excludes no newcomer.
+            # The file was removed or replaced: a lock on it does not exclude new openers.
             self._close()
 
     def close(self) -> None:
-        """Close the files, which releases the lock, but not in a forked child: the files are
-        the parent's too.  Closing twice is fine."""
-        self.waiting_room.close()
+        """Close the files.  This releases the lock, except in a forked child: the parent still
+        has the files open.  A second call does nothing."""
+        self.queue.close()
         self._close()
 
     def _close(self) -> None:
@@ -77,20 +76,20 @@ class FileLock:
 
     def _open(self) -> None:
         self.descriptor = self._disk.open(self.path, os.O_RDWR | os.O_CREAT)
-        mine = os.fstat(self.descriptor)
-        self._node = (mine.st_ino, mine.st_dev)
+        status = os.fstat(self.descriptor)
+        self._file_id = (status.st_ino, status.st_dev)
 
     @contextmanager
-    def held(self, timeout_s: float, what: str) -> Iterator[None]:
-        """Hold the lock and close it, or raise :class:`StoreBusyError` saying that ``what``
-        holds it."""
+    def held(self, timeout_s: float, role: str) -> Iterator[None]:
+        """Own the lock during the body, then close it.  Raises :class:`StoreBusyError`, which
+        reports ``role`` as the lock owner."""
         try:
-            wait = self.waiting_room.wait
+            wait = self.queue.wait
             if not (self.try_acquire() or (timeout_s > 0 and wait(self.try_acquire, timeout_s))):
-                raise busy(self.path, what, timeout_s)
+                raise busy_error(self.path, role, timeout_s)
             yield
         finally:
-            # Never fails: what was done under the lock is done.
+            # The release must not raise: the work under the lock is complete.
             try:
                 if self.descriptor >= 0:
                     fcntl.flock(self.descriptor, fcntl.LOCK_UN)
@@ -100,64 +99,65 @@ class FileLock:
 
 
 class WriteLock(FileLock):
-    """The lock of the directory's writers, with the state that the file tells.
+    """The lock of the directory's writers, with the state in the lock file.
 
-    ``generation`` is that of the files, ``seen`` the one as of which its owner
-    knows them, ``None`` when that is another or may be.  ``synced`` is the offset in
-    the last segment up to which everything was synced when the generation was
-    what it is; 0 when nothing is known.
+    ``generation`` is the current generation of the files, ``known_generation`` that of
+    the owner's layout, ``None`` if the layout may be outdated.  ``synced`` is the offset
+    in the last segment up to which all bytes are synced in this generation; 0 if it is
+    unknown.
     """
 
     def __init__(self, path: Path, disk: Disk) -> None:
         super().__init__(path, disk)
         self.generation = 0
-        self.seen: int | None = None
+        self.known_generation: int | None = None
         self.synced = 0
         self.state: bytes | None = None
-        """What was read or written last: while the file tells the same, so does the lock."""
+        """The line last read or written: while the file holds it, the attributes are current."""
         self._pid = os.getpid()
 
     def _open(self) -> None:
-        # Another lock file may be that of other files.
-        self.state, self.seen = None, None
+        # A new lock file may belong to other journal files.
+        self.state, self.known_generation = None, None
         super()._open()
 
-    def take_in(self, state: bytes) -> None:
-        """Take in what the file tells, and leave our pid as the last writer's.  Under the lock."""
+    def load_state(self, state: bytes) -> None:
+        """Set the state from the lock file, and record this process as the last writer.  Requires
+        the lock."""
         pid, self.generation, self.synced = _parse(state)
         self.state = state
         if pid == 0:
-            # A new lock file: nobody may take its generation for an old one.
+            # A new lock file: its generation must differ from every earlier one.
             self.generation = time.time_ns() & ~1
         if pid != self._pid:
             self._write_state()
 
-    def note_synced(self, offset: int) -> None:
-        """Tell that the last segment has been synced up to ``offset``.  Under the lock, and
-        only afterwards.  Never fails: without the note somebody syncs once more."""
+    def record_synced(self, offset: int) -> None:
+        """Record that the last segment is synced up to ``offset``.  Requires the lock, and the
+        completed sync.  Never raises: without the record, the next writer syncs again."""
         self.synced = offset
         with contextlib.suppress(OSError):
             self._write_state()
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Tell everybody that the set of files changes.  Under the lock.
+        """Mark the set of files as changing during the body.  Requires the lock.
 
-        When the body raises, the generation stays odd: the next writer looks
-        through the directory and clears up.
+        If the body raises, the generation stays odd: the next writer reads the directory
+        again and removes leftover files.
         """
         self.generation += 1 + self.generation % 2
         self.synced = 0
         self._write_state()
         yield
-        self.settle()
+        self.bump_generation()
 
-    def settle(self) -> None:
-        """Tell everybody that the set of files has changed, as we know it.  Under the lock."""
+    def bump_generation(self) -> None:
+        """Show other processes that the set of files has changed.  Requires the lock."""
         self.generation += 2 - self.generation % 2
         self.synced = 0
         self._write_state()
-        self.seen = self.generation
+        self.known_generation = self.generation
 
     def _write_state(self) -> None:
         state = b"%010d %020d %020d %020d\n" % (
@@ -172,40 +172,40 @@ class WriteLock(FileLock):
 
 
 def read_generation(path: Path) -> tuple[int, int] | None:
-    """The generation and the inode of the lock file, read without the lock.
+    """Return the generation and the inode of the lock file; takes no lock.
 
-    ``None`` when the generation cannot be told or is changing.
+    ``None`` if the generation is unknown or odd.
     """
     try:
         with path.open("rb", buffering=0) as file:
-            pid, number, _ = _parse(file.read(STATE_BYTES))
+            pid, generation, _ = _parse(file.read(STATE_BYTES))
             inode = os.fstat(file.fileno()).st_ino
     except FileNotFoundError:
         return None
-    return (number, inode) if pid and number % 2 == 0 else None
+    return (generation, inode) if pid and generation % 2 == 0 else None
 
 
-def busy(path: Path, what: str, waited_s: float) -> StoreBusyError:
-    """The error of somebody who waited in vain for the lock at ``path``."""
+def busy_error(path: Path, role: str, waited_s: float) -> StoreBusyError:
+    """Return the error of a waiter whose timeout for the lock at ``path`` expired."""
     owners = lock_owners(path)
     if not owners:
         with contextlib.suppress(OSError):
             pid, _, _ = _parse(path.read_bytes())
-            # The lock itself tells nothing: the last writer is the likeliest.
+            # The system does not report the owner: the last writer is the most likely one.
             owners = (f"perhaps {describe_process(pid)}",) if pid else ()
     waited = f" for {waited_s:g} s" if waited_s else ""
     return StoreBusyError(
-        f"the store {path.parent} is busy: {what} has held {path.name}{waited}; "
+        f"the store {path.parent} is busy: {role} has held {path.name}{waited}; "
         f"{describe_owners(owners)}",
-        hint="try again, or see what that process is doing",
+        hint="try again, or check what the lock owner is doing",
         owners=owners,
     )
 
 
 def _parse(state: bytes) -> tuple[int, int, int]:
-    """Pid, generation and what is synced; zeros where they cannot be told."""
+    """Return pid, generation and synced offset; 0 for each that is unknown."""
     fields = state.split()
     if len(fields) != _FIELDS or not all(field.isdigit() for field in fields):
         return 0, 0, 0
-    pid, generation, once, again = map(int, fields)
-    return pid, generation, once if once == again else 0
+    pid, generation, synced, copy = map(int, fields)
+    return pid, generation, synced if synced == copy else 0

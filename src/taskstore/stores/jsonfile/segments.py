@@ -1,4 +1,4 @@
-"""Segments: walking over their commits, creating them, cutting a torn tail."""
+"""Segment files: the reader of their commits, creation, cutting a torn tail."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from taskstore.errors import CorruptStoreError
 from taskstore.store.disk import Disk
 from taskstore.stores.jsonfile.layout import TORN, JournalOffset, Layout, SegmentFile
 from taskstore.stores.jsonfile.lines import (
-    STAMP_BYTES,
+    LINE_PREFIX_BYTES,
     Identity,
     Line,
     decode_commit,
     encode_header,
-    is_sound,
+    is_intact,
 )
 
 _BUFFER = 1 << 18
 
 
 class CommitLocation(NamedTuple):
-    """A commit and where it lies: ``raw`` is its line at ``offset`` of ``segment``."""
+    """A commit and its location: ``raw`` is its line at ``offset`` of ``segment``."""
 
     segment: SegmentFile
     offset: int
@@ -31,69 +31,69 @@ class CommitLocation(NamedTuple):
 
     @property
     def where(self) -> str:
-        """The place in words."""
+        """Return the location as text."""
         return f"{self.segment.path} at offset {self.offset}"
 
 
 class SegmentReader:
-    """The commits after a place, over as many segments as follow.
+    """The commits after a journal offset, over all segments that follow.
 
-    While it is iterated, ``place`` is right after the last commit given.  It
-    ends at the end of the last segment, where a torn line counts as nothing.
-    Everything else that is not the next commit is :class:`CorruptStoreError`.
+    During iteration, ``position`` is right after the last commit yielded.  The iteration
+    ends at the end of the last segment, where it ignores a torn line.  It raises
+    :class:`CorruptStoreError` for any other bytes that are not the next commit.
     """
 
-    def __init__(self, layout: Layout, place: JournalOffset) -> None:
+    def __init__(self, layout: Layout, position: JournalOffset) -> None:
         self.layout = layout
-        self.place = place
+        self.position = position
 
     def __iter__(self) -> Iterator[CommitLocation]:
         for segment in self.layout.segments:
-            if segment.first < self.place.first:
+            if segment.first < self.position.first:
                 continue
-            if segment.first > self.place.first:
-                self._step_into(segment)
-            yield from self.within(segment)
+            if segment.first > self.position.first:
+                self._enter(segment)
+            yield from self.commits_in(segment)
 
-    def _step_into(self, segment: SegmentFile) -> None:
-        if segment.first != self.place.seq + 1:
+    def _enter(self, segment: SegmentFile) -> None:
+        if segment.first != self.position.seq + 1:
             raise CorruptStoreError(
                 str(segment.path),
                 f"begins at seq {segment.first}, but the journal before it ends at "
-                f"seq {self.place.seq}",
+                f"seq {self.position.seq}",
                 offset=0,
-                hint="nothing was changed; put the missing part back or restore a backup",
+                hint="nothing was changed; put the missing segment back or restore a backup",
             )
-        self.place = self.layout.start_of(segment)
+        self.position = self.layout.start_of(segment)
 
-    def within(self, segment: SegmentFile) -> Iterator[CommitLocation]:
-        """The commits after the place, to the end of its segment."""
-        path, first, seq = str(segment.path), segment.first, self.place.seq
+    def commits_in(self, segment: SegmentFile) -> Iterator[CommitLocation]:
+        """Yield the commits after the position, to the end of its segment."""
+        path, first, seq = str(segment.path), segment.first, self.position.seq
         last = segment is self.layout.segments[-1]
-        for offset, raw in lines_of(segment, self.place.offset, last=last):
+        for offset, raw in read_lines(segment, self.position.offset, last=last):
             line = decode_commit(raw, path, offset)
             if line.seq != seq + 1:
                 raise CorruptStoreError(path, f"seq {line.seq} follows seq {seq}", offset=offset)
             seq, end = line.last, offset + len(raw)
-            self.place = JournalOffset(
-                first, seq, line.at, end, segment.inode, offset, raw[:STAMP_BYTES]
+            self.position = JournalOffset(
+                first, seq, line.at, end, segment.inode, offset, raw[:LINE_PREFIX_BYTES]
             )
             yield CommitLocation(segment, offset, raw, line)
 
 
-def lines_of(
-    segment: SegmentFile, offset: int, *, last: bool, naming: bytes = b""
+def read_lines(
+    segment: SegmentFile, offset: int, *, last: bool, containing: bytes = b""
 ) -> Iterator[tuple[int, bytes]]:
-    """The lines from ``offset`` on that hold ``naming``, each with its offset.
+    """Yield the lines from ``offset`` on that hold the bytes ``containing``, with their offsets.
 
-    In the last segment, a torn line at the end counts as nothing.  Any other
-    line that does not match its checksum is :class:`CorruptStoreError`.
+    A torn line at the end of the last segment is ignored.  Any other line that does
+    not match its checksum raises :class:`CorruptStoreError`.
     """
     with segment.path.open("rb", buffering=_BUFFER) as file:
         file.seek(offset)
         for raw in file:
-            if naming in raw:
-                if is_sound(raw):
+            if containing in raw:
+                if is_intact(raw):
                     yield offset, raw
                 elif last and not file.read(1):
                     return
@@ -107,15 +107,15 @@ def lines_of(
 def prepare_segment(
     disk: Disk, path: Path, identity: Identity, *, at: int, base: bool = False
 ) -> Path:
-    """Write what shall become the segment ``path`` beside it; returns where."""
+    """Write a new segment to a temporary file, to be published as ``path``; return its path."""
     first = int(path.stem.partition("-")[2])
     return disk.write_temporary(path, [encode_header(identity, seq=first, at=at, base=base)])
 
 
 def cut_tail(disk: Disk, descriptor: int, path: Path, offset: int) -> str:
-    """Cut what lies after ``offset`` of an open segment, keeping its bytes; returns the notice.
+    """Cut an open segment at ``offset``, save the bytes in a file; return a notice for operators.
 
-    Only for who holds the write lock, and who syncs the segment before writing on.
+    The caller must own the write lock, and must sync the segment before the next append.
     """
     with path.open("rb") as file:
         file.seek(offset)
@@ -127,13 +127,12 @@ def cut_tail(disk: Disk, descriptor: int, path: Path, offset: int) -> str:
         kept = path.with_name(f"{path.name}.{offset}-{count}{TORN}")
     disk.publish(disk.write_temporary(kept, [tail]), kept)
     disk.truncate(descriptor, offset)
-    return (
-        f"{path}: {torn(len(tail), offset)}; it was cut off, and its bytes are kept in {kept.name}"
-    )
+    torn_line = torn_line_text(len(tail), offset)
+    return f"{path}: {torn_line}; it was cut off, and its bytes are kept in {kept.name}"
 
 
-def torn(size: int, offset: int) -> str:
-    """What is known of the end of the last segment that is no commit."""
+def torn_line_text(size: int, offset: int) -> str:
+    """Return the description of bytes at the end of the last segment that are not a commit."""
     return (
         f"the last line ({size} bytes at offset {offset}) was not completely written, "
         "or was damaged afterwards"

@@ -1,4 +1,4 @@
-"""The store over a directory of files."""
+"""The JSON store: one ledger in a directory of files."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from taskstore.store.interface import StoreReport, TaskRegistryStore, VerifyRepo
 from taskstore.store.opening import check_options
 from taskstore.stores.common.change_feed import ChangeFeed, PollingWatcher, Watcher
 from taskstore.stores.common.compaction import compact
-from taskstore.stores.common.integrity import SHOWN, IntegrityCheck
+from taskstore.stores.common.integrity import MAX_TASKS_NAMED, IntegrityCheck
 from taskstore.stores.jsonfile.compaction import Compaction
 from taskstore.stores.jsonfile.index import Index, load
 from taskstore.stores.jsonfile.layout import (
     Layout,
     read_layout,
     read_snapshot,
-    settled,
-    translated,
+    retry_while_changing,
+    translate_os_errors,
     unavailable,
 )
 from taskstore.stores.jsonfile.lines import Identity, encode_changes, journal_entry
@@ -44,22 +44,23 @@ from taskstore.stores.jsonfile.segments import SegmentReader
 from taskstore.stores.jsonfile.writing import Writer
 
 LOCK_TIMEOUT_S = 30.0
-"""How long a write waits for other writers unless told otherwise."""
+"""The default timeout of a write that waits for other writers, in seconds."""
+
+LONGEST_POLL_PAUSE_S = 0.025
+"""The longest pause between two polls of the files while a call waits, in seconds."""
 
 _T = TypeVar("_T")
-LONGEST_POLL_PAUSE_S = 0.025
-"""The longest pause between two looks at the files while somebody waits, in seconds."""
 
 
 class JSONStore(TaskRegistryStore):
     """A ledger in a directory of JSON files, for any number of processes on one machine.
 
-    ``path`` is the directory (``str`` or ``Path``), created when it is not
-    there.  ``durability`` is ``"full"`` or ``"process"``; ``strict`` raises
-    for a record that does not decode instead of setting it aside;
+    ``path`` is the directory (``str`` or ``Path``), created if it does not
+    exist.  ``durability`` is ``"full"`` or ``"process"``; ``strict`` raises
+    for a record that does not decode instead of quarantining it;
     ``lock_timeout_s`` is how long a write waits for other writers before
-    :class:`~taskstore.StoreBusyError`.  ``disk`` is the door through which
-    the files are changed.
+    :class:`~taskstore.StoreBusyError`.  ``disk`` performs all changes of
+    the files.
     """
 
     def __init__(
@@ -77,16 +78,16 @@ class JSONStore(TaskRegistryStore):
         if not str(path) or "\0" in str(path):
             raise ValidationError("path", "must be the path of a directory")
         self.durability = durability
-        self.directory = Path(path).absolute()  # whatever becomes of the working directory
+        self.directory = Path(path).absolute()  # the working directory may change
         self.location = str(path)
         self.strict = strict
         self._reader = Reader(self.directory, strict=strict)
         self._writer: Writer | None = None
         self._quarantined: tuple[Quarantined, ...] = ()
-        self._feed = ChangeFeed(self.head, self._watch, self.location)
-        with translated(self.directory):
+        self._feed = ChangeFeed(self.head, self._start_watcher, self.location)
+        with translate_os_errors(self.directory):
             if read_only:
-                self._reader.settled(lambda layout: layout)
+                self._reader.with_layout(lambda layout: layout)
                 return
             disk.make_directory(self.directory)
             writer = Writer(
@@ -96,7 +97,7 @@ class JSONStore(TaskRegistryStore):
                 disk=disk,
             )
             try:
-                with writer.entered(indexed=False):
+                with writer.locked(indexed=False):
                     self._writer = writer
             except BaseException:
                 writer.close()
@@ -104,13 +105,13 @@ class JSONStore(TaskRegistryStore):
 
     @property
     def identity(self) -> Identity:
-        """Which ledger this is, and which life of it."""
+        """Return the ledger and its timeline."""
         return self._read(lambda layout: layout.identity)
 
     def _read(self, work: Callable[[Layout], _T]) -> _T:
         self._check_open()
-        with translated(self.directory):
-            return self._reader.settled(work)
+        with translate_os_errors(self.directory):
+            return self._reader.with_layout(work)
 
     def _writing(self) -> Writer:
         self._check_writable()
@@ -126,8 +127,8 @@ class JSONStore(TaskRegistryStore):
             if writer is None or writer.index is not None:
                 return load(layout, strict=self.strict)[0]
             index = Index()
-            snapshot, place = load(layout, strict=self.strict, index=index)
-            writer.loaded = (index, place)
+            snapshot, end = load(layout, strict=self.strict, index=index)
+            writer.preloaded = (index, end)
             return snapshot
 
         snapshot = self._read(work)
@@ -136,7 +137,7 @@ class JSONStore(TaskRegistryStore):
 
     def save_snapshot(self, snapshot: Snapshot) -> None:
         writer = self._writing()
-        with translated(self.directory):
+        with translate_os_errors(self.directory):
             snapshot = validated_snapshot(snapshot)
             payloads = [
                 codec.encode_record(snapshot.records[task_id])
@@ -144,7 +145,7 @@ class JSONStore(TaskRegistryStore):
             ]
             with (
                 writer.compact_lock().held(writer.timeout_s, "a compactor"),
-                writer.entered(indexed=False),
+                writer.locked(indexed=False),
             ):
                 writer.replace(snapshot, payloads)
         self._quarantined = snapshot.quarantined
@@ -156,8 +157,8 @@ class JSONStore(TaskRegistryStore):
         steps = plan(changes)
         entries = encode_changes(changes)
         try:
-            with writer.entered():
-                if isinstance(changes, ChangeSet) and changes.base != writer.last:
+            with writer.locked():
+                if isinstance(changes, ChangeSet) and changes.base != writer.last_commit:
                     check_base(self, changes)
                 commit = writer.commit(steps, len(changes), entries, self.clock)
         except OSError as error:
@@ -169,7 +170,7 @@ class JSONStore(TaskRegistryStore):
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         writer = self._writing()
-        with writer.entered():
+        with writer.locked():
             try:
                 writer.reserved = True
                 yield
@@ -177,9 +178,11 @@ class JSONStore(TaskRegistryStore):
                 writer.reserved = False
 
     def report(self) -> StoreReport:
-        notices = list(self._writer.notices) if self._writer is not None else []
-        found = [self._reader.lost, self._reader.torn() if self.read_only else None]
-        return StoreReport(self._quarantined, (*notices, *filter(None, found)))
+        notices: list[str | None] = [] if self._writer is None else [*self._writer.notices]
+        notices.append(self._reader.missing_history)
+        if self.read_only:
+            notices.append(self._reader.torn_line_notice())
+        return StoreReport(self._quarantined, tuple(filter(None, notices)))
 
     def close(self) -> None:
         if not self._closed:
@@ -213,19 +216,19 @@ class JSONStore(TaskRegistryStore):
         self._check_open()
         return self._feed.wait_for(after, timeout)
 
-    def _watch(self) -> Watcher:
-        return PollingWatcher(self.head, self._sign, longest_pause_s=LONGEST_POLL_PAUSE_S)
+    def _start_watcher(self) -> Watcher:
+        def version() -> object:
+            with translate_os_errors(self.directory):
+                return self._reader.version()
 
-    def _sign(self) -> object:
-        with translated(self.directory):
-            return self._reader.sign()
+        return PollingWatcher(self.head, version, longest_pause_s=LONGEST_POLL_PAUSE_S)
 
     # -- compaction, query, integrity -------------------------------------
 
     def compact(self, policy: CompactionPolicy) -> CompactionReport:
         steps = Compaction(self._writing(), erase=policy.erase_deleted)
         try:
-            with translated(self.directory):
+            with translate_os_errors(self.directory):
                 return compact(steps, policy, self.clock)
         finally:
             self._quarantined = (*self._quarantined, *steps.superseded)
@@ -236,7 +239,7 @@ class JSONStore(TaskRegistryStore):
 
     def verify(self) -> VerifyReport:
         self._check_open()
-        with translated(self.directory):
+        with translate_os_errors(self.directory):
             return verify(self.directory, self._writer)
 
 
@@ -249,10 +252,9 @@ def open_json(
     strict: bool = False,
     lock_timeout_s: float = LOCK_TIMEOUT_S,
 ) -> JSONStore:
-    """Open the directory that a URL names: ``json:///relative/dir`` or ``json:////absolute/dir``.
+    """Open the directory in a URL: ``json:///relative/dir`` or ``json:////absolute/dir``.
 
-    The path is taken as it stands, without decoding.  There is no schema, so
-    ``migrate`` changes nothing.
+    The path is not decoded.  There is no schema, so ``migrate`` has no effect.
     """
     del migrate
     return JSONStore(
@@ -279,12 +281,14 @@ def _path_of(url: str) -> Path:
 
 
 def verify(directory: Path, writer: Writer | None) -> VerifyReport:
-    """Check the files of a directory, and what a writer remembers of them.
+    """Check the files of a directory, and the index of a writer.
 
-    Once more when something is wrong: files may have changed meanwhile.
+    If there are problems, check again: files may have changed meanwhile.
     """
-    report = settled(directory, lambda _: _verify(directory, writer))
-    return report if report.ok else settled(directory, lambda _: _verify(directory, writer))
+    report = retry_while_changing(directory, lambda _: _verify(directory, writer))
+    if report.ok:
+        return report
+    return retry_while_changing(directory, lambda _: _verify(directory, writer))
 
 
 def _verify(directory: Path, writer: Writer | None) -> VerifyReport:
@@ -292,43 +296,44 @@ def _verify(directory: Path, writer: Writer | None) -> VerifyReport:
         layout = read_layout(directory)
     except CorruptStoreError as error:
         return VerifyReport(0, 0, 0, (str(error),))
-    places = {seq: str(layout.snapshot_path(seq)) for seq in layout.snapshots}
+    paths = {seq: str(layout.snapshot_path(seq)) for seq in layout.snapshots}
     check = IntegrityCheck(
-        layout.floor, places, lambda seq: read_snapshot(layout, seq, strict=False)
+        layout.floor, paths, lambda seq: read_snapshot(layout, seq, strict=False)
     )
-    if layout.lost:
-        check.problems.append(layout.lost)
+    if layout.missing_history:
+        check.problems.append(layout.missing_history)
     check.journal(_entries(layout))
-    if writer is not None and check.whole:
+    if writer is not None and check.complete:
         _compare_index(writer, check)
     return check.report()
 
 
 def _entries(layout: Layout) -> Iterator[JournalEntry | CorruptStoreError]:
-    """The journal, with an error for what is missing of it and for what cannot be read."""
+    """Yield the journal, with an error for each gap and each unreadable part."""
     seq = layout.floor - 1
     for segment in layout.segments:
         if segment.first > seq + 1:
             reason = f"seq {seq + 1} to {segment.first - 1} are missing before it"
             yield CorruptStoreError(str(segment.path), reason)
-        walk = SegmentReader(layout, layout.start_of(segment))
+        reader = SegmentReader(layout, layout.start_of(segment))
         try:
-            for found in walk.within(segment):
-                for index in range(len(found.line.entries)):
-                    yield journal_entry(found.line, index, found.where, strict=False)
-            seq = walk.place.seq
+            for location in reader.commits_in(segment):
+                for index in range(len(location.line.entries)):
+                    yield journal_entry(location.line, index, location.where, strict=False)
+            seq = reader.position.seq
         except CorruptStoreError as error:
             yield error
-            seq = MAX_INT  # where it ends is not known
+            seq = MAX_INT  # the last seq of the segment is unknown
 
 
 def _compare_index(writer: Writer, check: IntegrityCheck) -> None:
-    """Compare what a writer remembers, if that is of the same moment."""
-    before, index = writer.place, writer.index
-    if index is None or before.seq != check.seq:
+    """Compare a writer's index with the checked content, if both are at the same seq."""
+    end, index = writer.end, writer.index
+    if index is None or end.seq != check.seq:
         return
     revisions = dict(index.revisions)
     stored = {key: revision for key, (revision, _) in check.content.items() if type(key) is str}
-    if writer.place == before and revisions != stored:
+    if writer.end == end and revisions != stored:
         wrong = {task_id for task_id, _ in revisions.items() ^ stored.items()}
-        check.problems.append(f"the writer's index is wrong about {sorted(wrong)[:SHOWN]}")
+        shown = sorted(wrong)[:MAX_TASKS_NAMED]
+        check.problems.append(f"the writer's index is wrong about {shown}")

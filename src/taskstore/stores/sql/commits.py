@@ -1,9 +1,9 @@
-"""How a batch of changes is committed.
+"""The commit of a batch of changes in one transaction.
 
-One transaction: claim seqs on the head row, which is also the lock that keeps
-other writers out; then deletions (their bookings become free), updates,
-insertions, journal entries.  Each statement says itself what has to hold, so
-the number of rows that it touched tells whether it did.
+The transaction claims seqs on the head row, whose lock keeps other writers
+out.  Then it deletes tasks (which frees their dedup keys), updates tasks,
+inserts tasks and inserts journal entries.  Each statement checks its own
+preconditions, so its row count shows whether they were met.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from taskstore.model.journal import (
 from taskstore.model.records import DedupKey, TaskRecord
 from taskstore.store.interface import base_not_found
 from taskstore.stores.sql.dialects import Database
-from taskstore.stores.sql.dialects.base import Session, flat, pieces
-from taskstore.stores.sql.errors import Fault
+from taskstore.stores.sql.dialects.base import Session, flat_parameters, row_groups
+from taskstore.stores.sql.errors import ErrorKind
 from taskstore.stores.sql.rows import Claimed, Head
-from taskstore.stores.sql.statements import KEPT
+from taskstore.stores.sql.statements import RARELY_UPDATED
 from taskstore.stores.sql.tables import (
     PROJECTED,
     SCHEMA_EPOCH,
@@ -50,25 +50,25 @@ from taskstore.stores.sql.tables import (
 )
 from taskstore.stores.sql.transactions import Transactions
 
-_TRIES = 8
+_MAX_COLLISIONS = 8
 
-# Some drivers know str only, and not the enumeration of statuses that is derived from it.
+# Some drivers accept only str, and not its subclass TaskStatus.
 _projections = attrgetter(*(f"{name}.value" if name == "status" else name for name in PROJECTED))
-_kept = attrgetter(*KEPT)
+_rarely_updated = attrgetter(*RARELY_UPDATED)
 
 
-class _Moved(Exception):
-    """Some row was not as the batch expects it: find out which, after rolling back."""
+class _RowMismatch(Exception):
+    """A row did not match the batch; the caller rolls back and finds out which row."""
 
 
-class Batch:
-    """A batch of changes, encoded and sorted by what is to be done."""
+class EncodedBatch:
+    """A batch of changes, encoded and sorted by statement."""
 
     def __init__(self, changes: Sequence[Change]) -> None:
         self.steps = plan(changes)
         self.commit_id = commit_id = new_commit_id()
         self.entries: list[tuple[Any, ...]] = []
-        """The rows of the journal, but for their seq and time."""
+        """The journal rows without their seq and time."""
         encoded: dict[str, tuple[bytes, int]] = {}
         for change in changes:
             entry: tuple[Any, ...]
@@ -85,14 +85,14 @@ class Batch:
         self.deletes: list[tuple[str, int]] = []
         self.updates: list[tuple[Any, ...]] = []
         self.inserts: list[tuple[Any, ...]] = []
-        self.passing: list[Step] = []
-        """Tasks that are created and removed in the batch itself."""
+        self.transient: list[Step] = []
+        """The tasks that the batch both creates and deletes."""
         for step in self.steps:
             if step.record is None:
                 if step.base:
                     self.deletes.append((step.task_id, step.base))
                 else:
-                    self.passing.append(step)
+                    self.transient.append(step)
             elif step.base:
                 self.updates.append(update_row(step, step.record, *encoded[step.task_id]))
             else:
@@ -107,44 +107,47 @@ def insert_row(record: TaskRecord, payload: bytes, check: int) -> tuple[Any, ...
 def update_row(step: Step, record: TaskRecord, payload: bytes, check: int) -> tuple[Any, ...]:
     """The parameters of an update: ``UPDATE_ORDER`` of the statements."""
     status = record.status.value
-    return (record.revision, status, payload, check, step.task_id, step.base, *_kept(record))
+    rare = _rarely_updated(record)
+    return (record.revision, status, payload, check, step.task_id, step.base, *rare)
 
 
 def commit(transactions: Transactions, changes: Sequence[Change], clock: Clock) -> Commit:
-    """Commit a batch; see ``TaskRegistryStore.apply`` for what that promises."""
-    batch = Batch(changes)
-    over = changes.base if isinstance(changes, ChangeSet) else Position(0)
+    """Commit a batch with the guarantees of ``TaskRegistryStore.apply``."""
+    batch = EncodedBatch(changes)
+    base = changes.base if isinstance(changes, ChangeSet) else Position(0)
     database, count, collisions = transactions.database, len(changes), 0
     for attempt in transactions.attempts(reads_back=True):
         try:
             with attempt, transactions.write() as tx:
-                claimed = database.claim(tx, count, clock(), over.seq)
+                claimed = database.claim(tx, count, clock(), base.seq)
                 if claimed is None:
-                    raise too_new(database, tx)
+                    raise schema_epoch_error(database, tx)
                 first, at = claimed.head_seq - count + 1, claimed.last_at
-                done = Commit(first, claimed.head_seq, at, batch.commit_id)
-                if not _holds(over, claimed):
-                    raise base_not_found(over)
+                committed = Commit(first, claimed.head_seq, at, batch.commit_id)
+                if not _has_base(base, claimed):
+                    raise base_not_found(base)
                 _write(database, tx, batch, claimed.floor)
                 rows = [(seq, at, *entry) for seq, entry in enumerate(batch.entries, first)]
-                for lot in database.lots(rows):
-                    tx.execute(database.sql.insert_journal(len(lot)), flat(lot))
-                return done
-        except _Moved as moved:
+                for group in database.row_groups(rows):
+                    tx.execute(database.sql.insert_journal(len(group)), flat_parameters(group))
+                return committed
+        except _RowMismatch as mismatch:
             collisions += 1
             conflicts = transactions.run(partial(conflicts_of, batch.steps))
-            if not conflicts and collisions == _TRIES:
+            if not conflicts and collisions == _MAX_COLLISIONS:
                 conflicts = [Conflict(step.task_id, step.base, step.base) for step in batch.steps]
             if conflicts:
-                raise ConflictError(conflicts) from moved.__cause__
-        if attempt.unanswered and transactions.read_back(partial(_is_there, database, done)):
-            return done
+                raise ConflictError(conflicts) from mismatch.__cause__
+        if attempt.unconfirmed and transactions.confirm(
+            partial(_is_committed, database, committed)
+        ):
+            return committed
     raise AssertionError("attempts end by raising")
 
 
-def too_new(database: Database, tx: Session) -> SchemaMismatchError:
-    """The error of a writer whose claim was refused: a newer version of taskstore has made
-    the schema one that we may not write any more."""
+def schema_epoch_error(database: Database, tx: Session) -> SchemaMismatchError:
+    """The error of a refused claim: a newer version of taskstore has raised the schema epoch
+    above the one that this version may write."""
     row = tx.row(database.sql.head)
     epoch = None if row is None else Head(*row).schema_epoch
     return SchemaMismatchError(
@@ -156,81 +159,81 @@ def too_new(database: Database, tx: Session) -> SchemaMismatchError:
     )
 
 
-def _holds(over: Position, claimed: Claimed) -> bool:
-    """Whether the journal holds the position over which changes were made.
+def _has_base(base: Position, claimed: Claimed) -> bool:
+    """Return whether the journal contains the base position of the changes.
 
-    Of one whose entry was trimmed, and nothing after it, that is believed.
+    The position just before the floor is accepted: its entry was trimmed.
     """
-    if claimed.over is None:
-        return over.seq in (0, claimed.floor - 1)
-    return not over.commit_id or over.commit_id == claimed.over
+    if claimed.base is None:
+        return base.seq in (0, claimed.floor - 1)
+    return not base.commit_id or base.commit_id == claimed.base
 
 
-def _write(database: Database, tx: Session, batch: Batch, floor: int) -> None:
-    """Bring the rows of ``tasks`` to what the batch makes of them.
+def _write(database: Database, tx: Session, batch: EncodedBatch, floor: int) -> None:
+    """Write the changes of the batch to ``tasks``.
 
-    Raises :class:`_Moved` where a row is not as the batch expects it.
+    Raises :class:`_RowMismatch` if a row does not match the batch.
     """
     sql = database.sql
-    done = 0
+    touched = 0
     try:
-        for lot in pieces(batch.deletes) if batch.deletes else ():
-            done += tx.touch(sql.delete_tasks(len(lot)), flat(lot))
-        for lot in database.lots(batch.updates) if batch.updates else ():
-            count, parameters = len(lot), flat(lot)
-            updated = tx.touch(sql.update_tasks(count), parameters)
+        for group in row_groups(batch.deletes) if batch.deletes else ():
+            touched += tx.execute_dml(sql.delete_tasks(len(group)), flat_parameters(group))
+        for group in database.row_groups(batch.updates) if batch.updates else ():
+            count, parameters = len(group), flat_parameters(group)
+            updated = tx.execute_dml(sql.update_tasks(count), parameters)
             if updated < count:
-                # Those whose projections change as well; the others no longer match.
-                updated += tx.touch(sql.update_tasks_wide(count), parameters)
-            done += updated
-        for lot in database.lots(batch.inserts) if batch.inserts else ():
-            done += database.insert(tx, lot, floor)
+                # Update the tasks whose projections change too; the others no longer match.
+                updated += tx.execute_dml(sql.update_tasks_wide(count), parameters)
+            touched += updated
+        for group in database.row_groups(batch.inserts) if batch.inserts else ():
+            touched += database.insert(tx, group, floor)
     except database.translator.errors as error:
-        # Only a booking that an update carries off can do this; which one,
-        # the transaction can no longer tell.
-        if database.translator.fault_of(error) is Fault.INTEGRITY:
-            raise _Moved from error
+        # Only an update that sets a dedup key of another task fails like this.  The
+        # failed transaction cannot find out which one.
+        if database.translator.error_kind(error) is ErrorKind.INTEGRITY:
+            raise _RowMismatch from error
         raise
-    if done != len(batch.steps) - len(batch.passing):
-        raise _Moved
-    if batch.passing and conflicts_of(batch.passing, tx):
-        raise _Moved
+    if touched != len(batch.steps) - len(batch.transient):
+        raise _RowMismatch
+    if batch.transient and conflicts_of(batch.transient, tx):
+        raise _RowMismatch
 
 
-def _is_there(database: Database, done: Commit, tx: Session) -> bool:
-    """Whether a commit happened that was not answered."""
+def _is_committed(database: Database, expected: Commit, tx: Session) -> bool:
+    """Return whether a commit whose COMMIT was not answered is in the journal."""
     entry = task_journal.c
-    commit_id = tx.scalar(sa.select(entry.commit_id).where(entry.seq == done.first_seq))
-    if commit_id is None and done.first_seq < Head(*tx.row(database.sql.head)).floor:
+    commit_id = tx.scalar(sa.select(entry.commit_id).where(entry.seq == expected.first_seq))
+    if commit_id is None and expected.first_seq < Head(*tx.row(database.sql.head)).floor:
         raise OutcomeUnknownError(
-            f"{database.location}: the connection broke during a commit, and the journal has "
-            f"been trimmed past seq {done.first_seq}, where it would be found",
+            f"{database.location}: the connection broke during a commit, and the journal was "
+            f"trimmed past seq {expected.first_seq}, the first seq of that commit",
             hint="load the records again",
         )
-    return bool(commit_id == done.commit_id)
+    return bool(commit_id == expected.commit_id)
 
 
 def conflicts_of(steps: Sequence[Step], tx: Session) -> list[Conflict]:
-    """Compare what is stored with what the steps expect, under the head lock."""
+    """Return the conflicts between the stored rows and the steps, under the head lock."""
     head = taskstore_head.c
     floor = tx.scalar(sa.select(head.floor).where(head.id == 1).with_for_update())
     revisions: dict[str, int] = {}
     deleted: set[str] = set()
-    for lot in pieces([step.task_id for step in steps]):
-        found = sa.select(tasks.c.task_id, tasks.c.revision).where(tasks.c.task_id.in_(lot))
-        revisions.update({row[0]: row[1] for row in tx.ask(found)})
-        gone = sa.select(task_journal.c.task_id).where(
-            task_journal.c.task_id.in_(lot),
+    for group in row_groups([step.task_id for step in steps]):
+        existing = sa.select(tasks.c.task_id, tasks.c.revision).where(tasks.c.task_id.in_(group))
+        revisions.update({row[0]: row[1] for row in tx.select(existing)})
+        deletions = sa.select(task_journal.c.task_id).where(
+            task_journal.c.task_id.in_(group),
             task_journal.c.kind == "deleted",
             task_journal.c.seq >= floor,
         )
-        deleted.update(row[0] for row in tx.ask(gone))
+        deleted.update(row[0] for row in tx.select(deletions))
     records = [step.record for step in steps if step.record is not None]
-    holders: dict[DedupKey, str] = {}
-    for keys in pieces([key for record in records if (key := dedup_key(record)) is not None]):
-        held = sa.select(tasks.c.run_id, tasks.c.run_digest, tasks.c.task_id).where(
+    owners: dict[DedupKey, str] = {}
+    for keys in row_groups([key for record in records if (key := dedup_key(record)) is not None]):
+        stored = sa.select(tasks.c.run_id, tasks.c.run_digest, tasks.c.task_id).where(
             tasks.c.run_id.in_([run_id for run_id, _ in keys]),
             tasks.c.run_digest.in_([run_digest for _, run_digest in keys]),
         )
-        holders.update({(row[0], row[1]): row[2] for row in tx.ask(held)})
-    return find_conflicts(steps, revisions, deleted, holders)
+        owners.update({(row[0], row[1]): row[2] for row in tx.select(stored)})
+    return find_conflicts(steps, revisions, deleted, owners)

@@ -1,18 +1,17 @@
 """Compaction: publish a snapshot of the rows, move the floor, trim.
 
-Nothing here holds the head lock for longer than one small transaction.  The
-rows are read in one read transaction into a temporary file, and written to
-the database from there: a read transaction that lasted as long as the writing
-would keep SQLite's log from being emptied and PostgreSQL's dead rows from
-being vacuumed, and would need a second connection, which a host's pool may
-not have.
+No step holds the head lock for longer than one small transaction.  One read
+transaction copies the rows to a temporary file, and small transactions write
+them to the database from there.  A read transaction of that length would block
+SQLite's checkpoints and PostgreSQL's vacuum.  It would also need a second
+connection, which a host's pool may not have.
 
-A lease on the head row keeps other compactors away.  It is renewed with every
-transaction, each of which fails once another has taken it over; so one that
-was stopped for too long does no harm when it wakes.
+A lease on the head row keeps other compactors out.  Every transaction renews
+the lease, and fails if another compactor has taken it over.  A compactor that
+was suspended for too long therefore changes nothing when it resumes.
 
-No entry is trimmed that is all there is of a task, and of those that do not
-decode the bytes are kept in ``task_set_aside`` [12].
+Compaction does not trim the only entry of a task that has no row.  It keeps
+the bytes of trimmed entries that do not decode in ``task_set_aside`` [12].
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ from taskstore.stores.sql.snapshots import (
     scan_tasks,
     with_chunk,
 )
-from taskstore.stores.sql.statements import ENTRY, Statements, stored_bytes
+from taskstore.stores.sql.statements import ENTRY_COLUMNS, Statements, stored_bytes
 from taskstore.stores.sql.tables import (
     task_journal,
     task_set_aside,
@@ -59,57 +58,55 @@ from taskstore.stores.sql.tables import (
 )
 from taskstore.stores.sql.transactions import Transactions
 
-STEP = 1000
-"""How many journal rows are read at a time, and deleted by one transaction."""
-CHUNK_STEP = 8
-"""How many chunks of a dropped snapshot one transaction deletes."""
-SHOWN = 3
-"""How many tasks one error names."""
+ENTRIES_PER_STEP = 1000
+"""The number of journal entries that one transaction checks, and that one deletes."""
+CHUNKS_PER_STEP = 8
+"""The number of chunks of a dropped snapshot that one transaction deletes."""
+MAX_NAMED = 3
+"""The most tasks that one error message names."""
 
 
 def compact(
     transactions: Transactions,
     policy: CompactionPolicy,
     clock: Clock,
-    on_kept: Callable[[Quarantined], object],
+    on_quarantined: Callable[[Quarantined], object],
 ) -> CompactionReport:
-    """Compact when the policy says so; see ``SupportsCompaction.compact``.
+    """Compact if the policy requires it; see ``SupportsCompaction.compact``.
 
-    ``on_kept`` is called with what was set aside of entries that were trimmed.
+    ``on_quarantined`` is called with each quarantined payload of a trimmed entry.
     """
-    report = compaction.compact(Steps(transactions, on_kept), policy, clock)
+    report = compaction.compact(SQLCompactionSteps(transactions, on_quarantined), policy, clock)
     if policy.erase_deleted:
         transactions.erase()
     return report
 
 
-class Steps(CompactionSteps):
+class SQLCompactionSteps(CompactionSteps):
     """The steps of one compaction, in small transactions under the lease."""
 
     def __init__(
         self,
         transactions: Transactions,
-        on_kept: Callable[[Quarantined], object] = lambda _: None,
+        on_quarantined: Callable[[Quarantined], object] = lambda _: None,
     ) -> None:
         self._transactions = transactions
         self._location = transactions.database.location
         self._sql = transactions.database.sql
-        self._on_kept = on_kept
+        self._on_quarantined = on_quarantined
         self._lease = Lease(transactions)
-        self._spool: IO[bytes]
-        # The snapshot that is written, and the length of each of its chunks in the spool,
-        # in bytes.
-        self._building = SnapshotRow(0, 0)
-        self._sizes: list[int] = []
+        self._buffer: IO[bytes]
+        # The row of the new snapshot, and the size of each of its chunks in bytes.
+        self._snapshot_row = SnapshotRow(0, 0)
+        self._chunk_sizes: list[int] = []
 
     def stats(self, now: int) -> JournalStats:
-        look = partial(self._stats, now=now)
-        return self._transactions.read(look, one_moment=True)
+        return self._transactions.read(partial(self._stats, now=now), in_transaction=True)
 
     def _stats(self, session: Session, now: int) -> JournalStats:
         head = read_head(session, self._sql)
-        mark = newest_snapshot_row(session, head.head_seq)
-        newest = 0 if mark is None else mark.seq
+        row = newest_snapshot_row(session, head.head_seq)
+        newest = 0 if row is None else row.seq
         first = max(newest + 1, head.floor)
         return JournalStats(
             now=now,
@@ -124,28 +121,28 @@ class Steps(CompactionSteps):
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        with self._lease.held(), _spool(self._transactions.database) as self._spool:
+        with self._lease.held(), _temporary_file(self._transactions.database) as self._buffer:
             yield
 
     def begin(self) -> CompactionPoint:
-        self._clear_leftovers()
-        return self._transactions.read(self._begin, one_moment=True)
+        self._delete_leftovers()
+        return self._transactions.read(self._begin, in_transaction=True)
 
     def _begin(self, session: Session) -> CompactionPoint:
-        """Read everything of one moment into the spool."""
-        self._spool.seek(0)
-        self._spool.truncate()
+        """Copy the lines of the new snapshot to the temporary file."""
+        self._buffer.seek(0)
+        self._buffer.truncate()
         head = read_head(session, self._sql)
-        mark = SnapshotRow(head.head_seq, head.last_at)
-        self._sizes = []
+        row = SnapshotRow(head.head_seq, head.last_at)
+        self._chunk_sizes = []
         for chunk in chunks_of(self._lines(session)):
-            mark = with_chunk(mark, chunk)
-            self._sizes.append(len(chunk))
-            self._spool.write(chunk)
-        self._spool.flush()
-        self._building = mark
-        marks = tuple(SnapshotInfo(mark.seq, mark.at) for mark in read_snapshot_rows(session))
-        return CompactionPoint(head.head_seq, head.last_at, head.floor, marks)
+            row = with_chunk(row, chunk)
+            self._chunk_sizes.append(len(chunk))
+            self._buffer.write(chunk)
+        self._buffer.flush()
+        self._snapshot_row = row
+        snapshots = tuple(SnapshotInfo(row.seq, row.at) for row in read_snapshot_rows(session))
+        return CompactionPoint(head.head_seq, head.last_at, head.floor, snapshots)
 
     def _lines(self, session: Session) -> Iterator[bytes]:
         yield from map(line_of, scan_tasks(session, self._sql))
@@ -153,81 +150,81 @@ class Steps(CompactionSteps):
 
     def publish(self, point: CompactionPoint, retained: Retained) -> int:
         self._transactions.read(
-            lambda session: check_rows(session, point.floor, retained.floor, self._location)
+            lambda session: check_rows_exist(session, point.floor, retained.floor, self._location)
         )
-        if point.seq not in [mark.seq for mark in point.marks]:
+        if point.seq not in [snapshot.seq for snapshot in point.snapshots]:
             self._write_chunks(point.seq)
-            there = task_snapshots.c.seq == point.seq
-            self._lease.run(partial(self._put, task_snapshots, there, self._building))
+            same = task_snapshots.c.seq == point.seq
+            self._lease.run(partial(self._replace_row, task_snapshots, same, self._snapshot_row))
         self._move_floor(retained)
-        return self._building.records + self._building.quarantined
+        return self._snapshot_row.records + self._snapshot_row.quarantined
 
     def _write_chunks(self, seq: int) -> None:
         chunks = task_snapshot_chunks.c
-        self._spool.seek(0)
-        for number, size in enumerate(self._sizes):
-            chunk = self._spool.read(size)
-            there = sa.and_(chunks.seq == seq, chunks.chunk == number)
+        self._buffer.seek(0)
+        for number, size in enumerate(self._chunk_sizes):
+            chunk = self._buffer.read(size)
+            same = sa.and_(chunks.seq == seq, chunks.chunk == number)
             row = (seq, number, chunk, checksum(chunk))
-            self._lease.run(partial(self._put, task_snapshot_chunks, there, row))
+            self._lease.run(partial(self._replace_row, task_snapshot_chunks, same, row))
 
-    def _put(
-        self, table: sa.Table, there: sa.ColumnElement[bool], row: tuple[Any, ...], tx: Session
+    def _replace_row(
+        self, table: sa.Table, same: sa.ColumnElement[bool], row: tuple[Any, ...], tx: Session
     ) -> None:
-        """Write a row in place of the one that is there: repeating it is the same."""
-        tx.change(sa.delete(table).where(there))
+        """Insert a row in place of the row that matches ``same``; idempotent."""
+        tx.execute_core(sa.delete(table).where(same))
         insert(tx, self._transactions.database, table, [row])
 
     def _move_floor(self, retained: Retained) -> None:
-        """Move the floor and drop snapshots, in one transaction: after it no reader sees
-        what is then deleted in steps."""
+        """Move the floor and drop snapshots, in one transaction.  Afterwards no reader sees the
+        rows that later steps delete."""
         dropped = task_snapshots.c.seq.not_in(sorted(retained.seqs))
 
         def work(tx: Session) -> None:
-            tx.change(sa.delete(task_snapshots).where(dropped))
-            tx.change(sa.update(taskstore_head).values(floor=retained.floor))
+            tx.execute_core(sa.delete(task_snapshots).where(dropped))
+            tx.execute_core(sa.update(taskstore_head).values(floor=retained.floor))
 
         self._lease.run(work)
 
     def trim(self, point: CompactionPoint, retained: Retained) -> None:
-        del point, retained  # what no reader sees, and what earlier compactions left of it
-        self._clear_leftovers()
+        del point, retained  # _move_floor has made the trimmed rows leftovers
+        self._delete_leftovers()
 
-    def _clear_leftovers(self) -> None:
-        """Delete, in small steps, what no reader sees: entries below the floor, and
-        snapshots that were dropped or never finished."""
-        while self._lease.run(_drop_some):
+    def _delete_leftovers(self) -> None:
+        """Delete, in small steps, the rows that no reader sees: entries below the floor, and
+        chunks of dropped and unpublished snapshots."""
+        while self._lease.run(_delete_chunks):
             pass
         database = self._transactions.database
-        look = partial(examine, sql=self._sql, step=STEP)
-        while (found := self._transactions.read(look)) is not None:
-            self._lease.run(partial(trim_entries, database=database, found=found))
-            for item in found.kept:
-                self._on_kept(item)
+        read_plan = partial(plan_trim, sql=self._sql, limit=ENTRIES_PER_STEP)
+        while (plan := self._transactions.read(read_plan)) is not None:
+            self._lease.run(partial(trim_entries, database=database, plan=plan))
+            for item in plan.quarantined:
+                self._on_quarantined(item)
 
 
-def _drop_some(tx: Session) -> bool:
-    """Delete some chunks of a snapshot that was dropped or never finished; whether there
-    was one."""
+def _delete_chunks(tx: Session) -> bool:
+    """Delete some chunks of a dropped or unpublished snapshot; return whether there were
+    any."""
     seq, chunk = task_snapshot_chunks.c.seq, task_snapshot_chunks.c.chunk
-    dead = ~sa.exists().where(task_snapshots.c.seq == seq)
-    found = tx.ask(sa.select(seq, chunk).where(dead).order_by(seq, chunk).limit(1))
-    for victim, first in found:
-        some = sa.and_(seq == victim, chunk < first + CHUNK_STEP)
-        tx.change(sa.delete(task_snapshot_chunks).where(some))
-    return bool(found)
+    orphaned = ~sa.exists().where(task_snapshots.c.seq == seq)
+    rows = tx.select(sa.select(seq, chunk).where(orphaned).order_by(seq, chunk).limit(1))
+    for orphan, first in rows:
+        step = sa.and_(seq == orphan, chunk < first + CHUNKS_PER_STEP)
+        tx.execute_core(sa.delete(task_snapshot_chunks).where(step))
+    return bool(rows)
 
 
 @contextmanager
-def _spool(database: Database) -> Iterator[IO[bytes]]:
-    """A file without a name, in the database's ``scratch`` directory or the system's."""
-    place = database.scratch or tempfile.gettempdir()
+def _temporary_file(database: Database) -> Iterator[IO[bytes]]:
+    """An unnamed temporary file, in the database's ``temp_dir`` or the system's."""
+    directory = database.temp_dir or tempfile.gettempdir()
     try:
-        with tempfile.TemporaryFile(dir=place) as file:
+        with tempfile.TemporaryFile(dir=directory) as file:
             yield file
     except OSError as error:
         raise StoreUnavailableError(
-            f"{database.location} cannot be compacted: a temporary file in {place} fails: {error}",
+            f"cannot compact {database.location}: a temporary file in {directory} failed: {error}",
             hint="free some space there and try again",
         ) from error
 
@@ -235,11 +232,11 @@ def _spool(database: Database) -> Iterator[IO[bytes]]:
 # -- trimming -----------------------------------------------------------------
 
 
-def check_rows(session: Session, low: int, high: int, location: str) -> None:
-    """Refuse to trim the entries in ``[low, high)`` where one is all that is left of a task.
+def check_rows_exist(session: Session, low: int, high: int, location: str) -> None:
+    """Check that no entry in ``[low, high)`` is the only data of a task.
 
-    Raises :class:`~taskstore.CorruptStoreError` for a task whose last change is one of
-    these, is no deletion, and has no row.
+    Raises :class:`~taskstore.CorruptStoreError` for a task without a row whose last entry
+    is in this range and is no deletion.
     """
     entry, later = task_journal.c, task_journal.alias("later")
     lost = (
@@ -248,88 +245,88 @@ def check_rows(session: Session, low: int, high: int, location: str) -> None:
         .where(~sa.exists().where(tasks.c.task_id == entry.task_id))
         .where(~sa.exists().where(later.c.task_id == entry.task_id, later.c.seq > entry.seq))
     )
-    found = session.ask(lost.limit(SHOWN))
-    if found:
-        named = ", ".join(f"task {task_id!r} (seq {seq})" for task_id, seq in found)
+    rows = session.select(lost.limit(MAX_NAMED))
+    if rows:
+        names = ", ".join(f"task {task_id!r} (seq {seq})" for task_id, seq in rows)
         raise CorruptStoreError(
             f"{location}: tasks",
-            f"there is no row of {named}, whose last image is in the journal",
-            hint="nothing was trimmed; put the row back from task_journal or restore a backup, "
+            f"the row of {names} is missing; its last record is in the journal only",
+            hint="nothing was trimmed; restore the row from task_journal or restore a backup, "
             "then compact again",
         )
 
 
-class Findings(NamedTuple):
-    """The next entries that are trimmed, and what is to be done besides deleting them."""
+class TrimPlan(NamedTuple):
+    """The next entries to trim, and the changes of ``task_set_aside`` that go with them."""
 
     end: int
-    """The seq below which they lie."""
-    forgotten: Sequence[int]
-    """The rows of ``task_set_aside`` that keep something of a task that they delete."""
-    kept: Sequence[Quarantined]
-    """What of them does not decode, and is kept nowhere else."""
-    last_row: int
-    """The highest id in ``task_set_aside``, before anything is added for them."""
+    """The entries below this seq are deleted."""
+    obsolete_ids: Sequence[int]
+    """The ids of the quarantined payloads of tasks that these entries delete."""
+    quarantined: Sequence[Quarantined]
+    """The payloads of these entries that do not decode and are stored nowhere else."""
+    last_id: int
+    """The highest id in ``task_set_aside`` before the change."""
 
 
-def examine(session: Session, sql: Statements, step: int) -> Findings | None:
-    """Look through the next ``step`` entries below the floor; ``None`` if there is none.
+def plan_trim(session: Session, sql: Statements, limit: int) -> TrimPlan | None:
+    """The plan for the next ``limit`` entries below the floor; ``None`` if there are none.
 
-    What lies below the floor changes no more: this needs no lock.
+    Entries below the floor do not change, so this needs no lock.
     """
     floor = read_head(session, sql).floor
     low = session.scalar(sa.select(sa.func.min(task_journal.c.seq)))
     if low is None or low >= floor:
         return None
-    end = min(floor, low + step)
-    rows, last_row = _rows_by_task(session, sql)
-    forgotten: list[int] = []
-    kept: list[Quarantined] = []
+    end = min(floor, low + limit)
+    ids, last_id = _quarantined_ids(session, sql)
+    obsolete_ids: list[int] = []
+    quarantined: list[Quarantined] = []
     seq = task_journal.c.seq
-    for row in session.ask(sa.select(*ENTRY).where(seq >= low, seq < end).order_by(seq)):
+    for row in session.select(sa.select(*ENTRY_COLUMNS).where(seq >= low, seq < end).order_by(seq)):
         if row[2] == "deleted":
-            forgotten += rows.pop(row[3], ())
+            obsolete_ids += ids.pop(row[3], ())
             continue
-        item = _damage_of(row)
-        if item is not None and not _is_gone_or_stored(session, row):
-            kept.append(item)
-    return Findings(end, forgotten, kept, last_row)
+        item = _quarantine_entry(row)
+        if item is not None and not _is_deleted_or_stored(session, row):
+            quarantined.append(item)
+    return TrimPlan(end, obsolete_ids, quarantined, last_id)
 
 
-def trim_entries(tx: Session, database: Database, found: Findings) -> None:
-    """Delete entries that were examined, keeping what is to be kept of them.
+def trim_entries(tx: Session, database: Database, plan: TrimPlan) -> None:
+    """Delete the entries of a plan, and keep their quarantined payloads.
 
-    Doing it twice is the same: rows that were added lie behind the last one.
+    Idempotent: a repeat first deletes the rows after ``last_id``, which the plan added.
     """
-    aside = task_set_aside.c.id
-    if found.forgotten:
-        tx.change(sa.delete(task_set_aside).where(aside.in_(found.forgotten)))
-    if found.kept:
-        tx.change(sa.delete(task_set_aside).where(aside > found.last_row))
-        payloads = enumerate(map(msgspec.json.encode, found.kept), found.last_row + 1)
+    row_id = task_set_aside.c.id
+    if plan.obsolete_ids:
+        tx.execute_core(sa.delete(task_set_aside).where(row_id.in_(plan.obsolete_ids)))
+    if plan.quarantined:
+        tx.execute_core(sa.delete(task_set_aside).where(row_id > plan.last_id))
+        payloads = enumerate(map(msgspec.json.encode, plan.quarantined), plan.last_id + 1)
         rows = [(number, payload, checksum(payload)) for number, payload in payloads]
         insert(tx, database, task_set_aside, rows)
-    tx.change(sa.delete(task_journal).where(task_journal.c.seq < found.end))
+    tx.execute_core(sa.delete(task_journal).where(task_journal.c.seq < plan.end))
 
 
-def _damage_of(row: Any) -> Quarantined | None:
-    """What is to be kept of an entry; ``None`` when it is sound."""
+def _quarantine_entry(row: Any) -> Quarantined | None:
+    """The quarantined payload of an entry; ``None`` if the entry decodes."""
     seq, _, _, task_id, revision, _, payload, _ = row
     try:
-        found = entry_of(row, "task_journal").quarantined
+        quarantined = entry_of(row, "task_journal").quarantined
     except CorruptStoreError as error:
         reason = error.reason
     else:
-        if found is None:
+        if quarantined is None:
             return None
-        reason = found.reason
+        reason = quarantined.reason
     where = f"task_journal, seq {seq}"
     return Quarantined(as_bytes(payload), where, reason, task_id, revision, superseded=True)
 
 
-def _is_gone_or_stored(session: Session, row: Any) -> bool:
-    """Whether a later entry deletes the task, whose record then goes as every deleted one
-    does; or the entry is still the task's row, byte by byte, which keeps it."""
+def _is_deleted_or_stored(session: Session, row: Any) -> bool:
+    """Return whether the payload of an entry need not be kept: a later entry deletes the
+    task, or the task's row still has the same bytes."""
     seq, _, _, task_id, revision, _, payload, _ = row
     entry = task_journal.c
     deletion = sa.select(entry.seq).where(
@@ -337,17 +334,17 @@ def _is_gone_or_stored(session: Session, row: Any) -> bool:
     )
     if session.scalar(deletion.limit(1)) is not None:
         return True
-    stored = session.ask(
+    stored = session.select(
         sa.select(tasks.c.revision, stored_bytes(tasks.c.payload)).where(tasks.c.task_id == task_id)
     )
-    return [(found, as_bytes(data)) for found, data in stored] == [(revision, as_bytes(payload))]
+    return [(number, as_bytes(data)) for number, data in stored] == [(revision, as_bytes(payload))]
 
 
-def _rows_by_task(session: Session, sql: Statements) -> tuple[dict[str, list[int]], int]:
-    """Which rows of ``task_set_aside`` keep something of which task, and the highest id."""
-    rows: dict[str, list[int]] = {}
+def _quarantined_ids(session: Session, sql: Statements) -> tuple[dict[str, list[int]], int]:
+    """The ids in ``task_set_aside`` of superseded payloads, by task, and the highest id."""
+    ids: dict[str, list[int]] = {}
     last = 0
     for last, item in quarantined_rows(session, sql):
         if item.superseded and item.task_id is not None:
-            rows.setdefault(item.task_id, []).append(last)
-    return rows, last
+            ids.setdefault(item.task_id, []).append(last)
+    return ids, last

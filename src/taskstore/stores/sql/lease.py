@@ -1,4 +1,4 @@
-"""The lease of the one process that compacts a ledger, noted on the head row."""
+"""The lease of the compacting process, stored in the head row."""
 
 from __future__ import annotations
 
@@ -21,57 +21,58 @@ from taskstore.stores.sql.tables import taskstore_head
 from taskstore.stores.sql.transactions import Transactions
 
 LEASE_MS = 20_000
-"""How long a compactor that fell silent on another machine keeps others away, in milliseconds."""
-PAUSE_S = 0.02
+"""The duration of the lease in milliseconds.  The lease of a compactor that died on
+another machine expires after this time."""
+MAX_PAUSE_S = 0.02
 """The longest pause between two steps, in seconds."""
 
 _T = TypeVar("_T")
 
-_held_here: set[str] = set()
-"""The leases that compactions of this process hold, or try to take."""
+_local_owners: set[str] = set()
+"""The lease owners in this process: compactions that hold the lease or try to acquire it."""
 
 
 class Lease:
-    """The right to compact.  It is renewed with every step, each of which fails once another
-    process has taken the lease over."""
+    """The right to compact.  Every step renews the lease, and fails if another process has
+    taken it over."""
 
     def __init__(self, transactions: Transactions) -> None:
         self._transactions = transactions
         self._location = transactions.database.location
-        self._owner = f"{_MACHINE}{os.getpid():08x}{secrets.token_hex(8)}"
-        self._mine = taskstore_head.c.lease_owner == self._owner
+        self._owner = f"{_MACHINE_ID}{os.getpid():08x}{secrets.token_hex(8)}"
+        self._own = taskstore_head.c.lease_owner == self._owner
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the lease, if it is free, its holder's time is up, or its holder is dead.
+        """Hold the lease if it was free or expired, or if its owner is dead.
 
-        Raises :class:`~taskstore.StoreBusyError` otherwise.
+        Otherwise it raises :class:`~taskstore.StoreBusyError`.
         """
-        _held_here.add(self._owner)
+        _local_owners.add(self._owner)
         try:
-            if not self._transactions.run(self._take):
+            if not self._transactions.run(self._acquire):
                 raise StoreBusyError(
                     f"{self._location} is being compacted by another process",
-                    hint="a compactor that was killed keeps others away for a short while",
+                    hint=f"try again; a killed compactor's lease expires in {LEASE_MS // 1000} s",
                 )
             yield
         finally:
             try:
-                # Where that fails, our process knows it all the same; for others it runs out.
+                # If this fails, other processes wait for the expiry; this process does not.
                 with suppress(StoreBusyError, StoreUnavailableError, OutcomeUnknownError):
-                    self._transactions.run(lambda tx: tx.change(_change(None, self._mine)))
+                    self._transactions.run(lambda tx: tx.execute_core(_set_owner(None, self._own)))
             finally:
-                _held_here.discard(self._owner)
+                _local_owners.discard(self._owner)
 
     def run(self, work: Callable[[Session], _T]) -> _T:
-        """Do ``work`` in one small write transaction under the lease, which it renews.
+        """Run ``work`` in one small write transaction that also renews the lease.
 
-        It may run several times: doing it twice has to be the same as once.
+        ``work`` may run several times, so it must be idempotent.
         """
         started = time.monotonic()
 
         def fenced(tx: Session) -> _T:
-            if tx.change(_change(self._owner, self._mine)) != 1:
+            if tx.execute_core(_set_owner(self._owner, self._own)) != 1:
                 raise StoreBusyError(
                     f"{self._location}: another process has taken over the compaction or "
                     "replaced the content"
@@ -79,29 +80,29 @@ class Lease:
             return work(tx)
 
         result = self._transactions.run(fenced)
-        # As long again for others: a writer that waits for SQLite's lock does so asleep,
-        # and would not be awake in the moment between two of our steps.
-        time.sleep(min(time.monotonic() - started, PAUSE_S))
+        # Pause for as long as the step took: a writer that waits for SQLite's lock sleeps
+        # between attempts, and would miss a shorter gap between two steps.
+        time.sleep(min(time.monotonic() - started, MAX_PAUSE_S))
         return result
 
-    def _take(self, tx: Session) -> bool:
-        """Take the lease if it may be taken; returns whether it is ours now."""
+    def _acquire(self, tx: Session) -> bool:
+        """Acquire the lease if possible; return whether this owner has it now."""
         lease = taskstore_head.c
         owner = tx.scalar(sa.select(lease.lease_owner))
         free = sa.or_(lease.lease_owner.is_(None), lease.lease_until < system_clock())
         if owner is not None and (owner == self._owner or _is_dead(owner)):
-            # Mistaken or not, this is safe: each step of the other is fenced.
+            # Even if the owner is alive, this is safe: each of its steps checks the lease.
             free = sa.or_(free, lease.lease_owner == owner)
-        return tx.change(_change(self._owner, free)) == 1
+        return tx.execute_core(_set_owner(self._owner, free)) == 1
 
 
-def _change(owner: str | None, where: sa.ColumnElement[bool]) -> sa.Update:
+def _set_owner(owner: str | None, where: sa.ColumnElement[bool]) -> sa.Update:
     until = None if owner is None else system_clock() + LEASE_MS
     return sa.update(taskstore_head).where(where).values(lease_owner=owner, lease_until=until)
 
 
-def _machine() -> str:
-    """Where our process ids mean something, as 8 hexadecimal digits."""
+def _machine_id() -> str:
+    """The id of this machine and its process id namespace, as 8 hexadecimal digits."""
     try:
         namespace = Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
@@ -109,17 +110,17 @@ def _machine() -> str:
     return f"{zlib.crc32(f'{socket.gethostname()} {namespace}'.encode()):08x}"
 
 
-_MACHINE = _machine()
+_MACHINE_ID = _machine_id()
 
 
 def _is_dead(owner: str) -> bool:
-    """Whether a lease's holder is gone: its process, or in ours, its compaction."""
-    if not owner.startswith(_MACHINE):
+    """Return whether a lease owner is dead: its process, or its compaction in this process."""
+    if not owner.startswith(_MACHINE_ID):
         return False
     try:
         pid = int(owner[8:16], 16)
         if pid == os.getpid():
-            return owner not in _held_here
+            return owner not in _local_owners
         os.kill(pid, 0)
     except ProcessLookupError:
         return True

@@ -1,8 +1,7 @@
-"""The schema of a database: what is there, what is needed, and getting from one to the other.
+"""The schema of a database: its state, the required state, and migrations.
 
-A database is created by running the migrations, never from the metadata.
-Alembic is imported only when there is something to migrate: opening a ledger
-whose schema is right does not pay for it.
+The migrations create a database, never the metadata.  Alembic is imported only
+for a migration: opening a ledger with the required schema does not import it.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from taskstore.store.opening import redacted
 from taskstore.stores.common.retry import CircuitBreaker, RetryPolicy
 from taskstore.stores.sql.dialects import Database, host_database, open_database
 from taskstore.stores.sql.tables import (
-    MARK,
+    COMMENT_PREFIX,
     ONLY_ON,
     REVISIONS,
     SCHEMA_EPOCH,
@@ -38,13 +37,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("taskstore")
 
 VERSION_TABLE = "taskstore_alembic_version"
-"""Where Alembic notes our revision: beside, not among, those of a host."""
+"""The table of Alembic's revision of taskstore, separate from a host's version table."""
 
 _version = sa.Table(VERSION_TABLE, sa.MetaData(), sa.Column("version_num", sa.String(32)))
 
 
 class SchemaState(NamedTuple):
-    """What a database holds of us: its revision, schema epoch, and which of our tables."""
+    """The state of the schema: its revision, its epoch, and the tables of a ledger that exist."""
 
     revision: str | None
     epoch: int | None
@@ -52,18 +51,18 @@ class SchemaState(NamedTuple):
 
 
 def migrations_path() -> Path:
-    """Where the migration scripts lie: inside the installed package, or in the checkout."""
+    """The directory of the migration scripts: in the installed package, or in the checkout."""
     package = Path(str(files("taskstore")))
-    for place in (package / "migrations", package.parents[1] / "migrations"):
-        if (place / "env.py").is_file():
-            return place
+    for path in (package / "migrations", package.parents[1] / "migrations"):
+        if (path / "env.py").is_file():
+            return path
     raise TaskStoreError(
         f"the migration scripts are missing from {package}", hint="reinstall taskstore"
     )
 
 
 def history() -> list[tuple[str, str]]:
-    """Every revision with the first line of what it does, newest first."""
+    """Every revision with the first line of its docstring, newest first."""
     from alembic.script import ScriptDirectory
 
     scripts = ScriptDirectory.from_config(_config()).walk_revisions()
@@ -71,21 +70,21 @@ def history() -> list[tuple[str, str]]:
 
 
 def engine_for_url(url: str, *, read_only: bool = False) -> sa.Engine:
-    """An engine set up as ours are, for the functions of this module."""
+    """The engine of a URL, configured like a store's, for the functions of this module."""
     return open_database(url, read_only=read_only).engine
 
 
 def current(engine: sa.Engine) -> str | None:
-    """The revision that a database is at, ``None`` when it holds nothing of us."""
+    """The revision of a database, ``None`` if it contains no ledger."""
     with _database(engine) as database, _connected(database) as connection:
         return _state(connection).revision
 
 
 def upgrade(engine: sa.Engine, revision: str = "head") -> None:
-    """Bring a database up to a revision, under a lock, in one transaction where the
-    database has such for its schema.
+    """Upgrade a database to a revision under a lock, in one transaction if the database has
+    transactional DDL.
 
-    Other processes that do the same wait, and then find it done.
+    A second process that upgrades waits for the lock, and then has nothing to do.
     """
     with _database(engine) as database:
         _upgrade(database, revision)
@@ -99,21 +98,21 @@ def _upgrade(database: Database, revision: str) -> None:
 
 
 def downgrade(engine: sa.Engine, revision: str, *, allow_data_loss: bool = False) -> None:
-    """Take a database back to a revision (``"base"``: without our tables).
+    """Downgrade a database to a revision (``"base"``: without the tables of the ledger).
 
-    Refused with :class:`~taskstore.ValidationError` when that would drop
-    records or history, unless ``allow_data_loss``.
+    Raises :class:`~taskstore.ValidationError` if that would drop records or
+    history, unless ``allow_data_loss``.
     """
     from alembic import command
 
     with _database(engine) as database, _locked(database) as connection:
         if revision == "base" and not allow_data_loss:
-            _refuse_loss(connection)
+            _check_no_data_loss(connection)
         command.downgrade(_config(connection), revision)
 
 
 def check(engine: sa.Engine) -> list[str]:
-    """What differs between a database and what this version declares, one sentence each."""
+    """The differences between a database and the declared schema, one sentence each."""
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
@@ -122,15 +121,15 @@ def check(engine: sa.Engine) -> list[str]:
             connection, opts=alembic_options(connection.dialect.name)
         )
         found = _state(connection)
-        problems = [_difference(item) for item in compare_metadata(context, metadata)]
+        problems = [_describe(item) for item in compare_metadata(context, metadata)]
     if found.revision != REVISIONS[-1]:
         problems.insert(0, f"the revision is {found.revision}, not {REVISIONS[-1]}")
     return problems
 
 
 def alembic_options(dialect: str) -> dict[str, Any]:
-    """What Alembic is told, for a check and for ``env.py``: to compare our tables only,
-    whatever else a host's database holds, without what we declare for other dialects."""
+    """Alembic's options, for a check and for ``env.py``: it compares the tables of the ledger
+    only, without other tables of a host and without indexes of other dialects."""
 
     def include_name(name: str | None, kind: str, _parents: Any) -> bool:
         return kind != "table" or name in TABLES
@@ -148,32 +147,32 @@ def alembic_options(dialect: str) -> dict[str, Any]:
 
 
 def ensure_schema(database: Database, migrate: str) -> None:
-    """Make sure that a database has the schema that this version works with.
+    """Ensure that a database has the schema that this version requires.
 
-    With ``migrate="auto"`` one that holds nothing of us is given it; nothing
-    else is ever changed.  Raises :class:`~taskstore.SchemaMismatchError`,
-    naming what was found, what is needed, and the command to run.
+    ``migrate="auto"`` creates the schema in a database that contains no ledger; every
+    other database stays unchanged.  Raises :class:`~taskstore.SchemaMismatchError`
+    with the actual revision, the required revision, and the command to run.
     """
-    where = database.location
+    location = database.location
     with _connected(database) as connection:
         state = _state(connection)
         unfinished = _is_unfinished(connection, state)
         if state.revision is None and state.tables and not unfinished:
-            # Somebody may have finished it, and written to it, between the two looks.
+            # Another process may have finished the migration between the two reads.
             state = _state(connection)
     fresh = state.revision is None and (unfinished or not state.tables)
     if fresh and migrate == "auto" and not database.read_only:
         _upgrade(database, "head")
         return
-    needed, named = REVISIONS[-1], redacted(database.url or where)
-    hint = f"run: taskstore db upgrade --url {named}"
+    needed, url = REVISIONS[-1], redacted(database.url or location)
+    hint = f"run: taskstore db upgrade --url {url}"
     missing = ", ".join(sorted(TABLES - state.tables))
     if fresh:
-        problem = "holds a ledger that is only half made" if unfinished else "holds no ledger"
+        problem = "holds an incomplete ledger" if unfinished else "holds no ledger"
     elif state.revision is None:
         with _connected(database) as connection:
-            database.check_sound(connection)
-        raise _foreign(where, state)
+            database.check_integrity(connection)
+        raise _foreign_tables_error(location, state)
     elif state.epoch is not None and state.epoch > SCHEMA_EPOCH:
         problem = (
             f"is at revision {state.revision}, schema epoch {state.epoch}: too new for "
@@ -187,12 +186,14 @@ def ensure_schema(database: Database, migrate: str) -> None:
         hint = "restore them; if a downgrade was interrupted, run it again"
     else:
         if state.revision != needed:
-            database.notice(
-                f"{where} is at revision {state.revision}, which is newer than {needed} and "
+            database.add_notice(
+                f"{location} is at revision {state.revision}, which is newer than {needed} and "
                 "compatible with it"
             )
         return
-    raise SchemaMismatchError(f"{where} {problem}", found=state.revision, needed=needed, hint=hint)
+    raise SchemaMismatchError(
+        f"{location} {problem}", found=state.revision, needed=needed, hint=hint
+    )
 
 
 def _state(connection: sa.Connection) -> SchemaState:
@@ -206,20 +207,21 @@ def _state(connection: sa.Connection) -> SchemaState:
 
 
 def check_free(connection: sa.Connection) -> None:
-    """For ``env.py``: refuse a database whose tables of our names are not ours.
+    """For ``env.py``: check that every existing table of a ledger is taskstore's own.
 
     Raises :class:`~taskstore.SchemaMismatchError`.
     """
     state = _state(connection)
     if state.revision is None and state.tables and not _is_unfinished(connection, state):
-        raise _foreign(connection.engine.url.render_as_string(hide_password=True), state)
+        location = connection.engine.url.render_as_string(hide_password=True)
+        raise _foreign_tables_error(location, state)
 
 
-def _foreign(where: str, state: SchemaState) -> SchemaMismatchError:
+def _foreign_tables_error(location: str, state: SchemaState) -> SchemaMismatchError:
     names = ", ".join(sorted(state.tables))
     return SchemaMismatchError(
-        f"{where} has tables of our names that are not ours ({names}): {VERSION_TABLE} "
-        "does not say which revision they are of",
+        f"{location} has tables of a ledger that taskstore did not create ({names}): "
+        f"{VERSION_TABLE} has no revision for them",
         found=None,
         needed=REVISIONS[-1],
         hint="use another database or schema",
@@ -227,14 +229,14 @@ def _foreign(where: str, state: SchemaState) -> SchemaMismatchError:
 
 
 def _is_unfinished(connection: sa.Connection, state: SchemaState) -> bool:
-    """Whether all that a database holds of us was left by a first migration that was
-    killed, or is being made by one that goes on: our own tables, and nothing in them."""
-    kind = Database.kinds[connection.dialect.name]
-    if state.revision is not None or not state.tables or not kind.schema_commits:
+    """Return whether a first migration is still running or was killed: the tables are
+    taskstore's own, and they are empty."""
+    kind = Database.dialects[connection.dialect.name]
+    if state.revision is not None or not state.tables or not kind.ddl_autocommits:
         return False
     inspector = sa.inspect(connection)
     for name in state.tables:
-        if not (inspector.get_table_comment(name)["text"] or "").startswith(MARK):
+        if not (inspector.get_table_comment(name)["text"] or "").startswith(COMMENT_PREFIX):
             return False
         table = metadata.tables[name]
         rows: sa.Select[Any] = sa.select(sa.literal_column("1")).select_from(table)
@@ -245,18 +247,18 @@ def _is_unfinished(connection: sa.Connection, state: SchemaState) -> bool:
     return True
 
 
-def _refuse_loss(connection: sa.Connection) -> None:
-    here = _state(connection).tables
+def _check_no_data_loss(connection: sa.Connection) -> None:
+    existing = _state(connection).tables
     for table in (tasks, task_journal):
-        if table.name in here and connection.execute(sa.select(table).limit(1)).first():
+        if table.name in existing and connection.execute(sa.select(table).limit(1)).first():
             raise ValidationError(
-                "revision", f"base drops every record and all history, and {table.name} has some"
+                "revision", f"base drops every record and all history; {table.name} is not empty"
             )
 
 
 @contextmanager
 def _database(engine: sa.Engine) -> Iterator[Database]:
-    """The database of any engine; the engine stays its owner's."""
+    """The database of an engine; the engine stays open."""
     database = host_database(engine, durability="full", read_only=False)
     try:
         yield database
@@ -266,10 +268,10 @@ def _database(engine: sa.Engine) -> Iterator[Database]:
 
 @contextmanager
 def _connected(database: Database) -> Iterator[sa.Connection]:
-    """A connection in the driver's autocommit, its errors translated.
+    """A connection in driver-level autocommit, with translated errors.
 
-    It is the engine's, but without the listeners that a host may have put on
-    it, which may begin transactions where we do.
+    It is a connection of the engine, but without the engine's event listeners: a
+    host's listeners may begin transactions.
     """
     with database.translator, database.engine.connect() as borrowed:
         plain = borrowed.execution_options(isolation_level="AUTOCOMMIT")
@@ -282,16 +284,16 @@ def _connected(database: Database) -> Iterator[sa.Connection]:
             isolation_level="AUTOCOMMIT",
         )
         with bare.connect() as connection:
-            database.examine(connection)
+            database.check_server(connection)
             yield connection
 
 
 @contextmanager
 def _locked(database: Database) -> Iterator[sa.Connection]:
-    """A connection that changes the schema, others waiting until it is done."""
+    """A connection with the schema lock; other processes wait for the lock."""
     with _connected(database) as connection:
-        waiting = RetryPolicy(database.translator, CircuitBreaker(database.location, 0.0))
-        for attempt in waiting.attempts():
+        policy = RetryPolicy(database.translator, CircuitBreaker(database.location, 0.0))
+        for attempt in policy.attempts():
             with attempt:
                 database.lock_schema(connection)
                 break
@@ -308,25 +310,25 @@ def _config(connection: sa.Connection | None = None) -> Config:
     from alembic.config import Config
 
     config = Config()
-    # The value goes through ConfigParser, to which % means something.
+    # ConfigParser interpolates %.
     config.set_main_option("script_location", str(migrations_path()).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
     return config
 
 
-def _difference(item: Any) -> str:
-    """One operation of Alembic's comparison as a sentence."""
+def _describe(item: Any) -> str:
+    """One difference of Alembic's comparison as a sentence."""
     if isinstance(item, list):
-        return "; ".join(map(_difference, item))
+        return "; ".join(map(_describe, item))
     kind, *details = item
-    named = [str(getattr(detail, "name", detail)) for detail in details if detail is not None]
-    return f"{kind.replace('_', ' ')}: {' '.join(named)}"
+    names = [str(getattr(detail, "name", detail)) for detail in details if detail is not None]
+    return f"{kind.replace('_', ' ')}: {' '.join(names)}"
 
 
 @contextmanager
 def locked_url(url: str) -> Iterator[sa.Connection]:
-    """For ``env.py`` in a checkout: connect, begin and lock; commit at the end."""
+    """For ``env.py`` in a checkout: a connection that locks the schema and commits at the end."""
     database = open_database(url)
     try:
         with _locked(database) as connection:

@@ -1,8 +1,8 @@
-"""Answering queries with the database's own indexes.
+"""Queries that use the indexes of the database.
 
-Filters on projected columns become SQL, in the order of the index that pages
-walk along; whatever else is asked is tested on the decoded records, which
-also has the last word on the projections: the payload is the truth.
+Filters on projected columns become SQL conditions, in the order of the index
+that the pages follow.  Every filter is also tested on the decoded records: the
+payload is authoritative, not the projected columns.
 """
 
 from __future__ import annotations
@@ -23,96 +23,104 @@ from taskstore.stores.sql.statements import PAGE
 from taskstore.stores.sql.tables import ACTIVE, PROJECTED, tasks, taskstore_head
 from taskstore.stores.sql.transactions import Transactions
 
-MOST_VALUES = 1000
-"""How many values of a filter become parameters: servers and drivers have limits."""
+MAX_FILTER_VALUES = 1000
+"""The most values of one filter that become parameters; servers and drivers have limits."""
 
 _COLUMNS = frozenset({*PROJECTED, "task_id", SESSION_KEY})
 
 
-def _becomes_sql(field: str, wanted: frozenset[Any]) -> bool:
-    """Whether the database can test a filter; the others are tested on the records."""
-    return field in _COLUMNS and len(wanted) <= MOST_VALUES
+def _is_sql_filter(field: str, wanted: frozenset[Any]) -> bool:
+    """Return whether a filter becomes a SQL condition; other filters are tested on records only."""
+    return field in _COLUMNS and len(wanted) <= MAX_FILTER_VALUES
 
 
-def answer(transactions: Transactions, query: TaskQuery, met: dict[str, Quarantined]) -> Page:
-    """Answer a query as ``taskstore.model.query.evaluate`` would over every record.
+def run_query(
+    transactions: Transactions, query: TaskQuery, quarantined: dict[str, Quarantined]
+) -> Page:
+    """Return the page that ``taskstore.model.query.evaluate`` returns for all records.
 
-    Rows that do not decode are left out and noted in ``met`` by their id.
+    Rows that do not decode are left out and added to ``quarantined`` by task id.
     """
-    pushed = all(_becomes_sql(field, wanted) for field, wanted in query.where.items())
-    if query.limit is not None and pushed:
-        page = transactions.read(lambda session: _one_select(session, query, met))
+    all_sql = all(_is_sql_filter(field, wanted) for field, wanted in query.where.items())
+    if query.limit is not None and all_sql:
+        page = transactions.read(lambda session: _select_page(session, query, quarantined))
         if page is not None:
             return page
-    return transactions.read(lambda session: _pages(session, query, met), one_moment=True)
+    return transactions.read(
+        lambda session: _scan_pages(session, query, quarantined), in_transaction=True
+    )
 
 
-def _one_select(session: Session, query: TaskQuery, met: dict[str, Quarantined]) -> Page | None:
-    """One page by one statement; ``None`` when rows had to be left out of it."""
+def _select_page(
+    session: Session, query: TaskQuery, quarantined: dict[str, Quarantined]
+) -> Page | None:
+    """One page by one statement; ``None`` if a row of it does not decode or match."""
     assert query.limit is not None
     seq, rows = _fetch(session, query, query.cursor, query.limit + 1)
     found = [record_of(row) for row in rows]
     records = [item for item in found if isinstance(item, TaskRecord) and query.matches(item)]
     if len(records) < len(found):
-        _note(found, met)
+        _add_quarantined(found, quarantined)
         return None
     return page_of(iter(records), query, seq)
 
 
-def _pages(session: Session, query: TaskQuery, met: dict[str, Quarantined]) -> Page:
-    """Walk from page to page until enough records are found, all of one moment."""
+def _scan_pages(session: Session, query: TaskQuery, quarantined: dict[str, Quarantined]) -> Page:
+    """Read pages until enough records match, all in the caller's transaction."""
     seq, rows = _fetch(session, query, query.cursor, PAGE)
 
     def matching(rows: list[TaskRow]) -> Iterator[TaskRecord]:
         while True:
             found = [record_of(row) for row in rows]
-            _note(found, met)
+            _add_quarantined(found, quarantined)
             for item in found:
                 if isinstance(item, TaskRecord) and query.matches(item):
                     yield item
             if len(rows) < PAGE:
                 return
-            _, rows = _fetch(session, query, _place(session, rows[-1]), PAGE)
+            _, rows = _fetch(session, query, _cursor_of(session, rows[-1]), PAGE)
 
     return page_of(matching(rows), query, seq)
 
 
-def _place(session: Session, row: TaskRow) -> Cursor:
-    """Where a row stands in the order, by its columns: its payload may be damaged."""
-    found = sa.select(tasks.c.created_at).where(tasks.c.task_id == row.task_id)
-    return (session.scalar(found), row.task_id)
+def _cursor_of(session: Session, row: TaskRow) -> Cursor:
+    """The cursor of a row, from its columns: its payload may be damaged."""
+    created_at = sa.select(tasks.c.created_at).where(tasks.c.task_id == row.task_id)
+    return (session.scalar(created_at), row.task_id)
 
 
-def _note(found: list[TaskRecord | Quarantined], met: dict[str, Quarantined]) -> None:
+def _add_quarantined(
+    found: list[TaskRecord | Quarantined], quarantined: dict[str, Quarantined]
+) -> None:
     for item in found:
         if isinstance(item, Quarantined) and item.task_id is not None:
-            met[item.task_id] = item
+            quarantined[item.task_id] = item
 
 
 def _fetch(
     session: Session, query: TaskQuery, cursor: Cursor | None, limit: int
 ) -> tuple[int, list[TaskRow]]:
-    """The head seq, and the next rows that may match, by one statement."""
-    some = (
+    """The head seq and the next candidate rows, by one statement."""
+    candidates = (
         sa.select(tasks)
         .where(*_conditions(query, cursor))
         .order_by(tasks.c.created_at.desc(), tasks.c.task_id.desc())
         .limit(limit)
-        .subquery("some")
+        .subquery("candidates")
     )
     statement = (
         sa.select(
             taskstore_head.c.head_seq,
-            some.c.task_id,
-            some.c.revision,
-            sa.cast(some.c.payload, sa.LargeBinary).label("payload"),
-            some.c.checksum,
+            candidates.c.task_id,
+            candidates.c.revision,
+            sa.cast(candidates.c.payload, sa.LargeBinary).label("payload"),
+            candidates.c.checksum,
         )
-        # Joined, so that an empty answer also says what it is true for.
-        .select_from(taskstore_head.outerjoin(some, sa.true()))
-        .order_by(some.c.created_at.desc(), some.c.task_id.desc())
+        # The outer join returns the head seq also for an empty page.
+        .select_from(taskstore_head.outerjoin(candidates, sa.true()))
+        .order_by(candidates.c.created_at.desc(), candidates.c.task_id.desc())
     )
-    rows = session.ask(statement)
+    rows = session.select(statement)
     if not rows:
         raise CorruptStoreError("taskstore_head", "the head row is missing")
     return rows[0][0], [TaskRow(*row[1:]) for row in rows if row[1] is not None]
@@ -125,11 +133,11 @@ def _conditions(
     if query.since is not None:
         yield created_at >= query.since
     if cursor is not None:
-        # The first term is implied by the second; indexes understand it better.
+        # Redundant, but an index can use the first condition.
         yield created_at <= cursor[0]
         yield sa.or_(created_at < cursor[0], sa.and_(created_at == cursor[0], task_id < cursor[1]))
     for field, wanted in query.where.items():
-        if not _becomes_sql(field, wanted):
+        if not _is_sql_filter(field, wanted):
             continue
         if field == SESSION_KEY:
             yield sa.or_(
@@ -139,7 +147,7 @@ def _conditions(
         else:
             yield _any_of(tasks.c[field], wanted)
         if field == "status" and wanted <= ACTIVE_STATUSES:
-            # As text: SQLite knows its partial index by these very words.
+            # As text: SQLite matches its partial index by the same text.
             yield sa.text(ACTIVE)
 
 

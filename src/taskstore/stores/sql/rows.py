@@ -1,4 +1,4 @@
-"""From rows to records and journal entries, damaged ones included: pure."""
+"""Pure functions from rows to records, journal entries and quarantined bytes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from taskstore.model.journal import EntryKind, JournalEntry, Quarantined
 from taskstore.model.records import TaskRecord
 from taskstore.model.validation import check_int, check_key
 
-QUARANTINED = -1
-"""The checksum of a row of ``tasks`` that came in with a saved snapshot and did not
-decode: no payload has it, so none of these is taken for a record by chance."""
+QUARANTINED_CHECKSUM = -1
+"""The checksum of a row of ``tasks`` whose payload was quarantined in a saved snapshot.
+No payload has this checksum, so the row cannot decode as a record by chance."""
 
-ASIDE = b"!"
-"""How the line of a snapshot begins that holds what did not decode."""
+QUARANTINED_PREFIX = b"!"
+"""The first byte of a snapshot line that holds a quarantined payload."""
 
 
 class Head(NamedTuple):
@@ -42,16 +42,16 @@ class Head(NamedTuple):
 
 
 class Claimed(NamedTuple):
-    """The head row after seqs were claimed, and which commit was asked about.
+    """The head row after seqs were claimed, and the commit at the base seq.
 
-    ``over`` is the id of the commit at the seq that was asked for, ``None`` if
-    there is none.
+    ``base`` is the id of the commit at the base seq, ``None`` if the journal
+    has no entry there.
     """
 
     head_seq: int
     last_at: int
     floor: int
-    over: str | None
+    base: str | None
 
 
 class SnapshotRow(NamedTuple):
@@ -67,7 +67,7 @@ class SnapshotRow(NamedTuple):
 
 
 class TaskRow(NamedTuple):
-    """What is read of a row of ``tasks``."""
+    """The columns that are read from a row of ``tasks``."""
 
     task_id: str
     revision: int
@@ -76,15 +76,15 @@ class TaskRow(NamedTuple):
 
 
 def damage_of(payload: bytes, stored: int | None) -> str | None:
-    """Say what is wrong with a payload, going by its checksum; ``None`` if nothing."""
-    found = checksum(payload)
-    return None if found == stored else f"the checksum is {found}, stored with it is {stored}"
+    """Describe the checksum error of a payload; ``None`` if the checksum is right."""
+    actual = checksum(payload)
+    return None if actual == stored else f"the checksum is {actual}, the stored one is {stored}"
 
 
 def record_of(row: TaskRow) -> TaskRecord | Quarantined:
-    """The record of a row of ``tasks``, or its bytes when it is damaged.
+    """The record of a row of ``tasks``, or its quarantined bytes if it is damaged.
 
-    A row is also damaged when its payload is of another task: two rows must
+    A row is also damaged if its payload belongs to another task: two rows must
     not become one record.
     """
     where = f"tasks, row {row.task_id!r}"
@@ -97,9 +97,9 @@ def record_of(row: TaskRow) -> TaskRecord | Quarantined:
         else:
             if record.task_id == row.task_id:
                 return record
-            damage = f"the payload is of task {record.task_id!r}"
-    elif row.checksum == QUARANTINED:
-        damage = "it was set aside in the snapshot that this ledger was made from"
+            damage = f"the payload belongs to task {record.task_id!r}"
+    elif row.checksum == QUARANTINED_CHECKSUM:
+        damage = "it was quarantined in the snapshot that this ledger was made from"
     else:
         damage = damage_of(payload, row.checksum) or ""
     return Quarantined(payload, where, damage, row.task_id, row.revision)
@@ -108,56 +108,56 @@ def record_of(row: TaskRow) -> TaskRecord | Quarantined:
 def entry_of(row: Sequence[Any], where: str) -> JournalEntry:
     """The journal entry of a row (in order of the columns of ``task_journal``).
 
-    An upsert that does not decode keeps its bytes in ``quarantined``.
+    The entry of an upsert that does not decode has its bytes in ``quarantined``.
     """
     seq, at, kind, task_id, revision, commit_id, payload, stored = row
     if kind == "deleted":
         return JournalEntry(seq, at, EntryKind.DELETED, task_id, revision, None, commit_id)
     if kind != "upserted":
-        raise CorruptStoreError(where, f"an entry is of unknown kind {kind!r}", offset=seq)
-    place = f"task_journal, seq {seq}"
+        raise CorruptStoreError(where, f"an entry has the unknown kind {kind!r}", offset=seq)
+    location = f"task_journal, seq {seq}"
     payload = as_bytes(payload)
     damage = damage_of(payload, stored)
     found = (
-        decode_or_quarantine(payload, place)
+        decode_or_quarantine(payload, location)
         if damage is None
-        else quarantine(payload, place, damage)
+        else quarantine(payload, location, damage)
     )
     if isinstance(found, TaskRecord):
         if (found.task_id, found.revision) == (task_id, revision):
             return JournalEntry(seq, at, EntryKind.UPSERTED, task_id, revision, found, commit_id)
-        found = Quarantined(payload, place, f"the payload is of task {found.task_id!r}")
-    kept = msgspec.structs.replace(found, task_id=task_id, revision=revision)
+        found = Quarantined(payload, location, f"the payload belongs to task {found.task_id!r}")
+    quarantined = msgspec.structs.replace(found, task_id=task_id, revision=revision)
     return JournalEntry(
-        seq, at, EntryKind.UPSERTED, task_id, revision, None, commit_id, quarantined=kept
+        seq, at, EntryKind.UPSERTED, task_id, revision, None, commit_id, quarantined=quarantined
     )
 
 
 def as_bytes(value: object) -> bytes:
-    """Bytes, whatever somebody else put into a column of bytes."""
+    """The bytes of a column value, which another program may have stored as another type."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, str):
         return value.encode("utf-8", "surrogateescape")
-    return b"" if value is None else bytes(value)  # type: ignore[call-overload]  # or it raises
+    return b"" if value is None else bytes(value)  # type: ignore[call-overload]  # or raises
 
 
 def quarantined_row(item: Quarantined) -> tuple[Any, ...] | None:
-    """The row of ``tasks`` that stands for something set aside, so that nobody takes
-    its id; ``None`` when it has no id that could be one."""
+    """The row of ``tasks`` for a quarantined payload; it reserves the payload's task id.
+    ``None`` if the payload has no valid id."""
     try:
         task_id = check_key("task_id", item.occupies)
         revision = check_int("revision", item.revision or 0)
     except ValidationError:
         return None
     unset = (None,) * 7
-    return (task_id, revision, 0, "", "", *unset, item.raw, QUARANTINED)
+    return (task_id, revision, 0, "", "", *unset, item.raw, QUARANTINED_CHECKSUM)
 
 
 def line_of(row: TaskRow) -> bytes:
-    """The line by which a snapshot carries a row: its payload, or what is damaged, wrapped.
+    """The line of a row in a snapshot: its payload, or :func:`quarantined_line` if damaged.
 
-    The payload is not decoded: a checksum that fits vouches for it.
+    A payload with the right checksum is not decoded.
     """
     payload = as_bytes(row.payload)
     if damage_of(payload, row.checksum) is None and payload[:1] == b"{" and b"\n" not in payload:
@@ -169,5 +169,5 @@ def line_of(row: TaskRow) -> bytes:
 
 
 def quarantined_line(item: Quarantined) -> bytes:
-    """The line by which a snapshot carries something that does not decode."""
-    return ASIDE + msgspec.json.encode(item)
+    """The line of a quarantined payload in a snapshot."""
+    return QUARANTINED_PREFIX + msgspec.json.encode(item)

@@ -1,4 +1,4 @@
-"""Whole ledgers: loading the rows, reading and writing snapshots, replacing everything."""
+"""Whole ledgers: load the rows, read and write snapshots, replace the content."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from taskstore.errors import ConflictError, CorruptStoreError
 from taskstore.model.codec import check_nesting, checksum, decode_or_quarantine, encode_record
 from taskstore.model.journal import Quarantined, Snapshot, snapshot_of, validated_snapshot
 from taskstore.model.records import TaskRecord
-from taskstore.stores.sql.commits import insert_row, too_new
+from taskstore.stores.sql.commits import insert_row, schema_epoch_error
 from taskstore.stores.sql.dialects import Database
-from taskstore.stores.sql.dialects.base import Session, flat, pieces
+from taskstore.stores.sql.dialects.base import Session, flat_parameters, row_groups
 from taskstore.stores.sql.rows import (
-    ASIDE,
+    QUARANTINED_PREFIX,
     Head,
     SnapshotRow,
     TaskRow,
@@ -40,13 +40,13 @@ from taskstore.stores.sql.tables import (
 from taskstore.stores.sql.transactions import Transactions
 
 CHUNK_BYTES = 1024 * 1024
-"""A chunk of a snapshot is closed when it holds this much, so that it stays
-well below what servers take in one statement."""
+"""The size at which a snapshot chunk is complete, well below the statement size limit
+of the servers."""
 CHUNK_RECORDS = 1000
 
 
 def read_head(session: Session, sql: Statements, *, lock: bool = False) -> Head:
-    """The head row, with ``lock`` keeping other writers out."""
+    """The head row; ``lock`` locks it against other writers."""
     row = session.row(sql.lock_head if lock else sql.head)
     if row is None:
         raise CorruptStoreError("taskstore_head", "the head row is missing")
@@ -69,7 +69,7 @@ def _task_pages(session: Session, sql: Statements) -> Iterator[Iterable[TaskRow]
 
 
 def quarantined_rows(session: Session, sql: Statements) -> Iterator[tuple[int, Quarantined]]:
-    """The rows of ``task_set_aside``: their ids, and what they hold."""
+    """The rows of ``task_set_aside``: their ids and quarantined payloads."""
     for number, payload, stored in session.rows(sql.read_quarantined):
         where = f"task_set_aside, row {number}"
         damage = damage_of(payload, stored)
@@ -82,32 +82,32 @@ def quarantined_rows(session: Session, sql: Statements) -> Iterator[tuple[int, Q
 
 
 def read_quarantined(session: Session, sql: Statements) -> list[Quarantined]:
-    """What came in with a saved snapshot and did not decode."""
+    """The quarantined payloads of ``task_set_aside``."""
     return [item for _, item in quarantined_rows(session, sql)]
 
 
 def read_snapshot_rows(session: Session) -> list[SnapshotRow]:
     """The published snapshots, oldest first."""
-    rows = session.ask(sa.select(task_snapshots).order_by(task_snapshots.c.seq))
+    rows = session.select(sa.select(task_snapshots).order_by(task_snapshots.c.seq))
     return [SnapshotRow(*row) for row in rows]
 
 
 def newest_snapshot_row(session: Session, at: int) -> SnapshotRow | None:
     """The newest published snapshot at or before a seq."""
-    return next((mark for mark in reversed(read_snapshot_rows(session)) if mark.seq <= at), None)
+    return next((row for row in reversed(read_snapshot_rows(session)) if row.seq <= at), None)
 
 
 def load(transactions: Transactions) -> Snapshot:
-    """Every live record, head and rows of one moment."""
+    """Every live record; the head and the rows come from one transaction."""
     sql = transactions.database.sql
 
     def work(session: Session) -> Snapshot:
         head = read_head(session, sql)
-        aside = read_quarantined(session, sql)
+        quarantined = read_quarantined(session, sql)
         rows = map(record_of, scan_tasks(session, sql))
-        return snapshot_of(head.head_seq, head.last_at, chain(aside, rows))
+        return snapshot_of(head.head_seq, head.last_at, chain(quarantined, rows))
 
-    return transactions.read(work, one_moment=True)
+    return transactions.read(work, in_transaction=True)
 
 
 def read_snapshot(transactions: Transactions, at: int) -> Snapshot | None:
@@ -115,79 +115,80 @@ def read_snapshot(transactions: Transactions, at: int) -> Snapshot | None:
     database = transactions.database
 
     def work(session: Session) -> Snapshot | None:
-        mark = newest_snapshot_row(session, at)
-        if mark is None:
+        row = newest_snapshot_row(session, at)
+        if row is None:
             return None
-        return read_published(session, database.sql, mark, database.location)
+        return read_published(session, database.sql, row, database.location)
 
-    return transactions.read(work, one_moment=True)
+    return transactions.read(work, in_transaction=True)
 
 
-def read_published(session: Session, sql: Statements, mark: SnapshotRow, location: str) -> Snapshot:
-    """A published snapshot, of which the row is given.
+def read_published(session: Session, sql: Statements, row: SnapshotRow, location: str) -> Snapshot:
+    """The published snapshot of a snapshot row.
 
     Raises :class:`~taskstore.CorruptStoreError` for a chunk that is missing or damaged.
     """
-    return snapshot_of(mark.seq, mark.at, _read_chunks(session, sql, mark, location))
+    return snapshot_of(row.seq, row.at, _read_chunks(session, sql, row, location))
 
 
 def _read_chunks(
-    session: Session, sql: Statements, mark: SnapshotRow, location: str
+    session: Session, sql: Statements, snapshot: SnapshotRow, location: str
 ) -> Iterator[TaskRecord | Quarantined]:
-    total = 0
-    for number in range(mark.chunks):
-        where = f"{location}: task_snapshot_chunks, seq {mark.seq}, chunk {number}"
-        row = session.row(sql.read_chunk, (mark.seq, number))
+    actual = 0
+    for number in range(snapshot.chunks):
+        where = f"{location}: task_snapshot_chunks, seq {snapshot.seq}, chunk {number}"
+        row = session.row(sql.read_chunk, (snapshot.seq, number))
         damage = "is missing" if row is None else damage_of(row[0], row[1])
         if damage is not None:
             raise CorruptStoreError(where, damage)
-        total = zlib.crc32(row[0], total)
+        actual = zlib.crc32(row[0], actual)
         yield from read_lines(row[0], where)
-    if total != mark.checksum:
+    if actual != snapshot.checksum:
         raise CorruptStoreError(
-            f"{location}: task_snapshots, seq {mark.seq}", "its chunks are not those it was made of"
+            f"{location}: task_snapshots, seq {snapshot.seq}",
+            f"the checksum of its chunks is {actual}, the stored one is {snapshot.checksum}",
         )
 
 
 def save(transactions: Transactions, snapshot: Snapshot) -> None:
-    """Replace everything by a snapshot, in one transaction."""
+    """Replace the whole content by a snapshot, in one transaction."""
     snapshot = validated_snapshot(snapshot)
     database = transactions.database
     for attempt in transactions.attempts(reads_back=True):
         with attempt, transactions.write() as tx:
             if database.claim(tx, 0, 0, 0) is None:
-                raise too_new(database, tx)
+                raise schema_epoch_error(database, tx)
             head = read_head(tx, database.sql)
             if head.head_seq and snapshot.seq <= head.head_seq:
                 raise ConflictError(
                     [], f"the snapshot is at seq {snapshot.seq}, the head at {head.head_seq}"
                 )
-            _replace(tx, database, snapshot, head)
+            _replace_content(tx, database, snapshot, head)
             return
-        if attempt.unanswered and transactions.read_back(partial(_is_at, database, snapshot.seq)):
+        if attempt.unconfirmed and transactions.confirm(partial(_is_saved, database, snapshot.seq)):
             return
 
 
-def _is_at(database: Database, seq: int, tx: Session) -> bool:
+def _is_saved(database: Database, seq: int, tx: Session) -> bool:
     head = read_head(tx, database.sql)
     return (head.head_seq, head.floor) == (seq, seq + 1)
 
 
-def _replace(tx: Session, database: Database, snapshot: Snapshot, head: Head) -> None:
+def _replace_content(tx: Session, database: Database, snapshot: Snapshot, head: Head) -> None:
     for table in (tasks, task_journal, task_snapshot_chunks, task_snapshots, task_set_aside):
-        tx.change(sa.delete(table))
-    mark = SnapshotRow(snapshot.seq, snapshot.at)
-    for chunk in chunks_of(_store_all(tx, database, snapshot)):
-        row = (snapshot.seq, mark.chunks, chunk, checksum(chunk))
-        insert(tx, database, task_snapshot_chunks, [row])
-        mark = with_chunk(mark, chunk)
-    insert(tx, database, task_snapshots, [mark])
-    tx.change(
+        tx.execute_core(sa.delete(table))
+    row = SnapshotRow(snapshot.seq, snapshot.at)
+    for chunk in chunks_of(_insert_content(tx, database, snapshot)):
+        values = (snapshot.seq, row.chunks, chunk, checksum(chunk))
+        insert(tx, database, task_snapshot_chunks, [values])
+        row = with_chunk(row, chunk)
+    insert(tx, database, task_snapshots, [row])
+    tx.execute_core(
         sa.update(taskstore_head).values(
             head_seq=snapshot.seq,
             floor=snapshot.seq + 1,
             last_at=max(snapshot.at, head.last_at),
-            # Another content under the same seqs is another life of the ledger.
+            # Other content under the same seqs needs another timeline.
             timeline=head.timeline + (1 if head.head_seq else 0),
             lease_owner=None,
             lease_until=None,
@@ -195,20 +196,20 @@ def _replace(tx: Session, database: Database, snapshot: Snapshot, head: Head) ->
     )
 
 
-def _store_all(session: Session, database: Database, snapshot: Snapshot) -> Iterator[bytes]:
-    """Insert the rows, and give the lines of their snapshot."""
-    for ids in pieces(sorted(snapshot.records)):
-        lot = [
+def _insert_content(session: Session, database: Database, snapshot: Snapshot) -> Iterator[bytes]:
+    """Insert the rows of a snapshot, and yield its lines."""
+    for ids in row_groups(sorted(snapshot.records)):
+        group = [
             (snapshot.records[task_id], encode_record(snapshot.records[task_id])) for task_id in ids
         ]
-        rows = [insert_row(record, payload, checksum(payload)) for record, payload in lot]
+        rows = [insert_row(record, payload, checksum(payload)) for record, payload in group]
         insert(session, database, tasks, rows)
-        yield from (payload for _, payload in lot)
-    taken = set(snapshot.records)
+        yield from (payload for _, payload in group)
+    used_ids = set(snapshot.records)
     for number, item in enumerate(snapshot.quarantined, 1):
         row = quarantined_row(item)
-        if row is not None and row[0] not in taken:
-            taken.add(row[0])
+        if row is not None and row[0] not in used_ids:
+            used_ids.add(row[0])
             insert(session, database, tasks, [row])
         else:
             payload = msgspec.json.encode(item)
@@ -217,18 +218,18 @@ def _store_all(session: Session, database: Database, snapshot: Snapshot) -> Iter
 
 
 def insert(session: Session, database: Database, table: sa.Table, rows: list[Any]) -> None:
-    """Insert rows, in order of the table's columns, whatever is there."""
-    for lot in database.lots(rows):
-        session.execute(database.sql.insert[table](len(lot)), flat(lot))
+    """Insert rows without preconditions, values in order of the table's columns."""
+    for group in database.row_groups(rows):
+        session.execute(database.sql.insert[table](len(group)), flat_parameters(group))
 
 
 # -- chunks ----------------------------------------------------------------
 
 
 def read_lines(data: bytes, where: str) -> Iterator[TaskRecord | Quarantined]:
-    """What the lines of a chunk hold."""
+    """The records and quarantined payloads in the lines of a chunk."""
     for line in data.split(b"\n"):
-        if line[:1] == ASIDE:
+        if line[:1] == QUARANTINED_PREFIX:
             try:
                 check_nesting(line)
                 yield msgspec.json.decode(line[1:], type=Quarantined)
@@ -252,13 +253,13 @@ def chunks_of(lines: Iterable[bytes]) -> Iterator[bytes]:
         yield b"\n".join(chunk)
 
 
-def with_chunk(mark: SnapshotRow, chunk: bytes) -> SnapshotRow:
-    """The row of a snapshot to which one more chunk is added."""
-    aside = (b"\n" + chunk).count(b"\n" + ASIDE)
-    return mark._replace(
-        chunks=mark.chunks + 1,
-        records=mark.records + chunk.count(b"\n") + 1 - aside,
-        quarantined=mark.quarantined + aside,
-        size=mark.size + len(chunk),
-        checksum=zlib.crc32(chunk, mark.checksum),
+def with_chunk(row: SnapshotRow, chunk: bytes) -> SnapshotRow:
+    """The row of a snapshot after one more chunk."""
+    quarantined = (b"\n" + chunk).count(b"\n" + QUARANTINED_PREFIX)
+    return row._replace(
+        chunks=row.chunks + 1,
+        records=row.records + chunk.count(b"\n") + 1 - quarantined,
+        quarantined=row.quarantined + quarantined,
+        size=row.size + len(chunk),
+        checksum=zlib.crc32(chunk, row.checksum),
     )

@@ -1,4 +1,4 @@
-"""Noticing that an open SQLite file, or a log beside it, was removed, moved or replaced."""
+"""Detection of SQLite files and logs that were removed, moved or replaced."""
 
 from __future__ import annotations
 
@@ -10,132 +10,132 @@ from typing import Any, NoReturn
 
 from taskstore.errors import StoreReplacedError, StoreUnavailableError
 
-_NO_FILE = (0, 0)
+_NO_INODE = (0, 0)
 
-_OPEN_LOG = "SELECT count(*) FROM sqlite_master"
-"""Reads as little as there is: with the first read, a connection opens the log."""
+_OPEN_LOG_QUERY = "SELECT count(*) FROM sqlite_master"
+"""The smallest read: a connection opens the log with its first read."""
 
-_TICK_NS = 20_000_000
-"""How long two changes of a directory may get the same modification time, in nanoseconds."""
+_MTIME_GRANULARITY_NS = 20_000_000
+"""The largest interval in which two changes of a directory may get the same mtime."""
 
 
 def inode_of(path: str) -> tuple[int, int]:
-    """Which file lies at a path; (0, 0) where none can be seen."""
+    """The inode and device of the file at a path; (0, 0) if it cannot be read."""
     try:
-        found = os.stat(path)  # noqa: PTH116 - half the time
+        status = os.stat(path)  # noqa: PTH116 - half the time
     except OSError:
-        return _NO_FILE
-    return (found.st_ino, found.st_dev)
+        return _NO_INODE
+    return (status.st_ino, status.st_dev)
 
 
-def _stamp_of(directory: str) -> tuple[int, int] | None:
-    """What differs when a directory was changed or moved: its modification time and inode."""
+def _directory_state(directory: str) -> tuple[int, int] | None:
+    """The mtime and inode of a directory, which differ after it was changed or moved."""
     try:
-        found = os.stat(directory)  # noqa: PTH116 - half the time
+        status = os.stat(directory)  # noqa: PTH116 - half the time
     except OSError:
         return None
-    return (found.st_mtime_ns, found.st_ino)
+    return (status.st_mtime_ns, status.st_ino)
 
 
 class FileGuard:
-    """Refuses every use of a file that is not any more the one that a store has opened.
+    """Refuses to use a file after it was moved, removed or replaced.
 
-    What is committed to a file or a log without a name is lost with the last
-    process that has it open.  So each commit is preceded, and each read followed,
-    by one look at the directory, whose modification time moves with every name
-    that is made, removed or replaced in it; only then are the files looked at.
-    They are only ever looked at from outside (``os.stat``): opening and closing
-    the file beside SQLite drops SQLite's locks on it.
+    Commits to an unlinked file or log are lost when the last process closes it.
+    The store therefore checks the directory's mtime before each commit and after
+    each read.  Creating, removing or replacing a name in the directory changes the
+    mtime, and only then the guard checks the files themselves.  The guard uses
+    ``os.stat`` only: opening and closing the file drops SQLite's locks on it.
 
-    One connection, the anchor, is open from the beginning and is used for nothing
-    else.  While it is open, SQLite leaves the ``-wal`` and ``-shm`` that it opened
-    where they are: only somebody else can remove them.
+    The guard keeps one connection open from the start, the anchor, which runs no
+    other statements.  While the anchor is open, SQLite does not remove the ``-wal``
+    and ``-shm`` that it opened; only another program can.
     """
 
     def __init__(
         self, path: Path, open_one: Callable[[], Any], set_up: Callable[[Any], object]
     ) -> None:
-        """``open_one`` opens a connection and ``set_up`` makes it fit for use."""
+        """``open_one`` opens a connection, and ``set_up`` configures it."""
         self._path = str(path)
         self._directory = str(path.parent)
         self._open_one = open_one
         self._set_up = set_up
         self._inode = inode_of(self._path)
-        # The logs that the anchor has open, by name; none while it has no log.
+        # The inodes of the logs that the anchor has open, by name.
         self._logs: dict[str, tuple[int, int]] = {}
         self._anchor: Any = None
-        # The directory when all was in order.
-        self._settled: tuple[int, int] | None = None
-        self._lost = ""
+        # The directory's state at the last successful check of the files.
+        self._checked_state: tuple[int, int] | None = None
+        self._replaced = ""  # or "file", or "log"
 
     def start(self) -> None:
-        """Open the anchor, before any other connection.  Raises what the driver raises."""
+        """Open the anchor, before any other connection.  Raises the driver's errors."""
         self._anchor = self.connect()
-        self.note_logs()
+        self.record_logs()
 
-    def note_logs(self) -> None:
-        """Note which logs belong to the file, as soon as it has any."""
+    def record_logs(self) -> None:
+        """Record the inodes of the file's logs, as soon as it has logs."""
         if self._anchor is not None and not self._logs:
-            self._anchor.execute(_OPEN_LOG).fetchall()
+            self._anchor.execute(_OPEN_LOG_QUERY).fetchall()
             [mode] = self._anchor.execute("PRAGMA journal_mode").fetchone()
             if mode == "wal":
-                # One that cannot be seen was removed from under another store of this process.
+                # A missing log was removed while another store of this process had it open.
                 names = (f"{self._path}-wal", f"{self._path}-shm")
                 self._logs = {name: inode_of(name) for name in names}
-        self.look()
+        self.check_fully()
 
     def connect(self) -> Any:
-        """Open a connection, to this file and with the logs that it has."""
+        """Open a connection that uses this file and its recorded logs."""
         raw = None
         try:
             raw = self._open_one()
-            self.look()  # not a byte was read yet: a log that is not its own is left alone
+            self.check_fully()  # before the first read, which would open a foreign log
             self._set_up(raw)
-            raw.execute(_OPEN_LOG).fetchall()
-            self.look()  # or the connection has made itself a log
+            raw.execute(_OPEN_LOG_QUERY).fetchall()
+            self.check_fully()  # after it, in case the connection created a log of its own
         except BaseException as error:
             if raw is not None:
                 raw.close()
             if isinstance(error, Exception):
-                self.look()  # then that is why
+                self.check_fully()  # raises the reason, if a file was replaced
             raise
         return raw
 
     def check(self) -> None:
         """Raise :class:`~taskstore.StoreReplacedError` if the file or a log was removed, moved
-        or replaced since it was opened."""
+        or replaced after it was opened."""
         try:
-            found = os.stat(self._directory)  # noqa: PTH116 - half the time
+            status = os.stat(self._directory)  # noqa: PTH116 - half the time
         except OSError:
-            self._look(None)
+            self._check_files(None)
             return
-        stamp = (found.st_mtime_ns, found.st_ino)
-        if stamp != self._settled:
-            self._look(stamp)
+        state = (status.st_mtime_ns, status.st_ino)
+        if state != self._checked_state:
+            self._check_files(state)
 
-    def look(self) -> None:
-        """The same, whatever the directory tells."""
-        self._look(_stamp_of(self._directory))
+    def check_fully(self) -> None:
+        """Check the files even if the directory did not change."""
+        self._check_files(_directory_state(self._directory))
 
-    def _look(self, stamp: tuple[int, int] | None) -> None:
-        """Look at the files; ``stamp`` is of the directory before that, so that what is changed
-        after the look changes it again."""
-        files = () if self._lost else ((self._path, self._inode), *self._logs.items())
+    def _check_files(self, state: tuple[int, int] | None) -> None:
+        """Check the files.  ``state`` is the directory's state from before this check, so
+        that the next check detects every later change."""
+        files = () if self._replaced else ((self._path, self._inode), *self._logs.items())
         for name, inode in files:
             try:
-                found = os.stat(name)  # noqa: PTH116 - half the time
+                status = os.stat(name)  # noqa: PTH116 - half the time
             except OSError:
-                there = _NO_FILE
+                current = _NO_INODE
             else:
-                there = (found.st_ino, found.st_dev)
-            if there != inode or inode == _NO_FILE:
-                self._lost = "file" if name == self._path else "log"
+                current = (status.st_ino, status.st_dev)
+            if current != inode or inode == _NO_INODE:
+                self._replaced = "file" if name == self._path else "log"
                 break
-        if self._lost:
-            self._settled = None
-            self._refuse()
-        aged = stamp is not None and time.time_ns() - stamp[0] > _TICK_NS
-        self._settled = stamp if aged else None
+        if self._replaced:
+            self._checked_state = None
+            self._raise_replaced()
+        # A directory that was changed just now may change again without another mtime.
+        settled = state is not None and time.time_ns() - state[0] > _MTIME_GRANULARITY_NS
+        self._checked_state = state if settled else None
 
     def close(self) -> None:
         """Close the anchor."""
@@ -143,52 +143,52 @@ class FileGuard:
         if anchor is not None:
             anchor.close()
 
-    def _refuse(self) -> NoReturn:
-        refused = "nothing is written to it or read from it any more"
-        if self._lost == "log":
+    def _raise_replaced(self) -> NoReturn:
+        refused = "this store refuses all further reads and writes"
+        if self._replaced == "log":
             raise StoreReplacedError(
                 f"the -wal or -shm beside {self._path} was removed while it was open: {refused}",
-                hint="start nothing new on it, and let every process that has it open close it, "
-                "which saves what was committed; then open it again",
+                hint="start no new process on it, and let every process that has it open close it, "
+                "which saves the committed data; then open it again",
             )
         refused = f"{self._path} was moved, removed or replaced while it was open: {refused}"
-        left = [name for name, log in self._logs.items() if inode_of(name) == log != _NO_FILE]
-        if left and inode_of(self._path) != _NO_FILE:
-            # A log that is replayed over another database than its own destroys it.
+        left = [name for name, log in self._logs.items() if inode_of(name) == log != _NO_INODE]
+        if left and inode_of(self._path) != _NO_INODE:
+            # Replaying a log over a database that is not its own corrupts the database.
             raise StoreReplacedError(
-                f"{refused}; {' and '.join(left)} still belong to the file that was there before",
+                f"{refused}; {' and '.join(left)} still belong to the previous file",
                 hint="stop every process that has it open, remove "
                 f"{self._path}-wal and {self._path}-shm, and open it again",
             )
-        raise StoreReplacedError(refused, hint="open it again, or put the file back first")
+        raise StoreReplacedError(refused, hint="open it again, or restore the file first")
 
 
 class ImmutableGuard:
-    """Notices when a file that was opened as immutable changed after all.
+    """Detects a change of a file that was opened as immutable.
 
-    SQLite then neither locks nor looks for a ``-wal``: what it reads is right
-    only as long as nobody writes.
+    SQLite reads an immutable file without locks and ignores its ``-wal``, so reads
+    are correct only while no process writes.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._seen = self._state()
+        self._opened_state = self._state()
 
     def _state(self) -> tuple[object, ...]:
-        found = self._path.stat()
+        status = self._path.stat()
         log = inode_of(f"{self._path}-wal")
-        return (found.st_ino, found.st_size, found.st_mtime_ns, log)
+        return (status.st_ino, status.st_size, status.st_mtime_ns, log)
 
     def check(self) -> None:
-        """Raise :class:`~taskstore.StoreUnavailableError` when a writer has appeared."""
+        """Raise :class:`~taskstore.StoreUnavailableError` if the file has changed."""
         try:
-            unchanged = self._state() == self._seen
+            unchanged = self._state() == self._opened_state
         except OSError:
             unchanged = False
         if not unchanged:
             raise StoreUnavailableError(
-                f"{self._path} was changed by a writer while it was read without locks",
+                f"{self._path} was changed by a writer while this store read it without locks",
                 hint=f"open it again, or make {self._path.parent} writable",
             )
 
-    look = check
+    check_fully = check

@@ -1,4 +1,4 @@
-"""Which SQLite library is used, and whether two of them have one file open."""
+"""The choice of the SQLite library, and a warning when a file is open in two."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from collections import Counter
 from types import ModuleType
 from typing import Any
 
-WAL_RESET = (
-    "SQLite {version} (module {module}) has the WAL-reset bug, which can corrupt a database that "
+WAL_RESET_WARNING = (
+    "SQLite {version} (module {module}) has the WAL-reset bug, which can corrupt a database when "
     "several connections write and checkpoint; install pysqlite3, or Python with SQLite 3.51.3"
 )
 
 
 def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
-    """Whether this version of SQLite can corrupt a WAL database (3.7.0 to 3.51.2)."""
+    """Return whether this version of SQLite can corrupt a WAL database (3.7.0 to 3.51.2)."""
     if (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45):
         return False
     return (3, 7, 0) <= version < (3, 51, 3)
 
 
 def sqlite_module() -> ModuleType:
-    """The DB-API module with the best SQLite that is installed: pysqlite3, or the
-    standard library's."""
+    """Return the DB-API module of pysqlite3 if it is installed, else the standard library's."""
     try:
         return importlib.import_module("pysqlite3.dbapi2")
     except ImportError:
@@ -32,43 +31,44 @@ def sqlite_module() -> ModuleType:
 
 
 def library_notice(module: Any) -> str | None:
-    """A warning when the SQLite of this module has the WAL-reset bug."""
+    """Return a warning if the SQLite of this module has the WAL-reset bug."""
     if not has_wal_reset_bug(module.sqlite_version_info):
         return None
-    return WAL_RESET.format(version=module.sqlite_version, module=module.__name__.split(".")[0])
+    name = module.__name__.split(".")[0]
+    return WAL_RESET_WARNING.format(version=module.sqlite_version, module=name)
 
 
-_opening = threading.Lock()
+_open_files_lock = threading.Lock()
 _open_files: Counter[tuple[str, str]] = Counter()
-"""How many stores of this process hold which file through which SQLite library."""
+"""The number of stores in this process by path and SQLite library."""
 
 
-def hold(path: str, library: str) -> str | None:
-    """Note that a store opens a file; a warning when another library has it open already.
+def register_open(path: str, library: str) -> str | None:
+    """Count a store that opens a file; return a warning if another library has it open.
 
-    File locks belong to the process: when one library closes a file, it
-    drops the locks by which the other protects it.
+    POSIX file locks belong to the process: when one library closes a file, the
+    process loses the locks of the other library too.
     """
-    with _opening:
-        held = sorted(name for place, name in _open_files if place == path and name != library)
+    with _open_files_lock:
+        others = sorted(name for other, name in _open_files if other == path and name != library)
         _open_files[path, library] += 1
-    if not held:
+    if not others:
         return None
     return (
         f"{path} is open in this process through two SQLite libraries, {library} and "
-        f"{', '.join(held)}: closing it in one drops the file locks of the other, and "
+        f"{', '.join(others)}: closing it in one drops the file locks of the other, and "
         "committed data can be lost; use one engine, or one module=, for both"
     )
 
 
-def release(path: str, library: str) -> None:
-    """Note that a store has closed a file."""
-    with _opening:
+def register_close(path: str, library: str) -> None:
+    """Count a store that has closed a file."""
+    with _open_files_lock:
         _open_files[path, library] -= 1
         if _open_files[path, library] <= 0:
             del _open_files[path, library]
 
 
 def library_of(module: Any) -> str:
-    """The name by which :func:`hold` tells libraries apart."""
+    """The name of a module's SQLite library, for :func:`register_open`."""
     return str(module.__name__).split(".", maxsplit=1)[0].removeprefix("_")

@@ -1,13 +1,13 @@
 """The statements of the hot path, each compiled once per dialect.
 
-A commit runs its SQL as text on the driver's cursor: building and executing
-Core statements anew costs several times what the database itself does.
-Every statement here is compiled with positional parameters, whose order is
-declared beside it and checked when it is compiled.
+A commit runs its SQL as text on the driver's cursor: to build and compile Core
+statements each time takes several times as long as the database itself.
+Every statement has positional parameters.  Their order is declared next to the
+statement and checked when it is compiled.
 
-Statements over several rows exist for a few row counts only (``SIZES``), so
-that any batch takes few driver calls and the number of distinct statements,
-which drivers and servers keep prepared, stays bounded.
+Statements over several rows exist for a few row counts only (``ROW_COUNTS``).
+Any batch then takes few driver calls.  Drivers and servers keep a bounded
+number of prepared statements.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from taskstore.stores.sql.tables import (
     taskstore_head,
 )
 
-SIZES = (256, 64, 16, 4, 1)
-"""How many rows one statement takes, greatest first."""
+ROW_COUNTS = (256, 64, 16, 4, 1)
+"""The row counts that statements over several rows exist for, greatest first."""
 
 PAGE = 1000
-"""How many rows a scan reads at a time."""
+"""The number of rows that a scan reads per statement."""
 
-KEPT = tuple(name for name in PROJECTED if name != "status")
-"""The projections that an update rarely changes."""
+RARELY_UPDATED = tuple(name for name in PROJECTED if name != "status")
+"""The projected columns that an update rarely changes."""
 
-_WRITTEN = (tasks, task_journal, task_snapshots, task_snapshot_chunks, task_set_aside)
-_ALWAYS = ("revision", "status", "payload", "checksum")
-_BASE = sa.Column("base", sa.BigInteger)
-_THE_HEAD = taskstore_head.c.id == sa.literal_column("1")
+_INSERTABLE = (tasks, task_journal, task_snapshots, task_snapshot_chunks, task_set_aside)
+_ALWAYS_UPDATED = ("revision", "status", "payload", "checksum")
+_BASE_COLUMN = sa.Column("base", sa.BigInteger)
+_IS_HEAD_ROW = taskstore_head.c.id == sa.literal_column("1")
 
-UPDATE_ORDER = (*_ALWAYS, "task_id", "base", *KEPT)
-"""Parameters of one row of ``update_tasks``, narrow or wide."""
+UPDATE_ORDER = (*_ALWAYS_UPDATED, "task_id", "base", *RARELY_UPDATED)
+"""The parameters of one row of ``update_tasks`` and ``update_tasks_wide``."""
 
 
 class Statements:
@@ -54,115 +54,119 @@ class Statements:
 
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
-        # Statements over several rows, by their number: compiled when one is first asked for.
+        # Statements by row count; each one is compiled at its first use.
         self.insert_tasks = cache(self._insert_tasks)
         self.update_tasks = cache(self._update_tasks)
         self.update_tasks_wide = cache(self._update_tasks_wide)
         self.delete_tasks = cache(self._delete_tasks)
-        self.insert = {table: cache(partial(self._insert, table)) for table in _WRITTEN}
-        """Insert rows, in order of the table's columns, whatever is there; by table."""
+        self.insert = {table: cache(partial(self._insert, table)) for table in _INSERTABLE}
+        """By table: insert rows without preconditions, values in order of the table's columns."""
         self.insert_journal = self.insert[task_journal]
 
     def _compile(self, statement: Executable, *order: str) -> str:
-        # An Executable that does not compile is none of ours.
+        # Every statement of this class can be compiled.
         compiled = statement.compile(dialect=self._dialect)  # type: ignore[attr-defined]
-        found = tuple(compiled.positiontup or ())
-        if found != order:
-            raise AssertionError(f"parameters are {found}, not {order}: {compiled}")
+        actual = tuple(compiled.positiontup or ())
+        if actual != order:
+            raise AssertionError(f"parameters are {actual}, not {order}: {compiled}")
         return str(compiled)
 
     # -- the head row -----------------------------------------------------
 
     @cached_property
     def claim(self) -> str:
-        """Take ``count`` seqs, giving (head_seq, last_at, floor) as they are afterwards and
-        the id of the commit at seq ``over``.
+        """Claim ``count`` seqs; returns the new (head_seq, last_at, floor) and the id of the
+        commit at seq ``base``.
 
-        Nothing is updated and given when the schema epoch is too high.
+        If the schema epoch is too high, it updates nothing and returns no row.
         """
-        return self._claim_giving()
+        return self._claim_returning()
 
-    def _claim_giving(self, *more: sa.ColumnElement[Any]) -> str:
-        given = advance_head().returning(*CLAIMED, *more)
-        return self._compile(given, "count", "now", "now", "epoch", "over")
+    def _claim_returning(self, *more: sa.ColumnElement[Any]) -> str:
+        claim = advance_head().returning(*CLAIM_COLUMNS, *more)
+        return self._compile(claim, "count", "now", "now", "epoch", "base")
 
     @cached_property
     def head(self) -> str:
         """Read the whole head row."""
-        return self._compile(sa.select(taskstore_head).where(_THE_HEAD))
+        return self._compile(sa.select(taskstore_head).where(_IS_HEAD_ROW))
 
     @cached_property
     def lock_head(self) -> str:
-        """Read the whole head row and keep other writers out until the transaction ends."""
-        return self._compile(sa.select(taskstore_head).where(_THE_HEAD).with_for_update())
+        """Read the whole head row and lock it until the transaction ends."""
+        return self._compile(sa.select(taskstore_head).where(_IS_HEAD_ROW).with_for_update())
 
     # -- tasks ------------------------------------------------------------
 
-    def _rows(self, columns: Sequence[sa.Column[Any]], count: int) -> FromClause:
-        """``count`` rows of parameters as a table ``new``."""
+    def _parameter_table(self, columns: Sequence[sa.Column[Any]], count: int) -> FromClause:
+        """A table ``new`` of ``count`` rows of parameters."""
         names = [sa.column(col.key, col.type) for col in columns]
         data = [tuple(parameters(columns, row).values()) for row in range(count)]
         return sa.values(*names, name="new").data(data).cte("new")
 
     def _insert_tasks(self, count: int) -> str:
-        """Insert new tasks: those whose id and booking are free and were not deleted.
+        """Insert the tasks whose id and dedup key are free and whose id was not deleted.
 
         Parameters: ``count`` rows in order of the columns of ``tasks``, then the
-        floor.  The head row is locked, so what is free stays free.
+        floor.  The head row is locked, so a free id or key stays free.
         """
-        new = self._rows(list(tasks.columns), count)
-        gone = task_journal.alias("gone")
-        same = tasks.alias("same")
-        booked = tasks.alias("booked")
+        new = self._parameter_table(list(tasks.columns), count)
+        deletion = task_journal.alias("deletion")
+        same_id = tasks.alias("same_id")
+        same_key = tasks.alias("same_key")
         statement = sa.insert(tasks).from_select(
             [col.key for col in tasks.columns],
             sa.select(new)
             .where(
                 ~sa.exists().where(
-                    gone.c.task_id == new.c.task_id,
-                    gone.c.kind == sa.literal_column("'deleted'"),
-                    gone.c.seq >= bindparam("floor", type_=sa.BigInteger),
+                    deletion.c.task_id == new.c.task_id,
+                    deletion.c.kind == sa.literal_column("'deleted'"),
+                    deletion.c.seq >= bindparam("floor", type_=sa.BigInteger),
                 )
             )
-            .where(~sa.exists().where(same.c.task_id == new.c.task_id))
+            .where(~sa.exists().where(same_id.c.task_id == new.c.task_id))
             .where(
                 ~sa.exists().where(
-                    booked.c.run_id == new.c.run_id, booked.c.run_digest == new.c.run_digest
+                    same_key.c.run_id == new.c.run_id, same_key.c.run_digest == new.c.run_digest
                 )
             ),
         )
-        return self._compile(statement, *_order(tasks.columns, count), "floor")
+        return self._compile(statement, *_names(tasks.columns, count), "floor")
 
     def _update_tasks(self, count: int) -> str:
-        """Bring tasks from revision ``base`` to a later one whose projections,
-        but for the status, are as stored: no full index is touched.
+        """Update tasks of revision ``base`` whose projected columns do not change, except
+        the status.  No full index is touched.
 
         Parameters: ``count`` rows of :data:`UPDATE_ORDER`.
         """
         columns = _update_columns()
-        # One is by far the most frequent: without the detour through a table of one row.
-        new = parameters(columns, 0) if count == 1 else self._rows(columns, count).c
-        unchanged = [tasks.c[name].is_not_distinct_from(new[name]) for name in KEPT]
-        return self._compile(self._update(new, _ALWAYS).where(*unchanged), *_order(columns, count))
+        # One row is by far the most frequent count, and needs no table of parameters.
+        new = parameters(columns, 0) if count == 1 else self._parameter_table(columns, count).c
+        unchanged = [tasks.c[name].is_not_distinct_from(new[name]) for name in RARELY_UPDATED]
+        return self._compile(
+            self._update(new, _ALWAYS_UPDATED).where(*unchanged), *_names(columns, count)
+        )
 
     def _update_tasks_wide(self, count: int) -> str:
-        """Bring tasks from revision ``base`` to a later one, every projection with it.
+        """Update tasks of revision ``base`` with every projected column.
 
         Parameters: ``count`` rows of :data:`UPDATE_ORDER`.
         """
         columns = _update_columns()
-        statement = self._update(self._rows(columns, count).c, (*_ALWAYS, *KEPT))
-        return self._compile(statement, *_order(columns, count))
+        statement = self._update(
+            self._parameter_table(columns, count).c, (*_ALWAYS_UPDATED, *RARELY_UPDATED)
+        )
+        return self._compile(statement, *_names(columns, count))
 
     def _update(self, new: Any, names: Sequence[str]) -> sa.Update:
         return (
             sa.update(tasks)
             .values({name: new[name] for name in names})
-            .where(self._same(tasks.c.task_id, new["task_id"]), tasks.c.revision == new["base"])
+            .where(self._same_key(tasks.c.task_id, new["task_id"]), tasks.c.revision == new["base"])
         )
 
-    def _same(self, stored: ColumnElement[Any], new: Any) -> ColumnElement[bool]:
-        """The condition that a stored key is that of a new row."""
+    def _same_key(self, stored: ColumnElement[Any], new: Any) -> ColumnElement[bool]:
+        """The condition that a stored key equals the key of a new row."""
         same: ColumnElement[bool] = stored == new
         return same
 
@@ -173,7 +177,7 @@ class Statements:
             sa.and_(*(tasks.c[name] == value for name, value in parameters(columns, row).items()))
             for row in range(count)
         ]
-        return self._compile(sa.delete(tasks).where(sa.or_(*terms)), *_order(columns, count))
+        return self._compile(sa.delete(tasks).where(sa.or_(*terms)), *_names(columns, count))
 
     @cached_property
     def scan_tasks(self) -> str:
@@ -185,7 +189,7 @@ class Statements:
             .where(tasks.c.task_id > bindparam("after", type_=tasks.c.task_id.type))
             .order_by(tasks.c.task_id)
             .limit(sa.literal_column(str(PAGE)))
-            # SQLite's compiler makes a parameter of an offset that is not there.
+            # Without an offset, SQLite's compiler adds a parameter for it.
             .offset(sa.literal_column("0")),
             "after",
         )
@@ -194,16 +198,16 @@ class Statements:
 
     def _insert(self, table: sa.Table, count: int) -> str:
         rows = [parameters(table.columns, row) for row in range(count)]
-        return self._compile(sa.insert(table).values(rows), *_order(table.columns, count))
+        return self._compile(sa.insert(table).values(rows), *_names(table.columns, count))
 
     # -- journal ----------------------------------------------------------
 
     @cached_property
     def read_journal(self) -> str:
-        """Read (floor, head, entry…) of the entries in a range of seqs, from one moment.
+        """Read (floor, head, entry…) for the entries in a range of seqs, by one statement.
 
-        There is one row without an entry when there is none in the range.
-        Parameters: the seq before, the last seq.
+        If the range has no entry, there is one row with nulls for the entry.
+        Parameters: the seq before the range, the last seq of the range.
         """
         head, entry = taskstore_head.c, task_journal.c
         joined = taskstore_head.outerjoin(
@@ -215,9 +219,9 @@ class Statements:
             ),
         )
         return self._compile(
-            sa.select(head.floor, head.head_seq, *ENTRY)
+            sa.select(head.floor, head.head_seq, *ENTRY_COLUMNS)
             .select_from(joined)
-            .where(_THE_HEAD)
+            .where(_IS_HEAD_ROW)
             .order_by(entry.seq),
             "after",
             "last",
@@ -229,14 +233,14 @@ class Statements:
         entry = task_journal.c
         floor = sa.select(taskstore_head.c.floor).scalar_subquery()
         return self._compile(
-            sa.select(*ENTRY)
+            sa.select(*ENTRY_COLUMNS)
             .where(entry.task_id == bindparam("task_id", type_=entry.task_id.type))
             .where(entry.seq >= floor)
             .order_by(entry.seq),
             "task_id",
         )
 
-    # -- snapshots and what was set aside ---------------------------------
+    # -- snapshots and quarantined payloads -------------------------------
 
     @cached_property
     def read_chunk(self) -> str:
@@ -253,20 +257,20 @@ class Statements:
 
     @cached_property
     def read_quarantined(self) -> str:
-        """Read (id, payload, checksum) of everything set aside."""
-        aside = task_set_aside.c
+        """Read (id, payload, checksum) of every row of ``task_set_aside``."""
+        row = task_set_aside.c
         return self._compile(
-            sa.select(aside.id, stored_bytes(aside.payload), aside.checksum).order_by(aside.id)
+            sa.select(row.id, stored_bytes(row.payload), row.checksum).order_by(row.id)
         )
 
 
 def advance_head() -> sa.Update:
-    """Take ``count`` seqs, unless the schema epoch is above ``epoch``."""
+    """Claim ``count`` seqs, unless the schema epoch is above ``epoch``."""
     head = taskstore_head.c
     now = bindparam("now", type_=sa.BigInteger)
     return (
         sa.update(taskstore_head)
-        .where(_THE_HEAD)
+        .where(_IS_HEAD_ROW)
         .where(head.schema_epoch <= bindparam("epoch", type_=sa.BigInteger))
         .values(
             head_seq=head.head_seq + bindparam("count", type_=sa.BigInteger),
@@ -276,35 +280,35 @@ def advance_head() -> sa.Update:
 
 
 def stored_bytes(col: ColumnElement[Any]) -> ColumnElement[Any]:
-    """A column of bytes, cast, because SQLite would hand out whatever type was put there."""
+    """A column of bytes, cast to bytes: SQLite columns may contain values of any type."""
     return sa.cast(col, sa.LargeBinary).label(str(col.key))
 
 
-CLAIMED: tuple[ColumnElement[Any], ...] = (
+CLAIM_COLUMNS: tuple[ColumnElement[Any], ...] = (
     taskstore_head.c.head_seq,
     taskstore_head.c.last_at,
     taskstore_head.c.floor,
     sa.select(task_journal.c.commit_id)
-    .where(task_journal.c.seq == bindparam("over", type_=sa.BigInteger))
+    .where(task_journal.c.seq == bindparam("base", type_=sa.BigInteger))
     .scalar_subquery(),
 )
-"""What a claim gives: the fields of ``Claimed``; the last is that of the parameter ``over``."""
+"""The columns that a claim returns, in order of the fields of ``Claimed``."""
 
-ENTRY: tuple[ColumnElement[Any], ...] = tuple(
+ENTRY_COLUMNS: tuple[ColumnElement[Any], ...] = tuple(
     stored_bytes(col) if col is task_journal.c.payload else col for col in task_journal.columns
 )
-"""What is read of an entry of the journal: all of its columns."""
+"""The columns of a journal entry, in order of the table."""
 
 
 def _update_columns() -> list[sa.Column[Any]]:
-    return [_BASE if name == "base" else tasks.c[name] for name in UPDATE_ORDER]
+    return [_BASE_COLUMN if name == "base" else tasks.c[name] for name in UPDATE_ORDER]
 
 
 def parameters(columns: Any, row: int) -> dict[str, ColumnElement[Any]]:
-    """The parameters of one row, by their columns' names."""
+    """The parameters of one row, by column name."""
     return {col.key: bindparam(f"{col.key}_{row}", type_=col.type) for col in columns}
 
 
-def _order(columns: Any, count: int) -> list[str]:
+def _names(columns: Any, count: int) -> list[str]:
     """The names of the parameters of ``count`` rows."""
     return [f"{col.key}_{row}" for row in range(count) for col in columns]

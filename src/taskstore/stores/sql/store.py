@@ -1,4 +1,4 @@
-"""The SQL store: the seam on top of one database."""
+"""The SQL store: the store interface on one database."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from taskstore.model.records import MAX_INT, TaskRecord
 from taskstore.model.validation import check_key
 from taskstore.store.interface import StoreReport, TaskRegistryStore, VerifyReport
 from taskstore.store.opening import check_options
-from taskstore.stores.common.change_feed import IDLE_S, ChangeFeed, PollingWatcher, Watcher
+from taskstore.stores.common.change_feed import IDLE_TIMEOUT_S, ChangeFeed, PollingWatcher, Watcher
 from taskstore.stores.common.integrity import IntegrityCheck
 from taskstore.stores.common.retry import RECONNECT_S
 from taskstore.stores.sql import compaction, snapshots
@@ -26,8 +26,8 @@ from taskstore.stores.sql.commits import commit
 from taskstore.stores.sql.dialects import Database, host_database, open_database
 from taskstore.stores.sql.dialects.base import Session
 from taskstore.stores.sql.migrate import ensure_schema
-from taskstore.stores.sql.query import answer
-from taskstore.stores.sql.rows import QUARANTINED, Head, TaskRow, entry_of, record_of
+from taskstore.stores.sql.query import run_query
+from taskstore.stores.sql.rows import QUARANTINED_CHECKSUM, Head, TaskRow, entry_of, record_of
 from taskstore.stores.sql.snapshots import (
     read_head,
     read_published,
@@ -39,25 +39,25 @@ from taskstore.stores.sql.tables import PROJECTED, task_journal, tasks
 from taskstore.stores.sql.transactions import ConnectionPool, Transactions
 from taskstore.stores.sql.watchers import DataVersionWatcher, ListeningWatcher
 
-_WATCHES: dict[str, Callable[[ConnectionPool, Callable[[], int]], Watcher]] = {
+_WATCHERS: dict[str, Callable[[ConnectionPool, Callable[[], int]], Watcher]] = {
     "sqlite": DataVersionWatcher,
     "postgresql": ListeningWatcher,
 }
-"""What looks out for the commits of others, by dialect; where none is named, the head is polled."""
+"""The watcher of each dialect; for every other dialect the store polls the head."""
 
 
 class SQLStore(TaskRegistryStore):
     """A ledger in the tables of an SQL database: one instance on one engine.
 
-    ``engine`` is a host's own, which stays the host's: a connection is
-    borrowed for each call and given back as it was, and :meth:`close` does
-    not dispose of it.  Its pool has to have a connection for every thread
-    that calls.  To open a URL with an engine of our own, use
-    ``taskstore.open_store``: it passes a ``Database``, which has its
-    own durability and access.  ``strict`` makes a load raise
+    ``engine`` belongs to the host: each call acquires a connection and
+    releases it with its settings restored, and :meth:`close` does not dispose
+    of the engine.  Its pool must have a connection for every calling thread.
+    To open a URL with an engine of the store's own, call
+    ``taskstore.open_store``: it passes a ``Database``, which has its own
+    durability and access mode.  ``strict`` makes a load raise
     :class:`~taskstore.CorruptStoreError` for the first record that does not
-    decode, instead of setting it aside.  ``reconnect_s`` is how long a server
-    may be away, in seconds, before callers get
+    decode, instead of quarantining it.  If a server is down for longer than
+    ``reconnect_s`` seconds, calls raise
     :class:`~taskstore.StoreUnavailableError`; until then they wait.
     """
 
@@ -82,27 +82,28 @@ class SQLStore(TaskRegistryStore):
         self._database = database
         pool = ConnectionPool(database)
         self._transactions = Transactions(pool, reconnect_s)
-        self._aside: tuple[Quarantined, ...] = ()
-        self._met: dict[str, Quarantined] = {}
-        self._kept: list[Quarantined] = []
+        self._load_quarantined: tuple[Quarantined, ...] = ()
+        self._query_quarantined: dict[str, Quarantined] = {}
+        self._trim_quarantined: list[Quarantined] = []
         self._pool = pool
-        # Made by the first call that waits.
+        # Created by the first call of wait_for.
         self._feed: ChangeFeed | None = None
-        self._making_feed = threading.Lock()
+        self._feed_lock = threading.Lock()
         try:
-            database.hold()
+            database.register_open()
             ensure_schema(database, migrate)
             self._transactions.read(database.prepare)
         except BaseException:
             self._transactions.close()
             raise
 
-    # -- the seam ---------------------------------------------------------
+    # -- the store interface ----------------------------------------------
 
     def load_snapshot(self) -> Snapshot:
         self._check_open()
         loaded = snapshots.load(self._transactions)
-        self._aside, self._met, self._kept = loaded.quarantined, {}, []
+        self._load_quarantined = loaded.quarantined
+        self._query_quarantined, self._trim_quarantined = {}, []
         if self._strict and loaded.quarantined:
             first = loaded.quarantined[0]
             raise CorruptStoreError(f"{self.location}: {first.where}", first.reason)
@@ -116,10 +117,10 @@ class SQLStore(TaskRegistryStore):
 
     def apply(self, changes: Sequence[Change]) -> Commit:
         self._check_writable()
-        done = commit(self._transactions, changes, self.clock)
+        committed = commit(self._transactions, changes, self.clock)
         if self._feed is not None and self._feed.waiters:
-            self._feed.announce(done.last_seq)
-        return done
+            self._feed.announce(committed.last_seq)
+        return committed
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -128,18 +129,19 @@ class SQLStore(TaskRegistryStore):
             yield
 
     def report(self) -> StoreReport:
-        met = tuple(
+        queried = tuple(
             item
-            for task_id, item in self._met.items()
-            if all(known.task_id != task_id for known in self._aside)
+            for task_id, item in self._query_quarantined.items()
+            if all(known.task_id != task_id for known in self._load_quarantined)
         )
-        return StoreReport((*self._aside, *met, *self._kept), tuple(self._database.notices))
+        quarantined = (*self._load_quarantined, *queried, *self._trim_quarantined)
+        return StoreReport(quarantined, tuple(self._database.notices))
 
     def close(self) -> None:
         if not self._closed:
             super().close()
             if not self._in_forked_child:
-                with self._making_feed:
+                with self._feed_lock:
                     feed = self._feed
                 if feed is not None:
                     feed.close()
@@ -172,12 +174,12 @@ class SQLStore(TaskRegistryStore):
         entries = tuple(entry_of(row[2:], self.location) for row in rows if row[2] is not None)
         for seq, entry in enumerate(entries, after + 1):
             if entry.seq != seq:
-                raise self._gap(seq)
+                raise self._missing_entry_error(seq)
         if len(entries) < min(last, head) - after:
-            raise self._gap(after + len(entries) + 1)
+            raise self._missing_entry_error(after + len(entries) + 1)
         return entries
 
-    def _gap(self, seq: int) -> CorruptStoreError:
+    def _missing_entry_error(self, seq: int) -> CorruptStoreError:
         return CorruptStoreError(f"{self.location}: task_journal", f"seq {seq} is missing")
 
     def read_history(self, task_id: str) -> Sequence[JournalEntry]:
@@ -185,7 +187,7 @@ class SQLStore(TaskRegistryStore):
         try:
             check_key("task_id", task_id)
         except ValidationError:
-            return ()  # nothing can have such an id, and some drivers choke on it
+            return ()  # no task can have this id, and some drivers fail on it
         sql = self._database.sql.read_history
         rows = self._transactions.read(lambda session: session.rows(sql, (task_id,)))
         return tuple(entry_of(row, self.location) for row in rows)
@@ -195,7 +197,7 @@ class SQLStore(TaskRegistryStore):
         return snapshots.read_snapshot(self._transactions, min(at, MAX_INT))
 
     def wait_for(self, after: int, timeout: float) -> bool:
-        with self._making_feed:
+        with self._feed_lock:
             self._check_open()
             if self._feed is None:
                 self._feed = self._new_feed()
@@ -203,13 +205,15 @@ class SQLStore(TaskRegistryStore):
 
     def _new_feed(self) -> ChangeFeed:
         database = self._database
-        watch = _WATCHES.get(database.engine.dialect.name)
+        watcher = _WATCHERS.get(database.engine.dialect.name)
         return ChangeFeed(
             self.head,
-            partial(watch, self._pool, self.head) if watch else partial(PollingWatcher, self.head),
+            partial(watcher, self._pool, self.head)
+            if watcher
+            else partial(PollingWatcher, self.head),
             self.location,
-            # A connection of a host's pool is not kept when no call waits.
-            idle_s=IDLE_S if database.owned else 0.0,
+            # While no call waits, the feed keeps no connection of a host's pool.
+            idle_timeout_s=IDLE_TIMEOUT_S if database.owned else 0.0,
             errors=database.translator.errors,
         )
 
@@ -217,11 +221,13 @@ class SQLStore(TaskRegistryStore):
 
     def compact(self, policy: CompactionPolicy) -> CompactionReport:
         self._check_writable()
-        return compaction.compact(self._transactions, policy, self.clock, self._kept.append)
+        return compaction.compact(
+            self._transactions, policy, self.clock, self._trim_quarantined.append
+        )
 
     def query(self, query: TaskQuery) -> Page:
         self._check_open()
-        return answer(self._transactions, query, self._met)
+        return run_query(self._transactions, query, self._query_quarantined)
 
     def verify(self) -> VerifyReport:
         self._check_open()
@@ -237,13 +243,13 @@ def open_sql(
     strict: bool = False,
     reconnect_s: float = RECONNECT_S,
 ) -> SQLStore:
-    """Open the ledger in the database that a URL names, with an engine of our own.
+    """Open the ledger in the database of a URL, with an engine of the store's own.
 
-    ``sqlite:///`` and a path as it stands (three slashes relative, four
-    absolute), or ``postgresql+psycopg://user:password@host/database``,
-    or the same with ``mariadb+pymysql``.
-    Options as for :func:`taskstore.open_store`; ``strict`` and ``reconnect_s`` as for
-    :class:`SQLStore`.
+    The URL is ``sqlite:///`` and the path without escapes (three slashes:
+    relative, four: absolute), or
+    ``postgresql+psycopg://user:password@host/database``, or the same with
+    ``mariadb+pymysql``.  The options are those of :func:`taskstore.open_store`;
+    for ``strict`` and ``reconnect_s`` see :class:`SQLStore`.
     """
     _check_options(durability, migrate, reconnect_s)
     database = open_database(url, durability=durability, read_only=read_only)
@@ -257,23 +263,23 @@ def _check_options(durability: str, migrate: str, reconnect_s: float) -> None:
 
 
 def verify(transactions: Transactions) -> VerifyReport:
-    """Check everything; see ``SupportsIntegrity.verify``."""
+    """Return the report of ``SupportsIntegrity.verify``."""
     return transactions.read(
-        lambda session: _Tables(session, transactions.database).verify(), one_moment=True
+        lambda session: _TableCheck(session, transactions.database).verify(), in_transaction=True
     )
 
 
-class _Tables:
-    """Reads the tables, and checks what only they have: checksums, and columns beside payloads."""
+class _TableCheck:
+    """The integrity check of the tables, with their checksums and projected columns."""
 
     def __init__(self, session: Session, database: Database) -> None:
         self._session = session
         self._sql = database.sql
         self._location = database.location
-        self._marks = {mark.seq: mark for mark in read_snapshot_rows(session)}
+        self._snapshot_rows = {row.seq: row for row in read_snapshot_rows(session)}
         self._head = read_head(session, self._sql)
-        places = {seq: f"the snapshot at seq {seq}" for seq in self._marks}
-        self._check = IntegrityCheck(self._head.floor, places, self._snapshot)
+        labels = {seq: f"the snapshot at seq {seq}" for seq in self._snapshot_rows}
+        self._check = IntegrityCheck(self._head.floor, labels, self._snapshot)
 
     def verify(self) -> VerifyReport:
         self._check.journal(self._entries(), self._head.head_seq)
@@ -281,14 +287,14 @@ class _Tables:
         return self._check.report()
 
     def _snapshot(self, seq: int) -> Snapshot:
-        return read_published(self._session, self._sql, self._marks[seq], self._location)
+        return read_published(self._session, self._sql, self._snapshot_rows[seq], self._location)
 
     def _pages(self, table: sa.Table, after: int | str) -> Iterator[Sequence[Any]]:
-        """The rows of a table in order of its key, which is its first column."""
+        """The rows of a table in order of its primary key, which is its first column."""
         (key,) = table.primary_key
         while True:
             page = sa.select(table).where(key > after).order_by(key).limit(PAGE)
-            rows = self._session.ask(page)
+            rows = self._session.select(page)
             yield from rows
             if len(rows) < PAGE:
                 return
@@ -308,26 +314,26 @@ class _Tables:
             yield entry
 
     def _current(self) -> Snapshot:
-        """What the rows hold now; each is compared with its own columns."""
+        """The current records; each one is compared with the columns of its row."""
         records: dict[str, TaskRecord] = {}
-        aside = read_quarantined(self._session, self._sql)
-        damaged = [item for item in aside if item.where.startswith("task_set_aside")]
+        quarantined = read_quarantined(self._session, self._sql)
+        damaged = [item for item in quarantined if item.where.startswith("task_set_aside")]
         names = [column.key for column in tasks.columns]
         for row in self._pages(tasks, ""):
             columns = dict(zip(names, row, strict=True))
             found = record_of(TaskRow(*map(columns.__getitem__, TaskRow._fields)))
             if isinstance(found, Quarantined):
-                aside.append(found)
-                # What came in with a saved snapshot as it is, is as it should be.
-                if columns["checksum"] != QUARANTINED:
+                quarantined.append(found)
+                # A row that save_snapshot wrote as quarantined is not damaged.
+                if columns["checksum"] != QUARANTINED_CHECKSUM:
                     damaged.append(found)
                 continue
             records[found.task_id] = found
             for name in ("revision", *PROJECTED):
                 if columns[name] != getattr(found, name):
                     self._check.problems.append(
-                        f"the column {name} of task {found.task_id!r} is not as its payload says"
+                        f"the column {name} of task {found.task_id!r} differs from its payload"
                     )
         for item in damaged:
             self._check.problems.append(f"{item.where}: {item.reason}")
-        return Snapshot(self._head.head_seq, records, quarantined=tuple(aside))
+        return Snapshot(self._head.head_seq, records, quarantined=tuple(quarantined))

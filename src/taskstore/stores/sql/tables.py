@@ -1,12 +1,11 @@
-"""The tables of a ledger, as SQLAlchemy Core sees them.
+"""The tables of a ledger, for SQLAlchemy Core.
 
-``docs/formats.md`` describes them for readers of the database; the
-migrations in ``migrations/`` create them, and a test proves that both agree
-on every engine.
+``docs/formats.md`` documents the tables.  The migrations in ``migrations/``
+create them, and a test proves on every engine that both are equal.
 
-Keys are text of at most 255 bytes compared byte by byte, which each engine
-spells in its own way: case, trailing spaces and locale must never make two
-ids one [11].  All times are Unix milliseconds.
+Keys are text of at most 255 bytes, compared byte by byte: case, trailing
+spaces and locale must never make two ids equal [11].  Each engine has its own
+syntax for this.  All times are Unix milliseconds.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql
 
 REVISIONS = ("0001",)
-"""The migrations that this version knows, oldest first; the last is the head it needs."""
+"""The known migrations, oldest first; this version requires the last one."""
 
 SCHEMA_EPOCH = 1
 """The newest schema epoch that this version can work with."""
 
-MARK = "taskstore: "
-"""What the comment of each of our tables begins with, where tables have comments.
-Where changes of the schema commit one by one, it tells what a migration that was
-killed has left from what somebody else called by our names."""
+COMMENT_PREFIX = "taskstore: "
+"""The prefix of every table comment of taskstore.  If each schema change commits by itself,
+the prefix separates the leftover tables of a killed migration from another program's
+tables of the same names."""
 
 ACTIVE = "status IN ('queued', 'running')"
-"""The predicate of the index of active tasks; a query has to say it in these words."""
+"""The predicate of the partial index of active tasks; a query must repeat this text."""
 
 metadata = MetaData(
     naming_convention={"pk": "pk_%(table_name)s", "ck": "ck_%(table_name)s_%(constraint_name)s"}
@@ -60,12 +59,12 @@ def _key(length: int = 255) -> String:
 
 
 def _blob() -> LargeBinary:
-    """Bytes of some MiB at most."""
+    """A column of bytes, some MiB at most."""
     return LargeBinary().with_variant(mysql.MEDIUMBLOB(), "mysql", "mariadb")
 
 
 def _seq() -> BigInteger:
-    """A seq as primary key.  SQLite keeps rows in order of one that is called INTEGER."""
+    """A seq as primary key.  SQLite stores rows in key order if the key type is INTEGER."""
     return BigInteger().with_variant(Integer(), "sqlite")
 
 
@@ -86,18 +85,18 @@ tasks = Table(
     Column("parent_flow_id", _key()),
     Column("payload", _blob(), nullable=False),
     Column("checksum", BigInteger, nullable=False),
-    comment=f"{MARK}one row per live task",
+    comment=f"{COMMENT_PREFIX}one row per live task",
 )
-"""One row per live task.  ``payload`` is the truth; the columns before it are
-projections for filters, and what changes at every event is in no full index
-(but on MariaDB, which has only these, for the status)."""
+"""One row per live task.  ``payload`` is authoritative; the columns before it are
+projections for filters.  The columns that change with every event are in no full index.
+The exception is the status on MariaDB, which has no partial indexes."""
 
 PROJECTED = tuple(column.key for column in tasks.columns)[2:-2]
-"""The columns of ``tasks`` that repeat a field of the payload under its name."""
+"""The columns of ``tasks`` that copy the payload field of the same name."""
 
 
-def _present(column: str) -> dict[str, Any]:
-    """Options of an index that leaves out the rows where a column is null."""
+def _not_null(column: str) -> dict[str, Any]:
+    """The options of a partial index over the rows where a column is not null."""
     return {
         "sqlite_where": text(f"{column} IS NOT NULL"),
         "postgresql_where": text(f"{column} IS NOT NULL"),
@@ -114,17 +113,17 @@ Index(
     postgresql_where=text(ACTIVE),
 )
 Index("ix_tasks_status", tasks.c.status, tasks.c.created_at, tasks.c.task_id)
-Index("uq_tasks_booking", tasks.c.run_id, tasks.c.run_digest, unique=True, **_present("run_id"))
-Index("ix_tasks_child", tasks.c.child_session_key, **_present("child_session_key"))
-Index("ix_tasks_requester", tasks.c.requester_session_key, **_present("requester_session_key"))
-Index("ix_tasks_parent", tasks.c.parent_task_id, **_present("parent_task_id"))
+Index("uq_tasks_booking", tasks.c.run_id, tasks.c.run_digest, unique=True, **_not_null("run_id"))
+Index("ix_tasks_child", tasks.c.child_session_key, **_not_null("child_session_key"))
+Index("ix_tasks_requester", tasks.c.requester_session_key, **_not_null("requester_session_key"))
+Index("ix_tasks_parent", tasks.c.parent_task_id, **_not_null("parent_task_id"))
 
 ONLY_ON = {
     "ix_tasks_active": frozenset({"sqlite", "postgresql"}),
-    # Where an index cannot leave rows out.
+    # MariaDB has no partial indexes.
     "ix_tasks_status": frozenset({"mysql", "mariadb"}),
 }
-"""The indexes that not every dialect has, and which do."""
+"""The dialects of each index that not every dialect has."""
 
 task_journal = Table(
     "task_journal",
@@ -137,10 +136,10 @@ task_journal = Table(
     Column("commit_id", _key(32), nullable=False),
     Column("payload", _blob()),
     Column("checksum", BigInteger),
-    comment=f"{MARK}one row per committed change",
+    comment=f"{COMMENT_PREFIX}one row per committed change",
 )
 """One row per committed change; ``payload`` is null for a deletion.  Rows below
-the floor of the head row are leftovers of a trim: no answer depends on them."""
+the floor of the head row are leftovers of a trim; readers ignore them."""
 
 Index("ix_task_journal_task", task_journal.c.task_id, task_journal.c.seq)
 
@@ -154,9 +153,9 @@ task_snapshots = Table(
     Column("set_aside", BigInteger, nullable=False),
     Column("size", BigInteger, nullable=False),
     Column("checksum", BigInteger, nullable=False),
-    comment=f"{MARK}one row per snapshot",
+    comment=f"{COMMENT_PREFIX}one row per snapshot",
 )
-"""One row per snapshot, written when all of its chunks are."""
+"""One row per snapshot, inserted after all of its chunks."""
 
 task_snapshot_chunks = Table(
     "task_snapshot_chunks",
@@ -165,10 +164,10 @@ task_snapshot_chunks = Table(
     Column("chunk", BigInteger, primary_key=True, autoincrement=False),
     Column("payload", _blob(), nullable=False),
     Column("checksum", BigInteger, nullable=False),
-    comment=f"{MARK}the payloads of snapshots",
+    comment=f"{COMMENT_PREFIX}the payloads of snapshots",
 )
-"""The payloads of a snapshot, some hundred in each chunk.  Those without a row in
-``task_snapshots`` are leftovers: no answer depends on them."""
+"""The payloads of a snapshot, some hundred in each chunk.  Chunks without a row in
+``task_snapshots`` are leftovers; readers ignore them."""
 
 task_set_aside = Table(
     "task_set_aside",
@@ -176,10 +175,10 @@ task_set_aside = Table(
     Column("id", _seq(), primary_key=True, autoincrement=False),
     Column("payload", _blob(), nullable=False),
     Column("checksum", BigInteger, nullable=False),
-    comment=f"{MARK}what came in and does not decode",
+    comment=f"{COMMENT_PREFIX}what came in and does not decode",
 )
-"""What came in with a saved snapshot and does not decode [12].  It may have no
-id at all, so it cannot be a row of ``tasks``."""
+"""Quarantined payloads [12]: those of a saved snapshot without a usable task id, which cannot
+be rows of ``tasks``, and those of trimmed journal entries."""
 
 taskstore_head = Table(
     "taskstore_head",
@@ -194,9 +193,9 @@ taskstore_head = Table(
     Column("lease_owner", _key(32)),
     Column("lease_until", BigInteger),
     CheckConstraint("id = 1", name="one_row"),
-    comment=f"{MARK}the one row that every commit updates first",
+    comment=f"{COMMENT_PREFIX}the one row that every commit updates first",
 )
-"""The one row that every commit updates first: it gives out seqs and is the lock."""
+"""The one row that every commit updates first: it assigns seqs and is the write lock."""
 
 TABLES = frozenset(metadata.tables)
 """The names of all tables of a ledger."""

@@ -1,14 +1,12 @@
-"""Transactions on one database, and the connections that they run on.
+"""Transactions on one database, and its connection pool.
 
-The body of ``with transactions.write() as tx`` is one write transaction, which
-is committed where the body ends and rolled back where it raises.  Around it
-stands the loop of a retry policy::
+The body of ``with transactions.write() as tx`` is one write transaction.  It is
+committed at the end of the body and rolled back if the body raises.  The caller
+runs it in a retry loop, so the body may run several times::
 
     for attempt in transactions.attempts():
         with attempt, transactions.write() as tx:
-            tx.execute(...)
-            return
-so that the body may run several times.
+            return tx.row(...)
 """
 
 from __future__ import annotations
@@ -31,35 +29,35 @@ from taskstore.stores.common.retry import (
     RECONNECT_S,
     CircuitBreaker,
     RetryPolicy,
-    UnansweredError,
+    UnconfirmedCommitError,
 )
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.dialects.base import Session
-from taskstore.stores.sql.errors import GONE, Fault
+from taskstore.stores.sql.errors import UNREACHABLE, ErrorKind
 from taskstore.stores.sql.rows import Head
 
 _T = TypeVar("_T")
 
 
 class ConnectionPool:
-    """Connections that are acquired and released, from any thread.
+    """Connections that any thread acquires and releases.
 
-    With an engine of our own, one connection is kept for writing; from a host's
-    engine, each call acquires one and releases it, because that pool is not ours.
+    With an engine of the store's own, the pool keeps one connection for writes.
+    With a host's engine, each call acquires a connection and releases it.
     """
 
     def __init__(self, database: Database) -> None:
         self.database = database
-        self.writing: Session | None = None
-        """The connection that is kept for writing, once there is one."""
-        self._gate = threading.Lock()
+        self.write_session: Session | None = None
+        """The connection that is kept for writes, ``None`` before the first write."""
+        self._lock = threading.Lock()
         self._in_use = 0
         self._closed = False
 
     def acquire(self) -> Session:
-        """A connection, which :meth:`release` returns."""
+        """Acquire a connection; :meth:`release` returns it."""
         database = self.database
-        with self._gate:
+        with self._lock:
             if self._closed:
                 raise StoreClosedError(f"the store {database.location} is closed")
             self._in_use += 1
@@ -71,63 +69,63 @@ class ConnectionPool:
             raw = connection.connection.driver_connection
             return Session(connection, raw, database.cursor(raw), database.compiler)
         except BaseException:
-            self._return(connection)
+            self._return_connection(connection)
             raise
 
     def release(self, session: Session, *, broken: bool = False) -> None:
-        """Return a connection; one that is ``broken`` is not used again.
+        """Return a connection to the engine; a ``broken`` one is invalidated.
 
-        The one that is kept for writing stays, unless it is broken.
+        The pool keeps the write connection, unless it is broken.
         """
-        if session is self.writing:
+        if session is self.write_session:
             if not broken:
                 return
-            self.writing = None
+            self.write_session = None
         if broken:
             with suppress(Exception):
                 session.connection.invalidate()
-        self._return(session.connection)
+        self._return_connection(session.connection)
 
-    def writer(self) -> Session:
-        """The connection to write on, for :meth:`release` as every other.
+    def acquire_writer(self) -> Session:
+        """Acquire the connection for writes; :meth:`release` returns it.
 
-        The caller sees to it that only one transaction at a time uses it.
+        The caller must run only one transaction on it at a time.
         """
-        if self.writing is None:
+        if self.write_session is None:
             session = self.acquire()
             if not self.database.owned:
                 return session
-            self.writing = session
-            self.database.dedicate(session)
-        return self.writing
+            self.write_session = session
+            self.database.configure_writer(session)
+        return self.write_session
 
-    def writing_pid(self) -> int | None:
-        """The server's process behind the connection that is kept for writing, if told."""
-        session = self.writing
+    def writer_pid(self) -> int | None:
+        """The PostgreSQL process id of the write connection, if known."""
+        session = self.write_session
         with suppress(Exception):
             return int(session.raw.info.backend_pid) if session is not None else None
         return None
 
     def close(self) -> None:
-        """Return what is kept.  An engine of our own is disposed of, once calls that are
-        under way in other threads have released their connections."""
-        with self._gate:
+        """Return the write connection.  The last release after this call disposes of an engine
+        of the store's own."""
+        with self._lock:
             if self._closed:
                 return
             self._closed = True
             self._in_use += 1
-        kept, self.writing = self.writing, None
-        if kept is not None:
-            self.release(kept)
-        self._return(None)
+        session, self.write_session = self.write_session, None
+        if session is not None:
+            self.release(session)
+        self._return_connection(None)
 
-    def _return(self, connection: sa.Connection | None) -> None:
+    def _return_connection(self, connection: sa.Connection | None) -> None:
         try:
             if connection is not None:
                 with suppress(Exception):
                     connection.close()
         finally:
-            with self._gate:
+            with self._lock:
                 self._in_use -= 1
                 last = self._closed and not self._in_use
             if last:
@@ -137,52 +135,52 @@ class ConnectionPool:
 class Transactions:
     """The transactions of one open store, on the connections of its pool.
 
-    ``reconnect_s`` is how long a server may be away before callers hear of it.
+    If the server is down for longer than ``reconnect_s`` seconds, calls raise.
     """
 
     def __init__(self, pool: ConnectionPool, reconnect_s: float = RECONNECT_S) -> None:
         database = pool.database
         self.pool = pool
         self.database = database
-        # A standby may answer readers while there is nobody to write to.
+        # Separate from writes: a standby may serve reads while there is no primary.
         self._reads = RetryPolicy(
             database.translator, CircuitBreaker(database.location, reconnect_s)
         )
         writes = RetryPolicy(
             database.translator,
             CircuitBreaker(database.location, reconnect_s),
-            position=self._position,
-            owners=self._lock_owners,
+            position=self._read_head,
+            owners=self._read_lock_owners,
         )
         self.attempts = writes.attempts
-        """Attempts at a write; see :meth:`RetryPolicy.attempts`.
+        """The attempts of a write; see :meth:`RetryPolicy.attempts`.
 
-        Unless the caller ``reads_back``, doing the work twice has to be the same as once.
+        Without ``reads_back``, the work must be idempotent.
         """
         self._lock = threading.RLock()
         self._writing = False
-        # A transaction that exclusive() has begun and no write has used yet, and its thread.
-        self._begun: Session | None = None
-        self._begun_by = 0
-        self._refused: str | None = None
+        # The transaction that exclusive() began, until a write uses it, and its thread.
+        self._exclusive_tx: Session | None = None
+        self._tx_thread = 0
+        self._refusal_reason: str | None = None
 
-    # -- writing ----------------------------------------------------------
+    # -- writes -----------------------------------------------------------
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """One write transaction: committed at the end of the body, rolled back where it raises.
+        """One write transaction: committed at the end of the body, rolled back if it raises.
 
-        Inside :meth:`exclusive`, the first one is the transaction that was begun there.
+        Inside :meth:`exclusive`, the first call uses the transaction that is open there.
         """
         pool, database = self.pool, self.database
         with self._lock:
-            if self._writing or self._refused is not None:
-                raise self._refusal()
+            if self._writing or self._refusal_reason is not None:
+                raise self._refusal_error()
             self._writing = True
-            session, self._begun = self._begun, None
+            session, self._exclusive_tx = self._exclusive_tx, None
             try:
                 if session is None:
-                    session = pool.writing or pool.writer()
+                    session = pool.write_session or pool.acquire_writer()
                     database.begin_write(session)
                 yield session
                 if database.guard is not None:
@@ -190,7 +188,7 @@ class Transactions:
                 try:
                     database.commit(session)
                 except database.translator.errors as error:
-                    self._raise_unconfirmed(error)
+                    self._raise_if_unconfirmed(error)
                     raise
             except BaseException as error:
                 if session is not None:
@@ -198,75 +196,75 @@ class Transactions:
                 raise
             finally:
                 self._writing = False
-            if session is not pool.writing:
+            if session is not pool.write_session:
                 self._release(session)
 
     def run(self, work: Callable[[Session], _T]) -> _T:
-        """Do ``work`` in one write transaction.
+        """Run ``work`` in one write transaction.
 
-        It may run several times: doing it twice has to be the same as once.
+        ``work`` may run several times, so it must be idempotent.
         """
         for attempt in self.attempts():
             with attempt, self.write() as tx:
                 return work(tx)
         raise AssertionError("attempts end by raising")
 
-    def read_back(self, happened: Callable[[Session], bool]) -> bool:
-        """Find out what became of a COMMIT that was not answered.
+    def confirm(self, is_committed: Callable[[Session], bool]) -> bool:
+        """Return whether a COMMIT that was not answered took effect.
 
-        ``happened`` looks, on a connection that has locked the head row: no other
-        writer, and no transaction of a connection that is lost, is under way then.
-        Raises :class:`~taskstore.OutcomeUnknownError` if it cannot be found out.
+        ``is_committed`` reads on a connection that has locked the head row: no other
+        writer and no transaction of a lost connection is active at that time.
+        Raises :class:`~taskstore.OutcomeUnknownError` if the outcome cannot be read back.
         """
 
-        def look(tx: Session) -> bool:
+        def work(tx: Session) -> bool:
             tx.rows(self.database.sql.lock_head)
-            # A primary that died while it waited for its standby shows, once it is
-            # back, what the standby may not have.  This commit waits for all before it.
-            return happened(tx)
+            # After a restart, a primary may show commits that its standby does not have.
+            # The COMMIT of this transaction waits until the standby has all of them.
+            return is_committed(tx)
 
         try:
-            return self.run(look)
+            return self.run(work)
         except (StoreBusyError, StoreUnavailableError) as final:
             raise OutcomeUnknownError(
                 f"{self.database.location}: the connection broke during a commit, and "
-                f"whether it happened cannot be read back: {final}",
+                f"its outcome cannot be read back: {final}",
                 hint="read the store again when it can be reached",
             ) from final
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Begin a write transaction, which the next :meth:`write` of this thread uses."""
+        """Begin a write transaction; the next :meth:`write` of this thread uses it."""
         with self._lock:
-            self._check_idle()
+            self._check_no_write()
             try:
                 for attempt in self.attempts():
                     with attempt:
-                        self._begin()
+                        self._begin_exclusive()
                         break
                 yield
             finally:
-                session, self._begun = self._begun, None
+                session, self._exclusive_tx = self._exclusive_tx, None
                 if session is not None:
                     self._roll_back(session)
 
-    def _check_idle(self) -> None:
-        if self._writing or self._begun is not None or self._refused is not None:
-            raise self._refusal()
+    def _check_no_write(self) -> None:
+        if self._writing or self._exclusive_tx is not None or self._refusal_reason is not None:
+            raise self._refusal_error()
 
-    def _begin(self) -> None:
-        session = self.pool.writer()
+    def _begin_exclusive(self) -> None:
+        session = self.pool.acquire_writer()
         try:
             self.database.begin_write(session)
-            session.rows(self.database.sql.lock_head)  # where beginning keeps nobody out
-            self._begun_by = threading.get_ident()
-            self._begun = session
+            session.rows(self.database.sql.lock_head)  # a server's BEGIN takes no lock
+            self._tx_thread = threading.get_ident()
+            self._exclusive_tx = session
         except BaseException as error:
             self._roll_back(session, error)
             raise
 
     def erase(self) -> None:
-        """Get rid of deleted bytes that the database still keeps in its files."""
+        """Erase deleted bytes that are still in the files of the database."""
         with self._lock, self.database.translator:
             session = self.pool.acquire()
             try:
@@ -274,72 +272,72 @@ class Transactions:
             finally:
                 self._release(session)
 
-    def _raise_unconfirmed(self, error: Exception) -> None:
-        """Raise where a failed COMMIT leaves open whether it happened."""
+    def _raise_if_unconfirmed(self, error: Exception) -> None:
+        """Raise if the outcome of a failed COMMIT is unknown."""
         translator = self.database.translator
-        fault = translator.fault_of(error)
-        if fault is Fault.LOST:
-            raise UnansweredError from error
-        if fault is Fault.SYNC:
-            # What the system failed to write, it may have dropped from its
-            # cache as if written: nothing that this instance sees can be trusted.
-            self._refused = "a commit could not be forced to disk"
+        kind = translator.error_kind(error)
+        if kind is ErrorKind.CONNECTION_LOST:
+            raise UnconfirmedCommitError from error
+        if kind is ErrorKind.FSYNC_FAILED:
+            # The system may have dropped the failed pages from its cache as if they were
+            # written, so this instance cannot trust its reads.
+            self._refusal_reason = "a commit could not be flushed to disk"
             raise OutcomeUnknownError(
                 f"{translator.location}: whether the last commit reached the disk is unknown: "
                 f"{translator.text(error)}",
                 hint="check the disk, and open the store again",
             ) from translator.cause(error)
 
-    def _refusal(self) -> TaskStoreError:
-        if self._refused is None:
+    def _refusal_error(self) -> TaskStoreError:
+        if self._refusal_reason is None:
             return StoreBusyError(
                 f"{self.database.location}: this thread is in the middle of another write",
                 hint="do not write from a signal handler",
             )
         return StoreUnavailableError(
-            f"{self.database.location} takes no more writes from this instance: {self._refused}",
+            f"{self.database.location}: this instance refuses writes: {self._refusal_reason}",
             hint="check the disk, and open the store again",
         )
 
-    # -- reading ----------------------------------------------------------
+    # -- reads ------------------------------------------------------------
 
-    def read(self, work: Callable[[Session], _T], *, one_moment: bool = False) -> _T:
-        """Run ``work`` on a connection, with ``one_moment`` in one read transaction.
+    def read(self, work: Callable[[Session], _T], *, in_transaction: bool = False) -> _T:
+        """Run ``work`` on a connection; ``in_transaction`` runs it in one read transaction.
 
-        Driver errors are translated; a lost connection is tried again.  Inside
-        :meth:`exclusive`, it runs in the transaction that was begun there.
+        Driver errors are translated, and a read on a lost connection is retried.  Inside
+        :meth:`exclusive`, ``work`` runs in the transaction that is open there.
         """
-        begun = self._begun
-        if begun is not None and self._begun_by == threading.get_ident() and not one_moment:
+        tx = self._exclusive_tx
+        if tx is not None and self._tx_thread == threading.get_ident() and not in_transaction:
             try:
-                result = work(begun)
+                result = work(tx)
                 if self.database.guard is not None:
                     self.database.guard.check()
             except self.database.translator.errors as error:
-                # The transaction is lost, and with it what kept others out; the
-                # connection may be lost too, which is no reason not to read.
-                self._begun = None
-                self._roll_back(begun, error)
+                # The transaction and its lock are lost, and possibly the connection.
+                # The read can still run on another connection.
+                self._exclusive_tx = None
+                self._roll_back(tx, error)
             else:
                 return result
         for attempt in self._reads.attempts():
-            with attempt, self.reading(one_moment=one_moment) as session:
+            with attempt, self.reading(in_transaction=in_transaction) as session:
                 return work(session)
         raise AssertionError("attempts end by raising")
 
     @contextmanager
-    def reading(self, *, one_moment: bool = False) -> Iterator[Session]:
-        """A connection to read on, with ``one_moment`` in one read transaction."""
+    def reading(self, *, in_transaction: bool = False) -> Iterator[Session]:
+        """A connection for reads; ``in_transaction`` begins and ends one read transaction on it."""
         session = self.pool.acquire()
         try:
-            if one_moment:
+            if in_transaction:
                 for statement in self.database.begin_read:
                     session.execute(statement)
             yield session
-            if one_moment:
+            if in_transaction:
                 session.execute("COMMIT")
-            # Before it is released: with the last connection of a store that is closed
-            # meanwhile, SQLite itself removes the logs.
+            # Check before the release: if the store was closed meanwhile, SQLite removes the
+            # logs with the last connection.
             if self.database.guard is not None:
                 self.database.guard.check()
         except BaseException as error:
@@ -347,56 +345,55 @@ class Transactions:
             raise
         self.pool.release(session)
 
-    def _position(self) -> int | None:
-        """How far all writers have come, at one attempt; ``None`` if that cannot be read."""
+    def _read_head(self) -> int | None:
+        """The head seq, by one attempt; ``None`` if it cannot be read."""
         with suppress(Exception), self.reading() as session:
             return Head(*session.row(self.database.sql.head)).head_seq
         return None
 
-    def _lock_owners(self) -> Sequence[str] | None:
+    def _read_lock_owners(self) -> Sequence[str] | None:
         with suppress(Exception), self.reading() as session:
             return self.database.lock_owners(session)
         return None
 
-    # -- ending -----------------------------------------------------------
+    # -- rollback and release ---------------------------------------------
 
     def _roll_back(self, session: Session, error: BaseException | None = None) -> None:
-        """Roll back and release, quietly: the ``error`` that led here is the one to report.
+        """Roll back and release; suppress driver errors, because the caller reports ``error``.
 
-        A connection that cannot even do that is not used again, nor is one to
-        a server that is going, or that is not the one to write to.  Trouble with
-        a file that was replaced is reported as that.
+        A connection is discarded if its rollback fails, or if its server is unreachable, shuts
+        down or is not the primary.  If the file was replaced, the guard raises its own error.
         """
         database = self.database
-        if isinstance(error, UnansweredError):
+        if isinstance(error, UnconfirmedCommitError):
             error = error.__cause__
-        fault = None
+        kind = None
         if isinstance(error, database.translator.errors):
-            fault = database.translator.fault_of(error)
-        broken = fault in GONE
+            kind = database.translator.error_kind(error)
+        broken = kind in UNREACHABLE
         try:
             if broken:
-                database.renew()
+                database.invalidate_connections()
             else:
                 database.rollback(session)
-        except Exception:  # noqa: BLE001 - whatever a broken driver raises
+        except Exception:  # noqa: BLE001 - a broken driver may raise anything
             broken = True
         try:
-            if fault is not None and database.guard is not None:
-                database.guard.look()
+            if kind is not None and database.guard is not None:
+                database.guard.check_fully()
         finally:
             self._release(session, broken=broken)
 
     def _release(self, session: Session, *, broken: bool = False) -> None:
-        """Release a connection, a host's as it was."""
+        """Release a connection; restore the settings of a host's connection first."""
         try:
-            if session is not self.pool.writing and not broken:
-                session.set_back()
-        except Exception:  # noqa: BLE001 - whatever a broken driver raises
+            if session is not self.pool.write_session and not broken:
+                session.restore_settings()
+        except Exception:  # noqa: BLE001 - a broken driver may raise anything
             broken = True
         self.pool.release(session, broken=broken)
 
     def close(self) -> None:
-        """Close the pool, once no write is under way."""
+        """Wait for the current write, then close the pool."""
         with self._lock:
             self.pool.close()

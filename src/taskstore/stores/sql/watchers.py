@@ -1,6 +1,6 @@
-"""How a store on a database hears of what other processes commit.
+"""The watchers of SQLite and PostgreSQL for commits of other processes.
 
-A dialect without a watch here asks for the head.
+For every other dialect, the store polls the head.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from taskstore.stores.common.change_feed import PollingWatcher, WatcherBrokenErr
 from taskstore.stores.sql.rows import Head
 from taskstore.stores.sql.transactions import ConnectionPool
 
-SAFETY_S = 1.0
-"""How often the head is looked at, in seconds, although nothing was heard: behind some
-poolers nothing ever is, and a version of taskstore before this one says nothing."""
+SAFETY_POLL_S = 1.0
+"""The interval of polls without a notification, in seconds.  Some connection poolers drop
+all notifications, and an older version of taskstore sends none."""
 
 SQLITE_POLL_PAUSE_S = 0.025
-"""The longest pause between two looks at an SQLite file, in seconds."""
+"""The longest pause between two polls of an SQLite file, in seconds."""
 
 
 class DataVersionWatcher(PollingWatcher):
-    """SQLite tells a connection cheaply whether another one has committed."""
+    """Polls SQLite's data version, which is cheap and changes with other connections' commits."""
 
     def __init__(self, pool: ConnectionPool, head: Callable[[], int]) -> None:
-        super().__init__(head, self._version, longest_pause_s=SQLITE_POLL_PAUSE_S)
+        super().__init__(head, self._data_version, longest_pause_s=SQLITE_POLL_PAUSE_S)
         self._pool = pool
         self._session = pool.acquire()
 
-    def _version(self) -> object:
+    def _data_version(self) -> object:
         row = self._session.row("PRAGMA data_version")
-        # A file that was opened as one that nobody writes says so if somebody does.
+        # The guard raises if a file that was opened as immutable has changed.
         guard = self._pool.database.guard
         if guard is not None:
             guard.check()
@@ -45,29 +45,29 @@ class DataVersionWatcher(PollingWatcher):
 
 
 class ListeningWatcher:
-    """PostgreSQL tells who listens.
+    """Receives PostgreSQL notifications of commits.
 
-    While it listens it holds an advisory lock, by which a writer sees that a
-    notification is wanted: see ``PostgreSQLStatements``.  A writer whose
-    transaction began before the lock was got says nothing, so the head is
-    polled until then, and looked at once more after.
+    While the watcher listens, it holds an advisory lock that makes writers send
+    notifications: see ``PostgreSQLStatements``.  A writer whose transaction
+    began before the lock was acquired sends none.  The watcher therefore polls
+    the head until it has the lock, and once more afterwards.
     """
 
     def __init__(self, pool: ConnectionPool, head: Callable[[], int]) -> None:
-        del head  # it is read here, on the connection that listens
+        del head  # the watcher reads the head on its own connection
         self._pool = pool
         self._database = pool.database
         self._sql: Any = self._database.sql
         self._generation = self._database.generation
         self._session = pool.acquire()
         self._channel = ""
-        # Whether we hold the lock, whether writers commit without our hearing of it,
-        # whether somebody else has told of a commit, and whether anybody has.
-        self._locked = self._deaf = self._heard = self._told = False
-        self._seen: int | None = None
+        # Whether this watcher has the lock, whether writers commit without a notification,
+        # and whether another process, or any process, has notified since the last poll.
+        self._locked = self._unnotified = self._notified_by_other = self._notified = False
+        self._last_head: int | None = None
         self._backoff = polling_backoff()
-        self._due_at = 0.0
-        self._hearing, self._waking = socket.socketpair()
+        self._next_poll_at = 0.0
+        self._wake_receiver, self._wake_sender = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         try:
             self._listen()
@@ -81,82 +81,83 @@ class ListeningWatcher:
         if row is None:
             raise WatcherBrokenError
         self._channel = self._sql.channel_of(Head(*row).ledger_id)
-        # What is heard in the middle of another statement is taken in with its
-        # answer: without a handler it would be gone.
-        session.raw.add_notify_handler(self._on_note)
+        # psycopg receives notifications with the result of any statement, and drops them
+        # without a handler.
+        session.raw.add_notify_handler(self._on_notify)
         session.execute(f'LISTEN "{self._channel}"')
-        for end in (self._hearing, self._waking):
+        for end in (self._wake_receiver, self._wake_sender):
             end.settimeout(0)
-        self._selector.register(self._hearing, selectors.EVENT_READ)
+        self._selector.register(self._wake_receiver, selectors.EVENT_READ)
         self._selector.register(session.raw.fileno(), selectors.EVENT_READ)
 
-    def _on_note(self, note: Any) -> None:
-        self._hear(note.channel, note.pid)
+    def _on_notify(self, note: Any) -> None:
+        self._handle(note.channel, note.pid)
 
-    def _hear(self, channel: str, pid: int) -> None:
+    def _handle(self, channel: str, pid: int) -> None:
         if channel == self._channel:
-            self._told, self._deaf = True, False
-            # Of our own commits the waiters know already.
-            if pid != self._pool.writing_pid():
-                self._heard = True
+            self._notified, self._unnotified = True, False
+            # The store has announced its own commits already.
+            if pid != self._pool.writer_pid():
+                self._notified_by_other = True
 
-    def look(self) -> int | None:
+    def poll(self) -> int | None:
         if self._generation != self._database.generation:
-            # The server that we listen to may no longer be the one that is written to.
+            # After a failover, this connection may listen on the old primary.
             raise WatcherBrokenError
-        if not self._heard and time.monotonic() < self._due_at:
+        if not self._notified_by_other and time.monotonic() < self._next_poll_at:
             return None
-        return self._look()
+        return self._poll_head()
 
-    def _look(self) -> int:
+    def _poll_head(self) -> int:
         session, locked = self._session, self._locked
         if not locked:
-            [self._locked] = session.row(self._sql.be_heard, (self._channel,))
-        told, self._told, self._heard = self._told, False, False
+            [self._locked] = session.row(self._sql.lock_as_listener, (self._channel,))
+        notified, self._notified, self._notified_by_other = self._notified, False, False
         row = session.row(self._sql.head)
         if row is None:
             raise WatcherBrokenError
         head = Head(*row).head_seq
-        if self._seen is not None and head != self._seen:
+        if self._last_head is not None and head != self._last_head:
             self._backoff.reset()
-            # Somebody has committed whom we cannot hear.
-            self._deaf = self._deaf or (locked and not told and not self._told)
-        self._seen = head
-        period = SAFETY_S if self._locked and not self._deaf else self._backoff.next_s()
-        self._due_at = time.monotonic() + period
+            # A head that moves without a notification shows a writer that sends none.
+            silent = locked and not notified and not self._notified
+            self._unnotified = self._unnotified or silent
+        self._last_head = head
+        delay = SAFETY_POLL_S if self._locked and not self._unnotified else self._backoff.next_s()
+        self._next_poll_at = time.monotonic() + delay
         return head
 
     def pause(self, seconds: float) -> None:
-        if self._heard:
+        if self._notified_by_other:
             return
-        rest = min(seconds, self._due_at - time.monotonic())
-        for key, _ in self._selector.select(max(0.0, rest)):
-            if key.fileobj is self._hearing:
+        timeout = min(seconds, self._next_poll_at - time.monotonic())
+        for key, _ in self._selector.select(max(0.0, timeout)):
+            if key.fileobj is self._wake_receiver:
                 with suppress(OSError):
-                    self._hearing.recv(64)
+                    self._wake_receiver.recv(64)
             else:
-                self._take_in()
+                self._receive()
 
-    def _take_in(self) -> None:
+    def _receive(self) -> None:
         connection = self._session.raw.pgconn
         connection.consume_input()
         while (note := connection.notifies()) is not None:
-            self._hear(note.relname.decode(), note.be_pid)
+            self._handle(note.relname.decode(), note.be_pid)
 
     def wake(self) -> None:
         with suppress(OSError):
-            self._waking.send(b"\0")
+            self._wake_sender.send(b"\0")
 
     def close(self, *, broken: bool) -> None:
         if not broken:
             try:
-                self._session.raw.remove_notify_handler(self._on_note)
+                self._session.raw.remove_notify_handler(self._on_notify)
                 self._session.execute(f'UNLISTEN "{self._channel}"')
                 if self._locked:
-                    self._session.row(self._sql.be_quiet, (self._channel,))
-            except Exception:  # noqa: BLE001 - whatever a broken driver raises
+                    self._session.row(self._sql.unlock_as_listener, (self._channel,))
+            except Exception:  # noqa: BLE001 - a broken driver may raise anything
                 broken = True
         self._selector.close()
-        self._hearing.close()
-        self._waking.close()
+        self._wake_receiver.close()
+        self._wake_sender.close()
         self._pool.release(self._session, broken=broken)

@@ -1,4 +1,4 @@
-"""Core: apply, the one way to change a ledger, all of a batch or nothing."""
+"""Core clauses: apply, the atomic commit of a batch of changes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from taskstore.testing.factories import (
 
 
 def conflicts_of(store: TaskRegistryStore, *changes: Change) -> set[Conflict]:
-    """The conflicts that applying these changes runs into."""
+    """Return the conflicts that ``apply`` raises for these changes."""
     with pytest.raises(ConflictError) as caught:
         store.apply(changes)
     assert len(set(caught.value.conflicts)) == len(caught.value.conflicts)
@@ -34,12 +34,12 @@ def conflicts_of(store: TaskRegistryStore, *changes: Change) -> set[Conflict]:
 
 
 def records_of(store: TaskRegistryStore) -> dict[str, TaskRecord]:
-    """The records that the store holds."""
+    """Return the current records of the store."""
     return dict(store.load_snapshot().records)
 
 
 class ApplyContract(ContractBase):
-    """Commits: contiguous, compare-and-set, atomic."""
+    """Commits have contiguous seqs, compare revisions and are atomic."""
 
     # -- seqs and times ---------------------------------------------------
 
@@ -54,7 +54,7 @@ class ApplyContract(ContractBase):
                 assert store.load_snapshot().seq == head
 
     def test_a_refused_batch_takes_no_seq(self, ledger: Ledger) -> None:
-        """[2] The seq after a conflict is the one that the conflict did not get."""
+        """[2] A batch that raises ConflictError takes no seq."""
         record = create(ledger.store)
         with ledger.unchanged():
             conflicts_of(ledger.store, make_put(), Put(record))
@@ -72,7 +72,7 @@ class ApplyContract(ContractBase):
             assert store.load_snapshot().at == commit.at
 
     def test_the_time_never_goes_back(self, ledger: Ledger) -> None:
-        """[2] A clock that steps back does not take the journal with it."""
+        """[2] Commit times do not decrease when the clock steps back."""
         ledger.store.clock = lambda: EPOCH_MS
         assert ledger.store.apply([make_put()]).at == EPOCH_MS
         for store in ledger.twice():
@@ -80,7 +80,7 @@ class ApplyContract(ContractBase):
             assert store.apply([make_put()]).at == EPOCH_MS
 
     def test_the_time_never_goes_back_over_a_save(self, ledger: Ledger) -> None:
-        """[2] Not even when a snapshot of an earlier time is saved in between."""
+        """[2] Saving a snapshot with an earlier time does not set commit times back."""
         ledger.store.clock = lambda: EPOCH_MS
         ledger.store.apply([make_put()])
         ledger.store.save_snapshot(Snapshot(9, {}, EPOCH_MS - 5000))
@@ -91,117 +91,117 @@ class ApplyContract(ContractBase):
     # -- compare and set --------------------------------------------------
 
     def test_create_over_existing(self, ledger: Ledger) -> None:
-        """[3] Revision 1 applies over absence only."""
+        """[3] Revision 1 applies only if the task does not exist."""
         record = update(ledger.store, create(ledger.store))
         with ledger.unchanged():
-            found = conflicts_of(ledger.store, make_put(task_id=record.task_id))
-            assert found == {Conflict(record.task_id, 0, 2)}
+            conflicts = conflicts_of(ledger.store, make_put(task_id=record.task_id))
+            assert conflicts == {Conflict(record.task_id, 0, 2)}
 
     def test_update_of_absent(self, ledger: Ledger) -> None:
-        """[3] A later revision needs the one before to be stored."""
+        """[3] A revision above 1 applies only if the previous revision is stored."""
         create(ledger.store)
         with ledger.unchanged():
-            found = conflicts_of(ledger.store, make_put(task_id="absent", revision=5))
-            assert found == {Conflict("absent", 4, 0)}
+            conflicts = conflicts_of(ledger.store, make_put(task_id="absent", revision=5))
+            assert conflicts == {Conflict("absent", 4, 0)}
 
     @pytest.mark.parametrize("revision", [1, 2, 3, 5, 6, 99])
     def test_stale_and_skipped_revisions(self, ledger: Ledger, revision: int) -> None:
-        """[3] Only revision r + 1 applies over r: neither an older one nor a later."""
+        """[3] Only revision r + 1 applies over revision r; older and later ones conflict."""
         record = create(ledger.store, task_id="task")
         for _ in range(2):
             record = update(ledger.store, record)
         with ledger.unchanged():
-            found = conflicts_of(ledger.store, next_of(record, revision=revision))
-            assert found == {Conflict("task", revision - 1, 3)}
+            conflicts = conflicts_of(ledger.store, next_of(record, revision=revision))
+            assert conflicts == {Conflict("task", revision - 1, 3)}
         update(ledger.store, record)
 
     @pytest.mark.parametrize("revision", [2, 3, 5, 99])
     def test_delete_of_another_revision(self, ledger: Ledger, revision: int) -> None:
-        """[3] A deletion is compared like any other change."""
+        """[3] A deletion is checked against the stored revision like any other change."""
         record = update(ledger.store, update(ledger.store, create(ledger.store, task_id="task")))
         with ledger.unchanged():
-            found = conflicts_of(ledger.store, Remove("task", revision))
-            assert found == {Conflict("task", revision - 1, 3)}
+            conflicts = conflicts_of(ledger.store, Remove("task", revision))
+            assert conflicts == {Conflict("task", revision - 1, 3)}
         delete(ledger.store, record)
 
     def test_delete_of_absent(self, ledger: Ledger) -> None:
-        """[3] What is not there cannot be deleted."""
+        """[3] Deleting a task that does not exist is a conflict."""
         create(ledger.store)
         with ledger.unchanged():
-            found = conflicts_of(ledger.store, Remove("absent", 2))
-            assert found == {Conflict("absent", 1, 0)}
+            conflicts = conflicts_of(ledger.store, Remove("absent", 2))
+            assert conflicts == {Conflict("absent", 1, 0)}
 
     def test_the_same_change_again(self, ledger: Ledger) -> None:
-        """[3] Repeating an acknowledged change is a conflict, not a second commit."""
+        """[3] Applying a committed change again is a conflict, not a second commit."""
         change = next_of(create(ledger.store), label="once")
         ledger.store.apply([change])
         with ledger.unchanged():
-            found = conflicts_of(ledger.store, change)
-            assert found == {Conflict(change.task_id, 1, 2)}
+            conflicts = conflicts_of(ledger.store, change)
+            assert conflicts == {Conflict(change.task_id, 1, 2)}
 
     @needs(SupportsJournal)
     def test_a_deleted_task_stays_deleted(self, ledger: Ledger) -> None:
-        """[3] While the journal holds its deletion, no change of that id applies."""
+        """[3] While the journal holds a deletion, no change of that task id applies."""
         record = create(ledger.store, task_id="gone")
         delete(ledger.store, record)
         changes = (make_put(task_id="gone"), next_of(record), Remove("gone", 2), Remove("gone", 3))
         for _ in ledger.twice():
             for change in changes:
                 with ledger.unchanged():
-                    found = conflicts_of(ledger.store, change)
-                    assert found == {Conflict("gone", change.revision - 1, 0, deleted=True)}
+                    conflicts = conflicts_of(ledger.store, change)
+                    assert conflicts == {Conflict("gone", change.revision - 1, 0, deleted=True)}
 
     @needs(SupportsJournal)
     def test_what_came_and_went_in_one_batch_stays_deleted(self, ledger: Ledger) -> None:
-        """[3] A task that a single batch created and deleted was deleted all the same."""
+        """[3] A task that one batch created and deleted counts as deleted."""
         ledger.store.apply([make_put(task_id="gone"), Remove("gone", 2)])
         for _ in ledger.twice():
             with ledger.unchanged():
-                found = conflicts_of(ledger.store, make_put(task_id="gone"))
-                assert found == {Conflict("gone", 0, 0, deleted=True)}
+                conflicts = conflicts_of(ledger.store, make_put(task_id="gone"))
+                assert conflicts == {Conflict("gone", 0, 0, deleted=True)}
 
     # -- batches ----------------------------------------------------------
 
     def test_a_batch_is_all_or_nothing(self, ledger: Ledger) -> None:
-        """[3] One change in the way takes the whole batch with it, wherever it stands."""
+        """[3] One conflicting change, at any position, rejects the whole batch."""
         one, two = create(ledger.store), create(ledger.store)
-        good: list[Change] = [
+        valid: list[Change] = [
             make_put(),
             next_of(one, label="changed"),
             removal_of(two),
             make_put(run_id="r"),
         ]
-        for place in range(len(good) + 1):
+        for index in range(len(valid) + 1):
             with ledger.unchanged():
-                bad = make_put(task_id="absent", revision=3)
-                found = conflicts_of(ledger.store, *good[:place], bad, *good[place:])
-                assert found == {Conflict("absent", 2, 0)}
-        ledger.store.apply(good)
+                conflicting = make_put(task_id="absent", revision=3)
+                conflicts = conflicts_of(ledger.store, *valid[:index], conflicting, *valid[index:])
+                assert conflicts == {Conflict("absent", 2, 0)}
+        ledger.store.apply(valid)
         for store in ledger.twice():
             assert len(records_of(store)) == 3
 
     def test_every_task_in_the_way_is_named(self, ledger: Ledger) -> None:
-        """[3] A conflict names all tasks of the batch that collide, each once."""
+        """[3] ConflictError names every conflicting task of the batch, each once."""
         record = update(ledger.store, create(ledger.store))
-        holder = create(ledger.store, run_id="run-1")
-        booked = make_put(run_id="run-1")
+        existing = create(ledger.store, run_id="run-1")
+        duplicate = make_put(run_id="run-1")
         with ledger.unchanged():
-            found = conflicts_of(
+            conflicts = conflicts_of(
                 ledger.store,
                 make_put(),
                 next_of(record, revision=2),
                 next_of(record, revision=3),
                 Remove("absent", 8),
-                booked,
+                duplicate,
             )
-            assert found == {
+            assert conflicts == {
                 Conflict(record.task_id, 1, 2),
                 Conflict("absent", 7, 0),
-                Conflict(booked.task_id, 0, 0, existing_task_id=holder.task_id),
+                Conflict(duplicate.task_id, 0, 0, existing_task_id=existing.task_id),
             }
 
     def test_several_changes_of_one_task(self, ledger: Ledger) -> None:
-        """[3] A batch may change one task again and again; the last image stays."""
+        """[3] A batch may change one task several times; the last record is stored."""
         first = create(ledger.store)
         new = make_record()
         second, newer = next_of(first, label="a"), next_of(new, label="n")
@@ -215,7 +215,7 @@ class ApplyContract(ContractBase):
             }
 
     def test_change_and_deletion_in_one_batch(self, ledger: Ledger) -> None:
-        """[3] What is changed and then deleted is gone; both took a seq."""
+        """[3] A task that a batch changes and then deletes is gone; each change takes a seq."""
         old, new = create(ledger.store), make_record()
         changed = next_of(old, label="last words")
         commit = ledger.store.apply(
@@ -227,7 +227,7 @@ class ApplyContract(ContractBase):
             assert store.load_snapshot().seq == 5
 
     def test_a_batch_that_contradicts_itself(self, ledger: Ledger) -> None:
-        """[3] Two changes of one task that do not follow on each other are a conflict."""
+        """[3] Two changes of one task whose revisions do not follow each other conflict."""
         record = create(ledger.store)
         contradictions: list[list[Change]] = [
             [next_of(record), next_of(record)],
@@ -243,16 +243,16 @@ class ApplyContract(ContractBase):
                 assert conflicts_of(ledger.store, make_put(), *changes)
 
     def test_an_empty_batch(self, ledger: Ledger) -> None:
-        """[3] Nothing to do is a mistake of the caller and takes no seq."""
+        """[3] An empty batch raises ValidationError and takes no seq."""
         play(ledger.store)
         with ledger.unchanged(), pytest.raises(ValidationError) as caught:
             ledger.store.apply([])
         assert caught.value.field == "changes"
 
     def test_what_is_not_a_change(self, ledger: Ledger) -> None:
-        """[11] A record is not a change, and neither is anything else."""
-        for stranger in (make_record(), None, "put", {"record": make_record()}):
-            changes: Any = [make_put(), stranger]
+        """[11] A batch with a value that is not a Change raises ValidationError."""
+        for value in (make_record(), None, "put", {"record": make_record()}):
+            changes: Any = [make_put(), value]
             with ledger.unchanged(), pytest.raises(ValidationError) as caught:
                 ledger.store.apply(changes)
             assert caught.value.field == "changes"
@@ -271,21 +271,23 @@ class ApplyContract(ContractBase):
         for store in ledger.twice():
             assert records_of(store) == {put.task_id: put.record for put in changes[:500]}
 
-    # -- bookings ---------------------------------------------------------
+    # -- dedup keys -------------------------------------------------------
 
     def test_a_run_is_booked_once(self, ledger: Ledger) -> None:
-        """[3] The second creation for one run scope is told who holds it."""
-        holder = create(ledger.store, run_id="run-1", label="same")
+        """[3] A second creation with the same dedup key conflicts and names the existing task."""
+        existing = create(ledger.store, run_id="run-1", label="same")
         for store in ledger.twice():
             with ledger.unchanged():
-                late = make_put(run_id="run-1", label="same")
-                found = conflicts_of(ledger.store, late)
-                assert found == {Conflict(late.task_id, 0, 0, existing_task_id=holder.task_id)}
-            assert records_of(ledger.store) == {holder.task_id: holder}
+                second = make_put(run_id="run-1", label="same")
+                conflicts = conflicts_of(ledger.store, second)
+                assert conflicts == {
+                    Conflict(second.task_id, 0, 0, existing_task_id=existing.task_id)
+                }
+            assert records_of(ledger.store) == {existing.task_id: existing}
             del store
 
     def test_another_scope_of_the_same_run(self, ledger: Ledger) -> None:
-        """[3] It is the pair of run and booking that is unique, neither of them alone."""
+        """[3] Only the pair of run_id and run_digest is unique; each alone may repeat."""
         one = create(ledger.store, run_id="run-1", run_digest="a" * 32)
         two = create(ledger.store, run_id="run-1", run_digest="b" * 32)
         three = create(ledger.store, run_id="run-2", run_digest="a" * 32)
@@ -294,7 +296,7 @@ class ApplyContract(ContractBase):
             assert set(records_of(store)) == {r.task_id for r in (one, two, three, four, five)}
 
     def test_runs_that_differ_only_in_case_or_space(self, ledger: Ledger) -> None:
-        """[11] Bookings are compared byte by byte."""
+        """[11] Dedup keys are compared byte by byte."""
         runs = ["run", "Run", "run ", " run", "rün", "ru\u0308n", "run\n"]
         for run_id in runs:
             create(ledger.store, run_id=run_id, run_digest="b" * 32)
@@ -304,18 +306,18 @@ class ApplyContract(ContractBase):
                 create(store, run_id="Run", run_digest="b" * 32)
 
     def test_an_update_keeps_the_booking(self, ledger: Ledger) -> None:
-        """[3] Changing the holder, to its end even, does not free its run."""
-        holder = create(ledger.store, run_id="run-1")
-        holder = update(ledger.store, holder, status=TaskStatus.SUCCEEDED)
+        """[3] A task keeps its dedup key when it changes, also when it ends."""
+        existing = create(ledger.store, run_id="run-1")
+        existing = update(ledger.store, existing, status=TaskStatus.SUCCEEDED)
         for store in ledger.twice():
             with pytest.raises(ConflictError) as caught:
                 create(store, run_id="run-1")
-            assert caught.value.conflicts[0].existing_task_id == holder.task_id
+            assert caught.value.conflicts[0].existing_task_id == existing.task_id
 
     def test_deletion_frees_the_booking(self, ledger: Ledger) -> None:
-        """[3] A run is free once its task is deleted, in an earlier commit or the same."""
-        holder = create(ledger.store, run_id="run-1")
-        delete(ledger.store, holder)
+        """[3] Deleting a task frees its dedup key, for a later commit or the same one."""
+        existing = create(ledger.store, run_id="run-1")
+        delete(ledger.store, existing)
         second = create(ledger.store, run_id="run-1")
         third = make_put(run_id="run-1")
         ledger.store.apply([removal_of(second), third])

@@ -1,4 +1,4 @@
-"""What every clause of the contract stands on: the storage under test, opened again and again."""
+"""The base of the contract suite: the ledger under test and the skips."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from taskstore.store.interface import (
 from taskstore.testing.types import FullStore, OpenStore
 
 MISSING_FIXTURE = """\
-{name} does not say how its store is opened.  Override the fixture make_store:
+{name} does not override the fixture make_store.  Add it:
 
     class {name}(StoreContract):
         @pytest.fixture
         def make_store(self, tmp_path):
             return lambda *, read_only=False: MyStore(tmp_path / "ledger", read_only=read_only)
 
-It returns a callable.  Each call opens the same storage again, as a second
-process would; storage is empty when the fixture is set up."""
+The fixture returns a callable.  Each call opens the same storage again, as a second
+process would.  The storage must be empty when the fixture is set up."""
 
 
 Clause = Callable[..., None]
 
 
 def needs(*abilities: type) -> Callable[[Clause], Clause]:
-    """Mark a clause that only makes sense with these ``Supports…`` protocols."""
+    """Mark a clause that requires these ``Supports…`` protocols."""
 
     def mark(clause: Clause) -> Clause:
         vars(clause)["abilities"] = abilities
@@ -41,8 +41,8 @@ def needs(*abilities: type) -> Callable[[Clause], Clause]:
     return mark
 
 
-class Content(NamedTuple):
-    """Everything that can be read from a store, to compare before with after."""
+class StoreState(NamedTuple):
+    """Everything that can be read from a store, for comparison."""
 
     seq: int
     at: int
@@ -53,20 +53,21 @@ class Content(NamedTuple):
     journal: tuple[JournalEntry, ...]
 
 
-def content_of(store: TaskRegistryStore) -> Content:
-    """Read everything from a store that is not being written to."""
+def state_of(store: TaskRegistryStore) -> StoreState:
+    """Read everything from a store that no writer changes at the same time."""
     loaded = store.load_snapshot()
     head = floor = None
     journal: tuple[JournalEntry, ...] = ()
     if isinstance(store, SupportsJournal):
         head, floor = store.head(), store.floor()
         journal = tuple(store.read_journal(floor - 1, head + 1))
-    raw = tuple(sorted(item.raw for item in loaded.quarantined))
-    return Content(loaded.seq, loaded.at, dict(loaded.records), raw, head, floor, journal)
+    quarantined = tuple(sorted(item.raw for item in loaded.quarantined))
+    records = dict(loaded.records)
+    return StoreState(loaded.seq, loaded.at, records, quarantined, head, floor, journal)
 
 
 def as_of(store: FullStore, seq: int) -> Snapshot:
-    """The records as of one seq: the nearest earlier snapshot and the journal, folded."""
+    """Return the records as of one seq: the nearest earlier snapshot and the journal, folded."""
     base = store.read_snapshot(seq)
     if base is None:
         assert store.floor() == 1, f"the floor is {store.floor()}, but no snapshot is before {seq}"
@@ -77,12 +78,12 @@ def as_of(store: FullStore, seq: int) -> Snapshot:
 
 
 def journal_of(store: FullStore) -> list[JournalEntry]:
-    """Every entry that is kept."""
+    """Return every entry of the journal."""
     return list(store.read_journal(store.floor() - 1, store.head() + 1))
 
 
 class Ledger:
-    """The storage under test, and every instance of it that a clause opened."""
+    """The storage under test and the instances that a clause opened on it."""
 
     def __init__(self, open_store: OpenStore) -> None:
         self._open_store = open_store
@@ -91,14 +92,14 @@ class Ledger:
 
     @property
     def store(self) -> FullStore:
-        """The instance that the clause works with, opened at first use."""
+        """The instance that the clause uses, opened at first use."""
         if self._store is None:
             self._store = self.open()
         return self._store
 
     @property
     def open_store(self) -> OpenStore:
-        """What ``make_store`` returned, for a clause that closes what it opens."""
+        """The callable that ``make_store`` returned, for a clause that closes its instances."""
         return self._open_store
 
     def open(self, *, read_only: bool = False) -> FullStore:
@@ -106,8 +107,8 @@ class Ledger:
         store = self._open_store(read_only=True) if read_only else self._open_store()
         if not isinstance(store, TaskRegistryStore):
             pytest.fail(
-                f"make_store has to return a callable that opens a TaskRegistryStore, "
-                f"but it gave a {type(store).__name__}"
+                f"make_store must return a callable that opens a TaskRegistryStore, "
+                f"but the callable returned a {type(store).__name__}"
             )
         self._opened.append(store)
         return cast("FullStore", store)
@@ -115,24 +116,24 @@ class Ledger:
     def reopened(self) -> FullStore:
         """Close every instance, as at the end of a process, and open the storage again.
 
-        What ends with the process lives in storage that ``make_store`` shares
-        among the instances; for it this is a second instance.
+        If the storage lives in the memory of the process, ``make_store`` shares it
+        among the instances; this then opens a second instance.
         """
         self.close()
         return self.store
 
     def twice(self) -> Iterator[FullStore]:
-        """The store as it is, and once more after reopening: for every clause that reads."""
+        """Yield the current store, then the store after reopening; a clause checks both."""
         yield self.store
         yield self.reopened()
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """Check that the body writes nothing, not even a seq, now and after reopening."""
-        before = content_of(self.store)
+        before = state_of(self.store)
         yield
         for store in self.twice():
-            assert content_of(store) == before
+            assert state_of(store) == before
 
     def close(self) -> None:
         """Close every instance that was opened."""
@@ -142,26 +143,26 @@ class Ledger:
 
 
 class ContractBase:
-    """Where the clauses get their ledger from.  Subclass ``StoreContract`` instead.
+    """The fixtures that all clauses use.  Subclass ``StoreContract`` instead.
 
-    ``level`` names the room that the clauses of a class belong to, ``abilities``
-    those without which all of them are skipped.
+    ``level`` is the contract level of the clauses in a class.  If the store lacks
+    one of ``abilities``, all clauses of the class are skipped.
     """
 
     is_taskstore_contract: ClassVar[bool] = True
     level: ClassVar[str] = "core"
     abilities: ClassVar[tuple[type, ...]] = ()
     promise: ClassVar[str | None] = None
-    """What a store may withhold, by the name that it has in ``store.unsupported_guarantees``."""
+    """The key of ``store.unsupported_guarantees`` that skips the clauses of the class."""
 
     @pytest.fixture
     def make_store(self) -> OpenStore:
-        """Return a callable that opens the storage under test: to be overridden."""
+        """Return a callable that opens the storage under test.  Override this fixture."""
         pytest.fail(MISSING_FIXTURE.format(name=type(self).__name__), pytrace=False)
 
     @pytest.fixture
     def ledger(self, request: pytest.FixtureRequest, make_store: OpenStore) -> Iterator[Ledger]:
-        """The storage under test, empty."""
+        """Yield the storage under test, empty."""
         if not callable(make_store):
             pytest.fail(MISSING_FIXTURE.format(name=type(self).__name__), pytrace=False)
         ledger = Ledger(make_store)
@@ -172,13 +173,13 @@ class ContractBase:
             ledger.close()
 
     def skip_without_abilities(self, clause: Any, store: TaskRegistryStore) -> None:
-        """Skip a clause whose abilities the store does not have, naming them."""
-        room = next(cls for cls in type(self).__mro__ if clause.__name__ in vars(cls))
-        wanted = (*vars(room).get("abilities", ()), *vars(clause).get("abilities", ()))
-        missing = [ability.__name__ for ability in wanted if not isinstance(store, ability)]
+        """Skip a clause if the store lacks its abilities or does not guarantee its promise."""
+        contract = next(cls for cls in type(self).__mro__ if clause.__name__ in vars(cls))
+        required = (*vars(contract).get("abilities", ()), *vars(clause).get("abilities", ()))
+        missing = [ability.__name__ for ability in required if not isinstance(store, ability)]
         if missing:
             pytest.skip(f"the store has no {', '.join(missing)}")
-        promise: str | None = vars(room).get("promise")
+        promise: str | None = vars(contract).get("promise")
         if promise is not None and promise in store.unsupported_guarantees:
             pytest.skip(
                 f"the store does not guarantee {promise}: {store.unsupported_guarantees[promise]}"

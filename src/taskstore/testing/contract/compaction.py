@@ -1,4 +1,4 @@
-"""Compaction: answers stay, history goes as far as the policy says, seqs never come again."""
+"""Compaction clauses: same answers, retention by policy, no reused seq."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from taskstore.store.interface import (
     SupportsQuery,
 )
 from taskstore.testing.contract.base import ContractBase, Ledger, as_of, journal_of
-from taskstore.testing.contract.journal import facts_of
+from taskstore.testing.contract.journal import entry_fields
 from taskstore.testing.factories import (
     EPOCH_MS,
     Model,
@@ -39,28 +39,28 @@ TRIM = CompactionPolicy(force=True, history_entries=0, history_s=0, keep_snapsho
 """Publish a snapshot now, keep no history."""
 
 ERASE = CompactionPolicy(erase_deleted=True)
-"""Keep nothing but what is live."""
+"""Keep the live records only."""
 
 HOUR_MS = 3_600_000
 
 
-def retained(store: FullStore, report: CompactionReport) -> list[Snapshot]:
-    """The snapshots that the report names, each found where it should be."""
-    found = []
+def read_retained(store: FullStore, report: CompactionReport) -> list[Snapshot]:
+    """Return the snapshots that the report names; each must be readable."""
+    snapshots = []
     for seq in report.snapshots:
         snapshot = store.read_snapshot(seq)
-        assert snapshot is not None, f"the snapshot at {seq} is not there"
+        assert snapshot is not None, f"the snapshot at {seq} is missing"
         assert snapshot.seq == seq
-        found.append(snapshot)
-    return found
+        snapshots.append(snapshot)
+    return snapshots
 
 
-def agrees(store: FullStore, model: Model) -> None:
+def check_against_model(store: FullStore, model: Model) -> None:
     """Check every answer of the store against a model [7]."""
     loaded = store.load_snapshot()
     assert (loaded.seq, dict(loaded.records)) == (model.head, dict(model.records))
     assert (store.head(), store.floor()) == (model.head, model.floor)
-    assert [facts_of(entry) for entry in journal_of(store)] == model.entries
+    assert [entry_fields(entry) for entry in journal_of(store)] == model.entries
     for seq in sorted(model.states)[:: max(1, len(model.states) // 12)]:
         assert dict(as_of(store, seq).records) == model.states[seq], f"as of seq {seq}"
     assert dict(as_of(store, model.head).records) == dict(model.records)
@@ -72,7 +72,7 @@ def agrees(store: FullStore, model: Model) -> None:
         assert kept.seq == model.floor - 1
     if isinstance(store, SupportsHistory):
         for task_id in {entry[2] for entry in model.entries[-3:]} | set(list(model.records)[:1]):
-            history = [facts_of(entry) for entry in store.read_history(task_id)]
+            history = [entry_fields(entry) for entry in store.read_history(task_id)]
             assert history == [entry for entry in model.entries if entry[2] == task_id]
     if isinstance(store, SupportsQuery):
         assert {record.task_id for record in store.query(TaskQuery())} == set(model.records)
@@ -81,13 +81,13 @@ def agrees(store: FullStore, model: Model) -> None:
 
 
 class CompactionContract(ContractBase):
-    """What ``SupportsCompaction`` promises, seen through the journal."""
+    """What ``SupportsCompaction`` promises, checked through the journal."""
 
     level = "compaction"
     abilities: ClassVar[tuple[type, ...]] = (SupportsJournal, SupportsCompaction)
 
     def test_not_due(self, ledger: Ledger) -> None:
-        """[7] A compaction that is not due does nothing and says so."""
+        """[7] A compaction that is not due changes nothing and reports the reason."""
         play(ledger.store)
         with ledger.unchanged():
             report = ledger.store.compact(CompactionPolicy())
@@ -97,20 +97,20 @@ class CompactionContract(ContractBase):
 
     @pytest.mark.parametrize("policy", [FOLD, TRIM], ids=["fold", "trim"])
     def test_nothing_to_compact(self, ledger: Ledger, policy: CompactionPolicy) -> None:
-        """[7] An empty ledger is not compacted, however much it is asked for."""
+        """[7] Compaction of an empty ledger does nothing, even when it is forced."""
         for store in ledger.twice():
             assert not store.compact(policy).compacted
-            agrees(store, Model())
+            check_against_model(store, Model())
         assert ledger.store.apply([make_put()]).first_seq == 1
 
     def test_erasing_from_an_empty_ledger(self, ledger: Ledger) -> None:
-        """[7] Erasing what was deleted from a ledger without anything leaves it as it is."""
+        """[7] Compaction of an empty ledger with erase_deleted changes nothing."""
         for store in ledger.twice():
             store.compact(ERASE)
-            agrees(store, Model())
+            check_against_model(store, Model())
 
     def test_folding_changes_no_answer(self, ledger: Ledger) -> None:
-        """[7] With all history kept, compaction cannot be noticed but by its report."""
+        """[7] Compaction that keeps all history changes no answer of the store."""
         model = play(ledger.store)
         report = ledger.store.compact(FOLD)
         assert report.compacted
@@ -118,12 +118,12 @@ class CompactionContract(ContractBase):
         assert report.records == len(model.records)
         assert report.snapshots == (model.head,)
         for store in ledger.twice():
-            agrees(store, model)
-            (snapshot,) = retained(store, report)
+            check_against_model(store, model)
+            (snapshot,) = read_retained(store, report)
             assert dict(snapshot.records) == dict(model.records)
 
     def test_trimming_keeps_the_records(self, ledger: Ledger) -> None:
-        """[7] With no history kept, the records and the head are all that is left."""
+        """[7] Compaction that keeps no history keeps the records and the head."""
         model = play(ledger.store)
         report = ledger.store.compact(TRIM)
         assert report.compacted
@@ -131,35 +131,35 @@ class CompactionContract(ContractBase):
         assert (report.trimmed, report.snapshots) == (model.head, (model.head,))
         model.trim(model.head + 1)
         for store in ledger.twice():
-            agrees(store, model)
+            check_against_model(store, model)
             assert journal_of(store) == []
 
     def test_the_second_run_has_nothing_to_do(self, ledger: Ledger) -> None:
-        """[7] Without a change in between, compacting again is not due."""
+        """[7] A second compaction without a change in between is not due."""
         model = play(ledger.store)
         ledger.store.compact(FOLD)
         for store in ledger.twice():
             report = store.compact(FOLD)
             assert not report.compacted
             assert (report.seq, report.floor) == (model.head, 1)
-            agrees(store, model)
+            check_against_model(store, model)
 
     @pytest.mark.parametrize("policy", [FOLD, TRIM, ERASE], ids=["fold", "trim", "erase"])
     def test_life_goes_on(self, ledger: Ledger, policy: CompactionPolicy) -> None:
-        """[5] History and compaction in turns, over restarts: always the same answers."""
+        """[5] After alternating commits, compactions and restarts the store equals the model."""
         model = Model()
         for _ in range(3):
             play(ledger.reopened(), model)
             report = ledger.store.compact(policy)
             assert report.compacted
             model.trim(report.floor)
-            agrees(ledger.store, model)
+            check_against_model(ledger.store, model)
             play(ledger.store, model)
             for store in ledger.twice():
-                agrees(store, model)
+                check_against_model(store, model)
 
     def test_seqs_are_not_given_again(self, ledger: Ledger) -> None:
-        """[2] After everything was deleted, trimmed and reopened, the head goes on."""
+        """[2] After all records are deleted and trimmed, the next seq follows the old head."""
         model = play(ledger.store)
         delete(ledger.store, *model.records.values())
         head = ledger.store.head()
@@ -171,7 +171,7 @@ class CompactionContract(ContractBase):
         assert ledger.store.apply([make_put()]).first_seq == head + 1
 
     def test_times_do_not_go_back(self, ledger: Ledger) -> None:
-        """[2] Nor does the time of a commit, when the journal that held the last is gone."""
+        """[2] Commit times do not decrease after the last entries were trimmed."""
         ledger.store.clock = lambda: EPOCH_MS
         delete(ledger.store, create(ledger.store))
         ledger.store.compact(TRIM)
@@ -182,7 +182,7 @@ class CompactionContract(ContractBase):
 
     @pytest.mark.parametrize("policy", [TRIM, ERASE], ids=["trim", "erase"])
     def test_a_deleted_id_is_free_again(self, ledger: Ledger, policy: CompactionPolicy) -> None:
-        """[3] Once the journal forgot its deletion, an id may be created again."""
+        """[3] After its deletion is trimmed, a task id may be created again."""
         record = create(ledger.store, task_id="gone", run_id="run-1")
         delete(ledger.store, record)
         ledger.store.compact(policy)
@@ -191,7 +191,7 @@ class CompactionContract(ContractBase):
         create(ledger.store, task_id="gone", run_id="run-1")
 
     def test_deleted_text_is_erased(self, ledger: Ledger) -> None:
-        """[7] erase_deleted leaves no entry and no snapshot that knew a deleted task."""
+        """[7] After erase_deleted no entry and no snapshot holds a deleted task."""
         create(ledger.store, task_id="stays")
         secret = create(ledger.store, task_id="secret", task="a secret")
         ledger.store.compact(FOLD)
@@ -209,10 +209,10 @@ class CompactionContract(ContractBase):
             if isinstance(store, SupportsHistory):
                 assert list(store.read_history("secret")) == []
 
-    # -- when and what ----------------------------------------------------
+    # -- policy -----------------------------------------------------------
 
     def test_due_by_entries(self, ledger: Ledger) -> None:
-        """[7] The policy counts the entries since the newest snapshot."""
+        """[7] min_entries counts the entries since the newest snapshot."""
         policy = CompactionPolicy(min_entries=3, ratio=0)
         for _ in range(2):
             for due in (False, False, True):
@@ -220,7 +220,7 @@ class CompactionContract(ContractBase):
                 assert ledger.store.compact(policy).compacted is due
 
     def test_due_by_ratio(self, ledger: Ledger) -> None:
-        """[7] Entries are weighed against the live records."""
+        """[7] ratio compares the number of entries with the number of live records."""
         policy = CompactionPolicy(min_entries=1, ratio=2)
         record = create(ledger.store)
         for store in ledger.twice():
@@ -229,7 +229,7 @@ class CompactionContract(ContractBase):
         assert ledger.reopened().compact(policy).compacted
 
     def test_due_by_age(self, ledger: Ledger) -> None:
-        """[7] An entry that is old enough makes it due, by the store's clock."""
+        """[7] Compaction is due when the oldest entry reaches max_age_s by the store's clock."""
         ledger.store.clock = lambda: EPOCH_MS
         create(ledger.store)
         for age_ms, due in ((0, False), (HOUR_MS - 1, False), (HOUR_MS, True)):
@@ -238,7 +238,7 @@ class CompactionContract(ContractBase):
             assert store.compact(CompactionPolicy(max_age_s=3600)).compacted is due
 
     def test_history_by_entries(self, ledger: Ledger) -> None:
-        """[7] The floor moves to a snapshot that leaves at least the entries asked for."""
+        """[7] The floor moves to a snapshot that leaves at least history_entries entries."""
         policy = CompactionPolicy(force=True, history_entries=4, history_s=0, keep_snapshots=1)
         model, floors = Model(), []
         for _ in range(5):
@@ -249,12 +249,12 @@ class CompactionContract(ContractBase):
             model.trim(report.floor)
             floors.append(report.floor)
             for store in ledger.twice():
-                agrees(store, model)
-                assert len(retained(store, report)) == len(report.snapshots)
+                check_against_model(store, model)
+                assert len(read_retained(store, report)) == len(report.snapshots)
         assert floors == [1, 1, 3, 5, 7]
 
     def test_history_by_age(self, ledger: Ledger) -> None:
-        """[7] The floor moves only past what is older than the window, by the store's clock."""
+        """[7] The floor passes only entries older than history_s, by the store's clock."""
         policy = CompactionPolicy(force=True, history_entries=0, history_s=3600, keep_snapshots=1)
         model, floors = Model(), []
         for hours in (0.0, 0.5, 1.0, 1.5, 9.0):
@@ -266,11 +266,11 @@ class CompactionContract(ContractBase):
             report = store.compact(policy)
             model.trim(report.floor)
             floors.append(report.floor)
-            agrees(store, model)
+            check_against_model(store, model)
         assert floors == [1, 1, 2, 3, 5]
 
     def test_snapshots_that_are_kept(self, ledger: Ledger) -> None:
-        """[7] The newest snapshots stay, as many as asked for, and all that the report names."""
+        """[7] The newest keep_snapshots snapshots stay readable, as do all in the report."""
         model = Model()
         policy = CompactionPolicy(force=True, keep_snapshots=3)
         for count in range(1, 6):
@@ -279,12 +279,12 @@ class CompactionContract(ContractBase):
             assert len(report.snapshots) >= min(count, 3)
             assert report.snapshots[-1] == model.head
             for store in ledger.twice():
-                for snapshot in retained(store, report):
+                for snapshot in read_retained(store, report):
                     assert dict(snapshot.records) == model.states[snapshot.seq]
-                agrees(store, model)
+                check_against_model(store, model)
 
     def test_one_run_right_after_another(self, ledger: Ledger) -> None:
-        """[7] What one run dropped, the next does not look for, though nothing came in between."""
+        """[7] A compaction does not need what the compaction right before it dropped."""
         policy = CompactionPolicy(force=True, history_entries=0, keep_snapshots=1)
         model = Model()
         for last in (FOLD, policy, ERASE, ERASE, TRIM):
@@ -293,10 +293,10 @@ class CompactionContract(ContractBase):
                 model.trim(ledger.store.compact(policy).floor)
             model.trim(ledger.store.compact(last).floor)
             for store in ledger.twice():
-                agrees(store, model)
+                check_against_model(store, model)
 
     def test_the_newest_snapshot_before(self, ledger: Ledger) -> None:
-        """[5] read_snapshot gives the newest at or before the seq, never a later one."""
+        """[5] read_snapshot returns the newest snapshot at or before the seq."""
         create(ledger.store)
         first = ledger.store.compact(FOLD).seq
         create(ledger.store)
@@ -305,16 +305,16 @@ class CompactionContract(ContractBase):
         assert (first, second) == (1, 3)
         expected = {0: None, 1: 1, 2: 1, 3: 3, 4: 3, 10**9: 3}
         for store in ledger.twice():
-            for seq, found in expected.items():
+            for seq, expected_seq in expected.items():
                 snapshot = store.read_snapshot(seq)
-                if found is None:
+                if expected_seq is None:
                     assert snapshot in (None, Snapshot(0))
                 else:
                     assert snapshot is not None
-                    assert snapshot.seq == found
+                    assert snapshot.seq == expected_seq
 
     def test_snapshots_know_their_time(self, ledger: Ledger) -> None:
-        """[5] A snapshot carries the time of the commit that it is as of."""
+        """[5] A snapshot carries the time of the commit at its seq."""
         ledger.store.clock = lambda: EPOCH_MS
         create(ledger.store)
         ledger.store.clock = lambda: EPOCH_MS + HOUR_MS
@@ -325,7 +325,7 @@ class CompactionContract(ContractBase):
             assert snapshot.at == EPOCH_MS
 
     def test_compaction_after_save(self, ledger: Ledger) -> None:
-        """[7] What was saved is a snapshot to compact from, like one that was folded."""
+        """[7] Compaction starts from a saved snapshot as from one that it wrote itself."""
         record = make_record()
         ledger.store.save_snapshot(Snapshot(10, {record.task_id: record}, EPOCH_MS))
         assert not ledger.store.compact(FOLD).compacted
@@ -334,25 +334,26 @@ class CompactionContract(ContractBase):
             report = ledger.store.compact(policy)
             model.trim(report.floor)
             for store in ledger.twice():
-                agrees(store, model)
+                check_against_model(store, model)
             play(ledger.store, model)
 
     def test_what_was_set_aside_is_carried(self, ledger: Ledger) -> None:
-        """[12] Compaction carries what does not decode as bytes; it is never trimmed."""
-        aside = Quarantined(b'{"v":"9.0","task_id":"future"}', "elsewhere", "format 9", "future", 3)
-        ledger.store.save_snapshot(Snapshot(1, {}, EPOCH_MS, (aside,)))
+        """[12] Compaction keeps quarantined bytes and never trims them."""
+        raw = b'{"v":"9.0","task_id":"future"}'
+        quarantined = Quarantined(raw, "elsewhere", "format 9", "future", 3)
+        ledger.store.save_snapshot(Snapshot(1, {}, EPOCH_MS, (quarantined,)))
         for policy in (FOLD, TRIM, ERASE):
             create(ledger.store)
             report = ledger.store.compact(policy)
             assert report.compacted
             for store in ledger.twice():
-                assert [item.raw for item in store.load_snapshot().quarantined] == [aside.raw]
+                assert [item.raw for item in store.load_snapshot().quarantined] == [raw]
                 kept = store.read_snapshot(report.seq)
                 assert kept is not None
-                assert [item.raw for item in kept.quarantined] == [aside.raw]
+                assert [item.raw for item in kept.quarantined] == [raw]
 
     def test_many_records(self, ledger: Ledger) -> None:
-        """[7] A snapshot of more records than fit one block or chunk is whole."""
+        """[7] A snapshot larger than one block or chunk is complete."""
         puts = [make_put(task_id=f"task-{n:05}", label=f"L{n}") for n in range(3000)]
         model = Model()
         for start in range(0, 3000, 1000):
@@ -362,4 +363,4 @@ class CompactionContract(ContractBase):
         ledger.store.compact(TRIM)
         model.trim(model.head + 1)
         for store in ledger.twice():
-            agrees(store, model)
+            check_against_model(store, model)

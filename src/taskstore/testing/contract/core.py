@@ -1,4 +1,4 @@
-"""Core: load, save, open, close, and what may never be shared or changed by reading."""
+"""Core clauses: load, save, open, close, immutable results, read-only access."""
 
 from __future__ import annotations
 
@@ -43,28 +43,28 @@ from taskstore.testing.factories import (
 
 
 def snapshot_of(seq: int, *records: TaskRecord, at: int = EPOCH_MS) -> Snapshot:
-    """A snapshot of these records."""
+    """Return a snapshot of these records."""
     return Snapshot(seq, {record.task_id: record for record in records}, at)
 
 
 class CoreContract(ContractBase):
-    """Loading and saving: what every store can do."""
+    """Loading and saving, which every store supports."""
 
     def test_a_new_store_is_empty(self, ledger: Ledger) -> None:
-        """[5] A new store holds seq 0 and nothing else."""
+        """[5] A new store is at seq 0 and has no records."""
         for store in ledger.twice():
             assert store.load_snapshot() == Snapshot(0)
 
     def test_every_call_opens_the_same_storage(self, ledger: Ledger) -> None:
-        """[4] What one instance acknowledged, the next one on the same storage has."""
+        """[4] A record that one instance committed is visible to the next instance."""
         record = create(ledger.store)
         for store in ledger.twice():
             assert dict(store.load_snapshot().records) == {record.task_id: record}, (
-                "each call of what make_store returns has to open the same storage"
+                "each call of the callable that make_store returns must open the same storage"
             )
 
     def test_records_are_what_was_written(self, ledger: Ledger) -> None:
-        """[5] After each commit the store holds exactly the records that follow from it."""
+        """[5] After each commit the store returns exactly the committed records."""
         model = play(ledger.store)
         for store in ledger.twice():
             loaded = store.load_snapshot()
@@ -72,7 +72,7 @@ class CoreContract(ContractBase):
             assert dict(loaded.records) == dict(model.records)
 
     def test_records_are_the_same_bytes(self, ledger: Ledger) -> None:
-        """[5] A record comes back as the same payload, its enums as members."""
+        """[5] A loaded record encodes to the same bytes and has enum members, not strings."""
         record = create(ledger.store, status="running", metadata={"b": 1, "a": [True, None, 2.5]})
         for store in ledger.twice():
             (loaded,) = store.load_snapshot().records.values()
@@ -81,7 +81,7 @@ class CoreContract(ContractBase):
             assert type(loaded) is TaskRecord
 
     def test_what_a_newer_minor_version_wrote_is_kept(self, ledger: Ledger) -> None:
-        """[12] Fields that this version does not know survive an update by it."""
+        """[12] Unknown fields of a newer minor version survive an update."""
         payload = encode_record(make_record(label="new", metadata={"m": 1}))
         payload = payload.replace(b'{"v":"1.1"', b'{"v":"1.7","colour":["red",{"deep":1}]', 1)
         record = decode_record(payload)
@@ -99,7 +99,7 @@ class CoreContract(ContractBase):
 
     @pytest.mark.parametrize("seq", [0, 1, 1000])
     def test_save_on_a_new_store(self, ledger: Ledger, seq: int) -> None:
-        """[5] A new store takes a snapshot of any seq and is then at that seq."""
+        """[5] A new store accepts a snapshot of any seq and is then at that seq."""
         records = [make_record(), make_record(status=TaskStatus.FAILED, revision=7)]
         ledger.store.save_snapshot(snapshot_of(seq, *records))
         for store in ledger.twice():
@@ -109,7 +109,7 @@ class CoreContract(ContractBase):
             assert loaded.at >= EPOCH_MS
 
     def test_save_replaces_the_whole_content(self, ledger: Ledger) -> None:
-        """[5] What is not in the snapshot is gone; what is changes to it."""
+        """[5] After save the store holds the records of the snapshot and no others."""
         play(ledger.store)
         before = ledger.store.load_snapshot()
         kept, changed = list(before.records.values())[:2]
@@ -122,7 +122,7 @@ class CoreContract(ContractBase):
         assert update(ledger.store, changed, label="on").revision == changed.revision + 1
 
     def test_save_of_nothing_empties_the_store(self, ledger: Ledger) -> None:
-        """[2] An empty snapshot empties the store, but its seqs are not given again."""
+        """[2] Saving an empty snapshot removes all records and reuses no seq."""
         head = play(ledger.store).head
         ledger.store.save_snapshot(Snapshot(head + 1))
         for store in ledger.twice():
@@ -133,21 +133,21 @@ class CoreContract(ContractBase):
         assert ledger.store.apply([make_put()]).first_seq == head + 2
 
     def test_save_behind_the_head_is_refused(self, ledger: Ledger) -> None:
-        """[2] A snapshot has to be ahead of the head, or acknowledged seqs would come again."""
+        """[2] Saving at or below the head raises ConflictError, so that no seq repeats."""
         head = play(ledger.store).head
         for seq in (head, head - 1, 1, 0):
             with ledger.unchanged(), pytest.raises(ConflictError):
                 ledger.store.save_snapshot(snapshot_of(seq, make_record()))
 
     def test_save_of_the_same_snapshot_again_is_refused(self, ledger: Ledger) -> None:
-        """[2] The second save of the same seq finds the head there already."""
+        """[2] Saving the same snapshot twice raises ConflictError."""
         snapshot = snapshot_of(5, make_record())
         ledger.store.save_snapshot(snapshot)
         with ledger.unchanged(), pytest.raises(ConflictError):
             ledger.store.save_snapshot(snapshot)
 
     def test_apply_goes_on_after_save(self, ledger: Ledger) -> None:
-        """[2] Seqs go on from the snapshot's, and times from its time."""
+        """[2] After save, seqs follow the snapshot's seq and times are not before its time."""
         record, later = make_record(), EPOCH_MS * 2
         ledger.store.save_snapshot(snapshot_of(41, record, at=later))
         commit = ledger.store.apply([next_of(record, label="on"), make_put()])
@@ -157,37 +157,37 @@ class CoreContract(ContractBase):
             assert store.load_snapshot().seq == 43
 
     def test_save_validates_every_record(self, ledger: Ledger) -> None:
-        """[11] A snapshot with one record that may not be stored is refused whole."""
+        """[11] A snapshot with one invalid record is refused and nothing is written."""
         play(ledger.store)
-        bad = make_record(label="nul \0")
+        invalid = make_record(label="nul \0")
         with ledger.unchanged(), pytest.raises(ValidationError) as caught:
-            ledger.store.save_snapshot(snapshot_of(1000, make_record(), bad))
+            ledger.store.save_snapshot(snapshot_of(1000, make_record(), invalid))
         assert caught.value.field == "label"
 
     def test_save_refuses_a_record_under_another_id(self, ledger: Ledger) -> None:
-        """[11] The mapping's key is the record's id."""
+        """[11] Each key of a snapshot's mapping must be the record's task_id."""
         with ledger.unchanged(), pytest.raises(ValidationError):
             ledger.store.save_snapshot(Snapshot(1, {"other": make_record()}))
 
     def test_save_refuses_a_run_booked_twice(self, ledger: Ledger) -> None:
-        """[11] Two records of a snapshot may not hold the same booking."""
+        """[11] Two records of a snapshot must not have the same dedup key."""
         twins = [make_record(run_id="run-1"), make_record(run_id="run-1")]
         with ledger.unchanged(), pytest.raises(ValidationError):
             ledger.store.save_snapshot(snapshot_of(1, *twins))
 
     def test_save_replaces_the_bookings(self, ledger: Ledger) -> None:
-        """[3] A booking that the snapshot dropped is free, one that it brought is taken."""
+        """[3] After save the dedup keys of the snapshot are taken and all others are free."""
         create(ledger.store, run_id="run-1")
-        holder = make_record(run_id="run-2")
-        ledger.store.save_snapshot(snapshot_of(10, holder))
+        existing = make_record(run_id="run-2")
+        ledger.store.save_snapshot(snapshot_of(10, existing))
         for store in ledger.twice():
             with pytest.raises(ConflictError) as caught:
                 store.apply([make_put(run_id="run-2")])
-            assert caught.value.conflicts[0].existing_task_id == holder.task_id
+            assert caught.value.conflicts[0].existing_task_id == existing.task_id
         create(ledger.store, run_id="run-1")
 
     def test_save_forgets_deletions(self, ledger: Ledger) -> None:
-        """[3] With the journal gone, a deleted id may be created again."""
+        """[3] Save drops the deletions, so that a deleted id may be created again."""
         record = create(ledger.store)
         delete(ledger.store, record)
         ledger.store.save_snapshot(Snapshot(10))
@@ -196,35 +196,36 @@ class CoreContract(ContractBase):
         create(ledger.store, task_id=record.task_id)
 
     def test_what_was_set_aside_travels(self, ledger: Ledger) -> None:
-        """[12] What could not be decoded is kept as bytes, reported, and never dropped."""
-        aside = (
+        """[12] The store keeps the bytes of quarantined records, reports them and drops none."""
+        quarantined = (
             Quarantined(b'{"v":"9.0","task_id":"future"}', "elsewhere", "format 9", "future", 3),
             Quarantined(b"\x00\xff not even JSON \xfe", "elsewhere", "damaged"),
         )
+        raw = {item.raw for item in quarantined}
         record = make_record()
-        ledger.store.save_snapshot(Snapshot(1, {record.task_id: record}, EPOCH_MS, aside))
+        ledger.store.save_snapshot(Snapshot(1, {record.task_id: record}, EPOCH_MS, quarantined))
         create(ledger.store)
         for store in ledger.twice():
             loaded = store.load_snapshot()
-            assert {item.raw for item in loaded.quarantined} == {item.raw for item in aside}
+            assert {item.raw for item in loaded.quarantined} == raw
             assert len(loaded.records) == 2
-            assert {item.raw for item in store.report().quarantined} == {item.raw for item in aside}
+            assert {item.raw for item in store.report().quarantined} == raw
         with ledger.unchanged(), pytest.raises(ConflictError) as caught:
             ledger.store.apply([make_put(task_id="future")])
         assert caught.value.conflicts[0].found == 3
 
-    # -- hand-over --------------------------------------------------------
+    # -- immutable results ------------------------------------------------
 
     def test_a_mapping_handed_over_is_copied(self, ledger: Ledger) -> None:
-        """[10] Changing what was handed over changes nothing in the store."""
-        record, intruder = make_record(), make_record()
+        """[10] Changing a mapping after it was saved changes nothing in the store."""
+        record, other = make_record(), make_record()
         records = {record.task_id: record}
         snapshot = Snapshot(1, records, EPOCH_MS)
-        records[intruder.task_id] = intruder
+        records[other.task_id] = other
         ledger.store.save_snapshot(snapshot)
         view = dict(snapshot.records)
         ledger.store.save_snapshot(Snapshot(2, MappingProxyType(view), EPOCH_MS))
-        view[intruder.task_id] = intruder
+        view[other.task_id] = other
         for store in ledger.twice():
             assert dict(store.load_snapshot().records) == {record.task_id: record}
             if isinstance(store, SupportsJournal):
@@ -233,7 +234,7 @@ class CoreContract(ContractBase):
                 assert dict(kept.records) == {record.task_id: record}
 
     def test_a_list_of_changes_is_copied(self, ledger: Ledger) -> None:
-        """[10] Emptying the list of changes after apply empties nothing else."""
+        """[10] Clearing the list of changes after apply changes nothing in the store."""
         changes = [make_put()]
         expected = {changes[0].task_id: changes[0].record}
         ledger.store.apply(changes)
@@ -242,7 +243,7 @@ class CoreContract(ContractBase):
             assert dict(store.load_snapshot().records) == expected
 
     def test_what_is_loaded_cannot_be_changed(self, ledger: Ledger) -> None:
-        """[10] The mapping refuses assignment, metadata is decoded afresh each time."""
+        """[10] A loaded mapping refuses assignment, and metadata is decoded at each access."""
         record = create(ledger.store, metadata={"list": [1]})
         for store in ledger.twice():
             loaded = store.load_snapshot()
@@ -254,7 +255,7 @@ class CoreContract(ContractBase):
             assert store.load_snapshot().records[record.task_id].metadata == {"list": [1]}
 
     def test_what_was_loaded_stays_as_it_was(self, ledger: Ledger) -> None:
-        """[10] A later commit does not show in a snapshot that was loaded before."""
+        """[10] A later commit does not change a loaded snapshot."""
         record = create(ledger.store)
         for store in ledger.twice():
             loaded = store.load_snapshot()
@@ -265,7 +266,7 @@ class CoreContract(ContractBase):
     # -- open and close ---------------------------------------------------
 
     def test_a_closed_store_refuses_every_call(self, ledger: Ledger) -> None:
-        """[4] After close every call raises StoreClosedError, but close itself."""
+        """[4] After close every call except close raises StoreClosedError."""
         play(ledger.store)
         store = ledger.open()
         store.close()
@@ -276,12 +277,12 @@ class CoreContract(ContractBase):
         create(ledger.store)
 
     def test_close_before_any_use(self, ledger: Ledger) -> None:
-        """[4] A store that was opened for nothing closes without a trace."""
+        """[4] Opening and closing a store writes nothing."""
         with ledger.unchanged():
             ledger.open().close()
 
     def test_a_store_is_a_context_manager(self, ledger: Ledger) -> None:
-        """[4] The end of the block closes the store; an error in it passes through."""
+        """[4] Leaving the with block closes the store and passes an exception through."""
         with ledger.open() as store:
             create(store)
         with pytest.raises(StoreClosedError):
@@ -290,7 +291,7 @@ class CoreContract(ContractBase):
             raise LookupError
 
     def test_read_only_reads_and_refuses_to_write(self, ledger: Ledger) -> None:
-        """[13] A store opened read-only answers everything and writes nothing."""
+        """[13] A read-only store answers every read; every write raises ReadOnlyError."""
         model = play(ledger.store)
         for writer in ledger.twice():
             with ledger.unchanged():
@@ -306,14 +307,14 @@ class CoreContract(ContractBase):
             assert not writer.read_only
 
     def test_reading_changes_nothing(self, ledger: Ledger) -> None:
-        """[13] Reading leaves the content as it was."""
+        """[13] Reading does not change the stored data."""
         play(ledger.store)
         with ledger.unchanged():
             for call in reads_of(ledger.store):
                 call()
 
     def test_report_never_raises(self, ledger: Ledger) -> None:
-        """[12] The report says what was set aside, before and after anything was read."""
+        """[12] report() lists the quarantined records and never raises, even before a load."""
         assert ledger.store.report().quarantined == ()
         play(ledger.store)
         for store in ledger.twice():
@@ -322,7 +323,7 @@ class CoreContract(ContractBase):
             assert store.report().quarantined == ()
 
     def test_it_says_what_it_is(self, ledger: Ledger) -> None:
-        """[4] The durability is named, and a place for messages to name too."""
+        """[4] The store has a valid durability and a location, which its repr contains."""
         assert ledger.store.durability in {"full", "process", "none"}
         assert (ledger.store.durability == "none") <= (
             "crash-safe" in ledger.store.unsupported_guarantees
@@ -331,7 +332,7 @@ class CoreContract(ContractBase):
         assert ledger.store.location in repr(ledger.store)
 
     def test_a_long_life(self, ledger: Ledger) -> None:
-        """[2] History goes on over many restarts as if there had been none."""
+        """[2] Commits continue across several restarts without a gap or a lost record."""
         model = Model()
         for _ in range(4):
             play(ledger.reopened(), model)
@@ -341,7 +342,7 @@ class CoreContract(ContractBase):
 
 
 def reads_of(store: TaskRegistryStore) -> list[Any]:
-    """Every reading call that this store has, ready to be made."""
+    """Return every reading call of this store, ready to call."""
     calls: list[Any] = [store.load_snapshot]
     if isinstance(store, SupportsJournal):
         journal: SupportsJournal = store
@@ -356,15 +357,15 @@ def reads_of(store: TaskRegistryStore) -> list[Any]:
         history: SupportsHistory = store
         calls.append(lambda: history.read_history("first"))
     if isinstance(store, SupportsQuery):
-        asked: SupportsQuery = store
-        calls.append(lambda: asked.query(TaskQuery(limit=1)))
+        querying: SupportsQuery = store
+        calls.append(lambda: querying.query(TaskQuery(limit=1)))
     if isinstance(store, SupportsIntegrity):
         calls.append(store.verify)
     return calls
 
 
 def writes_of(store: TaskRegistryStore) -> list[Any]:
-    """Every writing call that this store has, ready to be made."""
+    """Return every writing call of this store, ready to call."""
     record = make_record()
     calls: list[Any] = [
         lambda: store.apply([make_put()]),
@@ -379,5 +380,5 @@ def writes_of(store: TaskRegistryStore) -> list[Any]:
 
 
 def calls_of(store: TaskRegistryStore) -> list[Any]:
-    """Every call that this store has."""
+    """Return every call of this store."""
     return [*reads_of(store), *writes_of(store)]

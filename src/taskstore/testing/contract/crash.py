@@ -1,4 +1,4 @@
-"""Crash-safe: a writer killed at any instruction loses nothing that it was told is stored."""
+"""Crash-safe clauses: a killed writer loses no acknowledged commit."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -22,111 +23,113 @@ from taskstore.store.interface import (
     TaskRegistryStore,
 )
 from taskstore.testing.contract.base import ContractBase, Ledger
-from taskstore.testing.contract.shared import check_history
+from taskstore.testing.contract.shared import check_journal
 from taskstore.testing.crash.processes import Child, KillAt, Report
 from taskstore.testing.factories import make_record, next_of
 
-KILLS = 8
-"""How often a writer is killed at a random moment."""
+RANDOM_KILLS = 8
+"""The number of kills at a random time."""
 
-POINTS = 30
-"""At how many of a writer's steps it is killed, before and after each."""
+KILL_POINTS = 30
+"""The number of durable calls at which a writer is killed, before and after each."""
 
-LONGEST_LIFE_S = 0.15
+MAX_RUN_S = 0.15
 
 FOLD = CompactionPolicy(history_s=0, history_entries=3, keep_snapshots=1).forced()
 ERASE = CompactionPolicy(erase_deleted=True)
 
 
-class Deed(Struct):
-    """One thing that a writer does: a batch, a compaction, or a save.
+class Operation(Struct):
+    """One operation of a writer: a batch, a compaction, or a save.
 
-    ``records`` are what the ledger holds afterwards.
+    ``records`` are the expected records afterwards.
     """
 
-    does: Callable[[TaskRegistryStore], object]
+    execute: Callable[[TaskRegistryStore], object]
     records: dict[str, TaskRecord]
 
 
 class CrashContract(ContractBase):
-    """The writer is killed with SIGKILL; what was acknowledged is there, and nothing is half."""
+    """SIGKILL loses no acknowledged commit and leaves no commit half-applied."""
 
     level: ClassVar[str] = "crash-safe"
     promise: ClassVar[str | None] = "crash-safe"
 
     @pytest.fixture(autouse=True)
-    def _forks(self) -> None:
+    def _require_fork(self) -> None:
         if not hasattr(os, "fork"):
             pytest.skip("this platform cannot fork")
 
     def test_killed_at_random(self, ledger: Ledger) -> None:
-        """[4] [7] At any moment of a life full of commits and compactions."""
-        chance = random.Random(4)  # noqa: S311 - moments, not secrets
-        for _ in range(KILLS):
-            deeds = deeds_of(ledger.store, repeat=80)
+        """[4] [7] A kill at a random time loses no acknowledged commit, also during compaction."""
+        rng = random.Random(4)  # noqa: S311 - times, not secrets
+        for _ in range(RANDOM_KILLS):
+            operations = plan_operations(ledger.store, repeat=80)
             before = dict(ledger.store.load_snapshot().records)
             ledger.close()
-            child = Child(lambda report, deeds=deeds: _live(ledger, deeds, report))  # type: ignore[misc]
+            child = Child(partial(_run_operations, ledger, operations))
             child.line()
-            time.sleep(chance.uniform(0, LONGEST_LIFE_S))
+            time.sleep(rng.uniform(0, MAX_RUN_S))
             child.kill()
-            check_survival(ledger, before, deeds, child.finish())
+            check_after_kill(ledger, before, operations, child.finish())
 
     def test_killed_right_after_an_answer(self, ledger: Ledger) -> None:
-        """[4] What was acknowledged is stored at that very moment, not a little later."""
-        for reached in range(1, len(deeds_of(ledger.store)) + 1):
-            deeds = deeds_of(ledger.store)[:reached]
+        """[4] A change is durable when the call returns, not later."""
+        for acknowledged in range(1, len(plan_operations(ledger.store)) + 1):
+            operations = plan_operations(ledger.store)[:acknowledged]
             before = dict(ledger.store.load_snapshot().records)
             ledger.close()
 
-            def work(report: Report, deeds: Sequence[Deed] = deeds) -> None:
+            def work(report: Report, operations: Sequence[Operation] = operations) -> None:
                 with ledger.open_store() as store:
-                    for deed in deeds:
-                        deed.does(store)
+                    for operation in operations:
+                        operation.execute(store)
                     report("acknowledged")
                     os.kill(os.getpid(), signal.SIGKILL)
 
             assert Child(work).finish() == ["acknowledged"]
-            check_survival(ledger, before, deeds, [str(reached - 1)])
+            check_after_kill(ledger, before, operations, [str(acknowledged - 1)])
 
     @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
     def test_killed_at_every_step(self, ledger: Ledger, after: bool) -> None:  # noqa: FBT001 - a parameter
-        """[4] [7] Before and after each call in which something may become durable."""
+        """[4] [7] A kill before or after any durable call loses no acknowledged commit."""
         ledger.store.apply([Put(make_record(label="there from the beginning"))])
         steps = self._count_steps(ledger)
-        stride = max(1, steps // POINTS)
+        stride = max(1, steps // KILL_POINTS)
         for number in range(1, steps + 1, stride):
-            deeds = deeds_of(ledger.store)
+            operations = plan_operations(ledger.store)
             before = dict(ledger.store.load_snapshot().records)
             ledger.close()
 
-            def work(report: Report, number: int = number, deeds: Sequence[Deed] = deeds) -> None:
+            def work(
+                report: Report, number: int = number, operations: Sequence[Operation] = operations
+            ) -> None:
                 with KillAt(number, after=after):
-                    _live(ledger, deeds, report)
+                    _run_operations(ledger, operations, report)
 
             child = Child(work)
-            check_survival(ledger, before, deeds, child.finish()[1:])
+            check_after_kill(ledger, before, operations, child.finish()[1:])
 
     def _count_steps(self, ledger: Ledger) -> int:
-        """How many such calls a whole life makes."""
-        deeds = deeds_of(ledger.store)
+        """Return the number of durable calls of all operations."""
+        operations = plan_operations(ledger.store)
         before = dict(ledger.store.load_snapshot().records)
         ledger.close()
 
         def work(report: Report) -> None:
             with KillAt() as counter:
-                _live(ledger, deeds, lambda _: None)
-            report(str(len(counter.names)))
+                _run_operations(ledger, operations, lambda _: None)
+            report(str(len(counter.calls)))
 
         [steps] = Child(work).finish()
-        check_survival(ledger, before, deeds, [str(n) for n in range(len(deeds))])
+        check_after_kill(ledger, before, operations, [str(n) for n in range(len(operations))])
         return int(steps)
 
 
-def deeds_of(store: TaskRegistryStore, repeat: int = 1) -> list[Deed]:
-    """What a writer is going to do, starting from what the store holds now."""
+def plan_operations(store: TaskRegistryStore, repeat: int = 1) -> list[Operation]:
+    """Return the operations of a writer, starting from the current records."""
     loaded = store.load_snapshot()
-    records, deeds = dict(loaded.records), list[Deed]()
+    records, operations = dict(loaded.records), list[Operation]()
 
     def commit(*changes: Change) -> None:
         for change in changes:
@@ -134,11 +137,13 @@ def deeds_of(store: TaskRegistryStore, repeat: int = 1) -> list[Deed]:
                 records[change.task_id] = change.record
             else:
                 del records[change.task_id]
-        deeds.append(Deed(lambda store: store.apply(changes), dict(records)))
+        operations.append(Operation(lambda store: store.apply(changes), dict(records)))
 
     def compact(policy: CompactionPolicy) -> None:
         if isinstance(store, SupportsCompaction):
-            deeds.append(Deed(lambda store: store.compact(policy), dict(records)))  # type: ignore[attr-defined]
+            operations.append(
+                Operation(lambda store: store.compact(policy), dict(records))  # type: ignore[attr-defined]
+            )
 
     for _ in range(repeat):
         one, two, three = (make_record(label=label) for label in ("one", "two", "three"))
@@ -150,9 +155,9 @@ def deeds_of(store: TaskRegistryStore, repeat: int = 1) -> list[Deed]:
         compact(ERASE)
     if repeat == 1:
         saved = dict(records)
-        deeds.append(Deed(lambda store: _save(store, saved), saved))
+        operations.append(Operation(lambda store: _save(store, saved), saved))
         commit(Put(make_record(label="after the save")))
-    return deeds
+    return operations
 
 
 def _save(store: TaskRegistryStore, records: dict[str, TaskRecord]) -> None:
@@ -160,29 +165,32 @@ def _save(store: TaskRegistryStore, records: dict[str, TaskRecord]) -> None:
     store.save_snapshot(Snapshot(head + 10, records))
 
 
-def _live(ledger: Ledger, deeds: Sequence[Deed], report: Report) -> None:
-    """In the child: do everything in order, telling of each deed when it was acknowledged."""
+def _run_operations(ledger: Ledger, operations: Sequence[Operation], report: Report) -> None:
+    """In the child: run all operations in order and report each one when it returned."""
     with ledger.open_store() as store:
         report("open")
-        for number, deed in enumerate(deeds):
-            deed.does(store)
+        for number, operation in enumerate(operations):
+            operation.execute(store)
             report(str(number))
 
 
-def check_survival(
-    ledger: Ledger, before: dict[str, TaskRecord], deeds: Sequence[Deed], told: Sequence[str]
+def check_after_kill(
+    ledger: Ledger,
+    before: dict[str, TaskRecord],
+    operations: Sequence[Operation],
+    reported: Sequence[str],
 ) -> None:
-    """Check that the ledger is where the writer was, or one whole deed further."""
-    states = [before, *(deed.records for deed in deeds)]
-    reached = int(told[-1]) + 1 if told else 0
+    """Check that the ledger holds all acknowledged operations and at most the next one."""
+    states = [before, *(operation.records for operation in operations)]
+    acknowledged = int(reported[-1]) + 1 if reported else 0
     for store in ledger.twice():
-        found = dict(store.load_snapshot().records)
-        assert found in states[reached : reached + 2], (
-            f"{reached} deeds were acknowledged, but the ledger is not as after them"
+        records = dict(store.load_snapshot().records)
+        assert records in states[acknowledged : acknowledged + 2], (
+            f"{acknowledged} operations were acknowledged, but the ledger holds other records"
         )
         if isinstance(store, SupportsIntegrity):
             assert store.verify().problems == ()
         if isinstance(store, SupportsJournal):
-            check_history(store, store.read_snapshot(store.floor() - 1))
-    # Life goes on.
+            check_journal(store, store.read_snapshot(store.floor() - 1))
+    # The ledger accepts the next commit.
     ledger.store.apply([Put(make_record(label="a survivor"))])

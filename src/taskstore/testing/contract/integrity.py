@@ -1,4 +1,4 @@
-"""Integrity: a store that checks itself finds a good ledger good, and counts what it checked."""
+"""Integrity clauses: verify finds no problem in a sound ledger."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from taskstore.testing.factories import EPOCH_MS, Model, delete, make_record, pl
 
 
 class IntegrityContract(ContractBase):
-    """What ``SupportsIntegrity`` promises.  That damage is found, each backend proves itself."""
+    """What ``SupportsIntegrity`` promises; tests of each backend cover the detection of damage."""
 
     level = "integrity"
     abilities: ClassVar[tuple[type, ...]] = (SupportsIntegrity,)
 
     def test_an_empty_ledger_is_whole(self, ledger: Ledger) -> None:
-        """[5] There is nothing wrong with nothing."""
+        """[5] verify finds no problem in an empty ledger."""
         for store in ledger.twice():
             report = store.verify()
             assert (report.ok, report.problems) == (True, ())
             assert (report.seq, report.records, report.entries) == (0, 0, 0)
 
     def test_a_good_ledger_is_whole(self, ledger: Ledger) -> None:
-        """[5] verify says how much it checked, and finds nothing."""
+        """[5] verify finds no problem and counts the records and entries it checked."""
         model = play(ledger.store)
         for store in ledger.twice():
             report = store.verify()
@@ -34,7 +34,7 @@ class IntegrityContract(ContractBase):
             assert report.entries == len(model.entries)
 
     def test_verifying_changes_nothing(self, ledger: Ledger) -> None:
-        """[13] verify reads only, so that it works read-only too."""
+        """[13] verify only reads and works on a store opened read-only."""
         play(ledger.store)
         with ledger.unchanged():
             ledger.store.verify()
@@ -43,7 +43,7 @@ class IntegrityContract(ContractBase):
 
     @needs(SupportsCompaction)
     def test_a_compacted_ledger_is_whole(self, ledger: Ledger) -> None:
-        """[7] Neither folding nor trimming makes a problem, nor what comes after."""
+        """[7] verify finds no problem after folding, trimming and later commits."""
         model = Model()
         for policy in (FOLD, TRIM, FOLD, ERASE):
             play(ledger.store, model)
@@ -54,7 +54,7 @@ class IntegrityContract(ContractBase):
                 assert (report.seq, report.entries) == (model.head, len(model.entries))
 
     def test_a_saved_ledger_is_whole(self, ledger: Ledger) -> None:
-        """[5] A snapshot that was saved is a base for verify like any other."""
+        """[5] verify accepts a saved snapshot as the base of the journal."""
         record = make_record(revision=9)
         play(ledger.store)
         ledger.store.save_snapshot(Snapshot(1000, {record.task_id: record}, EPOCH_MS))

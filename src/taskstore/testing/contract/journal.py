@@ -1,4 +1,4 @@
-"""Journal: gap-free, complete, readable from any point that is kept."""
+"""Journal clauses: contiguous seqs, paging, cursors, history, waiting."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ from taskstore.testing.factories import (
     removal_of,
     update,
 )
-from taskstore.testing.threads import PATIENCE_S, meanwhile
+from taskstore.testing.threads import TIMEOUT_S, meanwhile
 from taskstore.testing.types import FullStore
 
 IDLE_S = 0.5
-IDLE_SHARE = 0.1
-"""How much of the time that somebody waits may be computed, on a slow machine."""
+MAX_CPU_SHARE = 0.1
+"""The share of CPU time that a waiting store may use, on a slow machine."""
 
 
-def facts_of(entry: JournalEntry) -> tuple[object, ...]:
-    """What a model knows of an entry."""
+def entry_fields(entry: JournalEntry) -> tuple[object, ...]:
+    """Return the fields of an entry that a model has."""
     return (entry.seq, entry.kind, entry.task_id, entry.revision, entry.record)
 
 
-def check_woken(waiting: FullStore, commit: Callable[[], object]) -> None:
-    """Check that a store that waits for the next commit hears of it."""
+def check_commit_wakes(waiting: FullStore, commit: Callable[[], object]) -> None:
+    """Check that a commit wakes a store that waits for the next seq."""
     head = waiting.head()
-    started = time.monotonic()
+    start = time.monotonic()
     answers: list[bool] = []
-    with meanwhile(lambda: answers.append(waiting.wait_for(head, PATIENCE_S))):
+    with meanwhile(lambda: answers.append(waiting.wait_for(head, TIMEOUT_S))):
         time.sleep(0.05)
         commit()
     assert answers == [True]
-    assert time.monotonic() - started < PATIENCE_S / 2
+    assert time.monotonic() - start < TIMEOUT_S / 2
 
 
 class JournalContract(ContractBase):
@@ -74,14 +74,14 @@ class JournalContract(ContractBase):
             assert store.read_snapshot(0) in (None, Snapshot(0))
 
     def test_entries_are_what_was_committed(self, ledger: Ledger) -> None:
-        """[2] The journal holds each change with its seq, kind, revision and exact record."""
+        """[2] Each entry has the seq, kind, revision and exact record of its change."""
         model = play(ledger.store)
         for store in ledger.twice():
             assert (store.head(), store.floor()) == (model.head, 1)
-            assert [facts_of(entry) for entry in journal_of(store)] == model.entries
+            assert [entry_fields(entry) for entry in journal_of(store)] == model.entries
 
     def test_entries_carry_their_commit(self, ledger: Ledger) -> None:
-        """[2] Entries have the time and id of their commit; ids of commits differ."""
+        """[2] Entries have the time and id of their commit, and commit ids are unique."""
         commits = [ledger.store.apply([make_put() for _ in range(size)]) for size in (1, 3, 2)]
         for store in ledger.twice():
             entries = {entry.seq: entry for entry in journal_of(store)}
@@ -91,10 +91,10 @@ class JournalContract(ContractBase):
                     assert entries[seq].commit_id == commit.commit_id
         named = [commit.commit_id for commit in commits if commit.commit_id]
         assert len(set(named)) == len(named)
-        assert len(named) in (0, len(commits)), "a store keeps commit ids always or never"
+        assert len(named) in (0, len(commits)), "some commits have a commit id, others have none"
 
     def test_changes_over_another_history(self, ledger: Ledger) -> None:
-        """[3] Changes that were made over a commit which the journal does not hold conflict.
+        """[3] Changes based on a commit that the journal does not hold are a conflict.
 
         The ledger may be a restored backup, in which the same revision is another record.
         """
@@ -104,7 +104,7 @@ class JournalContract(ContractBase):
             pytest.skip("the store keeps no commit ids")
         for store in ledger.twice():
             head = store.head()
-            for over in (
+            for base in (
                 Position(last.last_seq, first.commit_id),
                 Position(last.last_seq, "of another history"),
                 Position(first.first_seq, last.commit_id),
@@ -112,20 +112,20 @@ class JournalContract(ContractBase):
                 Position(head + 1000, "of another history"),
             ):
                 with pytest.raises(ConflictError):
-                    store.apply(ChangeSet([make_put()], over))
+                    store.apply(ChangeSet([make_put()], base))
             assert store.head() == head
-            for over in (
+            for base in (
                 Position(0),
                 Position(first.first_seq, first.commit_id),
                 Position(first.last_seq, first.commit_id),
                 Position(last.last_seq, last.commit_id),
                 Position(last.last_seq),
             ):
-                store.apply(ChangeSet([make_put()], over))
+                store.apply(ChangeSet([make_put()], base))
             assert store.head() == head + 5
 
     def test_changes_over_what_was_trimmed(self, ledger: Ledger) -> None:
-        """[3] Over the last entry before the floor changes apply, over earlier ones not."""
+        """[3] Changes based on the entry before the floor apply; earlier bases conflict."""
         seq = 0
         for store in ledger.twice():
             store.apply([make_put(), make_put()])
@@ -137,7 +137,7 @@ class JournalContract(ContractBase):
             assert commit.first_seq == seq + 1
 
     def test_times_never_go_back(self, ledger: Ledger) -> None:
-        """[2] The times of the journal are in order, whatever the clock did."""
+        """[2] The times in the journal do not decrease, whatever the clock does."""
         for store in ledger.twice():
             for step in (10, -7, 3, -(10**9), 0):
                 store.clock = lambda step=step: EPOCH_MS + step  # type: ignore[misc]
@@ -149,19 +149,19 @@ class JournalContract(ContractBase):
 
     @pytest.mark.parametrize("limit", [1, 2, 3, 7, 1000])
     def test_paging_reads_everything_once(self, ledger: Ledger, limit: int) -> None:
-        """[2] Reading on from the last seq, page by page, gives the whole journal in order."""
+        """[2] Reading page by page from the last seq returns each entry once, in order."""
         model = play(ledger.store)
         for store in ledger.twice():
-            after, seen = 0, []
+            after, entries = 0, []
             while page := store.read_journal(after, limit):
                 assert len(page) <= limit
                 assert len(page) == min(limit, model.head - after)
-                seen += [facts_of(entry) for entry in page]
+                entries += [entry_fields(entry) for entry in page]
                 after = page[-1].seq
-            assert seen == model.entries
+            assert entries == model.entries
 
     def test_reading_from_every_point(self, ledger: Ledger) -> None:
-        """[2] What comes after a seq is what was committed after it, inside a batch too."""
+        """[2] Reading after any seq, also within a batch, returns the entries that follow."""
         model = play(ledger.store)
         for store in ledger.twice():
             for after in range(model.head + 1):
@@ -169,14 +169,14 @@ class JournalContract(ContractBase):
                 assert seqs == list(range(after + 1, min(after + 5, model.head) + 1))
 
     def test_reading_beyond_the_head(self, ledger: Ledger) -> None:
-        """[2] Beyond the head there is nothing, and that is no error."""
+        """[2] Reading after the head returns no entries and raises nothing."""
         head = play(ledger.store).head
         for store in ledger.twice():
             for after in (head, head + 1, head + 1000, 2**53 - 1):
                 assert list(store.read_journal(after, 10)) == []
 
     def test_fold_gives_the_records_at_every_seq(self, ledger: Ledger) -> None:
-        """[5] For every seq from floor - 1: retained snapshot plus journal are the records."""
+        """[5] From floor - 1 on, snapshot plus journal give the records at every seq."""
         model = play(ledger.store)
         for store in ledger.twice():
             for seq, records in model.states.items():
@@ -198,7 +198,7 @@ class JournalContract(ContractBase):
                 assert (caught.value.after, caught.value.floor) == (after, head + 11)
 
     def test_what_was_saved_is_retained(self, ledger: Ledger) -> None:
-        """[5] After save, history begins with the snapshot that was saved."""
+        """[5] After save the saved snapshot is the start of history."""
         play(ledger.store)
         record = make_record()
         ledger.store.save_snapshot(Snapshot(100, {record.task_id: record}, EPOCH_MS))
@@ -212,7 +212,7 @@ class JournalContract(ContractBase):
                 assert dict(as_of(store, seq).records) == records
 
     def test_the_ones_before_the_floor_are_expired(self, ledger: Ledger) -> None:
-        """[2] A cursor before floor - 1 is told so; one at floor - 1 reads everything."""
+        """[2] Reading before floor - 1 raises CursorExpiredError; at floor - 1 it succeeds."""
         ledger.store.save_snapshot(Snapshot(5))
         model = play(ledger.store, Model(Snapshot(5)))
         for store in ledger.twice():
@@ -222,12 +222,12 @@ class JournalContract(ContractBase):
                     store.read_journal(after, 1000)
 
     def test_refused_batches_leave_no_entry(self, ledger: Ledger) -> None:
-        """[3] What was not committed is not in the journal."""
+        """[3] A batch that raises ConflictError leaves no entry in the journal."""
         model = play(ledger.store)
         with ledger.unchanged(), pytest.raises(ConflictError):
             ledger.store.apply([make_put(), Remove("absent", 2)])
         for store in ledger.twice():
-            assert [facts_of(entry) for entry in journal_of(store)] == model.entries
+            assert [entry_fields(entry) for entry in journal_of(store)] == model.entries
 
     def test_a_task_that_came_and_went(self, ledger: Ledger) -> None:
         """[2] A task created and deleted in one batch leaves both entries."""
@@ -240,7 +240,7 @@ class JournalContract(ContractBase):
             ]
 
     def test_entries_read_before_stay_as_they_were(self, ledger: Ledger) -> None:
-        """[10] A page that was read does not grow with the journal."""
+        """[10] A later commit does not change a page that was read."""
         play(ledger.store)
         for store in ledger.twice():
             page = store.read_journal(0, 1000)
@@ -252,7 +252,7 @@ class JournalContract(ContractBase):
 
     @needs(SupportsHistory)
     def test_history_of_one_task(self, ledger: Ledger) -> None:
-        """[7] One task's entries, oldest first, also of a deleted one; none of others."""
+        """[7] read_history returns one task's entries, oldest first, also after its deletion."""
         record = create(ledger.store, task_id="task")
         create(ledger.store, task_id="Task")
         record = update(ledger.store, record, label="a")
@@ -268,40 +268,40 @@ class JournalContract(ContractBase):
     # -- waiting ----------------------------------------------------------
 
     def test_wait_for_what_is_there(self, ledger: Ledger) -> None:
-        """[2] A head that is ahead already is not waited for."""
+        """[2] wait_for returns True at once if the head is already ahead."""
         head = play(ledger.store).head
         for store in ledger.twice():
-            started = time.monotonic()
-            assert store.wait_for(head - 1, PATIENCE_S) is True
+            start = time.monotonic()
+            assert store.wait_for(head - 1, TIMEOUT_S) is True
             assert store.wait_for(0, 0) is True
-            assert time.monotonic() - started < PATIENCE_S / 2
+            assert time.monotonic() - start < TIMEOUT_S / 2
 
     def test_wait_for_what_does_not_come(self, ledger: Ledger) -> None:
-        """[2] The answer is False once the time is over, and no sooner."""
+        """[2] Without a commit, wait_for returns False after the timeout and not earlier."""
         head = play(ledger.store).head
         for store in ledger.twice():
             assert store.wait_for(head, 0) is False
-            started = time.monotonic()
+            start = time.monotonic()
             assert store.wait_for(head, 0.2) is False
-            assert time.monotonic() - started >= 0.19
+            assert time.monotonic() - start >= 0.19
 
     def test_waiting_does_not_spin(self, ledger: Ledger) -> None:
-        """[2] Waiting costs no processor time to speak of, in whatever thread."""
+        """[2] A waiting store uses almost no CPU time, in any of its threads."""
         create(ledger.store)
         ledger.store.wait_for(1, 0.01)
 
-        def computed() -> float:
+        def cpu_time() -> float:
             used = time.process_time()
             assert ledger.store.wait_for(1, IDLE_S) is False
             return time.process_time() - used
 
-        # What else the process does, a garbage collection say, does not come three times.
-        allowed = IDLE_S * IDLE_SHARE
-        assert any(computed() <= allowed for _ in range(3)), f"over {allowed} s of {IDLE_S} s"
+        # Other work of the process, such as a garbage collection, disturbs at most two attempts.
+        allowed = IDLE_S * MAX_CPU_SHARE
+        assert any(cpu_time() <= allowed for _ in range(3)), f"over {allowed} s of {IDLE_S} s"
 
     @pytest.mark.parametrize("timeout", [10.0**9, 1e-3])
     def test_any_timeout(self, ledger: Ledger, timeout: float) -> None:
-        """[2] Waiting takes any time: a thousandth of a second, or thirty years."""
+        """[2] wait_for accepts any timeout, from a millisecond to thirty years."""
         record = create(ledger.store)
         assert ledger.store.wait_for(1, 1e-3) is False
         with meanwhile(lambda: ledger.store.wait_for(1, timeout)):
@@ -309,49 +309,49 @@ class JournalContract(ContractBase):
         assert ledger.store.wait_for(1, timeout) is True
 
     def test_everybody_who_waits_is_woken(self, ledger: Ledger) -> None:
-        """[2] Several threads wait, for different seqs: a commit wakes whom it concerns."""
+        """[2] A commit wakes every thread that waits for its seq, and no other."""
         store = ledger.store
         record = create(store)
         answers: Queue[int] = Queue()
 
         def wait(after: int) -> None:
-            assert store.wait_for(after, PATIENCE_S) is True
+            assert store.wait_for(after, TIMEOUT_S) is True
             answers.put(after)
 
         with ExitStack() as threads:
             for after in (1, 2, 1, 2, 1):
                 threads.enter_context(meanwhile(partial(wait, after)))
             time.sleep(0.02)
-            started = time.monotonic()
+            start = time.monotonic()
             record = update(store, record)
-            assert sorted(answers.get(timeout=PATIENCE_S) for _ in range(3)) == [1, 1, 1]
+            assert sorted(answers.get(timeout=TIMEOUT_S) for _ in range(3)) == [1, 1, 1]
             assert answers.empty()
             update(store, record)
-        assert time.monotonic() - started < PATIENCE_S / 2
+        assert time.monotonic() - start < TIMEOUT_S / 2
         assert sorted(answers.get_nowait() for _ in range(2)) == [2, 2]
 
     def test_closing_ends_the_wait(self, ledger: Ledger) -> None:
-        """[2] Who waits on a store that is closed is told, at once."""
+        """[2] Closing a store raises StoreClosedError in its waiting threads at once."""
         create(ledger.store)
         for store in ledger.twice():
-            started = time.monotonic()
-            told: list[StoreClosedError] = []
+            start = time.monotonic()
+            errors: list[StoreClosedError] = []
 
-            def wait(store: FullStore = store, told: list[StoreClosedError] = told) -> None:
+            def wait(store: FullStore = store, errors: list[StoreClosedError] = errors) -> None:
                 with pytest.raises(StoreClosedError) as caught:
-                    store.wait_for(1, PATIENCE_S)
-                told.append(caught.value)
+                    store.wait_for(1, TIMEOUT_S)
+                errors.append(caught.value)
 
             with meanwhile(wait), meanwhile(wait):
                 time.sleep(0.05)
                 store.close()
-            assert len(told) == 2
-            assert time.monotonic() - started < PATIENCE_S / 2
+            assert len(errors) == 2
+            assert time.monotonic() - start < TIMEOUT_S / 2
 
     def test_a_commit_ends_the_wait(self, ledger: Ledger) -> None:
-        """[2] A commit by another thread wakes who waits for it."""
+        """[2] A commit by another thread wakes a waiting thread."""
         record = create(ledger.store)
         for store in ledger.twice():
-            check_woken(store, partial(update, store, record))
+            check_commit_wakes(store, partial(update, store, record))
             record = store.load_snapshot().records[record.task_id]
         delete(ledger.store, record)

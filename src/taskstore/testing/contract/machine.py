@@ -1,8 +1,8 @@
-"""The model machine: a store against plain dicts, over long random lives.
+"""The model clause: a store against plain dicts, over random operations.
 
-Hypothesis draws the lives: creations, updates, conflicts, deletions,
-batches, saves, compactions, restarts and second instances in any order, and
-shrinks one that goes wrong to its shortest form.
+Hypothesis draws sequences of operations: creations, updates, conflicts, deletions,
+batches, saves, compactions, restarts and second instances in any order.  It
+shrinks a failing sequence to its shortest form.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from taskstore.store.interface import (
     TaskRegistryStore,
 )
 from taskstore.testing.contract.base import ContractBase, Ledger, as_of, journal_of
-from taskstore.testing.contract.journal import facts_of
+from taskstore.testing.contract.journal import entry_fields
 from taskstore.testing.factories import EPOCH_MS, Model, make_record, next_of
 from taskstore.testing.types import FullStore, OpenStore
 
 IDS = ("a", "A", "a ", "á", "b", "c", "d")
 RUNS = (None, None, "run", "Run")
 
-_ids = st.sampled_from(IDS)
+_task_ids = st.sampled_from(IDS)
 _runs = st.sampled_from(RUNS)
-_facts = st.fixed_dictionaries(
+_fields = st.fixed_dictionaries(
     {
         "label": st.sampled_from([None, "", "x", "é"]),
         "status": st.sampled_from(TaskStatus),
@@ -60,7 +60,7 @@ _policies = st.builds(
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """One life of a ledger.  ``open_store`` is what the fixture ``make_store`` returns."""
+    """A sequence of operations.  ``open_store`` is the value of the fixture ``make_store``."""
 
     open_store: ClassVar[OpenStore]
 
@@ -72,7 +72,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @property
     def store(self) -> FullStore:
-        """The instance whose turn it is."""
+        """The instance that the next operation uses."""
         return self.instances[0]
 
     def _open(self) -> FullStore:
@@ -81,7 +81,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        """Empty what the life before left, and go on from its head."""
+        """Remove the records of the previous sequence and continue from its head."""
         loaded = self.store.load_snapshot()
         if loaded.seq:
             loaded = Snapshot(loaded.seq + 1)
@@ -93,78 +93,78 @@ class StoreMachine(RuleBasedStateMachine):
     def _apply(self, *changes: Change) -> None:
         batch = list(changes)
         accepted = self.model.accepts(batch, remembers_deletions=self.journalled)
-        refusal: ConflictError | None = None
+        conflict_error: ConflictError | None = None
         try:
             commit = self.store.apply(batch)
         except ConflictError as conflict:
-            refusal = conflict
-        if refusal is not None:
-            assert not accepted, f"refused what applies: {refusal}"
+            conflict_error = conflict
+        if conflict_error is not None:
+            assert not accepted, f"the store refused a batch that applies: {conflict_error}"
             ids = {change.task_id for change in batch}
-            assert refusal.conflicts
-            assert all(item.task_id in ids for item in refusal.conflicts)
+            assert conflict_error.conflicts
+            assert all(item.task_id in ids for item in conflict_error.conflicts)
             return
-        assert accepted, "applied what conflicts"
+        assert accepted, "the store applied a batch that conflicts"
         first = self.model.head + 1
         self.model.commit(batch)
         assert (commit.first_seq, commit.last_seq) == (first, self.model.head)
 
-    def _change(self, task_id: str, run: str | None, facts: dict[str, Any]) -> Put:
+    def _change(self, task_id: str, run: str | None, fields: dict[str, Any]) -> Put:
         stored = self.model.records.get(task_id)
         if stored is not None:
-            return next_of(stored, **facts)
-        return Put(make_record(task_id=task_id, run_id=run, run_digest=run and "b" * 32, **facts))
+            return next_of(stored, **fields)
+        return Put(make_record(task_id=task_id, run_id=run, run_digest=run and "b" * 32, **fields))
 
-    @rule(task_id=_ids, run=_runs, facts=_facts)
-    def put(self, task_id: str, run: str | None, facts: dict[str, Any]) -> None:
+    @rule(task_id=_task_ids, run=_runs, fields=_fields)
+    def put(self, task_id: str, run: str | None, fields: dict[str, Any]) -> None:
         """Create or update a task."""
-        self._apply(self._change(task_id, run, facts))
+        self._apply(self._change(task_id, run, fields))
 
-    @rule(task_id=_ids, revision=st.integers(1, 5))
+    @rule(task_id=_task_ids, revision=st.integers(1, 5))
     def put_any_revision(self, task_id: str, revision: int) -> None:
-        """Store a revision that may or may not follow."""
+        """Store a revision that may conflict."""
         stored = self.model.records.get(task_id)
-        # A task keeps the run that it was created for, whatever else changes.
+        # A task keeps its dedup key in every revision.
         run, run_digest = (stored.run_id, stored.run_digest) if stored else (None, None)
         record = make_record(task_id=task_id, revision=revision, run_id=run, run_digest=run_digest)
         self._apply(Put(record))
 
-    @rule(task_id=_ids)
+    @rule(task_id=_task_ids)
     def remove(self, task_id: str) -> None:
-        """Delete a task, or what is not there."""
+        """Delete a task, which may not exist."""
         stored = self.model.records.get(task_id)
         self._apply(Remove(task_id, stored.revision + 1 if stored is not None else 2))
 
-    @rule(task_id=_ids, revision=st.integers(2, 5))
+    @rule(task_id=_task_ids, revision=st.integers(2, 5))
     def remove_any_revision(self, task_id: str, revision: int) -> None:
-        """Delete a revision that may or may not be there."""
+        """Delete a revision that may conflict."""
         self._apply(Remove(task_id, revision))
 
     @rule(
         steps=st.lists(
-            st.tuples(_ids, _runs, _facts, st.sampled_from(["put", "put", "put", "remove"])),
+            st.tuples(_task_ids, _runs, _fields, st.sampled_from(["put", "put", "put", "remove"])),
             min_size=2,
             max_size=6,
         )
     )
     def batch(self, steps: list[tuple[str, str | None, dict[str, Any], str]]) -> None:
-        """Apply several changes at once, each made to follow on the ones before it."""
+        """Apply several changes at once; each follows on the ones before it."""
         records: dict[str, TaskRecord | None] = dict(self.model.records)
         changes: list[Change] = []
-        for task_id, run, facts, verb in steps:
+        for task_id, run, fields, verb in steps:
             stored = records.get(task_id)
             if verb == "remove" and stored is not None:
                 changes.append(Remove(task_id, stored.revision + 1))
                 records[task_id] = None
                 continue
-            change = next_of(stored, **facts) if stored else self._change(task_id, run, facts)
+            change = next_of(stored, **fields) if stored else self._change(task_id, run, fields)
             changes.append(change)
             records[task_id] = change.record
         self._apply(*changes)
 
-    @rule(ahead=st.integers(-1, 3), kept=st.sets(_ids))
+    @rule(ahead=st.integers(-1, 3), kept=st.sets(_task_ids))
     def save(self, ahead: int, kept: set[str]) -> None:
-        """Replace everything by a part of it, ahead of the head or not."""
+        """Save a part of the records, at a seq before or after the head."""
         seq = max(self.model.head + ahead, 0)
         records = {key: record for key, record in self.model.records.items() if key in kept}
         snapshot = Snapshot(seq, records, EPOCH_MS)
@@ -179,7 +179,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(policy=_policies)
     def compact(self, policy: CompactionPolicy) -> None:
-        """Fold, and trim as far as the policy says."""
+        """Compact, and trim the model to the reported floor."""
         if isinstance(self.store, SupportsCompaction):
             report = self.store.compact(policy)
             assert self.model.floor <= report.floor <= self.model.head + 1
@@ -198,7 +198,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def second_instance(self) -> None:
-        """Go on with another instance, a new one at first, then in turns."""
+        """Switch to another instance; the first switch opens it."""
         if not self.journalled:
             return
         if len(self.instances) == 1:
@@ -214,7 +214,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_same_records(self) -> None:
-        """Every instance loads what the model holds."""
+        """Check that every instance loads the records of the model."""
         for store in self.instances:
             loaded = store.load_snapshot()
             assert (loaded.seq, dict(loaded.records)) == (
@@ -224,11 +224,11 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_same_journal(self) -> None:
-        """The journal is the model's, from the floor to the head."""
+        """Check the journal against the model, from the floor to the head."""
         if self.journalled:
             store = self.instances[-1]
             assert (store.head(), store.floor()) == (self.model.head, self.model.floor)
-            assert [facts_of(entry) for entry in journal_of(store)] == self.model.entries
+            assert [entry_fields(entry) for entry in journal_of(store)] == self.model.entries
             for seq in (self.model.floor - 1, self.model.head):
                 assert dict(as_of(store, seq).records) == self.model.states[seq]
 
@@ -247,7 +247,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(limit=st.none() | st.integers(1, 3), label=st.sampled_from([None, "", "x"]))
     def ask(self, limit: int | None, label: str | None) -> None:
-        """Query, and compare with what the query means."""
+        """Query the store and compare the page with ``evaluate()``."""
         if isinstance(self.store, SupportsQuery):
             query = TaskQuery(limit=limit, label=label)
             page = self.store.query(query)
@@ -256,7 +256,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def verify(self) -> None:
-        """Let the store check itself."""
+        """Check that ``verify`` finds no problem."""
         if isinstance(self.store, SupportsIntegrity):
             assert self.store.verify().problems == ()
 
@@ -269,22 +269,22 @@ MACHINE_SETTINGS = settings(
     phases=[Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
 )
-"""How long the clause runs: 25 lives of up to 25 rules each."""
+"""The length of the clause: 25 sequences of up to 25 operations."""
 
 
 def run_store_machine(open_store: OpenStore, *, settings: settings = MACHINE_SETTINGS) -> None:
     """Run the machine on a store, with settings of Hypothesis.
 
-    Everything happens in the one storage that ``open_store`` opens; each
-    life begins by emptying it.
+    All sequences use the storage that ``open_store`` opens; each sequence
+    first removes all records.
     """
     machine = type("StoreMachine", (StoreMachine,), {"open_store": staticmethod(open_store)})
     run_state_machine_as_test(machine, settings=settings)
 
 
 class ModelContract(ContractBase):
-    """The machine as a clause."""
+    """The model machine as a clause."""
 
     def test_many_random_lives(self, ledger: Ledger) -> None:
-        """[5] Whatever happens in whatever order, the store and the model agree."""
+        """[5] After any sequence of operations the store equals the model."""
         run_store_machine(ledger.open_store)

@@ -1,4 +1,4 @@
-"""Processes: writers that share nothing but the storage never disagree."""
+"""Processes clauses: several processes on one storage."""
 
 from __future__ import annotations
 
@@ -15,148 +15,148 @@ from taskstore.model.records import TaskRecord
 from taskstore.registry.registry import TaskRegistry
 from taskstore.store.interface import SupportsJournal
 from taskstore.testing.contract.base import ContractBase, Ledger
-from taskstore.testing.contract.shared import check_history, count_up
-from taskstore.testing.crash.processes import Dawdle, Report, Work, together
+from taskstore.testing.contract.shared import check_journal, increment
+from taskstore.testing.crash.processes import RandomPauses, Report, Work, run_processes
 from taskstore.testing.factories import create, make_record
-from taskstore.testing.threads import PATIENCE_S, patiently
+from taskstore.testing.threads import TIMEOUT_S, retry_while_busy
 
 PROCESSES = 4
-TURNS = 10
+COMMITS = 10
 RUNS = 8
 
 
 class ProcessesContract(ContractBase):
-    """Several processes on one storage, each with an instance of its own."""
+    """Several processes on one storage, each with its own instance."""
 
     level: ClassVar[str] = "shared"
     abilities: ClassVar[tuple[type, ...]] = (SupportsJournal,)
     promise: ClassVar[str | None] = "processes"
 
     @pytest.fixture(autouse=True)
-    def _forks(self) -> None:
+    def _require_fork(self) -> None:
         if not hasattr(os, "fork"):
             pytest.skip("this platform cannot fork")
 
     def test_processes_open_new_storage_all_do(self, ledger: Ledger) -> None:
-        """[2] Whoever comes first sets it up; everybody gets in, and no seq is given twice."""
+        """[2] Several processes open new storage at once; all succeed and no seq repeats."""
 
         def work(report: Report) -> None:
             with ledger.open_store() as store:
-                for _ in range(TURNS):
+                for _ in range(COMMITS):
                     record = make_record()
-                    patiently(partial(store.apply, [Put(record)]))
+                    retry_while_busy(partial(store.apply, [Put(record)]))
                     report(record.task_id)
 
-        told = _all_do(ledger, work)
+        reported = _run_in_all(ledger, work)
         for store in ledger.twice():
-            assert len(told) == PROCESSES * TURNS
-            assert set(store.load_snapshot().records) == set(told)
-            check_history(store)
+            assert len(reported) == PROCESSES * COMMITS
+            assert set(store.load_snapshot().records) == set(reported)
+            check_journal(store)
 
     def test_processes_lose_no_update(self, ledger: Ledger) -> None:
-        """[3] Who changes what another has changed meanwhile is told, whatever the process."""
+        """[3] Concurrent updates of one task by several processes lose no update."""
         shared = [create(ledger.store, label=str(number)) for number in range(2)]
 
         def work(report: Report) -> None:
-            with ledger.open_store() as store, Dawdle():
+            with ledger.open_store() as store, RandomPauses():
                 for record in shared:
-                    count_up(store, record.task_id, TURNS)  # type: ignore[arg-type]
+                    increment(store, record.task_id, COMMITS)  # type: ignore[arg-type]
             report("done")
 
-        assert _all_do(ledger, work) == ["done"] * PROCESSES
+        assert _run_in_all(ledger, work) == ["done"] * PROCESSES
         for store in ledger.twice():
             records = store.load_snapshot().records
             for record in shared:
-                assert records[record.task_id].revision == 1 + PROCESSES * TURNS
-            assert len(records) == len(shared) * (1 + PROCESSES * TURNS)
-            check_history(store)
+                assert records[record.task_id].revision == 1 + PROCESSES * COMMITS
+            assert len(records) == len(shared) * (1 + PROCESSES * COMMITS)
+            check_journal(store)
 
     def test_processes_book_a_run_once(self, ledger: Ledger) -> None:
-        """[3] The same run created by several processes is one task, and all get that."""
+        """[3] Several processes create the same run; all get the same single task."""
         ledger.close()
-        # Who began later would know from the start what the others have booked.
-        opened = multiprocessing.get_context("fork").Barrier(PROCESSES)
+        # A process that opened later would load the tasks that the others created.
+        all_open = multiprocessing.get_context("fork").Barrier(PROCESSES)
 
         def work(report: Report) -> None:
-            with ledger.open_store() as store, Dawdle():
+            with ledger.open_store() as store, RandomPauses():
                 registry = TaskRegistry(store)
-                opened.wait(PATIENCE_S)
+                all_open.wait(TIMEOUT_S)
                 for number in range(RUNS):
-                    task = _booked(registry, f"run {number}")
+                    task = _create_run(registry, f"run {number}")
                     report(f"{number} {task.task_id}")
 
-        told = set(_all_do(ledger, work))
-        assert len(told) == RUNS
+        reported = set(_run_in_all(ledger, work))
+        assert len(reported) == RUNS
         for store in ledger.twice():
             assert len(store.load_snapshot().records) == RUNS
-            check_history(store)
+            check_journal(store)
 
     def test_a_reading_process_sees_no_gap(self, ledger: Ledger) -> None:
-        """[2] Who sees seq n has seen everything before it, while others write."""
+        """[2] A process that reads seq n can read every earlier seq while others write."""
         ledger.close()
 
         def write(report: Report) -> None:
             with ledger.open_store() as store:
-                for _ in range(3 * TURNS):
-                    patiently(lambda: store.apply([Put(make_record()), Put(make_record())]))
+                for _ in range(3 * COMMITS):
+                    retry_while_busy(lambda: store.apply([Put(make_record()), Put(make_record())]))
             report("wrote")
 
         def read(report: Report) -> None:
-            seen, wanted = 0, 3 * TURNS * 2 * 2
+            last_seq, final_seq = 0, 3 * COMMITS * 2 * 2
             with ledger.open_store(read_only=True) as store:
                 assert isinstance(store, SupportsJournal)
-                while seen < wanted:
-                    for entry in store.read_journal(seen, 7):
-                        assert entry.seq == seen + 1, f"seq {entry.seq} came after {seen}"
-                        seen = entry.seq
-                    store.wait_for(seen, 0.05)
+                while last_seq < final_seq:
+                    for entry in store.read_journal(last_seq, 7):
+                        assert entry.seq == last_seq + 1, f"seq {entry.seq} follows seq {last_seq}"
+                        last_seq = entry.seq
+                    store.wait_for(last_seq, 0.05)
             report("read")
 
         with ledger.open_store():
-            pass  # so that the reader finds something to open
-        assert together([write, write, read]) == [["wrote"], ["wrote"], ["read"]]
+            pass  # creates the storage that the reader opens
+        assert run_processes([write, write, read]) == [["wrote"], ["wrote"], ["read"]]
 
     def test_another_process_ends_the_wait(self, ledger: Ledger) -> None:
-        """[2] What another process commits wakes who waits for it, whenever that is."""
+        """[2] A commit by another process wakes a waiting process."""
         ledger.close()
 
         def write(report: Report) -> None:
             with ledger.open_store() as store:
-                for turn in range(3 * TURNS):
-                    time.sleep(turn % 5 * 0.003)
-                    patiently(lambda: store.apply([Put(make_record())]))
+                for number in range(3 * COMMITS):
+                    time.sleep(number % 5 * 0.003)
+                    retry_while_busy(lambda: store.apply([Put(make_record())]))
             report("wrote")
 
         def wait(report: Report) -> None:
-            seen = 0
+            last_seq = 0
             with ledger.open_store(read_only=True) as store:
                 assert isinstance(store, SupportsJournal)
-                while seen < 3 * TURNS:
-                    started = time.monotonic()
-                    assert store.wait_for(seen, PATIENCE_S), f"after seq {seen}"
-                    assert time.monotonic() - started < PATIENCE_S / 2, f"late after seq {seen}"
+                while last_seq < 3 * COMMITS:
+                    start = time.monotonic()
+                    assert store.wait_for(last_seq, TIMEOUT_S), f"after seq {last_seq}"
+                    assert time.monotonic() - start < TIMEOUT_S / 2, f"late after seq {last_seq}"
                     head = store.head()
-                    assert head > seen
-                    seen = head
-            report("heard")
+                    assert head > last_seq
+                    last_seq = head
+            report("woken")
 
         with ledger.open_store():
-            pass  # so that the one who waits finds something to open
-        assert together([write, wait]) == [["wrote"], ["heard"]]
+            pass  # creates the storage that the waiting process opens
+        assert run_processes([write, wait]) == [["wrote"], ["woken"]]
 
 
-def _all_do(ledger: Ledger, work: Work) -> list[str]:
-    """Do the same in several processes at once; everything that they told."""
+def _run_in_all(ledger: Ledger, work: Work) -> list[str]:
+    """Run the same work in several processes at once; return all reported lines."""
     ledger.close()
-    return [line for told in together([work] * PROCESSES) for line in told]
+    return [line for reported in run_processes([work] * PROCESSES) for line in reported]
 
 
-def _booked(registry: TaskRegistry, run_id: str) -> TaskRecord:
-    """Create the task of a run, or get the one that another made first."""
-    made: list[TaskRecord] = []
+def _create_run(registry: TaskRegistry, run_id: str) -> TaskRecord:
+    """Create the task of a run, or return the task that another process created."""
+    tasks: list[TaskRecord] = []
 
-    def book() -> None:
-        made.append(registry.create(runtime="cli", task="the same", run_id=run_id))
+    def create_task() -> None:
+        tasks.append(registry.create(runtime="cli", task="the same", run_id=run_id))
 
-    patiently(book)
-    return made[0]
+    retry_while_busy(create_task)
+    return tasks[0]

@@ -1,4 +1,4 @@
-"""Shared: several instances on one storage, in several threads, never disagree."""
+"""Shared clauses: several instances on one storage, in several threads."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from taskstore.store.interface import (
     SupportsQuery,
 )
 from taskstore.testing.contract.base import ContractBase, Ledger, journal_of, needs
-from taskstore.testing.contract.compaction import TRIM, agrees
-from taskstore.testing.contract.journal import check_woken
+from taskstore.testing.contract.compaction import TRIM, check_against_model
+from taskstore.testing.contract.journal import check_commit_wakes
 from taskstore.testing.factories import (
     EPOCH_MS,
     Model,
@@ -35,47 +35,47 @@ from taskstore.testing.factories import (
     removal_of,
     update,
 )
-from taskstore.testing.threads import PATIENCE_S, meanwhile, patiently, run_together
+from taskstore.testing.threads import TIMEOUT_S, meanwhile, retry_while_busy, run_together
 from taskstore.testing.types import FullStore
 
 THREADS = 4
 TURNS = 40
 COMMITS = 12
-"""How many commits each thread makes: enough to collide, few enough for a slow disk."""
+"""The commits of each thread: enough for conflicts, few enough for a slow disk."""
 
 
-def count_up(store: FullStore, task_id: str, times: int) -> None:
-    """Raise a task's revision, over and over, and create a task each time."""
+def increment(store: FullStore, task_id: str, times: int) -> None:
+    """Update a task ``times`` times; each commit also creates a task."""
     done = 0
     while done < times:
         record = store.load_snapshot().records[task_id]
         try:
-            patiently(partial(store.apply, [next_of(record), make_put()]))
+            retry_while_busy(partial(store.apply, [next_of(record), make_put()]))
         except ConflictError:
             continue
         done += 1
 
 
-def check_history(store: FullStore, base: Snapshot | None = None) -> None:
-    """Check the journal from one end to the other, and what follows from it [2] [5]."""
+def check_journal(store: FullStore, base: Snapshot | None = None) -> None:
+    """Check that the journal is contiguous and folds to the current records [2] [5]."""
     entries = journal_of(store)
-    start = base if base is not None else Snapshot(0)
-    assert [entry.seq for entry in entries] == list(range(start.seq + 1, store.head() + 1))
-    revisions = {task_id: record.revision for task_id, record in start.records.items()}
+    base = base if base is not None else Snapshot(0)
+    assert [entry.seq for entry in entries] == list(range(base.seq + 1, store.head() + 1))
+    revisions = {task_id: record.revision for task_id, record in base.records.items()}
     for entry in entries:
         assert entry.revision == revisions.get(entry.task_id, 0) + 1
         revisions[entry.task_id] = entry.revision
-    assert dict(fold(start, entries).records) == dict(store.load_snapshot().records)
+    assert dict(fold(base, entries).records) == dict(store.load_snapshot().records)
 
 
 class SharedContract(ContractBase):
-    """Several instances: without a journal a store is single-process and says so."""
+    """Several instances; a store without a journal serves one process and skips these."""
 
     level = "shared"
     abilities: ClassVar[tuple[type, ...]] = (SupportsJournal,)
 
     def test_each_sees_what_the_other_wrote(self, ledger: Ledger) -> None:
-        """[2] Two instances take turns; each sees all commits of both at once."""
+        """[2] Two instances commit in turn; each sees every commit of both at once."""
         one, two = ledger.store, ledger.open()
         model = Model()
         for writer, reader in ((one, two), (two, one)) * 2:
@@ -86,10 +86,10 @@ class SharedContract(ContractBase):
                 assert store.head() == model.head
                 assert len(journal_of(store)) == len(model.entries)
         for store in ledger.twice():
-            agrees(store, model)
+            check_against_model(store, model)
 
     def test_revisions_are_compared_across_instances(self, ledger: Ledger) -> None:
-        """[3] What the other instance changed cannot be overwritten unseen."""
+        """[3] A stale update conflicts if the other instance changed the task."""
         one, two = ledger.store, ledger.open()
         record = create(one)
         newer = update(two, record, label="two")
@@ -100,7 +100,7 @@ class SharedContract(ContractBase):
             newer = update((ledger.store, ledger.open())[turn % 2], newer, label=f"{turn}")
         for store in ledger.twice():
             assert store.load_snapshot().records[record.task_id] == newer
-            check_history(store)
+            check_journal(store)
 
     def test_deletions_hold_across_instances(self, ledger: Ledger) -> None:
         """[3] A task that the other instance deleted stays deleted."""
@@ -114,25 +114,25 @@ class SharedContract(ContractBase):
                 Conflict("gone", change.revision - 1, 0, deleted=True),
             )
         for store in ledger.twice():
-            check_history(store)
+            check_journal(store)
 
     def test_bookings_hold_across_instances(self, ledger: Ledger) -> None:
-        """[3] A run that the other instance booked is answered with its task."""
+        """[3] A dedup key that the other instance took conflicts and names its task."""
         one, two = ledger.store, ledger.open()
-        holder = create(one, run_id="run-1")
+        existing = create(one, run_id="run-1")
         for store in (two, one):
             with pytest.raises(ConflictError) as caught:
                 create(store, run_id="run-1")
-            assert caught.value.conflicts[0].existing_task_id == holder.task_id
-        delete(two, holder)
+            assert caught.value.conflicts[0].existing_task_id == existing.task_id
+        delete(two, existing)
         create(one, run_id="run-1")
         with pytest.raises(ConflictError):
             create(two, run_id="run-1")
         for store in ledger.twice():
-            check_history(store)
+            check_journal(store)
 
     def test_times_do_not_go_back_across_instances(self, ledger: Ledger) -> None:
-        """[2] A clock that is behind the other instance's does not take the journal back."""
+        """[2] Commit times do not decrease if one instance's clock is behind."""
         one, two = ledger.store, ledger.open()
         one.clock, two.clock = lambda: EPOCH_MS, lambda: EPOCH_MS - 60_000
         assert one.apply([make_put()]).at == EPOCH_MS
@@ -141,7 +141,7 @@ class SharedContract(ContractBase):
             assert [entry.at for entry in journal_of(store)] == [EPOCH_MS, EPOCH_MS]
 
     def test_a_saved_snapshot_reaches_the_other(self, ledger: Ledger) -> None:
-        """[2] What one instance replaced, the other one does not go on from."""
+        """[2] A snapshot saved by one instance replaces what the other instance reads."""
         one, two = ledger.store, ledger.open()
         model = play(one)
         record = make_record()
@@ -158,21 +158,21 @@ class SharedContract(ContractBase):
 
     @needs(SupportsCompaction)
     def test_a_compaction_reaches_the_other(self, ledger: Ledger) -> None:
-        """[7] What one instance trimmed is expired for the other, and nothing else changes."""
+        """[7] Entries that one instance trimmed are expired for the other; nothing else changes."""
         one, two = ledger.store, ledger.open()
         model = play(one)
         two.read_journal(0, 10)
         model.trim(one.compact(TRIM).floor)
-        agrees(two, model)
+        check_against_model(two, model)
         play(two, model)
-        agrees(one, model)
+        check_against_model(one, model)
         model.trim(two.compact(TRIM).floor)
-        agrees(one, model)
+        check_against_model(one, model)
         for store in ledger.twice():
-            agrees(store, model)
+            check_against_model(store, model)
 
     def test_closing_one_leaves_the_other(self, ledger: Ledger) -> None:
-        """[4] An instance that closes takes nothing away from the others."""
+        """[4] Closing one instance does not affect the others."""
         one, two, three = ledger.store, ledger.open(), ledger.open(read_only=True)
         record = create(one)
         two.close()
@@ -183,7 +183,7 @@ class SharedContract(ContractBase):
             assert store.load_snapshot().records[record.task_id] == record
 
     def test_a_reader_follows_the_writer(self, ledger: Ledger) -> None:
-        """[13] An instance opened read-only sees each later commit."""
+        """[13] An instance opened read-only sees every later commit."""
         record = create(ledger.store)
         reader = ledger.open(read_only=True)
         for seq in range(2, 5):
@@ -195,61 +195,61 @@ class SharedContract(ContractBase):
             assert store.head() == seq
 
     def test_waiting_for_the_other(self, ledger: Ledger) -> None:
-        """[2] A commit of one instance ends the wait of another."""
+        """[2] A commit by one instance wakes a thread that waits on another."""
         record = create(ledger.store)
         for other in (ledger.open(), ledger.open(read_only=True)):
-            check_woken(other, partial(update, ledger.store, record))
+            check_commit_wakes(other, partial(update, ledger.store, record))
             record = ledger.store.load_snapshot().records[record.task_id]
         for store in ledger.twice():
             assert store.load_snapshot().records[record.task_id].revision == 3
 
     def test_no_commit_is_missed(self, ledger: Ledger) -> None:
-        """[2] A commit right before, in, or after the moment in which somebody begins to wait."""
+        """[2] wait_for sees a commit just before, during or after the start of the wait."""
         waiting, writing = ledger.open(), ledger.open()
         record = create(ledger.store)
-        started = time.monotonic()
+        start = time.monotonic()
         gate = threading.Semaphore(0)
 
         def write() -> None:
             newest = record
             for turn in range(TURNS):
-                assert gate.acquire(timeout=PATIENCE_S)
+                assert gate.acquire(timeout=TIMEOUT_S)
                 time.sleep(turn % 10 * 0.0003)
                 newest = update(writing, newest)
 
         with meanwhile(write):
             for seq in range(2, 2 + TURNS):
                 gate.release()
-                assert waiting.wait_for(seq - 1, PATIENCE_S) is True, f"seq {seq} was missed"
-        assert time.monotonic() - started < PATIENCE_S / 2
+                assert waiting.wait_for(seq - 1, TIMEOUT_S) is True, f"wait_for missed seq {seq}"
+        assert time.monotonic() - start < TIMEOUT_S / 2
         for store in ledger.twice():
             assert store.head() == 1 + TURNS
 
     # -- threads ----------------------------------------------------------
 
     def test_no_update_is_lost(self, ledger: Ledger) -> None:
-        """[3] Instances that count on one task in parallel lose none of their counts."""
+        """[3] Concurrent updates of one task by several instances lose no update."""
         create(ledger.store, task_id="counter")
         stores = [ledger.open() for _ in range(THREADS)]
-        run_together(*(lambda store=store: count_up(store, "counter", COMMITS) for store in stores))
+        run_together(*(partial(increment, store, "counter", COMMITS) for store in stores))
         for store in ledger.twice():
             assert store.load_snapshot().records["counter"].revision == 1 + THREADS * COMMITS
-            check_history(store)
+            check_journal(store)
 
     def test_no_seq_is_given_twice(self, ledger: Ledger) -> None:
-        """[2] Commits of parallel instances get ranges of their own, without a gap."""
+        """[2] Concurrent commits get separate, contiguous ranges of seqs."""
         commits: list[Commit] = []
 
         def write(store: FullStore) -> None:
             for size in range(COMMITS):
                 changes = [make_put() for _ in range(1 + size % 3)]
-                patiently(lambda changes=changes: commits.append(store.apply(changes)))  # type: ignore[misc]
+                retry_while_busy(lambda changes=changes: commits.append(store.apply(changes)))  # type: ignore[misc]
 
         run_together(*(partial(write, ledger.open()) for _ in range(THREADS)))
         seqs = [seq for c in commits for seq in range(c.first_seq, c.last_seq + 1)]
         assert sorted(seqs) == list(range(1, len(seqs) + 1))
         for store in ledger.twice():
-            check_history(store)
+            check_journal(store)
             assert store.head() == len(seqs)
             entries = {entry.seq: entry for entry in journal_of(store)}
             for commit in commits:
@@ -257,75 +257,75 @@ class SharedContract(ContractBase):
                 assert entries[commit.first_seq].at == commit.at
 
     def test_one_of_many_gets_the_booking(self, ledger: Ledger) -> None:
-        """[3] When all book the same run at once, one does, and the others learn which."""
+        """[3] Of several concurrent creations of a run one succeeds; conflicts name its task."""
         for attempt in range(3):
-            made: list[str] = []
-            told: list[str | None] = []
+            created: list[str] = []
+            reported: list[str | None] = []
 
-            def book(
+            def create_run(
                 store: FullStore,
                 change: Put,
-                made: list[str] = made,
-                told: list[str | None] = told,
+                created: list[str] = created,
+                reported: list[str | None] = reported,
             ) -> None:
                 try:
-                    patiently(lambda: store.apply([change]))
+                    retry_while_busy(lambda: store.apply([change]))
                 except ConflictError as conflict:
-                    told.append(conflict.conflicts[0].existing_task_id)
+                    reported.append(conflict.conflicts[0].existing_task_id)
                 else:
-                    made.append(change.task_id)
+                    created.append(change.task_id)
 
             run_together(
                 *(
-                    partial(book, ledger.open(), make_put(run_id=f"run-{attempt}"))
+                    partial(create_run, ledger.open(), make_put(run_id=f"run-{attempt}"))
                     for _ in range(THREADS)
                 )
             )
-            assert len(made) == 1
-            assert told == made * (THREADS - 1)
+            assert len(created) == 1
+            assert reported == created * (THREADS - 1)
         for store in ledger.twice():
-            check_history(store)
+            check_journal(store)
 
     def test_readers_see_no_gap(self, ledger: Ledger) -> None:
-        """[2] Who sees head n can read every entry up to n, while a writer goes on."""
+        """[2] A reader that sees head n can read every entry up to n while others write."""
         self._read_while_writing(ledger, _read_journal)
 
     def test_loading_is_one_moment(self, ledger: Ledger) -> None:
-        """[5] Head and records of a load belong together, while a writer goes on."""
+        """[5] A load returns the head and the records of one seq while others write."""
         loaded: list[Snapshot] = []
         self._read_while_writing(ledger, lambda store: loaded.append(store.load_snapshot()))
         for store in ledger.twice():
             entries = journal_of(store)
             for snapshot in {snapshot.seq: snapshot for snapshot in loaded}.values():
-                right = fold(Snapshot(0), entries[: snapshot.seq])
-                assert dict(snapshot.records) == dict(right.records), f"at seq {snapshot.seq}"
+                expected = fold(Snapshot(0), entries[: snapshot.seq])
+                assert dict(snapshot.records) == dict(expected.records), f"at seq {snapshot.seq}"
 
     @needs(SupportsQuery)
     def test_a_page_is_one_moment(self, ledger: Ledger) -> None:
-        """[5] A page holds what was true at its seq, while a writer goes on."""
-        seen: list[tuple[int, dict[str, TaskRecord]]] = []
+        """[5] A page contains the records of its seq while others write."""
+        pages: list[tuple[int, dict[str, TaskRecord]]] = []
 
         def read(store: FullStore) -> None:
             page = store.query(TaskQuery())
-            seen.append((page.seq, {record.task_id: record for record in page}))
+            pages.append((page.seq, {record.task_id: record for record in page}))
 
         self._read_while_writing(ledger, read)
         for store in ledger.twice():
             entries = journal_of(store)
-            for seq, records in dict(seen).items():
+            for seq, records in dict(pages).items():
                 assert records == dict(fold(Snapshot(0), entries[:seq]).records), f"at seq {seq}"
 
     @needs(SupportsCompaction, SupportsIntegrity)
     def test_compacting_while_writing(self, ledger: Ledger) -> None:
-        """[7] Compaction runs beside writers and readers, and nobody notices."""
+        """[7] Compaction during writes and reads changes no answer."""
         create(ledger.store, task_id="counter")
         writers = [ledger.open() for _ in range(2)]
-        keeper, reader = ledger.open(), ledger.open()
+        compactor, reader = ledger.open(), ledger.open()
         done = threading.Event()
 
         def compact() -> None:
             while not done.is_set():
-                patiently(lambda: keeper.compact(TRIM))
+                retry_while_busy(lambda: compactor.compact(TRIM))
 
         def read() -> None:
             while not done.is_set():
@@ -335,7 +335,7 @@ class SharedContract(ContractBase):
 
         def write() -> None:
             try:
-                run_together(*(partial(count_up, store, "counter", COMMITS) for store in writers))
+                run_together(*(partial(increment, store, "counter", COMMITS) for store in writers))
             finally:
                 done.set()
 
@@ -345,10 +345,10 @@ class SharedContract(ContractBase):
             assert store.load_snapshot().records["counter"].revision == 1 + 2 * COMMITS
             assert store.verify().problems == ()
             base = store.read_snapshot(store.floor() - 1)
-            check_history(store, base)
+            check_journal(store, base)
 
     def _read_while_writing(self, ledger: Ledger, read: Callable[[FullStore], object]) -> None:
-        """Let one instance write while two more read, one of them from two threads."""
+        """Commit on one instance while three threads read on two instances."""
         writer, other = ledger.store, ledger.open()
         done = threading.Event()
 
@@ -364,16 +364,16 @@ class SharedContract(ContractBase):
             finally:
                 done.set()
 
-        def keep_reading(store: FullStore) -> None:
+        def read_repeatedly(store: FullStore) -> None:
             while not done.is_set():
                 read(store)
             read(store)
 
         run_together(
             write,
-            lambda: keep_reading(other),
-            lambda: keep_reading(other),
-            lambda: keep_reading(writer),
+            lambda: read_repeatedly(other),
+            lambda: read_repeatedly(other),
+            lambda: read_repeatedly(writer),
         )
 
 

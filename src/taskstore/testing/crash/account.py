@@ -1,8 +1,8 @@
-"""The account: whether what writers were told is what the ledger holds.
+"""The ledger check: acknowledged changes compared with the journal.
 
-A writer that changes tasks which others change too notes what it was told.
-:func:`problems_of` then goes through the journal: each change has to be there
-once, at the revision that was told, having changed what it said and nothing else.
+Several writers change the same tasks and record each acknowledged change.
+:func:`check_ledger` then reads the journal.  Each change must be there once, at the
+acknowledged revision, and must have changed its own field and nothing else.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from taskstore.testing.types import FullStore
 PAGE_ENTRIES = 1000
 
 
-class Change(Struct, frozen=True):
-    """A change that was acknowledged: the ``count``-th of ``writer``.
+class AcknowledgedChange(Struct, frozen=True):
+    """An acknowledged change: the ``count``-th change of ``writer``.
 
-    It is the task's new progress summary, or else a member of its metadata.
+    If ``progress`` is true, it set the progress summary, otherwise a metadata member.
     """
 
     task_id: str
@@ -31,73 +31,73 @@ class Change(Struct, frozen=True):
     progress: bool
 
 
-def problems_of(
+def check_ledger(
     store: FullStore,
-    start: int,
+    after: int,
     task_ids: Sequence[str],
-    changes: Iterable[Change],
-    mirrors: Iterable[Mapping[str, int]] = (),
+    changes: Iterable[AcknowledgedChange],
+    caches: Iterable[Mapping[str, int]] = (),
 ) -> list[str]:
-    """Compare acknowledged changes with the journal after seq ``start``; returns what is wrong.
+    """Compare acknowledged changes with the journal after seq ``after``; return the problems.
 
-    The tasks were created there, and nothing but ``changes`` happened to
-    them.  ``mirrors`` are revisions by task id, as processes see them.
+    The tasks were created after that seq and changed by ``changes`` only.  ``caches``
+    are the revisions by task id in the record caches of processes.
     """
     problems: list[str] = []
-    acknowledged: dict[tuple[str, int], Change | None] = {}
+    acknowledged: dict[tuple[str, int], AcknowledgedChange | None] = {}
     for change in changes:
         other = acknowledged.setdefault((change.task_id, change.revision), change)
         if other is not change:
-            problems.append(f"{other} and {change} got the same revision")
-    last: dict[str, TaskRecord] = {}
-    for entry in _journal(store, start, problems):
+            problems.append(f"{other} and {change} were acknowledged with the same revision")
+    newest: dict[str, TaskRecord] = {}
+    for entry in _journal(store, after, problems):
         if entry.task_id in task_ids:
-            told = acknowledged.pop((entry.task_id, entry.revision), None)
-            problems += _entry_problems(entry, last.get(entry.task_id), told)
+            expected = acknowledged.pop((entry.task_id, entry.revision), None)
+            problems += _check_entry(entry, newest.get(entry.task_id), expected)
             if entry.record is not None:
-                last[entry.task_id] = entry.record
+                newest[entry.task_id] = entry.record
     problems += [f"{change} is not in the journal" for change in acknowledged.values()]
     current = store.load_snapshot().records
     for task_id in task_ids:
-        if current.get(task_id) != last.get(task_id):
+        if current.get(task_id) != newest.get(task_id):
             problems.append(f"{task_id}: the record is not the last one in the journal")
-    revisions = {task_id: last[task_id].revision for task_id in task_ids if task_id in last}
+    revisions = {task_id: newest[task_id].revision for task_id in task_ids if task_id in newest}
     problems += [
-        f"a mirror has {mirror}, the journal {revisions}"
-        for mirror in mirrors
-        if mirror != revisions
+        f"a record cache has {cache}, the journal has {revisions}"
+        for cache in caches
+        if cache != revisions
     ]
     return problems
 
 
-def _journal(store: FullStore, start: int, problems: list[str]) -> Iterator[JournalEntry]:
-    seq = start
+def _journal(store: FullStore, after: int, problems: list[str]) -> Iterator[JournalEntry]:
+    seq = after
     while entries := store.read_journal(seq, PAGE_ENTRIES):
         for entry in entries:
             if entry.seq != seq + 1:
-                problems.append(f"seq {entry.seq} comes after {seq}")
+                problems.append(f"seq {entry.seq} follows seq {seq}")
             seq = entry.seq
             yield entry
 
 
-def _entry_problems(
-    entry: JournalEntry, before: TaskRecord | None, change: Change | None
+def _check_entry(
+    entry: JournalEntry, before: TaskRecord | None, change: AcknowledgedChange | None
 ) -> list[str]:
-    """What is wrong with an entry, after the one before it of the same task."""
-    where, record = f"{entry.task_id} at revision {entry.revision}", entry.record
+    """Return the problems of an entry, given the previous record of its task."""
+    label, record = f"{entry.task_id} at revision {entry.revision}", entry.record
     if entry.revision != (1 if before is None else before.revision + 1):
-        return [f"{where} comes after {before and before.revision}"]
+        return [f"{label} follows revision {before and before.revision}"]
     if before is None:
         return []
     if change is None:
-        return [f"{where} was acknowledged to nobody"]
+        return [f"{label} was not acknowledged"]
     if record is None:
-        return [f"{where} is gone"]
+        return [f"{label} has no record"]
     progress, metadata = before.progress_summary, before.metadata
     if change.progress:
         progress = f"{change.writer} {change.count}"
     else:
         metadata[change.writer] = change.count
     if (record.progress_summary, record.metadata) != (progress, metadata):
-        return [f"{where} is not what {change} makes of the one before: {record}"]
+        return [f"{label} is not the previous record with {change} applied: {record}"]
     return []

@@ -1,17 +1,17 @@
-"""Several processes hammering a few tasks of one ledger, and the account of what came of it.
+"""A stress test: several processes change the same few tasks of one ledger.
 
 ::
 
     python -m taskstore.testing.crash.hammer URL [--processes 4 --tasks 5 --changes 500]
 
-Each process has a registry of its own and changes the same tasks, progress
-and metadata in turn, each change telling who made it and the how-manieth it
-is.  Rounds of one process alone and of all at once take turns, so that both
-are measured on the same machine in the same minutes.  Afterwards
-:mod:`taskstore.testing.crash.account` compares what each caller was told with the
-journal, with the records and with every process's mirror.
+Each process has its own registry and changes the same tasks, progress and metadata
+in turn.  Each change contains the name of its writer and a counter.  Rounds with one
+process alternate with rounds of all processes, so that both are measured in the same
+minutes.  Afterwards :mod:`taskstore.testing.crash.account` compares the acknowledged
+changes with the journal, the records and the record cache of every process.
 
-Prints what was measured, in milliseconds; exit status 1 when a promise is broken.
+The command prints latencies in milliseconds; the exit status is 1 if a limit is
+exceeded or a check fails.
 """
 
 from __future__ import annotations
@@ -32,119 +32,119 @@ from msgspec import Struct
 from taskstore.errors import TaskStoreError
 from taskstore.registry.registry import TaskRegistry
 from taskstore.store.opening import open_store
-from taskstore.testing.crash.account import Change, problems_of
+from taskstore.testing.crash.account import AcknowledgedChange, check_ledger
 from taskstore.testing.crash.processes import Child, Report
 from taskstore.testing.threads import run_together
 from taskstore.testing.types import FullStore
 
-RATIO = 50
-"""How many medians of a lone writer the slowest hundredth may take at most."""
+MAX_P99_RATIO = 50
+"""The highest allowed p99 latency, in medians of a single writer."""
 
-WAIT_S = 5.0
-"""How long a caller waits at most, in seconds."""
-
-
-class Order(Struct):
-    """What a process is to do next: ``turns`` changes in each of its threads."""
-
-    turns: int
+MAX_LATENCY_S = 5.0
+"""The highest allowed latency of a change, in seconds."""
 
 
-class Told(Struct):
-    """What a process says afterwards.
+class Request(Struct):
+    """The next request to a worker: make ``count`` changes in each of its threads."""
 
-    ``latencies`` are seconds, one for each change, ``failures`` what callers
-    got to see of exceptions, ``revisions`` the mirror after a refresh.
+    count: int
+
+
+class WorkerReport(Struct):
+    """The answer of a worker.
+
+    ``latencies`` are seconds, one for each change.  ``failures`` are the exceptions of
+    changes.  ``revisions`` are those of the record cache after a refresh.
     """
 
-    changes: list[Change] = []
+    changes: list[AcknowledgedChange] = []
     latencies: list[float] = []
     failures: list[str] = []
     revisions: dict[str, int] = {}
 
 
 class Result(Struct):
-    """What came of hammering; times are seconds."""
+    """The measurements and problems of a stress test; times are seconds."""
 
-    alone: list[float]
-    together: list[float]
-    spent_s: float
+    single: list[float]
+    concurrent: list[float]
+    elapsed_s: float
     changes: int
     revisions: int
     problems: list[str]
 
     @property
-    def lone_median(self) -> float:
-        """What a change takes when nobody else writes."""
-        return statistics.median(self.alone)
+    def single_median(self) -> float:
+        """The median latency of a single writer."""
+        return statistics.median(self.single)
 
     @property
     def p99(self) -> float:
-        """What the slowest hundredth of the changes takes when all write."""
-        return percentile(self.together, 0.99)
+        """The 99th percentile of the latency when all processes write."""
+        return percentile(self.concurrent, 0.99)
 
     @property
     def ratio(self) -> float:
-        """How many medians of a lone writer the slowest hundredth takes."""
-        return self.p99 / self.lone_median
+        """The p99 latency, in medians of a single writer."""
+        return self.p99 / self.single_median
 
     @property
     def longest(self) -> float:
-        """What the slowest change took."""
-        return max(self.together)
+        """The highest latency."""
+        return max(self.concurrent)
 
-    def broken(self) -> list[str]:
-        """The promises that were not kept, as sentences."""
-        broken = list(self.problems)
-        if self.ratio > RATIO:
-            broken.append(f"p99 is {self.ratio:.1f} medians of a lone writer, not {RATIO} at most")
-        if self.longest > WAIT_S:
-            broken.append(f"somebody waited {self.longest:.1f} s, not {WAIT_S:g} at most")
-        return broken
+    def violations(self) -> list[str]:
+        """Return the failed checks and exceeded limits, as sentences."""
+        violations = list(self.problems)
+        if self.ratio > MAX_P99_RATIO:
+            limit = f"the limit is {MAX_P99_RATIO}"
+            violations.append(f"p99 is {self.ratio:.1f} medians of a single writer, {limit}")
+        if self.longest > MAX_LATENCY_S:
+            limit = f"the limit is {MAX_LATENCY_S:g} s"
+            violations.append(f"a change took {self.longest:.1f} s, {limit}")
+        return violations
 
 
 def percentile(times: Sequence[float], share: float) -> float:
-    """The time within which that share of them lies."""
+    """Return the time that the given share of the times does not exceed."""
     return sorted(times)[min(int(len(times) * share), len(times) - 1)]
 
 
-class Process:
-    """A forked process with a registry of its own, which does as it is told."""
+class Worker:
+    """A forked process with its own registry that serves requests."""
 
-    def __init__(
-        self, work: Callable[[IO[bytes], Report], None], others: Sequence[Process]
-    ) -> None:
-        reading, self._orders = os.pipe()
+    def __init__(self, work: Callable[[IO[bytes], Report], None], others: Sequence[Worker]) -> None:
+        reading, self._requests = os.pipe()
 
         def begin(report: Report) -> None:
-            # An end that a sibling keeps open would never be found closed.
-            for end in (self._orders, *(other._orders for other in others)):  # noqa: SLF001 - its own
+            # If a sibling kept the write end open, the reader would never see its end of file.
+            for end in (self._requests, *(other._requests for other in others)):  # noqa: SLF001 - own class
                 os.close(end)
-            with os.fdopen(reading, "rb") as orders:
-                work(orders, report)
+            with os.fdopen(reading, "rb") as requests:
+                work(requests, report)
 
         self._child = Child(begin)
         os.close(reading)
 
-    def tell(self, turns: int) -> None:
-        """Let it begin."""
-        os.write(self._orders, msgspec.json.encode(Order(turns)) + b"\n")
+    def send(self, count: int) -> None:
+        """Send a request for ``count`` changes."""
+        os.write(self._requests, msgspec.json.encode(Request(count)) + b"\n")
 
-    def hear(self) -> Told:
-        """Wait until it has done what it was told."""
+    def receive(self) -> WorkerReport:
+        """Wait for the report of the last request and return it."""
         line = self._child.line()
         if not line:
             self._child.finish()
-            raise AssertionError("a process ended before it was told to")
-        return msgspec.json.decode(line, type=Told)
+            raise AssertionError("a worker process ended before its last request")
+        return msgspec.json.decode(line, type=WorkerReport)
 
-    def end(self) -> None:
-        """Let it close its registry, and wait for that."""
-        os.close(self._orders)
+    def close(self) -> None:
+        """End the requests and wait until the process has closed its registry."""
+        os.close(self._requests)
         self._child.finish()
 
 
-def hammer(
+def run_stress_test(
     url: str,
     *,
     processes: int = 4,
@@ -152,11 +152,11 @@ def hammer(
     changes: int = 500,
     threads: int = 1,
     rounds: int = 5,
-    beside: Callable[[], Any] | None = None,
+    background: Callable[[], Any] | None = None,
 ) -> Result:
-    """Let ``processes`` make ``changes`` each on ``tasks`` new tasks of the ledger at ``url``.
+    """Create ``tasks`` tasks at ``url``; each process makes ``changes`` changes to them.
 
-    ``beside`` is called while they are at it, in each round, by this process.
+    This process calls ``background`` in each round while the workers write.
     """
     with TaskRegistry.open(url) as registry:
         start = registry.refresh()
@@ -164,113 +164,115 @@ def hammer(
             registry.create(runtime="cli", task=f"hammered {number}", status="running").task_id
             for number in range(tasks)
         ]
-    told: list[Told] = []
+    reports: list[WorkerReport] = []
     result = Result([], [], 0.0, 0, 0, [])
-    turns = max(1, changes // rounds // threads)
-    with crew(url, processes, task_ids, threads) as workers:
+    count = max(1, changes // rounds // threads)
+    with start_workers(url, processes, task_ids, threads) as workers:
         for number in range(rounds):
-            alone = workers[number % processes]
-            alone.tell(turns)
-            told.append(alone.hear())
-            result.alone += told[-1].latencies
+            single = workers[number % processes]
+            single.send(count)
+            reports.append(single.receive())
+            result.single += reports[-1].latencies
             started = time.perf_counter()
             for worker in workers:
-                worker.tell(turns)
-            if beside is not None:
-                beside()
-            answers = [worker.hear() for worker in workers]
-            result.spent_s += time.perf_counter() - started
-            for answer in answers:
-                result.together += answer.latencies
-            told += answers
+                worker.send(count)
+            if background is not None:
+                background()
+            concurrent = [worker.receive() for worker in workers]
+            result.elapsed_s += time.perf_counter() - started
+            for report in concurrent:
+                result.concurrent += report.latencies
+            reports += concurrent
         for worker in workers:
-            worker.tell(0)
-        told += [worker.hear() for worker in workers]
-    _account(url, start, task_ids, told, result)
+            worker.send(0)
+        reports += [worker.receive() for worker in workers]
+    _check(url, start, task_ids, reports, result)
     return result
 
 
 @contextmanager
-def crew(
+def start_workers(
     url: str, processes: int, task_ids: Sequence[str], threads: int
-) -> Iterator[list[Process]]:
-    """Processes that have opened the ledger and wait to be told."""
+) -> Iterator[list[Worker]]:
+    """Yield worker processes that have opened the ledger; close them afterwards."""
     with ExitStack() as stack:
-        workers: list[Process] = []
+        workers: list[Worker] = []
         for number in range(processes):
-            job = partial(work, url, f"p{number}", task_ids, threads)
-            workers.append(Process(job, workers))
-            stack.callback(workers[-1].end)
+            job = partial(serve_requests, url, f"p{number}", task_ids, threads)
+            workers.append(Worker(job, workers))
+            stack.callback(workers[-1].close)
         for worker in workers:
-            worker.hear()
+            worker.receive()
         yield workers
 
 
-def _account(
-    url: str, start: int, task_ids: Sequence[str], told: Sequence[Told], result: Result
+def _check(
+    url: str, start: int, task_ids: Sequence[str], reports: Sequence[WorkerReport], result: Result
 ) -> None:
-    """Compare what everybody was told with what is stored."""
-    changes = [change for answer in told for change in answer.changes]
-    mirrors = [answer.revisions for answer in told if answer.revisions]
+    """Compare all reports with the ledger and add the problems to the result."""
+    changes = [change for report in reports for change in report.changes]
+    caches = [report.revisions for report in reports if report.revisions]
     with closing(cast("FullStore", open_store(url, read_only=True))) as store:
         result.changes = len(changes)
-        result.problems = [failure for answer in told for failure in answer.failures]
-        result.problems += problems_of(store, start, task_ids, changes, mirrors)
+        result.problems = [failure for report in reports for failure in report.failures]
+        result.problems += check_ledger(store, start, task_ids, changes, caches)
         records = store.load_snapshot().records
         result.revisions = sum(records[task_id].revision for task_id in task_ids)
         result.problems += store.verify().problems
 
 
-# -- in the processes -------------------------------------------------------
+# -- in the workers ---------------------------------------------------------
 
 
-def work(
+def serve_requests(
     url: str,
     name: str,
     task_ids: Sequence[str],
     threads: int,
-    orders: IO[bytes],
+    requests: IO[bytes],
     report: Report,
 ) -> None:
-    """Open the ledger and do as told, until nothing more comes."""
-    done = [0] * threads
+    """Open the ledger and serve the requests until their end."""
+    counters = [0] * threads
 
-    def say(told: Told) -> None:
-        report(msgspec.json.encode(told).decode())
+    def send(answer: WorkerReport) -> None:
+        report(msgspec.json.encode(answer).decode())
 
     with TaskRegistry.open(url) as registry:
-        say(Told())
-        for line in orders:
-            order, told = msgspec.json.decode(line, type=Order), Told()
+        send(WorkerReport())
+        for line in requests:
+            request, answer = msgspec.json.decode(line, type=Request), WorkerReport()
             jobs = [
-                _job(registry, f"{name}t{number}", task_ids, order.turns, done, number, told)
+                _job(
+                    registry, f"{name}t{number}", task_ids, request.count, counters, number, answer
+                )
                 for number in range(threads)
             ]
             if threads == 1:
                 jobs[0]()
             else:
                 run_together(*jobs)
-            if not order.turns:
+            if not request.count:
                 registry.refresh()
-                told.revisions = {task_id: registry.get(task_id).revision for task_id in task_ids}
-            say(told)
+                answer.revisions = {task_id: registry.get(task_id).revision for task_id in task_ids}
+            send(answer)
 
 
 def _job(
     registry: TaskRegistry,
     writer: str,
     task_ids: Sequence[str],
-    turns: int,
-    done: list[int],
+    changes: int,
+    counters: list[int],
     number: int,
-    told: Told,
+    answer: WorkerReport,
 ) -> Callable[[], None]:
-    """One thread's changes: progress and metadata in turn, over the tasks in turn."""
+    """Return the job of one thread: it alternates progress and metadata over the tasks."""
 
     def run() -> None:
-        for _ in range(turns):
-            done[number] += 1
-            count, task_id = done[number], task_ids[done[number] % len(task_ids)]
+        for _ in range(changes):
+            counters[number] += 1
+            count, task_id = counters[number], task_ids[counters[number] % len(task_ids)]
             progress = count % 2 == 0
             started = time.perf_counter()
             try:
@@ -279,11 +281,13 @@ def _job(
                 else:
                     record = registry.update_metadata(task_id, {writer: count})
             except TaskStoreError as error:
-                told.failures.append(f"{writer} got {type(error).__name__}: {error}")
+                answer.failures.append(f"{writer} got {type(error).__name__}: {error}")
                 continue
             finally:
-                told.latencies.append(time.perf_counter() - started)
-            told.changes.append(Change(task_id, record.revision, writer, count, progress))
+                answer.latencies.append(time.perf_counter() - started)
+            answer.changes.append(
+                AcknowledgedChange(task_id, record.revision, writer, count, progress)
+            )
 
     return run
 
@@ -292,31 +296,31 @@ def _job(
 
 
 def describe(result: Result) -> list[str]:
-    """The result in lines."""
+    """Return the result as lines of text."""
     ms = 1000
     return [
-        f"lone writer      median {result.lone_median * ms:9.2f} ms",
-        f"all at once      median {statistics.median(result.together) * ms:9.2f} ms",
+        f"single writer    median {result.single_median * ms:9.2f} ms",
+        f"all writers      median {statistics.median(result.concurrent) * ms:9.2f} ms",
         f"                 p99    {result.p99 * ms:9.2f} ms",
-        f"p99 / lone median       {result.ratio:9.1f} (at most {RATIO})",
-        f"                 longest{result.longest * ms:9.2f} ms (at most {WAIT_S * ms:g})",
-        f"changes a second        {len(result.together) / result.spent_s:9.0f}",
+        f"p99 / single median     {result.ratio:9.1f} (at most {MAX_P99_RATIO})",
+        f"                 longest{result.longest * ms:9.2f} ms (at most {MAX_LATENCY_S * ms:g})",
+        f"changes a second        {len(result.concurrent) / result.elapsed_s:9.0f}",
         f"changes acknowledged    {result.changes:9}",
         f"sum of revisions        {result.revisions:9}",
     ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+    """Run the command and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m taskstore.testing.crash.hammer")
-    parser.add_argument("url", metavar="URL", help="a ledger to work on; the new tasks stay in it")
+    parser.add_argument("url", metavar="URL", help="a ledger; the new tasks remain in it")
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--tasks", type=int, default=5)
     parser.add_argument("--changes", type=int, default=500, help="of each process")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(argv)
-    result = hammer(
+    result = run_stress_test(
         options.url,
         processes=options.processes,
         tasks=options.tasks,
@@ -324,12 +328,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         threads=options.threads,
         rounds=options.rounds,
     )
-    broken = result.broken()
-    for line in [*describe(result), *(f"broken: {promise}" for promise in broken)]:
+    violations = result.violations()
+    for line in [*describe(result), *(f"failed: {violation}" for violation in violations)]:
         print(line)  # noqa: T201 (a command reports by printing)
-    if not broken:
-        print("revisions, journal and mirrors add up")  # noqa: T201 (see above)
-    return 1 if broken else 0
+    if not violations:
+        print("revisions, journal and record caches are consistent")  # noqa: T201 (see above)
+    return 1 if violations else 0
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Writers that are killed, and the check that nothing acknowledged is lost.
+"""Killed writers, and the check that no acknowledged change is lost.
 
-A writer process works on a ledger and reports each change *after* it was
-acknowledged.  :class:`KillHarness` kills it with SIGKILL at a random moment,
-opens the ledger again and compares.  What was acknowledged has to be there;
-of what was under way, all or nothing.
+A writer process changes a ledger and reports each change *after* the store acknowledged
+it.  :class:`KillHarness` kills the writer with SIGKILL at a random time, opens the
+ledger again and compares.  Every acknowledged change must be there; the unacknowledged
+commit must be there as a whole or not at all.
 
-Writers are forked, which takes a hundredth of the time of starting an
-interpreter; the process that uses the harness may have no store open.
+Writers are forked, which takes a hundredth of the time of starting an interpreter.  The
+process that uses the harness must not have a store open.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ from taskstore.testing.crash.processes import Child, Report
 from taskstore.testing.factories import make_record
 
 READY = "ready"
-"""What a writer reports first: it has opened the ledger."""
+"""The first report of a writer, after it opened the ledger."""
 
 BATCH_SIZE = 5
-"""How many tasks a writer creates in one batch."""
+"""The number of tasks that a writer creates in one batch."""
 
-PLENTY = 60
-"""With more tasks than this a writer deletes, so that a thousand rounds cost what the first did."""
+MAX_TASKS = 60
+"""Above this number of tasks a writer deletes, so that all rounds take the same time."""
 
-EAGER = CompactionPolicy(
+FREQUENT_COMPACTION = CompactionPolicy(
     min_entries=10, ratio=0.1, history_s=0, history_entries=20, keep_snapshots=1
 )
-"""Compacts all the time, so that kills fall into compactions too."""
+"""A policy that compacts often, so that kills also hit compactions."""
 
-_PAGE = 1000
+_PAGE_ENTRIES = 1000
 
 
 class KillHarness:
     """Writers on the ledger at ``url``, killed one after the other.
 
-    The store has to keep a journal.  ``kills`` and ``acknowledged`` count the
-    writers and what they were told is stored; ``lost`` and ``half_applied`` are
-    sentences on what went wrong with that, ``damage`` what ``verify`` found.
+    The store must keep a journal.  ``kills`` counts the writers, ``acknowledged`` their
+    acknowledged changes.  ``lost`` and ``half_applied`` describe wrong changes as
+    sentences; ``damage`` has the problems that ``verify`` found.
     """
 
     def __init__(self, url: str, seed: int = 0) -> None:
@@ -62,58 +62,58 @@ class KillHarness:
         self.lost: list[str] = []
         self.half_applied: list[str] = []
         self.damage: list[str] = []
-        self._seeds = random.Random(seed)  # noqa: S311 (choices, not secrets)
+        self._rng = random.Random(seed)  # noqa: S311 (choices, not secrets)
         self._revisions: dict[str, int] = {}
         self._seq = 0
         with closing(open_store(url)) as store:
             if isinstance(store, SupportsCompaction):
-                # Once here, and what it makes ready is not made anew in each short life.
-                store.compact(EAGER.forced())
-            self._look(store)
+                # Compact once here, so that short-lived writers need not prepare the storage.
+                store.compact(FREQUENT_COMPACTION.forced())
+            self._read_state(store)
         self._first_floor = self.floor
 
     @property
     def compacted(self) -> bool:
-        """Whether any of the writers came through a compaction."""
+        """Whether a writer completed a compaction."""
         return self.floor > self._first_floor
 
     @property
     def problems(self) -> list[str]:
-        """Everything that is wrong, as sentences."""
+        """All problems, as sentences."""
         return self.lost + self.half_applied + self.damage
 
     def kill_one(self, after_s: float, *, commits: int | None = 0) -> None:
-        """Let a writer work, kill it, and check.
+        """Start a writer, kill it, and check the ledger.
 
-        It dies ``after_s`` seconds after it told of so many ``commits``; with
-        ``None`` after it was started, maybe while it opens what the last one left.
+        The kill comes ``after_s`` seconds after the writer reported ``commits`` commits.
+        With ``None`` it comes ``after_s`` seconds after the start, perhaps while the
+        writer opens the ledger.
         """
-        seed = self._seeds.getrandbits(32)
-        writer = Child(lambda report: write_for_ever(self.url, seed, report))
-        waited_for = 0 if commits is None else 1 + commits
-        told = list(filter(None, (writer.line() for _ in range(waited_for))))
+        seed = self._rng.getrandbits(32)
+        writer = Child(lambda report: run_writer(self.url, seed, report))
+        expected_lines = 0 if commits is None else 1 + commits
+        reported = list(filter(None, (writer.line() for _ in range(expected_lines))))
         time.sleep(after_s)
         writer.kill()
-        told += writer.finish()
-        if len(told) < waited_for:
-            raise AssertionError("a writer ended by itself:\n" + "\n".join(told))
+        reported += writer.finish()
+        if len(reported) < expected_lines:
+            raise AssertionError("a writer ended before it was killed:\n" + "\n".join(reported))
         self.kills += 1
-        for line in told:
-            self._note(line)
+        for line in reported:
+            self._record_report(line)
         with closing(open_store(self.url)) as store:
-            # On a server, the writer's last commit may still be under way: this one
-            # has to wait for it.
-            mark = make_record(label="after the kill")
-            after = store.apply([Put(mark), Remove(mark.task_id, 2)])
+            # On a server, the writer's last commit may still run; this commit waits for it.
+            probe = make_record(label="after the kill")
+            after = store.apply([Put(probe), Remove(probe.task_id, 2)])
             tail = [entry for entry in _journal(store, self._seq) if entry.seq < after.first_seq]
-            self._check_tail(tail)
+            self._check_unacknowledged(tail)
             self._check_records(store)
             if isinstance(store, SupportsIntegrity):
                 self.damage += store.verify().problems
-            self._look(store)
+            self._read_state(store)
 
-    def _note(self, line: str) -> None:
-        """Take in what a writer was told is stored."""
+    def _record_report(self, line: str) -> None:
+        """Record the acknowledged changes of one report."""
         if line == READY:
             return
         seq, *changes = line.split()
@@ -126,13 +126,13 @@ class KillHarness:
             else:
                 self._revisions[task_id] = int(revision)
 
-    def _check_tail(self, tail: Sequence[JournalEntry]) -> None:
-        """Check that what was not acknowledged any more is one whole commit, or nothing."""
-        whole = len(tail) in (0, 1, BATCH_SIZE)
-        if not whole or len({entry.commit_id for entry in tail}) > 1:
+    def _check_unacknowledged(self, tail: Sequence[JournalEntry]) -> None:
+        """Check that the unacknowledged entries are one whole commit, or none."""
+        complete = len(tail) in (0, 1, BATCH_SIZE)
+        if not complete or len({entry.commit_id for entry in tail}) > 1:
             self.half_applied.append(
-                f"kill {self.kills}: {len(tail)} changes were stored beyond seq {self._seq}, "
-                "the last that was acknowledged"
+                f"kill {self.kills}: {len(tail)} changes are stored after seq {self._seq}, "
+                "the last acknowledged seq"
             )
         for entry in tail:
             if entry.kind == "deleted":
@@ -141,21 +141,21 @@ class KillHarness:
                 self._revisions[entry.task_id] = entry.revision
 
     def _check_records(self, store: TaskRegistryStore) -> None:
-        """Compare the records with what was acknowledged and what the journal adds."""
-        found = {task_id: r.revision for task_id, r in store.load_snapshot().records.items()}
-        for task_id in found.keys() | self._revisions.keys():
-            now, due = found.get(task_id), self._revisions.get(task_id)
-            if now == due:
+        """Compare the records with the acknowledged changes and the unacknowledged commit."""
+        stored = {task_id: r.revision for task_id, r in store.load_snapshot().records.items()}
+        for task_id in stored.keys() | self._revisions.keys():
+            actual, expected = stored.get(task_id), self._revisions.get(task_id)
+            if actual == expected:
                 continue
-            sentence = (
-                f"kill {self.kills}: {task_id} is at revision {now or 'none'}, "
-                f"and should be at {due or 'none'}"
+            problem = (
+                f"kill {self.kills}: {task_id} is at revision {actual or 'none'}, "
+                f"expected {expected or 'none'}"
             )
-            forgotten = due is None or (now or 0) < due
-            (self.lost if forgotten else self.half_applied).append(sentence)
+            lost = expected is None or (actual or 0) < expected
+            (self.lost if lost else self.half_applied).append(problem)
 
-    def _look(self, store: TaskRegistryStore) -> None:
-        """Note where the next writer starts from."""
+    def _read_state(self, store: TaskRegistryStore) -> None:
+        """Read the state from which the next writer starts."""
         assert isinstance(store, SupportsJournal), f"{store.location} keeps no journal"
         loaded = store.load_snapshot()
         self._revisions = {task_id: r.revision for task_id, r in loaded.records.items()}
@@ -171,10 +171,10 @@ class KillHarness:
 
 
 def kill_round(url: str, *, after_s: float, seed: int = 0) -> list[str]:
-    """Let a writer work on the ledger at ``url``, kill it, and check.
+    """Start a writer on the ledger at ``url``, kill it, and check the ledger.
 
-    ``after_s`` is how long it may work after it opened the ledger (seconds).
-    Returns what is wrong as sentences, none when all is well.
+    The kill comes ``after_s`` seconds after the writer opened the ledger.  Returns the
+    problems as sentences; an empty list if there are none.
     """
     harness = KillHarness(url, seed)
     harness.kill_one(after_s)
@@ -183,51 +183,51 @@ def kill_round(url: str, *, after_s: float, seed: int = 0) -> list[str]:
 
 def _journal(store: TaskRegistryStore, after: int) -> Iterator[JournalEntry]:
     assert isinstance(store, SupportsJournal)
-    while entries := store.read_journal(after, _PAGE):
+    while entries := store.read_journal(after, _PAGE_ENTRIES):
         yield from entries
         after = entries[-1].seq
 
 
-def write_for_ever(url: str, seed: int, report: Report) -> None:
-    """Open the ledger and change it without end, reporting each acknowledged commit."""
-    chance = random.Random(seed)  # noqa: S311 (choices, not secrets)
+def run_writer(url: str, seed: int, report: Report) -> None:
+    """Open the ledger, change it until the kill, and report each acknowledged commit."""
+    rng = random.Random(seed)  # noqa: S311 (choices, not secrets)
     with TaskRegistry.open(url) as registry:
         if isinstance(registry.store, SupportsCompaction):
-            registry.hooks.add(Compactor(registry.store, EAGER))
+            registry.hooks.add(Compactor(registry.store, FREQUENT_COMPACTION))
         report(READY)
-        for changes in _work(registry, chance):
+        for changes in _changes(registry, rng):
             report(" ".join([str(registry.seq), *changes]))
 
 
-def _work(registry: TaskRegistry, chance: random.Random) -> Iterator[list[str]]:
+def _changes(registry: TaskRegistry, rng: random.Random) -> Iterator[list[str]]:
     while True:
         active = registry.active()
-        choice = chance.random()
-        if registry.summary().total > PLENTY:
-            yield [_deleted(registry, chance.choice(registry.list()))]
+        choice = rng.random()
+        if registry.summary().total > MAX_TASKS:
+            yield [_delete(registry, rng.choice(registry.list()))]
         elif not active or choice < 0.3:
-            yield [_told(registry.create(runtime="cli", task="work", owner_key="crash-kit"))]
+            yield [_report_of(registry.create(runtime="cli", task="work", owner_key="crash-kit"))]
         elif choice < 0.4:
             with registry.batch():
-                made = [registry.create(runtime="cli", task="batch") for _ in range(BATCH_SIZE)]
-            yield [_told(record) for record in made]
+                created = [registry.create(runtime="cli", task="batch") for _ in range(BATCH_SIZE)]
+            yield [_report_of(record) for record in created]
         else:
-            yield [_change(registry, chance.choice(active), chance)]
+            yield [_change_task(registry, rng.choice(active), rng)]
 
 
-def _change(registry: TaskRegistry, task: TaskRecord, chance: random.Random) -> str:
-    choice = chance.random()
+def _change_task(registry: TaskRegistry, task: TaskRecord, rng: random.Random) -> str:
+    choice = rng.random()
     if choice < 0.6:
-        return _told(registry.record_progress(task.task_id, f"step {chance.random()}"))
+        return _report_of(registry.record_progress(task.task_id, f"step {rng.random()}"))
     if choice < 0.8:
-        return _told(registry.finish(task.task_id, "succeeded"))
-    return _deleted(registry, task)
+        return _report_of(registry.finish(task.task_id, "succeeded"))
+    return _delete(registry, task)
 
 
-def _deleted(registry: TaskRegistry, task: TaskRecord) -> str:
+def _delete(registry: TaskRegistry, task: TaskRecord) -> str:
     registry.delete(task.task_id)
     return f"{task.task_id}=0"
 
 
-def _told(record: TaskRecord) -> str:
+def _report_of(record: TaskRecord) -> str:
     return f"{record.task_id}={record.revision}"

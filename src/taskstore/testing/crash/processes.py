@@ -1,8 +1,7 @@
-"""Real processes for the contract: forked, heard, and killed.
+"""Forked child processes that report lines and may be killed.
 
-A child is forked rather than started anew, so that it can open the storage
-with the very callable that ``make_store`` returned.  Nothing that is open may
-be carried over a fork, so whoever forks closes every instance first.
+A fork can call the callable that ``make_store`` returned; a new interpreter cannot.
+No open store may cross a fork, so the caller closes every instance first.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from contextlib import suppress
 from typing import Any, Self
 
 Report = Callable[[str], None]
-"""Tells the parent one line; it has left the process when the call returns."""
+"""Sends one line to the parent; the line has left the process when the call returns."""
 
 Work = Callable[[Report], None]
-"""What a child does; the child ends when it returns, and has failed if it raises."""
+"""The job of a child; the child ends when it returns and fails if it raises."""
 
-STEPS = frozenset(
+DURABLE_CALLS = frozenset(
     {
         "commit",
         "execute",
@@ -45,22 +44,22 @@ STEPS = frozenset(
         "writev",
     }
 )
-"""Functions, by name, in which data may become durable, however a store is written."""
+"""The names of the functions that may make data durable, for any kind of store."""
 
-LOCKS = frozenset({"fcntl", "flock", "lockf"})
-"""Functions, by name, that take a lock of a file or give it back."""
+LOCK_CALLS = frozenset({"fcntl", "flock", "lockf"})
+"""The names of the functions that acquire or release a file lock."""
 
-_PAUSES = STEPS | LOCKS
-_FAILED = 3
+_PAUSE_CALLS = DURABLE_CALLS | LOCK_CALLS
+_FAILED_STATUS = 3
 
 
 class Child:
-    """A forked process that runs ``work`` and tells what it did."""
+    """A forked process that runs ``work`` and reports lines to its parent."""
 
     def __init__(self, work: Work) -> None:
         reading, writing = os.pipe()
         with warnings.catch_warnings():
-            # Of threads in the parent; the child has none of their locks to wait for.
+            # The warning is about threads of the parent; the child uses none of their locks.
             warnings.simplefilter("ignore", DeprecationWarning)
             self.pid = os.fork()
         if self.pid == 0:
@@ -70,127 +69,126 @@ class Child:
         self._reports = os.fdopen(reading)
 
     def line(self) -> str:
-        """The next line that the child tells; empty when it has ended."""
+        """Return the next reported line, or an empty string when the child has ended."""
         return self._reports.readline().rstrip("\n")
 
     def kill(self) -> None:
-        """Kill the child, here and now."""
+        """Kill the child with SIGKILL."""
         os.kill(self.pid, signal.SIGKILL)
 
     def finish(self) -> list[str]:
-        """Wait for the end; what the child told that was not read yet.
+        """Wait for the end of the child and return the reported lines not yet read.
 
-        Fails with the child's own traceback if it raised.
+        Raises :class:`AssertionError` with the child's traceback if the child raised.
         """
         with self._reports:
             lines = self._reports.read().splitlines()
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        if status == _FAILED:
-            raise AssertionError("a process failed:\n" + "\n".join(lines))
-        assert status in (0, -signal.SIGKILL), f"a process ended with {status}"
+        if status == _FAILED_STATUS:
+            raise AssertionError("a child process failed:\n" + "\n".join(lines))
+        assert status in (0, -signal.SIGKILL), f"a child process ended with status {status}"
         return lines
 
 
-def together(works: Sequence[Work]) -> list[list[str]]:
-    """Do each in a process of its own, all beginning at the same moment; what each told.
+def run_processes(works: Sequence[Work]) -> list[list[str]]:
+    """Run each work in its own process, all starting at once; return the lines of each.
 
-    They are waited for in this order; when one has failed, those after it are
-    killed and its failure is raised.
+    The caller waits for the processes in this order.  If one fails, the processes
+    after it are killed and its failure is raised.
     """
-    gate, opening = os.pipe()
+    start_reader, start_writer = os.pipe()
 
-    def at_the_gate(work: Work) -> Work:
+    def wait_for_start(work: Work) -> Work:
         def begin(report: Report) -> None:
-            os.close(opening)
-            os.read(gate, 1)  # comes back when the parent has closed its end
+            os.close(start_writer)
+            os.read(start_reader, 1)  # returns when the parent closes its end
             work(report)
 
         return begin
 
-    children = [Child(at_the_gate(work)) for work in works]
-    os.close(opening)
-    os.close(gate)
-    waiting = children[::-1]
+    children = [Child(wait_for_start(work)) for work in works]
+    os.close(start_writer)
+    os.close(start_reader)
+    unfinished = children[::-1]
     try:
-        return [waiting.pop().finish() for _ in works]
+        return [unfinished.pop().finish() for _ in works]
     except BaseException:
-        for child in waiting:
+        for child in unfinished:
             child.kill()
-            with suppress(AssertionError):  # it may have failed as well
+            with suppress(AssertionError):  # this child may have failed as well
                 child.finish()
         raise
 
 
 def _run(work: Work, writing: int) -> None:
-    """In the child: nothing of the parent's, least of all its clean-up, may run."""
+    """Run the work in the child; no clean-up code of the parent may run there."""
 
     def report(line: str) -> None:
         os.write(writing, f"{line}\n".encode())
 
-    status = _FAILED
+    status = _FAILED_STATUS
     try:
         work(report)
         status = 0
-    except BaseException:  # noqa: BLE001 - told to the parent
+    except BaseException:  # noqa: BLE001 - reported to the parent
         report(traceback.format_exc())
     finally:
         os._exit(status)
 
 
-class _AtCalls:
-    """Looks at every call of this process, in Python or C, while it is entered."""
+class _CallProfiler:
+    """Calls :meth:`_on_call` at each call and return of this process, in Python or C."""
 
     def __enter__(self) -> Self:
-        sys.setprofile(self._look)
+        sys.setprofile(self._profile)
         return self
 
     def __exit__(self, *_: object) -> None:
         sys.setprofile(None)
 
-    def _look(self, frame: Any, event: str, argument: Any) -> None:
+    def _profile(self, frame: Any, event: str, argument: Any) -> None:
         if event != "c_exception":
             name = argument.__name__ if event.startswith("c_") else frame.f_code.co_name
-            self._at(name, done=event.endswith("return"))
+            self._on_call(name, done=event.endswith("return"))
 
-    def _at(self, name: str, *, done: bool) -> None:
+    def _on_call(self, name: str, *, done: bool) -> None:
         raise NotImplementedError
 
 
-class KillAt(_AtCalls):
-    """Kills this process before or after the n-th step that may make something durable.
+class KillAt(_CallProfiler):
+    """Kills this process before or after the n-th call that may make data durable.
 
-    With ``number=None`` it only counts; ``names`` then has the steps in order.
+    With ``number=None`` it only records; ``calls`` has the names of the calls in order.
     """
 
     def __init__(self, number: int | None = None, *, after: bool = False) -> None:
         self._number = number
         self._after = after
-        self.names: list[str] = []
+        self.calls: list[str] = []
 
-    def _at(self, name: str, *, done: bool) -> None:
-        if name not in STEPS:
+    def _on_call(self, name: str, *, done: bool) -> None:
+        if name not in DURABLE_CALLS:
             return
         if not done:
-            self.names.append(name)
-        reached = self._number is not None and len(self.names) >= self._number
+            self.calls.append(name)
+        reached = self._number is not None and len(self.calls) >= self._number
         if reached and done == self._after:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Dawdle(_AtCalls):
-    """Pauses now and then after a step, and after a lock is taken or given back.
+class RandomPauses(_CallProfiler):
+    """Pauses at random after durable calls and after file lock calls.
 
-    Between giving back a lock and taking it again lie microseconds: a process
-    that never stops there may never be caught comparing under the one and
-    writing under the other.
+    Without pauses, a process releases and reacquires a lock within microseconds.  A
+    store that compares and writes under separate locks would then pass the tests.
     """
 
-    CHANCE = 1 / 8
-    LONGEST_S = 0.003
+    PROBABILITY = 1 / 8
+    MAX_PAUSE_S = 0.003
 
     def __init__(self) -> None:
         self._random = random.Random(os.getpid())  # noqa: S311 (no secret)
 
-    def _at(self, name: str, *, done: bool) -> None:
-        if done and name in _PAUSES and self._random.random() < self.CHANCE:
-            time.sleep(self._random.uniform(0, self.LONGEST_S))
+    def _on_call(self, name: str, *, done: bool) -> None:
+        if done and name in _PAUSE_CALLS and self._random.random() < self.PROBABILITY:
+            time.sleep(self._random.uniform(0, self.MAX_PAUSE_S))

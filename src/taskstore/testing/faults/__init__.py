@@ -1,21 +1,29 @@
-"""Faults at every step of a store, and what became of memory, disk and the caller.
+"""Fault injection at every storage step of a store, and checks of the result.
 
     python -m taskstore.testing.faults URL
 
-:func:`run_matrix` plays scenarios (create, batch, compact, open and more) with
-a :class:`~taskstore.TaskRegistry`, finds the steps by which the store reaches
-its storage, and lets every fault strike before and after each of them.  Each
-time the caller has to get a success or one of our errors, the change has to be
-there as a whole or not at all as it was told, memory and hooks have to agree
-with what a fresh instance loads, and work has to go on.  :func:`render` prints
-it all as a table.
+:func:`run_matrix` runs scenarios (create, batch, compact, open and more) with
+a :class:`~taskstore.TaskRegistry`, records the steps by which the store reaches
+its storage, and injects every fault before and after each step.  Each time,
+the caller must get a success or a ``TaskStoreError``; the change must be stored
+whole or not at all, as reported; memory and hooks must agree with what a fresh
+instance loads; and the next write must work.  :func:`render` prints a table.
 """
 
 from __future__ import annotations
 
-from taskstore.testing.faults.door import Door, Fault, Step
+from taskstore.testing.faults.faulty_store import FaultyStore
+from taskstore.testing.faults.injection import Fault, InjectionPoint, Step
 from taskstore.testing.faults.matrix import Cell, run_matrix
-from taskstore.testing.faults.seam import FaultyStore
 from taskstore.testing.faults.table import problems, render
 
-__all__ = ["Cell", "Door", "Fault", "FaultyStore", "Step", "problems", "render", "run_matrix"]
+__all__ = [
+    "Cell",
+    "Fault",
+    "FaultyStore",
+    "InjectionPoint",
+    "Step",
+    "problems",
+    "render",
+    "run_matrix",
+]

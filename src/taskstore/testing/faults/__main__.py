@@ -1,4 +1,4 @@
-"""``python -m taskstore.testing.faults URL``: print the matrix; exit status 1 if it is wrong."""
+"""``python -m taskstore.testing.faults URL``: print the matrix; exit status 1 on a problem."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ from taskstore.testing.faults.scenarios import SCENARIOS
 def main() -> int:
     """Read the arguments, run the matrix and print it."""
     parser = argparse.ArgumentParser(prog="python -m taskstore.testing.faults", description=__doc__)
-    parser.add_argument("url", metavar="URL", help="a URL of the backend; what is there stays")
-    parser.add_argument(
-        "--steps", type=int, help="at how many steps of a scenario each fault strikes"
-    )
+    parser.add_argument("url", metavar="URL", help="a URL of the backend; its data is not touched")
+    parser.add_argument("--steps", type=int, help="steps per scenario and fault (default: all)")
     names = [scenario.name for scenario in SCENARIOS]
     parser.add_argument("--scenario", action="append", choices=names, help="may be repeated")
-    wanted = parser.parse_args()
-    logging.disable(logging.CRITICAL)  # what goes wrong here does so on purpose
-    cells = run_matrix(wanted.url, steps=wanted.steps, scenarios=wanted.scenario or ())
+    options = parser.parse_args()
+    logging.disable(logging.CRITICAL)  # the errors are injected
+    cells = run_matrix(options.url, steps=options.steps, scenarios=options.scenario or ())
     print(render(cells))  # noqa: T201 - this is a command
     return 1 if problems(cells) else 0
 

@@ -1,42 +1,41 @@
-"""Faults of databases: every statement on a driver's cursor, and every new connection.
+"""Database faults: at every statement on a driver's cursor and every new connection.
 
-What the drivers raise is real wherever that can be had.  PostgreSQL and
-MariaDB are asked to raise the error themselves, so that the class, the code
-and the state of the transaction are the server's own.  A connection is lost by
-having the server end it from a second connection; when the answer is to be
-lost, the statement is let through first, and what is raised is what the
-driver says on the dead connection.  Only SQLite's errors are made by hand,
-with the codes and texts of its library, because SQLite cannot be asked.
+The drivers raise real errors where possible.  The PostgreSQL or MariaDB server
+raises the error itself, so the class, the code and the transaction state are
+the server's own.  To lose a connection, a second connection terminates it.  To
+lose a response, the statement runs first; the driver's error on the dead
+connection is raised.  SQLite cannot raise errors on request, so its errors are
+constructed with the codes and texts of its library.
 """
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 from unittest import mock
 
-from taskstore.testing.faults.door import DELAY, Call, Door, Fault, Step
+from taskstore.testing.faults.injection import DELAY, Call, Fault, Inject, InjectionPoint, Step
 
-PATIENCE_S = 0.1
-"""How long a store tries again while a fault stays, in seconds, instead of half a minute."""
+RETRY_TIMEOUT_S = 0.1
+"""The retry timeout of a store under test, in seconds, instead of 30 s."""
 
 _TABLE = re.compile(r"\b(?:INTO|UPDATE|FROM|TABLE|INDEX)\s+[\"`]?(\w+)", re.IGNORECASE)
 _LOCKING = re.compile(r"\bFOR UPDATE\b")
 
 
 def step_of(sql: Any, connection: Any) -> Step:
-    """A statement as a step: its verb and its table."""
+    """Return the step of a statement: its verb and its table."""
     text = str(sql)
     verb = text.split(None, 1)[0].rstrip(";").upper() if text.strip() else ""
     table = _TABLE.search(text)
     locking = " FOR UPDATE" if _LOCKING.search(text) else ""
     name = "commit" if verb == "COMMIT" else "execute"
-    about = "" if verb == "COMMIT" else f"{verb} {table[1] if table else ''}{locking}".strip()
-    return Step(name, about, connection)
+    detail = "" if verb == "COMMIT" else f"{verb} {table[1] if table else ''}{locking}".strip()
+    return Step(name, detail, connection)
 
 
 def _statement(step: Step) -> bool:
@@ -48,28 +47,28 @@ def _commit(step: Step) -> bool:
 
 
 @contextmanager
-def impatient() -> Iterator[None]:
-    """Let stores give up soon, so that a fault that stays does not last half a minute."""
+def short_timeouts() -> Iterator[None]:
+    """Shorten the timeouts of stores, so that a persistent fault does not take 30 s."""
     from taskstore.stores.common import retry
     from taskstore.stores.sql import open_sql
     from taskstore.stores.sql.dialects import base, sqlite
 
-    waits = ((retry, "BUSY_S"), (sqlite, "LOCK_WAIT_S"), (base, "LOCK_S"))
+    waits = ((retry, "BUSY_TIMEOUT_S"), (sqlite, "WRITE_LOCK_TIMEOUT_S"), (base, "LOCK_TIMEOUT_S"))
     with ExitStack() as stack:
         for module, name in waits:
-            stack.enter_context(mock.patch.object(module, name, PATIENCE_S))
-        stack.enter_context(mock.patch.object(retry, "PROBE_S", 0.0))
-        stack.enter_context(mock.patch.dict(open_sql.__kwdefaults__, reconnect_s=PATIENCE_S))
+            stack.enter_context(mock.patch.object(module, name, RETRY_TIMEOUT_S))
+        stack.enter_context(mock.patch.object(retry, "PROBE_INTERVAL_S", 0.0))
+        stack.enter_context(mock.patch.dict(open_sql.__kwdefaults__, reconnect_s=RETRY_TIMEOUT_S))
         yield
 
 
 class Driver(Protocol):
-    """Has a driver's statements and connections go through a door."""
+    """Passes a driver's statements and new connections to an injection point."""
 
     faults: Sequence[Fault]
 
-    def entered(self) -> AbstractContextManager[None]:
-        """Do so while the body of the ``with`` runs."""
+    def installed(self) -> AbstractContextManager[None]:
+        """Intercept the calls while the body of the ``with`` runs."""
         ...
 
 
@@ -77,31 +76,36 @@ class Driver(Protocol):
 
 
 class SQLite:
-    """SQLite's statements, through the module that the store uses."""
+    """Intercepts the statements of the SQLite module that the store uses."""
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, injection: InjectionPoint) -> None:
         from taskstore.stores.sql.sqlite_library import sqlite_module
 
         self._module = sqlite_module()
-        self._door = door
+        self._injection = injection
+        busy = self._fail(5, "database is locked")
+        full = self._fail(13, "database or disk is full")
+        io_error = self._fail(10, "disk I/O error", rolled_back=True)
+        write_error = self._fail(778, "disk I/O error", rolled_back=True)
+        sync_error = self._fail(1034, "disk I/O error")
         self.faults: Sequence[Fault] = (
-            Fault("BUSY", "before", self._fails(5, "database is locked")),
-            Fault("BUSY stays", "before", self._fails(5, "database is locked"), stays=True),
-            Fault("FULL", "before", self._fails(13, "database or disk is full")),
-            Fault("FULL stays", "before", self._fails(13, "database or disk is full"), stays=True),
-            Fault("IOERR", "before", self._fails(10, "disk I/O error", undone=True), grave=_commit),
-            Fault("IOERR_WRITE", "before", self._fails(778, "disk I/O error", undone=True)),
-            Fault("IOERR_FSYNC", "before", self._fails(1034, "disk I/O error"), _commit, _commit),
-            Fault("IOERR_FSYNC", "after", self._failed, _commit, _commit),
+            Fault("BUSY", "before", busy),
+            Fault("BUSY, persistent", "before", busy, persistent=True),
+            Fault("FULL", "before", full),
+            Fault("FULL, persistent", "before", full, persistent=True),
+            Fault("IOERR", "before", io_error, fails_sync=_commit),
+            Fault("IOERR_WRITE", "before", write_error),
+            Fault("IOERR_FSYNC", "before", sync_error, _commit, _commit),
+            Fault("IOERR_FSYNC", "after", self._sync_error_after, _commit, _commit),
             DELAY,
         )
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Have every new connection's statements go through the door while the body runs."""
-        module, door, real = self._module, self._door, self._module.connect
+    def installed(self) -> Iterator[None]:
+        """Intercept the statements of every new connection while the body runs."""
+        module, injection, real = self._module, self._injection, self._module.connect
 
-        # Which module it is shows when this runs.
+        # The base classes come from the module that is in use.
         class Cursor(module.Cursor):  # type: ignore[name-defined,misc]
             def execute(self, sql: str, parameters: Any = ()) -> Any:
                 connection = self.connection
@@ -110,7 +114,7 @@ class SQLite:
                     step = Step("execute", "COMMIT, nothing written", connection)
                 elif sql.startswith("BEGIN"):
                     connection.writes = "IMMEDIATE" in sql
-                return door.through(step, super().execute, sql, parameters)
+                return injection.run_step(step, super().execute, sql, parameters)
 
         class Connection(module.Connection):  # type: ignore[name-defined,misc]
             writes = False
@@ -119,31 +123,29 @@ class SQLite:
                 return super().cursor(factory)
 
         def connect(*arguments: Any, **options: Any) -> Any:
-            step = Step("connect", "")
-            return door.through(
-                step, lambda *a: real(*a, factory=Connection, **options), *arguments
-            )
+            def call(*rest: Any) -> Any:
+                return real(*rest, factory=Connection, **options)
+
+            return injection.run_step(Step("connect", ""), call, *arguments)
 
         with mock.patch.object(module, "connect", connect):
             yield
 
     def _error(self, code: int, text: str) -> Exception:
         error: Exception = self._module.OperationalError(text)
-        error.sqlite_errorcode = code  # type: ignore[attr-defined]  # SQLite's errors have it
+        error.sqlite_errorcode = code  # type: ignore[attr-defined]  # SQLite sets it on its errors
         return error
 
-    def _fails(
-        self, code: int, text: str, *, undone: bool = False
-    ) -> Callable[[Step, Call, tuple[Any, ...]], Any]:
-        def strike(step: Step, _call: Call, _arguments: tuple[Any, ...]) -> Any:
-            # After some errors SQLite has ended the transaction by itself.
-            if undone and step.on is not None and step.on.in_transaction:
-                step.on.execute("ROLLBACK")
+    def _fail(self, code: int, text: str, *, rolled_back: bool = False) -> Inject:
+        def inject(step: Step, _call: Call, _arguments: tuple[Any, ...]) -> Any:
+            # On some errors SQLite rolls the transaction back itself.
+            if rolled_back and step.resource is not None and step.resource.in_transaction:
+                step.resource.execute("ROLLBACK")
             raise self._error(code, text)
 
-        return strike
+        return inject
 
-    def _failed(self, _step: Step, call: Call, arguments: tuple[Any, ...]) -> Any:
+    def _sync_error_after(self, _step: Step, call: Call, arguments: tuple[Any, ...]) -> Any:
         call(*arguments)
         raise self._error(1034, "disk I/O error")
 
@@ -152,70 +154,70 @@ class SQLite:
 
 
 class _Server(ABC):
-    """The statements of a driver that talks to a server."""
+    """Intercepts the statements of a driver for a database server."""
 
     errors: ClassVar[Mapping[str, Any]]
-    """What the server is asked to raise, by name."""
+    """The error codes that the server raises, by name."""
 
-    def __init__(self, door: Door) -> None:
-        self._door = door
-        self._helper: Any = None
+    def __init__(self, injection: InjectionPoint) -> None:
+        self._injection = injection
+        self._admin: Any = None
         self.faults: Sequence[Fault] = (
-            *(Fault(name, "before", self._asked(name), _statement) for name in self.errors),
-            Fault("lost", "before", self._lost),
-            Fault("lost", "after", self._answer_lost, _statement),
-            Fault("lost, stays", "before", self._lost, stays=True),
-            Fault("lost, stays", "after", self._answer_lost, stays=True),
+            *(Fault(name, "before", self._server_error(name), _statement) for name in self.errors),
+            Fault("lost", "before", self._connection_lost),
+            Fault("lost", "after", self._response_lost, _statement),
+            Fault("lost, persistent", "before", self._connection_lost, persistent=True),
+            Fault("lost, persistent", "after", self._response_lost, persistent=True),
             DELAY,
         )
 
     @abstractmethod
-    def _provoke(self, name: str, connection: Any) -> None:
-        """Have the server raise an error on a connection."""
+    def _raise_error(self, name: str, connection: Any) -> None:
+        """Make the server raise an error on a connection."""
 
     @abstractmethod
-    def _end(self, connection: Any) -> None:
-        """Have the server end a connection, from another one."""
+    def _terminate(self, connection: Any) -> None:
+        """Terminate a connection from the second one."""
 
     @abstractmethod
-    def _refused(self) -> None:
-        """Connect to where nobody listens."""
+    def _connect_refused(self) -> None:
+        """Connect to a port without a server."""
 
     @abstractmethod
-    def _use(self, connection: Any) -> None:
+    def _ping(self, connection: Any) -> None:
         """Run a statement on a connection."""
 
-    def _asked(self, name: str) -> Callable[[Step, Call, tuple[Any, ...]], Any]:
-        def strike(step: Step, _call: Call, _arguments: tuple[Any, ...]) -> Any:
-            self._provoke(name, step.on)
+    def _server_error(self, name: str) -> Inject:
+        def inject(step: Step, _call: Call, _arguments: tuple[Any, ...]) -> Any:
+            self._raise_error(name, step.resource)
             raise AssertionError(f"the server did not raise {name}")
 
-        return strike
+        return inject
 
-    def _lost(self, step: Step, call: Call, arguments: tuple[Any, ...]) -> Any:
+    def _connection_lost(self, step: Step, call: Call, arguments: tuple[Any, ...]) -> Any:
         if step.name == "connect":
-            self._refused()
-        self._end(step.on)
+            self._connect_refused()
+        self._terminate(step.resource)
         return call(*arguments)
 
-    def _answer_lost(self, step: Step, call: Call, arguments: tuple[Any, ...]) -> Any:
+    def _response_lost(self, step: Step, call: Call, arguments: tuple[Any, ...]) -> Any:
         if step.name == "connect":
-            self._refused()
+            self._connect_refused()
         call(*arguments)
-        self._end(step.on)
-        self._use(step.on)
-        raise AssertionError("the connection is still there")
+        self._terminate(step.resource)
+        self._ping(step.resource)
+        raise AssertionError("the connection was not terminated")
 
     def close(self) -> None:
         """Close the second connection."""
-        if self._helper is not None:
+        if self._admin is not None:
             with suppress(Exception):
-                self._helper.close()
-            self._helper = None
+                self._admin.close()
+            self._admin = None
 
 
 class PostgreSQL(_Server):
-    """PostgreSQL's statements, through psycopg."""
+    """Intercepts the PostgreSQL statements of psycopg."""
 
     errors = MappingProxyType(
         {
@@ -228,60 +230,59 @@ class PostgreSQL(_Server):
     )
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Have statements and new connections go through the door while the body runs."""
+    def installed(self) -> Iterator[None]:
+        """Intercept statements and new connections while the body runs."""
         import psycopg
 
-        door = self._door
+        injection = self._injection
         self._connect = connect = psycopg.connect
         execute = psycopg.Cursor.execute
 
-        def through(cursor: Any, query: Any, *arguments: Any, **options: Any) -> Any:
-            def call(*again: Any) -> Any:
-                return execute(cursor, *again, **options)
+        def intercepted_execute(cursor: Any, query: Any, *arguments: Any, **options: Any) -> Any:
+            def call(*rest: Any) -> Any:
+                return execute(cursor, *rest, **options)
 
-            return door.through(step_of(query, cursor.connection), call, query, *arguments)
+            return injection.run_step(step_of(query, cursor.connection), call, query, *arguments)
 
-        def connecting(*arguments: Any, **options: Any) -> Any:
-            self._place = (arguments, options)
-            return door.through(
-                Step("connect", ""), lambda *again: connect(*again, **options), *arguments
-            )
+        def intercepted_connect(*arguments: Any, **options: Any) -> Any:
+            self._connect_arguments = (arguments, options)
+            step = Step("connect", "")
+            return injection.run_step(step, lambda *rest: connect(*rest, **options), *arguments)
 
         with (
-            mock.patch.object(psycopg.Cursor, "execute", through),
-            mock.patch.object(psycopg, "connect", connecting),
+            mock.patch.object(psycopg.Cursor, "execute", intercepted_execute),
+            mock.patch.object(psycopg, "connect", intercepted_connect),
         ):
             try:
                 yield
             finally:
                 self.close()
 
-    def _provoke(self, name: str, connection: Any) -> None:
+    def _raise_error(self, name: str, connection: Any) -> None:
         state = self.errors[name]
         connection.execute(
-            f"DO $$ BEGIN RAISE EXCEPTION '{name}, as asked for' USING ERRCODE = '{state}'; END $$"
+            f"DO $$ BEGIN RAISE EXCEPTION '{name}, injected' USING ERRCODE = '{state}'; END $$"
         )
 
-    def _end(self, connection: Any) -> None:
+    def _terminate(self, connection: Any) -> None:
         if connection.closed:
             return
         pid = connection.info.backend_pid
-        if self._helper is None:
-            arguments, options = self._place
-            self._helper = self._connect(*arguments, **options)
-            self._helper.autocommit = True
-        self._helper.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+        if self._admin is None:
+            arguments, options = self._connect_arguments
+            self._admin = self._connect(*arguments, **options)
+            self._admin.autocommit = True
+        self._admin.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
 
-    def _refused(self) -> None:
+    def _connect_refused(self) -> None:
         self._connect("host=127.0.0.1 port=1 connect_timeout=1")
 
-    def _use(self, connection: Any) -> None:
+    def _ping(self, connection: Any) -> None:
         connection.execute("SELECT 1")
 
 
 class MariaDB(_Server):
-    """MariaDB's statements, through PyMySQL."""
+    """Intercepts the MariaDB statements of PyMySQL."""
 
     errors = MappingProxyType(
         {
@@ -294,57 +295,56 @@ class MariaDB(_Server):
     )
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Have statements and new connections go through the door while the body runs."""
+    def installed(self) -> Iterator[None]:
+        """Intercept statements and new connections while the body runs."""
         import pymysql
 
-        door = self._door
+        injection = self._injection
         self._connect = connect = pymysql.connect
         execute = pymysql.cursors.Cursor.execute
 
-        def through(cursor: Any, query: Any, arguments: Any = None) -> Any:
-            def call(*again: Any) -> Any:
-                return execute(cursor, *again)
+        def intercepted_execute(cursor: Any, query: Any, arguments: Any = None) -> Any:
+            def call(*rest: Any) -> Any:
+                return execute(cursor, *rest)
 
-            return door.through(step_of(query, cursor.connection), call, query, arguments)
+            return injection.run_step(step_of(query, cursor.connection), call, query, arguments)
 
-        def connecting(*arguments: Any, **options: Any) -> Any:
-            self._place = (arguments, options)
-            return door.through(
-                Step("connect", ""), lambda *again: connect(*again, **options), *arguments
-            )
+        def intercepted_connect(*arguments: Any, **options: Any) -> Any:
+            self._connect_arguments = (arguments, options)
+            step = Step("connect", "")
+            return injection.run_step(step, lambda *rest: connect(*rest, **options), *arguments)
 
         with (
-            mock.patch.object(pymysql.cursors.Cursor, "execute", through),
-            mock.patch.object(pymysql, "connect", connecting),
+            mock.patch.object(pymysql.cursors.Cursor, "execute", intercepted_execute),
+            mock.patch.object(pymysql, "connect", intercepted_connect),
         ):
             try:
                 yield
             finally:
                 self.close()
 
-    def _provoke(self, name: str, connection: Any) -> None:
+    def _raise_error(self, name: str, connection: Any) -> None:
         state, number = self.errors[name]
         with connection.cursor() as cursor:
             if number == 1213:
-                cursor.execute("ROLLBACK")  # a deadlock has undone the whole transaction
+                cursor.execute("ROLLBACK")  # a deadlock rolls back the whole transaction
             cursor.execute(
                 f"SIGNAL SQLSTATE '{state}' SET MYSQL_ERRNO = {number}, "
-                f"MESSAGE_TEXT = '{name}, as asked for'"
+                f"MESSAGE_TEXT = '{name}, injected'"
             )
 
-    def _end(self, connection: Any) -> None:
+    def _terminate(self, connection: Any) -> None:
         if not connection.open:
             return
-        if self._helper is None:
-            arguments, options = self._place
-            self._helper = self._connect(*arguments, **options)
-        with self._helper.cursor() as cursor, suppress(Exception):
+        if self._admin is None:
+            arguments, options = self._connect_arguments
+            self._admin = self._connect(*arguments, **options)
+        with self._admin.cursor() as cursor, suppress(Exception):
             cursor.execute(f"KILL CONNECTION {connection.thread_id()}")
 
-    def _refused(self) -> None:
+    def _connect_refused(self) -> None:
         self._connect(host="127.0.0.1", port=1)
 
-    def _use(self, connection: Any) -> None:
+    def _ping(self, connection: Any) -> None:
         with connection.cursor() as cursor:
             cursor.execute("SELECT 1")

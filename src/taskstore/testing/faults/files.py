@@ -1,8 +1,8 @@
-"""Faults of the operating system: every call that a store makes on its files.
+"""Operating system faults: at every call that a store makes on its files.
 
-The functions of :mod:`os` and :mod:`fcntl` and the built-in ``open`` are
-replaced while :class:`Files` is entered.  What concerns files below ``root``
-goes through the door; everything else goes on as if nothing were there.
+While :class:`Files` is installed, it replaces functions of :mod:`os` and
+:mod:`fcntl` and the built-in ``open``.  Calls on files below ``root`` pass the
+injection point; all other calls are unchanged.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
-from taskstore.testing.crash.processes import STEPS
-from taskstore.testing.faults.door import DELAY, Call, Door, Fault, Step
+from taskstore.testing.crash.processes import DURABLE_CALLS
+from taskstore.testing.faults.injection import DELAY, Call, Fault, Inject, InjectionPoint, Step
 
 _BY_PATH = ("link", "listdir", "mkdir", "open", "remove", "rename", "replace", "rmdir", "scandir",
             "stat", "truncate", "unlink")  # fmt: skip
@@ -28,22 +28,22 @@ _BY_DESCRIPTOR = ("close", "fdatasync", "fstat", "fsync", "ftruncate", "pread", 
 _WRITES = ("pwrite", "write")
 _SYNCS = ("fdatasync", "fsync", "fcntl")
 _VARYING = re.compile(r"(?<=taskstore-contract-).*|[0-9]+")
-"""What of a file's name is different every time."""
+"""The parts of a file name that vary between runs."""
 
 _READ_BUFFER = io.DEFAULT_BUFFER_SIZE
 
 
 class Files:
-    """Takes what is done to the files below a directory through a door."""
+    """Passes the calls on files below a directory to an injection point."""
 
-    def __init__(self, door: Door, root: str) -> None:
-        self._door = door
+    def __init__(self, injection: InjectionPoint, root: str) -> None:
+        self._injection = injection
         self._root = root.rstrip("/") + "/"
         self._paths: dict[int, str] = {}
-        self._born: dict[str, int] = {}
+        self._created: dict[str, int] = {}
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
+    def installed(self) -> Iterator[None]:
         """Replace the functions while the body runs."""
         with ExitStack() as stack:
             for names, wrap in ((_BY_PATH, self._by_path), (_BY_DESCRIPTOR, self._by_descriptor)):
@@ -55,63 +55,61 @@ class Files:
                 wrapped = self._by_descriptor(name, getattr(fcntl, name))
                 stack.enter_context(mock.patch.object(fcntl, name, wrapped))
             for module in (builtins, io):
-                stack.enter_context(mock.patch.object(module, "open", self._opening(io.open)))
+                stack.enter_context(mock.patch.object(module, "open", self._wrap_open(io.open)))
             yield
 
     def _by_path(self, name: str, real: Call) -> Call:
         def call(path: Any = ".", *arguments: Any, **options: Any) -> Any:
-            where = self._below(path) if name == "open" or self._door.is_open else None
-            if where is None:
+            target = self._below_root(path) if name == "open" or self._injection.is_active else None
+            if target is None:
                 return real(path, *arguments, **options)
-            if not self._door.is_open:
-                self._paths[result := real(path, *arguments, **options)] = where
+            if not self._injection.is_active:
+                self._paths[result := real(path, *arguments, **options)] = target
                 return result
             new = name == "mkdir" or (name == "open" and arguments and arguments[0] & os.O_CREAT)
-            if new and not os.path.lexists(where):
-                self._born[where] = self._door.life
-            result = self._door.through(
-                self._step(name, where), lambda *a: real(*a, **options), path, *arguments
+            if new and not os.path.lexists(target):
+                self._created[target] = self._injection.activation
+            result = self._injection.run_step(
+                self._step(name, target), lambda *a: real(*a, **options), path, *arguments
             )
             if name == "open":
-                self._paths[result] = where
+                self._paths[result] = target
             return result
 
         return call
 
     def _by_descriptor(self, name: str, real: Call) -> Call:
         def call(descriptor: Any, *arguments: Any, **options: Any) -> Any:
-            where = self._paths.get(descriptor) if isinstance(descriptor, int) else None
-            if where is None:
+            target = self._paths.get(descriptor) if isinstance(descriptor, int) else None
+            if target is None:
                 return real(descriptor, *arguments, **options)
             if name == "close":
                 del self._paths[descriptor]
-            if not self._door.is_open:
+            if not self._injection.is_active:
                 return real(descriptor, *arguments, **options)
-            return self._door.through(
-                self._step(name, where), lambda *a: real(*a, **options), descriptor, *arguments
+            return self._injection.run_step(
+                self._step(name, target), lambda *a: real(*a, **options), descriptor, *arguments
             )
 
         return call
 
-    def _opening(self, real: Call) -> Call:
-        def opening(
-            file: Any, mode: str = "r", buffering: int = -1, *rest: Any, **more: Any
-        ) -> Any:
-            known = isinstance(file, int)
-            where = None
-            if self._door.is_open:
-                where = self._paths.get(file) if known else self._below(file)
-            if where is None:
+    def _wrap_open(self, real: Call) -> Call:
+        def call(file: Any, mode: str = "r", buffering: int = -1, *rest: Any, **more: Any) -> Any:
+            is_descriptor = isinstance(file, int)
+            target = None
+            if self._injection.is_active:
+                target = self._paths.get(file) if is_descriptor else self._below_root(file)
+            if target is None:
                 return real(file, mode, buffering, *rest, **more)
-            if not known and not os.path.lexists(where):
-                self._born[where] = self._door.life
+            if not is_descriptor and not os.path.lexists(target):
+                self._created[target] = self._injection.activation
             raw_mode = mode.replace("b", "").replace("t", "")
 
             def make() -> _RawFile:
-                return _RawFile(self, where, file, raw_mode, more.get("opener"))
+                return _RawFile(self, target, file, raw_mode, more.get("opener"))
 
-            raw = make() if known else self._door.through(self._step("open", where), make)
-            self._paths[raw.fileno()] = where
+            raw = make() if is_descriptor else self.run_step("open", target, make)
+            self._paths[raw.fileno()] = target
             if buffering == 0:
                 return raw
             size = buffering if buffering > 1 else _READ_BUFFER
@@ -124,49 +122,49 @@ class Files:
             )
             return buffered if "b" in mode else io.TextIOWrapper(buffered, *rest, **more)
 
-        return opening
+        return call
 
-    def through(self, name: str, where: str, call: Call, *arguments: Any) -> Any:
-        """Take a call on an open file through the door."""
-        return self._door.through(self._step(name, where), call, *arguments)
+    def run_step(self, name: str, target: str, call: Call, *arguments: Any) -> Any:
+        """Pass a call on a file to the injection point."""
+        return self._injection.run_step(self._step(name, target), call, *arguments)
 
     def forget(self, descriptor: int) -> None:
-        """Note that a descriptor was closed."""
+        """Drop the path of a closed descriptor."""
         self._paths.pop(descriptor, None)
 
-    def _below(self, path: Any) -> str | None:
+    def _below_root(self, path: Any) -> str | None:
         if isinstance(path, int):
             return self._paths.get(path)
         try:
-            where = os.path.abspath(os.fsdecode(path))  # noqa: PTH100 - what pathlib calls ends here
+            target = os.path.abspath(os.fsdecode(path))  # noqa: PTH100 - what pathlib calls ends here
         except (TypeError, ValueError):
             return None
-        return where if where.startswith(self._root) else None
+        return target if target.startswith(self._root) else None
 
-    def _step(self, name: str, where: str) -> Step:
-        about = _VARYING.sub("#", os.path.basename(where))  # noqa: PTH119 - as above
-        return Step(name, about, where, self._born.get(where) == self._door.life)
+    def _step(self, name: str, target: str) -> Step:
+        detail = _VARYING.sub("#", os.path.basename(target))  # noqa: PTH119 - as above
+        return Step(name, detail, target, self._created.get(target) == self._injection.activation)
 
 
 class _RawFile(io.FileIO):
-    """A file that ``open`` has opened, whose reads and writes are steps."""
+    """A file object whose reads and writes are steps."""
 
     def __init__(
-        self, files: Files, where: str, file: Any, mode: str, opener: Callable[..., int] | None
+        self, files: Files, target: str, file: Any, mode: str, opener: Callable[..., int] | None
     ) -> None:
         super().__init__(file, mode, opener=opener)
         self._files = files
-        self._where = where
+        self._target = target
 
     def write(self, data: Any) -> Any:
-        return self._files.through("write", self._where, super().write, data)
+        return self._files.run_step("write", self._target, super().write, data)
 
     def readinto(self, buffer: Any) -> Any:
-        return self._files.through("read", self._where, super().readinto, buffer)
+        return self._files.run_step("read", self._target, super().readinto, buffer)
 
     def readall(self) -> bytes:
-        found: bytes = self._files.through("read", self._where, super().readall)
-        return found
+        data: bytes = self._files.run_step("read", self._target, super().readall)
+        return data
 
     def close(self) -> None:
         if not self.closed:
@@ -174,54 +172,54 @@ class _RawFile(io.FileIO):
         super().close()
 
 
-# -- what can go wrong ---------------------------------------------------------
+# -- the faults ----------------------------------------------------------------
 
 
 def _error(number: int, step: Step) -> OSError:
-    return OSError(number, os.strerror(number), step.on)
+    return OSError(number, os.strerror(number), step.resource)
 
 
-def _instead(number: int) -> Callable[[Step, Call, tuple[Any, ...]], Any]:
-    def strike(step: Step, call: Call, arguments: tuple[Any, ...]) -> Any:
-        if step.name == "close":  # the descriptor is gone, whatever close says
+def _fail_before(number: int) -> Inject:
+    def inject(step: Step, call: Call, arguments: tuple[Any, ...]) -> Any:
+        if step.name == "close":  # close releases the descriptor even when it fails
             call(*arguments)
         raise _error(number, step)
 
-    return strike
+    return inject
 
 
-def _afterwards(number: int) -> Callable[[Step, Call, tuple[Any, ...]], Any]:
-    def strike(step: Step, call: Call, arguments: tuple[Any, ...]) -> Any:
+def _fail_after(number: int) -> Inject:
+    def inject(step: Step, call: Call, arguments: tuple[Any, ...]) -> Any:
         result = call(*arguments)
-        if step.name == "open":  # an open that fails gives nobody a descriptor
+        if step.name == "open":  # a failed open returns no descriptor
             (result.close if hasattr(result, "close") else lambda: os.close(result))()
         elif step.name == "scandir":
             result.close()
         raise _error(number, step)
 
-    return strike
+    return inject
 
 
-def _half(step: Step, call: Call, arguments: tuple[Any, ...]) -> Any:
-    """Write half of the data, and say so."""
+def _short_write(step: Step, call: Call, arguments: tuple[Any, ...]) -> Any:
+    """Write half of the data, and return that length."""
     position = 1 if step.name == "pwrite" or len(arguments) > 1 else 0
     data = memoryview(arguments[position])
     shorter = data[: max(1, len(data) // 2)]
     return call(*arguments[:position], shorter, *arguments[position + 1 :])
 
 
-def _torn(step: Step, call: Call, arguments: tuple[Any, ...]) -> Any:
-    _half(step, call, arguments)
+def _short_write_then_full(step: Step, call: Call, arguments: tuple[Any, ...]) -> Any:
+    _short_write(step, call, arguments)
     raise _error(errno.ENOSPC, step)
 
 
-def _durable(step: Step) -> bool:
-    return step.name in STEPS or step.name in {"open", "mkdir"}
+def _may_persist(step: Step) -> bool:
+    return step.name in DURABLE_CALLS or step.name in {"open", "mkdir"}
 
 
-def _durable_but_writing(step: Step) -> bool:
-    # A write that is interrupted has written nothing, or says how much it has.
-    return _durable(step) and step.name not in {*_WRITES, "writev"}
+def _may_persist_no_write(step: Step) -> bool:
+    # An interrupted write has written nothing, or returns the number of bytes.
+    return _may_persist(step) and step.name not in {*_WRITES, "writev"}
 
 
 def _writes(step: Step) -> bool:
@@ -232,19 +230,21 @@ def _syncs(step: Step) -> bool:
     return step.name in _SYNCS
 
 
-def _closes_not(step: Step) -> bool:
+def _not_close(step: Step) -> bool:
     return step.name != "close"
 
 
 FAULTS: Sequence[Fault] = (
-    Fault("ENOSPC", "before", _instead(errno.ENOSPC), _durable, _syncs),
-    Fault("ENOSPC", "after", _afterwards(errno.ENOSPC), _durable, _syncs),
-    Fault("EIO", "before", _instead(errno.EIO), grave=_syncs),
-    Fault("EIO", "after", _afterwards(errno.EIO), _durable, _syncs),
-    Fault("EIO stays", "before", _instead(errno.EIO), _closes_not, _syncs, stays=True),
-    Fault("EINTR", "before", _instead(errno.EINTR), _closes_not),
-    Fault("EINTR", "after", _afterwards(errno.EINTR), _durable_but_writing),
-    Fault("short", "", _half, _writes),
-    Fault("short, then ENOSPC", "", _torn, _writes),
+    Fault("ENOSPC", "before", _fail_before(errno.ENOSPC), _may_persist, _syncs),
+    Fault("ENOSPC", "after", _fail_after(errno.ENOSPC), _may_persist, _syncs),
+    Fault("EIO", "before", _fail_before(errno.EIO), fails_sync=_syncs),
+    Fault("EIO", "after", _fail_after(errno.EIO), _may_persist, _syncs),
+    Fault(
+        "EIO, persistent", "before", _fail_before(errno.EIO), _not_close, _syncs, persistent=True
+    ),
+    Fault("EINTR", "before", _fail_before(errno.EINTR), _not_close),
+    Fault("EINTR", "after", _fail_after(errno.EINTR), _may_persist_no_write),
+    Fault("short", "", _short_write, _writes),
+    Fault("short, then ENOSPC", "", _short_write_then_full, _writes),
     DELAY,
 )

@@ -1,9 +1,9 @@
-"""The matrix: every fault at every step of every scenario, and what the caller got.
+"""The matrix: the outcome of every fault at every step of every scenario.
 
     python -m taskstore.testing.faults URL [--steps N] [--scenario NAME]
 
-A new, empty ledger is made for it as for the contract suite; what is at the
-URL stays untouched.
+The run creates new, empty ledgers as the contract suite does, and does not touch
+the data at the URL.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -22,69 +22,69 @@ from taskstore.model.journal import Snapshot
 from taskstore.store import opening as backends
 from taskstore.store.interface import TaskRegistryStore
 from taskstore.store.opening import scheme_of
-from taskstore.testing.faults import drivers, seam
-from taskstore.testing.faults.door import HOLD_S, Door, Fault
+from taskstore.testing.faults import drivers, faulty_store
 from taskstore.testing.faults.files import FAULTS as FILE_FAULTS
 from taskstore.testing.faults.files import Files
-from taskstore.testing.faults.scenarios import SCENARIOS, Part, Scenario
-from taskstore.testing.faults.stage import OpenRegistry, OpenStore, Seen, Stage, open_registry
-from taskstore.testing.faults.verdict import Outcome, go_on, judge_callers, judge_sync
+from taskstore.testing.faults.harness import Harness, OpenRegistry, OpenStore, State, open_registry
+from taskstore.testing.faults.injection import HOLD_S, Fault, InjectionPoint
+from taskstore.testing.faults.scenarios import SCENARIOS, Operation, Scenario
+from taskstore.testing.faults.verdict import Outcome, check_callers, check_failed_sync, write_again
 from taskstore.testing.scratch import scratch
 
-PATIENCE_S = 60.0
-"""How long a caller may take before it is given up for hung, in seconds."""
-
+CALLER_TIMEOUT_S = 60.0
+"""How long a call may take before it counts as hung, in seconds."""
 
 REFUSES = " !"
-"""Marks a cell after which the instance takes no more writes until it is reopened."""
+"""Marks a cell after which the instance refuses writes until it is reopened."""
 
 
 class Cell(NamedTuple):
-    """One fault at one step: what the callers got, and what is wrong with that."""
+    """One fault at one step: the outcome of the calls, and the problems."""
 
     scenario: str
     number: int
     step: str
     fault: str
     side: str
-    got: str
+    outcome: str
     problems: tuple[str, ...] = ()
 
 
 class Layer(NamedTuple):
-    """Where faults come in on one kind of store: which, and what is put around the store.
+    """How faults are injected into one kind of store: the faults, and the store wrapper.
 
-    ``remembers`` tells that an instance keeps something of what it read, so
-    that only a new one shows what is stored.
+    ``caches_reads`` means that an instance caches data, so that only a new
+    instance returns the stored state.
     """
 
     faults: Sequence[Fault]
     wrap: Callable[[TaskRegistryStore], TaskRegistryStore]
-    remembers: bool
+    caches_reads: bool
 
 
 @contextmanager
-def layer_of(url: str, door: Door) -> Iterator[Layer]:
-    """Intercept what the store behind a URL does; a wrapper where nothing lower is known."""
+def layer_of(url: str, injection: InjectionPoint) -> Iterator[Layer]:
+    """Intercept the driver or file calls of the store; wrap any other store."""
     scheme, rest = scheme_of(url), url.partition(":")[2]
-    driver = _DRIVERS.get(scheme.partition("+")[0])
-    if driver is not None:
-        found = driver(door)
-        with drivers.impatient(), found.entered():
-            yield Layer(found.faults, _as_it_is, remembers=False)
+    driver_class = _DRIVERS.get(scheme.partition("+")[0])
+    if driver_class is not None:
+        driver = driver_class(injection)
+        with drivers.short_timeouts(), driver.installed():
+            yield Layer(driver.faults, _unwrapped, caches_reads=False)
     elif rest.startswith("///") and "?" not in rest:
-        root = next(place for place in Path(rest[3:]).absolute().parents if place.is_dir())
-        with Files(door, str(root)).entered():
-            yield Layer(FILE_FAULTS, _as_it_is, remembers=True)
+        root = next(parent for parent in Path(rest[3:]).absolute().parents if parent.is_dir())
+        with Files(injection, str(root)).installed():
+            yield Layer(FILE_FAULTS, _unwrapped, caches_reads=True)
     else:
-        yield Layer(seam.FAULTS, lambda store: seam.FaultyStore(store, door), remembers=True)
+        wrap = partial(faulty_store.FaultyStore, injection=injection)
+        yield Layer(faulty_store.FAULTS, wrap, caches_reads=True)
 
 
-def _as_it_is(store: TaskRegistryStore) -> TaskRegistryStore:
+def _unwrapped(store: TaskRegistryStore) -> TaskRegistryStore:
     return store
 
 
-_DRIVERS: dict[str, Callable[[Door], drivers.Driver]] = {
+_DRIVERS: dict[str, Callable[[InjectionPoint], drivers.Driver]] = {
     "sqlite": drivers.SQLite,
     "postgresql": drivers.PostgreSQL,
     "mysql": drivers.MariaDB,
@@ -100,161 +100,163 @@ def run_matrix(
     wrap: Callable[[TaskRegistryStore], TaskRegistryStore] | None = None,
     make_registry: OpenRegistry = open_registry,
 ) -> list[Cell]:
-    """Let every fault strike at every step, and judge what comes of it.
+    """Inject every fault at every step, and return the checked outcomes.
 
-    ``steps`` limits how many steps of a scenario each fault strikes at: every
-    fault then begins at another one.  ``scenarios`` are names, all by default.
-    ``wrap`` puts something around each store that is played with, and
-    ``make_registry`` makes the registry: broken ones show what is noticed.
+    ``steps`` limits at how many steps of a scenario each fault is injected;
+    each fault then starts at a different step.  ``scenarios`` are names, all by
+    default.  ``wrap`` wraps each store under test, and ``make_registry`` makes
+    the registry, so that tests can pass broken ones.
     """
-    door = Door()
+    injection = InjectionPoint()
     cells: list[Cell] = []
-    # Looking for the backend takes longer than opening a ledger, and this opens thousands.
+    # Entry points are cached: a lookup is slower than an open, and the run opens thousands.
     declared = mock.patch.object(backends, "entry_points", cache(entry_points))
-    with declared, layer_of(url, door) as layer:
+    with declared, layer_of(url, injection) as layer:
 
         def wrapped(store: TaskRegistryStore) -> TaskRegistryStore:
             return layer.wrap(store if wrap is None else wrap(store))
 
-        def make_stage(open_store: OpenStore) -> Stage:
-            return Stage(open_store, wrapped, make_registry, remembers=layer.remembers)
+        def make_harness(open_store: OpenStore) -> Harness:
+            return Harness(open_store, wrapped, make_registry, caches_reads=layer.caches_reads)
 
         for scenario in SCENARIOS:
             if not scenarios or scenario.name in scenarios:
-                player = _Player(url, scenario, door, make_stage)
-                with player:
-                    cells += player.play(layer.faults, steps)
+                with _ScenarioRunner(url, scenario, injection, make_harness) as runner:
+                    cells += runner.run(layer.faults, steps)
     return cells
 
 
-class _Player:
-    """Plays one scenario, again and again, on one ledger or on new ones."""
+class _ScenarioRunner:
+    """Runs one scenario with each fault, on one ledger or on new ones."""
 
     def __init__(
         self,
         url: str,
         scenario: Scenario,
-        door: Door,
-        make_stage: Callable[[OpenStore], Stage],
+        injection: InjectionPoint,
+        make_harness: Callable[[OpenStore], Harness],
     ) -> None:
         self._url = url
         self._scenario = scenario
-        self._door = door
-        self._make_stage = make_stage
+        self._injection = injection
+        self._make_harness = make_harness
         self._stack = ExitStack()
-        self._last = "nothing"
+        self._last_fault = "none"
 
     def __enter__(self) -> Self:
-        self._set()
+        self._reset()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def _set(self) -> None:
-        """Have a stage: a new one with a new ledger, or the same as before."""
+    def _reset(self) -> None:
+        """Replace the harness by one with a new ledger."""
         self._stack.close()
         open_store = self._stack.enter_context(scratch(self._url))
-        self._stage = self._make_stage(open_store)
-        self._stack.callback(self._stage.leave)
-        if not self._scenario.anew:
-            # Written to once, so that the first time is no other than the next.
-            self._stage.open().create(runtime="cli", task="There from the beginning")
+        self._harness = self._make_harness(open_store)
+        self._stack.callback(self._harness.close_all)
+        if not self._scenario.new_ledger:
+            # The first write can take other steps than later ones, so it happens here.
+            self._harness.open().create(runtime="cli", task="First task")
 
-    def play(self, faults: Sequence[Fault], steps: int | None) -> Iterator[Cell]:
+    def run(self, faults: Sequence[Fault], steps: int | None) -> Iterator[Cell]:
         """Yield a cell for each fault and step."""
-        if not self._scenario.anew and not isinstance(
-            self._stage.playing().store, self._scenario.needs
+        if not self._scenario.new_ledger and not isinstance(
+            self._harness.opened().store, self._scenario.needs
         ):
             return
-        yield self._once(0, None)
-        found = self._door.steps
-        for place, fault in enumerate(faults):
-            fitting = [n for n, step in enumerate(found, 1) if fault.fits(step)]
-            stride = 1 if steps is None else -(-len(fitting) // steps)
-            for number in fitting[place % stride if fitting else 0 :: max(stride, 1)]:
-                cell = self._once(number, fault)
-                # What opens files or retries is not at the same step each time.
+        yield self._run_once(0, None)
+        recorded = self._injection.steps
+        for index, fault in enumerate(faults):
+            numbers = [n for n, step in enumerate(recorded, 1) if fault.applies_to(step)]
+            stride = 1 if steps is None else -(-len(numbers) // steps)
+            for number in numbers[index % stride if numbers else 0 :: max(stride, 1)]:
+                cell = self._run_once(number, fault)
+                # Steps of retries and of file opens vary between runs: the fault may not apply.
                 if cell.step or cell.problems:
                     yield cell
 
-    def _once(self, number: int, fault: Fault | None) -> Cell:
-        """Play with one fault, and judge."""
-        scenario, stage = self._scenario, self._stage
-        if scenario.anew:
-            self._set()
-            stage = self._stage
+    def _run_once(self, number: int, fault: Fault | None) -> Cell:
+        """Run the scenario with one fault, and check the result."""
+        scenario, harness = self._scenario, self._harness
+        if scenario.new_ledger:
+            self._reset()
+            harness = self._harness
         try:
-            parts = scenario.prepare(stage)
-            before = NOTHING if scenario.anew else stage.look()
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding
-            self._set()
-            problem = f"before, in peace after {self._last}: {error!r}"
+            operations = scenario.prepare(harness)
+            before = EMPTY if scenario.new_ledger else harness.read_stored()
+        except Exception as error:  # noqa: BLE001 - every error is a problem
+            self._reset()
+            problem = f"in the fault-free preparation after {self._last_fault}: {error!r}"
             return Cell(scenario.name, number, "", *_title(fault), "", (problem,))
-        hold_s = HOLD_S if len(parts) > 1 else 0.0
-        with self._door.opened(number, fault, hold_s=hold_s):
-            outcomes = _act(parts)
-        struck, later, refuses = self._door.struck, self._door.steps[number:], False
-        is_open = stage.registry is not None
+        hold_s = HOLD_S if len(operations) > 1 else 0.0
+        with self._injection.active(number, fault, hold_s=hold_s):
+            outcomes = _call_all(operations)
+        faulted, later, refuses = self._injection.faulted, self._injection.steps[number:], False
+        is_open = harness.registry is not None
         problems: list[str] = []
         try:
             if not is_open:
-                stage.open()
-            elif scenario.lags or any(isinstance(o.error, OutcomeUnknownError) for o in outcomes):
-                stage.playing().refresh()
-            after = stage.look(verify=True)
-            problems += judge_callers(parts, outcomes, before, after)
-            problems += stage.differences(after)
+                harness.open()
+            elif scenario.stale or any(isinstance(o.error, OutcomeUnknownError) for o in outcomes):
+                harness.opened().refresh()
+            after = harness.read_stored(verify=True)
+            problems += check_callers(operations, outcomes, before, after)
+            problems += harness.differences(after)
             problems += after.problems
-            refuses, more = go_on(stage, parts, after)
+            refuses, more = write_again(harness, operations, after)
             problems += more
-            problems += stage.differences(stage.look())
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding
-            problems.append(f"afterwards, in peace: {error!r}")
+            problems += harness.differences(harness.read_stored())
+        except Exception as error:  # noqa: BLE001 - every error is a problem
+            problems.append(f"in the fault-free checks afterwards: {error!r}")
         if fault is not None:
-            problems += judge_sync(fault, struck, later, outcomes, goes_on=is_open and not refuses)
+            problems += check_failed_sync(
+                fault, faulted, later, outcomes, writable=is_open and not refuses
+            )
         elif any(outcome.error is not None for outcome in outcomes):
-            problems.append(f"without any fault: {[outcome.error for outcome in outcomes]}")
+            problems.append(f"without a fault: {[outcome.error for outcome in outcomes]}")
         if problems:
-            self._set()
-        label = struck.label if struck is not None else ""
-        told = _told(outcomes, refuses=refuses)
-        self._last = f"{' '.join(_title(fault))} {label}"
-        return Cell(scenario.name, number, label, *_title(fault), told, tuple(problems))
+            self._reset()
+        label = faulted.label if faulted is not None else ""
+        names = _outcome_names(outcomes, refuses=refuses)
+        self._last_fault = f"{' '.join(_title(fault))} {label}"
+        return Cell(scenario.name, number, label, *_title(fault), names, tuple(problems))
 
 
-NOTHING = Seen(Snapshot(0), {})
+EMPTY = State(Snapshot(0), {})
 
 
 def _title(fault: Fault | None) -> tuple[str, str]:
     return (fault.name, fault.side) if fault is not None else ("", "")
 
 
-def _act(parts: Sequence[Part]) -> list[Outcome]:
-    """Make the calls, each in a thread of its own if they are several."""
-    if len(parts) == 1:
-        return [_call(parts[0])]
-    outcomes = [Outcome(AssertionError("hung")) for _ in parts]
+def _call_all(operations: Sequence[Operation]) -> list[Outcome]:
+    """Make the calls: one in this thread, several in one thread each."""
+    if len(operations) == 1:
+        return [_call(operations[0])]
+    outcomes = [Outcome(AssertionError("hung")) for _ in operations]
 
-    def call(place: int) -> None:
-        outcomes[place] = _call(parts[place])
+    def call(index: int) -> None:
+        outcomes[index] = _call(operations[index])
 
-    threads = [threading.Thread(target=call, args=(n,), daemon=True) for n in range(len(parts))]
+    numbers = range(len(operations))
+    threads = [threading.Thread(target=call, args=(n,), daemon=True) for n in numbers]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(PATIENCE_S)
-    return list(outcomes)  # who is late has hung, whatever comes of it
+        thread.join(CALLER_TIMEOUT_S)
+    return list(outcomes)  # a copy: a call that returns later still counts as hung
 
 
-def _call(part: Part) -> Outcome:
+def _call(operation: Operation) -> Outcome:
     try:
-        part.act()
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is judged
+        operation.call()
+    except Exception as error:  # noqa: BLE001 - the error is the outcome
         return Outcome(error)
     return Outcome(None)
 
 
-def _told(outcomes: Sequence[Outcome], *, refuses: bool) -> str:
+def _outcome_names(outcomes: Sequence[Outcome], *, refuses: bool) -> str:
     names = sorted({outcome.name for outcome in outcomes}, key=lambda name: (name != "ok", name))
     return " + ".join(names) + (REFUSES if refuses else "")

@@ -1,4 +1,4 @@
-"""What a registry does while a fault strikes, and how to tell whether it happened."""
+"""The scenarios: registry calls under a fault, and checks of their stored effect."""
 
 from __future__ import annotations
 
@@ -14,187 +14,189 @@ from taskstore.model.records import TaskRecord
 from taskstore.registry.compactor import compact
 from taskstore.registry.registry import TaskRegistry
 from taskstore.store.interface import SupportsCompaction, SupportsJournal, TaskRegistryStore
-from taskstore.testing.faults.stage import Stage
+from taskstore.testing.faults.harness import Harness
 
 Records = Mapping[str, TaskRecord]
 
 CALLERS = 4
-"""How many threads come together in the scenario of group commit."""
+"""The number of concurrent threads in the group commit scenario."""
 
-FOLD = CompactionPolicy(history_s=0, history_entries=2, keep_snapshots=1).forced()
-
-
-class State(Enum):
-    """What a ledger shows of one call."""
-
-    DONE = "done"
-    UNDONE = "not done"
-    HALF = "half done"
-    SAME = "no different"
-    """Whether the call happened or not, every record has to be as before."""
+POLICY = CompactionPolicy(history_s=0, history_entries=2, keep_snapshots=1).forced()
 
 
-class Part(NamedTuple):
+class Effect(Enum):
+    """The effect of one call on the stored records."""
+
+    APPLIED = "applied"
+    NONE = "none"
+    PARTIAL = "partial"
+    UNCHANGED = "unchanged"
+    """The call changes no record, whether it succeeds or fails."""
+
+
+class Operation(NamedTuple):
     """One call of one caller.
 
-    ``state`` tells from a ledger's records whether it happened, and ``owns``
-    which records are its own: all others have to stay as they were.
+    ``effect`` computes the effect of the call from the stored records.
+    ``touches`` selects the records that the call may change.
     """
 
-    act: Callable[[], object]
-    state: Callable[[Records], State]
-    owns: Callable[[TaskRecord], bool]
+    call: Callable[[], object]
+    effect: Callable[[Records], Effect]
+    touches: Callable[[TaskRecord], bool]
 
 
 class Scenario(NamedTuple):
-    """What is done under a fault.
+    """The operations that run under a fault.
 
-    ``prepare`` is called in peace and returns the calls; several are made by
-    as many threads.  ``lags`` tells that the registry is behind afterwards,
-    because somebody else wrote, until its next use.  With ``anew`` every time
-    is the first on a storage that does not hold a ledger yet.
+    ``prepare`` runs without faults and returns the operations; several
+    operations run in one thread each.  ``stale`` means that another writer
+    has committed, so the registry is stale until its next use.  With
+    ``new_ledger`` every run starts on a storage without a ledger.
     """
 
     name: str
-    prepare: Callable[[Stage], Sequence[Part]]
+    prepare: Callable[[Harness], Sequence[Operation]]
     needs: type = TaskRegistryStore
-    lags: bool = False
-    anew: bool = False
+    stale: bool = False
+    new_ledger: bool = False
 
 
-def _nobody(_: TaskRecord) -> bool:
+def _no_record(_: TaskRecord) -> bool:
     return False
 
 
-def _same(_: Records) -> State:
-    return State.SAME
+def _unchanged(_: Records) -> Effect:
+    return Effect.UNCHANGED
 
 
 def _labelled(label: str) -> Callable[[TaskRecord], bool]:
     return lambda record: record.label == label
 
 
-def _one_of(flags: Iterable[bool]) -> State:
-    """All of it, nothing of it, or something in between."""
-    found = set(flags)
-    if len(found) > 1:
-        return State.HALF
-    return State.DONE if found.pop() else State.UNDONE
+def _effect_of(flags: Iterable[bool]) -> Effect:
+    """Return the effect of a call, given a flag for each of its changes."""
+    distinct = set(flags)
+    if len(distinct) > 1:
+        return Effect.PARTIAL
+    return Effect.APPLIED if distinct.pop() else Effect.NONE
 
 
 def _new(registry: TaskRegistry, label: str) -> TaskRecord:
     return registry.create(runtime="cli", task="under faults", owner_key="faults", label=label)
 
 
-def _creating(registry: TaskRegistry) -> Part:
+def _create_operation(registry: TaskRegistry) -> Operation:
     label = secrets.token_hex(8)
-    mine = _labelled(label)
-    return Part(
+    is_own = _labelled(label)
+    return Operation(
         lambda: _new(registry, label),
-        lambda records: _one_of([any(map(mine, records.values()))]),
-        mine,
+        lambda records: _effect_of([any(map(is_own, records.values()))]),
+        is_own,
     )
 
 
-def _updating(registry: TaskRegistry, task: TaskRecord) -> Part:
+def _update_operation(registry: TaskRegistry, task: TaskRecord) -> Operation:
     word = secrets.token_hex(8)
-    return Part(
+    return Operation(
         lambda: registry.record_progress(task.task_id, word),
-        lambda records: _one_of([records[task.task_id].progress_summary == word]),
+        lambda records: _effect_of([records[task.task_id].progress_summary == word]),
         lambda record: record.task_id == task.task_id,
     )
 
 
-def _create(stage: Stage) -> Sequence[Part]:
-    return [_creating(stage.playing())]
+def _create(harness: Harness) -> Sequence[Operation]:
+    return [_create_operation(harness.opened())]
 
 
-def _update(stage: Stage) -> Sequence[Part]:
-    registry = stage.playing()
-    return [_updating(registry, _new(registry, "updated"))]
+def _update(harness: Harness) -> Sequence[Operation]:
+    registry = harness.opened()
+    return [_update_operation(registry, _new(registry, "updated"))]
 
 
-def _delete(stage: Stage) -> Sequence[Part]:
-    registry = stage.playing()
+def _delete(harness: Harness) -> Sequence[Operation]:
+    registry = harness.opened()
     task = _new(registry, "deleted")
     return [
-        Part(
+        Operation(
             lambda: registry.delete(task.task_id),
-            lambda records: _one_of([task.task_id not in records]),
+            lambda records: _effect_of([task.task_id not in records]),
             lambda record: record.task_id == task.task_id,
         )
     ]
 
 
-def _batch(stage: Stage) -> Sequence[Part]:
-    registry = stage.playing()
-    parts = [*_update(stage), *_delete(stage), _creating(registry), _creating(registry)]
+def _batch(harness: Harness) -> Sequence[Operation]:
+    registry = harness.opened()
+    creates = [_create_operation(registry) for _ in range(2)]
+    operations = [*_update(harness), *_delete(harness), *creates]
 
-    def act() -> None:
+    def call() -> None:
         with registry.batch():
-            for part in parts:
-                part.act()
+            for operation in operations:
+                operation.call()
 
     return [
-        Part(
-            act,
-            lambda records: _one_of(part.state(records) is State.DONE for part in parts),
-            lambda record: any(part.owns(record) for part in parts),
+        Operation(
+            call,
+            lambda records: _effect_of(op.effect(records) is Effect.APPLIED for op in operations),
+            lambda record: any(operation.touches(record) for operation in operations),
         )
     ]
 
 
-def _group(stage: Stage) -> Sequence[Part]:
-    parts = [*_update(stage), *_delete(stage)]
-    return [*parts, *(_creating(stage.playing()) for _ in range(CALLERS - len(parts)))]
+def _group_commit(harness: Harness) -> Sequence[Operation]:
+    operations = [*_update(harness), *_delete(harness)]
+    creates = (_create_operation(harness.opened()) for _ in range(CALLERS - len(operations)))
+    return [*operations, *creates]
 
 
-def _update_behind(stage: Stage) -> Sequence[Part]:
-    """Update a task after another writer has committed something."""
-    parts = _update(stage)
-    _elsewhere(stage)
-    return parts
+def _update_stale(harness: Harness) -> Sequence[Operation]:
+    """Update a task after a commit of another writer."""
+    operations = _update(harness)
+    _commit_elsewhere(harness)
+    return operations
 
 
-def _refresh(stage: Stage) -> Sequence[Part]:
-    _elsewhere(stage)
-    return [Part(stage.playing().refresh, _same, _nobody)]
+def _refresh(harness: Harness) -> Sequence[Operation]:
+    _commit_elsewhere(harness)
+    return [Operation(harness.opened().refresh, _unchanged, _no_record)]
 
 
-def _elsewhere(stage: Stage) -> None:
-    with stage.open_store() as store, TaskRegistry(store) as registry:
+def _commit_elsewhere(harness: Harness) -> None:
+    with harness.open_store() as store, TaskRegistry(store) as registry:
         _new(registry, "by another writer")
 
 
-def _compact(stage: Stage) -> Sequence[Part]:
-    registry = stage.playing()
-    compact(registry.store, FOLD)  # clears up what the last time left
+def _compact(harness: Harness) -> Sequence[Operation]:
+    registry = harness.opened()
+    compact(registry.store, POLICY)  # removes the leftovers of the last run
     task = _new(registry, "compacted")
     registry.mark_running(task.task_id)
     registry.delete(_new(registry, "compacted").task_id)
-    return [Part(partial(compact, registry.store, FOLD), _same, _nobody)]
+    return [Operation(partial(compact, registry.store, POLICY), _unchanged, _no_record)]
 
 
-def _save(stage: Stage) -> Sequence[Part]:
-    """Replace the content by itself, but for one task that goes."""
-    registry = stage.playing()
-    task, store = _new(registry, "gone with the save"), registry.store
+def _save(harness: Harness) -> Sequence[Operation]:
+    """Save the present records without one of them."""
+    registry = harness.opened()
+    task, store = _new(registry, "dropped by the save"), registry.store
     records = {
         record.task_id: record for record in registry.list() if record.task_id != task.task_id
     }
     snapshot = Snapshot(registry.seq + 10, records, store.clock())
     return [
-        Part(
+        Operation(
             lambda: store.save_snapshot(snapshot),
-            lambda records: _one_of([task.task_id not in records]),
+            lambda records: _effect_of([task.task_id not in records]),
             lambda record: record.task_id == task.task_id,
         )
     ]
 
 
-def _open(stage: Stage) -> Sequence[Part]:
-    stage.close()
-    return [Part(stage.open, _same, _nobody)]
+def _open(harness: Harness) -> Sequence[Operation]:
+    harness.close()
+    return [Operation(harness.open, _unchanged, _no_record)]
 
 
 SCENARIOS: Sequence[Scenario] = (
@@ -202,12 +204,12 @@ SCENARIOS: Sequence[Scenario] = (
     Scenario("update", _update),
     Scenario("delete", _delete),
     Scenario("batch", _batch),
-    Scenario("group commit", _group),
-    Scenario("update behind another", _update_behind, SupportsJournal, lags=True),
-    Scenario("refresh", _refresh, SupportsJournal, lags=True),
+    Scenario("group commit", _group_commit),
+    Scenario("update behind another", _update_stale, SupportsJournal, stale=True),
+    Scenario("refresh", _refresh, SupportsJournal, stale=True),
     Scenario("compact", _compact, SupportsCompaction),
-    Scenario("save", _save, lags=True),
+    Scenario("save", _save, stale=True),
     Scenario("open", _open),
-    Scenario("first open", _open, anew=True),
+    Scenario("first open", _open, new_ledger=True),
 )
-"""What is played, one after the other."""
+"""All scenarios, in the order in which they run."""

@@ -1,4 +1,4 @@
-"""The matrix as a table."""
+"""The matrix as a text table."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ _SHORT = {
 }
 
 LEGEND = (
-    "Cells: what the caller got, the fault struck before/after the step: ok or "
+    "Cells: what the caller got with the fault before/after the step: ok or "
     + ", ".join(f"{short} = {name}" for name, short in _SHORT.items())
-    + f". {REFUSES.strip()} the instance then takes no more writes until it is reopened. "
-    "WRONG: see below. Blank: cannot happen there, or was not tried."
+    + f". {REFUSES.strip()} the instance then refuses writes until it is reopened. "
+    "WRONG: see below. Blank: not applicable, or not tried."
 )
 
 
 def render(cells: Sequence[Cell]) -> str:
-    """One block for each scenario: steps are rows, faults are columns."""
+    """Return one block for each scenario: steps are rows, faults are columns."""
     columns = list(dict.fromkeys(cell.fault for cell in cells if cell.number))
     lines = []
-    for scenario, found in groupby(cells, key=lambda cell: cell.scenario):
+    for scenario, group in groupby(cells, key=lambda cell: cell.scenario):
         rows: dict[tuple[int, str], dict[str, dict[str, str]]] = {}
-        for cell in found:
+        for cell in group:
             if cell.number:
                 row = rows.setdefault((cell.number, cell.step), {})
-                row.setdefault(cell.fault, {})[cell.side] = _word(cell)
+                row.setdefault(cell.fault, {})[cell.side] = _short_outcome(cell)
         table = [(scenario, *columns)]
         for (number, step), row in sorted(rows.items()):
-            told = (_both(row.get(column, {})) for column in columns)
-            table.append((f"{number:3} {step}", *told))
+            outcomes = (_both_sides(row.get(column, {})) for column in columns)
+            table.append((f"{number:3} {step}", *outcomes))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines += [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -48,37 +48,37 @@ def render(cells: Sequence[Cell]) -> str:
 
 
 def problems(cells: Sequence[Cell]) -> list[str]:
-    """What is wrong, a line for each."""
+    """Return one line for each problem."""
     return [
         f"WRONG: {cell.scenario}, {cell.fault} {cell.side} step {cell.number} ({cell.step}), "
-        f"the caller got {cell.got}: {problem}"
+        f"the caller got {cell.outcome}: {problem}"
         for cell in cells
         for problem in cell.problems
     ]
 
 
 def counts(cells: Sequence[Cell]) -> str:
-    """How many cells there are, and how many of them are wrong."""
-    struck = [cell for cell in cells if cell.number]
+    """Return the number of cells, and of wrong ones."""
+    faulted = [cell for cell in cells if cell.number]
     wrong = sum(bool(cell.problems) for cell in cells)
     scenarios = len({cell.scenario for cell in cells})
-    steps = len({(cell.scenario, cell.number) for cell in struck})
+    steps = len({(cell.scenario, cell.number) for cell in faulted})
     return (
-        f"{len(struck)} faults at {steps} steps of {scenarios} scenarios: "
-        f"{f'{wrong} WRONG' if wrong else 'each told by name, memory equals disk'}"
+        f"{len(faulted)} faults at {steps} steps of {scenarios} scenarios: "
+        f"{f'{wrong} WRONG' if wrong else 'each reported by a named error, memory equals disk'}"
     )
 
 
-def _word(cell: Cell) -> str:
+def _short_outcome(cell: Cell) -> str:
     if cell.problems:
         return "WRONG"
-    told = cell.got
+    outcome = cell.outcome
     for name, short in _SHORT.items():
-        told = told.replace(name, short)
-    return told.replace(" + ", "+").replace(REFUSES, "!")
+        outcome = outcome.replace(name, short)
+    return outcome.replace(" + ", "+").replace(REFUSES, "!")
 
 
-def _both(sides: dict[str, str]) -> str:
+def _both_sides(sides: dict[str, str]) -> str:
     if not {"before", "after"} & sides.keys():
         return sides.get("", "")
     return f"{sides.get('before', '')}/{sides.get('after', '')}".removesuffix("/")

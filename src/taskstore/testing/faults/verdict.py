@@ -1,4 +1,4 @@
-"""The verdict on what came of a fault: what callers were told, and what is stored."""
+"""The checks after a fault: reported outcomes against the stored state."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 
 from taskstore.errors import OutcomeUnknownError, StoreUnavailableError, TaskStoreError
 from taskstore.model.records import TaskRecord
-from taskstore.testing.faults.door import Fault, Step
-from taskstore.testing.faults.scenarios import Part, State
-from taskstore.testing.faults.stage import Seen, Stage
+from taskstore.testing.faults.harness import Harness, State
+from taskstore.testing.faults.injection import Fault, Step
+from taskstore.testing.faults.scenarios import Effect, Operation
 
-ALIVE = "life goes on"
-"""The label of what is written after a fault."""
+PROBE_LABEL = "probe"
+"""The label of the task that is written after a fault."""
 
 
 class Outcome(NamedTuple):
-    """What one caller got: nothing or an exception."""
+    """What one caller got: a result (``None``) or an exception."""
 
     error: BaseException | None
 
@@ -28,59 +28,59 @@ class Outcome(NamedTuple):
         return "ok" if self.error is None else type(self.error).__name__
 
 
-def judge_callers(
-    parts: Sequence[Part], outcomes: Sequence[Outcome], before: Seen, after: Seen
+def check_callers(
+    operations: Sequence[Operation], outcomes: Sequence[Outcome], before: State, after: State
 ) -> list[str]:
-    """Whether each caller was told the truth, and nothing else changed."""
+    """Return where an outcome contradicts the stored state, and unrelated changes."""
     problems = []
-    for part, outcome in zip(parts, outcomes, strict=True):
-        state = part.state(after.snapshot.records)
+    for operation, outcome in zip(operations, outcomes, strict=True):
+        effect = operation.effect(after.snapshot.records)
         error = outcome.error
-        if state is State.HALF:
-            problems.append(f"the caller got {outcome.name}, and the change is half done")
-        elif error is None and state is State.UNDONE:
-            problems.append("acknowledged, and not there")
+        if effect is Effect.PARTIAL:
+            problems.append(f"the caller got {outcome.name}, and the change is partly stored")
+        elif error is None and effect is Effect.NONE:
+            problems.append("the change was acknowledged and is not stored")
         elif error is not None and not isinstance(error, TaskStoreError):
-            problems.append(f"the caller got {error!r}, which is no error of ours")
-        elif state is State.DONE and not isinstance(error, OutcomeUnknownError | NoneType):
-            problems.append(f"the caller got {outcome.name}, and the change is there")
+            problems.append(f"the caller got {error!r}, which is not a TaskStoreError")
+        elif effect is Effect.APPLIED and not isinstance(error, OutcomeUnknownError | NoneType):
+            problems.append(f"the caller got {outcome.name}, and the change is stored")
 
-    def others(seen: Seen) -> dict[str, TaskRecord]:
-        records = seen.snapshot.records
+    def unrelated(stored: State) -> dict[str, TaskRecord]:
+        records = stored.snapshot.records
         return {
             task_id: record
             for task_id, record in records.items()
-            if not any(part.owns(record) for part in parts)
+            if not any(operation.touches(record) for operation in operations)
         }
 
-    if others(before) != others(after):
-        problems.append("records changed that nobody has touched")
+    if unrelated(before) != unrelated(after):
+        problems.append("records changed that no operation touched")
     for seq, entry in after.entries.items():
         if seq in before.entries and entry != before.entries[seq]:
-            problems.append(f"the journal has another entry at seq {seq} than before")
+            problems.append(f"the journal entry at seq {seq} has changed")
     return problems
 
 
-def judge_sync(
+def check_failed_sync(
     fault: Fault,
-    struck: Step | None,
+    faulted: Step | None,
     later: Sequence[Step],
     outcomes: Sequence[Outcome],
     *,
-    goes_on: bool,
+    writable: bool,
 ) -> list[str]:
-    """Whether a failed sync was taken as seriously as it is [4]; ``later`` came after it."""
-    if struck is None or not fault.grave(struck):
+    """Return whether the store ignored a failed sync [4]; ``later`` are the steps after it."""
+    if faulted is None or not fault.fails_sync(faulted):
         return []
     if all(outcome.error is None for outcome in outcomes):
-        # A group that failed is committed again, each call by itself: to new files.
-        together = struck.fresh and len(outcomes) > 1
-        if together and any(step.label == struck.label for step in later):
+        # After a failed group commit the store commits each call by itself, to new files.
+        is_group = faulted.is_new and len(outcomes) > 1
+        if is_group and any(step.label == faulted.label for step in later):
             return []
-        return [f"{struck.label} failed, and nobody was told"]
-    on_a_file = struck.name == "commit" or not _is_directory(struck.on)
-    if on_a_file and not struck.fresh and goes_on:
-        return [f"{struck.label} failed, and the instance goes on writing"]
+        return [f"{faulted.label} failed, and no caller got an error"]
+    on_a_file = faulted.name == "commit" or not _is_directory(faulted.resource)
+    if on_a_file and not faulted.is_new and writable:
+        return [f"{faulted.label} failed, and the instance still accepts writes"]
     return []
 
 
@@ -88,35 +88,37 @@ def _is_directory(path: Any) -> bool:
     return isinstance(path, str) and Path(path).is_dir()
 
 
-def go_on(stage: Stage, parts: Sequence[Part], after: Seen) -> tuple[bool, list[str]]:
-    """Write once more, reopening the ledger where it insists; (whether it did, problems)."""
+def write_again(
+    harness: Harness, operations: Sequence[Operation], after: State
+) -> tuple[bool, list[str]]:
+    """Write again, after a reopen if the write is refused; return (refused, problems)."""
     refuses, problems = False, []
-    refusal = _refusal(stage)
-    if refusal is not None:
+    error = _write_error(harness)
+    if error is not None:
         refuses = True
-        if not isinstance(refusal, StoreUnavailableError):
-            problems.append(f"the next write raised {refusal!r}")
-        elif not isinstance(_refusal(stage), StoreUnavailableError):
-            problems.append("it refused one write and took the next without being reopened")
-        if stage.look().snapshot != after.snapshot:
-            problems.append("a write that was refused left something")
-        stage.close()
-        stage.open()
-        refusal = _refusal(stage)
-        if refusal is not None:
-            problems.append(f"reopened, the next write raised {refusal!r}")
-    registry = stage.playing()
-    with registry.batch():  # what was made here would only slow down what comes
+        if not isinstance(error, StoreUnavailableError):
+            problems.append(f"the next write raised {error!r}")
+        elif not isinstance(_write_error(harness), StoreUnavailableError):
+            problems.append("the store refused one write and accepted the next without a reopen")
+        if harness.read_stored().snapshot != after.snapshot:
+            problems.append("a refused write changed the stored state")
+        harness.close()
+        harness.open()
+        error = _write_error(harness)
+        if error is not None:
+            problems.append(f"after a reopen, the next write raised {error!r}")
+    registry = harness.opened()
+    with registry.batch():  # the records of this run would slow down the next runs
         for record in registry.list():
-            if record.label == ALIVE or any(part.owns(record) for part in parts):
+            if record.label == PROBE_LABEL or any(op.touches(record) for op in operations):
                 registry.delete(record.task_id)
     return refuses, problems
 
 
-def _refusal(stage: Stage) -> Exception | None:
-    """What a write raises, if it does."""
+def _write_error(harness: Harness) -> Exception | None:
+    """Return the exception that a write raises, or ``None``."""
     try:
-        stage.playing().create(runtime="cli", task="Life goes on", label=ALIVE)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is the finding
+        harness.opened().create(runtime="cli", task="Write after the fault", label=PROBE_LABEL)
+    except Exception as error:  # noqa: BLE001 - the caller judges every error
         return error
     return None

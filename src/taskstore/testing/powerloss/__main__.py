@@ -1,4 +1,4 @@
-"""Prove the JSON store and the SQLite store against power loss, and show the figures."""
+"""Check the JSON store and the SQLite store against power loss, and print the counts."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ import sys
 import tempfile
 from pathlib import Path
 
-from taskstore.testing.powerloss.jsonfile import JSON_LIVES, open_json
+from taskstore.testing.powerloss.jsonfile import JSON_SCENARIOS, open_json
 from taskstore.testing.powerloss.sqlite import survey_sqlite
-from taskstore.testing.powerloss.survey import MOST, survey
+from taskstore.testing.powerloss.survey import MAX_STATES, survey
 
 
 def main() -> int:
-    """Survey, print, and return 1 when something is wrong."""
+    """Run the surveys, print the results, and return 1 on a problem."""
     parser = argparse.ArgumentParser(
         prog="python -m taskstore.testing.powerloss", description=__doc__
     )
     parser.add_argument(
-        "--states", type=int, default=MOST, help="at most of one moment (default %(default)s)"
+        "--states", type=int, default=MAX_STATES, help="per crash point (default %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=20261122, help="of what is drawn")
+    parser.add_argument("--seed", type=int, default=20261122, help="of the sampled states")
     options = parser.parse_args()
-    found = survey(open_json, lives=JSON_LIVES, most=options.states, seed=options.seed)
-    print(f"power loss, the JSON store\n{found}\n")  # noqa: T201 - a command
+    limits = {"max_states": options.states, "seed": options.seed}
+    result = survey(open_json, scenarios=JSON_SCENARIOS, **limits)
+    print(f"power loss, the JSON store\n{result}\n")  # noqa: T201 - a command
     with tempfile.TemporaryDirectory(prefix="taskstore-power-") as scratch:
         rounds = max(options.states // 12, 1)
         sqlite = survey_sqlite(Path(scratch), rounds=rounds, seed=options.seed)
     print(f"power loss, the SQLite store\n{sqlite}")  # noqa: T201 - as above
-    return 1 if found.problems or sqlite.problems else 0
+    return 1 if result.problems or sqlite.problems else 0
 
 
 if __name__ == "__main__":

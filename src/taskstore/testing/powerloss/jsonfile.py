@@ -1,4 +1,4 @@
-"""The lives of the JSON store: what befalls every store of files, and what only this one knows."""
+"""The scenarios of the JSON store: those of any store of files, and its own."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from taskstore.model.journal import Put
 from taskstore.store.disk import Disk
 from taskstore.stores.jsonfile import JSONStore
 from taskstore.testing.factories import make_record
-from taskstore.testing.powerloss.life import FOLD, Life
-from taskstore.testing.powerloss.lives import LIVES, LONG, begun, change, kill
+from taskstore.testing.powerloss.scenarios import LONG, SCENARIOS, change, kill, new_ledger
+from taskstore.testing.powerloss.workload import KEEP_ALL, Workload
 
 
 def open_json(directory: Path, disk: Disk, *, read_only: bool) -> JSONStore:
@@ -22,31 +22,32 @@ def open_unsynced(directory: Path, disk: Disk, *, read_only: bool) -> JSONStore:
     return JSONStore(directory, durability="process", read_only=read_only, disk=disk)
 
 
-def torn_line(life: Life) -> None:
-    """What is cut from the journal is kept beside it."""
-    store = begun(life)
+def torn_line(workload: Workload) -> None:
+    """A torn line is cut from the journal, and a file beside the journal keeps its bytes."""
+    store = new_ledger(workload)
     lost = "torn, but kept " * 40
-    life.apply(store, Put(make_record(task=lost)), trap=kill("pwrite", written=600))
-    store = life.open()
-    life.promise(kept=(lost[:200].encode(),))
-    life.apply(store, change(life, label="after a torn line"))
+    workload.apply(store, Put(make_record(task=lost)), failpoint=kill("pwrite", written=600))
+    store = workload.open()
+    workload.acknowledge(kept=(lost[:200].encode(),))
+    workload.apply(store, change(workload, label="after a torn line"))
     store.close()
 
 
-def beside_one_that_does_not_sync(life: Life) -> None:
-    """What another writes without syncing does not harm what is acknowledged around it."""
-    store, other = begun(life), life.open(open_unsynced)
-    life.apply(other, change(life, error=LONG), durable=False)
-    life.compact(other, FOLD)
-    life.apply(store, change(life, error=None))
-    life.apply(other, change(life, error=LONG), durable=False)
-    life.apply(store, change(life, error=None))
-    life.apply(life.open(), change(life, error=LONG), trap=kill("pwrite", written=2_000))
-    life.open(open_unsynced).close()  # which cuts it off
-    life.apply(store, change(life, error=None))
+def unsynced_writer(workload: Workload) -> None:
+    """A writer that does not sync leaves the acknowledged commits of another one durable."""
+    store, other = new_ledger(workload), workload.open(open_unsynced)
+    workload.apply(other, change(workload, error=LONG), durable=False)
+    workload.compact(other, KEEP_ALL)
+    workload.apply(store, change(workload, error=None))
+    workload.apply(other, change(workload, error=LONG), durable=False)
+    workload.apply(store, change(workload, error=None))
+    third = workload.open()
+    workload.apply(third, change(workload, error=LONG), failpoint=kill("pwrite", written=2_000))
+    workload.open(open_unsynced).close()  # cuts off the torn line
+    workload.apply(store, change(workload, error=None))
     other.close()
     store.close()
 
 
-JSON_LIVES = (torn_line, beside_one_that_does_not_sync, *LIVES)
-"""Everything that can happen to a JSON store."""
+JSON_SCENARIOS = (torn_line, unsynced_writer, *SCENARIOS)
+"""All scenarios for the JSON store."""

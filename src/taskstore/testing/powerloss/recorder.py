@@ -1,7 +1,7 @@
-"""The recorder: a disk that does everything for real and writes down what was done.
+"""The recorder: a real disk whose operations are recorded in a trace.
 
-The log speaks of files and directories by number, not by name: a name may come
-to mean another file, and it is the file that is synced.
+The trace identifies files and directories by node number, not by name: a name
+can move to another file, and a sync applies to the file.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from taskstore.store import disk as door
+from taskstore.store import disk as disk_module
 from taskstore.store.disk import Disk
 
 
-class Made(Struct, frozen=True):
-    """A name was created in a directory, for a new file or, when ``folder``, a new directory."""
+class Created(Struct, frozen=True):
+    """A directory got a name for a new file or, if ``is_directory``, a new directory."""
 
     directory: int
     name: str
     node: int
-    folder: bool = False
+    is_directory: bool = False
 
 
-class Wrote(Struct, frozen=True):
+class Written(Struct, frozen=True):
     """Bytes were written to a file."""
 
     node: int
@@ -37,26 +37,26 @@ class Wrote(Struct, frozen=True):
 
 
 class Truncated(Struct, frozen=True):
-    """A file was given another length."""
+    """The length of a file was set."""
 
     node: int
     size: int
 
 
 class Synced(Struct, frozen=True):
-    """A file, or the names in a directory, were made to survive."""
+    """A file, or the names in a directory, were synced."""
 
     node: int
 
 
-class Omitted(Struct, frozen=True):
-    """A file or directory was not synced, where it ought to have been."""
+class SyncOmitted(Struct, frozen=True):
+    """A sync of a changed file or directory was left out."""
 
     node: int
 
 
 class Renamed(Struct, frozen=True):
-    """A file got another name in its directory; what had that name is gone."""
+    """A file was renamed in its directory and replaced any file of the new name."""
 
     directory: int
     old: str
@@ -72,24 +72,24 @@ class Removed(Struct, frozen=True):
     node: int
 
 
-class Said(Struct, frozen=True):
-    """The workload has something to say about what has to hold from here on."""
+class Expects(Struct, frozen=True):
+    """The workload changed the content that is allowed after a power loss."""
 
-    what: object
+    allowed: object
 
 
-Operation = Made | Wrote | Truncated | Synced | Omitted | Renamed | Removed | Said
+Operation = Created | Written | Truncated | Synced | SyncOmitted | Renamed | Removed | Expects
 
 
 class KilledError(BaseException):
-    """The process at this disk was killed: not an error that anybody may handle."""
+    """The process of this disk was killed; a store must not handle this."""
 
 
-class Trap(Struct):
-    """Lets a step of a disk fail with ``error``: the next one, or one ``after`` some others.
+class Failpoint(Struct):
+    """Makes a step of a disk fail with ``error``, after ``after`` others of that name.
 
-    A write has written ``written`` bytes by then.  :class:`KilledError` kills
-    the process: what it does to unwind has no effect.
+    A failing write has written ``written`` bytes.  :class:`KilledError` kills
+    the process: its later steps have no effect.
     """
 
     step: str
@@ -99,19 +99,18 @@ class Trap(Struct):
 
 
 class Recorder:
-    """The log of one file system below ``root``, an empty directory.
+    """The trace of one file system below ``root``, an empty directory.
 
-    Each process that the workload plays gets a disk of its own from
-    :meth:`disk`.  ``log`` holds the operations in order, ``steps`` counts them
-    by the names of the methods of :class:`~taskstore.store.disk.Disk`, and ``sites``
-    has each step with the place in the code, ``(step, file, line)``, which
-    asked for it; ``unsynced`` are the files and directories that were changed
-    since they were synced.
+    Each process of the workload has its own disk from :meth:`disk`.  ``trace``
+    holds the operations in order.  ``steps`` counts them by the method names of
+    :class:`~taskstore.store.disk.Disk`; ``sites`` counts them by call site,
+    ``(step, file, line)``.  ``unsynced`` holds the files and directories that
+    changed since their last sync.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.log: list[Operation] = []
+        self.trace: list[Operation] = []
         self.steps: Counter[str] = Counter()
         self.sites: Counter[tuple[str, str, int]] = Counter()
         self.lock = threading.RLock()
@@ -120,52 +119,52 @@ class Recorder:
         self._count = 0
         if any(root.iterdir()):
             raise ValueError(f"{root} is not empty")
-        self.born(root.stat())
+        self.register(root.stat())
 
     def disk(self, omits: Omits | None = None) -> RecordedDisk:
-        """The disk as one more process sees it.
+        """Return the disk of a new process.
 
-        ``omits`` is asked before every sync, with the step and its site; what
-        it returns true for is left out, as by a store that forgot it.
+        Every sync calls ``omits`` with the step and its call site; if it returns
+        true, the sync is left out.
         """
         return RecordedDisk(self, omits or (lambda *_: False))
 
-    def say(self, what: object) -> None:
-        """Write down what has to hold from here on."""
+    def expect(self, allowed: object) -> None:
+        """Record the content that is allowed from here on."""
         with self.lock:
-            self.log.append(Said(what))
+            self.trace.append(Expects(allowed))
 
-    def note(self, operation: Operation) -> None:
-        """Write down what was done."""
-        self.log.append(operation)
+    def record(self, operation: Operation) -> None:
+        """Record an operation."""
+        self.trace.append(operation)
         match operation:
-            case Wrote(node) | Truncated(node) | Made(node) | Renamed(node) | Removed(node):
+            case Written(node) | Truncated(node) | Created(node) | Renamed(node) | Removed(node):
                 self.unsynced.add(node)
             case Synced(node):
                 self.unsynced.discard(node)
 
-    def born(self, status: os.stat_result) -> int:
-        """Give a new file its number; numbers of the file system are used again, ours are not."""
+    def register(self, status: os.stat_result) -> int:
+        """Return a new node number for a file; unlike inode numbers, it is never reused."""
         self._count += 1
         self._nodes[status.st_dev, status.st_ino] = self._count
         return self._count
 
     def node(self, status: os.stat_result) -> int:
-        """The number of a file that is there."""
+        """Return the node number of a known file."""
         return self._nodes[status.st_dev, status.st_ino]
 
     def directory(self, path: Path) -> int:
-        """The number of a directory below the root, or of the root."""
+        """Return the node number of the root or of a directory below it."""
         if not path.is_relative_to(self.root):
             raise ValueError(f"{path} is not below {self.root}")
         return self.node(path.stat())
 
 
-Site = tuple[str, int]
-"""A file and a line in it."""
+CallSite = tuple[str, int]
+"""A source file and a line number."""
 
-Omits = Callable[[str, Site], bool]
-"""Whether a sync, given by its step and its site, is left out."""
+Omits = Callable[[str, CallSite], bool]
+"""Returns whether the sync of a step and a call site is left out."""
 
 
 class RecordedDisk(Disk):
@@ -175,28 +174,28 @@ class RecordedDisk(Disk):
         self._recorder = recorder
         self._omits = omits
         self._files: dict[int, int] = {}
-        self._dead = False
-        self.trap: Trap | None = None
+        self._killed = False
+        self.failpoint: Failpoint | None = None
 
     def _begin(self, step: str) -> None:
-        if self._dead:
+        if self._killed:
             raise KilledError
         self._recorder.steps[step] += 1
-        self._recorder.sites[step, *_site()] += 1
-        if self.trap is not None and self.trap.step == step:
-            if self.trap.after:
-                self.trap.after -= 1
+        self._recorder.sites[step, *_call_site()] += 1
+        if self.failpoint is not None and self.failpoint.step == step:
+            if self.failpoint.after:
+                self.failpoint.after -= 1
             elif step != "pwrite":
-                self._spring(self.trap)
+                self._fail(self.failpoint)
 
-    def _spring(self, trap: Trap) -> None:
-        self.trap = None
-        self._dead = isinstance(trap.error, KilledError)
-        raise trap.error
+    def _fail(self, failpoint: Failpoint) -> None:
+        self.failpoint = None
+        self._killed = isinstance(failpoint.error, KilledError)
+        raise failpoint.error
 
-    def bury(self) -> None:
-        """Close what a killed process left open, as the system does, after it has unwound."""
-        assert self._dead, "this process lives"
+    def close_all(self) -> None:
+        """Close the open files of a killed process, as the system does."""
+        assert self._killed, "the process was not killed"
         while self._files:
             os.close(self._files.popitem()[0])
 
@@ -208,13 +207,14 @@ class RecordedDisk(Disk):
             status = os.fstat(descriptor)
             if is_new:
                 directory = self._recorder.directory(path.parent)
-                self._recorder.note(Made(directory, path.name, self._recorder.born(status)))
+                node = self._recorder.register(status)
+                self._recorder.record(Created(directory, path.name, node))
             self._files[descriptor] = self._recorder.node(status)
             return descriptor
 
     def close(self, descriptor: int) -> None:
         with self._recorder.lock:
-            if self._dead:
+            if self._killed:
                 return
             self._begin("close")
             del self._files[descriptor]
@@ -223,22 +223,24 @@ class RecordedDisk(Disk):
     def pwrite(self, descriptor: int, data: bytes | memoryview, offset: int) -> int:
         with self._recorder.lock:
             self._begin("pwrite")
-            trap = self.trap
-            sprung = trap is not None and trap.step == "pwrite" and not trap.after
-            if trap is not None and sprung:
-                data = data[: trap.written]
+            failpoint = self.failpoint
+            fails = failpoint is not None and failpoint.step == "pwrite" and not failpoint.after
+            if failpoint is not None and fails:
+                data = data[: failpoint.written]
             written = super().pwrite(descriptor, data, offset) if data else 0
             if written:
-                self._recorder.note(Wrote(self._files[descriptor], offset, bytes(data[:written])))
-            if trap is not None and sprung:
-                self._spring(trap)
+                self._recorder.record(
+                    Written(self._files[descriptor], offset, bytes(data[:written]))
+                )
+            if failpoint is not None and fails:
+                self._fail(failpoint)
             return written
 
     def truncate(self, descriptor: int, size: int) -> None:
         with self._recorder.lock:
             self._begin("truncate")
             super().truncate(descriptor, size)
-            self._recorder.note(Truncated(self._files[descriptor], size))
+            self._recorder.record(Truncated(self._files[descriptor], size))
 
     def sync_data(self, descriptor: int) -> None:
         self._sync("sync_data", self._files[descriptor])
@@ -250,45 +252,45 @@ class RecordedDisk(Disk):
         self._sync("sync_directory", self._recorder.directory(directory))
 
     def _sync(self, step: str, node: int) -> None:
-        # Not for real: whether the machine loses power is ours to say.
+        # No real sync is needed: the power loss is simulated.
         with self._recorder.lock:
             self._begin(step)
-            if not self._omits(step, _site()):
-                self._recorder.note(Synced(node))
+            if not self._omits(step, _call_site()):
+                self._recorder.record(Synced(node))
             elif node in self._recorder.unsynced:
-                self._recorder.note(Omitted(node))
+                self._recorder.record(SyncOmitted(node))
 
     def rename(self, old: Path, new: Path) -> None:
         with self._recorder.lock:
             self._begin("rename")
             if old.parent != new.parent:
-                raise ValueError(f"{old} would go to another directory")
+                raise ValueError(f"{new} is not in the directory of {old}")
             directory, node = self._recorder.directory(old.parent), self._recorder.node(old.stat())
             super().rename(old, new)
-            self._recorder.note(Renamed(directory, old.name, new.name, node))
+            self._recorder.record(Renamed(directory, old.name, new.name, node))
 
     def unlink(self, path: Path) -> None:
         with self._recorder.lock:
             self._begin("unlink")
-            node = self._recorder.node(path.lstat())  # raises when it is not there
+            node = self._recorder.node(path.lstat())  # raises if the file is missing
             super().unlink(path)
-            self._recorder.note(Removed(self._recorder.directory(path.parent), path.name, node))
+            self._recorder.record(Removed(self._recorder.directory(path.parent), path.name, node))
 
     def mkdir(self, path: Path, mode: int = 0o700) -> None:
         with self._recorder.lock:
             self._begin("mkdir")
             super().mkdir(path, mode)
             directory = self._recorder.directory(path.parent)
-            node = self._recorder.born(path.stat())
-            self._recorder.note(Made(directory, path.name, node, folder=True))
+            node = self._recorder.register(path.stat())
+            self._recorder.record(Created(directory, path.name, node, is_directory=True))
 
 
-_OURS = {door.__file__, __file__}
+_DISK_FILES = {disk_module.__file__, __file__}
 
 
-def _site() -> Site:
-    """Where in the code the step was asked for: the first place that is not the disk's."""
-    frame = sys._getframe(1)  # noqa: SLF001 - the way to the caller
-    while frame.f_code.co_filename in _OURS and frame.f_back is not None:
+def _call_site() -> CallSite:
+    """Return the source line that called the disk: the first frame outside its modules."""
+    frame = sys._getframe(1)  # noqa: SLF001 - the only access to the caller
+    while frame.f_code.co_filename in _DISK_FILES and frame.f_back is not None:
         frame = frame.f_back
     return frame.f_code.co_filename, frame.f_lineno

@@ -1,27 +1,25 @@
-"""What a power loss may leave of an SQLite file in WAL mode, as far as SQLite's protocol tells.
+"""Power loss on an SQLite file in WAL mode: the crash states of SQLite's protocol.
 
-SQLite makes no door of its file operations, so there is no log of them.  A
-writer is stopped after each acknowledged commit, while its database and log
-are copied; at some commit it is killed on the way.  What differs between the
-last copy and the files of the dead process was written since then, and what of
-it has reached the disk depends on what SQLite had synced (``wal.c``,
+SQLite's file operations cannot be recorded.  Instead, a writer pauses after
+each acknowledged commit while its database and WAL are copied; it is killed
+during the last commit.  The changes since the last copy may be lost.  Which
+of them reached the disk depends on what SQLite had synced (``wal.c``,
 https://www.sqlite.org/wal.html and atomiccommit.html, ``synchronous=FULL``):
 
-- Frames are appended to the log and synced once, at the commit.  Until then
-  each block of 512 bytes of them is there or not, torn or zeros, or, as the
-  log's own checksums have to find them out, garbage; the file may have any
-  length from the old one on.
-- When all frames were copied back into the database, the next writer begins
-  the log anew: it writes a new header and syncs it before any frame.  So there
-  is the old log as it was; or the new header, and of the new frames whatever.
-- A checkpoint syncs the log first, then writes pages into the database, syncs
-  that, and only after this the log may begin anew.  So if the database
-  differs, all of the log is on disk, and of the database each block holds
-  the old or the new.
-- The shared memory (``-shm``) is lost always; it is made anew from the log.
+- A commit appends frames to the WAL and syncs them once.  Until then, each of
+  their 512-byte blocks is present or missing, torn or zeros, or garbage, which
+  the checksums of the WAL must detect; the file may have any length from the
+  old one on.
+- When all frames are copied to the database, the next writer restarts the WAL:
+  it writes a new header and syncs it before any frame.  So the WAL is the old
+  one, or has the new header and any part of the new frames.
+- A checkpoint syncs the WAL, writes pages to the database and syncs it; only
+  then may the WAL restart.  So if the database differs, the whole WAL is on
+  disk, and each block of the database is old or new.
+- The shared memory (``-shm``) is always lost; SQLite rebuilds it from the WAL.
 
-Needs a single writer whose every commit is acknowledged, and nobody who
-reads: a reader would keep checkpoints from ending.
+The module needs a single writer with every commit acknowledged, and no reader,
+because a reader would keep checkpoints from completing.
 """
 
 from __future__ import annotations
@@ -45,39 +43,39 @@ from taskstore.stores.sql import SQLStore
 from taskstore.stores.sql.sqlite_library import sqlite_module
 from taskstore.testing.crash.processes import Child, Report
 from taskstore.testing.factories import Model, make_put, next_of, removal_of
+from taskstore.testing.powerloss.expected import Expected, check
 from taskstore.testing.powerloss.model import BLOCK
 from taskstore.testing.powerloss.survey import fast_directory
-from taskstore.testing.powerloss.survival import Known, check
 
 NAME = "tasks.db"
 CHECKPOINT_PAGES = 40
-"""How long the log may get before it is copied back, in pages."""
+"""The WAL length that starts a checkpoint, in pages."""
 
 WAL_HEADER = 32
-"""The length of the log's header, in bytes."""
+"""The length of the WAL header, in bytes."""
 
 
 class Files(NamedTuple):
-    """A database and its log at one moment."""
+    """The bytes of a database and its WAL."""
 
     database: bytes
-    log: bytes
+    wal: bytes
 
     @classmethod
     def of(cls, path: Path) -> Files:
-        """Copy them.  In a process that has not opened them: see the module's docstring."""
-        log = path.with_name(path.name + "-wal")
-        return cls(path.read_bytes(), log.read_bytes() if log.exists() else b"")
+        """Copy the files, in a process that has not opened the database."""
+        wal = path.with_name(path.name + "-wal")
+        return cls(path.read_bytes(), wal.read_bytes() if wal.exists() else b"")
 
-    def put(self, path: Path) -> None:
-        """Write them, without shared memory."""
+    def write(self, path: Path) -> None:
+        """Write the files, without shared memory."""
         path.write_bytes(self.database)
-        if self.log:
-            path.with_name(path.name + "-wal").write_bytes(self.log)
+        if self.wal:
+            path.with_name(path.name + "-wal").write_bytes(self.wal)
 
 
-class Left(NamedTuple):
-    """One state that a power loss may leave: of what kind, and what it lacks in words."""
+class CrashState(NamedTuple):
+    """One state that a power loss may leave: its kind, and a text of the missing blocks."""
 
     files: Files
     kind: str
@@ -85,7 +83,7 @@ class Left(NamedTuple):
 
 
 class SQLiteSurvey(Struct):
-    """What was done: commits, how many states of each kind were opened, and what was wrong."""
+    """The counts of commits and of opened states by kind, and the problems."""
 
     commits: int = 0
     killed: int = 0
@@ -102,32 +100,36 @@ class SQLiteSurvey(Struct):
         )
 
 
-def states(before: Files, after: Files, *, most: int, chance: random.Random) -> Iterator[Left]:
-    """States that a power loss may leave between one acknowledged commit and the next.
+def crash_states(
+    before: Files, after: Files, *, max_states: int, rng: random.Random
+) -> Iterator[CrashState]:
+    """Yield states that a power loss may leave between two acknowledged commits.
 
-    Either may also be where the writer was killed.  At most ``most`` states
-    of the log and as many of the database, drawn by ``chance``: single blocks
-    missing or alone, what was written first, and combinations.
+    Either may also be the files of the killed writer.  At max_states ``max_states``
+    states of the WAL and as many of the database, drawn by ``rng``: a single
+    block missing or alone, prefixes of the writes, and random combinations.
     """
-    yield Left(after, "all that was written")
-    if after.log != before.log:
-        yield Left(before, "nothing since the last commit")
-        base = before.log
-        if after.log[:WAL_HEADER] != base[:WAL_HEADER]:
-            # A new header is synced before any frame that belongs to it.
-            base = after.log[:WAL_HEADER] + base[WAL_HEADER:]
-            yield Left(Files(before.database, base), "a new log without its frames")
-        for log, missing in _mixed(base, after.log, most, chance, garbage=True):
-            yield Left(Files(before.database, log), "parts of a commit in the log", missing)
+    yield CrashState(after, "all writes")
+    if after.wal != before.wal:
+        yield CrashState(before, "no write since the last commit")
+        base = before.wal
+        if after.wal[:WAL_HEADER] != base[:WAL_HEADER]:
+            # SQLite syncs a new header before it writes frames.
+            base = after.wal[:WAL_HEADER] + base[WAL_HEADER:]
+            yield CrashState(Files(before.database, base), "a new WAL header without its frames")
+        for wal, missing in _mixed(base, after.wal, max_states, rng, garbage=True):
+            yield CrashState(Files(before.database, wal), "part of a commit in the WAL", missing)
     if after.database != before.database:
-        for database, missing in _mixed(before.database, after.database, most, chance):
-            yield Left(Files(database, after.log), "parts of a checkpoint in the database", missing)
+        for database, missing in _mixed(before.database, after.database, max_states, rng):
+            yield CrashState(
+                Files(database, after.wal), "part of a checkpoint in the database", missing
+            )
 
 
 def _mixed(
-    old: bytes, new: bytes, most: int, chance: random.Random, *, garbage: bool = False
+    old: bytes, new: bytes, max_states: int, rng: random.Random, *, garbage: bool = False
 ) -> Iterator[tuple[bytes, str]]:
-    """Mixtures of the blocks of two images of a file, the second no shorter than the first."""
+    """Yield mixtures of the blocks of two file images; the new one is not shorter."""
     blocks = [
         number
         for number in range(-(-len(new) // BLOCK))
@@ -138,18 +140,18 @@ def _mixed(
     choices = [[block] for block in blocks]
     choices += [[other for other in blocks if other != block] for block in blocks]
     choices += [blocks[:count] for count in range(1, len(blocks))]
-    choices = chance.sample(choices, min(len(choices), most * 2 // 3))
-    choices += [chance.sample(blocks, chance.randrange(len(blocks))) for _ in range(most // 3)]
-    for there in choices:
+    choices = rng.sample(choices, min(len(choices), max_states * 2 // 3))
+    choices += [rng.sample(blocks, rng.randrange(len(blocks))) for _ in range(max_states // 3)]
+    for present in choices:
         image = bytearray(old.ljust(len(new), b"\0"))
-        if garbage and chance.random() < 0.3:
-            image[len(old) :] = chance.randbytes(len(new) - len(old))
-        for block in there:
+        if garbage and rng.random() < 0.3:
+            image[len(old) :] = rng.randbytes(len(new) - len(old))
+        for block in present:
             image[block * BLOCK : (block + 1) * BLOCK] = _block(new, block)
-        shortest = max([len(old), *((block + 1) * BLOCK for block in there)])
+        shortest = max([len(old), *((block + 1) * BLOCK for block in present)])
         ends = [len(new), *(block * BLOCK for block in blocks if block * BLOCK >= shortest)]
-        missing = [block for block in blocks if block not in there]
-        yield bytes(image[: chance.choice(ends)]), f"the blocks {missing}"
+        missing = [block for block in blocks if block not in present]
+        yield bytes(image[: rng.choice(ends)]), f"blocks {missing}"
 
 
 def _block(image: bytes, number: int) -> bytes:
@@ -159,8 +161,8 @@ def _block(image: bytes, number: int) -> bytes:
 # -- the writer -------------------------------------------------------------
 
 
-def engine_of(path: Path) -> sa.Engine:
-    """An engine that checkpoints after every few commits, synced as ``durability="full"`` asks."""
+def make_engine(path: Path) -> sa.Engine:
+    """Return an engine with frequent checkpoints and the syncs of ``durability="full"``."""
     engine = sa.create_engine(f"sqlite:///{path}", module=sqlite_module())
 
     @sa.event.listens_for(engine, "connect")
@@ -171,67 +173,69 @@ def engine_of(path: Path) -> sa.Engine:
 
 
 def open_sqlite(directory: Path, disk: Disk, *, read_only: bool) -> TaskRegistryStore:
-    """Open the database in a directory; SQLite has a disk of its own."""
+    """Open the database in a directory; SQLite does not use ``disk``."""
     del disk
     return open_store(f"sqlite:///{directory / NAME}", read_only=read_only)
 
 
-def plan(chance: random.Random, commits: int) -> list[list[Change]]:
-    """What a writer is going to commit, from an empty ledger."""
+def plan_commits(rng: random.Random, commits: int) -> list[list[Change]]:
+    """Return the batches that a writer commits to an empty ledger."""
     model, batches = Model(), list[list[Change]]()
     for _ in range(commits):
-        choice, live = chance.random(), list(model.records.values())
-        batch: list[Change] = [make_put(error="x" * chance.choice([0, 500, 9_000]) or None)]
+        choice, live = rng.random(), list(model.records.values())
+        batch: list[Change] = [make_put(error="x" * rng.choice([0, 500, 9_000]) or None)]
         if live and choice < 0.5:
-            batch = [next_of(chance.choice(live), label=f"{choice}")]
+            batch = [next_of(rng.choice(live), label=f"{choice}")]
         elif live and choice < 0.7:
-            batch.append(removal_of(chance.choice(live)))
+            batch.append(removal_of(rng.choice(live)))
         model.commit(batch)
         batches.append(batch)
     return batches
 
 
 def survey_sqlite(
-    scratch: Path, *, rounds: int, commits: int = 12, most: int = 6, seed: int = 20261122
+    scratch: Path, *, rounds: int, commits: int = 12, max_states: int = 6, seed: int = 20261122
 ) -> SQLiteSurvey:
-    """Let writers commit, kill them, and open what power losses leave of each commit.
+    """Run and kill writers, and check the crash states of each commit.
 
-    ``scratch`` is an empty directory on a disk: how long syncing takes decides
-    where a kill finds the writer.
+    ``scratch`` is an empty directory on a real disk, because the duration of
+    syncs determines where a kill interrupts the writer.
     """
     started = time.monotonic()
-    found = SQLiteSurvey()
-    chance = random.Random(seed)  # noqa: S311 - choices, not secrets
+    result = SQLiteSurvey()
+    rng = random.Random(seed)  # noqa: S311 - choices, not secrets
     for number in range(rounds):
         (directory := scratch / f"{number}").mkdir()
-        for before, after, allowed in _lived(directory / NAME, plan(chance, commits), chance):
-            found.commits += before is not after
-            for left in states(before, after, most=most, chance=chance):
-                found.opened[left.kind] += 1
-                if (problem := look(left.files, allowed)) is not None:
-                    found.problems.append(f"{left.kind}, missing {left.missing}: {problem}")
-        found.killed += 1
-    found.seconds = time.monotonic() - started
-    return found
+        for before, after, allowed in _run_writer(
+            directory / NAME, plan_commits(rng, commits), rng
+        ):
+            result.commits += before is not after
+            for state in crash_states(before, after, max_states=max_states, rng=rng):
+                result.opened[state.kind] += 1
+                if (problem := check_files(state.files, allowed)) is not None:
+                    result.problems.append(f"{state.kind}, missing {state.missing}: {problem}")
+        result.killed += 1
+    result.seconds = time.monotonic() - started
+    return result
 
 
-def look(files: Files, allowed: Sequence[Known]) -> str | None:
-    """Open what is left, and say what is wrong, if it is."""
-    with fast_directory() as place:
-        files.put(place / NAME)
-        return check(open_sqlite, place, allowed)
+def check_files(files: Files, allowed: Sequence[Expected]) -> str | None:
+    """Open the files, and return a problem or ``None``."""
+    with fast_directory() as directory:
+        files.write(directory / NAME)
+        return check(open_sqlite, directory, allowed)
 
 
-def _lived(
-    path: Path, batches: Sequence[list[Change]], chance: random.Random
-) -> Iterator[tuple[Files, Files, tuple[Known, ...]]]:
-    """The files before and after each commit, and what may be found; the last one is killed."""
+def _run_writer(
+    path: Path, batches: Sequence[list[Change]], rng: random.Random
+) -> Iterator[tuple[Files, Files, tuple[Expected, ...]]]:
+    """Yield the files around each commit and the allowed content; kill the last commit."""
     open_store(f"sqlite:///{path}").close()
-    gate, opening = os.pipe()
+    gate, gate_writer = os.pipe()
 
     def work(report: Report) -> None:
-        os.close(opening)
-        engine = engine_of(path)
+        os.close(gate_writer)
+        engine = make_engine(path)
         store = SQLStore(engine)
         report("ready")
         for batch in batches:
@@ -242,23 +246,23 @@ def _lived(
     child = Child(work)
     os.close(gate)
     child.line()
-    known, files, lasted = Known(Model()), Files.of(path), 0.0
+    acknowledged, files, duration_s = Expected(Model()), Files.of(path), 0.0
     for batch in batches:
-        (model := Model()).states.update(known.content.states)
-        model.head, model.entries = known.content.head, list(known.content.entries)
+        (model := Model()).states.update(acknowledged.content.states)
+        model.head, model.entries = acknowledged.content.head, list(acknowledged.content.entries)
         model.commit(batch)
-        begun = time.monotonic()
-        os.write(opening, b"1")
+        start = time.monotonic()
+        os.write(gate_writer, b"1")
         if batch is batches[-1]:
-            time.sleep(chance.uniform(0, lasted))
+            time.sleep(rng.uniform(0, duration_s))
             child.kill()
-            told = child.finish()
+            reports = child.finish()
         else:
-            told = [child.line()]
-            lasted = time.monotonic() - begun
+            reports = [child.line()]
+            duration_s = time.monotonic() - start
         after = Files.of(path)
-        yield files, after, (known, Known(model))
-        known, files = Known(model), after
-        if told:  # it has to be there, also without the shared memory
-            yield files, files, (known,)
-    os.close(opening)
+        yield files, after, (acknowledged, Expected(model))
+        acknowledged, files = Expected(model), after
+        if reports:  # acknowledged: it must be present, also without the shared memory
+            yield files, files, (acknowledged,)
+    os.close(gate_writer)

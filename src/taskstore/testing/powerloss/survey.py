@@ -1,4 +1,4 @@
-"""The survey: run a life, build what power losses leave of it, and open all of that."""
+"""The survey: run scenarios, build their crash states, and check each of them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,21 @@ from typing import cast
 
 from msgspec import Struct, field
 
-from taskstore.testing.powerloss.life import Life
-from taskstore.testing.powerloss.lives import LIVES
-from taskstore.testing.powerloss.model import Model, State
-from taskstore.testing.powerloss.recorder import Omits, Omitted, Recorder, Removed, Said, Synced
-from taskstore.testing.powerloss.survival import Known, OpenOn, check
+from taskstore.testing.powerloss.expected import Expected, OpenOn, check
+from taskstore.testing.powerloss.model import CrashState, Model
+from taskstore.testing.powerloss.recorder import (
+    Expects,
+    Omits,
+    Recorder,
+    Removed,
+    Synced,
+    SyncOmitted,
+)
+from taskstore.testing.powerloss.scenarios import SCENARIOS
+from taskstore.testing.powerloss.workload import Workload
 
-MOST = 32
-"""How many states of one moment are opened at most, unless told otherwise."""
+MAX_STATES = 32
+"""The default limit of states that are opened for one crash point."""
 
 _STEPS = (
     *("open", "close", "pwrite", "truncate", "rename", "unlink", "mkdir"),
@@ -31,28 +38,27 @@ _SHOWN = 5
 
 
 class Survey(Struct, kw_only=True):
-    """What was done, and what was found wrong.
+    """The counts of a survey, and the problems.
 
-    ``moments`` are those at which the power is lost, ``exhaustive`` those of
-    them of which every state was opened; ``allowed`` counts all the states
-    that the model allows, ``built`` those that were built, ``opened`` those
-    of them that differ.  ``steps`` counts the file operations of the life, and
-    ``sites`` from which places in the code they came.
+    ``crash_points`` counts the simulated power losses, ``exhaustive`` those with
+    every state built.  ``possible`` counts the states that the model allows,
+    ``built`` those that were built, ``opened`` the distinct ones.  ``steps``
+    counts the file operations of the workloads, ``sites`` by call site.
     """
 
     steps: Counter[str] = field(default_factory=Counter)
     sites: Counter[tuple[str, str, int]] = field(default_factory=Counter)
-    moments: int = 0
+    crash_points: int = 0
     exhaustive: int = 0
-    allowed: int = 0
+    possible: int = 0
     built: int = 0
     opened: int = 0
     seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
 
     @property
-    def missing(self) -> list[str]:
-        """Steps of the disk that the life never took."""
+    def uncovered_steps(self) -> list[str]:
+        """The steps of the disk that no workload took."""
         return [step for step in _STEPS if not self.steps[step]]
 
     def __str__(self) -> str:
@@ -60,10 +66,10 @@ class Survey(Struct, kw_only=True):
         return "\n".join(
             [
                 f"file operations      {self.steps.total()} ({steps})",
-                f"moments              {self.moments}, every state of {self.exhaustive} of them",
-                f"states allowed       {_figure(self.allowed)}",
+                f"crash points         {self.crash_points}, {self.exhaustive} with every state",
+                f"states possible      {_number(self.possible)}",
                 f"states built         {self.built}",
-                f"states opened        {self.opened} that differ, in {self.seconds:.1f} s",
+                f"states opened        {self.opened} distinct ones, in {self.seconds:.1f} s",
                 f"problems             {len(self.problems) or 'none'}",
                 *(f"  {problem}" for problem in self.problems[:_SHOWN]),
             ]
@@ -73,99 +79,101 @@ class Survey(Struct, kw_only=True):
 def survey(
     open_on: OpenOn,
     *,
-    lives: Sequence[Callable[[Life], object]] = LIVES,
+    scenarios: Sequence[Callable[[Workload], object]] = SCENARIOS,
     omits: Omits | None = None,
-    most: int = MOST,
+    max_states: int = MAX_STATES,
     seed: int = 20261122,
     stop: bool = False,
 ) -> Survey:
-    """Prove a store that keeps files against power loss.
+    """Check every crash state of a store of files.
 
-    ``open_on`` opens it; each of ``lives`` happens to a new ledger.  Of each
-    moment at most ``most`` states are opened, drawn with ``seed`` where there
-    are more.  ``stop`` ends with the first problem.  ``omits`` leaves syncs out, to see
-    that it is noticed (:meth:`Recorder.disk`).
+    ``open_on`` opens the store; each of ``scenarios`` runs on a new ledger.  At
+    most ``max_states`` states of a crash point are opened; larger sets are
+    sampled with ``seed``.  ``stop`` ends the survey at the first problem.  ``omits``
+    leaves out syncs, so that a test can show their need (:meth:`Recorder.disk`).
     """
     started = time.monotonic()
-    found = Survey()
+    result = Survey()
     with fast_directory() as scratch:
-        for number, live in enumerate(lives):
-            (root := scratch / f"life-{number}").mkdir()
+        for number, scenario in enumerate(scenarios):
+            (root := scratch / f"scenario-{number}").mkdir()
             recorder = Recorder(root)
-            live(life := Life(recorder, open_on, omits))
-            model = Model(most=most, seed=seed)
-            found.steps += recorder.steps
-            found.sites += recorder.sites
-            where = scratch / "state" / life.directory.relative_to(root)
-            for moment, state, allowed in _states(recorder, found, model, broken=omits is not None):
-                found.opened += 1
+            scenario(workload := Workload(recorder, open_on, omits))
+            model = Model(max_states=max_states, seed=seed)
+            result.steps += recorder.steps
+            result.sites += recorder.sites
+            directory = scratch / "state" / workload.directory.relative_to(root)
+            for position, state, allowed in _states(
+                recorder, result, model, omits_syncs=omits is not None
+            ):
+                result.opened += 1
                 build(state, scratch / "state")
-                problem = check(open_on, where, allowed)
+                problem = check(open_on, directory, allowed)
                 if problem is not None:
-                    operation = f"{recorder.log[moment - 1]!r:.80}"
-                    found.problems.append(
-                        f"{live.__name__}, after {moment} operations, the last {operation}, "
+                    operation = f"{recorder.trace[position - 1]!r:.80}"
+                    result.problems.append(
+                        f"{scenario.__name__}, after {position} operations, the last {operation}, "
                         f"missing {state.missing}: {problem}"
                     )
                 shutil.rmtree(scratch / "state")
-                if stop and found.problems:
+                if stop and result.problems:
                     break
-            if stop and found.problems:
+            if stop and result.problems:
                 break
-    found.seconds = time.monotonic() - started
-    return found
+    result.seconds = time.monotonic() - started
+    return result
 
 
 def _states(
-    recorder: Recorder, found: Survey, model: Model, *, broken: bool
-) -> Iterator[tuple[int, State, Sequence[Known]]]:
-    """The states that differ, in files or in what has to hold."""
-    known: Sequence[Known] = ()
-    # A sync that was left out makes a difference until the same file is synced or removed.
+    recorder: Recorder, result: Survey, model: Model, *, omits_syncs: bool
+) -> Iterator[tuple[int, CrashState, Sequence[Expected]]]:
+    """Yield the states that differ in their files or in the allowed content."""
+    allowed: Sequence[Expected] = ()
+    # An omitted sync matters until the same file is synced or removed.
     unsynced: set[int] = set()
     done = 0
-    seen: set[tuple[bytes, tuple[int, ...]]] = set()
-    for moment in model.moments(recorder.log):
-        for operation in recorder.log[done : moment.number]:
-            if isinstance(operation, Omitted):
+    yielded: set[tuple[bytes, tuple[int, ...]]] = set()
+    for point in model.crash_points(recorder.trace):
+        for operation in recorder.trace[done : point.number]:
+            if isinstance(operation, SyncOmitted):
                 unsynced.add(operation.node)
             elif isinstance(operation, Synced | Removed):
                 unsynced.discard(operation.node)
-        done = moment.number
-        before, known = known, cast("Sequence[Known]", moment.said)
-        if isinstance(recorder.log[moment.number - 1], Said) and set(before) <= set(known):
-            continue  # what was allowed a moment ago still is
-        if broken and not unsynced:
+        done = point.number
+        before, allowed = allowed, cast("Sequence[Expected]", point.expected)
+        if isinstance(recorder.trace[point.number - 1], Expects) and set(before) <= set(allowed):
+            continue  # the content allowed before is still allowed
+        if omits_syncs and not unsynced:
             continue
-        found.moments += 1
-        found.exhaustive += moment.exhaustive
-        found.allowed += moment.allowed
-        for state in moment.states:
-            found.built += 1
-            key = state.digest, tuple(map(id, known))
-            if key not in seen:
-                seen.add(key)
-                yield moment.number, state, known
+        result.crash_points += 1
+        result.exhaustive += point.exhaustive
+        result.possible += point.possible
+        for state in point.states:
+            result.built += 1
+            key = state.digest, tuple(map(id, allowed))
+            if key not in yielded:
+                yielded.add(key)
+                yield point.number, state, allowed
 
 
-def build(state: State, place: Path) -> None:
-    """Make the files of a state in a new directory."""
-    place.mkdir()
+def build(state: CrashState, directory: Path) -> None:
+    """Write the files of a state to a new directory."""
+    directory.mkdir()
     for path, data in state.tree.items():
         if data is None:
-            (place / path).mkdir()
+            (directory / path).mkdir()
         else:
-            (place / path).write_bytes(data)
+            (directory / path).write_bytes(data)
 
 
 @contextlib.contextmanager
 def fast_directory() -> Iterator[Path]:
-    """A temporary directory, in memory where there is one: what is lost is ours to say."""
-    memory = Path("/dev/shm")  # noqa: S108 - a directory of our own is made in it
-    place = memory if os.access(memory, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="taskstore-power-", dir=place) as directory:
+    """Yield a temporary directory, in memory if possible, as no real sync is needed."""
+    memory = Path("/dev/shm")  # noqa: S108 - only a parent of the temporary directory
+    parent = memory if os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="taskstore-power-", dir=parent) as directory:
         yield Path(directory)
 
 
-def _figure(number: int) -> str:
+def _number(number: int) -> str:
     return str(number) if number < 10**9 else f"{float(number):.1e}" if number < 10**300 else "…"

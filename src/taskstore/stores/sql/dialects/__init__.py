@@ -1,10 +1,9 @@
-"""The one place for what differs between databases.
+"""The differences between databases: one module per dialect.
 
-A :class:`Database` is one database as its dialect wants to be spoken to: how
-its engine is made, how transactions begin, how seqs are claimed, what
-durability takes.  Adding a dialect is adding a module here with a subclass
-that names its URLs, importing it here, and saying in
-``errors.py`` what the driver's errors mean.
+A :class:`Database` subclass defines for its dialect how the engine is made, how
+transactions begin, how seqs are claimed, and which settings durability needs.
+To add a dialect, add a module with a subclass that names its URL schemes,
+import the module here, and classify the driver's errors in ``errors.py``.
 """
 
 from taskstore.stores.sql.dialects.base import Database, Guard, host_database, open_database

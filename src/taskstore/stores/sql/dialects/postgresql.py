@@ -1,4 +1,4 @@
-"""PostgreSQL, through psycopg 3."""
+"""The PostgreSQL dialect, through psycopg 3."""
 
 from __future__ import annotations
 
@@ -11,88 +11,93 @@ from sqlalchemy import event
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 
 from taskstore.errors import StoreUnavailableError
-from taskstore.stores.sql.dialects.base import LOCK_S, LOCK_WAIT_S, Database, Session
-from taskstore.stores.sql.errors import postgresql_fault
+from taskstore.stores.sql.dialects.base import (
+    LOCK_TIMEOUT_S,
+    WRITE_LOCK_TIMEOUT_S,
+    Database,
+    Session,
+)
+from taskstore.stores.sql.errors import postgresql_error_kind
 from taskstore.stores.sql.statements import Statements
 
 _CHANNEL = "taskstore_"
-_KEY = "hashtextextended({}, 0)"
+_LISTENER_KEY = "hashtextextended({}, 0)"
 
-_HOLDERS = """
-SELECT DISTINCT held.pid, who.application_name, host(who.client_addr), who.state,
-    extract(epoch FROM clock_timestamp() - who.xact_start)::int
-FROM pg_locks AS held LEFT JOIN pg_stat_activity AS who ON who.pid = held.pid
+_LOCK_OWNERS = """
+SELECT DISTINCT held.pid, activity.application_name, host(activity.client_addr), activity.state,
+    extract(epoch FROM clock_timestamp() - activity.xact_start)::int
+FROM pg_locks AS held LEFT JOIN pg_stat_activity AS activity ON activity.pid = held.pid
 WHERE held.relation = 'taskstore_head'::regclass AND held.granted
     AND held.database = (SELECT oid FROM pg_database WHERE datname = current_database())
     AND held.mode <> 'AccessShareLock' AND held.pid <> pg_backend_pid()
     AND NOT EXISTS (SELECT FROM pg_locks AS wait WHERE wait.pid = held.pid AND NOT wait.granted)
 """
-"""Who has locked rows of the head's table, or all of it, and waits for nobody."""
+"""Server processes that own a row or table lock on the head table and wait for no lock."""
 
 
 class PostgreSQLStatements(Statements):
-    """Whoever claims seqs notifies those who listen, when he commits.
+    """Statements whose claim of seqs sends a NOTIFY with the commit, if a listener exists.
 
-    A commit that notifies holds a lock of the whole server while it is written
-    to disk.  So that nobody pays for what nobody listens to, a listener
-    shares an advisory lock, and a claim looks whether it could have it alone.
-    It keeps it then until the end of the transaction, so that who wants to
-    listen gets the lock after that, and looks at the head after that.
+    A commit with a NOTIFY owns a server-wide lock while it is flushed to disk.
+    To avoid this cost without listeners, each listener shares an advisory lock,
+    and a claim tries to take this lock exclusively.  If the claim gets the lock,
+    there is no listener, and the claim keeps the lock until its transaction ends.
+    A new listener gets the lock after that, and reads the head after that.
     """
 
     @cached_property
     def claim(self) -> str:
-        """As everywhere, with a fifth column that means nothing."""
+        """The common statement, with a fifth column that callers ignore."""
         channel = f"'{_CHANNEL}' || taskstore_head.ledger_id"
-        notified: sa.ColumnElement[Any] = sa.literal_column(
-            f"CASE WHEN pg_try_advisory_xact_lock({_KEY.format(channel)}) THEN NULL "
+        notification: sa.ColumnElement[Any] = sa.literal_column(
+            f"CASE WHEN pg_try_advisory_xact_lock({_LISTENER_KEY.format(channel)}) THEN NULL "
             f"ELSE CAST(pg_notify({channel}, '') AS text) END"
         )
-        return self._claim_giving(notified)
+        return self._claim_returning(notification)
 
-    be_heard = f"SELECT pg_try_advisory_lock_shared({_KEY.format('%s')})"
-    """Let writers know that somebody listens; parameter: the channel."""
-    be_quiet = f"SELECT pg_advisory_unlock_shared({_KEY.format('%s')})"
-    """The opposite; parameter: the channel."""
+    lock_as_listener = f"SELECT pg_try_advisory_lock_shared({_LISTENER_KEY.format('%s')})"
+    """Take a listener's shared lock, which makes writers notify.  Parameter: the channel."""
+    unlock_as_listener = f"SELECT pg_advisory_unlock_shared({_LISTENER_KEY.format('%s')})"
+    """Release a listener's shared lock.  Parameter: the channel."""
 
     @staticmethod
     def channel_of(ledger_id: str) -> str:
-        """Where the commits of a ledger are told of."""
+        """The channel of a ledger's notifications."""
         return _CHANNEL + ledger_id
 
 
-_DEFAULTS: dict[str, object] = {
+_CONNECT_DEFAULTS: dict[str, object] = {
     "application_name": "taskstore",
-    # Of a host that is gone without a word: connecting takes this long for each, and
-    # a connection that was made is given up after 25 s.  The system's own limits are hours.
+    # For a host that disappeared without closing its connections.  A connection attempt
+    # fails after 5 s per host, an open connection after 25 s.  System defaults are hours.
     "connect_timeout": 5,
     "keepalives_idle": 10,
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 25_000,
 }
-"""What we ask of the driver, unless the URL asks for something else."""
+"""Connection options of the driver; options in the URL override them."""
 
 
 class PostgreSQLDatabase(Database):
-    """A PostgreSQL database, through psycopg 3."""
+    """A PostgreSQL database."""
 
     names = ("postgresql",)
     extra = "postgres"
     driver = "psycopg"
     statements = PostgreSQLStatements
     sql: PostgreSQLStatements
-    # SQLAlchemy does not type how its dialects are made.
+    # SQLAlchemy's dialect constructors are untyped.
     compiler = PGDialect_psycopg(paramstyle="format")  # type: ignore[no-untyped-call]
     begin_read = ("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",)
-    # Any number will do, as long as it is always the same: "task" in ASCII.
+    # Every process must use the same arbitrary key: "task" in ASCII.
     begin_schema = ("BEGIN", "SELECT pg_advisory_xact_lock(1952543595)")
-    fault_of = staticmethod(postgresql_fault)
+    error_kind = staticmethod(postgresql_error_kind)
     _begin_write = "BEGIN ISOLATION LEVEL READ COMMITTED"
 
     @classmethod
     def connect(cls, url: sa.URL, *, durability: str, read_only: bool) -> PostgreSQLDatabase:
-        defaults = {**_DEFAULTS}
+        defaults = {**_CONNECT_DEFAULTS}
         if _has_several_hosts(url):
             defaults["target_session_attrs"] = "read-write"
         engine = sa.create_engine(
@@ -103,8 +108,8 @@ class PostgreSQLDatabase(Database):
             connect_args={name: defaults[name] for name in defaults.keys() - url.query.keys()},
         )
         settings = [
-            f"lock_timeout = '{LOCK_WAIT_S}s'",
-            f"idle_in_transaction_session_timeout = '{LOCK_S}s'",
+            f"lock_timeout = '{WRITE_LOCK_TIMEOUT_S}s'",
+            f"idle_in_transaction_session_timeout = '{LOCK_TIMEOUT_S}s'",
             "client_min_messages = warning",
         ]
         if read_only:
@@ -119,23 +124,23 @@ class PostgreSQLDatabase(Database):
             raw.commit()
 
         @event.listens_for(engine, "checkout")
-        def renew(_raw: object, record: Any, _borrowed: object) -> None:
+        def discard_old(_raw: object, record: Any, _proxy: object) -> None:
             if record.info["generation"] != database.generation:
-                raise sa.exc.DisconnectionError  # the pool makes a new one
+                raise sa.exc.DisconnectionError  # the pool makes a new connection
 
         return database
 
     def cursor(self, raw: Any) -> Any:
         from psycopg.rows import tuple_row
 
-        # Binary results: bytes are not sent as hexadecimal digits.
+        # Binary results avoid hexadecimal encoding of bytes.
         return raw.cursor(binary=True, row_factory=tuple_row)
 
     def prepare(self, session: Session) -> None:
         [encoding] = session.row("SHOW server_encoding")
         if encoding != "UTF8":
             raise StoreUnavailableError(
-                f"{self.location} is encoded in {encoding}, which cannot hold every text",
+                f"{self.location} has the encoding {encoding}, which cannot encode every text",
                 hint="use a database with the encoding UTF8",
             )
         [synchronous] = session.row("SHOW synchronous_commit")
@@ -150,40 +155,42 @@ class PostgreSQLDatabase(Database):
             )
         [fsync] = session.row("SHOW fsync")
         if fsync == "off" and not self.read_only:
-            self.notice(f"{self.location}: the server runs with fsync=off, nothing is power-safe")
+            self.add_notice(
+                f"{self.location}: the server runs with fsync=off: no commit survives power loss"
+            )
 
     def begin_write(self, session: Session) -> None:
-        # Never prepared: it may be two statements, in one round trip.
+        # Not prepared, because it may be two statements (in one round trip).
         session.raw.execute(self._begin_write, prepare=False)
 
     def lock_owners(self, session: Session) -> Sequence[str]:
         return [
             f"server process {pid}, {name or 'unnamed'} at {host or 'this machine'}, "
-            f"{state or 'doing what is not told'}"
+            f"{state or 'in an unknown state'}"
             + (f", in a transaction for {seconds} s" if seconds is not None else "")
-            for pid, name, host, state, seconds in session.rows(_HOLDERS)
+            for pid, name, host, state, seconds in session.rows(_LOCK_OWNERS)
         ]
 
     def commit(self, session: Session) -> None:
         warnings: list[str] = []
 
-        def listen(notice: Any) -> None:
-            # It can be read only now: what it lies in is freed when this returns.
+        def collect_warning(notice: Any) -> None:
+            # The fields must be read here: libpq frees the notice after this call.
             if notice.severity_nonlocalized == "WARNING":
                 warnings.append(f"{notice.message_primary} ({notice.message_detail})")
 
-        session.raw.add_notice_handler(listen)
+        session.raw.add_notice_handler(collect_warning)
         try:
             session.execute("COMMIT")
         finally:
-            session.raw.remove_notice_handler(listen)
+            session.raw.remove_notice_handler(collect_warning)
         if warnings:
-            # A wait for the standby that was cancelled, say: committed here, and
-            # answered like any commit, but not as durable as it is asked to be.
+            # For example, a canceled wait for a synchronous standby.  The server answers
+            # with success, but the commit is not as durable as requested.
             dbapi: Any = self.engine.dialect.loaded_dbapi
             raise dbapi.OperationalError(warnings[0])
 
-    def renew(self) -> None:
+    def invalidate_connections(self) -> None:
         self.generation += 1
 
     def rollback(self, session: Session) -> None:

@@ -1,4 +1,4 @@
-"""Where a scenario is played: a ledger, its registry and an observer."""
+"""The ledger under test: its registry, a recording hook, and the stored state."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from taskstore.registry.registry import TaskRegistry
 from taskstore.store.interface import SupportsIntegrity, SupportsJournal, TaskRegistryStore
 
 LAST_ENTRIES = 40
-"""How much of the end of the journal is compared."""
+"""How many of the last journal entries are compared."""
 
 OpenStore = Callable[..., TaskRegistryStore]
 OpenRegistry = Callable[[TaskRegistryStore, Sequence[Hook]], TaskRegistry]
 
 
 def open_registry(store: TaskRegistryStore, hooks: Sequence[Hook]) -> TaskRegistry:
-    """A registry over a store."""
+    """Return a registry over a store."""
     return TaskRegistry(store, hooks=hooks)
 
 
-class Heard:
-    """A hook that remembers what it heard, and notices when something is missing."""
+class RecordingHook:
+    """A hook that records the events it received, and checks that they are complete."""
 
     def __init__(self) -> None:
         self.records: dict[str, TaskRecord] = {}
@@ -33,15 +33,15 @@ class Heard:
         self.problems: list[str] = []
 
     def __call__(self, event: Event) -> None:
-        """Hear of one event."""
+        """Record one event."""
         if isinstance(event, Restored):
             self.records, self.entries = dict(event.records), {}
         else:
             if self.seq is None or event.seq != self.seq + 1:
-                self.problems.append(f"a hook heard of seq {event.seq} after {self.seq}")
+                self.problems.append(f"the hook received seq {event.seq} after {self.seq}")
             task_id = event.record.task_id if isinstance(event, Upserted) else event.task_id
             if event.previous != self.records.get(task_id):
-                self.problems.append(f"a hook was told another previous record at seq {event.seq}")
+                self.problems.append(f"the hook got a wrong previous record at seq {event.seq}")
             self.records.pop(task_id, None)
             if isinstance(event, Upserted):
                 self.records[task_id] = event.record
@@ -49,32 +49,32 @@ class Heard:
         self.seq = event.seq
 
 
-class Seen(NamedTuple):
-    """What a fresh instance finds on the storage."""
+class State(NamedTuple):
+    """What a fresh instance reads from the storage."""
 
     snapshot: Snapshot
     entries: Mapping[int, JournalEntry]
     problems: Sequence[str] = ()
 
 
-def _see(store: TaskRegistryStore, *, verify: bool) -> Seen:
+def _read(store: TaskRegistryStore, *, verify: bool) -> State:
     loaded = store.load_snapshot()
     entries: Sequence[JournalEntry] = ()
     if isinstance(store, SupportsJournal):
         after = max(store.floor() - 1, loaded.seq - LAST_ENTRIES)
         entries = store.read_journal(after, LAST_ENTRIES)
-    found: Sequence[str] = ()
+    problems: Sequence[str] = ()
     if verify and isinstance(store, SupportsIntegrity):
-        found = store.verify().problems
-    return Seen(loaded, {entry.seq: entry for entry in entries}, found)
+        problems = store.verify().problems
+    return State(loaded, {entry.seq: entry for entry in entries}, problems)
 
 
-class Stage:
-    """One ledger, the registry that works on it, and what its hook heard.
+class Harness:
+    """One ledger, the registry over it, and the events that its hook received.
 
-    ``open_store`` opens the ledger again and again; ``wrap`` puts something
-    around the store that is played with.  An instance that ``remembers`` what
-    it read is not asked twice what is stored.
+    ``open_store`` opens the ledger, any number of times.  ``wrap`` wraps the
+    store of the registry.  If instances of the store cache what they read
+    (``caches_reads``), each read of the stored state opens a new instance.
     """
 
     def __init__(
@@ -83,71 +83,71 @@ class Stage:
         wrap: Callable[[TaskRegistryStore], TaskRegistryStore],
         make_registry: OpenRegistry,
         *,
-        remembers: bool = True,
+        caches_reads: bool = True,
     ) -> None:
         self.open_store = open_store
-        self._remembers = remembers
+        self._caches_reads = caches_reads
         self._observer: TaskRegistryStore | None = None
         self._wrap = wrap
         self._make_registry = make_registry
         self.registry: TaskRegistry | None = None
-        self.heard = Heard()
+        self.hook = RecordingHook()
 
     def open(self) -> TaskRegistry:
-        """Open the ledger, as a program does that starts."""
-        self.heard = Heard()
+        """Open the ledger with a new store, registry and hook."""
+        self.hook = RecordingHook()
         store = self._wrap(self.open_store())
         try:
-            self.registry = self._make_registry(store, [self.heard])
+            self.registry = self._make_registry(store, [self.hook])
         except BaseException:
             store.close()
             raise
         return self.registry
 
-    def playing(self) -> TaskRegistry:
-        """The open registry."""
+    def opened(self) -> TaskRegistry:
+        """Return the open registry."""
         assert self.registry is not None
         return self.registry
 
     def close(self) -> None:
-        """Close the registry and its store; a fault may have come between."""
+        """Close the registry and its store, if open."""
         registry, self.registry = self.registry, None
         if registry is not None:
             registry.close()
             registry.store.close()
 
-    def look(self, *, verify: bool = False) -> Seen:
-        """Load the ledger with an instance that knows nothing yet, and have it check itself."""
+    def read_stored(self, *, verify: bool = False) -> State:
+        """Read the stored state with an instance that has no cached data."""
         store = self._observer or self.open_store(read_only=True)
         try:
-            return _see(store, verify=verify)
+            return _read(store, verify=verify)
         finally:
-            if self._remembers:
+            if self._caches_reads:
                 store.close()
             else:
                 self._observer = store
 
-    def leave(self) -> None:
-        """Close everything."""
+    def close_all(self) -> None:
+        """Close the registry and the observer."""
         self.close()
         if self._observer is not None:
             self._observer.close()
 
-    def differences(self, seen: Seen) -> list[str]:
-        """How memory, and what the hook heard, differ from what is stored."""
+    def differences(self, stored: State) -> list[str]:
+        """Return how memory and the hook's records differ from the stored state."""
         assert self.registry is not None
-        found, problems = seen.snapshot, list(self.heard.problems)
+        snapshot, problems = stored.snapshot, list(self.hook.problems)
         memory = {record.task_id: record for record in self.registry.list()}
-        if (self.registry.seq, memory) != (found.seq, dict(found.records)):
+        if (self.registry.seq, memory) != (snapshot.seq, dict(snapshot.records)):
             problems.append(
                 f"memory is at seq {self.registry.seq} with {len(memory)} records, "
-                f"the disk at seq {found.seq} with {len(found.records)}"
-                + ("" if memory.keys() != found.records.keys() else ", of the same tasks")
+                f"the disk at seq {snapshot.seq} with {len(snapshot.records)}"
+                + ("" if memory.keys() != snapshot.records.keys() else ", of the same tasks")
             )
-        if (self.heard.seq, self.heard.records) != (found.seq, dict(found.records)):
-            problems.append(f"a hook heard up to seq {self.heard.seq}, the disk is at {found.seq}")
-        for seq, heard in self.heard.entries.items():
-            entry = seen.entries.get(seq)
-            if entry is not None and heard != (str(entry.kind), entry.task_id):
-                problems.append(f"at seq {seq} a hook heard of {heard}, the journal says otherwise")
+        if (self.hook.seq, self.hook.records) != (snapshot.seq, dict(snapshot.records)):
+            problems.append(f"the hook is at seq {self.hook.seq}, the disk at {snapshot.seq}")
+        for seq, received in self.hook.entries.items():
+            entry = stored.entries.get(seq)
+            if entry is not None and received != (str(entry.kind), entry.task_id):
+                problems.append(f"at seq {seq} the hook received {received}, the journal differs")
         return problems

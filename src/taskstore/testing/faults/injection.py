@@ -1,0 +1,153 @@
+"""The injection point: every intercepted storage call of a store passes it.
+
+A *step* is one call by which a store reaches its storage: a system call, a
+statement on a driver's cursor, or a call of a store method.  The interceptors
+(``files.py``, ``drivers.py``, ``faulty_store.py``) pass each step to
+:meth:`InjectionPoint.run_step`.  An active injection point records the steps
+and can inject one fault at the n-th of them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from taskstore.testing.crash.processes import DURABLE_CALLS
+
+DELAY_S = 0.002
+"""How long the delay fault delays a step, in seconds."""
+
+HOLD_S = 0.004
+"""How long the first step is delayed so that concurrent callers queue up, in seconds."""
+
+
+class Step(NamedTuple):
+    """One call: its name, a detail that is equal in every run, and its path or connection.
+
+    ``is_new`` means that the present call of the store created ``resource``:
+    if a sync of it fails, the store can discard it.
+    """
+
+    name: str
+    detail: str
+    resource: Any = None
+    is_new: bool = False
+
+    @property
+    def label(self) -> str:
+        """The text of the step in the matrix."""
+        return f"{self.name} {self.detail}".strip()
+
+    @property
+    def durable(self) -> bool:
+        """Whether the step can make data durable."""
+        return self.name in DURABLE_CALLS
+
+
+Call = Callable[..., Any]
+Inject = Callable[[Step, Call, tuple[Any, ...]], Any]
+"""Does all, half or nothing of the step, then returns or raises what the store gets."""
+
+
+def never(_: Step) -> bool:
+    """Return False for every step."""
+    return False
+
+
+def always(_: Step) -> bool:
+    """Return True for every step."""
+    return True
+
+
+class Fault(NamedTuple):
+    """One way in which a step can fail.
+
+    ``applies_to`` selects the steps at which the fault can happen.  A
+    ``persistent`` fault repeats at every later step that it applies to, until
+    the call ends.  ``fails_sync`` selects the steps after which data may not be
+    on disk: the call must not succeed, and the instance must refuse further
+    writes unless the file was new [4].
+    """
+
+    name: str
+    side: str
+    inject: Inject
+    applies_to: Callable[[Step], bool] = always
+    fails_sync: Callable[[Step], bool] = never
+    persistent: bool = False
+
+
+def delayed(_: Step, call: Call, arguments: tuple[Any, ...]) -> Any:
+    """Do the step after a delay."""
+    time.sleep(DELAY_S)
+    return call(*arguments)
+
+
+DELAY = Fault("delay", "", delayed)
+
+
+class InjectionPoint:
+    """Records the steps that pass, and injects a fault at one of them."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.faulted: Step | None = None
+        self.activation = 0
+        """The number of activations so far; marks the files created in this one as new."""
+        self.is_active = False
+        self._lock = threading.Lock()
+        self._bypass = threading.local()
+        self._number = 0
+        self._fault: Fault | None = None
+        self._hold_s = 0.0
+
+    @contextmanager
+    def active(
+        self, number: int = 0, fault: Fault | None = None, *, hold_s: float = 0.0
+    ) -> Iterator[None]:
+        """Record steps while the body runs; inject ``fault`` at step ``number`` (from 1).
+
+        The first step is delayed by ``hold_s`` seconds.
+        """
+        self.activation += 1
+        self.steps, self.faulted = [], None
+        self._number, self._fault, self._hold_s = number, fault, hold_s
+        self.is_active = True
+        try:
+            yield
+        finally:
+            self.is_active = False
+
+    @contextmanager
+    def bypassed(self) -> Iterator[None]:
+        """Let the calls of this thread pass unrecorded while the body runs."""
+        before = getattr(self._bypass, "on", False)
+        self._bypass.on = True
+        try:
+            yield
+        finally:
+            self._bypass.on = before
+
+    def run_step(self, step: Step, call: Call, *arguments: Any) -> Any:
+        """Do a step, or inject the fault."""
+        if not self.is_active or getattr(self._bypass, "on", False):
+            return call(*arguments)
+        with self._lock:
+            self.steps.append(step)
+            number, fault = len(self.steps), self._fault
+            due = fault is not None and (
+                number == self._number or (fault.persistent and self.faulted is not None)
+            )
+            if fault is None or not due or not fault.applies_to(step):
+                fault = None
+            elif self.faulted is None:
+                self.faulted = step
+        if number == 1 and self._hold_s:
+            time.sleep(self._hold_s)
+        if fault is None:
+            return call(*arguments)
+        with self.bypassed():  # the calls within the step are not steps
+            return fault.inject(step, call, arguments)

@@ -1,0 +1,165 @@
+"""The workload: processes that change one ledger, and its expected content."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+from msgspec.structs import replace
+
+from taskstore.errors import OutcomeUnknownError, TaskStoreError
+from taskstore.model.journal import Change, Snapshot
+from taskstore.model.policies import CompactionPolicy
+from taskstore.model.records import TaskRecord
+from taskstore.store.interface import SupportsCompaction, TaskRegistryStore
+from taskstore.testing.factories import Model
+from taskstore.testing.powerloss.expected import Actual, Expected, OpenOn
+from taskstore.testing.powerloss.recorder import (
+    Failpoint,
+    KilledError,
+    Omits,
+    RecordedDisk,
+    Recorder,
+)
+
+KEEP_ALL = CompactionPolicy(force=True)
+"""Keeps all history.  A workload compacts by this policy, or by one that keeps none."""
+
+
+class Workload:
+    """Processes that change one ledger, and the content expected after each change.
+
+    Each change records in the trace what a power loss may leave.  While the
+    change runs, the old and the new content are allowed; afterwards, only the
+    acknowledged content.
+    """
+
+    def __init__(self, recorder: Recorder, open_on: OpenOn, omits: Omits | None = None) -> None:
+        self.directory = recorder.root / "parent" / "ledger"
+        self.open_on = open_on
+        self._recorder = recorder
+        self._omits = omits
+        self._disks: dict[int, RecordedDisk] = {}
+        self._current = Expected(Model(), exists=False)
+        self._allow(self._current)
+
+    def disk(self) -> RecordedDisk:
+        """Return the disk of a new process."""
+        return self._recorder.disk(self._omits)
+
+    def open(self, open_on: OpenOn | None = None) -> TaskRegistryStore:
+        """Open the ledger in a new process, by ``open_on`` if given."""
+        disk = self.disk()
+        store = (open_on or self.open_on)(self.directory, disk, read_only=False)
+        self._disks[id(store)] = disk
+        self.observe(store)
+        if not self._current.exists:
+            self.acknowledge(exists=True)
+        return store
+
+    def acknowledge(self, **fields: object) -> None:
+        """Require more of the present content: see the fields of :class:`Expected`."""
+        self._current = replace(self._current, **fields)
+        self._allow(self._current)
+
+    def observe(self, store: TaskRegistryStore) -> None:
+        """Read which allowed content is present after a process was killed.
+
+        Content that was only read may still be lost; acknowledged changes may not.
+        """
+        actual = Actual.of(store)
+        matching = [expected for expected in self._allowed if actual.matches(expected)]
+        assert matching, "the ledger has unexpected content, without a power loss"
+        self._current = matching[-1]
+
+    def killed_opening(self, failpoint: Failpoint) -> None:
+        """Open the ledger in a process that is killed at the failpoint."""
+        disk = self.disk()
+        disk.failpoint = failpoint
+        with suppress(KilledError):
+            self.open_on(self.directory, disk, read_only=False).close()
+            return
+        disk.close_all()
+
+    @property
+    def records(self) -> Mapping[str, TaskRecord]:
+        """The present records of the ledger."""
+        return self._current.content.records
+
+    def apply(
+        self,
+        store: TaskRegistryStore,
+        *changes: Change,
+        failpoint: Failpoint | None = None,
+        durable: bool = True,
+    ) -> None:
+        """Commit a batch.  If it is not ``durable``, a power loss may lose it."""
+        after = self._copy()
+        after.commit(list(changes))
+        self._run(store, after, lambda: store.apply(changes), failpoint, durable=durable)
+
+    def save(
+        self,
+        store: TaskRegistryStore,
+        records: Mapping[str, TaskRecord],
+        failpoint: Failpoint | None = None,
+    ) -> None:
+        """Replace all records."""
+        snapshot = Snapshot(self._copy().head + 10, records)
+        self._run(store, Model(snapshot), lambda: store.save_snapshot(snapshot), failpoint)
+
+    def compact(
+        self,
+        store: TaskRegistryStore,
+        policy: CompactionPolicy,
+        *,
+        erases: tuple[bytes, ...] = (),
+        failpoint: Failpoint | None = None,
+    ) -> None:
+        """Compact, if the store supports it, by :data:`KEEP_ALL` or a policy without history.
+
+        No file may contain the bytes of ``erases`` afterwards.
+        """
+        if not isinstance(store, SupportsCompaction):
+            return
+        after = self._copy()
+        if policy is not KEEP_ALL:
+            after.trim(after.head + 1)
+        self._run(store, after, lambda: store.compact(policy), failpoint, erases=erases)
+
+    def _run(
+        self,
+        store: TaskRegistryStore,
+        after: Model,
+        change: Callable[[], object],
+        failpoint: Failpoint | None,
+        *,
+        erases: tuple[bytes, ...] = (),
+        durable: bool = True,
+    ) -> None:
+        before, current = self._allowed, self._current
+        self._allow(*before, replace(current, content=after))
+        self._disks[id(store)].failpoint = failpoint
+        try:
+            change()
+        except KilledError:
+            self._disks[id(store)].close_all()
+        except OutcomeUnknownError:
+            assert failpoint is not None, "a change failed without a failpoint"
+        except (TaskStoreError, KeyboardInterrupt):
+            assert failpoint is not None, "a change failed without a failpoint"
+            self._allow(*before)
+        else:
+            self._current = replace(current, content=after, erased=current.erased + erases)
+            self._allow(*(() if durable else before), self._current)
+        self._disks[id(store)].failpoint = None
+
+    def _copy(self) -> Model:
+        content, copy = self._current.content, Model()
+        copy.head, copy.floor = content.head, content.floor
+        copy.states, copy.entries = dict(content.states), list(content.entries)
+        return copy
+
+    def _allow(self, *allowed: Expected) -> None:
+        self._allowed = allowed
+        self._recorder.expect(allowed)
