@@ -1,20 +1,20 @@
-# Everything here works on a machine that has nothing but Python 3.11 or newer,
-# pip and make: what is needed is installed into a virtual environment of its own.
+# Requires only Python 3.11 or newer, pip and make: all dependencies are installed
+# into a virtual environment of this checkout.
 #
-#     make demo            see it at work
+#     make demo            run a demonstration
 #     make test            run the whole test suite
 #     make check           lint, types and imports: the quick checks
-#     make coverage        the suite, and which lines of which file it does not reach
+#     make coverage        the suite, and the lines of each file that it does not reach
 #     make soak            kill 1,000 writers of each durable backend (ROUNDS=...), and
-#                          servers (FAILOVERS=...); every fault at every step; what
-#                          power losses leave (POWER_STATES=...): half an hour on two cores
-#     make bench           measure (see benchmarks/README.md)
+#                          servers (FAILOVERS=...); inject every fault at every step; simulate
+#                          power losses (POWER_STATES=...): half an hour on two cores
+#     make bench           run the benchmarks (see benchmarks/README.md)
 #     make PYTHON=python3.13 VENV=.venv-3.13 test
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
-# Most tests wait for a disk, a server or a process: several run side by side.
+# Most tests wait for a disk, a server or a process, so several run in parallel.
 PARALLEL ?= -n 3 --dist loadfile
 ROUNDS ?= 1000
 FAILOVERS ?= 20
@@ -26,7 +26,7 @@ made := $(VENV)/.made
 runtime := $(VENV)/.runtime-installed
 dev := $(VENV)/.dev-installed
 
-# Made anew when its interpreter is gone or the checkout was moved.
+# Rebuild the environment if its interpreter is missing or the checkout was moved.
 stale := $(shell { $(python) -c '' && grep -qxF '$(CURDIR)' $(made); } 2>/dev/null || echo anew)
 
 .PHONY: help demo test dev check lint format types imports coverage soak bench dist clean anew
@@ -74,7 +74,7 @@ bench: $(dev)
 	$(python) benchmarks/sharing.py
 	$(python) benchmarks/stalls.py
 
-# The sdist, and the wheel that is built from it.
+# The sdist, and the wheel built from it.
 dist: $(dev)
 	rm -rf dist
 	$(python) -m build --no-isolation
@@ -84,17 +84,17 @@ clean:
 
 $(made): $(stale)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "taskstore needs Python 3.11 or newer, and $(PYTHON) is not." \
-	    "Name one: make PYTHON=python3.12 ..." >&2; exit 1; }
-	@# Debian ships ensurepip apart, in python3-venv; its pip can fill in.
+	  echo "taskstore needs Python 3.11 or newer, but $(PYTHON) is older or missing." \
+	    "Name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@# Debian packages ensurepip separately, in python3-venv; its pip is the fallback.
 	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then \
 	  $(PYTHON) -m venv --clear $(VENV); \
 	elif $(PYTHON) -m pip --version >/dev/null 2>&1; then \
 	  $(PYTHON) -m venv --clear --without-pip $(VENV) && \
 	  $(PYTHON) -m pip --python $(python) install --quiet pip; \
 	else \
-	  echo "$(PYTHON) has neither ensurepip nor pip, so that no virtual environment" \
-	    "can be filled. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
+	  echo "$(PYTHON) has neither ensurepip nor pip: packages cannot be installed into" \
+	    "a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
 	fi
 	@echo '$(CURDIR)' > $@
 

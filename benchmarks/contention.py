@@ -1,11 +1,11 @@
-"""What does it cost to share five tasks with three other processes?
+"""The cost of contention: four processes that change the same five tasks.
 
-On each ledger one process changes five tasks alone, then four at once, in
-interleaved rounds; see ``taskstore.testing.crash.hammer``.  Prints, for each
-backend, the lone writer's median, and of all at once the median, the slowest
-hundredth, both as medians of the lone writer, and the longest wait; and
-whether revisions and journal add up.  Runs are repeated; medians of runs, and
-the worst of them in brackets.
+On each ledger one process changes five tasks alone, then four processes change
+them concurrently, in interleaved rounds; see ``taskstore.testing.crash.hammer``.
+For each backend it prints the single writer's median; the concurrent writers'
+median and 99th percentile as multiples of it, their longest change and their
+rate; and whether revisions and journal are consistent.  The numbers are medians
+of the runs; brackets show the worst run.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ def ledger(scheme: str, folder: str | None) -> Iterator[str]:
 
 
 def row(scheme: str, results: list[Result]) -> str:
-    def over(values: list[float], form: str) -> str:
+    def summary(values: list[float], form: str) -> str:
         return f"{statistics.median(values):{form}} ({max(values):{form}})"
 
-    lone = [result.single_median for result in results]
+    single = [result.single_median for result in results]
     medians = [statistics.median(result.concurrent) for result in results]
     cells = [
         f"{scheme:<11}",
-        f"{statistics.median(lone) * 1000:8.2f} ms",
-        f"{statistics.median(m / one for m, one in zip(medians, lone, strict=True)):7.1f}",
-        f"{over([result.ratio for result in results], '7.1f'):>18}",
-        f"{over([result.longest * 1000 for result in results], '8.0f'):>20} ms",
+        f"{statistics.median(single) * 1000:8.2f} ms",
+        f"{statistics.median(m / base for m, base in zip(medians, single, strict=True)):7.1f}",
+        f"{summary([result.ratio for result in results], '7.1f'):>18}",
+        f"{summary([result.longest * 1000 for result in results], '8.0f'):>20} ms",
         f"{statistics.median(len(r.concurrent) / r.elapsed_s for r in results):8.0f}/s",
-        "  adds up" if not any(result.problems for result in results) else "  DOES NOT ADD UP",
+        "  consistent" if not any(result.problems for result in results) else "  INCONSISTENT",
     ]
     return " ".join(cells)
 
@@ -56,14 +56,11 @@ def main() -> None:
     parser.add_argument("--scheme", nargs="*", default=["json", "sqlite", "postgresql", "mariadb"])
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--tasks", type=int, default=5)
-    parser.add_argument("--changes", type=int, default=500, help="of each process")
+    parser.add_argument("--changes", type=int, default=500, help="changes of each process")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--dir", default=None)
     options = parser.parse_args()
-    print(
-        f"{'':<11} {'lone median':>11} {'median':>7} {'p99':>18} {'longest':>20}    "
-        f"{'together':>10}"
-    )
+    print(f"{'':<11} {'single':>11} {'median':>7} {'p99':>18} {'longest':>20}    {'rate':>10}")
     for scheme in options.scheme:
         with ledger(scheme, options.dir) as url:
             results = [

@@ -1,12 +1,12 @@
-"""How soon does a commit of another process wake who waits for it, and what does waiting cost?
+"""The change feed: its latency between processes, and its cost.
 
-A process commits at random moments; this one waits for each commit.  Prints,
-for each backend, the time from the end of ``apply`` there to the return of
-``wait_for`` here (median and 99th percentile), beside that of asking for the
-head every 100 ms, in the same run, and the processor time of a second of idle
-waiting.  For PostgreSQL it also compares what a commit costs the writer while
-nobody listens, while somebody does, and without any notification; with
-several ledgers, whose writers share the lock that a notifying commit takes.
+One process commits at random times; this process waits for each commit.  For
+each backend the benchmark prints the time from the end of ``apply`` to the
+return of ``wait_for`` (median and 99th percentile), the same for a poll of the
+head every 100 ms, and the CPU share of an idle wait.  For PostgreSQL it also
+compares the writer's commit rate without notifications, with notifications,
+and with notifications and a listener; also with several ledgers, whose writers
+share the lock that a notifying commit takes.
 """
 
 from __future__ import annotations
@@ -33,48 +33,48 @@ POLL_S = 0.1
 _processes = multiprocessing.get_context("spawn")
 
 
-def write(url: str, commits: int, longest_pause_s: float, told: Any) -> None:
-    """Commit at random moments, telling when each was done."""
+def write(url: str, commits: int, longest_pause_s: float, reports: Any) -> None:
+    """Commit at random times, and report the time after each commit."""
     rng = random.Random(commits)  # noqa: S311 - not a secret
     with open_store(url) as store:
-        told.put(None)
+        reports.put(None)
         for _ in range(commits):
             time.sleep(rng.uniform(0, longest_pause_s))
             store.apply([make_put()])
-            told.put(time.monotonic())
+            reports.put(time.monotonic())
 
 
 def latencies(url: str, wait: Callable[[Any, int], object], commits: int) -> list[float]:
-    """Seconds from each commit of a process to its being noticed here."""
-    told = _processes.Queue()
-    writer = _processes.Process(target=write, args=(url, commits, 0.2, told))
-    noticed: dict[int, float] = {}
+    """The seconds from each commit of another process until this one reads it, sorted."""
+    reports = _processes.Queue()
+    writer = _processes.Process(target=write, args=(url, commits, 0.2, reports))
+    read_at: dict[int, float] = {}
     with open_store(url, read_only=True) as store:
-        first = seen = store.head()
+        first = known_head = store.head()
         writer.start()
-        told.get()
-        while seen < first + commits:
-            wait(store, seen)
+        reports.get()
+        while known_head < first + commits:
+            wait(store, known_head)
             now, head = time.monotonic(), store.head()
-            noticed.update(dict.fromkeys(range(seen + 1, head + 1), now))
-            seen = head
-    done = [told.get() for _ in range(commits)]
+            read_at.update(dict.fromkeys(range(known_head + 1, head + 1), now))
+            known_head = head
+    done = [reports.get() for _ in range(commits)]
     writer.join()
-    return sorted(max(0.0, noticed[first + 1 + n] - at) for n, at in enumerate(done))
+    return sorted(max(0.0, read_at[first + 1 + n] - at) for n, at in enumerate(done))
 
 
-def waiting(store: Any, after: int) -> None:
+def wait_for_commit(store: Any, after: int) -> None:
     while not store.wait_for(after, 60):
         pass
 
 
-def asking(store: Any, after: int) -> None:
+def poll_head(store: Any, after: int) -> None:
     while store.head() <= after:
         time.sleep(POLL_S)
 
 
 def idle_share(url: str, seconds: float) -> float:
-    """Which share of a second of waiting is computed."""
+    """The CPU share of an idle wait."""
     with open_store(url, read_only=True) as store:
         head = store.head()
         store.wait_for(head, 0.5)
@@ -85,56 +85,57 @@ def idle_share(url: str, seconds: float) -> float:
 
 def compare_latency(name: str, url: str, commits: int) -> None:
     open_store(url).close()
-    ours, theirs = latencies(url, waiting, commits), latencies(url, asking, commits)
-    median, worst = statistics.median(ours), ours[int(len(ours) * 0.99)]
+    feed, poll = latencies(url, wait_for_commit, commits), latencies(url, poll_head, commits)
+    median, p99 = statistics.median(feed), feed[int(len(feed) * 0.99)]
     print(
-        f"{name:11} wait_for: median {1000 * median:6.2f} ms, p99 {1000 * worst:6.2f} ms;"
-        f" asking every {1000 * POLL_S:.0f} ms: median {1000 * statistics.median(theirs):6.2f} ms"
-        f" ({statistics.median(theirs) / median:.1f} times);"
-        f" idle: {100 * idle_share(url, 3):.2f} % of a processor",
+        f"{name:11} wait_for: median {1000 * median:6.2f} ms, p99 {1000 * p99:6.2f} ms;"
+        f" poll every {1000 * POLL_S:.0f} ms: median {1000 * statistics.median(poll):6.2f} ms"
+        f" ({statistics.median(poll) / median:.1f} times);"
+        f" idle: {100 * idle_share(url, 3):.2f} % of a CPU",
         flush=True,
     )
 
 
 @contextmanager
-def claiming(claim: Any) -> Iterator[None]:
-    """Let writers claim seqs in another way, with or without a notification."""
-    right, PostgreSQLDatabase.claim = PostgreSQLDatabase.claim, claim  # type: ignore[method-assign]
+def patched_claim(claim: Any) -> Iterator[None]:
+    """Replace the method that claims seqs: with or without a notification."""
+    original, PostgreSQLDatabase.claim = PostgreSQLDatabase.claim, claim  # type: ignore[method-assign]
     try:
         yield
     finally:
-        PostgreSQLDatabase.claim = right  # type: ignore[method-assign]
+        PostgreSQLDatabase.claim = original  # type: ignore[method-assign]
 
 
-def commit_for(url: str, quiet: bool, seconds: float, told: Any) -> None:  # noqa: FBT001 - for a process
-    claim = Database.claim if quiet else PostgreSQLDatabase.claim
-    with claiming(claim), open_store(url) as store:
-        told.put(None)
+def commit_for(url: str, silent: bool, seconds: float, reports: Any) -> None:  # noqa: FBT001 - for a process
+    claim = Database.claim if silent else PostgreSQLDatabase.claim
+    with patched_claim(claim), open_store(url) as store:
+        reports.put(None)
         count, until = 0, time.monotonic() + seconds
         while time.monotonic() < until:
             store.apply([make_put()])
             count += 1
-        told.put(count / seconds)
+        reports.put(count / seconds)
 
 
-def rate(urls: list[str], *, quiet: bool, heard: bool, seconds: float) -> float:
-    """Commits per second of a writer for each ledger, together."""
-    told = _processes.Queue()
+def rate(urls: list[str], *, silent: bool, listener_runs: bool, seconds: float) -> float:
+    """The total commits per second, with one writer for each ledger."""
+    reports = _processes.Queue()
     with ExitStack() as open_stores:
-        if heard:
+        if listener_runs:
             for url in urls:
                 store = open_stores.enter_context(open_store(url))
                 listener = _processes.Process(target=listen, args=(url, seconds + 3), daemon=True)
                 listener.start()
                 open_stores.callback(listener.terminate)
-                while not listened_to(store):
+                while not has_listener(store):
                     time.sleep(0.02)
         writers = [
-            _processes.Process(target=commit_for, args=(url, quiet, seconds, told)) for url in urls
+            _processes.Process(target=commit_for, args=(url, silent, seconds, reports))
+            for url in urls
         ]
         for writer in writers:
             writer.start()
-        total = sum(told.get() or 0 for _ in range(2 * len(writers)))
+        total = sum(reports.get() or 0 for _ in range(2 * len(writers)))
         for writer in writers:
             writer.join()
     return total
@@ -147,67 +148,70 @@ def listen(url: str, seconds: float) -> None:
             store.wait_for(10**9, 1)  # type: ignore[attr-defined]
 
 
-def listened_to(store: Any) -> bool:
+def has_listener(store: Any) -> bool:
     locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database = "
     here = "(SELECT oid FROM pg_database WHERE datname = current_database())"
-    read = store._transactions.read  # noqa: SLF001 - looked at from outside
+    read = store._transactions.read  # noqa: SLF001 - a benchmark may
     return bool(read(lambda session: session.row(locks + here))[0])
 
 
-def compare_lone_writer(url: str, commits: int) -> None:
-    """Commits with and without notifying, in turn, before anybody listens and then."""
+def compare_single_writer(url: str, commits: int) -> None:
+    """Compare commits with and without notification, first without a listener, then with one."""
     costs: dict[str, list[float]] = {}
     with ExitStack() as stack, open_store(url) as store:
-        for way in ("nobody listens", "somebody listens"):
-            if way == "somebody listens":
+        for way in ("no listener", "a listener"):
+            if way == "a listener":
                 listener = _processes.Process(target=listen, args=(url, 600), daemon=True)
                 listener.start()
                 stack.callback(listener.terminate)
-                while not listened_to(store):
+                while not has_listener(store):
                     time.sleep(0.02)
             for turn in range(-20, 2 * commits):
-                with claiming(Database.claim if turn % 2 else PostgreSQLDatabase.claim):
+                with patched_claim(Database.claim if turn % 2 else PostgreSQLDatabase.claim):
                     changes = [make_put()]
                     started = time.perf_counter()
                     store.apply(changes)
                 if turn >= 0:
                     key = f"{way}, silent" if turn % 2 else way
                     costs.setdefault(key, []).append(time.perf_counter() - started)
-    medians = {way: statistics.median(found) for way, found in costs.items()}
-    told = ", ".join(
+    medians = {way: statistics.median(values) for way, values in costs.items()}
+    ratios = ", ".join(
         f"{way}: {medians[f'{way}, silent'] / medians[way]:.2f}"
         for way in medians
         if "," not in way
     )
-    base = 1 / medians["nobody listens, silent"]
+    base = 1 / medians["no listener, silent"]
     print(
-        f"postgresql  one ledger, {base:.0f} commits/s without notification = 1; {told}", flush=True
+        f"postgresql  one ledger, {base:.0f} commits/s without notification = 1; {ratios}",
+        flush=True,
     )
 
 
 def compare_writers(urls: list[str], rounds: int, seconds: float) -> None:
     ways = {
-        "without notification": {"quiet": True, "heard": False},
-        "nobody listens": {"quiet": False, "heard": False},
-        "somebody listens": {"quiet": False, "heard": True},
+        "without notification": {"silent": True, "listener_runs": False},
+        "no listener": {"silent": False, "listener_runs": False},
+        "a listener": {"silent": False, "listener_runs": True},
     }
     rates: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way, options in ways.items():
             rates[way].append(rate(urls, seconds=seconds, **options))
     base, *others = ways
-    told = statistics.median(rates[base])
+    base_rate = statistics.median(rates[base])
     ratios = ", ".join(
         f"{way}: {statistics.median(map(truediv, rates[way], rates[base])):.2f}" for way in others
     )
-    print(f"postgresql  {len(urls)} ledgers, {told:.0f} commits/s {base} = 1; {ratios}")
+    print(f"postgresql  {len(urls)} ledgers, {base_rate:.0f} commits/s {base} = 1; {ratios}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--commits", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each round of writing")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="duration of each round of writing"
+    )
     parser.add_argument("--ledgers", type=int, default=4)
     parser.add_argument("--dir", default=None)
     options = parser.parse_args()
@@ -220,7 +224,7 @@ def main() -> None:
     with PostgresServer(safe=True) as server, ExitStack() as ledgers:
         urls = [ledgers.enter_context(server.ledger()) for _ in range(options.ledgers)]
         compare_latency("postgresql", urls[0], options.commits)
-        compare_lone_writer(urls[0], 10 * options.commits)
+        compare_single_writer(urls[0], 10 * options.commits)
         compare_writers(urls, options.rounds, options.seconds)
 
 

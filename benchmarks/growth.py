@@ -1,8 +1,8 @@
-"""Does an event cost more when there are more tasks?
+"""The cost of a progress event in a small and in a large ledger.
 
-Two ledgers of the same kind, one with few tasks and one with many, get the
-same progress events in turn, in interleaved rounds.  Prints the median cost
-of an event on each and their ratio.
+Two ledgers of the same backend, one with few tasks and one with many, receive
+the same progress events in interleaved rounds.  Prints the median cost of an
+event on each ledger, and the ratio.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def fill(url: str, tasks: int) -> tuple[TaskRegistry, list[str]]:
     return registry, ids
 
 
-def spent(registry: TaskRegistry, ids: list[str], events: int, salt: int) -> list[float]:
+def event_costs(registry: TaskRegistry, ids: list[str], events: int, salt: int) -> list[float]:
     step = max(1, len(ids) // events)
     costs = []
     for number in range(events):
@@ -62,7 +62,7 @@ def main() -> None:
         for salt in range(options.rounds):
             for count, (registry, ids) in ledgers.items():
                 medians[count].append(
-                    statistics.median(spent(registry, ids, options.events, salt)) * 1e6
+                    statistics.median(event_costs(registry, ids, options.events, salt)) * 1e6
                 )
         for count, rounds in medians.items():
             print(

@@ -1,9 +1,9 @@
-"""What does one durable change cost a caller who is alone?
+"""The cost of one durable change by a single caller.
 
-On an SQLite and on a JSON ledger in the same directory, `create` and
-`record_progress`, in interleaved slices with what a disk needs for as many
-bytes: append a line to a file and sync it.  Prints for each the median, and
-its ratio to the bare line, the median over the rounds.
+Runs `create` and `record_progress` on an SQLite and on a JSON ledger in the
+same directory, in interleaved slices with a baseline: append a line of the same
+length to a file, and sync it.  Prints the median of each, and the median over
+the rounds of its ratio to the bare line.
 
     python benchmarks/lone.py [--dir DIRECTORY] [--rounds N]
 """
@@ -24,7 +24,7 @@ from taskstore import TaskRegistry
 
 NUMBERS = itertools.count(1)
 LINE = b"x" * 611 + b"\n"
-"""About as long as the line of one `create` here in the journal of a JSON ledger."""
+"""About as long as the journal line of one `create` in the JSON ledger."""
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def verbs(registry: TaskRegistry) -> dict[str, Callable[[], object]]:
     return {"create": create, "record_progress": progress}
 
 
-def spent(work: Callable[[], object], times: int) -> list[float]:
+def costs_of(work: Callable[[], object], times: int) -> list[float]:
     costs = []
     for _ in range(times):
         started = time.perf_counter()
@@ -70,9 +70,9 @@ def spent(work: Callable[[], object], times: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--dir", help="where the ledgers are made (default: temporary files)")
+    parser.add_argument("--dir", help="directory of the ledgers (default: a temporary one)")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--changes", type=int, default=400, help="of each kind, per round")
+    parser.add_argument("--changes", type=int, default=400, help="changes of each kind, per round")
     options = parser.parse_args()
     slices = 8
     with ExitStack() as stack:
@@ -81,16 +81,18 @@ def main() -> None:
         for scheme, name in (("sqlite", "tasks.db"), ("json", "ledger")):
             registry = stack.enter_context(TaskRegistry.open(f"{scheme}:///{folder / name}"))
             ways |= {f"{scheme} {verb}": work for verb, work in verbs(registry).items()}
-        found: dict[str, list[float]] = {way: [] for way in ways}
+        round_medians: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(options.rounds):
             costs: dict[str, list[float]] = {way: [] for way in ways}
             for _ in range(slices):
                 for way, work in ways.items():
-                    costs[way] += spent(work, options.changes // slices)
+                    costs[way] += costs_of(work, options.changes // slices)
             for way, all_costs in costs.items():
-                found[way].append(statistics.median(all_costs) * 1e6)
-    for way, medians in found.items():
-        ratios = [cost / bare for cost, bare in zip(medians, found["bare line"], strict=True)]
+                round_medians[way].append(statistics.median(all_costs) * 1e6)
+    for way, medians in round_medians.items():
+        ratios = [
+            cost / bare for cost, bare in zip(medians, round_medians["bare line"], strict=True)
+        ]
         print(
             f"{way:>22}: {statistics.median(medians):7.1f} us"
             f" (rounds {min(medians):.1f} to {max(medians):.1f}),"

@@ -1,11 +1,10 @@
-"""What does a single durable change cost alone, and how much do callers that share commits gain?
+"""The rate of durable changes: one caller, 64 threads, 64 coroutines (group commit).
 
-On one ledger, in turn, in interleaved rounds: `store.apply` called directly
-with the records that `record_progress` would make, one thread alone with
-`record_progress`, 64 threads and 64 coroutines with the same.  On SQLite also
-the driver alone: one UPDATE and one INSERT of the same sizes per commit, in a
-file beside it.  Prints the median rate of each, and the ratios that matter,
-each the median over the rounds.
+Runs on one ledger, in interleaved rounds: `store.apply` with the records that
+`record_progress` would make; `record_progress` by one thread, by 64 threads and
+by 64 coroutines.  On SQLite also the bare driver: one UPDATE and one INSERT of
+the same sizes per commit, in another file.  Prints the median rate of each, and
+ratios, each the median over the rounds.
 
     python benchmarks/sharing.py [--url URL | --dir DIRECTORY] [--rounds N]
 """
@@ -34,7 +33,7 @@ WORDS = itertools.count(1)
 
 
 def summary() -> str:
-    """A summary that was not there before, so that every progress is a change."""
+    """A new summary, so that every call of `record_progress` is a change."""
     return f"{next(WORDS)} of 1,000,000 mails read"
 
 
@@ -56,7 +55,7 @@ def fill(registry: TaskRegistry, tasks: int) -> list[str]:
 
 
 class Ledger:
-    """One ledger, and the four ways to change it.  Each returns changes per second."""
+    """One ledger, and four ways to change it.  Each method returns changes per second."""
 
     def __init__(self, store: Any, tasks: int, callers: int) -> None:
         self.store = store
@@ -66,7 +65,7 @@ class Ledger:
         self.turn = itertools.cycle(self.ids)
 
     def apply(self, changes: int) -> float:
-        """The store alone: everything is prepared."""
+        """Call `store.apply` with prepared records."""
         now = self.store.clock()
         records = {task_id: self.registry.get(task_id) for task_id in self.ids}
         prepared = []
@@ -81,7 +80,7 @@ class Ledger:
         self.registry.refresh()
         return rate
 
-    def alone(self, changes: int) -> float:
+    def one_thread(self, changes: int) -> float:
         progress = self.registry.record_progress
         prepared = [(task_id, summary()) for task_id in itertools.islice(self.turn, changes)]
         started = time.perf_counter()
@@ -134,7 +133,7 @@ class Ledger:
 
 
 class Raw:
-    """The driver alone: the least that one durable change of a row and a journal takes."""
+    """The bare driver: the minimum for one durable change of a row and a journal."""
 
     def __init__(self, path: Path, ledger: Ledger) -> None:
         from taskstore.stores.sql.sqlite_library import sqlite_module
@@ -170,8 +169,8 @@ def measure(
 ) -> Iterator[dict[str, float]]:
     """One dict of rates per round.
 
-    A round goes through all ways ``slices`` times, so that a disk or a
-    neighbour that is slow for a while is slow for all of them.
+    A round runs all ways ``slices`` times, so that a slow period of the machine
+    affects all of them.
     """
     for _ in range(rounds):
         seconds = dict.fromkeys(ways, 0.0)
@@ -183,12 +182,14 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--url", help="measure there, in a new ledger (default: SQLite)")
-    parser.add_argument("--dir", help="where the SQLite file is made (default: temporary files)")
+    parser.add_argument("--url", help="server or directory of the new ledger (default: SQLite)")
+    parser.add_argument("--dir", help="directory of the SQLite file (default: a temporary one)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tasks", type=int, default=1_000)
     parser.add_argument("--callers", type=int, default=64)
-    parser.add_argument("--changes", type=int, default=400, help="by a lone caller, per round")
+    parser.add_argument(
+        "--changes", type=int, default=400, help="changes of a single caller, per round"
+    )
     options = parser.parse_args()
     slices = 4
     with ExitStack() as stack:
@@ -201,20 +202,20 @@ def main() -> None:
         many = options.callers * max(5, few // 4)
         ways = {
             "store.apply": (ledger.apply, few),
-            "one thread": (ledger.alone, few),
+            "one thread": (ledger.one_thread, few),
             f"{options.callers} threads": (ledger.threads, many),
             f"{options.callers} coroutines": (ledger.coroutines, many),
         }
         if url.startswith("sqlite:"):
             raw = Raw(Path(folder) / "raw.db", ledger)
             ways = {"raw driver": (raw.commit, few), **ways}
-        found = list(measure(ways, options.rounds, slices))
-    report(url.partition(":")[0], list(ways), found)
+        rounds = list(measure(ways, options.rounds, slices))
+    report(url.partition(":")[0], list(ways), rounds)
 
 
-def report(scheme: str, ways: list[str], found: list[dict[str, float]]) -> None:
+def report(scheme: str, ways: list[str], rounds: list[dict[str, float]]) -> None:
     for way in ways:
-        rates = [rates[way] for rates in found]
+        rates = [rates[way] for rates in rounds]
         print(
             f"{scheme} {way:>14}: {statistics.median(rates):8,.0f} changes/s"
             f" (rounds {min(rates):,.0f} to {max(rates):,.0f})"
@@ -223,7 +224,7 @@ def report(scheme: str, ways: list[str], found: list[dict[str, float]]) -> None:
     if "raw driver" in ways:
         pairs.append(("store.apply", "raw driver"))
     for way, base in pairs:
-        ratios = [rates[way] / rates[base] for rates in found]
+        ratios = [rates[way] / rates[base] for rates in rounds]
         print(
             f"ratio {way} / {base}: {statistics.median(ratios):.2f}"
             f" (rounds {min(ratios):.2f} to {max(ratios):.2f})"

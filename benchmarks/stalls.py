@@ -1,17 +1,16 @@
-"""How long does the event loop stand still while the ledger is at work?
+"""The longest block of the event loop while the ledger works.
 
-A watchdog on the loop sleeps for a millisecond again and again and notes how
-late it wakes, while beside it lookups (`get`, and `list` of the newest 50) go
-on.  Meanwhile: nothing at all, for comparison; 10,000 changes by 64
-coroutines; a compaction by the Compactor's thread, and one by another
-process; a refresh that mirrors 100,000 new records of another process; a
-reload of everything, because another process replaced it; and a compaction
-of all that.  Prints the longest lateness of each: the median over the runs,
-and every run.
+A watchdog on the loop repeatedly sleeps for a millisecond and measures how late
+it wakes; lookups (`get`, and `list` of the newest 50) run concurrently.  The
+phases are: idle, as the baseline; 10,000 changes by 64 coroutines; a compaction
+by the Compactor's thread, and one by another process; a refresh that replicates
+100,000 new records of another process; a reload of all records, because another
+process replaced the content; and a compaction of these records.  Prints the
+longest block of each phase: the median over the runs, and every run.
 
     python benchmarks/stalls.py [--url URL | --dir DIRECTORY] [--runs N] [--uvloop] [--freeze]
 
-For a reload also how long it took, against `load_snapshot` alone.
+For the reload it also prints the ratio of its duration to that of `load_snapshot`.
 """
 
 from __future__ import annotations
@@ -63,17 +62,17 @@ def new_puts(store: Any, first: int, count: int) -> list[Put]:
     ]
 
 
-class Neighbour:
-    """Another process, which does to the ledger what it is told."""
+class OtherProcess:
+    """Another process, which changes the ledger on command."""
 
     def __init__(self, url: str) -> None:
-        # Forked, which takes no time; before there are threads.
+        # A fork is fast, and safe before threads exist.
         context = multiprocessing.get_context("fork")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=self._serve, args=(url, theirs), daemon=True)
+        self._pipe, child_pipe = context.Pipe()
+        self._process = context.Process(target=self._serve, args=(url, child_pipe), daemon=True)
         self._process.start()
 
-    def tell(self, *command: Any) -> None:
+    def run(self, *command: Any) -> None:
         self._pipe.send(command)
         answer = self._pipe.recv()
         if answer != "done":
@@ -95,8 +94,8 @@ class Neighbour:
                     for start in range(0, facts[0], BATCH):
                         store.apply(new_puts(store, start, min(BATCH, facts[0] - start)))
                 elif name == "replace":
-                    held = store.load_snapshot()
-                    store.save_snapshot(Snapshot(held.seq + 1, held.records, held.at))
+                    old = store.load_snapshot()
+                    store.save_snapshot(Snapshot(old.seq + 1, old.records, old.at))
                 else:
                     compact(store, FULL)
                 store.close()
@@ -106,7 +105,7 @@ class Neighbour:
 
 
 class Watchdog:
-    """The longest that the loop was late, in seconds."""
+    """Measures the longest block of the loop, in seconds."""
 
     def __init__(self, registry: AsyncTaskRegistry) -> None:
         self._registry = registry
@@ -116,7 +115,7 @@ class Watchdog:
     @contextlib.asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
         self.longest = 0.0
-        tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._look())]
+        tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._look_up())]
         try:
             yield
         finally:
@@ -126,13 +125,13 @@ class Watchdog:
 
     async def _watch(self) -> None:
         while True:
-            asleep = time.perf_counter()
+            started = time.perf_counter()
             try:
                 await asyncio.sleep(0.001)
             finally:
-                self.longest = max(self.longest, time.perf_counter() - asleep - 0.001)
+                self.longest = max(self.longest, time.perf_counter() - started - 0.001)
 
-    async def _look(self) -> None:
+    async def _look_up(self) -> None:
         while True:
             for record in self._registry.list(limit=50):
                 self._registry.get(record.task_id)
@@ -159,7 +158,7 @@ async def compaction(registry: AsyncTaskRegistry) -> None:
     compactor = Compactor(registry.store, FULL)
     remove = registry.hooks.add(compactor)
     before = compactor.runs
-    # The compactor is woken by a change, as it is in a service.
+    # A change wakes the compactor, as in a service.
     while compactor.runs == before:
         await registry.create(runtime="cli", task="one more")
         await asyncio.to_thread(compactor.wait)
@@ -170,7 +169,7 @@ async def compaction(registry: AsyncTaskRegistry) -> None:
 
 
 class Run:
-    """One run on a ledger of its own."""
+    """One run on its own ledger."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.count = options.changes
@@ -185,24 +184,24 @@ class Run:
         self.seconds[name] = time.perf_counter() - started
         self.stalls[name] = watchdog.longest * 1e3
 
-    async def go(self, store: Any, neighbour: Neighbour) -> None:
+    async def run(self, store: Any, other_process: OtherProcess) -> None:
         registry = await AsyncTaskRegistry.over(store)
-        dog = Watchdog(registry)
+        watchdog = Watchdog(registry)
 
         def other(*command: Any) -> Awaitable[None]:
-            return asyncio.to_thread(neighbour.tell, *command)
+            return asyncio.to_thread(other_process.run, *command)
 
-        await self.phase("nothing", dog, asyncio.sleep(1))
-        await self.phase(f"{self.count:,} changes", dog, changes(registry, self.count))
-        await self.phase("compaction in a thread", dog, compaction(registry))
-        await self.phase("compaction by another process", dog, other("compact"))
-        await self.phase("another process commits", dog, other("create", self.records))
-        await self.phase(f"refresh of {self.records:,}", dog, registry.refresh())
+        await self.phase("idle", watchdog, asyncio.sleep(1))
+        await self.phase(f"{self.count:,} changes", watchdog, changes(registry, self.count))
+        await self.phase("compaction in a thread", watchdog, compaction(registry))
+        await self.phase("compaction by another process", watchdog, other("compact"))
+        await self.phase("another process commits", watchdog, other("create", self.records))
+        await self.phase(f"refresh of {self.records:,}", watchdog, registry.refresh())
         assert registry.summary().total > self.records
         await other("replace")
-        await self.phase(f"reload of {self.records:,}", dog, registry.refresh())
+        await self.phase(f"reload of {self.records:,}", watchdog, registry.refresh())
         assert registry.seq == store.head()
-        await self.phase("compaction of all that", dog, compaction(registry))
+        await self.phase("compaction after the reload", watchdog, compaction(registry))
         started = time.perf_counter()
         await asyncio.to_thread(store.load_snapshot)
         self.seconds["load_snapshot alone"] = time.perf_counter() - started
@@ -212,9 +211,9 @@ class Run:
 def measured(url: str, options: argparse.Namespace) -> Run:
     """One run on the empty ledger at ``url``."""
     run = Run(options)
-    neighbour = Neighbour(url)
+    other_process = OtherProcess(url)
     store = open_store(url)
-    if options.freeze:  # as docs/concepts.md advises a service that minds
+    if options.freeze:  # as docs/concepts.md advises
         gc.collect()
         gc.freeze()
     loop_factory = None
@@ -223,24 +222,24 @@ def measured(url: str, options: argparse.Namespace) -> Run:
 
         loop_factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=loop_factory) as runner:
-        runner.run(run.go(store, neighbour))
+        runner.run(run.run(store, other_process))
     store.close()
-    neighbour.stop()
+    other_process.stop()
     return run
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--url", help="measure there, in a new ledger (default: SQLite)")
-    parser.add_argument("--dir", help="where the SQLite file is made (default: temporary files)")
+    parser.add_argument("--url", help="server or directory of the new ledger (default: SQLite)")
+    parser.add_argument("--dir", help="directory of the SQLite file (default: a temporary one)")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--changes", type=int, default=10_000)
     parser.add_argument("--records", type=int, default=100_000)
     parser.add_argument("--uvloop", action="store_true")
-    parser.add_argument("--freeze", action="store_true", help="gc.freeze() what is imported first")
+    parser.add_argument("--freeze", action="store_true", help="call gc.freeze() after the imports")
     options = parser.parse_args()
-    # The kit loads pytest and more.  What is measured is a process that, like a service, has
-    # not: the garbage collector's longest look goes over everything that is imported.
+    # taskstore.testing imports pytest and more.  The measured process must not: the longest
+    # pause of the garbage collector scans all imported objects.
     from taskstore.testing.scratch import scratch
 
     spawn = multiprocessing.get_context("spawn")
@@ -257,10 +256,10 @@ def main() -> None:
             for name, spent in run.seconds.items():
                 seconds[name].append(spent)
     scheme = url.partition(":")[0]
-    for name, found in stalls.items():
-        every = " ".join(f"{stall:.0f}" for stall in found)
+    for name, times in stalls.items():
+        every = " ".join(f"{stall:.0f}" for stall in times)
         print(
-            f"{scheme} {name:>30}: longest stall {statistics.median(found):6.1f} ms (runs {every}),"
+            f"{scheme} {name:>30}: longest block {statistics.median(times):6.1f} ms (runs {every}),"
             f" {statistics.median(seconds[name]):6.2f} s"
         )
     loads = zip(

@@ -1,8 +1,8 @@
 """The pytest plugin of taskstore: options and markers for the contract suite.
 
 The plugin is a module outside the package, because pytest imports it in every
-project where taskstore is installed.  It imports taskstore only when a contract
-suite runs.
+project where taskstore is installed.  The plugin imports taskstore only
+when a contract suite runs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run only the clauses of this level (may be repeated)",
     )
     group.addoption(
-        "--taskstore-report", metavar="FILE", help="write the outcome of each clause as JSON"
+        "--taskstore-report", metavar="FILE", help="write each clause's outcome to FILE as JSON"
     )
 
 
@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _level_of(item: pytest.Item) -> str | None:
-    """The level of the class that defines a clause; ``None`` outside contract suites."""
+    """Return the level of the class that defines a clause; ``None`` outside contract suites."""
     cls = getattr(item, "cls", None)
     if cls is None or not getattr(cls, "is_taskstore_contract", False):
         return None

@@ -1,7 +1,7 @@
-"""The ledger: tasks, journal, snapshots, quarantined payloads, and the head row.
+"""The tables of a ledger: tasks, journal, snapshots, quarantined payloads, head row.
 
-The tables are declared here and not imported from the metadata: the metadata
-changes with later versions, a migration does not.
+The migration declares the tables itself and does not import the metadata: later
+versions of taskstore change the metadata, and a migration must never change.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def _present(column: str) -> dict[str, Any]:
 def _commits_by_itself() -> bool:
     """Return whether each DDL statement commits by itself.
 
-    The statements are then idempotent: a repeated migration completes a killed
-    one.
+    If so, the statements are idempotent, so that a second run completes a killed
+    migration.
     """
     return op.get_context().dialect.name in ("mysql", "mariadb")
 
@@ -80,7 +80,7 @@ def _create_index(name: str, table: str, columns: list[str], **options: Any) -> 
 
 
 def upgrade() -> None:
-    """Create everything."""
+    """Create all tables, and insert the head row."""
     _create_tasks()
     _create_journal()
     _create_snapshots()
@@ -190,7 +190,7 @@ def _create_head() -> None:
         comment="the one row that every commit updates first",
     )
     if not op.get_context().as_sql and op.get_bind().scalar(sa.select(head.c.id)) is not None:
-        return  # a killed migration has inserted the row
+        return  # a killed run of this migration has inserted the row
     op.bulk_insert(
         head,
         [
@@ -208,7 +208,7 @@ def _create_head() -> None:
 
 
 def downgrade() -> None:
-    """Drop everything, records and history with it."""
+    """Drop all tables, including all records and the whole history."""
     for table in (
         "taskstore_head",
         "task_set_aside",

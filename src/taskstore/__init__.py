@@ -23,6 +23,7 @@ from taskstore.errors import (
     UnsupportedError,
     ValidationError,
 )
+from taskstore.model.compaction_policy import CompactionPolicy, CompactionReport
 from taskstore.model.journal import (
     Change,
     ChangeSet,
@@ -36,7 +37,6 @@ from taskstore.model.journal import (
     Snapshot,
     fold,
 )
-from taskstore.model.policies import CompactionPolicy, CompactionReport
 from taskstore.model.query import Page, Summary, TaskQuery
 from taskstore.model.records import (
     DeliveryContext,

@@ -1,8 +1,8 @@
 """The errors that taskstore raises, all under one base class.
 
-Every error says what happened, where, and (as its *hint*) what to do next.
-Driver errors never escape: each store translates them in one place and keeps
-them as ``__cause__``.  No message contains the password of a URL.
+The message of an error says what happened and where.  Its *hint* says what to do
+next.  A store translates each driver error into one of these errors and keeps the
+driver error as ``__cause__``.  No message contains the password of a URL.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class TaskStoreError(Exception):
 
 
 class ValidationError(TaskStoreError, ValueError):
-    """A value cannot be part of a record, a change or a query.
+    """An argument, or a field of a record, change or query, has an invalid value.
 
-    ``field`` is the name of the argument or record field (``str``);
-    ``reason`` is what is wrong with its value (``str``).  Nothing was written.
+    ``field`` is the name of the argument or record field (``str``).  ``reason``
+    says what is wrong with the value (``str``).  The call wrote nothing.
     """
 
     def __init__(self, field: str, reason: str) -> None:
@@ -51,9 +51,9 @@ class TaskNotFound(TaskStoreError, LookupError):
 
 
 class InvalidTransition(TaskStoreError):
-    """The task's status does not allow this change; the task is unchanged.
+    """The task's status does not allow this change; the task did not change.
 
-    ``task_id`` and ``status`` (the current status) are ``str``.
+    ``task_id`` is the id and ``status`` the current status of the task (``str``).
     """
 
     def __init__(self, task_id: str, status: str, attempted: str) -> None:
@@ -64,28 +64,31 @@ class InvalidTransition(TaskStoreError):
 
 
 class LeaseConflict(NamedTuple):
-    """A lease that refused a change: ``fence`` is the token that the caller passed, if any;
-    ``until`` is when the task's lease expires (Unix ms), if it has one."""
+    """A change was refused because of the task's lease.
+
+    ``fence`` is the token that the caller passed (``None``: no token).  ``until`` is
+    the time when the task's lease expires (Unix ms; ``None``: the task has no lease).
+    """
 
     fence: str | None
     until: int | None
 
     def __str__(self) -> str:
         if self.fence is None:
-            return f"another worker holds its lease until {self.until} (Unix milliseconds)"
-        reason = "it has no lease" if self.until is None else "its lease has another token"
-        return f"the fence {self.fence!r} is not valid: {reason}"
+            return f"another worker has the task's lease until {self.until} (Unix milliseconds)"
+        lease = "no lease" if self.until is None else "a lease with another token"
+        return f"the fence {self.fence!r} is not valid: the task has {lease}"
 
 
 class Conflict(NamedTuple):
-    """One task that conflicts with a commit.
+    """One task whose stored state does not allow a commit.
 
-    ``expected`` and ``found`` are revisions; 0 means absent.  ``found`` is
-    also 0 when the task was deleted while a change to it was in progress.
-    ``existing_task_id`` is the task that already has the dedup key, when the
-    key conflicts.  ``deleted`` is true when the journal still holds a deletion
-    of this id, so that the id cannot be created again.  ``leased`` is set when
-    a lease conflicts.
+    ``expected`` and ``found`` are revisions; 0 means that the task does not exist.
+    ``found`` is also 0 if the task was deleted while a change of the task was in
+    progress.  ``existing_task_id`` is the id of another task that already has the
+    same dedup key.  ``deleted`` is true if the journal still contains the deletion
+    of this task; no new task can have its id.  ``leased`` is set if the task's lease
+    does not allow the commit.
     """
 
     task_id: str
@@ -97,26 +100,26 @@ class Conflict(NamedTuple):
 
     @property
     def is_final(self) -> bool:
-        """Whether a retry of the same call always fails (``bool``)."""
+        """Whether every retry of the same call fails (``bool``)."""
         return self.deleted or (self.leased is not None and self.leased.fence is not None)
 
     def __str__(self) -> str:
         if self.leased is not None:
             return f"task {self.task_id!r}: {self.leased}"
         if self.existing_task_id is not None:
-            return f"task {self.task_id!r}: its run already has task {self.existing_task_id!r}"
+            return f"task {self.task_id!r}: task {self.existing_task_id!r} has the same dedup key"
         if self.deleted:
-            return f"task {self.task_id!r}: expected revision {self.expected}, but it was deleted"
+            return f"task {self.task_id!r}: expected revision {self.expected}, found a deletion"
         return f"task {self.task_id!r}: expected revision {self.expected}, found {self.found}"
 
 
 class ConflictError(TaskStoreError):
-    """Another writer changed the data first; nothing of this call was written.
+    """Another writer changed the data first; this call wrote nothing.
 
-    ``conflicts`` is a tuple of :class:`Conflict`.  It is empty only if the
-    conflict concerns the whole ledger: ``save_snapshot`` at or below its head, or
-    changes based on another history.  The error is not ``retryable`` if a fence
-    is not valid or an id was deleted, because a retry fails again.
+    ``conflicts`` is a tuple of :class:`Conflict`.  The tuple is empty only if the
+    whole ledger conflicts: ``save_snapshot`` got a seq that does not exceed the head,
+    or the changes are based on another history.  The error is not ``retryable`` if
+    a fence is not valid or a task was deleted, because every retry fails.
     """
 
     retryable = True
@@ -128,10 +131,10 @@ class ConflictError(TaskStoreError):
 
 
 class CorruptStoreError(TaskStoreError):
-    """Stored bytes are damaged; they were not changed.
+    """Stored bytes are damaged; the store did not change them.
 
-    ``where`` names the file, table or directory (``str``); ``offset`` is the
-    byte offset or row position in it, if known (``int | None``).
+    ``where`` names the file, table or directory (``str``).  ``offset`` is the byte
+    offset or row position of the damage, if known (``int | None``).
     """
 
     def __init__(
@@ -150,9 +153,9 @@ class CorruptStoreError(TaskStoreError):
 class StoreBusyError(TaskStoreError):
     """Another writer or compactor held the store for longer than the timeout.
 
-    While other writers commit, a waiting writer does not get this error.
-    Nothing was written.  The same call may succeed later.  ``owners`` describes
-    each lock owner that the system reports (``tuple[str, ...]``).
+    A writer does not get this error if other writers commit while it waits.
+    The call wrote nothing.  The same call may succeed later.  ``owners`` describes
+    the lock owners that the system reports (``tuple[str, ...]``).
     """
 
     retryable = True
@@ -167,28 +170,28 @@ class StoreBusyError(TaskStoreError):
 class StoreUnavailableError(TaskStoreError):
     """The storage cannot be reached, opened or written.
 
-    Examples: no such directory, no permission, a full disk, a server that does
-    not answer.  Nothing of this call was written.
+    Examples: the directory does not exist, the permission is missing, the disk is
+    full, or the server does not answer.  The call wrote nothing.
     """
 
     retryable = True
 
 
 class StoreReplacedError(StoreUnavailableError):
-    """The open file of a store, or a log beside it, was removed, moved or replaced.
+    """The open file of a store, or its log file, was removed, moved or replaced.
 
-    Nothing of this call was written.  The store refuses every further call.  Open
-    the ledger again to use the file that is there now.
+    The call wrote nothing.  The store refuses every further call.  Open the ledger
+    again to use the file that now has this path.
     """
 
     retryable = False
 
 
 class OutcomeUnknownError(TaskStoreError):
-    """The connection died during a commit and the outcome cannot be read back,
-    or the disk did not confirm the commit.
+    """The store cannot find out whether a commit was stored.
 
-    The commit is stored completely or not at all.  The registry reloads
+    The connection failed during the commit, or the disk did not confirm the commit.
+    The commit is stored completely or not at all.  The registry reloads all records
     before its next write.
     """
 
@@ -196,8 +199,8 @@ class OutcomeUnknownError(TaskStoreError):
 class SchemaMismatchError(TaskStoreError):
     """This version does not support the database's schema.
 
-    ``found`` and ``needed`` are the schema revisions (``str | None``); the hint
-    is the command to run.  The database was not changed.
+    ``found`` is the database's schema revision and ``needed`` the supported one
+    (``str | None``).  The hint is the command to run.  The database did not change.
     """
 
     def __init__(
@@ -217,10 +220,10 @@ class StoreClosedError(TaskStoreError):
 
 
 class BackendNotFoundError(TaskStoreError):
-    """No installed backend serves this URL scheme.
+    """No installed backend opens URLs of this scheme.
 
-    ``scheme`` is the requested scheme; ``installed`` is a sorted tuple of the
-    installed ones (both without the colon).
+    ``scheme`` is the requested scheme; ``installed`` is the sorted tuple of the
+    installed schemes.  These values do not include the colon.
     """
 
     def __init__(self, scheme: str, installed: Iterable[str], *, hint: str | None = None) -> None:
@@ -231,27 +234,27 @@ class BackendNotFoundError(TaskStoreError):
 
 
 class CursorExpiredError(TaskStoreError):
-    """The journal no longer reaches back to this position, or never held it.
+    """The journal cannot be read from this position.
 
-    ``after`` is the requested seq; ``floor`` is the first retained seq.
-    ``replaced`` is true when the position is not in this journal: it belongs to
-    another history (a backup was restored, or a standby took over without the
-    last commits), or it is beyond the head.
+    ``after`` is the requested seq; ``floor`` is the first retained seq.  If
+    ``replaced`` is false, entries after the position were trimmed.  If ``replaced``
+    is true, the position is beyond the head or belongs to another history: a backup
+    was restored, or a standby took over without the last commits.
     """
 
     def __init__(self, after: int, floor: int, *, replaced: bool = False) -> None:
         self.replaced = replaced
         super().__init__(
-            f"the journal does not hold this cursor's entry at seq {after}: the seq is beyond the "
-            "head, a backup was restored, or a standby took over without the last commits"
+            f"the journal has no entry for the cursor at seq {after}: the seq is beyond the head, "
+            "a backup was restored, or a standby took over without the last commits"
             if replaced
             else f"the journal begins at seq {floor}: "
-            f"the entries after seq {after} are no longer complete",
-            hint="load the current records and continue from their seq",
+            f"not all entries after seq {after} are retained",
+            hint="load the current snapshot and continue from the seq of the snapshot",
         )
         self.after = after
         self.floor = floor
 
 
 class UnsupportedError(TaskStoreError):
-    """The store does not implement the optional ability that the call needs."""
+    """The store does not implement the optional protocol that the call needs."""

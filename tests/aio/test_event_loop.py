@@ -10,7 +10,7 @@ import uvloop
 
 from taskstore import Compactor, RunScope, StoreClosedError, open_store
 from taskstore.aio import AsyncTaskRegistry
-from taskstore.model.policies import CompactionPolicy
+from taskstore.model.compaction_policy import CompactionPolicy
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 
 NOT_A_STORE_CALL = {"clock"}  # read on the loop's thread

@@ -16,11 +16,11 @@ def test_the_demo_from_end_to_end(cli: CLI, tmp_path: Path) -> None:
     out = done.stdout.decode()
     assert done.returncode == 0, (out, done.stderr)
     count = len(jobs(tmp_path))
-    assert f"{count} acknowledged, {count} found" in out
+    assert f"{count} tasks acknowledged, {count} found" in out
     assert "its recorder, pid " in out
     assert "compacted at seq " in out
     assert f"whole: {count} records" in out
-    assert "== All checks passed: " in out
+    assert "== All checks passed in " in out
     ledger = CLI(f"sqlite:///{root / 'tasks.db'}")
     ended = {task["label"]: task["status"] for task in ledger.tasks()}
     assert ended == {job.label: job.status for job in jobs(tmp_path)}

@@ -95,7 +95,7 @@ def test_a_correct_backend_keeps_the_contract(outside):
         "shared": "kept in part",
         "crash-safe": "not claimed",
     }
-    assert "its storage is the memory of one process" in done.stdout
+    assert "the storage is the memory of one process" in done.stdout
     assert suite(outside, "--taskstore-url", "memory:").returncode == 0
 
 

@@ -132,7 +132,7 @@ class ChecksDedupKeysPerInstance(Broken):
         )
         super()._check(steps)
         self.storage.by_dedup_key = shared
-        self.own_keys.update({s.claims: s.task_id for s in steps if s.claims})
+        self.own_keys.update({s.new_dedup_key: s.task_id for s in steps if s.new_dedup_key})
 
 
 class NeverFreesADedupKey(Broken):
@@ -147,7 +147,7 @@ class ComparesRunsIgnoringCase(Broken):
         super()._check(steps)
         runs = {run.lower() for run, _ in self.storage.by_dedup_key}
         for step in steps:
-            if step.claims and step.claims[0].lower() in runs:
+            if step.new_dedup_key and step.new_dedup_key[0].lower() in runs:
                 raise ConflictError([], "the dedup key is taken")
 
 

@@ -84,8 +84,8 @@ def test_a_transition_names_the_current_status():
     [
         (Conflict("x", 2, 3), "task 'x': expected revision 2, found 3"),
         (Conflict("x", 2, 0), "task 'x': expected revision 2, found 0"),
-        (Conflict("x", 2, 0, deleted=True), "task 'x': expected revision 2, but it was deleted"),
-        (Conflict("x", 0, 0, existing_task_id="y"), "task 'x': its run already has task 'y'"),
+        (Conflict("x", 2, 0, deleted=True), "task 'x': expected revision 2, found a deletion"),
+        (Conflict("x", 0, 0, existing_task_id="y"), "task 'x': task 'y' has the same dedup key"),
     ],
 )
 def test_a_conflict_names_its_cause(conflict, text):

@@ -108,11 +108,11 @@ def test_two_tasks_with_one_dedup_key_in_a_batch():
 
 def test_only_creations_claim_a_dedup_key():
     record = make_record(run_id="r")
-    assert plan([Put(record)])[0].claims == ("r", record.run_digest)
-    assert plan([next_of(record)])[0].claims is None
-    assert plan([make_put()])[0].claims is None
-    assert plan([make_put(run_id="r", run_digest=None)])[0].claims is None
-    assert plan([Put(record), removal_of(record)])[0].claims is None
+    assert plan([Put(record)])[0].new_dedup_key == ("r", record.run_digest)
+    assert plan([next_of(record)])[0].new_dedup_key is None
+    assert plan([make_put()])[0].new_dedup_key is None
+    assert plan([make_put(run_id="r", run_digest=None)])[0].new_dedup_key is None
+    assert plan([Put(record), removal_of(record)])[0].new_dedup_key is None
 
 
 @pytest.mark.parametrize("batch", [[], (), ["x"], [None], [make_record()]])

@@ -63,17 +63,17 @@ def test_metadata_that_was_encoded_elsewhere():
         return make_record(metadata_json=Raw(b'{"a":' + arrays(depth - 1) + b"}"))
 
     assert validated(with_metadata(METADATA_DEPTH))
-    with pytest.raises(ValidationError, match="metadata: is nested more than 64 deep"):
+    with pytest.raises(ValidationError, match="metadata: is nested more than 64 levels deep"):
         validated(with_metadata(METADATA_DEPTH + 1))
 
 
 def test_reading_and_storing_unknown_members_have_one_limit():
     record = decode_record(newer(PAYLOAD_DEPTH))
     assert encode_record(validated(record)) != b""
-    with pytest.raises(CorruptStoreError, match="nested more than 128 deep"):
+    with pytest.raises(CorruptStoreError, match="nested more than 128 levels deep"):
         decode_record(newer(PAYLOAD_DEPTH + 1))
     deeper = Raw(b'{"x":' + arrays(PAYLOAD_DEPTH) + b"}")
-    with pytest.raises(ValidationError, match="unknown_json: is nested more than 128 deep"):
+    with pytest.raises(ValidationError, match="unknown_json: is nested more than 128 levels deep"):
         validated(make_record(unknown_json=deeper))
 
 

@@ -191,7 +191,7 @@ def test_a_caller_sees_its_commit_though_the_commits_before_it_cannot_be_read(ca
     registry.refresh()
     assert registry.get(theirs.task_id) == theirs
     assert [event.kind for event in events] == ["restored", "restored"]
-    assert "cannot read what was committed" in caplog.text
+    assert "cannot read the commits before" in caplog.text
 
 
 def test_a_journal_without_entries_does_not_block_a_caller():

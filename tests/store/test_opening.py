@@ -138,7 +138,7 @@ def test_a_plugin_that_does_not_import(monkeypatch):
         FakeEntry("y", "two:open", "package-two", lambda: lambda url, **_: url),
     )
     assert open_store("y:") == "y:"
-    with pytest.raises(BackendNotFoundError, match="package-one does not import") as caught:
+    with pytest.raises(BackendNotFoundError, match="package-one cannot be imported") as caught:
         open_store("x:")
     assert caught.value.installed == ("y",)
     assert isinstance(caught.value.__cause__, ImportError)

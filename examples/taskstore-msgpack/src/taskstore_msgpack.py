@@ -12,7 +12,7 @@ Ledger = tuple[int, int, list[bytes], tuple[Quarantined, ...]]  # seq, at, recor
 
 
 class MsgpackStore(taskstore.TaskRegistryStore):
-    """A ledger in the file at ``path``, which is replaced as a whole at each commit."""
+    """A ledger in the file at ``path``; each commit replaces the whole file."""
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         super().__init__(read_only=read_only)
@@ -22,8 +22,8 @@ class MsgpackStore(taskstore.TaskRegistryStore):
     def load_snapshot(self) -> Snapshot:
         self._check_open()
         try:
-            check, data = msgpack.decode(self.path.read_bytes(), type=tuple[int, bytes])
-            if checksum(data) != check:
+            stored, data = msgpack.decode(self.path.read_bytes(), type=tuple[int, bytes])
+            if checksum(data) != stored:
                 raise taskstore.CorruptStoreError(self.location, "the checksum does not match")
             seq, at, payloads, old = msgpack.decode(data, type=Ledger)
         except FileNotFoundError:
@@ -31,10 +31,10 @@ class MsgpackStore(taskstore.TaskRegistryStore):
         except OSError as error:
             raise taskstore.StoreUnavailableError(f"cannot read {self.path}: {error}") from error
         except MsgspecError as error:
-            raise taskstore.CorruptStoreError(self.location, f"is no ledger: {error}") from error
-        found = [decode_or_quarantine(payload, self.location) for payload in payloads]
-        records = {item.task_id: item for item in found if not isinstance(item, Quarantined)}
-        self.quarantined = (*old, *(item for item in found if isinstance(item, Quarantined)))
+            raise taskstore.CorruptStoreError(self.location, f"is not a ledger: {error}") from error
+        items = [decode_or_quarantine(payload, self.location) for payload in payloads]
+        records = {item.task_id: item for item in items if not isinstance(item, Quarantined)}
+        self.quarantined = (*old, *(item for item in items if isinstance(item, Quarantined)))
         return Snapshot(seq, records, at, self.quarantined)
 
     def save_snapshot(self, snapshot: Snapshot) -> None:
@@ -45,16 +45,16 @@ class MsgpackStore(taskstore.TaskRegistryStore):
         records = [encode_record(record) for record in snapshot.records.values()]
         at = max(snapshot.at, old.at)
         data = msgpack.encode((snapshot.seq, at, records, snapshot.quarantined))
-        trouble: type[taskstore.TaskStoreError] = taskstore.StoreUnavailableError
+        failure: type[taskstore.TaskStoreError] = taskstore.StoreUnavailableError
         try:
             self.new.touch(0o600)
             self.new.write_bytes(msgpack.encode((checksum(data), data)))
-            _sync(self.new)  # its bytes are on disk before it gets the ledger's name,
-            trouble = taskstore.OutcomeUnknownError
+            _sync(self.new)  # the bytes are on disk before the rename,
+            failure = taskstore.OutcomeUnknownError
             self.new.replace(self.path)
-            _sync(self.path.parent)  # and the name is before anybody is told
+            _sync(self.path.parent)  # and the rename is on disk before the method returns
         except OSError as error:
-            raise trouble(f"cannot write {self.path}: {error}") from error
+            raise failure(f"cannot write {self.path}: {error}") from error
 
     def report(self) -> taskstore.StoreReport:
         return taskstore.StoreReport(quarantined=self.quarantined)

@@ -1,4 +1,4 @@
-"""The contract suite, and what it cannot know: the file, its damage, its directory."""
+"""The contract suite, and tests of the file, its damage and its directory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "ledger"
 
 
-def test_it_is_found_by_its_scheme(path: Path) -> None:
+def test_the_backend_is_found_by_its_scheme(path: Path) -> None:
     with TaskRegistry.open(f"msgpack:///{path}") as registry:
         task = registry.create(runtime="cli", task="Try a backend")
         registry.finish(task.task_id, "succeeded")
@@ -46,13 +46,13 @@ def test_it_is_found_by_its_scheme(path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_path_is_taken_as_it_stands(tmp_path: Path) -> None:
+def test_a_path_is_not_decoded(tmp_path: Path) -> None:
     with open_store(f"msgpack:///{tmp_path}/two words%20") as store:
         create(store)
     assert (tmp_path / "two words%20").exists()
 
 
-def test_reading_only_creates_nothing(path: Path) -> None:
+def test_read_only_creates_no_file(path: Path) -> None:
     with open_store(f"msgpack:///{path}", read_only=True) as store:
         assert store.load_snapshot() == Snapshot(0)
     assert list(path.parent.iterdir()) == []
@@ -62,8 +62,8 @@ def test_every_damaged_byte_is_found(path: Path) -> None:
     with MsgpackStore(path) as store:
         create(store, label="whole")
         good = path.read_bytes()
-        for place in range(len(good)):
-            path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        for offset in range(len(good)):
+            path.write_bytes(good[:offset] + bytes([good[offset] ^ 1]) + good[offset + 1 :])
             with pytest.raises(CorruptStoreError, match=str(path)):
                 store.load_snapshot()
             with pytest.raises(CorruptStoreError):
@@ -71,14 +71,14 @@ def test_every_damaged_byte_is_found(path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"not msgpack", b"\x92\x00\xc4\x00", msgpack.encode([])])
-def test_another_file_is_left_alone(path: Path, content: bytes) -> None:
+def test_a_file_of_another_format_is_not_changed(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with MsgpackStore(path) as store, pytest.raises(CorruptStoreError):
         create(store)
     assert path.read_bytes() == content
 
 
-def test_what_a_newer_version_wrote_is_carried(path: Path) -> None:
+def test_a_record_of_a_newer_version_is_kept(path: Path) -> None:
     known = make_record(label="known")
     newer = b'{"v":"9.0","task_id":"future","revision":3}'
     data = msgpack.encode((7, 0, [encode_record(known), newer], ()))
@@ -91,14 +91,14 @@ def test_what_a_newer_version_wrote_is_carried(path: Path) -> None:
         assert [item.task_id for item in store.load_snapshot().quarantined] == ["future"]
 
 
-def test_a_directory_that_takes_no_files(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_created(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     with MsgpackStore(path) as store:
         record = create(store)
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "touch", refuse)  # the tests may run as root, whom nothing stops
+            patch.setattr(Path, "touch", refuse)  # root may write to any directory
             with pytest.raises(StoreUnavailableError, match=str(path)):
                 update(store, record)
         assert dict(store.load_snapshot().records) == {record.task_id: record}
@@ -106,7 +106,7 @@ def test_a_directory_that_takes_no_files(path: Path, monkeypatch: pytest.MonkeyP
 
 @contextmanager
 def not_writable(directory: Path) -> Iterator[None]:
-    """Nobody may write to a directory; not root either, who is somebody else meanwhile."""
+    """Make a directory read-only; a root process runs as another user meanwhile."""
     is_root = os.geteuid() == 0
     directory.chmod(0o555)
     if is_root:
@@ -133,7 +133,7 @@ def test_a_read_only_directory() -> None:
             assert dict(store.load_snapshot().records) == {record.task_id: record}
 
 
-def test_no_directory(tmp_path: Path) -> None:
+def test_a_missing_directory(tmp_path: Path) -> None:
     with MsgpackStore(tmp_path / "nowhere" / "ledger") as store:
         with pytest.raises(StoreUnavailableError):
             create(store)
@@ -146,9 +146,7 @@ def test_no_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("synced", ["file", "directory"])
-def test_a_disk_that_does_not_take_it(
-    path: Path, monkeypatch: pytest.MonkeyPatch, synced: str
-) -> None:
+def test_a_failed_sync(path: Path, monkeypatch: pytest.MonkeyPatch, synced: str) -> None:
     with MsgpackStore(path) as store:
         record = create(store)
         fails = path.parent if synced == "directory" else Path(f"{path}.new")
@@ -167,6 +165,6 @@ def test_a_disk_that_does_not_take_it(
         assert store.load_snapshot().records[record.task_id].revision == expected
 
 
-def test_it_is_small() -> None:
+def test_the_module_has_at_most_sixty_lines() -> None:
     source = Path(taskstore_msgpack.__file__).read_text()
     assert sum(bool(line.strip()) for line in source.splitlines()) <= 60

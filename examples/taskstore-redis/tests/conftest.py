@@ -1,4 +1,4 @@
-"""A Redis server to test against: the one that runs, or one that is started for the tests."""
+"""Fixtures: a Redis server, running already or started for the tests, and stores on it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from taskstore.testing import OpenStore
 from taskstore_redis import RedisStore, compaction, open_redis, reading, verify, writing
 
 RUNNING = ("127.0.0.1", 6379, 15)
-"""Host, port and database that are used where a server runs already."""
+"""Host, port and database of a server that runs already."""
 
 MISSING = (
     "no Redis server: none answers at 127.0.0.1:6379 and there is no redis-server to start "
@@ -28,7 +28,7 @@ MISSING = (
 
 
 class Server:
-    """A redis-server of our own: on a free port, its data in a directory."""
+    """A redis-server of the tests: on a free port, with its data in a directory."""
 
     def __init__(self, directory: Path, *options: str) -> None:
         self.directory = directory
@@ -73,7 +73,7 @@ class Server:
 
 @pytest.fixture
 def start_server() -> Iterator[Callable[..., Server]]:
-    """Start servers of our own, with these options; they end with the test."""
+    """A function that starts a server with options; the servers end with the test."""
     if shutil.which("redis-server") is None:
         pytest.skip("there is no redis-server to start (apt install redis-server)")
     with contextlib.ExitStack() as stack:
@@ -108,14 +108,14 @@ def server_url() -> Iterator[str]:
 
 @pytest.fixture
 def client(server_url: str) -> Iterator[redis.Redis]:
-    """The side keys: the server itself."""
+    """A client that reads and writes the keys directly."""
     with redis.Redis.from_url(server_url) as client:
         yield client
 
 
 @pytest.fixture
 def namespace(client: redis.Redis) -> Iterator[str]:
-    """A namespace that nobody else has; what is in it is deleted afterwards."""
+    """A unique namespace; its keys are deleted after the test."""
     name = f"test-{uuid.uuid4().hex}"
     yield name
     for keys in client.scan_iter(match=f"{{{name}}}:*", count=1000):
@@ -124,7 +124,7 @@ def namespace(client: redis.Redis) -> Iterator[str]:
 
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read, copy, trim and stage so little at a time that a few records take many steps."""
+    """Tiny limits for reading, copying, trimming and staging: a few records take many steps."""
     for module, name, value in (
         (reading, "PAGE_ROWS", 2),
         (reading, "JOURNAL_PAGE", 3),
@@ -147,7 +147,7 @@ def url(server_url: str, namespace: str) -> str:
 
 @pytest.fixture
 def make_store(url: str) -> OpenStore:
-    """Open the ledger of this test once more."""
+    """A function that opens the ledger of the test."""
 
     def opened(*, read_only: bool = False) -> RedisStore:
         return open_redis(url, read_only=read_only)

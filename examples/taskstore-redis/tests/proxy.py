@@ -1,4 +1,4 @@
-"""A proxy before a Redis server that breaks connections at chosen moments."""
+"""A proxy in front of a Redis server, which injects connection faults."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from taskstore_redis.scripts import script
 
 
 class Proxy:
-    """Forwards to a server; ``fault`` says what to do with a request for one script.
+    """Forwards to a server; ``faults`` lists the faults of the next requests for one script.
 
-    ``lose_request``: break the connection instead of forwarding it.
-    ``lose_answer``: forward it, and break the connection before the answer.
-    ``hold``: break the connection, and forward it when :meth:`deliver` is called.
-    ``stall``: neither forward it nor break the connection.
+    ``lose_request``: break the connection and drop the request.
+    ``lose_answer``: forward the request, and break the connection before the answer.
+    ``hold``: break the connection, and forward the request when :meth:`deliver` is called.
+    ``stall``: drop the request and keep the connection.
     """
 
     def __init__(self, host: str, port: int, script_name: str = "apply") -> None:
@@ -43,13 +43,13 @@ class Proxy:
                 threading.Thread(target=self._requests, args=(client, server), daemon=True).start()
 
     def _requests(self, client: socket.socket, server: socket.socket) -> None:
-        answers_go_on = threading.Event()
-        answers_go_on.set()
+        forward_answers = threading.Event()
+        forward_answers.set()
 
         def answers() -> None:
             with contextlib.suppress(OSError):
                 while data := server.recv(65536):
-                    if not answers_go_on.is_set():
+                    if not forward_answers.is_set():
                         break
                     client.sendall(data)
             _close(client, server)
@@ -66,7 +66,7 @@ class Proxy:
                         self._held.append(lambda data=data: server.sendall(data))
                         client.shutdown(socket.SHUT_RDWR)
                         return  # the server's side stays open
-                    answers_go_on.clear()
+                    forward_answers.clear()
                     if fault == "lose_answer":
                         server.sendall(data)
                         continue
@@ -75,12 +75,12 @@ class Proxy:
         _close(client, server)
 
     def deliver(self) -> None:
-        """Forward what was held, as a network does that was slow."""
+        """Forward the held requests, as a slow network does."""
         while self._held:
             self._held.pop()()
 
     def close(self) -> None:
-        """Break everything, and accept nothing more."""
+        """Break all connections, and accept no more."""
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()

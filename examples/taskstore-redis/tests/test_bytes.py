@@ -1,4 +1,4 @@
-"""What Lua and Redis could get wrong: bytes, large numbers, large batches, odd names."""
+"""Edge cases of Lua and Redis: bytes, large numbers, large batches, special names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from taskstore_redis.layout import image_of
 
 TRIM = CompactionPolicy(force=True, history_entries=0, history_s=0, keep_snapshots=1)
 
-ODD = [
+SPECIAL = [
     "%z%d+.*^$[]()",
     "\x01\x02\x7f",
     "*",
@@ -35,7 +35,7 @@ ODD = [
     "\r\n$3\r\nfoo\r\n",
     '"\\"',
 ]
-"""Texts that mean something to a pattern, a protocol, a range or a number reader."""
+"""Texts with a special meaning in a Lua pattern, the protocol, a range or a number."""
 
 
 def test_payloads_are_stored_byte_for_byte(make_store: OpenStore, client: redis.Redis) -> None:
@@ -49,8 +49,8 @@ def test_payloads_are_stored_byte_for_byte(make_store: OpenStore, client: redis.
         assert (name, fields[b"p"]) == (b"1-0", image)
 
 
-def test_odd_texts_in_every_key(make_store: OpenStore) -> None:
-    """Facts and index keep them apart, whatever they hold."""
+def test_special_texts_in_every_key(make_store: OpenStore) -> None:
+    """Facts and index keep special texts apart."""
     with make_store() as store:
         puts = [
             make_put(
@@ -63,11 +63,11 @@ def test_odd_texts_in_every_key(make_store: OpenStore) -> None:
                 parent_task_id=text,
                 parent_flow_id=text,
             )
-            for text in ODD
+            for text in SPECIAL
         ]
         store.apply(puts)
         assert store.verify().problems == ()
-        for text in ODD:
+        for text in SPECIAL:
             for field in ("task_id", "owner_key", "run_id", "child_session_key", "session_key"):
                 found = store.query(TaskQuery(**{field: text}))
                 assert [record.task_id for record in found] == [text]
@@ -83,7 +83,7 @@ def test_odd_texts_in_every_key(make_store: OpenStore) -> None:
 
 
 def test_numbers_up_to_the_largest(make_store: OpenStore) -> None:
-    """Lua's numbers are doubles and print with 14 digits, if one lets them."""
+    """Lua numbers are doubles, and tostring() prints 14 digits."""
     start = MAX_INT - 100
     with make_store() as store:
         old = make_record(task_id="old", revision=MAX_INT - 5, created_at=MAX_INT)
@@ -93,9 +93,9 @@ def test_numbers_up_to_the_largest(make_store: OpenStore) -> None:
         for seq in range(start + 1, start + 4):
             commit = store.apply([next_of(record), make_put(task_id=f"t{seq}", created_at=seq)])
             record = next_of(record).record
-            start_of = start + 1 + 2 * (seq - start - 1)
+            first_seq = start + 1 + 2 * (seq - start - 1)
             assert (commit.first_seq, commit.last_seq, commit.at) == (
-                start_of, start_of + 1, start + 1,
+                first_seq, first_seq + 1, start + 1,
             )  # fmt: skip
         assert [entry.seq for entry in store.read_journal(start, 10)] == [
             start + n for n in range(1, 7)
@@ -117,7 +117,7 @@ def test_numbers_up_to_the_largest(make_store: OpenStore) -> None:
 
 
 def test_a_batch_beyond_the_limits_of_lua(make_store: OpenStore) -> None:
-    """More changes than unpack() takes, and than C has stack for."""
+    """The batch has more changes than unpack() and the C stack accept."""
     with make_store() as store:
         puts = [make_put(task_id=f"task-{n:05}", run_id=f"run-{n}") for n in range(12_000)]
         assert store.apply(puts).last_seq == 12_000
@@ -129,7 +129,7 @@ def test_a_batch_beyond_the_limits_of_lua(make_store: OpenStore) -> None:
         assert store.verify().problems == ()
 
 
-def test_a_batch_that_no_command_holds(
+def test_a_batch_larger_than_a_command(
     make_store: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writing, "MAX_BATCH_BYTES", 100_000)
@@ -140,7 +140,7 @@ def test_a_batch_that_no_command_holds(
 
 
 @pytest.mark.parametrize("name", ["a b", "tasks*", "[x]", "ns:sub", "héhé", "?", "a\\b"])
-def test_odd_namespaces(server_url: str, client: redis.Redis, name: str) -> None:
+def test_special_namespaces(server_url: str, client: redis.Redis, name: str) -> None:
     from urllib.parse import quote
 
     from taskstore_redis.scratch import remove

@@ -1,4 +1,4 @@
-"""Compaction beside writers, killed at every step, and what it leaves behind."""
+"""Compaction with concurrent writers, kills at every step, and leftover keys."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def assert_equal_to_model(store: RedisStore, model: Model) -> None:
 
 
 def change_something(store: RedisStore, model: Model, rng: random.Random) -> None:
-    """A commit of a few changes: new tasks, other tasks, other times, no more tasks."""
+    """Commit a few changes: create, update (also ``created_at``) and remove tasks."""
     changes: list[Put | Remove] = []
     for task_id in rng.sample(IDS, rng.randint(1, 3)):
         record = model.records.get(task_id)
@@ -68,10 +68,10 @@ def change_something(store: RedisStore, model: Model, rng: random.Random) -> Non
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.usefixtures("small_steps")
-def test_the_picture_is_of_one_seq_whatever_is_written_meanwhile(
+def test_a_snapshot_is_of_one_seq_despite_concurrent_commits(
     make_store: OpenStore, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """[7] Between any two steps of the compactor something is changed."""
+    """[7] Other commits are made between the steps of the compactor."""
     rng = random.Random(seed)
     model = Model()
     with make_store() as store, make_store() as writer:
@@ -98,11 +98,11 @@ def test_the_picture_is_of_one_seq_whatever_is_written_meanwhile(
 
 
 class KilledError(BaseException):
-    """Stands for SIGKILL: nothing of what would follow is done."""
+    """Simulates SIGKILL: no code of the store runs after it."""
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, number: int, *, after: bool) -> Callable[[], None]:
-    """Let the link die at its n-th command, before it is sent or after; returns the revival."""
+    """Fail all commands from the n-th on, before or after it is sent; returns the undo."""
     count = 0
     run, run_once, call = Link.run, Link.run_once, Link.call
 
@@ -137,7 +137,7 @@ def test_killed_at_every_step(
     *,
     after: bool,
 ) -> None:
-    """[7] Nothing is lost, the next writer goes on, the next compaction clears up."""
+    """[7] No data is lost, the next writer continues, the next compaction cleans up."""
     for number in range(1, 100):
         with make_store() as store:
             empty = Snapshot(store.head() + 1)
@@ -164,12 +164,12 @@ def test_killed_at_every_step(
             assert_equal_to_model(store, model)
             left = keys_of(client, namespace)
             snapshots = {key for key in left if key.startswith("snap:")}
-            marks = store._reader.snapshots()
-            assert snapshots == {f"snap:{mark.token}" for mark in marks if mark.records}
+            published = store._reader.snapshots()
+            assert snapshots == {f"snap:{each.token}" for each in published if each.records}
             assert not left & {"staging", "cut", "saved", "lease"}
         if survived:
             return
-    pytest.fail("it never came to its end")
+    pytest.fail("no attempt completed")
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
@@ -182,7 +182,7 @@ def test_a_save_killed_at_every_step(
     *,
     after: bool,
 ) -> None:
-    """[5] The old content is there, or the new one; what was staged is cleared in time."""
+    """[5] The content is the old or the new one; a later compaction deletes staged keys."""
     for number in range(1, 100):
         with make_store() as store:
             empty = Snapshot(store.head() + 1)
@@ -215,11 +215,11 @@ def test_a_save_killed_at_every_step(
             assert store.verify().problems == ()
         if survived:
             return
-    pytest.fail("it never came to its end")
+    pytest.fail("no attempt completed")
 
 
 @pytest.mark.usefixtures("small_steps")
-def test_a_save_takes_the_ledger_away_from_a_compactor(
+def test_a_saved_snapshot_ends_a_compaction(
     make_store: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with make_store() as store, make_store() as other:
@@ -241,10 +241,10 @@ def test_a_save_takes_the_ledger_away_from_a_compactor(
 
 
 @pytest.mark.usefixtures("small_steps")
-def test_writers_stop_keeping_for_a_compactor_that_is_gone(
+def test_writers_stop_saving_records_for_a_dead_compactor(
     make_store: OpenStore, monkeypatch: pytest.MonkeyPatch, client: redis.Redis, namespace: str
 ) -> None:
-    """Or what they keep would grow until somebody compacts again."""
+    """Otherwise ``saved`` would grow until the next compaction."""
     prefix = f"{{{namespace}}}:"
     with make_store() as store, make_store() as writer:
         records = [create(store, created_at=n) for n in range(9)]
@@ -256,13 +256,13 @@ def test_writers_stop_keeping_for_a_compactor_that_is_gone(
             restore()
         records = [update(writer, record) for record in records]
         assert client.exists(prefix + "cut", prefix + "saved") == 2
-        client.delete(prefix + "lease")  # its time is up
+        client.delete(prefix + "lease")  # it expires
         update(writer, records[0])
         assert client.exists(prefix + "cut", prefix + "saved") == 0
 
 
 @pytest.mark.usefixtures("small_steps")
-def test_what_was_kept_for_one_compactor_is_not_for_the_next(
+def test_records_saved_for_a_dead_compactor_are_not_copied(
     make_store: OpenStore, monkeypatch: pytest.MonkeyPatch, client: redis.Redis, namespace: str
 ) -> None:
     with make_store() as store, make_store() as writer:
@@ -284,19 +284,19 @@ def test_what_was_kept_for_one_compactor_is_not_for_the_next(
 def test_an_id_is_free_once_the_floor_has_passed_its_deletion(
     make_store: OpenStore, monkeypatch: pytest.MonkeyPatch, client: redis.Redis, namespace: str
 ) -> None:
-    """[3] Also when the compactor was killed before it trimmed anything."""
+    """[3] Also if the compactor was killed before it trimmed."""
     with make_store() as store:
         delete(store, create(store, task_id="again"))
         trim = Compactor._trim
         calls: list[int] = []
 
-        def trim_at_first(self: Compactor) -> None:
+        def trim_once(self: Compactor) -> None:
             calls.append(1)
             if len(calls) > 1:
                 raise KilledError
             trim(self)
 
-        monkeypatch.setattr(Compactor, "_trim", trim_at_first)
+        monkeypatch.setattr(Compactor, "_trim", trim_once)
         with pytest.raises(KilledError):
             store.compact(TRIM)
         monkeypatch.undo()
@@ -318,7 +318,7 @@ def test_an_id_is_free_once_the_floor_has_passed_its_deletion(
 def test_a_save_that_a_commit_overtakes_while_it_is_staged(
     make_store: OpenStore, monkeypatch: pytest.MonkeyPatch, client: redis.Redis, namespace: str
 ) -> None:
-    """[2] The head is compared when the content is switched, not before."""
+    """[2] The script compares the head when it replaces the content, not earlier."""
     with make_store() as store, make_store() as other:
         record = create(store)
         stage = Writer._stage
@@ -341,13 +341,13 @@ def test_one_compactor_at_a_time(make_store: OpenStore, monkeypatch: pytest.Monk
         play(store)
         step = Compactor._step
 
-        def step_beside(self: Compactor, *rest: Any) -> Any:
+        def step_concurrently(self: Compactor, *rest: Any) -> Any:
             monkeypatch.undo()
             with pytest.raises(StoreBusyError, match="its lease ends in"):
                 other.compact(FOLD)
             return step(self, *rest)
 
-        monkeypatch.setattr(Compactor, "_step", step_beside)
+        monkeypatch.setattr(Compactor, "_step", step_concurrently)
         assert store.compact(FOLD).compacted
         update(store, create(store))
         assert other.compact(FOLD).compacted

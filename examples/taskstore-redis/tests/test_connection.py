@@ -1,4 +1,4 @@
-"""Connections that break, at the worst moments."""
+"""Connections that break during a request, a commit or a wait."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from taskstore_redis import link, open_redis
 ERASE = CompactionPolicy(erase_deleted=True)
 
 
-def behind(proxy: Proxy, url: str) -> str:
+def url_through(proxy: Proxy, url: str) -> str:
     parts = urlsplit(url)
     return f"redis://127.0.0.1:{proxy.port}{parts.path}?{parts.query}"
 
@@ -47,11 +47,11 @@ def short_retry_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("fault", ["lose_request", "lose_answer"])
-def test_a_commit_whose_connection_breaks_happens_once(proxy: Proxy, url: str, fault: str) -> None:
-    with open_redis(behind(proxy, url)) as store, open_redis(url) as witness:
+def test_a_commit_whose_connection_breaks_is_made_once(proxy: Proxy, url: str, fault: str) -> None:
+    with open_redis(url_through(proxy, url)) as store, open_redis(url) as witness:
         record = create(store)
         proxy.faults.append(fault)
-        record = update(store, record, label="through fault")
+        record = update(store, record, label="after a fault")
         assert proxy.injected == [fault]
         assert update(store, record).revision == 3
         assert witness.head() == 3
@@ -59,8 +59,8 @@ def test_a_commit_whose_connection_breaks_happens_once(proxy: Proxy, url: str, f
         assert witness.verify().problems == ()
 
 
-def test_the_answer_that_was_read_back_is_the_right_one(proxy: Proxy, url: str) -> None:
-    with open_redis(behind(proxy, url)) as store:
+def test_the_outcome_that_is_read_back_is_right(proxy: Proxy, url: str) -> None:
+    with open_redis(url_through(proxy, url)) as store:
         proxy.faults.append("lose_answer")
         record = make_record()
         commit = store.apply([Put(record), next_of(record), next_of(next_of(record).record)])
@@ -69,9 +69,9 @@ def test_the_answer_that_was_read_back_is_the_right_one(proxy: Proxy, url: str) 
         assert {(entry.at, entry.commit_id) for entry in entries} == {(commit.at, commit.commit_id)}
 
 
-def test_a_command_that_arrives_late_does_nothing(proxy: Proxy, url: str) -> None:
-    """It was given up, raised so, and sent again: then the first one is delivered."""
-    with open_redis(behind(proxy, url)) as store, open_redis(url) as witness:
+def test_a_late_command_has_no_effect(proxy: Proxy, url: str) -> None:
+    """The server receives the first command after the store voided it and sent a second."""
+    with open_redis(url_through(proxy, url)) as store, open_redis(url) as witness:
         record = create(store)
         proxy.faults.append("hold")
         update(store, record)
@@ -84,9 +84,9 @@ def test_a_command_that_arrives_late_does_nothing(proxy: Proxy, url: str) -> Non
         assert witness.verify().problems == ()
 
 
-def test_a_creation_that_arrives_late_does_nothing(proxy: Proxy, url: str) -> None:
-    """No revision stands in its way: only the void keeps it from happening twice."""
-    with open_redis(behind(proxy, url)) as store, open_redis(url) as witness:
+def test_a_late_creation_has_no_effect(proxy: Proxy, url: str) -> None:
+    """No revision conflicts with it: only the void key prevents a second commit."""
+    with open_redis(url_through(proxy, url)) as store, open_redis(url) as witness:
         proxy.faults.append("hold")
         record = create(store)
         witness.apply([removal_of(record)])
@@ -97,9 +97,9 @@ def test_a_creation_that_arrives_late_does_nothing(proxy: Proxy, url: str) -> No
 
 
 def test_a_connection_that_always_breaks(proxy: Proxy, url: str) -> None:
-    with open_redis(behind(proxy, url)) as store, open_redis(url) as witness:
+    with open_redis(url_through(proxy, url)) as store, open_redis(url) as witness:
         proxy.faults += ["lose_request"] * 10
-        with pytest.raises(StoreUnavailableError, match="breaks at every commit"):
+        with pytest.raises(StoreUnavailableError, match="broke in 4 attempts to commit"):
             create(store)
         assert witness.head() == 0
 
@@ -109,10 +109,10 @@ def test_a_connection_that_always_breaks(proxy: Proxy, url: str) -> None:
 def test_the_outcome_cannot_be_read_back(
     proxy: Proxy, url: str, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with open_redis(behind(proxy, url)) as store, open_redis(url) as witness:
+    with open_redis(url_through(proxy, url)) as store, open_redis(url) as witness:
         record = create(store)
         proxy.faults.append(fault)
-        monkeypatch.setattr(proxy, "_target", ("127.0.0.1", 1))  # nobody gets through again
+        monkeypatch.setattr(proxy, "_target", ("127.0.0.1", 1))  # no connection succeeds again
         with pytest.raises(OutcomeUnknownError, match="cannot be read back"):
             update(store, record)
         assert witness.head() == (2 if fault == "lose_answer" else 1)
@@ -120,8 +120,8 @@ def test_the_outcome_cannot_be_read_back(
             store.load_snapshot()
 
 
-def test_the_registry_goes_on(proxy: Proxy, url: str) -> None:
-    with TaskRegistry.open(behind(proxy, url)) as registry:
+def test_a_registry_continues(proxy: Proxy, url: str) -> None:
+    with TaskRegistry.open(url_through(proxy, url)) as registry:
         for number, fault in enumerate(("lose_answer", "lose_request", "lose_answer")):
             proxy.faults.append(fault)
             task = registry.create(runtime="cli", task=fault, run_id=f"run-{number}")
@@ -135,7 +135,7 @@ def test_a_save_whose_answer_is_lost(url: str) -> None:
     parts = urlsplit(url)
     proxy = Proxy(parts.hostname or "", parts.port or 6379, "switch")
     try:
-        with open_redis(behind(proxy, url)) as store:
+        with open_redis(url_through(proxy, url)) as store:
             head = play(store).head
             record = make_record()
             for seq, fault in enumerate(("lose_answer", "lose_request"), head + 1):
@@ -154,7 +154,7 @@ def test_a_save_whose_answer_is_lost(url: str) -> None:
 
 
 def test_a_server_that_does_not_answer(proxy: Proxy, url: str) -> None:
-    with open_redis(behind(proxy, url), timeout_s=0.3) as store, open_redis(url) as witness:
+    with open_redis(url_through(proxy, url), timeout_s=0.3) as store, open_redis(url) as witness:
         proxy.faults.append("stall")
         started = time.monotonic()
         create(store)
@@ -169,7 +169,7 @@ def test_no_server() -> None:
     assert caught.value.__cause__ is not None
 
 
-def test_a_server_that_is_started_again(start_server: Callable[..., Server]) -> None:
+def test_a_restarted_server(start_server: Callable[..., Server]) -> None:
     server = start_server("--appendonly", "yes", "--appendfsync", "always")
     with open_redis(server.url()) as store:
         record = create(store)
@@ -181,7 +181,7 @@ def test_a_server_that_is_started_again(start_server: Callable[..., Server]) -> 
         assert dict(store.load_snapshot().records) == {record.task_id: record}
 
 
-def test_scripts_that_the_server_has_forgotten(url: str, client: redis.Redis) -> None:
+def test_a_flushed_script_cache(url: str, client: redis.Redis) -> None:
     with open_redis(url) as store:
         for _ in range(3):
             client.script_flush()
@@ -198,7 +198,7 @@ def test_closing_ends_a_wait(make_store: OpenStore) -> None:
     def wait() -> None:
         try:
             store.wait_for(0, 60)
-        except BaseException as error:  # noqa: BLE001 (raised to the test)
+        except BaseException as error:  # noqa: BLE001 (the test checks it)
             raised.append(type(error))
 
     thread = threading.Thread(target=wait)

@@ -1,4 +1,4 @@
-"""The Redis store keeps the contract, against a real server."""
+"""The contract suite on a real Redis server."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class TestRedisStore(StoreContract):
 
 @pytest.mark.usefixtures("small_steps")
 class TestRedisStoreInSmallSteps(StoreContract):
-    """Once more, with pages and chunks of two records: the seams between them."""
+    """The same with pages and chunks of two records, to test their boundaries."""
 
-    test_many_records = None  # their pages are full as they are
+    test_many_records = None  # its pages are full with the default limits
 
     @pytest.fixture
     def make_store(self, make_store: OpenStore) -> OpenStore:

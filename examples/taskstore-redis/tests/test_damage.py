@@ -1,4 +1,4 @@
-"""Damage: found, named, and in nobody's way but its own task's."""
+"""Damaged keys: detected and reported, without effect on other tasks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KEYS = ("head", "rows", "facts", "index", "bookings", "journal", "commits", "del
 
 
 class RawKeys:
-    """The side keys: the keys themselves."""
+    """Commands on the keys of a ledger."""
 
     def __init__(self, client: redis.Redis, namespace: str) -> None:
         self.client = client
@@ -45,9 +45,11 @@ def keys(client: redis.Redis, namespace: str) -> RawKeys:
     return RawKeys(client, namespace)
 
 
-@pytest.mark.parametrize("damage", ["flipped bit", "cut", "empty", "another version", "another's"])
-def test_a_damaged_row_is_set_aside(make_store: OpenStore, keys: RawKeys, damage: str) -> None:
-    """[12] With its bytes, in every answer; its id and revision stay taken; writing mends it."""
+@pytest.mark.parametrize(
+    "damage", ["flipped bit", "cut", "empty", "another version", "another task"]
+)
+def test_a_damaged_row_is_quarantined(make_store: OpenStore, keys: RawKeys, damage: str) -> None:
+    """[12] It keeps its bytes, id and revision, until a change replaces it."""
     with make_store() as store:
         good = create(store, task_id="good", label="x")
         bad = update(store, create(store, task_id="bad", label="x"))
@@ -59,7 +61,7 @@ def test_a_damaged_row_is_set_aside(make_store: OpenStore, keys: RawKeys, damage
             "cut": image[:40],
             "empty": b"",
             "another version": image_of(newer),
-            "another's": keys("HGET", "rows", "good"),
+            "another task": keys("HGET", "rows", "good"),
         }[damage]
         keys("HSET", "rows", "bad", broken)
         loaded = store.load_snapshot()
@@ -78,19 +80,21 @@ def test_a_damaged_row_is_set_aside(make_store: OpenStore, keys: RawKeys, damage
             assert [each.raw for each in kept.quarantined] == [broken[8:]]
             assert store.load_snapshot().quarantined[0].raw == broken[8:]
             update(store, store.load_snapshot().records["good"])
-        mended = update(store, bad, label="mended")
-        assert store.load_snapshot().records["bad"] == mended
+        repaired = update(store, bad, label="repaired")
+        assert store.load_snapshot().records["bad"] == repaired
         assert store.load_snapshot().quarantined == ()
 
 
 @pytest.mark.parametrize("removed", [False, True], ids=["updated", "removed"])
-def test_writing_over_what_was_set_aside(make_store: OpenStore, *, removed: bool) -> None:
-    """[12] It came with a saved snapshot; a change over its revision takes its place."""
+def test_a_change_over_a_quarantined_record(make_store: OpenStore, *, removed: bool) -> None:
+    """[12] A change over the revision of a saved quarantined record replaces it."""
     future = [
-        Quarantined(f'{{"v":"9.{n}","task_id":"future"}}'.encode(), "afar", "format 9", "future", 3)
+        Quarantined(
+            f'{{"v":"9.{n}","task_id":"future"}}'.encode(), "elsewhere", "format 9", "future", 3
+        )
         for n in range(2)
     ]
-    other = Quarantined(b"\0\xff", "afar", "damaged")
+    other = Quarantined(b"\0\xff", "elsewhere", "damaged")
     with make_store() as store:
         store.save_snapshot(Snapshot(1, {}, 0, (*future, other)))
         store.compact(CompactionPolicy(erase_deleted=True))
@@ -109,8 +113,8 @@ def test_writing_over_what_was_set_aside(make_store: OpenStore, *, removed: bool
         assert store.verify().problems == ()
 
 
-def test_a_damaged_entry_is_set_aside(make_store: OpenStore, keys: RawKeys) -> None:
-    """[12] The journal goes on after it; history and feeds have its bytes."""
+def test_a_damaged_entry_is_quarantined(make_store: OpenStore, keys: RawKeys) -> None:
+    """[12] The journal continues after it; history and change feed have its bytes."""
     with make_store() as store:
         record = create(store, task_id="task")
         second = update(store, record, label="second")
@@ -123,12 +127,12 @@ def test_a_damaged_entry_is_set_aside(make_store: OpenStore, keys: RawKeys) -> N
             keys.client.xadd(
                 keys.prefix + b"journal", fields if name == b"2-0" else values, id=name
             )
-        for found in (store.read_journal(0, 10), store.read_history("task")):
-            assert [entry.record for entry in found] == [record, None, third]
-            aside = found[1].quarantined
-            assert aside is not None
-            assert (aside.task_id, aside.revision) == ("task", 2)
-            assert b"sekond" in aside.raw
+        for entries in (store.read_journal(0, 10), store.read_history("task")):
+            assert [entry.record for entry in entries] == [record, None, third]
+            quarantined = entries[1].quarantined
+            assert quarantined is not None
+            assert (quarantined.task_id, quarantined.revision) == ("task", 2)
+            assert b"sekond" in quarantined.raw
         assert any("seq 2" in problem for problem in store.verify().problems)
 
 
@@ -185,16 +189,16 @@ def test_a_snapshot_with_a_missing_or_damaged_chunk(
 
 @pytest.mark.parametrize("key", KEYS)
 def test_a_key_of_another_type(make_store: OpenStore, keys: RawKeys, key: str) -> None:
-    """Nothing at all is written then: a script does not take back what it has begun."""
+    """Nothing is written: a script must detect it before its first write."""
     with make_store() as store:
         record = create(store, run_id="run")
         gone = create(store)
         delete(store, gone)
         names = [name.removeprefix(keys.prefix) for name in _names(keys)]
         keys("DEL", key)
-        keys("SET", key, "what is this?")
+        keys("SET", key, "a string")
         before = {name: _dump(keys, name) for name in names}
-        with pytest.raises(CorruptStoreError, match="is not what it should be"):
+        with pytest.raises(CorruptStoreError, match="has the wrong type"):
             store.apply([next_of(record), make_put(run_id="other")])
         assert {name: _dump(keys, name) for name in names} == before
 
@@ -209,11 +213,11 @@ def _dump(keys: RawKeys, name: bytes) -> object:
 
 
 def test_a_head_that_was_evicted(make_store: OpenStore, keys: RawKeys) -> None:
-    """[2] Beginning again at seq 1 would give acknowledged seqs twice."""
+    """[2] A new ledger would start at seq 1 and give acknowledged seqs twice."""
     with make_store() as store:
         create(store)
         keys("DEL", "head")
-        with pytest.raises(CorruptStoreError, match="head of the ledger is gone"):
+        with pytest.raises(CorruptStoreError, match="head of the ledger is missing"):
             create(store)
 
 
@@ -234,23 +238,23 @@ def facts(keys: RawKeys) -> bytes:
 
 
 DAMAGES: dict[str, Callable[[RawKeys], object]] = {
-    "a row more": lambda keys: keys("HSET", "rows", "ghost", "00000000{}"),
-    "a row less": lambda keys: keys("HDEL", "rows", "task"),
-    "facts less": lambda keys: keys("HDEL", "facts", "task"),
-    "facts that are wrong": lambda keys: keys(
+    "an extra row": lambda keys: keys("HSET", "rows", "ghost", "00000000{}"),
+    "a missing row": lambda keys: keys("HDEL", "rows", "task"),
+    "missing facts": lambda keys: keys("HDEL", "facts", "task"),
+    "wrong facts": lambda keys: keys(
         "HSET",
         "facts",
         "task",
         str(keys("HGET", "facts", "task"), "utf-8").replace("queued", "lost"),
     ),
-    "the wrong back pointer": lambda keys: keys("HSET", "facts", "task", b"1" + facts(keys)[1:]),
-    "a member more": lambda keys: keys("ZADD", "index", 0, "s\0lost\0" + "0" * 16 + "task"),
-    "a member less": lambda keys: keys("ZPOPMIN", "index"),
-    "a booking more": lambda keys: keys("HSET", "bookings", "run\0booking", "task"),
-    "a booking less": lambda keys: keys("DEL", "bookings"),
-    "a deletion more": lambda keys: keys("ZADD", "deleted", 3, "task"),
-    "a deletion less": lambda keys: keys("DEL", "deleted"),
-    "a journal that is gone": lambda keys: keys("DEL", "journal"),
+    "a wrong last seq": lambda keys: keys("HSET", "facts", "task", b"1" + facts(keys)[1:]),
+    "an extra index member": lambda keys: keys("ZADD", "index", 0, "s\0lost\0" + "0" * 16 + "task"),
+    "a missing index member": lambda keys: keys("ZPOPMIN", "index"),
+    "an extra dedup key": lambda keys: keys("HSET", "bookings", "run\0digest", "task"),
+    "missing dedup keys": lambda keys: keys("DEL", "bookings"),
+    "an extra deletion": lambda keys: keys("ZADD", "deleted", 3, "task"),
+    "missing deletions": lambda keys: keys("DEL", "deleted"),
+    "a missing journal": lambda keys: keys("DEL", "journal"),
 }
 
 
@@ -269,7 +273,7 @@ def test_verify_finds(make_store: OpenStore, keys: RawKeys, damage: str) -> None
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.usefixtures("small_steps")
 def test_verify_beside_writers(make_store: OpenStore, seed: int) -> None:
-    """It finds nothing wrong with what is only being changed."""
+    """Concurrent changes are not reported as problems."""
     rng = random.Random(seed)
     done = threading.Event()
 
@@ -302,15 +306,15 @@ def test_verify_beside_writers(make_store: OpenStore, seed: int) -> None:
         assert store.verify().problems == ()
 
 
-def test_what_was_set_aside_does_not_stop_a_registry(url: str, keys: RawKeys) -> None:
+def test_a_registry_opens_despite_a_quarantined_record(url: str, keys: RawKeys) -> None:
     with TaskRegistry.open(url) as registry:
         task = registry.create(runtime="cli", task="bad")
         registry.create(runtime="cli", task="good")
     keys("HSET", "rows", task.task_id, "00000000gibberish")
     with TaskRegistry.open(url) as registry:
         assert [each.task for each in registry.list()] == ["good"]
-        [aside] = registry.store.report().quarantined
-        assert isinstance(aside, Quarantined)
-        assert aside.raw == b"gibberish"
+        [item] = registry.store.report().quarantined
+        assert isinstance(item, Quarantined)
+        assert item.raw == b"gibberish"
     with open_redis(url, read_only=True) as store:
         assert store.load_snapshot().quarantined

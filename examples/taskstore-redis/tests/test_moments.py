@@ -1,4 +1,4 @@
-"""Pages that are read one after the other, while somebody changes things in between."""
+"""Queries and loads in several pages, with other commits between the pages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUERIES: list[dict[str, Any]] = [
 
 
 class ConcurrentWriter:
-    """Changes a few things between any two pages, and keeps the books."""
+    """Commits a few changes between two pages, to a store and to a model."""
 
     def __init__(self, store: RedisStore, seed: int) -> None:
         self.store = store
@@ -68,13 +68,13 @@ class ConcurrentWriter:
 
 @pytest.fixture
 def make_reader(make_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Make one that goes to work once it is raised to, and after each page from then on."""
+    """A function that returns a store, and a writer that commits after each page it reads."""
     stores: list[Any] = []
 
     def make(seed: int) -> tuple[RedisStore, ConcurrentWriter]:
-        reader, writer = make_store(), make_store()
-        stores.extend((reader, writer))
-        writer = ConcurrentWriter(writer, seed)
+        reader, other = make_store(), make_store()
+        stores.extend((reader, other))
+        writer = ConcurrentWriter(other, seed)
         scan = Reader.scan
 
         def scan_and_write(self: Reader, *rest: Any, **options: Any) -> Scan:
@@ -94,18 +94,18 @@ def make_reader(make_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("compacts", [False, True], ids=["", "trimmed"])
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.usefixtures("small_steps")
-def test_a_page_is_what_was_true_at_its_seq(make_reader: Any, seed: int, *, compacts: bool) -> None:
-    """[5] All of it: which records, which revisions, in which order, and the cursor."""
+def test_a_page_is_of_its_seq(make_reader: Any, seed: int, *, compacts: bool) -> None:
+    """[5] Records, revisions, order and cursor are those of the seq."""
     store, writer = make_reader(seed)
     writer.compacts = compacts
-    for asked in QUERIES * 2:
+    for filters in QUERIES * 2:
         after = None
         for _ in range(3):
-            query = TaskQuery(**asked, after=after)
+            query = TaskQuery(**filters, after=after)
             page = store.query(query)
-            right = evaluate(query, writer.model.states[page.seq].values(), page.seq)
-            assert list(page) == list(right), asked
-            assert page.next_cursor == right.next_cursor
+            expected = evaluate(query, writer.model.states[page.seq].values(), page.seq)
+            assert list(page) == list(expected), filters
+            assert page.next_cursor == expected.next_cursor
             after = page.next_cursor
             if after is None:
                 break
@@ -114,8 +114,8 @@ def test_a_page_is_what_was_true_at_its_seq(make_reader: Any, seed: int, *, comp
 @pytest.mark.parametrize("compacts", [False, True], ids=["", "trimmed"])
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.usefixtures("small_steps")
-def test_a_load_is_what_was_true_at_its_seq(make_reader: Any, seed: int, *, compacts: bool) -> None:
-    """[5] Head, time and records of one moment, however many pages it took."""
+def test_a_load_is_of_its_seq(make_reader: Any, seed: int, *, compacts: bool) -> None:
+    """[5] Head, time and records are of one seq, however many pages were read."""
     store, writer = make_reader(seed)
     writer.compacts = compacts
     for _ in range(10):
@@ -127,7 +127,7 @@ def test_a_load_is_what_was_true_at_its_seq(make_reader: Any, seed: int, *, comp
 
 
 @pytest.mark.usefixtures("small_steps")
-def test_a_save_in_the_middle_of_a_load(make_reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_during_a_load(make_reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     store, writer = make_reader(1)
     saved = {f"saved-{n}": make_record(task_id=f"saved-{n}") for n in range(5)}
     pages: list[int] = []

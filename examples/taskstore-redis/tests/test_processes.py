@@ -1,4 +1,4 @@
-"""Real processes: hammering the same tasks, and killed while they compact."""
+"""Several processes: concurrent writers of the same tasks, and killed compactors."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ WRITER = """
 import sys
 from taskstore import TaskRegistry
 
-url, name, turns, *tasks = sys.argv[1:]
+url, name, rounds, *tasks = sys.argv[1:]
 with TaskRegistry.open(url) as registry:
     print("ready", flush=True)
     sys.stdin.readline()
-    for turn in range(int(turns)):
+    for number in range(int(rounds)):
         for task in tasks:
-            registry.update_metadata(task, {f"{name}": turn + 1})
+            registry.update_metadata(task, {f"{name}": number + 1})
 """
 
 COMPACT = """
@@ -47,7 +47,7 @@ with open_redis(sys.argv[1]) as store:
 
 
 def test_four_processes_on_five_tasks(url: str) -> None:
-    """[3] Everybody changes every task, and nobody's change is lost."""
+    """[3] Each process changes each task, and no change is lost."""
     with TaskRegistry.open(url) as registry:
         tasks = [registry.create(runtime="cli", task=f"{n}").task_id for n in range(TASKS)]
     writers = [
@@ -80,7 +80,7 @@ def test_four_processes_on_five_tasks(url: str) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_killed_while_compacting(url: str, seed: int) -> None:
-    """[7] With SIGKILL, again and again: what was raised is there, and the next one goes on."""
+    """[7] After each SIGKILL, acknowledged commits exist, and the next writer continues."""
     rng = random.Random(seed)
     for _ in range(4):
         with subprocess.Popen(
@@ -98,7 +98,7 @@ def test_killed_while_compacting(url: str, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_at_any_moment(url: str, seed: int) -> None:
-    """[4] The kit's own kill harness, with its compactor always at work."""
+    """[4] The kill harness of taskstore.testing, with a compactor that runs all the time."""
     rng = random.Random(seed)
     for _ in range(2):
         assert kill_round(url, after_s=rng.uniform(0.05, 0.5), seed=seed) == []

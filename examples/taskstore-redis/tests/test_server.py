@@ -1,4 +1,4 @@
-"""What the server is set to, and what becomes of a ledger when it dies."""
+"""Server settings, access rights, and the ledger after the server's death."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ ALWAYS = ("--appendonly", "yes", "--appendfsync", "always")
         (("--appendonly", "no", "--save", ""), "process", "is lost when the server stops"),
     ],
 )
-def test_durability_is_what_the_server_gives(
+def test_durability_is_that_of_the_server(
     start_server: StartServer, options: tuple[str, ...], durability: str, words: str
 ) -> None:
-    """[4] It is stated whatever was asked for, and said when that was more."""
+    """[4] ``durability`` is the actual one; a notice says if a stronger one was requested."""
     server = start_server(*options)
-    for asked in ("full", "process"):
-        with open_store(server.url(), durability=asked) as store:
+    for requested in ("full", "process"):
+        with open_store(server.url(), durability=requested) as store:
             assert store.durability == durability
             [notice] = store.report().notices
             assert words in notice
-            assert ("was asked for" in notice) == (asked == "full" and durability != "full")
+            assert ("was requested" in notice) == (requested == "full" and durability != "full")
 
 
-def test_eviction_is_warned_of(start_server: StartServer) -> None:
+def test_a_notice_of_eviction(start_server: StartServer) -> None:
     for policy, words in (
-        ("allkeys-lru", "throws the ledger away"),
+        ("allkeys-lru", "deletes parts of the ledger"),
         ("volatile-ttl", "only evict a compactor's lease"),
         ("noeviction", None),
     ):
@@ -64,7 +64,7 @@ def test_eviction_is_warned_of(start_server: StartServer) -> None:
             assert all(words is not None and words in notice for notice in notices)
 
 
-def test_replication_is_warned_of_and_replicas_only_read(start_server: StartServer) -> None:
+def test_a_notice_of_replication_and_read_only_replicas(start_server: StartServer) -> None:
     master = start_server(*ALWAYS)
     replica = start_server("--replicaof", "127.0.0.1", str(master.port))
     with open_redis(master.url()) as store:
@@ -87,7 +87,7 @@ def test_replication_is_warned_of_and_replicas_only_read(start_server: StartServ
         assert "failover" in store.report().notices[-1]
 
 
-def test_a_server_that_keeps_its_settings_to_itself(start_server: StartServer) -> None:
+def test_a_server_that_refuses_config(start_server: StartServer) -> None:
     server = start_server(*ALWAYS)
     with server.client() as client:
         client.execute_command(
@@ -96,10 +96,10 @@ def test_a_server_that_keeps_its_settings_to_itself(start_server: StartServer) -
         )
     with open_redis(server.url(userinfo="app:secret%20word@")) as store:
         assert store.durability == "process"
-        assert "does not tell its appendfsync" in store.report().notices[0]
+        assert "does not report its appendfsync" in store.report().notices[0]
         play(store)
         assert store.verify().problems == ()
-    with pytest.raises(StoreUnavailableError, match="does not let this user"):
+    with pytest.raises(StoreUnavailableError, match="refuses this user"):
         open_redis(server.url("elsewhere", userinfo="app:secret%20word@"))
 
 
@@ -109,13 +109,13 @@ def test_passwords_stay_out_of_messages(start_server: StartServer) -> None:
         create(store)
         assert "s3cr3t" not in f"{store!r} {store.location} {store.report()} {vars(store)}"
     for userinfo in ("", ":wr0ng@", "someone:wr0ng@"):
-        with pytest.raises(StoreUnavailableError, match="refuses us") as caught:
+        with pytest.raises(StoreUnavailableError, match="refuses the login") as caught:
             open_redis(server.url(userinfo=userinfo))
         assert "wr0ng" not in f"{caught.value} {caught.value.__cause__}"
 
 
 def test_a_server_without_memory(start_server: StartServer) -> None:
-    """Nothing of a refused batch is written; reading and deleting go on."""
+    """A refused batch writes nothing; reads still succeed."""
     server = start_server("--save", "", "--maxmemory", "5mb", "--maxmemory-policy", "noeviction")
     with open_redis(server.url()) as store:
         head = 0
@@ -136,7 +136,7 @@ def test_an_old_server_is_refused(make_store: OpenStore, monkeypatch: pytest.Mon
 
 
 def test_the_ledger_survives_the_servers_death(start_server: StartServer) -> None:
-    """[4] Killed while one writes, with appendfsync always: nothing acknowledged is lost."""
+    """[4] With appendfsync always, no acknowledged change is lost."""
     server = start_server(*ALWAYS)
     acknowledged: dict[str, int] = {}
     for _ in range(3):
@@ -155,7 +155,7 @@ def test_the_ledger_survives_the_servers_death(start_server: StartServer) -> Non
 
 
 def test_a_server_that_lost_commits(start_server: StartServer) -> None:
-    """[2] Its seqs come again: who has seen them is raised, and a registry loads anew."""
+    """[2] Lost seqs are given again: readers that knew them raise, and a registry reloads."""
     server = start_server("--save", "", "--appendonly", "no")
     restored: list[int] = []
 
@@ -172,7 +172,7 @@ def test_a_server_that_lost_commits(start_server: StartServer) -> None:
             server.kill()
             server.start()
             with TaskRegistry.open(server.url()) as other:
-                # The same seq, another commit.
+                # Another commit with the same seq.
                 second = other.create(runtime="cli", task="another")
             with pytest.raises(CursorExpiredError):
                 list(reader.changes(after=2))
@@ -211,8 +211,8 @@ def synced_server() -> Iterator[Server]:
             server.kill()
 
 
-class TestOnAServerThatSyncsAlways(StoreContract):
-    """The whole contract where durability is full."""
+class TestWithFullDurability(StoreContract):
+    """The contract suite on a server with full durability."""
 
     @pytest.fixture
     def make_store(self, synced_server: Server) -> OpenStore:

@@ -1,4 +1,4 @@
-"""URLs, what is in the wheel, and how the backend is found."""
+"""URLs, entry points, and the files in the wheel."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def test_urls(url: str, expected: tuple[object, ...]) -> None:
         "redis://u:hunter2@[::1/0",
     ],
 )
-def test_urls_that_are_none(url: str) -> None:
+def test_invalid_urls(url: str) -> None:
     with pytest.raises(ValidationError) as caught:
         open_store(url)
     assert "hunter2" not in f"{caught.value}{caught.value.__cause__}{caught.value.__context__}"
 
 
-def test_it_is_found_by_its_scheme(url: str) -> None:
+def test_the_backend_is_found_by_its_scheme(url: str) -> None:
     with TaskRegistry.open(url) as registry:
         task = registry.create(runtime="cli", task="Try a backend")
         registry.finish(task.task_id, "succeeded")
@@ -71,7 +71,7 @@ def test_it_is_found_by_its_scheme(url: str) -> None:
     assert {"redis", "rediss"} <= installed_backends().keys()
 
 
-def test_namespaces_know_nothing_of_each_other(url: str) -> None:
+def test_namespaces_are_separate(url: str) -> None:
     with open_store(url) as one, open_store(url) as same:
         create(one)
         with scratch(url) as open_other:
@@ -83,7 +83,7 @@ def test_namespaces_know_nothing_of_each_other(url: str) -> None:
         assert same.load_snapshot().seq == 1
 
 
-def test_a_contract_run_leaves_nothing(url: str) -> None:
+def test_a_scratch_ledger_is_deleted(url: str) -> None:
     from taskstore_redis.layout import Keys
 
     with scratch(url) as open_other:
@@ -96,7 +96,7 @@ def test_a_contract_run_leaves_nothing(url: str) -> None:
         assert store._link.call("EXISTS", keys["head"], keys["rows"], keys["journal"]) == 0
 
 
-def test_the_scripts_are_beside_the_code() -> None:
+def test_the_scripts_are_in_the_package() -> None:
     names = {item.name for item in (files("taskstore_redis") / "lua").iterdir()}
     assert {"common.lua", "apply.lua", "copy.lua"} <= names
     assert entry_points(group="taskstore.scratch", name="redis")

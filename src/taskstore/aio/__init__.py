@@ -1,4 +1,4 @@
-"""The registry for asyncio: the same verbs, awaited."""
+"""The registry for asyncio: the same verbs, awaitable."""
 
 from taskstore.aio.registry import AsyncFollower as AsyncFollower
 from taskstore.aio.registry import AsyncTaskRegistry as AsyncTaskRegistry

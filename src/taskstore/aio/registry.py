@@ -1,8 +1,8 @@
 """The registry for asyncio: the same verbs, awaitable.
 
-The event loop's thread never waits for a store.  A writer thread commits the
-changes, so that coroutines share commits as threads do, and wakes the loop once
-per group of commits.  Lookups read memory and are synchronous.
+The event loop's thread never waits for a store.  A writer thread commits the changes of
+several coroutines as one group, and wakes the event loop once per group.  Lookups read
+memory and are synchronous.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ T = TypeVar("T")
 R = TypeVar("R", bound="AsyncTaskRegistry")
 
 POLL_INTERVAL_S = 2.0
-"""How often ``changes()`` reads the journal without a reported commit, in seconds."""
+"""The interval at which ``changes()`` reads the journal if no commit is reported, in seconds."""
 
 _batches: ContextVar[Mapping[int, Batch]] = ContextVar("taskstore-batches")
 """The batches of the current asyncio task, by the id of their registry."""
@@ -57,7 +57,7 @@ _batches: ContextVar[Mapping[int, Batch]] = ContextVar("taskstore-batches")
 def _async_verb(
     verb: Callable[Concatenate[OperationFactory, P], Operation[T]],
 ) -> Callable[Concatenate[AsyncTaskRegistry, P], Coroutine[Any, Any, T]]:
-    """The same verb as a coroutine function, which commits the operation."""
+    """Return the verb as a coroutine function that commits the verb's operation."""
 
     @functools.wraps(verb)
     async def call(self: AsyncTaskRegistry, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -70,10 +70,10 @@ class AsyncTaskRegistry(LedgerReader):
     """A :class:`taskstore.TaskRegistry` for one event loop.
 
     ``async with AsyncTaskRegistry.open(url) as registry:``.  Verbs are
-    awaited; lookups (``get``, ``find``, ``list``, …) are not.  After a
-    cancelled wait, the change is committed completely or not at all.  Hooks are
-    called in order, in threads other than the loop's.  A verb returns after the
-    hooks were called with its event, unless an earlier event is being delivered.
+    awaited; lookups (``get``, ``find``, ``list``, …) are not awaited.  If the wait
+    for a verb is cancelled, its change is committed completely or not at all.  Hooks
+    are called in order, never in the event loop's thread.  A verb returns after the
+    hooks received its event, unless an earlier event is still being delivered.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class AsyncTaskRegistry(LedgerReader):
         self._wake_scheduled = False
         self._delivering = False
         self._closing: asyncio.Future[None] | None = None
-        # Separate pools: waits for commits and hooks do not block other calls.
+        # The pools are separate: waits for commits, and hooks, do not block other calls.
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="taskstore-aio")
         self._commit_waiter = CommitWaiter(self._loop)
         self._hook_thread = ThreadPoolExecutor(1, thread_name_prefix="taskstore-hooks")
@@ -111,7 +111,7 @@ class AsyncTaskRegistry(LedgerReader):
     ) -> RegistryOpener[Self]:
         """Open the ledger at a URL and load it: see :meth:`taskstore.TaskRegistry.open`.
 
-        ``await`` the result, or use it in an ``async with``, which also closes it.
+        ``await`` the result, or use it in an ``async with``, which also closes the registry.
         """
         make_store = functools.partial(
             open_store,
@@ -190,7 +190,7 @@ class AsyncTaskRegistry(LedgerReader):
         """Make all changes in the ``async with`` body one commit: all or nothing.
 
         A batch belongs to the current asyncio task, and to the tasks that it starts in
-        the body, until the body ends.  Otherwise as :meth:`taskstore.TaskRegistry.batch`.
+        the body, until the body ends.  For the rest see :meth:`taskstore.TaskRegistry.batch`.
         """
         outer = self._batch
         batch = self._new_batch(outer)
@@ -208,7 +208,7 @@ class AsyncTaskRegistry(LedgerReader):
     # -- the journal ------------------------------------------------------------
 
     async def refresh(self) -> int:
-        """Apply the commits of other processes to memory; returns its last seq."""
+        """Apply the commits of other processes to memory; returns the last seq in memory."""
         self._check_open()
         await self._in_thread(self._committer.refresh)
         return self._cache.seq
@@ -216,10 +216,10 @@ class AsyncTaskRegistry(LedgerReader):
     async def changes(
         self, after: int | str = 0, wait: float | None = None
     ) -> AsyncIterator[JournalEntry]:
-        """Iterate the journal entries after a seq, or an entry's ``cursor``, and end.
+        """Yield the journal entries after a seq, or an entry's ``cursor``, up to the head.
 
-        With ``wait`` it ends when no entry has come for this many seconds.
-        Errors as in :meth:`taskstore.TaskRegistry.changes`, at the first step.
+        With ``wait``, ends after this many seconds without an entry.  The first step
+        raises the errors of :meth:`taskstore.TaskRegistry.changes`.
         """
         self._check_open()
         journal = history.journal_of(self._store, "changes")
@@ -235,7 +235,7 @@ class AsyncTaskRegistry(LedgerReader):
                     self._check_open()
                 deadline = self._loop.time() + (wait or 0)
             left = max(0.0, deadline - self._loop.time())
-            # Each poll interval, it checks that the journal has the same history.
+            # After each poll interval, next_page() checks that the journal was not replaced.
             if wait is None or (
                 not await self._commit_waiter.wait_for(
                     journal, reader.position.seq, min(left, POLL_INTERVAL_S)
@@ -258,8 +258,8 @@ class AsyncTaskRegistry(LedgerReader):
     def follow(self) -> AsyncFollower:
         """Start a follower: see :meth:`taskstore.TaskRegistry.follow`.
 
-        Its thread calls the hooks for commits of other processes.  End it with an
-        ``async with``, or with ``stop()``, which does not wait for the thread.
+        The follower's thread calls the hooks for commits of other processes.  An ``async
+        with`` ends the follower.  So does ``stop()``, which does not wait for the thread.
         """
         return self._start_follower(AsyncFollower)
 
@@ -267,12 +267,12 @@ class AsyncTaskRegistry(LedgerReader):
 
     async def close(self) -> None:
         """Commit changes in progress, then close the registry, and the store if :meth:`open`
-        made it.  May be repeated; if cancelled, it continues in the background."""
+        opened it.  May be called more than once; if cancelled, continues in the background."""
         if self._closing is None:
             self._closed = True
             closed = StoreClosedError(f"the registry over {self._store.location} is closed")
             self._commit_waiter.close(closed)
-            # One call in a thread, so that a cancellation cannot interrupt it.
+            # A cancellation cannot interrupt this call, because it runs in a thread.
             self._closing = self._loop.run_in_executor(self._threads, self._shut_down)
             self._closing.add_done_callback(self._stop_threads)
         await asyncio.shield(self._closing)
@@ -301,7 +301,7 @@ class AsyncTaskRegistry(LedgerReader):
         return None if batch is None or batch.closed else batch
 
     def _reload(self) -> None:
-        """Do nothing: a lookup does not wait for the store.  The next change reloads."""
+        """Do nothing: a lookup must not wait for the store.  The next change reloads memory."""
 
     def _lookups(self) -> Lookups:
         batch = self._batch
@@ -315,10 +315,10 @@ class AsyncTaskRegistry(LedgerReader):
             with self._cache.lock:
                 return batch.add(operation)
         if asyncio.get_running_loop() is not self._loop:
-            # Raised before the commit: this loop could not wait for its end.
+            # Raised before the commit, because this event loop cannot wait for the commit.
             raise TaskStoreError(
                 f"the registry over {self._store.location} belongs to another event loop",
-                hint="open one in each event loop",
+                hint="open a registry in each event loop",
             )
         done: asyncio.Future[None] = self._loop.create_future()
         request = self._committer.submit(operation, functools.partial(self._notify_done, done))
@@ -335,16 +335,16 @@ class AsyncTaskRegistry(LedgerReader):
         return await self._commit(ChangeRun(run, make_operation()))
 
     def _notify_done(self, done: asyncio.Future[None]) -> None:
-        """Wake the loop, once per group of ended requests.  Called in the writer thread."""
+        """Wake the event loop once per group of done requests.  Called in the writer thread."""
         self._done.append(done)
         if not self._wake_scheduled:
             self._wake_scheduled = True
-            # A closed loop has no waiting coroutines.
+            # A closed event loop has no waiting coroutines.
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._process_done)
 
     def _process_done(self) -> None:
-        """Resume the coroutines whose request is done, after the delivery of its events."""
+        """Deliver the queued events, then resume the coroutines whose requests are done."""
         self._wake_scheduled = False
         done = []
         while self._done:
@@ -361,7 +361,7 @@ class AsyncTaskRegistry(LedgerReader):
         def delivered(_: object) -> None:
             self._delivering = False
             _resolve(done)
-            # Events queued since then must not wait for the next change.
+            # Events queued during the delivery must not wait for the next change.
             if self._hooks.events and not self._closed:
                 self._deliver_events(())
 
@@ -381,17 +381,17 @@ def _resolve(done: Iterable[asyncio.Future[None]]) -> None:
 
 
 def _close_abandoned(opening: asyncio.Future[TaskRegistryStore]) -> None:
-    """Close a store whose opener was cancelled, off the event loop's thread."""
+    """Close a store in a new thread, because the call that opened it was cancelled."""
     if not opening.cancelled() and opening.exception() is None:
         threading.Thread(target=opening.result().close, name="taskstore-closing").start()
 
 
 class AsyncFollower(Follower):
     """A follower that does not block the event loop: ``async with`` waits for its thread,
-    ``stop()`` does not."""
+    ``stop()`` does not wait."""
 
     def stop(self) -> None:
-        """Ask the thread to end.  May be repeated, and called in a hook."""
+        """Ask the thread to end.  May be called by a hook, and more than once."""
         self.request_stop()
 
     async def __aenter__(self) -> Self:
@@ -403,7 +403,7 @@ class AsyncFollower(Follower):
 
 
 class RegistryOpener(Coroutine[Any, Any, R], AbstractAsyncContextManager[R]):
-    """The opening of a registry: ``await`` it, or use ``async with``, which also closes it."""
+    """Opens a registry: ``await`` it, or use ``async with``, which also closes the registry."""
 
     def __init__(self, opening: Coroutine[Any, Any, R]) -> None:
         self._opening = opening
@@ -412,15 +412,15 @@ class RegistryOpener(Coroutine[Any, Any, R], AbstractAsyncContextManager[R]):
         return self._opening.__await__()
 
     def send(self, value: Any) -> Any:
-        """As for any coroutine."""
+        """Resume the coroutine with a value."""
         return self._opening.send(value)
 
     def throw(self, *error: Any) -> Any:
-        """As for any coroutine."""
+        """Raise an exception in the coroutine."""
         return self._opening.throw(*error)
 
     def close(self) -> None:
-        """As for any coroutine."""
+        """End the coroutine."""
         self._opening.close()
 
     async def __aenter__(self) -> R:
@@ -434,7 +434,7 @@ class RegistryOpener(Coroutine[Any, Any, R], AbstractAsyncContextManager[R]):
 class CommitWaiter:
     """The coroutines of one event loop that wait for commits of one journal.
 
-    While a coroutine waits, a thread waits for the next commit, a slice at a time.
+    While a coroutine waits, a thread waits for the next commit, in short slices.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -446,7 +446,7 @@ class CommitWaiter:
         self._closed: Exception | None = None
 
     async def wait_for(self, journal: SupportsJournal, after: int, seconds: float) -> bool:
-        """Wait until the head exceeds ``after``, at most ``seconds``; returns whether it does."""
+        """Wait at most ``seconds``; return whether the head exceeds ``after``."""
         if self._closed is not None:
             raise self._closed
         if self._poller is None:
@@ -466,7 +466,7 @@ class CommitWaiter:
         return True
 
     def close(self, error: Exception) -> None:
-        """End each wait, also a later one, with ``error``."""
+        """Raise ``error`` in each current and later wait."""
         self._closed = error
         self._fail(error)
         self._thread.shutdown(wait=False)
@@ -474,15 +474,15 @@ class CommitWaiter:
     async def _poll(self, journal: SupportsJournal) -> None:
         try:
             while self._waiters:
-                # A coroutine that starts to wait during this call returns at once if its
-                # seq is below this head; otherwise a later head wakes it.
+                # If a coroutine starts to wait during this call, ``wait_for`` returns at once
+                # if ``self._head`` is above its seq.  Otherwise a later head wakes the coroutine.
                 self._head = await self._loop.run_in_executor(
                     self._thread, _next_head, journal, self._head
                 )
                 for waiter, after in self._waiters.items():
                     if self._head > after and not waiter.done():
                         waiter.set_result(None)
-        except Exception as error:  # noqa: BLE001 - raised by each waiting coroutine
+        except Exception as error:  # noqa: BLE001 - each waiting coroutine raises it
             self._fail(error)
         finally:
             self._poller = None
@@ -496,6 +496,6 @@ class CommitWaiter:
 
 
 def _next_head(journal: SupportsJournal, head: int) -> int:
-    """The head, as soon as it exceeds ``head``, or after a slice."""
+    """Wait at most one slice until the journal's head exceeds ``head``; return the new head."""
     journal.wait_for(head, history.WAIT_SLICE_S)
     return journal.head()

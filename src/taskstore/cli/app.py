@@ -86,7 +86,7 @@ def options(
             "--url",
             metavar="URL",
             envvar=URL_VARIABLE,
-            help="The ledger; the option may also follow the command.",
+            help="The URL of the ledger; the option may also follow the command.",
             show_default=False,
         ),
     ] = None,
@@ -106,7 +106,7 @@ def options(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: ``sys.argv``); return the exit status."""
     _prepare_streams()
-    # A store's notices are printed from its report, so their log output is dropped.
+    # The commands print the notices of a store's report, so the log output is dropped.
     if not (logger := logging.getLogger("taskstore")).handlers:
         logger.addHandler(logging.NullHandler())
     try:
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader closed the pipe.  Without this, Python prints an error at exit.
+        # The reader closed the pipe.  Without the null device, Python prints an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     return status
@@ -141,7 +141,7 @@ def _invoke(arguments: list[str]) -> int:
         print_error(f"{error.strerror or error}{where}")
         return ERROR
     except Exception as error:
-        # The module of the usage errors depends on Typer's version.
+        # Typer's versions define usage errors in different modules, so no class is named here.
         if hasattr(error, "format_message"):
             if message := error.format_message():  # empty if the help was printed instead
                 context = getattr(error, "ctx", None)
@@ -150,14 +150,14 @@ def _invoke(arguments: list[str]) -> int:
             return USAGE
         if DEBUG_VARIABLE in os.environ:
             raise
-        report = f"please report it; {DEBUG_VARIABLE}=1 prints the traceback"
+        report = f"please report this error; {DEBUG_VARIABLE}=1 prints the traceback"
         print_error(f"unexpected {type(error).__name__}: {error} ({report})")
         return ERROR
     return status if isinstance(status, int) else OK
 
 
 def exit_status_of(error: TaskStoreError) -> int:
-    """The exit status for an error of the store."""
+    """Return the exit status for an error of the store."""
     if isinstance(error, TaskNotFound | InvalidTransition | CursorExpiredError):
         return FAILED
     if isinstance(error, Misuse | ValidationError | BackendNotFoundError | UnsupportedError):
@@ -172,10 +172,10 @@ def print_error(text: str) -> None:
 
 
 def _prepare_streams() -> None:
-    """Open the file descriptors 0, 1 and 2 if they are closed, and accept any character.
+    """Open closed file descriptors 0, 1 and 2, and let the output streams accept any text.
 
-    If one of them were closed, the next opened file (for example the database) would
-    get its number, and output would be written into that file.
+    If a descriptor stayed closed, the next opened file (for example the database)
+    would get the same number, and output would be written into this file.
     """
     for number in range(3):
         try:

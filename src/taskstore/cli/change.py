@@ -26,17 +26,17 @@ from taskstore.stores.common.retry import Backoff
 _T = TypeVar("_T")
 
 MAX_ATTEMPTS = 20
-"""How often a change is attempted when it conflicts with other writers."""
+"""The maximum number of attempts of a change that conflicts with other writers."""
 
 
 def cancel(
     ctx: typer.Context,
     token: Token,
     *,
-    reason: Annotated[str | None, typer.Option(help="Stored as the task's error.")] = None,
+    reason: Annotated[str | None, typer.Option(help="This becomes the task's error.")] = None,
     url: Url = None,
 ) -> None:
-    """Record a task as cancelled. No process is stopped: its runner must check the record."""
+    """Record a task as cancelled. No process is stopped: the runner must check the record."""
     with ledger.open_existing(url_of(ctx, url)) as store:
         task_id = find_one(store, token, status=ACTIVE_STATUSES).task_id
         record = change(store, task_id, lifecycle.cancel(reason))
@@ -55,19 +55,19 @@ def notify(
 ) -> None:
     """Set when a task's owner is notified."""
     with ledger.open_existing(url_of(ctx, url)) as store:
-        task_id = find_one(store, token).task_id
-        record = change(store, task_id, lifecycle.notify(policy))
-    render.print_line(f"{render.escape_controls(record.task_id)} notifies {record.notify_policy}")
+        record = change(store, find_one(store, token).task_id, lifecycle.notify(policy))
+    task_id = render.escape_controls(record.task_id)
+    render.print_line(f"the notify policy of {task_id} is {record.notify_policy}")
 
 
 def delete(
     ctx: typer.Context,
     token: Token,
     *,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     url: Url = None,
 ) -> None:
-    """Delete a task's record. Its text stays in the journal until compaction trims it."""
+    """Delete a task's record. The text stays in the journal until compaction trims the entries."""
     with ledger.open_existing(url_of(ctx, url)) as store:
         record = find_one(store, token)
         if not yes:
@@ -85,8 +85,8 @@ def change(
 ) -> TaskRecord:
     """Apply a pure function to one record, store the result and return it.
 
-    ``known`` is the last known record; it saves the first read.  After a conflict
-    with another writer, the function runs again on the current record.
+    ``known`` is the last known record, which the first attempt uses instead of a read.
+    After a conflict with another writer, the function runs again on the current record.
     """
 
     def attempt() -> TaskRecord:
@@ -94,7 +94,7 @@ def change(
         record, known = known or ledger.get(store, task_id), None
         after = mutation(record, store.clock())
         if after is not record:
-            # The function may take several lifecycle steps; the store takes one revision.
+            # The function may add several revisions; the store accepts exactly one.
             after = replace(after, revision=record.revision + 1)
             store.apply([Put(after)])
         return after
@@ -122,8 +122,8 @@ def _retry_conflicts(attempt: Callable[[], _T]) -> _T:
 def find_one(store: TaskRegistryStore, token: str, **preferred: Any) -> TaskRecord:
     """Return the one task that a token names.
 
-    If a token names several tasks, exactly one of them must have the preferred
-    fields; otherwise the token is refused.
+    If a token names several tasks, exactly one of these tasks must have the
+    preferred field values; otherwise the function raises :class:`Misuse`.
     """
     match = ledger.find(store, token)
     if not match.ambiguous:
@@ -134,19 +134,19 @@ def find_one(store: TaskRegistryStore, token: str, **preferred: Any) -> TaskReco
         if len(matching) == 1:
             return matching[0]
     raise Misuse(
-        f"{token!r} names several tasks; give the id of one", hint=match.list_command(token)
+        f"{token!r} names several tasks; give the id of one task", hint=match.list_command(token)
     )
 
 
 def confirm(question: str) -> None:
-    """Ask on the terminal; without a terminal, ``--yes`` is required."""
+    """Ask the question on the terminal; without a terminal, ``--yes`` is required."""
     if not sys.stdin.isatty():
-        raise Misuse("there is no terminal for a confirmation", hint="confirm with --yes")
+        raise Misuse("there is no terminal to ask for confirmation", hint="confirm with --yes")
     typer.confirm(render.escape_controls(question), abort=True, err=True)
 
 
 def _process_hint(record: TaskRecord) -> str | None:
-    """Describe the process that ``taskstore run`` stored in a record, if it may be alive."""
+    """Describe the ``taskstore run`` process of a record, if this process may be alive."""
     metadata = record.metadata
     pid, host = metadata.get("pid"), metadata.get("host")
     if record.runtime != "cli" or type(pid) is not int or pid <= 1:
@@ -155,7 +155,7 @@ def _process_hint(record: TaskRecord) -> str | None:
         return f"pid {pid} on {host}"
     if not is_alive(pid):
         return None
-    return f"kill {pid} stops it and its command"
+    return f"kill {pid} stops this process and its command"
 
 
 def is_alive(pid: object) -> bool:

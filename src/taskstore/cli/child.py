@@ -1,8 +1,8 @@
-"""A child process whose output is copied, and the last line of its output.
+"""The child process that runs a command: output, last line and signals.
 
-The command runs in a session of its own, so that one signal reaches it and its
-child processes.  The command has ended when it has exited and no process has its
-output open, as in a shell's pipeline.
+The command runs in a session of its own, so that one signal reaches the command and
+its child processes.  The command has ended when it has exited and no process has the
+command's output open.  A shell's pipeline ends in the same way.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ POLL_S = 0.2
 """How often to poll whether a signaled process group has ended."""
 
 MAX_LINE_BYTES = 4 * SUMMARY_BYTES
-"""The examined length of a line: enough for a summary after colours are removed."""
+"""How many bytes of a line are used: enough for a summary after colours are removed."""
 
 CHUNK_BYTES = 64 * 1024
 OUT, ERR = 1, 2
 
-# CSI, OSC and the other string sequences, and the two-character ones (ECMA-48).
+# Escape sequences of ECMA-48: CSI, OSC and other strings, and two-character sequences.
 _ESCAPE_SEQUENCES = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_].*?(?:\x07|\x1b\\|\Z)|\x1b[ -/]*[0-~]", re.DOTALL
 )
 
 
 class SignalQueue:
-    """A pipe of bytes on which the main thread waits: signal numbers, and ``CLOSED``."""
+    """A pipe from which the main thread reads bytes: signal numbers and ``CLOSED``."""
 
     def __init__(self) -> None:
         reading, writing = os.pipe()
@@ -58,7 +58,7 @@ class SignalQueue:
         self.writing = os.fdopen(writing, "wb", 0)
 
     def put(self, item: int) -> None:
-        """Add an item, from any thread; a closed queue ignores it."""
+        """Add an item, from any thread; a closed queue ignores the item."""
         with contextlib.suppress(ValueError):
             self.writing.write(bytes([item]))
 
@@ -75,12 +75,12 @@ class SignalQueue:
 
 @contextlib.contextmanager
 def forwarded_signals() -> Iterator[SignalQueue]:
-    """Queue forwarded signals and SIGCHLD; ignored signals stay ignored.
+    """Queue SIGCHLD and the signals to forward; signals that were ignored stay ignored.
 
     A Python signal handler runs only when the main thread executes bytecode.  If
     a signal arrives just before the main thread waits, or in another thread, the
-    handler runs too late.  The interpreter therefore writes the signal's number
-    into the queue's pipe at once.
+    handler runs too late to end the wait.  The interpreter therefore writes the
+    signal's number into the queue's pipe at once.
     """
     with contextlib.closing(SignalQueue()) as queue:
         wakeup_before = signal.set_wakeup_fd(queue.writing.fileno())
@@ -100,11 +100,11 @@ def forwarded_signals() -> Iterator[SignalQueue]:
 def running_child(
     argv: Sequence[str], queue: SignalQueue, on_line: Callable[[str], object]
 ) -> Iterator[Child]:
-    """Start a command; kill it at the end of the block if it is still running.
+    """Start a command; kill the command at the end of the block if it is still running.
 
-    ``on_line`` is called from other threads with the summary of each last line.
+    Other threads call ``on_line`` with the summary of each new last line.
     """
-    process = subprocess.Popen(  # noqa: S603 (its purpose is to run the given command)
+    process = subprocess.Popen(  # noqa: S603 (the user gives the command to run)
         argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, start_new_session=True
     )
     child = Child(process, queue)
@@ -130,13 +130,13 @@ class Child:
         self._gone = False
 
     def wait(self, *, timeout_s: float, grace_s: float) -> tuple[int, int | None]:
-        """Wait until the command has ended; stop it at the timeout or at a signal.
+        """Wait until the command has ended; stop the command at the timeout or at a signal.
 
-        The process group gets the signal (SIGTERM at the timeout).  It gets SIGKILL
-        after ``grace_s`` seconds or at a second signal.  When the group has ended,
-        another process that has the output open gets ``KILL_TIMEOUT_S`` seconds.
-        Returns the return code as :mod:`subprocess` defines it, and why the command
-        was stopped: ``TIMEOUT``, a signal number, or ``None``.
+        The process group gets the signal (SIGTERM at the timeout).  The group gets SIGKILL
+        after ``grace_s`` seconds or at a second signal.  If the group has ended but another
+        process has the output open, the method waits ``KILL_TIMEOUT_S`` seconds more.
+        Returns the return code as :mod:`subprocess` defines it, and the reason for
+        the stop: ``TIMEOUT``, a signal number, or ``None`` if the command ended by itself.
         """
         deadline = time.monotonic() + timeout_s
         streams, cause, killed = 2, None, False
@@ -158,24 +158,24 @@ class Child:
                 killed, deadline = True, time.monotonic() + KILL_TIMEOUT_S
                 self.send(signal.SIGKILL)
             elif item == TIMEOUT:
-                break  # SIGKILL did not end it, or another session has its output open
+                break  # SIGKILL had no effect, or another session has the output open
         if cause is not None and not killed:
-            self.send(signal.SIGKILL)  # for processes of the group that outlived the leader
+            self.send(signal.SIGKILL)  # processes of the group may outlive the leader
         returncode = self._process.poll()
         return -signal.SIGKILL if returncode is None else returncode, cause
 
     def send(self, number: int) -> None:
         """Send a signal to the process group of the command.
 
-        The kernel does not reuse the group's number while the leader is not reaped
-        or a process is in the group.  After the group was missing once, no signal is
-        sent to that number.
+        The kernel may reuse the group's number after the leader was reaped and the last
+        process of the group has ended.  After the kernel has reported that the group
+        does not exist, the method sends no more signals.
         """
         if not self._gone:
             try:
                 os.killpg(self.pid, number)
                 if number in FORWARDED:
-                    os.killpg(self.pid, signal.SIGCONT)  # a stopped process must get it too
+                    os.killpg(self.pid, signal.SIGCONT)  # a stopped process handles no signals
             except ProcessLookupError:
                 self._gone = True
             except PermissionError:
@@ -191,8 +191,8 @@ class Child:
 def _copy_stream(
     source: IO[bytes], sink: int, queue: SignalQueue, on_line: Callable[[str], object]
 ) -> None:
-    """Copy one stream as it arrives.  If the sink is closed, close the source: the command
-    then gets SIGPIPE, as it would without the recorder."""
+    """Copy one stream as its data arrives.  If the sink is closed, close the source.  The
+    command then gets SIGPIPE, as the command would without ``taskstore run``."""
     last = LastLine()
     with source, contextlib.suppress(OSError):
         while chunk := source.read(CHUNK_BYTES):
@@ -205,7 +205,7 @@ def _copy_stream(
 
 
 def _write_all(sink: int, chunk: bytes) -> None:
-    """Write a whole chunk, also to a non-blocking descriptor."""
+    """Write a whole chunk; the descriptor may be non-blocking."""
     rest = memoryview(chunk)
     while rest:
         try:
@@ -215,7 +215,7 @@ def _write_all(sink: int, chunk: bytes) -> None:
 
 
 def summarize_line(line: bytes) -> str:
-    """Return a line of output as a summary: without colours and controls, of limited size."""
+    """Return a summary of an output line, without colours and control characters."""
     text = " ".join(_ESCAPE_SEQUENCES.sub("", line.decode(errors="replace")).split())
     printable = (char for char in text if unicodedata.category(char) not in ("Cc", "Cs"))
     return " ".join("".join(printable).encode()[:SUMMARY_BYTES].decode(errors="ignore").split())
@@ -224,7 +224,7 @@ def summarize_line(line: bytes) -> str:
 class LastLine:
     """Finds the last line of a byte stream; a carriage return ends a line too.
 
-    Memory is bounded for lines of any length.
+    The memory use is bounded, also for very long lines.
     """
 
     def __init__(self) -> None:

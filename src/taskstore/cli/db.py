@@ -31,7 +31,7 @@ def upgrade(
     *,
     url: Url = None,
 ) -> None:
-    """Upgrade the schema to a revision; creates a missing ledger."""
+    """Upgrade the schema to a revision. A missing ledger is created."""
     from taskstore.stores.sql import migrate
 
     with _engine(sql_url_of(ctx, url)) as engine:
@@ -45,11 +45,11 @@ def downgrade(
     ctx: typer.Context,
     revision: Annotated[
         str | None,
-        typer.Argument(help="The target revision; base drops the tables. Default: one back."),
+        typer.Argument(help="The target revision; base drops the tables. Default: one step back."),
     ] = None,
     *,
     yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Continue if this drops records or history.")
+        bool, typer.Option("--yes", "-y", help="Downgrade even if this drops records or history.")
     ] = False,
     url: Url = None,
 ) -> None:
@@ -87,7 +87,7 @@ def current(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> 
 
 @app.command()
 def history(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> None:
-    """List all revisions, newest first; --url marks the ledger's revision."""
+    """List all revisions, newest first. With --url, mark the revision of this ledger."""
     from taskstore.stores.sql import migrate
 
     current_revision = None
@@ -115,20 +115,20 @@ def check(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> in
 
 
 def sql_url_of(ctx: typer.Context, url: str | None) -> str:
-    """Return the ledger's URL; refuse a ledger that is not SQL."""
+    """Return the ledger's URL; raise :class:`Misuse` if the ledger is not an SQL ledger."""
     where = url_of(ctx, url)
     scheme = scheme_of(where)
     declared = installed_backends()
     if scheme not in declared:
         raise BackendNotFoundError(scheme, declared)
     if not declared[scheme][0].value.startswith(_SQL):
-        raise Misuse(f"{redacted(where)} is not an SQL ledger: it has no schema")
+        raise Misuse(f"{redacted(where)} is not an SQL ledger, so it has no schema")
     return where
 
 
 @contextmanager
 def _engine(url: str, *, read_only: bool = False) -> Iterator[Engine]:
-    """Open an engine on the ledger; errors of Alembic's commands are raised as ``Misuse``."""
+    """Open the ledger's engine; raise errors of Alembic's commands as :class:`Misuse`."""
     from alembic.util import CommandError
 
     from taskstore.stores.sql import migrate
@@ -143,7 +143,7 @@ def _engine(url: str, *, read_only: bool = False) -> Iterator[Engine]:
 
 
 def _previous_revision(revision: str) -> str:
-    """The revision before another one."""
+    """Return the revision before the given revision."""
     from taskstore.stores.sql import migrate
 
     names = [name for name, _ in migrate.history()] + ["base"]
@@ -154,6 +154,6 @@ def _previous_revision(revision: str) -> str:
 
 def _print_move(before: str | None, after: str | None) -> None:
     if before == after:
-        render.print_line(f"the schema stays at revision {after or 'none'}")
+        render.print_line(f"the schema revision is still {after or 'none'}")
     else:
-        render.print_line(f"the schema is at revision {after or 'none'}, was {before or 'none'}")
+        render.print_line(f"the schema revision is {after or 'none'}; before: {before or 'none'}")

@@ -1,4 +1,4 @@
-"""``taskstore demo``: real commands are recorded, and the results are checked."""
+"""``taskstore demo``: a demonstration that records real commands and checks results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from taskstore.registry import history
 from taskstore.store.opening import open_store, redacted
 
 TASKSTORE = (sys.executable, "-m", "taskstore")
-"""The command line of taskstore, for a process of its own."""
+"""The words that start the command line of taskstore in a new process."""
 
 NO_CHANGE_TIMEOUT_S = 90.0
 """The demo fails if the ledger records no change for this many seconds."""
@@ -54,7 +54,7 @@ class Job(NamedTuple):
     """A command to record, and its expected end.
 
     ``status`` is the expected status in the ledger.  ``exit_status`` is the expected
-    exit status of the recorder (negative: the signal that killed it).
+    exit status of the recorder; if negative, the number of the signal that killed it.
     """
 
     label: str
@@ -69,7 +69,7 @@ CANCELLED, ORPHANED = "cancelled", "orphaned"
 
 
 class DemoFailed(Exception):
-    """The demo found a violated guarantee of taskstore."""
+    """The demo found that taskstore has violated a guarantee."""
 
 
 def demo(
@@ -80,14 +80,15 @@ def demo(
             "--dir",
             file_okay=False,
             writable=True,
-            help="The directory of all files, new or empty. Default: a new temporary one.",
+            help="A new or empty directory for all files. Default: a temporary directory.",
         ),
     ] = None,
     url: Url = None,
 ) -> int:
     """Record commands concurrently, kill a recorder, restart, compact and verify.
 
-    Takes about 15 seconds and checks each step. Exits with 1 if a check fails.
+    The demo takes about 15 seconds and checks each step. If a check fails, the exit
+    status is 1.
     """
     root = Path(tempfile.mkdtemp(prefix="taskstore-demo-") if directory is None else directory)
     root = root.resolve()
@@ -106,14 +107,14 @@ def demo(
     except DemoFailed as error:
         render.print_note(f"DEMO FAILED: {error}; all files are kept in {root}")
         return 1
-    _print_heading(f"All checks passed: {time.monotonic() - started:.1f}s")
+    _print_heading(f"All checks passed in {time.monotonic() - started:.1f}s")
     quoted = shlex.quote(redacted(url))
     render.print_line(NEXT_STEPS.format(url=redacted(url), quoted=quoted, lost=ids[ORPHANED]))
     return 0
 
 
 def jobs(root: Path) -> list[Job]:
-    """Jobs over this Python's standard library, and over a script written into ``root``."""
+    """Return jobs that read Python's standard library and a script written to ``root``."""
     python, library = sys.executable, sysconfig.get_path("stdlib")
     packages = [f"{library}/{name}" for name in ("asyncio", "email", "encodings", "json")]
     script, tar = root / "primes.py", str(root / "library.tar")
@@ -145,7 +146,7 @@ def _record(url: str, root: Path, demo_jobs: Sequence[Job]) -> dict[str, str]:
         _watch(url, head, recorders)
         for job in demo_jobs:
             status = recorders[job.label].wait()
-            problem = f"{job.label!r} exited with {status}, not with {job.exit_status}"
+            problem = f"{job.label!r} exited with status {status}, not {job.exit_status}"
             _check(status == job.exit_status, problem)
     finally:
         for recorder in recorders.values():
@@ -157,7 +158,7 @@ def _record(url: str, root: Path, demo_jobs: Sequence[Job]) -> dict[str, str]:
 def _watch(url: str, head: int, recorders: dict[str, subprocess.Popen[bytes]]) -> None:
     """Show the journal's changes until every command has ended.
 
-    Meanwhile one running command is cancelled, and the recorder of another is killed.
+    Meanwhile the function cancels one running command, and kills another command's recorder.
     """
     from rich.live import Live
 
@@ -182,7 +183,7 @@ def _watch(url: str, head: int, recorders: dict[str, subprocess.Popen[bytes]]) -
                 running -= {record.label}
             if not running and not signals:
                 return
-    raise DemoFailed(f"nothing was recorded for {NO_CHANGE_TIMEOUT_S:g} s")
+    raise DemoFailed(f"the ledger recorded no change for {NO_CHANGE_TIMEOUT_S:g} s")
 
 
 def _restart(url: str, demo_jobs: Sequence[Job], ids: dict[str, str]) -> None:
@@ -194,23 +195,23 @@ def _restart(url: str, demo_jobs: Sequence[Job], ids: dict[str, str]) -> None:
         _check(status is not None, f"task {ids[job.label]} is missing")
         expected = "running" if job.label == ORPHANED else job.status
         _check(status == expected, f"{job.label!r} is {status}, not {expected}")
-    render.print_line(f"{len(ids)} acknowledged, {len(statuses.keys() & ids.values())} found")
-    render.print_line(f"{ORPHANED!r} is still running: its recorder was killed with SIGKILL")
+    render.print_line(f"{len(ids)} tasks acknowledged, {len(statuses.keys() & ids.values())} found")
+    render.print_line(f"{ORPHANED!r} still has the status running: SIGKILL ended its recorder")
 
 
 def _reconcile(url: str, ids: dict[str, str]) -> None:
-    """Mark the task without a recorder as lost, as a host does at its start."""
+    """Mark the task without a recorder as lost, as a host program does when it starts."""
     from taskstore.registry.registry import TaskRegistry
 
-    _print_heading("No process records the end of this task: it is marked lost")
+    _print_heading("No process will record this task's end, so the demo marks the task as lost")
     lost = []
     with TaskRegistry.open(url) as registry:
         for task in registry.active():
             pid = task.metadata.get("pid")
             if task.task_id in ids.values() and not is_alive(pid):
-                registry.mark_lost(task.task_id, error=f"its recorder, pid {pid}, is gone")
+                registry.mark_lost(task.task_id, error=f"its recorder, pid {pid}, has ended")
                 lost.append(task.task_id)
-    _check(lost == [ids[ORPHANED]], f"the lost tasks are {lost}")
+    _check(lost == [ids[ORPHANED]], f"the tasks marked as lost are {lost}, not {ids[ORPHANED]}")
     _run_and_print(url, "list", "--status=lost")
 
 
@@ -219,15 +220,15 @@ def _check_history(url: str, task_id: str) -> None:
     answer = _query(url, "log", task_id)
     _check(answer["complete"], "the history does not begin at revision 1")
     last = answer["entries"][-1]["record"]["status"]
-    _check(last == "lost", f"the history ends with {last}")
+    _check(last == "lost", f"the history ends with the status {last}, not lost")
     _run_and_print(url, "log", task_id, last=8)
 
 
 def _compact_and_verify(url: str) -> None:
-    _print_heading("Compaction folds the journal into a snapshot without changing the answers")
+    _print_heading("Compaction folds the journal into a snapshot and changes no query result")
     before = _query(url, "list", "--limit=1000")["tasks"]
     _run_and_print(url, "compact")
-    _check(before == _query(url, "list", "--limit=1000")["tasks"], "answers have changed")
+    _check(before == _query(url, "list", "--limit=1000")["tasks"], "compaction changed a result")
     _run_and_print(url, "verify")
 
 
@@ -258,7 +259,7 @@ def _query(url: str, *words: str) -> Any:
 
 
 def _run_and_print(url: str, *words: str, last: int | None = None) -> None:
-    """Run a command; print it and its output, or the last lines of the output."""
+    """Run a command; print the command and its output, or only the ``last`` lines."""
     tail = "" if last is None else f" | tail -n {last}"
     render.print_line(f"$ taskstore {shlex.join(words)}{tail}")
     for line in _run(url, *words).splitlines()[-(last or 0) :]:
@@ -269,6 +270,6 @@ def _run(url: str, *words: str) -> str:
     """Run a command of taskstore to its end; return its output."""
     process = _start(url, *words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = (text.decode() for text in process.communicate())
-    problem = f"taskstore {words[0]} exited with {process.returncode}: {err.strip()}"
+    problem = f"taskstore {words[0]} exited with status {process.returncode}: {err.strip()}"
     _check(process.returncode == 0, problem)
     return out

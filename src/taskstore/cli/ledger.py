@@ -1,9 +1,9 @@
-"""Common options of all commands, and access to a ledger without loading it.
+"""Common options of the commands, and access to single records of a ledger.
 
-A command reads or changes a few records and ends.  A
-:class:`~taskstore.TaskRegistry` would first load the whole ledger, at a cost
-proportional to its size.  The commands apply the same pure lifecycle functions
-as the registry, and the store's compare-and-set excludes other writers.
+A command reads or changes a few records and ends, so it uses the store directly.
+A :class:`~taskstore.TaskRegistry` would first load the whole ledger, which takes
+longer for a larger ledger.  The commands apply the same pure lifecycle functions as
+the registry.  The store's compare-and-set detects changes by other writers.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from taskstore.store.interface import SupportsQuery, TaskRegistryStore
 from taskstore.store.opening import default_url, open_store
 
 URL_VARIABLE = "TASKSTORE_URL"
-"""The environment variable that names the ledger if ``--url`` is missing."""
+"""The environment variable with the ledger's URL, used if ``--url`` is missing."""
 
 PAGE_RECORDS = 1000
-"""The page size when all records are read."""
+"""The number of records per page when a command reads all records."""
 
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhdw])?\Z")
@@ -38,8 +38,8 @@ Url = Annotated[
     typer.Option(
         "--url",
         metavar="URL",
-        help=f"The ledger, such as sqlite:///tasks.db. Default: {URL_VARIABLE}, "
-        "else SQLite in your state directory.",
+        help=f"The URL of the ledger, such as sqlite:///tasks.db. Default: {URL_VARIABLE}, "
+        "else an SQLite file in your state directory.",
         show_default=False,
     ),
 ]
@@ -51,11 +51,11 @@ Token = Annotated[
 
 
 class Misuse(TaskStoreError):
-    """Wrong usage of a command; the message gives the reason, ``hint`` a correct usage."""
+    """Wrong usage of a command.  The message gives the reason; ``hint`` shows a correct usage."""
 
 
 def url_of(ctx: typer.Context, url: str | None) -> str:
-    """The ledger's URL: from after the command, before it, the environment, the default."""
+    """Return the URL: ``--url`` after the command or before it, the environment, the default."""
     if url is None:
         url = ctx.find_root().params.get("url")
     return default_url() if url is None else url
@@ -80,7 +80,8 @@ def parse_positive_duration(text: str) -> float:
 def parse_time(text: str) -> int:
     """Parse a time into Unix milliseconds.
 
-    The text is ISO 8601 (UTC without a zone), Unix milliseconds, or an age: ``2h``.
+    The text is ISO 8601 (in UTC if it has no zone), Unix milliseconds, or an age such
+    as ``2h``.
     """
     text = text.strip()
     if text.isdecimal():
@@ -106,13 +107,13 @@ def open_reader(url: str) -> TaskRegistryStore:
 
 
 def open_existing(url: str) -> TaskRegistryStore:
-    """Open an existing ledger for changes; a mistyped URL creates nothing."""
+    """Open an existing ledger for changes; raise for a missing ledger, and do not create it."""
     open_reader(url).close()
     return open_store(url, migrate="never")
 
 
 def run_query(store: TaskRegistryStore, query: TaskQuery) -> Page:
-    """Run a query in the store, or over its snapshot if the store has no queries."""
+    """Run a query in the store, or over a snapshot if the store does not support queries."""
     if isinstance(store, SupportsQuery):
         return store.query(query)
     snapshot = store.load_snapshot()
@@ -135,13 +136,13 @@ class TokenMatch(NamedTuple):
     ambiguous: bool
 
     def list_command(self, token: str) -> str:
-        """The command that lists all tasks that the token names."""
+        """Return the command that lists all tasks that the token names."""
         option = "--run" if self.field == "run_id" else "--session"
         return f"taskstore list {option} {shlex.quote(token)}"
 
 
 def find(store: TaskRegistryStore, token: str) -> TokenMatch:
-    """Return the task with this id, else a task of this run, else of this session.
+    """Return the task with this id, else a task of this run, else a task of this session.
 
     For a run or session, returns the newest active task, else the newest task.
     Raises :class:`~taskstore.TaskNotFound`.
@@ -161,7 +162,7 @@ def find(store: TaskRegistryStore, token: str) -> TokenMatch:
 def count(store: TaskRegistryStore) -> Summary:
     """Count the tasks by status and runtime, page by page.
 
-    Tasks created during the count are not included; ``seq`` is the head at its start.
+    Tasks created during the count are not included; ``seq`` is the head when the count starts.
     """
     statuses, runtimes = Counter[str](), Counter[str]()
     page = run_query(store, TaskQuery(limit=PAGE_RECORDS))

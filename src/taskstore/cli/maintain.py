@@ -19,7 +19,7 @@ from taskstore.cli import ledger, render
 from taskstore.cli.ledger import AsJson, Misuse, Url, url_of
 from taskstore.cli.read import open_for_reading
 from taskstore.errors import UnsupportedError
-from taskstore.model.policies import CompactionPolicy
+from taskstore.model.compaction_policy import CompactionPolicy
 from taskstore.registry.compactor import compact as compact_store
 from taskstore.store import opening
 from taskstore.store.interface import (
@@ -47,7 +47,7 @@ def compact(
     ctx: typer.Context,
     *,
     if_due: Annotated[
-        bool, typer.Option("--if-due", help="Compact only if the compaction policy demands it.")
+        bool, typer.Option("--if-due", help="Compact only if compaction is due.")
     ] = False,
     keep_days: Annotated[
         float | None,
@@ -64,7 +64,7 @@ def compact(
     as_json: AsJson = False,
     url: Url = None,
 ) -> None:
-    """Fold the journal into a snapshot, and trim entries older than the history to keep."""
+    """Fold the journal into a snapshot, and trim the entries that are too old to keep."""
     if erase_deleted and (if_due or keep_days is not None):
         raise Misuse("--erase-deleted cannot be combined with --if-due or --keep-days")
     policy = CompactionPolicy()
@@ -90,18 +90,18 @@ def compact(
 
 
 def verify(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> int:
-    """Check the ledger: contiguous seqs, checksums, and the journal folds to the records."""
+    """Check that the seqs are contiguous, checksums match, and the journal folds to the records."""
     with open_for_reading(ctx, url) as store:
         if not isinstance(store, SupportsIntegrity):
             raise UnsupportedError(f"{store.location}: this backend has no integrity check")
         report = store.verify()
-    whole = "whole" if report.ok else f"NOT whole: {len(report.problems)} problems"
+    verdict = "whole" if report.ok else f"NOT whole: {len(report.problems)} problems"
     counts = f"{report.records} records, {report.entries} journal entries, seq {report.seq}"
-    return render.print_check(as_json, {"ok": report.ok, **asdict(report)}, f"{whole}: {counts}")
+    return render.print_check(as_json, {"ok": report.ok, **asdict(report)}, f"{verdict}: {counts}")
 
 
 def backends(*, as_json: AsJson = False) -> None:
-    """List the installed backends, and whether they are usable."""
+    """List the installed backends, and show whether each backend is usable."""
     members = [
         _describe(entry)
         for _, entries in sorted(opening.installed_backends().items())
@@ -122,11 +122,11 @@ def backends(*, as_json: AsJson = False) -> None:
 
 
 def _describe(entry: EntryPoint) -> dict[str, Any]:
-    """Describe a declared backend; imports it and its driver."""
+    """Import a declared backend and its driver, and describe the backend."""
     abilities, problem = None, None
     try:
         abilities = _abilities(entry.load())
-        _, _, driver = entry.name.partition("+")  # as in postgresql+psycopg
+        _, _, driver = entry.name.partition("+")  # a scheme such as postgresql+psycopg
         if driver:
             importlib.import_module(driver)
     except Exception as error:  # noqa: BLE001 (a third-party module may raise anything)
@@ -142,7 +142,7 @@ def _describe(entry: EntryPoint) -> dict[str, Any]:
 
 
 def _abilities(opener: Any) -> list[str] | None:
-    """The abilities of the store class that a callable returns; ``None`` if not annotated."""
+    """The abilities of the store class that a callable returns; ``None`` without annotation."""
     returned = get_type_hints(opener).get("return")
     if not isinstance(returned, type) or returned is TaskRegistryStore:
         return None
@@ -158,18 +158,18 @@ LEVELS = (
     "shared",
     "crash-safe",
 )
-"""The levels of the contract, in order of output."""
+"""The levels of the contract suite, in output order."""
 
 OUTCOMES = ("passed", "failed", "skipped")
 
 
 def contract(
     url: Annotated[
-        str, typer.Argument(metavar="URL", help="A URL of the backend; its data is not changed.")
+        str, typer.Argument(metavar="URL", help="A backend URL; the suite changes no data there.")
     ],
     *,
     level: Annotated[
-        list[str] | None, typer.Option("--level", help="Only this level; may be repeated.")
+        list[str] | None, typer.Option("--level", help="Run only this level; may be repeated.")
     ] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -199,9 +199,9 @@ def contract(
 
 
 def _run_suite(url: str, levels: list[str]) -> list[dict[str, Any]]:
-    """Run the suite with pytest, without output and without the working directory's config."""
+    """Run the suite with pytest, without output and without the current directory's settings."""
     try:
-        import hypothesis  # noqa: F401 - the suite needs it
+        import hypothesis  # noqa: F401 - the suite imports hypothesis
         import pytest
     except ImportError as error:
         raise UnsupportedError(
@@ -216,7 +216,7 @@ def _run_suite(url: str, levels: list[str]) -> list[dict[str, Any]]:
         report = Path(directory) / "report.json"
         (Path(directory) / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
         arguments = [
-            # The entry point's name prevents a second load; plugin autoload may be off.
+            # Loads the plugin if autoload is off; the entry point's name prevents a second load.
             *("-p", "taskstore", "-p", "no:cacheprovider"),
             *("--pyargs", "taskstore.testing.suite", "-q"),
             *("-c", str(Path(directory) / "pytest.ini"), "--rootdir", directory),
@@ -248,7 +248,7 @@ def _level_verdict(clauses: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _print_failed(failed: list[dict[str, Any]]) -> None:
-    """Print for each failed clause its guarantee and its first error."""
+    """Print the guarantee and the first error of each failed clause."""
     for (level, clause), cases in groupby(
         failed, key=lambda c: (c["level"], c["clause"].partition("[")[0])
     ):

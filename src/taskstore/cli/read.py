@@ -1,6 +1,7 @@
 """Commands that query: list, show, log, summary, changes.
 
-They open the ledger read-only and run their queries in the store, without loading it.
+The commands open the ledger read-only.  Queries run in the store, so a command does not
+load the whole ledger.
 """
 
 from __future__ import annotations
@@ -43,34 +44,34 @@ def list_tasks(
     ctx: typer.Context,
     *,
     status: Annotated[
-        list[TaskStatus] | None, typer.Option(help="Only this status; may be repeated.")
+        list[TaskStatus] | None, typer.Option(help="Only tasks with this status; may be repeated.")
     ] = None,
-    runtime: Annotated[str | None, typer.Option(help="Only this runtime, such as cli.")] = None,
-    owner: Annotated[str | None, typer.Option(help="Only this owner key.")] = None,
+    runtime: Annotated[str | None, typer.Option(help="Only tasks with this runtime.")] = None,
+    owner: Annotated[str | None, typer.Option(help="Only tasks with this owner key.")] = None,
     session: Annotated[
-        str | None, typer.Option(help="Only this child or requester session key.")
+        str | None, typer.Option(help="Only tasks with this child or requester session key.")
     ] = None,
-    run: Annotated[str | None, typer.Option(help="Only this run id.")] = None,
+    run: Annotated[str | None, typer.Option(help="Only tasks with this run id.")] = None,
     since: Annotated[
         int | None,
         typer.Option(
             parser=parse_time,
             metavar="TIME",
-            help="Only tasks created since: 2h, 3d, 2026-01-31T14:00Z or Unix milliseconds.",
+            help="Only tasks created since TIME: 2h, 3d, 2026-01-31T14:00Z or Unix milliseconds.",
         ),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="The maximum number of tasks.")] = 50,
     after: Annotated[
-        str | None, typer.Option(metavar="CURSOR", help="Continue after the previous page.")
+        str | None, typer.Option(metavar="CURSOR", help="Continue after the page with this cursor.")
     ] = None,
     as_json: AsJson = False,
     url: Url = None,
 ) -> None:
     """List tasks, newest first.
 
-    Prints a table on a terminal, otherwise one tab-separated line per task: id,
-    status, runtime, owner, run, created, ended, label, task, latest message.
-    Times are UTC. --json prints one object: tasks, next_cursor, seq.
+    On a terminal, the command prints a table, else one tab-separated line per task:
+    id, status, runtime, owner, run, created, ended, label, task, latest message.
+    Times are UTC. --json prints one object with tasks, next_cursor and seq.
     """
     options: dict[str, Any] = {
         "status": status,
@@ -94,7 +95,7 @@ def list_tasks(
         columns = ("TASK", "STATUS", "AGE", "TOOK", "WHAT")
         render.print_table(columns, map(_table_row, page), stretch="WHAT")
     else:
-        render.print_note("no tasks match")
+        render.print_note("no task matches the options")
     if page.next_cursor is not None:
         next_options = ctx.params | {"after": page.next_cursor, "since": since}
         render.print_note(f"more tasks match; next page: {_next_page_command(next_options)}")
@@ -122,7 +123,7 @@ def _list_line(record: TaskRecord) -> Sequence[str]:
 
 
 def _next_page_command(options: dict[str, Any]) -> str:
-    """The list command with these options, without the URL, which may contain a password."""
+    """The list command with these options.  The URL is omitted: it may contain a password."""
     words = ["taskstore", "list"]
     for name, value in options.items():
         if name not in ("url", "as_json"):
@@ -134,7 +135,8 @@ def _next_page_command(options: dict[str, Any]) -> str:
 def show(ctx: typer.Context, token: Token, *, as_json: AsJson = False, url: Url = None) -> None:
     """Show all fields of one task.
 
-    For a run or session, shows the newest active task, else the newest task.
+    For a run or session, shows the newest active task. If no task is active, shows the
+    newest task.
     """
     with open_for_reading(ctx, url) as store:
         match = ledger.find(store, token)
@@ -149,7 +151,7 @@ def show(ctx: typer.Context, token: Token, *, as_json: AsJson = False, url: Url 
 
 
 def _field_text(name: str, value: Any) -> str:
-    """Format a field's value for reading."""
+    """Format a field's value as readable text."""
     if value is None or value == {}:
         return render.EMPTY
     if name.endswith("_at") or name in ("cleanup_after", "lease_until"):
@@ -191,7 +193,7 @@ def log(ctx: typer.Context, token: Token, *, as_json: AsJson = False, url: Url =
 
 
 def _print_log(rows: Iterable[Sequence[str]]) -> None:
-    """Print one untruncated paragraph per revision, for a terminal."""
+    """Print one paragraph per revision on a terminal, without truncation."""
     last_seq = None
     for seq, at, revision, field, before, after in rows:
         if last_seq != seq:
@@ -202,7 +204,7 @@ def _print_log(rows: Iterable[Sequence[str]]) -> None:
 
 
 def changed_fields(before: JournalEntry | None, entry: JournalEntry) -> dict[str, list[Any]]:
-    """The changed fields of an entry as [before, after]; for the first entry, all set fields."""
+    """Return changed fields as [before, after]; for the first entry, all fields that are set."""
     if entry.record is None:
         return {}
     old = {} if before is None or before.record is None else render.record_members(before.record)
@@ -215,7 +217,7 @@ def changed_fields(before: JournalEntry | None, entry: JournalEntry) -> dict[str
 
 
 def _log_rows(entry: JournalEntry, changed: dict[str, list[Any]]) -> Iterator[list[str]]:
-    """One row per changed field of an entry, and one per changed metadata member."""
+    """Yield one row for each changed field of an entry and each changed metadata member."""
     prefix = [str(entry.seq), render.iso_time(entry.at, precise=True), str(entry.revision)]
     if entry.kind is EntryKind.DELETED:
         yield [*prefix, "deleted", render.EMPTY, render.EMPTY]
@@ -264,11 +266,11 @@ def changes(
         str | None,
         typer.Option(
             metavar="SEQ|CURSOR",
-            help="Only changes after this seq or cursor; head: only new changes. Default: all.",
+            help="Print changes after this seq, cursor or head (new changes only). Default: all.",
         ),
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for new changes.")] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="The maximum number.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The maximum number of changes.")] = None,
     as_json: AsJson = False,
     url: Url = None,
 ) -> None:

@@ -1,7 +1,7 @@
 """Output formats: tables for terminals, tab-separated lines, and JSON.
 
-Text in a ledger is untrusted.  It is not interpreted as Rich markup, and control
-characters are printed as escapes.
+Text in a ledger is untrusted.  Rich does not interpret this text as markup, and
+control characters are printed as escape sequences.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ STYLES = {
     "lost": "magenta",
 }
 _CONTROL_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-_JOINERS = "\u200c\u200d"  # harmless: used in Persian words and emoji
+_JOINERS = "\u200c\u200d"  # harmless characters in Persian words and emoji
 _UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
 _YEAR_10000_MS = 253_402_300_800_000
 
 
 def escape_controls(text: str) -> str:
-    """Return a text with its control characters as escapes: one line, without colours."""
+    """Return a text with escaped control characters: one line, without colour codes."""
     if text.isprintable():
         return text
     return "".join(
@@ -105,9 +105,9 @@ def latest_message(record: TaskRecord) -> str:
 
 
 def record_members(record: TaskRecord) -> dict[str, Any]:
-    """A record as a JSON object: every field (``null`` if not set), metadata decoded.
+    """Return a record as a JSON object with all fields (``null`` if not set).
 
-    Fields of newer versions that this version does not know are in ``unknown``.
+    ``metadata`` is decoded.  ``unknown`` contains the fields that only newer versions know.
     """
     members = asdict(record)
     del members["metadata_json"], members["unknown_json"]
@@ -120,9 +120,9 @@ def record_members(record: TaskRecord) -> dict[str, Any]:
 
 
 def to_json(value: object, *, indent: int | None = None) -> str:
-    """JSON that is safe to print: control characters are escaped."""
+    """Return JSON that is safe to print: control characters are escaped."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
-    # Control characters occur only inside strings, where \u escapes mean the same.
+    # Control characters occur only in JSON strings, where a \u escape is equivalent.
     return _UNSAFE_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
@@ -137,7 +137,7 @@ def print_line(text: str = "") -> None:
 
 
 def print_note(text: str) -> None:
-    """Print a note to the operator on standard error."""
+    """Print a note for the operator on standard error."""
     sys.stdout.flush()
     sys.stderr.write(f"taskstore: {escape_controls(text)}\n")
     sys.stderr.flush()
@@ -162,7 +162,7 @@ def print_result(
 
 
 def print_check(as_json: bool, members: dict[str, Any], text: str) -> int:
-    """Print the result of a check, its ``problems`` first; return the exit status."""
+    """Print the ``problems`` of a check, then ``text``; return the exit status."""
     if as_json:
         print_json(members)
         return 0 if members["ok"] else 1
@@ -184,7 +184,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, stretch: str
     """Build a Rich table.
 
     The column named ``stretch`` gets the remaining width, and its text is truncated
-    to it.  No other column is truncated.
+    to this width.  No other column is truncated.
     """
     from rich.table import Table
 
@@ -200,7 +200,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, stretch: str
 
 
 def print_fields(fields: Iterable[tuple[str, str]]) -> None:
-    """Print names and values; further lines of a value are indented."""
+    """Print field names and values; the later lines of a value are indented."""
     for name, value in fields:
         first, *more = value.split("\n")
         print_line(f"{name}: {escape_controls(first)}")
@@ -209,14 +209,14 @@ def print_fields(fields: Iterable[tuple[str, str]]) -> None:
 
 
 def safe_text(text: str) -> Text:
-    """Ledger text for Rich without markup and control characters; a status gets its colour."""
+    """Return Rich text without markup and control characters; a status gets its colour."""
     from rich.text import Text
 
     return Text(escape_controls(text), style=STYLES.get(text, ""))
 
 
 def console() -> Console:
-    """A Rich console on standard output that does not interpret text."""
+    """Return a Rich console on standard output that interprets no markup."""
     from rich.console import Console
 
     return Console(markup=False, highlight=False, emoji=False)
@@ -229,6 +229,6 @@ def print_report(store: TaskRegistryStore) -> None:
         name = item.task_id or "an unknown task"
         if item.superseded:
             name = f"an earlier revision of {name}"
-        print_note(f"quarantined: {name} in {item.where}: {item.reason}; its bytes are kept")
+        print_note(f"quarantined: {name} in {item.where}: {item.reason}; the stored bytes are kept")
     for notice in report.notices:
         print_note(f"note: {notice}")

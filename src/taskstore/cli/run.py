@@ -29,22 +29,22 @@ from taskstore.store.opening import open_store
 
 RUNTIME = "cli"
 TIMED_OUT, NOT_EXECUTABLE, NOT_FOUND, SIGNAL_BASE = 124, 126, 127, 128
-"""Exit statuses as in timeout(1) and the shell; a command killed by signal n gives 128 + n."""
+"""Exit statuses as in timeout(1) and the shell; 128 + n if signal n killed the command."""
 
 GRACE_S = 10.0
-"""How long a signaled command may take to end before SIGKILL."""
+"""How long a signaled command may take to end before it gets SIGKILL."""
 
 PROGRESS_INTERVAL_S = 1.0
-"""The minimum interval between two progress changes."""
+"""The minimum interval between two recorded progress changes."""
 
 RETRY_TIMEOUT_S = 5.0
-"""How long recording the end is retried after store errors."""
+"""How long the recorder retries to record the end after store errors."""
 
 RETRY_INTERVAL_S = 0.2
-"""The interval between these retries."""
+"""The interval between two retries to record the end."""
 
 STORE_TIMEOUT_S = 45.0
-"""How long to wait for the store to record the end; taskstore's lock timeout is 30 s."""
+"""How long to wait for the store to record the end; longer than the lock timeout of 30 s."""
 
 
 class CommandResult(NamedTuple):
@@ -58,20 +58,20 @@ class CommandResult(NamedTuple):
 def run(
     ctx: typer.Context,
     command: Annotated[
-        list[str], typer.Argument(metavar="CMD", help="The command.", show_default=False)
+        list[str], typer.Argument(metavar="CMD", help="The command to run.", show_default=False)
     ],
     *,
-    label: Annotated[str | None, typer.Option(help="A short name for lists.")] = None,
+    label: Annotated[str | None, typer.Option(help="A short name, shown in lists.")] = None,
     owner: Annotated[str | None, typer.Option(help="The owner key of the task.")] = None,
     session: Annotated[str | None, typer.Option(help="The requester's session key.")] = None,
     run_id: Annotated[
         str | None,
-        typer.Option(help="Run the command once: exit 1 if this run is already recorded."),
+        typer.Option(help="Run the command only once: exit 1 if this run is already recorded."),
     ] = None,
     timeout: Annotated[
         float | None,
         typer.Option(
-            parser=parse_positive_duration, metavar="S", help="Stop it after 90, 5m, 2h..."
+            parser=parse_positive_duration, metavar="S", help="Stop the command after 90, 5m, 2h..."
         ),
     ] = None,
     grace: Annotated[
@@ -90,13 +90,14 @@ def run(
 ) -> int:
     """Run a command and record it as a task.
 
-    The output is copied unchanged; its last line becomes the task's progress.
-    The command writes to pipes and has no controlling terminal. It has ended
-    when it has exited and no process has its output open, as in a pipeline.
-    Exits with the command's status: 128+n when killed by signal n, 124 at the
-    timeout, 126 or 127 if it cannot be started. If it cannot be recorded, it
-    is not started (3). Later store errors are printed and do not stop it.
-    Ctrl-C, SIGTERM and SIGHUP are forwarded; a second signal kills it.
+    The output is copied unchanged; the last line becomes the task's progress.
+    The command writes to pipes and has no controlling terminal. The command has
+    ended when it has exited and no process has its output open, as in a pipeline.
+    The exit status is the command's status: 128+n if signal n killed the command,
+    124 after the timeout, 126 or 127 if the command cannot be started. If the task
+    cannot be recorded, the command is not started (exit status 3). Later store
+    errors are printed and do not stop the command. Ctrl-C, SIGTERM and SIGHUP are
+    forwarded to the command; a second signal kills the command.
     """
     fields = {
         "label": label,
@@ -104,7 +105,8 @@ def run(
         "requester_session_key": session,
         "run_id": run_id,
     }
-    new_command_record(command, **fields)  # refuses invalid fields before any side effect
+    # Invalid fields raise an error before any side effect.
+    new_command_record(command, **fields)
     id_out = _open_id_file(id_file)
     store = open_store(url_of(ctx, url))
     return _run(
@@ -126,7 +128,7 @@ def _run(
     timeout_s: float,
     grace_s: float,
 ) -> int:
-    """Record the task, run the command, record its end; return the exit status."""
+    """Record the task, run the command, record the end; return the exit status."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(store)
         queue = stack.enter_context(forwarded_signals())
@@ -148,13 +150,13 @@ def _run(
             status = NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
             result = CommandResult(TaskStatus.FAILED, status, reason)
         if not recorder.finish(*result):
-            stack.pop_all()  # the store hangs, so closing it would hang too
+            stack.pop_all()  # the store does not respond, so closing the store would block
     _warn_if_unrecorded(recorder, result)
     return result.exit_status
 
 
 def new_command_record(command: Sequence[str], **fields: Any) -> TaskRecord:
-    """The first revision of a command's task, with status running.
+    """Return the first revision of a command's task, with the status running.
 
     Text that is too long is truncated; bytes that are not UTF-8 are replaced.
     """
@@ -177,7 +179,7 @@ def new_command_record(command: Sequence[str], **fields: Any) -> TaskRecord:
 
 
 def result_of(returncode: int, cause: int | None, timeout_s: float) -> CommandResult:
-    """Return the result for a return code and the cause of the stop, if any."""
+    """Return the result for a return code; ``cause`` is the reason for the stop, if any."""
     if cause == TIMEOUT:
         error = f"timed out after {render.duration(timeout_s)}"
         return CommandResult(TaskStatus.TIMED_OUT, TIMED_OUT, error)
@@ -194,7 +196,7 @@ def result_of(returncode: int, cause: int | None, timeout_s: float) -> CommandRe
 
 
 def _create(store: TaskRegistryStore, record: TaskRecord) -> bool:
-    """Record the task as running; print a note and return false if its run is recorded."""
+    """Record the task as running; if its run is already recorded, print a note and return false."""
     try:
         store.apply([Put(record)])
     except ConflictError as error:
@@ -245,7 +247,7 @@ def _as_utf8(word: str) -> str:
 
 
 def _signal_name(number: int) -> str:
-    """The name of a signal, or its number if it has no name."""
+    """Return the name of a signal, or the number of a signal without a name."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -253,12 +255,12 @@ def _signal_name(number: int) -> str:
 
 
 class Recorder:
-    """Records progress and end of one task in a thread of its own.
+    """Records the progress and the end of one task in its own thread.
 
     ``record`` is the last stored record.  ``progress`` and ``add_metadata`` return
-    at once and never wait for the store.  After a store error, the next call
-    retries; ``failure`` is the last error, ``None`` after a success.  ``recorded``
-    is true if the end was recorded.
+    at once and never wait for the store.  After a store error, the next call stores
+    the missing change too.  ``failure`` is the last store error, or ``None`` after a
+    success.  ``recorded`` is true if the end was recorded.
     """
 
     def __init__(self, store: TaskRegistryStore, record: TaskRecord) -> None:
@@ -276,13 +278,13 @@ class Recorder:
         self._thread.start()
 
     def progress(self, line: str) -> None:
-        """Hand over a new last line."""
+        """Pass a new last line of output to the thread."""
         if line != self._line:
             self._line = line
             self._wake.set()
 
     def add_metadata(self, **metadata: Any) -> None:
-        """Hand over metadata to merge."""
+        """Pass metadata to the thread, which merges it into the record."""
         self._metadata = self._metadata | metadata
         self._wake.set()
 
@@ -309,9 +311,10 @@ class Recorder:
         self.recorded = recorded
 
     def _attempt(self, mutation: lifecycle.Mutation) -> bool:
-        """Store a change of the record; return whether it was stored.
+        """Store a change of the record; return whether the change was stored.
 
-        After a failure the record is read first, because the change may be committed.
+        After a failure, the next attempt reads the record first, because the failed
+        change may have been committed.
         """
         known, self._known = self._known, None
         try:
@@ -324,14 +327,15 @@ class Recorder:
         return True
 
     def _with_progress(self, record: TaskRecord, now: int) -> TaskRecord:
-        """The record with current progress and metadata; after its end, metadata only."""
+        """Return the record with current progress and metadata; an ended task gets no progress."""
         line, metadata = self._line, self._metadata
         if line is not None and not record.is_terminal:
             record = lifecycle.progress(line)(record, now)
         return lifecycle.merge_metadata(metadata)(record, now) if metadata else record
 
     def _with_end(self, record: TaskRecord, now: int) -> TaskRecord:
-        """The record with its end.  An end by another writer is kept, unless it is lost."""
+        """Return the record with its end.  If another writer has recorded an end other than
+        ``lost``, that end is kept."""
         record = self._with_progress(record, now)
         if record.status is TaskStatus.LOST:
             return lifecycle.recover(summary=self._line, **self._end_fields)(record, now)

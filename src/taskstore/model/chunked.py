@@ -13,14 +13,14 @@ from typing import Any, TypeVar
 T = TypeVar("T", bound=Any)
 
 CHUNK_ITEMS = 4096
-"""The number of items that one call sorts."""
+"""The number of items in a chunk."""
 
 
 def chunked_sort(items: Iterable[T]) -> list[T]:
     """Return the items in ascending order; the sort is stable.
 
-    Chunks are sorted, then merged in pairs.  ``sorted`` merges two sorted chunks
-    in linear time.
+    The function sorts each chunk, then merges the chunks in pairs.  ``sorted`` merges
+    two sorted chunks in linear time.
     """
     items, size = list(items), CHUNK_ITEMS
     chunks = [sorted(items[start : start + size]) for start in range(0, len(items), size)]

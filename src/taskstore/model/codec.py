@@ -1,13 +1,14 @@
-"""The encoding of records and snapshots, the same for rows and journals.
+"""The encoding of records and snapshots as JSON.
 
-A payload is a record as a JSON object.  Its first member is the format version,
-``{"v":"1.1","task_id":…}``; fields at their default are omitted.  Payloads of the
-current version, and older ones that only lack optional fields, are decoded
-directly into a :class:`TaskRecord`.  All others take a slower path.  Upcasters
-convert older versions.  For a newer minor version, unknown members are kept, so
-that writing the record back loses nothing.  A newer major version is refused.
+A payload is a record as a JSON object.  The first member is the format version,
+``{"v":"1.1","task_id":…}``; fields with their default value are omitted.  Payloads
+of the current version, and older payloads that only lack optional fields, are
+decoded directly into a :class:`TaskRecord`.  Other payloads take longer to decode.
+Upcasters convert a payload of an older version.  The unknown members of a newer minor
+version are kept, so that they are not lost when the record is written back.  A
+payload of a newer major version is refused.
 
-1.1 added the optional ``lease_until`` and ``lease_token``.
+Version 1.1 added the optional fields ``lease_until`` and ``lease_token``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from taskstore.model.validation import READABLE_VERSION, exceeds_depth
 UPCASTERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "1.0": lambda members: {**members, "v": "1.1"},
 }
-"""Functions that convert a payload (``dict``) from an older version to the next, with its ``v``."""
+"""For each older version, the function that converts a payload and its ``v`` to the next one."""
 
 SNAPSHOT_FORMAT = "taskstore-snapshot/1"
 """The format that :func:`encode_snapshot` writes."""
@@ -54,7 +55,7 @@ def checksum(payload: bytes) -> int:
 
 
 def encode_record(record: TaskRecord) -> bytes:
-    """Return the payload of a record.  The same record always gives the same bytes."""
+    """Return the payload of a record.  Equal records have equal payloads."""
     if record.unknown_json is None:
         return _encoder.encode(record)
     members = msgspec.json.decode(_encoder.encode(replace(record, unknown_json=None)), type=dict)
@@ -64,8 +65,8 @@ def encode_record(record: TaskRecord) -> bytes:
 def decode_record(payload: bytes, where: str = "record") -> TaskRecord:
     """Return the record of a payload.
 
-    Raises :class:`CorruptStoreError`, naming ``where``, if the payload is not a
-    record of this major version.
+    Raises :class:`CorruptStoreError` with ``where`` if the payload is not a record of
+    this major version.
     """
     if payload.startswith(_COMPATIBLE_PREFIX):
         payload = _CURRENT_PREFIX + payload[len(_COMPATIBLE_PREFIX) :]
@@ -83,17 +84,17 @@ def decode_record(payload: bytes, where: str = "record") -> TaskRecord:
 
 
 def check_nesting(encoded: bytes, depth: int = PAYLOAD_DEPTH) -> None:
-    """Raise :class:`msgspec.DecodeError` for JSON that nests more than ``depth`` deep.
+    """Raise :class:`msgspec.DecodeError` for JSON with more than ``depth`` levels of nesting.
 
-    Required before decoding untrusted input: the limit of the decoder itself
+    Call this function before you decode untrusted input: the decoder's own limit
     depends on the interpreter and on the caller's stack.
     """
     if exceeds_depth(encoded, depth):
-        raise msgspec.DecodeError(f"it is nested more than {depth} deep")
+        raise msgspec.DecodeError(f"the JSON is nested more than {depth} levels deep")
 
 
 def _copy_metadata(encoded: Raw, where: str) -> Raw:
-    """Return a copy: a ``Raw`` is a view into the payload and keeps all its bytes in memory."""
+    """Return a copy, because a ``Raw`` is a view that keeps the whole payload in memory."""
     copy = encoded.copy()
     if memoryview(copy)[0] != _BRACE:
         raise CorruptStoreError(where, "has metadata that is not a JSON object")
@@ -101,7 +102,7 @@ def _copy_metadata(encoded: Raw, where: str) -> Raw:
 
 
 def _decode_other_version(payload: bytes, where: str) -> TaskRecord:
-    """Decode a payload of another version; raise :class:`CorruptStoreError` for damage."""
+    """Decode a payload of another version; raise :class:`CorruptStoreError` if it is damaged."""
     try:
         check_nesting(payload)
         members = msgspec.json.decode(payload)
@@ -120,14 +121,14 @@ def _decode_other_version(payload: bytes, where: str) -> TaskRecord:
         metadata = _copy_metadata(record.metadata_json, where)
         return replace(record, metadata_json=metadata, unknown_json=kept)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise CorruptStoreError(where, f"does not decode: {error}") from error
+        raise CorruptStoreError(where, f"cannot be decoded: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         # An upcaster failed on a member that is missing or of another type.
-        raise CorruptStoreError(where, f"does not decode: {error!r}") from error
+        raise CorruptStoreError(where, f"cannot be decoded: {error!r}") from error
 
 
 def decode_or_quarantine(payload: bytes, where: str) -> TaskRecord | Quarantined:
-    """Return the record of a payload, or the payload quarantined if it does not decode."""
+    """Return the record of a payload; if it cannot be decoded, return it as quarantined."""
     try:
         return decode_record(payload, where)
     except CorruptStoreError as error:
@@ -135,7 +136,7 @@ def decode_or_quarantine(payload: bytes, where: str) -> TaskRecord | Quarantined
 
 
 def quarantine(payload: bytes, where: str, reason: str) -> Quarantined:
-    """Return an undecodable payload as :class:`Quarantined`, with id and revision if readable."""
+    """Return a quarantined payload, with its task id and revision if these can be read."""
     task_id = revision = None
     try:
         check_nesting(payload)
@@ -153,7 +154,7 @@ def quarantine(payload: bytes, where: str, reason: str) -> Quarantined:
 def encode_snapshot(snapshot: Snapshot) -> bytes:
     """Return a whole snapshot as bytes, for stores that keep all data in one value.
 
-    Raises :class:`ValidationError` for a record that may not be stored.
+    Raises :class:`ValidationError` for an invalid record.
     """
     snapshot = validated_snapshot(snapshot)
     payloads = (encode_record(snapshot.records[task_id]) for task_id in sorted(snapshot.records))
@@ -164,8 +165,8 @@ def encode_snapshot(snapshot: Snapshot) -> bytes:
 def decode_snapshot(data: bytes, where: str = "snapshot") -> Snapshot:
     """Return the snapshot that :func:`encode_snapshot` encoded.
 
-    A record that does not decode is quarantined.  Raises
-    :class:`CorruptStoreError`, naming ``where``, for damage.
+    A record that cannot be decoded is quarantined.  Raises
+    :class:`CorruptStoreError` with ``where`` if the data is damaged.
     """
     reader = SnapshotReader(io.BytesIO(data), where, SnapshotHeader)
     return reader.snapshot()
@@ -176,8 +177,8 @@ def write_snapshot(
 ) -> Iterator[bytes]:
     """Yield a snapshot in blocks of bytes: a JSON document with one payload per line.
 
-    The first line has the format and the members of ``header``.  Memory use is bounded
-    by one block.  The last line is the CRC-32 of everything before it.
+    The first line contains the format and the members of ``header``.  The last line is
+    the CRC-32 of all earlier lines.  Memory use does not grow with the snapshot.
     """
     crc = 0
     opening = _FORMAT_PREFIX + _encoder.encode(header)[1:]
@@ -208,7 +209,7 @@ def _lines(values: Iterable[bytes]) -> Iterator[bytes]:
 
 
 class SnapshotHeader(Struct, frozen=True):
-    """The members of a snapshot's first line after the format."""
+    """The members that follow the format in the first line of a snapshot."""
 
     seq: Annotated[int, Meta(ge=0, le=MAX_INT)]
     at: Annotated[int, Meta(ge=0, le=MAX_INT)]
@@ -221,9 +222,9 @@ class SnapshotReader(Generic[_Header]):
     """Reads the output of :func:`write_snapshot` line by line, in bounded memory.
 
     ``header`` is decoded as ``header_type``.  Iteration yields the payloads (``bytes``)
-    in order of task_id.  After an iteration without an error, the checksum is verified
-    and ``quarantined`` holds the quarantined records.  Damage raises
-    :class:`CorruptStoreError`, naming ``where``.
+    in order of task_id.  After a complete iteration, the checksum is verified and
+    ``quarantined`` contains the quarantined records.  Damaged data raises
+    :class:`CorruptStoreError` with ``where``.
     """
 
     def __init__(self, lines: Iterable[bytes], where: str, header_type: type[_Header]) -> None:
@@ -251,7 +252,7 @@ class SnapshotReader(Generic[_Header]):
             raise self._damaged("there is data after the checksum")
 
     def snapshot(self, *, strict: bool = False) -> Snapshot:
-        """Return the whole snapshot; ``strict`` raises for a record that does not decode."""
+        """Return the whole snapshot; ``strict`` raises if a record cannot be decoded."""
         decode = decode_record if strict else decode_or_quarantine
         items = [decode(payload, self._where) for payload in self]
         if strict and self.quarantined:
@@ -276,7 +277,7 @@ class SnapshotReader(Generic[_Header]):
             check_nesting(value)
             return msgspec.json.decode(value, type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise self._damaged(f"does not decode: {error}") from error
+            raise self._damaged(f"cannot be decoded: {error}") from error
 
     def _damaged(self, reason: str) -> CorruptStoreError:
         return CorruptStoreError(self._where, reason, offset=self._offset)

@@ -1,8 +1,8 @@
 """The clock, and the generators of task ids and commit ids.
 
 All times are integer Unix milliseconds in UTC.  Task ids are UUIDv7 (RFC 9562)
-and strictly increase within a process: inserts of time-ordered keys go to the
-end of a B-tree and not to random pages.
+and strictly increase within a process, so that a database inserts new ids at the
+end of a B-tree and not in random pages.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def system_clock() -> int:
 
 
 class UUIDv7:
-    """A generator of UUIDv7 strings, each greater than all earlier ones.
+    """A generator of UUIDv7 strings, each greater than all earlier strings.
 
-    RFC 9562 section 6.2, method 2: within one millisecond (and while the clock
-    does not advance) the 74 random bits are incremented by a random step and not
-    drawn again.  The step comes from the operating system, so that a forked
-    child does not repeat its parent's ids.
+    The generator uses method 2 of RFC 9562, section 6.2.  While the clock shows the
+    same millisecond or an earlier one, the generator adds a random step to the 74
+    random bits.  The step comes from the operating system, so that a forked child
+    does not repeat its parent's ids.
     """
 
     def __init__(self, clock: Clock = system_clock) -> None:
@@ -43,7 +43,7 @@ class UUIDv7:
         self.reset_lock()
 
     def reset_lock(self) -> None:
-        """Replace the lock: in a forked child, the thread that holds it does not exist."""
+        """Replace the lock: a forked child does not have the thread that holds the old lock."""
         self._lock = threading.Lock()
 
     def __call__(self) -> str:
@@ -52,7 +52,7 @@ class UUIDv7:
             now = self._clock()
             if now > self._ms:
                 self._ms = now
-                # 72 of 74 bits are random, so that increments rarely overflow.
+                # Only 72 of the 74 bits are random, so that increments rarely overflow.
                 self._random = int.from_bytes(os.urandom(_RANDOM_BYTES))
             else:
                 self._random += 1 + int.from_bytes(os.urandom(_STEP_BYTES))
@@ -60,7 +60,7 @@ class UUIDv7:
                     self._ms += 1
                     self._random = int.from_bytes(os.urandom(_RANDOM_BYTES))
             ms, random = self._ms, self._random
-        # Version 7 precedes the upper 12 random bits, variant 2 the other 62.
+        # The version (7) precedes the upper 12 random bits, the variant (2) the lower 62 bits.
         bits = ms << 80 | 7 << 76 | random >> 62 << 64 | 2 << 62 | random & _LOWER_62
         text = bits.to_bytes(16).hex()
         return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"

@@ -1,8 +1,9 @@
-"""Changes, commits, journal entries and snapshots, with pure functions on them.
+"""Changes, commits, journal entries, snapshots, and pure functions for these values.
 
 A caller passes a batch of changes to a store.  The store commits the batch as
-journal entries with contiguous seqs.  Folding entries over a snapshot gives a
-newer snapshot.  Stores use these functions or are tested against them.
+journal entries with contiguous seqs.  :func:`fold` applies entries to a snapshot
+and returns a newer snapshot.  Stores use these functions, or tests compare the
+results of a store with these functions.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from taskstore.model.validation import check_int, check_key, check_text, validat
 
 
 class EntryKind(StrEnum):
-    """What a journal entry did to its task."""
+    """The effect of a journal entry on its task."""
 
     UPSERTED = "upserted"
     DELETED = "deleted"
@@ -32,10 +33,10 @@ _UPSERTED, _DELETED = EntryKind.UPSERTED, EntryKind.DELETED
 
 
 class Put(Struct, frozen=True, gc=False):
-    """Store this record, whose revision is one more than the stored one.
+    """Store this record; its revision is one more than the stored revision.
 
     Revision 1 creates the task.  The constructor validates the record, so a
-    store never gets an invalid one.
+    store never gets an invalid record.
     """
 
     record: TaskRecord
@@ -73,7 +74,7 @@ def unchecked_put(record: TaskRecord) -> Put:
 
 
 class Remove(Struct, frozen=True, gc=False):
-    """Delete this task; ``revision`` is one more than the stored one (``int`` ≥ 2)."""
+    """Delete this task; ``revision`` is one more than the stored revision (``int`` ≥ 2)."""
 
     task_id: str
     revision: int
@@ -100,20 +101,23 @@ class HasDedupKey(Protocol):
 
 
 def dedup_key(record: HasDedupKey | None) -> DedupKey | None:
-    """Return ``(run_id, run_digest)``; ``None`` for a task without a run, and for no task.
+    """Return ``(run_id, run_digest)``, or ``None`` if the record is ``None`` or has no run.
 
-    At most one task of a ledger has a given key, which makes ``create`` idempotent."""
+    At most one task of a ledger has a given dedup key.  A ``create`` with the dedup
+    key of an existing task returns that task and only sets its empty fields.
+    ``lifecycle.run_digest`` defines the digest, ``lifecycle.attach`` the fill-in.
+    """
     if record is None or record.run_id is None or record.run_digest is None:
         return None
     return (record.run_id, record.run_digest)
 
 
 class Position(Struct, frozen=True, gc=False):
-    """A journal position: after the entry ``seq`` of the commit ``commit_id``.
+    """The journal position directly after the entry ``seq`` of the commit ``commit_id``.
 
-    After a restored backup, or after a standby took over without the last commits,
-    a new history reuses seqs.  The commit id distinguishes the two histories.  The
-    id is empty if unknown.
+    If a backup is restored, or a standby takes over without the last commits, a new
+    history uses the same seqs again.  The commit id distinguishes the two histories.
+    The commit id is empty if unknown.
     """
 
     seq: int
@@ -141,9 +145,10 @@ class Position(Struct, frozen=True, gc=False):
 class ChangeSet(list[Change]):
     """Changes that were computed from the records at the position ``base``.
 
-    :meth:`~taskstore.TaskRegistryStore.apply` accepts it like any sequence of
-    changes.  A store that keeps commit ids refuses it if its journal does not
-    hold that position, because the same revision may be another record there.
+    :meth:`~taskstore.TaskRegistryStore.apply` accepts a change set like any sequence
+    of changes.  A store that keeps commit ids refuses the change set if its journal
+    does not contain the base position: in another history, the same revision may be
+    another record.
     """
 
     __slots__ = ("base",)
@@ -156,7 +161,7 @@ class ChangeSet(list[Change]):
 class Commit(Struct, frozen=True, gc=False):
     """The seqs of the first and last change of a commit, its time and its id.
 
-    ``at`` is in Unix milliseconds UTC and never less than that of the previous
+    ``at`` is in Unix milliseconds UTC and never less than the time of the previous
     commit.  ``commit_id`` is unique (empty if the store keeps no commit ids).
     """
 
@@ -167,12 +172,12 @@ class Commit(Struct, frozen=True, gc=False):
 
 
 class Quarantined(Struct, frozen=True, gc=False):
-    """A stored record that does not decode, kept as its raw bytes.
+    """A stored record that cannot be decoded, kept as its raw bytes.
 
-    ``where`` is its location and ``reason`` is why it does not decode (``str``).
-    ``task_id`` and ``revision`` are ``None`` if unknown.  ``superseded`` marks an
-    older image of a task that has later changes: it does not occupy the task's
-    id, and is dropped when the task is deleted.
+    ``where`` is the location of the record.  ``reason`` says why the record cannot be
+    decoded (``str``).  ``task_id`` and ``revision`` are ``None`` if unknown.
+    ``superseded`` is true if the task has later changes.  A superseded record does not
+    occupy the task's id, and is dropped when the task is deleted.
     """
 
     raw: bytes
@@ -183,23 +188,25 @@ class Quarantined(Struct, frozen=True, gc=False):
     superseded: bool = False
 
     @property
-    def occupies(self) -> str | None:
-        """The id of the task, if it is known and this is its current image."""
+    def occupied_task_id(self) -> str | None:
+        """The id of the task whose current record this is; ``None`` if unknown or superseded."""
         return None if self.superseded else self.task_id
 
-    def goes_with(self, task_id: str, kind: EntryKind) -> bool:
-        """Whether a later entry makes this image obsolete: the entry is of the same task, and
-        it is a deletion if this image is superseded."""
+    def is_obsoleted_by(self, task_id: str, kind: EntryKind) -> bool:
+        """Return whether a later entry of task ``task_id`` makes this record obsolete.
+
+        Only a deletion of the same task makes a superseded record obsolete.
+        """
         return self.task_id == task_id and (not self.superseded or kind is EntryKind.DELETED)
 
 
 class JournalEntry(Struct, frozen=True, gc=False):
     """One committed change.
 
-    ``seq`` is its number in the journal (``int`` ≥ 1), ``at`` the time of the
+    ``seq`` is the entry's number in the journal (``int`` ≥ 1), ``at`` the time of the
     commit (Unix milliseconds), ``revision`` the task's revision after the change.
-    ``record`` is ``None`` for a deletion, and for an upsert that does not decode:
-    then ``quarantined`` has its bytes.
+    ``record`` is ``None`` for a deletion, and for an upsert whose record cannot be
+    decoded; in the second case ``quarantined`` has the bytes of the record.
     """
 
     seq: int
@@ -213,7 +220,7 @@ class JournalEntry(Struct, frozen=True, gc=False):
 
     @property
     def cursor(self) -> str:
-        """The position after this entry, for ``changes(after=…)``; includes the commit id."""
+        """The position after this entry as text, for ``changes(after=…)``."""
         return str(Position(self.seq, self.commit_id))
 
 
@@ -223,10 +230,10 @@ _EMPTY: Mapping[str, TaskRecord] = MappingProxyType({})
 class Snapshot(Struct, frozen=True):
     """Every live record as of one seq.
 
-    ``records`` maps task_id to record and is immutable: the constructor copies
-    its mapping.  ``at`` is the time of the commit at ``seq`` (Unix milliseconds, 0
-    before the first).  ``quarantined`` holds the records that do not decode; they
-    are part of the snapshot, so that a rewrite of a store does not drop them.
+    ``records`` maps task_id to record and is immutable: the constructor copies the
+    given mapping.  ``at`` is the time of the commit at ``seq`` (Unix milliseconds, 0
+    before the first commit).  ``quarantined`` contains the records that cannot be
+    decoded, so that a store that rewrites its data does not drop them.
     """
 
     seq: int
@@ -237,8 +244,8 @@ class Snapshot(Struct, frozen=True):
     def __post_init__(self) -> None:
         if type(self.seq) is not int or not 0 <= self.seq <= MAX_INT:
             check_int("seq", self.seq)
-        # A proxy is copied too, because its mapping may be mutable.  copy() of a proxied
-        # dict is one fast call; dict() would look up each item.
+        # A proxy is copied too, because the mapping behind the proxy may be mutable.  For a
+        # proxied dict, copy() is one fast call, but dict() looks up each item.
         given = self.records
         copied = given.copy() if isinstance(given, MappingProxyType) else given
         if copied is given or type(copied) is not dict:
@@ -259,17 +266,17 @@ def snapshot_of(seq: int, at: int, items: Iterable[TaskRecord | Quarantined]) ->
 
 
 def validated_snapshot(snapshot: Snapshot) -> Snapshot:
-    """Return ``snapshot`` with validated records, its mapping copied.
+    """Return a copy of ``snapshot`` with validated records.
 
-    Raises :class:`ValidationError` for an invalid record, for a record under
-    another id than its own, and for two records with the same dedup key.
+    Raises :class:`ValidationError` for an invalid record, for a record whose id is
+    not its key in ``records``, and for two records with the same dedup key.
     """
     records: dict[str, TaskRecord] = {}
     ids_by_key: dict[DedupKey, str] = {}
     for task_id, given in snapshot.records.items():
         record = validated(given)
         if record.task_id != task_id:
-            raise ValidationError("records", f"has task {record.task_id!r} under {task_id!r}")
+            raise ValidationError("records", f"has task {record.task_id!r} under id {task_id!r}")
         key = dedup_key(record)
         if key is not None:
             existing = ids_by_key.setdefault(key, task_id)
@@ -283,8 +290,8 @@ def validated_snapshot(snapshot: Snapshot) -> Snapshot:
 class Step(Struct, frozen=True, gc=False):
     """The combined effect of a batch on one task.
 
-    ``base`` is the required stored revision (0: absent), ``record`` the last
-    image (``None``: removed) and ``revision`` the last revision.
+    ``base`` is the required stored revision (0: the task must not exist).  ``record``
+    is the last record (``None``: the task is removed), ``revision`` the last revision.
     """
 
     task_id: str
@@ -293,7 +300,7 @@ class Step(Struct, frozen=True, gc=False):
     record: TaskRecord | None
 
     @property
-    def claims(self) -> DedupKey | None:
+    def new_dedup_key(self) -> DedupKey | None:
         """The dedup key of the task that this step creates, if any."""
         return None if self.base else dedup_key(self.record)
 
@@ -326,7 +333,7 @@ def plan(changes: Sequence[Change]) -> list[Step]:
         steps[task_id] = Step(task_id, before.base, revision, record)
     ids_by_key: dict[DedupKey, str] = {}
     for step in steps.values() if len(steps) > 1 else ():
-        key = step.claims
+        key = step.new_dedup_key
         if key is not None:
             existing = ids_by_key.setdefault(key, step.task_id)
             if existing != step.task_id:
@@ -340,12 +347,12 @@ def find_conflicts(
     deleted: Container[str],
     ids_by_key: Mapping[DedupKey, str],
 ) -> list[Conflict]:
-    """Return the conflicts between the steps and the stored state; none if all steps apply.
+    """Return the conflicts of the steps with the stored state; empty if all steps apply.
 
     ``revisions`` maps the id of each stored task to its revision (0 if the record
-    does not decode and its revision is unknown).  ``deleted`` contains the ids
-    whose deletion the journal still has.  ``ids_by_key`` maps a dedup key to the
-    id of its task.  A removal in the steps frees the task's dedup key.
+    cannot be decoded and its revision is unknown).  ``deleted`` contains the ids of
+    the tasks whose deletion is still in the journal.  ``ids_by_key`` maps a dedup key
+    to the id of its task.  A step that removes a task frees the task's dedup key.
     """
     conflicts = []
     for step in steps:
@@ -381,21 +388,23 @@ def entries_of(changes: Sequence[Change], commit: Commit) -> list[JournalEntry]:
 
 
 def fold(snapshot: Snapshot, entries: Iterable[JournalEntry]) -> Snapshot:
-    """Return ``snapshot`` with the entries that follow it applied.
+    """Apply the entries that follow a snapshot, and return the newer snapshot.
 
-    Raises :class:`CorruptStoreError` if the entries do not continue the
-    snapshot without a gap.
+    Raises :class:`CorruptStoreError` if the entries do not follow the snapshot
+    without a gap.
     """
     records = dict(snapshot.records)
     quarantined = list(snapshot.quarantined)
     seq, at = snapshot.seq, snapshot.at
     for entry in entries:
         if entry.seq != seq + 1:
-            raise CorruptStoreError("journal", f"seq {entry.seq} follows seq {seq}")
+            raise CorruptStoreError(
+                "journal", f"seq {entry.seq} follows seq {seq}, expected seq {seq + 1}"
+            )
         seq, at = entry.seq, entry.at
         if quarantined:
             task_id, kind = entry.task_id, entry.kind
-            quarantined = [item for item in quarantined if not item.goes_with(task_id, kind)]
+            quarantined = [item for item in quarantined if not item.is_obsoleted_by(task_id, kind)]
         if entry.record is not None:
             records[entry.task_id] = entry.record
         else:
@@ -406,6 +415,10 @@ def fold(snapshot: Snapshot, entries: Iterable[JournalEntry]) -> Snapshot:
 
 
 def quarantined_revisions(quarantined: Iterable[Quarantined]) -> dict[str, int]:
-    """Return the revisions of quarantined records by the task id that they occupy
-    (0 if the revision is unknown)."""
-    return {item.occupies: item.revision or 0 for item in quarantined if item.occupies is not None}
+    """Return a mapping from each occupied task id to the revision of its quarantined
+    record (0 if the revision is unknown)."""
+    return {
+        item.occupied_task_id: item.revision or 0
+        for item in quarantined
+        if item.occupied_task_id is not None
+    }

@@ -1,11 +1,11 @@
 """Task leases, their tokens and fencing, as pure functions.
 
-A worker takes a lease on a task, renews it, and passes the lease's token with
-each change (the *fence*).  If the worker stops renewing, the lease expires and
-another worker takes a lease with another token.  Every later change by the first
-worker is refused.  The time decides only when another worker may take the lease.
-The token alone decides which worker may change the task, so clock skew may delay
-a takeover but never causes a lost update.
+A worker takes a lease on a task and renews the lease.  With each change the worker
+passes the lease's token (the *fence*).  If the worker stops renewing, the lease
+expires and another worker may take a lease with another token.  From then on,
+every change by the first worker is refused.  The clock decides only when another worker may
+take a lease.  The token alone decides which worker may change the task, so clock skew
+may delay a takeover but never causes a lost update.
 
 Fencing is described in M. Kleppmann, "How to do distributed locking" (2016).
 """
@@ -30,7 +30,7 @@ MAX_LEASE_S = 366 * 24 * 3600.0
 
 
 def check_lease(lease_s: object) -> int:
-    """Return the duration of a lease in milliseconds; raises :class:`ValidationError`."""
+    """Return the duration of a lease in ms; raise :class:`ValidationError` if not allowed."""
     seconds = check_seconds("lease_s", lease_s, MIN_LEASE_S, MAX_LEASE_S)
     return check_int("lease_s", round(seconds * 1000), 1)
 
@@ -44,19 +44,19 @@ def check_fence(fence: object) -> None:
 def verify_fence(record: TaskRecord, fence: str | None) -> None:
     """Raise :class:`ConflictError` unless ``fence`` is ``None`` or the token of the task's lease.
 
-    An expired lease is still valid until another worker takes one.
+    The token of an expired lease stays valid until another worker takes a lease.
     """
     if fence is not None and record.lease_token != fence:
         raise _conflict(record, fence)
 
 
 def take(token: str, lease_s: object, *, fence: str | None = None) -> Mutation:
-    """Take a lease on an active task that has no lease or an expired one.
+    """Take a lease on an active task that has no lease or an expired lease.
 
     ``token`` is the token of the new lease, which expires after ``lease_s``
-    seconds.  If ``fence`` is the token of the current lease, the new lease
-    replaces it at any time.  The mutation raises :class:`ConflictError` while
-    another worker holds a lease.
+    seconds.  If ``fence`` is the token of the current lease, the new lease replaces
+    the current lease at any time.  The mutation raises :class:`ConflictError` while
+    another worker has a lease that has not expired.
     """
     lease_ms = check_lease(lease_s)
 
@@ -73,7 +73,7 @@ def take(token: str, lease_s: object, *, fence: str | None = None) -> Mutation:
 
 
 def renew(lease_s: object) -> Mutation:
-    """Extend a lease that is in its second half; an earlier renewal changes nothing."""
+    """Extend a lease in the second half of its duration; before that, change nothing."""
     lease_ms = check_lease(lease_s)
 
     def renewed(record: TaskRecord, now: int) -> TaskRecord:
@@ -87,7 +87,7 @@ def renew(lease_s: object) -> Mutation:
 
 
 def release() -> Mutation:
-    """Release a lease, so that another worker may take one at once."""
+    """Release a lease, so that another worker may take a lease at once."""
     return _released
 
 

@@ -1,17 +1,19 @@
 """The task lifecycle as pure functions that create and change records.
 
-:func:`new_record` creates revision 1 of a task; :func:`attach` returns the
-result of a repeated create.  Every other function checks its arguments and
-returns a :data:`Mutation`.  Invalid arguments raise :class:`ValidationError`,
-whatever the state of the task.  The mutation takes a record and the current time
-and returns the record to store: the same object if nothing changes, otherwise a
-new record with the next revision.  A change that the status does not allow raises
-:class:`InvalidTransition`.  A mutation of a valid record is valid, except that
-its revision may exceed ``MAX_INT``.
+:func:`new_record` creates revision 1 of a task.  The rule that
+makes ``create`` idempotent is here too: :func:`run_digest` returns the same digest for
+the same run scope, and :func:`attach` returns the result of a repeated ``create``.
 
-Once a task has ended, its status, times, error and outcome are final, with two
+Every other public function checks its arguments and returns a :data:`Mutation`.
+Invalid arguments raise :class:`ValidationError` in every state of the task.  A
+mutation takes a record and the current time and returns the record to store: the
+same object if nothing changes, otherwise a new record with the next revision.  A
+change that the status does not allow raises :class:`InvalidTransition`.  The new
+record of a valid record is valid, but its revision may exceed ``MAX_INT``.
+
+The status, times, error and outcome of an ended task are final, with two
 exceptions: :func:`finish` may correct ``succeeded`` to failed, timed_out or
-cancelled, and :func:`recover` alone corrects ``lost``.
+cancelled, and only :func:`recover` may correct ``lost``.
 """
 
 from __future__ import annotations
@@ -85,8 +87,8 @@ def new_record(
 ) -> TaskRecord:
     """Return revision 1 of a task.
 
-    ``fields`` are further record fields by name; ``now`` is in Unix
-    milliseconds.  Raises :class:`ValidationError` for an invalid value and for
+    ``fields`` maps the names of other record fields to their values; ``now`` is in
+    Unix milliseconds.  Raises :class:`ValidationError` for an invalid value and for
     a field that only a later change may set.
     """
     given: dict[str, Any] = {}
@@ -105,7 +107,7 @@ def new_record(
     state = _INITIAL_STATUSES.get(status) if isinstance(status, str) else None
     if state is None:
         state = check_enum("status", status, TaskStatus)
-        raise ValidationError("status", f"a task starts queued or running, not {state}")
+        raise ValidationError("status", f"must be queued or running for a new task, not {state}")
     created_at = given.setdefault("created_at", now)
     event_at = max(now, created_at)
     if "owner_key" in given or "requester_session_key" in given:
@@ -128,7 +130,7 @@ def new_record(
     if record.scope_kind is _SESSION and record.owner_key is None:
         raise ValidationError("owner_key", "is required unless scope_kind is system")
     if record.run_id is not None:
-        # No other code has a reference to the frozen record yet.
+        # The frozen record can be changed here: no other code has a reference to it yet.
         force_setattr(record, "run_digest", run_digest(record))
     return record
 
@@ -137,7 +139,7 @@ def run_digest(record: TaskRecord) -> str:
     """Return the digest of a record's run scope: 32 hexadecimal digits.
 
     The scope is (run_id, runtime, scope kind, owner, child session, flow,
-    label, task) at creation.  Two creates with the same scope are the same task.
+    label, task) at creation.  Two ``create`` calls with the same scope get one task.
     """
     scope = (
         record.run_id,
@@ -153,9 +155,10 @@ def run_digest(record: TaskRecord) -> str:
 
 
 def attach(existing: TaskRecord, asked: TaskRecord) -> TaskRecord:
-    """Return the result of a repeated create: ``existing``, its empty fields set from ``asked``.
+    """Return the result of a repeated ``create``: ``existing`` with its empty fields filled in.
 
-    Other fields stay unchanged, and so does an ended task.
+    The values come from ``asked``, the record of the repeated ``create``.  Fields that
+    are not empty do not change.  An ended task does not change at all.
     """
     if existing.is_terminal:
         return existing
@@ -172,7 +175,7 @@ def attach(existing: TaskRecord, asked: TaskRecord) -> TaskRecord:
 
 
 def start(*, started_at: int | None = None) -> Mutation:
-    """Queued → running.  A running task stays unchanged."""
+    """Change a queued task to running.  A running task does not change."""
     _check_time("started_at", started_at)
 
     def started(record: TaskRecord, now: int) -> TaskRecord:
@@ -192,7 +195,7 @@ def start(*, started_at: int | None = None) -> Mutation:
 
 
 def progress(summary: str) -> Mutation:
-    """Set the progress summary of an active task.  The same summary changes nothing."""
+    """Set the progress summary of an active task.  A repeat of the same summary changes nothing."""
     folded = check_summary("progress_summary", summary)
     if folded is None:
         raise ValidationError("progress_summary", "must be text, not NoneType")
@@ -222,13 +225,13 @@ def finish(
 ) -> Mutation:
     """End an active task, or correct ``succeeded`` to failed, timed_out or cancelled.
 
-    A repeat of the same end, with the same facts or none, returns the record
-    unchanged.  Different facts (error, summary, outcome, end time) raise
+    If the task already has this status, the mutation returns the record unchanged.
+    Different facts (error, summary, outcome, end time) then raise
     :class:`InvalidTransition`, because the end is final.
     """
     end = check_enum("status", status, TaskStatus)
     if not end.is_terminal:
-        raise ValidationError("status", f"a task ends in a terminal status, not {end}")
+        raise ValidationError("status", f"must be a terminal status, not {end}")
     given = _end_facts(error, summary, outcome, ended_at)
 
     def finished(record: TaskRecord, now: int) -> TaskRecord:
@@ -247,12 +250,12 @@ def finish(
 
 
 def lose(*, error: str | None = None) -> Mutation:
-    """Active → lost: the outcome is unknown.  A lost task stays unchanged."""
+    """Change an active task to lost: its outcome is unknown.  A lost task does not change."""
     return _end_active(TaskStatus.LOST, _end_facts(error, None, None, None), "mark it lost")
 
 
 def cancel(reason: str | None = None) -> Mutation:
-    """Active → cancelled, with the reason as the error.  A cancelled task stays unchanged."""
+    """Cancel an active task; the reason is its error.  A cancelled task does not change."""
     return _end_active(TaskStatus.CANCELLED, _end_facts(reason, None, None, None), "cancel it")
 
 
@@ -275,10 +278,10 @@ def recover(
     outcome: str | None = None,
     ended_at: int | None = None,
 ) -> Mutation:
-    """Lost → the actual status of the task: active, or another end."""
+    """Change a lost task to its actual status: active, or another terminal status."""
     state = check_enum("status", status, TaskStatus)
     if state is TaskStatus.LOST:
-        raise ValidationError("status", "a lost task recovers to another status, not lost")
+        raise ValidationError("status", "must not be lost: a lost task recovers to another status")
     given = _end_facts(error, summary, outcome, ended_at)
     if not state.is_terminal and given:
         raise ValidationError(next(iter(given)), f"cannot be set with the status {state}")
@@ -309,8 +312,8 @@ def recover(
 def deliver(status: str, *, last_notified_event_at: int | None = None) -> Mutation:
     """Set the delivery status of the task's result.
 
-    ``delivered`` also sets ``last_notified_event_at``, the time of the event that
-    the owner was notified of; the default is the task's last event.
+    The status ``delivered`` also sets ``last_notified_event_at``, the time of the event
+    that the owner was notified of.  The default is the time of the task's last event.
     """
     state = check_enum("delivery_status", status, DeliveryStatus)
     _check_time("last_notified_event_at", last_notified_event_at)
@@ -333,7 +336,7 @@ def notify(policy: str) -> Mutation:
 
 
 def retain(cleanup_after: int | None) -> Mutation:
-    """Set the time after which the record may be removed (Unix ms); ``None`` is never."""
+    """Set the time after which the record may be removed (Unix ms); ``None`` means never."""
     _check_time("cleanup_after", cleanup_after)
 
     def retained(record: TaskRecord, _now: int) -> TaskRecord:
@@ -346,16 +349,16 @@ def retain(cleanup_after: int | None) -> Mutation:
 
 
 def link_flow(parent_flow_id: str | None) -> Mutation:
-    """Set the flow of the task.  The dedup key stays the one from creation."""
+    """Set the flow of the task.  The dedup key does not change."""
     flow = None if parent_flow_id is None else check_key("parent_flow_id", parent_flow_id)
     return lambda record, _now: _with_fields(record, parent_flow_id=flow)
 
 
 def merge_metadata(changes: object) -> Mutation:
-    """Merge a mapping into the metadata, key by key at the top level; ``None`` is a value.
+    """Merge a mapping into the metadata, key by key at the top level.
 
-    The mutation raises :class:`ValidationError` if the result exceeds the limits
-    of metadata.
+    A value of ``None`` does not remove its key.  The mutation raises
+    :class:`ValidationError` if the result exceeds the limits of metadata.
     """
     copied = plain_metadata(changes)
     encode_metadata(copied)
@@ -378,14 +381,14 @@ def _check_time(field: str, given: int | None) -> None:
 
 
 def _event_time(record: TaskRecord, now: int) -> int:
-    """The next ``last_event_at``; it never decreases, even if the clock does."""
+    """The next ``last_event_at``, which never decreases, even if the clock goes back."""
     return max(now, record.created_at, record.last_event_at or 0)
 
 
 def _end_facts(
     error: str | None, summary: str | None, outcome: str | None, ended_at: int | None
 ) -> dict[str, Any]:
-    """The given facts of an end (error, summary, outcome, end time), checked, by field name."""
+    """Check the given facts of an end and return their values by field name."""
     facts: dict[str, Any] = {}
     if error is not None:
         facts["error"] = check_text("error", error, ERROR_BYTES)
@@ -399,7 +402,7 @@ def _end_facts(
 
 
 def _clamp_end(record: TaskRecord, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The given facts, with ``ended_at`` not before the task's creation."""
+    """The given facts, with ``ended_at`` at or after the task's creation."""
     facts = dict(given)
     if "ended_at" in facts:
         facts["ended_at"] = max(facts["ended_at"], record.created_at)
@@ -407,7 +410,7 @@ def _clamp_end(record: TaskRecord, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_end(record: TaskRecord) -> TaskRecord:
-    """A lost record without the fields that its end set, at the same revision."""
+    """A lost record without the fields that its end set; the revision does not change."""
     is_default = record.ended_at is not None and (
         record.cleanup_after == record.ended_at + RETENTION_MS
     )

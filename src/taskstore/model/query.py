@@ -30,7 +30,7 @@ from taskstore.model.records import (
 from taskstore.model.validation import check_enum, check_int, check_key, check_text
 
 SESSION_KEY = "session_key"
-"""The filter for the child's or the requester's session; it is not a record field."""
+"""The name of the filter for the child's or the requester's session; no field has this name."""
 
 _TEXT_FIELDS = frozenset({*REQUIRED_KEYS, *OPTIONAL_KEYS, *TEXT_LIMITS, SESSION_KEY})
 _INT_FIELDS = frozenset({"revision", "created_at", *OPTIONAL_TIMES})
@@ -43,14 +43,14 @@ Cursor = tuple[int, str]
 
 
 class TaskQuery:
-    """A filter, a limit and a cursor; the order is newest first by (created_at, task_id).
+    """Filters, a limit and a cursor; the order is newest first by (created_at, task_id).
 
-    ``filters`` are record field names (except ``metadata`` and
-    ``requester_origin``) and ``session_key``, which matches the child's or the
-    requester's session.  A value may be a collection of alternatives; ``None``
-    matches a field that is not set.  ``since`` is the earliest ``created_at``
-    (Unix milliseconds), ``limit`` the maximum number of records (``None``: all)
-    and ``after`` the ``next_cursor`` of the previous page.
+    ``filters`` maps record field names (except ``metadata`` and ``requester_origin``)
+    to values.  The filter ``session_key`` matches the child's or the requester's
+    session.  A value may be a collection of alternatives; the value ``None`` matches
+    a field that is not set.  ``since`` is the earliest ``created_at`` (Unix
+    milliseconds), ``limit`` the maximum number of records (``None``: all) and
+    ``after`` the ``next_cursor`` of the previous page.
 
     Raises :class:`ValidationError` for an unknown field or a value of another type.
     """
@@ -77,7 +77,7 @@ class TaskQuery:
         ]
 
     def matches(self, record: TaskRecord) -> bool:
-        """Whether a record matches the filters and ``since``; ignores the cursor."""
+        """Return whether a record matches the filters and ``since``; ignore the cursor."""
         if self.since is not None and record.created_at < self.since:
             return False
         return all(predicate(record) for predicate in self._predicates)
@@ -95,8 +95,8 @@ class TaskQuery:
 class Page(Sequence[TaskRecord]):
     """One page of records, newest first.
 
-    ``next_cursor`` (``str``) is the ``after=`` of the next page, or ``None`` on the
-    last page.  ``seq`` is the commit at which the answer is valid.
+    ``next_cursor`` (``str``) is the argument ``after`` for the next page, or ``None`` on
+    the last page.  ``seq`` is the head for which the page is valid.
     """
 
     __slots__ = ("next_cursor", "records", "seq")
@@ -133,7 +133,7 @@ class Summary(Struct, frozen=True, kw_only=True):
     """Counts of tasks.
 
     ``total`` counts all records; ``by_status`` and ``by_runtime`` map names to
-    counts above 0; ``seq`` is the commit at which the counts are valid.
+    counts above 0; ``seq`` is the head for which the counts are valid.
     """
 
     total: int
@@ -158,7 +158,7 @@ class Summary(Struct, frozen=True, kw_only=True):
 
 
 def page_of(newest_first: Iterator[TaskRecord], query: TaskQuery, seq: int) -> Page:
-    """Return one page of ``newest_first``, the matching records after the query's cursor."""
+    """Return one page; ``newest_first`` yields the matching records after the query's cursor."""
     if query.limit is None:
         return Page(newest_first, seq=seq)
     records: list[TaskRecord] = []
@@ -170,7 +170,7 @@ def page_of(newest_first: Iterator[TaskRecord], query: TaskQuery, seq: int) -> P
 
 
 def evaluate(query: TaskQuery, records: Iterable[TaskRecord], seq: int) -> Page:
-    """Return the page of a query over records in any order; every backend must return the same."""
+    """Return the page that every backend must return; ``records`` may be in any order."""
     matching = sorted(
         (record for record in records if query.matches(record)),
         key=lambda record: record.sort_key,
@@ -207,7 +207,7 @@ def decode_cursor(cursor: str) -> Cursor:
 def _accepted_values(field: str, value: Any) -> frozenset[Any]:
     """Return the values that a filter accepts, validated for their field."""
     if field not in _FILTERS:
-        raise ValidationError(field, "is not a field that records can be filtered by")
+        raise ValidationError(field, "is not a field that a query can filter by")
     is_many = isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
     return frozenset(_check_value(field, item) for item in (value if is_many else (value,)))
 

@@ -1,6 +1,6 @@
 """The task record: the immutable state of one task at one revision.
 
-:mod:`taskstore.model.validation` checks its values against the limits below.
+:mod:`taskstore.model.validation` checks the values of a record against these limits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PAYLOAD_DEPTH = 2 * METADATA_DEPTH
 The limit of the JSON decoder is far higher and depends on the interpreter.
 """
 MAX_INT = 2**53 - 1
-"""Maximum time and revision: every JSON reader represents it exactly."""
+"""Maximum of times and revisions: every JSON reader represents integers up to it exactly."""
 
 
 class TaskStatus(StrEnum):
@@ -45,7 +45,7 @@ class TaskStatus(StrEnum):
 
     @property
     def is_terminal(self) -> bool:
-        """Whether the task has ended (``bool``): anything but queued and running."""
+        """Whether the task has ended (``bool``): its status is neither queued nor running."""
         return self not in ACTIVE_STATUSES
 
 
@@ -82,14 +82,14 @@ class ScopeKind(StrEnum):
 
 
 class TerminalOutcome(StrEnum):
-    """The result of a finished run: it succeeded, or it found that it is blocked."""
+    """The result of a finished run: the run succeeded, or the run was blocked."""
 
     SUCCEEDED = "succeeded"
     BLOCKED = "blocked"
 
 
 class DeliveryContext(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """The address for a task's result: each field is a key of at most 255 bytes or ``None``."""
+    """The address for a task's result.  Each field is a key (at most 255 bytes) or ``None``."""
 
     channel: str | None = None
     to: str | None = None
@@ -100,7 +100,7 @@ class DeliveryContext(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
 Key = Annotated[str, "key"]
 """An identifier or a name: text of at most ``KEY_BYTES`` bytes."""
 Time = Annotated[int, "time"]
-"""Unix milliseconds, UTC."""
+"""A time in Unix milliseconds, UTC."""
 
 NO_METADATA = Raw(b"{}")
 
@@ -125,9 +125,9 @@ class TaskRecord(
     """The immutable state of one task at one revision.
 
     Times are Unix milliseconds UTC (``int``), keys are ``str`` of at most 255
-    bytes of UTF-8.  Records may be shared; to change a task, the registry creates
-    its next revision.  The constructor does not validate: ``Put`` does, and the
-    registry creates only valid records.
+    bytes of UTF-8.  Callers may share records.  To change a task, the registry creates
+    a record with the next revision.  The constructor does not validate the fields:
+    ``Put`` validates them, and the registry creates only valid records.
     """
 
     task_id: Key

@@ -41,7 +41,7 @@ from taskstore.model.records import (
 
 _MEMBERS = {field.encode_name for field in msgspec.structs.fields(TaskRecord)} - {"_unknown"}
 READABLE_VERSION = re.compile(rf"{FORMAT_VERSION.partition('.')[0]}\.[0-9]+\Z")
-"""A pattern of the format versions that this version reads."""
+"""The pattern of the record format versions that can be decoded."""
 _RUNTIME = re.compile(r"[a-z][a-z0-9_.-]*\Z")
 _NOT_STRUCTURAL = bytes(set(range(256)) - set(b'"{}[]'))
 """All bytes that do not affect the nesting of JSON."""
@@ -68,7 +68,7 @@ def check_text(field: str, value: object, limit: int) -> str:
         except UnicodeEncodeError:
             raise ValidationError(field, "contains a lone surrogate, which is not UTF-8") from None
     if size > limit:
-        raise ValidationError(field, f"is {size} bytes of UTF-8 long, at most {limit} are allowed")
+        raise ValidationError(field, f"is {size} bytes long in UTF-8; the limit is {limit} bytes")
     if "\0" in value:
         raise ValidationError(field, "contains a NUL character")
     return value
@@ -99,10 +99,10 @@ def check_int(field: str, value: object, minimum: int = 0) -> int:
 def check_seconds(field: str, value: object, minimum: float, maximum: float) -> float:
     """Return ``value`` if it is a number of seconds from ``minimum`` to ``maximum``."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValidationError(field, f"must be seconds, not {type(value).__name__}")
+        raise ValidationError(field, f"must be a number of seconds, not {type(value).__name__}")
     if not minimum <= value <= maximum:
         allowed = f"from {minimum} to {maximum:.0f}"
-        raise ValidationError(field, f"must be seconds {allowed}, not {value}")
+        raise ValidationError(field, f"must be a number of seconds {allowed}, not {value}")
     return value
 
 
@@ -120,7 +120,7 @@ def check_enum(field: str, value: object, kind: type[_Enum]) -> _Enum:
 
 
 def check_origin(field: str, value: object) -> DeliveryContext | None:
-    """Return ``value`` as a :class:`DeliveryContext`; accepts a mapping of its fields too."""
+    """Return ``value``, or a mapping of the same fields, as a :class:`DeliveryContext`."""
     if isinstance(value, Mapping):
         unknown = set(value) - set(DeliveryContext.__struct_fields__)
         if unknown:
@@ -150,13 +150,13 @@ def encode_metadata(value: object) -> Raw:
     encoded = msgspec.json.encode(plain_metadata(value), order="deterministic")
     if len(encoded) > METADATA_BYTES:
         raise ValidationError(
-            "metadata", f"is {len(encoded)} bytes of JSON, at most {METADATA_BYTES} are allowed"
+            "metadata", f"is {len(encoded)} bytes long; the limit is {METADATA_BYTES} bytes"
         )
     return Raw(encoded) if encoded != b"{}" else NO_METADATA
 
 
 def plain_metadata(value: object) -> dict[str, Any]:
-    """Return a deep copy of a JSON object; raises as :func:`encode_metadata` does."""
+    """Return a deep copy of a JSON object; raise the errors of :func:`encode_metadata`."""
     if not isinstance(value, Mapping):
         raise ValidationError("metadata", f"must be a mapping, not {type(value).__name__}")
     copied: Any = _plain_json(value, "metadata", METADATA_DEPTH)
@@ -175,10 +175,10 @@ def _plain_json(value: object, path: str, depth: int) -> object:
         return int(value)
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise ValidationError(path, f"contains {value}, which is not JSON")
+            raise ValidationError(path, f"contains {value}, which JSON cannot represent")
         return float(value)
     if depth == 0:
-        raise ValidationError("metadata", f"is nested more than {METADATA_DEPTH} deep")
+        raise ValidationError("metadata", f"is nested more than {METADATA_DEPTH} levels deep")
     if isinstance(value, Mapping):
         members = {}
         for key, member in value.items():
@@ -190,7 +190,7 @@ def _plain_json(value: object, path: str, depth: int) -> object:
             _plain_json(item, f"{path}[{position}]", depth - 1)
             for position, item in enumerate(value)
         ]
-    raise ValidationError(path, f"contains a {type(value).__name__}, which is not JSON")
+    raise ValidationError(path, f"contains a {type(value).__name__}, not a type that JSON has")
 
 
 def _check_metadata_bytes(_field: str, encoded: object) -> object:
@@ -198,7 +198,7 @@ def _check_metadata_bytes(_field: str, encoded: object) -> object:
     if encoded is NO_METADATA:
         return encoded
     if isinstance(encoded, Raw) and len(bytes(encoded)) > METADATA_BYTES:
-        raise ValidationError("metadata", f"is over {METADATA_BYTES} bytes of JSON")
+        raise ValidationError("metadata", f"is more than {METADATA_BYTES} bytes long")
     value = _decoded("metadata", encoded, METADATA_DEPTH)
     if encode_metadata(value) != encoded:
         raise ValidationError("metadata", "is not in canonical form")
@@ -206,7 +206,7 @@ def _check_metadata_bytes(_field: str, encoded: object) -> object:
 
 
 def _check_unknown(field: str, encoded: object) -> object:
-    """Return ``encoded`` if it is an object of unknown members of a readable payload."""
+    """Return ``encoded`` if it is a JSON object with no known member except ``v``."""
     members = _decoded(field, encoded, PAYLOAD_DEPTH)
     if not isinstance(members, dict):
         raise ValidationError(field, "must be a JSON object")
@@ -215,7 +215,7 @@ def _check_unknown(field: str, encoded: object) -> object:
         raise ValidationError(field, f"contains {sorted(known)}, which are known fields")
     version = members.get("v", FORMAT_VERSION)
     if not isinstance(version, str) or not READABLE_VERSION.match(version):
-        raise ValidationError(field, f"has a format version that is not readable: {version!r}")
+        raise ValidationError(field, f"has a format version that cannot be decoded: {version!r}")
     return encoded
 
 
@@ -223,7 +223,7 @@ def _decoded(field: str, encoded: object, depth: int) -> object:
     if not isinstance(encoded, Raw):
         raise ValidationError(field, f"must be encoded JSON, not {type(encoded).__name__}")
     if exceeds_depth(bytes(encoded), depth):
-        raise ValidationError(field, f"is nested more than {depth} deep")
+        raise ValidationError(field, f"is nested more than {depth} levels deep")
     try:
         return msgspec.json.decode(encoded)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -231,10 +231,10 @@ def _decoded(field: str, encoded: object, depth: int) -> object:
 
 
 def exceeds_depth(encoded: bytes, depth: int) -> bool:
-    """Return whether JSON nests objects and arrays more than ``depth`` deep.
+    """Return whether JSON nests objects and arrays more than ``depth`` levels deep.
 
-    The function does not decode the text, so its result does not depend on the
-    interpreter.  The result for invalid JSON may be wrong: the decoder refuses it.
+    The function does not decode the JSON, so its result does not depend on the
+    interpreter.  The result for invalid JSON may be wrong: the decoder refuses that JSON.
     """
     if encoded.count(b"{") + encoded.count(b"[") <= depth:
         return False
@@ -247,7 +247,7 @@ def exceeds_depth(encoded: bytes, depth: int) -> bool:
 
 
 def check_summary(field: str, value: object) -> str | None:
-    """Return ``value`` with white space folded, if it has at most 4,096 bytes of UTF-8."""
+    """Return ``value`` with each white space as one space, if it has at most 4,096 bytes."""
     if value is None:
         return None
     if not isinstance(value, str):
@@ -269,8 +269,8 @@ CHECKS: dict[str, Callable[[str, object], Any]] = {
     "metadata_json": _check_metadata_bytes,
     "unknown_json": _check_unknown,
 }
-"""The check of each field of a stored record: it returns the value, converted if necessary,
-or raises :class:`ValidationError`."""
+"""The check of each field of a stored record.  A check returns the value, converted if
+necessary, or raises :class:`ValidationError`."""
 
 _NEVER_NONE = frozenset(
     {*REQUIRED_KEYS, "task", "revision", "created_at", *ENUM_FIELDS, "metadata_json"}
@@ -278,7 +278,7 @@ _NEVER_NONE = frozenset(
 
 
 def validated(record: object) -> TaskRecord:
-    """Return ``record`` if it is valid, with text in enum fields converted to members.
+    """Return ``record`` if it is valid, with the text of enum fields converted to enum members.
 
     Raises :class:`ValidationError` for the first invalid field.
     """

@@ -1,8 +1,8 @@
 """The record cache, its lookups, its replication, and the staging of changes.
 
 :class:`Lookups` is the only interface by which the registry looks records up.
-:class:`RecordCache` answers from indexes over committed records,
-:class:`Staging` from a base with uncommitted changes on top.
+:class:`RecordCache` answers lookups from indexes over committed records.
+:class:`Staging` answers lookups from a base and the uncommitted changes on top.
 :class:`ReplicatedCache` follows the journal of one store.
 """
 
@@ -50,12 +50,12 @@ from taskstore.store.interface import (
 logger = logging.getLogger("taskstore")
 
 PAGE_ENTRIES = 1000
-"""How many journal entries are read and applied at a time.  A larger commit becomes visible
-in parts, because lookups wait while entries are applied."""
+"""The number of journal entries that are read and applied at a time.  A larger commit becomes
+visible in parts, so that lookups wait only while one part is applied."""
 
 
 class Lookups(ABC):
-    """Lookups of records: four abstract methods, and those that follow from them."""
+    """Lookups of records: four abstract methods, and methods that use these four."""
 
     __slots__ = ()
 
@@ -65,7 +65,7 @@ class Lookups(ABC):
 
     @abstractmethod
     def select(self, query: TaskQuery) -> Iterator[TaskRecord]:
-        """Yield the matches after the query's cursor, newest first, without its limit."""
+        """Yield the matches after the query's cursor, newest first; ignore the query's limit."""
 
     @abstractmethod
     def by_dedup_key(self, key: DedupKey) -> TaskRecord | None:
@@ -83,15 +83,15 @@ class Lookups(ABC):
         return record
 
     def find_by_run(self, run_id: str) -> TaskRecord | None:
-        """Return the run's newest active task, or its newest, or ``None``."""
-        return self._preferred(run_id=run_id)
+        """Return the newest active task of a run, else its newest task, else ``None``."""
+        return self._newest_preferring_active(run_id=run_id)
 
     def find(self, token: str) -> TaskRecord | None:
-        """Return the task with this id, or of this run, or of this session, or ``None``."""
+        """Return the task with this id, else a task of this run or session, else ``None``."""
         return (
             self.get(token)
-            or self._preferred(run_id=token)
-            or self._preferred(**{SESSION_KEY: token})
+            or self._newest_preferring_active(run_id=token)
+            or self._newest_preferring_active(**{SESSION_KEY: token})
         )
 
     def page(self, query: TaskQuery, seq: int) -> Page:
@@ -101,10 +101,10 @@ class Lookups(ABC):
     def run_scope(
         self, run_id: str, runtime: str | None, session_key: str | None
     ) -> list[TaskRecord]:
-        """Return the tasks of a run, oldest first; none when the run is ambiguous.
+        """Return the tasks of a run, oldest first; an empty list if the run is ambiguous.
 
-        A run is ambiguous when its tasks belong to more than one (runtime,
-        scope kind, owner, child session).
+        A run is ambiguous if its tasks differ in their runtime, scope kind, owner
+        or child session.
         """
         filters: dict[str, Any] = {"run_id": run_id}
         if runtime is not None:
@@ -115,7 +115,7 @@ class Lookups(ABC):
         scopes = {(r.runtime, r.scope_kind, r.owner_key, r.child_session_key) for r in records}
         return records[::-1] if len(scopes) == 1 else []
 
-    def _preferred(self, **filters: Any) -> TaskRecord | None:
+    def _newest_preferring_active(self, **filters: Any) -> TaskRecord | None:
         active = next(self.select(TaskQuery(status=ACTIVE_STATUSES, **filters)), None)
         return active or next(self.select(TaskQuery(**filters)), None)
 
@@ -123,9 +123,9 @@ class Lookups(ABC):
 class RecordCache(Lookups):
     """The committed records, up to the last applied journal entry.
 
-    ``position`` is the position of this entry.  ``interrupted`` is set when an
-    interrupt may have left the indexes incomplete, until the next load.  A writer
-    holds the registry's commit lock; a user of the indexes holds ``lock``.
+    ``position`` is the position of this entry.  ``interrupted`` is true after an interrupt
+    that may have left the indexes incomplete, until the next load.  A thread that changes the
+    cache holds the registry's commit lock; a thread that uses the indexes holds ``lock``.
     """
 
     def __init__(self) -> None:
@@ -145,10 +145,10 @@ class RecordCache(Lookups):
         return self._indexes.records
 
     def reset(self, snapshot: Snapshot, commit_id: str = "") -> None:
-        """Replace all records with a snapshot; ``commit_id`` is its last commit, if known.
+        """Replace all records with a snapshot; ``commit_id`` is its last commit's id, if known.
 
         The lock is held only for the switch: lookups see the old records until
-        the new ones are indexed.
+        the new records are indexed.
         """
         indexes = Indexes(snapshot.records)
         with self.lock:
@@ -179,12 +179,12 @@ class RecordCache(Lookups):
         )
 
     def select(self, query: TaskQuery) -> Iterator[TaskRecord]:
-        """Yield the matches, newest first, from the smallest index that has all of them."""
+        """Yield the matches, newest first, from the smallest index that contains all matches."""
         last: Key | None = None
         for key in self._candidates(query):
             if query.since is not None and key[0] < query.since:
                 return
-            # A record with both session keys is in two of the merged indexes.
+            # A record whose two session keys both match is in two of the merged indexes.
             if key != last:
                 last = key
                 record = self._indexes.records[key[1]]
@@ -192,7 +192,7 @@ class RecordCache(Lookups):
                     yield record
 
     def _candidates(self, query: TaskQuery) -> Iterator[Key]:
-        """The sort keys of possible matches after the cursor, newest first."""
+        """Return the sort keys of possible matches after the cursor, newest first."""
         best: list[Sequence[Key]] = [self._indexes.keys]
         for field, wanted in query.where.items():
             lists = self._index_lists(field, wanted)
@@ -206,7 +206,7 @@ class RecordCache(Lookups):
         return before[0] if len(before) == 1 else heapq.merge(*before, reverse=True)
 
     def _index_lists(self, field: str, wanted: Iterable[object]) -> list[Sequence[Key]] | None:
-        """The sort keys of all records with one of these values; ``None`` without an index."""
+        """Return the sort keys of all records with one of these values; ``None`` if not indexed."""
         if field == SESSION_KEY:
             fields: tuple[str, ...] = ("child_session_key", "requester_session_key")
         elif field in INDEXED:
@@ -219,12 +219,12 @@ class RecordCache(Lookups):
 
 
 class ReplicatedCache(RecordCache):
-    """A record cache of one store: it publishes our commits and applies those of other writers.
+    """The record cache of one store: it applies our commits and the commits of other writers.
 
-    Each method that changes it is called with the commit lock held.  Events are
-    queued in the order of the journal and delivered later, without the lock.
-    ``stale`` is set when the cache may differ from the store in an unknown
-    way: it is reloaded before its next use.
+    The caller of a method that changes the cache must hold the commit lock.  Events are
+    queued in the order of the journal, and delivered after the lock is released.
+    ``stale`` is true when the cache may differ from the store in an unknown way: the
+    next commit or refresh then loads all records anew.
     """
 
     def __init__(self, store: TaskRegistryStore, hooks: Hooks) -> None:
@@ -236,8 +236,8 @@ class ReplicatedCache(RecordCache):
     def load(self) -> None:
         """Load all records from the store, and queue :class:`Restored`."""
         store, head, commit_id = self._store, 0, ""
-        # The commit id is read first: if another history replaces this one before
-        # the records are read, the next read of the journal detects that.
+        # The commit id is read before the records.  If another history replaces the journal
+        # in between, the next read of the journal detects the replacement.
         if isinstance(store, SupportsJournal):
             head = store.head()
             commit_id = commit_id_at(store, head)
@@ -257,12 +257,12 @@ class ReplicatedCache(RecordCache):
             self._catch_up_journal(self._store)
 
     def catch_up(self, *, reload: bool = False) -> bool:
-        """Bring the cache up to date with the store; returns whether it was behind."""
+        """Bring the cache up to date with the store; returns whether the cache was behind."""
         if isinstance(self._store, SupportsJournal):
             return self._catch_up_journal(self._store)
         if reload:
-            # A store without a journal has one writer: the cache differs from the
-            # store only after an unknown outcome.
+            # A store without a journal has only one writer.  The cache can differ from
+            # the store only after a commit with an unknown outcome.
             before = self.seq
             self.load()
             return before != self.seq
@@ -271,8 +271,8 @@ class ReplicatedCache(RecordCache):
     def apply_remote(self, journal: SupportsJournal, end: int | None = None) -> set[str]:
         """Apply the journal entries after ``position``, up to seq ``end`` if given.
 
-        Returns the ids of their tasks.  Raises :class:`CursorExpiredError` if
-        the journal does not hold the position: it has another history, or was trimmed.
+        Returns the ids of the changed tasks.  Raises :class:`CursorExpiredError` if the
+        journal has another history, or was trimmed after the position.
         """
         changed = set[str]()
         with gc_paused():
@@ -290,7 +290,7 @@ class ReplicatedCache(RecordCache):
         return changed
 
     def publish(self, commit: Commit, changes: Sequence[Change]) -> None:
-        """Apply our commit to the cache, after the commits of other writers before it."""
+        """Apply our commit to the cache, after all earlier commits of other writers."""
         if commit.first_seq != self.position.seq + 1 and self._catch_up_before(commit):
             return
         entries = entries_of(changes, commit)
@@ -298,7 +298,7 @@ class ReplicatedCache(RecordCache):
             self._apply_entries(entries[start : start + PAGE_ENTRIES], local=True)
 
     def _catch_up_before(self, commit: Commit) -> bool:
-        """Apply the commits before ours; returns whether our commit was applied as well."""
+        """Apply the commits before our commit; returns whether our commit was applied too."""
         before = commit.first_seq - 1
         try:
             if isinstance(self._store, SupportsJournal) and self.position.seq < before:
@@ -308,16 +308,16 @@ class ReplicatedCache(RecordCache):
                 self.load()
         except Exception:
             # Our change is committed: this error must not look like a failed commit.
-            logger.exception("cannot read what was committed before seq %d", commit.first_seq)
+            logger.exception("cannot read the commits before seq %d", commit.first_seq)
             self.stale = True
         # If the load fails, the caller sees at least its own commit.
         return self.position.seq != before and not self.stale
 
     def _catch_up_journal(self, store: SupportsJournal) -> bool:
-        """Apply all new journal entries; returns whether there were any.
+        """Apply all new journal entries; returns whether there were new entries.
 
-        If the journal does not hold ``position``, all records are loaded
-        again: applying entries of another history would mix the two.
+        If the journal does not contain ``position``, all records are loaded anew:
+        entries of another history must not be applied to the current records.
         """
         try:
             return bool(self.apply_remote(store))
@@ -326,7 +326,7 @@ class ReplicatedCache(RecordCache):
             return True
 
     def _apply_entries(self, entries: Iterable[JournalEntry], *, local: bool) -> None:
-        """Apply the next entries, visible to lookups all at once, and queue their events."""
+        """Apply the next entries, so that lookups see all of them or none; queue their events."""
         events: list[Event] = []
         with self.lock:
             for entry in entries:
@@ -336,10 +336,10 @@ class ReplicatedCache(RecordCache):
                     events.append(Upserted(seq, at, record, previous, local))
                 else:
                     previous = self._indexes.remove(task_id)
-                    if entry.quarantined is None:  # a quarantined record is no event
+                    if entry.quarantined is None:  # a quarantined record causes no event
                         events.append(Deleted(seq, at, task_id, previous, local))
                 self.position = Position(seq, entry.commit_id)
-        # If the cache is stale, the next load queues :class:`Restored`.
+        # If the cache is stale, the next load queues :class:`Restored` instead.
         if self._hooks.registered and not self.stale:
             self._hooks.emit(events)
 
@@ -348,8 +348,8 @@ class Staging(Lookups):
     """Uncommitted changes on top of a base.
 
     ``changes`` are the changes for the store, in order.  ``unverified`` is set
-    when an operation changed nothing: then the store has no revision to
-    check, and the cache may be outdated.
+    when an operation changed nothing: the store then checks no revision, and an
+    outdated cache would stay undetected.
     """
 
     __slots__ = ("_base", "_by_dedup_key", "_overlay", "changes", "unverified")
@@ -362,12 +362,12 @@ class Staging(Lookups):
         self.unverified = False
 
     def get(self, task_id: str) -> TaskRecord | None:
-        """Return the record of an id with the changes applied, or ``None``."""
+        """Return the record of an id after the changes, or ``None``."""
         overlay = self._overlay
         return overlay[task_id] if task_id in overlay else self._base.get(task_id)
 
     def by_dedup_key(self, key: DedupKey) -> TaskRecord | None:
-        """Return the task that has a dedup key with the changes applied, or ``None``."""
+        """Return the task that has a dedup key after the changes, or ``None``."""
         task_id = self._by_dedup_key.get(key)
         if task_id is not None:
             return self.get(task_id)
@@ -375,7 +375,7 @@ class Staging(Lookups):
         return record if record is None else self.get(record.task_id)
 
     def select(self, query: TaskQuery) -> Iterator[TaskRecord]:
-        """Yield the matches with the changes applied, newest first."""
+        """Yield the records that match after the changes, newest first."""
         if not self._overlay:
             return self._base.select(query)
         overlay, cursor = self._overlay, query.cursor
@@ -394,7 +394,7 @@ class Staging(Lookups):
         return heapq.merge(base, staged, key=lambda record: record.sort_key, reverse=True)
 
     def summary(self) -> Summary:
-        """Count the records with the changes applied."""
+        """Count the records after the changes."""
         base = self._base.summary()
         statuses, runtimes = Counter(base.by_status), Counter(base.by_runtime)
         for task_id, after in self._overlay.items():
@@ -405,7 +405,7 @@ class Staging(Lookups):
         return Summary.of(+statuses, +runtimes, base.seq)
 
     def create(self, record: TaskRecord, key: DedupKey | None) -> TaskRecord:
-        """Stage a new task with its dedup key; raises :class:`ConflictError` if its id exists."""
+        """Stage a new task and its dedup key; raises :class:`ConflictError` if the id exists."""
         overlay = self._overlay
         task_id = record.task_id
         existing = overlay[task_id] if task_id in overlay else self._base.get(task_id)
@@ -418,7 +418,7 @@ class Staging(Lookups):
         return record
 
     def update(self, before: TaskRecord, after: TaskRecord) -> TaskRecord:
-        """Stage the next revision of a record; nothing if ``after`` is the same object."""
+        """Stage the next revision of a record; stage nothing if ``after`` is ``before``."""
         if after is before:
             self.unverified = True
             return before
@@ -438,13 +438,13 @@ class Staging(Lookups):
         self._overlay[record.task_id] = None
 
     def rollback(self, savepoint: int) -> None:
-        """Discard the changes after the first ``savepoint`` ones."""
+        """Keep the first ``savepoint`` changes, and discard the later changes."""
         kept = self.changes[:savepoint]
         self._overlay, self._by_dedup_key, self.changes = {}, {}, []
         self._append(kept)
 
     def merge(self, inner: Staging) -> None:
-        """Add the changes of a staging whose base is this one."""
+        """Add the changes of ``inner``, whose base is this staging."""
         self._append(inner.changes)
 
     def _append(self, changes: Sequence[Change]) -> None:
@@ -458,12 +458,12 @@ class Staging(Lookups):
 
 
 def _backwards(keys: Sequence[Key], end: int) -> Iterator[Key]:
-    """The keys before index ``end``, last first."""
+    """Return the keys before index ``end``, in reverse order."""
     return map(keys.__getitem__, range(end - 1, -1, -1))
 
 
 def _whole_commits(page: Sequence[JournalEntry]) -> Sequence[JournalEntry]:
-    """A full page without its last commit, which may be incomplete; a single commit as it is."""
+    """Drop the last commit of a full page, which may be incomplete, unless it is the only one."""
     last = page[-1].commit_id
     end = next((n for n in range(len(page), 0, -1) if page[n - 1].commit_id != last), 0)
     return page[:end] or page
@@ -478,8 +478,8 @@ def gc_paused() -> Iterator[None]:
     """Pause Python's garbage collector in the body of a ``with`` that creates many records.
 
     Records cannot form cycles, and each full collection blocks every thread.
-    A pause inside another one changes nothing: only the first disables the
-    collector, and enables it at its end.
+    A second pause during a pause has no effect: only the first pause disables the
+    collector, and enables the collector at the end.
     """
     global _gc_disabled  # noqa: PLW0603 - there is one collector per process
     first = _pause_lock.acquire(blocking=False)
@@ -496,8 +496,8 @@ def gc_paused() -> Iterator[None]:
             _pause_lock.release()
 
 
-def restore_gc() -> None:
-    """End the pause of a thread that does not exist in a forked child."""
+def end_gc_pause_after_fork() -> None:
+    """End a pause in a forked child: the thread that began the pause does not exist there."""
     global _pause_lock, _gc_disabled  # noqa: PLW0603
     _pause_lock = threading.Lock()
     if _gc_disabled:
@@ -506,4 +506,4 @@ def restore_gc() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=restore_gc)
+    os.register_at_fork(after_in_child=end_gc_pause_after_fork)

@@ -1,15 +1,19 @@
 """The commit protocol: stage, apply, publish to the cache, deliver events.
 
-A caller that finds no commit in progress commits its own request and wakes no
-other thread.  Callers that arrive during this commit queue their requests, and
+If no commit is in progress, the calling thread commits its own request and wakes no
+other thread.  Callers that arrive during a commit queue their requests, and
 a writer thread commits the queued requests as one group.
 
-An operation is a function over a :class:`~taskstore.registry.cache.Staging`: it
-looks records up and stages changes.  It has no state, so the committer can run
-it again over fresher records after a conflict.  A batch is one operation.
+An operation is a function that uses a :class:`~taskstore.registry.cache.Staging`: it looks
+records up and stages changes.  An operation has no state, so the committer can run the
+operation again over newer records after a conflict.  A batch is one operation.
 
-One rule for interrupts, such as Ctrl-C: the change of an interrupted caller is
-committed completely or not at all, and the record cache is reloaded before its next use.
+If the outcome of a commit is unknown, the caller gets an :class:`OutcomeUnknownError`, and
+all records are loaded into memory anew before the next commit.  After a lost connection, the
+SQL store first reads the outcome back in ``stores/sql/transactions.py``.
+
+If a caller is interrupted, for example by Ctrl-C, its change is committed completely or not
+at all, and the record cache is loaded anew before the next use of the cache.
 """
 
 from __future__ import annotations
@@ -47,13 +51,13 @@ from taskstore.store.interface import SupportsExclusive, SupportsJournal, TaskRe
 T = TypeVar("T")
 
 MAX_ATTEMPTS = 64
-"""How often a single request is attempted while other writers commit first."""
+"""The maximum number of attempts to commit one request while other writers commit first."""
 
 MAX_GROUP_ATTEMPTS = 4
-"""How often a group of requests is attempted before each request is committed alone."""
+"""The maximum number of attempts to commit a group before each request is committed alone."""
 
 CONTENTION_S = 1.0
-"""How long after a conflict each commit takes the store's exclusive lock, in seconds."""
+"""For this many seconds after a conflict, each commit takes the store's exclusive lock."""
 
 MIN_BACKOFF_S = 0.0005
 MAX_BACKOFF_S = 0.01
@@ -67,7 +71,7 @@ INTERRUPT_TIMEOUT_S = 1.0
 """How long an interrupted caller waits for a commit that has started, in seconds."""
 
 Operation = Callable[[Staging], T]
-"""Looks records up, stages changes, and returns the result of the call."""
+"""A function that looks records up, stages changes, and returns the result of the call."""
 
 _task_id_of = attrgetter("task_id")
 _NO_CONTENTION: AbstractContextManager[AbstractSet[str]] = nullcontext(frozenset())
@@ -95,12 +99,12 @@ class QueuedRequest(Request[T], Generic[T], kw_only=True):
     """
 
     on_done: Callable[[], object]
-    # Acquired once and never released: by the writer thread, which starts the
-    # request, or by the caller, which withdraws it.
+    # This lock is acquired once and never released.  Either the writer thread acquires it
+    # and starts the request, or the caller acquires it and withdraws the request.
     claim: Any
 
     def withdraw(self) -> bool:
-        """Cancel the request unless it has started; returns whether it was cancelled."""
+        """Cancel the request unless it has started; returns whether the request was cancelled."""
         withdrawn: bool = self.claim.acquire(blocking=False)
         return withdrawn
 
@@ -108,7 +112,7 @@ class QueuedRequest(Request[T], Generic[T], kw_only=True):
 class CommitQueue:
     """The requests that wait for the writer thread, first in, first out.
 
-    ``busy`` is true while a queued request has no outcome.
+    ``busy`` is true while a queued request has neither a result nor an error.
     """
 
     def __init__(self) -> None:
@@ -121,7 +125,7 @@ class CommitQueue:
     def put(
         self, operation: Operation[T], on_done: Callable[[], object]
     ) -> tuple[QueuedRequest[T], bool]:
-        """Queue an operation; returns its request, and whether to start a writer thread.
+        """Queue an operation; returns its request, and whether the caller must start the writer.
 
         Raises :class:`~taskstore.StoreClosedError` after :meth:`close`.
         """
@@ -135,10 +139,10 @@ class CommitQueue:
         return request, start
 
     def take(self, idle_s: float) -> list[QueuedRequest[Any]]:
-        """Wait for requests, and start all that are queued.
+        """Wait for requests; start and return all queued requests.
 
-        An empty list ends the writer thread: no request came for ``idle_s``
-        seconds, or the queue is closed.
+        Returns an empty list if no request came for ``idle_s`` seconds, or if the
+        queue is closed: the writer thread then ends.
         """
         while True:
             try:
@@ -167,7 +171,7 @@ class CommitQueue:
             request.on_done()
 
     def close(self) -> None:
-        """Refuse new requests, and end the writer thread after the queued ones."""
+        """Refuse new requests, and end the writer thread after the queued requests."""
         with self._lock:
             self._closed = True
             if self._has_writer:
@@ -175,10 +179,10 @@ class CommitQueue:
 
 
 def wait(request: QueuedRequest[T], done: threading.Lock) -> None:
-    """Wait for the outcome of a request: until the lock ``done`` is released.
+    """Wait until the lock ``done`` is released: the request then has its outcome.
 
-    An interrupted caller withdraws a request that has not started.  It waits
-    briefly for one that has started, because most commits end soon.
+    If the caller is interrupted, a request that has not started is withdrawn.  The
+    caller waits briefly for a request that has started, because most commits end soon.
     """
     try:
         done.acquire()
@@ -197,18 +201,18 @@ class Committer:
         self._hooks = hooks
         self._queue = CommitQueue()
         self._writer: threading.Thread | None = None
-        # The commit lock: its owner changes the cache.  It is reentrant, so that a signal
-        # handler that interrupts a call of its own thread gets an error, not a deadlock.
+        # The commit lock: only its owner may change the cache.  The lock is reentrant: a signal
+        # handler that interrupts a call of the same thread gets an error, not a deadlock.
         self._lock = threading.RLock()
         self._locked = False
-        # Whether a caller, or the writer thread, is committing.
+        # Whether a caller or the writer thread is committing now.
         self._committing = False
-        # Until when other writers are expected to change the same tasks (monotonic
-        # seconds, 0: no contention).
+        # The end of the contention (monotonic seconds, 0: no contention).  Until then, each
+        # commit takes the store's exclusive lock.
         self._contended_until = 0.0
 
     def load(self) -> None:
-        """Load all records from the store, and deliver the event."""
+        """Load all records from the store, and deliver the event ``Restored``."""
         self._with_lock(self._cache.load)
         self._hooks.deliver()
 
@@ -252,11 +256,11 @@ class Committer:
         *,
         commit_without_thread: bool = False,
     ) -> QueuedRequest[T]:
-        """Queue an operation for the writer thread, which calls ``on_done`` at the end.
+        """Queue an operation for the writer thread, which calls ``on_done`` after the commit.
 
-        The caller delivers the events.  If no thread can be started, this thread
-        commits if ``commit_without_thread`` is set; otherwise the error of the
-        request is a :class:`TaskStoreError`.
+        The caller delivers the events.  If no thread can be started, the calling thread
+        commits the request if ``commit_without_thread`` is set; otherwise the request
+        fails with a :class:`TaskStoreError`.
         """
         self.check_writable()
         request, start = self._queue.put(operation, on_done)
@@ -264,7 +268,7 @@ class Committer:
             writer = threading.Thread(target=self._run_writer, name="taskstore-writer", daemon=True)
             try:
                 writer.start()
-            except RuntimeError:  # the system gives no more threads
+            except RuntimeError:  # the system cannot create another thread
                 self._run_writer(0.0, fail=not commit_without_thread)
             else:
                 self._writer = writer
@@ -279,7 +283,7 @@ class Committer:
 
     def close(self) -> None:
         """Refuse new requests, and return when all accepted requests are committed."""
-        self._with_lock(lambda: None)  # raises inside a call that join() would wait for
+        self._with_lock(lambda: None)  # raises if close() interrupted another call
         self._queue.close()
         writer = self._writer
         if writer is not None:
@@ -288,12 +292,12 @@ class Committer:
     # -- one at a time ----------------------------------------------------------
 
     def _with_lock(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Call ``work``, which changes the cache, with the commit lock held."""
+        """Take the commit lock, and call ``work``, which may change the cache."""
         with self._lock:
             if self._locked:
                 raise TaskStoreError(
-                    "this thread is in the middle of another call to the registry, which a "
-                    "signal handler has probably interrupted",
+                    "this thread is in the middle of another call to the registry; a signal "
+                    "handler has probably interrupted that call",
                     hint="in the signal handler, only set a flag or raise SystemExit",
                 )
             self._locked = True
@@ -308,29 +312,29 @@ class Committer:
                 self._locked = self._committing = False
 
     def _run_writer(self, idle_s: float | None = None, *, fail: bool = False) -> None:
-        """The writer thread: commit groups of requests until the idle timeout or the close."""
+        """Commit groups of requests in the writer thread until the idle timeout or ``close()``."""
         while requests := self._queue.take(IDLE_TIMEOUT_S if idle_s is None else idle_s):
             try:
                 if fail:
                     raise TaskStoreError(  # noqa: TRY301
-                        "cannot start a thread to commit this: nothing was written",
+                        "cannot start a thread to commit this change: nothing was written",
                         hint="raise the limit on threads, or end other threads and retry",
                     )
                 self._with_lock(self._commit_group, requests)
             except Exception as error:  # noqa: BLE001 (raised in the callers' threads)
                 _fail(requests, error)
-            except BaseException:  # noqa: BLE001 (later callers need the thread)
-                _fail(requests, OutcomeUnknownError("the writer thread was interrupted in commit"))
+            except BaseException:  # noqa: BLE001 (later callers need this thread)
+                _fail(requests, OutcomeUnknownError("the writer was interrupted during a commit"))
             self._queue.finish(requests)
 
     # -- the commit ---------------------------------------------------------------
 
     def _commit_group(self, requests: Sequence[Request[Any]]) -> None:
-        """Commit requests as one; if that fails, commit each alone to find the faulty one."""
+        """Commit requests together; after a failure, each one alone to find the failing request."""
         try:
             self._commit_requests(requests)
         except Exception as error:  # noqa: BLE001 (raised in the callers' threads)
-            # Each request alone would wait again for a busy or unreachable store.
+            # If the store is busy or unreachable, each single request would wait again.
             if len(requests) == 1 or isinstance(error, StoreBusyError | OutcomeUnknownError):
                 _fail(requests, error)
                 return
@@ -338,10 +342,10 @@ class Committer:
                 self._commit_group((request,))
 
     def _commit_requests(self, requests: Sequence[Request[Any]]) -> None:
-        """Commit requests as one, in order; retry while other writers commit first.
+        """Commit requests together, in order; retry while other writers commit first.
 
-        A request that fails stages nothing.  A failure, or a request without changes,
-        may only mean that the cache is behind the store.  If so, all are staged again.
+        A request that fails stages nothing.  If a request fails or changes nothing, the cache
+        catches up with the store; if the cache was behind, all requests are staged again.
         """
         self._committing = True
         single = len(requests) == 1
@@ -359,7 +363,7 @@ class Committer:
                 if not staging.changes:
                     return
                 if remote_ids and not remote_ids.isdisjoint(map(_task_id_of, staging.changes)):
-                    # The exclusive lock has just prevented a conflict: contention continues.
+                    # The exclusive lock has just prevented a conflict: the contention continues.
                     self._contended_until = time.monotonic() + CONTENTION_S
                 try:
                     commit = self._store.apply(ChangeSet(staging.changes, self._cache.position))
@@ -382,20 +386,20 @@ class Committer:
         )
 
     def _catch_up(self, *, single: bool) -> bool:
-        """Bring the cache up to date with the store; returns whether it was behind."""
+        """Bring the cache up to date with the store; returns whether the cache was behind."""
         try:
             return self._cache.catch_up()
         except TaskStoreError as error:
             if single:
                 raise
-            # Each request is then committed alone, and only unverified ones get the error.
+            # Each request is then committed alone; only unverified requests get this error.
             raise TaskStoreError(
                 "cannot bring the record cache up to date with the store"
             ) from error
 
     def _stage(self, requests: Sequence[Request[Any]], staging: Staging) -> bool:
-        """Run requests in order, each over the changes before it; returns whether a result
-        or error is unverified: it may come from an outdated cache."""
+        """Run requests in order, each on top of the earlier changes; returns whether a result
+        or error is unverified, because the cache may have been outdated."""
         unverified = False
         for request in requests:
             savepoint = len(staging.changes)
@@ -414,11 +418,11 @@ class Committer:
 
     @contextmanager
     def _exclusive(self) -> Iterator[AbstractSet[str]]:
-        """Make other writers wait from here to our commit, and catch up with the store.
+        """Lock out other writers until our commit, and catch up with the store.
 
-        No other commit comes between this read and our commit, so all contending
-        writers make progress in turn.  Without contention, writers wait only for
-        commits.  Yields the ids of the tasks that other writers changed.
+        No other writer can commit between this read and our commit, so all contending
+        writers make progress in turn.  Without contention this lock is not taken: a writer
+        then waits only for single commits.  Yields the ids of tasks that other writers changed.
         """
         store = self._store
         remote_ids: AbstractSet[str] = frozenset()
@@ -426,7 +430,7 @@ class Committer:
             yield remote_ids
             return
         with store.exclusive():
-            with suppress(CursorExpiredError):  # the commit then conflicts or reloads
+            with suppress(CursorExpiredError):  # the commit then conflicts, or the cache reloads
                 remote_ids = self._cache.apply_remote(store)
             yield remote_ids
 
@@ -439,8 +443,8 @@ def _fail(requests: Sequence[Request[Any]], error: BaseException) -> None:
 class Batch:
     """The operations of one ``with registry.batch()``, and their staged changes.
 
-    ``closed`` is set at the end of the body.  An asyncio task that started in
-    the body and outlives it then commits its changes by itself.
+    ``closed`` is set at the end of the body.  An asyncio task that the body started may
+    run longer than the body: it then commits its own changes.
     """
 
     def __init__(self, base: Lookups) -> None:
@@ -468,8 +472,8 @@ class Batch:
     def replay(self, staging: Staging) -> None:
         """Run all operations again over the records that are stored now.
 
-        Raises :class:`ConflictError` if the body used a task whose run another
-        writer has created first, under another id.
+        Raises :class:`ConflictError` if the body created and then used a task, but another
+        writer has created the task of the same run first, under another id.
         """
         conflicts: dict[str, Conflict] = {}
         for operation, result in self.operations:
@@ -484,7 +488,9 @@ class Batch:
                     conflict = Conflict(result.task_id, 0, 0, existing_task_id=again.task_id)
                     conflicts[result.task_id] = conflict
             elif conflicts and result is True and again is False:
-                raise ConflictError(conflicts.values())  # deleted in the body, and not here
+                raise ConflictError(
+                    conflicts.values()
+                )  # deleted in the body, but not in this replay
         for change in staging.changes if conflicts else ():
             if isinstance(change, Put) and change.record.parent_task_id in conflicts:
                 raise ConflictError([conflicts[change.record.parent_task_id]])

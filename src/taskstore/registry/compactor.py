@@ -1,4 +1,4 @@
-"""Compaction of a store: on demand, or by a hook when it is due."""
+"""Compaction of a store: on demand, or by a hook when the policy says so."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Self
 from msgspec.structs import replace
 
 from taskstore.errors import StoreBusyError, StoreClosedError, UnsupportedError
-from taskstore.model.policies import CompactionPolicy, CompactionReport, JournalStats
+from taskstore.model.compaction_policy import CompactionPolicy, CompactionReport, JournalStats
 from taskstore.registry.hooks import Deleted, Event, Restored
 from taskstore.store.interface import SupportsCompaction, TaskRegistryStore
 
@@ -22,9 +22,9 @@ def compact(
     *,
     erase_deleted: bool = False,
 ) -> CompactionReport:
-    """Compact a store's journal into a snapshot, if the policy says that it is due.
+    """Compact a store's journal into a snapshot, if the policy says that compaction is due.
 
-    ``erase_deleted`` removes all history, and with it the text of deleted tasks.
+    ``erase_deleted`` removes all history, including the text of deleted tasks.
     Raises :class:`~taskstore.UnsupportedError` for a store without compaction,
     and :class:`~taskstore.StoreBusyError` while another compactor runs.
     """
@@ -39,11 +39,11 @@ def compact(
 class Compactor:
     """A hook that compacts a store in its own thread when compaction is due.
 
-    ``registry.hooks.add(Compactor(registry.store))``: it counts events and asks
-    the policy.  It does not block writers.  ``runs`` counts the compactions
-    done, ``failures`` those that raised: they are logged and retried at the
-    next event that makes one due.  ``last_report`` is the newest
-    :class:`CompactionReport` or ``None``.  Close it before the store.
+    Add it with ``registry.hooks.add(Compactor(registry.store))``.  The compactor counts
+    events and asks the policy.  It does not block writers.  ``runs`` counts completed
+    compactions, ``failures`` counts failed compactions.  A failure is logged; the next
+    compaction that is due is the retry.  ``last_report`` is the newest
+    :class:`CompactionReport` or ``None``.  Close the compactor before the store.
     """
 
     def __init__(self, store: TaskRegistryStore, policy: CompactionPolicy | None = None) -> None:
@@ -62,10 +62,10 @@ class Compactor:
         self.last_report: CompactionReport | None = None
 
     def __call__(self, event: Event) -> None:
-        """Count an event, and start a compaction if one is due."""
+        """Count an event, and start a compaction if compaction is due."""
         with self._lock:
             if isinstance(event, Restored):
-                # The store knows how many entries came since its last snapshot.
+                # The store itself checks its entries since its last snapshot.
                 self._records = event.count
                 self._start()
                 return
@@ -85,7 +85,7 @@ class Compactor:
                 self._start()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for a running compaction; returns whether none is running any more."""
+        """Wait for a running compaction; returns whether no compaction is running."""
         thread = self._thread
         if thread is None:
             return True
@@ -93,7 +93,7 @@ class Compactor:
         return not thread.is_alive()
 
     def close(self) -> None:
-        """Start no more compactions, and wait for a running one."""
+        """Start no more compactions, and wait for a running compaction."""
         with self._lock:
             self._closed = True
         self.wait()

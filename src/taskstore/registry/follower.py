@@ -1,4 +1,9 @@
-"""The follower: a thread that applies commits of other processes to memory."""
+"""The follower: a thread that applies commits of other processes to memory.
+
+The follower waits in the store's ``wait_for``.  When another process commits, the store's
+change feed wakes the follower (:class:`taskstore.stores.common.change_feed.ChangeFeed`, with
+one watcher per kind of store).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ from taskstore.store.interface import SupportsJournal
 logger = logging.getLogger("taskstore")
 
 POLL_INTERVAL_S = 0.5
-"""How long the follower waits for a commit before it refreshes anyway, in seconds: a refresh
+"""How long the follower waits before it refreshes without a commit, in seconds.  A refresh
 detects that the journal has another history."""
 
 LOCAL_COMMIT_S = 0.001
@@ -31,7 +36,7 @@ STOP_TIMEOUT_S = 5.0
 
 
 class Follower:
-    """The result of :meth:`taskstore.TaskRegistry.follow`: end it with ``stop()`` or a ``with``.
+    """A follower from :meth:`taskstore.TaskRegistry.follow`; ``stop()`` or a ``with`` ends it.
 
     If the store cannot be read, the follower logs this once and retries.
     """
@@ -53,7 +58,7 @@ class Follower:
         return not self._stopped.is_set() and self._thread.is_alive()
 
     def stop(self) -> None:
-        """End the follower, and wait for its thread.  May be repeated, and called in a hook."""
+        """End the follower, wait for its thread.  May be called by a hook, and more than once."""
         self.request_stop()
         self.wait()
 
@@ -62,7 +67,7 @@ class Follower:
         self._stopped.set()
 
     def wait(self) -> None:
-        """Wait until the thread has ended, unless this thread is the follower."""
+        """Wait until the thread has ended, unless the caller is the follower's thread."""
         if threading.current_thread() is not self._thread:
             self._thread.join(STOP_TIMEOUT_S)
 
@@ -92,8 +97,8 @@ class Follower:
             seq = self._seq()
             if not self._journal.wait_for(seq, POLL_INTERVAL_S):
                 return
-            # A local commit reaches memory without a refresh, and so do the commits
-            # of other processes before it.
+            # A local commit reaches memory without a refresh, together with all earlier
+            # commits of other processes.
             self._stopped.wait(LOCAL_COMMIT_S)
             if self._seq() <= seq:
                 return

@@ -1,7 +1,7 @@
-"""Reads of the journal: changes, one task's history, records of the past.
+"""Reads of the journal: changes, one task's history, earlier records.
 
 All functions read a store through :class:`~taskstore.SupportsJournal`.  For a
-store without it they raise :class:`~taskstore.UnsupportedError`.
+store without a journal they raise :class:`~taskstore.UnsupportedError`.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from taskstore.store.interface import (
 )
 
 WAIT_SLICE_S = 0.5
-"""The longest single wait for a commit, in seconds; a close is detected between two waits."""
+"""The longest single wait for a commit, in seconds.  A closed registry is detected afterwards."""
 
 MAX_WAIT_S = 10.0**9
 """The longest wait, in seconds: about thirty years."""
 
 EARLIEST_TIME = 10**11
-"""Larger integers are Unix milliseconds (this one is in March 1973), smaller ones are seqs."""
+"""Integers from this value on (March 1973) are Unix milliseconds; smaller integers are seqs."""
 
 
 def journal_of(store: TaskRegistryStore, wanted: str) -> SupportsJournal:
-    """Return the store, typed as one with a journal; raises :class:`UnsupportedError`."""
+    """Return the store typed as ``SupportsJournal``, or raise :class:`UnsupportedError`."""
     if not isinstance(store, SupportsJournal):
-        raise UnsupportedError(f"{wanted} needs a journal, but {store!r} keeps none")
+        raise UnsupportedError(f"{wanted} needs a journal, but {store!r} has no journal")
     return store
 
 
 def entries_after(store: SupportsJournal, after: int) -> Iterator[JournalEntry]:
-    """Yield all entries after a seq, also those committed during the iteration."""
+    """Yield all entries after a seq, including entries committed during the iteration."""
     while entries := store.read_journal(after, PAGE_ENTRIES):
         yield from entries
         after = entries[-1].seq
 
 
 class JournalReader:
-    """Reads a journal from a cursor, page by page, and detects another history.
+    """Reads a journal from a cursor, page by page, and detects a replaced journal.
 
-    ``after`` is a seq or the ``cursor`` of an entry.  No entry is skipped:
-    raises :class:`CursorExpiredError` if entries were trimmed, or if the journal
-    does not hold the position.
+    ``after`` is a seq or the ``cursor`` of an entry.  The reader skips no entry: it
+    raises :class:`CursorExpiredError` if the next entries were trimmed, or if the
+    journal does not contain the position.
     """
 
     def __init__(self, journal: SupportsJournal, after: int | str | Position) -> None:
@@ -60,9 +60,9 @@ class JournalReader:
         self.position = Position.of(after)
 
     def check(self) -> None:
-        """Raise :class:`CursorExpiredError` unless the journal holds the position.
+        """Raise :class:`CursorExpiredError` unless the journal contains the position.
 
-        A seq without a commit id gets the commit id of the current history.
+        If the position has no commit id, the commit id is read from the current journal.
         """
         entries_after_position(self._journal, self.position, 0)
         seq = self.position.seq
@@ -70,7 +70,7 @@ class JournalReader:
             self.position = Position(seq, commit_id_at(self._journal, seq))
 
     def next_page(self) -> Sequence[JournalEntry]:
-        """The next entries; none at the head."""
+        """Return the next entries; an empty sequence at the head."""
         if not self.position.commit_id:
             self.check()
         entries = entries_after_position(self._journal, self.position, PAGE_ENTRIES)
@@ -85,9 +85,9 @@ def changes(
     wait: float | None,
     check: Callable[[], object] = lambda: None,
 ) -> Iterator[JournalEntry]:
-    """Yield the entries after a cursor; end at the head, or after ``wait`` seconds without one.
+    """Yield the entries after a cursor; end at the head, or ``wait`` seconds after the last entry.
 
-    ``check`` is called before each step, and ends the iteration by raising.
+    ``check`` is called before each step; an error that it raises ends the iteration.
     """
     journal = journal_of(store, "changes")
     reader = JournalReader(journal, after)
@@ -163,7 +163,7 @@ def _as_of_seq(journal: SupportsJournal, seq: int) -> Snapshot:
 
 
 def _as_of_time(journal: SupportsJournal, at: int) -> Snapshot:
-    # Commit times never decrease, so the entries up to a time are a prefix.
+    # Commit times never decrease, so the entries up to a time are a prefix of the journal.
     base = _base_snapshot(journal, journal.floor() - 1)
     if base.at > at:
         raise CursorExpiredError(base.seq - 1, base.seq + 1)
@@ -176,7 +176,7 @@ def _as_of_time(journal: SupportsJournal, at: int) -> Snapshot:
 
 
 def _base_snapshot(journal: SupportsJournal, seq: int) -> Snapshot:
-    """The newest snapshot at or before a seq; an empty one if the journal is complete."""
+    """Return the newest snapshot at or before a seq, else an empty one if all entries are kept."""
     floor = journal.floor()
     if seq < floor - 1:
         raise CursorExpiredError(seq, floor)
@@ -189,7 +189,7 @@ def _base_snapshot(journal: SupportsJournal, seq: int) -> Snapshot:
 
 
 def _unix_ms(moment: object) -> int | None:
-    """The time of ``moment``, or ``None`` if it is a seq."""
+    """Return ``moment`` in Unix milliseconds, or ``None`` if ``moment`` is a seq."""
     if isinstance(moment, datetime):
         if moment.tzinfo is None:
             raise ValidationError("as_of", "a datetime needs a time zone")

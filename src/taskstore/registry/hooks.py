@@ -1,9 +1,9 @@
 """Events, and their delivery to hooks.
 
 Hooks are called after the commit, outside the commit lock, one event at a time
-and in the order of the journal.  An exception in a hook is logged and counted; it
-undoes nothing and stops no other hook.  An interrupt in a hook is raised again
-after all hooks were called with the event.
+and in the order of the journal.  An exception in a hook is logged and counted; the
+commit stays, and the other hooks are still called.  An interrupt in a hook is raised
+again after all hooks were called with the event.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from taskstore.model.records import TaskRecord
 logger = logging.getLogger("taskstore.hooks")
 
 DRAIN_TIMEOUT_S = 5.0
-"""How long closing waits for hooks that run in another thread, in seconds."""
+"""How long ``close()`` waits for hooks that run in another thread, in seconds."""
 
 
 class Restored(Struct, frozen=True):
-    """The registry (re)loaded its records; sent for an empty store too.
+    """The registry loaded all its records; this event is sent for an empty store too.
 
     ``seq`` is the seq of the loaded snapshot, ``count`` the number of records
     and ``records`` an immutable mapping of task_id to record.
@@ -82,9 +82,9 @@ Hook = Callable[[Event], object]
 class Hooks:
     """The hooks of one registry, and the queue of undelivered events.
 
-    ``events`` are not yet delivered to all hooks.  ``errors`` counts the calls
-    that raised.  An interrupt, which is no ``Exception``, is raised in the thread
-    that delivers, unless ``raise_interrupts`` is false.
+    ``events`` are the events that not all hooks have received.  ``errors`` counts the
+    hook calls that raised.  An interrupt (an error that is not an ``Exception``) is
+    raised in the delivering thread, unless ``raise_interrupts`` is false.
     """
 
     def __init__(self, hooks: Iterable[Hook] = (), *, raise_interrupts: bool = True) -> None:
@@ -93,7 +93,7 @@ class Hooks:
         self.events: deque[Event] = deque()
         # The id of the thread that delivers events now.
         self._deliverer: int | None = None
-        # The hooks that were not called with the first event; ``None``: all.
+        # The hooks that were not yet called with the first event; ``None`` means all hooks.
         self._remaining: Iterator[Hook] | None = None
         self._lock = threading.Lock()
         self.errors = 0
@@ -103,7 +103,7 @@ class Hooks:
     def add(self, hook: Hook) -> Callable[[], None]:
         """Call ``hook`` with every event from now on.
 
-        Returns a function that removes it again; a repeated call does nothing.
+        Returns a function that removes the hook; a second call does nothing.
         """
         if not callable(hook):
             raise TypeError(f"a hook takes an event: {hook!r} is not callable")
@@ -119,19 +119,19 @@ class Hooks:
         return remove
 
     def emit(self, events: Iterable[Event]) -> None:
-        """Queue events in the order of their seqs.  The caller holds the commit lock."""
+        """Queue events in the order of their seqs.  The caller must hold the commit lock."""
         if self.registered:
             self.events.extend(events)
 
     def deliver(self) -> None:
-        """Deliver all queued events, unless another call delivers them.
+        """Deliver all queued events, unless another call is delivering events.
 
-        Called without the commit lock.  If a hook changes the registry, its
-        call returns here at once, and the event follows after the current one.
+        The caller must not hold the commit lock.  If a hook changes the registry, the
+        nested ``deliver`` returns at once; the new event is delivered after the current event.
         """
         me = threading.get_ident()
-        # The loop checks again after a delivery has ended: a call that queued an event
-        # after the last check saw this deliverer, and returned.
+        # After a delivery the loop checks for events again.  Another call may have queued an
+        # event after the last check, and returned because this thread was the deliverer.
         while self.events:
             deliverer = self._deliverer
             if deliverer is not None:
@@ -150,8 +150,8 @@ class Hooks:
     def drain(self) -> None:
         """Deliver all queued events, and wait for a delivery in another thread.
 
-        Does not wait inside a hook, and never longer than ``DRAIN_TIMEOUT_S``,
-        because the hook may wait for this thread.
+        A call inside a hook does not wait.  Other calls wait at most ``DRAIN_TIMEOUT_S``,
+        because a hook may wait for this thread.
         """
         deadline = time.monotonic() + DRAIN_TIMEOUT_S
         while True:
@@ -162,7 +162,7 @@ class Hooks:
             time.sleep(0.001)
 
     def _deliver_first(self) -> None:
-        """Call all hooks with the first event; after an interrupt, only the remaining ones."""
+        """Call all hooks with the first event; after an interrupt, only the remaining hooks."""
         event, interrupt = self.events[0], None
         if self._remaining is None:
             self._remaining = iter(self.registered.values())

@@ -1,9 +1,9 @@
 """The indexes over the records in memory.
 
-The entries of a single task are untracked by the garbage collector: a full
-collection blocks every thread for as long as it visits tracked objects, and
-it may track a dictionary of tuples again.  So an index holds only records and
-text; it holds a list only for a value that several tasks share.
+A full garbage collection blocks every thread while it visits the tracked objects.
+The indexes therefore contain records and strings, which the collector does not track,
+and no dictionaries of tuples, which it may track again.  An index contains a list only
+for a value that several tasks share.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Key = tuple[int, str]
 """The sort key of a record: (created_at, task_id)."""
 
 _FieldIndex = dict[object, str | list[Key]]
-"""The index of one field: per value, the id of its only task, or several sort keys in order."""
+"""The index of one field: by value, the id of the only task, or the ordered keys of the tasks."""
 
 INDEXED = ("status", "runtime", *sorted({*OPTIONAL_KEYS} - {"run_digest", "lease_token"}))
 """The indexed fields."""
 
 _indexed_of = attrgetter(*INDEXED)
 _creation_fields_of = attrgetter("created_at", "run_id", "run_digest", "runtime")
-# The fields that the indexes use are next to each other, with few others between.
+# The indexed fields are close together in a record, with few other fields between them.
 _POSITIONS = sorted(map(TaskRecord.__struct_fields__.index, ("created_at", "run_digest", *INDEXED)))
 _INDEXED_SLICE = slice(_POSITIONS[0], _POSITIONS[-1] + 1)
 _NO_RECORDS: Mapping[str, TaskRecord] = MappingProxyType({})
@@ -38,9 +38,9 @@ _NO_RECORDS: Mapping[str, TaskRecord] = MappingProxyType({})
 class Indexes:
     """Records by id, in order, and by the value of each indexed field.
 
-    For one thread at a time.  ``keys`` are the sort keys of all records, in order.
-    ``by_dedup_key`` maps a dedup key to its task id; the key is its two parts joined
-    by NUL, which neither part contains.
+    Only one thread at a time may use them.  ``keys`` are the sort keys of all records, in
+    order.  ``by_dedup_key`` maps a dedup key to its task id; the two parts of a dedup key
+    are joined by NUL, which neither part contains.
     """
 
     def __init__(self, records: Mapping[str, TaskRecord] = _NO_RECORDS) -> None:
@@ -48,7 +48,7 @@ class Indexes:
         self.keys: list[Key] = []
         self._by_field: dict[str, _FieldIndex] = {field: {} for field in INDEXED}
         self.by_dedup_key: dict[str, str] = {}
-        # In order, so that each insertion is an append.
+        # Records are inserted in order, so that each insertion is an append.
         keys = [(record.created_at, task_id) for task_id, record in records.items()]
         for _, task_id in sorted(keys) if len(keys) <= CHUNK_ITEMS else chunked_sort(keys):
             record = records[task_id]
@@ -56,7 +56,7 @@ class Indexes:
             self.records[task_id] = record
 
     def put(self, record: TaskRecord) -> TaskRecord | None:
-        """Insert or replace a record; returns the previous record of its id."""
+        """Insert or replace a record; returns the previous record with this id."""
         previous = self.records.get(record.task_id)
         if previous is None:
             self._insert(record)
@@ -66,7 +66,7 @@ class Indexes:
         return previous
 
     def remove(self, task_id: str) -> TaskRecord | None:
-        """Remove a record; returns it, or ``None`` if there was none."""
+        """Remove a record; returns the removed record, or ``None`` if the id is unknown."""
         record = self.records.pop(task_id, None)
         if record is not None:
             self._remove(record)
@@ -127,7 +127,7 @@ class Indexes:
         self._add_key(((index, after) for index, _, after in changed), key)
 
     def _add_key(self, targets: Iterable[tuple[_FieldIndex, str | None]], key: Key) -> None:
-        """Add a sort key to several indexes, under a value each; ``None`` is not indexed."""
+        """Add a sort key to each target index under its target value; ``None`` is not indexed."""
         for index, value in targets:
             if value is None:
                 continue

@@ -30,7 +30,7 @@ FollowerT = TypeVar("FollowerT", bound=Follower)
 
 
 class LedgerReader(ABC):
-    """The lookups of a registry; none of them waits for a commit or the store."""
+    """The lookups of a registry; no lookup waits for a commit or for the store."""
 
     def __init__(self, store: TaskRegistryStore, hooks: Hooks) -> None:
         self._store = store
@@ -39,7 +39,7 @@ class LedgerReader(ABC):
         self._committer = Committer(store, self._cache, hooks)
         self._owns_store = False
         self._follower: Follower | None = None
-        # Concurrent calls start one follower, and close() sees it.
+        # With this lock, concurrent calls start one follower, and close() finds this follower.
         self._follower_lock = threading.Lock()
         self._closed = False
         self._opened_by = os.getpid()
@@ -51,12 +51,12 @@ class LedgerReader(ABC):
 
     @property
     def hooks(self) -> Hooks:
-        """The registry's hooks: ``hooks.add(fn)`` returns a function that removes it."""
+        """The registry's hooks: ``hooks.add(hook)`` returns a function that removes the hook."""
         return self._hooks
 
     @property
     def seq(self) -> int:
-        """The last seq that memory holds (``int``, 0 before the first)."""
+        """The seq of the last entry in memory (``int``, 0 before the first entry)."""
         return self._cache.seq
 
     # -- lookups ------------------------------------------------------------
@@ -68,17 +68,17 @@ class LedgerReader(ABC):
             return lookups.require(task_id)
 
     def find(self, token: str) -> TaskRecord | None:
-        """Return the task with this id, or else of this run, or else of this session.
+        """Return the task with this id, else a task of this run, else a task of this session.
 
-        If a run or session has several tasks, returns the newest active one, or
-        else the newest.  Returns ``None`` if there is none.
+        If a run or session has several tasks, returns the newest active task, else
+        the newest task.  Returns ``None`` if no task matches.
         """
         check_text("token", token, KEY_BYTES)
         with self._locked_lookups() as lookups:
             return lookups.find(token)
 
     def find_by_run(self, run_id: str) -> TaskRecord | None:
-        """Return the run's newest active task, or its newest, or ``None``."""
+        """Return the newest active task of a run, else its newest task, else ``None``."""
         check_text("run_id", run_id, KEY_BYTES)
         with self._locked_lookups() as lookups:
             return lookups.find_by_run(run_id)
@@ -108,12 +108,12 @@ class LedgerReader(ABC):
         return self.list(parent_task_id=check_key("task_id", task_id))
 
     def summary(self) -> Summary:
-        """Return how many tasks there are, by status and by runtime."""
+        """Return the number of tasks, by status and by runtime."""
         with self._locked_lookups() as lookups:
             return lookups.summary()
 
     def _cursor(self, after: int | str) -> int | str | Position:
-        """The same cursor; if it is the seq of memory, the position with its commit id."""
+        """Return ``after``; if it is the last seq in memory, return the position with commit id."""
         position = self._cache.position
         return position if type(after) is int and after == position.seq else after
 
@@ -158,7 +158,7 @@ class LedgerReader(ABC):
     def _shut_down(self) -> None:
         """Finish commits and events in progress, stop the follower, close an owned store.
 
-        In a forked child this does nothing: all work in progress is the parent's.
+        In a forked child this does nothing: all work in progress belongs to the parent.
         """
         if self._opened_by != os.getpid():
             return
@@ -186,9 +186,9 @@ class LedgerReader(ABC):
 class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
     """All tasks of one ledger: lifecycle rules, lookups and hooks on top of one store.
 
-    Safe to use from several threads.  The store commits a change first, then
-    memory changes, then the hooks are called; a change that fails changes
-    nothing.  Lookups read from memory.
+    Several threads may use one registry.  The store commits a change first, then
+    memory is updated, then the hooks are called.  A change that fails has no
+    effect.  Lookups read from memory.
 
     The constructor takes a ``store`` that the caller closes; :meth:`open`
     opens a store that the registry closes.  ``hooks`` are callables that take
@@ -247,14 +247,14 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
     def batch(self) -> Iterator[Self]:
         """Make all changes in the ``with`` body one commit: all or nothing.
 
-        A batch belongs to the calling thread: only its reads see the staged
-        changes.  The records returned in the body are provisional, computed
-        from memory as it is.  After an exception in the body nothing is written.
-        An inner batch joins the outer one when it ends without an error.
+        A batch belongs to the calling thread: only reads of this thread see the staged
+        changes.  The records returned in the body are provisional: they are computed
+        from the records in memory.  After an exception in the body nothing is written.
+        An inner batch that ends without an error becomes part of the outer batch.
 
-        At the end the verbs run again over the records stored by then.  This raises
-        the errors of the verbs, and :class:`ConflictError` if the body used a
-        task whose run another process has created first, under another id.
+        At the end the verbs run again over the current records and may raise their
+        errors.  Raises :class:`ConflictError` if the body created and then used a task,
+        but another process has created the task of the same run first, under another id.
         """
         outer = self._local.batch
         self._local.batch = batch = self._new_batch(outer)
@@ -271,24 +271,24 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
     def run(
         self, run_id: str, *, runtime: str | None = None, session_key: str | None = None
     ) -> RunScope[list[TaskRecord]]:
-        """Address every task of a run with the same verbs.
+        """Return the verbs for all tasks of a run.
 
-        ``runtime`` and ``session_key`` (the child's session) restrict the tasks.
-        A run whose tasks belong to several scopes matches nothing.
+        ``runtime`` and ``session_key`` (the child's session) select some of the tasks.
+        If the tasks belong to several scopes, no task is selected.
         """
         return RunScope(TaskRun(run_id, runtime, session_key), self._now, self._commit_run)
 
     # -- the journal --------------------------------------------------------
 
     def changes(self, after: int | str = 0, wait: float | None = None) -> Iterator[JournalEntry]:
-        """Iterate the journal entries after a seq, or an entry's ``cursor``, and end.
+        """Yield the journal entries after a seq, or an entry's ``cursor``, up to the head.
 
-        With ``wait`` it ends when no entry has come for this many seconds.
-        Raises :class:`CursorExpiredError`, also while it waits, for entries
-        that are no longer kept and for a position that the journal does not
-        hold.  Keep a ``cursor`` across restarts, not a seq: a cursor detects
-        that a backup was restored.  Raises :class:`UnsupportedError` for a
-        store without a journal.
+        With ``wait``, waits for new entries, and ends after this many seconds without
+        an entry.  Raises :class:`CursorExpiredError`, also during a wait, if the next
+        entries are no longer kept, or if the journal does not contain the position.
+        Across restarts keep a ``cursor``, not a seq: only with a cursor does this
+        method detect that a backup was restored.  Raises :class:`UnsupportedError`
+        for a store without a journal.
         """
         self._check_open()
         return history.changes(self._store, self._cursor(after), wait, self._check_open)
@@ -305,8 +305,8 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
     def as_of(self, moment: int | datetime) -> Snapshot:
         """Return all records as of a seq or time.
 
-        ``moment`` is a seq from floor - 1 to the head, Unix milliseconds
-        (from 10**11 on) or an aware datetime.  Raises
+        ``moment`` is a seq from floor - 1 to the head, a time in Unix milliseconds
+        (10**11 or later), or an aware datetime.  Raises
         :class:`CursorExpiredError` for an earlier seq or time,
         :class:`ValidationError` for a seq beyond the head, and
         :class:`UnsupportedError` for a store without a journal.
@@ -317,10 +317,10 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
     # -- other processes, and closing -------------------------------------
 
     def refresh(self) -> int:
-        """Apply the commits of other processes to memory; returns its last seq.
+        """Apply the commits of other processes to memory; returns the last seq in memory.
 
-        Hooks get these events with ``local`` false.  A store without a journal is
-        loaded again.
+        Hooks receive the events of these commits with ``local`` false.  From a store
+        without a journal, all records are loaded anew.
         """
         self._check_open()
         # Changes that hooks make are not part of this thread's batch.
@@ -334,22 +334,22 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
     def follow(self) -> Follower:
         """Start a background thread that applies the commits of other processes.
 
-        The follower applies a commit to memory as soon as the store reports it,
-        and calls the hooks with ``local`` false.  It ends with its ``stop()``
-        (it is also a context manager), or when the registry is closed.  A
-        second call returns the running follower.  Raises
-        :class:`UnsupportedError` for a store without a journal.
+        The follower applies a commit to memory as soon as the store reports the commit,
+        and calls the hooks with ``local`` false.  The follower ends after ``stop()``, at
+        the end of a ``with``, or when the registry is closed.  A second call of
+        ``follow`` returns the running follower.  Raises :class:`UnsupportedError`
+        for a store without a journal.
         """
         return self._start_follower(Follower)
 
     def close(self) -> None:
-        """Close the registry, and the store if :meth:`open` made it.
+        """Close the registry, and the store if :meth:`open` opened the store.
 
         Returns when all changes in progress are committed and their events are
-        delivered.  It may be called again, also to complete an interrupted
-        close.  A hook that waits for it delays it by up to five seconds.  Must not
-        be called in a signal handler, which may have interrupted a call that
-        it would wait for: if it detects that, it raises :class:`TaskStoreError`.
+        delivered.  ``close`` may be called again, also to complete an interrupted
+        close.  A hook that waits for ``close`` delays it by up to five seconds.  A signal
+        handler must not call ``close``, which could wait for the call that the handler
+        interrupted.  If ``close`` detects this, it raises :class:`TaskStoreError`.
         """
         with self._follower_lock:
             self._closed = True

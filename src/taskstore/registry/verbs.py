@@ -1,9 +1,9 @@
 """The verbs on tasks, each defined once for every kind of registry.
 
-A verb checks its arguments and makes an operation: a value that stages the
-change when it is called with a :class:`~taskstore.registry.cache.Staging`.  A
-registry commits the operation, an asyncio registry awaits its commit, and a run
-scope applies it to every task of a run.
+A verb checks its arguments and makes an operation: a callable that stages the
+change in a :class:`~taskstore.registry.cache.Staging`.  A registry commits the
+operation.  An asyncio registry awaits the commit of the operation.  A run scope
+applies the operation to every task of a run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ LOST = frozenset({TaskStatus.LOST})
 
 
 class CreateTask(Struct, frozen=True):
-    """Create a task, or fill empty fields of the task that has its dedup key."""
+    """Create a task, or fill empty fields of the task that has the same dedup key.
+
+    This rule makes ``create`` idempotent: :func:`taskstore.model.lifecycle.run_digest` defines
+    the same run, and :func:`taskstore.model.lifecycle.attach` the result of a repeat.
+    """
 
     record: TaskRecord
 
@@ -61,8 +65,8 @@ class CreateTask(Struct, frozen=True):
 class ChangeTask(Struct, frozen=True):
     """Apply a mutation to a task at ``now`` (Unix milliseconds).
 
-    The task must have the ``if_revision`` and ``fence`` that are given.  In a
-    run scope, only tasks in ``statuses`` are changed.
+    If ``if_revision`` or ``fence`` is given, the task must have this revision or
+    lease token.  A run scope changes only tasks whose status is in ``statuses``.
     """
 
     task_id: str
@@ -80,7 +84,7 @@ class ChangeTask(Struct, frozen=True):
         return self.stage(record, staging)
 
     def stage(self, record: TaskRecord, staging: Staging) -> TaskRecord:
-        """Stage the change of this record, and return the new one."""
+        """Stage the change of this record, and return the new record."""
         if self.if_revision is not None or self.fence is not None:
             _check_preconditions(record, self.if_revision, self.fence)
         return staging.update(record, self.mutation(record, self.now))
@@ -121,7 +125,7 @@ class DeleteTask(Struct, frozen=True):
 
 
 TaskOperation = CreateTask | ChangeTask | DeleteTask
-"""The operations of the verbs, except those of leases."""
+"""The operations of all verbs except the lease verbs."""
 
 
 class TaskRun(Struct, frozen=True):
@@ -132,7 +136,7 @@ class TaskRun(Struct, frozen=True):
     session_key: str | None
 
     def tasks(self, staging: Staging) -> list[TaskRecord]:
-        """The tasks of the run, oldest first; none if the run is unknown or ambiguous."""
+        """Return the run's tasks, oldest first; no tasks if the run is unknown or ambiguous."""
         return staging.run_scope(self.run_id, self.runtime, self.session_key)
 
 
@@ -182,23 +186,23 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
 
     @abstractmethod
     def _now(self) -> int:
-        """The time in Unix milliseconds; raises :class:`ValidationError` for an invalid one."""
+        """Return the time in Unix milliseconds; an invalid time raises :class:`ValidationError`."""
 
     @abstractmethod
     def _create(self, create: CreateTask, /) -> RecordT:
-        """Handle the creation of a task."""
+        """Commit or return the operation that creates a task."""
 
     @abstractmethod
     def _change(self, change: ChangeTask, /) -> RecordT:
-        """Handle the change of a task."""
+        """Commit or return the operation that changes a task."""
 
     @abstractmethod
     def _delete(self, delete: DeleteTask, /) -> FlagT:
-        """Handle the deletion of a task."""
+        """Commit or return the operation that deletes a task."""
 
     @abstractmethod
     def _lease(self, lease: ChangeLease, /) -> TokenT:
-        """Handle the change of a lease."""
+        """Commit or return the operation that changes a lease."""
 
     def _mutate(
         self,
@@ -226,8 +230,8 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
 
         Returns a running task unchanged.  Raises :class:`TaskNotFound`,
         :class:`InvalidTransition` for an ended task, and
-        :class:`ConflictError` if the task has another revision than
-        ``if_revision``, or its lease another token than ``fence``.
+        :class:`ConflictError` if the task's revision is not ``if_revision``,
+        or its lease token is not ``fence``.
         """
         return self._mutate(
             task_id, lifecycle.start(started_at=started_at), if_revision, fence, ACTIVE_STATUSES
@@ -241,9 +245,9 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         if_revision: int | None = None,
         fence: str | None = None,
     ) -> RecordT:
-        """Set the progress summary of an active task; white space in ``summary`` is folded.
+        """Set the progress summary of an active task; white space becomes single spaces.
 
-        The same summary again writes nothing.  Errors as in :meth:`mark_running`.
+        A repeat of the same summary writes nothing.  The errors are as in :meth:`mark_running`.
         """
         return self._mutate(
             task_id, lifecycle.progress(summary), if_revision, fence, ACTIVE_STATUSES
@@ -263,10 +267,10 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> RecordT:
         """End a task: succeeded, failed, timed_out, cancelled or lost.
 
-        ``error`` is free text, ``summary`` one line, ``outcome`` succeeded or
-        blocked, ``ended_at`` Unix milliseconds (default now).  The end is
+        ``error`` is free text, ``summary`` is one line, ``outcome`` is succeeded or
+        blocked, and ``ended_at`` is in Unix milliseconds (default now).  The end is
         final: only ``succeeded`` may be corrected, to failed, timed_out or
-        cancelled.  A repeat of the same call writes nothing.  Errors as in
+        cancelled.  A repeat of the same call writes nothing.  The errors are as in
         :meth:`mark_running`.
         """
         mutation = lifecycle.finish(
@@ -284,7 +288,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> RecordT:
         """Mark an active task as lost: its outcome is unknown.
 
-        Returns a lost task unchanged.  Errors as in :meth:`mark_running`.
+        Returns a lost task unchanged.  The errors are as in :meth:`mark_running`.
         """
         return self._mutate(
             task_id, lifecycle.lose(error=error), if_revision, fence, ACTIVE_STATUSES
@@ -302,11 +306,11 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         if_revision: int | None = None,
         fence: str | None = None,
     ) -> RecordT:
-        """Correct the status of a lost task: active again, or how it really ended.
+        """Correct the status of a lost task to an active status or to the task's actual end.
 
-        The other arguments are those of :meth:`finish`, for an ended status
-        only.  Errors as in :meth:`mark_running`; a task that is not lost
-        raises :class:`InvalidTransition` unless it already has ``status``.
+        ``error`` to ``ended_at`` are as in :meth:`finish`, for an ended status only.
+        The errors are as in :meth:`mark_running`.  If the task is not lost, raises
+        :class:`InvalidTransition` unless the task already has ``status``.
         """
         mutation = lifecycle.recover(
             status, error=error, summary=summary, outcome=outcome, ended_at=ended_at
@@ -323,7 +327,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> RecordT:
         """End an active task as cancelled; ``reason`` becomes its error.
 
-        Returns a cancelled task unchanged.  Errors as in :meth:`mark_running`.
+        Returns a cancelled task unchanged.  The errors are as in :meth:`mark_running`.
         """
         return self._mutate(task_id, lifecycle.cancel(reason), if_revision, fence, ACTIVE_STATUSES)
 
@@ -336,11 +340,11 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         if_revision: int | None = None,
         fence: str | None = None,
     ) -> RecordT:
-        """Set the delivery status of the task's answer to its requester.
+        """Set the delivery status: whether the requester has received the task's result.
 
-        ``delivered`` also sets ``last_notified_event_at`` (Unix milliseconds)
-        to the time of the task's last event, unless it is given.  Allowed after the
-        end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
+        The status ``delivered`` also sets ``last_notified_event_at`` (Unix
+        milliseconds), by default to the time of the task's last event.  Also allowed
+        on an ended task.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
         """
         mutation = lifecycle.deliver(status, last_notified_event_at=last_notified_event_at)
         return self._mutate(task_id, mutation, if_revision, fence)
@@ -350,7 +354,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> RecordT:
         """Set when to notify the owner: done_only, state_changes or silent.
 
-        Allowed after the end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
+        Also allowed on an ended task.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
         """
         return self._mutate(task_id, lifecycle.notify(policy), if_revision, fence)
 
@@ -364,7 +368,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> RecordT:
         """Set the time after which the record may be removed (Unix ms; ``None``: never).
 
-        Allowed after the end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
+        Also allowed on an ended task.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
         """
         return self._mutate(task_id, lifecycle.retain(cleanup_after), if_revision, fence)
 
@@ -376,9 +380,9 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         if_revision: int | None = None,
         fence: str | None = None,
     ) -> RecordT:
-        """Set the flow of the task, or ``None`` for no flow.
+        """Set the flow to which the task belongs; ``None`` means no flow.
 
-        Allowed after the end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
+        Also allowed on an ended task.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
         """
         return self._mutate(task_id, lifecycle.link_flow(parent_flow_id), if_revision, fence)
 
@@ -392,18 +396,18 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> RecordT:
         """Merge a mapping into the task's metadata, key by key at the top level.
 
-        Allowed after the end.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
+        Also allowed on an ended task.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
         """
         return self._mutate(task_id, lifecycle.merge_metadata(changes), if_revision, fence)
 
     def delete(
         self, task_id: str, *, if_revision: int | None = None, fence: str | None = None
     ) -> FlagT:
-        """Delete a task's record; returns whether it existed.
+        """Delete a task's record; returns whether the record existed.
 
-        Its text stays in journal and snapshots until compaction trims it.
-        Raises :class:`ConflictError` if the task has another revision than
-        ``if_revision``, or its lease another token than ``fence``.
+        The record's text stays in the journal and the snapshots until a compaction
+        removes the text.  Raises :class:`ConflictError` if the task's revision is
+        not ``if_revision``, or its lease token is not ``fence``.
         """
         _check_arguments(task_id, if_revision, fence)
         return self._delete(DeleteTask(task_id, if_revision, fence))
@@ -421,14 +425,14 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         """Create a task, or return the existing task of the same run.
 
         ``runtime`` is a lower-case token (``subagent``, ``acp``, ``cron``,
-        ``cli`` or your own), ``task`` the text of the request, ``status`` queued
-        or running.  ``fields`` are further record fields, ``metadata`` a
-        mapping; times are Unix milliseconds.
+        ``cli`` or your own), ``task`` is the text of the request, and ``status`` is
+        queued or running.  ``fields`` are further record fields: ``metadata`` is a
+        mapping, and times are Unix milliseconds.
 
-        Without ``run_id`` every call creates a task.  With it, a repeat of the
+        Without ``run_id`` every call creates a task.  With ``run_id``, a repeat of the
         same (run_id, runtime, scope kind, owner, child session, flow, label,
         task) returns the first task and fills its empty fields; an ended task is
-        returned unchanged.  This holds across processes.
+        returned unchanged.  This rule also applies between processes.
 
         Raises :class:`ValidationError`, and :class:`ConflictError` if
         ``task_id`` is or was in use.
@@ -453,13 +457,13 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         if_revision: int | None = None,
         fence: str | None = None,
     ) -> TokenT:
-        """Take the lease of an active task for ``lease_s`` seconds; returns its token.
+        """Take the lease of an active task for ``lease_s`` seconds; returns the lease token.
 
-        :meth:`renew_lease` and the ``fence`` of every verb take this token.
-        With ``fence``, the token of the current lease, the new lease replaces
-        it: this hands the task to another worker.  Raises
-        :class:`ConflictError` while another lease has not expired; otherwise
-        errors as in :meth:`mark_running`.
+        Pass this token as ``fence`` to :meth:`renew_lease` and to the other verbs.
+        If ``fence`` is the token of the current lease, the new lease replaces the
+        current lease, which gives the task to another worker.  Raises
+        :class:`ConflictError` while another lease has not expired.  Other errors are
+        as in :meth:`mark_running`.
         """
         _check_arguments(task_id, if_revision, fence)
         token = new_task_id()
@@ -475,12 +479,12 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         fence: str,
         if_revision: int | None = None,
     ) -> TokenT:
-        """Extend a lease to ``lease_s`` seconds from now; returns its token, ``fence``.
+        """Extend a lease to ``lease_s`` seconds from now; returns the lease token, ``fence``.
 
-        Writes only if less than half of ``lease_s`` is left, so it may be
+        Writes only if less than half of ``lease_s`` is left, so this method may be
         called often.  Raises :class:`ConflictError` if the lease has another
-        token, and :class:`InvalidTransition` if the task has ended: the worker
-        must stop work on the task.
+        token, and :class:`InvalidTransition` if the task has ended.  After either
+        error the worker must stop work on the task.
         """
         check_key("fence", fence)
         _check_arguments(task_id, if_revision, fence)
@@ -491,7 +495,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     def release_lease(self, task_id: str, *, fence: str, if_revision: int | None = None) -> RecordT:
         """Release a lease before it expires, so that other workers need not wait.
 
-        Errors as in :meth:`renew_lease`, but the lease of an ended task may be
+        The errors are as in :meth:`renew_lease`, but the lease of an ended task may be
         released too.
         """
         check_key("fence", fence)
@@ -499,7 +503,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
 
 
 class OperationFactory(Verbs[CreateTask | ChangeTask, DeleteTask, ChangeLease]):
-    """The verbs; each returns its operation."""
+    """The verbs; each verb returns its operation."""
 
     def __init__(self, now: Clock) -> None:
         self._clock = now
@@ -526,7 +530,7 @@ class OperationFactory(Verbs[CreateTask | ChangeTask, DeleteTask, ChangeLease]):
 def _run_verb(
     verb: Callable[Concatenate[OperationFactory, str, _P], TaskOperation],
 ) -> Callable[Concatenate[RunScope[RecordsT], _P], RecordsT]:
-    """The same verb for every task of a run, without the parameter ``task_id``."""
+    """Return a verb for every task of a run, without the parameter ``task_id``."""
 
     @wraps(verb)
     def call(self: RunScope[RecordsT], /, *args: _P.args, **kwargs: _P.kwargs) -> RecordsT:
@@ -542,10 +546,10 @@ def _run_verb(
 class RunScope(Generic[RecordsT]):
     """The verbs of the registry for every task of a run, as one commit.
 
-    Each verb returns the changed records, oldest first, or none if the run is
-    unknown or ambiguous.  It skips tasks to which it does not apply (mostly
-    ended tasks).  All others must have the ``fence`` and ``if_revision`` that
-    are given; otherwise it raises :class:`ConflictError` and writes nothing.
+    Each verb returns the changed records, oldest first, or no records if the run is
+    unknown or ambiguous.  A verb skips tasks whose status does not allow the verb (mostly
+    ended tasks).  All other tasks must have the given ``fence`` and ``if_revision``;
+    otherwise the verb raises :class:`ConflictError` and writes nothing.
     ``delete`` returns the deleted records.
     """
 
@@ -555,7 +559,7 @@ class RunScope(Generic[RecordsT]):
         now: Clock,
         commit: Callable[[TaskRun, Callable[[], TaskOperation]], RecordsT],
     ) -> None:
-        """``commit`` calls its second argument and commits that operation for the run."""
+        """``commit`` calls its second argument and commits the returned operation for the run."""
         check_key("run_id", run.run_id)
         self._run = run
         self._factory = OperationFactory(now)

@@ -8,6 +8,8 @@ from taskstore.model.codec import decode_snapshot as decode_snapshot
 from taskstore.model.codec import encode_record as encode_record
 from taskstore.model.codec import encode_snapshot as encode_snapshot
 from taskstore.model.codec import quarantine as quarantine
+from taskstore.model.compaction_policy import JournalStats as JournalStats
+from taskstore.model.compaction_policy import SnapshotInfo as SnapshotInfo
 from taskstore.model.ids import Clock as Clock
 from taskstore.model.ids import new_commit_id as new_commit_id
 from taskstore.model.journal import ChangeSet as ChangeSet
@@ -17,8 +19,6 @@ from taskstore.model.journal import Snapshot as Snapshot
 from taskstore.model.journal import Step as Step
 from taskstore.model.journal import plan as plan
 from taskstore.model.journal import validated_snapshot as validated_snapshot
-from taskstore.model.policies import JournalStats as JournalStats
-from taskstore.model.policies import SnapshotInfo as SnapshotInfo
 from taskstore.model.query import SESSION_KEY as SESSION_KEY
 from taskstore.model.query import evaluate as evaluate
 from taskstore.model.query import page_of as page_of

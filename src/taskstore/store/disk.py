@@ -1,12 +1,12 @@
-"""Every file operation that changes a ledger stored in files.
+"""The file operations that change a ledger stored in files.
 
-A store that keeps files calls one :class:`Disk` to create, change, sync, rename
-or remove them; it reads files directly.  A test replaces the :class:`Disk` to
-count the operations, to make one fail, or to record all of them and build the
-states that a power loss may leave (``taskstore.testing.powerloss``).
+A store that keeps files uses one :class:`Disk` to create, change, flush, rename or
+remove files.  The store reads files directly.  A test replaces the :class:`Disk` to
+count the operations, to make an operation fail, or to record all operations and
+build the states that a power loss may leave (``taskstore.testing.powerloss``).
 
-The first half of the methods are single system calls; the second half combines
-them.
+The methods of the first half are single system calls.  The methods of the second
+half combine these system calls.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 TEMPORARY = ".tmp"
-"""The suffix of a file name until the file is complete."""
+"""The suffix in the name of a file that is not complete yet."""
 
 _BUFFER = 1 << 20
 
@@ -30,7 +30,7 @@ class Disk:
     # -- single system calls ------------------------------------------------
 
     def open(self, path: Path, flags: int, mode: int = 0o600) -> int:
-        """Open a file, or create it if ``flags`` say so; returns a descriptor."""
+        """Open a file, or create the file if ``flags`` request it; return the descriptor."""
         return os.open(path, flags | os.O_CLOEXEC, mode)
 
     def close(self, descriptor: int) -> None:
@@ -38,29 +38,29 @@ class Disk:
         os.close(descriptor)
 
     def pwrite(self, descriptor: int, data: bytes | memoryview, offset: int) -> int:
-        """Write at an offset; returns the number of bytes written, which may be fewer."""
+        """Write at an offset; return the number of bytes written, possibly not all."""
         return os.pwrite(descriptor, data, offset)
 
     def truncate(self, descriptor: int, size: int) -> None:
-        """Cut a file to ``size`` bytes."""
+        """Truncate a file to ``size`` bytes."""
         os.ftruncate(descriptor, size)
 
     def sync_data(self, descriptor: int) -> None:
-        """Make a file's bytes and its length survive power loss."""
+        """Flush a file's bytes and length to disk, so that they survive power loss."""
         if hasattr(os, "fdatasync"):
             os.fdatasync(descriptor)
         else:
             self.sync_file(descriptor)
 
     def sync_file(self, descriptor: int) -> None:
-        """Make a file's bytes and all its metadata except its name survive power loss."""
+        """Flush a file's bytes and metadata to disk; the name of the file is not flushed."""
         if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync leaves the data in the drive's cache
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
         else:
             os.fsync(descriptor)
 
     def sync_directory(self, directory: Path) -> None:
-        """Make the names in a directory survive power loss."""
+        """Flush the file names in a directory to disk, so that they survive power loss."""
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
@@ -68,11 +68,11 @@ class Disk:
             os.close(descriptor)
 
     def rename(self, old: Path, new: Path) -> None:
-        """Atomically rename a file; it replaces a file that has the new name."""
+        """Atomically rename a file; a file that already has the new name is replaced."""
         os.replace(old, new)  # noqa: PTH105 - the plain system call
 
     def unlink(self, path: Path) -> None:
-        """Remove a file's name."""
+        """Remove a file name."""
         os.unlink(path)  # noqa: PTH108 - the plain system call
 
     def mkdir(self, path: Path, mode: int = 0o700) -> None:
@@ -82,7 +82,7 @@ class Disk:
     # -- combined operations ------------------------------------------------
 
     def write_at(self, descriptor: int, data: bytes, offset: int) -> None:
-        """Write all of ``data``; after an error, the file may contain a part of it."""
+        """Write all of ``data``; after an error, the file may contain a part of ``data``."""
         written = self.pwrite(descriptor, data, offset)
         while written < len(data):
             more = self.pwrite(descriptor, memoryview(data)[written:], offset + written)
@@ -91,9 +91,10 @@ class Disk:
             written += more
 
     def write_new(self, path: Path, blocks: Iterable[bytes]) -> None:
-        """Create a file of mode 0600, write and sync it.  Its name is not durable yet.
+        """Create a file of mode 0600 and flush its bytes to disk; its name is not durable yet.
 
-        Raises ``FileExistsError`` if it exists.  Removes its own file on an error.
+        Raises ``FileExistsError`` if the file exists.  After another error, the file
+        is removed.
         """
         descriptor = self.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
@@ -119,9 +120,10 @@ class Disk:
             self.write_at(descriptor, bytes(buffer), offset)
 
     def write_temporary(self, path: Path, blocks: Iterable[bytes]) -> Path:
-        """Write and sync a temporary file beside ``path``; returns the temporary path.
+        """Write a temporary file next to ``path``, flush it to disk and return its path.
 
-        Removes the file on an error.  Replaces the leftover file of a killed process.
+        Removes the temporary file if the call fails.  Replaces a temporary file that a
+        killed process left.
         """
         temporary = path.with_name(path.name + TEMPORARY)
         self.remove_all([temporary])
@@ -134,7 +136,7 @@ class Disk:
         self.sync_directory(path.parent)
 
     def remove_all(self, paths: Iterable[Path]) -> None:
-        """Remove files in this order; skips files that do not exist."""
+        """Remove files in the given order; skip files that do not exist."""
         for path in paths:
             with contextlib.suppress(FileNotFoundError):
                 self.unlink(path)
@@ -142,7 +144,7 @@ class Disk:
     def make_directory(self, directory: Path) -> None:
         """Durably create a directory and its parents with mode 0700.
 
-        Leaves an existing directory unchanged; it must be readable and writable.
+        An existing directory does not change, but must be readable and writable.
         """
         missing = []
         existing = directory
@@ -160,4 +162,4 @@ class Disk:
 
 
 SYSTEM = Disk()
-"""The default :class:`Disk`, used when a store is not given another."""
+"""The :class:`Disk` that a store uses by default."""

@@ -1,11 +1,11 @@
 """The store interface: what a backend must implement and guarantee.
 
 A store is the durable side of a ledger.  It keeps a gap-free journal of changes
-and the records that result from them.  It knows nothing of lifecycles, indexes
-or hooks.  To write a store, subclass :class:`TaskRegistryStore`, implement
+and the records that result from the changes.  A store does not implement lifecycle
+rules, indexes or hooks.  To write a store, subclass :class:`TaskRegistryStore`, implement
 ``load_snapshot`` and ``save_snapshot``, and test the store with
-``taskstore.testing.StoreContract``.  Every other ability is optional: a
-``Supports…`` protocol whose methods the store may implement.
+``taskstore.testing.StoreContract``.  Every other ability is optional; each
+``Supports…`` protocol defines the methods of one ability.
 
 The numbers in brackets are the invariants of ``docs/concepts.md``.
 """
@@ -27,6 +27,7 @@ from taskstore.errors import (
     ReadOnlyError,
     StoreClosedError,
 )
+from taskstore.model.compaction_policy import CompactionPolicy, CompactionReport
 from taskstore.model.ids import Clock, system_clock
 from taskstore.model.journal import (
     Change,
@@ -44,16 +45,15 @@ from taskstore.model.journal import (
     plan,
     quarantined_revisions,
 )
-from taskstore.model.policies import CompactionPolicy, CompactionReport
 from taskstore.model.query import Page, TaskQuery
 
 
 class StoreReport(Struct, frozen=True):
-    """What a store reports to its operator.
+    """The report of a store to its operator.
 
     ``quarantined`` lists the records that the last load could not decode [12].
-    ``notices`` are sentences: a torn line was cut, the SQLite library has a
-    known bug, the server decides the durability.
+    ``notices`` are sentences, for example that a torn line was truncated, that the
+    SQLite library has a known bug, or that the server decides the durability.
     """
 
     quarantined: tuple[Quarantined, ...] = ()
@@ -63,8 +63,8 @@ class StoreReport(Struct, frozen=True):
 class VerifyReport(Struct, frozen=True):
     """The result of :meth:`SupportsIntegrity.verify`.
 
-    ``problems`` are sentences; there are none when the ledger is intact.
-    ``records`` and ``entries`` count what was checked, up to commit ``seq``.
+    ``problems`` are sentences; an intact ledger has no problems.  ``records`` and
+    ``entries`` are the numbers of checked records and entries, as of ``seq``.
     """
 
     seq: int
@@ -87,18 +87,19 @@ class TaskRegistryStore(ABC):
     """
 
     clock: Clock = staticmethod(system_clock)
-    """The source of commit times; a registry that has its own clock replaces this one."""
+    """The source of commit times; a registry with its own clock replaces the clock of the store."""
 
     location: str = ""
     """The path of the storage, or its URL without the password, for messages."""
 
     durability: str = "full"
-    """What an acknowledged change survives [4]: ``full`` (power loss) or ``process`` (kill -9)."""
+    """The failure that an acknowledged change survives [4]: power loss (``full``), or a kill of
+    the writer (``process``)."""
 
     unsupported_guarantees: Mapping[str, str] = MappingProxyType({})
     """The guarantees that this store does not give, each with the reason: ``processes``
     (several processes on one storage) and ``crash-safe`` (the writer may be killed at any
-    instruction).  The contract suite skips their clauses and reports the reason."""
+    instruction).  The contract suite skips the clauses that need them, and reports the reason."""
 
     def __init__(self, *, read_only: bool = False) -> None:
         self.read_only = read_only
@@ -107,9 +108,9 @@ class TaskRegistryStore(ABC):
 
     @abstractmethod
     def load_snapshot(self) -> Snapshot:
-        """Return every live record as of one seq, which is the head at that moment [5].
+        """Return every live record as of the current head [5].
 
-        A new store returns ``Snapshot(0, {})``.  Records that do not decode are
+        A new store returns ``Snapshot(0, {})``.  Records that cannot be decoded are
         in the snapshot's ``quarantined`` [12].  Raises
         :class:`~taskstore.CorruptStoreError` when the storage is damaged.
         """
@@ -120,27 +121,28 @@ class TaskRegistryStore(ABC):
 
         Afterwards the head is ``snapshot.seq``, the journal is empty and the floor
         is ``snapshot.seq`` + 1.  Raises :class:`~taskstore.ConflictError` if the
-        head is not 0 and ``snapshot.seq`` does not exceed it.  Durable when it
-        returns [4].  If the writer is killed half-way, the old content remains.
+        head is not 0 and ``snapshot.seq`` does not exceed the head.  The snapshot is
+        durable when the method returns [4].  If the writer is killed half-way, the
+        old content remains.
         """
 
     def apply(self, changes: Sequence[Change]) -> Commit:
         """Commit a batch of changes atomically: all of them or none [3].
 
-        Each change gets the next seq, in order.  Revision r + 1 applies only over
-        stored revision r.  Revision 1 applies only if the task is not stored, the
-        journal holds no deletion of its id, and no other task has its dedup key
-        (run_id, run_digest).  Otherwise :class:`~taskstore.ConflictError` names
-        every conflicting task, nothing is written and no seq is used.  Durable
-        when it returns [4].  Raises :class:`~taskstore.ValidationError`, before
-        any write, for an invalid batch.
+        Each change gets the next seq, in order.  A change to revision r + 1 applies
+        only if revision r is stored.  A change to revision 1 applies only if the task
+        is not stored, the journal contains no deletion of its id, and no other task
+        has its dedup key (run_id, run_digest).  Otherwise
+        :class:`~taskstore.ConflictError` names every conflicting task, nothing is
+        written and no seq is used.  The commit is durable when the method returns [4].
+        Raises :class:`~taskstore.ValidationError`, before any write, for an invalid batch.
 
         ``changes`` may be a :class:`~taskstore.ChangeSet`.  A store that keeps
         commit ids then raises :class:`~taskstore.ConflictError` if its journal
-        does not hold the commit at the set's base position.
+        does not contain the commit at the set's base position.
 
-        Note for implementers: this default loads and saves everything.  It is
-        correct but slow, and safe for one process only.
+        Note for implementers: this default implementation loads and saves the whole
+        ledger.  It is correct but slow, and safe for one process only.
         """
         self._check_writable()
         steps = plan(changes)
@@ -151,15 +153,15 @@ class TaskRegistryStore(ABC):
         return commit
 
     def report(self) -> StoreReport:
-        """Return what the operator should know.  Never raises and never reads the storage."""
+        """Return the report for the operator.  Never raises and never reads the storage."""
         return StoreReport()
 
     def close(self) -> None:
-        """Release all resources.  A second close does nothing; any other later call
+        """Release all resources.  A second ``close`` does nothing.  Any other later call
         raises :class:`~taskstore.StoreClosedError`.
 
-        In a forked child, close releases nothing: locks, connections and threads
-        belong to the parent process.
+        In a forked child, ``close`` releases no resources, because the locks, connections
+        and threads belong to the parent process.
         """
         self._closed = True
 
@@ -194,20 +196,20 @@ class TaskRegistryStore(ABC):
 
 @runtime_checkable
 class SupportsJournal(Protocol):
-    """Keeps a journal of entries, for history, change feeds and several processes."""
+    """A store that keeps a journal, for history, change feeds and several processes."""
 
     def head(self) -> int:
         """Return the last seq; 0 before the first commit."""
         ...
 
     def floor(self) -> int:
-        """Return the first retained seq; head + 1 in an empty journal, 1 in a new one."""
+        """Return the first retained seq; head + 1 if the journal is empty, 1 if it is new."""
         ...
 
     def read_journal(self, after: int, limit: int) -> Sequence[JournalEntry]:
-        """Return the entries after seq ``after``, in order, at most ``limit``.
+        """Return at most ``limit`` entries after seq ``after``, in order.
 
-        Returns an empty sequence when there are none.  A reader that sees seq n
+        Returns an empty sequence if there are no entries.  A reader that sees seq n
         can read every entry from the floor to n [2].  Raises
         :class:`~taskstore.CursorExpiredError` when ``after`` < floor - 1.
         """
@@ -223,11 +225,11 @@ class SupportsJournal(Protocol):
     def wait_for(self, after: int, timeout: float) -> bool:
         """Wait until the head exceeds ``after``, at most ``timeout`` seconds.
 
-        Returns whether the head exceeds ``after``.  Commits of every process
-        count; ``timeout`` may be 0 or years.  Must not miss a commit: start the
-        notification source, then read the head, then wait.  Must not spin: a
-        waiting thread, and a thread that works for it, uses almost no CPU time.
-        Any number of threads may wait, and they must not block other calls.
+        Returns whether the head exceeds ``after``.  Commits of every process count;
+        ``timeout`` may be 0 or as long as years.  An implementation must not miss a
+        commit: it starts its notification source, then reads the head, then waits.
+        It must not spin: a waiting thread and its helper thread use almost no CPU time.
+        Any number of threads may wait, and waiting threads must not block other calls.
         :meth:`~TaskRegistryStore.close` ends every wait at once, with
         :class:`~taskstore.StoreClosedError`.
         """
@@ -236,45 +238,45 @@ class SupportsJournal(Protocol):
 
 @runtime_checkable
 class SupportsExclusive(Protocol):
-    """Lets one writer read and decide while all other writers wait."""
+    """A store in which one writer can read and decide while all other writers wait."""
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """Hold the writer lock from here to the first ``apply``, or to the end of the body.
+        """Hold the writer lock until the first ``apply`` or the end of the ``with`` body.
 
-        ``apply`` of every other instance on the same storage, in any process,
-        waits as it waits for a commit.  In the body, the calling thread reads
-        every commit with ``read_journal``, and no other instance commits before
-        the body's ``apply``.  Entering, leaving and raising write nothing.
-        Leaving releases the lock, with or without an ``apply``.  The body must be
-        short; it may read, and may call ``apply`` once.  Raises
-        :class:`~taskstore.StoreBusyError` when another writer keeps the lock too
-        long, and :class:`~taskstore.ReadOnlyError`.
+        Meanwhile ``apply`` of every other instance on the same storage, in any process,
+        waits for the lock as for a commit.  In the body, ``read_journal`` returns all
+        commits to the calling thread, and no other instance commits before the body's
+        ``apply``.  The context manager itself writes nothing, also after an exception.
+        The end of the body releases the lock, with or without an ``apply``.  The body
+        must be short; it may read, and may call ``apply`` once.  Raises
+        :class:`~taskstore.StoreBusyError` if another writer holds the lock too long,
+        and :class:`~taskstore.ReadOnlyError` if the store is read-only.
         """
         ...
 
 
 @runtime_checkable
 class SupportsHistory(Protocol):
-    """Finds one task's entries without reading the whole journal."""
+    """A store that finds one task's entries without reading the whole journal."""
 
     def read_history(self, task_id: str) -> Sequence[JournalEntry]:
         """Return the retained entries of one task, oldest first.
 
-        Includes the entries of a deleted task.  An unknown id has none.
+        Includes the entries of a deleted task.  An unknown id has no entries.
         """
         ...
 
 
 @runtime_checkable
 class SupportsCompaction(Protocol):
-    """Folds its journal into snapshots."""
+    """A store that folds its journal into snapshots."""
 
     def compact(self, policy: CompactionPolicy) -> CompactionReport:
         """Publish a snapshot and trim the journal as far as ``policy`` allows.
 
-        Changes no answer except how far back history reaches, and may be killed
-        at any instruction [7].  If compaction is not due by the policy, the call
-        does nothing and the report says so.  A second compactor at the same time
+        Compaction changes no answer except how far back history reaches, and may be
+        killed at any instruction [7].  If the policy says that compaction is not due,
+        the call does nothing and the report gives the reason.  A second compactor at the same time
         gets :class:`~taskstore.StoreBusyError`.
         """
         ...
@@ -282,22 +284,22 @@ class SupportsCompaction(Protocol):
 
 @runtime_checkable
 class SupportsQuery(Protocol):
-    """Answers queries without loading the ledger."""
+    """A store that answers queries without loading the ledger."""
 
     def query(self, query: TaskQuery) -> Page:
         """Return one page, newest first, as of one commit: the page's ``seq``.
 
-        The answer equals that of ``taskstore.model.query.evaluate``.
+        The page equals the result of ``taskstore.model.query.evaluate``.
         """
         ...
 
 
 @runtime_checkable
 class SupportsIntegrity(Protocol):
-    """Checks its stored data."""
+    """A store that checks its stored data."""
 
     def verify(self) -> VerifyReport:
-        """Check contiguity, checksums, revisions, and that folding the journal gives the
+        """Check contiguity, checksums, revisions, and that a fold of the journal gives the
         records [5].  Writes nothing.  Memory use may grow with the ledger."""
         ...
 
@@ -305,10 +307,10 @@ class SupportsIntegrity(Protocol):
 def entries_after_position(
     journal: SupportsJournal, position: Position, limit: int
 ) -> Sequence[JournalEntry]:
-    """Return the entries after a position, at most ``limit``.
+    """Return at most ``limit`` entries after a position.
 
-    Raises :class:`~taskstore.CursorExpiredError` when they are no longer
-    complete, or when the journal holds another commit at that seq, or none yet.
+    Raises :class:`~taskstore.CursorExpiredError` if entries after the position were
+    trimmed, or if the journal has another commit or no commit at the position's seq.
     If only the entry at the position was trimmed, its commit id is not checked.
     """
     seq, commit_id = position.seq, position.commit_id
@@ -324,7 +326,7 @@ def entries_after_position(
 
 
 def commit_id_at(journal: SupportsJournal, seq: int) -> str:
-    """Return the id of the commit that has ``seq``; empty if it is unknown."""
+    """Return the id of the commit that has ``seq``; empty if the id is unknown."""
     if not seq:
         return ""
     try:
@@ -335,9 +337,10 @@ def commit_id_at(journal: SupportsJournal, seq: int) -> str:
 
 
 def check_base(journal: SupportsJournal, changes: Sequence[Change]) -> None:
-    """Raise :class:`~taskstore.ConflictError` unless the journal holds the changes' base position.
+    """Raise :class:`~taskstore.ConflictError` unless the journal has the base position.
 
-    Only a :class:`ChangeSet` has one.  A store calls this under its lock, or has a faster check.
+    Only a :class:`ChangeSet` has a base position.  A store calls this function under its
+    lock, or has its own faster check.
     """
     if isinstance(changes, ChangeSet) and changes.base.seq:
         try:
@@ -347,10 +350,10 @@ def check_base(journal: SupportsJournal, changes: Sequence[Change]) -> None:
 
 
 def base_not_found(position: Position) -> ConflictError:
-    """Return the error for changes whose base position the journal does not hold."""
+    """Return the error for changes whose base position is not in the journal."""
     return ConflictError(
         [],
-        f"the changes are based on a commit at seq {position.seq} that the journal does not hold: "
+        f"the changes are based on a commit at seq {position.seq} that is not in the journal: "
         "a backup was restored, a standby took over, or the journal was trimmed",
     )
 
@@ -359,14 +362,14 @@ def forked_error(what: str) -> StoreClosedError:
     """Return the error for a use of ``what`` in a forked child of the process that opened it."""
     return StoreClosedError(
         f"{what} was opened before the process forked",
-        hint="open a separate one in each process",
+        hint="open a separate instance in each process",
     )
 
 
 def check_steps(steps: Sequence[Step], stored: Snapshot) -> None:
     """Raise :class:`~taskstore.ConflictError` unless the steps apply over ``stored``.
 
-    For stores without a journal: earlier deletions are unknown.
+    This function is for stores without a journal, which do not know earlier deletions.
     """
     revisions = quarantined_revisions(stored.quarantined)
     revisions |= {task_id: record.revision for task_id, record in stored.records.items()}

@@ -1,7 +1,7 @@
-"""How a URL opens a store: schemes, entry points and options.
+"""Opening a store by its URL: schemes, entry points and options.
 
 A backend is a distribution that declares an entry point in the group
-``taskstore.backends``.  The entry point is named by its URL scheme and refers to
+``taskstore.backends``.  The entry point has the URL scheme as its name and refers to
 a callable ``open(url, *, durability, migrate, read_only) -> TaskRegistryStore``.
 The built-in backends are declared in the same way.
 """
@@ -23,7 +23,7 @@ MIGRATIONS = ("auto", "never")
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 # As in SQLAlchemy, a password ends at the first @ and may contain slashes.
-# If a password contains an unescaped @, it ends at the last @ before the path.
+# If a password contains an unescaped @, the password ends at the last @ before the path.
 _PASSWORD = re.compile(r"(?<=://)([^:/?#\s]*):[^@]*@(?:[^/?#\s]*@)?")
 _PASSWORD_OPTION = re.compile(r"([?&][^=&\s]*passw[^=&\s]*=)[^&\s]*", re.IGNORECASE)
 
@@ -47,7 +47,7 @@ def scheme_of(url: str) -> str:
 
 
 def installed_backends() -> dict[str, list[EntryPoint]]:
-    """Return the declared backends by scheme; several if packages declare the same one."""
+    """Return the declared backends by scheme; several packages may declare one scheme."""
     backends: dict[str, list[EntryPoint]] = {}
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         declared = backends.setdefault(entry.name, [])
@@ -68,8 +68,9 @@ def open_store(
 
     With ``durability="full"``, acknowledged changes survive power loss; with
     ``"process"``, they survive a kill of the writer.  With ``migrate="auto"``, a
-    new or empty database gets its schema; ``"never"`` leaves it unchanged.  A
-    ``read_only`` store changes nothing.  The backend gets all other options.
+    new or empty database gets its schema; with ``"never"``, the schema
+    does not change.  A ``read_only`` store changes nothing.  The backend gets all
+    other options.
 
     Raises :class:`~taskstore.BackendNotFoundError` for a scheme without a
     backend, :class:`~taskstore.ValidationError` for a wrong option, and the
@@ -105,7 +106,7 @@ def _load_opener(scheme: str) -> Any:
         packages = ", ".join(sorted(_package_of(entry) for entry in declared))
         raise TaskStoreError(
             f"several packages declare a backend for the URL scheme {scheme!r}: {packages}",
-            hint="uninstall all but one",
+            hint="uninstall all of these packages except one",
         )
     try:
         return declared[0].load()
@@ -113,7 +114,7 @@ def _load_opener(scheme: str) -> Any:
         raise BackendNotFoundError(
             scheme,
             [name for name in backends if name != scheme],
-            hint=f"its backend in {_package_of(declared[0])} does not import: {error}",
+            hint=f"the backend in {_package_of(declared[0])} cannot be imported: {error}",
         ) from error
 
 

@@ -1,7 +1,7 @@
 """The memory store, the reference implementation of the store contract.
 
-It meets every guarantee of the interface except durability: the ledger is lost when
-the process ends.  Instances that share a :class:`MemoryStorage` see one ledger.
+The store meets every guarantee of the interface except durability: the ledger is lost
+when the process ends.  Instances that share a :class:`MemoryStorage` share its ledger.
 """
 
 from __future__ import annotations
@@ -12,6 +12,12 @@ from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 
 from taskstore.errors import ConflictError, CursorExpiredError, ValidationError
+from taskstore.model.compaction_policy import (
+    CompactionPolicy,
+    CompactionReport,
+    JournalStats,
+    SnapshotInfo,
+)
 from taskstore.model.ids import new_commit_id
 from taskstore.model.journal import (
     Change,
@@ -28,7 +34,6 @@ from taskstore.model.journal import (
     quarantined_revisions,
     validated_snapshot,
 )
-from taskstore.model.policies import CompactionPolicy, CompactionReport, JournalStats, SnapshotInfo
 from taskstore.model.query import Page, TaskQuery, evaluate
 from taskstore.model.records import DedupKey, TaskRecord
 from taskstore.store.interface import StoreReport, TaskRegistryStore, VerifyReport, check_base
@@ -40,7 +45,7 @@ class MemoryStorage:
     """One ledger in memory, which several :class:`MemoryStore` instances may share."""
 
     def __init__(self) -> None:
-        # Methods take this lock and not the condition: an interrupt cannot divide that.
+        # Methods acquire the lock itself, which an interrupt (Ctrl+C) cannot stop half-way.
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.current: dict[str, TaskRecord] = {}
@@ -54,18 +59,18 @@ class MemoryStorage:
 
     @property
     def floor(self) -> int:
-        """Return the first seq kept."""
+        """The first retained seq."""
         return self.head - len(self.journal) + 1
 
 
 class MemoryStore(TaskRegistryStore):
-    """A store in the memory of this process; ``memory:`` opens an empty one."""
+    """A store in the memory of this process; ``memory:`` opens an empty store."""
 
     durability = "none"
     unsupported_guarantees = MappingProxyType(
         {
-            "processes": "its storage is the memory of one process",
-            "crash-safe": "its storage ends with the process",
+            "processes": "the storage is the memory of one process",
+            "crash-safe": "the storage is lost when the process ends",
         }
     )
 
@@ -79,7 +84,7 @@ class MemoryStore(TaskRegistryStore):
         storage = self.storage
         with storage.lock:
             loaded = Snapshot(storage.head, storage.current, storage.last_at, storage.quarantined)
-        return loaded  # noqa: RET504 - inside the block, an interrupt could release the lock twice
+        return loaded  # noqa: RET504 - an interrupted return in the block may unlock twice
 
     def save_snapshot(self, snapshot: Snapshot) -> None:
         self._check_writable()
@@ -118,7 +123,7 @@ class MemoryStore(TaskRegistryStore):
             try:
                 self._commit(changes, steps, commit)
             except BaseException:
-                # An interrupt stopped the commit half-way: a second run completes it.
+                # An interrupt stopped the commit half-way.  A second call completes the commit.
                 del storage.journal[length:]
                 self._commit(changes, steps, commit)
                 raise
@@ -126,7 +131,7 @@ class MemoryStore(TaskRegistryStore):
 
     def _commit(self, changes: Sequence[Change], steps: Sequence[Step], commit: Commit) -> None:
         storage = self.storage
-        # Removals come first: they release dedup keys that the puts may claim.
+        # Removals come first: they release dedup keys that the puts may need.
         for step in sorted(steps, key=lambda step: step.record is not None):
             self._write(step)
         entries = entries_of(changes, commit)
@@ -134,7 +139,7 @@ class MemoryStore(TaskRegistryStore):
             storage.quarantined = tuple(
                 item
                 for item in storage.quarantined
-                if not any(item.goes_with(entry.task_id, entry.kind) for entry in entries)
+                if not any(item.is_obsoleted_by(entry.task_id, entry.kind) for entry in entries)
             )
         storage.journal += entries
         storage.deleted.update(
@@ -163,7 +168,7 @@ class MemoryStore(TaskRegistryStore):
                 storage.by_dedup_key.pop(key, None)
             return
         storage.current[step.task_id] = step.record
-        key = step.claims
+        key = step.new_dedup_key
         if key is not None:
             storage.by_dedup_key[key] = step.task_id
 
@@ -174,9 +179,8 @@ class MemoryStore(TaskRegistryStore):
             yield
 
     def report(self) -> StoreReport:
-        return StoreReport(
-            self.storage.quarantined, ("this ledger is in memory and ends with the process",)
-        )
+        notice = "the ledger is in memory and is lost when the process ends"
+        return StoreReport(self.storage.quarantined, (notice,))
 
     # -- journal ----------------------------------------------------------
 
@@ -273,7 +277,7 @@ class _Compaction(CompactionSteps):
         return CompactionPoint(storage.head, storage.last_at, storage.floor, snapshots)
 
     def publish(self, point: CompactionPoint, retained: Retained) -> int:
-        del retained  # the floor follows from the journal, which trim() cuts
+        del retained  # the floor is computed from the journal, which trim() shortens
         storage = self._storage
         snapshot = Snapshot(storage.head, storage.current, storage.last_at, storage.quarantined)
         storage.snapshots[point.seq] = snapshot
@@ -290,8 +294,8 @@ class _Compaction(CompactionSteps):
 def open_memory(
     url: str, *, durability: str = "full", migrate: str = "auto", read_only: bool = False
 ) -> MemoryStore:
-    """Open an empty memory store.  The URL has no name, so no two stores share one."""
-    del durability, migrate  # there is nothing to sync and no schema
+    """Open an empty memory store.  Each call opens a separate ledger."""
+    del durability, migrate  # the store flushes nothing to disk and has no schema
     if url.lower() not in ("memory:", "memory://"):
         raise ValidationError("url", f"a memory store has no name: use memory:, not {url!r}")
     return MemoryStore(read_only=read_only)

@@ -7,9 +7,10 @@ A backend author subclasses :class:`StoreContract` and overrides one fixture::
         def make_store(self, tmp_path):
             return lambda *, read_only=False: MyStore(tmp_path / "ledger", read_only=read_only)
 
-Each call of the returned callable opens the same storage again.  A clause for
-an ability that the store lacks is skipped; the skip names the ability.  The
-numbers in the clauses' docstrings are the invariants of ``docs/concepts.md``.
+Each call of the returned callable opens the same storage again.  If the store lacks an
+ability that a clause needs, the clause is skipped, and the skip message names the
+ability.  The numbers in brackets in the docstrings of the clauses are the numbers of
+the invariants in ``docs/concepts.md``.
 
 The suite needs the extra ``testing``: ``pip install 'taskstore[testing]'``.
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import pytest
 
-# Before their import, so that a failing clause shows the compared values.
+# This call precedes the imports, so that a failing clause shows the compared values.
 pytest.register_assert_rewrite("taskstore.testing.contract", "taskstore.testing.threads")
 
 from taskstore.testing.contract.apply import ApplyContract

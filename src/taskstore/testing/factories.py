@@ -20,10 +20,10 @@ EPOCH_MS = 1_700_000_000_000
 
 
 def make_record(**fields: Any) -> TaskRecord:
-    """Return a queued system task of revision 1 with a new id; ``fields`` override it.
+    """Return a queued system task of revision 1 with a new id; ``fields`` override its fields.
 
-    ``metadata`` may be a mapping.  A ``run_id`` without a ``run_digest`` sets the
-    digest.  The record is not validated; ``Put`` validates it.
+    ``metadata`` may be a mapping.  If ``run_id`` is given without ``run_digest``, the
+    digest is computed.  This function does not validate the record; ``Put`` does.
     """
     metadata = fields.pop("metadata", None)
     if metadata is not None:
@@ -81,7 +81,7 @@ def delete(store: TaskRegistryStore, *records: TaskRecord) -> None:
 
 
 class Model:
-    """The expected content of a ledger, in plain dicts, to compare a store with.
+    """The expected content of a ledger in plain dicts, for comparison with a store.
 
     ``states`` maps each seq to the records as of that seq.  ``entries`` is the
     journal, as tuples ``(seq, kind, task_id, revision, record)``.
@@ -105,7 +105,7 @@ class Model:
         return {entry[2] for entry in self.entries if entry[1] is EntryKind.DELETED}
 
     def accepts(self, changes: list[Change], *, remembers_deletions: bool = True) -> bool:
-        """Return whether a batch applies, by revisions, deletions and dedup keys [3]."""
+        """Return whether a batch has no conflict in revisions, deletions and dedup keys [3]."""
         records = dict(self.records)
         deleted_ids = self.deleted if remembers_deletions else set()
         for change in changes:
@@ -135,7 +135,7 @@ class Model:
             self.entries.append((self.head, kind, change.task_id, change.revision, record))
 
     def trim(self, floor: int) -> None:
-        """Drop the history before ``floor``."""
+        """Drop the entries and states before ``floor``."""
         self.floor = floor
         self.entries = [entry for entry in self.entries if entry[0] >= floor]
         self.states = {seq: state for seq, state in self.states.items() if seq >= floor - 1}

@@ -1,11 +1,12 @@
 """New, empty ledgers for tests, on the backend of any URL.
 
-A backend declares how to create a test ledger by an entry point in the group
-``taskstore.scratch``, named by its scheme.  The entry point is a callable that
-takes a URL and returns a context manager.  The context manager yields a callable
-that opens the new ledger, as ``make_store`` returns, and removes the ledger at the
-end.  Without an entry point, a URL of a scheme and a path is a file or directory;
-the new ledger is created in a temporary directory beside that path.
+To support test ledgers, a backend declares an entry point in the group
+``taskstore.scratch``, named after its URL scheme.  The entry point is a callable that
+takes a URL and returns a context manager.  The context manager yields a callable that
+opens the new ledger, like the callable of ``make_store``.  At the end, the context
+manager removes the ledger.  Without an entry point, a URL with only a scheme and a path
+denotes a file or directory; the new ledger is created in a temporary directory next to
+that path.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def scratch(url: str) -> AbstractContextManager[OpenStore]:
     if path.startswith("///") and "?" not in path:
         return _in_temporary_directory(scheme, Path(path[3:]))
     raise UnsupportedError(
-        f"the backend of {redacted(url)} declares no way to create a test ledger",
-        hint=f"declare an entry point in the group {GROUP}, or subclass StoreContract",
+        f"the backend of {redacted(url)} has no entry point that creates a test ledger",
+        hint=f"declare one in the group {GROUP}, or subclass StoreContract",
     )
 
 
@@ -120,7 +121,7 @@ def _server(url: str) -> Iterator[tuple[sqlalchemy.URL, Callable[[str], object]]
                 connection.exec_driver_sql(statement)
         except sa.exc.SQLAlchemyError as error:
             reason = str(getattr(error, "orig", None) or type(error).__name__).strip()
-            # From None, because the cause may contain the URL with its password.
+            # The cause is suppressed, because its text may contain the password of the URL.
             raise StoreUnavailableError(
                 f"{redacted(url)}: cannot create a test ledger: {reason}"
             ) from None

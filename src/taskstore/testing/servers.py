@@ -28,7 +28,7 @@ INSTALL = "pip install 'taskstore[testing,postgres]'"
 MARIADB_PORT = 3306
 
 MARIADB_MISSING = (
-    "tests on MariaDB need a server: none accepts root without a password at "
+    "tests on MariaDB need a server: no server accepts root without a password at "
     f"127.0.0.1:{MARIADB_PORT}, and no mariadbd is installed "
     "(on Debian and Ubuntu: apt-get install mariadb-server)"
 )
@@ -55,7 +55,7 @@ class DatabaseServer(ABC):
     def start(self) -> Self:
         """Start the server, or connect to a running one.
 
-        Raises :class:`RuntimeError`, naming what to install, if a program is missing.
+        Raises :class:`RuntimeError`, which says what to install, if a program is missing.
         """
 
     @abstractmethod
@@ -80,7 +80,7 @@ class DatabaseServer(ABC):
 
     @abstractmethod
     def _reset(self, database: str) -> bool:
-        """Restore the rows that the migration left; return whether the tables were free."""
+        """Restore the rows that the migration wrote; return false if a table is locked."""
 
     def new_database(self) -> str:
         """Create an empty database and return its URL."""
@@ -90,8 +90,8 @@ class DatabaseServer(ABC):
     def ledger(self) -> Iterator[str]:
         """Yield the URL of a database with an empty, migrated ledger.
 
-        The database is reset and reused afterwards, which takes a tenth of the time
-        of creating one.  A database whose tables are still locked is not reused.
+        Afterwards the database is reset and reused, because a reset takes a tenth of
+        the time of a creation.  A database whose tables are still locked is not reused.
         """
         if not self._available:
             self._available.append(self._migrated_database())
@@ -136,7 +136,7 @@ def _replace_rows(cursor: Any, initial_rows: dict[str, Sequence[tuple[Any, ...]]
 def pgserver() -> Any:
     """Return the package that contains PostgreSQL's programs.
 
-    Raises :class:`RuntimeError`, naming what to install, if it or the driver is missing.
+    Raises :class:`RuntimeError` with an install hint if the package or the driver is missing.
     """
     try:
         import psycopg  # noqa: F401 - needed to talk to the server
@@ -216,12 +216,12 @@ class PostgresServer(DatabaseServer):
 
 
 class MariaDBServer(DatabaseServer):
-    """A MariaDB server: the one on port 3306 if it accepts root without a password,
-    else a new process of the installed ``mariadbd``.
+    """A MariaDB server, either running or newly started.
 
-    The names of its databases are unique to the session; :meth:`stop` drops them.
-    ``private=True`` always starts a new process, for tests that stop the server or
-    configure it with ``options``.
+    If the server on port 3306 accepts root without a password, that server is used;
+    otherwise the installed ``mariadbd`` is started.  The names of the created databases
+    are unique; :meth:`stop` drops these databases.  ``private=True`` always starts a
+    new process, for tests that stop the server or configure it with ``options``.
     """
 
     def __init__(self, *options: str, private: bool = False) -> None:

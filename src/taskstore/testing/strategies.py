@@ -67,7 +67,7 @@ def origins() -> st.SearchStrategy[DeliveryContext]:
 
 @st.composite
 def records(draw: st.DrawFn, /, **fixed: Any) -> TaskRecord:
-    """Valid records of any shape; ``fixed`` fields are used unchanged."""
+    """Valid records with any fields; the fields in ``fixed`` have the given values."""
     fields: dict[str, Any] = {
         "task_id": draw(keys(1)),
         "revision": draw(st.integers(1, MAX_INT)),

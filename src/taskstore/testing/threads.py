@@ -38,7 +38,7 @@ def run_together(*jobs: Callable[[], object]) -> None:
 
 @contextmanager
 def meanwhile(job: Callable[[], object]) -> Iterator[None]:
-    """Run a job in a thread during the body; join the thread and raise its failure."""
+    """Run a job in a thread while the body runs; then join the thread and raise its failure."""
     failures: list[BaseException] = []
 
     def run() -> None:

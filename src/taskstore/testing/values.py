@@ -1,9 +1,10 @@
 # ruff: noqa: RUF001 - the table needs ambiguous characters
 """The nasty values: every backend stores them exactly or refuses them [11].
 
-Each value has caused a real defect: a collation that folds case, a driver that
-expands ``%s``, a C string that ends at NUL, a JSON reader that rounds above
-2**53, an index that is too short, an empty string that is read as null.
+Each value has revealed a real defect, for example a collation that folds case,
+a driver that expands ``%s``, a C string that ends at NUL, a JSON reader that
+rounds above 2**53, an index that is too short, an empty string that is read as
+null.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ class Nasty(NamedTuple):
     """One row of the table.
 
     ``fields`` are set in a record.  ``refused`` is the field that the
-    :class:`~taskstore.ValidationError` names, or ``None`` when the value must be
-    stored and read back unchanged.  ``twin`` are the fields of a second record
-    that a defective backend treats as equal.
+    :class:`~taskstore.ValidationError` names, or ``None`` when the value must be stored
+    and read back unchanged.  ``twin`` has the fields of a second record, which a
+    defective backend confuses with the first record.
     """
 
     name: str
@@ -47,7 +48,7 @@ class _StrSubclass(str):
 
 
 def _distinct(name: str, value: str | None, twin: str | None) -> list[Nasty]:
-    """Return rows for a key that must differ from its twin, as a label and as an id."""
+    """Return rows for a value that must differ from its twin: as a label and as a task id."""
     rows = [Nasty(name, {"label": value}, {"label": twin})]
     if value and twin:
         rows.append(Nasty(f"{name}_id", {"task_id": value}, {"task_id": twin}))

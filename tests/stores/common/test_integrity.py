@@ -104,7 +104,7 @@ def test_the_report_counts():
             changed(6, task_id="b", record=SECOND),
             "seq 6, task 'b': a change after its deletion",
         ),
-        (changed(6, record=SECOND), "seq 6, task 'c': its record is 'b' at revision 1"),
+        (changed(6, record=SECOND), "seq 6, task 'c': the entry's record is 'b' at revision 1"),
     ],
     ids=["time", "creation", "revision", "deletion", "after deletion", "record"],
 )
@@ -126,7 +126,7 @@ def test_a_duplicate_seq():
 
 
 def test_a_missing_end():
-    assert found_in(journal()[:4]) == ("the journal ends at seq 4, the head is 6",)
+    assert found_in(journal()[:4]) == ("the journal ends at seq 4, but the head is 6",)
 
 
 def test_a_snapshot_ahead_of_the_head():
@@ -134,7 +134,7 @@ def test_a_snapshot_ahead_of_the_head():
     assert found_in(journal(), snapshots=snapshots) == ("snapshot 9 is ahead of head 6",)
     # Without a known head, it shows that the end of the journal is missing.
     assert found_in(journal(), head=None, snapshots=snapshots) == (
-        "the journal ends at seq 6, the head is 9",
+        "the journal ends at seq 6, but the head is 9",
     )
 
 
@@ -152,7 +152,7 @@ def test_stored_content_that_differs_from_the_journal(place, kind):
         "lacks": (without(right, "a"), "lacks tasks of the journal (1): 'a'"),
         "has": (
             replace(right, records={**right.records, "b": SECOND}),
-            "has tasks beyond the journal (1): 'b'",
+            "has tasks not in the journal (1): 'b'",
         ),
         "disagrees": (
             replace(right, records={**right.records, "a": replace(right.records["a"], label="x")}),
@@ -176,7 +176,7 @@ def test_a_gap_does_not_hide_damage_after_it():
     assert found_in(entries, snapshots={}) == (missing,)
     assert found_in(entries, snapshots={}, current=replace(as_of(6), records=beyond)) == (
         missing,
-        "tasks has tasks beyond the journal (1): 'b'",
+        "tasks has tasks not in the journal (1): 'b'",
     )
     assert found_in(entries, snapshots={}, current=without(as_of(6), "a")) == (
         missing,
@@ -244,4 +244,4 @@ def test_many_problems_are_counted():
         entries, head=MAX_PROBLEMS + 20, current=Snapshot(MAX_PROBLEMS + 20), snapshots={}
     )
     assert len(problems) == MAX_PROBLEMS + 1
-    assert problems[-1] == "and 20 more"
+    assert problems[-1] == "and 20 more problems"

@@ -8,7 +8,7 @@ import sys
 import zlib
 from pathlib import Path
 
-from taskstore.model.policies import CompactionPolicy
+from taskstore.model.compaction_policy import CompactionPolicy
 
 FOLD = CompactionPolicy(force=True)
 FOLD_AND_TRIM = CompactionPolicy(force=True, history_s=0, history_entries=0, keep_snapshots=1)

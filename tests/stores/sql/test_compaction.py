@@ -10,8 +10,8 @@ import sqlalchemy as sa
 from sqlkit import in_process
 
 from taskstore.errors import StoreBusyError
+from taskstore.model.compaction_policy import CompactionPolicy
 from taskstore.model.journal import Put, fold
-from taskstore.model.policies import CompactionPolicy
 from taskstore.stores.sql import compaction, snapshots
 from taskstore.stores.sql.dialects import open_database
 from taskstore.testing.factories import create, delete, make_record, next_of, update
@@ -193,7 +193,7 @@ def test_content_that_was_replaced_is_not_compacted(store, url, open_, monkeypat
 KILLED = """
 import os, signal, sys
 from taskstore import open_store
-from taskstore.model.policies import CompactionPolicy
+from taskstore.model.compaction_policy import CompactionPolicy
 from taskstore.stores.sql import compaction, snapshots
 compaction.ENTRIES_PER_STEP, compaction.CHUNKS_PER_STEP, snapshots.CHUNK_RECORDS = 7, 2, 3
 steps, real = int(sys.argv[2]), compaction.Lease.run

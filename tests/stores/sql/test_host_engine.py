@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 
 from taskstore.errors import StoreBusyError, ValidationError
-from taskstore.model.policies import CompactionPolicy
+from taskstore.model.compaction_policy import CompactionPolicy
 from taskstore.model.query import TaskQuery
 from taskstore.stores.sql import SQLStore
 from taskstore.testing.factories import create, delete, make_record, update
@@ -24,7 +24,7 @@ def work_with(store: SQLStore) -> None:
     kept = update(store, create(store, run_id="run-1", owner_key="me"), label="new")
     gone = create(store)
     delete(store, gone)
-    with pytest.raises(Exception, match="already has task"):
+    with pytest.raises(Exception, match="has the same dedup key"):
         create(store, run_id="run-1", owner_key="me", task_id="other")
     assert dict(store.load_snapshot().records) == {kept.task_id: kept}
     assert list(store.query(TaskQuery(owner_key="me", limit=5))) == [kept]

@@ -82,7 +82,7 @@ def test_similar_dedup_keys_are_distinct(store):
     create(store, run_id="run", run_digest="b")
     for run_id, booking in (("run ", "b"), ("RUN", "b"), ("run", "b "), ("run", "B")):
         create(store, run_id=run_id, run_digest=booking)
-    with pytest.raises(TaskStoreError, match="already has task"):
+    with pytest.raises(TaskStoreError, match="has the same dedup key"):
         create(store, run_id="run", run_digest="b")
 
 

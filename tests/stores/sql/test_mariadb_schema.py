@@ -70,7 +70,7 @@ def test_a_migration_that_is_cut_short_is_completed(url, engine, monkeypatch, st
         open_store(url)
     monkeypatch.undo()
     for options in ({"migrate": "never"}, {"read_only": True}):
-        reason = "an incomplete ledger" if steps else "holds no ledger"
+        reason = "an incomplete ledger" if steps else "contains no ledger"
         with pytest.raises(SchemaMismatchError, match=reason):
             open_store(url, **options)
     with open_store(url) as store:
@@ -128,7 +128,7 @@ def test_a_downgrade_that_is_cut_short_is_done_again(url, engine, monkeypatch):
     with pytest.raises(PowerCutError):
         migrate.downgrade(engine, "base")
     monkeypatch.undo()
-    with pytest.raises(SchemaMismatchError, match="tables task_set_aside, taskstore_head"):
+    with pytest.raises(SchemaMismatchError, match="missing: task_set_aside, taskstore_head"):
         open_store(url)
     migrate.downgrade(engine, "base")
     assert tables_of(engine) == {migrate.VERSION_TABLE}

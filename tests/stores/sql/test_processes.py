@@ -10,7 +10,7 @@ WRITER = """
 import json, random, sys
 from taskstore import open_store
 from taskstore.errors import ConflictError
-from taskstore.model.policies import CompactionPolicy
+from taskstore.model.compaction_policy import CompactionPolicy
 from taskstore.testing.factories import create, make_put, next_of
 from taskstore.errors import StoreBusyError
 

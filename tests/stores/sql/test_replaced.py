@@ -42,7 +42,7 @@ def test_a_file_that_was_replaced_is_not_written(sqlite_path, open_, how):
         with pytest.raises(StoreReplacedError, match=GONE) as caught:
             change()
         assert str(sqlite_path) in str(caught.value)
-        assert "open it again" in caught.value.hint
+        assert "open the ledger again" in caught.value.hint
         assert not caught.value.retryable
     store.close()
     if how == "replaced":

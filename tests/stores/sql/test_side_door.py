@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from taskstore.errors import CorruptStoreError
 from taskstore.model.codec import checksum, encode_record
-from taskstore.model.policies import CompactionPolicy
+from taskstore.model.compaction_policy import CompactionPolicy
 from taskstore.model.query import TaskQuery
 from taskstore.stores.sql.dialects import open_database
 from taskstore.testing.factories import create, delete, update
@@ -151,7 +151,7 @@ def test_a_missing_last_entry_is_an_error(store, url):
     run(url, "DELETE FROM task_journal WHERE seq = 3")
     with pytest.raises(CorruptStoreError, match="seq 3 is missing"):
         store.read_journal(2, 10)
-    assert "the journal ends at seq 2, the head is 3" in store.verify().problems
+    assert "the journal ends at seq 2, but the head is 3" in store.verify().problems
 
 
 def test_a_damaged_chunk_is_named(store, url):

@@ -12,8 +12,8 @@ import pytest
 from sqlkit import in_process, output_of, write
 
 from taskstore.errors import ReadOnlyError, StoreUnavailableError
+from taskstore.model.compaction_policy import CompactionPolicy
 from taskstore.model.journal import Snapshot
-from taskstore.model.policies import CompactionPolicy
 from taskstore.model.query import TaskQuery
 from taskstore.testing.factories import create, make_put
 

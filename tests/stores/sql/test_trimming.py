@@ -7,8 +7,8 @@ import sqlalchemy as sa
 
 from taskstore.errors import CorruptStoreError
 from taskstore.model.codec import checksum
+from taskstore.model.compaction_policy import CompactionPolicy
 from taskstore.model.journal import fold
-from taskstore.model.policies import CompactionPolicy
 from taskstore.stores.sql import compaction
 from taskstore.stores.sql.dialects import open_database
 from taskstore.testing.factories import create, delete, update

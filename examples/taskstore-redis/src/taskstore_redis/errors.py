@@ -31,7 +31,7 @@ _REPLY_CODES = {
     exceptions.OutOfMemoryError: "OOM",
     exceptions.ReadOnlyError: "READONLY",
     exceptions.NoPermissionError: "NOPERM",
-    exceptions.InconsistentPagesError: "MOVED",
+    exceptions.MovedError: "MOVED",
     exceptions.ClusterCrossSlotError: "MOVED",
     exceptions.MasterDownError: "MASTERDOWN",
     exceptions.ClusterDownError: "CLUSTERDOWN",
@@ -48,7 +48,7 @@ _MEANINGS = {
     "NOREPLICAS": ("accepts no writes, since it has too few replicas", None),
     "MASTERDOWN": ("is a replica that has lost its master", None),
     "CLUSTERDOWN": ("belongs to a cluster that is down", None),
-    "MOVED": ("belongs to a cluster in which another node has this ledger", "name that node in the URL"),
+    "MOVED": ("belongs to a cluster in which another node has this ledger", "name that node"),
     "NOPERM": (
         "refuses this user a command or a key that the store needs",
         "grant the user ~{NAMESPACE}:* +@all -@dangerous +info +config|get +client|list",

@@ -1,29 +1,29 @@
-"""What stands in Redis, and how it is read: names of keys, facts, images, entries.  All pure.
+"""The layout in Redis: keys, facts, images, entries, snapshots.  Pure functions.
 
 Every key of a ledger begins with ``{NAME}:``.  The braces are a hash tag:
-on a cluster all keys of one ledger are in one slot, as scripts need it.
+on a cluster all keys of one ledger are in one slot, as scripts require.
 
 ===============  =======  =====================================================
 key              type     what
 ===============  =======  =====================================================
 head             hash     ledger, timeline, head, floor, at, commit, format
 rows             hash     task id → image of its record
-facts            hash     task id → what scripts have to know of it (common.lua)
+facts            hash     task id → its fields that scripts need (common.lua)
 index            zset     members in the order of bytes, all of score 0: letter
                           of a field, NUL, value, NUL, created_at, task id
-bookings         hash     run id, NUL, booking → task id
+bookings         hash     dedup key (run id, NUL, run digest) → task id
 journal          stream   an entry per change, its id is ``<seq>-0``
 commits          stream   the last thousand or so, by the seq of their last entry
 deleted          zset     task id, the seq of its deletion as its score
-aside            hash     number → what a saved snapshot had set aside, as JSON
-aside_ids        hash     task id → revision and numbers of what is set aside
+aside            hash     number → quarantined value of a saved snapshot, as JSON
+aside_ids        hash     task id → revision and numbers of quarantined values
 snapshots        hash     seq → at, records, chunks and token of a snapshot
 snap:TOKEN       hash     number → chunk of records; ``aside`` → JSON lines
-staging          hash     token → until when its content is being built (ms)
-staging:TOKEN:…           rows, facts, index, bookings, aside, aside_ids to be
-lease            string   token of the one compactor, with an expiry
-cut, saved                what a compactor is copying; see compaction.py
-void:COMMIT      string   a commit that must not happen any more, with an expiry
+staging          hash     token → time at which its staged content expires (ms)
+staging:TOKEN:…           staged rows, facts, index, bookings, aside, aside_ids
+lease            string   token of the lease owner, the one compactor; expires
+cut, saved                the progress of a compaction; see compaction.py
+void:COMMIT      string   a commit id that must not be committed; expires
 ===============  =======  =====================================================
 
 An *image* is the CRC-32 of a payload as eight hexadecimal digits, and the payload.
@@ -40,7 +40,7 @@ from taskstore import CorruptStoreError, EntryKind, JournalEntry, Quarantined, T
 from taskstore.store import checksum, decode_or_quarantine, quarantine
 
 FORMAT = b"1"
-"""The layout of these keys; another one is refused."""
+"""The version of this layout; a store refuses any other."""
 
 INDEXED = {
     "run_id": b"r",
@@ -51,13 +51,13 @@ INDEXED = {
     "parent_task_id": b"p",
     "parent_flow_id": b"f",
 }
-"""Fields that the index finds records by, in the order of the facts (common.lua)."""
+"""The indexed fields and their letters, in the order of the facts (common.lua)."""
 
 CONTENT = ("rows", "facts", "index", "bookings", "aside", "aside_ids")
-"""The keys that save_snapshot replaces by those that it staged."""
+"""The keys that save_snapshot stages and replaces."""
 
 ALL = b"*\0"
-"""What the members of the index begin with that are about every task."""
+"""The prefix of the index members that list all tasks."""
 
 CRC_DIGITS = 8
 TIME_DIGITS = 16
@@ -75,11 +75,11 @@ class Keys:
         return self.prefix + name.encode()
 
     def named(self, *names: str) -> list[bytes]:
-        """Several at once."""
+        """The keys of several names."""
         return [self[name] for name in names]
 
     def staged(self, token: str) -> list[bytes]:
-        """The keys in which content is built that may become the live one."""
+        """The keys of staged content."""
         return [self[f"staging:{token}:{name}"] for name in CONTENT]
 
     def snapshot(self, token: str) -> bytes:
@@ -87,12 +87,12 @@ class Keys:
         return self[f"snap:{token}"]
 
     def void(self, commit_id: str) -> bytes:
-        """The key that forbids a commit."""
+        """The key that voids a commit."""
         return self[f"void:{commit_id}"]
 
 
 class State(NamedTuple):
-    """The head of a ledger, as scripts return it."""
+    """The fields of ``head``, as scripts return them."""
 
     ledger: bytes
     timeline: int
@@ -103,12 +103,12 @@ class State(NamedTuple):
 
     @property
     def identity(self) -> tuple[bytes, int]:
-        """Which ledger this is, and which life of it."""
+        """The ledger id and its timeline."""
         return (self.ledger, self.timeline)
 
 
 def state_of(reply: Sequence[Any]) -> State:
-    """The state in a reply: that of a new ledger where there is none."""
+    """The state in a reply; that of an empty ledger if ``head`` does not exist."""
     ledger, timeline, head, floor, at, commit = reply[:6]
     return State(
         ledger or b"",
@@ -124,7 +124,7 @@ def state_of(reply: Sequence[Any]) -> State:
 
 
 def facts_of(record: TaskRecord) -> bytes:
-    """The facts of a record, but for the seq of its last entry, which a script puts before."""
+    """The facts of a record without its last seq; the script puts this seq in front."""
     return b"\0".join(
         (
             b"%d" % record.revision,
@@ -140,56 +140,56 @@ def _fact(value: str | None) -> bytes:
 
 
 def time_key(time: int) -> bytes:
-    """A time as its sort_key in the order of bytes: 16 digits."""
+    """A time as 16 digits, so that the order of bytes is the order of time."""
     return b"%0*d" % (TIME_DIGITS, time)
 
 
 def sort_key_of(record: TaskRecord) -> bytes:
-    """A record's sort_key in the order of the index."""
+    """The sort key of a record in the index: created_at and task id."""
     return time_key(record.created_at) + record.task_id.encode()
 
 
 def id_in_sort_key(sort_key: bytes) -> str:
-    """The task id of a sort_key in the order of the index."""
+    """The task id in a sort key of the index."""
     return sort_key[TIME_DIGITS:].decode("utf-8", "surrogateescape")
 
 
 def revision_in(facts: bytes | None) -> int | None:
-    """The revision in stored facts, if they hold one."""
+    """The revision in stored facts, or ``None`` if the facts are damaged."""
     parts = (facts or b"").split(b"\0")
     return int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else None
 
 
 def image_of(payload: bytes) -> bytes:
-    """A payload with its checksum before it."""
+    """The checksum of a payload, and the payload."""
     return b"%08x" % checksum(payload) + payload
 
 
 def damage_of(image: bytes) -> str | None:
-    """Say what is wrong with an image, going by its checksum; ``None`` if nothing."""
-    found = b"%08x" % checksum(image[CRC_DIGITS:])
+    """Return how the checksum of an image is wrong, or ``None`` if it is right."""
+    actual = b"%08x" % checksum(image[CRC_DIGITS:])
     stored = image[:CRC_DIGITS]
-    if found == stored:
+    if actual == stored:
         return None
-    return f"the checksum is {found.decode()}, stored with it is {stored!r}"
+    return f"the checksum is {actual.decode()}, but the stored one is {stored!r}"
 
 
 def record_of(
     image: bytes, where: str, task_id: str, revision: int | None
 ) -> TaskRecord | Quarantined:
-    """The record of an image, or its bytes when it is damaged.
+    """The record of an image, or its bytes if the image is damaged.
 
-    It is damaged too when it is of another task, or at another revision:
-    two rows must not become one record.
+    An image of another task or revision is damaged, too: two rows must not
+    become one record.
     """
     payload, damage = image[CRC_DIGITS:], damage_of(image)
     if damage is None:
-        found = decode_or_quarantine(payload, where)
-        if isinstance(found, Quarantined):
-            return replace(found, task_id=task_id, revision=revision)
-        if found.task_id == task_id and revision in (None, found.revision):
-            return found
-        damage = f"the payload is of task {found.task_id!r} at revision {found.revision}"
+        item = decode_or_quarantine(payload, where)
+        if isinstance(item, Quarantined):
+            return replace(item, task_id=task_id, revision=revision)
+        if item.task_id == task_id and revision in (None, item.revision):
+            return item
+        damage = f"the payload is of task {item.task_id!r} at revision {item.revision}"
     return replace(quarantine(payload, where, damage), task_id=task_id, revision=revision)
 
 
@@ -197,7 +197,7 @@ def record_of(
 
 
 class RawEntry(NamedTuple):
-    """An entry of the journal as it stands in the stream."""
+    """An entry of the journal as stored in the stream."""
 
     seq: int
     at: int
@@ -206,12 +206,12 @@ class RawEntry(NamedTuple):
     task_id: str
     revision: int
     previous_seq: int
-    """The seq of the entry before of the same task, 0 if there is none."""
+    """The seq of the previous entry of the same task, 0 if there is none."""
     image: bytes
 
 
 def raw_entry(reply: Sequence[Any], location: str) -> RawEntry:
-    """One entry as XRANGE gives it; raises :class:`~taskstore.CorruptStoreError`."""
+    """One entry of an XRANGE reply; raises :class:`~taskstore.CorruptStoreError`."""
     try:
         name, fields = reply
         values = dict(zip(fields[::2], fields[1::2], strict=True))
@@ -226,23 +226,27 @@ def raw_entry(reply: Sequence[Any], location: str) -> RawEntry:
             image=values[b"p"],
         )
     except (KeyError, ValueError, TypeError) as error:
-        raise CorruptStoreError(f"{location}: journal", f"{reply!r:.200} is no entry") from error
+        raise CorruptStoreError(
+            f"{location}: journal", f"{reply!r:.200} is not an entry"
+        ) from error
 
 
 def entry_of(raw: RawEntry, location: str) -> JournalEntry:
-    """The entry; an upsert that does not decode keeps its bytes in ``quarantined``."""
+    """The decoded entry; an upsert that does not decode has its bytes in ``quarantined``."""
     if raw.kind == _DELETED:
-        record, aside, kind = None, None, EntryKind.DELETED
+        record, quarantined, kind = None, None, EntryKind.DELETED
     elif raw.kind == _UPSERTED:
         where = f"{location}: journal, seq {raw.seq}"
-        found = record_of(raw.image, where, raw.task_id, raw.revision)
+        item = record_of(raw.image, where, raw.task_id, raw.revision)
         kind = EntryKind.UPSERTED
-        record, aside = (None, found) if isinstance(found, Quarantined) else (found, None)
+        record, quarantined = (None, item) if isinstance(item, Quarantined) else (item, None)
     else:
         raise CorruptStoreError(
-            f"{location}: journal", f"an entry is of unknown kind {raw.kind!r}", offset=raw.seq
+            f"{location}: journal", f"an entry has the unknown kind {raw.kind!r}", offset=raw.seq
         )
-    return JournalEntry(raw.seq, raw.at, kind, raw.task_id, raw.revision, record, raw.commit, aside)
+    return JournalEntry(
+        raw.seq, raw.at, kind, raw.task_id, raw.revision, record, raw.commit, quarantined
+    )
 
 
 # -- snapshots --------------------------------------------------------------------
@@ -259,20 +263,20 @@ class PublishedSnapshot(NamedTuple):
 
 
 def published_snapshot(seq: bytes, value: bytes) -> PublishedSnapshot:
-    """A mark as it stands in ``snapshots``."""
+    """A snapshot as stored in ``snapshots``."""
     at, records, chunks, token = value.split(b"\0")
     return PublishedSnapshot(int(seq), int(at), int(records), int(chunks), token.decode())
 
 
 def published_snapshots(reply: Sequence[bytes]) -> list[PublishedSnapshot]:
-    """Every mark of an HGETALL, in order of seq."""
+    """The snapshots of an HGETALL reply, in order of seq."""
     return sorted(map(published_snapshot, reply[::2], reply[1::2]))
 
 
 def items_of(chunk: bytes, where: str) -> Iterator[tuple[str, int, bytes]]:
     """Task id, revision and image of each record in a chunk.
 
-    Raises :class:`~taskstore.CorruptStoreError` for one that ends too early.
+    Raises :class:`~taskstore.CorruptStoreError` if the chunk ends too early.
     """
     offset = 0
     while offset < len(chunk):

@@ -1,4 +1,4 @@
-"""Queries: the smallest range of the index, filtered, and brought to one moment."""
+"""Queries: read the smallest range of the index, filter, apply later entries."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from taskstore_redis.link import Link
 from taskstore_redis.reading import InconsistentPagesError, Pages, Range, Reader, Row, Scan
 
 MAX_IDS = 500
-"""Up to so many ids are looked up one by one."""
+"""The most ids that are looked up one by one."""
 MAX_RANGES = 16
-"""Up to so many values of a field are looked up one by one."""
+"""The most ranges of the index that one query reads."""
 
 _SESSIONS = ("child_session_key", "requester_session_key")
 _PREFERRED = (
@@ -29,11 +29,11 @@ _PREFERRED = (
     "owner_key",
     "status",
 )
-"""Filters that the index serves, those with the fewest records each first."""
+"""The filters that the index serves, the most selective ones first."""
 
 
 def ranges_of(query: TaskQuery) -> list[Range]:
-    """The ranges of the index in which everything is that may match."""
+    """The ranges of the index that contain all possible matches."""
     if any(not wanted for wanted in query.where.values()):
         return []
     prefixes = [ALL]
@@ -47,14 +47,14 @@ def ranges_of(query: TaskQuery) -> list[Range]:
             prefixes = [letter + b"\0" + value + b"\0" for letter in letters for value in values]
             break
     first = b"" if query.since is None else time_key(query.since)
-    last = b":"  # what follows all digits
+    last = b":"  # ":" follows "9" in the order of bytes
     if query.cursor is not None:
         last = time_key(query.cursor[0]) + query.cursor[1].encode()
     return [Range(prefix, b"[" + prefix + first, b"(" + prefix + last) for prefix in prefixes]
 
 
 class Search:
-    """One attempt at one query: rows newest first, from several ranges merged."""
+    """One attempt at one query: several ranges merged, newest rows first."""
 
     def __init__(self, reader: Reader, query: TaskQuery, pages: Pages) -> None:
         self._reader = reader
@@ -63,35 +63,35 @@ class Search:
         self.scans = 0
 
     def page(self) -> Page:
-        """The answer; raises :class:`InconsistentPagesError` if it cannot be brought to one moment."""
+        """Return the page; raises :class:`InconsistentPagesError` if it is not of one seq."""
         query, wanted = self._query, None if self._query.limit is None else self._query.limit + 1
         ranges = ranges_of(query)
         scan = self._scan(ranges, wanted)
-        found: list[TaskRecord] = []
+        matches: list[TaskRecord] = []
         lower_bound = b""
         for row in self._merged(ranges, scan):
             record = self._reader.decoded(row)
             if isinstance(record, TaskRecord) and query.matches(record):
-                found.append(record)
-                if len(found) == wanted:
+                matches.append(record)
+                if len(matches) == wanted:
                     lower_bound = row.sort_key
                     break
         if self.scans == 1:
             self._reader.known_commits.add(scan.state.head, scan.state.commit)
-            return page_of(iter(found), query, scan.state.head)
-        return self._caught_up(scan, found, lower_bound, wanted)
+            return page_of(iter(matches), query, scan.state.head)
+        return self._caught_up(scan, matches, lower_bound, wanted)
 
     def _caught_up(
-        self, scan: Scan, found: list[TaskRecord], lower_bound: bytes, wanted: int | None
+        self, scan: Scan, matches: list[TaskRecord], lower_bound: bytes, wanted: int | None
     ) -> Page:
-        """Put what was committed since the first page over what was found.
+        """Apply the entries that were committed since the first page to the matches.
 
-        The rows were read down to ``lower_bound``: what lies before it is not known.
+        Rows with a smaller sort key than ``lower_bound`` were not read.
         """
         entries = self._reader.since(scan.state)
         seq = entries[-1].seq if entries else scan.state.head
         last = {entry.task_id: entry.record for entry in entries}
-        records = [record for record in found if record.task_id not in last]
+        records = [record for record in matches if record.task_id not in last]
         records += [
             record
             for record in last.values()
@@ -103,7 +103,7 @@ class Search:
         return page
 
     def _scan(self, ranges: list[Range], wanted: int | None = None) -> Scan:
-        """Read a page of each range; of the first, no more than are ``wanted``."""
+        """Read a page of each range, with at most ``wanted`` rows where one filter is enough."""
         self.scans += 1
         pages = self._pages
         if wanted is not None and pages.rows and len(self._query.where) <= 1:
@@ -114,22 +114,22 @@ class Search:
         rows = heapq.merge(
             *map(self._rows, ranges, scan.pages), key=lambda row: row.sort_key, reverse=True
         )
-        # A task of both sessions is in two ranges.
-        for _, alike in groupby(rows, key=lambda row: row.sort_key):
-            yield next(alike)
+        # A task whose two session keys both match is in two ranges.
+        for _, duplicates in groupby(rows, key=lambda row: row.sort_key):
+            yield next(duplicates)
 
     def _rows(self, range_: Range, page: tuple[bool, list[Row]]) -> Iterator[Row]:
-        """The rows of one range, a page at a time."""
+        """The rows of one range; reads one page at a time."""
         more, rows = page
         while True:
             yield from rows
             if not more or not rows:
                 return
-            rest = range_._replace(last=b"(" + range_.prefix + rows[-1].sort_key)
-            [(more, rows)] = self._scan([rest]).pages
+            remainder = range_._replace(last=b"(" + range_.prefix + rows[-1].sort_key)
+            [(more, rows)] = self._scan([remainder]).pages
 
 
-def run(reader: Reader, query: TaskQuery) -> Page:
+def run_query(reader: Reader, query: TaskQuery) -> Page:
     """Answer a query as :func:`taskstore.store.evaluate` would over all records."""
     ids = query.where.get("task_id")
     if ids is not None and len(ids) <= MAX_IDS:
@@ -139,7 +139,7 @@ def run(reader: Reader, query: TaskQuery) -> Page:
             return Search(reader, query, pages).page()
         except InconsistentPagesError:
             continue
-    raise AssertionError("unreachable: the last attempt is one moment")
+    raise AssertionError("unreachable: the last attempt reads one page")
 
 
 def _by_id(reader: Reader, query: TaskQuery, ids: list[str]) -> Page:
@@ -151,5 +151,5 @@ def _by_id(reader: Reader, query: TaskQuery, ids: list[str]) -> Page:
         Row(time_key(0) + task_id.encode(), facts, image)
         for task_id, facts, image in zip(ids, reply[1::2], reply[2::2], strict=True)
     ]
-    found = [item for row in rows if isinstance(item := reader.decoded(row), TaskRecord)]
-    return evaluate(query, found, state.head)
+    matches = [item for row in rows if isinstance(item := reader.decoded(row), TaskRecord)]
+    return evaluate(query, matches, state.head)

@@ -1,9 +1,9 @@
-"""Reading a ledger: everything at one moment, the journal, snapshots.
+"""The reader: all records as of one seq, the journal, snapshots.
 
-A large ledger is read in pages, so that the server is never held up for long,
-and writers go on meanwhile.  What they change is in the journal: replaying it
-over the pages gives the records as of the last entry replayed, whatever each
-page had seen of it.
+A large ledger is read in pages, so that no call blocks the server for long.
+Writers continue meanwhile.  Their commits are in the journal: the entries after
+the first page, folded over all pages, give the records as of the last entry,
+whichever of these commits each page already contains.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ from taskstore_redis.link import Link
 
 PAGE_ROWS = 256
 PAGE_BYTES = 1024 * 1024
-"""What a page holds at most; one record more may make it larger."""
+"""The limits of a page; its last record may exceed the byte limit."""
 JOURNAL_PAGE = 200
 HISTORY_PAGE = 100
 PAGE_GROWTH = 16
 PAGE_ATTEMPTS = 4
-"""When the ledger moves away under a reader, pages grow; the last attempt takes all at once."""
+"""If the journal between pages is trimmed, pages grow; the last attempt is one page."""
 
 _MAX_KNOWN_COMMITS = 256
 _MAX_NOTICES = 3
 
 
 class InconsistentPagesError(Exception):
-    """What was read in pages cannot be brought to one moment: the journal in between is gone."""
+    """The pages are of different seqs, and the journal between them is trimmed or replaced."""
 
 
 class Row(NamedTuple):
-    """A record as it stands in Redis, at its place in the order of the index."""
+    """A record as stored in Redis; ``sort_key`` orders the index: created_at, task id."""
 
     sort_key: bytes
     facts: bytes | None
@@ -70,7 +70,7 @@ class Row(NamedTuple):
 
 
 class Range(NamedTuple):
-    """Members of the index: those that begin with ``prefix``, between two bounds."""
+    """The members of the index between two bounds; all begin with ``prefix``."""
 
     prefix: bytes
     first: bytes
@@ -81,14 +81,14 @@ EVERYTHING = Range(ALL, b"[" + ALL, b"(" + ALL + b":")
 
 
 class Pages(NamedTuple):
-    """How much is read at a time: 0 is no limit."""
+    """The limits of a page in rows and bytes; 0 is no limit."""
 
     rows: int
     size: int
 
     @classmethod
     def attempts(cls) -> Iterator[Pages]:
-        """Ever larger pages, at last one that holds everything."""
+        """Growing page limits; the last one is no limit."""
         rows, size = PAGE_ROWS, PAGE_BYTES
         for _ in range(PAGE_ATTEMPTS - 1):
             yield cls(rows, size)
@@ -97,56 +97,56 @@ class Pages(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """What one call of the script gave: the state, and a page of each range."""
+    """The reply of ``scan.lua``: the state, and a page of each range."""
 
     state: State
-    aside: list[bytes]
+    quarantined: list[bytes]
     pages: list[tuple[bool, list[Row]]]
-    """Whether there may be more, and the rows."""
+    """For each range: whether there may be more rows, and the rows."""
 
 
 class KnownCommits:
-    """The commits that this instance has seen at some seqs.
+    """The commit ids that this instance knows at some seqs.
 
     A server that restarts without its last writes gives their seqs again.
-    A reader who goes on from one of them is told so, by the commit id.
+    The commit id shows this to a reader that continues from one of these seqs.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._commits: OrderedDict[int, str] = OrderedDict()
-        self.newest = 0
-        self.losses: list[str] = []
+        self.newest_seq = 0
+        self.notices: list[str] = []
 
-    def saw(self, seq: int, commit_id: str) -> None:
+    def add(self, seq: int, commit_id: str) -> None:
         """Remember that the entry at ``seq`` is of this commit."""
         with self._lock:
-            self.newest = max(self.newest, seq)
+            self.newest_seq = max(self.newest_seq, seq)
             self._commits[seq] = commit_id
             self._commits.move_to_end(seq)
             if len(self._commits) > _MAX_KNOWN_COMMITS:
                 self._commits.popitem(last=False)
 
-    def at(self, seq: int) -> str:
-        """The commit that was seen at ``seq``, or nothing."""
+    def commit_at(self, seq: int) -> str:
+        """The known commit id at ``seq``, or ``""``."""
         with self._lock:
             return self._commits.get(seq, "")
 
-    def lost(self, seq: int, head: int) -> None:
-        """Note that the server, at ``head``, no longer has the commit that was seen at ``seq``.
+    def mark_lost(self, seq: int, head: int) -> None:
+        """Add a notice: the server, at ``head``, no longer has the known commit at ``seq``.
 
-        It stays remembered: whoever else goes on from there has to hear of it too.
+        The commit id is kept, because other readers may continue from ``seq`` too.
         """
-        text = f"the server has lost commits that it had acknowledged, that of seq {seq} among them"
+        text = f"the server has lost commits that it had acknowledged, including that of seq {seq}"
         with self._lock:
-            self.newest = head
-            if text not in self.losses:
-                self.losses.append(text)
-                del self.losses[:-_MAX_NOTICES]
+            self.newest_seq = head
+            if text not in self.notices:
+                self.notices.append(text)
+                del self.notices[:-_MAX_NOTICES]
 
 
 class Reader:
-    """Reads one ledger."""
+    """The reader of one ledger."""
 
     def __init__(self, link: Link, keys: Keys, location: str) -> None:
         self.link = link
@@ -155,12 +155,12 @@ class Reader:
         self.known_commits = KnownCommits()
 
     def state(self) -> State:
-        """The head of the ledger as it is now."""
+        """The current state of the ledger."""
         fields = ("ledger", "timeline", "head", "floor", "at", "commit", "format")
         return self.checked(self.link.call("HMGET", self.keys["head"], *fields))
 
     def checked(self, reply: Sequence[Any]) -> State:
-        """The state in a reply; a layout that is not ours is refused."""
+        """The state in a reply; raises :class:`~taskstore.SchemaMismatchError`."""
         if reply[2] is not None and reply[6] != FORMAT:
             raise wrong_format(self.location, reply[6])
         return state_of(reply)
@@ -175,7 +175,7 @@ class Reader:
         newest_first: bool = False,
         with_quarantined: bool = False,
     ) -> Scan:
-        """Read one page of each range, all of one moment."""
+        """Read one page of each range, all as of one seq."""
         bounds: list[Any] = []
         for range_ in ranges:
             ends = (range_.last, range_.first) if newest_first else (range_.first, range_.last)
@@ -189,14 +189,14 @@ class Reader:
             "REV" if newest_first else "",
             *bounds,
         )
-        found = [
+        result = [
             (bool(page[0]), [Row(*page[n : n + 3]) for n in range(1, len(page), 3)])
             for page in reply[2:]
         ]
-        return Scan(self.checked(reply[0]), reply[1], found)
+        return Scan(self.checked(reply[0]), reply[1], result)
 
     def decoded(self, row: Row) -> TaskRecord | Quarantined | None:
-        """What a row holds; ``None`` for a place whose row is gone."""
+        """The record of a row, or its bytes; ``None`` if the index has it and ``rows`` has not."""
         if row.image is None:
             return None
         task_id = id_in_sort_key(row.sort_key)
@@ -210,33 +210,33 @@ class Reader:
                 return self._load(pages)
             except InconsistentPagesError:
                 continue
-        raise AssertionError("unreachable: the last attempt is one moment")
+        raise AssertionError("unreachable: the last attempt reads one page")
 
     def _load(self, pages: Pages) -> Snapshot:
         scan = self.scan([EVERYTHING], pages, with_quarantined=True)
         start, scans = scan.state, 1
-        aside = [self._decode_quarantined(value) for value in sorted(scan.quarantined)]
+        quarantined = [self._decode_quarantined(value) for value in sorted(scan.quarantined)]
         records: dict[str, TaskRecord] = {}
         while True:
             [(more, rows)] = scan.pages
             for row in rows:
-                found = self.decoded(row)
-                if isinstance(found, TaskRecord):
-                    records[found.task_id] = found
-                elif found is not None:
-                    aside.append(found)
+                item = self.decoded(row)
+                if isinstance(item, TaskRecord):
+                    records[item.task_id] = item
+                elif item is not None:
+                    quarantined.append(item)
             if not more or not rows:
                 break
             scan = self.scan([EVERYTHING._replace(first=b"(" + ALL + rows[-1].sort_key)], pages)
             scans += 1
-        snapshot = Snapshot(start.head, records, start.at, tuple(aside))
+        snapshot = Snapshot(start.head, records, start.at, tuple(quarantined))
         if scans == 1:
             self.known_commits.add(start.head, start.commit)
             return snapshot
         return fold(snapshot, self.since(start))
 
     def since(self, start: State) -> list[JournalEntry]:
-        """Every entry after an earlier state; raises :class:`InconsistentPagesError` if some are gone."""
+        """The entries after a state; raises :class:`InconsistentPagesError` if any is trimmed."""
         entries: list[JournalEntry] = []
         after = start.head
         while True:
@@ -266,7 +266,7 @@ class Reader:
             state, raw = self.raw_journal(start, min(limit - len(entries), JOURNAL_PAGE))
             if raw is None:
                 if entries:
-                    break  # trimmed in between: the next call will say so
+                    break  # trimmed between two pages: the next call raises
                 raise CursorExpiredError(after, state.floor)
             if not raw:
                 break
@@ -280,9 +280,9 @@ class Reader:
         return tuple(entries)
 
     def raw_journal(self, after: int, limit: int) -> tuple[State, list[RawEntry] | None]:
-        """A page of the journal, ``None`` where it does not reach back to ``after``."""
-        seen = self.known_commits.commit_at(after)
-        reply = self.link.run("journal", self.keys.named("head", "journal"), after, limit, seen)
+        """A page of the journal; ``None`` if the entries after ``after`` are trimmed or lost."""
+        known = self.known_commits.commit_at(after)
+        reply = self.link.run("journal", self.keys.named("head", "journal"), after, limit, known)
         state = self.checked(reply[0])
         if reply[1] != b"ok":
             if reply[1] == b"lost":
@@ -306,21 +306,21 @@ class Reader:
         newest_first: list[JournalEntry] = []
         start = b""
         while True:
-            found, start, trouble = self.link.run("history", keys, task_id, start, HISTORY_PAGE)
+            page, start, missing = self.link.run("history", keys, task_id, start, HISTORY_PAGE)
             newest_first += (
-                entry_of(raw_entry(item, self.location), self.location) for item in found
+                entry_of(raw_entry(item, self.location), self.location) for item in page
             )
-            if trouble and int(start) >= self.state().floor:
+            if missing and int(start) >= self.state().floor:
                 raise CorruptStoreError(
                     f"{self.location}: journal", f"seq {int(start)} is missing", offset=int(start)
                 )
-            if trouble or not start:
+            if missing or not start:
                 return tuple(reversed(newest_first))
 
     # -- snapshots --------------------------------------------------------------------
 
     def snapshots(self) -> list[PublishedSnapshot]:
-        """The snapshots that are kept, in order of seq."""
+        """The kept snapshots, in order of seq."""
         return published_snapshots(self.link.call("HGETALL", self.keys["snapshots"]))
 
     def snapshot(self, at: int) -> Snapshot | None:
@@ -334,33 +334,33 @@ class Reader:
             except CorruptStoreError:
                 if candidates[-1] in self.snapshots():
                     raise
-                # It was dropped while we read it.
+                # It was dropped while it was read.
 
     def _snapshot(self, published: PublishedSnapshot) -> Snapshot:
         records: dict[str, TaskRecord] = {}
         where = f"{self.location}: the snapshot at seq {published.seq}"
-        aside = self.snapshot_quarantined(published)
-        count = len(aside)
+        quarantined = self.snapshot_quarantined(published)
+        count = len(quarantined)
         for task_id, revision, image in self.items(published):
             count += 1
-            found = record_of(image, where, task_id, revision)
-            if isinstance(found, TaskRecord):
-                records[task_id] = found
+            item = record_of(image, where, task_id, revision)
+            if isinstance(item, TaskRecord):
+                records[task_id] = item
             else:
-                aside.append(found)
+                quarantined.append(item)
         if count != published.records:
             raise CorruptStoreError(where, f"has {count} records, not {published.records}")
-        return Snapshot(published.seq, records, published.at, tuple(aside))
+        return Snapshot(published.seq, records, published.at, tuple(quarantined))
 
     def snapshot_quarantined(self, published: PublishedSnapshot) -> list[Quarantined]:
-        """What a snapshot carries that came set aside."""
+        """The values of a snapshot that were quarantined when the snapshot was made."""
         lines = self.link.call("HGET", self.keys.snapshot(published.token), "aside")
         return [
             self._decode_quarantined(line) for line in sorted((lines or b"").split(b"\n")) if line
         ]
 
     def items(self, published: PublishedSnapshot) -> Iterator[tuple[str, int, bytes]]:
-        """Task id, revision and image of each record of a snapshot, a chunk at a time."""
+        """Task id, revision and image of each record of a snapshot; reads one chunk at a time."""
         key = self.keys.snapshot(published.token)
         for number in range(published.chunks):
             where = f"{self.location}: the snapshot at seq {published.seq}, chunk {number}"
@@ -370,11 +370,11 @@ class Reader:
             yield from items_of(chunk, where)
 
 
-def wrong_format(location: str, found: bytes | None) -> SchemaMismatchError:
-    """The error for a layout of keys that is not ours."""
-    shown = (found or b"none").decode("utf-8", "replace")
+def wrong_format(location: str, stored: bytes | None) -> SchemaMismatchError:
+    """The error for an unknown layout of keys."""
+    shown = (stored or b"none").decode("utf-8", "replace")
     return SchemaMismatchError(
-        f"{location} has its keys in format {shown}, this version works with {FORMAT.decode()}",
+        f"{location} has its keys in format {shown}, this version needs format {FORMAT.decode()}",
         found=shown,
         needed=FORMAT.decode(),
         hint="upgrade taskstore-redis",

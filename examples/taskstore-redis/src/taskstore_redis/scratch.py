@@ -1,4 +1,4 @@
-"""New, empty ledgers for the contract suite: each in a namespace of its own."""
+"""New, empty ledgers for the contract suite, each in its own namespace."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _SCAN_COUNT = 1000
 
 @contextmanager
 def scratch(url: str) -> Iterator[OpenStore]:
-    """Give what opens a new ledger on the server of ``url``; it is deleted at the end.
+    """Yield a function that opens a new ledger on the server of ``url``; delete it at the end.
 
-    The namespace of ``url`` is not touched.
+    The namespace of ``url`` is not changed.
     """
     target = replace(parse(url), namespace=f"taskstore-contract-{uuid.uuid4().hex}")
 
@@ -39,15 +39,15 @@ def scratch(url: str) -> Iterator[OpenStore]:
 
 
 def remove(link: Link, keys: Keys) -> None:
-    """Delete every key of a namespace, a few at a time."""
-    # A namespace has no braces; what else SCAN's pattern would read is quoted.
+    """Delete all keys of a namespace, about a thousand per step."""
+    # A namespace has no braces; the other special characters of a SCAN pattern are escaped.
     pattern = b"".join(
         b"\\" + bytes([byte]) if byte in b"*?[]^-\\" else bytes([byte]) for byte in keys.prefix
     )
     cursor = b"0"
     while True:
-        cursor, found = link.call("SCAN", cursor, "MATCH", pattern + b"*", "COUNT", _SCAN_COUNT)
-        if found:
-            link.call("UNLINK", *found)
+        cursor, batch = link.call("SCAN", cursor, "MATCH", pattern + b"*", "COUNT", _SCAN_COUNT)
+        if batch:
+            link.call("UNLINK", *batch)
         if cursor == b"0":
             return

@@ -35,8 +35,8 @@ class ServerInfo(Struct, frozen=True, kw_only=True):
         return "full" if self.appendonly and self.appendfsync == "always" else "process"
 
     def notices(self, requested: str) -> tuple[str, ...]:
-        """What the operator should know; ``requested`` is the durability that was asked for."""
-        found = [self._durability_notice()]
+        """The notices for the operator; ``requested`` is the requested durability."""
+        notices = [self._durability_notice()]
         if requested == "full" and self.durability != "full":
             notices[0] = (
                 f"durability=full was requested, but the server does not provide it: {notices[0]}"
@@ -85,7 +85,8 @@ class ServerInfo(Struct, frozen=True, kw_only=True):
                 )
         return (
             "appendonly is yes, but the server does not report its appendfsync: an acknowledged "
-            "change survives the death of the writer and of the server; power loss may lose it"
+            "change survives the death of the writer and of the server; the effect of power loss "
+            "is unknown"
         )
 
 

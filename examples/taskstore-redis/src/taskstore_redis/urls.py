@@ -1,4 +1,4 @@
-"""Where a ledger lies: the URL of a server, and a namespace on it."""
+"""The URL of a ledger: a server, a database and a namespace."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMESPACE_BYTES = 200
 
 
 class Target(Struct, frozen=True):
-    """A server, a database on it, and the namespace that all keys begin with."""
+    """A server, a database on it, and the namespace, with which all keys begin."""
 
     host: str
     port: int
@@ -38,12 +38,12 @@ class Target(Struct, frozen=True):
 
 
 def parse(url: str) -> Target:
-    """Read a URL; raises :class:`~taskstore.ValidationError`, without the password in it."""
+    """Parse a URL; raises :class:`~taskstore.ValidationError`, without the password."""
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        # Its text may quote the part that it stumbled over, so it goes no further.
+        # Its text may quote the invalid part with the password, so it is not chained.
         del error
         raise _invalid_url(url, f"is not {URL_FORM}") from None
     if parts.scheme.lower() not in ("redis", "rediss") or parts.fragment:
@@ -54,7 +54,7 @@ def parse(url: str) -> Target:
     options: dict[str, str] = {}
     for name, value in parse_qsl(parts.query, keep_blank_values=True):
         if name != "namespace" or name in options:
-            raise _invalid_url(url, f"has the option {name!r}, of which nothing is known")
+            raise _invalid_url(url, f"has the unknown or repeated option {name!r}")
         options[name] = value
     return Target(
         host=parts.hostname or "localhost",
@@ -68,13 +68,13 @@ def parse(url: str) -> Target:
 
 
 def check_namespace(namespace: Any) -> str:
-    """Return what can stand between the braces of a hash tag."""
+    """Return the namespace if it may stand between the braces of a hash tag."""
     if not isinstance(namespace, str) or not namespace:
         raise ValidationError("namespace", "must be text, and not empty")
     try:
         size = len(namespace.encode())
     except UnicodeEncodeError:
-        raise ValidationError("namespace", "holds a lone surrogate, which is not text") from None
+        raise ValidationError("namespace", "contains a lone surrogate, which is not text") from None
     if size > NAMESPACE_BYTES or any(char in "{}" or not char.isprintable() for char in namespace):
         raise ValidationError(
             "namespace",

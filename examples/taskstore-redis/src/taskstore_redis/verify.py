@@ -1,7 +1,7 @@
-"""Checking a whole ledger: everything that is written twice has to agree.
+"""Verification of a ledger: journal, snapshots, rows, index and dedup keys must agree.
 
-Writers go on meanwhile.  A task that was changed while its rows were read is
-left out of the comparison with them; the journal is checked for it all the same.
+Writers continue meanwhile.  A task that changes while the rows are read is not
+compared with its row; its entries in the journal are checked.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from taskstore_redis.reading import (
 )
 
 ATTEMPTS = 5
-"""How often it begins again when compaction or a save takes the ledger away under it."""
+"""The number of attempts, if a compaction or a saved snapshot removes what is being read."""
 
 _MAX_NAMED_TASKS = 3
 
@@ -41,7 +41,7 @@ Content = dict[str, tuple[int, bytes]]
 
 
 def verify(reader: Reader) -> VerifyReport:
-    """Check everything; see :meth:`SupportsIntegrity.verify`."""
+    """Verify the ledger; see :meth:`SupportsIntegrity.verify`."""
     for _ in range(ATTEMPTS):
         check = _Verification(reader)
         try:
@@ -50,8 +50,8 @@ def verify(reader: Reader) -> VerifyReport:
             continue
         except CorruptStoreError as error:
             if (
-                reader.state().identity == check.start.identity
-                and reader.state().floor == check.start.floor
+                reader.state().identity == check.initial.identity
+                and reader.state().floor == check.initial.floor
             ):
                 check.problems.append(str(error))
                 return check.result()
@@ -62,14 +62,14 @@ def verify(reader: Reader) -> VerifyReport:
 
 
 class _Verification:
-    """One pass: the snapshot at floor - 1, brought forward over the journal, has to
-    equal each later snapshot at its seq, and the rows at the end."""
+    """One pass: the snapshot at floor - 1, with the journal applied to it, must equal
+    each later snapshot at its seq, and the rows at the end."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        self.start: State = reader.state()
+        self.initial: State = reader.state()
         self.problems: list[str] = []
-        self.seq = self.start.floor - 1
+        self.seq = self.initial.floor - 1
         self.entries = 0
         self._last_at = 0
         self._content: Content = {}
@@ -78,22 +78,22 @@ class _Verification:
         self._deleted: dict[str, int] = {}
 
     def result(self) -> VerifyReport:
-        """What was found so far."""
+        """The report with the problems found so far."""
         return VerifyReport(self.seq, len(self._content), self.entries, tuple(self.problems))
 
-    def report(self) -> VerifyReport:
-        """Check everything; raises :class:`InconsistentPagesError` if the ledger moved away."""
+    def run(self) -> VerifyReport:
+        """Verify; raises :class:`InconsistentPagesError` if entries were trimmed or replaced."""
         snapshots = {snapshot.seq: snapshot for snapshot in self._reader.snapshots()}
         base = snapshots.get(self.seq)
         if base is not None:
             self._content = self._snapshot(base)
-        elif self.start.floor > 1:
+        elif self.initial.floor > 1:
             self.problems.append(f"there is no snapshot at seq {self.seq}, before the floor")
         for entry in self._journal(self.seq):
             self._entry(entry)
             if entry.seq in snapshots:
                 self._compare_snapshot(snapshots[entry.seq])
-        # Rows are read after the journal, and what was committed meanwhile after them.
+        # The rows are read after the journal; then the journal that was written meanwhile.
         before = self.seq
         rows = {id_in_sort_key(row.sort_key): row for row in self._rows()}
         index = list(self._index())
@@ -106,7 +106,7 @@ class _Verification:
         for entry in self._journal(before):
             self._entry(entry)
             changed.add(entry.task_id)
-        if self._reader.state().identity != self.start.identity:
+        if self._reader.state().identity != self.initial.identity:
             raise InconsistentPagesError
         self._check_rows(rows, changed)
         self._check_index(rows, index, changed)
@@ -123,7 +123,7 @@ class _Verification:
     def _journal(self, after: int) -> Iterator[RawEntry]:
         while True:
             state, entries = self._reader.raw_journal(after, JOURNAL_PAGE)
-            if entries is None or state.identity != self.start.identity:
+            if entries is None or state.identity != self.initial.identity:
                 raise InconsistentPagesError
             if not entries:
                 return
@@ -134,17 +134,21 @@ class _Verification:
         where = f"seq {entry.seq}, task {entry.task_id!r}"
         known = self._content.get(entry.task_id)
         if entry.at < self._last_at:
-            self.problems.append(f"{where}: the time goes back from {self._last_at} to {entry.at}")
+            self.problems.append(f"{where}: the time decreases from {self._last_at} to {entry.at}")
         if entry.task_id in self._deleted:
             self.problems.append(f"{where}: a change after its deletion")
         elif known is not None and entry.revision != known[0] + 1:
             self.problems.append(f"{where}: revision {entry.revision} follows {known[0]}")
         elif known is None and entry.revision != 1:
-            self.problems.append(f"{where}: revision {entry.revision} of a task that is not there")
-        back = self._last.get(entry.task_id, 0)
-        if entry.previous_seq != back and entry.previous_seq >= max(back, self.start.floor):
             self.problems.append(
-                f"{where}: the entry before it is {back}, not {entry.previous_seq}"
+                f"{where}: revision {entry.revision} of a task that does not exist"
+            )
+        previous_seq = self._last.get(entry.task_id, 0)
+        if entry.previous_seq != previous_seq and entry.previous_seq >= max(
+            previous_seq, self.initial.floor
+        ):
+            self.problems.append(
+                f"{where}: the previous entry is {previous_seq}, not {entry.previous_seq}"
             )
         if entry.kind == b"u":
             damage = damage_of(entry.image)
@@ -161,8 +165,8 @@ class _Verification:
     def _snapshot(self, snapshot: PublishedSnapshot) -> Content:
         content: Content = {}
         for item in self._reader.snapshot_quarantined(snapshot):
-            if item.occupies is not None:
-                content[item.occupies] = (item.revision or 0, b"")
+            if item.occupied_task_id is not None:
+                content[item.occupied_task_id] = (item.revision or 0, b"")
         for task_id, revision, image in self._reader.items(snapshot):
             damage = damage_of(image)
             if damage is not None:
@@ -174,27 +178,27 @@ class _Verification:
 
     def _compare_snapshot(self, snapshot: PublishedSnapshot) -> None:
         if snapshot not in self._reader.snapshots():
-            return  # dropped meanwhile
+            return  # the snapshot was dropped meanwhile
         self._compare_content(
             f"the snapshot at seq {snapshot.seq}", self._snapshot(snapshot), self._content
         )
 
-    def _compare_content(self, what: str, found: Content, right: Content) -> None:
+    def _compare_content(self, subject: str, actual: Content, expected: Content) -> None:
         for problem, ids in (
-            ("lacks", right.keys() - found.keys()),
-            ("has too much", found.keys() - right.keys()),
+            ("lacks", expected.keys() - actual.keys()),
+            ("has extra", actual.keys() - expected.keys()),
             (
                 "disagrees with the journal on",
-                {key for key in found.keys() & right.keys() if found[key] != right[key]},
+                {key for key in actual.keys() & expected.keys() if actual[key] != expected[key]},
             ),
         ):
-            self._report(f"{what} {problem}", ids)
+            self._report(f"{subject} {problem}", ids)
 
-    def _report(self, what: str, ids: Iterable[str]) -> None:
-        named = sorted(ids)
-        if named:
-            shown = ", ".join(map(repr, named[:_MAX_NAMED_TASKS]))
-            self.problems.append(f"{what} {len(named)} tasks: {shown}")
+    def _report(self, problem: str, ids: Iterable[str]) -> None:
+        task_ids = sorted(ids)
+        if task_ids:
+            names = ", ".join(map(repr, task_ids[:_MAX_NAMED_TASKS]))
+            self.problems.append(f"{problem} {len(task_ids)} tasks: {names}")
 
     # -- the rows and what is derived from them -----------------------------------------
 
@@ -202,7 +206,7 @@ class _Verification:
         range_ = EVERYTHING
         while True:
             scan = self._reader.scan([range_], Pages(PAGE_ROWS, PAGE_BYTES))
-            if scan.state.identity != self.start.identity:
+            if scan.state.identity != self.initial.identity:
                 raise InconsistentPagesError
             [(more, rows)] = scan.pages
             yield from rows
@@ -211,16 +215,16 @@ class _Verification:
             range_ = range_._replace(first=b"(" + ALL + rows[-1].sort_key)
 
     def _check_rows(self, rows: dict[str, Row], changed: set[str]) -> None:
-        found: Content = {}
+        actual: Content = {}
         wrong = []
         for task_id, row in rows.items():
             if row.image is None or row.facts is None or task_id in changed:
                 continue
             last, _, facts = row.facts.partition(b"\0")
             revision = facts.partition(b"\0")[0]
-            found[task_id] = (int(revision) if revision.isdigit() else 0, row.image)
+            actual[task_id] = (int(revision) if revision.isdigit() else 0, row.image)
             known = self._last.get(task_id, 0)
-            if not last.isdigit() or (known != int(last) and int(last) >= self.start.floor):
+            if not last.isdigit() or (known != int(last) and int(last) >= self.initial.floor):
                 wrong.append(task_id)
             record = self._reader.decoded(row)
             if isinstance(record, TaskRecord) and facts_of(record) != facts:
@@ -228,13 +232,13 @@ class _Verification:
             damage = damage_of(row.image)
             if damage is not None:
                 self.problems.append(f"rows, task {task_id!r}: {damage}")
-        right = {
+        expected = {
             task_id: content
             for task_id, content in self._content.items()
             if task_id not in changed and content[1]
         }
-        self._compare_content("the hash of rows", found, right)
-        self._report("facts are wrong about", set(wrong))
+        self._compare_content("the hash of rows", actual, expected)
+        self._report("the facts are wrong for", set(wrong))
 
     def _index(self) -> Iterator[bytes]:
         first = b"-"
@@ -248,14 +252,17 @@ class _Verification:
             first = b"(" + page[-1]
 
     def _check_index(self, rows: dict[str, Row], index: list[bytes], changed: set[str]) -> None:
-        right = {
+        expected = {
             member
             for task_id, row in rows.items()
             if task_id not in changed
             for member in _members(row)
         }
-        found = {member for member in index if _task_of(member) not in changed}
-        for problem, members in (("lacks", right - found), ("has too much for", found - right)):
+        actual = {member for member in index if _task_of(member) not in changed}
+        for problem, members in (
+            ("lacks members for", expected - actual),
+            ("has extra members for", actual - expected),
+        ):
             self._report(f"the index {problem}", {_task_of(member) for member in members})
 
     def _hash(self, name: str) -> Iterator[tuple[bytes, bytes]]:
@@ -271,20 +278,22 @@ class _Verification:
     def _check_dedup_keys(
         self, rows: dict[str, Row], dedup_keys: dict[bytes, bytes], changed: set[str]
     ) -> None:
-        right: dict[bytes, str] = {}
+        expected: dict[bytes, str] = {}
         for task_id, row in rows.items():
             key = _dedup_key(row)
             if key is not None:
-                right[key] = task_id
-        found = {key: task_id.decode() for key, task_id in dedup_keys.items()}
-        wrong = {task_id for _, task_id in found.items() ^ right.items() if task_id not in changed}
-        self._report("dedup_keys are wrong about", wrong)
+                expected[key] = task_id
+        actual = {key: task_id.decode() for key, task_id in dedup_keys.items()}
+        wrong = {
+            task_id for _, task_id in actual.items() ^ expected.items() if task_id not in changed
+        }
+        self._report("the dedup keys are wrong for", wrong)
 
     def _scores(self) -> Iterator[tuple[str, int]]:
         offset = 0
         while True:
             page = self._reader.link.call(
-                *("ZRANGE", self._reader.keys["deleted"], self.start.floor, "+inf", "BYSCORE"),
+                *("ZRANGE", self._reader.keys["deleted"], self.initial.floor, "+inf", "BYSCORE"),
                 *("LIMIT", offset, PAGE_ROWS, "WITHSCORES"),
             )
             for task_id, score in zip(page[::2], page[1::2], strict=True):
@@ -296,17 +305,17 @@ class _Verification:
     def _check_deleted(self, deleted: dict[str, int], changed: set[str]) -> None:
         differing = deleted.items() ^ self._deleted.items()
         wrong = {task_id for task_id, _ in differing if task_id not in changed}
-        self._report("deletions are wrong about", wrong)
+        self._report("the deletions are wrong for", wrong)
 
 
 def _facts(row: Row) -> list[bytes]:
-    """The parts of a row's facts after its seq, none if they are damaged (see common.lua)."""
+    """The parts of a row's facts after its last seq; empty if damaged (see common.lua)."""
     parts = (row.facts or b"").split(b"\0")[1:]
     return parts if len(parts) == 3 + len(INDEXED) else []
 
 
 def _members(row: Row) -> Iterator[bytes]:
-    """The members of the index that a row should have."""
+    """The index members of a row."""
     yield ALL + row.sort_key
     for letter, value in zip(INDEXED.values(), _facts(row)[3:], strict=False):
         if value:
@@ -318,7 +327,7 @@ def _task_of(member: bytes) -> str:
 
 
 def _dedup_key(row: Row) -> bytes | None:
-    """What a row should hold in ``dedup_keys``."""
+    """The dedup key of a row, as stored in ``bookings``; ``None`` if the row has none."""
     parts = _facts(row)
     if not parts or not parts[2] or not parts[3]:
         return None

@@ -149,7 +149,7 @@ class Writer:
         raise StoreUnavailableError(
             f"{self._reader.location}: the connection broke in {COMMIT_ATTEMPTS} attempts "
             f"to commit: {lost}",
-            hint="nothing was written: check the server and the network, and try again",
+            hint="nothing was committed: check the server and the network, and try again",
         ) from lost
 
     def _resolve_outcome(self, commit_id: str, known_seq: int, lost: AnswerLostError) -> Any:
@@ -160,7 +160,7 @@ class Writer:
         except TaskStoreError as error:
             raise self._outcome_unknown(f"{lost}; {error.message}") from lost
         if reply[0] == b"unknown":
-            raise self._outcome_unknown(f"{lost}; the server no longer lists the commits of that time") from lost
+            raise self._outcome_unknown(f"{lost}; too many commits were made since") from lost
         return reply
 
     def _outcome_unknown(self, reason: str) -> OutcomeUnknownError:
@@ -256,7 +256,7 @@ class Writer:
             ids: dict[str, list[str]] = {}
             values = [msgspec.json.encode(item) for item in snapshot.quarantined]
             for number, item in enumerate(snapshot.quarantined):
-                task_id = item.occupies
+                task_id = item.occupied_task_id
                 if task_id is not None:
                     ids.setdefault(task_id, ["0"]).append(str(number))
                     ids[task_id][0] = str(item.revision or 0)

@@ -2,12 +2,12 @@
 
 A :class:`ChangeFeed` implements ``wait_for`` for a store.  While a call waits, one
 thread of the feed polls for the commits of other processes through a
-:class:`Watcher`, and wakes the waiters.  The store announces its own commits, which
-wakes the waiters at once.
+:class:`Watcher`, and wakes the waiters.  The store calls :meth:`ChangeFeed.announce`
+after its own commits, which wakes the waiters at once.
 
 No commit is missed.  A waiter registers before it reads the head, and the thread
 starts its watcher before it reads the head.  The read sees every earlier commit;
-the watcher sees every later one.
+the watcher sees every later commit.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from taskstore.errors import StoreClosedError, StoreUnavailableError
 from taskstore.stores.common.retry import Backoff
 
 IDLE_TIMEOUT_S = 2.0
-"""How long the thread runs without a waiter, in seconds: a caller that waits in slices
-does not pay for a new watcher each time."""
+"""How long the thread runs without a waiter, in seconds.  A caller that waits in slices
+therefore does not start a new watcher for each slice."""
 
 RETRY_S = 5.0
-"""How long the feed polls the head before it replaces a broken watcher, in seconds."""
+"""How long the feed polls the head before it starts a watcher again, in seconds."""
 
 CLOSE_TIMEOUT_S = 1.0
 """How long :meth:`ChangeFeed.close` waits for the thread to close its watcher, in seconds."""
@@ -39,16 +39,16 @@ LONGEST_POLL_PAUSE_S = 0.06
 
 
 class WatcherBrokenError(Exception):
-    """A watcher cannot start or has stopped working: the feed polls the head for a while."""
+    """A watcher cannot start or has stopped working: the feed then polls the head for a while."""
 
 
 class Watcher(Protocol):
-    """Polls for commits of other processes.  One thread at a time uses it, except for ``wake``."""
+    """Polls for commits of other processes.  One thread uses it; any thread may call ``wake``."""
 
     def poll(self) -> int | None:
-        """Return the head if it may have moved since the last poll, else ``None`` at low cost.
+        """Return the head if it may have changed since the last poll, else ``None``.
 
-        The first poll returns the head.
+        The first poll returns the head.  A poll that returns ``None`` is cheap.
         """
         ...
 
@@ -57,22 +57,22 @@ class Watcher(Protocol):
         ...
 
     def wake(self) -> None:
-        """End the current pause, or the next one.  Never blocks, never raises."""
+        """End the current pause, or else the next pause.  Never blocks, never raises."""
         ...
 
     def close(self, *, broken: bool) -> None:
-        """Release all resources; a ``broken`` one must not be reused.  Never raises."""
+        """Release all resources; if ``broken``, no resource may be reused.  Never raises."""
         ...
 
 
 def polling_backoff(longest_s: float = LONGEST_POLL_PAUSE_S) -> Backoff:
-    """Return pauses between polls that are about half the time since the last commit."""
+    """Return a backoff between polls: each pause is about half the time since the last commit."""
     return Backoff(0.001, longest_s, growth=1.5)
 
 
 class PollingWatcher:
-    """Reads the head at growing intervals.  ``version``, if given, is cheap to read and
-    differs whenever the head does; without it, each poll reads the head."""
+    """Reads the head at growing intervals.  ``version``, if given, returns a value at low cost
+    that changes whenever the head changes; without ``version``, each poll reads the head."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class PollingWatcher:
         self._woken = threading.Event()
 
     def poll(self) -> int | None:
-        # The version is read first: the next poll sees a commit that comes in between.
+        # The version is read before the head: the next poll detects a commit in between.
         version = self._version()
         if version == self._last_version:
             return None
@@ -108,15 +108,15 @@ class PollingWatcher:
 
 
 _Waiter: TypeAlias = "SimpleQueue[BaseException | None]"
-"""One waiting call: it returns when it receives ``None``, and raises an error that it receives.
-The queue is written in C, so that an interrupt cannot leave it in a partial state."""
+"""One waiting call: it returns when its queue receives ``None``, and raises an error that its
+queue receives.  This queue type is written in C, so that an interrupt cannot damage it."""
 
 
 class ChangeFeed:
-    """The waiting calls of one store (``waiters``), and the thread that watches for them.
+    """The waiting calls of one store (``waiters``), and the thread that wakes them.
 
-    ``head`` reads the head, with the retries and the errors of the store;
-    ``start_watcher`` returns a new watcher.  If it or the watcher raises
+    ``head`` reads the head, and retries and raises as the store does;
+    ``start_watcher`` returns a new watcher.  If ``start_watcher`` or the watcher raises
     :class:`WatcherBrokenError` or one of ``errors``, the feed polls the head for a
     while.  The thread ends after ``idle_timeout_s`` seconds without a waiter.
     """
@@ -136,14 +136,14 @@ class ChangeFeed:
         self._idle_timeout_s = idle_timeout_s
         self._broken_errors: tuple[type[Exception], ...] = (WatcherBrokenError, *errors)
         self._lock = threading.RLock()
-        # The waiting calls, and the seq after which each one waits.
+        # The waiting calls, and for each call the seq that the head must exceed.
         self.waiters: dict[_Waiter, int] = {}
         self._thread: threading.Thread | None = None
         self._watcher: Watcher | None = None
         self._closed = False
 
     def wait_for(self, after: int, timeout: float) -> bool:
-        """Return whether the head exceeds ``after``, waiting for it at most ``timeout`` seconds."""
+        """Wait at most ``timeout`` seconds; return whether the head exceeds ``after``."""
         deadline = time.monotonic() + timeout
         waiter: _Waiter = SimpleQueue()
         try:
@@ -158,7 +158,7 @@ class ChangeFeed:
         except Empty:
             return False
         finally:
-            # This comes first and is one call, which an interrupt cannot divide.
+            # This statement comes first and is a single call: an interrupt cannot divide it.
             self.waiters.pop(waiter, None)
             if not (self._idle_timeout_s or self.waiters):
                 self._wake()
@@ -167,19 +167,19 @@ class ChangeFeed:
         try:
             raise error
         finally:
-            del error  # which refers to this frame
+            del error  # the error refers to this frame
 
     def announce(self, seq: int) -> None:
-        """Wake the waiters: a store or another process has committed up to ``seq``.
+        """Wake the waiters whose seq is below ``seq``, the last committed seq.
 
-        A commit need not call this while there are no ``waiters``.
+        A store need not call this method while there are no ``waiters``.
         """
         for waiter, after in list(self.waiters.items()):
             if seq > after:
                 waiter.put(None)
 
     def close(self) -> None:
-        """End each wait: the waiters raise :class:`~taskstore.StoreClosedError`."""
+        """End all waits: the waiters raise :class:`~taskstore.StoreClosedError`."""
         with self._lock:
             self._closed = True
             thread = self._thread
@@ -201,7 +201,7 @@ class ChangeFeed:
     # -- the watching thread ------------------------------------------------
 
     def _start(self) -> None:
-        """Start the watching thread unless there is one."""
+        """Start the watching thread unless it is running."""
         with self._lock:
             if self._closed:
                 raise StoreClosedError(f"the store {self._location} is closed")
@@ -220,7 +220,7 @@ class ChangeFeed:
 
     def _run(self) -> None:
         retry_at = -math.inf
-        while self._thread_is_needed():
+        while self._keep_thread():
             try:
                 if time.monotonic() < retry_at:
                     self._watch(PollingWatcher(self._head), retry_at)
@@ -228,13 +228,13 @@ class ChangeFeed:
                     self._watch(self._start_watcher())
             except self._broken_errors:
                 retry_at = time.monotonic() + RETRY_S
-            except BaseException as error:  # noqa: BLE001 - raised by the waiting calls
+            except BaseException as error:  # noqa: BLE001 - the waiting calls raise it
                 self._fail_waiters(error)
 
-    def _thread_is_needed(self) -> bool:
-        """Return whether this thread must go on; if not, the next waiter starts a new thread."""
+    def _keep_thread(self) -> bool:
+        """Return whether this thread must continue; else the next waiter starts a new thread."""
         with self._lock:
-            # An interrupted caller may have started this thread without storing it.
+            # An interrupted caller may have started this thread but not set ``self._thread``.
             me = threading.current_thread()
             if self._thread is None:
                 self._thread = me
@@ -246,7 +246,7 @@ class ChangeFeed:
             return False
 
     def _watch(self, watcher: Watcher, until: float = math.inf) -> None:
-        """Poll ``watcher`` while there is a waiter, at most ``until`` (monotonic seconds)."""
+        """Poll ``watcher`` while there are waiters, no later than ``until`` (monotonic seconds)."""
         needed_at = time.monotonic()
         broken = True
         try:

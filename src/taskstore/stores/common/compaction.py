@@ -1,9 +1,9 @@
-"""Compaction, the same for every store: due, lock, publish, retain, trim, report.
+"""The steps of a compaction, in the same order for every store.
 
 A store implements each step in :class:`CompactionSteps`; this module fixes their
-order and applies the policy.  The process may be killed between any two steps: a
-published snapshot is complete, and no reader uses the trimmed entries after the
-snapshot is published.
+order and applies the policy.  The process may be killed between any two steps,
+because a published snapshot is complete, and after its publication no reader uses
+the entries that will be trimmed.
 """
 
 from __future__ import annotations
@@ -13,13 +13,18 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
+from taskstore.model.compaction_policy import (
+    CompactionPolicy,
+    CompactionReport,
+    JournalStats,
+    SnapshotInfo,
+)
 from taskstore.model.ids import Clock
-from taskstore.model.policies import CompactionPolicy, CompactionReport, JournalStats, SnapshotInfo
 
 
 class CompactionPoint(NamedTuple):
-    """The commit of which the new snapshot is taken: its seq and time (Unix milliseconds), and
-    the floor and the published snapshots at this moment."""
+    """The last commit in the new snapshot: its seq and time (Unix milliseconds), and the floor
+    and the published snapshots when the compaction begins."""
 
     seq: int
     at: int
@@ -28,7 +33,7 @@ class CompactionPoint(NamedTuple):
 
 
 class Retained(NamedTuple):
-    """The seqs of the retained snapshots, the new one included, and the new floor."""
+    """The seqs of the retained snapshots, including the new snapshot, and the new floor."""
 
     seqs: frozenset[int]
     floor: int
@@ -39,7 +44,7 @@ class CompactionSteps(ABC):
 
     @abstractmethod
     def stats(self, now: int) -> JournalStats:
-        """Return how much there is to compact; takes no lock."""
+        """Return the size of the journal; does not take the compaction lock."""
 
     @abstractmethod
     def lock(self) -> AbstractContextManager[object]:
@@ -47,11 +52,11 @@ class CompactionSteps(ABC):
 
     @abstractmethod
     def begin(self) -> CompactionPoint:
-        """Choose the commit of the snapshot: no entry up to it changes any more."""
+        """Choose the last commit in the snapshot: the entries up to this commit are final."""
 
     @abstractmethod
     def publish(self, point: CompactionPoint, retained: Retained) -> int:
-        """Write the snapshot and move the floor; return how many records the snapshot holds."""
+        """Write the snapshot and move the floor; return the number of records in the snapshot."""
 
     @abstractmethod
     def trim(self, point: CompactionPoint, retained: Retained) -> None:
@@ -85,7 +90,7 @@ def compact(steps: CompactionSteps, policy: CompactionPolicy, clock: Clock) -> C
 
 
 def _retained(policy: CompactionPolicy, point: CompactionPoint, now: int) -> Retained:
-    """Return which snapshots stay, the new one included, and the resulting floor."""
+    """Return the snapshots to retain, including the new snapshot, and the resulting floor."""
     snapshots = [snapshot for snapshot in point.snapshots if snapshot.seq != point.seq]
     snapshots.append(SnapshotInfo(point.seq, point.at))
     kept, floor = policy.retained(snapshots, head=point.seq, floor=point.floor, now=now)

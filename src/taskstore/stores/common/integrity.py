@@ -1,4 +1,4 @@
-"""The integrity check: one pass over a ledger's journal and snapshots, pure."""
+"""The integrity check: one read-only pass over a ledger's journal and snapshots."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from taskstore.model.records import TaskRecord
 from taskstore.store.interface import VerifyReport
 
 MAX_PROBLEMS = 100
-"""How many problems a report lists; it counts the others."""
+"""The maximum number of problems that a report lists; further problems are only counted."""
 MAX_TASKS_NAMED = 3
-"""How many tasks one problem names."""
+"""The maximum number of tasks that one problem names."""
 
 Content = dict[str | bytes, tuple[int, TaskRecord | bytes]]
-"""Revision (0 if it is unknown) and record by task id.  A record that does not decode is
-given as its bytes, which are also its key if its task id is unknown."""
+"""Revision (0 if unknown) and record by task id.  A record that does not decode is stored as
+bytes.  If the task id is unknown too, the key is the same bytes."""
 
 
 class IntegrityCheck:
     """Replays a ledger's journal from its floor, and compares the result with stored content.
 
-    ``snapshots`` names the retained snapshots by seq, and ``read`` reads one.  The store
-    calls :meth:`journal`, :meth:`compare` with its current records, then :meth:`report`.
+    ``snapshots`` maps the seq of each retained snapshot to its name; ``read`` reads the
+    snapshot at a seq.  The store calls :meth:`journal`, then :meth:`compare` with its
+    current records, then :meth:`report`.
 
-    After a gap in the journal, a task is unknown until its next entry or the next
-    snapshot, so that the check reports each damage once.  ``content`` is the known
-    content as of ``seq``, ``complete`` tells whether it covers every task (``bool``),
-    and ``problems`` are sentences.
+    After a gap in the journal, the state of a task is unknown until its next entry or the
+    next snapshot, so that the check reports each damage once.  ``content`` is the known
+    content as of ``seq``.  ``complete`` is true if ``content`` covers every task.
+    ``problems`` are the problems as text.
     """
 
     def __init__(
@@ -47,10 +48,10 @@ class IntegrityCheck:
     def journal(
         self, entries: Iterable[JournalEntry | CorruptStoreError], head: int | None = None
     ) -> None:
-        """Check the entries from the floor on, in order, and each snapshot at its seq.
+        """Check the entries from the floor on, in order, and compare each snapshot at its seq.
 
-        An error replaces entries that could not be read.  ``head`` is the required last
-        seq, where the store keeps it apart from its journal.
+        ``entries`` contains an error in place of entries that could not be read.  ``head``
+        is the expected last seq, for a store that keeps its head outside the journal.
         """
         if not self.complete and self.seq not in self._snapshots:
             self.problems.append(f"there is no snapshot at seq {self.seq}, before the floor")
@@ -69,7 +70,7 @@ class IntegrityCheck:
             self._compare_snapshots()
         last = max([self.seq, *self._ahead]) if head is None else head
         if self.seq != last or reported:
-            end = f"the journal ends at seq {self.seq}, the head is {last}"
+            end = f"the journal ends at seq {self.seq}, but the head is {last}"
             self._skip_gap("" if reported else end, last)
         self.problems += [f"{self._snapshots[seq]} is ahead of head {last}" for seq in self._ahead]
 
@@ -81,7 +82,7 @@ class IntegrityCheck:
         self._compare_snapshots()
 
     def _compare_snapshots(self) -> None:
-        """Compare the snapshots up to the current seq."""
+        """Compare the snapshots up to the current seq with the known content."""
         while self._ahead and self._ahead[-1] <= self.seq:
             seq = self._ahead.pop()
             try:
@@ -113,15 +114,15 @@ class IntegrityCheck:
         elif record is not None:
             if (record.task_id, record.revision) != (entry.task_id, entry.revision):
                 actual = f"{record.task_id!r} at revision {record.revision}"
-                self.problems.append(f"{where}: its record is {actual}")
+                self.problems.append(f"{where}: the entry's record is {actual}")
             self.content[entry.task_id] = (entry.revision, record)
         elif entry.quarantined is not None:
             self.content[entry.task_id] = (entry.revision, entry.quarantined.raw)
 
     def compare(self, name: str, snapshot: Snapshot) -> None:
-        """Compare stored content, called ``name``, with the known content of the journal.
+        """Compare stored content, which problems call ``name``, with the journal's content.
 
-        If the known content is incomplete, the stored content replaces it.
+        If the known content is incomplete, the stored content replaces the known content.
         """
         stored, expected = _content_of(snapshot), self.content
         surplus = stored.keys() - expected.keys()
@@ -129,7 +130,7 @@ class IntegrityCheck:
         differing = {key for key in common if stored[key][1] != expected[key][1]}
         for difference, keys in (
             ("lacks tasks of the journal", expected.keys() - stored.keys()),
-            ("has tasks beyond the journal", surplus if self.complete else surplus & self._deleted),
+            ("has tasks not in the journal", surplus if self.complete else surplus & self._deleted),
             ("disagrees with the journal on tasks", differing),
         ):
             if keys:
@@ -142,7 +143,7 @@ class IntegrityCheck:
         """Return the result, with at most ``MAX_PROBLEMS`` problems listed."""
         shown, more = self.problems[:MAX_PROBLEMS], len(self.problems) - MAX_PROBLEMS
         if more > 0:
-            shown.append(f"and {more} more")
+            shown.append(f"and {more} more problems")
         return VerifyReport(self.seq, len(self.content), self._entries, tuple(shown))
 
 

@@ -1,13 +1,13 @@
 """File locks between processes: the fair lock, and the lock owners.
 
-A process that polls a lock loses it to the process that released it and takes it
-again at once.  With a few busy writers a waiter can starve.  :class:`FairLock`
+A process that polls a lock is often too late: the process that released the lock takes
+the lock again at once.  With a few busy writers a waiter can starve.  :class:`FairLock`
 prevents this with a queue: a waiter polls the lock only while it owns ``flock`` on a
-second file, the queue file.  The other waiters poll the queue file, and so does the
-process that has just released the lock.  The queue protects no data.  A killed waiter
-leaves it by its death, and the other waiters bypass a stopped one.
+second file, the queue file.  The other waiters poll the queue file.  A process that has
+just released the lock polls the queue file too.  The queue protects no data.  A killed
+waiter leaves the queue when it dies, and the other waiters bypass a stopped waiter.
 
-:func:`lock_owners` reads from the system which processes own a lock.
+:func:`lock_owners` asks the operating system which processes own a lock.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 QUEUE_TIMEOUT_S = 0.25
-"""How long a waiter waits for the queue before it polls the lock without it, in seconds."""
+"""How long a waiter waits in the queue before it polls the lock directly, in seconds."""
 
 _PAUSE_S = 0.0002
 _LONGEST_PAUSE_S = 0.01
-_AGING_S = 0.003  # a waiter that has waited for so long polls twice as often as a new one
+_AGING_S = 0.003  # after this wait, a waiter polls twice as often as a new waiter
 
 
 class FairLock:
-    """The queue of a lock, at the file ``path``, which the first contention creates.
+    """The queue of a lock, in the file ``path``, which the first contention creates.
 
-    Threads that share an instance must exclude each other themselves.
+    Threads that share an instance must exclude each other by another lock.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = os.fspath(path)  # in a third of the time
+        self._path = os.fspath(path)  # three times as fast as a Path
         self._descriptor = -1
         # Whether this waiter ignores the queue, because a stopped waiter is at its front.
         self._bypasses = False
 
     def wait(self, attempt: Callable[[], bool], timeout_s: float) -> bool:
-        """Return true once ``attempt()`` is true, false after ``timeout_s`` seconds."""
-        # Without the file, the lock has never been contended.
+        """Return true as soon as ``attempt()`` returns true, false after ``timeout_s`` seconds."""
+        # If the queue file does not exist, no process has ever waited for the lock.
         if self._descriptor < 0 and not os.access(self._path, os.F_OK) and attempt():
             return True
         try:
@@ -55,8 +55,8 @@ class FairLock:
                 if waited >= timeout_s:
                     return False
                 # The polling rate grows with the time waited, so that new waiters seldom
-                # overtake.  It falls only where the owner keeps the lock for longer than
-                # a commit takes.
+                # overtake this waiter.  The rate falls only if the lock owner keeps the lock
+                # for longer than a commit takes.
                 eager = _PAUSE_S / (1 + min(waited, 7 * _AGING_S) / _AGING_S)
                 pause = max(eager, min((waited - QUEUE_TIMEOUT_S) / 100, _LONGEST_PAUSE_S))
                 jittered = pause * random.uniform(0.5, 1)  # noqa: S311 (jitter)
@@ -73,7 +73,7 @@ class FairLock:
             os.close(descriptor)
 
     def _enter_queue(self) -> bool:
-        """Take the front of the queue; return false if another waiter is there."""
+        """Take the front of the queue; return false if another waiter is at the front."""
         try:
             if self._descriptor < 0:
                 flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
@@ -81,14 +81,14 @@ class FairLock:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        except OSError:  # the file system has no such locks: the lock is not fair
+        except OSError:  # the file system does not support flock: the lock is not fair
             return True
         return True
 
 
 _LOCKS = Path("/proc/locks")
 _LOCK_FIELDS = 8
-"""How many fields the line of a granted lock has; the line of a waiter has one more."""
+"""The number of fields in the line of a granted lock; the line of a waiter has one field more."""
 _COMMAND_WORDS = 4
 _COMMAND_LENGTH = 80
 _SENSITIVE = re.compile(r"^--?[^=]+=|://|^--?(pass|pw|token|secret|key)", re.IGNORECASE)
@@ -97,8 +97,8 @@ _SENSITIVE = re.compile(r"^--?[^=]+=|://|^--?(pass|pw|token|secret|key)", re.IGN
 def lock_owners(path: str | Path, *, byte: int | None = None) -> tuple[str, ...]:
     """Describe the processes with an exclusive lock on a file, or on one ``byte`` of it.
 
-    Empty when the system does not report them: it is not Linux, the file system
-    numbers its files differently, or the process runs on another machine or in
+    Returns nothing if the system does not report the owners: the system is not Linux, the
+    file system reports other inode numbers, or the owner runs on another machine or in
     another container.
     """
     try:
@@ -121,7 +121,7 @@ def lock_owners(path: str | Path, *, byte: int | None = None) -> tuple[str, ...]
 
 
 def describe_process(pid: int) -> str:
-    """Return a process as text: its pid, and its command if the system shows it."""
+    """Return a process as text: its pid, and its command if the system reports the command."""
     if pid == os.getpid():
         return f"pid {pid}, this process"
     command = command_of(pid)

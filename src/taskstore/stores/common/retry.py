@@ -1,6 +1,7 @@
-"""Retries: backoff, circuit breaker, contention, retry policy.
+"""The retry policy for storage errors: backoff, circuit breaker, contention.
 
-A store gives each of its calls a loop of attempts::
+Conflicts between writers (:class:`~taskstore.ConflictError`) are not retried here but in
+``registry/commit.py``.  A store runs each of its calls in a loop of attempts::
 
     for attempt in policy.attempts():
         with attempt:
@@ -8,8 +9,8 @@ A store gives each of its calls a loop of attempts::
 
 If an attempt fails with a storage error that a retry may cure, the attempt sleeps
 and suppresses the error, so that the loop continues.  If a retry cannot help, or the
-retry timeout has expired, the attempt raises the store's own error.  Every other
-error passes through.
+retry timeout has expired, the attempt raises the store's own error.  The attempt does
+not catch any other error.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ BUSY_TIMEOUT_S = 30.0
 RECONNECT_S = 30.0
 """How long a server may be unavailable before calls raise, in seconds."""
 PROBE_INTERVAL_S = 0.25
-"""The interval between attempts at a server after the retry timeout, in seconds."""
+"""The interval between attempts to reach a server after the retry timeout, in seconds."""
 
 
 class Backoff:
     """Pauses that grow from ``first_s`` to ``longest_s`` seconds, with jitter.
 
-    Jitter keeps processes that collided once from colliding at each attempt.
+    Without jitter, processes that collided once would collide again at each attempt.
     """
 
     __slots__ = ("_first_s", "_growth", "_longest_s", "_next_s")
@@ -63,12 +64,12 @@ class Backoff:
 
 
 class CircuitBreaker:
-    """How long a server has been unavailable, shared by all calls.
+    """The outage of a server, shared by all calls.
 
     Calls retry for ``timeout_s`` seconds, counted from the first failure of the outage
-    and not from the start of the call.  A call that queued behind another one therefore
+    and not from the start of the call.  A call that waited for another call therefore
     does not wait for the same timeout again.  While the circuit is open, calls fail
-    without their own attempt to connect, which may take seconds.
+    without an attempt to connect, because an attempt may take seconds.
     """
 
     def __init__(self, location: str, timeout_s: float) -> None:
@@ -101,7 +102,7 @@ class CircuitBreaker:
         with self._lock:
             began, failed = self.outage or (now, now)
             if attempted_at - failed > max(self._timeout_s, PROBE_INTERVAL_S):
-                began = now  # without an attempt for so long, this is another outage
+                began = now  # no attempt for so long: this is a new outage
             self.outage, self._message = (began, now), message
             return now - began >= self._timeout_s
 
@@ -112,10 +113,10 @@ class CircuitBreaker:
 
 
 class Contention:
-    """Whether the other writers make progress, for a caller that waits for them.
+    """Shows a waiting caller whether the other writers make progress.
 
-    ``position`` reads a value that differs when another writer has committed;
-    ``None`` when it cannot be read.
+    ``position`` returns a value that changes with each commit of another writer, or
+    ``None`` if the value cannot be read.
     """
 
     def __init__(self, position: Callable[[], object]) -> None:
@@ -125,7 +126,7 @@ class Contention:
     def made_progress(self) -> bool:
         """Return whether another writer has committed since the last call.
 
-        The first call returns true, which gives the other writers another timeout.
+        The first call returns true, so that the caller waits for another timeout.
         """
         position = self._position()
         if position is None:
@@ -135,14 +136,14 @@ class Contention:
 
 
 class FailureKind(Enum):
-    """What a storage error means for a retry."""
+    """The kind of a storage error: it decides whether and how the call is retried."""
 
     PERMANENT = "permanent"
-    """A retry fails in the same way."""
+    """A retry would fail in the same way."""
     LOCK_BUSY = "lock busy"
     """Another process owns a lock without a queue: retry soon and often."""
     LOCK_TIMEOUT = "lock timeout"
-    """The server has waited for a lock until its own timeout."""
+    """The server has waited for a lock until the server's own timeout."""
     SERIALIZATION = "serialization"
     """A deadlock or serialization failure: run the transaction again."""
     UNAVAILABLE = "unavailable"
@@ -157,27 +158,27 @@ class ErrorTranslation(Protocol):
     """How a store classifies and translates the errors of its driver."""
 
     errors: tuple[type[Exception], ...]
-    """What the driver raises."""
+    """The exception types of the driver."""
 
     def failure_kind(self, error: BaseException) -> FailureKind:
-        """Return what an error means for a retry."""
+        """Return the kind of a driver's error."""
 
     def translate(self, error: BaseException) -> TaskStoreError:
-        """Return the store's own error."""
+        """Return the store's own error for a driver's error."""
 
     def cause(self, error: BaseException) -> BaseException | None:
-        """Return the cause of the store's own error."""
+        """Return the exception that the store's own error gets as its cause."""
 
     def text(self, error: BaseException) -> str:
         """Return the driver's message on one line."""
 
 
 class RetryPolicy:
-    """When a call on one storage is retried, and for how long.
+    """Decides whether and for how long the calls of one store are retried.
 
     All calls share the retry timeout of a server outage.  A write is retried as long
-    as the other writers make progress: ``position`` reads how far they have come, and
-    ``owners`` names the owners of the lock; each returns ``None`` if it is unknown.
+    as the other writers make progress.  ``position`` is as in :class:`Contention`;
+    ``owners`` returns the lock owners, or ``None`` if the owners are unknown.
     """
 
     def __init__(
@@ -194,10 +195,10 @@ class RetryPolicy:
         self.owners = owners
 
     def attempts(self, *, reads_back: bool = False) -> Iterator[Attempt]:
-        """Return the attempts of one call; the attempt that may not be retried raises.
+        """Return the attempts of one call; an attempt that must not be retried raises its error.
 
-        An unconfirmed COMMIT is retried like any other work, unless the caller
-        ``reads_back`` its outcome: that caller checks :attr:`Attempt.unconfirmed`.
+        An unconfirmed COMMIT is retried like any other work.  With ``reads_back``, the
+        caller instead checks :attr:`Attempt.unconfirmed` and reads the outcome back.
         """
         return repeat(Attempt(self, reads_back))
 
@@ -245,7 +246,7 @@ class Attempt:
         return True
 
     def _pause_or_raise(self, error: BaseException) -> None:
-        """Sleep before the next attempt; raise if there must be none."""
+        """Sleep before the next attempt; raise if the call must not be retried."""
         policy = self._policy
         if self.unconfirmed and self._reads_back:
             return  # the caller first reads back the outcome of the commit
@@ -260,9 +261,9 @@ class Attempt:
         if expired:
             policy.raise_translated(error)
         if self._backoff is None:
-            # The pauses double from half a millisecond, so that colliding writers separate.
-            # A lock without a queue is free for moments only: a caller that waits for it
-            # has to retry often, or it starves.
+            # The pauses double from half a millisecond, so that colliding writers spread out.
+            # A lock without a queue is free for moments only: a caller that waits for this
+            # lock must retry often, or the caller starves.
             self._backoff = Backoff(0.0005, 0.002 if kind is FailureKind.LOCK_BUSY else 0.1)
         self._backoff.sleep()
         self._attempted_at = time.monotonic()

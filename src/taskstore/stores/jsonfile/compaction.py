@@ -1,11 +1,11 @@
-"""Compaction: fold the journal into a snapshot, publish it, trim.
+"""Compaction: fold the journal into a snapshot, publish the snapshot, trim.
 
-The compactor takes the write lock twice for a moment: to begin a new segment at N + 1,
-after which the files up to N no longer change, and to show other processes that the
-floor has moved.  In between it streams the old snapshot and merges it with the last
-payloads of the journal; the memory is bounded by the keys.  Publishing the snapshot at
-N, whose header declares the floor, moves the floor.  The files below the floor are
-removed afterwards, oldest first.
+The compactor takes the write lock twice for a moment.  First it begins a new segment at
+seq N + 1; from then on the files up to N do not change.  Then it reads the old snapshot
+as a stream and merges it with the last payload of each task in the journal; only keys are
+in memory.  It publishes the snapshot at N, whose header declares the floor: this moves
+the floor.  It takes the lock again to show other processes that the floor has moved.
+Last it removes the files below the floor, oldest first.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from msgspec.structs import replace
 
 from taskstore.model import codec
 from taskstore.model.chunked import chunked_sort
+from taskstore.model.compaction_policy import JournalStats, SnapshotInfo
 from taskstore.model.journal import EntryKind, Quarantined
-from taskstore.model.policies import JournalStats, SnapshotInfo
 from taskstore.stores.common.compaction import CompactionPoint, CompactionSteps, Retained
 from taskstore.stores.jsonfile.index import keys_of
 from taskstore.stores.jsonfile.layout import (
@@ -39,11 +39,12 @@ from taskstore.stores.jsonfile.segments import CommitLocation, SegmentReader
 from taskstore.stores.jsonfile.writing import Writer
 
 COMPACT_LOCK_TIMEOUT_S = 5.0
-"""How long a compaction waits for its lock, in seconds: a writer takes it to remove leftovers."""
+"""How long a compaction waits for its lock, in seconds.  A writer that removes leftover files
+takes the same lock."""
 
 
 class Compaction(CompactionSteps):
-    """The steps of one compaction.  ``erase`` also removes the saved torn lines.
+    """The steps of one compaction.  With ``erase``, it also removes the saved torn lines.
 
     ``superseded`` are the quarantined payloads of trimmed entries.
     """
@@ -110,15 +111,15 @@ class Compaction(CompactionSteps):
             self._remove(tuple(layout.directory.glob(f"*{TORN}")))
 
     def _remove(self, paths: tuple[Path, ...]) -> None:
-        """Remove files in this order and sync the directory, so that no crash leaves these
-        files and loses a file that a later call removes."""
+        """Remove files in this order and fsync the directory.  A crash therefore cannot restore
+        one of these files after a later call has removed other files."""
         if paths:
             self._writer.disk.remove_all(paths)
             self._writer.disk.sync_directory(self._layout.directory)
 
 
 class _PayloadLocation(Struct, frozen=True, gc=False):
-    """The location of the last payload of a task, without garbage collection: there are many."""
+    """The location of a task's last payload.  The collector does not track the many instances."""
 
     segment: int
     offset: int
@@ -126,7 +127,7 @@ class _PayloadLocation(Struct, frozen=True, gc=False):
 
 
 def _quarantine_damaged(entry: Entry, where: str) -> Quarantined | None:
-    """Return the payload of an entry, if it does not decode or is another record."""
+    """Return the payload of an entry if it does not decode or is the record of another change."""
     item = decode_entry(entry, where, strict=False)
     if isinstance(item, Quarantined):
         return item
@@ -137,9 +138,9 @@ def _quarantine_damaged(entry: Entry, where: str) -> Quarantined | None:
 
 
 class Merge:
-    """The newest snapshot merged with the last payloads of the journal up to ``seq``.
+    """The newest snapshot merged with each task's last payload in the journal up to ``seq``.
 
-    Only keys are in memory.  A payload without readable keys becomes quarantined; every
+    Only keys are in memory.  A payload without readable keys is quarantined; every
     other payload is copied as bytes, even if it does not decode.  ``superseded`` are the
     undecodable payloads of entries below ``floor`` whose tasks have later entries [12].
     """
@@ -217,14 +218,14 @@ class Merge:
                     yield task_id, os.pread(file.fileno(), state.length, state.offset)
 
     def quarantined(self) -> Iterator[Quarantined]:
-        """Yield the quarantined payloads; call it after all payloads were read."""
+        """Yield the quarantined payloads; requires that :meth:`payloads` has ended."""
         states = (item for item in self._last_states.values() if isinstance(item, Quarantined))
         for item in (*self.superseded, *self._unidentified, *states):
             self.count += 1
             yield item
 
     def _snapshot_payloads(self) -> Iterator[tuple[str, bytes]]:
-        """Yield the payloads of the old snapshot without later entries, with their task ids."""
+        """Yield task id and payload from the old snapshot for each task without later entries."""
         layout = self._layout
         if layout.newest is None:
             return
@@ -233,7 +234,7 @@ class Merge:
                 keys = keys_of(payload)
                 if keys is None:
                     where = str(layout.snapshot_path(layout.newest.seq))
-                    item = codec.quarantine(payload, where, "its id is not readable")
+                    item = codec.quarantine(payload, where, "its task id cannot be read")
                     self._unidentified.append(item)
                 elif keys.task_id not in self._last_states:
                     yield keys.task_id, payload
@@ -245,4 +246,4 @@ class Merge:
         if task_id is None or task_id not in self._last_states:
             return False
         deleted = self._last_states[task_id] is None
-        return item.goes_with(task_id, EntryKind.DELETED if deleted else EntryKind.UPSERTED)
+        return item.is_obsoleted_by(task_id, EntryKind.DELETED if deleted else EntryKind.UPSERTED)

@@ -1,6 +1,6 @@
 """The writer's index: revisions, dedup keys and deletions, without the records.
 
-Loading the records fills it.
+A load of the records also fills the index.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _decoder = msgspec.json.Decoder(Keys)
 
 
 def keys_of(payload: bytes | Raw) -> Keys | None:
-    """Return the keys of a payload, ``None`` if they cannot be decoded."""
+    """Return the keys of a payload, ``None`` if the keys cannot be decoded."""
     payload = bytes(payload)
     try:
         codec.check_nesting(payload)
@@ -49,7 +49,7 @@ def keys_of(payload: bytes | Raw) -> Keys | None:
 
 
 class Index:
-    """The stored revision of each task, the owner of each dedup key, and the deletions.
+    """The stored revision of each task, the task of each dedup key, and the deletions.
 
     ``revisions`` includes quarantined tasks, with 0 for an unknown revision.
     ``deleted`` maps each deleted task id to a seq of the commit that deleted it.
@@ -98,13 +98,13 @@ class Index:
         for step in steps:
             if step.record is not None:
                 self.revisions[step.task_id] = step.revision
-                key = step.claims
+                key = step.new_dedup_key
                 if key is not None:
                     self.by_dedup_key[key] = step.task_id
                     self._dedup_keys[step.task_id] = key
 
     def forget_deletions(self, floor: int) -> None:
-        """Remove the deletions below ``floor``: the journal no longer has them."""
+        """Forget the deletions below ``floor``, which are no longer in the journal."""
         for task_id in [task_id for task_id, seq in self.deleted.items() if seq < floor]:
             del self.deleted[task_id]
 
@@ -126,8 +126,8 @@ def load(
 ) -> tuple[Snapshot, JournalOffset]:
     """Return the newest snapshot folded with the journal, and the end of the journal.
 
-    Only the last entry of each task is decoded.  ``index``, if given, must be empty and
-    receives the keys of all tasks.
+    Only the last entry of each task is decoded.  ``index``, if given, must be empty; the
+    keys of all tasks are added to the index.
     """
     records: dict[str, TaskRecord] = {}
     quarantined: list[Quarantined] = []
@@ -147,7 +147,7 @@ def load(
 
     def is_obsolete(item: Quarantined) -> bool:
         last = last_entries.get(item.task_id or "")
-        return last is not None and item.goes_with(last[0].task_id, last[0].kind)
+        return last is not None and item.is_obsoleted_by(last[0].task_id, last[0].kind)
 
     quarantined = [item for item in quarantined if not is_obsolete(item)]
     for task_id, (entry, where) in last_entries.items():

@@ -2,13 +2,13 @@
 
 - The newest snapshot has the highest seq; its header declares the floor.  Publishing
   a snapshot moves the floor.  Files below the floor are obsolete and are removed later.
-- A segment marked ``base`` is live only if the snapshot before it exists: the segment
-  is created first, and publishing the snapshot replaces the content.
-- The live files must be one chain of one ledger; otherwise the store is corrupt.
+- A segment marked ``base`` is live only if the snapshot before the segment exists: the
+  segment is created first, and the published snapshot then replaces the content.
+- The live files must be a sequence without gaps, of one ledger; else the store is corrupt.
 
-A published file was written as ``*.tmp`` and synced before its rename, and the
-directory is synced afterwards.  A crash therefore leaves either the old file or the
-new one (:mod:`taskstore.store.disk`).
+A published file was written as ``*.tmp`` and flushed to disk before its rename, and the
+directory is flushed afterwards.  A crash therefore leaves either the old file or the
+new file (:mod:`taskstore.store.disk`).
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ _BUFFER = 1 << 20
 
 
 class LedgerSnapshotHeader(codec.SnapshotHeader, frozen=True):
-    """The first line of a snapshot file: the common header, and its place in the ledger.
+    """The first line of a snapshot file: the common header, and the fields of this store.
 
-    ``deleted`` are the deletions that the journal before the snapshot still holds: a seq
-    of the commit by task id.
+    ``deleted`` are the deletions that are still in the journal before the snapshot: by
+    task id, a seq of the commit that deleted the task.
     """
 
     ledger: str
@@ -71,10 +71,10 @@ class SegmentFile(NamedTuple):
 class JournalOffset(NamedTuple):
     """A position in the journal: the byte ``offset`` in the segment ``first``.
 
-    ``seq`` and ``at`` belong to the last entry before it.  ``line_offset`` is the offset
-    of the last line before it, and ``line_prefix`` the first bytes of that line (empty
-    before the first commit of a segment).  The prefix and the segment's ``inode`` show
-    later whether the position is still valid.
+    ``seq`` and ``at`` are of the last entry before the position.  ``line_offset`` is the
+    offset of the last line before the position, and ``line_prefix`` is the start of this
+    line (empty before the first commit of a segment).  The prefix and the segment's
+    ``inode`` show later whether the position is still valid.
     """
 
     first: int
@@ -89,8 +89,8 @@ class JournalOffset(NamedTuple):
 class Layout(NamedTuple):
     """The live files of a ledger, from one reading of the directory.
 
-    ``segments`` and ``snapshots`` (seqs) are ascending; ``obsolete`` is in the required
-    order of removal.  ``missing_history`` is a notice that the floor is higher than
+    ``segments`` and ``snapshots`` (seqs) are ascending.  ``obsolete`` are the files to
+    remove, in this order.  ``missing_history`` is a notice that the floor is higher than
     declared, because segments are missing.
     """
 
@@ -139,7 +139,7 @@ class Layout(NamedTuple):
         return False
 
     def before(self, seq: int) -> JournalOffset:
-        """Return the start of the segment with ``seq``, which must not be below the floor."""
+        """Return the start of the segment that contains ``seq``, a seq from the floor on."""
         earlier = [segment for segment in self.segments if segment.first <= seq]
         return self.start_of(earlier[-1] if earlier else self.segments[0])
 
@@ -147,8 +147,8 @@ class Layout(NamedTuple):
 def retry_while_changing(directory: Path, work: Callable[[int], _T]) -> _T:
     """Call ``work`` with the number of the attempt, from 1, until it returns.
 
-    A compactor removes files while readers use them.  If a file has vanished, or a file
-    seems damaged that may be changing, the work is retried a few times.
+    A compactor removes files while readers use them, and a file that another process is
+    changing may seem damaged.  In both cases the work is retried a few times.
     """
     attempt = damaged = 0
     backoff = Backoff(_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S)
@@ -170,7 +170,7 @@ def read_layout(directory: Path) -> Layout:
     """Return the live files of a directory.
 
     Raises :class:`CorruptStoreError` if the files are not one ledger, and ``OSError`` if
-    the directory cannot be read or a file vanishes meanwhile.
+    the directory cannot be read or another process removes a file meanwhile.
     """
     snapshots, firsts = parse_file_names(os.listdir(directory))  # noqa: PTH208 - half the time
     newest = read_snapshot_header(directory, snapshots[-1]) if snapshots else None
@@ -215,7 +215,7 @@ def _read_segment(path: Path, first: int) -> SegmentFile:
     header = decode_header(line, str(path))
     if header.seq != first:
         raise CorruptStoreError(
-            str(path), f"the header declares seq {header.seq} as the first", offset=0
+            str(path), f"the header declares seq {header.seq} as the first seq", offset=0
         )
     identity = Identity(header.ledger, header.timeline)
     return SegmentFile(first, path, inode, len(line), header.at, identity, header.base)
@@ -225,7 +225,7 @@ def _read_segment(path: Path, first: int) -> SegmentFile:
 def open_snapshot(
     directory: Path, seq: int
 ) -> Iterator[codec.SnapshotReader[LedgerSnapshotHeader]]:
-    """Open a snapshot.  If the newest one is damaged, the hint says how to read without it."""
+    """Open a snapshot.  If the newest is damaged, the error's hint says how to read without it."""
     path = directory / snapshot_name(seq)
     with path.open("rb", buffering=_BUFFER) as file:
         try:
@@ -239,7 +239,7 @@ def open_snapshot(
 
 
 def read_snapshot_header(directory: Path, seq: int) -> LedgerSnapshotHeader:
-    """Return the header of a snapshot; does not verify the checksum."""
+    """Return the header of a snapshot; does not verify the file's checksum."""
     with open_snapshot(directory, seq) as reader:
         if reader.header.seq != seq:
             path = str(directory / snapshot_name(seq))
@@ -256,13 +256,13 @@ def check_newest(layout: Layout) -> None:
 
 
 def read_snapshot(layout: Layout, seq: int, *, strict: bool) -> Snapshot:
-    """Return a retained snapshot, decoded."""
+    """Return a retained snapshot with decoded records."""
     with open_snapshot(layout.directory, seq) as reader:
         return reader.snapshot(strict=strict)
 
 
 def _damaged_hint(directory: Path, seq: int) -> str | None:
-    """Return how to read the ledger without its newest snapshot, ``None`` if impossible."""
+    """Return how to read the ledger without its newest snapshot; ``None`` if it is needed."""
     snapshots, segments = parse_file_names(entry.name for entry in directory.iterdir())
     is_newest = snapshots[-1:] == [seq]
     for older in (*reversed(snapshots[:-1]), 0) if is_newest else ():
@@ -300,8 +300,8 @@ def _check_one_ledger(layout: Layout) -> None:
             raise CorruptStoreError(
                 str(segment.path),
                 f"belongs to the ledger {segment.identity.ledger}, timeline "
-                f"{segment.identity.timeline}, the others to {layout.identity.ledger}, "
-                f"timeline {layout.identity.timeline}",
+                f"{segment.identity.timeline}, but the other files to the ledger "
+                f"{layout.identity.ledger}, timeline {layout.identity.timeline}",
                 offset=0,
                 hint="nothing was changed; move the files of the other ledger to another directory",
             )
@@ -354,7 +354,7 @@ _HINTS = {
     errno.EEXIST: "the path must be a directory",
     errno.EACCES: "check the owners and modes of the directory and its files",
     errno.EPERM: "check the owners and modes of the directory and its files",
-    errno.EROFS: "open it read-only",
+    errno.EROFS: "open the store read-only",
     errno.ENOSPC: "free space on the disk",
     errno.EDQUOT: "free space in the quota",
     errno.EIO: "check the disk",

@@ -1,7 +1,7 @@
 """The lines of a segment: a header, then one commit per line.
 
-A line is ``{"crc":"xxxxxxxx",…}`` and a newline; the CRC-32 covers the bytes from
-the comma to the newline.  Bytes that do not match their checksum are not a line.
+A line is ``{"crc":"xxxxxxxx",…}`` and a newline; the CRC-32 covers the bytes between
+the first comma and the newline.  Bytes that do not match their checksum are not a line.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Identity(Struct, frozen=True):
 class Header(Struct, frozen=True):
     """The first line of a segment.
 
-    ``seq`` is the first seq of the segment, ``at`` the time of the entry
-    before it (Unix milliseconds).  ``base`` tells that the segment continues
-    a snapshot that replaced the whole content, and not an earlier segment.
+    ``seq`` is the first seq of the segment, ``at`` is the time of the entry before
+    the segment (Unix milliseconds).  ``base`` is true if the segment continues a
+    snapshot that replaced the whole content, not an earlier segment.
     """
 
     format: str
@@ -162,7 +162,7 @@ def task_id_pattern(task_id: str) -> bytes:
 
 
 def journal_entry(line: Line, index: int, where: str, *, strict: bool) -> JournalEntry:
-    """Return the journal entry at ``index`` of a commit; ``strict`` raises if it is undecodable."""
+    """Return the journal entry at ``index`` of a commit; ``strict`` as in :func:`decode_entry`."""
     entry = line.entries[index]
     record, quarantined = None, None
     if entry.kind is EntryKind.UPSERTED:
@@ -184,7 +184,7 @@ def journal_entry(line: Line, index: int, where: str, *, strict: bool) -> Journa
 
 
 def decode_entry(entry: Entry, where: str, *, strict: bool) -> TaskRecord | Quarantined:
-    """Return the record of an entry, or its quarantined payload; ``strict`` raises instead."""
+    """Return the record of an entry, or its quarantined payload; if ``strict``, raise instead."""
     if strict:
         return codec.decode_record(bytes(entry.record), where)
     item = codec.decode_or_quarantine(bytes(entry.record), where)

@@ -1,12 +1,12 @@
 """Locks between processes with flock, and the writers' shared state.
 
-The file ``lock`` also holds the line ``<pid> <generation> <synced> <synced>``.
-``pid`` is the last writer, for messages.  ``generation`` shows whether the set of
-files may have changed, or a segment was cut: a writer that rolls, replaces or cuts
-makes it odd before and even afterwards, under the lock.  ``synced`` is the offset in
-the last segment up to which all bytes are synced, so that the next writer does not
-sync them again.  It is written twice; if the two copies differ, it is unknown.
-The state is only valid among running processes, so it is never synced.
+The file ``lock`` also contains the line ``<pid> <generation> <synced> <synced>``.
+``pid`` is the process id of the last writer, for messages.  ``generation`` changes when
+the set of files changes or a segment is truncated: the lock owner makes the number odd
+before the change and even afterwards.  ``synced`` is the offset in the last segment up to
+which all bytes are flushed to disk, so that the next writer does not flush them again.
+The offset is written twice; if the two copies differ, the offset is unknown.  Only
+running processes use this line, so the line is never flushed to disk.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ STATE_BYTES = 74
 
 
 class FileLock:
-    """An exclusive lock on one file, which it creates with mode 0600.
+    """An exclusive lock on one file, which is created with mode 0600.
 
     Two instances exclude each other, also within one process.  Threads that share an
-    instance must exclude each other themselves.
+    instance must exclude each other by another lock.
     """
 
     def __init__(self, path: Path, disk: Disk) -> None:
         self.path = path
         self.descriptor = -1
-        """The open file.  The lock owner releases the lock with ``fcntl.flock`` in its own
-        ``finally``: an interrupt could prevent a method call from releasing it."""
+        """The open file.  The lock owner calls ``fcntl.flock`` itself in a ``finally`` to release
+        the lock: an interrupt could prevent a release method from running."""
         self._disk = disk
         self.queue = FairLock(path.with_name(f"{path.name}.turn"))
         """The queue of waiters: ``queue.wait(lock.try_acquire, timeout_s)``."""
@@ -47,7 +47,7 @@ class FileLock:
         self._file_id = (0, 0)
 
     def try_acquire(self) -> bool:
-        """Take the lock if it is free; return whether it was."""
+        """Take the lock if it is free; return whether the lock was taken."""
         while True:
             if self.descriptor < 0:
                 self._open()
@@ -60,7 +60,7 @@ class FileLock:
                 return False
             except FileNotFoundError:
                 pass
-            # The file was removed or replaced: a lock on it does not exclude new openers.
+            # The file was removed or replaced: its lock does not exclude users of a new file.
             self._close()
 
     def close(self) -> None:
@@ -81,8 +81,8 @@ class FileLock:
 
     @contextmanager
     def held(self, timeout_s: float, role: str) -> Iterator[None]:
-        """Own the lock during the body, then close it.  Raises :class:`StoreBusyError`, which
-        reports ``role`` as the lock owner."""
+        """Hold the lock during the body, then close the file.  Raises :class:`StoreBusyError`,
+        which reports ``role`` as the lock owner."""
         try:
             wait = self.queue.wait
             if not (self.try_acquire() or (timeout_s > 0 and wait(self.try_acquire, timeout_s))):
@@ -101,10 +101,10 @@ class FileLock:
 class WriteLock(FileLock):
     """The lock of the directory's writers, with the state in the lock file.
 
-    ``generation`` is the current generation of the files, ``known_generation`` that of
-    the owner's layout, ``None`` if the layout may be outdated.  ``synced`` is the offset
-    in the last segment up to which all bytes are synced in this generation; 0 if it is
-    unknown.
+    ``generation`` is the current generation of the files, ``known_generation`` is the
+    generation of the owner's layout, ``None`` if the layout may be outdated.  ``synced`` is
+    the offset in the last segment up to which all bytes are flushed to disk in this
+    generation; 0 if the offset is unknown.
     """
 
     def __init__(self, path: Path, disk: Disk) -> None:
@@ -113,7 +113,8 @@ class WriteLock(FileLock):
         self.known_generation: int | None = None
         self.synced = 0
         self.state: bytes | None = None
-        """The line last read or written: while the file holds it, the attributes are current."""
+        """The line last read or written.  The attributes are current while the file has this line.
+        """
         self._pid = os.getpid()
 
     def _open(self) -> None:
@@ -127,14 +128,14 @@ class WriteLock(FileLock):
         pid, self.generation, self.synced = _parse(state)
         self.state = state
         if pid == 0:
-            # A new lock file: its generation must differ from every earlier one.
+            # A new lock file: its generation must differ from every earlier generation.
             self.generation = time.time_ns() & ~1
         if pid != self._pid:
             self._write_state()
 
     def record_synced(self, offset: int) -> None:
-        """Record that the last segment is synced up to ``offset``.  Requires the lock, and the
-        completed sync.  Never raises: without the record, the next writer syncs again."""
+        """Record that the last segment is flushed to disk up to ``offset``.  Requires the lock and
+        the completed fsync.  Never raises: without the record, the next writer flushes again."""
         self.synced = offset
         with contextlib.suppress(OSError):
             self._write_state()
@@ -174,7 +175,7 @@ class WriteLock(FileLock):
 def read_generation(path: Path) -> tuple[int, int] | None:
     """Return the generation and the inode of the lock file; takes no lock.
 
-    ``None`` if the generation is unknown or odd.
+    Returns ``None`` if the generation is unknown or odd.
     """
     try:
         with path.open("rb", buffering=0) as file:
@@ -186,16 +187,16 @@ def read_generation(path: Path) -> tuple[int, int] | None:
 
 
 def busy_error(path: Path, role: str, waited_s: float) -> StoreBusyError:
-    """Return the error of a waiter whose timeout for the lock at ``path`` expired."""
+    """Return the error for a waiter that waited too long for the lock at ``path``."""
     owners = lock_owners(path)
     if not owners:
         with contextlib.suppress(OSError):
             pid, _, _ = _parse(path.read_bytes())
-            # The system does not report the owner: the last writer is the most likely one.
+            # The system does not report the owner; the last writer is the most likely owner.
             owners = (f"perhaps {describe_process(pid)}",) if pid else ()
     waited = f" for {waited_s:g} s" if waited_s else ""
     return StoreBusyError(
-        f"the store {path.parent} is busy: {role} has held {path.name}{waited}; "
+        f"the store {path.parent} is busy: {role} has held the file {path.name}{waited}; "
         f"{describe_owners(owners)}",
         hint="try again, or check what the lock owner is doing",
         owners=owners,
@@ -203,7 +204,7 @@ def busy_error(path: Path, role: str, waited_s: float) -> StoreBusyError:
 
 
 def _parse(state: bytes) -> tuple[int, int, int]:
-    """Return pid, generation and synced offset; 0 for each that is unknown."""
+    """Return pid, generation and synced offset; 0 for each unknown value."""
     fields = state.split()
     if len(fields) != _FIELDS or not all(field.isdigit() for field in fields):
         return 0, 0, 0

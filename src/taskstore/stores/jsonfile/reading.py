@@ -1,8 +1,8 @@
 """The lock-free reader: consistent while writers and compactors change files.
 
 The reader reads the directory once, and again only when the generation in the lock
-file has changed.  If a file vanishes, or a file seems damaged that may be changing,
-the reader retries a few times.
+file has changed.  If a file disappears or seems damaged, another process may be changing
+the files, so the reader retries a few times.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Reader:
         return retry_while_changing(self.directory, attempt)
 
     def layout(self) -> Layout:
-        """Return the current files."""
-        # The generation is read first: the next call sees a change that comes in between.
+        """Return the current layout."""
+        # The generation is read before the files: the next call detects a change in between.
         generation = read_generation(self.directory / LOCK_NAME)
         known = self._layout
         changing = generation is None or generation != self._generation
@@ -84,7 +84,7 @@ class Reader:
 
     def version(self) -> tuple[object, ...]:
         """Return a value that every commit changes: the generation of the files, and the inode
-        and the size of the last segment.  Costs the read of a small file, and one stat."""
+        and the size of the last segment.  Reads one small file and calls ``stat`` once."""
         known = self._layout
         generation = read_generation(self.directory / LOCK_NAME)
         if known is None:
@@ -102,7 +102,7 @@ class Reader:
         return layout.missing_history if layout is not None else None
 
     def _clear(self) -> None:
-        """Drop the layout and all positions."""
+        """Drop the cached layout and all cached positions."""
         with self._lock:
             self._positions = []
             self._layout = None
@@ -123,12 +123,13 @@ class Reader:
         return reader.position
 
     def torn_line_notice(self) -> str | None:
-        """Return a notice of bytes after the last commit; ``None`` if there are none."""
+        """Return a notice about bytes after the last commit; ``None`` if there are no bytes."""
 
         def check(layout: Layout) -> str | None:
             offset, path = self.end(layout).offset, layout.segments[-1].path
             size = path.stat().st_size - offset
-            return f"{path}: {torn_line_text(size, offset)}; it is ignored" if size > 0 else None
+            text = torn_line_text(size, offset)
+            return f"{path}: {text}; the line is ignored" if size > 0 else None
 
         with contextlib.suppress(OSError, TaskStoreError):
             notice = self.with_layout(check)
@@ -183,7 +184,7 @@ class Reader:
             index = bisect.bisect_right(self._positions, after, key=_seq_of)
             cached = self._positions[index - 1] if index else start
         live = cached.first in [segment.first for segment in layout.segments]
-        # At a boundary the start of the later segment is equivalent.
+        # At the boundary of two segments, the start of the later segment is equivalent.
         return cached if live and cached.first >= start.first and cached.seq >= start.seq else start
 
     def _cache_sparsely(self, location: CommitLocation, end: JournalOffset) -> None:
@@ -203,7 +204,7 @@ class Reader:
 
 
 def _keeps_positions(known: Layout, layout: Layout) -> bool:
-    """Return whether positions in the known layout are valid in the new one."""
+    """Return whether positions in the known layout are valid in the new layout."""
     inodes = {segment.first: segment.inode for segment in layout.segments}
     last = known.segments[-1]
     return known.identity == layout.identity and inodes.get(last.first) == last.inode

@@ -1,4 +1,4 @@
-"""Segment files: the reader of their commits, creation, cutting a torn tail."""
+"""Segment files: reading commits, creating a segment, truncating a torn line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BUFFER = 1 << 18
 
 
 class CommitLocation(NamedTuple):
-    """A commit and its location: ``raw`` is its line at ``offset`` of ``segment``."""
+    """A commit and its location: ``raw`` is the commit's line, at ``offset`` in ``segment``."""
 
     segment: SegmentFile
     offset: int
@@ -39,8 +39,8 @@ class SegmentReader:
     """The commits after a journal offset, over all segments that follow.
 
     During iteration, ``position`` is right after the last commit yielded.  The iteration
-    ends at the end of the last segment, where it ignores a torn line.  It raises
-    :class:`CorruptStoreError` for any other bytes that are not the next commit.
+    ends at the end of the last segment, where a torn line is ignored.  Any other bytes
+    that are not the next commit raise :class:`CorruptStoreError`.
     """
 
     def __init__(self, layout: Layout, position: JournalOffset) -> None:
@@ -84,7 +84,7 @@ class SegmentReader:
 def read_lines(
     segment: SegmentFile, offset: int, *, last: bool, containing: bytes = b""
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines from ``offset`` on that hold the bytes ``containing``, with their offsets.
+    """Yield offset and line for each line from ``offset`` on that has the bytes ``containing``.
 
     A torn line at the end of the last segment is ignored.  Any other line that does
     not match its checksum raises :class:`CorruptStoreError`.
@@ -107,15 +107,16 @@ def read_lines(
 def prepare_segment(
     disk: Disk, path: Path, identity: Identity, *, at: int, base: bool = False
 ) -> Path:
-    """Write a new segment to a temporary file, to be published as ``path``; return its path."""
+    """Write a new segment, later published as ``path``, to a temporary file; return its path."""
     first = int(path.stem.partition("-")[2])
     return disk.write_temporary(path, [encode_header(identity, seq=first, at=at, base=base)])
 
 
-def cut_tail(disk: Disk, descriptor: int, path: Path, offset: int) -> str:
-    """Cut an open segment at ``offset``, save the bytes in a file; return a notice for operators.
+def truncate_tail(disk: Disk, descriptor: int, path: Path, offset: int) -> str:
+    """Truncate an open segment at ``offset``, and save the removed bytes in a file.
 
-    The caller must own the write lock, and must sync the segment before the next append.
+    Returns a notice for operators.  The caller must own the write lock, and must flush the
+    segment to disk before the next append.
     """
     with path.open("rb") as file:
         file.seek(offset)
@@ -128,7 +129,7 @@ def cut_tail(disk: Disk, descriptor: int, path: Path, offset: int) -> str:
     disk.publish(disk.write_temporary(kept, [tail]), kept)
     disk.truncate(descriptor, offset)
     torn_line = torn_line_text(len(tail), offset)
-    return f"{path}: {torn_line}; it was cut off, and its bytes are kept in {kept.name}"
+    return f"{path}: {torn_line}; the line was removed, and its bytes are kept in {kept.name}"
 
 
 def torn_line_text(size: int, offset: int) -> str:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from taskstore.errors import CorruptStoreError, ValidationError
 from taskstore.model import codec
+from taskstore.model.compaction_policy import CompactionPolicy, CompactionReport
 from taskstore.model.journal import (
     Change,
     ChangeSet,
@@ -19,7 +20,6 @@ from taskstore.model.journal import (
     plan,
     validated_snapshot,
 )
-from taskstore.model.policies import CompactionPolicy, CompactionReport
 from taskstore.model.query import Page, TaskQuery, evaluate
 from taskstore.model.records import MAX_INT
 from taskstore.store.disk import SYSTEM, Disk
@@ -56,11 +56,11 @@ class JSONStore(TaskRegistryStore):
     """A ledger in a directory of JSON files, for any number of processes on one machine.
 
     ``path`` is the directory (``str`` or ``Path``), created if it does not
-    exist.  ``durability`` is ``"full"`` or ``"process"``; ``strict`` raises
-    for a record that does not decode instead of quarantining it;
-    ``lock_timeout_s`` is how long a write waits for other writers before
-    :class:`~taskstore.StoreBusyError`.  ``disk`` performs all changes of
-    the files.
+    exist.  ``durability`` is ``"full"`` or ``"process"``.  With ``strict``, a
+    record that does not decode raises an error instead of being quarantined.
+    A write waits up to ``lock_timeout_s`` seconds for other writers before it
+    raises :class:`~taskstore.StoreBusyError`.  ``disk`` performs all changes
+    of the files.
     """
 
     def __init__(
@@ -254,7 +254,7 @@ def open_json(
 ) -> JSONStore:
     """Open the directory in a URL: ``json:///relative/dir`` or ``json:////absolute/dir``.
 
-    The path is not decoded.  There is no schema, so ``migrate`` has no effect.
+    Percent signs in the path are not decoded.  There is no schema: ``migrate`` has no effect.
     """
     del migrate
     return JSONStore(
@@ -276,7 +276,7 @@ def _path_of(url: str) -> Path:
         raise ValidationError("url", f"{url!r} has a query, but a JSON store takes no options")
     path = rest.removeprefix("///")
     if not path or "\0" in path:
-        raise ValidationError("url", f"{url!r} names no directory")
+        raise ValidationError("url", f"{url!r} does not name a directory")
     return Path(path)
 
 
@@ -313,7 +313,7 @@ def _entries(layout: Layout) -> Iterator[JournalEntry | CorruptStoreError]:
     seq = layout.floor - 1
     for segment in layout.segments:
         if segment.first > seq + 1:
-            reason = f"seq {seq + 1} to {segment.first - 1} are missing before it"
+            reason = f"seq {seq + 1} to {segment.first - 1} are missing before this segment"
             yield CorruptStoreError(str(segment.path), reason)
         reader = SegmentReader(layout, layout.start_of(segment))
         try:
@@ -336,4 +336,4 @@ def _compare_index(writer: Writer, check: IntegrityCheck) -> None:
     if writer.end == end and revisions != stored:
         wrong = {task_id for task_id, _ in revisions.items() ^ stored.items()}
         shown = sorted(wrong)[:MAX_TASKS_NAMED]
-        check.problems.append(f"the writer's index is wrong about {shown}")
+        check.problems.append(f"the writer's index is wrong for the tasks {shown}")

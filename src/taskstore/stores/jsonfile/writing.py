@@ -1,8 +1,8 @@
 """The writer: take the lock, catch up, check for conflicts, append.
 
-Between two commits the writer keeps the end of the journal and the index as of that
-end.  Every change runs inside :meth:`Writer.locked`, which takes the lock and brings
-both up to date.
+Between two commits the writer keeps the end of the journal, and the index at this end.
+Every change runs inside :meth:`Writer.locked`, which takes the lock and brings the end
+and the index up to date.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from taskstore.stores.jsonfile.layout import (
 )
 from taskstore.stores.jsonfile.lines import LINE_PREFIX_BYTES, Identity, encode_commit
 from taskstore.stores.jsonfile.locks import STATE_BYTES, FileLock, WriteLock, busy_error
-from taskstore.stores.jsonfile.segments import SegmentReader, cut_tail, prepare_segment
+from taskstore.stores.jsonfile.segments import SegmentReader, prepare_segment, truncate_tail
 
 _REOPEN = "close it and open it again"
 
@@ -61,13 +61,13 @@ class Writer:
         self.layout = Layout(directory)
         self.end = JournalOffset(1, 0, 0)
         self.last_commit = Position(0)
-        """The last commit that this writer knows; its seq is 0 if it knows none."""
+        """The position of the last known commit; its seq is 0 if no commit is known."""
         self.index: Index | None = None
-        """``None`` until a commit needs it, and whenever it may be wrong; then it is rebuilt."""
+        """``None`` until the first commit and if the index may be wrong; a commit rebuilds it."""
         self.preloaded: tuple[Index, JournalOffset] | None = None
-        """The index and the end of the journal from a load, for a commit without an index."""
+        """The index and the end of the journal from a load, for the next commit without index."""
         self.reserved = False
-        """Whether the next :meth:`locked` of this thread takes over the lock that it owns."""
+        """Whether this thread owns the lock, and its next :meth:`locked` takes the lock over."""
         self.timeout_s = lock_timeout_s
         self._lock = WriteLock(directory / LOCK_NAME, disk)
         self._sync = sync
@@ -82,13 +82,13 @@ class Writer:
 
     @contextmanager
     def locked(self, *, indexed: bool = True) -> Iterator[None]:
-        """Own the lock of the threads and that of the processes, up to date with the files.
+        """Take the thread lock and the process lock, read new commits, then run the body.
 
         A nested call of the same thread (from a signal handler) raises
-        :class:`StoreBusyError`, unless ``reserved`` lets it take over the lock.
+        :class:`StoreBusyError`, unless ``reserved`` is set.
         """
-        # An interrupt arrives at the start of a Python function or after a call.  No call may
-        # therefore stand between acquiring a lock and the block that releases it.
+        # An interrupt arrives at the start of a Python function or after a call.  Therefore no
+        # call may come between acquiring a lock and the block that releases this lock.
         with self._thread_lock:
             reserved, self.reserved = self.reserved, False
             if self._locked and not reserved:
@@ -106,10 +106,10 @@ class Writer:
                 try:
                     fcntl.flock(self._lock.descriptor, fcntl.LOCK_UN)
                 except (OSError, ValueError):
-                    self._lock.close()  # which also releases it
+                    self._lock.close()  # this also releases the lock
 
     def _acquire(self, *, indexed: bool) -> None:
-        """Take the lock of the processes, and catch up to the end of the journal."""
+        """Take the process lock, and read new commits up to the end of the journal."""
         if self._refusal is not None:
             raise StoreUnavailableError(self._refusal, hint=_REOPEN)
         lock = self._lock
@@ -159,9 +159,9 @@ class Writer:
     # -- catching up --------------------------------------------------------
 
     def _catch_up(self, *, only_grown: bool, indexed: bool) -> None:
-        """Read the commits of other processes.  ``only_grown`` tells that the last segment has
+        """Read the commits of other processes.  ``only_grown`` means that the last segment has
         grown and the other files have not changed."""
-        # Until this succeeds, the layout, the end and the index may be outdated.
+        # Until this call succeeds, the layout, the end and the index may be outdated.
         self._lock.known_generation = None
         if indexed and self.index is None and self.preloaded is not None:
             self.last_commit = Position(0)
@@ -169,7 +169,7 @@ class Writer:
 
         def attempt(number: int) -> None:
             if number > 1:
-                # Apparent damage may come from an outdated end of the journal.
+                # The journal may only seem damaged, because its known end is outdated.
                 self.index = None
             known = only_grown and number == 1
             self._other_writers |= known
@@ -180,7 +180,7 @@ class Writer:
         try:
             retry_while_changing(self.directory, attempt)
         except BaseException:
-            # The index may contain half a commit.
+            # The index may contain only a part of a commit.
             self.index = self._lock.known_generation = None
             raise
         if self._lock.generation % 2:
@@ -204,12 +204,13 @@ class Writer:
                 index.replay(location.line)
         last = layout.segments[-1]
         if reader.position.first != last.first:
-            raise CorruptStoreError(str(last.path), "does not continue the journal", offset=0)
+            reason = "this segment does not continue the journal"
+            raise CorruptStoreError(str(last.path), reason, offset=0)
         self._open_segment(last)
         size = reader.position.offset
         if last.path.stat().st_size > size:
             with self._lock.changing():
-                self.notices.append(cut_tail(self.disk, self._descriptor, last.path, size))
+                self.notices.append(truncate_tail(self.disk, self._descriptor, last.path, size))
         self.layout, self.end, self.index = layout, reader.position, index
         self.last_commit = last_commit
 
@@ -218,7 +219,7 @@ class Writer:
         layout = read_layout(self.directory)
         if layout.fresh and self.layout.segments:
             reason = f"the files of the store {self.directory} are gone"
-            raise StoreUnavailableError(reason, hint="put them back, or open the store again")
+            raise StoreUnavailableError(reason, hint="restore the files, or open the store again")
         if not layout.fresh:
             _remove_leftovers(layout, self.disk)
             return layout
@@ -234,19 +235,19 @@ class Writer:
             self._descriptor = self.disk.open(segment.path, os.O_RDWR)
 
     def _sync_segment(self) -> None:
-        """Sync the lines and cuts of other processes.
+        """Flush to disk (fsync) the lines that other processes have appended or truncated.
 
-        Another process may have died between its write and its sync.  Once this writer
-        appends a line, a torn line before it would be corruption.
+        Another process may have died between its write and its fsync.  Once this writer
+        appends a line, a torn line before the new line would be corruption.
         """
         try:
             self.disk.sync_data(self._descriptor)
         except OSError as error:
-            self._refuse("syncing the commits of other processes", error)
+            self._refuse("flushing the commits of other processes to disk", error)
             raise
 
     def _refuse(self, operation: str, error: BaseException) -> str:
-        """Refuse all further writes: only reopening can check the files.  Return the message."""
+        """Refuse all further writes, because only a reopen checks the files; return the message."""
         self._refusal = (
             f"the store {self.directory} refuses writes until it is reopened: "
             f"{operation} failed: {error}"
@@ -261,7 +262,7 @@ class Writer:
     # -- changing -----------------------------------------------------------
 
     def commit(self, steps: Sequence[Step], count: int, entries: bytes, clock: Clock) -> Commit:
-        """Check a batch of ``count`` changes for conflicts and append it.  Requires the lock."""
+        """Check ``count`` changes for conflicts and append them as one line.  Requires the lock."""
         index, start = self.index, self.end
         assert index is not None
         conflicts = find_conflicts(steps, index.revisions, index.deleted, index.by_dedup_key)
@@ -285,7 +286,7 @@ class Writer:
         except BaseException as error:
             self._undo_append(error, written=written)
             raise
-        # The commit is complete.  After an interrupt from here on, the index is rebuilt.
+        # The commit is complete.  If an interrupt comes from here on, the index is rebuilt.
         self.index = None
         index.commit(steps, commit.first_seq)
         offset = start.offset + len(line)
@@ -302,12 +303,12 @@ class Writer:
     def _undo_append(self, error: BaseException, *, written: bool) -> None:
         """Truncate a failed line; refuse further writes if the content of the disk is unknown."""
         syncing = written and isinstance(error, OSError)
-        operation = "syncing" if syncing else "undoing a commit"
+        operation = "flushing a commit to disk" if syncing else "undoing a commit"
         try:
             with self._lock.changing():  # a reader may have read the line without the lock
                 self.disk.truncate(self._descriptor, self.end.offset)
                 if self._sync:
-                    # Without this, a power loss could restore the line or mix it with the next.
+                    # Without fsync, a power loss could restore the line or mix it with a new line.
                     self.disk.sync_data(self._descriptor)
         except OSError:
             kind = OutcomeUnknownError if written else StoreUnavailableError
@@ -317,7 +318,7 @@ class Writer:
 
     @contextmanager
     def _refuse_on_error(self, operation: str) -> Iterator[None]:
-        """Refuse all further writes if the body raises: only reopening can check the files."""
+        """Refuse further writes if the body raises, because only a reopen checks the files."""
         try:
             yield
         except BaseException as error:
@@ -328,13 +329,13 @@ class Writer:
             raise
 
     def roll(self) -> Layout:
-        """Begin a new segment unless the last is empty; return the layout.  Requires the lock."""
+        """Begin a segment unless the last segment is empty; return the layout.  Needs the lock."""
         if self.end.seq >= self.end.first:
             path = self.directory / segment_name(self.end.seq + 1)
             temporary = prepare_segment(self.disk, path, self.layout.identity, at=self.end.at)
             with self._refuse_on_error("beginning a segment"), self._lock.changing():
-                # Another process may have written without a sync.  Only in the last
-                # segment may a line be torn.
+                # Another process may have written without an fsync.  A torn line is
+                # allowed only in the last segment.
                 self.disk.sync_file(self._descriptor)
                 self.disk.publish(temporary, path)
                 self._switch_to(path)
@@ -344,7 +345,7 @@ class Writer:
         """Continue at the start of the newest segment, which is empty."""
         self.layout = read_layout(self.directory)
         last = self.layout.segments[-1]
-        assert last.path == path, "a new segment is the last one"
+        assert last.path == path, "a new segment is the last segment"
         self._open_segment(last)
         self.end = self.layout.start_of(last)
 
@@ -356,7 +357,7 @@ class Writer:
             self.index.forget_deletions(floor)
 
     def replace(self, snapshot: Snapshot, payloads: Iterable[bytes]) -> None:
-        """Make a snapshot the whole content.  Requires both locks."""
+        """Replace the whole content with a snapshot.  Requires the write and compaction locks."""
         head, at = self.end.seq, max(snapshot.at, self.end.at)
         if head and snapshot.seq <= head:
             raise ConflictError([], f"the snapshot is at seq {snapshot.seq}, the head at {head}")
@@ -370,7 +371,7 @@ class Writer:
         try:
             segment = self.directory / segment_name(snapshot.seq + 1)
             prepared = prepare_segment(self.disk, segment, identity, at=at, base=True)
-            # These are invalid from here on, even after an interrupt.
+            # These three attributes are invalid from here on, also after an interrupt.
             self.last_commit, self.index, self.preloaded = Position(0), None, None
             with self._refuse_on_error("replacing the content"), self._lock.changing():
                 self.disk.publish(prepared, segment)
@@ -385,7 +386,7 @@ class Writer:
 
 
 def _journal_size(directory: Path) -> object:
-    """Return a value that every commit changes; ``None`` if it cannot be read."""
+    """Return a value that every commit changes; ``None`` if the value cannot be read."""
     with contextlib.suppress(OSError, ValueError):
         last = max(directory.glob("journal-*.jsonl"))
         return (last, last.stat().st_size)
@@ -402,7 +403,7 @@ def _remove_leftovers(layout: Layout, disk: Disk) -> None:
     compact_lock = FileLock(layout.directory / COMPACT_LOCK_NAME, disk)
     # A running compactor removes its own leftovers.
     with contextlib.suppress(StoreBusyError), compact_lock.held(0, "a compactor"):
-        # The floor comes from a header whose checksum has not been verified yet.
+        # The floor comes from the snapshot's header, whose checksum is not yet verified.
         check_newest(layout)
         disk.remove_all([*layout.obsolete, *others])
         disk.sync_directory(layout.directory)

@@ -1,9 +1,15 @@
 """The commit of a batch of changes in one transaction.
 
-The transaction claims seqs on the head row, whose lock keeps other writers
-out.  Then it deletes tasks (which frees their dedup keys), updates tasks,
-inserts tasks and inserts journal entries.  Each statement checks its own
-preconditions, so its row count shows whether they were met.
+The transaction claims seqs on the head row.  The lock of this row keeps other
+writers out.  The transaction then deletes tasks (which frees their dedup keys),
+updates tasks, inserts tasks and inserts journal entries.  Each statement on tasks
+skips the rows that do not meet its preconditions, so its row count shows a conflict.
+
+If the answer to COMMIT is lost, the attempt ends with ``UnconfirmedCommitError``,
+and ``Transactions.read_back_commit`` locks the head row and looks for the commit id in the
+journal.  If the journal contains the commit, :func:`commit` returns it as committed;
+otherwise :func:`commit` retries the batch.  If the server stays unreachable,
+:func:`commit` raises :class:`~taskstore.OutcomeUnknownError`.
 """
 
 from __future__ import annotations
@@ -42,7 +48,7 @@ from taskstore.stores.sql.errors import ErrorKind
 from taskstore.stores.sql.rows import Claimed, Head
 from taskstore.stores.sql.statements import RARELY_UPDATED
 from taskstore.stores.sql.tables import (
-    PROJECTED,
+    COPIED_COLUMNS,
     SCHEMA_EPOCH,
     task_journal,
     tasks,
@@ -52,23 +58,25 @@ from taskstore.stores.sql.transactions import Transactions
 
 _MAX_COLLISIONS = 8
 
-# Some drivers accept only str, and not its subclass TaskStatus.
-_projections = attrgetter(*(f"{name}.value" if name == "status" else name for name in PROJECTED))
+# The status is read as str: some drivers do not accept TaskStatus, a subclass of str.
+_copied_columns = attrgetter(
+    *(f"{name}.value" if name == "status" else name for name in COPIED_COLUMNS)
+)
 _rarely_updated = attrgetter(*RARELY_UPDATED)
 
 
 class _RowMismatch(Exception):
-    """A row did not match the batch; the caller rolls back and finds out which row."""
+    """A row did not match the batch; the caller rolls back and looks for the conflicts."""
 
 
 class EncodedBatch:
-    """A batch of changes, encoded and sorted by statement."""
+    """The encoded rows of a batch of changes, one list for each statement."""
 
     def __init__(self, changes: Sequence[Change]) -> None:
         self.steps = plan(changes)
         self.commit_id = commit_id = new_commit_id()
         self.entries: list[tuple[Any, ...]] = []
-        """The journal rows without their seq and time."""
+        """The journal rows of the batch, without the columns seq and time."""
         encoded: dict[str, tuple[bytes, int]] = {}
         for change in changes:
             entry: tuple[Any, ...]
@@ -100,12 +108,12 @@ class EncodedBatch:
 
 
 def insert_row(record: TaskRecord, payload: bytes, check: int) -> tuple[Any, ...]:
-    """A row of ``tasks``, in order of its columns."""
-    return (record.task_id, record.revision, *_projections(record), payload, check)
+    """The values of a new row of ``tasks``, in order of the columns."""
+    return (record.task_id, record.revision, *_copied_columns(record), payload, check)
 
 
 def update_row(step: Step, record: TaskRecord, payload: bytes, check: int) -> tuple[Any, ...]:
-    """The parameters of an update: ``UPDATE_ORDER`` of the statements."""
+    """The parameters of an update of one task, in the order of ``UPDATE_ORDER``."""
     status = record.status.value
     rare = _rarely_updated(record)
     return (record.revision, status, payload, check, step.task_id, step.base, *rare)
@@ -138,21 +146,21 @@ def commit(transactions: Transactions, changes: Sequence[Change], clock: Clock) 
                 conflicts = [Conflict(step.task_id, step.base, step.base) for step in batch.steps]
             if conflicts:
                 raise ConflictError(conflicts) from mismatch.__cause__
-        if attempt.unconfirmed and transactions.confirm(
+        if attempt.unconfirmed and transactions.read_back_commit(
             partial(_is_committed, database, committed)
         ):
             return committed
-    raise AssertionError("attempts end by raising")
+    raise AssertionError("the last attempt raises")
 
 
 def schema_epoch_error(database: Database, tx: Session) -> SchemaMismatchError:
-    """The error of a refused claim: a newer version of taskstore has raised the schema epoch
-    above the one that this version may write."""
+    """The error for a claim that updated nothing: the schema epoch of the ledger is higher
+    than the epoch that this version of taskstore may write."""
     row = tx.row(database.sql.head)
     epoch = None if row is None else Head(*row).schema_epoch
     return SchemaMismatchError(
-        f"{database.location} has schema epoch {epoch}, "
-        f"this version of taskstore works with {SCHEMA_EPOCH}",
+        f"{database.location} has schema epoch {epoch}, but "
+        f"this version of taskstore can write only up to schema epoch {SCHEMA_EPOCH}",
         found=None if epoch is None else f"epoch {epoch}",
         needed=f"epoch {SCHEMA_EPOCH}",
         hint="upgrade taskstore",
@@ -162,7 +170,7 @@ def schema_epoch_error(database: Database, tx: Session) -> SchemaMismatchError:
 def _has_base(base: Position, claimed: Claimed) -> bool:
     """Return whether the journal contains the base position of the changes.
 
-    The position just before the floor is accepted: its entry was trimmed.
+    A base position just before the floor is accepted, although its entry was trimmed.
     """
     if claimed.base is None:
         return base.seq in (0, claimed.floor - 1)
@@ -183,14 +191,15 @@ def _write(database: Database, tx: Session, batch: EncodedBatch, floor: int) -> 
             count, parameters = len(group), flat_parameters(group)
             updated = tx.execute_dml(sql.update_tasks(count), parameters)
             if updated < count:
-                # Update the tasks whose projections change too; the others no longer match.
+                # Update the tasks whose copied columns change.  A task that was just updated
+                # has a new revision, so this statement does not match it again.
                 updated += tx.execute_dml(sql.update_tasks_wide(count), parameters)
             touched += updated
         for group in database.row_groups(batch.inserts) if batch.inserts else ():
             touched += database.insert(tx, group, floor)
     except database.translator.errors as error:
-        # Only an update that sets a dedup key of another task fails like this.  The
-        # failed transaction cannot find out which one.
+        # Only an update that sets the dedup key of another task raises this error.  The
+        # failed transaction can run no more queries, so it cannot find this task.
         if database.translator.error_kind(error) is ErrorKind.INTEGRITY:
             raise _RowMismatch from error
         raise
@@ -201,20 +210,20 @@ def _write(database: Database, tx: Session, batch: EncodedBatch, floor: int) -> 
 
 
 def _is_committed(database: Database, expected: Commit, tx: Session) -> bool:
-    """Return whether a commit whose COMMIT was not answered is in the journal."""
+    """Return whether the journal contains a commit after the answer to COMMIT was lost."""
     entry = task_journal.c
     commit_id = tx.scalar(sa.select(entry.commit_id).where(entry.seq == expected.first_seq))
     if commit_id is None and expected.first_seq < Head(*tx.row(database.sql.head)).floor:
         raise OutcomeUnknownError(
-            f"{database.location}: the connection broke during a commit, and the journal was "
-            f"trimmed past seq {expected.first_seq}, the first seq of that commit",
-            hint="load the records again",
+            f"{database.location}: the outcome of a commit is unknown: the connection broke, and "
+            f"the journal was trimmed past seq {expected.first_seq}, the first seq of that commit",
+            hint="load the records again, and check whether they contain the changes",
         )
     return bool(commit_id == expected.commit_id)
 
 
 def conflicts_of(steps: Sequence[Step], tx: Session) -> list[Conflict]:
-    """Return the conflicts between the stored rows and the steps, under the head lock."""
+    """Lock the head row, and return the conflicts between the stored rows and the steps."""
     head = taskstore_head.c
     floor = tx.scalar(sa.select(head.floor).where(head.id == 1).with_for_update())
     revisions: dict[str, int] = {}

@@ -1,17 +1,17 @@
-"""Compaction: publish a snapshot of the rows, move the floor, trim.
+"""Compaction: publish a snapshot of the rows, move the floor, trim the journal.
 
-No step holds the head lock for longer than one small transaction.  One read
+No step locks the head row for longer than one small transaction.  One read
 transaction copies the rows to a temporary file, and small transactions write
-them to the database from there.  A read transaction of that length would block
-SQLite's checkpoints and PostgreSQL's vacuum.  It would also need a second
-connection, which a host's pool may not have.
+the copied rows to the database.  One read transaction for the whole compaction would
+block SQLite's checkpoints and PostgreSQL's vacuum.  A long read transaction would also
+need a second connection, which a host's pool may not have.
 
-A lease on the head row keeps other compactors out.  Every transaction renews
-the lease, and fails if another compactor has taken it over.  A compactor that
+A lease in the head row keeps other compactors out.  Every transaction renews the
+lease, and fails if another compactor has taken over the lease.  A compactor that
 was suspended for too long therefore changes nothing when it resumes.
 
-Compaction does not trim the only entry of a task that has no row.  It keeps
-the bytes of trimmed entries that do not decode in ``task_set_aside`` [12].
+Compaction fails before it trims the last record of a task whose row is missing.  If a
+trimmed entry cannot be decoded, compaction keeps its bytes in ``task_set_aside`` [12].
 """
 
 from __future__ import annotations
@@ -27,14 +27,19 @@ import sqlalchemy as sa
 
 from taskstore.errors import CorruptStoreError, StoreUnavailableError
 from taskstore.model.codec import checksum
+from taskstore.model.compaction_policy import (
+    CompactionPolicy,
+    CompactionReport,
+    JournalStats,
+    SnapshotInfo,
+)
 from taskstore.model.ids import Clock
 from taskstore.model.journal import Quarantined
-from taskstore.model.policies import CompactionPolicy, CompactionReport, JournalStats, SnapshotInfo
 from taskstore.stores.common import compaction
 from taskstore.stores.common.compaction import CompactionPoint, CompactionSteps, Retained
+from taskstore.stores.sql.compaction_lease import Lease
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.dialects.base import Session
-from taskstore.stores.sql.lease import Lease
 from taskstore.stores.sql.rows import SnapshotRow, as_bytes, entry_of, line_of, quarantined_line
 from taskstore.stores.sql.snapshots import (
     chunks_of,
@@ -59,9 +64,9 @@ from taskstore.stores.sql.tables import (
 from taskstore.stores.sql.transactions import Transactions
 
 ENTRIES_PER_STEP = 1000
-"""The number of journal entries that one transaction checks, and that one deletes."""
+"""The most journal entries that one transaction reads or deletes."""
 CHUNKS_PER_STEP = 8
-"""The number of chunks of a dropped snapshot that one transaction deletes."""
+"""The most chunks of a dropped snapshot that one transaction deletes."""
 MAX_NAMED = 3
 """The most tasks that one error message names."""
 
@@ -72,9 +77,9 @@ def compact(
     clock: Clock,
     on_quarantined: Callable[[Quarantined], object],
 ) -> CompactionReport:
-    """Compact if the policy requires it; see ``SupportsCompaction.compact``.
+    """Compact if the policy requires a compaction; see ``SupportsCompaction.compact``.
 
-    ``on_quarantined`` is called with each quarantined payload of a trimmed entry.
+    The function calls ``on_quarantined`` with each quarantined payload of a trimmed entry.
     """
     report = compaction.compact(SQLCompactionSteps(transactions, on_quarantined), policy, clock)
     if policy.erase_deleted:
@@ -83,7 +88,7 @@ def compact(
 
 
 class SQLCompactionSteps(CompactionSteps):
-    """The steps of one compaction, in small transactions under the lease."""
+    """The steps of one compaction: small transactions that each renew the lease."""
 
     def __init__(
         self,
@@ -96,7 +101,7 @@ class SQLCompactionSteps(CompactionSteps):
         self._on_quarantined = on_quarantined
         self._lease = Lease(transactions)
         self._buffer: IO[bytes]
-        # The row of the new snapshot, and the size of each of its chunks in bytes.
+        # The row of the new snapshot in task_snapshots, and the size of each chunk in bytes.
         self._snapshot_row = SnapshotRow(0, 0)
         self._chunk_sizes: list[int] = []
 
@@ -171,12 +176,12 @@ class SQLCompactionSteps(CompactionSteps):
     def _replace_row(
         self, table: sa.Table, same: sa.ColumnElement[bool], row: tuple[Any, ...], tx: Session
     ) -> None:
-        """Insert a row in place of the row that matches ``same``; idempotent."""
+        """Delete the row that matches ``same``, if any, and insert a row; idempotent."""
         tx.execute_core(sa.delete(table).where(same))
         insert(tx, self._transactions.database, table, [row])
 
     def _move_floor(self, retained: Retained) -> None:
-        """Move the floor and drop snapshots, in one transaction.  Afterwards no reader sees the
+        """Move the floor and drop snapshots, in one transaction.  Readers then ignore the
         rows that later steps delete."""
         dropped = task_snapshots.c.seq.not_in(sorted(retained.seqs))
 
@@ -187,12 +192,12 @@ class SQLCompactionSteps(CompactionSteps):
         self._lease.run(work)
 
     def trim(self, point: CompactionPoint, retained: Retained) -> None:
-        del point, retained  # _move_floor has made the trimmed rows leftovers
+        del point, retained  # after _move_floor, readers ignore the rows that are deleted here
         self._delete_leftovers()
 
     def _delete_leftovers(self) -> None:
-        """Delete, in small steps, the rows that no reader sees: entries below the floor, and
-        chunks of dropped and unpublished snapshots."""
+        """Delete the rows that readers ignore, in small transactions: entries below the floor,
+        and chunks of dropped and unpublished snapshots."""
         while self._lease.run(_delete_chunks):
             pass
         database = self._transactions.database
@@ -204,8 +209,7 @@ class SQLCompactionSteps(CompactionSteps):
 
 
 def _delete_chunks(tx: Session) -> bool:
-    """Delete some chunks of a dropped or unpublished snapshot; return whether there were
-    any."""
+    """Delete chunks of a dropped or unpublished snapshot; return whether any existed."""
     seq, chunk = task_snapshot_chunks.c.seq, task_snapshot_chunks.c.chunk
     orphaned = ~sa.exists().where(task_snapshots.c.seq == seq)
     rows = tx.select(sa.select(seq, chunk).where(orphaned).order_by(seq, chunk).limit(1))
@@ -217,15 +221,16 @@ def _delete_chunks(tx: Session) -> bool:
 
 @contextmanager
 def _temporary_file(database: Database) -> Iterator[IO[bytes]]:
-    """An unnamed temporary file, in the database's ``temp_dir`` or the system's."""
+    """A temporary file without a name, in ``temp_dir`` of the database or of the system."""
     directory = database.temp_dir or tempfile.gettempdir()
     try:
         with tempfile.TemporaryFile(dir=directory) as file:
             yield file
     except OSError as error:
         raise StoreUnavailableError(
-            f"cannot compact {database.location}: a temporary file in {directory} failed: {error}",
-            hint="free some space there and try again",
+            f"cannot compact {database.location}: "
+            f"cannot use a temporary file in {directory}: {error}",
+            hint="free space in this directory, then compact again",
         ) from error
 
 
@@ -233,10 +238,10 @@ def _temporary_file(database: Database) -> Iterator[IO[bytes]]:
 
 
 def check_rows_exist(session: Session, low: int, high: int, location: str) -> None:
-    """Check that no entry in ``[low, high)`` is the only data of a task.
+    """Check that no entry in ``[low, high)`` contains the only copy of a record.
 
-    Raises :class:`~taskstore.CorruptStoreError` for a task without a row whose last entry
-    is in this range and is no deletion.
+    Raises :class:`~taskstore.CorruptStoreError` if a task has no row, and its last entry
+    is in this range and is not a deletion.
     """
     entry, later = task_journal.c, task_journal.alias("later")
     lost = (
@@ -250,29 +255,29 @@ def check_rows_exist(session: Session, low: int, high: int, location: str) -> No
         names = ", ".join(f"task {task_id!r} (seq {seq})" for task_id, seq in rows)
         raise CorruptStoreError(
             f"{location}: tasks",
-            f"the row of {names} is missing; its last record is in the journal only",
-            hint="nothing was trimmed; restore the row from task_journal or restore a backup, "
-            "then compact again",
+            f"these tasks have no row, and only the journal contains their records: {names}",
+            hint="nothing was trimmed; restore the rows from the table task_journal, "
+            "or restore a backup, then compact again",
         )
 
 
 class TrimPlan(NamedTuple):
-    """The next entries to trim, and the changes of ``task_set_aside`` that go with them."""
+    """The next entries to trim, and the changes to ``task_set_aside`` in the same transaction."""
 
     end: int
-    """The entries below this seq are deleted."""
+    """The seq of the first entry that is not trimmed."""
     obsolete_ids: Sequence[int]
-    """The ids of the quarantined payloads of tasks that these entries delete."""
+    """The ids of rows in ``task_set_aside`` that belong to tasks deleted by these entries."""
     quarantined: Sequence[Quarantined]
-    """The payloads of these entries that do not decode and are stored nowhere else."""
+    """The payloads of these entries that cannot be decoded and have no other copy."""
     last_id: int
-    """The highest id in ``task_set_aside`` before the change."""
+    """The highest id in ``task_set_aside`` before the trim."""
 
 
 def plan_trim(session: Session, sql: Statements, limit: int) -> TrimPlan | None:
-    """The plan for the next ``limit`` entries below the floor; ``None`` if there are none.
+    """The plan for the next ``limit`` entries below the floor; ``None`` if there is no entry.
 
-    Entries below the floor do not change, so this needs no lock.
+    Entries below the floor do not change, so this function needs no lock.
     """
     floor = read_head(session, sql).floor
     low = session.scalar(sa.select(sa.func.min(task_journal.c.seq)))
@@ -294,9 +299,9 @@ def plan_trim(session: Session, sql: Statements, limit: int) -> TrimPlan | None:
 
 
 def trim_entries(tx: Session, database: Database, plan: TrimPlan) -> None:
-    """Delete the entries of a plan, and keep their quarantined payloads.
+    """Delete the entries of a plan, and store the quarantined payloads of these entries.
 
-    Idempotent: a repeat first deletes the rows after ``last_id``, which the plan added.
+    Idempotent: a repeat first deletes the rows that the first run inserted after ``last_id``.
     """
     row_id = task_set_aside.c.id
     if plan.obsolete_ids:
@@ -310,7 +315,7 @@ def trim_entries(tx: Session, database: Database, plan: TrimPlan) -> None:
 
 
 def _quarantine_entry(row: Any) -> Quarantined | None:
-    """The quarantined payload of an entry; ``None`` if the entry decodes."""
+    """The quarantined payload of an entry; ``None`` if the entry can be decoded."""
     seq, _, _, task_id, revision, _, payload, _ = row
     try:
         quarantined = entry_of(row, "task_journal").quarantined
@@ -325,8 +330,8 @@ def _quarantine_entry(row: Any) -> Quarantined | None:
 
 
 def _is_deleted_or_stored(session: Session, row: Any) -> bool:
-    """Return whether the payload of an entry need not be kept: a later entry deletes the
-    task, or the task's row still has the same bytes."""
+    """Return whether a trim may drop the payload of an entry: a later entry deletes the
+    task, or the row of the task has the same bytes."""
     seq, _, _, task_id, revision, _, payload, _ = row
     entry = task_journal.c
     deletion = sa.select(entry.seq).where(
@@ -341,7 +346,7 @@ def _is_deleted_or_stored(session: Session, row: Any) -> bool:
 
 
 def _quarantined_ids(session: Session, sql: Statements) -> tuple[dict[str, list[int]], int]:
-    """The ids in ``task_set_aside`` of superseded payloads, by task, and the highest id."""
+    """The row ids of superseded payloads in ``task_set_aside`` by task, and the highest row id."""
     ids: dict[str, list[int]] = {}
     last = 0
     for last, item in quarantined_rows(session, sql):

@@ -1,9 +1,9 @@
 """Classification of driver errors, and their translation into taskstore's errors.
 
-``error_kind`` classifies an exception, and callers decide by it whether to
-retry.  :class:`Translator` raises the matching error of :mod:`taskstore.errors`
-from its cause.  No message contains the password of the engine's URL.  If the
-cause contains it, the error has no cause.
+One function per dialect classifies an exception; callers use the returned kind to
+decide whether to retry.  :class:`Translator` raises the matching error of
+:mod:`taskstore.errors`, with the driver's exception as the cause.  No message contains
+the URL's password.  If the driver's message contains it, the error has no cause.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ErrorKind(Enum):
     CONNECTION_LOST = "connection lost"
     """The connection broke or could not be opened."""
     STANDBY = "standby"
-    """This server is read-only now; another server, or this one later, may take writes."""
+    """This server is read-only now.  Another server may accept writes, or this server later."""
     CORRUPT = "corrupt"
     """The database is damaged, or the file is not a database."""
     DISK_FULL = "disk full"
@@ -53,7 +53,7 @@ class ErrorKind(Enum):
 
 
 UNREACHABLE = frozenset({ErrorKind.CONNECTION_LOST, ErrorKind.STANDBY})
-"""Errors that a later attempt on a new connection may not meet."""
+"""Errors after which a later attempt on a new connection may succeed."""
 
 _SQLITE_CODES = {
     5: ErrorKind.LOCK_TIMEOUT,
@@ -64,11 +64,11 @@ _SQLITE_CODES = {
     19: ErrorKind.INTEGRITY,
     26: ErrorKind.CORRUPT,
 }
-"""Primary result codes of SQLite."""
+"""The kind of each primary result code of SQLite."""
 
 _SQLITE_FSYNC_ERRORS = {10, 10 | (4 << 8), 10 | (5 << 8)}
-"""SQLITE_IOERR_FSYNC, …_DIR_FSYNC, and SQLITE_IOERR without detail.  pysqlite3 reports no
-detail, so at a COMMIT the code must be treated as a failed fsync."""
+"""SQLITE_IOERR_FSYNC, SQLITE_IOERR_DIR_FSYNC, and SQLITE_IOERR.  pysqlite3 reports
+SQLITE_IOERR for every I/O error, so at a COMMIT this code must count as a failed fsync."""
 
 _SQLITE_WRITE_ERROR = 10 | (3 << 8)
 """SQLITE_IOERR_WRITE: writing a page to the log failed, and the transaction is rolled back."""
@@ -90,12 +90,12 @@ _SQLSTATES = {
     "XX001": ErrorKind.CORRUPT,
     "XX002": ErrorKind.CORRUPT,
 }
-"""SQLSTATEs or prefixes of them; the longest match wins."""
+"""The kind of each SQLSTATE or SQLSTATE prefix; the longest matching prefix applies."""
 
 _MARIADB_NUMBERS = {
     ErrorKind.LOCK_TIMEOUT: {1317, 1907, 1969},
-    # 1205, a lock timeout, rolls back its statement only; the store retries the
-    # whole transaction.
+    # Error 1205 is a lock timeout that rolls back only one statement; the store retries
+    # the whole transaction.
     ErrorKind.SERIALIZATION: {1020, 1040, 1203, 1205, 1213, 1412, 1614},
     ErrorKind.CONNECTION_LOST: {
         1053, 1077, 1079, 1152, 1158, 1159, 1160, 1161, 1180, 1927, 2002, 2003, 2006, 2013, 2014,
@@ -111,7 +111,7 @@ _MARIADB_NUMBERS = {
 
 
 def driver_error(error: BaseException) -> BaseException:
-    """The driver's exception inside an exception of SQLAlchemy, or the exception itself."""
+    """Return the driver's exception inside SQLAlchemy's exception, or the exception itself."""
     if isinstance(error, sa.exc.DBAPIError) and error.orig is not None:
         return error.orig
     return error
@@ -136,7 +136,7 @@ def postgresql_error_kind(error: BaseException) -> ErrorKind:
     cause = driver_error(error)
     state: str | None = getattr(cause, "sqlstate", None)
     if state is None:
-        # Not from the server: the connection broke or could not be opened.
+        # The error is not from the server: the connection broke or could not be opened.
         broken = type(cause).__name__ == "OperationalError"
         return ErrorKind.CONNECTION_LOST if broken else ErrorKind.OTHER
     for length in (5, 4, 2):
@@ -151,7 +151,7 @@ def mariadb_error_kind(error: BaseException) -> ErrorKind:
     cause = driver_error(error)
     number = cause.args[0] if cause.args else None
     if not isinstance(number, int) or number == 0:
-        # An error of the driver itself: the connection is closed or out of sync.
+        # The driver itself raised the error: the connection is closed or not usable.
         broken = type(cause).__name__ in ("InterfaceError", "InternalError", "OperationalError")
         return ErrorKind.CONNECTION_LOST if broken else ErrorKind.OTHER
     kinds = (kind for kind, numbers in _MARIADB_NUMBERS.items() if number in numbers)
@@ -161,9 +161,9 @@ def mariadb_error_kind(error: BaseException) -> ErrorKind:
 class Translator:
     """Translates the driver errors of one database; a reusable context manager.
 
-    ``location`` names the database without its password, ``secret`` is the
-    password, ``error_kind`` classifies the errors of the dialect, and ``driver`` is
-    the base class of the driver's exceptions.  ``waits`` is true if the database
+    ``location`` names the database and contains no password; ``secret`` is the
+    password.  ``error_kind`` classifies the errors of the dialect.  ``driver`` is the
+    base class of the driver's exceptions.  ``waits`` is true if the database
     waits for a lock before it reports that the lock is not free.
     """
 
@@ -178,7 +178,7 @@ class Translator:
     ) -> None:
         self.location = location
         self._waits = waits
-        # In a damaged database, messages and values may not be UTF-8.
+        # Messages and values from a damaged database may be invalid UTF-8.
         self.errors: tuple[type[Exception], ...] = (
             driver,
             sa.exc.SQLAlchemyError,
@@ -217,7 +217,7 @@ class Translator:
         return FailureKind.SERIALIZATION if retryable else FailureKind.PERMANENT
 
     def cause(self, error: BaseException) -> BaseException | None:
-        """The driver's exception, or ``None`` if its text contains the password."""
+        """Return the driver's exception, or ``None`` if its text contains the password."""
         cause = driver_error(error)
         message = str(cause)
         return None if any(secret in message for secret in self._secrets) else cause
@@ -237,7 +237,7 @@ class Translator:
                 return CorruptStoreError(where, text)
             case ErrorKind.DISK_FULL:
                 return StoreUnavailableError(
-                    f"{where}: the disk or a size limit is full: {text}",
+                    f"{where}: the disk is full or a size limit is reached: {text}",
                     hint="free some space or raise the limit, and try again",
                 )
             case ErrorKind.READ_ONLY | ErrorKind.STANDBY:
@@ -258,7 +258,7 @@ class Translator:
                 return StoreUnavailableError(f"{where} cannot be used: {text}")
 
     def text(self, error: BaseException) -> str:
-        """The driver's message on one line, without the password."""
+        """Return the driver's message on one line, without the password."""
         cause = driver_error(error)
         message = str(cause)
         if isinstance(cause, UnicodeDecodeError):

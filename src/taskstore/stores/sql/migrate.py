@@ -1,7 +1,7 @@
 """The schema of a database: its state, the required state, and migrations.
 
-The migrations create a database, never the metadata.  Alembic is imported only
-for a migration: opening a ledger with the required schema does not import it.
+Only the migrations create tables; ``metadata.create_all`` is never used.  Alembic is
+imported only for a migration, and not when a ledger has the required schema.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("taskstore")
 
 VERSION_TABLE = "taskstore_alembic_version"
-"""The table of Alembic's revision of taskstore, separate from a host's version table."""
+"""The table where Alembic stores taskstore's revision; a host has its own version table."""
 
 _version = sa.Table(VERSION_TABLE, sa.MetaData(), sa.Column("version_num", sa.String(32)))
 
 
 class SchemaState(NamedTuple):
-    """The state of the schema: its revision, its epoch, and the tables of a ledger that exist."""
+    """The state of a schema: its revision, its epoch, and the existing tables of taskstore."""
 
     revision: str | None
     epoch: int | None
@@ -62,7 +62,7 @@ def migrations_path() -> Path:
 
 
 def history() -> list[tuple[str, str]]:
-    """Every revision with the first line of its docstring, newest first."""
+    """Every revision and the first line of its docstring, newest revision first."""
     from alembic.script import ScriptDirectory
 
     scripts = ScriptDirectory.from_config(_config()).walk_revisions()
@@ -70,7 +70,7 @@ def history() -> list[tuple[str, str]]:
 
 
 def engine_for_url(url: str, *, read_only: bool = False) -> sa.Engine:
-    """The engine of a URL, configured like a store's, for the functions of this module."""
+    """An engine for the functions of this module, configured like the engine of a store."""
     return open_database(url, read_only=read_only).engine
 
 
@@ -81,10 +81,10 @@ def current(engine: sa.Engine) -> str | None:
 
 
 def upgrade(engine: sa.Engine, revision: str = "head") -> None:
-    """Upgrade a database to a revision under a lock, in one transaction if the database has
-    transactional DDL.
+    """Upgrade a database to a revision, under the schema lock.  The upgrade is one
+    transaction if the database has transactional DDL.
 
-    A second process that upgrades waits for the lock, and then has nothing to do.
+    A second process that upgrades waits for the lock, and then changes nothing.
     """
     with _database(engine) as database:
         _upgrade(database, revision)
@@ -98,10 +98,10 @@ def _upgrade(database: Database, revision: str) -> None:
 
 
 def downgrade(engine: sa.Engine, revision: str, *, allow_data_loss: bool = False) -> None:
-    """Downgrade a database to a revision (``"base"``: without the tables of the ledger).
+    """Downgrade a database to a revision; ``"base"`` drops all tables of the ledger.
 
-    Raises :class:`~taskstore.ValidationError` if that would drop records or
-    history, unless ``allow_data_loss``.
+    Raises :class:`~taskstore.ValidationError` if the downgrade would drop records or
+    history and ``allow_data_loss`` is false.
     """
     from alembic import command
 
@@ -112,7 +112,7 @@ def downgrade(engine: sa.Engine, revision: str, *, allow_data_loss: bool = False
 
 
 def check(engine: sa.Engine) -> list[str]:
-    """The differences between a database and the declared schema, one sentence each."""
+    """The differences between a database and the declared schema, one text per difference."""
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
@@ -123,13 +123,15 @@ def check(engine: sa.Engine) -> list[str]:
         found = _state(connection)
         problems = [_describe(item) for item in compare_metadata(context, metadata)]
     if found.revision != REVISIONS[-1]:
-        problems.insert(0, f"the revision is {found.revision}, not {REVISIONS[-1]}")
+        problems.insert(
+            0, f"the revision is {found.revision}, but the newest revision is {REVISIONS[-1]}"
+        )
     return problems
 
 
 def alembic_options(dialect: str) -> dict[str, Any]:
-    """Alembic's options, for a check and for ``env.py``: it compares the tables of the ledger
-    only, without other tables of a host and without indexes of other dialects."""
+    """The Alembic options for :func:`check` and ``env.py``.  Alembic compares only the tables
+    of a ledger, and only the indexes that the dialect has."""
 
     def include_name(name: str | None, kind: str, _parents: Any) -> bool:
         return kind != "table" or name in TABLES
@@ -149,7 +151,7 @@ def alembic_options(dialect: str) -> dict[str, Any]:
 def ensure_schema(database: Database, migrate: str) -> None:
     """Ensure that a database has the schema that this version requires.
 
-    ``migrate="auto"`` creates the schema in a database that contains no ledger; every
+    ``migrate="auto"`` creates the schema in a database that contains no ledger.  Every
     other database stays unchanged.  Raises :class:`~taskstore.SchemaMismatchError`
     with the actual revision, the required revision, and the command to run.
     """
@@ -158,7 +160,7 @@ def ensure_schema(database: Database, migrate: str) -> None:
         state = _state(connection)
         unfinished = _is_unfinished(connection, state)
         if state.revision is None and state.tables and not unfinished:
-            # Another process may have finished the migration between the two reads.
+            # Another process may have finished the migration between the two calls of _state.
             state = _state(connection)
     fresh = state.revision is None and (unfinished or not state.tables)
     if fresh and migrate == "auto" and not database.read_only:
@@ -168,27 +170,27 @@ def ensure_schema(database: Database, migrate: str) -> None:
     hint = f"run: taskstore db upgrade --url {url}"
     missing = ", ".join(sorted(TABLES - state.tables))
     if fresh:
-        problem = "holds an incomplete ledger" if unfinished else "holds no ledger"
+        problem = "contains an incomplete ledger" if unfinished else "contains no ledger"
     elif state.revision is None:
         with _connected(database) as connection:
             database.check_integrity(connection)
         raise _foreign_tables_error(location, state)
     elif state.epoch is not None and state.epoch > SCHEMA_EPOCH:
         problem = (
-            f"is at revision {state.revision}, schema epoch {state.epoch}: too new for "
-            f"this version of taskstore, which works with {needed}, epoch {SCHEMA_EPOCH}"
+            f"has revision {state.revision} and schema epoch {state.epoch}, which are too new: "
+            f"this version of taskstore needs revision {needed} and epoch {SCHEMA_EPOCH}"
         )
         hint = "upgrade taskstore"
     elif state.revision in REVISIONS[:-1]:
-        problem = f"is at revision {state.revision}, needed is {needed}"
+        problem = f"has revision {state.revision}, but this version of taskstore needs {needed}"
     elif state.revision == needed and missing:
-        problem = f"is at revision {needed}, but lacks the tables {missing}"
-        hint = "restore them; if a downgrade was interrupted, run it again"
+        problem = f"has revision {needed}, but these tables are missing: {missing}"
+        hint = "restore the tables; if a downgrade was interrupted, run the downgrade again"
     else:
         if state.revision != needed:
             database.add_notice(
-                f"{location} is at revision {state.revision}, which is newer than {needed} and "
-                "compatible with it"
+                f"{location} has revision {state.revision}, which is newer than {needed} but "
+                "compatible with this version of taskstore"
             )
         return
     raise SchemaMismatchError(
@@ -207,9 +209,9 @@ def _state(connection: sa.Connection) -> SchemaState:
 
 
 def check_free(connection: sa.Connection) -> None:
-    """For ``env.py``: check that every existing table of a ledger is taskstore's own.
+    """For ``env.py``: check that taskstore created every existing table of a ledger.
 
-    Raises :class:`~taskstore.SchemaMismatchError`.
+    Raises :class:`~taskstore.SchemaMismatchError` if another program created a table.
     """
     state = _state(connection)
     if state.revision is None and state.tables and not _is_unfinished(connection, state):
@@ -221,7 +223,7 @@ def _foreign_tables_error(location: str, state: SchemaState) -> SchemaMismatchEr
     names = ", ".join(sorted(state.tables))
     return SchemaMismatchError(
         f"{location} has tables of a ledger that taskstore did not create ({names}): "
-        f"{VERSION_TABLE} has no revision for them",
+        f"no revision is stored in the table {VERSION_TABLE}",
         found=None,
         needed=REVISIONS[-1],
         hint="use another database or schema",
@@ -229,8 +231,8 @@ def _foreign_tables_error(location: str, state: SchemaState) -> SchemaMismatchEr
 
 
 def _is_unfinished(connection: sa.Connection, state: SchemaState) -> bool:
-    """Return whether a first migration is still running or was killed: the tables are
-    taskstore's own, and they are empty."""
+    """Return whether a first migration is still running or was killed: taskstore created
+    the tables, and the tables are empty."""
     kind = Database.dialects[connection.dialect.name]
     if state.revision is not None or not state.tables or not kind.ddl_autocommits:
         return False
@@ -252,13 +254,14 @@ def _check_no_data_loss(connection: sa.Connection) -> None:
     for table in (tasks, task_journal):
         if table.name in existing and connection.execute(sa.select(table).limit(1)).first():
             raise ValidationError(
-                "revision", f"base drops every record and all history; {table.name} is not empty"
+                "revision",
+                f"base would drop every record and all history, but {table.name} is not empty",
             )
 
 
 @contextmanager
 def _database(engine: sa.Engine) -> Iterator[Database]:
-    """The database of an engine; the engine stays open."""
+    """The database of an engine; the end of the ``with`` block does not close the engine."""
     database = host_database(engine, durability="full", read_only=False)
     try:
         yield database
@@ -268,10 +271,10 @@ def _database(engine: sa.Engine) -> Iterator[Database]:
 
 @contextmanager
 def _connected(database: Database) -> Iterator[sa.Connection]:
-    """A connection in driver-level autocommit, with translated errors.
+    """A connection in the driver's autocommit mode, with translated errors.
 
-    It is a connection of the engine, but without the engine's event listeners: a
-    host's listeners may begin transactions.
+    The connection comes from the engine, but the engine's event listeners do not run for
+    this connection, because the listeners of a host may begin transactions.
     """
     with database.translator, database.engine.connect() as borrowed:
         plain = borrowed.execution_options(isolation_level="AUTOCOMMIT")
@@ -290,7 +293,7 @@ def _connected(database: Database) -> Iterator[sa.Connection]:
 
 @contextmanager
 def _locked(database: Database) -> Iterator[sa.Connection]:
-    """A connection with the schema lock; other processes wait for the lock."""
+    """A connection that owns the schema lock; other processes wait for the lock."""
     with _connected(database) as connection:
         policy = RetryPolicy(database.translator, CircuitBreaker(database.location, 0.0))
         for attempt in policy.attempts():
@@ -310,7 +313,7 @@ def _config(connection: sa.Connection | None = None) -> Config:
     from alembic.config import Config
 
     config = Config()
-    # ConfigParser interpolates %.
+    # ConfigParser treats % as the start of a placeholder, so % is doubled.
     config.set_main_option("script_location", str(migrations_path()).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
@@ -318,7 +321,7 @@ def _config(connection: sa.Connection | None = None) -> Config:
 
 
 def _describe(item: Any) -> str:
-    """One difference of Alembic's comparison as a sentence."""
+    """The text for one difference that Alembic has found."""
     if isinstance(item, list):
         return "; ".join(map(_describe, item))
     kind, *details = item

@@ -1,8 +1,8 @@
 """Queries that use the indexes of the database.
 
-Filters on projected columns become SQL conditions, in the order of the index
-that the pages follow.  Every filter is also tested on the decoded records: the
-payload is authoritative, not the projected columns.
+A filter on a column becomes an SQL condition.  Pages are in the order of an index.
+Every filter is also tested on the decoded records, because the payload is
+authoritative and the columns that copy payload fields are not.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from taskstore.model.records import ACTIVE_STATUSES, TaskRecord
 from taskstore.stores.sql.dialects.base import Session
 from taskstore.stores.sql.rows import TaskRow, record_of
 from taskstore.stores.sql.statements import PAGE
-from taskstore.stores.sql.tables import ACTIVE, PROJECTED, tasks, taskstore_head
+from taskstore.stores.sql.tables import ACTIVE, COPIED_COLUMNS, tasks, taskstore_head
 from taskstore.stores.sql.transactions import Transactions
 
 MAX_FILTER_VALUES = 1000
-"""The most values of one filter that become parameters; servers and drivers have limits."""
+"""The most values of a filter that becomes an SQL condition; servers limit parameters."""
 
-_COLUMNS = frozenset({*PROJECTED, "task_id", SESSION_KEY})
+_COLUMNS = frozenset({*COPIED_COLUMNS, "task_id", SESSION_KEY})
 
 
 def _is_sql_filter(field: str, wanted: frozenset[Any]) -> bool:
-    """Return whether a filter becomes a SQL condition; other filters are tested on records only."""
+    """Return whether a filter becomes an SQL condition and is not only tested on records."""
     return field in _COLUMNS and len(wanted) <= MAX_FILTER_VALUES
 
 
 def run_query(
     transactions: Transactions, query: TaskQuery, quarantined: dict[str, Quarantined]
 ) -> Page:
-    """Return the page that ``taskstore.model.query.evaluate`` returns for all records.
+    """Return the same page as ``taskstore.model.query.evaluate`` on all records.
 
-    Rows that do not decode are left out and added to ``quarantined`` by task id.
+    A row that cannot be decoded is not in the page, but in ``quarantined``, by task id.
     """
     all_sql = all(_is_sql_filter(field, wanted) for field, wanted in query.where.items())
     if query.limit is not None and all_sql:
@@ -54,7 +54,7 @@ def run_query(
 def _select_page(
     session: Session, query: TaskQuery, quarantined: dict[str, Quarantined]
 ) -> Page | None:
-    """One page by one statement; ``None`` if a row of it does not decode or match."""
+    """One page by one statement; ``None`` if a row cannot be decoded or does not match."""
     assert query.limit is not None
     seq, rows = _fetch(session, query, query.cursor, query.limit + 1)
     found = [record_of(row) for row in rows]
@@ -66,7 +66,7 @@ def _select_page(
 
 
 def _scan_pages(session: Session, query: TaskQuery, quarantined: dict[str, Quarantined]) -> Page:
-    """Read pages until enough records match, all in the caller's transaction."""
+    """Read pages in the caller's transaction until enough records match the query."""
     seq, rows = _fetch(session, query, query.cursor, PAGE)
 
     def matching(rows: list[TaskRow]) -> Iterator[TaskRecord]:
@@ -84,7 +84,7 @@ def _scan_pages(session: Session, query: TaskQuery, quarantined: dict[str, Quara
 
 
 def _cursor_of(session: Session, row: TaskRow) -> Cursor:
-    """The cursor of a row, from its columns: its payload may be damaged."""
+    """The cursor of a row, read from the columns, because the payload may be damaged."""
     created_at = sa.select(tasks.c.created_at).where(tasks.c.task_id == row.task_id)
     return (session.scalar(created_at), row.task_id)
 
@@ -100,7 +100,7 @@ def _add_quarantined(
 def _fetch(
     session: Session, query: TaskQuery, cursor: Cursor | None, limit: int
 ) -> tuple[int, list[TaskRow]]:
-    """The head seq and the next candidate rows, by one statement."""
+    """The head seq and the next rows that meet the SQL conditions, by one statement."""
     candidates = (
         sa.select(tasks)
         .where(*_conditions(query, cursor))
@@ -116,7 +116,7 @@ def _fetch(
             sa.cast(candidates.c.payload, sa.LargeBinary).label("payload"),
             candidates.c.checksum,
         )
-        # The outer join returns the head seq also for an empty page.
+        # If the page is empty, the outer join still returns the head seq.
         .select_from(taskstore_head.outerjoin(candidates, sa.true()))
         .order_by(candidates.c.created_at.desc(), candidates.c.task_id.desc())
     )
@@ -133,7 +133,7 @@ def _conditions(
     if query.since is not None:
         yield created_at >= query.since
     if cursor is not None:
-        # Redundant, but an index can use the first condition.
+        # The second condition implies the first, but an index can serve only the first.
         yield created_at <= cursor[0]
         yield sa.or_(created_at < cursor[0], sa.and_(created_at == cursor[0], task_id < cursor[1]))
     for field, wanted in query.where.items():
@@ -147,7 +147,7 @@ def _conditions(
         else:
             yield _any_of(tasks.c[field], wanted)
         if field == "status" and wanted <= ACTIVE_STATUSES:
-            # As text: SQLite matches its partial index by the same text.
+            # SQLite uses a partial index only if the query contains the text of its predicate.
             yield sa.text(ACTIVE)
 
 

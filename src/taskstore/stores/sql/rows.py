@@ -1,4 +1,4 @@
-"""Pure functions from rows to records, journal entries and quarantined bytes."""
+"""Pure functions that decode rows to records, journal entries and quarantined bytes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from taskstore.model.validation import check_int, check_key
 
 QUARANTINED_CHECKSUM = -1
 """The checksum of a row of ``tasks`` whose payload was quarantined in a saved snapshot.
-No payload has this checksum, so the row cannot decode as a record by chance."""
+No payload has this checksum, so the row is never decoded as a record."""
 
 QUARANTINED_PREFIX = b"!"
-"""The first byte of a snapshot line that holds a quarantined payload."""
+"""The first byte of a snapshot line that contains a quarantined payload."""
 
 
 class Head(NamedTuple):
-    """The head row, in order of its columns."""
+    """The head row; the fields are in the order of the columns."""
 
     id: int
     ledger_id: str
@@ -42,10 +42,10 @@ class Head(NamedTuple):
 
 
 class Claimed(NamedTuple):
-    """The head row after seqs were claimed, and the commit at the base seq.
+    """The values of the head row after a claim of seqs, and the id of the base commit.
 
-    ``base`` is the id of the commit at the base seq, ``None`` if the journal
-    has no entry there.
+    ``base`` is the commit id of the journal entry at the base seq; ``None`` if the
+    journal has no entry at that seq.
     """
 
     head_seq: int
@@ -55,7 +55,7 @@ class Claimed(NamedTuple):
 
 
 class SnapshotRow(NamedTuple):
-    """A row of ``task_snapshots``, in order of its columns."""
+    """A row of ``task_snapshots``; the fields are in the order of the columns."""
 
     seq: int
     at: int
@@ -67,7 +67,7 @@ class SnapshotRow(NamedTuple):
 
 
 class TaskRow(NamedTuple):
-    """The columns that are read from a row of ``tasks``."""
+    """The columns of a row of ``tasks`` that a scan or a query reads."""
 
     task_id: str
     revision: int
@@ -76,15 +76,15 @@ class TaskRow(NamedTuple):
 
 
 def damage_of(payload: bytes, stored: int | None) -> str | None:
-    """Describe the checksum error of a payload; ``None`` if the checksum is right."""
+    """Return a description of a wrong checksum; ``None`` if the checksum is right."""
     actual = checksum(payload)
-    return None if actual == stored else f"the checksum is {actual}, the stored one is {stored}"
+    return None if actual == stored else f"the checksum is {actual}, not {stored} as stored"
 
 
 def record_of(row: TaskRow) -> TaskRecord | Quarantined:
-    """The record of a row of ``tasks``, or its quarantined bytes if it is damaged.
+    """The record of a row of ``tasks``, or the quarantined bytes of a damaged row.
 
-    A row is also damaged if its payload belongs to another task: two rows must
+    A row is also damaged if its payload belongs to another task, because two rows must
     not become one record.
     """
     where = f"tasks, row {row.task_id!r}"
@@ -99,16 +99,16 @@ def record_of(row: TaskRow) -> TaskRecord | Quarantined:
                 return record
             damage = f"the payload belongs to task {record.task_id!r}"
     elif row.checksum == QUARANTINED_CHECKSUM:
-        damage = "it was quarantined in the snapshot that this ledger was made from"
+        damage = "the payload was already quarantined in a snapshot saved to this ledger"
     else:
         damage = damage_of(payload, row.checksum) or ""
     return Quarantined(payload, where, damage, row.task_id, row.revision)
 
 
 def entry_of(row: Sequence[Any], where: str) -> JournalEntry:
-    """The journal entry of a row (in order of the columns of ``task_journal``).
+    """The journal entry of a row, whose values are in order of the columns.
 
-    The entry of an upsert that does not decode has its bytes in ``quarantined``.
+    If the payload cannot be decoded, the field ``quarantined`` of the entry has the bytes.
     """
     seq, at, kind, task_id, revision, commit_id, payload, stored = row
     if kind == "deleted":
@@ -134,7 +134,7 @@ def entry_of(row: Sequence[Any], where: str) -> JournalEntry:
 
 
 def as_bytes(value: object) -> bytes:
-    """The bytes of a column value, which another program may have stored as another type."""
+    """The bytes of a column value; another program may have stored a value of another type."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, str):
@@ -143,10 +143,10 @@ def as_bytes(value: object) -> bytes:
 
 
 def quarantined_row(item: Quarantined) -> tuple[Any, ...] | None:
-    """The row of ``tasks`` for a quarantined payload; it reserves the payload's task id.
-    ``None`` if the payload has no valid id."""
+    """The row of ``tasks`` for a quarantined payload: the row occupies the task id.
+    ``None`` if the payload has no valid task id."""
     try:
-        task_id = check_key("task_id", item.occupies)
+        task_id = check_key("task_id", item.occupied_task_id)
         revision = check_int("revision", item.revision or 0)
     except ValidationError:
         return None
@@ -155,9 +155,9 @@ def quarantined_row(item: Quarantined) -> tuple[Any, ...] | None:
 
 
 def line_of(row: TaskRow) -> bytes:
-    """The line of a row in a snapshot: its payload, or :func:`quarantined_line` if damaged.
+    """The snapshot line of a row: its payload, or :func:`quarantined_line` if it is damaged.
 
-    A payload with the right checksum is not decoded.
+    A payload with the right checksum is not decoded if it is on one line.
     """
     payload = as_bytes(row.payload)
     if damage_of(payload, row.checksum) is None and payload[:1] == b"{" and b"\n" not in payload:
@@ -169,5 +169,5 @@ def line_of(row: TaskRow) -> bytes:
 
 
 def quarantined_line(item: Quarantined) -> bytes:
-    """The line of a quarantined payload in a snapshot."""
+    """The snapshot line of a quarantined payload."""
     return QUARANTINED_PREFIX + msgspec.json.encode(item)

@@ -1,4 +1,4 @@
-"""Whole ledgers: load the rows, read and write snapshots, replace the content."""
+"""Snapshots: load all rows, read published snapshots, replace the content."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ from taskstore.stores.sql.tables import (
 from taskstore.stores.sql.transactions import Transactions
 
 CHUNK_BYTES = 1024 * 1024
-"""The size at which a snapshot chunk is complete, well below the statement size limit
-of the servers."""
+"""The size in bytes at which a snapshot chunk is complete.  Servers accept much longer
+statements."""
 CHUNK_RECORDS = 1000
 
 
 def read_head(session: Session, sql: Statements, *, lock: bool = False) -> Head:
-    """The head row; ``lock`` locks it against other writers."""
+    """Read the head row; ``lock`` locks the row against other writers."""
     row = session.row(sql.lock_head if lock else sql.head)
     if row is None:
         raise CorruptStoreError("taskstore_head", "the head row is missing")
@@ -54,7 +54,7 @@ def read_head(session: Session, sql: Statements, *, lock: bool = False) -> Head:
 
 
 def scan_tasks(session: Session, sql: Statements) -> Iterator[TaskRow]:
-    """Every row of ``tasks`` in order of id."""
+    """Every row of ``tasks``, in order of task id."""
     return chain.from_iterable(_task_pages(session, sql))
 
 
@@ -69,7 +69,7 @@ def _task_pages(session: Session, sql: Statements) -> Iterator[Iterable[TaskRow]
 
 
 def quarantined_rows(session: Session, sql: Statements) -> Iterator[tuple[int, Quarantined]]:
-    """The rows of ``task_set_aside``: their ids and quarantined payloads."""
+    """The id and the quarantined payload of every row of ``task_set_aside``."""
     for number, payload, stored in session.rows(sql.read_quarantined):
         where = f"task_set_aside, row {number}"
         damage = damage_of(payload, stored)
@@ -87,18 +87,18 @@ def read_quarantined(session: Session, sql: Statements) -> list[Quarantined]:
 
 
 def read_snapshot_rows(session: Session) -> list[SnapshotRow]:
-    """The published snapshots, oldest first."""
+    """The rows of the published snapshots, oldest first."""
     rows = session.select(sa.select(task_snapshots).order_by(task_snapshots.c.seq))
     return [SnapshotRow(*row) for row in rows]
 
 
 def newest_snapshot_row(session: Session, at: int) -> SnapshotRow | None:
-    """The newest published snapshot at or before a seq."""
+    """The row of the newest published snapshot at or before a seq."""
     return next((row for row in reversed(read_snapshot_rows(session)) if row.seq <= at), None)
 
 
 def load(transactions: Transactions) -> Snapshot:
-    """Every live record; the head and the rows come from one transaction."""
+    """Load every live record; the head and the rows are read in one transaction."""
     sql = transactions.database.sql
 
     def work(session: Session) -> Snapshot:
@@ -126,7 +126,7 @@ def read_snapshot(transactions: Transactions, at: int) -> Snapshot | None:
 def read_published(session: Session, sql: Statements, row: SnapshotRow, location: str) -> Snapshot:
     """The published snapshot of a snapshot row.
 
-    Raises :class:`~taskstore.CorruptStoreError` for a chunk that is missing or damaged.
+    Raises :class:`~taskstore.CorruptStoreError` if a chunk is missing or damaged.
     """
     return snapshot_of(row.seq, row.at, _read_chunks(session, sql, row, location))
 
@@ -138,7 +138,7 @@ def _read_chunks(
     for number in range(snapshot.chunks):
         where = f"{location}: task_snapshot_chunks, seq {snapshot.seq}, chunk {number}"
         row = session.row(sql.read_chunk, (snapshot.seq, number))
-        damage = "is missing" if row is None else damage_of(row[0], row[1])
+        damage = "the chunk is missing" if row is None else damage_of(row[0], row[1])
         if damage is not None:
             raise CorruptStoreError(where, damage)
         actual = zlib.crc32(row[0], actual)
@@ -146,12 +146,12 @@ def _read_chunks(
     if actual != snapshot.checksum:
         raise CorruptStoreError(
             f"{location}: task_snapshots, seq {snapshot.seq}",
-            f"the checksum of its chunks is {actual}, the stored one is {snapshot.checksum}",
+            f"the checksum of the chunks is {actual}, not {snapshot.checksum} as stored",
         )
 
 
 def save(transactions: Transactions, snapshot: Snapshot) -> None:
-    """Replace the whole content by a snapshot, in one transaction."""
+    """Replace the whole content of the ledger by a snapshot, in one transaction."""
     snapshot = validated_snapshot(snapshot)
     database = transactions.database
     for attempt in transactions.attempts(reads_back=True):
@@ -165,7 +165,9 @@ def save(transactions: Transactions, snapshot: Snapshot) -> None:
                 )
             _replace_content(tx, database, snapshot, head)
             return
-        if attempt.unconfirmed and transactions.confirm(partial(_is_saved, database, snapshot.seq)):
+        if attempt.unconfirmed and transactions.read_back_commit(
+            partial(_is_saved, database, snapshot.seq)
+        ):
             return
 
 
@@ -188,7 +190,7 @@ def _replace_content(tx: Session, database: Database, snapshot: Snapshot, head: 
             head_seq=snapshot.seq,
             floor=snapshot.seq + 1,
             last_at=max(snapshot.at, head.last_at),
-            # Other content under the same seqs needs another timeline.
+            # Seqs of the new content may repeat old seqs, so the new content gets a new timeline.
             timeline=head.timeline + (1 if head.head_seq else 0),
             lease_owner=None,
             lease_until=None,
@@ -197,7 +199,7 @@ def _replace_content(tx: Session, database: Database, snapshot: Snapshot, head: 
 
 
 def _insert_content(session: Session, database: Database, snapshot: Snapshot) -> Iterator[bytes]:
-    """Insert the rows of a snapshot, and yield its lines."""
+    """Insert the rows of a snapshot, and yield the snapshot lines."""
     for ids in row_groups(sorted(snapshot.records)):
         group = [
             (snapshot.records[task_id], encode_record(snapshot.records[task_id])) for task_id in ids
@@ -218,7 +220,7 @@ def _insert_content(session: Session, database: Database, snapshot: Snapshot) ->
 
 
 def insert(session: Session, database: Database, table: sa.Table, rows: list[Any]) -> None:
-    """Insert rows without preconditions, values in order of the table's columns."""
+    """Insert rows without preconditions; the values are in order of the table's columns."""
     for group in database.row_groups(rows):
         session.execute(database.sql.insert[table](len(group)), flat_parameters(group))
 
@@ -227,20 +229,20 @@ def insert(session: Session, database: Database, table: sa.Table, rows: list[Any
 
 
 def read_lines(data: bytes, where: str) -> Iterator[TaskRecord | Quarantined]:
-    """The records and quarantined payloads in the lines of a chunk."""
+    """The record or the quarantined payload of each line of a chunk."""
     for line in data.split(b"\n"):
         if line[:1] == QUARANTINED_PREFIX:
             try:
                 check_nesting(line)
                 yield msgspec.json.decode(line[1:], type=Quarantined)
             except msgspec.DecodeError as error:
-                raise CorruptStoreError(where, f"a line does not decode: {error}") from error
+                raise CorruptStoreError(where, f"a line cannot be decoded: {error}") from error
         elif line:
             yield decode_or_quarantine(line, where)
 
 
 def chunks_of(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Join lines into chunks of bounded size."""
+    """Join lines into chunks of limited size."""
     chunk: list[bytes] = []
     size = 0
     for line in lines:
@@ -254,7 +256,7 @@ def chunks_of(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def with_chunk(row: SnapshotRow, chunk: bytes) -> SnapshotRow:
-    """The row of a snapshot after one more chunk."""
+    """The row of a snapshot, updated for one more chunk."""
     quarantined = (b"\n" + chunk).count(b"\n" + QUARANTINED_PREFIX)
     return row._replace(
         chunks=row.chunks + 1,

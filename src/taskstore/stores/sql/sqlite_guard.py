@@ -13,42 +13,42 @@ from taskstore.errors import StoreReplacedError, StoreUnavailableError
 _NO_INODE = (0, 0)
 
 _OPEN_LOG_QUERY = "SELECT count(*) FROM sqlite_master"
-"""The smallest read: a connection opens the log with its first read."""
+"""The smallest query.  A connection opens the log at its first query."""
 
 _MTIME_GRANULARITY_NS = 20_000_000
 """The largest interval in which two changes of a directory may get the same mtime."""
 
 
 def inode_of(path: str) -> tuple[int, int]:
-    """The inode and device of the file at a path; (0, 0) if it cannot be read."""
+    """Return the inode and device of the file at a path; (0, 0) if the file is not accessible."""
     try:
-        status = os.stat(path)  # noqa: PTH116 - half the time
+        status = os.stat(path)  # noqa: PTH116 - faster than Path.stat
     except OSError:
         return _NO_INODE
     return (status.st_ino, status.st_dev)
 
 
 def _directory_state(directory: str) -> tuple[int, int] | None:
-    """The mtime and inode of a directory, which differ after it was changed or moved."""
+    """Return the mtime and inode of a directory, which show a changed or moved directory."""
     try:
-        status = os.stat(directory)  # noqa: PTH116 - half the time
+        status = os.stat(directory)  # noqa: PTH116 - faster than Path.stat
     except OSError:
         return None
     return (status.st_mtime_ns, status.st_ino)
 
 
 class FileGuard:
-    """Refuses to use a file after it was moved, removed or replaced.
+    """Raises an error if a file was moved, removed or replaced after it was opened.
 
-    Commits to an unlinked file or log are lost when the last process closes it.
+    Commits to an unlinked file or log are lost when the last process closes this file.
     The store therefore checks the directory's mtime before each commit and after
     each read.  Creating, removing or replacing a name in the directory changes the
-    mtime, and only then the guard checks the files themselves.  The guard uses
-    ``os.stat`` only: opening and closing the file drops SQLite's locks on it.
+    mtime; the guard checks the files only after such a change.  The guard calls only
+    ``os.stat``, because opening and closing the file would drop SQLite's locks on it.
 
-    The guard keeps one connection open from the start, the anchor, which runs no
-    other statements.  While the anchor is open, SQLite does not remove the ``-wal``
-    and ``-shm`` that it opened; only another program can.
+    The guard keeps one connection, the anchor, open from the start.  Only the guard runs
+    statements on the anchor.  While the anchor is open, SQLite does not remove the open
+    ``-wal`` and ``-shm``; only another program can remove these files.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class FileGuard:
         self._anchor: Any = None
         # The directory's state at the last successful check of the files.
         self._checked_state: tuple[int, int] | None = None
-        self._replaced = ""  # or "file", or "log"
+        self._replaced = ""  # or what was replaced: "file" or "log"
 
     def start(self) -> None:
         """Open the anchor, before any other connection.  Raises the driver's errors."""
@@ -73,12 +73,12 @@ class FileGuard:
         self.record_logs()
 
     def record_logs(self) -> None:
-        """Record the inodes of the file's logs, as soon as it has logs."""
+        """Record the inodes of the file's logs, if logs exist."""
         if self._anchor is not None and not self._logs:
             self._anchor.execute(_OPEN_LOG_QUERY).fetchall()
             [mode] = self._anchor.execute("PRAGMA journal_mode").fetchone()
             if mode == "wal":
-                # A missing log was removed while another store of this process had it open.
+                # Another program removed a missing log while this process used the log.
                 names = (f"{self._path}-wal", f"{self._path}-shm")
                 self._logs = {name: inode_of(name) for name in names}
         self.check_fully()
@@ -88,15 +88,15 @@ class FileGuard:
         raw = None
         try:
             raw = self._open_one()
-            self.check_fully()  # before the first read, which would open a foreign log
+            self.check_fully()  # before the first query, which would open a foreign log
             self._set_up(raw)
             raw.execute(_OPEN_LOG_QUERY).fetchall()
-            self.check_fully()  # after it, in case the connection created a log of its own
+            self.check_fully()  # the first query may have created a new log
         except BaseException as error:
             if raw is not None:
                 raw.close()
             if isinstance(error, Exception):
-                self.check_fully()  # raises the reason, if a file was replaced
+                self.check_fully()  # raises the real error if a file was replaced
             raise
         return raw
 
@@ -104,7 +104,7 @@ class FileGuard:
         """Raise :class:`~taskstore.StoreReplacedError` if the file or a log was removed, moved
         or replaced after it was opened."""
         try:
-            status = os.stat(self._directory)  # noqa: PTH116 - half the time
+            status = os.stat(self._directory)  # noqa: PTH116 - faster than Path.stat
         except OSError:
             self._check_files(None)
             return
@@ -117,12 +117,12 @@ class FileGuard:
         self._check_files(_directory_state(self._directory))
 
     def _check_files(self, state: tuple[int, int] | None) -> None:
-        """Check the files.  ``state`` is the directory's state from before this check, so
-        that the next check detects every later change."""
+        """Check the files.  ``state`` is the directory's state before this check, so that
+        the next check detects every later change."""
         files = () if self._replaced else ((self._path, self._inode), *self._logs.items())
         for name, inode in files:
             try:
-                status = os.stat(name)  # noqa: PTH116 - half the time
+                status = os.stat(name)  # noqa: PTH116 - faster than Path.stat
             except OSError:
                 current = _NO_INODE
             else:
@@ -133,7 +133,7 @@ class FileGuard:
         if self._replaced:
             self._checked_state = None
             self._raise_replaced()
-        # A directory that was changed just now may change again without another mtime.
+        # A directory that has just changed may change again and keep the same mtime.
         settled = state is not None and time.time_ns() - state[0] > _MTIME_GRANULARITY_NS
         self._checked_state = state if settled else None
 
@@ -147,20 +147,20 @@ class FileGuard:
         refused = "this store refuses all further reads and writes"
         if self._replaced == "log":
             raise StoreReplacedError(
-                f"the -wal or -shm beside {self._path} was removed while it was open: {refused}",
-                hint="start no new process on it, and let every process that has it open close it, "
-                "which saves the committed data; then open it again",
+                f"the -wal or -shm of {self._path} was removed while it was open: {refused}",
+                hint="start no new process on the ledger, and let every process close the ledger, "
+                "which saves the committed data; then open the ledger again",
             )
         refused = f"{self._path} was moved, removed or replaced while it was open: {refused}"
         left = [name for name, log in self._logs.items() if inode_of(name) == log != _NO_INODE]
         if left and inode_of(self._path) != _NO_INODE:
-            # Replaying a log over a database that is not its own corrupts the database.
+            # SQLite would replay the old log over the new file and so corrupt the new file.
             raise StoreReplacedError(
                 f"{refused}; {' and '.join(left)} still belong to the previous file",
-                hint="stop every process that has it open, remove "
-                f"{self._path}-wal and {self._path}-shm, and open it again",
+                hint="stop every process that has the ledger open, remove "
+                f"{self._path}-wal and {self._path}-shm, and open the ledger again",
             )
-        raise StoreReplacedError(refused, hint="open it again, or restore the file first")
+        raise StoreReplacedError(refused, hint="open the ledger again, or first restore the file")
 
 
 class ImmutableGuard:
@@ -188,7 +188,7 @@ class ImmutableGuard:
         if not unchanged:
             raise StoreUnavailableError(
                 f"{self._path} was changed by a writer while this store read it without locks",
-                hint=f"open it again, or make {self._path.parent} writable",
+                hint=f"open the ledger again, or make {self._path.parent} writable",
             )
 
     check_fully = check

@@ -1,4 +1,4 @@
-"""The choice of the SQLite library, and a warning when a file is open in two."""
+"""The choice of the SQLite library, and warnings about unsafe libraries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 WAL_RESET_WARNING = (
     "SQLite {version} (module {module}) has the WAL-reset bug, which can corrupt a database when "
-    "several connections write and checkpoint; install pysqlite3, or Python with SQLite 3.51.3"
+    "several connections write and checkpoint; install pysqlite3, or use Python with SQLite 3.51.3"
 )
 
 
@@ -23,7 +23,7 @@ def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
 
 
 def sqlite_module() -> ModuleType:
-    """Return the DB-API module of pysqlite3 if it is installed, else the standard library's."""
+    """Return the DB-API module of pysqlite3 if it is installed, else ``sqlite3`` of Python."""
     try:
         return importlib.import_module("pysqlite3.dbapi2")
     except ImportError:
@@ -44,7 +44,7 @@ _open_files: Counter[tuple[str, str]] = Counter()
 
 
 def register_open(path: str, library: str) -> str | None:
-    """Count a store that opens a file; return a warning if another library has it open.
+    """Count a store that opens a file; return a warning if another library has the file open.
 
     POSIX file locks belong to the process: when one library closes a file, the
     process loses the locks of the other library too.
@@ -56,8 +56,8 @@ def register_open(path: str, library: str) -> str | None:
         return None
     return (
         f"{path} is open in this process through two SQLite libraries, {library} and "
-        f"{', '.join(others)}: closing it in one drops the file locks of the other, and "
-        "committed data can be lost; use one engine, or one module=, for both"
+        f"{', '.join(others)}: if one library closes the file, the other loses its file "
+        "locks, and committed data can be lost; use one engine, or the same module=, for both"
     )
 
 
@@ -70,5 +70,5 @@ def register_close(path: str, library: str) -> None:
 
 
 def library_of(module: Any) -> str:
-    """The name of a module's SQLite library, for :func:`register_open`."""
+    """Return the name of a module's SQLite library, for :func:`register_open`."""
     return str(module.__name__).split(".", maxsplit=1)[0].removeprefix("_")

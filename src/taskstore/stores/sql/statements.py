@@ -1,13 +1,13 @@
-"""The statements of the hot path, each compiled once per dialect.
+"""The frequent SQL statements, each compiled once per dialect.
 
-A commit runs its SQL as text on the driver's cursor: to build and compile Core
-statements each time takes several times as long as the database itself.
-Every statement has positional parameters.  Their order is declared next to the
-statement and checked when it is compiled.
+A commit runs SQL text on the driver's cursor.  To build and compile Core statements in
+each commit would take several times as long as the work of the database.
+Every statement has positional parameters.  The order of the parameters is declared
+next to the statement, and checked when the statement is compiled.
 
-Statements over several rows exist for a few row counts only (``ROW_COUNTS``).
-Any batch then takes few driver calls.  Drivers and servers keep a bounded
-number of prepared statements.
+A statement for several rows exists only for a few row counts (``ROW_COUNTS``).
+Therefore a batch needs few driver calls, and drivers and servers keep few prepared
+statements.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.sql.expression import Executable, FromClause
 
 from taskstore.stores.sql.tables import (
-    PROJECTED,
+    COPIED_COLUMNS,
     task_journal,
     task_set_aside,
     task_snapshot_chunks,
@@ -32,13 +32,13 @@ from taskstore.stores.sql.tables import (
 )
 
 ROW_COUNTS = (256, 64, 16, 4, 1)
-"""The row counts that statements over several rows exist for, greatest first."""
+"""The row counts for which a statement for several rows exists, greatest first."""
 
 PAGE = 1000
 """The number of rows that a scan reads per statement."""
 
-RARELY_UPDATED = tuple(name for name in PROJECTED if name != "status")
-"""The projected columns that an update rarely changes."""
+RARELY_UPDATED = tuple(name for name in COPIED_COLUMNS if name != "status")
+"""The columns that copy a payload field and that an update rarely changes."""
 
 _INSERTABLE = (tasks, task_journal, task_snapshots, task_snapshot_chunks, task_set_aside)
 _ALWAYS_UPDATED = ("revision", "status", "payload", "checksum")
@@ -46,39 +46,39 @@ _BASE_COLUMN = sa.Column("base", sa.BigInteger)
 _IS_HEAD_ROW = taskstore_head.c.id == sa.literal_column("1")
 
 UPDATE_ORDER = (*_ALWAYS_UPDATED, "task_id", "base", *RARELY_UPDATED)
-"""The parameters of one row of ``update_tasks`` and ``update_tasks_wide``."""
+"""The order of one row's parameters in ``update_tasks`` and ``update_tasks_wide``."""
 
 
 class Statements:
-    """The compiled statements of one dialect (``str`` each)."""
+    """The compiled statements of one dialect; each statement is a ``str``."""
 
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
-        # Statements by row count; each one is compiled at its first use.
+        # Each function returns the statement for a row count, compiled at the first call.
         self.insert_tasks = cache(self._insert_tasks)
         self.update_tasks = cache(self._update_tasks)
         self.update_tasks_wide = cache(self._update_tasks_wide)
         self.delete_tasks = cache(self._delete_tasks)
         self.insert = {table: cache(partial(self._insert, table)) for table in _INSERTABLE}
-        """By table: insert rows without preconditions, values in order of the table's columns."""
+        """By table: insert rows without preconditions; parameters in order of the columns."""
         self.insert_journal = self.insert[task_journal]
 
     def _compile(self, statement: Executable, *order: str) -> str:
-        # Every statement of this class can be compiled.
+        # The type Executable has no method compile, but every statement here has one.
         compiled = statement.compile(dialect=self._dialect)  # type: ignore[attr-defined]
         actual = tuple(compiled.positiontup or ())
         if actual != order:
-            raise AssertionError(f"parameters are {actual}, not {order}: {compiled}")
+            raise AssertionError(f"the parameters are {actual}, declared are {order}: {compiled}")
         return str(compiled)
 
     # -- the head row -----------------------------------------------------
 
     @cached_property
     def claim(self) -> str:
-        """Claim ``count`` seqs; returns the new (head_seq, last_at, floor) and the id of the
-        commit at seq ``base``.
+        """Claim ``count`` seqs; return (head_seq, last_at, floor) after the claim, and the
+        commit id of the entry at seq ``base``.
 
-        If the schema epoch is too high, it updates nothing and returns no row.
+        If the schema epoch is too high, the statement updates nothing and returns no row.
         """
         return self._claim_returning()
 
@@ -99,16 +99,16 @@ class Statements:
     # -- tasks ------------------------------------------------------------
 
     def _parameter_table(self, columns: Sequence[sa.Column[Any]], count: int) -> FromClause:
-        """A table ``new`` of ``count`` rows of parameters."""
+        """A table with the name ``new`` and ``count`` rows, whose values are parameters."""
         names = [sa.column(col.key, col.type) for col in columns]
         data = [tuple(parameters(columns, row).values()) for row in range(count)]
         return sa.values(*names, name="new").data(data).cte("new")
 
     def _insert_tasks(self, count: int) -> str:
-        """Insert the tasks whose id and dedup key are free and whose id was not deleted.
+        """Insert the tasks whose dedup key is free and whose task id is neither used nor deleted.
 
-        Parameters: ``count`` rows in order of the columns of ``tasks``, then the
-        floor.  The head row is locked, so a free id or key stays free.
+        Parameters: ``count`` rows in order of the columns of ``tasks``, then the floor.
+        The head row is locked, so no other writer can use a free task id or key.
         """
         new = self._parameter_table(list(tasks.columns), count)
         deletion = task_journal.alias("deletion")
@@ -134,13 +134,13 @@ class Statements:
         return self._compile(statement, *_names(tasks.columns, count), "floor")
 
     def _update_tasks(self, count: int) -> str:
-        """Update tasks of revision ``base`` whose projected columns do not change, except
-        the status.  No full index is touched.
+        """Update the tasks at revision ``base`` whose rarely updated columns do not change.
+        The database then need not update any full index.
 
         Parameters: ``count`` rows of :data:`UPDATE_ORDER`.
         """
         columns = _update_columns()
-        # One row is by far the most frequent count, and needs no table of parameters.
+        # An update of one row is the most frequent, and needs no table of parameters.
         new = parameters(columns, 0) if count == 1 else self._parameter_table(columns, count).c
         unchanged = [tasks.c[name].is_not_distinct_from(new[name]) for name in RARELY_UPDATED]
         return self._compile(
@@ -148,7 +148,7 @@ class Statements:
         )
 
     def _update_tasks_wide(self, count: int) -> str:
-        """Update tasks of revision ``base`` with every projected column.
+        """Update the tasks at revision ``base``, including the rarely updated columns.
 
         Parameters: ``count`` rows of :data:`UPDATE_ORDER`.
         """
@@ -166,12 +166,12 @@ class Statements:
         )
 
     def _same_key(self, stored: ColumnElement[Any], new: Any) -> ColumnElement[bool]:
-        """The condition that a stored key equals the key of a new row."""
+        """The condition that a stored key is equal to the key of a new row."""
         same: ColumnElement[bool] = stored == new
         return same
 
     def _delete_tasks(self, count: int) -> str:
-        """Delete tasks; parameters: ``count`` times (task_id, revision)."""
+        """Delete tasks.  Parameters: (task_id, revision) of each of ``count`` tasks."""
         columns = (tasks.c.task_id, tasks.c.revision)
         terms = [
             sa.and_(*(tasks.c[name] == value for name, value in parameters(columns, row).items()))
@@ -181,7 +181,7 @@ class Statements:
 
     @cached_property
     def scan_tasks(self) -> str:
-        """Read (task_id, revision, payload, checksum) of :data:`PAGE` tasks after an id."""
+        """Read (task_id, revision, payload, checksum) of :data:`PAGE` tasks after a task id."""
         return self._compile(
             sa.select(
                 tasks.c.task_id, tasks.c.revision, stored_bytes(tasks.c.payload), tasks.c.checksum
@@ -189,7 +189,7 @@ class Statements:
             .where(tasks.c.task_id > bindparam("after", type_=tasks.c.task_id.type))
             .order_by(tasks.c.task_id)
             .limit(sa.literal_column(str(PAGE)))
-            # Without an offset, SQLite's compiler adds a parameter for it.
+            # Without this offset, SQLAlchemy adds a parameter for the offset on SQLite.
             .offset(sa.literal_column("0")),
             "after",
         )
@@ -204,10 +204,10 @@ class Statements:
 
     @cached_property
     def read_journal(self) -> str:
-        """Read (floor, head, entry…) for the entries in a range of seqs, by one statement.
+        """Read the floor, the head and the entry for each entry in a range of seqs.
 
-        If the range has no entry, there is one row with nulls for the entry.
-        Parameters: the seq before the range, the last seq of the range.
+        If the range has no entry, the result is one row with nulls for the entry.
+        Parameters: the seq before the range, and the last seq of the range.
         """
         head, entry = taskstore_head.c, task_journal.c
         joined = taskstore_head.outerjoin(
@@ -229,7 +229,7 @@ class Statements:
 
     @cached_property
     def read_history(self) -> str:
-        """Read the kept entries of one task, oldest first."""
+        """Read the entries of one task that are not trimmed, oldest first."""
         entry = task_journal.c
         floor = sa.select(taskstore_head.c.floor).scalar_subquery()
         return self._compile(
@@ -244,7 +244,7 @@ class Statements:
 
     @cached_property
     def read_chunk(self) -> str:
-        """Read (payload, checksum) of one chunk; parameters: seq, number."""
+        """Read (payload, checksum) of one chunk.  Parameters: snapshot seq, chunk number."""
         chunks = task_snapshot_chunks.c
         return self._compile(
             sa.select(stored_bytes(chunks.payload), chunks.checksum).where(
@@ -265,7 +265,7 @@ class Statements:
 
 
 def advance_head() -> sa.Update:
-    """Claim ``count`` seqs, unless the schema epoch is above ``epoch``."""
+    """The update that claims ``count`` seqs, unless the schema epoch is above ``epoch``."""
     head = taskstore_head.c
     now = bindparam("now", type_=sa.BigInteger)
     return (
@@ -280,7 +280,7 @@ def advance_head() -> sa.Update:
 
 
 def stored_bytes(col: ColumnElement[Any]) -> ColumnElement[Any]:
-    """A column of bytes, cast to bytes: SQLite columns may contain values of any type."""
+    """A binary column, cast to bytes, because SQLite columns may contain values of any type."""
     return sa.cast(col, sa.LargeBinary).label(str(col.key))
 
 
@@ -297,7 +297,7 @@ CLAIM_COLUMNS: tuple[ColumnElement[Any], ...] = (
 ENTRY_COLUMNS: tuple[ColumnElement[Any], ...] = tuple(
     stored_bytes(col) if col is task_journal.c.payload else col for col in task_journal.columns
 )
-"""The columns of a journal entry, in order of the table."""
+"""The columns of a journal entry, in the order of the table ``task_journal``."""
 
 
 def _update_columns() -> list[sa.Column[Any]]:
@@ -305,7 +305,7 @@ def _update_columns() -> list[sa.Column[Any]]:
 
 
 def parameters(columns: Any, row: int) -> dict[str, ColumnElement[Any]]:
-    """The parameters of one row, by column name."""
+    """The parameters of one row of a statement, by column name."""
     return {col.key: bindparam(f"{col.key}_{row}", type_=col.type) for col in columns}
 
 

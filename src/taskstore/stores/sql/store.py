@@ -1,4 +1,4 @@
-"""The SQL store: the store interface on one database."""
+"""The SQL store: implements the store interface on one database."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from taskstore.errors import CorruptStoreError, CursorExpiredError, ValidationError
+from taskstore.model.compaction_policy import CompactionPolicy, CompactionReport
 from taskstore.model.journal import Change, Commit, JournalEntry, Quarantined, Snapshot
-from taskstore.model.policies import CompactionPolicy, CompactionReport
 from taskstore.model.query import Page, TaskQuery
 from taskstore.model.records import MAX_INT, TaskRecord
 from taskstore.model.validation import check_key
@@ -35,7 +35,7 @@ from taskstore.stores.sql.snapshots import (
     read_snapshot_rows,
 )
 from taskstore.stores.sql.statements import PAGE
-from taskstore.stores.sql.tables import PROJECTED, task_journal, tasks
+from taskstore.stores.sql.tables import COPIED_COLUMNS, task_journal, tasks
 from taskstore.stores.sql.transactions import ConnectionPool, Transactions
 from taskstore.stores.sql.watchers import DataVersionWatcher, ListeningWatcher
 
@@ -43,22 +43,22 @@ _WATCHERS: dict[str, Callable[[ConnectionPool, Callable[[], int]], Watcher]] = {
     "sqlite": DataVersionWatcher,
     "postgresql": ListeningWatcher,
 }
-"""The watcher of each dialect; for every other dialect the store polls the head."""
+"""The watcher of each dialect.  For every other dialect, the store polls the head."""
 
 
 class SQLStore(TaskRegistryStore):
-    """A ledger in the tables of an SQL database: one instance on one engine.
+    """A ledger in the tables of an SQL database, opened on one engine.
 
-    ``engine`` belongs to the host: each call acquires a connection and
-    releases it with its settings restored, and :meth:`close` does not dispose
-    of the engine.  Its pool must have a connection for every calling thread.
-    To open a URL with an engine of the store's own, call
-    ``taskstore.open_store``: it passes a ``Database``, which has its own
-    durability and access mode.  ``strict`` makes a load raise
-    :class:`~taskstore.CorruptStoreError` for the first record that does not
-    decode, instead of quarantining it.  If a server is down for longer than
-    ``reconnect_s`` seconds, calls raise
-    :class:`~taskstore.StoreUnavailableError`; until then they wait.
+    ``engine`` belongs to the host.  Each call acquires a connection, restores the
+    settings of the connection and releases it.  :meth:`close` does not dispose of the
+    engine.  The engine's pool must have a connection for every calling thread.
+    To open a URL, call ``taskstore.open_store``, which creates an engine for the
+    store and passes a ``Database``; ``durability`` and ``read_only`` then come from the
+    ``Database``.
+    If ``strict`` is true, a load raises :class:`~taskstore.CorruptStoreError` for the
+    first record that cannot be decoded; otherwise the record is quarantined.  If a
+    server is down, calls wait for up to ``reconnect_s`` seconds, then raise
+    :class:`~taskstore.StoreUnavailableError`.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class SQLStore(TaskRegistryStore):
         self._query_quarantined: dict[str, Quarantined] = {}
         self._trim_quarantined: list[Quarantined] = []
         self._pool = pool
-        # Created by the first call of wait_for.
+        # The first call of wait_for creates the change feed.
         self._feed: ChangeFeed | None = None
         self._feed_lock = threading.Lock()
         try:
@@ -187,7 +187,7 @@ class SQLStore(TaskRegistryStore):
         try:
             check_key("task_id", task_id)
         except ValidationError:
-            return ()  # no task can have this id, and some drivers fail on it
+            return ()  # no task can have this id, and some drivers do not accept the id
         sql = self._database.sql.read_history
         rows = self._transactions.read(lambda session: session.rows(sql, (task_id,)))
         return tuple(entry_of(row, self.location) for row in rows)
@@ -212,7 +212,7 @@ class SQLStore(TaskRegistryStore):
             if watcher
             else partial(PollingWatcher, self.head),
             self.location,
-            # While no call waits, the feed keeps no connection of a host's pool.
+            # While no call waits, the feed must not keep a connection of a host's pool.
             idle_timeout_s=IDLE_TIMEOUT_S if database.owned else 0.0,
             errors=database.translator.errors,
         )
@@ -243,13 +243,13 @@ def open_sql(
     strict: bool = False,
     reconnect_s: float = RECONNECT_S,
 ) -> SQLStore:
-    """Open the ledger in the database of a URL, with an engine of the store's own.
+    """Open the ledger in the database of a URL, with a new engine for this store.
 
-    The URL is ``sqlite:///`` and the path without escapes (three slashes:
-    relative, four: absolute), or
+    The URL of an SQLite file is ``sqlite:///`` and a path without escapes; a fourth
+    slash starts an absolute path.  The URL of a server is
     ``postgresql+psycopg://user:password@host/database``, or the same with
-    ``mariadb+pymysql``.  The options are those of :func:`taskstore.open_store`;
-    for ``strict`` and ``reconnect_s`` see :class:`SQLStore`.
+    ``mariadb+pymysql``.  :func:`taskstore.open_store` documents the options;
+    :class:`SQLStore` documents ``strict`` and ``reconnect_s``.
     """
     _check_options(durability, migrate, reconnect_s)
     database = open_database(url, durability=durability, read_only=read_only)
@@ -259,18 +259,20 @@ def open_sql(
 def _check_options(durability: str, migrate: str, reconnect_s: float) -> None:
     check_options(durability, migrate)
     if not isinstance(reconnect_s, (int, float)) or not reconnect_s >= 0:
-        raise ValidationError("reconnect_s", f"must be seconds, not {reconnect_s!r}")
+        raise ValidationError(
+            "reconnect_s", f"must be a number of seconds, 0 or more, not {reconnect_s!r}"
+        )
 
 
 def verify(transactions: Transactions) -> VerifyReport:
-    """Return the report of ``SupportsIntegrity.verify``."""
+    """Verify the tables in one read transaction; see ``SupportsIntegrity.verify``."""
     return transactions.read(
         lambda session: _TableCheck(session, transactions.database).verify(), in_transaction=True
     )
 
 
 class _TableCheck:
-    """The integrity check of the tables, with their checksums and projected columns."""
+    """The integrity check of the tables, their checksums, and the copies of payload fields."""
 
     def __init__(self, session: Session, database: Database) -> None:
         self._session = session
@@ -290,7 +292,7 @@ class _TableCheck:
         return read_published(self._session, self._sql, self._snapshot_rows[seq], self._location)
 
     def _pages(self, table: sa.Table, after: int | str) -> Iterator[Sequence[Any]]:
-        """The rows of a table in order of its primary key, which is its first column."""
+        """The rows of a table in order of the primary key, which is the first column."""
         (key,) = table.primary_key
         while True:
             page = sa.select(table).where(key > after).order_by(key).limit(PAGE)
@@ -314,7 +316,7 @@ class _TableCheck:
             yield entry
 
     def _current(self) -> Snapshot:
-        """The current records; each one is compared with the columns of its row."""
+        """The current records; each record is compared with the columns of its row."""
         records: dict[str, TaskRecord] = {}
         quarantined = read_quarantined(self._session, self._sql)
         damaged = [item for item in quarantined if item.where.startswith("task_set_aside")]
@@ -324,12 +326,12 @@ class _TableCheck:
             found = record_of(TaskRow(*map(columns.__getitem__, TaskRow._fields)))
             if isinstance(found, Quarantined):
                 quarantined.append(found)
-                # A row that save_snapshot wrote as quarantined is not damaged.
+                # If save_snapshot wrote the row as quarantined, the row is not damaged.
                 if columns["checksum"] != QUARANTINED_CHECKSUM:
                     damaged.append(found)
                 continue
             records[found.task_id] = found
-            for name in ("revision", *PROJECTED):
+            for name in ("revision", *COPIED_COLUMNS):
                 if columns[name] != getattr(found, name):
                     self._check.problems.append(
                         f"the column {name} of task {found.task_id!r} differs from its payload"

@@ -1,11 +1,14 @@
 """The tables of a ledger, for SQLAlchemy Core.
 
 ``docs/formats.md`` documents the tables.  The migrations in ``migrations/``
-create them, and a test proves on every engine that both are equal.
+create the tables.  A test compares the migrations with this file on every engine.
 
 Keys are text of at most 255 bytes, compared byte by byte: case, trailing
 spaces and locale must never make two ids equal [11].  Each engine has its own
-syntax for this.  All times are Unix milliseconds.
+syntax for this comparison.  All times are Unix milliseconds.
+
+The column ``booking`` (key ``run_digest``) and the table ``task_set_aside``
+(quarantined records) keep their names on disk until the next format.
 """
 
 from __future__ import annotations
@@ -27,18 +30,18 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql
 
 REVISIONS = ("0001",)
-"""The known migrations, oldest first; this version requires the last one."""
+"""The revisions of the known migrations, oldest first; the last revision is required."""
 
 SCHEMA_EPOCH = 1
 """The newest schema epoch that this version can work with."""
 
 COMMENT_PREFIX = "taskstore: "
-"""The prefix of every table comment of taskstore.  If each schema change commits by itself,
-the prefix separates the leftover tables of a killed migration from another program's
-tables of the same names."""
+"""The prefix of the comment on every table of taskstore.  On databases that commit each
+schema change separately, a killed migration can leave tables.  The prefix distinguishes
+these tables from tables of another program with the same names."""
 
 ACTIVE = "status IN ('queued', 'running')"
-"""The predicate of the partial index of active tasks; a query must repeat this text."""
+"""The predicate of the partial index of active tasks; a query must contain the same text."""
 
 metadata = MetaData(
     naming_convention={"pk": "pk_%(table_name)s", "ck": "ck_%(table_name)s_%(constraint_name)s"}
@@ -46,7 +49,7 @@ metadata = MetaData(
 
 
 def _key(length: int = 255) -> String:
-    """Text compared as bytes: ``VARCHAR(length)``."""
+    """The type ``VARCHAR(length)``, compared byte by byte."""
     return (
         String(length)
         .with_variant(String(length, collation="C"), "postgresql")
@@ -59,12 +62,12 @@ def _key(length: int = 255) -> String:
 
 
 def _blob() -> LargeBinary:
-    """A column of bytes, some MiB at most."""
+    """The type of binary columns, for values of some MiB at most."""
     return LargeBinary().with_variant(mysql.MEDIUMBLOB(), "mysql", "mariadb")
 
 
 def _seq() -> BigInteger:
-    """A seq as primary key.  SQLite stores rows in key order if the key type is INTEGER."""
+    """The type of a seq that is a primary key.  With INTEGER, SQLite stores rows in key order."""
     return BigInteger().with_variant(Integer(), "sqlite")
 
 
@@ -87,16 +90,16 @@ tasks = Table(
     Column("checksum", BigInteger, nullable=False),
     comment=f"{COMMENT_PREFIX}one row per live task",
 )
-"""One row per live task.  ``payload`` is authoritative; the columns before it are
-projections for filters.  The columns that change with every event are in no full index.
-The exception is the status on MariaDB, which has no partial indexes."""
+"""One row per live task.  ``payload`` is authoritative.  The columns ``created_at`` to
+``parent_flow_id`` copy payload fields, so that a query can filter by them.  No full index
+contains a column that changes often, except the status on MariaDB."""
 
-PROJECTED = tuple(column.key for column in tasks.columns)[2:-2]
-"""The columns of ``tasks`` that copy the payload field of the same name."""
+COPIED_COLUMNS = tuple(column.key for column in tasks.columns)[2:-2]
+"""The columns of ``tasks`` that copy the payload field of the same name (by column key)."""
 
 
 def _not_null(column: str) -> dict[str, Any]:
-    """The options of a partial index over the rows where a column is not null."""
+    """The options for a partial index of the rows where a column is not null."""
     return {
         "sqlite_where": text(f"{column} IS NOT NULL"),
         "postgresql_where": text(f"{column} IS NOT NULL"),
@@ -123,7 +126,7 @@ ONLY_ON = {
     # MariaDB has no partial indexes.
     "ix_tasks_status": frozenset({"mysql", "mariadb"}),
 }
-"""The dialects of each index that not every dialect has."""
+"""The indexes that only some dialects have, and these dialects."""
 
 task_journal = Table(
     "task_journal",
@@ -138,8 +141,8 @@ task_journal = Table(
     Column("checksum", BigInteger),
     comment=f"{COMMENT_PREFIX}one row per committed change",
 )
-"""One row per committed change; ``payload`` is null for a deletion.  Rows below
-the floor of the head row are leftovers of a trim; readers ignore them."""
+"""One row per committed change; ``payload`` is null for a deletion.  A row whose seq is
+below the floor is a leftover of a trim; readers ignore this row."""
 
 Index("ix_task_journal_task", task_journal.c.task_id, task_journal.c.seq)
 
@@ -155,7 +158,7 @@ task_snapshots = Table(
     Column("checksum", BigInteger, nullable=False),
     comment=f"{COMMENT_PREFIX}one row per snapshot",
 )
-"""One row per snapshot, inserted after all of its chunks."""
+"""One row per snapshot, inserted after all chunks of the snapshot."""
 
 task_snapshot_chunks = Table(
     "task_snapshot_chunks",
@@ -166,8 +169,8 @@ task_snapshot_chunks = Table(
     Column("checksum", BigInteger, nullable=False),
     comment=f"{COMMENT_PREFIX}the payloads of snapshots",
 )
-"""The payloads of a snapshot, some hundred in each chunk.  Chunks without a row in
-``task_snapshots`` are leftovers; readers ignore them."""
+"""The payloads of a snapshot, several hundred in each chunk.  If a snapshot has no row in
+``task_snapshots``, its chunks are leftovers; readers ignore these chunks."""
 
 task_set_aside = Table(
     "task_set_aside",
@@ -177,8 +180,8 @@ task_set_aside = Table(
     Column("checksum", BigInteger, nullable=False),
     comment=f"{COMMENT_PREFIX}what came in and does not decode",
 )
-"""Quarantined payloads [12]: those of a saved snapshot without a usable task id, which cannot
-be rows of ``tasks``, and those of trimmed journal entries."""
+"""Quarantined payloads [12] that cannot be rows of ``tasks``: payloads of a saved snapshot
+without a usable task id, and payloads of trimmed journal entries."""
 
 taskstore_head = Table(
     "taskstore_head",
@@ -195,7 +198,8 @@ taskstore_head = Table(
     CheckConstraint("id = 1", name="one_row"),
     comment=f"{COMMENT_PREFIX}the one row that every commit updates first",
 )
-"""The one row that every commit updates first: it assigns seqs and is the write lock."""
+"""The row that every commit updates first.  The update assigns seqs; the lock of the row
+keeps other writers out."""
 
 TABLES = frozenset(metadata.tables)
 """The names of all tables of a ledger."""

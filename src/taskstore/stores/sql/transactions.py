@@ -1,12 +1,18 @@
 """Transactions on one database, and its connection pool.
 
-The body of ``with transactions.write() as tx`` is one write transaction.  It is
-committed at the end of the body and rolled back if the body raises.  The caller
-runs it in a retry loop, so the body may run several times::
+The body of ``with transactions.write() as tx`` is one write transaction.  The
+transaction is committed at the end of the body, or rolled back if the body raises.
+The caller runs the body in a retry loop, so the body may run several times::
 
     for attempt in transactions.attempts():
         with attempt, transactions.write() as tx:
             return tx.row(...)
+
+If the answer to COMMIT is lost, the attempt ends with ``UnconfirmedCommitError``, and
+:meth:`Transactions.read_back_commit` locks the head row and reads back whether the commit (by
+its commit id) is in the journal.  If the journal contains the commit, the caller
+returns it as committed; otherwise the caller retries it.  If the server stays
+unreachable, ``confirm`` raises :class:`~taskstore.OutcomeUnknownError`.
 """
 
 from __future__ import annotations
@@ -42,20 +48,20 @@ _T = TypeVar("_T")
 class ConnectionPool:
     """Connections that any thread acquires and releases.
 
-    With an engine of the store's own, the pool keeps one connection for writes.
-    With a host's engine, each call acquires a connection and releases it.
+    If the engine belongs to the store, the pool keeps one connection for writes.
+    If the engine belongs to a host, each call acquires and releases a connection.
     """
 
     def __init__(self, database: Database) -> None:
         self.database = database
         self.write_session: Session | None = None
-        """The connection that is kept for writes, ``None`` before the first write."""
+        """The connection that the pool keeps for writes; ``None`` before the first write."""
         self._lock = threading.Lock()
         self._in_use = 0
         self._closed = False
 
     def acquire(self) -> Session:
-        """Acquire a connection; :meth:`release` returns it."""
+        """Acquire a connection; the caller must release it with :meth:`release`."""
         database = self.database
         with self._lock:
             if self._closed:
@@ -73,9 +79,9 @@ class ConnectionPool:
             raise
 
     def release(self, session: Session, *, broken: bool = False) -> None:
-        """Return a connection to the engine; a ``broken`` one is invalidated.
+        """Return a connection to the engine; invalidate a ``broken`` connection.
 
-        The pool keeps the write connection, unless it is broken.
+        The pool keeps the write connection, unless the connection is broken.
         """
         if session is self.write_session:
             if not broken:
@@ -87,9 +93,9 @@ class ConnectionPool:
         self._return_connection(session.connection)
 
     def acquire_writer(self) -> Session:
-        """Acquire the connection for writes; :meth:`release` returns it.
+        """Acquire the connection for writes; the caller must release it with :meth:`release`.
 
-        The caller must run only one transaction on it at a time.
+        The caller must run only one transaction at a time on this connection.
         """
         if self.write_session is None:
             session = self.acquire()
@@ -99,16 +105,16 @@ class ConnectionPool:
             self.database.configure_writer(session)
         return self.write_session
 
-    def writer_pid(self) -> int | None:
-        """The PostgreSQL process id of the write connection, if known."""
+    def writer_backend_pid(self) -> int | None:
+        """The id of the PostgreSQL process that serves the write connection, if known."""
         session = self.write_session
         with suppress(Exception):
             return int(session.raw.info.backend_pid) if session is not None else None
         return None
 
     def close(self) -> None:
-        """Return the write connection.  The last release after this call disposes of an engine
-        of the store's own."""
+        """Return the write connection.  After this call, the last release disposes of the
+        engine, if the engine belongs to the store."""
         with self._lock:
             if self._closed:
                 return
@@ -135,14 +141,15 @@ class ConnectionPool:
 class Transactions:
     """The transactions of one open store, on the connections of its pool.
 
-    If the server is down for longer than ``reconnect_s`` seconds, calls raise.
+    If the server is down for longer than ``reconnect_s`` seconds, calls raise
+    :class:`~taskstore.StoreUnavailableError`.
     """
 
     def __init__(self, pool: ConnectionPool, reconnect_s: float = RECONNECT_S) -> None:
         database = pool.database
         self.pool = pool
         self.database = database
-        # Separate from writes: a standby may serve reads while there is no primary.
+        # Reads have their own circuit breaker: without a primary, a standby may serve reads.
         self._reads = RetryPolicy(
             database.translator, CircuitBreaker(database.location, reconnect_s)
         )
@@ -155,11 +162,11 @@ class Transactions:
         self.attempts = writes.attempts
         """The attempts of a write; see :meth:`RetryPolicy.attempts`.
 
-        Without ``reads_back``, the work must be idempotent.
+        Without ``reads_back``, the body of an attempt must be idempotent.
         """
         self._lock = threading.RLock()
         self._writing = False
-        # The transaction that exclusive() began, until a write uses it, and its thread.
+        # The transaction of exclusive() until a write uses it, and the thread of exclusive().
         self._exclusive_tx: Session | None = None
         self._tx_thread = 0
         self._refusal_reason: str | None = None
@@ -168,9 +175,8 @@ class Transactions:
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """One write transaction: committed at the end of the body, rolled back if it raises.
-
-        Inside :meth:`exclusive`, the first call uses the transaction that is open there.
+        """One write transaction: committed at the end of the body, or rolled back if the body
+        raises.  Inside :meth:`exclusive`, the first call uses the transaction of ``exclusive``.
         """
         pool, database = self.pool, self.database
         with self._lock:
@@ -188,7 +194,7 @@ class Transactions:
                 try:
                     database.commit(session)
                 except database.translator.errors as error:
-                    self._raise_if_unconfirmed(error)
+                    self._handle_commit_error(error)
                     raise
             except BaseException as error:
                 if session is not None:
@@ -207,20 +213,20 @@ class Transactions:
         for attempt in self.attempts():
             with attempt, self.write() as tx:
                 return work(tx)
-        raise AssertionError("attempts end by raising")
+        raise AssertionError("the last attempt raises")
 
-    def confirm(self, is_committed: Callable[[Session], bool]) -> bool:
-        """Return whether a COMMIT that was not answered took effect.
+    def read_back_commit(self, is_committed: Callable[[Session], bool]) -> bool:
+        """Return whether a COMMIT whose answer was lost has taken effect.
 
-        ``is_committed`` reads on a connection that has locked the head row: no other
-        writer and no transaction of a lost connection is active at that time.
+        ``is_committed`` reads in a transaction that has locked the head row.  The lock proves
+        that the transaction of the lost connection has ended and that no writer is active.
         Raises :class:`~taskstore.OutcomeUnknownError` if the outcome cannot be read back.
         """
 
         def work(tx: Session) -> bool:
             tx.rows(self.database.sql.lock_head)
             # After a restart, a primary may show commits that its standby does not have.
-            # The COMMIT of this transaction waits until the standby has all of them.
+            # The COMMIT of this transaction waits until the standby has all these commits.
             return is_committed(tx)
 
         try:
@@ -228,8 +234,8 @@ class Transactions:
         except (StoreBusyError, StoreUnavailableError) as final:
             raise OutcomeUnknownError(
                 f"{self.database.location}: the connection broke during a commit, and "
-                f"its outcome cannot be read back: {final}",
-                hint="read the store again when it can be reached",
+                f"the outcome of the commit cannot be read back: {final}",
+                hint="when the server answers again, load the records again",
             ) from final
 
     @contextmanager
@@ -256,7 +262,7 @@ class Transactions:
         session = self.pool.acquire_writer()
         try:
             self.database.begin_write(session)
-            session.rows(self.database.sql.lock_head)  # a server's BEGIN takes no lock
+            session.rows(self.database.sql.lock_head)  # on a server, BEGIN locks nothing
             self._tx_thread = threading.get_ident()
             self._exclusive_tx = session
         except BaseException as error:
@@ -264,7 +270,7 @@ class Transactions:
             raise
 
     def erase(self) -> None:
-        """Erase deleted bytes that are still in the files of the database."""
+        """Erase the bytes of deleted rows from the files of the database."""
         with self._lock, self.database.translator:
             session = self.pool.acquire()
             try:
@@ -272,18 +278,18 @@ class Transactions:
             finally:
                 self._release(session)
 
-    def _raise_if_unconfirmed(self, error: Exception) -> None:
-        """Raise if the outcome of a failed COMMIT is unknown."""
+    def _handle_commit_error(self, error: Exception) -> None:
+        """Raise an error if the outcome of a failed COMMIT is unknown."""
         translator = self.database.translator
         kind = translator.error_kind(error)
         if kind is ErrorKind.CONNECTION_LOST:
             raise UnconfirmedCommitError from error
         if kind is ErrorKind.FSYNC_FAILED:
-            # The system may have dropped the failed pages from its cache as if they were
-            # written, so this instance cannot trust its reads.
+            # The operating system may have dropped the pages from its cache without writing
+            # them, so a later read by this instance may return wrong data.
             self._refusal_reason = "a commit could not be flushed to disk"
             raise OutcomeUnknownError(
-                f"{translator.location}: whether the last commit reached the disk is unknown: "
+                f"{translator.location}: it is unknown whether the last commit reached the disk: "
                 f"{translator.text(error)}",
                 hint="check the disk, and open the store again",
             ) from translator.cause(error)
@@ -302,10 +308,10 @@ class Transactions:
     # -- reads ------------------------------------------------------------
 
     def read(self, work: Callable[[Session], _T], *, in_transaction: bool = False) -> _T:
-        """Run ``work`` on a connection; ``in_transaction`` runs it in one read transaction.
+        """Run ``work`` on a connection, with ``in_transaction`` in one read transaction.
 
         Driver errors are translated, and a read on a lost connection is retried.  Inside
-        :meth:`exclusive`, ``work`` runs in the transaction that is open there.
+        :meth:`exclusive` and without ``in_transaction``, ``work`` runs in the open transaction.
         """
         tx = self._exclusive_tx
         if tx is not None and self._tx_thread == threading.get_ident() and not in_transaction:
@@ -315,7 +321,7 @@ class Transactions:
                     self.database.guard.check()
             except self.database.translator.errors as error:
                 # The transaction and its lock are lost, and possibly the connection.
-                # The read can still run on another connection.
+                # The read can be repeated on another connection.
                 self._exclusive_tx = None
                 self._roll_back(tx, error)
             else:
@@ -323,11 +329,11 @@ class Transactions:
         for attempt in self._reads.attempts():
             with attempt, self.reading(in_transaction=in_transaction) as session:
                 return work(session)
-        raise AssertionError("attempts end by raising")
+        raise AssertionError("the last attempt raises")
 
     @contextmanager
     def reading(self, *, in_transaction: bool = False) -> Iterator[Session]:
-        """A connection for reads; ``in_transaction`` begins and ends one read transaction on it."""
+        """A connection for reads; with ``in_transaction``, the body is one read transaction."""
         session = self.pool.acquire()
         try:
             if in_transaction:
@@ -336,8 +342,8 @@ class Transactions:
             yield session
             if in_transaction:
                 session.execute("COMMIT")
-            # Check before the release: if the store was closed meanwhile, SQLite removes the
-            # logs with the last connection.
+            # The guard must check before the release.  If the store was closed meanwhile, the
+            # release closes the last connection, and SQLite then removes its log files.
             if self.database.guard is not None:
                 self.database.guard.check()
         except BaseException as error:
@@ -346,7 +352,7 @@ class Transactions:
         self.pool.release(session)
 
     def _read_head(self) -> int | None:
-        """The head seq, by one attempt; ``None`` if it cannot be read."""
+        """The head seq, read by one attempt; ``None`` if the attempt fails."""
         with suppress(Exception), self.reading() as session:
             return Head(*session.row(self.database.sql.head)).head_seq
         return None
@@ -359,10 +365,10 @@ class Transactions:
     # -- rollback and release ---------------------------------------------
 
     def _roll_back(self, session: Session, error: BaseException | None = None) -> None:
-        """Roll back and release; suppress driver errors, because the caller reports ``error``.
+        """Roll back and release a connection; suppress driver errors: the caller raises ``error``.
 
         A connection is discarded if its rollback fails, or if its server is unreachable, shuts
-        down or is not the primary.  If the file was replaced, the guard raises its own error.
+        down or is not the primary.  If an SQLite file was replaced, the guard raises an error.
         """
         database = self.database
         if isinstance(error, UnconfirmedCommitError):
@@ -385,7 +391,7 @@ class Transactions:
             self._release(session, broken=broken)
 
     def _release(self, session: Session, *, broken: bool = False) -> None:
-        """Release a connection; restore the settings of a host's connection first."""
+        """Restore the settings of a host's connection, then release the connection."""
         try:
             if session is not self.pool.write_session and not broken:
                 session.restore_settings()

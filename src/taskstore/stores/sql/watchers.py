@@ -1,6 +1,8 @@
 """The watchers of SQLite and PostgreSQL for commits of other processes.
 
-For every other dialect, the store polls the head.
+When another process commits, a watcher wakes the store's change feed.  The change
+feed then wakes followers and waiting calls.  For every other dialect, the store
+polls the head.
 """
 
 from __future__ import annotations
@@ -17,15 +19,15 @@ from taskstore.stores.sql.rows import Head
 from taskstore.stores.sql.transactions import ConnectionPool
 
 SAFETY_POLL_S = 1.0
-"""The interval of polls without a notification, in seconds.  Some connection poolers drop
-all notifications, and an older version of taskstore sends none."""
+"""The interval in seconds at which the watcher polls even without a notification.  Some
+connection poolers drop notifications, and older versions of taskstore send none."""
 
 SQLITE_POLL_PAUSE_S = 0.025
 """The longest pause between two polls of an SQLite file, in seconds."""
 
 
 class DataVersionWatcher(PollingWatcher):
-    """Polls SQLite's data version, which is cheap and changes with other connections' commits."""
+    """Polls SQLite's data version at low cost: other connections' commits change the version."""
 
     def __init__(self, pool: ConnectionPool, head: Callable[[], int]) -> None:
         super().__init__(head, self._data_version, longest_pause_s=SQLITE_POLL_PAUSE_S)
@@ -34,7 +36,7 @@ class DataVersionWatcher(PollingWatcher):
 
     def _data_version(self) -> object:
         row = self._session.row("PRAGMA data_version")
-        # The guard raises if a file that was opened as immutable has changed.
+        # The guard raises an error if the file was opened as immutable and has changed.
         guard = self._pool.database.guard
         if guard is not None:
             guard.check()
@@ -47,10 +49,10 @@ class DataVersionWatcher(PollingWatcher):
 class ListeningWatcher:
     """Receives PostgreSQL notifications of commits.
 
-    While the watcher listens, it holds an advisory lock that makes writers send
-    notifications: see ``PostgreSQLStatements``.  A writer whose transaction
-    began before the lock was acquired sends none.  The watcher therefore polls
-    the head until it has the lock, and once more afterwards.
+    While the watcher listens, it owns an advisory lock, and writers send notifications
+    only while a watcher owns this lock: see ``PostgreSQLStatements``.  A writer that
+    began its transaction before the watcher got the lock sends no notification.  The
+    watcher therefore polls the head until it has the lock, and once more afterwards.
     """
 
     def __init__(self, pool: ConnectionPool, head: Callable[[], int]) -> None:
@@ -61,8 +63,9 @@ class ListeningWatcher:
         self._generation = self._database.generation
         self._session = pool.acquire()
         self._channel = ""
-        # Whether this watcher has the lock, whether writers commit without a notification,
-        # and whether another process, or any process, has notified since the last poll.
+        # _locked: this watcher owns the lock.  _unnotified: a writer sends no notifications.
+        # _notified_by_other, _notified: since the last poll, another process, or any process,
+        # has sent a notification.
         self._locked = self._unnotified = self._notified_by_other = self._notified = False
         self._last_head: int | None = None
         self._backoff = polling_backoff()
@@ -81,8 +84,8 @@ class ListeningWatcher:
         if row is None:
             raise WatcherBrokenError
         self._channel = self._sql.channel_of(Head(*row).ledger_id)
-        # psycopg receives notifications with the result of any statement, and drops them
-        # without a handler.
+        # psycopg may receive a notification together with the result of a statement, and
+        # drops the notification if no handler is registered.
         session.raw.add_notify_handler(self._on_notify)
         session.execute(f'LISTEN "{self._channel}"')
         for end in (self._wake_receiver, self._wake_sender):
@@ -96,8 +99,8 @@ class ListeningWatcher:
     def _handle(self, channel: str, pid: int) -> None:
         if channel == self._channel:
             self._notified, self._unnotified = True, False
-            # The store has announced its own commits already.
-            if pid != self._pool.writer_pid():
+            # The store has already announced its own commits to the change feed.
+            if pid != self._pool.writer_backend_pid():
                 self._notified_by_other = True
 
     def poll(self) -> int | None:
@@ -119,7 +122,7 @@ class ListeningWatcher:
         head = Head(*row).head_seq
         if self._last_head is not None and head != self._last_head:
             self._backoff.reset()
-            # A head that moves without a notification shows a writer that sends none.
+            # If the head has moved without a notification, a writer sends no notifications.
             silent = locked and not notified and not self._notified
             self._unnotified = self._unnotified or silent
         self._last_head = head

@@ -44,7 +44,7 @@ class ApplyContract(ContractBase):
     # -- seqs and times ---------------------------------------------------
 
     def test_seqs_are_contiguous(self, ledger: Ledger) -> None:
-        """[2] Each change gets the next seq, from 1, across batches and restarts."""
+        """[2] Seqs start at 1 and continue without a gap across batches and restarts."""
         head = 0
         for size in (1, 3, 2):
             commit = ledger.reopened().apply([make_put() for _ in range(size)])
@@ -61,7 +61,7 @@ class ApplyContract(ContractBase):
         assert ledger.store.apply([make_put()]).first_seq == 2
 
     def test_the_time_is_the_clocks(self, ledger: Ledger) -> None:
-        """[2] A commit carries the time of the store's clock."""
+        """[2] The time of a commit is the time of the store's clock."""
         before = system_clock()
         commit = ledger.store.apply([make_put()])
         assert before <= commit.at <= system_clock()
@@ -80,7 +80,7 @@ class ApplyContract(ContractBase):
             assert store.apply([make_put()]).at == EPOCH_MS
 
     def test_the_time_never_goes_back_over_a_save(self, ledger: Ledger) -> None:
-        """[2] Saving a snapshot with an earlier time does not set commit times back."""
+        """[2] Commit times do not decrease after a snapshot with an earlier time is saved."""
         ledger.store.clock = lambda: EPOCH_MS
         ledger.store.apply([make_put()])
         ledger.store.save_snapshot(Snapshot(9, {}, EPOCH_MS - 5000))
@@ -91,14 +91,14 @@ class ApplyContract(ContractBase):
     # -- compare and set --------------------------------------------------
 
     def test_create_over_existing(self, ledger: Ledger) -> None:
-        """[3] Revision 1 applies only if the task does not exist."""
+        """[3] A change to revision 1 applies only if the task does not exist."""
         record = update(ledger.store, create(ledger.store))
         with ledger.unchanged():
             conflicts = conflicts_of(ledger.store, make_put(task_id=record.task_id))
             assert conflicts == {Conflict(record.task_id, 0, 2)}
 
     def test_update_of_absent(self, ledger: Ledger) -> None:
-        """[3] A revision above 1 applies only if the previous revision is stored."""
+        """[3] A change to a revision above 1 applies only if the previous revision is stored."""
         create(ledger.store)
         with ledger.unchanged():
             conflicts = conflicts_of(ledger.store, make_put(task_id="absent", revision=5))
@@ -106,7 +106,7 @@ class ApplyContract(ContractBase):
 
     @pytest.mark.parametrize("revision", [1, 2, 3, 5, 6, 99])
     def test_stale_and_skipped_revisions(self, ledger: Ledger, revision: int) -> None:
-        """[3] Only revision r + 1 applies over revision r; older and later ones conflict."""
+        """[3] If revision r is stored, only revision r + 1 applies; other revisions conflict."""
         record = create(ledger.store, task_id="task")
         for _ in range(2):
             record = update(ledger.store, record)
@@ -141,7 +141,7 @@ class ApplyContract(ContractBase):
 
     @needs(SupportsJournal)
     def test_a_deleted_task_stays_deleted(self, ledger: Ledger) -> None:
-        """[3] While the journal holds a deletion, no change of that task id applies."""
+        """[3] While the journal contains a deletion, no change to that task id applies."""
         record = create(ledger.store, task_id="gone")
         delete(ledger.store, record)
         changes = (make_put(task_id="gone"), next_of(record), Remove("gone", 2), Remove("gone", 3))
@@ -181,7 +181,7 @@ class ApplyContract(ContractBase):
             assert len(records_of(store)) == 3
 
     def test_every_task_in_the_way_is_named(self, ledger: Ledger) -> None:
-        """[3] ConflictError names every conflicting task of the batch, each once."""
+        """[3] ConflictError lists each conflicting task of the batch exactly once."""
         record = update(ledger.store, create(ledger.store))
         existing = create(ledger.store, run_id="run-1")
         duplicate = make_put(run_id="run-1")
@@ -215,7 +215,7 @@ class ApplyContract(ContractBase):
             }
 
     def test_change_and_deletion_in_one_batch(self, ledger: Ledger) -> None:
-        """[3] A task that a batch changes and then deletes is gone; each change takes a seq."""
+        """[3] If a batch changes and deletes a task, the task is gone; each change takes a seq."""
         old, new = create(ledger.store), make_record()
         changed = next_of(old, label="last words")
         commit = ledger.store.apply(
@@ -227,7 +227,7 @@ class ApplyContract(ContractBase):
             assert store.load_snapshot().seq == 5
 
     def test_a_batch_that_contradicts_itself(self, ledger: Ledger) -> None:
-        """[3] Two changes of one task whose revisions do not follow each other conflict."""
+        """[3] Two changes of one task conflict if their revisions are not consecutive."""
         record = create(ledger.store)
         contradictions: list[list[Change]] = [
             [next_of(record), next_of(record)],
@@ -287,7 +287,7 @@ class ApplyContract(ContractBase):
             del store
 
     def test_another_scope_of_the_same_run(self, ledger: Ledger) -> None:
-        """[3] Only the pair of run_id and run_digest is unique; each alone may repeat."""
+        """[3] The pair (run_id, run_digest) is unique; either value alone may repeat."""
         one = create(ledger.store, run_id="run-1", run_digest="a" * 32)
         two = create(ledger.store, run_id="run-1", run_digest="b" * 32)
         three = create(ledger.store, run_id="run-2", run_digest="a" * 32)
@@ -306,7 +306,7 @@ class ApplyContract(ContractBase):
                 create(store, run_id="Run", run_digest="b" * 32)
 
     def test_an_update_keeps_the_booking(self, ledger: Ledger) -> None:
-        """[3] A task keeps its dedup key when it changes, also when it ends."""
+        """[3] A task keeps its dedup key after an update and after its end."""
         existing = create(ledger.store, run_id="run-1")
         existing = update(ledger.store, existing, status=TaskStatus.SUCCEEDED)
         for store in ledger.twice():
@@ -315,7 +315,7 @@ class ApplyContract(ContractBase):
             assert caught.value.conflicts[0].existing_task_id == existing.task_id
 
     def test_deletion_frees_the_booking(self, ledger: Ledger) -> None:
-        """[3] Deleting a task frees its dedup key, for a later commit or the same one."""
+        """[3] A deletion frees the dedup key for the rest of the batch and for later commits."""
         existing = create(ledger.store, run_id="run-1")
         delete(ledger.store, existing)
         second = create(ledger.store, run_id="run-1")

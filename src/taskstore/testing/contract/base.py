@@ -1,4 +1,4 @@
-"""The base of the contract suite: the ledger under test and the skips."""
+"""The base of the contract suite: the ledger under test and the rules for skips."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class StoreState(NamedTuple):
 
 
 def state_of(store: TaskRegistryStore) -> StoreState:
-    """Read everything from a store that no writer changes at the same time."""
+    """Read everything from a store; no writer may change the store at the same time."""
     loaded = store.load_snapshot()
     head = floor = None
     journal: tuple[JournalEntry, ...] = ()
@@ -67,10 +67,10 @@ def state_of(store: TaskRegistryStore) -> StoreState:
 
 
 def as_of(store: FullStore, seq: int) -> Snapshot:
-    """Return the records as of one seq: the nearest earlier snapshot and the journal, folded."""
+    """Return the records as of one seq, folded from an earlier snapshot and the journal."""
     base = store.read_snapshot(seq)
     if base is None:
-        assert store.floor() == 1, f"the floor is {store.floor()}, but no snapshot is before {seq}"
+        assert store.floor() == 1, f"no snapshot up to seq {seq}; the floor is {store.floor()}"
         base = Snapshot(0)
     if base.seq == seq:
         return base
@@ -99,11 +99,11 @@ class Ledger:
 
     @property
     def open_store(self) -> OpenStore:
-        """The callable that ``make_store`` returned, for a clause that closes its instances."""
+        """The callable that ``make_store`` returned; the clause must close each opened store."""
         return self._open_store
 
     def open(self, *, read_only: bool = False) -> FullStore:
-        """Open one more instance on the same storage; it is closed with the ledger."""
+        """Open one more instance on the same storage; :meth:`close` closes the instance."""
         store = self._open_store(read_only=True) if read_only else self._open_store()
         if not isinstance(store, TaskRegistryStore):
             pytest.fail(
@@ -116,20 +116,20 @@ class Ledger:
     def reopened(self) -> FullStore:
         """Close every instance, as at the end of a process, and open the storage again.
 
-        If the storage lives in the memory of the process, ``make_store`` shares it
-        among the instances; this then opens a second instance.
+        Storage in memory belongs to the callable of ``make_store``, so the data remains
+        after all instances are closed.
         """
         self.close()
         return self.store
 
     def twice(self) -> Iterator[FullStore]:
-        """Yield the current store, then the store after reopening; a clause checks both."""
+        """Yield the current store, then a newly opened store; a clause checks both stores."""
         yield self.store
         yield self.reopened()
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Check that the body writes nothing, not even a seq, now and after reopening."""
+        """Check that the body writes nothing and takes no seq; check again after reopening."""
         before = state_of(self.store)
         yield
         for store in self.twice():
@@ -153,7 +153,7 @@ class ContractBase:
     level: ClassVar[str] = "core"
     abilities: ClassVar[tuple[type, ...]] = ()
     promise: ClassVar[str | None] = None
-    """The key of ``store.unsupported_guarantees`` that skips the clauses of the class."""
+    """If ``store.unsupported_guarantees`` has this key, the clauses of the class are skipped."""
 
     @pytest.fixture
     def make_store(self) -> OpenStore:
@@ -173,7 +173,7 @@ class ContractBase:
             ledger.close()
 
     def skip_without_abilities(self, clause: Any, store: TaskRegistryStore) -> None:
-        """Skip a clause if the store lacks its abilities or does not guarantee its promise."""
+        """Skip a clause if the store lacks a required ability or a required guarantee."""
         contract = next(cls for cls in type(self).__mro__ if clause.__name__ in vars(cls))
         required = (*vars(contract).get("abilities", ()), *vars(clause).get("abilities", ()))
         missing = [ability.__name__ for ability in required if not isinstance(store, ability)]

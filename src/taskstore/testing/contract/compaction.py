@@ -1,4 +1,4 @@
-"""Compaction clauses: same answers, retention by policy, no reused seq."""
+"""Compaction clauses: unchanged results, retention by policy, no reused seq."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import ClassVar
 import pytest
 
 from taskstore.errors import CursorExpiredError
+from taskstore.model.compaction_policy import CompactionPolicy, CompactionReport
 from taskstore.model.journal import Quarantined, Snapshot
-from taskstore.model.policies import CompactionPolicy, CompactionReport
 from taskstore.model.query import TaskQuery
 from taskstore.store.interface import (
     SupportsCompaction,
@@ -45,18 +45,18 @@ HOUR_MS = 3_600_000
 
 
 def read_retained(store: FullStore, report: CompactionReport) -> list[Snapshot]:
-    """Return the snapshots that the report names; each must be readable."""
+    """Return the snapshots that the report lists; each must be readable."""
     snapshots = []
     for seq in report.snapshots:
         snapshot = store.read_snapshot(seq)
-        assert snapshot is not None, f"the snapshot at {seq} is missing"
+        assert snapshot is not None, f"the snapshot at seq {seq} is missing"
         assert snapshot.seq == seq
         snapshots.append(snapshot)
     return snapshots
 
 
 def check_against_model(store: FullStore, model: Model) -> None:
-    """Check every answer of the store against a model [7]."""
+    """Compare the results of all reads of the store with a model [7]."""
     loaded = store.load_snapshot()
     assert (loaded.seq, dict(loaded.records)) == (model.head, dict(model.records))
     assert (store.head(), store.floor()) == (model.head, model.floor)
@@ -81,13 +81,13 @@ def check_against_model(store: FullStore, model: Model) -> None:
 
 
 class CompactionContract(ContractBase):
-    """What ``SupportsCompaction`` promises, checked through the journal."""
+    """The guarantees of ``SupportsCompaction``, checked with the journal."""
 
     level = "compaction"
     abilities: ClassVar[tuple[type, ...]] = (SupportsJournal, SupportsCompaction)
 
     def test_not_due(self, ledger: Ledger) -> None:
-        """[7] A compaction that is not due changes nothing and reports the reason."""
+        """[7] If no compaction is due, compact() changes nothing and reports the reason."""
         play(ledger.store)
         with ledger.unchanged():
             report = ledger.store.compact(CompactionPolicy())
@@ -97,7 +97,7 @@ class CompactionContract(ContractBase):
 
     @pytest.mark.parametrize("policy", [FOLD, TRIM], ids=["fold", "trim"])
     def test_nothing_to_compact(self, ledger: Ledger, policy: CompactionPolicy) -> None:
-        """[7] Compaction of an empty ledger does nothing, even when it is forced."""
+        """[7] Compaction of an empty ledger does nothing, even if the policy forces it."""
         for store in ledger.twice():
             assert not store.compact(policy).compacted
             check_against_model(store, Model())
@@ -110,7 +110,7 @@ class CompactionContract(ContractBase):
             check_against_model(store, Model())
 
     def test_folding_changes_no_answer(self, ledger: Ledger) -> None:
-        """[7] Compaction that keeps all history changes no answer of the store."""
+        """[7] After a compaction that keeps all history, every read returns the same as before."""
         model = play(ledger.store)
         report = ledger.store.compact(FOLD)
         assert report.compacted
@@ -146,7 +146,7 @@ class CompactionContract(ContractBase):
 
     @pytest.mark.parametrize("policy", [FOLD, TRIM, ERASE], ids=["fold", "trim", "erase"])
     def test_life_goes_on(self, ledger: Ledger, policy: CompactionPolicy) -> None:
-        """[5] After alternating commits, compactions and restarts the store equals the model."""
+        """[5] After alternating commits, compactions and restarts, all content is as expected."""
         model = Model()
         for _ in range(3):
             play(ledger.reopened(), model)
@@ -159,7 +159,7 @@ class CompactionContract(ContractBase):
                 check_against_model(store, model)
 
     def test_seqs_are_not_given_again(self, ledger: Ledger) -> None:
-        """[2] After all records are deleted and trimmed, the next seq follows the old head."""
+        """[2] After all records are deleted and all entries trimmed, the next seq is head + 1."""
         model = play(ledger.store)
         delete(ledger.store, *model.records.values())
         head = ledger.store.head()
@@ -182,7 +182,7 @@ class CompactionContract(ContractBase):
 
     @pytest.mark.parametrize("policy", [TRIM, ERASE], ids=["trim", "erase"])
     def test_a_deleted_id_is_free_again(self, ledger: Ledger, policy: CompactionPolicy) -> None:
-        """[3] After its deletion is trimmed, a task id may be created again."""
+        """[3] After the deletion of a task is trimmed, the task id may be created again."""
         record = create(ledger.store, task_id="gone", run_id="run-1")
         delete(ledger.store, record)
         ledger.store.compact(policy)
@@ -191,7 +191,7 @@ class CompactionContract(ContractBase):
         create(ledger.store, task_id="gone", run_id="run-1")
 
     def test_deleted_text_is_erased(self, ledger: Ledger) -> None:
-        """[7] After erase_deleted no entry and no snapshot holds a deleted task."""
+        """[7] After erase_deleted no entry and no snapshot contains a deleted task."""
         create(ledger.store, task_id="stays")
         secret = create(ledger.store, task_id="secret", task="a secret")
         ledger.store.compact(FOLD)
@@ -229,7 +229,7 @@ class CompactionContract(ContractBase):
         assert ledger.reopened().compact(policy).compacted
 
     def test_due_by_age(self, ledger: Ledger) -> None:
-        """[7] Compaction is due when the oldest entry reaches max_age_s by the store's clock."""
+        """[7] Compaction is due when the oldest entry is max_age_s old by the store's clock."""
         ledger.store.clock = lambda: EPOCH_MS
         create(ledger.store)
         for age_ms, due in ((0, False), (HOUR_MS - 1, False), (HOUR_MS, True)):
@@ -238,7 +238,7 @@ class CompactionContract(ContractBase):
             assert store.compact(CompactionPolicy(max_age_s=3600)).compacted is due
 
     def test_history_by_entries(self, ledger: Ledger) -> None:
-        """[7] The floor moves to a snapshot that leaves at least history_entries entries."""
+        """[7] The floor moves to a snapshot after which at least history_entries entries remain."""
         policy = CompactionPolicy(force=True, history_entries=4, history_s=0, keep_snapshots=1)
         model, floors = Model(), []
         for _ in range(5):
@@ -254,7 +254,7 @@ class CompactionContract(ContractBase):
         assert floors == [1, 1, 3, 5, 7]
 
     def test_history_by_age(self, ledger: Ledger) -> None:
-        """[7] The floor passes only entries older than history_s, by the store's clock."""
+        """[7] Only entries that are older than history_s, by the store's clock, are trimmed."""
         policy = CompactionPolicy(force=True, history_entries=0, history_s=3600, keep_snapshots=1)
         model, floors = Model(), []
         for hours in (0.0, 0.5, 1.0, 1.5, 9.0):
@@ -270,7 +270,7 @@ class CompactionContract(ContractBase):
         assert floors == [1, 1, 2, 3, 5]
 
     def test_snapshots_that_are_kept(self, ledger: Ledger) -> None:
-        """[7] The newest keep_snapshots snapshots stay readable, as do all in the report."""
+        """[7] The newest keep_snapshots snapshots and all snapshots in the report stay readable."""
         model = Model()
         policy = CompactionPolicy(force=True, keep_snapshots=3)
         for count in range(1, 6):
@@ -284,7 +284,7 @@ class CompactionContract(ContractBase):
                 check_against_model(store, model)
 
     def test_one_run_right_after_another(self, ledger: Ledger) -> None:
-        """[7] A compaction does not need what the compaction right before it dropped."""
+        """[7] A compaction needs no data that the previous compaction dropped."""
         policy = CompactionPolicy(force=True, history_entries=0, keep_snapshots=1)
         model = Model()
         for last in (FOLD, policy, ERASE, ERASE, TRIM):
@@ -314,7 +314,7 @@ class CompactionContract(ContractBase):
                     assert snapshot.seq == expected_seq
 
     def test_snapshots_know_their_time(self, ledger: Ledger) -> None:
-        """[5] A snapshot carries the time of the commit at its seq."""
+        """[5] The time of a snapshot is the time of the commit at its seq."""
         ledger.store.clock = lambda: EPOCH_MS
         create(ledger.store)
         ledger.store.clock = lambda: EPOCH_MS + HOUR_MS
@@ -325,7 +325,7 @@ class CompactionContract(ContractBase):
             assert snapshot.at == EPOCH_MS
 
     def test_compaction_after_save(self, ledger: Ledger) -> None:
-        """[7] Compaction starts from a saved snapshot as from one that it wrote itself."""
+        """[7] Compaction can start from a saved snapshot as well as from a compacted snapshot."""
         record = make_record()
         ledger.store.save_snapshot(Snapshot(10, {record.task_id: record}, EPOCH_MS))
         assert not ledger.store.compact(FOLD).compacted

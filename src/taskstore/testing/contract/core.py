@@ -15,8 +15,8 @@ from taskstore.errors import (
     ValidationError,
 )
 from taskstore.model.codec import decode_record, encode_record
+from taskstore.model.compaction_policy import CompactionPolicy
 from taskstore.model.journal import Quarantined, Snapshot
-from taskstore.model.policies import CompactionPolicy
 from taskstore.model.query import TaskQuery
 from taskstore.model.records import TaskRecord, TaskStatus
 from taskstore.store.interface import (
@@ -51,7 +51,7 @@ class CoreContract(ContractBase):
     """Loading and saving, which every store supports."""
 
     def test_a_new_store_is_empty(self, ledger: Ledger) -> None:
-        """[5] A new store is at seq 0 and has no records."""
+        """[5] A new store has head 0 and no records."""
         for store in ledger.twice():
             assert store.load_snapshot() == Snapshot(0)
 
@@ -81,7 +81,7 @@ class CoreContract(ContractBase):
             assert type(loaded) is TaskRecord
 
     def test_what_a_newer_minor_version_wrote_is_kept(self, ledger: Ledger) -> None:
-        """[12] Unknown fields of a newer minor version survive an update."""
+        """[12] An update keeps the unknown fields that a newer minor version wrote."""
         payload = encode_record(make_record(label="new", metadata={"m": 1}))
         payload = payload.replace(b'{"v":"1.1"', b'{"v":"1.7","colour":["red",{"deep":1}]', 1)
         record = decode_record(payload)
@@ -99,7 +99,7 @@ class CoreContract(ContractBase):
 
     @pytest.mark.parametrize("seq", [0, 1, 1000])
     def test_save_on_a_new_store(self, ledger: Ledger, seq: int) -> None:
-        """[5] A new store accepts a snapshot of any seq and is then at that seq."""
+        """[5] A new store accepts a snapshot of any seq; the head is then that seq."""
         records = [make_record(), make_record(status=TaskStatus.FAILED, revision=7)]
         ledger.store.save_snapshot(snapshot_of(seq, *records))
         for store in ledger.twice():
@@ -109,7 +109,7 @@ class CoreContract(ContractBase):
             assert loaded.at >= EPOCH_MS
 
     def test_save_replaces_the_whole_content(self, ledger: Ledger) -> None:
-        """[5] After save the store holds the records of the snapshot and no others."""
+        """[5] After save the store contains the records of the snapshot and no others."""
         play(ledger.store)
         before = ledger.store.load_snapshot()
         kept, changed = list(before.records.values())[:2]
@@ -133,7 +133,7 @@ class CoreContract(ContractBase):
         assert ledger.store.apply([make_put()]).first_seq == head + 2
 
     def test_save_behind_the_head_is_refused(self, ledger: Ledger) -> None:
-        """[2] Saving at or below the head raises ConflictError, so that no seq repeats."""
+        """[2] Saving a snapshot at or below the head raises ConflictError, so no seq repeats."""
         head = play(ledger.store).head
         for seq in (head, head - 1, 1, 0):
             with ledger.unchanged(), pytest.raises(ConflictError):
@@ -147,7 +147,7 @@ class CoreContract(ContractBase):
             ledger.store.save_snapshot(snapshot)
 
     def test_apply_goes_on_after_save(self, ledger: Ledger) -> None:
-        """[2] After save, seqs follow the snapshot's seq and times are not before its time."""
+        """[2] After save, a commit gets the next seq and a time not before the snapshot's time."""
         record, later = make_record(), EPOCH_MS * 2
         ledger.store.save_snapshot(snapshot_of(41, record, at=later))
         commit = ledger.store.apply([next_of(record, label="on"), make_put()])
@@ -187,7 +187,7 @@ class CoreContract(ContractBase):
         create(ledger.store, run_id="run-1")
 
     def test_save_forgets_deletions(self, ledger: Ledger) -> None:
-        """[3] Save drops the deletions, so that a deleted id may be created again."""
+        """[3] Saving a snapshot forgets earlier deletions, so a deleted id may be created again."""
         record = create(ledger.store)
         delete(ledger.store, record)
         ledger.store.save_snapshot(Snapshot(10))
@@ -196,7 +196,7 @@ class CoreContract(ContractBase):
         create(ledger.store, task_id=record.task_id)
 
     def test_what_was_set_aside_travels(self, ledger: Ledger) -> None:
-        """[12] The store keeps the bytes of quarantined records, reports them and drops none."""
+        """[12] The store keeps and reports the bytes of all quarantined records."""
         quarantined = (
             Quarantined(b'{"v":"9.0","task_id":"future"}', "elsewhere", "format 9", "future", 3),
             Quarantined(b"\x00\xff not even JSON \xfe", "elsewhere", "damaged"),
@@ -243,7 +243,7 @@ class CoreContract(ContractBase):
             assert dict(store.load_snapshot().records) == expected
 
     def test_what_is_loaded_cannot_be_changed(self, ledger: Ledger) -> None:
-        """[10] A loaded mapping refuses assignment, and metadata is decoded at each access."""
+        """[10] A loaded mapping cannot be changed, and each access to metadata returns a copy."""
         record = create(ledger.store, metadata={"list": [1]})
         for store in ledger.twice():
             loaded = store.load_snapshot()
@@ -282,7 +282,7 @@ class CoreContract(ContractBase):
             ledger.open().close()
 
     def test_a_store_is_a_context_manager(self, ledger: Ledger) -> None:
-        """[4] Leaving the with block closes the store and passes an exception through."""
+        """[4] Leaving a with block closes the store and does not suppress an exception."""
         with ledger.open() as store:
             create(store)
         with pytest.raises(StoreClosedError):
@@ -291,7 +291,7 @@ class CoreContract(ContractBase):
             raise LookupError
 
     def test_read_only_reads_and_refuses_to_write(self, ledger: Ledger) -> None:
-        """[13] A read-only store answers every read; every write raises ReadOnlyError."""
+        """[13] A read-only store performs every read; every write raises ReadOnlyError."""
         model = play(ledger.store)
         for writer in ledger.twice():
             with ledger.unchanged():
@@ -323,7 +323,7 @@ class CoreContract(ContractBase):
             assert store.report().quarantined == ()
 
     def test_it_says_what_it_is(self, ledger: Ledger) -> None:
-        """[4] The store has a valid durability and a location, which its repr contains."""
+        """[4] The store has a valid durability and a location; its repr contains the location."""
         assert ledger.store.durability in {"full", "process", "none"}
         assert (ledger.store.durability == "none") <= (
             "crash-safe" in ledger.store.unsupported_guarantees
@@ -342,7 +342,7 @@ class CoreContract(ContractBase):
 
 
 def reads_of(store: TaskRegistryStore) -> list[Any]:
-    """Return every reading call of this store, ready to call."""
+    """Return one callable without arguments for each read operation of this store."""
     calls: list[Any] = [store.load_snapshot]
     if isinstance(store, SupportsJournal):
         journal: SupportsJournal = store
@@ -365,7 +365,7 @@ def reads_of(store: TaskRegistryStore) -> list[Any]:
 
 
 def writes_of(store: TaskRegistryStore) -> list[Any]:
-    """Return every writing call of this store, ready to call."""
+    """Return one callable without arguments for each write operation of this store."""
     record = make_record()
     calls: list[Any] = [
         lambda: store.apply([make_put()]),
@@ -380,5 +380,5 @@ def writes_of(store: TaskRegistryStore) -> list[Any]:
 
 
 def calls_of(store: TaskRegistryStore) -> list[Any]:
-    """Return every call of this store."""
+    """Return the callables for all reads and writes of this store."""
     return [*reads_of(store), *writes_of(store)]

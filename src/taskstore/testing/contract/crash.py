@@ -13,8 +13,8 @@ from typing import ClassVar
 import pytest
 from msgspec import Struct
 
+from taskstore.model.compaction_policy import CompactionPolicy
 from taskstore.model.journal import Change, Put, Remove, Snapshot
-from taskstore.model.policies import CompactionPolicy
 from taskstore.model.records import TaskRecord, TaskStatus
 from taskstore.store.interface import (
     SupportsCompaction,
@@ -42,7 +42,7 @@ ERASE = CompactionPolicy(erase_deleted=True)
 class Operation(Struct):
     """One operation of a writer: a batch, a compaction, or a save.
 
-    ``records`` are the expected records afterwards.
+    ``records`` are the expected records after the operation.
     """
 
     execute: Callable[[TaskRegistryStore], object]
@@ -166,7 +166,7 @@ def _save(store: TaskRegistryStore, records: dict[str, TaskRecord]) -> None:
 
 
 def _run_operations(ledger: Ledger, operations: Sequence[Operation], report: Report) -> None:
-    """In the child: run all operations in order and report each one when it returned."""
+    """Run all operations in order, in the child, and report each operation after it returned."""
     with ledger.open_store() as store:
         report("open")
         for number, operation in enumerate(operations):
@@ -180,7 +180,7 @@ def check_after_kill(
     operations: Sequence[Operation],
     reported: Sequence[str],
 ) -> None:
-    """Check that the ledger holds all acknowledged operations and at most the next one."""
+    """Check that the ledger has all acknowledged operations and at most the next operation."""
     states = [before, *(operation.records for operation in operations)]
     acknowledged = int(reported[-1]) + 1 if reported else 0
     for store in ledger.twice():

@@ -1,4 +1,4 @@
-"""Exclusive clauses: a writer in ``exclusive()`` reads and commits without conflicts."""
+"""Exclusive clauses: a writer inside ``exclusive()`` gets no conflict."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ BLOCKED_S = 0.1
 
 
 class ExclusiveContract(ContractBase):
-    """What ``SupportsExclusive`` promises."""
+    """The guarantees of ``SupportsExclusive``."""
 
     level = "shared"
     abilities: ClassVar[tuple[type, ...]] = (SupportsJournal, SupportsExclusive)
 
     def test_others_wait_for_who_keeps_them_out(self, ledger: Ledger) -> None:
-        """[3] No other writer commits between the reads and the commit in the body."""
+        """[3] No other writer commits between the reads and the commit in an exclusive() block."""
         one, two = ledger.store, ledger.open()
         record = create(one)
         entered, committed = threading.Event(), threading.Event()
@@ -47,7 +47,7 @@ class ExclusiveContract(ContractBase):
             assert store.head() == 3
 
     def test_entering_alone_writes_nothing(self, ledger: Ledger) -> None:
-        """[1] Entering, leaving or raising writes nothing and blocks no writer afterwards."""
+        """[1] An exclusive() block without a commit writes nothing and blocks no later writer."""
         create(ledger.store)
         with ledger.unchanged():
             with ledger.store.exclusive():
@@ -61,7 +61,7 @@ class ExclusiveContract(ContractBase):
         assert ledger.open().apply([make_put()]).first_seq == 3
 
     def test_who_looks_first_conflicts_with_nobody(self, ledger: Ledger) -> None:
-        """[3] A writer that reads and commits in the body never gets a conflict."""
+        """[3] A writer that reads and commits in an exclusive() block never gets a conflict."""
         shared = create(ledger.store)
         stores = [ledger.store, *(ledger.open() for _ in range(THREADS - 1))]
 

@@ -1,4 +1,4 @@
-"""Integrity clauses: verify finds no problem in a sound ledger."""
+"""Integrity clauses: verify finds no problem in an undamaged ledger."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from taskstore.testing.factories import EPOCH_MS, Model, delete, make_record, pl
 
 
 class IntegrityContract(ContractBase):
-    """What ``SupportsIntegrity`` promises; tests of each backend cover the detection of damage."""
+    """The guarantees of ``SupportsIntegrity``; each backend's own tests check damaged ledgers."""
 
     level = "integrity"
     abilities: ClassVar[tuple[type, ...]] = (SupportsIntegrity,)
@@ -34,7 +34,7 @@ class IntegrityContract(ContractBase):
             assert report.entries == len(model.entries)
 
     def test_verifying_changes_nothing(self, ledger: Ledger) -> None:
-        """[13] verify only reads and works on a store opened read-only."""
+        """[13] verify writes nothing and works on a store that was opened read-only."""
         play(ledger.store)
         with ledger.unchanged():
             ledger.store.verify()
@@ -54,7 +54,7 @@ class IntegrityContract(ContractBase):
                 assert (report.seq, report.entries) == (model.head, len(model.entries))
 
     def test_a_saved_ledger_is_whole(self, ledger: Ledger) -> None:
-        """[5] verify accepts a saved snapshot as the base of the journal."""
+        """[5] verify finds no problem if the journal starts from a saved snapshot."""
         record = make_record(revision=9)
         play(ledger.store)
         ledger.store.save_snapshot(Snapshot(1000, {record.task_id: record}, EPOCH_MS))

@@ -40,16 +40,16 @@ from taskstore.testing.types import FullStore
 
 IDLE_S = 0.5
 MAX_CPU_SHARE = 0.1
-"""The share of CPU time that a waiting store may use, on a slow machine."""
+"""The share of the CPU time that a waiting store may use, even on a slow machine."""
 
 
 def entry_fields(entry: JournalEntry) -> tuple[object, ...]:
-    """Return the fields of an entry that a model has."""
+    """Return the fields of an entry as a tuple, as in ``Model.entries``."""
     return (entry.seq, entry.kind, entry.task_id, entry.revision, entry.record)
 
 
 def check_commit_wakes(waiting: FullStore, commit: Callable[[], object]) -> None:
-    """Check that a commit wakes a store that waits for the next seq."""
+    """Check that a commit wakes a thread that waits for the next seq."""
     head = waiting.head()
     start = time.monotonic()
     answers: list[bool] = []
@@ -61,7 +61,7 @@ def check_commit_wakes(waiting: FullStore, commit: Callable[[], object]) -> None
 
 
 class JournalContract(ContractBase):
-    """What ``SupportsJournal`` promises."""
+    """The guarantees of ``SupportsJournal``."""
 
     level = "journal"
     abilities: ClassVar[tuple[type, ...]] = (SupportsJournal,)
@@ -94,9 +94,9 @@ class JournalContract(ContractBase):
         assert len(named) in (0, len(commits)), "some commits have a commit id, others have none"
 
     def test_changes_over_another_history(self, ledger: Ledger) -> None:
-        """[3] Changes based on a commit that the journal does not hold are a conflict.
+        """[3] A batch based on a commit that is not in the journal raises ConflictError.
 
-        The ledger may be a restored backup, in which the same revision is another record.
+        In a ledger restored from a backup, the same revision may be a different record.
         """
         first = ledger.store.apply([make_put(), make_put()])
         last = ledger.store.apply([make_put()])
@@ -125,7 +125,7 @@ class JournalContract(ContractBase):
             assert store.head() == head + 5
 
     def test_changes_over_what_was_trimmed(self, ledger: Ledger) -> None:
-        """[3] Changes based on the entry before the floor apply; earlier bases conflict."""
+        """[3] A batch based on the seq just before the floor applies; an earlier base conflicts."""
         seq = 0
         for store in ledger.twice():
             store.apply([make_put(), make_put()])
@@ -137,7 +137,7 @@ class JournalContract(ContractBase):
             assert commit.first_seq == seq + 1
 
     def test_times_never_go_back(self, ledger: Ledger) -> None:
-        """[2] The times in the journal do not decrease, whatever the clock does."""
+        """[2] The times in the journal do not decrease, even if the clock steps back."""
         for store in ledger.twice():
             for step in (10, -7, 3, -(10**9), 0):
                 store.clock = lambda step=step: EPOCH_MS + step  # type: ignore[misc]
@@ -176,7 +176,7 @@ class JournalContract(ContractBase):
                 assert list(store.read_journal(after, 10)) == []
 
     def test_fold_gives_the_records_at_every_seq(self, ledger: Ledger) -> None:
-        """[5] From floor - 1 on, snapshot plus journal give the records at every seq."""
+        """[5] Snapshots and journal reproduce the records at every seq from floor - 1 on."""
         model = play(ledger.store)
         for store in ledger.twice():
             for seq, records in model.states.items():
@@ -198,7 +198,7 @@ class JournalContract(ContractBase):
                 assert (caught.value.after, caught.value.floor) == (after, head + 11)
 
     def test_what_was_saved_is_retained(self, ledger: Ledger) -> None:
-        """[5] After save the saved snapshot is the start of history."""
+        """[5] After save, history starts with the saved snapshot."""
         play(ledger.store)
         record = make_record()
         ledger.store.save_snapshot(Snapshot(100, {record.task_id: record}, EPOCH_MS))
@@ -252,7 +252,7 @@ class JournalContract(ContractBase):
 
     @needs(SupportsHistory)
     def test_history_of_one_task(self, ledger: Ledger) -> None:
-        """[7] read_history returns one task's entries, oldest first, also after its deletion."""
+        """[7] read_history returns a task's entries, oldest first, even if the task is deleted."""
         record = create(ledger.store, task_id="task")
         create(ledger.store, task_id="Task")
         record = update(ledger.store, record, label="a")
@@ -268,7 +268,7 @@ class JournalContract(ContractBase):
     # -- waiting ----------------------------------------------------------
 
     def test_wait_for_what_is_there(self, ledger: Ledger) -> None:
-        """[2] wait_for returns True at once if the head is already ahead."""
+        """[2] wait_for returns True at once if the head is already past the given seq."""
         head = play(ledger.store).head
         for store in ledger.twice():
             start = time.monotonic()
@@ -286,7 +286,7 @@ class JournalContract(ContractBase):
             assert time.monotonic() - start >= 0.19
 
     def test_waiting_does_not_spin(self, ledger: Ledger) -> None:
-        """[2] A waiting store uses almost no CPU time, in any of its threads."""
+        """[2] A waiting store uses almost no CPU time, counted over all threads."""
         create(ledger.store)
         ledger.store.wait_for(1, 0.01)
 
@@ -295,9 +295,9 @@ class JournalContract(ContractBase):
             assert ledger.store.wait_for(1, IDLE_S) is False
             return time.process_time() - used
 
-        # Other work of the process, such as a garbage collection, disturbs at most two attempts.
+        # Other work in the process, such as a garbage collection, may use CPU time in two attempts.
         allowed = IDLE_S * MAX_CPU_SHARE
-        assert any(cpu_time() <= allowed for _ in range(3)), f"over {allowed} s of {IDLE_S} s"
+        assert any(cpu_time() <= allowed for _ in range(3)), f"over {allowed} s of CPU time"
 
     @pytest.mark.parametrize("timeout", [10.0**9, 1e-3])
     def test_any_timeout(self, ledger: Ledger, timeout: float) -> None:
@@ -309,7 +309,7 @@ class JournalContract(ContractBase):
         assert ledger.store.wait_for(1, timeout) is True
 
     def test_everybody_who_waits_is_woken(self, ledger: Ledger) -> None:
-        """[2] A commit wakes every thread that waits for its seq, and no other."""
+        """[2] A commit wakes every thread that waits for its seq, and no other thread."""
         store = ledger.store
         record = create(store)
         answers: Queue[int] = Queue()
@@ -331,7 +331,7 @@ class JournalContract(ContractBase):
         assert sorted(answers.get_nowait() for _ in range(2)) == [2, 2]
 
     def test_closing_ends_the_wait(self, ledger: Ledger) -> None:
-        """[2] Closing a store raises StoreClosedError in its waiting threads at once."""
+        """[2] Closing a store raises StoreClosedError at once in threads that wait on the store."""
         create(ledger.store)
         for store in ledger.twice():
             start = time.monotonic()

@@ -1,7 +1,7 @@
-"""The model clause: a store against plain dicts, over random operations.
+"""The model clause: random operations on a store, compared with plain dicts.
 
 Hypothesis draws sequences of operations: creations, updates, conflicts, deletions,
-batches, saves, compactions, restarts and second instances in any order.  It
+batches, saves, compactions, restarts and second instances in any order.  Hypothesis
 shrinks a failing sequence to its shortest form.
 """
 
@@ -21,8 +21,8 @@ from hypothesis.stateful import (
 )
 
 from taskstore.errors import ConflictError, CursorExpiredError
+from taskstore.model.compaction_policy import CompactionPolicy
 from taskstore.model.journal import Change, Put, Remove, Snapshot
-from taskstore.model.policies import CompactionPolicy
 from taskstore.model.query import TaskQuery, evaluate
 from taskstore.model.records import TaskRecord, TaskStatus
 from taskstore.store.interface import (
@@ -60,7 +60,7 @@ _policies = st.builds(
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """A sequence of operations.  ``open_store`` is the value of the fixture ``make_store``."""
+    """A Hypothesis state machine; ``open_store`` is the value of the fixture ``make_store``."""
 
     open_store: ClassVar[OpenStore]
 
@@ -122,7 +122,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(task_id=_task_ids, revision=st.integers(1, 5))
     def put_any_revision(self, task_id: str, revision: int) -> None:
-        """Store a revision that may conflict."""
+        """Store a record with a revision that may conflict."""
         stored = self.model.records.get(task_id)
         # A task keeps its dedup key in every revision.
         run, run_digest = (stored.run_id, stored.run_digest) if stored else (None, None)
@@ -137,7 +137,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(task_id=_task_ids, revision=st.integers(2, 5))
     def remove_any_revision(self, task_id: str, revision: int) -> None:
-        """Delete a revision that may conflict."""
+        """Delete a task with a revision that may conflict."""
         self._apply(Remove(task_id, revision))
 
     @rule(
@@ -148,7 +148,7 @@ class StoreMachine(RuleBasedStateMachine):
         )
     )
     def batch(self, steps: list[tuple[str, str | None, dict[str, Any], str]]) -> None:
-        """Apply several changes at once; each follows on the ones before it."""
+        """Apply several changes as one batch; each change builds on the previous changes."""
         records: dict[str, TaskRecord | None] = dict(self.model.records)
         changes: list[Change] = []
         for task_id, run, fields, verb in steps:
@@ -164,7 +164,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(ahead=st.integers(-1, 3), kept=st.sets(_task_ids))
     def save(self, ahead: int, kept: set[str]) -> None:
-        """Save a part of the records, at a seq before or after the head."""
+        """Save some of the records as a snapshot, at a seq below or above the head."""
         seq = max(self.model.head + ahead, 0)
         records = {key: record for key, record in self.model.records.items() if key in kept}
         snapshot = Snapshot(seq, records, EPOCH_MS)
@@ -198,7 +198,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def second_instance(self) -> None:
-        """Switch to another instance; the first switch opens it."""
+        """Switch to the other instance; the first switch opens the second instance."""
         if not self.journalled:
             return
         if len(self.instances) == 1:
@@ -224,7 +224,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_same_journal(self) -> None:
-        """Check the journal against the model, from the floor to the head."""
+        """Compare the journal with the model, from the floor to the head."""
         if self.journalled:
             store = self.instances[-1]
             assert (store.head(), store.floor()) == (self.model.head, self.model.floor)
@@ -269,11 +269,11 @@ MACHINE_SETTINGS = settings(
     phases=[Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
 )
-"""The length of the clause: 25 sequences of up to 25 operations."""
+"""The default size of a run: 25 sequences of up to 25 operations."""
 
 
 def run_store_machine(open_store: OpenStore, *, settings: settings = MACHINE_SETTINGS) -> None:
-    """Run the machine on a store, with settings of Hypothesis.
+    """Run the state machine on a store, with the given Hypothesis settings.
 
     All sequences use the storage that ``open_store`` opens; each sequence
     first removes all records.
@@ -283,8 +283,8 @@ def run_store_machine(open_store: OpenStore, *, settings: settings = MACHINE_SET
 
 
 class ModelContract(ContractBase):
-    """The model machine as a clause."""
+    """The state machine of this module as a clause."""
 
     def test_many_random_lives(self, ledger: Ledger) -> None:
-        """[5] After any sequence of operations the store equals the model."""
+        """[5] After any sequence of operations, the store has the same content as the model."""
         run_store_machine(ledger.open_store)

@@ -1,4 +1,4 @@
-"""Query clauses: the store's pages equal those of ``evaluate()``."""
+"""Query clauses: the pages of the store equal the pages of ``evaluate()``."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _TIME_VALUES = (None, 0, EPOCH_MS, EPOCH_MS + 1, 2**53 - 1)
 
 
 def varied_fields(count: int) -> list[dict[str, Any]]:
-    """Return fields of records with various values for every filter, with many ties."""
+    """Return record fields with various values for every filter and many equal sort keys."""
     rows = []
     for n in range(count):
         row: dict[str, Any] = {"task_id": f"task-{(n * 7) % count:02}", "owner_key": f"o{n % 3}"}
@@ -82,7 +82,7 @@ class QueryChecker:
 
     def __call__(self, **filters: Any) -> Page:
         """Send the query, compare the page, and return it."""
-        # A second query object, because the store might change the first.
+        # The two calls share no query object, because the store might change the object.
         page, expected = self.store.query(TaskQuery(**filters)), self.expected(**filters)
         assert list(page) == list(expected), f"wrong page for {TaskQuery(**filters)!r}"
         assert page.next_cursor == expected.next_cursor
@@ -102,7 +102,7 @@ def pages_of(store: FullStore, **filters: Any) -> Iterator[Page]:
 
 
 class QueryContract(ContractBase):
-    """What ``SupportsQuery`` promises."""
+    """The guarantees of ``SupportsQuery``."""
 
     level = "query"
     abilities: ClassVar[tuple[type, ...]] = (SupportsQuery,)
@@ -126,7 +126,7 @@ class QueryContract(ContractBase):
             assert keys == sorted(keys, reverse=True)
 
     def test_ids_are_ordered_byte_by_byte(self, ledger: Ledger) -> None:
-        """[11] Ties in created_at are sorted by code point, not by a collation."""
+        """[11] With equal created_at, records are sorted by task_id in code point order."""
         ids = ["a", "B", "b", "A", "a ", "a-", "_a", "á", "é", "z", "Z", "10", "9", "🎉", "\uffff"]
         ledger.store.apply([make_put(task_id=task_id) for task_id in ids])
         for store in ledger.twice():
@@ -137,7 +137,7 @@ class QueryContract(ContractBase):
 
     @pytest.mark.parametrize("field", FILTERS)
     def test_filter(self, ledger: Ledger, field: str) -> None:
-        """[5] Each field can be filtered by one value, several values, None, and absent values."""
+        """[5] A filter accepts one value, several values, None, and values that no record has."""
         create_varied(ledger.store)
         values = list(dict.fromkeys(row.get(field) for row in varied_fields(30)))
         if field == "revision":
@@ -173,7 +173,7 @@ class QueryContract(ContractBase):
             check(session_key=[None, "b"], limit=2)
 
     def test_since(self, ledger: Ledger) -> None:
-        """[5] since is the lowest created_at that matches, inclusive."""
+        """[5] since selects the records with created_at at or after the given time."""
         create_varied(ledger.store)
         for store in ledger.twice():
             check = QueryChecker(store)
@@ -183,7 +183,7 @@ class QueryContract(ContractBase):
 
     @pytest.mark.parametrize("limit", [1, 2, 3, 5, 13, 27, 28, 29, 1000])
     def test_pages(self, ledger: Ledger, limit: int) -> None:
-        """[5] Consecutive pages contain every record once, also with ties across pages."""
+        """[5] Successive pages contain each record once, even if records share a created_at."""
         create_varied(ledger.store)
         for store in ledger.twice():
             for filters in ({}, {"status": list(TaskStatus)[:4]}, {"since": EPOCH_MS + 1}):
@@ -194,7 +194,7 @@ class QueryContract(ContractBase):
                 assert len(found) == max(1, -(-len(records) // limit))
 
     def test_every_cursor(self, ledger: Ledger) -> None:
-        """[5] The cursor of any record returns the records after it, with or without a limit."""
+        """[5] The cursor of any record returns all later records, with or without a limit."""
         create_varied(ledger.store)
         for store in ledger.twice():
             check = QueryChecker(store)
@@ -224,14 +224,14 @@ class QueryContract(ContractBase):
             assert list(check(after=page.next_cursor)) == rest
 
     def test_the_seq_of_the_answer(self, ledger: Ledger) -> None:
-        """[5] A page carries the seq of the state that it was read from."""
+        """[5] The seq of a page is the seq of the state that the page shows."""
         model = play(ledger.store)
         for store in ledger.twice():
             assert store.query(TaskQuery()).seq == model.head
             assert store.query(TaskQuery(limit=1, label="nobody")).seq == model.head
 
     def test_updates_are_found_by_what_they_became(self, ledger: Ledger) -> None:
-        """[5] After an update a query matches the new values and not the old ones."""
+        """[5] After an update a query matches the new values and not the old values."""
         record = create(ledger.store, status="queued", label="old", error=None)
         update(ledger.store, record, status=TaskStatus.FAILED, label=None, error="e" * 60_000)
         for store in ledger.twice():

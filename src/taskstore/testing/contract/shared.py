@@ -41,7 +41,7 @@ from taskstore.testing.types import FullStore
 THREADS = 4
 TURNS = 40
 COMMITS = 12
-"""The commits of each thread: enough for conflicts, few enough for a slow disk."""
+"""The number of commits per thread: enough for conflicts, few enough for a slow disk."""
 
 
 def increment(store: FullStore, task_id: str, times: int) -> None:
@@ -57,7 +57,7 @@ def increment(store: FullStore, task_id: str, times: int) -> None:
 
 
 def check_journal(store: FullStore, base: Snapshot | None = None) -> None:
-    """Check that the journal is contiguous and folds to the current records [2] [5]."""
+    """Check that the journal is contiguous and that its fold gives the current records [2] [5]."""
     entries = journal_of(store)
     base = base if base is not None else Snapshot(0)
     assert [entry.seq for entry in entries] == list(range(base.seq + 1, store.head() + 1))
@@ -69,13 +69,13 @@ def check_journal(store: FullStore, base: Snapshot | None = None) -> None:
 
 
 class SharedContract(ContractBase):
-    """Several instances; a store without a journal serves one process and skips these."""
+    """Clauses for several instances; skipped for a store without a journal."""
 
     level = "shared"
     abilities: ClassVar[tuple[type, ...]] = (SupportsJournal,)
 
     def test_each_sees_what_the_other_wrote(self, ledger: Ledger) -> None:
-        """[2] Two instances commit in turn; each sees every commit of both at once."""
+        """[2] Two instances commit in turn; each instance immediately sees every commit of both."""
         one, two = ledger.store, ledger.open()
         model = Model()
         for writer, reader in ((one, two), (two, one)) * 2:
@@ -117,7 +117,7 @@ class SharedContract(ContractBase):
             check_journal(store)
 
     def test_bookings_hold_across_instances(self, ledger: Ledger) -> None:
-        """[3] A dedup key that the other instance took conflicts and names its task."""
+        """[3] If the other instance took a dedup key, a creation conflicts and names that task."""
         one, two = ledger.store, ledger.open()
         existing = create(one, run_id="run-1")
         for store in (two, one):
@@ -141,7 +141,7 @@ class SharedContract(ContractBase):
             assert [entry.at for entry in journal_of(store)] == [EPOCH_MS, EPOCH_MS]
 
     def test_a_saved_snapshot_reaches_the_other(self, ledger: Ledger) -> None:
-        """[2] A snapshot saved by one instance replaces what the other instance reads."""
+        """[2] After one instance saves a snapshot, the other instance reads the new content."""
         one, two = ledger.store, ledger.open()
         model = play(one)
         record = make_record()
@@ -158,7 +158,7 @@ class SharedContract(ContractBase):
 
     @needs(SupportsCompaction)
     def test_a_compaction_reaches_the_other(self, ledger: Ledger) -> None:
-        """[7] Entries that one instance trimmed are expired for the other; nothing else changes."""
+        """[7] If one instance trims entries, the other cannot read them; nothing else changes."""
         one, two = ledger.store, ledger.open()
         model = play(one)
         two.read_journal(0, 10)
@@ -183,7 +183,7 @@ class SharedContract(ContractBase):
             assert store.load_snapshot().records[record.task_id] == record
 
     def test_a_reader_follows_the_writer(self, ledger: Ledger) -> None:
-        """[13] An instance opened read-only sees every later commit."""
+        """[13] A read-only instance sees every commit that is made after its opening."""
         record = create(ledger.store)
         reader = ledger.open(read_only=True)
         for seq in range(2, 5):
@@ -195,7 +195,7 @@ class SharedContract(ContractBase):
             assert store.head() == seq
 
     def test_waiting_for_the_other(self, ledger: Ledger) -> None:
-        """[2] A commit by one instance wakes a thread that waits on another."""
+        """[2] A commit by one instance wakes a thread that waits on another instance."""
         record = create(ledger.store)
         for other in (ledger.open(), ledger.open(read_only=True)):
             check_commit_wakes(other, partial(update, ledger.store, record))
@@ -204,7 +204,7 @@ class SharedContract(ContractBase):
             assert store.load_snapshot().records[record.task_id].revision == 3
 
     def test_no_commit_is_missed(self, ledger: Ledger) -> None:
-        """[2] wait_for sees a commit just before, during or after the start of the wait."""
+        """[2] wait_for sees a commit just before, during or just after the start of the wait."""
         waiting, writing = ledger.open(), ledger.open()
         record = create(ledger.store)
         start = time.monotonic()
@@ -257,7 +257,7 @@ class SharedContract(ContractBase):
                 assert entries[commit.first_seq].at == commit.at
 
     def test_one_of_many_gets_the_booking(self, ledger: Ledger) -> None:
-        """[3] Of several concurrent creations of a run one succeeds; conflicts name its task."""
+        """[3] Of several concurrent creations of a run, one succeeds; the others name its task."""
         for attempt in range(3):
             created: list[str] = []
             reported: list[str | None] = []
@@ -291,7 +291,7 @@ class SharedContract(ContractBase):
         self._read_while_writing(ledger, _read_journal)
 
     def test_loading_is_one_moment(self, ledger: Ledger) -> None:
-        """[5] A load returns the head and the records of one seq while others write."""
+        """[5] A loaded snapshot has the records as of its seq, even while other threads write."""
         loaded: list[Snapshot] = []
         self._read_while_writing(ledger, lambda store: loaded.append(store.load_snapshot()))
         for store in ledger.twice():
@@ -302,7 +302,7 @@ class SharedContract(ContractBase):
 
     @needs(SupportsQuery)
     def test_a_page_is_one_moment(self, ledger: Ledger) -> None:
-        """[5] A page contains the records of its seq while others write."""
+        """[5] A page has the records as of its seq, even while other threads write."""
         pages: list[tuple[int, dict[str, TaskRecord]]] = []
 
         def read(store: FullStore) -> None:
@@ -317,7 +317,7 @@ class SharedContract(ContractBase):
 
     @needs(SupportsCompaction, SupportsIntegrity)
     def test_compacting_while_writing(self, ledger: Ledger) -> None:
-        """[7] Compaction during writes and reads changes no answer."""
+        """[7] Compaction during writes and reads changes no result of a read."""
         create(ledger.store, task_id="counter")
         writers = [ledger.open() for _ in range(2)]
         compactor, reader = ledger.open(), ledger.open()

@@ -22,7 +22,7 @@ from taskstore.testing.values import REFUSED, STORED, Nasty
 
 
 def record_of(fields: dict[str, Any]) -> TaskRecord:
-    """Return a record with these fields, as ``Put`` validates it."""
+    """Return a record with these fields, after validation by ``Put``."""
     return Put(make_record(**fields)).record
 
 
@@ -35,7 +35,7 @@ def unchecked(fields: dict[str, Any]) -> TaskRecord:
 
 
 def root_of(field: str) -> str:
-    """Return the record field of a path, for example of ``metadata.a[0]``."""
+    """Return the record field in which a path begins: ``metadata`` for ``metadata.a[0]``."""
     return field.split(".", maxsplit=1)[0].split(" ", maxsplit=1)[0].split("[", maxsplit=1)[0]
 
 
@@ -60,7 +60,7 @@ def check_query(store: FullStore, row: Nasty, record: TaskRecord, twin: TaskReco
 
 
 class ValuesContract(ContractBase):
-    """The nasty values, one clause for each row of the table."""
+    """One clause for each row of the table of nasty values."""
 
     @pytest.mark.parametrize("row", STORED, ids=lambda row: row.name)
     def test_nasty_value_is_stored_exactly(self, ledger: Ledger, row: Nasty) -> None:

@@ -4,11 +4,12 @@
 
     python -m taskstore.testing.crash.hammer URL [--processes 4 --tasks 5 --changes 500]
 
-Each process has its own registry and changes the same tasks, progress and metadata
-in turn.  Each change contains the name of its writer and a counter.  Rounds with one
-process alternate with rounds of all processes, so that both are measured in the same
-minutes.  Afterwards :mod:`taskstore.testing.crash.account` compares the acknowledged
-changes with the journal, the records and the record cache of every process.
+Each process has its own registry and changes the same tasks: alternately the progress
+and the metadata.  Each change contains the name of its writer and a counter.  Rounds
+with one process alternate with rounds of all processes, so that both kinds of rounds
+are measured at about the same time.  Afterwards :mod:`taskstore.testing.crash.acknowledged`
+compares the acknowledged changes with the journal, the records and the record cache of
+every process.
 
 The command prints latencies in milliseconds; the exit status is 1 if a limit is
 exceeded or a check fails.
@@ -32,13 +33,13 @@ from msgspec import Struct
 from taskstore.errors import TaskStoreError
 from taskstore.registry.registry import TaskRegistry
 from taskstore.store.opening import open_store
-from taskstore.testing.crash.account import AcknowledgedChange, check_ledger
+from taskstore.testing.crash.acknowledged import AcknowledgedChange, check_ledger
 from taskstore.testing.crash.processes import Child, Report
 from taskstore.testing.threads import run_together
 from taskstore.testing.types import FullStore
 
 MAX_P99_RATIO = 50
-"""The highest allowed p99 latency, in medians of a single writer."""
+"""The highest allowed p99 latency, as a multiple of a single writer's median latency."""
 
 MAX_LATENCY_S = 5.0
 """The highest allowed latency of a change, in seconds."""
@@ -51,10 +52,10 @@ class Request(Struct):
 
 
 class WorkerReport(Struct):
-    """The answer of a worker.
+    """The report of a worker about one request.
 
-    ``latencies`` are seconds, one for each change.  ``failures`` are the exceptions of
-    changes.  ``revisions`` are those of the record cache after a refresh.
+    ``latencies`` has the duration of each change in seconds.  ``failures`` has a text for
+    each change that failed.  ``revisions`` has the revision of each task after a refresh.
     """
 
     changes: list[AcknowledgedChange] = []
@@ -64,7 +65,7 @@ class WorkerReport(Struct):
 
 
 class Result(Struct):
-    """The measurements and problems of a stress test; times are seconds."""
+    """The measurements and problems of a stress test; times are in seconds."""
 
     single: list[float]
     concurrent: list[float]
@@ -85,7 +86,7 @@ class Result(Struct):
 
     @property
     def ratio(self) -> float:
-        """The p99 latency, in medians of a single writer."""
+        """The p99 latency, as a multiple of a single writer's median latency."""
         return self.p99 / self.single_median
 
     @property
@@ -94,11 +95,11 @@ class Result(Struct):
         return max(self.concurrent)
 
     def violations(self) -> list[str]:
-        """Return the failed checks and exceeded limits, as sentences."""
+        """Return one sentence for each failed check and each exceeded limit."""
         violations = list(self.problems)
         if self.ratio > MAX_P99_RATIO:
             limit = f"the limit is {MAX_P99_RATIO}"
-            violations.append(f"p99 is {self.ratio:.1f} medians of a single writer, {limit}")
+            violations.append(f"p99 is {self.ratio:.1f} times the single-writer median, {limit}")
         if self.longest > MAX_LATENCY_S:
             limit = f"the limit is {MAX_LATENCY_S:g} s"
             violations.append(f"a change took {self.longest:.1f} s, {limit}")
@@ -106,7 +107,7 @@ class Result(Struct):
 
 
 def percentile(times: Sequence[float], share: float) -> float:
-    """Return the time that the given share of the times does not exceed."""
+    """Return the smallest time that the given share of the times does not exceed."""
     return sorted(times)[min(int(len(times) * share), len(times) - 1)]
 
 
@@ -117,7 +118,7 @@ class Worker:
         reading, self._requests = os.pipe()
 
         def begin(report: Report) -> None:
-            # If a sibling kept the write end open, the reader would never see its end of file.
+            # If another worker kept the write end open, the reader would get no end of file.
             for end in (self._requests, *(other._requests for other in others)):  # noqa: SLF001 - own class
                 os.close(end)
             with os.fdopen(reading, "rb") as requests:
@@ -139,7 +140,7 @@ class Worker:
         return msgspec.json.decode(line, type=WorkerReport)
 
     def close(self) -> None:
-        """End the requests and wait until the process has closed its registry."""
+        """Close the request pipe and wait until the process has closed its registry."""
         os.close(self._requests)
         self._child.finish()
 
@@ -232,7 +233,7 @@ def serve_requests(
     requests: IO[bytes],
     report: Report,
 ) -> None:
-    """Open the ledger and serve the requests until their end."""
+    """Open the ledger and serve requests until the request pipe is closed."""
     counters = [0] * threads
 
     def send(answer: WorkerReport) -> None:
@@ -267,7 +268,7 @@ def _job(
     number: int,
     answer: WorkerReport,
 ) -> Callable[[], None]:
-    """Return the job of one thread: it alternates progress and metadata over the tasks."""
+    """Return the job of one thread, which changes progress and metadata of the tasks in turn."""
 
     def run() -> None:
         for _ in range(changes):
@@ -304,7 +305,7 @@ def describe(result: Result) -> list[str]:
         f"                 p99    {result.p99 * ms:9.2f} ms",
         f"p99 / single median     {result.ratio:9.1f} (at most {MAX_P99_RATIO})",
         f"                 longest{result.longest * ms:9.2f} ms (at most {MAX_LATENCY_S * ms:g})",
-        f"changes a second        {len(result.concurrent) / result.elapsed_s:9.0f}",
+        f"changes per second      {len(result.concurrent) / result.elapsed_s:9.0f}",
         f"changes acknowledged    {result.changes:9}",
         f"sum of revisions        {result.revisions:9}",
     ]
@@ -315,9 +316,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m taskstore.testing.crash.hammer")
     parser.add_argument("url", metavar="URL", help="a ledger; the new tasks remain in it")
     parser.add_argument("--processes", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--threads", type=int, default=1, help="threads per process")
     parser.add_argument("--tasks", type=int, default=5)
-    parser.add_argument("--changes", type=int, default=500, help="of each process")
+    parser.add_argument("--changes", type=int, default=500, help="changes per process")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(argv)
     result = run_stress_test(

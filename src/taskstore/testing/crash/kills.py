@@ -2,11 +2,12 @@
 
 A writer process changes a ledger and reports each change *after* the store acknowledged
 it.  :class:`KillHarness` kills the writer with SIGKILL at a random time, opens the
-ledger again and compares.  Every acknowledged change must be there; the unacknowledged
-commit must be there as a whole or not at all.
+ledger again, and compares its content with the reports.  Every acknowledged change must
+be stored.  The commit that was not acknowledged must be stored completely or not at
+all.
 
-Writers are forked, which takes a hundredth of the time of starting an interpreter.  The
-process that uses the harness must not have a store open.
+Writers are forked, because a fork takes a hundredth of the time of an interpreter
+start.  The process that uses the harness must not have a store open.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 
+from taskstore.model.compaction_policy import CompactionPolicy
 from taskstore.model.journal import JournalEntry, Put, Remove
-from taskstore.model.policies import CompactionPolicy
 from taskstore.model.records import TaskRecord
 from taskstore.registry.compactor import Compactor
 from taskstore.registry.registry import TaskRegistry
@@ -38,7 +39,7 @@ BATCH_SIZE = 5
 """The number of tasks that a writer creates in one batch."""
 
 MAX_TASKS = 60
-"""Above this number of tasks a writer deletes, so that all rounds take the same time."""
+"""If there are more tasks, a writer deletes tasks, so that all rounds take the same time."""
 
 FREQUENT_COMPACTION = CompactionPolicy(
     min_entries=10, ratio=0.1, history_s=0, history_entries=20, keep_snapshots=1
@@ -51,9 +52,10 @@ _PAGE_ENTRIES = 1000
 class KillHarness:
     """Writers on the ledger at ``url``, killed one after the other.
 
-    The store must keep a journal.  ``kills`` counts the writers, ``acknowledged`` their
-    acknowledged changes.  ``lost`` and ``half_applied`` describe wrong changes as
-    sentences; ``damage`` has the problems that ``verify`` found.
+    The store must keep a journal.  ``kills`` counts the killed writers,
+    ``acknowledged`` the acknowledged changes.  ``lost`` has a sentence for each lost
+    change, ``half_applied`` for each change that is partly or unexpectedly stored, and
+    ``damage`` for each problem that ``verify`` found.
     """
 
     def __init__(self, url: str, seed: int = 0) -> None:
@@ -79,15 +81,15 @@ class KillHarness:
 
     @property
     def problems(self) -> list[str]:
-        """All problems, as sentences."""
+        """All problems, one sentence each."""
         return self.lost + self.half_applied + self.damage
 
     def kill_one(self, after_s: float, *, commits: int | None = 0) -> None:
         """Start a writer, kill it, and check the ledger.
 
-        The kill comes ``after_s`` seconds after the writer reported ``commits`` commits.
-        With ``None`` it comes ``after_s`` seconds after the start, perhaps while the
-        writer opens the ledger.
+        The writer is killed ``after_s`` seconds after it reported ``commits`` commits.
+        If ``commits`` is ``None``, the writer is killed ``after_s`` seconds after its
+        start, perhaps while it opens the ledger.
         """
         seed = self._rng.getrandbits(32)
         writer = Child(lambda report: run_writer(self.url, seed, report))
@@ -102,7 +104,7 @@ class KillHarness:
         for line in reported:
             self._record_report(line)
         with closing(open_store(self.url)) as store:
-            # On a server, the writer's last commit may still run; this commit waits for it.
+            # A server may still run the writer's last commit; this commit waits until it ends.
             probe = make_record(label="after the kill")
             after = store.apply([Put(probe), Remove(probe.task_id, 2)])
             tail = [entry for entry in _journal(store, self._seq) if entry.seq < after.first_seq]
@@ -127,12 +129,12 @@ class KillHarness:
                 self._revisions[task_id] = int(revision)
 
     def _check_unacknowledged(self, tail: Sequence[JournalEntry]) -> None:
-        """Check that the unacknowledged entries are one whole commit, or none."""
+        """Check that the unacknowledged entries are one complete commit, or that there are none."""
         complete = len(tail) in (0, 1, BATCH_SIZE)
         if not complete or len({entry.commit_id for entry in tail}) > 1:
             self.half_applied.append(
-                f"kill {self.kills}: {len(tail)} changes are stored after seq {self._seq}, "
-                "the last acknowledged seq"
+                f"kill {self.kills}: the store has {len(tail)} changes "
+                f"after the last acknowledged seq {self._seq}"
             )
         for entry in tail:
             if entry.kind == "deleted":
@@ -166,15 +168,15 @@ class KillHarness:
         return (
             f"{self.kills:,} kills, {self.acknowledged:,} acknowledged changes checked, "
             f"{len(self.lost)} lost, {len(self.half_applied)} half-applied, "
-            f"verify {'clean' if not self.damage else f'found {len(self.damage)} problems'}"
+            f"verify found {len(self.damage) or 'no'} problems"
         )
 
 
 def kill_round(url: str, *, after_s: float, seed: int = 0) -> list[str]:
     """Start a writer on the ledger at ``url``, kill it, and check the ledger.
 
-    The kill comes ``after_s`` seconds after the writer opened the ledger.  Returns the
-    problems as sentences; an empty list if there are none.
+    The writer is killed ``after_s`` seconds after it opened the ledger.  Returns one
+    sentence for each problem.
     """
     harness = KillHarness(url, seed)
     harness.kill_one(after_s)

@@ -1,7 +1,7 @@
 """Forked child processes that report lines and may be killed.
 
-A fork can call the callable that ``make_store`` returned; a new interpreter cannot.
-No open store may cross a fork, so the caller closes every instance first.
+A forked process can call the callable of ``make_store``; a new interpreter cannot.
+A store must not be open during a fork, so the caller closes every instance first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Report = Callable[[str], None]
 """Sends one line to the parent; the line has left the process when the call returns."""
 
 Work = Callable[[Report], None]
-"""The job of a child; the child ends when it returns and fails if it raises."""
+"""The job of a child; the child ends when the job returns, and fails if the job raises."""
 
 DURABLE_CALLS = frozenset(
     {
@@ -59,7 +59,7 @@ class Child:
     def __init__(self, work: Work) -> None:
         reading, writing = os.pipe()
         with warnings.catch_warnings():
-            # The warning is about threads of the parent; the child uses none of their locks.
+            # Python warns of threads in the parent, but the child uses no lock of these threads.
             warnings.simplefilter("ignore", DeprecationWarning)
             self.pid = os.fork()
         if self.pid == 0:
@@ -91,10 +91,10 @@ class Child:
 
 
 def run_processes(works: Sequence[Work]) -> list[list[str]]:
-    """Run each work in its own process, all starting at once; return the lines of each.
+    """Run each job in its own process, all at the same time; return the reported lines per job.
 
-    The caller waits for the processes in this order.  If one fails, the processes
-    after it are killed and its failure is raised.
+    The call waits for the processes in the order of ``works``.  If a process fails, the
+    later processes are killed and the failure is raised.
     """
     start_reader, start_writer = os.pipe()
 
@@ -121,7 +121,7 @@ def run_processes(works: Sequence[Work]) -> list[list[str]]:
 
 
 def _run(work: Work, writing: int) -> None:
-    """Run the work in the child; no clean-up code of the parent may run there."""
+    """Run the job in the child, and end the child without any clean-up code of the parent."""
 
     def report(line: str) -> None:
         os.write(writing, f"{line}\n".encode())
@@ -137,7 +137,7 @@ def _run(work: Work, writing: int) -> None:
 
 
 class _CallProfiler:
-    """Calls :meth:`_on_call` at each call and return of this process, in Python or C."""
+    """Calls :meth:`_on_call` when this process calls or leaves a Python or C function."""
 
     def __enter__(self) -> Self:
         sys.setprofile(self._profile)
@@ -158,7 +158,8 @@ class _CallProfiler:
 class KillAt(_CallProfiler):
     """Kills this process before or after the n-th call that may make data durable.
 
-    With ``number=None`` it only records; ``calls`` has the names of the calls in order.
+    With ``number=None`` the process is not killed.  ``calls`` has the names of these
+    calls.
     """
 
     def __init__(self, number: int | None = None, *, after: bool = False) -> None:
@@ -179,8 +180,9 @@ class KillAt(_CallProfiler):
 class RandomPauses(_CallProfiler):
     """Pauses at random after durable calls and after file lock calls.
 
-    Without pauses, a process releases and reacquires a lock within microseconds.  A
-    store that compares and writes under separate locks would then pass the tests.
+    Without pauses, a process releases a lock and acquires it again within microseconds.
+    A defective store that releases the lock between its comparison and its write would
+    then pass the tests.
     """
 
     PROBABILITY = 1 / 8

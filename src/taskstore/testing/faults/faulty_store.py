@@ -1,8 +1,8 @@
 """Faults at the method calls of any store: a wrapper that raises errors.
 
-:class:`FaultyStore` wraps a store of any kind.  Each method call is a step.
-The faults are the errors that a store may raise, before the call reaches the
-wrapped store or after the call is done.
+:class:`FaultyStore` wraps a store of any kind.  Each method call is a step.  A fault is
+an error that a store may raise.  The wrapper raises the error before it calls the
+wrapped store or after that call has returned.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ABILITIES = ("compact", "exclusive", "floor", "head", "query", "read_history", 
 
 
 class FaultyStore(TaskRegistryStore):
-    """A store with the abilities of the wrapped one, whose calls pass an injection point."""
+    """A store with the abilities of the wrapped store; each call passes an injection point."""
 
     def __init__(self, store: TaskRegistryStore, injection: InjectionPoint) -> None:
         super().__init__(read_only=store.read_only)

@@ -1,4 +1,4 @@
-"""Operating system faults: at every call that a store makes on its files.
+"""Operating system faults at every call that a store makes on its files.
 
 While :class:`Files` is installed, it replaces functions of :mod:`os` and
 :mod:`fcntl` and the built-in ``open``.  Calls on files below ``root`` pass the
@@ -136,7 +136,7 @@ class Files:
         if isinstance(path, int):
             return self._paths.get(path)
         try:
-            target = os.path.abspath(os.fsdecode(path))  # noqa: PTH100 - what pathlib calls ends here
+            target = os.path.abspath(os.fsdecode(path))  # noqa: PTH100 - pathlib uses these calls
         except (TypeError, ValueError):
             return None
         return target if target.startswith(self._root) else None
@@ -181,7 +181,7 @@ def _error(number: int, step: Step) -> OSError:
 
 def _fail_before(number: int) -> Inject:
     def inject(step: Step, call: Call, arguments: tuple[Any, ...]) -> Any:
-        if step.name == "close":  # close releases the descriptor even when it fails
+        if step.name == "close":  # even a failed close releases the descriptor
             call(*arguments)
         raise _error(number, step)
 
@@ -201,7 +201,7 @@ def _fail_after(number: int) -> Inject:
 
 
 def _short_write(step: Step, call: Call, arguments: tuple[Any, ...]) -> Any:
-    """Write half of the data, and return that length."""
+    """Write half of the data, and return the number of written bytes."""
     position = 1 if step.name == "pwrite" or len(arguments) > 1 else 0
     data = memoryview(arguments[position])
     shorter = data[: max(1, len(data) // 2)]
@@ -218,7 +218,7 @@ def _may_persist(step: Step) -> bool:
 
 
 def _may_persist_no_write(step: Step) -> bool:
-    # An interrupted write has written nothing, or returns the number of bytes.
+    # EINTR after a write is impossible: a write that has written bytes returns their number.
     return _may_persist(step) and step.name not in {*_WRITES, "writev"}
 
 

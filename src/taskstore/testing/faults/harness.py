@@ -24,7 +24,7 @@ def open_registry(store: TaskRegistryStore, hooks: Sequence[Hook]) -> TaskRegist
 
 
 class RecordingHook:
-    """A hook that records the events it received, and checks that they are complete."""
+    """A hook that records the events it received, and checks that no event is missing."""
 
     def __init__(self) -> None:
         self.records: dict[str, TaskRecord] = {}
@@ -38,7 +38,7 @@ class RecordingHook:
             self.records, self.entries = dict(event.records), {}
         else:
             if self.seq is None or event.seq != self.seq + 1:
-                self.problems.append(f"the hook received seq {event.seq} after {self.seq}")
+                self.problems.append(f"the hook received seq {event.seq} after seq {self.seq}")
             task_id = event.record.task_id if isinstance(event, Upserted) else event.task_id
             if event.previous != self.records.get(task_id):
                 self.problems.append(f"the hook got a wrong previous record at seq {event.seq}")
@@ -50,7 +50,7 @@ class RecordingHook:
 
 
 class State(NamedTuple):
-    """What a fresh instance reads from the storage."""
+    """The content that a newly opened instance reads from the storage."""
 
     snapshot: Snapshot
     entries: Mapping[int, JournalEntry]
@@ -72,9 +72,10 @@ def _read(store: TaskRegistryStore, *, verify: bool) -> State:
 class Harness:
     """One ledger, the registry over it, and the events that its hook received.
 
-    ``open_store`` opens the ledger, any number of times.  ``wrap`` wraps the
-    store of the registry.  If instances of the store cache what they read
-    (``caches_reads``), each read of the stored state opens a new instance.
+    ``open_store`` opens the ledger and may be called repeatedly.  ``wrap``
+    wraps the store of the registry.  If an instance of the store caches the
+    data that it read (``caches_reads``), each read of the stored state opens a
+    new instance.
     """
 
     def __init__(
@@ -134,20 +135,20 @@ class Harness:
             self._observer.close()
 
     def differences(self, stored: State) -> list[str]:
-        """Return how memory and the hook's records differ from the stored state."""
+        """Return the differences of memory and of the hook's records from the stored state."""
         assert self.registry is not None
         snapshot, problems = stored.snapshot, list(self.hook.problems)
         memory = {record.task_id: record for record in self.registry.list()}
         if (self.registry.seq, memory) != (snapshot.seq, dict(snapshot.records)):
             problems.append(
                 f"memory is at seq {self.registry.seq} with {len(memory)} records, "
-                f"the disk at seq {snapshot.seq} with {len(snapshot.records)}"
-                + ("" if memory.keys() != snapshot.records.keys() else ", of the same tasks")
+                f"the disk is at seq {snapshot.seq} with {len(snapshot.records)} records"
+                + ("" if memory.keys() != snapshot.records.keys() else " of the same tasks")
             )
         if (self.hook.seq, self.hook.records) != (snapshot.seq, dict(snapshot.records)):
-            problems.append(f"the hook is at seq {self.hook.seq}, the disk at {snapshot.seq}")
+            problems.append(f"the hook is at seq {self.hook.seq}, the disk at seq {snapshot.seq}")
         for seq, received in self.hook.entries.items():
             entry = stored.entries.get(seq)
             if entry is not None and received != (str(entry.kind), entry.task_id):
-                problems.append(f"at seq {seq} the hook received {received}, the journal differs")
+                problems.append(f"the hook received {received} at seq {seq}, but not the journal")
         return problems

@@ -1,10 +1,10 @@
 """The injection point: every intercepted storage call of a store passes it.
 
-A *step* is one call by which a store reaches its storage: a system call, a
-statement on a driver's cursor, or a call of a store method.  The interceptors
-(``files.py``, ``drivers.py``, ``faulty_store.py``) pass each step to
+A *step* is one call of a store to its storage: a system call, a statement on a
+driver's cursor, or a call of a store method.  The interceptors (``files.py``,
+``drivers.py``, ``faulty_store.py``) pass each step to
 :meth:`InjectionPoint.run_step`.  An active injection point records the steps
-and can inject one fault at the n-th of them.
+and can inject one fault at the n-th step.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ HOLD_S = 0.004
 class Step(NamedTuple):
     """One call: its name, a detail that is equal in every run, and its path or connection.
 
-    ``is_new`` means that the present call of the store created ``resource``:
-    if a sync of it fails, the store can discard it.
+    ``is_new`` means that the current call of the store created ``resource``, so the
+    store can discard ``resource`` if its fsync fails.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Step(NamedTuple):
 
 Call = Callable[..., Any]
 Inject = Callable[[Step, Call, tuple[Any, ...]], Any]
-"""Does all, half or nothing of the step, then returns or raises what the store gets."""
+"""Performs the step completely, partly or not at all; the store gets the result or exception."""
 
 
 def never(_: Step) -> bool:
@@ -65,10 +65,10 @@ def always(_: Step) -> bool:
 class Fault(NamedTuple):
     """One way in which a step can fail.
 
-    ``applies_to`` selects the steps at which the fault can happen.  A
-    ``persistent`` fault repeats at every later step that it applies to, until
-    the call ends.  ``fails_sync`` selects the steps after which data may not be
-    on disk: the call must not succeed, and the instance must refuse further
+    ``applies_to`` selects the steps at which the fault can happen.  A ``persistent``
+    fault repeats at every later step that it applies to, until the call of the store
+    ends.  ``fails_sync`` selects the steps whose failure may leave written data missing
+    on disk.  The call of the store must then fail, and the instance must refuse further
     writes unless the file was new [4].
     """
 
@@ -81,7 +81,7 @@ class Fault(NamedTuple):
 
 
 def delayed(_: Step, call: Call, arguments: tuple[Any, ...]) -> Any:
-    """Do the step after a delay."""
+    """Perform the step after a delay."""
     time.sleep(DELAY_S)
     return call(*arguments)
 
@@ -90,13 +90,13 @@ DELAY = Fault("delay", "", delayed)
 
 
 class InjectionPoint:
-    """Records the steps that pass, and injects a fault at one of them."""
+    """Records the steps of a store, and injects a fault at one of the steps."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self.faulted: Step | None = None
         self.activation = 0
-        """The number of activations so far; marks the files created in this one as new."""
+        """The number of activations so far; a file that the current activation created is new."""
         self.is_active = False
         self._lock = threading.Lock()
         self._bypass = threading.local()
@@ -123,7 +123,7 @@ class InjectionPoint:
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:
-        """Let the calls of this thread pass unrecorded while the body runs."""
+        """Do not record the calls of this thread while the body runs."""
         before = getattr(self._bypass, "on", False)
         self._bypass.on = True
         try:
@@ -132,7 +132,7 @@ class InjectionPoint:
             self._bypass.on = before
 
     def run_step(self, step: Step, call: Call, *arguments: Any) -> Any:
-        """Do a step, or inject the fault."""
+        """Perform a step, or inject the fault."""
         if not self.is_active or getattr(self._bypass, "on", False):
             return call(*arguments)
         with self._lock:
@@ -149,5 +149,5 @@ class InjectionPoint:
             time.sleep(self._hold_s)
         if fault is None:
             return call(*arguments)
-        with self.bypassed():  # the calls within the step are not steps
+        with self.bypassed():  # calls within a step are not recorded as steps
             return fault.inject(step, call, arguments)

@@ -2,8 +2,8 @@
 
     python -m taskstore.testing.faults URL [--steps N] [--scenario NAME]
 
-The run creates new, empty ledgers as the contract suite does, and does not touch
-the data at the URL.
+The run creates new, empty ledgers as the contract suite does, and does not change the
+data at the URL.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CALLER_TIMEOUT_S = 60.0
 """How long a call may take before it counts as hung, in seconds."""
 
 REFUSES = " !"
-"""Marks a cell after which the instance refuses writes until it is reopened."""
+"""Marks a cell if the instance then refuses writes until the ledger is reopened."""
 
 
 class Cell(NamedTuple):
@@ -64,7 +64,7 @@ class Layer(NamedTuple):
 
 @contextmanager
 def layer_of(url: str, injection: InjectionPoint) -> Iterator[Layer]:
-    """Intercept the driver or file calls of the store; wrap any other store."""
+    """Intercept the calls of the store to its driver or files; wrap any other store."""
     scheme, rest = scheme_of(url), url.partition(":")[2]
     driver_class = _DRIVERS.get(scheme.partition("+")[0])
     if driver_class is not None:
@@ -102,14 +102,15 @@ def run_matrix(
 ) -> list[Cell]:
     """Inject every fault at every step, and return the checked outcomes.
 
-    ``steps`` limits at how many steps of a scenario each fault is injected;
-    each fault then starts at a different step.  ``scenarios`` are names, all by
-    default.  ``wrap`` wraps each store under test, and ``make_registry`` makes
-    the registry, so that tests can pass broken ones.
+    ``steps`` limits the number of steps per scenario at which each fault is injected;
+    each fault then starts at a different step.  ``scenarios`` has the names of the
+    scenarios to run (default: all).  ``wrap`` wraps each store under test, and
+    ``make_registry`` creates the registry, so that a test can use a defective store or
+    registry.
     """
     injection = InjectionPoint()
     cells: list[Cell] = []
-    # Entry points are cached: a lookup is slower than an open, and the run opens thousands.
+    # Entry points are cached, because the run opens thousands of stores, and lookups are slow.
     declared = mock.patch.object(backends, "entry_points", cache(entry_points))
     with declared, layer_of(url, injection) as layer:
 
@@ -127,7 +128,7 @@ def run_matrix(
 
 
 class _ScenarioRunner:
-    """Runs one scenario with each fault, on one ledger or on new ones."""
+    """Runs one scenario with each fault, on one ledger or each time on a new ledger."""
 
     def __init__(
         self,
@@ -151,13 +152,13 @@ class _ScenarioRunner:
         self._stack.close()
 
     def _reset(self) -> None:
-        """Replace the harness by one with a new ledger."""
+        """Create a new ledger and a harness for this ledger."""
         self._stack.close()
         open_store = self._stack.enter_context(scratch(self._url))
         self._harness = self._make_harness(open_store)
         self._stack.callback(self._harness.close_all)
         if not self._scenario.new_ledger:
-            # The first write can take other steps than later ones, so it happens here.
+            # The first write may take other steps than later writes, so it is done here.
             self._harness.open().create(runtime="cli", task="First task")
 
     def run(self, faults: Sequence[Fault], steps: int | None) -> Iterator[Cell]:
@@ -173,7 +174,7 @@ class _ScenarioRunner:
             stride = 1 if steps is None else -(-len(numbers) // steps)
             for number in numbers[index % stride if numbers else 0 :: max(stride, 1)]:
                 cell = self._run_once(number, fault)
-                # Steps of retries and of file opens vary between runs: the fault may not apply.
+                # The steps of retries and file opens vary, so the fault may not apply in this run.
                 if cell.step or cell.problems:
                     yield cell
 
@@ -188,7 +189,7 @@ class _ScenarioRunner:
             before = EMPTY if scenario.new_ledger else harness.read_stored()
         except Exception as error:  # noqa: BLE001 - every error is a problem
             self._reset()
-            problem = f"in the fault-free preparation after {self._last_fault}: {error!r}"
+            problem = f"the preparation after {self._last_fault} raised {error!r}"
             return Cell(scenario.name, number, "", *_title(fault), "", (problem,))
         hold_s = HOLD_S if len(operations) > 1 else 0.0
         with self._injection.active(number, fault, hold_s=hold_s):
@@ -209,13 +210,13 @@ class _ScenarioRunner:
             problems += more
             problems += harness.differences(harness.read_stored())
         except Exception as error:  # noqa: BLE001 - every error is a problem
-            problems.append(f"in the fault-free checks afterwards: {error!r}")
+            problems.append(f"the checks after the fault raised {error!r}")
         if fault is not None:
             problems += check_failed_sync(
                 fault, faulted, later, outcomes, writable=is_open and not refuses
             )
         elif any(outcome.error is not None for outcome in outcomes):
-            problems.append(f"without a fault: {[outcome.error for outcome in outcomes]}")
+            problems.append(f"errors without a fault: {[outcome.error for outcome in outcomes]}")
         if problems:
             self._reset()
         label = faulted.label if faulted is not None else ""
@@ -232,7 +233,7 @@ def _title(fault: Fault | None) -> tuple[str, str]:
 
 
 def _call_all(operations: Sequence[Operation]) -> list[Outcome]:
-    """Make the calls: one in this thread, several in one thread each."""
+    """Run the operations: a single one in this thread, several in one thread each."""
     if len(operations) == 1:
         return [_call(operations[0])]
     outcomes = [Outcome(AssertionError("hung")) for _ in operations]
@@ -246,7 +247,7 @@ def _call_all(operations: Sequence[Operation]) -> list[Outcome]:
         thread.start()
     for thread in threads:
         thread.join(CALLER_TIMEOUT_S)
-    return list(outcomes)  # a copy: a call that returns later still counts as hung
+    return list(outcomes)  # a copy, so that a call that returns later counts as hung
 
 
 def _call(operation: Operation) -> Outcome:

@@ -1,4 +1,4 @@
-"""The scenarios: registry calls under a fault, and checks of their stored effect."""
+"""The scenarios: registry calls under a fault, and their effect on stored records."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from enum import Enum
 from functools import partial
 from typing import NamedTuple
 
+from taskstore.model.compaction_policy import CompactionPolicy
 from taskstore.model.journal import Snapshot
-from taskstore.model.policies import CompactionPolicy
 from taskstore.model.records import TaskRecord
 from taskstore.registry.compactor import compact
 from taskstore.registry.registry import TaskRegistry
@@ -49,10 +49,10 @@ class Operation(NamedTuple):
 class Scenario(NamedTuple):
     """The operations that run under a fault.
 
-    ``prepare`` runs without faults and returns the operations; several
-    operations run in one thread each.  ``stale`` means that another writer
-    has committed, so the registry is stale until its next use.  With
-    ``new_ledger`` every run starts on a storage without a ledger.
+    ``prepare`` runs without faults and returns the operations.  If there are several,
+    each operation runs in its own thread.  ``stale`` means that another writer has
+    committed, so the registry is stale until its next use.  With ``new_ledger`` every
+    run starts on storage without a ledger.
     """
 
     name: str
@@ -75,7 +75,7 @@ def _labelled(label: str) -> Callable[[TaskRecord], bool]:
 
 
 def _effect_of(flags: Iterable[bool]) -> Effect:
-    """Return the effect of a call, given a flag for each of its changes."""
+    """Return the effect of a call; each flag is true if one of its changes is stored."""
     distinct = set(flags)
     if len(distinct) > 1:
         return Effect.PARTIAL
@@ -178,7 +178,7 @@ def _compact(harness: Harness) -> Sequence[Operation]:
 
 
 def _save(harness: Harness) -> Sequence[Operation]:
-    """Save the present records without one of them."""
+    """Save a snapshot of the current records except one."""
     registry = harness.opened()
     task, store = _new(registry, "dropped by the save"), registry.store
     records = {

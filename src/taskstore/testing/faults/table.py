@@ -17,10 +17,10 @@ _SHORT = {
 }
 
 LEGEND = (
-    "Cells: what the caller got with the fault before/after the step: ok or "
+    "A cell shows the result of the call, with the fault before/after the step: ok or "
     + ", ".join(f"{short} = {name}" for name, short in _SHORT.items())
-    + f". {REFUSES.strip()} the instance then refuses writes until it is reopened. "
-    "WRONG: see below. Blank: not applicable, or not tried."
+    + f". {REFUSES.strip()}: the instance then refuses writes until the ledger is reopened. "
+    "WRONG: see the lines below. Blank: the fault cannot occur, or was not tried."
 )
 
 
@@ -58,7 +58,7 @@ def problems(cells: Sequence[Cell]) -> list[str]:
 
 
 def counts(cells: Sequence[Cell]) -> str:
-    """Return the number of cells, and of wrong ones."""
+    """Return the number of injected faults and the number of wrong results."""
     faulted = [cell for cell in cells if cell.number]
     wrong = sum(bool(cell.problems) for cell in cells)
     scenarios = len({cell.scenario for cell in cells})

@@ -1,4 +1,4 @@
-"""The checks after a fault: reported outcomes against the stored state."""
+"""The checks after a fault: outcomes compared with the stored state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROBE_LABEL = "probe"
 
 
 class Outcome(NamedTuple):
-    """What one caller got: a result (``None``) or an exception."""
+    """The outcome of one call: an exception, or ``None`` for success."""
 
     error: BaseException | None
 
@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
 def check_callers(
     operations: Sequence[Operation], outcomes: Sequence[Outcome], before: State, after: State
 ) -> list[str]:
-    """Return where an outcome contradicts the stored state, and unrelated changes."""
+    """Return the problems: outcomes that contradict the stored state, and unrelated changes."""
     problems = []
     for operation, outcome in zip(operations, outcomes, strict=True):
         effect = operation.effect(after.snapshot.records)
@@ -54,7 +54,7 @@ def check_callers(
         }
 
     if unrelated(before) != unrelated(after):
-        problems.append("records changed that no operation touched")
+        problems.append("unrelated records have changed")
     for seq, entry in after.entries.items():
         if seq in before.entries and entry != before.entries[seq]:
             problems.append(f"the journal entry at seq {seq} has changed")
@@ -69,11 +69,11 @@ def check_failed_sync(
     *,
     writable: bool,
 ) -> list[str]:
-    """Return whether the store ignored a failed sync [4]; ``later`` are the steps after it."""
+    """Return a problem if the store ignored a failed fsync [4]; ``later`` are the later steps."""
     if faulted is None or not fault.fails_sync(faulted):
         return []
     if all(outcome.error is None for outcome in outcomes):
-        # After a failed group commit the store commits each call by itself, to new files.
+        # After a failed group commit the store commits each call separately, to new files.
         is_group = faulted.is_new and len(outcomes) > 1
         if is_group and any(step.label == faulted.label for step in later):
             return []
@@ -91,7 +91,7 @@ def _is_directory(path: Any) -> bool:
 def write_again(
     harness: Harness, operations: Sequence[Operation], after: State
 ) -> tuple[bool, list[str]]:
-    """Write again, after a reopen if the write is refused; return (refused, problems)."""
+    """Write again, and reopen the ledger if the store refuses; return (refused, problems)."""
     refuses, problems = False, []
     error = _write_error(harness)
     if error is not None:
@@ -108,7 +108,7 @@ def write_again(
         if error is not None:
             problems.append(f"after a reopen, the next write raised {error!r}")
     registry = harness.opened()
-    with registry.batch():  # the records of this run would slow down the next runs
+    with registry.batch():  # the records of this run would slow down later runs
         for record in registry.list():
             if record.label == PROBE_LABEL or any(op.touches(record) for op in operations):
                 registry.delete(record.task_id)

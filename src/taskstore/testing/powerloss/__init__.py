@@ -1,8 +1,9 @@
-"""The states that a power loss may leave of a store of files, and the check of each.
+"""Power loss tests for file-based stores: possible crash states and their checks.
 
 A store that changes its files through a :class:`~taskstore.store.disk.Disk` can
-run on a recorder.  From the recorded operations, every state is built that a
-power loss may leave at any moment, and the ledger in it is opened::
+run on a recorded disk.  From the recorded operations, the survey builds the
+states that a power loss may leave at any moment, and opens the ledger in each
+state::
 
     def open_on(directory, disk, *, read_only):
         return MyStore(directory, disk=disk, read_only=read_only)
@@ -13,7 +14,7 @@ power loss may leave at any moment, and the ledger in it is opened::
 
 :mod:`~taskstore.testing.powerloss.model` defines the crash states, and
 :mod:`~taskstore.testing.powerloss.expected` checks each of them.
-``python -m taskstore.testing.powerloss`` runs the survey on our own stores.
+``python -m taskstore.testing.powerloss`` checks the JSON and SQLite stores.
 """
 
 from taskstore.testing.powerloss.expected import OpenOn

@@ -18,9 +18,12 @@ def main() -> int:
         prog="python -m taskstore.testing.powerloss", description=__doc__
     )
     parser.add_argument(
-        "--states", type=int, default=MAX_STATES, help="per crash point (default %(default)s)"
+        "--states",
+        type=int,
+        default=MAX_STATES,
+        help="states per crash point (default %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=20261122, help="of the sampled states")
+    parser.add_argument("--seed", type=int, default=20261122, help="seed of the sampled states")
     options = parser.parse_args()
     limits = {"max_states": options.states, "seed": options.seed}
     result = survey(open_json, scenarios=JSON_SCENARIOS, **limits)

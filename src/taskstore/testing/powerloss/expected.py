@@ -1,4 +1,4 @@
-"""The expected content of a ledger after a power loss, and the survivors check."""
+"""The expected content of a ledger after a power loss, and the check."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class OpenOn(Protocol):
 class Expected(Struct, frozen=True, eq=False):
     """Content that a ledger may have after a power loss.
 
-    ``exists``: there is a ledger; ``erased``: bytes that none of its files
-    may contain; ``kept``: bytes that one of its files must contain.
+    ``exists`` is true if there is a ledger.  No file may contain an item of ``erased``;
+    for each item of ``kept``, some file must contain the item.
     """
 
     content: Model
@@ -64,7 +64,7 @@ class Actual(NamedTuple):
         assert not snapshot.quarantined, f"quarantined: {snapshot.quarantined[0].reason}"
         if not isinstance(store, SupportsJournal):
             return cls(snapshot.seq, dict(snapshot.records), None, ())
-        assert store.head() == snapshot.seq, f"head {store.head()}, loaded at {snapshot.seq}"
+        assert store.head() == snapshot.seq, f"head() is {store.head()}, loaded seq {snapshot.seq}"
         floor = store.floor()
         entries = [
             (entry.seq, entry.kind, entry.task_id, entry.revision, entry.record)
@@ -73,7 +73,7 @@ class Actual(NamedTuple):
         return cls(snapshot.seq, dict(snapshot.records), floor, entries)
 
     def matches(self, expected: Expected) -> bool:
-        """Return whether the content is the expected one."""
+        """Return whether the content equals the expected content."""
         model = expected.content
         if (self.head, self.records) != (model.head, model.records):
             return False
@@ -105,11 +105,11 @@ def check(open_on: OpenOn, directory: Path, allowed: Sequence[Expected]) -> str 
             record = make_record(label="after the power loss")
             commit = store.apply([Put(record)])
             if commit.first_seq != actual.head + 1:
-                return f"the store assigned seq {commit.first_seq} after {actual.head}"
+                return f"the store assigned seq {commit.first_seq} after seq {actual.head}"
         records = {**actual.records, record.task_id: record}
         again = _read(open_on, directory)
         if again is None or (again.head, again.records) != (actual.head + 1, records):
-            return f"after one more commit: {_text(again)}"
+            return f"after one more commit, the actual content is: {_text(again)}"
     except Exception as error:  # noqa: BLE001 - every error is a problem
         last = traceback.extract_tb(error.__traceback__)[-1]
         return f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
@@ -117,7 +117,7 @@ def check(open_on: OpenOn, directory: Path, allowed: Sequence[Expected]) -> str 
 
 
 def _read(open_on: OpenOn, directory: Path) -> Actual | None:
-    """Return what a read-only instance reads; ``None`` if there is no ledger."""
+    """Return the content that a read-only instance reads; ``None`` if there is no ledger."""
     try:
         store = open_on(directory, SYSTEM, read_only=True)
     except StoreUnavailableError:

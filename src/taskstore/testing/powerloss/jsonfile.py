@@ -1,4 +1,4 @@
-"""The scenarios of the JSON store: those of any store of files, and its own."""
+"""The power loss scenarios of the JSON store: the general scenarios and two more."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def open_unsynced(directory: Path, disk: Disk, *, read_only: bool) -> JSONStore:
 
 
 def torn_line(workload: Workload) -> None:
-    """A torn line is cut from the journal, and a file beside the journal keeps its bytes."""
+    """A torn line is truncated from the journal; a file next to the journal keeps its bytes."""
     store = new_ledger(workload)
     lost = "torn, but kept " * 40
     workload.apply(store, Put(make_record(task=lost)), failpoint=kill("pwrite", written=600))
@@ -34,7 +34,7 @@ def torn_line(workload: Workload) -> None:
 
 
 def unsynced_writer(workload: Workload) -> None:
-    """A writer that does not sync leaves the acknowledged commits of another one durable."""
+    """A writer without fsync does not make the commits of another writer less durable."""
     store, other = new_ledger(workload), workload.open(open_unsynced)
     workload.apply(other, change(workload, error=LONG), durable=False)
     workload.compact(other, KEEP_ALL)
@@ -43,7 +43,7 @@ def unsynced_writer(workload: Workload) -> None:
     workload.apply(store, change(workload, error=None))
     third = workload.open()
     workload.apply(third, change(workload, error=LONG), failpoint=kill("pwrite", written=2_000))
-    workload.open(open_unsynced).close()  # cuts off the torn line
+    workload.open(open_unsynced).close()  # truncates the torn line
     workload.apply(store, change(workload, error=None))
     other.close()
     store.close()

@@ -1,42 +1,43 @@
-"""The crash model: which states of the files a power loss may leave.
+"""The crash model: the file states that a power loss may leave.
 
-Only synced data is certain after a power loss:
+Only data that an fsync flushed to disk is certain after a power loss:
 
-- ``fsync`` or ``fdatasync`` of a file makes its bytes and its length durable,
-  not its name; ``fsync`` of a directory makes its names durable, not the
-  content of its files.  (POSIX promises no more; ``fsync(2)`` of Linux warns of
-  the name.)
-- All other changes have reached the disk or not, in any order: the kernel
-  writes back at any time, and drives reorder writes.
+- ``fsync`` or ``fdatasync`` of a file makes its bytes and its length durable, but not
+  its name.  ``fsync`` of a directory makes the names in the directory durable, but not
+  the content of the files.  (POSIX guarantees no more; the manual page of ``fsync(2)``
+  on Linux warns that the name may be missing.)
+- Each other change has reached the disk or not, in any order, because the kernel writes
+  back at any time, and drives reorder writes.
 
-So at any moment, the unsynced changes leave these choices:
+So at any moment, the changes since the last fsync leave these possibilities:
 
-- Each **block of 512 bytes** has the content of the last sync or of any write
-  since then.  A drive writes a block whole or not at all (SQLite relies on the
-  same).  A longer write can be torn at any block boundary, and a later block
-  can be present while an earlier one is missing.
-- The **length** is that of the last sync or of any later write or truncation,
-  or ends at any 512-byte boundary that a write crossed.  Bytes within the
-  length that were not written are zeros, as on ext4 (``ordered``), XFS and
-  btrfs.  File systems that show old bytes of other files in a block (ext4 with
-  ``data=writeback``) are outside the model.
-- Of the **names** created, renamed and removed in a directory, any subset is
-  applied.  ext4 and XFS journal them in order, so only the last ones can be
-  missing; btrfs logs single files at their fsync, so a later one can be present
-  without an earlier one.  Any subset covers all three.  A rename is atomic:
-  the file always has exactly one of the two names.
+- Each **block of 512 bytes** has its content at the last fsync or after any later write.
+  A drive writes a block completely or not at all (SQLite relies on the same property).
+  A longer write can be torn at any block boundary, and a later block can be present
+  while an earlier block is missing.
+- The **length** of a file is its length at the last fsync or after any later write or
+  truncation, or any 512-byte boundary that a write crossed.  Bytes within the length
+  that were not written are zeros, as on ext4 (``ordered``), XFS and btrfs.  File systems
+  that show old bytes of other files in a block (ext4 with ``data=writeback``) are
+  outside the model.
+- Any subset of the changes of **names** in a directory (creation, renaming, removal) is
+  present.  ext4 and XFS journal these changes in order, so only the last changes can be
+  missing.  btrfs logs a single file at its fsync, so a later change can be present
+  without an earlier change.  The model covers all three file systems, because it allows
+  any subset.  A rename is atomic: the file always has exactly one of the two names.
 
-If a sync fails and a later one succeeds, the model trusts the later one, though
-Linux may have dropped the pages: a store must not rely on its earlier writes
-after a failed sync.
+If an fsync fails and a later fsync succeeds, the model treats the earlier writes as
+durable, although Linux may have dropped the pages.  So the model cannot show that a store
+relies on its earlier writes after a failed fsync; a store must not do so.
 
-Pillai and others, "All File Systems Are Not Created Equal" (OSDI 2014), list
-the behaviour of each file system.  This model allows more states than any of
-them, so it can require a sync that one file system does not need.
+Pillai and others, "All File Systems Are Not Created Equal" (OSDI 2014), list the
+behaviour of each file system.  The model allows more states than any of these file
+systems, so it can require an fsync that one of the file systems does not need.
 
-A crash state is one combination of these choices.  If a crash point has few
-combinations, all are built.  Otherwise: all old, all new, each single choice
-against both, and random combinations with a fixed seed.
+A crash state is one combination of these possibilities.  If a crash point has few
+combinations, all combinations are built.  Otherwise a sample is built: all changes
+missing, all changes present, both of these with one choice different, and random
+combinations with a fixed seed.
 """
 
 from __future__ import annotations
@@ -65,20 +66,20 @@ BLOCK = 512
 """The size of an atomic write of a drive, in bytes."""
 
 _PAST_IMAGES = 8
-"""How many past images of a file are kept since its last sync."""
+"""How many past images of a file are kept since its last fsync."""
 
 IMAGES = 4
-"""How many images of a block are kept since the last sync: the durable one, the
-first, and the last ones."""
+"""How many images of a block are kept since the last fsync: the durable image, the
+first later image, and the last images."""
 
 _ROOT = 1
 
 Tree = dict[str, bytes | None]
-"""The content of the files by path, in order; ``None`` for a directory."""
+"""The content of the files by path, in path order; ``None`` for a directory."""
 
 
 class CrashState(NamedTuple):
-    """One state that a power loss may leave: the files, and a text of the missing changes."""
+    """One state that a power loss may leave: the files, and a list of the missing changes."""
 
     tree: Tree
     missing: str
@@ -97,8 +98,8 @@ class CrashPoint(NamedTuple):
     """A power loss right after operation ``number`` (from 1) of the trace.
 
     ``expected`` is the content that the workload last recorded as allowed.
-    ``possible`` counts the states that the model allows; ``states`` are the
-    selected ones, all of them if ``exhaustive``.
+    ``possible`` counts the states that the model allows; ``states`` are the states to
+    check: all possible states if ``exhaustive``, otherwise a sample.
     """
 
     number: int
@@ -155,7 +156,7 @@ class _File:
             durable, *others = self.blocks.get(number, [_block(self.durable, number)])
             others = [other for other in others if other != image]
             if others or image != durable:
-                # Keep the durable image, the first one, and the last ones.
+                # Keep the durable image, the first later image, and the last images.
                 others = [*others[:1], *others[1:][3 - IMAGES :], image]
                 self.blocks[number] = [durable, *others]
             else:
@@ -167,17 +168,17 @@ class _File:
         return [len(self.lengths), *changed] if changed or len(self.lengths) > 1 else []
 
     def past_choices(self) -> Iterator[list[int]]:
-        """Yield the choices that give each past image since the last sync."""
+        """Yield, for each past image since the last fsync, the choices for that image."""
         for image in self.past:
             wanted = [_block(image, number) for number in self.blocks]
-            with suppress(ValueError):  # that length or block image was dropped
+            with suppress(ValueError):  # the length or a block image was dropped
                 yield [
                     self.lengths.index(len(image)),
                     *map(list.index, self.blocks.values(), wanted),
                 ]
 
     def content(self, choice: Sequence[int]) -> bytes:
-        """Return the bytes for a choice on each of the :meth:`axes`."""
+        """Return the content of the file, given one choice for each of the :meth:`axes`."""
         if not choice:
             return self.durable
         length = self.lengths[choice[0]]
@@ -257,9 +258,9 @@ class Model:
         self._nodes: dict[int, _File | _Directory] = {_ROOT: _Directory()}
 
     def crash_points(self, trace: Sequence[Operation]) -> Iterator[CrashPoint]:
-        """Yield the crash points in order; consume the states of one before the next.
+        """Yield the crash points in order; read all states of a point before the next point.
 
-        A sync adds no new state, so no crash point follows it.
+        An fsync adds no new state, so no crash point follows an fsync.
         """
         expected: object = None
         for number, operation in enumerate(trace, 1):
@@ -322,7 +323,7 @@ class Model:
             yield [self._rng.randrange(size) for size in axes]
 
     def _past_states(self, new: list[int], nodes: Sequence[int]) -> Iterator[list[int]]:
-        """Yield the choices with a past image of one file and the new state of all others."""
+        """Yield the choices with a past image of one file and the new state of all other files."""
         begin = 0
         for number in nodes:
             node = self._nodes[number]

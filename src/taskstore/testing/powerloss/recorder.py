@@ -1,7 +1,7 @@
 """The recorder: a real disk whose operations are recorded in a trace.
 
 The trace identifies files and directories by node number, not by name: a name
-can move to another file, and a sync applies to the file.
+can move to another file, and an fsync applies to the file, not to the name.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Truncated(Struct, frozen=True):
 
 
 class Synced(Struct, frozen=True):
-    """A file, or the names in a directory, were synced."""
+    """An fsync of a file, or of the names in a directory, was done."""
 
     node: int
 
 
 class SyncOmitted(Struct, frozen=True):
-    """A sync of a changed file or directory was left out."""
+    """An fsync of a changed file or directory was omitted."""
 
     node: int
 
@@ -82,14 +82,14 @@ Operation = Created | Written | Truncated | Synced | SyncOmitted | Renamed | Rem
 
 
 class KilledError(BaseException):
-    """The process of this disk was killed; a store must not handle this."""
+    """The process of this disk was killed; a store must not catch this error."""
 
 
 class Failpoint(Struct):
-    """Makes a step of a disk fail with ``error``, after ``after`` others of that name.
+    """Makes a step of a disk fail with ``error``, after ``after`` successful steps of that name.
 
-    A failing write has written ``written`` bytes.  :class:`KilledError` kills
-    the process: its later steps have no effect.
+    A failing write first writes ``written`` bytes.  :class:`KilledError`
+    simulates a kill of the process: its later steps have no effect.
     """
 
     step: str
@@ -101,11 +101,11 @@ class Failpoint(Struct):
 class Recorder:
     """The trace of one file system below ``root``, an empty directory.
 
-    Each process of the workload has its own disk from :meth:`disk`.  ``trace``
-    holds the operations in order.  ``steps`` counts them by the method names of
-    :class:`~taskstore.store.disk.Disk`; ``sites`` counts them by call site,
-    ``(step, file, line)``.  ``unsynced`` holds the files and directories that
-    changed since their last sync.
+    Each process of the workload has its own disk from :meth:`disk`.  ``trace`` has
+    the operations in order.  ``steps`` counts the operations by the method names of
+    :class:`~taskstore.store.disk.Disk`; ``sites`` counts the operations by call site,
+    ``(step, file, line)``.  ``unsynced`` has the files and directories that changed
+    since their last fsync.
     """
 
     def __init__(self, root: Path) -> None:
@@ -124,13 +124,13 @@ class Recorder:
     def disk(self, omits: Omits | None = None) -> RecordedDisk:
         """Return the disk of a new process.
 
-        Every sync calls ``omits`` with the step and its call site; if it returns
-        true, the sync is left out.
+        Every fsync calls ``omits`` with the step and its call site.  If ``omits``
+        returns true, the fsync is omitted.
         """
         return RecordedDisk(self, omits or (lambda *_: False))
 
     def expect(self, allowed: object) -> None:
-        """Record the content that is allowed from here on."""
+        """Record the content that a power loss may leave from now on."""
         with self.lock:
             self.trace.append(Expects(allowed))
 
@@ -144,7 +144,7 @@ class Recorder:
                 self.unsynced.discard(node)
 
     def register(self, status: os.stat_result) -> int:
-        """Return a new node number for a file; unlike inode numbers, it is never reused."""
+        """Return a new node number for a file; node numbers are never reused, unlike inodes."""
         self._count += 1
         self._nodes[status.st_dev, status.st_ino] = self._count
         return self._count
@@ -164,7 +164,7 @@ CallSite = tuple[str, int]
 """A source file and a line number."""
 
 Omits = Callable[[str, CallSite], bool]
-"""Returns whether the sync of a step and a call site is left out."""
+"""Returns whether the fsync at a step and a call site is omitted."""
 
 
 class RecordedDisk(Disk):
@@ -194,7 +194,7 @@ class RecordedDisk(Disk):
         raise failpoint.error
 
     def close_all(self) -> None:
-        """Close the open files of a killed process, as the system does."""
+        """Close the open files of a killed process, as the operating system does."""
         assert self._killed, "the process was not killed"
         while self._files:
             os.close(self._files.popitem()[0])
@@ -252,7 +252,7 @@ class RecordedDisk(Disk):
         self._sync("sync_directory", self._recorder.directory(directory))
 
     def _sync(self, step: str, node: int) -> None:
-        # No real sync is needed: the power loss is simulated.
+        # No real fsync is needed, because the power loss is simulated.
         with self._recorder.lock:
             self._begin(step)
             if not self._omits(step, _call_site()):

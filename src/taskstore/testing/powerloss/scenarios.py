@@ -1,12 +1,12 @@
-"""Workloads for any store of files, each with one kind of failure."""
+"""Workloads for any file-based store, each with one kind of failure."""
 
 from __future__ import annotations
 
 import errno
 import os
 
+from taskstore.model.compaction_policy import CompactionPolicy
 from taskstore.model.journal import Change, Put
-from taskstore.model.policies import CompactionPolicy
 from taskstore.store.interface import TaskRegistryStore
 from taskstore.testing.factories import make_record, next_of, removal_of
 from taskstore.testing.powerloss.recorder import Failpoint, KilledError
@@ -30,17 +30,17 @@ def new_ledger(workload: Workload) -> TaskRegistryStore:
 
 
 def change(workload: Workload, **fields: object) -> Change:
-    """Return the next change of the task with the lowest revision."""
+    """Return a change to the next revision of the task with the lowest revision."""
     return next_of(min(workload.records.values(), key=lambda record: record.revision), **fields)
 
 
 def kill(step: str, *, after: int = 0, written: int = 0) -> Failpoint:
-    """Return a failpoint that kills the process at a step, ``after`` others of that name."""
+    """Return a failpoint that kills the process at a step, after ``after`` steps of that name."""
     return Failpoint(step, KilledError(), after, written)
 
 
 def growth(workload: Workload) -> None:
-    """Create a ledger at the second attempt; commit small, long and many changes."""
+    """Create a ledger at the second attempt; commit small, large and many changes."""
     workload.killed_opening(kill("rename"))
     store = new_ledger(workload)
     workload.apply(store, *(Put(make_record(label=f"{number}")) for number in range(8)))
@@ -53,7 +53,7 @@ def growth(workload: Workload) -> None:
 
 
 def two_processes(workload: Workload) -> None:
-    """Two processes commit in turn; one compacts, then the other."""
+    """Two processes commit in turn, and both compact."""
     store, other = new_ledger(workload), workload.open()
     workload.apply(other, change(workload, label="by the other"))
     workload.compact(other, KEEP_ALL)
@@ -67,7 +67,7 @@ def two_processes(workload: Workload) -> None:
 
 
 def failing_steps(workload: Workload) -> None:
-    """Steps fail: a full disk, a broken disk, an interrupt."""
+    """Steps fail because of a full disk, a broken disk or an interrupt."""
     store = new_ledger(workload)
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     broken = OSError(errno.EIO, os.strerror(errno.EIO))
@@ -89,7 +89,7 @@ def failing_steps(workload: Workload) -> None:
 
 
 def killed_in_commit(workload: Workload) -> None:
-    """Processes are killed in a commit; an open process or a new one then writes."""
+    """Processes are killed during a commit; then a running or a new process writes."""
     witness = new_ledger(workload)
     for failpoint in (kill("sync_data"), kill("pwrite", written=800), kill("pwrite")):
         store = workload.open()
@@ -106,7 +106,7 @@ def killed_in_commit(workload: Workload) -> None:
 
 
 def alternating_writers(workload: Workload) -> None:
-    """Two writers alternate and rely on each other's syncs; one is killed before its sync."""
+    """Two writers alternate and rely on each other's fsyncs; one is killed before its fsync."""
     store, other = new_ledger(workload), workload.open()
     for _ in range(2):
         workload.apply(other, change(workload, label="by the other"))
@@ -118,7 +118,7 @@ def alternating_writers(workload: Workload) -> None:
 
 
 def killed_in_recovery(workload: Workload) -> None:
-    """A process is killed while it recovers after another; an open process then writes."""
+    """A process is killed during the recovery from another kill; a running process then writes."""
     witness, store = new_ledger(workload), workload.open()
     workload.apply(store, change(workload, error=LONG), failpoint=kill("pwrite", written=2_000))
     workload.killed_opening(kill("sync_data"))
@@ -127,7 +127,7 @@ def killed_in_recovery(workload: Workload) -> None:
 
 
 def killed_in_compaction(workload: Workload) -> None:
-    """Processes are killed in a compaction."""
+    """Processes are killed during a compaction."""
     store = new_ledger(workload)
     failpoints = [kill("rename", after=number) for number in (0, 1)]
     failpoints += [kill("unlink", after=number) for number in (0, 2, 3)]
@@ -166,4 +166,4 @@ SCENARIOS = (
     *(growth, two_processes, alternating_writers, failing_steps, killed_in_commit),
     *(killed_in_recovery, killed_in_compaction, erasure, replacement),
 )
-"""The scenarios for any store of files."""
+"""The scenarios for any file-based store."""

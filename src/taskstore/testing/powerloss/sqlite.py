@@ -1,25 +1,25 @@
 """Power loss on an SQLite file in WAL mode: the crash states of SQLite's protocol.
 
-SQLite's file operations cannot be recorded.  Instead, a writer pauses after
-each acknowledged commit while its database and WAL are copied; it is killed
-during the last commit.  The changes since the last copy may be lost.  Which
-of them reached the disk depends on what SQLite had synced (``wal.c``,
+SQLite's file operations cannot be recorded.  Instead, a writer pauses after each
+acknowledged commit while its database and WAL are copied; the writer is killed during the
+last commit.  A power loss may lose the changes since the last copy.  Which of these
+changes reached the disk depends on the fsyncs of SQLite (``wal.c``,
 https://www.sqlite.org/wal.html and atomiccommit.html, ``synchronous=FULL``):
 
-- A commit appends frames to the WAL and syncs them once.  Until then, each of
-  their 512-byte blocks is present or missing, torn or zeros, or garbage, which
-  the checksums of the WAL must detect; the file may have any length from the
-  old one on.
-- When all frames are copied to the database, the next writer restarts the WAL:
-  it writes a new header and syncs it before any frame.  So the WAL is the old
-  one, or has the new header and any part of the new frames.
-- A checkpoint syncs the WAL, writes pages to the database and syncs it; only
-  then may the WAL restart.  So if the database differs, the whole WAL is on
-  disk, and each block of the database is old or new.
+- A commit appends frames to the WAL and flushes them to disk with one fsync.  Before that
+  fsync, each 512-byte block of the frames may be present, missing, torn, zeros or
+  garbage; the checksums of the WAL must detect this.  The file may have its old length
+  or any greater length.
+- When all frames are copied to the database, the next writer restarts the WAL.  The
+  writer writes a new header, and flushes it to disk before it writes frames.  So the WAL
+  is the old WAL, or has the new header and any part of the new frames.
+- A checkpoint flushes the WAL to disk, writes pages to the database and flushes the
+  database; only then may the WAL restart.  So if the database has changed, the whole WAL
+  is on disk, and each block of the database is old or new.
 - The shared memory (``-shm``) is always lost; SQLite rebuilds it from the WAL.
 
-The module needs a single writer with every commit acknowledged, and no reader,
-because a reader would keep checkpoints from completing.
+There must be a single writer, and every commit except the last must be acknowledged.
+There must be no reader, because a reader can prevent a checkpoint from completing.
 """
 
 from __future__ import annotations
@@ -63,19 +63,19 @@ class Files(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> Files:
-        """Copy the files, in a process that has not opened the database."""
+        """Copy the files; this process must not have the database open."""
         wal = path.with_name(path.name + "-wal")
         return cls(path.read_bytes(), wal.read_bytes() if wal.exists() else b"")
 
     def write(self, path: Path) -> None:
-        """Write the files, without shared memory."""
+        """Write the files, but no shared memory file."""
         path.write_bytes(self.database)
         if self.wal:
             path.with_name(path.name + "-wal").write_bytes(self.wal)
 
 
 class CrashState(NamedTuple):
-    """One state that a power loss may leave: its kind, and a text of the missing blocks."""
+    """One state that a power loss may leave: its kind, and a list of the missing blocks."""
 
     files: Files
     kind: str
@@ -83,7 +83,7 @@ class CrashState(NamedTuple):
 
 
 class SQLiteSurvey(Struct):
-    """The counts of commits and of opened states by kind, and the problems."""
+    """The number of commits, the number of opened states of each kind, and the problems."""
 
     commits: int = 0
     killed: int = 0
@@ -105,16 +105,17 @@ def crash_states(
 ) -> Iterator[CrashState]:
     """Yield states that a power loss may leave between two acknowledged commits.
 
-    Either may also be the files of the killed writer.  At max_states ``max_states``
-    states of the WAL and as many of the database, drawn by ``rng``: a single
-    block missing or alone, prefixes of the writes, and random combinations.
+    ``before`` or ``after`` may also be the files of the killed writer.  At most
+    ``max_states`` states of the WAL and as many of the database are drawn by ``rng``:
+    one block missing, one block present, prefixes of the writes, and random
+    combinations.
     """
     yield CrashState(after, "all writes")
     if after.wal != before.wal:
         yield CrashState(before, "no write since the last commit")
         base = before.wal
         if after.wal[:WAL_HEADER] != base[:WAL_HEADER]:
-            # SQLite syncs a new header before it writes frames.
+            # SQLite flushes a new header to disk before it writes frames.
             base = after.wal[:WAL_HEADER] + base[WAL_HEADER:]
             yield CrashState(Files(before.database, base), "a new WAL header without its frames")
         for wal, missing in _mixed(base, after.wal, max_states, rng, garbage=True):
@@ -129,7 +130,7 @@ def crash_states(
 def _mixed(
     old: bytes, new: bytes, max_states: int, rng: random.Random, *, garbage: bool = False
 ) -> Iterator[tuple[bytes, str]]:
-    """Yield mixtures of the blocks of two file images; the new one is not shorter."""
+    """Yield mixtures of the blocks of two file images; ``new`` must not be shorter than ``old``."""
     blocks = [
         number
         for number in range(-(-len(new) // BLOCK))
@@ -162,7 +163,7 @@ def _block(image: bytes, number: int) -> bytes:
 
 
 def make_engine(path: Path) -> sa.Engine:
-    """Return an engine with frequent checkpoints and the syncs of ``durability="full"``."""
+    """Return an engine with frequent checkpoints and the fsyncs of ``durability="full"``."""
     engine = sa.create_engine(f"sqlite:///{path}", module=sqlite_module())
 
     @sa.event.listens_for(engine, "connect")
@@ -198,8 +199,8 @@ def survey_sqlite(
 ) -> SQLiteSurvey:
     """Run and kill writers, and check the crash states of each commit.
 
-    ``scratch`` is an empty directory on a real disk, because the duration of
-    syncs determines where a kill interrupts the writer.
+    ``scratch`` is an empty directory on a real disk, because the duration of an fsync
+    determines where a kill interrupts the writer.
     """
     started = time.monotonic()
     result = SQLiteSurvey()
@@ -220,7 +221,7 @@ def survey_sqlite(
 
 
 def check_files(files: Files, allowed: Sequence[Expected]) -> str | None:
-    """Open the files, and return a problem or ``None``."""
+    """Open the ledger in these files, and return a problem or ``None``."""
     with fast_directory() as directory:
         files.write(directory / NAME)
         return check(open_sqlite, directory, allowed)
@@ -229,7 +230,10 @@ def check_files(files: Files, allowed: Sequence[Expected]) -> str | None:
 def _run_writer(
     path: Path, batches: Sequence[list[Change]], rng: random.Random
 ) -> Iterator[tuple[Files, Files, tuple[Expected, ...]]]:
-    """Yield the files around each commit and the allowed content; kill the last commit."""
+    """Yield the files before and after each commit, and the allowed content.
+
+    The writer is killed during the last commit.
+    """
     open_store(f"sqlite:///{path}").close()
     gate, gate_writer = os.pipe()
 
@@ -263,6 +267,6 @@ def _run_writer(
         after = Files.of(path)
         yield files, after, (acknowledged, Expected(model))
         acknowledged, files = Expected(model), after
-        if reports:  # acknowledged: it must be present, also without the shared memory
+        if reports:  # an acknowledged commit must survive the loss of shared memory
             yield files, files, (acknowledged,)
     os.close(gate_writer)

@@ -40,10 +40,11 @@ _SHOWN = 5
 class Survey(Struct, kw_only=True):
     """The counts of a survey, and the problems.
 
-    ``crash_points`` counts the simulated power losses, ``exhaustive`` those with
-    every state built.  ``possible`` counts the states that the model allows,
-    ``built`` those that were built, ``opened`` the distinct ones.  ``steps``
-    counts the file operations of the workloads, ``sites`` by call site.
+    ``crash_points`` counts the simulated power losses, and ``exhaustive`` the power
+    losses of which every state was built.  ``possible`` counts the states that the model
+    allows, ``built`` the built states, and ``opened`` the distinct states that were
+    opened.  ``steps`` counts the file operations of the workloads, and ``sites`` counts
+    the operations by call site.
     """
 
     steps: Counter[str] = field(default_factory=Counter)
@@ -58,7 +59,7 @@ class Survey(Struct, kw_only=True):
 
     @property
     def uncovered_steps(self) -> list[str]:
-        """The steps of the disk that no workload took."""
+        """The disk operations that no workload used."""
         return [step for step in _STEPS if not self.steps[step]]
 
     def __str__(self) -> str:
@@ -85,12 +86,12 @@ def survey(
     seed: int = 20261122,
     stop: bool = False,
 ) -> Survey:
-    """Check every crash state of a store of files.
+    """Check the crash states of a file-based store.
 
-    ``open_on`` opens the store; each of ``scenarios`` runs on a new ledger.  At
-    most ``max_states`` states of a crash point are opened; larger sets are
-    sampled with ``seed``.  ``stop`` ends the survey at the first problem.  ``omits``
-    leaves out syncs, so that a test can show their need (:meth:`Recorder.disk`).
+    ``open_on`` opens the store; each of ``scenarios`` runs on a new ledger.  At most
+    ``max_states`` states of a crash point are opened; larger sets are sampled with
+    ``seed``.  ``stop`` ends the survey at the first problem.  ``omits`` omits fsyncs,
+    so that a test can show that each fsync is needed (:meth:`Recorder.disk`).
     """
     started = time.monotonic()
     result = Survey()
@@ -112,7 +113,7 @@ def survey(
                 if problem is not None:
                     operation = f"{recorder.trace[position - 1]!r:.80}"
                     result.problems.append(
-                        f"{scenario.__name__}, after {position} operations, the last {operation}, "
+                        f"{scenario.__name__}, after {position} operations (last: {operation}), "
                         f"missing {state.missing}: {problem}"
                     )
                 shutil.rmtree(scratch / "state")
@@ -127,9 +128,9 @@ def survey(
 def _states(
     recorder: Recorder, result: Survey, model: Model, *, omits_syncs: bool
 ) -> Iterator[tuple[int, CrashState, Sequence[Expected]]]:
-    """Yield the states that differ in their files or in the allowed content."""
+    """Yield the crash states that differ in their files or in their allowed content."""
     allowed: Sequence[Expected] = ()
-    # An omitted sync matters until the same file is synced or removed.
+    # An omitted fsync has an effect until the next fsync or the removal of the same file.
     unsynced: set[int] = set()
     done = 0
     yielded: set[tuple[bytes, tuple[int, ...]]] = set()
@@ -142,7 +143,7 @@ def _states(
         done = point.number
         before, allowed = allowed, cast("Sequence[Expected]", point.expected)
         if isinstance(recorder.trace[point.number - 1], Expects) and set(before) <= set(allowed):
-            continue  # the content allowed before is still allowed
+            continue  # all content that was allowed before is still allowed
         if omits_syncs and not unsynced:
             continue
         result.crash_points += 1
@@ -168,7 +169,7 @@ def build(state: CrashState, directory: Path) -> None:
 
 @contextlib.contextmanager
 def fast_directory() -> Iterator[Path]:
-    """Yield a temporary directory, in memory if possible, as no real sync is needed."""
+    """Yield a temporary directory, in memory if possible, because no real fsync is needed."""
     memory = Path("/dev/shm")  # noqa: S108 - only a parent of the temporary directory
     parent = memory if os.access(memory, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="taskstore-power-", dir=parent) as directory:

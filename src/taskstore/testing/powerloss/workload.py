@@ -8,8 +8,8 @@ from contextlib import suppress
 from msgspec.structs import replace
 
 from taskstore.errors import OutcomeUnknownError, TaskStoreError
+from taskstore.model.compaction_policy import CompactionPolicy
 from taskstore.model.journal import Change, Snapshot
-from taskstore.model.policies import CompactionPolicy
 from taskstore.model.records import TaskRecord
 from taskstore.store.interface import SupportsCompaction, TaskRegistryStore
 from taskstore.testing.factories import Model
@@ -23,15 +23,15 @@ from taskstore.testing.powerloss.recorder import (
 )
 
 KEEP_ALL = CompactionPolicy(force=True)
-"""Keeps all history.  A workload compacts by this policy, or by one that keeps none."""
+"""Keeps all history.  A workload uses this policy or a policy that keeps no history."""
 
 
 class Workload:
     """Processes that change one ledger, and the content expected after each change.
 
-    Each change records in the trace what a power loss may leave.  While the
-    change runs, the old and the new content are allowed; afterwards, only the
-    acknowledged content.
+    Each change records in the trace the content that a power loss may leave.  During
+    the change, the old and the new content are allowed.  After the change, only the
+    acknowledged content is allowed.
     """
 
     def __init__(self, recorder: Recorder, open_on: OpenOn, omits: Omits | None = None) -> None:
@@ -58,18 +58,18 @@ class Workload:
         return store
 
     def acknowledge(self, **fields: object) -> None:
-        """Require more of the present content: see the fields of :class:`Expected`."""
+        """Set fields of the expected content, for example ``kept``; see :class:`Expected`."""
         self._current = replace(self._current, **fields)
         self._allow(self._current)
 
     def observe(self, store: TaskRegistryStore) -> None:
-        """Read which allowed content is present after a process was killed.
+        """Read the ledger after a kill, and find which allowed content is present.
 
-        Content that was only read may still be lost; acknowledged changes may not.
+        A power loss may still lose content that was only read, but no acknowledged change.
         """
         actual = Actual.of(store)
         matching = [expected for expected in self._allowed if actual.matches(expected)]
-        assert matching, "the ledger has unexpected content, without a power loss"
+        assert matching, "the ledger has unexpected content even without a power loss"
         self._current = matching[-1]
 
     def killed_opening(self, failpoint: Failpoint) -> None:
@@ -83,7 +83,7 @@ class Workload:
 
     @property
     def records(self) -> Mapping[str, TaskRecord]:
-        """The present records of the ledger."""
+        """The current records of the ledger."""
         return self._current.content.records
 
     def apply(
@@ -93,7 +93,7 @@ class Workload:
         failpoint: Failpoint | None = None,
         durable: bool = True,
     ) -> None:
-        """Commit a batch.  If it is not ``durable``, a power loss may lose it."""
+        """Commit a batch.  Without ``durable``, a power loss may lose the batch."""
         after = self._copy()
         after.commit(list(changes))
         self._run(store, after, lambda: store.apply(changes), failpoint, durable=durable)
@@ -116,9 +116,9 @@ class Workload:
         erases: tuple[bytes, ...] = (),
         failpoint: Failpoint | None = None,
     ) -> None:
-        """Compact, if the store supports it, by :data:`KEEP_ALL` or a policy without history.
+        """Compact if the store supports compaction; ``policy`` keeps all history or none.
 
-        No file may contain the bytes of ``erases`` afterwards.
+        After the compaction, no file may contain the bytes of ``erases``.
         """
         if not isinstance(store, SupportsCompaction):
             return

@@ -1,19 +1,19 @@
--- Commit a batch: compare everything, then write everything, or nothing.
--- KEYS: see Keys.apply.  ARGV: format, commit id, now, ledger id, number of
--- changes, number of steps, seq and id of the commit over which all this was
--- worked out (0: any); then for each change its task, kind, revision and
--- image; then for each step the place of its task's last change, the revision
--- that has to be stored, and the facts ('' for a removal).
+-- Commit a batch: compare all steps, then write all changes or none.
+-- KEYS: see APPLY_KEYS in writing.py, then the void key.  ARGV: format, commit
+-- id, now, ledger id, number of changes, number of steps, seq and commit id of
+-- the base position (0: any); then task, kind, revision and image of each
+-- change; then for each step the number of its task's last change, the
+-- revision that must be stored, and the facts ('' for a removal).
 --
--- A script that fails half-way leaves what it has written.  So every key is
--- read before the first write, which finds one of a wrong type, and the first
--- write is the one that Redis may refuse: for memory, or for a seq that is
--- there already.
+-- Redis does not roll back a script that fails midway.  So the script reads
+-- every key before the first write, which detects keys of a wrong type.  The
+-- first write is the one that Redis may refuse: for lack of memory, or because
+-- the seq exists.
 local HEAD, ROWS, FACTS, INDEX, BOOKINGS, JOURNAL, COMMITS, DELETED, ASIDE, ASIDE_IDS, LEASE, CUT,
   SAVED, VOID = unpack(KEYS)
 local FORMAT, COMMIT, NOW, LEDGER = unpack(ARGV, 1, 4)
 local CHANGES, STEPS = tonumber(ARGV[5]), tonumber(ARGV[6])
-local OVER, OVER_COMMIT = unpack(ARGV, 7, 8)
+local BASE, BASE_COMMIT = unpack(ARGV, 7, 8)
 
 local function change(n)
   return unpack(ARGV, 9 + (n - 1) * 4, 12 + (n - 1) * 4)
@@ -45,9 +45,9 @@ elseif known[3] and known[7] ~= FORMAT then
   return {'format', known[7] or ''}
 end
 local head, floor, last_at = tonumber(known[3] or 0), tonumber(known[4] or 1), known[5] or '0'
-if OVER ~= '0' then
-  local entry = redis.call('XRANGE', JOURNAL, OVER .. '-0', OVER .. '-0')[1]
-  if not entry and tonumber(OVER) ~= floor - 1 or entry and entry[2][4] ~= OVER_COMMIT then
+if BASE ~= '0' then
+  local entry = redis.call('XRANGE', JOURNAL, BASE .. '-0', BASE .. '-0')[1]
+  if not entry and tonumber(BASE) ~= floor - 1 or entry and entry[2][4] ~= BASE_COMMIT then
     return {'elsewhere'}
   end
 end
@@ -58,19 +58,19 @@ redis.call('XLEN', JOURNAL)
 redis.call('XLEN', COMMITS)
 redis.call('HLEN', ASIDE)
 redis.call('LLEN', SAVED)
-local any_aside = redis.call('HLEN', ASIDE_IDS) > 0
+local any_quarantined = redis.call('HLEN', ASIDE_IDS) > 0
 local cut = redis.call('HMGET', CUT, 'token', 'seq', 'pos')
 if cut[1] and redis.call('GET', LEASE) ~= cut[1] then
-  -- Whoever compacted is gone.
+  -- The compactor is dead, or lost its lease.
   redis.call('UNLINK', CUT, SAVED)
   cut = {false}
 end
 
-local steps, leaving, back = {}, {}, {}
+local steps, removed, previous = {}, {}, {}
 for n = 1, STEPS do
   steps[n] = step(n)
   if not steps[n].parts then
-    leaving[steps[n].id] = true
+    removed[steps[n].id] = true
   end
 end
 
@@ -78,34 +78,34 @@ local conflicts = {'conflict'}
 for n, want in ipairs(steps) do
   local id = want.id
   local stored = redis.call('HGET', FACTS, id)
-  local aside = any_aside and redis.call('HGET', ASIDE_IDS, id)
+  local quarantined = any_quarantined and redis.call('HGET', ASIDE_IDS, id)
   local score = redis.call('ZSCORE', DELETED, id)
   local deleted = score and tonumber(score) >= floor
-  local found, holder = '0', nil
+  local revision, owner = '0', nil
   if stored then
     want.stored = split(stored)
     if #want.stored ~= PARTS then
       return {'damaged', id}
     end
-    found = want.stored[2]
-    back[id] = want.stored[1]
-  elseif aside then
-    found = split(aside)[1]
+    revision = want.stored[2]
+    previous[id] = want.stored[1]
+  elseif quarantined then
+    revision = split(quarantined)[1]
   end
-  want.aside = aside and split(aside)
-  local claim = want.parts and booked(want.parts)
-  if claim and not (want.stored and booked(want.stored) == claim) then
-    holder = redis.call('HGET', BOOKINGS, claim)
-    if holder and (holder == id or leaving[holder]) then
-      holder = nil
+  want.quarantined = quarantined and split(quarantined)
+  local key = want.parts and dedup_key(want.parts)
+  if key and not (want.stored and dedup_key(want.stored) == key) then
+    owner = redis.call('HGET', BOOKINGS, key)
+    if owner and (owner == id or removed[owner]) then
+      owner = nil
     end
   end
-  if found ~= want.base or deleted or (aside and want.base == '0') then
-    for _, fact in ipairs({n, found, deleted and '1' or '0', ''}) do
+  if revision ~= want.base or deleted or (quarantined and want.base == '0') then
+    for _, fact in ipairs({n, revision, deleted and '1' or '0', ''}) do
       conflicts[#conflicts + 1] = fact
     end
-  elseif holder then
-    for _, fact in ipairs({n, found, '0', holder}) do
+  elseif owner then
+    for _, fact in ipairs({n, revision, '0', owner}) do
       conflicts[#conflicts + 1] = fact
     end
   end
@@ -123,13 +123,13 @@ for n = 1, CHANGES do
   local id, kind, revision, image = change(n)
   local seq = digits(head + n)
   redis.call('XADD', JOURNAL, seq .. '-0', 't', at, 'c', COMMIT, 'k', kind, 'i', id, 'r', revision,
-    'b', back[id] or '0', 'p', image)
-  back[id] = seq
+    'b', previous[id] or '0', 'p', image)
+  previous[id] = seq
 end
 
--- A compactor takes its picture as of an earlier seq: what it has not come
--- to yet is kept for it as it was.
-local function keep_for_compactor(id, parts)
+-- A compactor copies the records of an earlier seq.  Save the old record if it
+-- is not copied yet.
+local function save_for_compactor(id, parts)
   if not cut[1] or tonumber(parts[1]) > tonumber(cut[2]) then
     return
   end
@@ -141,32 +141,33 @@ local function keep_for_compactor(id, parts)
   end
 end
 
-local function forget(want)
+local function remove_stored(want)
   local id = want.id
-  keep_for_compactor(id, want.stored)
-  local staying = {}
+  save_for_compactor(id, want.stored)
+  local kept = {}
   for _, member in ipairs(want.parts and members(want.parts, id) or {}) do
-    staying[member] = true
+    kept[member] = true
   end
   for _, member in ipairs(members(want.stored, id)) do
-    if not staying[member] then
+    if not kept[member] then
       redis.call('ZREM', INDEX, member)
     end
   end
-  local claim = booked(want.stored)
-  if claim and redis.call('HGET', BOOKINGS, claim) == id then
-    redis.call('HDEL', BOOKINGS, claim)
+  local key = dedup_key(want.stored)
+  if key and redis.call('HGET', BOOKINGS, key) == id then
+    redis.call('HDEL', BOOKINGS, key)
   end
 end
 
--- Everything that leaves goes first: what it has booked may be booked again.
+-- All old index members and dedup keys are removed first: another step may use
+-- a removed dedup key.
 for _, want in ipairs(steps) do
   if want.stored then
-    forget(want)
+    remove_stored(want)
   end
-  if want.aside then
-    for n = 2, #want.aside do
-      redis.call('HDEL', ASIDE, want.aside[n])
+  if want.quarantined then
+    for n = 2, #want.quarantined do
+      redis.call('HDEL', ASIDE, want.quarantined[n])
     end
     redis.call('HDEL', ASIDE_IDS, want.id)
   end
@@ -175,18 +176,18 @@ for _, want in ipairs(steps) do
   local id, parts = want.id, want.parts
   if parts then
     redis.call('HSET', ROWS, id, want.image)
-    redis.call('HSET', FACTS, id, back[id] .. '\0' .. want.facts)
+    redis.call('HSET', FACTS, id, previous[id] .. '\0' .. want.facts)
     for _, member in ipairs(members(parts, id)) do
       redis.call('ZADD', INDEX, 0, member)
     end
-    local claim = booked(parts)
-    if claim then
-      redis.call('HSET', BOOKINGS, claim, id)
+    local key = dedup_key(parts)
+    if key then
+      redis.call('HSET', BOOKINGS, key, id)
     end
   else
     redis.call('HDEL', ROWS, id)
     redis.call('HDEL', FACTS, id)
-    redis.call('ZADD', DELETED, back[id], id)
+    redis.call('ZADD', DELETED, previous[id], id)
   end
 end
 

@@ -1,18 +1,18 @@
--- Put in front of every other script.
+-- The common prefix of all other scripts.
 
--- The shape of "facts", what a script has to know of a task without looking
--- into its payload: parts with NUL between them, which no text may hold.
---   1 last seq   2 revision   3 created_at, 16 digits   4 booking
---   5 to 11: the values of INDEXED; "=" and the text, or nothing for null
+-- The format of "facts", the fields of a task that scripts need without
+-- decoding its payload: parts separated by NUL, which no text may contain.
+--   1 last seq   2 revision   3 created_at, 16 digits   4 run digest
+--   5 to 11: the values of INDEXED.  4 to 11: "=" and the text, or '' for null
 local PARTS = 11
 local INDEXED = {'r', 's', 'o', 'c', 'q', 'p', 'f'}
 
--- All members of the index that are about every task begin like this ...
+-- The prefix of the index members that list all tasks ...
 local ALL = '*\0'
--- ... and end before this, since ":" follows "9".
+-- ... and a bound after the last of them, since ":" follows "9".
 local ALL_END = '*\0:'
 
--- A seq or time as text: tostring() would round it and turn to exponents.
+-- A seq or time as text: tostring() would round it and use exponents.
 local function digits(number)
   return string.format('%.0f', number)
 end
@@ -25,22 +25,22 @@ local function split(facts)
   return parts
 end
 
--- The members of the index that are about a task: newest-first order is the
--- order of bytes, within each value of each field.
+-- The index members of a task.  Within each value of each field, the order of
+-- bytes is the order of created_at and id.
 local function members(parts, id)
-  local place = parts[3] .. id
-  local list = {ALL .. place}
+  local sort_key = parts[3] .. id
+  local list = {ALL .. sort_key}
   for n, letter in ipairs(INDEXED) do
     local value = parts[4 + n]
     if value ~= '' then
-      list[#list + 1] = letter .. '\0' .. string.sub(value, 2) .. '\0' .. place
+      list[#list + 1] = letter .. '\0' .. string.sub(value, 2) .. '\0' .. sort_key
     end
   end
   return list
 end
 
--- What a task holds of its run: run_id and booking, or nil.
-local function booked(parts)
+-- The dedup key of a task: run_id and run digest, or nil.
+local function dedup_key(parts)
   if parts[4] ~= '' and parts[5] ~= '' then
     return string.sub(parts[5], 2) .. '\0' .. string.sub(parts[4], 2)
   end
@@ -57,8 +57,8 @@ local function state(key)
   return redis.call('HMGET', key, 'ledger', 'timeline', 'head', 'floor', 'at', 'commit', 'format')
 end
 
--- Whether the lease is still ours; if so it lasts on.
-local function held(lease, token, ms)
+-- Renew the lease; returns whether the caller owns it.
+local function renew(lease, token, ms)
   if redis.call('GET', lease) ~= token then
     return false
   end
@@ -66,7 +66,7 @@ local function held(lease, token, ms)
   return true
 end
 
--- Tell those who wait, and remember how this commit came out.
+-- Add a commit to "commits": this wakes waiters and records the outcome.
 local function announce(commits, last, commit, first, at)
   redis.pcall('XADD', commits, 'MAXLEN', '~', 1000, last .. '-0', 'c', commit, 'f', first, 't', at)
 end

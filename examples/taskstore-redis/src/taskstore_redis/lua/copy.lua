@@ -1,11 +1,11 @@
--- Copy a few more records into the snapshot: one chunk.
+-- Copy the next chunk of records into the snapshot.
 -- KEYS: lease, cut, saved, index, rows, facts, snapshot.
--- ARGV: token, ms that the lease lasts, most records, most bytes.
--- Where it has come to stands in the cut itself, so that a call whose answer
--- was lost can simply be made again.
+-- ARGV: token, duration of the lease in ms, maximum of records, of bytes.
+-- The position of the copy is stored in the cut, so that a call whose answer
+-- was lost can be repeated.
 local LEASE, CUT, SAVED, INDEX, ROWS, FACTS, SNAPSHOT = unpack(KEYS)
 local TOKEN, MS, RECORDS, BYTES = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
-if not held(LEASE, TOKEN, MS) then
+if not renew(LEASE, TOKEN, MS) then
   return {'lost'}
 end
 local cut = redis.call('HMGET', CUT, 'token', 'seq', 'pos', 'chunks', 'records')
@@ -34,14 +34,14 @@ if pos ~= ALL_END then
     pos = ALL_END
   end
 else
-  -- All that were left alone are copied; now those that writers kept for us.
+  -- All unchanged records are copied; now those that writers saved.
   while #chunk < RECORDS and bytes < BYTES do
-    local kept = redis.call('LPOP', SAVED)
-    if not kept then
+    local saved = redis.call('LPOP', SAVED)
+    if not saved then
       break
     end
-    chunk[#chunk + 1] = kept
-    bytes = bytes + #kept
+    chunk[#chunk + 1] = saved
+    bytes = bytes + #saved
   end
   if #chunk == 0 then
     return {'done', cut[5], cut[4]}

@@ -1,6 +1,6 @@
--- Read records by their ids, head and records of one moment.
+-- Read records by their ids; the state and all records are of one seq.
 -- KEYS: head, rows, facts.  ARGV: ids.  Returns the state, then facts and
--- image of each id, null where there is none.
+-- image of each id, null if the id does not exist.
 local reply = {state(KEYS[1])}
 for _, id in ipairs(ARGV) do
   reply[#reply + 1] = redis.call('HGET', KEYS[3], id)

@@ -1,14 +1,14 @@
--- Read records in the order of the index, head and records of one moment.
--- KEYS: head, index, rows, facts, aside.  ARGV: most records of a range (0:
--- all), most bytes of a range, whether to add what is set aside ('1'), 'REV'
--- for descending order or ''; then for each range the bytes before
--- (created_at, task_id) in its members, where it begins and where it ends.
--- Returns the state, what is set aside, and for each range whether there may
--- be more, followed by (created_at, task_id), facts and image of each record.
+-- Read records in the order of the index; the state and all records are of
+-- one seq.  KEYS: head, index, rows, facts, aside.  ARGV: maximum of records
+-- per range (0: all), of bytes per range, '1' to add the quarantined values,
+-- 'REV' for descending order or ''; then for each range the length of the
+-- prefix of its members, its first and its last bound.
+-- Returns the state, the quarantined values, and for each range whether there
+-- may be more records, then sort key, facts and image of each record.
 local HEAD, INDEX, ROWS, FACTS, ASIDE = unpack(KEYS)
 local LIMIT, BYTES = tonumber(ARGV[1]), tonumber(ARGV[2])
 
-local function range(skip, from, to)
+local function range(prefix_size, from, to)
   local command = {'ZRANGE', INDEX, from, to, 'BYLEX'}
   if ARGV[4] ~= '' then
     command[#command + 1] = ARGV[4]
@@ -21,10 +21,10 @@ local function range(skip, from, to)
   local page = redis.call(unpack(command))
   local rows, bytes = {LIMIT > 0 and #page == LIMIT and 1 or 0}, 0
   for n, member in ipairs(page) do
-    local place = string.sub(member, skip + 1)
-    local id = string.sub(place, 17)
+    local sort_key = string.sub(member, prefix_size + 1)
+    local id = string.sub(sort_key, 17)
     local image = redis.call('HGET', ROWS, id)
-    rows[#rows + 1] = place
+    rows[#rows + 1] = sort_key
     rows[#rows + 1] = redis.call('HGET', FACTS, id)
     rows[#rows + 1] = image
     bytes = bytes + (image and #image or 0)

@@ -1,7 +1,7 @@
--- Say how a commit came out whose answer was lost; if it did not happen, see
--- to it that it never will: the command may still be on its way.
--- KEYS: commits, void.  ARGV: commit id, ms that the void lasts, the last seq
--- that the asker knew before.
+-- Look up the outcome of a commit whose answer was lost.  If the commit is
+-- missing, void it, because the server may still receive the command.
+-- KEYS: commits, void.  ARGV: commit id, duration of the void key in ms, the
+-- last seq that the caller knew before the commit.
 local commits = redis.call('XREVRANGE', KEYS[1], '+', '-')
 for _, commit in ipairs(commits) do
   local fields = commit[2]
@@ -11,7 +11,7 @@ for _, commit in ipairs(commits) do
 end
 local oldest = commits[#commits]
 if oldest and tonumber(oldest[2][4]) > tonumber(ARGV[3]) + 1 then
-  -- It may have happened before those that are remembered.
+  -- The commit may be older than the listed ones.
   return {'unknown'}
 end
 redis.call('SET', KEYS[2], '', 'PX', ARGV[2])

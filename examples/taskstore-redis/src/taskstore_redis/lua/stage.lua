@@ -1,7 +1,7 @@
--- Add records to content that is being built, and a chunk to its snapshot.
--- KEYS: staging, and the staged rows, facts, index and bookings, snapshot.
--- ARGV: token, ms that it lasts on, number of the chunk; then id, facts and
--- image of each record.  Doing it twice is the same.
+-- Add records to the staged content, and a chunk to its snapshot.
+-- KEYS: staging, the staged rows, facts, index and bookings, snapshot.
+-- ARGV: token, ms until the staged content expires, number of the chunk; then
+-- id, facts and image of each record.  A repeat has no further effect.
 local STAGING, ROWS, FACTS, INDEX, BOOKINGS, SNAPSHOT = unpack(KEYS)
 if redis.call('HEXISTS', STAGING, ARGV[1]) == 0 then
   return {'gone'}
@@ -18,9 +18,9 @@ for n = 4, #ARGV, 3 do
   for _, member in ipairs(members(parts, id)) do
     redis.call('ZADD', INDEX, 0, member)
   end
-  local claim = booked(parts)
-  if claim then
-    redis.call('HSET', BOOKINGS, claim, id)
+  local key = dedup_key(parts)
+  if key then
+    redis.call('HSET', BOOKINGS, key, id)
   end
   chunk[#chunk + 1] = item(id, parts[2], image)
 end

@@ -1,4 +1,4 @@
--- Set fields of a hash that is being built.
+-- Set fields of a staged hash.
 -- KEYS: staging, the hash.  ARGV: token, then fields and values.
 if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then
   return {'gone'}

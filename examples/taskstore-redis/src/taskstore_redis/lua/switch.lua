@@ -1,8 +1,8 @@
--- Make what was staged the whole content, at once.
+-- Replace the whole content by the staged content, atomically.
 -- KEYS: head, staging, snapshots, commits, void, journal, deleted, cut,
 -- saved; then six live keys and the six staged ones that replace them.
 -- ARGV: format, token (the commit id), ledger id, seq, at, records, chunks,
--- what the names of snapshots begin with.
+-- prefix of snapshot keys.
 local HEAD, STAGING, SNAPSHOTS, COMMITS, VOID, JOURNAL, DELETED, CUT, SAVED = unpack(KEYS, 1, 9)
 local FORMAT, TOKEN, LEDGER, SEQ, AT, RECORDS, CHUNKS, PREFIX = unpack(ARGV)
 local LIVE, CONTENT = 9, 6
@@ -21,14 +21,14 @@ if redis.call('HEXISTS', STAGING, TOKEN) == 0 then
   return {'gone'}
 end
 redis.call('XLEN', COMMITS)
-local marks = redis.call('HVALS', SNAPSHOTS)
+local snapshots = redis.call('HVALS', SNAPSHOTS)
 
-for _, mark in ipairs(marks) do
-  redis.call('UNLINK', PREFIX .. split(mark)[4])
+for _, snapshot in ipairs(snapshots) do
+  redis.call('UNLINK', PREFIX .. split(snapshot)[4])
 end
 redis.call('UNLINK', SNAPSHOTS, JOURNAL, DELETED, CUT, SAVED)
 for n = LIVE + 1, LIVE + CONTENT do
-  -- Renaming over a large key would free it here and now.
+  -- RENAME over a large key would free it synchronously.
   redis.call('UNLINK', KEYS[n])
   if redis.call('EXISTS', KEYS[n + CONTENT]) == 1 then
     redis.call('RENAME', KEYS[n + CONTENT], KEYS[n])

@@ -1,8 +1,8 @@
--- Remove a few of the entries before the floor, and the deletions among them.
--- KEYS: head, lease, journal, deleted.  ARGV: token, ms that the lease lasts,
--- most entries.
+-- Remove the first entries before the floor, and the deletions among them.
+-- KEYS: head, lease, journal, deleted.  ARGV: token, duration of the lease in
+-- ms, maximum of entries.
 local HEAD, LEASE, JOURNAL, DELETED = unpack(KEYS)
-if not held(LEASE, ARGV[1], ARGV[2]) then
+if not renew(LEASE, ARGV[1], ARGV[2]) then
   return {'lost'}
 end
 local floor = tonumber(redis.call('HGET', HEAD, 'floor') or 1)

@@ -26,8 +26,8 @@ LOCK_TIMEOUT_S = 30
 """The timeout of table and schema locks and of idle transactions, in seconds."""
 
 WRITE_LOCK_TIMEOUT_S = 15
-"""How long one attempt waits for the write lock, in seconds.  After the second attempt,
-the caller knows whether the other writers make progress."""
+"""How long one attempt waits for the write lock, in seconds.  After two attempts, the
+caller can see whether the other writers make progress."""
 
 _LOCATION_OPTIONS = ("host", "port", "unix_socket")
 
@@ -40,7 +40,7 @@ _Row = TypeVar("_Row")
 
 
 def row_groups(rows: Sequence[_Row]) -> Sequence[Sequence[_Row]]:
-    """Split rows into groups of the sizes for which compiled statements exist."""
+    """Split rows into groups; a compiled statement exists for the size of each group."""
     if len(rows) == 1:
         return (rows,)
     groups: list[Sequence[_Row]] = []
@@ -54,16 +54,17 @@ def row_groups(rows: Sequence[_Row]) -> Sequence[Sequence[_Row]]:
 
 
 def flat_parameters(rows: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
-    """The parameters of a statement for several rows, as one tuple."""
+    """Return the parameters of a statement for several rows, as one tuple."""
     return rows[0] if len(rows) == 1 else tuple(chain.from_iterable(rows))
 
 
 class Session:
-    """One connection in driver-level autocommit, and the driver's cursor on it.
+    """One connection in driver-level autocommit, and its driver cursor.
 
-    All statements run on this cursor, Core statements too: a host's engine may
-    have listeners that begin a transaction when SQLAlchemy begins one.
-    ``restore_statements`` restore the settings of a host's connection after use.
+    All statements run on this cursor, also Core statements.  Statements do not run
+    through SQLAlchemy, because a host's engine may have listeners that begin a
+    transaction when SQLAlchemy begins one.
+    The ``restore_statements`` restore the settings of a host's connection after use.
     """
 
     __slots__ = ("_dialect", "connection", "cursor", "raw", "restore_statements")
@@ -89,12 +90,12 @@ class Session:
         return count
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
-        """All rows of a query.  SQLite keeps its read lock until the last row is fetched."""
+        """Return all rows of a query.  SQLite keeps its read lock until the last row is fetched."""
         self.cursor.execute(sql, parameters)
         return list(self.cursor.fetchall())
 
     def row(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
-        """The first row of a query, or ``None``."""
+        """Return the first row of a query, or ``None``."""
         rows = self.rows(sql, parameters)
         return rows[0] if rows else None
 
@@ -111,16 +112,16 @@ class Session:
         return self.execute_dml(*self._compiled(statement))
 
     def select(self, query: Executable) -> list[Any]:
-        """All rows of a Core query, as tuples."""
+        """Return all rows of a Core query, as tuples."""
         return self.rows(*self._compiled(query))
 
     def scalar(self, query: Executable) -> Any:
-        """The first value of the first row of a Core query, or ``None``."""
+        """Return the first value of the first row of a Core query, or ``None``."""
         rows = self.select(query)
         return rows[0][0] if rows else None
 
     def _compiled(self, statement: Executable) -> tuple[str, tuple[Any, ...]]:
-        # Every Executable that we build has a compile method; its type does not declare it.
+        # Each Executable built here has a compile method, which its type does not declare.
         compiled = statement.compile(  # type: ignore[attr-defined]
             dialect=self._dialect, compile_kwargs={"render_postcompile": True}
         )
@@ -132,24 +133,24 @@ class Guard(Protocol):
     """Detects that an open file was moved, removed, replaced or changed."""
 
     def check(self) -> None:
-        """Raise a :class:`~taskstore.StoreUnavailableError` if the file is not the opened one.
+        """Raise a :class:`~taskstore.StoreUnavailableError` if the file is not the opened file.
 
-        The check is cheap.  It runs before each commit and after each read.
+        The check is cheap: the store checks before each commit and after each read.
         """
 
     def check_fully(self) -> None:
-        """Check as :meth:`check` does, without its shortcut."""
+        """Check the files as :meth:`check` does, without the shortcut of :meth:`check`."""
 
 
 class Database:
-    """One database.  ``owned`` is true if the engine is ours and not a host's."""
+    """One database.  ``owned`` is true if taskstore made the engine, false for a host's engine."""
 
     names: ClassVar[tuple[str, ...]]
     """SQLAlchemy's names of the dialect."""
     dialects: ClassVar[dict[str, type[Database]]] = {}
-    """All dialects, by these names."""
+    """All dialects, by SQLAlchemy's names."""
     extra: ClassVar[str] = ""
-    """The extra of taskstore that installs the driver; empty if none is needed."""
+    """The extra of taskstore that installs the driver; empty if the driver needs no extra."""
     driver: ClassVar[str]
     """The driver for which the statements are compiled."""
     compiler: ClassVar[Dialect]
@@ -157,21 +158,21 @@ class Database:
     sql: Statements
     """The compiled statements, shared by all databases of the dialect."""
     begin_read: ClassVar[tuple[str, ...]] = ("BEGIN",)
-    """Begin a read-only transaction over one snapshot of the database."""
+    """The statements that begin a read-only transaction over one database snapshot."""
     begin_schema: ClassVar[tuple[str, ...]] = ("BEGIN",)
-    """Begin a transaction that excludes other schema changes."""
+    """The statements that begin a transaction and exclude other schema changes."""
     ddl_autocommits: ClassVar[bool] = False
-    """Whether each DDL statement commits by itself: a killed migration leaves its
-    completed statements."""
+    """True if each DDL statement commits by itself.  After a killed migration, the
+    effects of its completed statements remain."""
     waits_for_locks: ClassVar[bool] = True
-    """Whether the database queues for locks; if not, the store retries."""
+    """True if the database makes a transaction wait for a lock; if false, the store retries."""
     generation = 0
     """The number of possible failovers so far."""
     guard: Guard | None = None
     url = ""
-    """The URL as it was given, with its password; empty for a host's engine."""
+    """The URL as the caller gave it, with the password; empty for a host's engine."""
     temp_dir: Path | None = None
-    """The directory for temporary files; ``None`` for the system's."""
+    """The directory for temporary files; ``None`` for the system's directory."""
 
     def __init__(
         self, engine: sa.Engine, *, owned: bool, durability: str = "full", read_only: bool = False
@@ -223,17 +224,17 @@ class Database:
         raise AssertionError(error)
 
     def add_notice(self, text: str | None) -> None:
-        """Add a notice to the report of the store, and log it once as a warning."""
+        """Add a notice to the report of the store, and log the notice once as a warning."""
         if text is not None and text not in self.notices:
             self.notices.append(text)
             log.warning("%s", text)
 
     def cursor(self, raw: Any) -> Any:
-        """A cursor of the driver that returns tuples."""
+        """Return a driver cursor that returns rows as tuples."""
         return raw.cursor()
 
     def check_server(self, connection: sa.Connection) -> None:
-        """Refuse a server, or a host's connection to it, with unsupported settings."""
+        """Raise if the server or a host's connection has unsupported settings."""
 
     def lock_schema(self, connection: sa.Connection) -> None:
         """Take the schema lock; other processes wait until :meth:`unlock_schema`."""
@@ -241,17 +242,17 @@ class Database:
             connection.exec_driver_sql(statement)
 
     def unlock_schema(self, connection: sa.Connection, *, done: bool) -> None:
-        """Commit the schema changes, or roll them back if the database can."""
+        """Commit the schema changes; if not ``done``, roll back the changes if possible."""
         connection.exec_driver_sql("COMMIT" if done else "ROLLBACK")
 
     def register_open(self) -> None:
-        """Register a store that opens the database, before its first connection."""
+        """Register a store that opens the database, before the store's first connection."""
 
     def prepare(self, session: Session) -> None:
-        """Read and change the database's settings, once its schema is checked."""
+        """Read and change settings of the database after the schema check."""
 
     def configure_writer(self, session: Session) -> None:
-        """Configure the write connection of our own engine."""
+        """Configure the write connection of an engine that taskstore owns."""
 
     def begin_write(self, session: Session) -> None:
         """Begin a transaction that writes."""
@@ -263,32 +264,32 @@ class Database:
         return ()
 
     def commit(self, session: Session) -> None:
-        """Commit; return when the commit is as durable as the settings demand."""
+        """Commit the transaction; return when the commit has the requested durability."""
         session.cursor.execute("COMMIT")
 
     def invalidate_connections(self) -> None:
-        """Discard the pooled connections of our own engine after a possible failover."""
+        """Discard the pooled connections of an owned engine after a possible failover."""
 
     def rollback(self, session: Session) -> None:
         """Roll back the transaction if one is open; raise if the connection is broken."""
         raise AssertionError(session)
 
     def claim(self, session: Session, count: int, now: int, base: int) -> Claimed | None:
-        """Claim seqs under the head lock, and read which commit is at seq ``base``.
+        """Claim seqs under the head lock, and read the id of the commit at seq ``base``.
 
-        Returns ``None`` if this version must not write the schema epoch.
+        Returns ``None`` if the schema epoch is too new for this version to write.
         """
         rows = session.rows(self.sql.claim, (count, now, now, SCHEMA_EPOCH, base))
         return Claimed(*rows[0][:4]) if rows else None
 
     def insert(self, session: Session, rows: Sequence[tuple[Any, ...]], floor: int) -> int:
         """Insert new tasks whose ids and dedup keys are free and whose ids were not deleted
-        since ``floor``; return the number of rows.  ``rows`` is one group of :meth:`row_groups`."""
+        since ``floor``; return the number of new rows.  :meth:`row_groups` made ``rows``."""
         parameters = (*flat_parameters(rows), floor)
         return session.execute_dml(self.sql.insert_tasks(len(rows)), parameters)
 
     row_groups: ClassVar[Callable[..., Iterable[Sequence[Any]]]] = staticmethod(row_groups)
-    """Split rows into groups, each for one statement."""
+    """Split rows into groups; one statement writes one group."""
 
     def check_integrity(self, connection: sa.Connection) -> None:
         """Raise :class:`~taskstore.CorruptStoreError` if the database file is damaged."""
@@ -297,7 +298,7 @@ class Database:
         """Erase deleted bytes that are still in the files of the database."""
 
     def close(self) -> None:
-        """Dispose of the engine if it is ours."""
+        """Dispose of the engine if taskstore owns the engine."""
         if self.owned:
             self.engine.dispose()
 
@@ -325,14 +326,14 @@ def host_database(engine: sa.Engine, *, durability: str, read_only: bool) -> Dat
 
 
 def open_database(url: str, *, durability: str = "full", read_only: bool = False) -> Database:
-    """Return the database of a URL.  A missing SQLite file is created, empty and private.
+    """Return the database of a URL.  A missing SQLite file is created, private to its owner.
 
     Raises :class:`~taskstore.ValidationError` for an unsupported URL, and
     :class:`~taskstore.StoreUnavailableError` for an unusable path.
     """
     dialect = Database.dialects.get(scheme_of(url).partition("+")[0])
     if dialect is None:
-        parse(url)  # raises with the reason
+        parse(url)  # raises an error with the reason
         raise AssertionError(url)
     database = dialect.open(url, durability=durability, read_only=read_only)
     database.url = url
@@ -340,13 +341,13 @@ def open_database(url: str, *, durability: str = "full", read_only: bool = False
 
 
 def parse(url: str) -> sa.URL:
-    """Parse the URL of a server; raise :class:`~taskstore.ValidationError` for any other."""
+    """Parse the URL of a server; raise :class:`~taskstore.ValidationError` for another URL."""
     try:
         parsed = sa.make_url(url)
         dialect = Database.dialects.get(parsed.get_backend_name())
         driver = parsed.get_driver_name()
     except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError, ValueError):
-        # From None: the cause may repeat the URL with its password.
+        # Raised from None: the cause may contain the URL with the password.
         reason = "is not a database URL"
         if _SEVERAL_HOSTS.search(url):
             reason += "; write several hosts as ?host=one:5432&host=two:5432"
@@ -355,10 +356,10 @@ def parse(url: str) -> sa.URL:
     if dialect is None or driver != dialect.driver:
         servers = (item for item in Database.dialects.items() if item[1].extra)
         known = ", ".join(["sqlite:", *(f"{name}+{kind.driver}:" for name, kind in servers)])
-        raise ValidationError("url", f"{parsed.drivername}: is not one of {known}")
+        raise ValidationError("url", f"uses {parsed.drivername}:; supported: {known}")
     return parsed
 
 
 def _refuse_unescaped_at_sign(name: str, url: sa.URL) -> None:
     if "@" in (url.host or ""):
-        raise ValidationError(name, "has an @ in its user name or password: write it as %40")
+        raise ValidationError(name, "has an @ in its user name or password: write the @ as %40")

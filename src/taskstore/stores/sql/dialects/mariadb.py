@@ -42,10 +42,10 @@ MIN_VERSION = (10, 6)
 """The first version in which CREATE TABLE is atomic."""
 
 COLLATION = "utf8mb4_nopad_bin"
-"""Orders by code point and keeps trailing spaces; ``tables.py`` declares the same."""
+"""The collation of ``tables.py``, which orders by code point and compares trailing spaces."""
 
 _SQL_MODE = "SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'"
-"""Values that do not fit are errors, and the SQL is standard MariaDB SQL."""
+"""With this mode, values that do not fit are errors, and the SQL syntax is MariaDB's own."""
 
 _SERVER_SETTINGS = """
 SELECT @@max_allowed_packet, @@innodb_flush_log_at_trx_commit, @@log_bin, @@sync_binlog"""
@@ -65,12 +65,12 @@ WHERE conn.db = DATABASE() AND conn.id <> CONNECTION_ID()
 the privilege PROCESS."""
 
 _INCOMPATIBLE_SQL_MODES = {"EMPTY_STRING_IS_NULL", "ORACLE"}
-"""Modes that change the meaning of our statements; a read does not set ``sql_mode``."""
+"""Refused modes: they change our statements' meaning, and reads do not set ``sql_mode``."""
 
 _SCHEMA_LOCK = "CONCAT('taskstore.', MD5(DATABASE()))"
 
 _MAX_ROW_BYTES = 16_000
-"""The largest size of a row's columns as text, without its payload, in bytes."""
+"""The largest size of a row as text, without the payload, in bytes."""
 
 _DEFAULT_PACKET = 16 * 1024 * 1024
 _FOUND_ROWS = 2
@@ -95,15 +95,15 @@ class MariaDBStatements(Statements):
         return (sa.union_all(*rows) if count > 1 else rows[0]).subquery("new")
 
     def _same_key(self, stored: sa.ColumnElement[Any], new: Any) -> sa.ColumnElement[bool]:
-        # Explicit, because a host's connection may have another collation.
+        # The collation is explicit, because a host's connection may use another.
         return stored == sa.collate(new, COLLATION)
 
     def _update_tasks(self, count: int) -> str:
-        # Unchanged columns cost no index updates, so the wide statement is enough.
+        # Writing an equal value updates no index, so the wide statement is enough.
         return super()._update_tasks(1) if count == 1 else self._update_tasks_wide(count)
 
     def _count_deleted(self, count: int) -> str:
-        """Count the deletions of tasks since a seq.  Parameters: the ids, then the seq."""
+        """Count the deletions of tasks since a seq.  The parameters are the ids, then the seq."""
         entry, order = task_journal.c, [f"task_id_{row}" for row in range(count)]
         ids = [bindparam(name, type_=entry.task_id.type) for name in order]
         return self._compile(
@@ -120,7 +120,7 @@ class MariaDBStatements(Statements):
 
     @cached_property
     def claim(self) -> str:
-        """Claim ``count`` seqs, unless the schema epoch is too high."""
+        """Claim ``count`` seqs, unless the schema epoch is too new for this version."""
         return self._compile(advance_head(), "count", "now", "now", "epoch")
 
     @cached_property
@@ -150,22 +150,22 @@ class MariaDBDatabase(Database):
     @classmethod
     def connect(cls, url: sa.URL, *, durability: str, read_only: bool) -> MariaDBDatabase:
         if not url.database:
-            raise ValidationError("url", "names no database: write it after the host")
+            raise ValidationError("url", "names no database: write the name after the host")
         defaults = {"charset": "utf8mb4", "connect_timeout": 10, "program_name": "taskstore"}
         if url.query.get("charset", "utf8mb4") != "utf8mb4":
-            raise ValidationError("url", "has the option charset with another value than utf8mb4")
+            raise ValidationError("url", "has the option charset, which must be utf8mb4")
         try:
             engine = sa.create_engine(
                 url,
                 isolation_level="AUTOCOMMIT",
                 hide_parameters=True,
-                # The store ends each transaction itself, so no rollback is needed on return.
+                # The store ends each transaction itself, so the pool needs no rollback.
                 pool_reset_on_return=None,
                 connect_args={name: defaults[name] for name in defaults.keys() - url.query.keys()},
             )
         except (TypeError, ValueError):
-            # From None: the cause may repeat the URL with its password.
-            raise ValidationError("url", "has an option that its driver rejects") from None
+            # Raised from None: the cause may contain the URL with the password.
+            raise ValidationError("url", "has an option that the driver rejects") from None
         _refuse_unknown_options(engine, url)
         database = cls(engine, owned=True, durability=durability, read_only=read_only)
         access = ", READ ONLY" if read_only else ""
@@ -198,7 +198,7 @@ class MariaDBDatabase(Database):
         if not self.read_only and log == (1, "STATEMENT"):
             raise StoreUnavailableError(
                 f"{self.location}: the server writes a binary log with binlog_format=STATEMENT, "
-                "which rejects writes at READ COMMITTED",
+                "so the server rejects writes at READ COMMITTED",
                 hint="set binlog_format to MIXED or ROW",
             )
 
@@ -209,11 +209,11 @@ class MariaDBDatabase(Database):
             raise ValidationError(
                 "engine",
                 f"uses {', '.join(sorted({str(name) for name in charsets}))}, which cannot encode "
-                "every text: add charset=utf8mb4 to its URL",
+                "every text: add charset=utf8mb4 to the engine's URL",
             )
         if modes := _INCOMPATIBLE_SQL_MODES & set(mode.split(",")):
             raise ValidationError(
-                "engine", f"has the sql_mode {', '.join(sorted(modes))}: remove it from sql_mode"
+                "engine", f"has the sql_mode {', '.join(sorted(modes))}: remove this mode"
             )
         raw: Any = connection.connection.driver_connection
         if not raw.client_flag & _FOUND_ROWS:
@@ -230,14 +230,14 @@ class MariaDBDatabase(Database):
             return
         if self._max_packet < _DEFAULT_PACKET:
             self.add_notice(
-                f"{self.location}: max_allowed_packet is {self._max_packet}: the largest records, "
-                f"of some MiB, cannot be stored; {_DEFAULT_PACKET} is enough for every record"
+                f"{self.location}: max_allowed_packet is {self._max_packet}: records of some MiB "
+                f"cannot be stored; {_DEFAULT_PACKET} is enough for every record"
             )
         if self.durability == "full":
             self.add_notice(self._durability_notice(int(flush), int(sync) if binary_log else 1))
 
     def _durability_notice(self, flush: int, sync: int) -> str | None:
-        """Return a notice about what a commit does not survive with these server settings."""
+        """Return a notice if these server settings may lose commits, or ``None``."""
         settings = f"innodb_flush_log_at_trx_commit={flush}"
         if flush not in (1, 3):
             lost = "power loss" if flush == 2 else "the server's death"  # noqa: PLR2004 - MariaDB's
@@ -253,9 +253,9 @@ class MariaDBDatabase(Database):
     # -- transactions --------------------------------------------------------
 
     def begin_write(self, session: Session) -> None:
-        # At READ COMMITTED, a statement reads what is committed when the statement
-        # begins.  A read after the head lock therefore sees the last commit.  At
-        # REPEATABLE READ it would see the state from before the lock wait.
+        # At READ COMMITTED, a statement reads the data that was committed when the
+        # statement began.  A read after the head lock therefore sees the last commit.
+        # At REPEATABLE READ, the read would see the state before the lock wait.
         if not self.owned:
             [mode] = session.row("SELECT @@sql_mode")
             session.restore_statements = (f"SET SESSION sql_mode = '{mode}'",)
@@ -278,7 +278,7 @@ class MariaDBDatabase(Database):
         return Claimed(*session.row(self.sql.claimed, (base,)))
 
     def insert(self, session: Session, rows: Sequence[tuple[Any, ...]], floor: int) -> int:
-        # An existing id or dedup key violates a unique index; the caller handles that error.
+        # An existing id or dedup key violates a unique index; the caller handles the error.
         ids = [row[0] for row in rows]
         [deleted] = session.row(self.sql.count_deleted(len(ids)), (*ids, floor))
         if deleted:
@@ -292,7 +292,7 @@ class MariaDBDatabase(Database):
     def _split_to_packets(
         self, rows: Sequence[tuple[Any, ...]]
     ) -> Iterator[Sequence[tuple[Any, ...]]]:
-        """Halve a group until each part fits into a packet; sizes stay powers of two."""
+        """Halve a group until each part fits into a packet; the sizes stay powers of two."""
         size = sum(map(_max_row_size, rows))
         if size <= self._max_packet:
             yield rows
@@ -310,7 +310,7 @@ class MariaDBDatabase(Database):
     # -- the schema ------------------------------------------------------------
 
     def lock_schema(self, connection: sa.Connection) -> None:
-        # DDL commits by itself, so a transaction cannot own the lock; the connection owns it.
+        # DDL commits by itself, so the connection, not a transaction, owns the lock.
         lock = f"SELECT GET_LOCK({_SCHEMA_LOCK}, {LOCK_TIMEOUT_S})"
         if connection.exec_driver_sql(lock).scalar() != 1:
             raise StoreBusyError(f"{self.location}: another process is changing the schema")
@@ -321,12 +321,12 @@ class MariaDBDatabase(Database):
 
 
 def _max_row_size(row: tuple[Any, ...]) -> int:
-    """The largest size of a row as text, in which a payload byte is two characters."""
+    """Return the largest size of a row as text; a payload byte takes two characters."""
     return _MAX_ROW_BYTES + sum(2 * len(value) for value in row if isinstance(value, bytes))
 
 
 def check_version(version: str, location: str) -> None:
-    """Refuse a server that is not MariaDB or is too old, by its version text."""
+    """Raise if the version text shows that the server is not MariaDB or is too old."""
     match = re.search(r"(\d+)\.(\d+)\.\d+-MariaDB", version)
     if match is None:
         problem = "is not MariaDB"
@@ -342,9 +342,9 @@ def check_version(version: str, location: str) -> None:
 
 
 def _refuse_unknown_options(engine: sa.Engine, url: sa.URL) -> None:
-    """Refuse options that the driver does not know."""
+    """Raise if the URL has options that the driver does not know."""
     from pymysql.connections import Connection
 
     _, options = engine.dialect.create_connect_args(url)
     if unknown := options.keys() - inspect.signature(Connection).parameters.keys():
-        raise ValidationError("url", f"has options unknown to its driver: {min(unknown)}")
+        raise ValidationError("url", f"has the option {min(unknown)}, unknown to the driver")

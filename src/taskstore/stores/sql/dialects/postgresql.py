@@ -36,18 +36,18 @@ WHERE held.relation = 'taskstore_head'::regclass AND held.granted
 
 
 class PostgreSQLStatements(Statements):
-    """Statements whose claim of seqs sends a NOTIFY with the commit, if a listener exists.
+    """Statements that claim seqs and, if a listener exists, send a NOTIFY with the commit.
 
-    A commit with a NOTIFY owns a server-wide lock while it is flushed to disk.
-    To avoid this cost without listeners, each listener shares an advisory lock,
-    and a claim tries to take this lock exclusively.  If the claim gets the lock,
-    there is no listener, and the claim keeps the lock until its transaction ends.
-    A new listener gets the lock after that, and reads the head after that.
+    A commit with a NOTIFY owns a server-wide lock while the server flushes the commit
+    to disk.  A ledger without listeners avoids this cost: each listener takes a shared
+    advisory lock, and a claim tries to take this lock exclusively.  If the claim gets
+    the lock, there is no listener.  The lock is then owned until the transaction ends;
+    a new listener gets the lock, and then reads the head, only after the transaction.
     """
 
     @cached_property
     def claim(self) -> str:
-        """The common statement, with a fifth column that callers ignore."""
+        """The claim statement with a fifth column, which callers ignore."""
         channel = f"'{_CHANNEL}' || taskstore_head.ledger_id"
         notification: sa.ColumnElement[Any] = sa.literal_column(
             f"CASE WHEN pg_try_advisory_xact_lock({_LISTENER_KEY.format(channel)}) THEN NULL "
@@ -56,20 +56,20 @@ class PostgreSQLStatements(Statements):
         return self._claim_returning(notification)
 
     lock_as_listener = f"SELECT pg_try_advisory_lock_shared({_LISTENER_KEY.format('%s')})"
-    """Take a listener's shared lock, which makes writers notify.  Parameter: the channel."""
+    """Take a listener's shared lock, so that writers notify.  The parameter is the channel."""
     unlock_as_listener = f"SELECT pg_advisory_unlock_shared({_LISTENER_KEY.format('%s')})"
-    """Release a listener's shared lock.  Parameter: the channel."""
+    """Release a listener's shared lock.  The parameter is the channel."""
 
     @staticmethod
     def channel_of(ledger_id: str) -> str:
-        """The channel of a ledger's notifications."""
+        """Return the channel of a ledger's notifications."""
         return _CHANNEL + ledger_id
 
 
 _CONNECT_DEFAULTS: dict[str, object] = {
     "application_name": "taskstore",
-    # For a host that disappeared without closing its connections.  A connection attempt
-    # fails after 5 s per host, an open connection after 25 s.  System defaults are hours.
+    # A host may disappear without closing its connections.  With these options a new
+    # connection fails after 5 s per host, an open connection after 25 s, instead of hours.
     "connect_timeout": 5,
     "keepalives_idle": 10,
     "keepalives_interval": 5,
@@ -90,7 +90,7 @@ class PostgreSQLDatabase(Database):
     # SQLAlchemy's dialect constructors are untyped.
     compiler = PGDialect_psycopg(paramstyle="format")  # type: ignore[no-untyped-call]
     begin_read = ("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",)
-    # Every process must use the same arbitrary key: "task" in ASCII.
+    # The lock key ("task" in ASCII) is arbitrary, but the same in every process.
     begin_schema = ("BEGIN", "SELECT pg_advisory_xact_lock(1952543595)")
     error_kind = staticmethod(postgresql_error_kind)
     _begin_write = "BEGIN ISOLATION LEVEL READ COMMITTED"
@@ -160,7 +160,7 @@ class PostgreSQLDatabase(Database):
             )
 
     def begin_write(self, session: Session) -> None:
-        # Not prepared, because it may be two statements (in one round trip).
+        # The text is not prepared, because it may be two statements (for one round trip).
         session.raw.execute(self._begin_write, prepare=False)
 
     def lock_owners(self, session: Session) -> Sequence[str]:
@@ -185,8 +185,8 @@ class PostgreSQLDatabase(Database):
         finally:
             session.raw.remove_notice_handler(collect_warning)
         if warnings:
-            # For example, a canceled wait for a synchronous standby.  The server answers
-            # with success, but the commit is not as durable as requested.
+            # For example, the wait for a synchronous standby was canceled.  The server reports
+            # success, but the commit does not have the requested durability.
             dbapi: Any = self.engine.dialect.loaded_dbapi
             raise dbapi.OperationalError(warnings[0])
 

@@ -102,11 +102,11 @@ class SQLiteDatabase(Database):
         immutable: ImmutableGuard | None = None,
     ) -> None:
         super().__init__(engine, owned=owned, durability=durability, read_only=read_only)
-        # None for a host's engine, whose connections may be older than this object.
+        # None for a host's engine: its connections may be older than this object.
         self._files = files
         self._immutable = immutable
         self.guard = immutable or files
-        # The system's directory may be in memory and too small.
+        # The system's directory for temporary files may be in memory and too small.
         self.temp_dir = Path(self.location).parent
         self._fair_lock: FairLock | None = None  # opened at the first contention
         self._contended_until = 0.0
@@ -130,27 +130,27 @@ class SQLiteDatabase(Database):
             files = connection.exec_driver_sql("PRAGMA database_list").all()
         path = next((row[2] for row in files if row[1] == "main"), "")
         if not path:
-            raise ValidationError("engine", "has an in-memory database: use memory: instead")
+            raise ValidationError("engine", "has an in-memory database: use memory: as the URL")
         return str(Path(path).resolve())
 
     def prepare(self, session: Session) -> None:
         [mode] = session.row("PRAGMA journal_mode")
         if self.owned and not self.read_only and mode != "wal":
-            # The journal mode is a property of the file.  Changing it needs exclusive
-            # access, for which the busy timeout does not wait: the caller retries.
+            # The journal mode is a property of the file.  A change needs exclusive access.
+            # The busy timeout does not apply to this wait, so the caller retries.
             session.rows("PRAGMA journal_mode = WAL")
             [mode] = session.row("PRAGMA journal_mode")
         if mode != "wal" and self._immutable is None:
             self.add_notice(
                 f"{self.location} has the journal mode {mode}, not wal: readers and writers "
-                "block each other" + ("" if self.owned else "; the engine's owner can change it")
+                "block each other" + ("" if self.owned else "; the engine's owner can fix this")
             )
         if self._files is not None:
-            self._files.record_logs()  # the journal mode change may have created them
+            self._files.record_logs()  # the new journal mode may have created logs
 
     def configure_writer(self, session: Session) -> None:
         # SQLite's busy handler sleeps up to 0.1 s between attempts, and other writers
-        # take the lock in between.
+        # take the lock during a sleep.
         session.rows("PRAGMA busy_timeout = 0")
 
     def begin_write(self, session: Session) -> None:
@@ -185,7 +185,7 @@ class SQLiteDatabase(Database):
 
     def lock_owners(self, session: Session) -> Sequence[str]:
         del session
-        # A writer locks a byte of the shared memory; without a write-ahead log, the file.
+        # A writer locks a byte of the -shm file, or the database file if there is no log.
         owners = lock_owners(f"{self.location}-shm", byte=_WRITE_LOCK_BYTE)
         return owners or lock_owners(self.location)
 
@@ -200,7 +200,7 @@ class SQLiteDatabase(Database):
 
     def erase(self, session: Session) -> None:
         # secure_delete overwrites deleted bytes in the file, but the log keeps
-        # earlier page images until a checkpoint truncates it.
+        # earlier page images until a checkpoint truncates the log.
         [timeout_ms] = session.row("PRAGMA busy_timeout")
         session.restore_statements = (f"PRAGMA busy_timeout = {timeout_ms}",)
         session.rows("PRAGMA busy_timeout = 100")
@@ -237,18 +237,20 @@ def path_of(url: str) -> Path:
     """Return the file that an SQLite URL names; the path is not percent-decoded."""
     rest = url.partition(":")[2]
     if rest in ("", "//", "///") or ":memory:" in rest:
-        raise ValidationError("url", "an in-memory SQLite database is not durable: use memory:")
+        raise ValidationError(
+            "url", "an in-memory SQLite database is not durable: use memory: instead"
+        )
     if not rest.startswith("///") or "?" in rest:
         raise ValidationError("url", f"{url!r} is not of the form sqlite:///PATH without options")
     path = rest[3:]
     if "\0" in path:
         raise ValidationError("url", "contains a NUL character")
-    # Symbolic links are resolved: every store must create and lock the file by one name.
+    # Symbolic links are resolved, so that every store creates and locks the same file.
     return Path(os.path.realpath(path))
 
 
 _DECODE_TEXT = partial(str, encoding="utf-8", errors="surrogateescape")
-"""Decodes damaged text too: the checksums detect it, and other rows stay readable."""
+"""Decodes damaged text too: checksums detect the damage, and other rows stay readable."""
 
 _READ_PRAGMAS = ("PRAGMA query_only = ON",)
 
@@ -256,7 +258,7 @@ _READ_PRAGMAS = ("PRAGMA query_only = ON",)
 def _write_pragmas(durability: str) -> tuple[str, ...]:
     pragmas = [
         f"PRAGMA synchronous = {_SYNCHRONOUS[durability]}",
-        # Four times the default: with NORMAL, most waiting is for checkpoints.
+        # Four times the default: with NORMAL, writers wait mostly for checkpoints.
         "PRAGMA wal_autocheckpoint = 4000",
         f"PRAGMA journal_size_limit = {64 * 1024 * 1024}",
         "PRAGMA secure_delete = ON",  # overwrites deleted bytes in the file
@@ -269,8 +271,8 @@ def _write_pragmas(durability: str) -> tuple[str, ...]:
 def create_privately(path: Path) -> None:
     """Create the file if it does not exist, readable by its owner only.
 
-    New directories get the mode 0700, the file 0600.  SQLite gives its ``-wal``
-    and ``-shm`` the mode of the file.  Existing files keep their modes.
+    New directories get the mode 0700, a new file the mode 0600.  SQLite creates the
+    ``-wal`` and ``-shm`` with the mode of the file.  Existing files keep their modes.
     """
     try:
         missing = [parent for parent in path.parents if not parent.exists()]
@@ -283,7 +285,7 @@ def create_privately(path: Path) -> None:
             raise StoreUnavailableError(f"{path} {kind}, not a database") from None
         if not os.access(path, os.R_OK | os.W_OK):
             raise StoreUnavailableError(
-                f"{path} cannot be written: permission denied", hint="open it read-only"
+                f"{path} cannot be written: permission denied", hint="open the ledger read-only"
             ) from None
     except OSError as error:
         raise StoreUnavailableError(
@@ -296,7 +298,7 @@ def connection_factory(
     module: Any, path: Path, *, busy_timeout_s: float, read_only: bool, immutable: bool
 ) -> Callable[[], Any]:
     """Return a function that opens one connection to a file, in driver-level autocommit."""
-    # The path may contain %, ? and #, so it is quoted for the URI.  The mode creates no file.
+    # The path may contain %, ? and #, so it is quoted.  Neither mode creates a file.
     mode = "ro" if read_only else "rw"
     name = f"file:{quote(os.fsencode(path))}?mode={mode}" + ("&immutable=1" if immutable else "")
 
@@ -313,16 +315,16 @@ def connection_factory(
 
 
 def wal_exists(path: Path) -> bool:
-    """Return whether the database has a write-ahead log beside it."""
+    """Return whether the database file has a write-ahead log."""
     return Path(f"{path}-wal").exists()
 
 
 def needs_immutable(module: Any, path: Path) -> bool:
-    """Return whether a file can only be read as immutable.
+    """Return whether SQLite can read a file only as immutable.
 
-    Raises :class:`~taskstore.StoreUnavailableError` if the file cannot be read
-    at all: it does not exist, this user may not read it, or it has a ``-wal``
-    and this user may not create the missing ``-shm``.
+    Raises :class:`~taskstore.StoreUnavailableError` if SQLite cannot read the file
+    at all: the file does not exist, this user may not read the file, or the file has
+    a ``-wal`` and this user may not create the missing ``-shm``.
     """
     try:
         status = path.stat()
@@ -346,8 +348,8 @@ def needs_immutable(module: Any, path: Path) -> bool:
             return True
         raise StoreUnavailableError(
             f"{path} has a write-ahead log, and {path.parent} cannot be written, "
-            "but SQLite must write there to read the log",
-            hint="read the ledger as its owner, or let its writer close it",
+            "but SQLite must write to this directory to read the log",
+            hint="read the ledger as the owner of the file, or let the writer close the ledger",
         ) from error
     finally:
         if connection is not None:

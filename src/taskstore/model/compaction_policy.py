@@ -14,16 +14,16 @@ from msgspec.structs import replace
 
 
 class SnapshotInfo(NamedTuple):
-    """A stored snapshot: its seq, and the time of that commit (Unix ms)."""
+    """The seq of a stored snapshot, and the time of the commit at that seq (Unix ms)."""
 
     seq: int
     at: int
 
 
 class JournalStats(Struct, frozen=True, kw_only=True):
-    """The input of the policy.
+    """The statistics of a journal, from which the policy decides.
 
-    ``entries`` and ``bytes`` count the journal since the newest snapshot
+    ``entries`` and ``bytes`` are the size of the journal after the newest snapshot
     (``bytes`` is 0 if unknown).  ``oldest_at`` is the time of the first of these
     entries (Unix ms), ``records`` the number of live records, ``now`` the current
     time (Unix ms).  ``newest`` is the seq of the newest snapshot (0: none) and
@@ -40,22 +40,23 @@ class JournalStats(Struct, frozen=True, kw_only=True):
 
 
 class CompactionPolicy(Struct, frozen=True, kw_only=True):
-    """When compaction is due, and how much history it retains.
+    """The rules that decide when compaction is due and how much history it retains.
 
-    Only entries since the newest snapshot count.  Compaction is *due* when:
+    Only entries after the newest snapshot count.  Compaction is *due* when:
 
-    - there are ``min_entries`` of them and at least ``ratio`` per live record, so
-      that the amortized cost of a snapshot per change is constant;
-    - or they have ``max_bytes`` bytes, which a restart of the JSON store reads;
-    - or the oldest is ``max_age_s`` seconds old, so that an idle ledger is
-      compacted too and deleted text does not stay for ever;
+    - there are at least ``min_entries`` entries, and at least ``ratio`` entries per
+      live record, so that the amortized cost of snapshots per change is constant;
+    - or the entries have at least ``max_bytes`` bytes: the JSON store reads these
+      bytes when it is opened;
+    - or the oldest entry is at least ``max_age_s`` seconds old, so that an idle ledger
+      is compacted too and does not keep deleted text for ever;
     - or ``force`` is set and there is at least one entry.
 
     Compaction *retains* the history of the last ``history_s`` seconds or the last
     ``history_entries`` entries, whichever is longer, so that a follower may pause
     for a weekend.  It also retains the newest ``keep_snapshots`` snapshots, because
-    one may be damaged.  ``erase_deleted`` implies ``force`` and retains only the
-    new snapshot: the ledger's files then hold no text of deleted tasks.
+    a snapshot may be damaged.  ``erase_deleted`` implies ``force`` and retains only
+    the new snapshot: the ledger's files then contain no text of deleted tasks.
     """
 
     min_entries: int = 10_000
@@ -73,7 +74,7 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
         return replace(self, force=True)
 
     def due(self, stats: JournalStats) -> str | None:
-        """Return why compaction is due (``str``), or ``None`` when it is not."""
+        """Return the reason why compaction is due (``str``), or ``None`` if it is not due."""
         if self.erase_deleted:
             return "deleted records must be erased"
         if stats.entries == 0:
@@ -93,9 +94,9 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
     ) -> tuple[frozenset[int], int]:
         """Return the seqs of the snapshots to retain, and the new floor.
 
-        ``snapshots`` are in ascending order of seq and include the one just
-        published.  The new floor is never below the old one.  The snapshot at
-        floor - 1 is always retained, so that every later seq can be reconstructed.
+        ``snapshots`` are in ascending order of seq and include the snapshot that was
+        just published.  The new floor is never below the old floor.  The snapshot at
+        floor - 1 is always retained, so that the state at every later seq can be computed.
         """
         if self.erase_deleted:
             newest = snapshots[-1].seq
@@ -111,7 +112,8 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
         oldest = outside_window[-1].seq if outside_window else floor - 1
         retained = {snapshot.seq for snapshot in snapshots[-max(self.keep_snapshots, 1) :]}
         # Some snapshots after the oldest are retained, so that a later compaction can raise
-        # the floor to one of them.  They are a quarter of the window apart, which bounds them.
+        # the floor to one of these snapshots.  Two of these snapshots are at least a quarter
+        # of the window apart, which limits their number.
         last = SnapshotInfo(oldest, 0)
         for snapshot in snapshots:
             if snapshot.seq == oldest:
@@ -130,10 +132,11 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
 class CompactionReport(Struct, frozen=True, kw_only=True):
     """The result of a compaction.
 
-    ``compacted`` says whether it was due, ``reason`` why or why not.  ``seq`` is
-    the seq of the new snapshot, ``records`` the number of its records (quarantined
-    ones included), ``floor`` the first retained seq, ``trimmed`` the number of
-    trimmed entries, ``snapshots`` the retained seqs, ``duration_s`` its time.
+    ``compacted`` says whether compaction was due, ``reason`` says why or why not.
+    ``seq`` is the seq of the new snapshot, ``records`` the number of its records
+    (including quarantined records), ``floor`` the first retained seq, ``trimmed`` the
+    number of trimmed entries, ``snapshots`` the seqs of the retained snapshots, and
+    ``duration_s`` the duration of the compaction.
     """
 
     compacted: bool

@@ -1,8 +1,8 @@
 """The ledger check: acknowledged changes compared with the journal.
 
 Several writers change the same tasks and record each acknowledged change.
-:func:`check_ledger` then reads the journal.  Each change must be there once, at the
-acknowledged revision, and must have changed its own field and nothing else.
+:func:`check_ledger` then reads the journal.  Each change must be in the journal exactly
+once, at the acknowledged revision, and must have changed only its own field.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PAGE_ENTRIES = 1000
 class AcknowledgedChange(Struct, frozen=True):
     """An acknowledged change: the ``count``-th change of ``writer``.
 
-    If ``progress`` is true, it set the progress summary, otherwise a metadata member.
+    If ``progress`` is true, the change set the progress summary, otherwise a metadata member.
     """
 
     task_id: str
@@ -40,8 +40,8 @@ def check_ledger(
 ) -> list[str]:
     """Compare acknowledged changes with the journal after seq ``after``; return the problems.
 
-    The tasks were created after that seq and changed by ``changes`` only.  ``caches``
-    are the revisions by task id in the record caches of processes.
+    The tasks were created after that seq and changed by ``changes`` only.  Each item of
+    ``caches`` is the record cache of one process: the revisions by task id.
     """
     problems: list[str] = []
     acknowledged: dict[tuple[str, int], AcknowledgedChange | None] = {}
@@ -63,7 +63,7 @@ def check_ledger(
             problems.append(f"{task_id}: the record is not the last one in the journal")
     revisions = {task_id: newest[task_id].revision for task_id in task_ids if task_id in newest}
     problems += [
-        f"a record cache has {cache}, the journal has {revisions}"
+        f"a record cache has the revisions {cache}, the journal has {revisions}"
         for cache in caches
         if cache != revisions
     ]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskstore.model.policies import CompactionPolicy, SnapshotInfo
+from taskstore.model.compaction_policy import CompactionPolicy, SnapshotInfo
 
 POLICIES = st.builds(
     CompactionPolicy,

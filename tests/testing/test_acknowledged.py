@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from taskstore import TaskRegistry
 from taskstore.stores.memory import MemoryStore
-from taskstore.testing.crash.account import AcknowledgedChange, check_ledger
+from taskstore.testing.crash.acknowledged import AcknowledgedChange, check_ledger
 
 
 @pytest.fixture

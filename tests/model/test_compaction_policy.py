@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from taskstore.model.policies import CompactionPolicy, JournalStats, SnapshotInfo
+from taskstore.model.compaction_policy import CompactionPolicy, JournalStats, SnapshotInfo
 
 HOUR_S = 3600
 

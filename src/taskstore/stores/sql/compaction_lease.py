@@ -21,20 +21,20 @@ from taskstore.stores.sql.tables import taskstore_head
 from taskstore.stores.sql.transactions import Transactions
 
 LEASE_MS = 20_000
-"""The duration of the lease in milliseconds.  The lease of a compactor that died on
-another machine expires after this time."""
+"""The duration of the lease in milliseconds.  If a compactor dies on another machine,
+its lease expires after this time."""
 MAX_PAUSE_S = 0.02
-"""The longest pause between two steps, in seconds."""
+"""The longest pause after a step of a compaction, in seconds."""
 
 _T = TypeVar("_T")
 
 _local_owners: set[str] = set()
-"""The lease owners in this process: compactions that hold the lease or try to acquire it."""
+"""The compactions in this process that own the lease or try to acquire the lease."""
 
 
 class Lease:
     """The right to compact.  Every step renews the lease, and fails if another process has
-    taken it over."""
+    taken over the lease."""
 
     def __init__(self, transactions: Transactions) -> None:
         self._transactions = transactions
@@ -44,21 +44,22 @@ class Lease:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the lease if it was free or expired, or if its owner is dead.
+        """Acquire the lease if it is free or expired, or if its owner is dead; release it at
+        the end of the ``with`` block.
 
-        Otherwise it raises :class:`~taskstore.StoreBusyError`.
+        Raises :class:`~taskstore.StoreBusyError` if the lease cannot be acquired.
         """
         _local_owners.add(self._owner)
         try:
             if not self._transactions.run(self._acquire):
                 raise StoreBusyError(
                     f"{self._location} is being compacted by another process",
-                    hint=f"try again; a killed compactor's lease expires in {LEASE_MS // 1000} s",
+                    hint=f"try again; a killed process loses the lease in {LEASE_MS // 1000} s",
                 )
             yield
         finally:
             try:
-                # If this fails, other processes wait for the expiry; this process does not.
+                # If the release fails, only other processes must wait until the lease expires.
                 with suppress(StoreBusyError, StoreUnavailableError, OutcomeUnknownError):
                     self._transactions.run(lambda tx: tx.execute_core(_set_owner(None, self._own)))
             finally:
@@ -74,24 +75,24 @@ class Lease:
         def fenced(tx: Session) -> _T:
             if tx.execute_core(_set_owner(self._owner, self._own)) != 1:
                 raise StoreBusyError(
-                    f"{self._location}: another process has taken over the compaction or "
-                    "replaced the content"
+                    f"{self._location}: another process has taken over the compaction, or has "
+                    "replaced the content of the ledger"
                 )
             return work(tx)
 
         result = self._transactions.run(fenced)
-        # Pause for as long as the step took: a writer that waits for SQLite's lock sleeps
-        # between attempts, and would miss a shorter gap between two steps.
+        # Pause for as long as the step took.  A writer that waits for SQLite's lock sleeps
+        # between its attempts, and would not get the lock in a shorter pause.
         time.sleep(min(time.monotonic() - started, MAX_PAUSE_S))
         return result
 
     def _acquire(self, tx: Session) -> bool:
-        """Acquire the lease if possible; return whether this owner has it now."""
+        """Acquire the lease if possible; return whether the lease was acquired."""
         lease = taskstore_head.c
         owner = tx.scalar(sa.select(lease.lease_owner))
         free = sa.or_(lease.lease_owner.is_(None), lease.lease_until < system_clock())
         if owner is not None and (owner == self._owner or _is_dead(owner)):
-            # Even if the owner is alive, this is safe: each of its steps checks the lease.
+            # If that owner is alive, its next step fails, because each step checks the lease.
             free = sa.or_(free, lease.lease_owner == owner)
         return tx.execute_core(_set_owner(self._owner, free)) == 1
 
@@ -102,7 +103,7 @@ def _set_owner(owner: str | None, where: sa.ColumnElement[bool]) -> sa.Update:
 
 
 def _machine_id() -> str:
-    """The id of this machine and its process id namespace, as 8 hexadecimal digits."""
+    """The id of this machine and of its namespace of process ids: 8 hexadecimal digits."""
     try:
         namespace = Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
@@ -114,7 +115,8 @@ _MACHINE_ID = _machine_id()
 
 
 def _is_dead(owner: str) -> bool:
-    """Return whether a lease owner is dead: its process, or its compaction in this process."""
+    """Return whether a lease owner is dead: its process has ended.  An owner in this process
+    is dead if its compaction has ended."""
     if not owner.startswith(_MACHINE_ID):
         return False
     try:
