@@ -99,15 +99,15 @@ def compare_latency(name: str, url: str, commits: int) -> None:
 @contextmanager
 def patched_claim(claim: Any) -> Iterator[None]:
     """Replace the method that claims seqs: with or without a notification."""
-    original, PostgreSQLDatabase.claim = PostgreSQLDatabase.claim, claim  # type: ignore[method-assign]
+    original, PostgreSQLDatabase.claim_seqs = PostgreSQLDatabase.claim_seqs, claim  # type: ignore[method-assign]
     try:
         yield
     finally:
-        PostgreSQLDatabase.claim = original  # type: ignore[method-assign]
+        PostgreSQLDatabase.claim_seqs = original  # type: ignore[method-assign]
 
 
 def commit_for(url: str, silent: bool, seconds: float, reports: Any) -> None:  # noqa: FBT001 - for a process
-    claim = Database.claim if silent else PostgreSQLDatabase.claim
+    claim = Database.claim_seqs if silent else PostgreSQLDatabase.claim_seqs
     with patched_claim(claim), open_store(url) as store:
         reports.put(None)
         count, until = 0, time.monotonic() + seconds
@@ -167,7 +167,9 @@ def compare_single_writer(url: str, commits: int) -> None:
                 while not has_listener(store):
                     time.sleep(0.02)
             for turn in range(-20, 2 * commits):
-                with patched_claim(Database.claim if turn % 2 else PostgreSQLDatabase.claim):
+                with patched_claim(
+                    Database.claim_seqs if turn % 2 else PostgreSQLDatabase.claim_seqs
+                ):
                     changes = [make_put()]
                     started = time.perf_counter()
                     store.apply(changes)

@@ -12,7 +12,7 @@ import os
 from alembic import context
 from sqlalchemy import Connection, make_url
 
-from taskstore.stores.sql.migrate import alembic_options, check_free, locked_url
+from taskstore.stores.sql.migrate import alembic_options, check_no_foreign_tables, locked_url
 
 config = context.config
 
@@ -40,7 +40,7 @@ def _run(dialect: str, **target: object) -> None:
 
 
 def _run_on(connection: Connection) -> None:
-    check_free(connection)
+    check_no_foreign_tables(connection)
     _run(connection.dialect.name, connection=connection)
 
 

@@ -23,13 +23,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--taskstore-url",
         metavar="URL",
-        help="the backend that taskstore.testing.suite tests, in a separate namespace",
+        help="the URL of the backend to test; the suite uses a separate namespace",
     )
     group.addoption(
         "--taskstore-level",
         metavar="LEVEL",
         action="append",
-        help="run only the clauses of this level (may be repeated)",
+        help="run only the clauses of this level (can be repeated)",
     )
     group.addoption(
         "--taskstore-report", metavar="FILE", help="write each clause's outcome to FILE as JSON"
@@ -72,7 +72,7 @@ def _level_of(item: pytest.Item) -> str | None:
 
 
 class _Reporter:
-    """Collects the outcome of each clause, and writes the report at the end."""
+    """Collects the outcome of each clause, and writes the report when the session ends."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

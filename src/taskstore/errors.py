@@ -14,8 +14,8 @@ from typing import NamedTuple
 class TaskStoreError(Exception):
     """The base class of all errors that taskstore raises on purpose.
 
-    ``hint`` says what to do next (``str`` or ``None``).  ``retryable`` says
-    whether the same call may succeed later without a repair.
+    ``hint`` says what to do next (``str`` or ``None``).  ``retryable`` says whether the
+    same call can succeed later without a repair.
     """
 
     retryable: bool = False
@@ -46,14 +46,14 @@ class TaskNotFound(TaskStoreError, LookupError):
     """No task has the id ``task_id`` (``str``)."""
 
     def __init__(self, task_id: str) -> None:
-        super().__init__(f"no task {task_id!r}")
+        super().__init__(f"there is no task {task_id!r}")
         self.task_id = task_id
 
 
 class InvalidTransition(TaskStoreError):
     """The task's status does not allow this change; the task did not change.
 
-    ``task_id`` is the id and ``status`` the current status of the task (``str``).
+    ``task_id`` is the id of the task, and ``status`` is its current status (``str``).
     """
 
     def __init__(self, task_id: str, status: str, attempted: str) -> None:
@@ -100,7 +100,7 @@ class Conflict(NamedTuple):
 
     @property
     def is_final(self) -> bool:
-        """Whether every retry of the same call fails (``bool``)."""
+        """True if every retry of the same call fails (``bool``)."""
         return self.deleted or (self.leased is not None and self.leased.fence is not None)
 
     def __str__(self) -> str:
@@ -109,7 +109,9 @@ class Conflict(NamedTuple):
         if self.existing_task_id is not None:
             return f"task {self.task_id!r}: task {self.existing_task_id!r} has the same dedup key"
         if self.deleted:
-            return f"task {self.task_id!r}: expected revision {self.expected}, found a deletion"
+            return (
+                f"task {self.task_id!r}: expected revision {self.expected}, but the task is deleted"
+            )
         return f"task {self.task_id!r}: expected revision {self.expected}, found {self.found}"
 
 
@@ -151,11 +153,11 @@ class CorruptStoreError(TaskStoreError):
 
 
 class StoreBusyError(TaskStoreError):
-    """Another writer or compactor held the store for longer than the timeout.
+    """Another writer or compactor held a lock of the store for longer than the timeout.
 
-    A writer does not get this error if other writers commit while it waits.
-    The call wrote nothing.  The same call may succeed later.  ``owners`` describes
-    the lock owners that the system reports (``tuple[str, ...]``).
+    A writer does not get this error if other writers commit while this writer waits.  The
+    call wrote nothing.  The same call can succeed later.  ``owners`` describes the lock
+    owners that the system reports (``tuple[str, ...]``).
     """
 
     retryable = True
@@ -199,8 +201,8 @@ class OutcomeUnknownError(TaskStoreError):
 class SchemaMismatchError(TaskStoreError):
     """This version does not support the database's schema.
 
-    ``found`` is the database's schema revision and ``needed`` the supported one
-    (``str | None``).  The hint is the command to run.  The database did not change.
+    ``found`` is the database's schema revision, and ``needed`` is the supported revision
+    (``str | None``).  The hint contains the command to run.  The database did not change.
     """
 
     def __init__(
@@ -216,7 +218,7 @@ class ReadOnlyError(TaskStoreError):
 
 
 class StoreClosedError(TaskStoreError):
-    """The store or registry was closed; open it again."""
+    """The store or registry was closed and must be opened again."""
 
 
 class BackendNotFoundError(TaskStoreError):
@@ -230,7 +232,10 @@ class BackendNotFoundError(TaskStoreError):
         self.scheme = scheme
         self.installed = tuple(sorted(installed))
         names = ", ".join(f"{name}:" for name in self.installed) or "none"
-        super().__init__(f"no backend for the URL scheme {scheme!r}; installed: {names}", hint=hint)
+        super().__init__(
+            f"no backend for the URL scheme {scheme!r} is installed; installed schemes: {names}",
+            hint=hint,
+        )
 
 
 class CursorExpiredError(TaskStoreError):

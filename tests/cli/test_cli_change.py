@@ -168,12 +168,12 @@ def test_backends(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_schema_is_upgraded_and_downgraded(invoke: Invoke, tmp_path: Path) -> None:
     assert invoke("db", "current").status == 3
     assert list(tmp_path.iterdir()) == []
-    assert invoke("db", "upgrade").out == "the schema revision is 0001; before: none\n"
+    assert invoke("db", "upgrade").out == "the schema revision is 0001; it was none\n"
     assert invoke("db", "current").out == "0001 (head)\n"
     assert invoke("db", "current", "--json").json == {"revision": "0001", "head": "0001"}
     assert invoke("db", "check").out == "the schema is as declared, at revision 0001\n"
     assert invoke("list").status == 0
-    assert invoke("db", "downgrade").out == "the schema revision is none; before: 0001\n"
+    assert invoke("db", "downgrade").out == "the schema revision is none; it was 0001\n"
     assert invoke("db", "current").out == "none\n"
     assert invoke("db", "check").status == 1
     assert invoke("list").status == 3

@@ -16,7 +16,7 @@ def test_the_demo_from_end_to_end(cli: CLI, tmp_path: Path) -> None:
     out = done.stdout.decode()
     assert done.returncode == 0, (out, done.stderr)
     count = len(jobs(tmp_path))
-    assert f"{count} tasks acknowledged, {count} found" in out
+    assert f"{count} tasks acknowledged, {count} tasks found" in out
     assert "its recorder, pid " in out
     assert "compacted at seq " in out
     assert f"whole: {count} records" in out

@@ -23,11 +23,15 @@ HOSTILE = (
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (["list", "--url", "foo:///x"], 2, "no backend for the URL scheme 'foo'; installed: json:"),
+        (
+            ["list", "--url", "foo:///x"],
+            2,
+            "no backend for the URL scheme 'foo' is installed; installed schemes: json:",
+        ),
         (["list", "--url", "nothing"], 2, "is not a URL"),
         (["list", "--after", "zzz"], 2, "after: is not the next_cursor of a page"),
         (["list", "--status", "done"], 2, "'done' is not one of"),
-        (["list", "--since", "12"], 2, "add a unit, as in 12h"),
+        (["list", "--since", "12"], 2, "add a unit: '12h'"),
         (["list", "--since", "tomorrow"], 2, "is not a time"),
         (["list", "--limit", "0"], 2, "Invalid value for '--limit'"),
         (["nonsense"], 2, "No such command 'nonsense'"),

@@ -114,11 +114,11 @@ def test_show_finds_by_id_run_and_session(invoke: Invoke, ids: dict[str, str]) -
     assert f"task_id: {ids['done']}\n" in invoke("show", ids["done"]).out
     by_run = invoke("show", "run-1")
     assert f"task_id: {ids['again']}\n" in by_run.out
-    assert "other tasks match too: taskstore list --run run-1" in by_run.err
+    assert "other tasks also match; to list all of them: taskstore list --run run-1" in by_run.err
     assert invoke("show", "s-1", "--json").json["task_id"] == ids["thinking"]
     missing = invoke("show", "nothing")
     assert (missing.status, missing.out) == (1, "")
-    assert missing.err == "taskstore: no task 'nothing'\n"
+    assert missing.err == "taskstore: there is no task 'nothing'\n"
 
 
 def test_log_shows_the_changes_of_each_revision(invoke: Invoke, ids: dict[str, str]) -> None:
@@ -147,7 +147,7 @@ def test_log_reports_a_trimmed_history(invoke: Invoke, ids: dict[str, str], url:
     with TaskRegistry.open(url) as registry:
         registry.set_notify_policy(ids["done"], "silent")
     result = invoke("log", ids["done"])
-    assert "before revision 4 was compacted away" in result.err
+    assert "compaction removed the history before revision 4" in result.err
     assert invoke("log", ids["done"], "--json").json["complete"] is False
 
 

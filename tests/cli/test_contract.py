@@ -129,7 +129,7 @@ def test_the_data_at_the_url_is_not_changed(outside):
 def test_wrong_usage_prints_one_line(outside):
     unknown = contract(outside, "nothing:x")
     assert (unknown.returncode, len(unknown.stderr.splitlines())) == (2, 1)
-    assert "installed:" in unknown.stderr
+    assert "installed schemes:" in unknown.stderr
     level = contract(outside, "memory:", "--level", "heroic")
     assert level.returncode == 2
     nowhere = contract(outside, "postgresql+psycopg://me:geheim@127.0.0.1:1/db")

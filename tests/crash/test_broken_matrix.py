@@ -119,11 +119,11 @@ def publishing_first(store, hooks):
 @pytest.mark.parametrize(
     ("wrap", "problem"),
     [
-        (Swallowing, "the change was acknowledged and is not stored"),
+        (Swallowing, "the change was acknowledged but is not stored"),
         (Untranslated, "which is not a TaskStoreError"),
-        (FailingAfterwards, "and the change is stored"),
-        (ignoring_sync_errors, "fdatasync journal-#.jsonl failed, and no caller got an error"),
-        (writing_after_a_failed_sync, "failed, and the instance still accepts writes"),
+        (FailingAfterwards, "but the change is stored"),
+        (ignoring_sync_errors, "fdatasync journal-#.jsonl failed, but no caller got an error"),
+        (writing_after_a_failed_sync, "failed, but the instance still accepts writes"),
     ],
 )
 def test_a_broken_store_is_detected(url, wrap, problem):

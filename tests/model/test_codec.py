@@ -240,14 +240,14 @@ def test_every_missing_or_duplicate_line_is_detected():
     ],
 )
 def test_an_invalid_header(header):
-    document = b"".join(codec.write_snapshot(header, []))
+    document = b"".join(codec.encode_snapshot_blocks(header, []))
     with pytest.raises(CorruptStoreError, match=r"`(seq|at)`|\.seq"):
         decode_snapshot(document)
 
 
 def test_a_record_that_does_not_decode_is_quarantined():
     lines = [encode_record(make_record(task_id="good")), payload("9.0", task_id="future")]
-    document = b"".join(codec.write_snapshot({"seq": 3, "at": 5}, lines))
+    document = b"".join(codec.encode_snapshot_blocks({"seq": 3, "at": 5}, lines))
     loaded = decode_snapshot(document, "file")
     assert set(loaded.records) == {"good"}
     assert [(item.raw, item.task_id) for item in loaded.quarantined] == [(lines[1], "future")]

@@ -143,7 +143,7 @@ def test_attach_sets_empty_fields():
         requester_origin=DeliveryContext(to="Ann"),
         metadata={"a": 1},
     )
-    filled = lifecycle.attach(existing, asked)
+    filled = lifecycle.fill_missing(existing, asked)
     assert (filled.owner_key, filled.agent_id, filled.source_id) == ("o", "a", "s")
     assert (filled.cleanup_after, filled.progress_summary) == (99_000, "x")
     assert filled.requester_origin == DeliveryContext(to="Ann")
@@ -153,20 +153,20 @@ def test_attach_sets_empty_fields():
     assert {k: v for k, v in asdict(filled).items() if k in unchanged} == {
         k: v for k, v in asdict(existing).items() if k in unchanged
     }
-    assert lifecycle.attach(filled, asked) is filled
+    assert lifecycle.fill_missing(filled, asked) is filled
 
 
 def test_attach_does_not_merge_metadata():
     existing = new(run_id="r", metadata={"a": 1})
-    assert lifecycle.attach(existing, new(run_id="r", metadata={"b": 1})) is existing
+    assert lifecycle.fill_missing(existing, new(run_id="r", metadata={"b": 1})) is existing
 
 
 @pytest.mark.parametrize("status", sorted(TERMINAL_STATUSES))
 def test_attach_does_not_change_an_ended_task(status):
     ended = make_record(status=status, run_id="r")
-    assert lifecycle.attach(ended, new(source_id="s")) is ended
+    assert lifecycle.fill_missing(ended, new(source_id="s")) is ended
 
 
 def test_attach_without_new_fields_changes_nothing():
     existing = new(run_id="r")
-    assert lifecycle.attach(existing, new(run_id="r", task_id="other")) is existing
+    assert lifecycle.fill_missing(existing, new(run_id="r", task_id="other")) is existing

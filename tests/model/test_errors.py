@@ -84,7 +84,10 @@ def test_a_transition_names_the_current_status():
     [
         (Conflict("x", 2, 3), "task 'x': expected revision 2, found 3"),
         (Conflict("x", 2, 0), "task 'x': expected revision 2, found 0"),
-        (Conflict("x", 2, 0, deleted=True), "task 'x': expected revision 2, found a deletion"),
+        (
+            Conflict("x", 2, 0, deleted=True),
+            "task 'x': expected revision 2, but the task is deleted",
+        ),
         (Conflict("x", 0, 0, existing_task_id="y"), "task 'x': task 'y' has the same dedup key"),
     ],
 )
@@ -113,9 +116,10 @@ def test_a_missing_backend_lists_the_installed_ones():
     error = BackendNotFoundError("redis", ["sqlite", "json"], hint="install it")
     assert error.installed == ("json", "sqlite")
     assert str(error) == (
-        "no backend for the URL scheme 'redis'; installed: json:, sqlite: (install it)"
+        "no backend for the URL scheme 'redis' is installed; "
+        "installed schemes: json:, sqlite: (install it)"
     )
-    assert "installed: none" in str(BackendNotFoundError("redis", []))
+    assert "installed schemes: none" in str(BackendNotFoundError("redis", []))
 
 
 def test_an_expired_cursor_says_where_the_journal_begins():

@@ -100,11 +100,11 @@ def test_every_verb_in_every_status(verb, status, outcome):
 def test_edits_do_not_change_final_fields(status):
     record = in_status(status)
     edits = [
-        lifecycle.deliver("delivered")(record, NOW),
-        lifecycle.deliver("failed", last_notified_event_at=9000)(record, NOW),
-        lifecycle.notify("silent")(record, NOW),
-        lifecycle.retain(99_000)(record, NOW),
-        lifecycle.retain(None)(record, NOW),
+        lifecycle.set_delivery_status("delivered")(record, NOW),
+        lifecycle.set_delivery_status("failed", last_notified_event_at=9000)(record, NOW),
+        lifecycle.set_notify_policy("silent")(record, NOW),
+        lifecycle.set_cleanup_after(99_000)(record, NOW),
+        lifecycle.set_cleanup_after(None)(record, NOW),
         lifecycle.link_flow("flow-1")(record, NOW),
         lifecycle.merge_metadata({"a": 1})(record, NOW),
     ]
@@ -119,10 +119,10 @@ def test_edits_do_not_change_final_fields(status):
 def test_repeating_an_edit_changes_nothing(status):
     record = in_status(status, parent_flow_id="flow-1", metadata={"a": 1})
     for edit in (
-        lambda r: lifecycle.deliver("session_queued")(r, NOW),
-        lambda r: lifecycle.deliver("delivered")(r, NOW),
-        lambda r: lifecycle.notify(NotifyPolicy.STATE_CHANGES)(r, NOW),
-        lambda r: lifecycle.retain(99_000)(r, NOW),
+        lambda r: lifecycle.set_delivery_status("session_queued")(r, NOW),
+        lambda r: lifecycle.set_delivery_status("delivered")(r, NOW),
+        lambda r: lifecycle.set_notify_policy(NotifyPolicy.STATE_CHANGES)(r, NOW),
+        lambda r: lifecycle.set_cleanup_after(99_000)(r, NOW),
         lambda r: lifecycle.link_flow("flow-2")(r, NOW),
         lambda r: lifecycle.merge_metadata({"a": 2})(r, NOW),
     ):
@@ -223,9 +223,11 @@ def test_times_do_not_go_before_creation():
     assert lifecycle.start(started_at=6)(record, 5).started_at == 10_000
     assert lifecycle.finish("failed", ended_at=7)(record, 5).ended_at == 10_000
     assert lifecycle.finish("failed")(record, 5).ended_at == 10_000
-    assert lifecycle.retain(1)(record, NOW).cleanup_after == 10_000
+    assert lifecycle.set_cleanup_after(1)(record, NOW).cleanup_after == 10_000
     assert (
-        lifecycle.deliver("failed", last_notified_event_at=3)(record, NOW).last_notified_event_at
+        lifecycle.set_delivery_status("failed", last_notified_event_at=3)(
+            record, NOW
+        ).last_notified_event_at
         == 10_000
     )
 
@@ -250,9 +252,10 @@ def test_progress_folds_white_space():
 def test_delivered_notes_the_event():
     record = in_status(S.SUCCEEDED)
     assert (
-        lifecycle.deliver("delivered")(record, NOW).last_notified_event_at == record.last_event_at
+        lifecycle.set_delivery_status("delivered")(record, NOW).last_notified_event_at
+        == record.last_event_at
     )
-    assert lifecycle.deliver("failed")(record, NOW).last_notified_event_at is None
+    assert lifecycle.set_delivery_status("failed")(record, NOW).last_notified_event_at is None
 
 
 def test_metadata_merges_at_the_top():

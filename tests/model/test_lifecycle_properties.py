@@ -119,7 +119,7 @@ def test_a_changed_record_is_valid(verb, data):
 @given(data=st.data())
 def test_the_record_after_a_repeated_create_is_valid(data):
     asked = data.draw(records())
-    check_mutation(lambda record: lifecycle.attach(record, asked), data)
+    check_mutation(lambda record: lifecycle.fill_missing(record, asked), data)
 
 
 def check_mutation(mutation, data):

@@ -186,7 +186,7 @@ def test_ints():
 def test_an_enum_error_lists_the_members():
     with pytest.raises(ValidationError, match="queued, running, succeeded"):
         check_enum("status", "paused", TaskStatus)
-    with pytest.raises(ValidationError, match="not int"):
+    with pytest.raises(ValidationError, match="is of type int"):
         check_enum("status", 5, TaskStatus)
 
 

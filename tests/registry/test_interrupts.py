@@ -113,7 +113,7 @@ def test_the_moments_are_the_same_on_every_python():
     assert lines == [8, 1, 9, 1, 10, 1, 11, 12, 4, 13, 6, 12, 14]
 
 
-def check_free(path):
+def check_no_foreign_tables(path):
     """Raise if another process could not write now: it shares no lock with our threads."""
     if not path.exists():
         return  # the memory of this process
@@ -142,7 +142,7 @@ def test_an_interrupt_at_any_moment_leaves_no_lock(url, contended, tmp_path):
         text = f"change {moment}"
         where = struck(moment, lambda text=text: registry.record_progress(task_id, text))
         assert gc.isenabled(), f"interrupted at {where}, the garbage collector stays off"
-        check_free(tmp_path / "ledger")
+        check_no_foreign_tables(tmp_path / "ledger")
         stored = registry.store.load_snapshot().records
         assert registry.get(task_id) == stored[task_id], f"interrupted at {where}, memory is wrong"
         after = threading.Thread(

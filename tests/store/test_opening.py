@@ -93,7 +93,7 @@ def test_an_unknown_scheme_lists_the_installed():
 def test_a_scheme_without_its_driver_gets_a_hint():
     with pytest.raises(BackendNotFoundError) as caught:
         open_store("postgresql://ann:secret@host/db")
-    assert "did you mean postgresql+psycopg:" in str(caught.value)
+    assert "did you mean 'postgresql+psycopg:'" in str(caught.value)
     assert "secret" not in str(caught.value)
 
 

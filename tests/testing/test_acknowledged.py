@@ -67,7 +67,7 @@ def test_a_lost_update(registry, changes):
 def test_a_record_that_differs_from_the_journal(registry, changes):
     storage, task_id = registry.store.storage, changes[0].task_id
     storage.current[task_id] = replace(storage.current[task_id], label="other")
-    assert "is not the last one" in problems(registry, changes)
+    assert "differs from the last journal entry" in problems(registry, changes)
 
 
 def test_a_gap_in_the_journal(registry, changes, monkeypatch):

@@ -1,4 +1,4 @@
-"""The registry for asyncio: the same verbs, awaitable.
+"""The registry for asyncio: each verb of the registry, as a coroutine.
 
 The event loop's thread never waits for a store.  A writer thread commits the changes of
 several coroutines as one group, and wakes the event loop once per group.  Lookups read
@@ -38,8 +38,14 @@ from taskstore.registry.cache import Lookups
 from taskstore.registry.commit import Batch, Operation
 from taskstore.registry.follower import Follower
 from taskstore.registry.hooks import Hook, Hooks
-from taskstore.registry.registry import LedgerReader
-from taskstore.registry.verbs import ChangeRun, OperationFactory, RunScope, TaskOperation, TaskRun
+from taskstore.registry.registry import RegistryBase
+from taskstore.registry.verbs import (
+    ChangeRun,
+    OperationFactory,
+    RunScope,
+    RunSelector,
+    TaskOperation,
+)
 from taskstore.store.interface import SupportsJournal, TaskRegistryStore
 from taskstore.store.opening import default_url, open_store
 
@@ -66,20 +72,20 @@ def _async_verb(
     return call
 
 
-class AsyncTaskRegistry(LedgerReader):
+class AsyncTaskRegistry(RegistryBase):
     """A :class:`taskstore.TaskRegistry` for one event loop.
 
-    ``async with AsyncTaskRegistry.open(url) as registry:``.  Verbs are
-    awaited; lookups (``get``, ``find``, ``list``, …) are not awaited.  If the wait
-    for a verb is cancelled, its change is committed completely or not at all.  Hooks
-    are called in order, never in the event loop's thread.  A verb returns after the
-    hooks received its event, unless an earlier event is still being delivered.
+    ``async with AsyncTaskRegistry.open(url) as registry:``.  The caller awaits verbs, but
+    not lookups (``get``, ``find``, ``list``, …).  If the wait for a verb is cancelled,
+    the verb's change is committed completely or not at all.  Hooks are called in order,
+    never in the event loop's thread.  A verb returns after the hooks received its event,
+    unless an earlier event is still being delivered.
     """
 
     def __init__(
         self, store: TaskRegistryStore, *, hooks: Iterable[Hook] = (), clock: Clock | None = None
     ) -> None:
-        """A registry over a store that the caller closes; ``async with`` loads it.
+        """A registry over a store that the caller closes; ``async with`` loads the registry.
 
         :meth:`open` and :meth:`over` return a loaded registry.
         """
@@ -92,10 +98,10 @@ class AsyncTaskRegistry(LedgerReader):
         self._wake_scheduled = False
         self._delivering = False
         self._closing: asyncio.Future[None] | None = None
-        # The pools are separate: waits for commits, and hooks, do not block other calls.
+        # The pools are separate, so that a wait for a commit or a hook does not block other calls.
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="taskstore-aio")
         self._commit_waiter = CommitWaiter(self._loop)
-        self._hook_thread = ThreadPoolExecutor(1, thread_name_prefix="taskstore-hooks")
+        self._hook_executor = ThreadPoolExecutor(1, thread_name_prefix="taskstore-hooks")
 
     @classmethod
     def open(
@@ -134,7 +140,7 @@ class AsyncTaskRegistry(LedgerReader):
         try:
             store = await asyncio.shield(opening)
         except asyncio.CancelledError:
-            # The thread continues: the store that it opens must be closed.
+            # The thread still opens the store: this store must be closed.
             opening.add_done_callback(_close_abandoned)
             raise
         try:
@@ -182,15 +188,16 @@ class AsyncTaskRegistry(LedgerReader):
     def run(
         self, run_id: str, *, runtime: str | None = None, session_key: str | None = None
     ) -> RunScope[Coroutine[Any, Any, list[TaskRecord]]]:
-        """Address every task of a run: see :meth:`taskstore.TaskRegistry.run`."""
-        return RunScope(TaskRun(run_id, runtime, session_key), self._now, self._commit_run)
+        """Return the verbs for all tasks of a run: see :meth:`taskstore.TaskRegistry.run`."""
+        return RunScope(RunSelector(run_id, runtime, session_key), self._now, self._commit_run)
 
     @asynccontextmanager
     async def batch(self) -> AsyncIterator[Self]:
-        """Make all changes in the ``async with`` body one commit: all or nothing.
+        """Commit all changes of the ``async with`` body as one commit, or none of them.
 
-        A batch belongs to the current asyncio task, and to the tasks that it starts in
-        the body, until the body ends.  For the rest see :meth:`taskstore.TaskRegistry.batch`.
+        A batch belongs to the current asyncio task, and to the asyncio tasks that are
+        started in the body, until the body ends.  All other rules are those of
+        :meth:`taskstore.TaskRegistry.batch`.
         """
         outer = self._batch
         batch = self._new_batch(outer)
@@ -218,12 +225,12 @@ class AsyncTaskRegistry(LedgerReader):
     ) -> AsyncIterator[JournalEntry]:
         """Yield the journal entries after a seq, or an entry's ``cursor``, up to the head.
 
-        With ``wait``, ends after this many seconds without an entry.  The first step
-        raises the errors of :meth:`taskstore.TaskRegistry.changes`.
+        With ``wait``, the iterator ends after ``wait`` seconds without an entry.  The
+        first step raises the errors of :meth:`taskstore.TaskRegistry.changes`.
         """
         self._check_open()
-        journal = history.journal_of(self._store, "changes")
-        reader = history.JournalReader(journal, self._cursor(after))
+        journal = history.require_journal(self._store, "changes")
+        reader = history.JournalReader(journal, self._with_commit_id(after))
         if wait is not None:
             check_seconds("wait", wait, 0, history.MAX_WAIT_S)
         deadline = self._loop.time() + (wait or 0)
@@ -258,8 +265,9 @@ class AsyncTaskRegistry(LedgerReader):
     def follow(self) -> AsyncFollower:
         """Start a follower: see :meth:`taskstore.TaskRegistry.follow`.
 
-        The follower's thread calls the hooks for commits of other processes.  An ``async
-        with`` ends the follower.  So does ``stop()``, which does not wait for the thread.
+        The follower's thread calls the hooks for commits of other processes.  The end of
+        an ``async with`` ends the follower, and waits for the thread.  ``stop()`` ends
+        the follower without this wait.
         """
         return self._start_follower(AsyncFollower)
 
@@ -267,7 +275,8 @@ class AsyncTaskRegistry(LedgerReader):
 
     async def close(self) -> None:
         """Commit changes in progress, then close the registry, and the store if :meth:`open`
-        opened it.  May be called more than once; if cancelled, continues in the background."""
+        opened it.  Repeated calls are allowed.  If a call is cancelled, the close continues in
+        the background."""
         if self._closing is None:
             self._closed = True
             closed = StoreClosedError(f"the registry over {self._store.location} is closed")
@@ -279,7 +288,7 @@ class AsyncTaskRegistry(LedgerReader):
 
     def _stop_threads(self, _: object) -> None:
         self._threads.shutdown(wait=False)
-        self._hook_thread.shutdown(wait=False)
+        self._hook_executor.shutdown(wait=False)
 
     async def __aenter__(self) -> Self:
         if self._cache.stale:
@@ -315,7 +324,7 @@ class AsyncTaskRegistry(LedgerReader):
             with self._cache.lock:
                 return batch.add(operation)
         if asyncio.get_running_loop() is not self._loop:
-            # Raised before the commit, because this event loop cannot wait for the commit.
+            # This error is raised before the commit, because this event loop cannot wait for it.
             raise TaskStoreError(
                 f"the registry over {self._store.location} belongs to another event loop",
                 hint="open a registry in each event loop",
@@ -330,12 +339,13 @@ class AsyncTaskRegistry(LedgerReader):
         return request.outcome()
 
     async def _commit_run(
-        self, run: TaskRun, make_operation: Callable[[], TaskOperation]
+        self, run: RunSelector, make_operation: Callable[[], TaskOperation]
     ) -> list[TaskRecord]:
         return await self._commit(ChangeRun(run, make_operation()))
 
     def _notify_done(self, done: asyncio.Future[None]) -> None:
-        """Wake the event loop once per group of done requests.  Called in the writer thread."""
+        """Wake the event loop once per group of done requests.  The writer thread calls this
+        method."""
         self._done.append(done)
         if not self._wake_scheduled:
             self._wake_scheduled = True
@@ -365,7 +375,7 @@ class AsyncTaskRegistry(LedgerReader):
             if self._hooks.events and not self._closed:
                 self._deliver_events(())
 
-        self._loop.run_in_executor(self._hook_thread, self._hooks.deliver).add_done_callback(
+        self._loop.run_in_executor(self._hook_executor, self._hooks.deliver).add_done_callback(
             delivered
         )
 
@@ -387,11 +397,11 @@ def _close_abandoned(opening: asyncio.Future[TaskRegistryStore]) -> None:
 
 
 class AsyncFollower(Follower):
-    """A follower that does not block the event loop: ``async with`` waits for its thread,
-    ``stop()`` does not wait."""
+    """A follower that does not block the event loop: ``async with`` waits for the follower's
+    thread, ``stop()`` does not wait."""
 
     def stop(self) -> None:
-        """Ask the thread to end.  May be called by a hook, and more than once."""
+        """Ask the thread to end.  Repeated calls are allowed, also from a hook."""
         self.request_stop()
 
     async def __aenter__(self) -> Self:
@@ -403,7 +413,7 @@ class AsyncFollower(Follower):
 
 
 class RegistryOpener(Coroutine[Any, Any, R], AbstractAsyncContextManager[R]):
-    """Opens a registry: ``await`` it, or use ``async with``, which also closes the registry."""
+    """Opens a registry in an ``await``, or in an ``async with``, which also closes the registry."""
 
     def __init__(self, opening: Coroutine[Any, Any, R]) -> None:
         self._opening = opening
@@ -474,8 +484,9 @@ class CommitWaiter:
     async def _poll(self, journal: SupportsJournal) -> None:
         try:
             while self._waiters:
-                # If a coroutine starts to wait during this call, ``wait_for`` returns at once
-                # if ``self._head`` is above its seq.  Otherwise a later head wakes the coroutine.
+                # If a coroutine starts to wait during this call, ``wait_for`` returns at once if
+                # ``self._head`` is above the seq of this wait.  Otherwise a later head wakes the
+                # coroutine.
                 self._head = await self._loop.run_in_executor(
                     self._thread, _next_head, journal, self._head
                 )

@@ -1,4 +1,4 @@
-"""The command line: ``taskstore``, one file per group of commands."""
+"""The command line ``taskstore``, with one file for each group of commands."""
 
 from taskstore.cli.app import main
 

@@ -86,7 +86,7 @@ def options(
             "--url",
             metavar="URL",
             envvar=URL_VARIABLE,
-            help="The URL of the ledger; the option may also follow the command.",
+            help="The URL of the ledger; the option can also follow the command.",
             show_default=False,
         ),
     ] = None,
@@ -115,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader closed the pipe.  Without the null device, Python prints an error at exit.
+        # The reader closed the pipe.  The null device replaces the pipe, because Python would
+        # otherwise print an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     return status
@@ -141,9 +142,9 @@ def _invoke(arguments: list[str]) -> int:
         print_error(f"{error.strerror or error}{where}")
         return ERROR
     except Exception as error:
-        # Typer's versions define usage errors in different modules, so no class is named here.
+        # Each version of Typer defines usage errors in another module, so the code checks a method.
         if hasattr(error, "format_message"):
-            if message := error.format_message():  # empty if the help was printed instead
+            if message := error.format_message():  # the message is empty if the help was printed
                 context = getattr(error, "ctx", None)
                 path = "taskstore" if context is None else context.command_path
                 print_error(f"{message.rstrip('.')} (see {path} --help)")

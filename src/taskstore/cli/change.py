@@ -33,10 +33,12 @@ def cancel(
     ctx: typer.Context,
     token: Token,
     *,
-    reason: Annotated[str | None, typer.Option(help="This becomes the task's error.")] = None,
+    reason: Annotated[
+        str | None, typer.Option(help="The reason, which becomes the task's error.")
+    ] = None,
     url: Url = None,
 ) -> None:
-    """Record a task as cancelled. No process is stopped: the runner must check the record."""
+    """Record a task as cancelled. This stops no process: the runner must check the record."""
     with ledger.open_existing(url_of(ctx, url)) as store:
         task_id = find_one(store, token, status=ACTIVE_STATUSES).task_id
         record = change(store, task_id, lifecycle.cancel(reason))
@@ -49,13 +51,15 @@ def cancel(
 def notify(
     ctx: typer.Context,
     token: Token,
-    policy: Annotated[NotifyPolicy, typer.Argument(help="When to notify the owner.")],
+    policy: Annotated[
+        NotifyPolicy, typer.Argument(help="The events that the owner is notified of.")
+    ],
     *,
     url: Url = None,
 ) -> None:
-    """Set when a task's owner is notified."""
+    """Set the events that the owner of a task is notified of."""
     with ledger.open_existing(url_of(ctx, url)) as store:
-        record = change(store, find_one(store, token).task_id, lifecycle.notify(policy))
+        record = change(store, find_one(store, token).task_id, lifecycle.set_notify_policy(policy))
     task_id = render.escape_controls(record.task_id)
     render.print_line(f"the notify policy of {task_id} is {record.notify_policy}")
 
@@ -83,7 +87,7 @@ def change(
     *,
     known: TaskRecord | None = None,
 ) -> TaskRecord:
-    """Apply a pure function to one record, store the result and return it.
+    """Apply a pure function to one record; store and return the result.
 
     ``known`` is the last known record, which the first attempt uses instead of a read.
     After a conflict with another writer, the function runs again on the current record.
@@ -94,7 +98,7 @@ def change(
         record, known = known or ledger.get(store, task_id), None
         after = mutation(record, store.clock())
         if after is not record:
-            # The function may add several revisions; the store accepts exactly one.
+            # The function can add several revisions; the store accepts exactly one new revision.
             after = replace(after, revision=record.revision + 1)
             store.apply([Put(after)])
         return after
@@ -110,7 +114,7 @@ def remove(store: TaskRegistryStore, task_id: str) -> None:
 
 
 def _retry_conflicts(attempt: Callable[[], _T]) -> _T:
-    """Retry after conflicts with other writers, with a backoff of milliseconds."""
+    """Call ``attempt``; after a conflict with another writer, wait some milliseconds and retry."""
     backoff = Backoff(0.002, 0.05)
     for _ in range(1, MAX_ATTEMPTS):
         with suppress(ConflictError):
@@ -120,7 +124,7 @@ def _retry_conflicts(attempt: Callable[[], _T]) -> _T:
 
 
 def find_one(store: TaskRegistryStore, token: str, **preferred: Any) -> TaskRecord:
-    """Return the one task that a token names.
+    """Return the task that a token names.
 
     If a token names several tasks, exactly one of these tasks must have the
     preferred field values; otherwise the function raises :class:`Misuse`.
@@ -146,7 +150,7 @@ def confirm(question: str) -> None:
 
 
 def _process_hint(record: TaskRecord) -> str | None:
-    """Describe the ``taskstore run`` process of a record, if this process may be alive."""
+    """Return a text about the ``taskstore run`` process of a record; ``None`` if it has ended."""
     metadata = record.metadata
     pid, host = metadata.get("pid"), metadata.get("host")
     if record.runtime != "cli" or type(pid) is not int or pid <= 1:

@@ -1,8 +1,8 @@
 """The child process that runs a command: output, last line and signals.
 
-The command runs in a session of its own, so that one signal reaches the command and
-its child processes.  The command has ended when it has exited and no process has the
-command's output open.  A shell's pipeline ends in the same way.
+The command runs in a session of its own, so that one signal reaches the command and its
+child processes.  The command has ended when it has exited and no process has the
+command's output open.  A shell uses the same rule for a pipeline.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ MAX_WAIT_S = 3600.0
 """The longest single wait for a queue item."""
 
 KILL_TIMEOUT_S = 2.0
-"""How long to wait for a process to end after SIGKILL."""
+"""The maximum time from SIGKILL to the end of a process, in seconds."""
 
 POLL_S = 0.2
-"""How often to poll whether a signaled process group has ended."""
+"""The interval of the polls for the end of a signaled process group, in seconds."""
 
 MAX_LINE_BYTES = 4 * SUMMARY_BYTES
-"""How many bytes of a line are used: enough for a summary after colours are removed."""
+"""The maximum used bytes of a line, enough for a summary after colours are removed."""
 
 CHUNK_BYTES = 64 * 1024
 OUT, ERR = 1, 2
@@ -75,7 +75,7 @@ class SignalQueue:
 
 @contextlib.contextmanager
 def forwarded_signals() -> Iterator[SignalQueue]:
-    """Queue SIGCHLD and the signals to forward; signals that were ignored stay ignored.
+    """Put SIGCHLD and the forwarded signals in a queue; an ignored signal stays ignored.
 
     A Python signal handler runs only when the main thread executes bytecode.  If
     a signal arrives just before the main thread waits, or in another thread, the
@@ -132,11 +132,12 @@ class Child:
     def wait(self, *, timeout_s: float, grace_s: float) -> tuple[int, int | None]:
         """Wait until the command has ended; stop the command at the timeout or at a signal.
 
-        The process group gets the signal (SIGTERM at the timeout).  The group gets SIGKILL
-        after ``grace_s`` seconds or at a second signal.  If the group has ended but another
-        process has the output open, the method waits ``KILL_TIMEOUT_S`` seconds more.
-        Returns the return code as :mod:`subprocess` defines it, and the reason for
-        the stop: ``TIMEOUT``, a signal number, or ``None`` if the command ended by itself.
+        At a signal, the process group gets the same signal; at the timeout, the group
+        gets SIGTERM.  The group gets SIGKILL after ``grace_s`` seconds or at a second
+        signal.  If the group has ended but another process has the output open, the
+        method waits at most ``KILL_TIMEOUT_S`` seconds longer.  Returns the return code as
+        :mod:`subprocess` defines it, and the reason for the stop: ``TIMEOUT``, a signal
+        number, or ``None`` if the command ended by itself.
         """
         deadline = time.monotonic() + timeout_s
         streams, cause, killed = 2, None, False
@@ -160,16 +161,16 @@ class Child:
             elif item == TIMEOUT:
                 break  # SIGKILL had no effect, or another session has the output open
         if cause is not None and not killed:
-            self.send(signal.SIGKILL)  # processes of the group may outlive the leader
+            self.send(signal.SIGKILL)  # processes of the group can outlive the leader
         returncode = self._process.poll()
         return -signal.SIGKILL if returncode is None else returncode, cause
 
     def send(self, number: int) -> None:
         """Send a signal to the process group of the command.
 
-        The kernel may reuse the group's number after the leader was reaped and the last
-        process of the group has ended.  After the kernel has reported that the group
-        does not exist, the method sends no more signals.
+        The kernel can reuse the group's number after the leader was reaped and the last
+        process of the group has ended.  After the kernel has reported that the group does
+        not exist, the method sends no more signals.
         """
         if not self._gone:
             try:
@@ -205,7 +206,7 @@ def _copy_stream(
 
 
 def _write_all(sink: int, chunk: bytes) -> None:
-    """Write a whole chunk; the descriptor may be non-blocking."""
+    """Write a whole chunk; the descriptor can be non-blocking."""
     rest = memoryview(chunk)
     while rest:
         try:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Manage the schema of an SQL ledger.", no_args_is_help=True)
 
-_SQL = "taskstore.stores.sql:"
+_SQL_ENTRY_PREFIX = "taskstore.stores.sql:"
 
 
 @app.command()
@@ -45,7 +45,9 @@ def downgrade(
     ctx: typer.Context,
     revision: Annotated[
         str | None,
-        typer.Argument(help="The target revision; base drops the tables. Default: one step back."),
+        typer.Argument(
+            help="The target revision; 'base' drops the tables. Default: the previous revision."
+        ),
     ] = None,
     *,
     yes: Annotated[
@@ -74,11 +76,11 @@ def downgrade(
 def current(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> None:
     """Print the revision of the ledger's schema."""
     from taskstore.stores.sql import migrate
-    from taskstore.stores.sql.tables import REVISIONS
+    from taskstore.stores.sql.tables import SCHEMA_REVISIONS
 
     with _engine(sql_url_of(ctx, url), read_only=True) as engine:
         revision = migrate.current(engine)
-    head = REVISIONS[-1]
+    head = SCHEMA_REVISIONS[-1]
     if as_json:
         render.print_json({"revision": revision, "head": head})
     else:
@@ -121,7 +123,7 @@ def sql_url_of(ctx: typer.Context, url: str | None) -> str:
     declared = installed_backends()
     if scheme not in declared:
         raise BackendNotFoundError(scheme, declared)
-    if not declared[scheme][0].value.startswith(_SQL):
+    if not declared[scheme][0].value.startswith(_SQL_ENTRY_PREFIX):
         raise Misuse(f"{redacted(where)} is not an SQL ledger, so it has no schema")
     return where
 
@@ -156,4 +158,4 @@ def _print_move(before: str | None, after: str | None) -> None:
     if before == after:
         render.print_line(f"the schema revision is still {after or 'none'}")
     else:
-        render.print_line(f"the schema revision is {after or 'none'}; before: {before or 'none'}")
+        render.print_line(f"the schema revision is {after or 'none'}; it was {before or 'none'}")

@@ -51,10 +51,10 @@ The ledger is {{url}}. Next steps:
 
 
 class Job(NamedTuple):
-    """A command to record, and its expected end.
+    """A command to record, and its expected result.
 
-    ``status`` is the expected status in the ledger.  ``exit_status`` is the expected
-    exit status of the recorder; if negative, the number of the signal that killed it.
+    ``status`` is the expected status in the ledger.  ``exit_status`` is the expected exit
+    status of the recorder; a negative number -n means that signal n killed the recorder.
     """
 
     label: str
@@ -85,7 +85,7 @@ def demo(
     ] = None,
     url: Url = None,
 ) -> int:
-    """Record commands concurrently, kill a recorder, restart, compact and verify.
+    """Record commands concurrently, kill a recorder, reopen the ledger, compact and verify.
 
     The demo takes about 15 seconds and checks each step. If a check fails, the exit
     status is 1.
@@ -133,7 +133,7 @@ def jobs(root: Path) -> list[Job]:
 def _record(url: str, root: Path, demo_jobs: Sequence[Job]) -> dict[str, str]:
     """Record the jobs concurrently; return the acknowledged task ids by label."""
     with open_store(url) as store:
-        head = history.journal_of(store, "the demo").head()
+        head = history.require_journal(store, "the demo").head()
     _print_heading(f"{len(demo_jobs)} commands, recorded concurrently in {redacted(url)}")
     recorders: dict[str, subprocess.Popen[bytes]] = {}
     try:
@@ -146,7 +146,7 @@ def _record(url: str, root: Path, demo_jobs: Sequence[Job]) -> dict[str, str]:
         _watch(url, head, recorders)
         for job in demo_jobs:
             status = recorders[job.label].wait()
-            problem = f"{job.label!r} exited with status {status}, not {job.exit_status}"
+            problem = f"{job.label!r} exited with status {status}; expected: {job.exit_status}"
             _check(status == job.exit_status, problem)
     finally:
         for recorder in recorders.values():
@@ -194,9 +194,13 @@ def _restart(url: str, demo_jobs: Sequence[Job], ids: dict[str, str]) -> None:
         status = statuses.get(ids[job.label])
         _check(status is not None, f"task {ids[job.label]} is missing")
         expected = "running" if job.label == ORPHANED else job.status
-        _check(status == expected, f"{job.label!r} is {status}, not {expected}")
-    render.print_line(f"{len(ids)} tasks acknowledged, {len(statuses.keys() & ids.values())} found")
-    render.print_line(f"{ORPHANED!r} still has the status running: SIGKILL ended its recorder")
+        _check(status == expected, f"{job.label!r} is {status}; expected: {expected}")
+    render.print_line(
+        f"{len(ids)} tasks acknowledged, {len(statuses.keys() & ids.values())} tasks found"
+    )
+    render.print_line(
+        f"{ORPHANED!r} still has the status running, because SIGKILL ended its recorder"
+    )
 
 
 def _reconcile(url: str, ids: dict[str, str]) -> None:
@@ -211,7 +215,7 @@ def _reconcile(url: str, ids: dict[str, str]) -> None:
             if task.task_id in ids.values() and not is_alive(pid):
                 registry.mark_lost(task.task_id, error=f"its recorder, pid {pid}, has ended")
                 lost.append(task.task_id)
-    _check(lost == [ids[ORPHANED]], f"the tasks marked as lost are {lost}, not {ids[ORPHANED]}")
+    _check(lost == [ids[ORPHANED]], f"lost tasks: {lost}; expected: {ids[ORPHANED]}")
     _run_and_print(url, "list", "--status=lost")
 
 
@@ -220,7 +224,7 @@ def _check_history(url: str, task_id: str) -> None:
     answer = _query(url, "log", task_id)
     _check(answer["complete"], "the history does not begin at revision 1")
     last = answer["entries"][-1]["record"]["status"]
-    _check(last == "lost", f"the history ends with the status {last}, not lost")
+    _check(last == "lost", f"the last status in the history is {last}; expected: lost")
     _run_and_print(url, "log", task_id, last=8)
 
 
@@ -259,7 +263,7 @@ def _query(url: str, *words: str) -> Any:
 
 
 def _run_and_print(url: str, *words: str, last: int | None = None) -> None:
-    """Run a command; print the command and its output, or only the ``last`` lines."""
+    """Run a command; print the command and its output, or only the ``last`` lines of the output."""
     tail = "" if last is None else f" | tail -n {last}"
     render.print_line(f"$ taskstore {shlex.join(words)}{tail}")
     for line in _run(url, *words).splitlines()[-(last or 0) :]:
@@ -267,7 +271,7 @@ def _run_and_print(url: str, *words: str, last: int | None = None) -> None:
 
 
 def _run(url: str, *words: str) -> str:
-    """Run a command of taskstore to its end; return its output."""
+    """Run a command of taskstore until it ends; return the output of the command."""
     process = _start(url, *words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = (text.decode() for text in process.communicate())
     problem = f"taskstore {words[0]} exited with status {process.returncode}: {err.strip()}"

@@ -20,7 +20,7 @@ import typer
 from taskstore.errors import TaskNotFound, TaskStoreError
 from taskstore.model.query import SESSION_KEY, Page, Summary, TaskQuery, evaluate
 from taskstore.model.records import ACTIVE_STATUSES, TaskRecord
-from taskstore.registry.history import EARLIEST_TIME
+from taskstore.registry.history import MIN_UNIX_MS
 from taskstore.store.interface import SupportsQuery, TaskRegistryStore
 from taskstore.store.opening import default_url, open_store
 
@@ -39,7 +39,7 @@ Url = Annotated[
         "--url",
         metavar="URL",
         help=f"The URL of the ledger, such as sqlite:///tasks.db. Default: {URL_VARIABLE}, "
-        "else an SQLite file in your state directory.",
+        "or else an SQLite file in your state directory.",
         show_default=False,
     ),
 ]
@@ -55,7 +55,7 @@ class Misuse(TaskStoreError):
 
 
 def url_of(ctx: typer.Context, url: str | None) -> str:
-    """Return the URL: ``--url`` after the command or before it, the environment, the default."""
+    """Return the URL from ``--url``, from the environment, or else the default URL."""
     if url is None:
         url = ctx.find_root().params.get("url")
     return default_url() if url is None else url
@@ -65,7 +65,9 @@ def parse_duration(text: str) -> float:
     """Parse a duration into seconds: ``90``, ``1.5s``, ``5m``, ``2h``, ``3d`` or ``1w``."""
     match = _DURATION.match(text.strip())
     if match is None:
-        raise typer.BadParameter(f"{text!r} is not a duration such as 90, 1.5s, 5m, 2h or 3d")
+        raise typer.BadParameter(
+            f"{text!r} is not a duration such as '90', '1.5s', '5m', '2h' or '3d'"
+        )
     return float(match[1]) * _UNITS[match[2] or "s"]
 
 
@@ -85,9 +87,9 @@ def parse_time(text: str) -> int:
     """
     text = text.strip()
     if text.isdecimal():
-        if int(text) < EARLIEST_TIME:
+        if int(text) < MIN_UNIX_MS:
             raise typer.BadParameter(
-                f"{text!r} is not a time in Unix milliseconds; for an age add a unit, as in {text}h"
+                f"{text!r} is not a time in Unix milliseconds; for an age, add a unit: '{text}h'"
             )
         return int(text)
     if _DURATION.match(text):
@@ -96,7 +98,7 @@ def parse_time(text: str) -> int:
         parsed = datetime.fromisoformat(text)
     except ValueError:
         raise typer.BadParameter(
-            f"{text!r} is not a time: use 2026-01-31T14:00Z, 2h, 3d or Unix milliseconds"
+            f"{text!r} is not a time: use '2026-01-31T14:00Z', '2h', '3d' or Unix milliseconds"
         ) from None
     return int(parsed.replace(tzinfo=parsed.tzinfo or UTC).timestamp() * 1000)
 
@@ -107,7 +109,7 @@ def open_reader(url: str) -> TaskRegistryStore:
 
 
 def open_existing(url: str) -> TaskRegistryStore:
-    """Open an existing ledger for changes; raise for a missing ledger, and do not create it."""
+    """Open an existing ledger for changes; if the ledger is missing, raise and do not create it."""
     open_reader(url).close()
     return open_store(url, migrate="never")
 
@@ -121,7 +123,7 @@ def run_query(store: TaskRegistryStore, query: TaskQuery) -> Page:
 
 
 def get(store: TaskRegistryStore, task_id: str) -> TaskRecord:
-    """Return one record; raise :class:`~taskstore.TaskNotFound` if it does not exist."""
+    """Return one record; raise :class:`~taskstore.TaskNotFound` if the task does not exist."""
     page = run_query(store, TaskQuery(task_id=task_id, limit=1))
     if not page:
         raise TaskNotFound(task_id)
@@ -142,10 +144,11 @@ class TokenMatch(NamedTuple):
 
 
 def find(store: TaskRegistryStore, token: str) -> TokenMatch:
-    """Return the task with this id, else a task of this run, else a task of this session.
+    """Return the task whose id, or else run id, or else session key is the token.
 
-    For a run or session, returns the newest active task, else the newest task.
-    Raises :class:`~taskstore.TaskNotFound`.
+    If several tasks of a run or session match, the function returns the newest active
+    task, or the newest task if no task is active.  Raises
+    :class:`~taskstore.TaskNotFound`.
     """
     for field in ("task_id", "run_id", SESSION_KEY):
         filters: dict[str, Any] = {field: token}

@@ -90,7 +90,8 @@ def compact(
 
 
 def verify(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> int:
-    """Check that the seqs are contiguous, checksums match, and the journal folds to the records."""
+    """Check that seqs are contiguous, checksums match, and the folded journal equals the
+    records."""
     with open_for_reading(ctx, url) as store:
         if not isinstance(store, SupportsIntegrity):
             raise UnsupportedError(f"{store.location}: this backend has no integrity check")
@@ -122,14 +123,14 @@ def backends(*, as_json: AsJson = False) -> None:
 
 
 def _describe(entry: EntryPoint) -> dict[str, Any]:
-    """Import a declared backend and its driver, and describe the backend."""
+    """Import a declared backend and its driver; return a description of the backend."""
     abilities, problem = None, None
     try:
         abilities = _abilities(entry.load())
         _, _, driver = entry.name.partition("+")  # a scheme such as postgresql+psycopg
         if driver:
             importlib.import_module(driver)
-    except Exception as error:  # noqa: BLE001 (a third-party module may raise anything)
+    except Exception as error:  # noqa: BLE001 (a third-party module can raise anything)
         problem = f"{type(error).__name__}: {error}"
     return {
         "scheme": entry.name,
@@ -142,7 +143,7 @@ def _describe(entry: EntryPoint) -> dict[str, Any]:
 
 
 def _abilities(opener: Any) -> list[str] | None:
-    """The abilities of the store class that a callable returns; ``None`` without annotation."""
+    """Return the abilities of the class that ``opener`` returns; ``None`` without an annotation."""
     returned = get_type_hints(opener).get("return")
     if not isinstance(returned, type) or returned is TaskRegistryStore:
         return None
@@ -165,11 +166,14 @@ OUTCOMES = ("passed", "failed", "skipped")
 
 def contract(
     url: Annotated[
-        str, typer.Argument(metavar="URL", help="A backend URL; the suite changes no data there.")
+        str,
+        typer.Argument(
+            metavar="URL", help="The URL of a backend; its existing data does not change."
+        ),
     ],
     *,
     level: Annotated[
-        list[str] | None, typer.Option("--level", help="Run only this level; may be repeated.")
+        list[str] | None, typer.Option("--level", help="Run only this level; repeatable.")
     ] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -216,7 +220,8 @@ def _run_suite(url: str, levels: list[str]) -> list[dict[str, Any]]:
         report = Path(directory) / "report.json"
         (Path(directory) / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
         arguments = [
-            # Loads the plugin if autoload is off; the entry point's name prevents a second load.
+            # ``-p taskstore`` loads the plugin if autoload is off; the entry point's name
+            # prevents a second load.
             *("-p", "taskstore", "-p", "no:cacheprovider"),
             *("--pyargs", "taskstore.testing.suite", "-q"),
             *("-c", str(Path(directory) / "pytest.ini"), "--rootdir", directory),
@@ -238,7 +243,7 @@ def _level_verdict(clauses: list[dict[str, Any]]) -> dict[str, Any]:
     if counts["failed"]:
         verdict = "broken"
     elif counts["passed"]:
-        # A clause skipped for a missing ability does not reduce the verdict.
+        # A clause that is skipped for a missing ability does not change the verdict.
         unsupported = any("does not guarantee" in (clause["reason"] or "") for clause in clauses)
         verdict = "kept in part" if unsupported else "kept"
     else:

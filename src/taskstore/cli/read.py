@@ -44,7 +44,7 @@ def list_tasks(
     ctx: typer.Context,
     *,
     status: Annotated[
-        list[TaskStatus] | None, typer.Option(help="Only tasks with this status; may be repeated.")
+        list[TaskStatus] | None, typer.Option(help="Only tasks with this status; repeatable.")
     ] = None,
     runtime: Annotated[str | None, typer.Option(help="Only tasks with this runtime.")] = None,
     owner: Annotated[str | None, typer.Option(help="Only tasks with this owner key.")] = None,
@@ -69,9 +69,9 @@ def list_tasks(
 ) -> None:
     """List tasks, newest first.
 
-    On a terminal, the command prints a table, else one tab-separated line per task:
-    id, status, runtime, owner, run, created, ended, label, task, latest message.
-    Times are UTC. --json prints one object with tasks, next_cursor and seq.
+    On a terminal, the command prints a table. Otherwise it prints one tab-separated line
+    per task: id, status, runtime, owner, run, created, ended, label, task, latest
+    message. Times are in UTC. --json prints one object with tasks, next_cursor and seq.
     """
     options: dict[str, Any] = {
         "status": status,
@@ -123,7 +123,7 @@ def _list_line(record: TaskRecord) -> Sequence[str]:
 
 
 def _next_page_command(options: dict[str, Any]) -> str:
-    """The list command with these options.  The URL is omitted: it may contain a password."""
+    """Return the list command with these options, without the URL, which can contain a password."""
     words = ["taskstore", "list"]
     for name, value in options.items():
         if name not in ("url", "as_json"):
@@ -135,13 +135,15 @@ def _next_page_command(options: dict[str, Any]) -> str:
 def show(ctx: typer.Context, token: Token, *, as_json: AsJson = False, url: Url = None) -> None:
     """Show all fields of one task.
 
-    For a run or session, shows the newest active task. If no task is active, shows the
-    newest task.
+    For a run or session, the command shows the newest active task, or the newest task if
+    no task is active.
     """
     with open_for_reading(ctx, url) as store:
         match = ledger.find(store, token)
     if match.ambiguous:
-        render.print_note(f"other tasks match too: {match.list_command(token)}")
+        render.print_note(
+            f"other tasks also match; to list all of them: {match.list_command(token)}"
+        )
     members = render.record_members(match.record)
     if as_json:
         render.print_json(members)
@@ -162,11 +164,11 @@ def _field_text(name: str, value: Any) -> str:
 def log(ctx: typer.Context, token: Token, *, as_json: AsJson = False, url: Url = None) -> None:
     """Show a task's history: the changed fields of each revision.
 
-    A deleted task is found by its id only. Prints one line per changed field:
-    seq, time, revision, field, before, after.
+    For a deleted task, TOKEN must be the task id. The command prints one line per changed
+    field: seq, time, revision, field, before, after.
     """
     with open_for_reading(ctx, url) as store:
-        history.journal_of(store, "log")
+        history.require_journal(store, "log")
         try:
             task_id = ledger.find(store, token).record.task_id
         except TaskNotFound:
@@ -175,7 +177,7 @@ def log(ctx: typer.Context, token: Token, *, as_json: AsJson = False, url: Url =
     if not entries:
         raise TaskNotFound(token)
     if entries[0].revision > 1:
-        render.print_note(f"the history before revision {entries[0].revision} was compacted away")
+        render.print_note(f"compaction removed the history before revision {entries[0].revision}")
     steps = [
         (entry, changed_fields(before, entry))
         for before, entry in zip([None, *entries], entries, strict=False)
@@ -204,7 +206,8 @@ def _print_log(rows: Iterable[Sequence[str]]) -> None:
 
 
 def changed_fields(before: JournalEntry | None, entry: JournalEntry) -> dict[str, list[Any]]:
-    """Return changed fields as [before, after]; for the first entry, all fields that are set."""
+    """Return changed fields as [before, after]; for the first entry, return all fields
+    that are set."""
     if entry.record is None:
         return {}
     old = {} if before is None or before.record is None else render.record_members(before.record)
@@ -276,7 +279,7 @@ def changes(
 ) -> None:
     """Print the journal: every change in commit order.
 
-    Prints one tab-separated line per change: seq, time, kind, id, revision,
+    The command prints one tab-separated line per change: seq, time, kind, id, revision,
     status, message. --json prints one object per line.
     """
     with open_for_reading(ctx, url) as store:
@@ -290,7 +293,7 @@ def changes(
 def _entries(
     store: TaskRegistryStore, after: str | None, *, follow: bool
 ) -> Iterator[JournalEntry]:
-    journal = history.journal_of(store, "changes")
+    journal = history.require_journal(store, "changes")
     if after is None:
         cursor: int | str = journal.floor() - 1
     elif after == "head":
@@ -306,7 +309,7 @@ def _entries(
 
 
 def _entry_members(entry: JournalEntry) -> dict[str, Any]:
-    """A journal entry as a JSON object."""
+    """Return a journal entry as a JSON object."""
     members: dict[str, Any] = {
         "seq": entry.seq,
         "cursor": entry.cursor,

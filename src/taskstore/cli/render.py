@@ -95,12 +95,12 @@ def duration(length_s: float) -> str:
 
 
 def title_of(record: TaskRecord) -> str:
-    """The label of a task, or its task text."""
+    """Return the label of a task, or the task text if the label is not set."""
     return record.label or record.task
 
 
 def latest_message(record: TaskRecord) -> str:
-    """The error of a task, else its terminal summary, else its progress summary."""
+    """Return a task's error, or else its terminal summary, or else its progress summary."""
     return record.error or record.terminal_summary or record.progress_summary or EMPTY
 
 

@@ -29,30 +29,48 @@ from taskstore.store.opening import open_store
 
 RUNTIME = "cli"
 TIMED_OUT, NOT_EXECUTABLE, NOT_FOUND, SIGNAL_BASE = 124, 126, 127, 128
-"""Exit statuses as in timeout(1) and the shell; 128 + n if signal n killed the command."""
+"""Exit statuses, as in timeout(1) and the shell; 128 + n means that signal n killed the command."""
 
 GRACE_S = 10.0
-"""How long a signaled command may take to end before it gets SIGKILL."""
+"""The maximum time from the first signal to SIGKILL, in seconds."""
 
 PROGRESS_INTERVAL_S = 1.0
 """The minimum interval between two recorded progress changes."""
 
 RETRY_TIMEOUT_S = 5.0
-"""How long the recorder retries to record the end after store errors."""
+"""The maximum time for retries to record the final status after store errors, in seconds."""
 
 RETRY_INTERVAL_S = 0.2
-"""The interval between two retries to record the end."""
+"""The interval between two retries to record the final status, in seconds."""
 
 STORE_TIMEOUT_S = 45.0
-"""How long to wait for the store to record the end; longer than the lock timeout of 30 s."""
+"""The maximum wait for the final status to be stored; longer than the lock timeout of 30 s."""
 
 
 class CommandResult(NamedTuple):
-    """The recorded end of a command, and the exit status of ``taskstore run``."""
+    """The final status of a command, and the exit status of ``taskstore run``."""
 
     status: TaskStatus
     exit_status: int
     error: str | None = None
+
+
+Timeout = Annotated[
+    float | None,
+    typer.Option(
+        parser=parse_positive_duration,
+        metavar="S",
+        help="Stop the command after this time: 90, 5m, 2h...",
+    ),
+]
+Grace = Annotated[
+    float | None,
+    typer.Option(
+        parser=parse_duration,
+        metavar="S",
+        help=f"The time from the first signal to SIGKILL; default {GRACE_S:g}.",
+    ),
+]
 
 
 def run(
@@ -61,27 +79,17 @@ def run(
         list[str], typer.Argument(metavar="CMD", help="The command to run.", show_default=False)
     ],
     *,
-    label: Annotated[str | None, typer.Option(help="A short name, shown in lists.")] = None,
+    label: Annotated[str | None, typer.Option(help="A short name for lists.")] = None,
     owner: Annotated[str | None, typer.Option(help="The owner key of the task.")] = None,
     session: Annotated[str | None, typer.Option(help="The requester's session key.")] = None,
     run_id: Annotated[
         str | None,
-        typer.Option(help="Run the command only once: exit 1 if this run is already recorded."),
-    ] = None,
-    timeout: Annotated[
-        float | None,
         typer.Option(
-            parser=parse_positive_duration, metavar="S", help="Stop the command after 90, 5m, 2h..."
+            help="The run id. If the run is already recorded, the command is not started (exit 1)."
         ),
     ] = None,
-    grace: Annotated[
-        float | None,
-        typer.Option(
-            parser=parse_duration,
-            metavar="S",
-            help=f"The time from the first signal to SIGKILL; default {GRACE_S:g}.",
-        ),
-    ] = None,
+    timeout: Timeout = None,
+    grace: Grace = None,
     id_file: Annotated[
         Path | None,
         typer.Option(help="Write the task id to this file before the command starts."),
@@ -90,14 +98,14 @@ def run(
 ) -> int:
     """Run a command and record it as a task.
 
-    The output is copied unchanged; the last line becomes the task's progress.
-    The command writes to pipes and has no controlling terminal. The command has
-    ended when it has exited and no process has its output open, as in a pipeline.
-    The exit status is the command's status: 128+n if signal n killed the command,
-    124 after the timeout, 126 or 127 if the command cannot be started. If the task
-    cannot be recorded, the command is not started (exit status 3). Later store
-    errors are printed and do not stop the command. Ctrl-C, SIGTERM and SIGHUP are
-    forwarded to the command; a second signal kills the command.
+    The output is copied unchanged; the last line becomes the task's progress. The command
+    writes to pipes and has no controlling terminal. The command has ended when it has
+    exited and no process has its output open, as in a pipeline. The exit status is the
+    exit status of the command. It is 128+n if signal n killed the command, 124 after the
+    timeout, and 126 or 127 if the command cannot be started. If the task cannot be
+    recorded, the command is not started (exit status 3). Later store errors are printed
+    and do not stop the command. Ctrl-C, SIGTERM and SIGHUP are forwarded to the command;
+    a second signal kills the command.
     """
     fields = {
         "label": label,
@@ -128,7 +136,7 @@ def _run(
     timeout_s: float,
     grace_s: float,
 ) -> int:
-    """Record the task, run the command, record the end; return the exit status."""
+    """Record the task, run the command, record the final status; return the exit status."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(store)
         queue = stack.enter_context(forwarded_signals())
@@ -196,7 +204,7 @@ def result_of(returncode: int, cause: int | None, timeout_s: float) -> CommandRe
 
 
 def _create(store: TaskRegistryStore, record: TaskRecord) -> bool:
-    """Record the task as running; if its run is already recorded, print a note and return false."""
+    """Record the task as running; if the run is already recorded, print a note and return false."""
     try:
         store.apply([Put(record)])
     except ConflictError as error:
@@ -215,7 +223,7 @@ def _create(store: TaskRegistryStore, record: TaskRecord) -> bool:
 
 
 def _warn_if_unrecorded(recorder: Recorder, result: CommandResult) -> None:
-    """Print a warning if the ledger does not contain the end of the command."""
+    """Print a warning if the ledger does not contain the final status of the command."""
     record = recorder.record
     if record.status is result.status and recorder.recorded:
         return
@@ -255,12 +263,12 @@ def _signal_name(number: int) -> str:
 
 
 class Recorder:
-    """Records the progress and the end of one task in its own thread.
+    """Records the progress and the final status of one task in a separate thread.
 
-    ``record`` is the last stored record.  ``progress`` and ``add_metadata`` return
-    at once and never wait for the store.  After a store error, the next call stores
-    the missing change too.  ``failure`` is the last store error, or ``None`` after a
-    success.  ``recorded`` is true if the end was recorded.
+    ``record`` is the last stored record.  ``progress`` and ``add_metadata`` return at
+    once and never wait for the store.  After a store error, the next call also stores the
+    change that was not stored.  ``failure`` is the last store error, or ``None`` after a
+    success.  ``recorded`` is true if the final status was recorded.
     """
 
     def __init__(self, store: TaskRegistryStore, record: TaskRecord) -> None:
@@ -289,7 +297,7 @@ class Recorder:
         self._wake.set()
 
     def finish(self, status: str, exit_status: int, error: str | None = None) -> bool:
-        """Record the end; return false if the store did not answer in time."""
+        """Record the final status; return false if the store did not answer in time."""
         self._end_fields = {"status": status, "error": error, "ended_at": self._store.clock()}
         self.add_metadata(exit_status=exit_status)
         self._ending.set()
@@ -314,7 +322,7 @@ class Recorder:
         """Store a change of the record; return whether the change was stored.
 
         After a failure, the next attempt reads the record first, because the failed
-        change may have been committed.
+        change is possibly committed.
         """
         known, self._known = self._known, None
         try:
@@ -327,15 +335,16 @@ class Recorder:
         return True
 
     def _with_progress(self, record: TaskRecord, now: int) -> TaskRecord:
-        """Return the record with current progress and metadata; an ended task gets no progress."""
+        """Return the record with current metadata, and with current progress if the task
+        is active."""
         line, metadata = self._line, self._metadata
         if line is not None and not record.is_terminal:
             record = lifecycle.progress(line)(record, now)
         return lifecycle.merge_metadata(metadata)(record, now) if metadata else record
 
     def _with_end(self, record: TaskRecord, now: int) -> TaskRecord:
-        """Return the record with its end.  If another writer has recorded an end other than
-        ``lost``, that end is kept."""
+        """Return the record with its final status.  If another writer has recorded a final
+        status other than ``lost``, that status does not change."""
         record = self._with_progress(record, now)
         if record.status is TaskStatus.LOST:
             return lifecycle.recover(summary=self._line, **self._end_fields)(record, now)

@@ -1,8 +1,8 @@
-"""Sorting and clearing large collections in chunks, so that other threads run.
+"""Functions that sort and clear large collections in small chunks.
 
-CPython switches threads only between bytecodes and in blocking calls.  One call
-that sorts or frees a hundred thousand items blocks all other threads until it
-returns, including the thread of an event loop.
+CPython switches threads only between bytecodes and in blocking calls.  A call that sorts
+or frees 100,000 items blocks all other threads, including the thread of an event loop,
+until the call returns.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The encoding of records and snapshots as JSON.
 
-A payload is a record as a JSON object.  The first member is the format version,
-``{"v":"1.1","task_id":…}``; fields with their default value are omitted.  Payloads
-of the current version, and older payloads that only lack optional fields, are
+A payload is a record that is encoded as a JSON object.  The first member is the format
+version, ``{"v":"1.1","task_id":…}``; a field that has its default value is omitted.
+Payloads of the current version, and older payloads that only lack optional fields, are
 decoded directly into a :class:`TaskRecord`.  Other payloads take longer to decode.
-Upcasters convert a payload of an older version.  The unknown members of a newer minor
-version are kept, so that they are not lost when the record is written back.  A
-payload of a newer major version is refused.
+Upcasters convert a payload of an older version.  A payload of a newer minor version can
+have unknown members; the record keeps these members, and :func:`encode_record` writes
+them back.  A payload of a newer major version is refused.
 
 Version 1.1 added the optional fields ``lease_until`` and ``lease_token``.
 """
@@ -31,7 +31,7 @@ from taskstore.model.validation import READABLE_VERSION, exceeds_depth
 UPCASTERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "1.0": lambda members: {**members, "v": "1.1"},
 }
-"""For each older version, the function that converts a payload and its ``v`` to the next one."""
+"""The functions that convert a payload and its ``v`` to the next version, by older version."""
 
 SNAPSHOT_FORMAT = "taskstore-snapshot/1"
 """The format that :func:`encode_snapshot` writes."""
@@ -43,7 +43,7 @@ _BRACE = ord("{")
 _MAJOR = FORMAT_VERSION.split(".", maxsplit=1)[0]
 _CURRENT_PREFIX = b'{"v":"%s",' % FORMAT_VERSION.encode()
 _COMPATIBLE_PREFIX = b'{"v":"1.0",'
-"""The start of a payload that only lacks optional fields of the current version."""
+"""The first bytes of a payload that lacks only optional fields of the current version."""
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(TaskRecord)
 _FIELDS = {field.encode_name for field in msgspec.structs.fields(TaskRecord)} - {"_unknown"} | {"v"}
@@ -65,8 +65,8 @@ def encode_record(record: TaskRecord) -> bytes:
 def decode_record(payload: bytes, where: str = "record") -> TaskRecord:
     """Return the record of a payload.
 
-    Raises :class:`CorruptStoreError` with ``where`` if the payload is not a record of
-    this major version.
+    Raises :class:`CorruptStoreError`, with ``where`` as the location, if the payload is
+    not a record of this major version.
     """
     if payload.startswith(_COMPATIBLE_PREFIX):
         payload = _CURRENT_PREFIX + payload[len(_COMPATIBLE_PREFIX) :]
@@ -94,7 +94,7 @@ def check_nesting(encoded: bytes, depth: int = PAYLOAD_DEPTH) -> None:
 
 
 def _copy_metadata(encoded: Raw, where: str) -> Raw:
-    """Return a copy, because a ``Raw`` is a view that keeps the whole payload in memory."""
+    """Return a copy of a ``Raw``, because a ``Raw`` is a view that keeps the payload in memory."""
     copy = encoded.copy()
     if memoryview(copy)[0] != _BRACE:
         raise CorruptStoreError(where, "has metadata that is not a JSON object")
@@ -102,7 +102,7 @@ def _copy_metadata(encoded: Raw, where: str) -> Raw:
 
 
 def _decode_other_version(payload: bytes, where: str) -> TaskRecord:
-    """Decode a payload of another version; raise :class:`CorruptStoreError` if it is damaged."""
+    """Decode a payload of another version; damage raises :class:`CorruptStoreError`."""
     try:
         check_nesting(payload)
         members = msgspec.json.decode(payload)
@@ -111,7 +111,10 @@ def _decode_other_version(payload: bytes, where: str) -> TaskRecord:
         while isinstance(version := members.get("v"), str) and version in UPCASTERS:
             members = UPCASTERS[version](members)
         if not isinstance(version, str) or not READABLE_VERSION.match(version):
-            raise CorruptStoreError(where, f"has the record format {version!r}, not {_MAJOR}.x")
+            reason = (
+                f"has the record format {version!r}; only the formats {_MAJOR}.x can be decoded"
+            )
+            raise CorruptStoreError(where, reason)
         unknown = {name: value for name, value in members.items() if name not in _FIELDS}
         known = {name: value for name, value in members.items() if name in _FIELDS}
         if version != FORMAT_VERSION:
@@ -123,12 +126,12 @@ def _decode_other_version(payload: bytes, where: str) -> TaskRecord:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CorruptStoreError(where, f"cannot be decoded: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        # An upcaster failed on a member that is missing or of another type.
+        # An upcaster failed, because a member is missing or has the wrong type.
         raise CorruptStoreError(where, f"cannot be decoded: {error!r}") from error
 
 
 def decode_or_quarantine(payload: bytes, where: str) -> TaskRecord | Quarantined:
-    """Return the record of a payload; if it cannot be decoded, return it as quarantined."""
+    """Return the record of a payload, or a :class:`Quarantined` if decoding fails."""
     try:
         return decode_record(payload, where)
     except CorruptStoreError as error:
@@ -136,7 +139,7 @@ def decode_or_quarantine(payload: bytes, where: str) -> TaskRecord | Quarantined
 
 
 def quarantine(payload: bytes, where: str, reason: str) -> Quarantined:
-    """Return a quarantined payload, with its task id and revision if these can be read."""
+    """Return a payload as a :class:`Quarantined`, with its task id and revision if readable."""
     task_id = revision = None
     try:
         check_nesting(payload)
@@ -159,26 +162,27 @@ def encode_snapshot(snapshot: Snapshot) -> bytes:
     snapshot = validated_snapshot(snapshot)
     payloads = (encode_record(snapshot.records[task_id]) for task_id in sorted(snapshot.records))
     header = SnapshotHeader(snapshot.seq, snapshot.at)
-    return b"".join(write_snapshot(header, payloads, snapshot.quarantined))
+    return b"".join(encode_snapshot_blocks(header, payloads, snapshot.quarantined))
 
 
 def decode_snapshot(data: bytes, where: str = "snapshot") -> Snapshot:
     """Return the snapshot that :func:`encode_snapshot` encoded.
 
-    A record that cannot be decoded is quarantined.  Raises
-    :class:`CorruptStoreError` with ``where`` if the data is damaged.
+    A record that cannot be decoded is quarantined.  Raises :class:`CorruptStoreError`,
+    with ``where`` as the location, if the data is damaged.
     """
     reader = SnapshotReader(io.BytesIO(data), where, SnapshotHeader)
     return reader.snapshot()
 
 
-def write_snapshot(
+def encode_snapshot_blocks(
     header: SnapshotHeader, payloads: Iterable[bytes], quarantined: Iterable[Quarantined] = ()
 ) -> Iterator[bytes]:
     """Yield a snapshot in blocks of bytes: a JSON document with one payload per line.
 
-    The first line contains the format and the members of ``header``.  The last line is
-    the CRC-32 of all earlier lines.  Memory use does not grow with the snapshot.
+    The first line contains the format and the members of ``header``.  The last line
+    contains the CRC-32 of all earlier lines.  The memory use does not depend on the size
+    of the snapshot.
     """
     crc = 0
     opening = _FORMAT_PREFIX + _encoder.encode(header)[1:]
@@ -199,7 +203,7 @@ def _blocks(
 
 
 def _lines(values: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield JSON values as the lines of an array, a few hundred per block."""
+    """Yield JSON values as the lines of an array; each block contains up to 256 lines."""
     values = iter(values)
     block = list(islice(values, _BLOCK_LINES))
     while block:
@@ -219,12 +223,12 @@ _Header = TypeVar("_Header", bound=SnapshotHeader)
 
 
 class SnapshotReader(Generic[_Header]):
-    """Reads the output of :func:`write_snapshot` line by line, in bounded memory.
+    """Reads the output of :func:`encode_snapshot_blocks` line by line; the memory use is bounded.
 
-    ``header`` is decoded as ``header_type``.  Iteration yields the payloads (``bytes``)
-    in order of task_id.  After a complete iteration, the checksum is verified and
-    ``quarantined`` contains the quarantined records.  Damaged data raises
-    :class:`CorruptStoreError` with ``where``.
+    ``header`` is an object of the type ``header_type``.  Iteration yields the payloads
+    (``bytes``) in order of task_id.  At the end, the iteration verifies the checksum and
+    stores the quarantined records in ``quarantined``.  Damaged data raises
+    :class:`CorruptStoreError`, with ``where`` as the location.
     """
 
     def __init__(self, lines: Iterable[bytes], where: str, header_type: type[_Header]) -> None:
@@ -252,7 +256,7 @@ class SnapshotReader(Generic[_Header]):
             raise self._damaged("there is data after the checksum")
 
     def snapshot(self, *, strict: bool = False) -> Snapshot:
-        """Return the whole snapshot; ``strict`` raises if a record cannot be decoded."""
+        """Return the whole snapshot; with ``strict``, raise if a record cannot be decoded."""
         decode = decode_record if strict else decode_or_quarantine
         items = [decode(payload, self._where) for payload in self]
         if strict and self.quarantined:

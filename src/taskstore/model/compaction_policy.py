@@ -1,7 +1,7 @@
-"""The compaction policy: when compaction is due and what it retains.
+"""The compaction policy: when compaction is due and what compaction retains.
 
-Every store asks a :class:`CompactionPolicy` whether compaction is due and which
-snapshots to retain.  Both methods are pure functions.
+Every store asks a :class:`CompactionPolicy` whether compaction is due and which snapshots
+to retain.  Both methods of the policy are pure functions.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class SnapshotInfo(NamedTuple):
 
 
 class JournalStats(Struct, frozen=True, kw_only=True):
-    """The statistics of a journal, from which the policy decides.
+    """The statistics of a journal, which the policy uses to decide whether compaction is due.
 
-    ``entries`` and ``bytes`` are the size of the journal after the newest snapshot
-    (``bytes`` is 0 if unknown).  ``oldest_at`` is the time of the first of these
-    entries (Unix ms), ``records`` the number of live records, ``now`` the current
-    time (Unix ms).  ``newest`` is the seq of the newest snapshot (0: none) and
-    ``floor`` the first retained seq.
+    ``entries`` is the number of journal entries after the newest snapshot.  ``bytes`` is
+    the size of these entries in bytes (0 if unknown).  ``oldest_at`` is the time of the first of
+    these entries (Unix ms).  ``records`` is the number of live records.  ``now`` is the
+    current time (Unix ms).  ``newest`` is the seq of the newest snapshot (0 if there is no
+    snapshot).  ``floor`` is the first retained seq.
     """
 
     entries: int
@@ -40,22 +40,23 @@ class JournalStats(Struct, frozen=True, kw_only=True):
 
 
 class CompactionPolicy(Struct, frozen=True, kw_only=True):
-    """The rules that decide when compaction is due and how much history it retains.
+    """The rules that decide when compaction is due and how much history compaction retains.
 
-    Only entries after the newest snapshot count.  Compaction is *due* when:
+    Compaction is *due* if one of these conditions is true.  "Entries" are the journal
+    entries after the newest snapshot.
 
-    - there are at least ``min_entries`` entries, and at least ``ratio`` entries per
-      live record, so that the amortized cost of snapshots per change is constant;
-    - or the entries have at least ``max_bytes`` bytes: the JSON store reads these
-      bytes when it is opened;
-    - or the oldest entry is at least ``max_age_s`` seconds old, so that an idle ledger
-      is compacted too and does not keep deleted text for ever;
-    - or ``force`` is set and there is at least one entry.
+    - There are at least ``min_entries`` entries, and at least ``ratio`` entries per live
+      record.  The amortized cost of snapshots per change is then constant.
+    - The entries have at least ``max_bytes`` bytes.  The JSON store reads these bytes
+      when it is opened.
+    - The oldest entry is at least ``max_age_s`` seconds old.  An idle ledger is then
+      compacted too, and does not keep deleted text for ever.
+    - ``force`` is set and there is at least one entry.
 
     Compaction *retains* the history of the last ``history_s`` seconds or the last
-    ``history_entries`` entries, whichever is longer, so that a follower may pause
-    for a weekend.  It also retains the newest ``keep_snapshots`` snapshots, because
-    a snapshot may be damaged.  ``erase_deleted`` implies ``force`` and retains only
+    ``history_entries`` entries, whichever is longer.  A follower can then pause for a
+    weekend.  Compaction also retains the newest ``keep_snapshots`` snapshots, because a
+    snapshot can be damaged.  ``erase_deleted`` implies ``force`` and retains only
     the new snapshot: the ledger's files then contain no text of deleted tasks.
     """
 
@@ -70,11 +71,11 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
     erase_deleted: bool = False
 
     def forced(self) -> Self:
-        """Return the same policy with ``force`` set."""
+        """Return a copy of this policy with ``force`` set."""
         return replace(self, force=True)
 
     def due(self, stats: JournalStats) -> str | None:
-        """Return the reason why compaction is due (``str``), or ``None`` if it is not due."""
+        """Return why compaction is due (``str``), or ``None`` if compaction is not due."""
         if self.erase_deleted:
             return "deleted records must be erased"
         if stats.entries == 0:
@@ -111,9 +112,9 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
         ]
         oldest = outside_window[-1].seq if outside_window else floor - 1
         retained = {snapshot.seq for snapshot in snapshots[-max(self.keep_snapshots, 1) :]}
-        # Some snapshots after the oldest are retained, so that a later compaction can raise
-        # the floor to one of these snapshots.  Two of these snapshots are at least a quarter
-        # of the window apart, which limits their number.
+        # Some snapshots after the oldest snapshot are retained, so that a later compaction
+        # can raise the floor to one of them.  The distance between two of these snapshots is
+        # at least a quarter of the window, which limits the number of snapshots.
         last = SnapshotInfo(oldest, 0)
         for snapshot in snapshots:
             if snapshot.seq == oldest:
@@ -132,11 +133,11 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
 class CompactionReport(Struct, frozen=True, kw_only=True):
     """The result of a compaction.
 
-    ``compacted`` says whether compaction was due, ``reason`` says why or why not.
-    ``seq`` is the seq of the new snapshot, ``records`` the number of its records
-    (including quarantined records), ``floor`` the first retained seq, ``trimmed`` the
-    number of trimmed entries, ``snapshots`` the seqs of the retained snapshots, and
-    ``duration_s`` the duration of the compaction.
+    ``compacted`` says whether compaction was due.  ``reason`` says why compaction was due
+    or not due.  ``seq`` is the seq of the new snapshot.  ``records`` is the number of
+    records in this snapshot, including quarantined records.  ``floor`` is the first
+    retained seq.  ``trimmed`` is the number of trimmed entries.  ``snapshots`` contains the
+    seqs of the retained snapshots.  ``duration_s`` is the duration of the compaction.
     """
 
     compacted: bool

@@ -1,9 +1,9 @@
 """Changes, commits, journal entries, snapshots, and pure functions for these values.
 
-A caller passes a batch of changes to a store.  The store commits the batch as
-journal entries with contiguous seqs.  :func:`fold` applies entries to a snapshot
-and returns a newer snapshot.  Stores use these functions, or tests compare the
-results of a store with these functions.
+A caller passes a batch of changes to a store.  The store commits the batch as journal
+entries with contiguous seqs.  :func:`fold` applies entries to a snapshot and returns a
+newer snapshot.  A store uses these functions, or a test compares the results of the store
+with the results of these functions.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _UPSERTED, _DELETED = EntryKind.UPSERTED, EntryKind.DELETED
 
 
 class Put(Struct, frozen=True, gc=False):
-    """Store this record; its revision is one more than the stored revision.
+    """A change that stores a record, whose revision is one more than the stored revision.
 
     Revision 1 creates the task.  The constructor validates the record, so a
     store never gets an invalid record.
@@ -63,10 +63,10 @@ _PUT_TEMPLATE = Put(
 
 
 def unchecked_put(record: TaskRecord) -> Put:
-    """Return the :class:`Put` of a record that is known to be valid, without a check.
+    """Return the :class:`Put` of a valid record; the function does not check the record.
 
-    Records from :mod:`~taskstore.model.lifecycle` and :mod:`~taskstore.model.leases`
-    are valid: these modules check their arguments.
+    Records from :mod:`~taskstore.model.lifecycle` and :mod:`~taskstore.model.leases` are
+    valid, because these modules check their arguments.
     """
     put: Put = _PUT_TEMPLATE.__copy__()  # type: ignore[attr-defined]  # missing in msgspec's stubs
     force_setattr(put, "record", record)
@@ -74,7 +74,7 @@ def unchecked_put(record: TaskRecord) -> Put:
 
 
 class Remove(Struct, frozen=True, gc=False):
-    """Delete this task; ``revision`` is one more than the stored revision (``int`` ≥ 2)."""
+    """A change that deletes a task; ``revision`` (``int`` ≥ 2) is the stored revision + 1."""
 
     task_id: str
     revision: int
@@ -103,9 +103,10 @@ class HasDedupKey(Protocol):
 def dedup_key(record: HasDedupKey | None) -> DedupKey | None:
     """Return ``(run_id, run_digest)``, or ``None`` if the record is ``None`` or has no run.
 
-    At most one task of a ledger has a given dedup key.  A ``create`` with the dedup
-    key of an existing task returns that task and only sets its empty fields.
-    ``lifecycle.run_digest`` defines the digest, ``lifecycle.attach`` the fill-in.
+    At most one task of a ledger has a given dedup key.  A ``create`` with the dedup key
+    of an existing task returns that task and only sets its empty fields.
+    ``lifecycle.run_digest`` defines the digest, and ``lifecycle.fill_missing`` sets the empty
+    fields.
     """
     if record is None or record.run_id is None or record.run_digest is None:
         return None
@@ -145,10 +146,10 @@ class Position(Struct, frozen=True, gc=False):
 class ChangeSet(list[Change]):
     """Changes that were computed from the records at the position ``base``.
 
-    :meth:`~taskstore.TaskRegistryStore.apply` accepts a change set like any sequence
-    of changes.  A store that keeps commit ids refuses the change set if its journal
-    does not contain the base position: in another history, the same revision may be
-    another record.
+    :meth:`~taskstore.TaskRegistryStore.apply` accepts a change set like any sequence of
+    changes.  A store that keeps commit ids refuses the change set if its journal does not
+    contain the base position.  In another history, a revision with the same number can be
+    a different record.
     """
 
     __slots__ = ("base",)
@@ -159,7 +160,7 @@ class ChangeSet(list[Change]):
 
 
 class Commit(Struct, frozen=True, gc=False):
-    """The seqs of the first and last change of a commit, its time and its id.
+    """The seqs of the first and the last change of a commit, the commit time and the commit id.
 
     ``at`` is in Unix milliseconds UTC and never less than the time of the previous
     commit.  ``commit_id`` is unique (empty if the store keeps no commit ids).
@@ -203,8 +204,8 @@ class Quarantined(Struct, frozen=True, gc=False):
 class JournalEntry(Struct, frozen=True, gc=False):
     """One committed change.
 
-    ``seq`` is the entry's number in the journal (``int`` ≥ 1), ``at`` the time of the
-    commit (Unix milliseconds), ``revision`` the task's revision after the change.
+    ``seq`` is the entry's number in the journal (``int`` ≥ 1).  ``at`` is the time of the
+    commit (Unix milliseconds).  ``revision`` is the task's revision after the change.
     ``record`` is ``None`` for a deletion, and for an upsert whose record cannot be
     decoded; in the second case ``quarantined`` has the bytes of the record.
     """
@@ -244,7 +245,7 @@ class Snapshot(Struct, frozen=True):
     def __post_init__(self) -> None:
         if type(self.seq) is not int or not 0 <= self.seq <= MAX_INT:
             check_int("seq", self.seq)
-        # A proxy is copied too, because the mapping behind the proxy may be mutable.  For a
+        # A proxy is copied too, because the mapping behind the proxy can be mutable.  For a
         # proxied dict, copy() is one fast call, but dict() looks up each item.
         given = self.records
         copied = given.copy() if isinstance(given, MappingProxyType) else given
@@ -290,8 +291,8 @@ def validated_snapshot(snapshot: Snapshot) -> Snapshot:
 class Step(Struct, frozen=True, gc=False):
     """The combined effect of a batch on one task.
 
-    ``base`` is the required stored revision (0: the task must not exist).  ``record``
-    is the last record (``None``: the task is removed), ``revision`` the last revision.
+    ``base`` is the required stored revision (0: the task must not exist).  ``record`` is
+    the last record (``None``: the task is removed).  ``revision`` is the last revision.
     """
 
     task_id: str
@@ -308,8 +309,8 @@ class Step(Struct, frozen=True, gc=False):
 def plan(changes: Sequence[Change]) -> list[Step]:
     """Reduce a batch to one step per task, in order of first appearance.
 
-    Raises :class:`ValidationError` for an empty batch or a value that is not a
-    change, :class:`ConflictError` if changes of the batch contradict each other.
+    Raises :class:`ValidationError` for an empty batch or a value that is not a change,
+    and :class:`ConflictError` if changes of the batch contradict each other.
     """
     if not changes:
         raise ValidationError("changes", "must not be empty")
@@ -399,7 +400,7 @@ def fold(snapshot: Snapshot, entries: Iterable[JournalEntry]) -> Snapshot:
     for entry in entries:
         if entry.seq != seq + 1:
             raise CorruptStoreError(
-                "journal", f"seq {entry.seq} follows seq {seq}, expected seq {seq + 1}"
+                "journal", f"seq {entry.seq} follows seq {seq}; the expected seq is {seq + 1}"
             )
         seq, at = entry.seq, entry.at
         if quarantined:

@@ -1,11 +1,11 @@
 """Task leases, their tokens and fencing, as pure functions.
 
 A worker takes a lease on a task and renews the lease.  With each change the worker
-passes the lease's token (the *fence*).  If the worker stops renewing, the lease
-expires and another worker may take a lease with another token.  From then on,
-every change by the first worker is refused.  The clock decides only when another worker may
-take a lease.  The token alone decides which worker may change the task, so clock skew
-may delay a takeover but never causes a lost update.
+passes the lease's token (the *fence*).  If the worker does not renew the lease, the
+lease expires, and another worker can take a lease with another token.  After this,
+every change by the first worker is refused.  The clock decides only when another
+worker can take a lease.  The token alone decides which worker can change the task, so
+clock skew can delay a takeover but never causes a lost update.
 
 Fencing is described in M. Kleppmann, "How to do distributed locking" (2016).
 """
@@ -30,13 +30,13 @@ MAX_LEASE_S = 366 * 24 * 3600.0
 
 
 def check_lease(lease_s: object) -> int:
-    """Return the duration of a lease in ms; raise :class:`ValidationError` if not allowed."""
+    """Return the duration of a lease in ms; raise :class:`ValidationError` if invalid."""
     seconds = check_seconds("lease_s", lease_s, MIN_LEASE_S, MAX_LEASE_S)
     return check_int("lease_s", round(seconds * 1000), 1)
 
 
 def check_fence(fence: object) -> None:
-    """Raise :class:`ValidationError` unless ``fence`` is a token, or ``None`` for no fence."""
+    """Raise :class:`ValidationError` unless ``fence`` is a token or ``None`` (no fence)."""
     if fence is not None:
         check_key("fence", fence)
 
@@ -73,7 +73,7 @@ def take(token: str, lease_s: object, *, fence: str | None = None) -> Mutation:
 
 
 def renew(lease_s: object) -> Mutation:
-    """Extend a lease in the second half of its duration; before that, change nothing."""
+    """Extend a lease that is in the second half of its duration; otherwise change nothing."""
     lease_ms = check_lease(lease_s)
 
     def renewed(record: TaskRecord, now: int) -> TaskRecord:
@@ -87,7 +87,7 @@ def renew(lease_s: object) -> Mutation:
 
 
 def release() -> Mutation:
-    """Release a lease, so that another worker may take a lease at once."""
+    """Release a lease, so that another worker can take a lease at once."""
     return _released
 
 

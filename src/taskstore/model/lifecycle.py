@@ -1,19 +1,19 @@
 """The task lifecycle as pure functions that create and change records.
 
-:func:`new_record` creates revision 1 of a task.  The rule that
-makes ``create`` idempotent is here too: :func:`run_digest` returns the same digest for
-the same run scope, and :func:`attach` returns the result of a repeated ``create``.
+:func:`new_record` creates revision 1 of a task.  Two functions make ``create``
+idempotent: :func:`run_digest` returns the same digest for the same run scope, and
+:func:`fill_missing` returns the result of a repeated ``create``.
 
-Every other public function checks its arguments and returns a :data:`Mutation`.
-Invalid arguments raise :class:`ValidationError` in every state of the task.  A
-mutation takes a record and the current time and returns the record to store: the
-same object if nothing changes, otherwise a new record with the next revision.  A
-change that the status does not allow raises :class:`InvalidTransition`.  The new
-record of a valid record is valid, but its revision may exceed ``MAX_INT``.
+Every other public function checks its arguments and returns a :data:`Mutation`.  Invalid
+arguments raise :class:`ValidationError` in every state of the task.  A mutation takes a
+record and the current time and returns the record to store: the same object if nothing
+changes, otherwise a new record with the next revision.  A change that the status does not
+allow raises :class:`InvalidTransition`.  If the given record is valid, the new record is
+valid, except that its revision can exceed ``MAX_INT``.
 
-The status, times, error and outcome of an ended task are final, with two
-exceptions: :func:`finish` may correct ``succeeded`` to failed, timed_out or
-cancelled, and only :func:`recover` may correct ``lost``.
+The status, times, error and outcome of an ended task are final, with two exceptions:
+:func:`finish` can correct ``succeeded`` to failed, timed_out or cancelled, and only
+:func:`recover` can correct ``lost``.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ Mutation = Callable[[TaskRecord, int], TaskRecord]
 RETENTION_MS = 7 * 24 * 60 * 60 * 1000
 """The default retention of an ended task: 7 days."""
 
-_CORRECTIONS = frozenset({TaskStatus.FAILED, TaskStatus.TIMED_OUT, TaskStatus.CANCELLED})
+_MAY_REPLACE_SUCCESS = frozenset({TaskStatus.FAILED, TaskStatus.TIMED_OUT, TaskStatus.CANCELLED})
 
 # Module constants avoid the member lookup that an enum does at each access.
 _RUNNING, _SESSION, _PENDING = TaskStatus.RUNNING, ScopeKind.SESSION, DeliveryStatus.PENDING
@@ -73,7 +73,7 @@ _CREATION_CHECKS = {
         *("scope_kind", "delivery_status", "notify_policy", "requester_origin"),
     )
 } | {"progress_summary": check_summary}
-"""The check of each field that may be given for a new task."""
+"""The checks of the fields that a caller can set on a new task, by field name."""
 
 _FILLABLE = frozenset(OPTIONAL_KEYS) - {"run_id", "run_digest", "lease_token"} | {
     "requester_origin",
@@ -87,9 +87,9 @@ def new_record(
 ) -> TaskRecord:
     """Return revision 1 of a task.
 
-    ``fields`` maps the names of other record fields to their values; ``now`` is in
-    Unix milliseconds.  Raises :class:`ValidationError` for an invalid value and for
-    a field that only a later change may set.
+    ``fields`` maps the names of other record fields to their values; ``now`` is in Unix
+    milliseconds.  Raises :class:`ValidationError` for an invalid value and for a field
+    that only a later change can set.
     """
     given: dict[str, Any] = {}
     for name, value in fields.items():
@@ -107,7 +107,9 @@ def new_record(
     state = _INITIAL_STATUSES.get(status) if isinstance(status, str) else None
     if state is None:
         state = check_enum("status", status, TaskStatus)
-        raise ValidationError("status", f"must be queued or running for a new task, not {state}")
+        raise ValidationError(
+            "status", f"must be 'queued' or 'running' for a new task, not '{state}'"
+        )
     created_at = given.setdefault("created_at", now)
     event_at = max(now, created_at)
     if "owner_key" in given or "requester_session_key" in given:
@@ -128,9 +130,9 @@ def new_record(
         **given,
     )
     if record.scope_kind is _SESSION and record.owner_key is None:
-        raise ValidationError("owner_key", "is required unless scope_kind is system")
+        raise ValidationError("owner_key", "is required unless scope_kind is 'system'")
     if record.run_id is not None:
-        # The frozen record can be changed here: no other code has a reference to it yet.
+        # This code can change the frozen record, because no other code refers to the record yet.
         force_setattr(record, "run_digest", run_digest(record))
     return record
 
@@ -138,8 +140,8 @@ def new_record(
 def run_digest(record: TaskRecord) -> str:
     """Return the digest of a record's run scope: 32 hexadecimal digits.
 
-    The scope is (run_id, runtime, scope kind, owner, child session, flow,
-    label, task) at creation.  Two ``create`` calls with the same scope get one task.
+    The scope is (run_id, runtime, scope kind, owner, child session, flow, label, task) at
+    creation.  Two ``create`` calls with the same scope get the same task.
     """
     scope = (
         record.run_id,
@@ -154,7 +156,7 @@ def run_digest(record: TaskRecord) -> str:
     return hashlib.blake2b(msgspec.json.encode(scope), digest_size=16).hexdigest()
 
 
-def attach(existing: TaskRecord, asked: TaskRecord) -> TaskRecord:
+def fill_missing(existing: TaskRecord, asked: TaskRecord) -> TaskRecord:
     """Return the result of a repeated ``create``: ``existing`` with its empty fields filled in.
 
     The values come from ``asked``, the record of the repeated ``create``.  Fields that
@@ -225,9 +227,9 @@ def finish(
 ) -> Mutation:
     """End an active task, or correct ``succeeded`` to failed, timed_out or cancelled.
 
-    If the task already has this status, the mutation returns the record unchanged.
-    Different facts (error, summary, outcome, end time) then raise
-    :class:`InvalidTransition`, because the end is final.
+    If the task already has this status, the mutation returns the record unchanged.  In
+    this case, different facts (error, summary, outcome, end time) raise
+    :class:`InvalidTransition`, because the facts of an ended task are final.
     """
     end = check_enum("status", status, TaskStatus)
     if not end.is_terminal:
@@ -238,7 +240,7 @@ def finish(
         facts = _clamp_end(record, given)
         if record.status is end:
             return _check_repeat(record, f"finish it as {end} with different facts", facts)
-        corrects = record.status is TaskStatus.SUCCEEDED and end in _CORRECTIONS
+        corrects = record.status is TaskStatus.SUCCEEDED and end in _MAY_REPLACE_SUCCESS
         if record.is_terminal and not corrects:
             raise InvalidTransition(record.task_id, record.status, f"finish it as {end}")
         if corrects:
@@ -250,12 +252,12 @@ def finish(
 
 
 def lose(*, error: str | None = None) -> Mutation:
-    """Change an active task to lost: its outcome is unknown.  A lost task does not change."""
+    """Record that the outcome of an active task is unknown.  A lost task does not change."""
     return _end_active(TaskStatus.LOST, _end_facts(error, None, None, None), "mark it lost")
 
 
 def cancel(reason: str | None = None) -> Mutation:
-    """Cancel an active task; the reason is its error.  A cancelled task does not change."""
+    """Cancel an active task; ``reason`` becomes the error.  A cancelled task does not change."""
     return _end_active(TaskStatus.CANCELLED, _end_facts(reason, None, None, None), "cancel it")
 
 
@@ -278,13 +280,15 @@ def recover(
     outcome: str | None = None,
     ended_at: int | None = None,
 ) -> Mutation:
-    """Change a lost task to its actual status: active, or another terminal status."""
+    """Change a lost task to its actual status, which is active or another terminal status."""
     state = check_enum("status", status, TaskStatus)
     if state is TaskStatus.LOST:
-        raise ValidationError("status", "must not be lost: a lost task recovers to another status")
+        raise ValidationError(
+            "status", "must not be 'lost': set the actual status of the lost task"
+        )
     given = _end_facts(error, summary, outcome, ended_at)
     if not state.is_terminal and given:
-        raise ValidationError(next(iter(given)), f"cannot be set with the status {state}")
+        raise ValidationError(next(iter(given)), f"cannot be set if the status is {state}")
 
     def recovered(record: TaskRecord, now: int) -> TaskRecord:
         facts = _clamp_end(record, given)
@@ -309,11 +313,11 @@ def recover(
     return recovered
 
 
-def deliver(status: str, *, last_notified_event_at: int | None = None) -> Mutation:
+def set_delivery_status(status: str, *, last_notified_event_at: int | None = None) -> Mutation:
     """Set the delivery status of the task's result.
 
-    The status ``delivered`` also sets ``last_notified_event_at``, the time of the event
-    that the owner was notified of.  The default is the time of the task's last event.
+    ``last_notified_event_at`` is the time of the event that the owner was notified of.
+    For the status ``delivered``, its default is the time of the task's last event.
     """
     state = check_enum("delivery_status", status, DeliveryStatus)
     _check_time("last_notified_event_at", last_notified_event_at)
@@ -329,14 +333,14 @@ def deliver(status: str, *, last_notified_event_at: int | None = None) -> Mutati
     return delivered
 
 
-def notify(policy: str) -> Mutation:
+def set_notify_policy(policy: str) -> Mutation:
     """Set which events the owner is notified of."""
     chosen = check_enum("notify_policy", policy, NotifyPolicy)
     return lambda record, _now: _with_fields(record, notify_policy=chosen)
 
 
-def retain(cleanup_after: int | None) -> Mutation:
-    """Set the time after which the record may be removed (Unix ms); ``None`` means never."""
+def set_cleanup_after(cleanup_after: int | None) -> Mutation:
+    """Set the time after which the record can be removed (Unix ms); ``None`` means never."""
     _check_time("cleanup_after", cleanup_after)
 
     def retained(record: TaskRecord, _now: int) -> TaskRecord:
@@ -357,7 +361,7 @@ def link_flow(parent_flow_id: str | None) -> Mutation:
 def merge_metadata(changes: object) -> Mutation:
     """Merge a mapping into the metadata, key by key at the top level.
 
-    A value of ``None`` does not remove its key.  The mutation raises
+    A value of ``None`` is stored and does not remove the key.  The mutation raises
     :class:`ValidationError` if the result exceeds the limits of metadata.
     """
     copied = plain_metadata(changes)
@@ -381,14 +385,14 @@ def _check_time(field: str, given: int | None) -> None:
 
 
 def _event_time(record: TaskRecord, now: int) -> int:
-    """The next ``last_event_at``, which never decreases, even if the clock goes back."""
+    """Return the next ``last_event_at``, which never decreases, even if the clock goes back."""
     return max(now, record.created_at, record.last_event_at or 0)
 
 
 def _end_facts(
     error: str | None, summary: str | None, outcome: str | None, ended_at: int | None
 ) -> dict[str, Any]:
-    """Check the given facts of an end and return their values by field name."""
+    """Check the facts of a final status; return the checked values by field name."""
     facts: dict[str, Any] = {}
     if error is not None:
         facts["error"] = check_text("error", error, ERROR_BYTES)
@@ -402,7 +406,7 @@ def _end_facts(
 
 
 def _clamp_end(record: TaskRecord, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The given facts, with ``ended_at`` at or after the task's creation."""
+    """Return the given facts, with an ``ended_at`` that is not before the task's creation."""
     facts = dict(given)
     if "ended_at" in facts:
         facts["ended_at"] = max(facts["ended_at"], record.created_at)
@@ -410,7 +414,7 @@ def _clamp_end(record: TaskRecord, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_end(record: TaskRecord) -> TaskRecord:
-    """A lost record without the fields that its end set; the revision does not change."""
+    """Return a lost record without the fields that ``lose`` set; the revision does not change."""
     is_default = record.ended_at is not None and (
         record.cleanup_after == record.ended_at + RETENTION_MS
     )

@@ -1,6 +1,6 @@
 """Queries over records: filters, newest-first order, keyset cursors.
 
-:func:`evaluate` defines the answer of every query.  Indexes and SQL return the
+:func:`evaluate` defines the answer of every query.  An index or an SQL query returns the
 same answer faster.
 """
 
@@ -39,18 +39,18 @@ _FILTERS = _TEXT_FIELDS | _INT_FIELDS | _ENUMS.keys()
 _MAX_TEXT_BYTES = max(TEXT_LIMITS.values())
 
 Cursor = tuple[int, str]
-"""The end of a page: (created_at, task_id) of its last record."""
+"""The last record of a page, as (created_at, task_id)."""
 
 
 class TaskQuery:
-    """Filters, a limit and a cursor; the order is newest first by (created_at, task_id).
+    """A query: filters, a limit and a cursor.  The result is newest first by (created_at, task_id).
 
-    ``filters`` maps record field names (except ``metadata`` and ``requester_origin``)
-    to values.  The filter ``session_key`` matches the child's or the requester's
-    session.  A value may be a collection of alternatives; the value ``None`` matches
-    a field that is not set.  ``since`` is the earliest ``created_at`` (Unix
-    milliseconds), ``limit`` the maximum number of records (``None``: all) and
-    ``after`` the ``next_cursor`` of the previous page.
+    ``filters`` maps record field names (except ``metadata`` and ``requester_origin``) to
+    values.  The filter ``session_key`` matches the child's or the requester's session.  A
+    value can be a collection of alternatives; the value ``None`` matches a field that is
+    not set.  ``since`` is the earliest ``created_at`` (Unix milliseconds).  ``limit`` is
+    the maximum number of records (``None``: all records).  ``after`` is the
+    ``next_cursor`` of the previous page.
 
     Raises :class:`ValidationError` for an unknown field or a value of another type.
     """
@@ -77,7 +77,7 @@ class TaskQuery:
         ]
 
     def matches(self, record: TaskRecord) -> bool:
-        """Return whether a record matches the filters and ``since``; ignore the cursor."""
+        """Return whether a record matches the filters and ``since``; the cursor is ignored."""
         if self.since is not None and record.created_at < self.since:
             return False
         return all(predicate(record) for predicate in self._predicates)
@@ -170,7 +170,7 @@ def page_of(newest_first: Iterator[TaskRecord], query: TaskQuery, seq: int) -> P
 
 
 def evaluate(query: TaskQuery, records: Iterable[TaskRecord], seq: int) -> Page:
-    """Return the page that every backend must return; ``records`` may be in any order."""
+    """Return the page that every backend must return; ``records`` can be in any order."""
     matching = sorted(
         (record for record in records if query.matches(record)),
         key=lambda record: record.sort_key,

@@ -29,7 +29,7 @@ PAYLOAD_DEPTH = 2 * METADATA_DEPTH
 The limit of the JSON decoder is far higher and depends on the interpreter.
 """
 MAX_INT = 2**53 - 1
-"""Maximum of times and revisions: every JSON reader represents integers up to it exactly."""
+"""The maximum of times and revisions.  Every JSON reader represents these integers exactly."""
 
 
 class TaskStatus(StrEnum):
@@ -45,7 +45,7 @@ class TaskStatus(StrEnum):
 
     @property
     def is_terminal(self) -> bool:
-        """Whether the task has ended (``bool``): its status is neither queued nor running."""
+        """True if the task has ended (``bool``): the status is neither queued nor running."""
         return self not in ACTIVE_STATUSES
 
 
@@ -56,7 +56,7 @@ TERMINAL_STATUSES = frozenset(TaskStatus) - ACTIVE_STATUSES
 
 
 class DeliveryStatus(StrEnum):
-    """The delivery state of a task's result to its requester."""
+    """The state of the delivery of a task's result to the requester."""
 
     PENDING = "pending"
     DELIVERED = "delivered"
@@ -67,7 +67,7 @@ class DeliveryStatus(StrEnum):
 
 
 class NotifyPolicy(StrEnum):
-    """The events that the owner is notified of: the end, every change of status, or none."""
+    """The events that the owner is notified of: the final status, every new status, or no event."""
 
     DONE_ONLY = "done_only"
     STATE_CHANGES = "state_changes"
@@ -89,7 +89,8 @@ class TerminalOutcome(StrEnum):
 
 
 class DeliveryContext(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """The address for a task's result.  Each field is a key (at most 255 bytes) or ``None``."""
+    """The address to which a task's result is delivered.  Each field is a key (at most
+    255 bytes) or ``None``."""
 
     channel: str | None = None
     to: str | None = None
@@ -124,10 +125,11 @@ class TaskRecord(
 ):
     """The immutable state of one task at one revision.
 
-    Times are Unix milliseconds UTC (``int``), keys are ``str`` of at most 255
-    bytes of UTF-8.  Callers may share records.  To change a task, the registry creates
-    a record with the next revision.  The constructor does not validate the fields:
-    ``Put`` validates them, and the registry creates only valid records.
+    Times are Unix milliseconds UTC (``int``), keys are ``str`` of at most 255 bytes of
+    UTF-8.  Callers can share a record, because a record never changes.  To change a task,
+    the registry creates a record with the next revision.  The constructor does not
+    validate the fields: ``Put`` validates them, and the registry creates only valid
+    records.
     """
 
     task_id: Key
@@ -174,12 +176,12 @@ class TaskRecord(
 
     @property
     def is_terminal(self) -> bool:
-        """Whether the task has ended (``bool``)."""
+        """True if the task has ended (``bool``)."""
         return self.status not in ACTIVE_STATUSES
 
     @property
     def sort_key(self) -> tuple[int, str]:
-        """``(created_at, task_id)``: lists are in descending order of this key."""
+        """The key ``(created_at, task_id)``; lists of tasks are in descending order of this key."""
         return (self.created_at, self.task_id)
 
     def __hash__(self) -> int:

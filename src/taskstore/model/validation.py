@@ -66,7 +66,9 @@ def check_text(field: str, value: object, limit: int) -> str:
         try:
             size = len(value.encode())
         except UnicodeEncodeError:
-            raise ValidationError(field, "contains a lone surrogate, which is not UTF-8") from None
+            raise ValidationError(
+                field, "contains a lone surrogate, which UTF-8 cannot encode"
+            ) from None
     if size > limit:
         raise ValidationError(field, f"is {size} bytes long in UTF-8; the limit is {limit} bytes")
     if "\0" in value:
@@ -107,7 +109,7 @@ def check_seconds(field: str, value: object, minimum: float, maximum: float) -> 
 
 
 def check_enum(field: str, value: object, kind: type[_Enum]) -> _Enum:
-    """Return ``value`` if it is a member of ``kind``, or the member with this text."""
+    """Return ``value`` if it is a member of ``kind``, or the member whose text is ``value``."""
     if isinstance(value, kind):
         return value
     if isinstance(value, str):
@@ -115,8 +117,8 @@ def check_enum(field: str, value: object, kind: type[_Enum]) -> _Enum:
             return kind(value)
         actual = repr(value)
     else:
-        actual = type(value).__name__
-    raise ValidationError(field, f"must be one of {', '.join(kind)}, not {actual}")
+        actual = f"of type {type(value).__name__}"
+    raise ValidationError(field, f"must be one of {', '.join(kind)}; the given value is {actual}")
 
 
 def check_origin(field: str, value: object) -> DeliveryContext | None:
@@ -124,7 +126,10 @@ def check_origin(field: str, value: object) -> DeliveryContext | None:
     if isinstance(value, Mapping):
         unknown = set(value) - set(DeliveryContext.__struct_fields__)
         if unknown:
-            raise ValidationError(field, f"has no field {sorted(map(str, unknown))}")
+            raise ValidationError(
+                field,
+                f"contains {sorted(map(str, unknown))}, which are not fields of DeliveryContext",
+            )
         value = DeliveryContext(**value)
     if value is None:
         return None
@@ -141,10 +146,10 @@ def check_origin(field: str, value: object) -> DeliveryContext | None:
 
 
 def encode_metadata(value: object) -> Raw:
-    """Return a JSON object as canonical bytes: sorted keys, no white space.
+    """Return a JSON object as canonical bytes, with sorted keys and without white space.
 
-    Accepts only ``dict``, ``list``, ``tuple``, ``str``, ``int`` (64 bits), finite
-    ``float``, ``bool`` and ``None``.  All other values, including NaN and
+    The function accepts only ``dict``, ``list``, ``tuple``, ``str``, ``int`` (64 bits),
+    finite ``float``, ``bool`` and ``None``.  All other values, including NaN and
     infinities, raise :class:`ValidationError`.
     """
     encoded = msgspec.json.encode(plain_metadata(value), order="deterministic")
@@ -164,7 +169,7 @@ def plain_metadata(value: object) -> dict[str, Any]:
 
 
 def _plain_json(value: object, path: str, depth: int) -> object:
-    """Return a deep copy of a JSON value in plain containers, with every leaf checked."""
+    """Return a deep copy of a JSON value in plain containers; check every leaf."""
     if value is None or value is True or value is False:
         return value
     if isinstance(value, str):
@@ -190,7 +195,9 @@ def _plain_json(value: object, path: str, depth: int) -> object:
             _plain_json(item, f"{path}[{position}]", depth - 1)
             for position, item in enumerate(value)
         ]
-    raise ValidationError(path, f"contains a {type(value).__name__}, not a type that JSON has")
+    raise ValidationError(
+        path, f"contains a value of type {type(value).__name__}, which JSON does not support"
+    )
 
 
 def _check_metadata_bytes(_field: str, encoded: object) -> object:
@@ -234,7 +241,8 @@ def exceeds_depth(encoded: bytes, depth: int) -> bool:
     """Return whether JSON nests objects and arrays more than ``depth`` levels deep.
 
     The function does not decode the JSON, so its result does not depend on the
-    interpreter.  The result for invalid JSON may be wrong: the decoder refuses that JSON.
+    interpreter.  The result for invalid JSON can be wrong, but the decoder refuses
+    invalid JSON.
     """
     if encoded.count(b"{") + encoded.count(b"[") <= depth:
         return False
@@ -247,7 +255,7 @@ def exceeds_depth(encoded: bytes, depth: int) -> bool:
 
 
 def check_summary(field: str, value: object) -> str | None:
-    """Return ``value`` with each white space as one space, if it has at most 4,096 bytes."""
+    """Return text of at most 4,096 bytes, with one space in place of each run of white space."""
     if value is None:
         return None
     if not isinstance(value, str):

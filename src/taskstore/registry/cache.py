@@ -2,7 +2,7 @@
 
 :class:`Lookups` is the only interface by which the registry looks records up.
 :class:`RecordCache` answers lookups from indexes over committed records.
-:class:`Staging` answers lookups from a base and the uncommitted changes on top.
+:class:`Staging` answers lookups from a base and uncommitted changes to this base.
 :class:`ReplicatedCache` follows the journal of one store.
 """
 
@@ -83,7 +83,7 @@ class Lookups(ABC):
         return record
 
     def find_by_run(self, run_id: str) -> TaskRecord | None:
-        """Return the newest active task of a run, else its newest task, else ``None``."""
+        """Return the newest active task of a run, else the run's newest task, else ``None``."""
         return self._newest_preferring_active(run_id=run_id)
 
     def find(self, token: str) -> TaskRecord | None:
@@ -123,8 +123,8 @@ class Lookups(ABC):
 class RecordCache(Lookups):
     """The committed records, up to the last applied journal entry.
 
-    ``position`` is the position of this entry.  ``interrupted`` is true after an interrupt
-    that may have left the indexes incomplete, until the next load.  A thread that changes the
+    ``position`` is the position of this entry.  After an interrupt the indexes can be
+    incomplete: ``interrupted`` is then true until the next load.  A thread that changes the
     cache holds the registry's commit lock; a thread that uses the indexes holds ``lock``.
     """
 
@@ -145,10 +145,11 @@ class RecordCache(Lookups):
         return self._indexes.records
 
     def reset(self, snapshot: Snapshot, commit_id: str = "") -> None:
-        """Replace all records with a snapshot; ``commit_id`` is its last commit's id, if known.
+        """Replace all records with a snapshot; ``commit_id`` is the id of its last commit, or
+        empty.
 
-        The lock is held only for the switch: lookups see the old records until
-        the new records are indexed.
+        Lookups see the old records until the new records are indexed, because the lock is
+        held only while the indexes are exchanged.
         """
         indexes = Indexes(snapshot.records)
         with self.lock:
@@ -223,8 +224,8 @@ class ReplicatedCache(RecordCache):
 
     The caller of a method that changes the cache must hold the commit lock.  Events are
     queued in the order of the journal, and delivered after the lock is released.
-    ``stale`` is true when the cache may differ from the store in an unknown way: the
-    next commit or refresh then loads all records anew.
+    ``stale`` is true when the cache can differ from the store in an unknown way: the next
+    commit or refresh then loads all records anew.
     """
 
     def __init__(self, store: TaskRegistryStore, hooks: Hooks) -> None:
@@ -236,14 +237,14 @@ class ReplicatedCache(RecordCache):
     def load(self) -> None:
         """Load all records from the store, and queue :class:`Restored`."""
         store, head, commit_id = self._store, 0, ""
-        # The commit id is read before the records.  If another history replaces the journal
-        # in between, the next read of the journal detects the replacement.
+        # The commit id is read before the records.  If another history replaces the journal between
+        # these two reads, the next read of the journal detects the replacement.
         if isinstance(store, SupportsJournal):
             head = store.head()
             commit_id = commit_id_at(store, head)
         with gc_paused():
             snapshot = store.load_snapshot()
-            if isinstance(store, SupportsJournal) and snapshot.seq != head:  # a new commit
+            if isinstance(store, SupportsJournal) and snapshot.seq != head:  # a new commit exists
                 commit_id = commit_id_at(store, snapshot.seq)
             self.reset(snapshot, commit_id)
         self.stale = False
@@ -257,7 +258,7 @@ class ReplicatedCache(RecordCache):
             self._catch_up_journal(self._store)
 
     def catch_up(self, *, reload: bool = False) -> bool:
-        """Bring the cache up to date with the store; returns whether the cache was behind."""
+        """Bring the cache up to date with the store; returns whether the cache was outdated."""
         if isinstance(self._store, SupportsJournal):
             return self._catch_up_journal(self._store)
         if reload:
@@ -289,7 +290,7 @@ class ReplicatedCache(RecordCache):
                     break
         return changed
 
-    def publish(self, commit: Commit, changes: Sequence[Change]) -> None:
+    def apply_local(self, commit: Commit, changes: Sequence[Change]) -> None:
         """Apply our commit to the cache, after all earlier commits of other writers."""
         if commit.first_seq != self.position.seq + 1 and self._catch_up_before(commit):
             return
@@ -326,7 +327,7 @@ class ReplicatedCache(RecordCache):
             return True
 
     def _apply_entries(self, entries: Iterable[JournalEntry], *, local: bool) -> None:
-        """Apply the next entries, so that lookups see all of them or none; queue their events."""
+        """Apply the next entries in one step: a lookup sees all or none.  Queue their events."""
         events: list[Event] = []
         with self.lock:
             for entry in entries:
@@ -345,11 +346,11 @@ class ReplicatedCache(RecordCache):
 
 
 class Staging(Lookups):
-    """Uncommitted changes on top of a base.
+    """Lookups of a base and of uncommitted changes to this base.
 
     ``changes`` are the changes for the store, in order.  ``unverified`` is set
-    when an operation changed nothing: the store then checks no revision, and an
-    outdated cache would stay undetected.
+    when an operation changed nothing: the store then checks no revision, and cannot
+    detect that the cache is outdated.
     """
 
     __slots__ = ("_base", "_by_dedup_key", "_overlay", "changes", "unverified")
@@ -418,7 +419,7 @@ class Staging(Lookups):
         return record
 
     def update(self, before: TaskRecord, after: TaskRecord) -> TaskRecord:
-        """Stage the next revision of a record; stage nothing if ``after`` is ``before``."""
+        """Stage the next revision of a record; stage nothing if ``after is before``."""
         if after is before:
             self.unverified = True
             return before
@@ -463,7 +464,7 @@ def _backwards(keys: Sequence[Key], end: int) -> Iterator[Key]:
 
 
 def _whole_commits(page: Sequence[JournalEntry]) -> Sequence[JournalEntry]:
-    """Drop the last commit of a full page, which may be incomplete, unless it is the only one."""
+    """Return a full page without its last commit, which can be incomplete; keep a single commit."""
     last = page[-1].commit_id
     end = next((n for n in range(len(page), 0, -1) if page[n - 1].commit_id != last), 0)
     return page[:end] or page
@@ -478,8 +479,8 @@ def gc_paused() -> Iterator[None]:
     """Pause Python's garbage collector in the body of a ``with`` that creates many records.
 
     Records cannot form cycles, and each full collection blocks every thread.
-    A second pause during a pause has no effect: only the first pause disables the
-    collector, and enables the collector at the end.
+    A pause that begins during another pause has no effect: only the first pause disables
+    the collector, and enables the collector at its end.
     """
     global _gc_disabled  # noqa: PLW0603 - there is one collector per process
     first = _pause_lock.acquire(blocking=False)

@@ -1,19 +1,20 @@
 """The commit protocol: stage, apply, publish to the cache, deliver events.
 
 If no commit is in progress, the calling thread commits its own request and wakes no
-other thread.  Callers that arrive during a commit queue their requests, and
-a writer thread commits the queued requests as one group.
+other thread.  During a commit, the requests of other callers wait in a queue.  A writer
+thread then commits all queued requests as one group.
 
 An operation is a function that uses a :class:`~taskstore.registry.cache.Staging`: it looks
 records up and stages changes.  An operation has no state, so the committer can run the
 operation again over newer records after a conflict.  A batch is one operation.
 
 If the outcome of a commit is unknown, the caller gets an :class:`OutcomeUnknownError`, and
-all records are loaded into memory anew before the next commit.  After a lost connection, the
-SQL store first reads the outcome back in ``stores/sql/transactions.py``.
+all records are loaded into memory anew before the next commit.  If the connection is lost,
+the SQL store first reads the outcome back (see ``stores/sql/transactions.py``).
 
-If a caller is interrupted, for example by Ctrl-C, its change is committed completely or not
-at all, and the record cache is loaded anew before the next use of the cache.
+If a caller is interrupted, for example by Ctrl-C, the caller's change is committed
+completely or not at all, and the record cache is loaded anew before the next use of the
+cache.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ _NO_CONTENTION: AbstractContextManager[AbstractSet[str]] = nullcontext(frozenset
 
 
 class Request(Struct, Generic[T]):
-    """One caller's operation, and after the commit its result or error."""
+    """The operation of one caller, and the result or error that the commit sets."""
 
     operation: Operation[T]
     result: Any = None
@@ -99,8 +100,8 @@ class QueuedRequest(Request[T], Generic[T], kw_only=True):
     """
 
     on_done: Callable[[], object]
-    # This lock is acquired once and never released.  Either the writer thread acquires it
-    # and starts the request, or the caller acquires it and withdraws the request.
+    # This lock is acquired once and never released.  Either the writer thread acquires the lock and
+    # starts the request, or the caller acquires the lock and withdraws the request.
     claim: Any
 
     def withdraw(self) -> bool:
@@ -153,7 +154,7 @@ class CommitQueue:
                 taken.append(self._requests.get())
             started = [r for r in taken if r is not None and r.claim.acquire(blocking=False)]
             if None in taken and len(taken) > 1:
-                self._requests.put(None)  # the requests queued before close() come first
+                self._requests.put(None)  # requests queued before close() are committed first
             if started:
                 return started
             with self._lock:
@@ -164,14 +165,14 @@ class CommitQueue:
                         return []
 
     def finish(self, requests: Sequence[QueuedRequest[Any]]) -> None:
-        """Call ``on_done`` of requests whose result or error is set."""
+        """Call ``on_done`` of each request; each request has a result or an error."""
         with self._lock:
             self.busy = not self._requests.empty()
         for request in requests:
             request.on_done()
 
     def close(self) -> None:
-        """Refuse new requests, and end the writer thread after the queued requests."""
+        """Refuse new requests; the writer thread ends after the queued requests are done."""
         with self._lock:
             self._closed = True
             if self._has_writer:
@@ -179,7 +180,7 @@ class CommitQueue:
 
 
 def wait(request: QueuedRequest[T], done: threading.Lock) -> None:
-    """Wait until the lock ``done`` is released: the request then has its outcome.
+    """Wait until the lock ``done`` is released: the request then has a result or an error.
 
     If the caller is interrupted, a request that has not started is withdrawn.  The
     caller waits briefly for a request that has started, because most commits end soon.
@@ -201,14 +202,15 @@ class Committer:
         self._hooks = hooks
         self._queue = CommitQueue()
         self._writer: threading.Thread | None = None
-        # The commit lock: only its owner may change the cache.  The lock is reentrant: a signal
-        # handler that interrupts a call of the same thread gets an error, not a deadlock.
+        # The commit lock: only its owner is allowed to change the cache.  The lock is reentrant: if
+        # a signal handler interrupts a call and makes another call in the same thread, the second
+        # call raises an error instead of a deadlock.
         self._lock = threading.RLock()
         self._locked = False
-        # Whether a caller or the writer thread is committing now.
+        # True while a caller or the writer thread commits.
         self._committing = False
-        # The end of the contention (monotonic seconds, 0: no contention).  Until then, each
-        # commit takes the store's exclusive lock.
+        # The time at which the contention ends (monotonic seconds; 0 without contention).  Until
+        # then, each commit takes the store's exclusive lock.
         self._contended_until = 0.0
 
     def load(self) -> None:
@@ -226,7 +228,7 @@ class Committer:
     # -- callers --------------------------------------------------------------
 
     def commit(self, operation: Operation[T]) -> T:
-        """Commit an operation, in this thread or in a group, and deliver the events."""
+        """Commit an operation, in this thread or in the writer thread; deliver events."""
         if self._store.read_only:
             self.check_writable()
         try:
@@ -258,9 +260,9 @@ class Committer:
     ) -> QueuedRequest[T]:
         """Queue an operation for the writer thread, which calls ``on_done`` after the commit.
 
-        The caller delivers the events.  If no thread can be started, the calling thread
-        commits the request if ``commit_without_thread`` is set; otherwise the request
-        fails with a :class:`TaskStoreError`.
+        The caller delivers the events.  If no thread can be started, the request fails
+        with a :class:`TaskStoreError`; with ``commit_without_thread`` the calling thread
+        commits the request instead.
         """
         self.check_writable()
         request, start = self._queue.put(operation, on_done)
@@ -278,21 +280,21 @@ class Committer:
         """Raise :class:`ReadOnlyError` for a store that was opened read-only."""
         if self._store.read_only:
             raise ReadOnlyError(
-                f"{self._store.location} was opened read-only", hint="open it for writing"
+                f"{self._store.location} was opened read-only", hint="open the store for writing"
             )
 
     def close(self) -> None:
         """Refuse new requests, and return when all accepted requests are committed."""
-        self._with_lock(lambda: None)  # raises if close() interrupted another call
+        self._with_lock(lambda: None)  # raises an error if close() interrupted another call
         self._queue.close()
         writer = self._writer
         if writer is not None:
             writer.join()
 
-    # -- one at a time ----------------------------------------------------------
+    # -- the commit lock --------------------------------------------------------
 
     def _with_lock(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Take the commit lock, and call ``work``, which may change the cache."""
+        """Take the commit lock, and call ``work``, which can change the cache."""
         with self._lock:
             if self._locked:
                 raise TaskStoreError(
@@ -305,7 +307,7 @@ class Committer:
                 work(*arguments)
             except Exception:
                 raise
-            except BaseException:  # interrupted: the cache may be incomplete
+            except BaseException:  # interrupted: the cache can be incomplete
                 self._cache.stale = self._cache.interrupted = True
                 raise
             finally:
@@ -318,7 +320,7 @@ class Committer:
                 if fail:
                     raise TaskStoreError(  # noqa: TRY301
                         "cannot start a thread to commit this change: nothing was written",
-                        hint="raise the limit on threads, or end other threads and retry",
+                        hint="raise the thread limit or end other threads, then retry",
                     )
                 self._with_lock(self._commit_group, requests)
             except Exception as error:  # noqa: BLE001 (raised in the callers' threads)
@@ -330,7 +332,7 @@ class Committer:
     # -- the commit ---------------------------------------------------------------
 
     def _commit_group(self, requests: Sequence[Request[Any]]) -> None:
-        """Commit requests together; after a failure, each one alone to find the failing request."""
+        """Commit requests together; after a failure, commit each request alone."""
         try:
             self._commit_requests(requests)
         except Exception as error:  # noqa: BLE001 (raised in the callers' threads)
@@ -345,7 +347,8 @@ class Committer:
         """Commit requests together, in order; retry while other writers commit first.
 
         A request that fails stages nothing.  If a request fails or changes nothing, the cache
-        catches up with the store; if the cache was behind, all requests are staged again.
+        catches up with the store; if the cache was outdated, all requests are staged
+        again.
         """
         self._committing = True
         single = len(requests) == 1
@@ -373,7 +376,7 @@ class Committer:
                     self._cache.stale = True
                     raise
                 else:
-                    self._cache.publish(commit, staging.changes)
+                    self._cache.apply_local(commit, staging.changes)
                     return
             if not self._cache.catch_up(reload=True):
                 break
@@ -386,7 +389,7 @@ class Committer:
         )
 
     def _catch_up(self, *, single: bool) -> bool:
-        """Bring the cache up to date with the store; returns whether the cache was behind."""
+        """Bring the cache up to date with the store; returns whether the cache was outdated."""
         try:
             return self._cache.catch_up()
         except TaskStoreError as error:
@@ -398,8 +401,8 @@ class Committer:
             ) from error
 
     def _stage(self, requests: Sequence[Request[Any]], staging: Staging) -> bool:
-        """Run requests in order, each on top of the earlier changes; returns whether a result
-        or error is unverified, because the cache may have been outdated."""
+        """Run requests in order; each request sees the changes of the earlier requests.  Returns
+        true if a result or error is unverified because the cache was possibly outdated."""
         unverified = False
         for request in requests:
             savepoint = len(staging.changes)
@@ -418,11 +421,12 @@ class Committer:
 
     @contextmanager
     def _exclusive(self) -> Iterator[AbstractSet[str]]:
-        """Lock out other writers until our commit, and catch up with the store.
+        """Take the store's exclusive lock until our commit, and catch up with the store.
 
         No other writer can commit between this read and our commit, so all contending
         writers make progress in turn.  Without contention this lock is not taken: a writer
-        then waits only for single commits.  Yields the ids of tasks that other writers changed.
+        then waits only while another writer commits.  Yields the ids of tasks that other
+        writers changed.
         """
         store = self._store
         remote_ids: AbstractSet[str] = frozenset()
@@ -443,8 +447,8 @@ def _fail(requests: Sequence[Request[Any]], error: BaseException) -> None:
 class Batch:
     """The operations of one ``with registry.batch()``, and their staged changes.
 
-    ``closed`` is set at the end of the body.  An asyncio task that the body started may
-    run longer than the body: it then commits its own changes.
+    ``closed`` is set at the end of the body.  If an asyncio task that the body started
+    runs longer than the body, the task commits its later changes itself.
     """
 
     def __init__(self, base: Lookups) -> None:
@@ -472,8 +476,9 @@ class Batch:
     def replay(self, staging: Staging) -> None:
         """Run all operations again over the records that are stored now.
 
-        Raises :class:`ConflictError` if the body created and then used a task, but another
-        writer has created the task of the same run first, under another id.
+        Raises :class:`ConflictError` if both are true: (a) the body created a task, and
+        then used its id; (b) another writer had already created the task of the same run,
+        under another id.
         """
         conflicts: dict[str, Conflict] = {}
         for operation, result in self.operations:

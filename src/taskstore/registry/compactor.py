@@ -1,4 +1,4 @@
-"""Compaction of a store: on demand, or by a hook when the policy says so."""
+"""Compaction of a store: a function, and a hook that applies the policy."""
 
 from __future__ import annotations
 
@@ -39,11 +39,12 @@ def compact(
 class Compactor:
     """A hook that compacts a store in its own thread when compaction is due.
 
-    Add it with ``registry.hooks.add(Compactor(registry.store))``.  The compactor counts
-    events and asks the policy.  It does not block writers.  ``runs`` counts completed
-    compactions, ``failures`` counts failed compactions.  A failure is logged; the next
-    compaction that is due is the retry.  ``last_report`` is the newest
-    :class:`CompactionReport` or ``None``.  Close the compactor before the store.
+    Add the compactor with ``registry.hooks.add(Compactor(registry.store))``.  The
+    compactor counts events, and asks the policy whether compaction is due.  It does not
+    block writers.  ``runs`` counts completed compactions, ``failures`` counts failed
+    compactions.  A failure is logged, and the compactor tries again when compaction is
+    next due.  ``last_report`` is the newest :class:`CompactionReport` or ``None``.  Close
+    the compactor before the store.
     """
 
     def __init__(self, store: TaskRegistryStore, policy: CompactionPolicy | None = None) -> None:
@@ -65,7 +66,7 @@ class Compactor:
         """Count an event, and start a compaction if compaction is due."""
         with self._lock:
             if isinstance(event, Restored):
-                # The store itself checks its entries since its last snapshot.
+                # The store itself counts the entries since its last snapshot.
                 self._records = event.count
                 self._start()
                 return

@@ -18,8 +18,8 @@ from taskstore.store.interface import SupportsJournal
 logger = logging.getLogger("taskstore")
 
 POLL_INTERVAL_S = 0.5
-"""How long the follower waits before it refreshes without a commit, in seconds.  A refresh
-detects that the journal has another history."""
+"""How long the follower waits for a commit before it refreshes anyway, in seconds.  A refresh
+detects that another history has replaced the journal."""
 
 LOCAL_COMMIT_S = 0.001
 """How long the follower waits for a local commit to reach memory, in seconds."""
@@ -36,7 +36,8 @@ STOP_TIMEOUT_S = 5.0
 
 
 class Follower:
-    """A follower from :meth:`taskstore.TaskRegistry.follow`; ``stop()`` or a ``with`` ends it.
+    """A follower from :meth:`taskstore.TaskRegistry.follow`; ``stop()`` or the end of a ``with``
+    stops the thread.
 
     If the store cannot be read, the follower logs this once and retries.
     """
@@ -44,7 +45,7 @@ class Follower:
     def __init__(
         self, journal: SupportsJournal, seq: Callable[[], int], refresh: Callable[[], object]
     ) -> None:
-        """``seq`` returns the last seq in memory, ``refresh`` brings memory up to date."""
+        """``seq`` returns the last seq in memory; ``refresh`` brings memory up to date."""
         self._journal = journal
         self._seq = seq
         self._refresh = refresh
@@ -54,11 +55,12 @@ class Follower:
 
     @property
     def alive(self) -> bool:
-        """Whether the follower is running (``bool``)."""
+        """True while the follower is running (``bool``)."""
         return not self._stopped.is_set() and self._thread.is_alive()
 
     def stop(self) -> None:
-        """End the follower, wait for its thread.  May be called by a hook, and more than once."""
+        """End the follower, and wait for its thread.  Repeated calls are allowed, also from a
+        hook."""
         self.request_stop()
         self.wait()
 
@@ -82,7 +84,7 @@ class Follower:
                 self._wait_for_commit()
             except StoreClosedError:
                 return
-            except BaseException as error:  # a hook may raise anything
+            except BaseException as error:  # a hook can raise any exception
                 if backoff_s == MIN_BACKOFF_S:
                     known = isinstance(error, TaskStoreError)
                     logger.warning(
@@ -92,7 +94,7 @@ class Follower:
                 backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
 
     def _wait_for_commit(self) -> None:
-        """Return when another process may have committed, or after the poll interval."""
+        """Return after a possible commit of another process, or after the poll interval."""
         while not self._stopped.is_set():
             seq = self._seq()
             if not self._journal.wait_for(seq, POLL_INTERVAL_S):

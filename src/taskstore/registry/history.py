@@ -1,4 +1,4 @@
-"""Reads of the journal: changes, one task's history, earlier records.
+"""Reads of the journal: changes, the history of a task, earlier records.
 
 All functions read a store through :class:`~taskstore.SupportsJournal`.  For a
 store without a journal they raise :class:`~taskstore.UnsupportedError`.
@@ -24,16 +24,17 @@ from taskstore.store.interface import (
 )
 
 WAIT_SLICE_S = 0.5
-"""The longest single wait for a commit, in seconds.  A closed registry is detected afterwards."""
+"""The longest single wait for a commit, in seconds.  After each wait, the reader checks whether the
+registry is closed."""
 
 MAX_WAIT_S = 10.0**9
 """The longest wait, in seconds: about thirty years."""
 
-EARLIEST_TIME = 10**11
+MIN_UNIX_MS = 10**11
 """Integers from this value on (March 1973) are Unix milliseconds; smaller integers are seqs."""
 
 
-def journal_of(store: TaskRegistryStore, wanted: str) -> SupportsJournal:
+def require_journal(store: TaskRegistryStore, wanted: str) -> SupportsJournal:
     """Return the store typed as ``SupportsJournal``, or raise :class:`UnsupportedError`."""
     if not isinstance(store, SupportsJournal):
         raise UnsupportedError(f"{wanted} needs a journal, but {store!r} has no journal")
@@ -89,7 +90,7 @@ def changes(
 
     ``check`` is called before each step; an error that it raises ends the iteration.
     """
-    journal = journal_of(store, "changes")
+    journal = require_journal(store, "changes")
     reader = JournalReader(journal, after)
     if wait is not None:
         check_seconds("wait", wait, 0, MAX_WAIT_S)
@@ -117,8 +118,8 @@ def _read_and_wait(
 
 
 def history(store: TaskRegistryStore, task_id: str) -> Sequence[JournalEntry]:
-    """Return the entries of a task that are still kept, oldest first."""
-    journal = journal_of(store, "history")
+    """Return the kept journal entries of a task, oldest first."""
+    journal = require_journal(store, "history")
     if isinstance(store, SupportsHistory):
         return tuple(store.read_history(task_id))
     while True:
@@ -126,18 +127,17 @@ def history(store: TaskRegistryStore, task_id: str) -> Sequence[JournalEntry]:
             entries = entries_after(journal, journal.floor() - 1)
             return tuple(entry for entry in entries if entry.task_id == task_id)
         except CursorExpiredError:
-            continue  # trimmed between the two calls: retry from the new floor
+            continue  # trimmed between the two calls: the next attempt begins at the new floor
 
 
 def as_of(store: TaskRegistryStore, moment: int | datetime) -> Snapshot:
     """Return all records as of a seq or time.
 
     ``moment`` is a seq, a time as Unix milliseconds (from 10**11 on), or an
-    aware :class:`datetime.datetime`.  Raises :class:`CursorExpiredError`
-    for a moment before floor - 1 and :class:`ValidationError` for a seq
-    beyond the head.
+    aware :class:`datetime.datetime`.  Raises :class:`CursorExpiredError` for a seq below
+    floor - 1 or an earlier time, and :class:`ValidationError` for a seq beyond the head.
     """
-    journal = journal_of(store, "as_of")
+    journal = require_journal(store, "as_of")
     at_time = _unix_ms(moment)
     while True:
         floor = journal.floor()
@@ -176,7 +176,8 @@ def _as_of_time(journal: SupportsJournal, at: int) -> Snapshot:
 
 
 def _base_snapshot(journal: SupportsJournal, seq: int) -> Snapshot:
-    """Return the newest snapshot at or before a seq, else an empty one if all entries are kept."""
+    """Return the newest snapshot at or before a seq, else an empty snapshot if no entry was
+    trimmed."""
     floor = journal.floor()
     if seq < floor - 1:
         raise CursorExpiredError(seq, floor)
@@ -195,4 +196,4 @@ def _unix_ms(moment: object) -> int | None:
             raise ValidationError("as_of", "a datetime needs a time zone")
         return int(moment.timestamp() * 1000)
     value = check_int("as_of", moment)
-    return value if value >= EARLIEST_TIME else None
+    return value if value >= MIN_UNIX_MS else None

@@ -2,8 +2,8 @@
 
 Hooks are called after the commit, outside the commit lock, one event at a time
 and in the order of the journal.  An exception in a hook is logged and counted; the
-commit stays, and the other hooks are still called.  An interrupt in a hook is raised
-again after all hooks were called with the event.
+exception does not undo the commit, and the other hooks are still called.  An interrupt in
+a hook is raised again after all hooks were called with the event.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Upserted(Struct, frozen=True, gc=False):
     """A task was created (``previous`` is ``None``) or changed.
 
     ``at`` is the time of the commit (Unix milliseconds).  ``local`` is true if
-    this registry made the change, false if another writer did.
+    this registry made the change, false if another writer made it.
     """
 
     kind: ClassVar[str] = "upserted"
@@ -60,7 +60,7 @@ class Deleted(Struct, frozen=True, gc=False):
     """A task was deleted; ``previous`` is its last record, if known.
 
     ``at`` is the time of the commit (Unix milliseconds).  ``local`` is true if
-    this registry made the change, false if another writer did.
+    this registry made the change, false if another writer made it.
     """
 
     kind: ClassVar[str] = "deleted"
@@ -103,11 +103,12 @@ class Hooks:
     def add(self, hook: Hook) -> Callable[[], None]:
         """Call ``hook`` with every event from now on.
 
-        Returns a function that removes the hook; a second call does nothing.
+        Returns a function that removes the hook; a second call of this function does
+        nothing.
         """
         if not callable(hook):
-            raise TypeError(f"a hook takes an event: {hook!r} is not callable")
-        registration = object()  # the same callable may be added more than once
+            raise TypeError(f"a hook must be callable with an event, but {hook!r} is not callable")
+        registration = object()  # the same callable can be added more than once
         with self._lock:
             self.registered = {**self.registered, registration: hook}
 
@@ -130,8 +131,8 @@ class Hooks:
         nested ``deliver`` returns at once; the new event is delivered after the current event.
         """
         me = threading.get_ident()
-        # After a delivery the loop checks for events again.  Another call may have queued an
-        # event after the last check, and returned because this thread was the deliverer.
+        # After a delivery the loop checks for events again.  It is possible that another call
+        # queued an event after the last check, and returned because this thread was the deliverer.
         while self.events:
             deliverer = self._deliverer
             if deliverer is not None:
@@ -151,7 +152,7 @@ class Hooks:
         """Deliver all queued events, and wait for a delivery in another thread.
 
         A call inside a hook does not wait.  Other calls wait at most ``DRAIN_TIMEOUT_S``,
-        because a hook may wait for this thread.
+        because a hook can wait for this thread.
         """
         deadline = time.monotonic() + DRAIN_TIMEOUT_S
         while True:
@@ -162,7 +163,8 @@ class Hooks:
             time.sleep(0.001)
 
     def _deliver_first(self) -> None:
-        """Call all hooks with the first event; after an interrupt, only the remaining hooks."""
+        """Call all hooks with the first event; after an interrupt, call only the remaining
+        hooks."""
         event, interrupt = self.events[0], None
         if self._remaining is None:
             self._remaining = iter(self.registered.values())

@@ -1,9 +1,9 @@
 """The indexes over the records in memory.
 
 A full garbage collection blocks every thread while it visits the tracked objects.
-The indexes therefore contain records and strings, which the collector does not track,
-and no dictionaries of tuples, which it may track again.  An index contains a list only
-for a value that several tasks share.
+The indexes therefore contain records and strings, which the collector does not track.
+They contain no dictionaries of tuples, because the collector can track these again.  An
+index contains a list only for a value that several tasks share.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Key = tuple[int, str]
 """The sort key of a record: (created_at, task_id)."""
 
 _FieldIndex = dict[object, str | list[Key]]
-"""The index of one field: by value, the id of the only task, or the ordered keys of the tasks."""
+"""The index of one field: it maps each value to one task id, or to the sorted keys of its tasks."""
 
 INDEXED = ("status", "runtime", *sorted({*OPTIONAL_KEYS} - {"run_digest", "lease_token"}))
 """The indexed fields."""
@@ -38,9 +38,9 @@ _NO_RECORDS: Mapping[str, TaskRecord] = MappingProxyType({})
 class Indexes:
     """Records by id, in order, and by the value of each indexed field.
 
-    Only one thread at a time may use them.  ``keys`` are the sort keys of all records, in
-    order.  ``by_dedup_key`` maps a dedup key to its task id; the two parts of a dedup key
-    are joined by NUL, which neither part contains.
+    Only one thread at a time is allowed to use the indexes.  ``keys`` are the sort keys
+    of all records, in order.  ``by_dedup_key`` maps a dedup key to its task id; the two
+    parts of a dedup key are joined by NUL, which neither part contains.
     """
 
     def __init__(self, records: Mapping[str, TaskRecord] = _NO_RECORDS) -> None:
@@ -83,7 +83,7 @@ class Indexes:
         return {str(value): 1 if isinstance(entry, str) else len(entry) for value, entry in entries}
 
     def clear(self) -> None:
-        """Remove all records in small steps, so that other threads run in between."""
+        """Remove all records in small steps, so that other threads run between the steps."""
         clear_in_chunks(self.records)
         clear_in_chunks(self.by_dedup_key)
         for index in self._by_field.values():
@@ -127,7 +127,7 @@ class Indexes:
         self._add_key(((index, after) for index, _, after in changed), key)
 
     def _add_key(self, targets: Iterable[tuple[_FieldIndex, str | None]], key: Key) -> None:
-        """Add a sort key to each target index under its target value; ``None`` is not indexed."""
+        """Add a sort key to each target, a pair of index and value; ``None`` is not indexed."""
         for index, value in targets:
             if value is None:
                 continue

@@ -21,7 +21,7 @@ from taskstore.registry.cache import Lookups, ReplicatedCache
 from taskstore.registry.commit import Batch, Committer, Operation
 from taskstore.registry.follower import Follower
 from taskstore.registry.hooks import Hook, Hooks
-from taskstore.registry.verbs import ChangeRun, RunScope, TaskOperation, TaskRun, Verbs
+from taskstore.registry.verbs import ChangeRun, RunScope, RunSelector, TaskOperation, Verbs
 from taskstore.store.interface import TaskRegistryStore, forked_error
 from taskstore.store.opening import default_url, open_store
 
@@ -29,7 +29,7 @@ T = TypeVar("T")
 FollowerT = TypeVar("FollowerT", bound=Follower)
 
 
-class LedgerReader(ABC):
+class RegistryBase(ABC):
     """The lookups of a registry; no lookup waits for a commit or for the store."""
 
     def __init__(self, store: TaskRegistryStore, hooks: Hooks) -> None:
@@ -39,7 +39,7 @@ class LedgerReader(ABC):
         self._committer = Committer(store, self._cache, hooks)
         self._owns_store = False
         self._follower: Follower | None = None
-        # With this lock, concurrent calls start one follower, and close() finds this follower.
+        # This lock ensures that concurrent calls start one follower, and that close() stops it.
         self._follower_lock = threading.Lock()
         self._closed = False
         self._opened_by = os.getpid()
@@ -78,7 +78,7 @@ class LedgerReader(ABC):
             return lookups.find(token)
 
     def find_by_run(self, run_id: str) -> TaskRecord | None:
-        """Return the newest active task of a run, else its newest task, else ``None``."""
+        """Return the newest active task of a run, else the run's newest task, else ``None``."""
         check_text("run_id", run_id, KEY_BYTES)
         with self._locked_lookups() as lookups:
             return lookups.find_by_run(run_id)
@@ -112,8 +112,8 @@ class LedgerReader(ABC):
         with self._locked_lookups() as lookups:
             return lookups.summary()
 
-    def _cursor(self, after: int | str) -> int | str | Position:
-        """Return ``after``; if it is the last seq in memory, return the position with commit id."""
+    def _with_commit_id(self, after: int | str) -> int | str | Position:
+        """Return ``after``, with the commit id if ``after`` is the last seq in memory."""
         position = self._cache.position
         return position if type(after) is int and after == position.seq else after
 
@@ -136,7 +136,7 @@ class LedgerReader(ABC):
 
     @abstractmethod
     def _reload(self) -> None:
-        """Reload memory after an interrupt, if this thread may wait for the store."""
+        """Reload memory after an interrupt, if this thread is allowed to wait for the store."""
 
     def _new_batch(self, outer: Batch | None) -> Batch:
         self._check_open()
@@ -150,15 +150,16 @@ class LedgerReader(ABC):
             self._check_open()
             follower = self._follower
             if not isinstance(follower, kind) or not follower.alive:
-                journal = history.journal_of(self._store, "follow")
+                journal = history.require_journal(self._store, "follow")
                 follower = kind(journal, lambda: self._cache.seq, self._committer.refresh)
                 self._follower = follower
             return follower
 
     def _shut_down(self) -> None:
-        """Finish commits and events in progress, stop the follower, close an owned store.
+        """Finish commits and events in progress, stop the follower, and close an owned store.
 
-        In a forked child this does nothing: all work in progress belongs to the parent.
+        In a forked child this method does nothing: all work in progress belongs to the
+        parent.
         """
         if self._opened_by != os.getpid():
             return
@@ -183,12 +184,12 @@ class LedgerReader(ABC):
             raise forked_error(f"the registry over {self._store.location}")
 
 
-class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
-    """All tasks of one ledger: lifecycle rules, lookups and hooks on top of one store.
+class TaskRegistry(RegistryBase, Verbs[TaskRecord, bool, str]):
+    """The tasks of one ledger, with lifecycle rules, lookups and hooks, on top of one store.
 
-    Several threads may use one registry.  The store commits a change first, then
-    memory is updated, then the hooks are called.  A change that fails has no
-    effect.  Lookups read from memory.
+    Several threads can use one registry.  The store commits a change first, then memory
+    is updated, then the hooks are called.  A change that fails has no effect.  Lookups
+    read from memory.
 
     The constructor takes a ``store`` that the caller closes; :meth:`open`
     opens a store that the registry closes.  ``hooks`` are callables that take
@@ -223,8 +224,8 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
         """Open the ledger at a URL, such as ``sqlite:///tasks.db``, and load it.
 
         ``url=None`` opens an SQLite file in the platform's user state directory.
-        For the other arguments and the errors see :func:`taskstore.open_store`
-        and the constructor.
+        The other arguments and the errors are those of :func:`taskstore.open_store` and
+        the constructor.
         """
         store = open_store(
             default_url() if url is None else url,
@@ -245,16 +246,17 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
 
     @contextmanager
     def batch(self) -> Iterator[Self]:
-        """Make all changes in the ``with`` body one commit: all or nothing.
+        """Commit all changes of the ``with`` body as one commit, or none of them.
 
         A batch belongs to the calling thread: only reads of this thread see the staged
         changes.  The records returned in the body are provisional: they are computed
-        from the records in memory.  After an exception in the body nothing is written.
+        from the records in memory.  If the body raises an exception, nothing is written.
         An inner batch that ends without an error becomes part of the outer batch.
 
-        At the end the verbs run again over the current records and may raise their
-        errors.  Raises :class:`ConflictError` if the body created and then used a task,
-        but another process has created the task of the same run first, under another id.
+        At the end of the body the verbs run again over the current records, and can raise
+        their errors.  Raises :class:`ConflictError` if both are true: (a) the body
+        created a task, and then used its id; (b) another process had already created the
+        task of the same run, under another id.
         """
         outer = self._local.batch
         self._local.batch = batch = self._new_batch(outer)
@@ -276,27 +278,27 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
         ``runtime`` and ``session_key`` (the child's session) select some of the tasks.
         If the tasks belong to several scopes, no task is selected.
         """
-        return RunScope(TaskRun(run_id, runtime, session_key), self._now, self._commit_run)
+        return RunScope(RunSelector(run_id, runtime, session_key), self._now, self._commit_run)
 
     # -- the journal --------------------------------------------------------
 
     def changes(self, after: int | str = 0, wait: float | None = None) -> Iterator[JournalEntry]:
         """Yield the journal entries after a seq, or an entry's ``cursor``, up to the head.
 
-        With ``wait``, waits for new entries, and ends after this many seconds without
-        an entry.  Raises :class:`CursorExpiredError`, also during a wait, if the next
-        entries are no longer kept, or if the journal does not contain the position.
-        Across restarts keep a ``cursor``, not a seq: only with a cursor does this
-        method detect that a backup was restored.  Raises :class:`UnsupportedError`
+        With ``wait``, the iterator waits for new entries, and ends after ``wait`` seconds
+        without an entry.  Raises :class:`CursorExpiredError`, also during a wait, if the
+        next entries are no longer kept, or if the journal does not contain the position.
+        A program that restarts must keep a ``cursor`` instead of a seq: with a seq, this
+        method cannot detect that a backup was restored.  Raises :class:`UnsupportedError`
         for a store without a journal.
         """
         self._check_open()
-        return history.changes(self._store, self._cursor(after), wait, self._check_open)
+        return history.changes(self._store, self._with_commit_id(after), wait, self._check_open)
 
     def history(self, task_id: str) -> Sequence[JournalEntry]:
-        """Return the journal entries of a task that are still kept, oldest first.
+        """Return the kept journal entries of a task, oldest first.
 
-        A deleted task has entries too; an unknown id has none.  Raises
+        A deleted task has entries too; an unknown id has no entries.  Raises
         :class:`UnsupportedError` for a store without a journal.
         """
         self._check_open()
@@ -319,8 +321,8 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
     def refresh(self) -> int:
         """Apply the commits of other processes to memory; returns the last seq in memory.
 
-        Hooks receive the events of these commits with ``local`` false.  From a store
-        without a journal, all records are loaded anew.
+        Hooks receive the events of these commits with ``local`` false.  If the store has
+        no journal, all records are loaded anew.
         """
         self._check_open()
         # Changes that hooks make are not part of this thread's batch.
@@ -346,10 +348,11 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
         """Close the registry, and the store if :meth:`open` opened the store.
 
         Returns when all changes in progress are committed and their events are
-        delivered.  ``close`` may be called again, also to complete an interrupted
-        close.  A hook that waits for ``close`` delays it by up to five seconds.  A signal
-        handler must not call ``close``, which could wait for the call that the handler
-        interrupted.  If ``close`` detects this, it raises :class:`TaskStoreError`.
+        delivered.  Repeated calls are allowed; a repeated call completes an interrupted
+        close.  A hook that waits for ``close`` delays ``close`` by up to five seconds.  A
+        signal handler must not call ``close``, because ``close`` can wait for the call
+        that the handler interrupted.  If ``close`` detects this case, it raises
+        :class:`TaskStoreError`.
         """
         with self._follower_lock:
             self._closed = True
@@ -382,7 +385,7 @@ class TaskRegistry(LedgerReader, Verbs[TaskRecord, bool, str]):
     _lease = _commit
 
     def _commit_run(
-        self, run: TaskRun, make_operation: Callable[[], TaskOperation]
+        self, run: RunSelector, make_operation: Callable[[], TaskOperation]
     ) -> list[TaskRecord]:
         return self._commit(ChangeRun(run, make_operation()))
 

@@ -32,9 +32,9 @@ RecordT = TypeVar("RecordT")
 FlagT = TypeVar("FlagT")
 """The result of a verb that returns a boolean."""
 TokenT = TypeVar("TokenT")
-"""The result of a verb that takes a lease: its token."""
+"""The result of a verb that takes a lease: the token of the lease."""
 RecordsT = TypeVar("RecordsT")
-"""The result of a verb of a run scope: the changed records, or their coroutine."""
+"""The result of a verb of a run scope: the changed records, or a coroutine that returns them."""
 
 ALL_STATUSES = frozenset(TaskStatus)
 LOST = frozenset({TaskStatus.LOST})
@@ -47,7 +47,8 @@ class CreateTask(Struct, frozen=True):
     """Create a task, or fill empty fields of the task that has the same dedup key.
 
     This rule makes ``create`` idempotent: :func:`taskstore.model.lifecycle.run_digest` defines
-    the same run, and :func:`taskstore.model.lifecycle.attach` the result of a repeat.
+    which calls have the same run, and :func:`taskstore.model.lifecycle.fill_missing` defines the
+    result of a repeat.
     """
 
     record: TaskRecord
@@ -59,7 +60,7 @@ class CreateTask(Struct, frozen=True):
         existing = None if key is None else staging.by_dedup_key(key)
         if existing is None:
             return staging.create(record, key)
-        return staging.update(existing, lifecycle.attach(existing, record))
+        return staging.update(existing, lifecycle.fill_missing(existing, record))
 
 
 class ChangeTask(Struct, frozen=True):
@@ -128,7 +129,7 @@ TaskOperation = CreateTask | ChangeTask | DeleteTask
 """The operations of all verbs except the lease verbs."""
 
 
-class TaskRun(Struct, frozen=True):
+class RunSelector(Struct, frozen=True):
     """The id of a run, and filters that restrict it to one scope."""
 
     run_id: str
@@ -136,14 +137,14 @@ class TaskRun(Struct, frozen=True):
     session_key: str | None
 
     def tasks(self, staging: Staging) -> list[TaskRecord]:
-        """Return the run's tasks, oldest first; no tasks if the run is unknown or ambiguous."""
+        """Return the run's tasks, oldest first; an empty list for an unknown or ambiguous run."""
         return staging.run_scope(self.run_id, self.runtime, self.session_key)
 
 
 class ChangeRun(Struct, frozen=True):
     """Apply an operation to every task of a run."""
 
-    run: TaskRun
+    run: RunSelector
     operation: TaskOperation
 
     def __call__(self, staging: Staging) -> list[TaskRecord]:
@@ -228,10 +229,9 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> RecordT:
         """Mark a queued task as started at ``started_at`` (Unix ms, default now).
 
-        Returns a running task unchanged.  Raises :class:`TaskNotFound`,
-        :class:`InvalidTransition` for an ended task, and
-        :class:`ConflictError` if the task's revision is not ``if_revision``,
-        or its lease token is not ``fence``.
+        A running task is returned unchanged.  Raises :class:`TaskNotFound` for an unknown
+        id, :class:`InvalidTransition` for an ended task, and :class:`ConflictError` if
+        the task's revision is not ``if_revision``, or its lease token is not ``fence``.
         """
         return self._mutate(
             task_id, lifecycle.start(started_at=started_at), if_revision, fence, ACTIVE_STATUSES
@@ -245,7 +245,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         if_revision: int | None = None,
         fence: str | None = None,
     ) -> RecordT:
-        """Set the progress summary of an active task; white space becomes single spaces.
+        """Set the progress summary of an active task; each run of white space becomes one space.
 
         A repeat of the same summary writes nothing.  The errors are as in :meth:`mark_running`.
         """
@@ -265,12 +265,12 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         if_revision: int | None = None,
         fence: str | None = None,
     ) -> RecordT:
-        """End a task: succeeded, failed, timed_out, cancelled or lost.
+        """End a task with the status succeeded, failed, timed_out, cancelled or lost.
 
         ``error`` is free text, ``summary`` is one line, ``outcome`` is succeeded or
-        blocked, and ``ended_at`` is in Unix milliseconds (default now).  The end is
-        final: only ``succeeded`` may be corrected, to failed, timed_out or
-        cancelled.  A repeat of the same call writes nothing.  The errors are as in
+        blocked, and ``ended_at`` is in Unix milliseconds (default now).  This verb cannot
+        change a final status, except ``succeeded`` to failed, timed_out or cancelled.  A
+        repeat of the same call writes nothing.  The errors are as in
         :meth:`mark_running`.
         """
         mutation = lifecycle.finish(
@@ -288,7 +288,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> RecordT:
         """Mark an active task as lost: its outcome is unknown.
 
-        Returns a lost task unchanged.  The errors are as in :meth:`mark_running`.
+        A lost task is returned unchanged.  The errors are as in :meth:`mark_running`.
         """
         return self._mutate(
             task_id, lifecycle.lose(error=error), if_revision, fence, ACTIVE_STATUSES
@@ -306,11 +306,11 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         if_revision: int | None = None,
         fence: str | None = None,
     ) -> RecordT:
-        """Correct the status of a lost task to an active status or to the task's actual end.
+        """Correct the status of a lost task to an active status or to its actual final status.
 
-        ``error`` to ``ended_at`` are as in :meth:`finish`, for an ended status only.
-        The errors are as in :meth:`mark_running`.  If the task is not lost, raises
-        :class:`InvalidTransition` unless the task already has ``status``.
+        The parameters ``error`` to ``ended_at`` are as in :meth:`finish`, and are allowed
+        only for an ended status.  The errors are as in :meth:`mark_running`.  Raises
+        :class:`InvalidTransition` if the task neither is lost nor already has ``status``.
         """
         mutation = lifecycle.recover(
             status, error=error, summary=summary, outcome=outcome, ended_at=ended_at
@@ -327,7 +327,8 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> RecordT:
         """End an active task as cancelled; ``reason`` becomes its error.
 
-        Returns a cancelled task unchanged.  The errors are as in :meth:`mark_running`.
+        A cancelled task is returned unchanged.  The errors are as in
+        :meth:`mark_running`.
         """
         return self._mutate(task_id, lifecycle.cancel(reason), if_revision, fence, ACTIVE_STATUSES)
 
@@ -343,20 +344,24 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         """Set the delivery status: whether the requester has received the task's result.
 
         The status ``delivered`` also sets ``last_notified_event_at`` (Unix
-        milliseconds), by default to the time of the task's last event.  Also allowed
-        on an ended task.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
+        milliseconds), by default to the time of the task's last event.  This change is
+        allowed on an ended task too.  Raises :class:`TaskNotFound` and
+        :class:`ConflictError`.
         """
-        mutation = lifecycle.deliver(status, last_notified_event_at=last_notified_event_at)
+        mutation = lifecycle.set_delivery_status(
+            status, last_notified_event_at=last_notified_event_at
+        )
         return self._mutate(task_id, mutation, if_revision, fence)
 
     def set_notify_policy(
         self, task_id: str, policy: str, *, if_revision: int | None = None, fence: str | None = None
     ) -> RecordT:
-        """Set when to notify the owner: done_only, state_changes or silent.
+        """Set when the owner is notified: ``done_only``, ``state_changes`` or ``silent``.
 
-        Also allowed on an ended task.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
+        This change is allowed on an ended task too.  Raises :class:`TaskNotFound` and
+        :class:`ConflictError`.
         """
-        return self._mutate(task_id, lifecycle.notify(policy), if_revision, fence)
+        return self._mutate(task_id, lifecycle.set_notify_policy(policy), if_revision, fence)
 
     def set_cleanup_after(
         self,
@@ -366,11 +371,12 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         if_revision: int | None = None,
         fence: str | None = None,
     ) -> RecordT:
-        """Set the time after which the record may be removed (Unix ms; ``None``: never).
+        """Set the time after which removal of the record is allowed (Unix ms; ``None``: never).
 
-        Also allowed on an ended task.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
+        This change is allowed on an ended task too.  Raises :class:`TaskNotFound` and
+        :class:`ConflictError`.
         """
-        return self._mutate(task_id, lifecycle.retain(cleanup_after), if_revision, fence)
+        return self._mutate(task_id, lifecycle.set_cleanup_after(cleanup_after), if_revision, fence)
 
     def link_flow(
         self,
@@ -382,7 +388,8 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> RecordT:
         """Set the flow to which the task belongs; ``None`` means no flow.
 
-        Also allowed on an ended task.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
+        This change is allowed on an ended task too.  Raises :class:`TaskNotFound` and
+        :class:`ConflictError`.
         """
         return self._mutate(task_id, lifecycle.link_flow(parent_flow_id), if_revision, fence)
 
@@ -396,7 +403,8 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> RecordT:
         """Merge a mapping into the task's metadata, key by key at the top level.
 
-        Also allowed on an ended task.  Raises :class:`TaskNotFound` and :class:`ConflictError`.
+        This change is allowed on an ended task too.  Raises :class:`TaskNotFound` and
+        :class:`ConflictError`.
         """
         return self._mutate(task_id, lifecycle.merge_metadata(changes), if_revision, fence)
 
@@ -432,10 +440,10 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         Without ``run_id`` every call creates a task.  With ``run_id``, a repeat of the
         same (run_id, runtime, scope kind, owner, child session, flow, label,
         task) returns the first task and fills its empty fields; an ended task is
-        returned unchanged.  This rule also applies between processes.
+        returned unchanged.  This rule also applies to calls in different processes.
 
-        Raises :class:`ValidationError`, and :class:`ConflictError` if
-        ``task_id`` is or was in use.
+        Raises :class:`ValidationError` for an invalid argument, and
+        :class:`ConflictError` if ``task_id`` is or was in use.
         """
         record = lifecycle.new_record(
             now=self._now(),
@@ -460,10 +468,10 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         """Take the lease of an active task for ``lease_s`` seconds; returns the lease token.
 
         Pass this token as ``fence`` to :meth:`renew_lease` and to the other verbs.
-        If ``fence`` is the token of the current lease, the new lease replaces the
-        current lease, which gives the task to another worker.  Raises
-        :class:`ConflictError` while another lease has not expired.  Other errors are
-        as in :meth:`mark_running`.
+        If ``fence`` is the token of the current lease, the new lease replaces the current
+        lease.  A caller can thus give the task to another worker.  Raises
+        :class:`ConflictError` while another lease has not expired.  Other errors are as
+        in :meth:`mark_running`.
         """
         _check_arguments(task_id, if_revision, fence)
         token = new_task_id()
@@ -481,10 +489,10 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> TokenT:
         """Extend a lease to ``lease_s`` seconds from now; returns the lease token, ``fence``.
 
-        Writes only if less than half of ``lease_s`` is left, so this method may be
-        called often.  Raises :class:`ConflictError` if the lease has another
-        token, and :class:`InvalidTransition` if the task has ended.  After either
-        error the worker must stop work on the task.
+        The method writes only if less than half of ``lease_s`` is left, so frequent calls
+        are cheap.  Raises :class:`ConflictError` if the lease has another token, and
+        :class:`InvalidTransition` if the task has ended.  After either error the worker
+        must stop work on the task.
         """
         check_key("fence", fence)
         _check_arguments(task_id, if_revision, fence)
@@ -493,9 +501,9 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         return self._lease(ChangeLease(change, fence))
 
     def release_lease(self, task_id: str, *, fence: str, if_revision: int | None = None) -> RecordT:
-        """Release a lease before it expires, so that other workers need not wait.
+        """Release a lease before it expires, so that other workers do not have to wait.
 
-        The errors are as in :meth:`renew_lease`, but the lease of an ended task may be
+        The errors are as in :meth:`renew_lease`, but the lease of an ended task can be
         released too.
         """
         check_key("fence", fence)
@@ -530,7 +538,7 @@ class OperationFactory(Verbs[CreateTask | ChangeTask, DeleteTask, ChangeLease]):
 def _run_verb(
     verb: Callable[Concatenate[OperationFactory, str, _P], TaskOperation],
 ) -> Callable[Concatenate[RunScope[RecordsT], _P], RecordsT]:
-    """Return a verb for every task of a run, without the parameter ``task_id``."""
+    """Return a verb for every task of a run; this verb has no parameter ``task_id``."""
 
     @wraps(verb)
     def call(self: RunScope[RecordsT], /, *args: _P.args, **kwargs: _P.kwargs) -> RecordsT:
@@ -544,7 +552,7 @@ def _run_verb(
 
 
 class RunScope(Generic[RecordsT]):
-    """The verbs of the registry for every task of a run, as one commit.
+    """The verbs of the registry; each verb changes every task of a run in one commit.
 
     Each verb returns the changed records, oldest first, or no records if the run is
     unknown or ambiguous.  A verb skips tasks whose status does not allow the verb (mostly
@@ -555,9 +563,9 @@ class RunScope(Generic[RecordsT]):
 
     def __init__(
         self,
-        run: TaskRun,
+        run: RunSelector,
         now: Clock,
-        commit: Callable[[TaskRun, Callable[[], TaskOperation]], RecordsT],
+        commit: Callable[[RunSelector, Callable[[], TaskOperation]], RecordsT],
     ) -> None:
         """``commit`` calls its second argument and commits the returned operation for the run."""
         check_key("run_id", run.run_id)

@@ -1,9 +1,9 @@
 """The file operations that change a ledger stored in files.
 
-A store that keeps files uses one :class:`Disk` to create, change, flush, rename or
-remove files.  The store reads files directly.  A test replaces the :class:`Disk` to
-count the operations, to make an operation fail, or to record all operations and
-build the states that a power loss may leave (``taskstore.testing.powerloss``).
+A store that keeps files uses one :class:`Disk` to create, change, flush, rename or remove
+files.  The store reads files directly.  A test replaces the :class:`Disk` to count the
+operations, to make an operation fail, or to record all operations and build the states
+that a power loss can leave (``taskstore.testing.powerloss``).
 
 The methods of the first half are single system calls.  The methods of the second
 half combine these system calls.
@@ -25,12 +25,12 @@ _BUFFER = 1 << 20
 
 
 class Disk:
-    """File operations of the operating system.  They raise ``OSError``."""
+    """File operations of the operating system.  An operation that fails raises ``OSError``."""
 
     # -- single system calls ------------------------------------------------
 
     def open(self, path: Path, flags: int, mode: int = 0o600) -> int:
-        """Open a file, or create the file if ``flags`` request it; return the descriptor."""
+        """Open a file (``O_CREAT`` in ``flags`` creates the file); return the descriptor."""
         return os.open(path, flags | os.O_CLOEXEC, mode)
 
     def close(self, descriptor: int) -> None:
@@ -38,7 +38,7 @@ class Disk:
         os.close(descriptor)
 
     def pwrite(self, descriptor: int, data: bytes | memoryview, offset: int) -> int:
-        """Write at an offset; return the number of bytes written, possibly not all."""
+        """Write at an offset; return the number of written bytes, possibly not all."""
         return os.pwrite(descriptor, data, offset)
 
     def truncate(self, descriptor: int, size: int) -> None:
@@ -82,7 +82,7 @@ class Disk:
     # -- combined operations ------------------------------------------------
 
     def write_at(self, descriptor: int, data: bytes, offset: int) -> None:
-        """Write all of ``data``; after an error, the file may contain a part of ``data``."""
+        """Write all of ``data``; after an error, the file can contain a part of ``data``."""
         written = self.pwrite(descriptor, data, offset)
         while written < len(data):
             more = self.pwrite(descriptor, memoryview(data)[written:], offset + written)
@@ -93,8 +93,8 @@ class Disk:
     def write_new(self, path: Path, blocks: Iterable[bytes]) -> None:
         """Create a file of mode 0600 and flush its bytes to disk; its name is not durable yet.
 
-        Raises ``FileExistsError`` if the file exists.  After another error, the file
-        is removed.
+        Raises ``FileExistsError`` if the file exists.  If another error occurs, the
+        method removes the file.
         """
         descriptor = self.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
@@ -122,8 +122,8 @@ class Disk:
     def write_temporary(self, path: Path, blocks: Iterable[bytes]) -> Path:
         """Write a temporary file next to ``path``, flush it to disk and return its path.
 
-        Removes the temporary file if the call fails.  Replaces a temporary file that a
-        killed process left.
+        If the call fails, the method removes the temporary file.  The method replaces a
+        temporary file that a killed process left.
         """
         temporary = path.with_name(path.name + TEMPORARY)
         self.remove_all([temporary])

@@ -1,11 +1,11 @@
 """The store interface: what a backend must implement and guarantee.
 
-A store is the durable side of a ledger.  It keeps a gap-free journal of changes
-and the records that result from the changes.  A store does not implement lifecycle
-rules, indexes or hooks.  To write a store, subclass :class:`TaskRegistryStore`, implement
+A store is the durable side of a ledger.  A store keeps a gap-free journal of changes and
+the records that result from the changes.  A store does not implement lifecycle rules,
+indexes or hooks.  To write a store, subclass :class:`TaskRegistryStore`, implement
 ``load_snapshot`` and ``save_snapshot``, and test the store with
-``taskstore.testing.StoreContract``.  Every other ability is optional; each
-``Supports…`` protocol defines the methods of one ability.
+``taskstore.testing.StoreContract``.  Every other ability is optional; each ``Supports…``
+protocol defines the methods of one ability.
 
 The numbers in brackets are the invariants of ``docs/concepts.md``.
 """
@@ -74,7 +74,7 @@ class VerifyReport(Struct, frozen=True):
 
     @property
     def ok(self) -> bool:
-        """Whether there are no problems (``bool``)."""
+        """True if there are no problems (``bool``)."""
         return not self.problems
 
 
@@ -98,8 +98,9 @@ class TaskRegistryStore(ABC):
 
     unsupported_guarantees: Mapping[str, str] = MappingProxyType({})
     """The guarantees that this store does not give, each with the reason: ``processes``
-    (several processes on one storage) and ``crash-safe`` (the writer may be killed at any
-    instruction).  The contract suite skips the clauses that need them, and reports the reason."""
+    (several processes on one storage) and ``crash-safe`` (a kill of the writer at any
+    instruction is safe).  The contract suite skips the clauses that need these guarantees,
+    and reports the reason."""
 
     def __init__(self, *, read_only: bool = False) -> None:
         self.read_only = read_only
@@ -129,20 +130,21 @@ class TaskRegistryStore(ABC):
     def apply(self, changes: Sequence[Change]) -> Commit:
         """Commit a batch of changes atomically: all of them or none [3].
 
-        Each change gets the next seq, in order.  A change to revision r + 1 applies
-        only if revision r is stored.  A change to revision 1 applies only if the task
-        is not stored, the journal contains no deletion of its id, and no other task
-        has its dedup key (run_id, run_digest).  Otherwise
-        :class:`~taskstore.ConflictError` names every conflicting task, nothing is
-        written and no seq is used.  The commit is durable when the method returns [4].
-        Raises :class:`~taskstore.ValidationError`, before any write, for an invalid batch.
+        Each change gets the next seq, in order.  A change to revision r + 1 applies only
+        if revision r is stored.  A change to revision 1 applies only if the task is not
+        stored, the journal contains no deletion of its id, and no other task has its
+        dedup key (run_id, run_digest).  If a change does not apply,
+        :class:`~taskstore.ConflictError` names every conflicting task, nothing is written
+        and no seq is used.  The commit is durable when the method returns [4].  Raises
+        :class:`~taskstore.ValidationError`, before any write, for an invalid batch.
 
         ``changes`` may be a :class:`~taskstore.ChangeSet`.  A store that keeps
         commit ids then raises :class:`~taskstore.ConflictError` if its journal
         does not contain the commit at the set's base position.
 
         Note for implementers: this default implementation loads and saves the whole
-        ledger.  It is correct but slow, and safe for one process only.
+        ledger.  This implementation is correct but slow, and only one process can use it
+        safely.
         """
         self._check_writable()
         steps = plan(changes)
@@ -153,7 +155,7 @@ class TaskRegistryStore(ABC):
         return commit
 
     def report(self) -> StoreReport:
-        """Return the report for the operator.  Never raises and never reads the storage."""
+        """Return the report for the operator; never raise and never read the storage."""
         return StoreReport()
 
     def close(self) -> None:
@@ -167,7 +169,7 @@ class TaskRegistryStore(ABC):
 
     @property
     def _in_forked_child(self) -> bool:
-        """Whether this process was forked after the store was opened (``bool``)."""
+        """True if this process was forked after the store was opened (``bool``)."""
         return self._opened_by != os.getpid()
 
     def _check_open(self) -> None:
@@ -199,11 +201,11 @@ class SupportsJournal(Protocol):
     """A store that keeps a journal, for history, change feeds and several processes."""
 
     def head(self) -> int:
-        """Return the last seq; 0 before the first commit."""
+        """Return the last seq, or 0 before the first commit."""
         ...
 
     def floor(self) -> int:
-        """Return the first retained seq; head + 1 if the journal is empty, 1 if it is new."""
+        """Return the first retained seq: head + 1 for an empty journal, 1 for a new journal."""
         ...
 
     def read_journal(self, after: int, limit: int) -> Sequence[JournalEntry]:
@@ -226,11 +228,11 @@ class SupportsJournal(Protocol):
         """Wait until the head exceeds ``after``, at most ``timeout`` seconds.
 
         Returns whether the head exceeds ``after``.  Commits of every process count;
-        ``timeout`` may be 0 or as long as years.  An implementation must not miss a
-        commit: it starts its notification source, then reads the head, then waits.
-        It must not spin: a waiting thread and its helper thread use almost no CPU time.
-        Any number of threads may wait, and waiting threads must not block other calls.
-        :meth:`~TaskRegistryStore.close` ends every wait at once, with
+        ``timeout`` can be 0 or several years.  An implementation must not miss a commit:
+        it starts its notification source, then reads the head, then waits.  An
+        implementation must not spin: a waiting thread and its helper thread use almost no
+        CPU time.  Any number of threads can wait, and waiting threads must not block other
+        calls.  :meth:`~TaskRegistryStore.close` ends every wait at once, with
         :class:`~taskstore.StoreClosedError`.
         """
         ...
@@ -243,12 +245,13 @@ class SupportsExclusive(Protocol):
     def exclusive(self) -> AbstractContextManager[None]:
         """Hold the writer lock until the first ``apply`` or the end of the ``with`` body.
 
-        Meanwhile ``apply`` of every other instance on the same storage, in any process,
-        waits for the lock as for a commit.  In the body, ``read_journal`` returns all
-        commits to the calling thread, and no other instance commits before the body's
-        ``apply``.  The context manager itself writes nothing, also after an exception.
-        The end of the body releases the lock, with or without an ``apply``.  The body
-        must be short; it may read, and may call ``apply`` once.  Raises
+        During this time, ``apply`` of every other instance on the same storage, in any
+        process, waits for the lock as it waits for a commit.  In the body,
+        ``read_journal`` returns all commits to the calling thread, and no other instance
+        commits before the body's ``apply``.  The context manager itself writes nothing,
+        even after an exception.  At the end of the body the lock is always released, even
+        without an ``apply``.  The body must be short; the body is allowed to read, and to
+        call ``apply`` once.  Raises
         :class:`~taskstore.StoreBusyError` if another writer holds the lock too long,
         and :class:`~taskstore.ReadOnlyError` if the store is read-only.
         """
@@ -262,7 +265,7 @@ class SupportsHistory(Protocol):
     def read_history(self, task_id: str) -> Sequence[JournalEntry]:
         """Return the retained entries of one task, oldest first.
 
-        Includes the entries of a deleted task.  An unknown id has no entries.
+        The result includes the entries of a deleted task, and is empty for an unknown id.
         """
         ...
 
@@ -274,10 +277,10 @@ class SupportsCompaction(Protocol):
     def compact(self, policy: CompactionPolicy) -> CompactionReport:
         """Publish a snapshot and trim the journal as far as ``policy`` allows.
 
-        Compaction changes no answer except how far back history reaches, and may be
-        killed at any instruction [7].  If the policy says that compaction is not due,
-        the call does nothing and the report gives the reason.  A second compactor at the same time
-        gets :class:`~taskstore.StoreBusyError`.
+        Compaction changes no answer, except that older history is removed.  If compaction
+        is killed at any instruction, the ledger stays intact [7].  If compaction is not
+        due, the call does nothing, and the report gives the reason of ``policy``.  If
+        another compactor is active, the call raises :class:`~taskstore.StoreBusyError`.
         """
         ...
 
@@ -299,8 +302,8 @@ class SupportsIntegrity(Protocol):
     """A store that checks its stored data."""
 
     def verify(self) -> VerifyReport:
-        """Check contiguity, checksums, revisions, and that a fold of the journal gives the
-        records [5].  Writes nothing.  Memory use may grow with the ledger."""
+        """Check contiguity, checksums and revisions, and compare the folded journal with the
+        records [5].  The method writes nothing.  Its memory use can grow with the ledger."""
         ...
 
 
@@ -309,9 +312,10 @@ def entries_after_position(
 ) -> Sequence[JournalEntry]:
     """Return at most ``limit`` entries after a position.
 
-    Raises :class:`~taskstore.CursorExpiredError` if entries after the position were
-    trimmed, or if the journal has another commit or no commit at the position's seq.
-    If only the entry at the position was trimmed, its commit id is not checked.
+    Raises :class:`~taskstore.CursorExpiredError` in two cases: (a) entries after the
+    position were trimmed; (b) the commit of the position is not in the journal at the
+    position's seq.  If only the entry at the position was trimmed, its commit id is not
+    checked.
     """
     seq, commit_id = position.seq, position.commit_id
     if not seq:
@@ -337,7 +341,7 @@ def commit_id_at(journal: SupportsJournal, seq: int) -> str:
 
 
 def check_base(journal: SupportsJournal, changes: Sequence[Change]) -> None:
-    """Raise :class:`~taskstore.ConflictError` unless the journal has the base position.
+    """Raise :class:`~taskstore.ConflictError` unless the base position is in the journal.
 
     Only a :class:`ChangeSet` has a base position.  A store calls this function under its
     lock, or has its own faster check.

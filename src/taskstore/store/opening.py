@@ -19,11 +19,11 @@ ENTRY_POINT_GROUP = "taskstore.backends"
 """The entry-point group in which backends are declared."""
 
 DURABILITIES = ("full", "process")
-MIGRATIONS = ("auto", "never")
+MIGRATE_MODES = ("auto", "never")
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-# As in SQLAlchemy, a password ends at the first @ and may contain slashes.
-# If a password contains an unescaped @, the password ends at the last @ before the path.
+# As in SQLAlchemy, a password can contain slashes and ends at the first @.
+# If another @ follows before the path, the password ends at the last @ before the path.
 _PASSWORD = re.compile(r"(?<=://)([^:/?#\s]*):[^@]*@(?:[^/?#\s]*@)?")
 _PASSWORD_OPTION = re.compile(r"([?&][^=&\s]*passw[^=&\s]*=)[^&\s]*", re.IGNORECASE)
 
@@ -42,12 +42,12 @@ def scheme_of(url: str) -> str:
         raise ValidationError("url", f"must be text, not {type(url).__name__}")
     match = _SCHEME.match(url)
     if match is None:
-        raise ValidationError("url", f"{redacted(url)!r} is not a URL such as sqlite:///tasks.db")
+        raise ValidationError("url", f"{redacted(url)!r} is not a URL such as 'sqlite:///tasks.db'")
     return match[1].lower()
 
 
 def installed_backends() -> dict[str, list[EntryPoint]]:
-    """Return the declared backends by scheme; several packages may declare one scheme."""
+    """Return the declared backends by scheme; several packages can declare the same scheme."""
     backends: dict[str, list[EntryPoint]] = {}
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         declared = backends.setdefault(entry.name, [])
@@ -90,8 +90,8 @@ def check_options(durability: str, migrate: str) -> None:
     """Raise :class:`~taskstore.ValidationError` for an unknown value of these options."""
     if durability not in DURABILITIES:
         raise ValidationError("durability", f"must be one of {DURABILITIES}, not {durability!r}")
-    if migrate not in MIGRATIONS:
-        raise ValidationError("migrate", f"must be one of {MIGRATIONS}, not {migrate!r}")
+    if migrate not in MIGRATE_MODES:
+        raise ValidationError("migrate", f"must be one of {MIGRATE_MODES}, not {migrate!r}")
 
 
 def _load_opener(scheme: str) -> Any:
@@ -100,7 +100,7 @@ def _load_opener(scheme: str) -> Any:
     declared = backends.get(scheme)
     if not declared:
         longer = sorted(name for name in backends if name.startswith(f"{scheme}+"))
-        hint = f"did you mean {longer[0]}:?" if longer else None
+        hint = f"did you mean '{longer[0]}:'?" if longer else None
         raise BackendNotFoundError(scheme, backends, hint=hint)
     if len(declared) > 1:
         packages = ", ".join(sorted(_package_of(entry) for entry in declared))

@@ -42,10 +42,11 @@ from taskstore.stores.common.integrity import IntegrityCheck
 
 
 class MemoryStorage:
-    """One ledger in memory, which several :class:`MemoryStore` instances may share."""
+    """One ledger in memory, which several :class:`MemoryStore` instances can share."""
 
     def __init__(self) -> None:
-        # Methods acquire the lock itself, which an interrupt (Ctrl+C) cannot stop half-way.
+        # Methods use the lock and not the condition, because an interrupt (Ctrl+C) cannot
+        # stop the acquisition of the lock half-way.
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.current: dict[str, TaskRecord] = {}
@@ -84,7 +85,7 @@ class MemoryStore(TaskRegistryStore):
         storage = self.storage
         with storage.lock:
             loaded = Snapshot(storage.head, storage.current, storage.last_at, storage.quarantined)
-        return loaded  # noqa: RET504 - an interrupted return in the block may unlock twice
+        return loaded  # noqa: RET504 - an interrupted return in the block can unlock twice
 
     def save_snapshot(self, snapshot: Snapshot) -> None:
         self._check_writable()
@@ -93,7 +94,7 @@ class MemoryStore(TaskRegistryStore):
         with storage.lock:
             if storage.head and snapshot.seq <= storage.head:
                 raise ConflictError(
-                    [], f"the snapshot is at seq {snapshot.seq}, the head at {storage.head}"
+                    [], f"the snapshot is at seq {snapshot.seq}, but the head is at {storage.head}"
                 )
             storage.head = snapshot.seq
             storage.last_at = max(snapshot.at, storage.last_at)
@@ -131,7 +132,7 @@ class MemoryStore(TaskRegistryStore):
 
     def _commit(self, changes: Sequence[Change], steps: Sequence[Step], commit: Commit) -> None:
         storage = self.storage
-        # Removals come first: they release dedup keys that the puts may need.
+        # Removals come first, because they release dedup keys that the puts can need.
         for step in sorted(steps, key=lambda step: step.record is not None):
             self._write(step)
         entries = entries_of(changes, commit)
@@ -297,5 +298,5 @@ def open_memory(
     """Open an empty memory store.  Each call opens a separate ledger."""
     del durability, migrate  # the store flushes nothing to disk and has no schema
     if url.lower() not in ("memory:", "memory://"):
-        raise ValidationError("url", f"a memory store has no name: use memory:, not {url!r}")
+        raise ValidationError("url", f"a memory store has no name: use 'memory:', not {url!r}")
     return MemoryStore(read_only=read_only)

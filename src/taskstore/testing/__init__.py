@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import pytest
 
-# This call precedes the imports, so that a failing clause shows the compared values.
+# Pytest must rewrite assertions before the imports; failing clauses then show compared values.
 pytest.register_assert_rewrite("taskstore.testing.contract", "taskstore.testing.threads")
 
 from taskstore.testing.contract.apply import ApplyContract

@@ -22,8 +22,8 @@ EPOCH_MS = 1_700_000_000_000
 def make_record(**fields: Any) -> TaskRecord:
     """Return a queued system task of revision 1 with a new id; ``fields`` override its fields.
 
-    ``metadata`` may be a mapping.  If ``run_id`` is given without ``run_digest``, the
-    digest is computed.  This function does not validate the record; ``Put`` does.
+    ``metadata`` can be a mapping.  If ``run_id`` is given without ``run_digest``, the
+    digest is computed.  ``Put`` validates the record; this function does not validate it.
     """
     metadata = fields.pop("metadata", None)
     if metadata is not None:
@@ -52,7 +52,7 @@ def make_put(**fields: Any) -> Put:
 
 
 def next_of(record: TaskRecord, **fields: Any) -> Put:
-    """Return the change to the next revision of ``record``, with ``fields`` replaced."""
+    """Return the change to the next revision of ``record``, which has the new ``fields``."""
     return Put(replace(record, **{"revision": record.revision + 1, **fields}))
 
 

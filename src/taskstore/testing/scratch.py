@@ -3,8 +3,8 @@
 To support test ledgers, a backend declares an entry point in the group
 ``taskstore.scratch``, named after its URL scheme.  The entry point is a callable that
 takes a URL and returns a context manager.  The context manager yields a callable that
-opens the new ledger, like the callable of ``make_store``.  At the end, the context
-manager removes the ledger.  Without an entry point, a URL with only a scheme and a path
+opens the new ledger, like the callable of ``make_store``.  On exit, the context manager
+removes the ledger.  If a backend has no entry point, a URL with only a scheme and a path
 denotes a file or directory; the new ledger is created in a temporary directory next to
 that path.
 """
@@ -50,7 +50,7 @@ def scratch(url: str) -> AbstractContextManager[OpenStore]:
         return _in_temporary_directory(scheme, Path(path[3:]))
     raise UnsupportedError(
         f"the backend of {redacted(url)} has no entry point that creates a test ledger",
-        hint=f"declare one in the group {GROUP}, or subclass StoreContract",
+        hint=f"declare an entry point in the group {GROUP!r}, or subclass StoreContract",
     )
 
 
@@ -63,7 +63,7 @@ def _in_temporary_directory(scheme: str, path: Path) -> Iterator[OpenStore]:
 
 
 def opener(url: str) -> partial[TaskRegistryStore]:
-    """Return a callable that opens the ledger at ``url``; each call opens it again."""
+    """Return a callable that opens the ledger at ``url``; each call opens a new instance."""
     return partial(open_store, url)
 
 
@@ -121,7 +121,7 @@ def _server(url: str) -> Iterator[tuple[sqlalchemy.URL, Callable[[str], object]]
                 connection.exec_driver_sql(statement)
         except sa.exc.SQLAlchemyError as error:
             reason = str(getattr(error, "orig", None) or type(error).__name__).strip()
-            # The cause is suppressed, because its text may contain the password of the URL.
+            # The cause is suppressed, because its text can contain the password of the URL.
             raise StoreUnavailableError(
                 f"{redacted(url)}: cannot create a test ledger: {reason}"
             ) from None

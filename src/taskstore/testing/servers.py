@@ -53,9 +53,9 @@ class DatabaseServer(ABC):
 
     @abstractmethod
     def start(self) -> Self:
-        """Start the server, or connect to a running one.
+        """Start the server, or connect to a running server.
 
-        Raises :class:`RuntimeError`, which says what to install, if a program is missing.
+        Raises :class:`RuntimeError` if a program is missing; the message says what to install.
         """
 
     @abstractmethod
@@ -90,8 +90,8 @@ class DatabaseServer(ABC):
     def ledger(self) -> Iterator[str]:
         """Yield the URL of a database with an empty, migrated ledger.
 
-        Afterwards the database is reset and reused, because a reset takes a tenth of
-        the time of a creation.  A database whose tables are still locked is not reused.
+        Afterwards the database is reset and reused, because a reset is ten times faster
+        than a creation.  A database whose tables are still locked is not reused.
         """
         if not self._available:
             self._available.append(self._migrated_database())
@@ -139,7 +139,7 @@ def pgserver() -> Any:
     Raises :class:`RuntimeError` with an install hint if the package or the driver is missing.
     """
     try:
-        import psycopg  # noqa: F401 - needed to talk to the server
+        import psycopg  # noqa: F401 - needed to connect to the server
 
         with warnings.catch_warnings():
             # The package warns when it falls back to a temporary runtime directory.
@@ -216,7 +216,7 @@ class PostgresServer(DatabaseServer):
 
 
 class MariaDBServer(DatabaseServer):
-    """A MariaDB server, either running or newly started.
+    """A MariaDB server that runs already or that :meth:`start` starts.
 
     If the server on port 3306 accepts root without a password, that server is used;
     otherwise the installed ``mariadbd`` is started.  The names of the created databases

@@ -17,7 +17,7 @@ from taskstore.testing.scratch import scratch
 
 
 class TestStore(StoreContract):
-    """All clauses, on the backend of ``--taskstore-url``."""
+    """Runs all clauses on the backend of ``--taskstore-url``."""
 
     @pytest.fixture
     def make_store(self, request: pytest.FixtureRequest) -> Iterator[OpenStore]:

@@ -1,4 +1,4 @@
-"""Concurrent jobs in threads, with their failures raised in the caller."""
+"""Concurrent jobs in threads; the caller gets the failures of the jobs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TIMEOUT_S = 60.0
 
 
 def run_together(*jobs: Callable[[], object]) -> None:
-    """Run each job in its own thread, all starting at once; raise the first failure."""
+    """Start all jobs at once, each in its own thread; raise the first failure."""
     barrier = threading.Barrier(len(jobs))
     failures: list[BaseException] = []
 
@@ -57,7 +57,7 @@ def meanwhile(job: Callable[[], object]) -> Iterator[None]:
 
 
 def until(condition: Callable[[], object], within_s: float = TIMEOUT_S) -> None:
-    """Poll ``condition()`` until it is true, at most ``within_s`` seconds."""
+    """Poll ``condition()`` until the result is true, for at most ``within_s`` seconds."""
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, (

@@ -42,13 +42,13 @@ class Nasty(NamedTuple):
 
 
 class _StrSubclass(str):
-    """A subclass of ``str``, which an encoder may reject."""
+    """A subclass of ``str``, which an encoder can reject."""
 
     __slots__ = ()
 
 
 def _distinct(name: str, value: str | None, twin: str | None) -> list[Nasty]:
-    """Return rows for a value that must differ from its twin: as a label and as a task id."""
+    """Return one row with the value and its twin as labels, and one row with both as task ids."""
     rows = [Nasty(name, {"label": value}, {"label": twin})]
     if value and twin:
         rows.append(Nasty(f"{name}_id", {"task_id": value}, {"task_id": twin}))
@@ -56,7 +56,7 @@ def _distinct(name: str, value: str | None, twin: str | None) -> list[Nasty]:
 
 
 def _nested(depth: int) -> dict[str, Any]:
-    """Return metadata of this nesting depth."""
+    """Return metadata with this nesting depth."""
     value: Any = "leaf"
     for _ in range(depth - 1):
         value = [value]
@@ -64,7 +64,7 @@ def _nested(depth: int) -> dict[str, Any]:
 
 
 def _sized(size: int) -> dict[str, Any]:
-    """Return metadata of this many bytes of canonical JSON."""
+    """Return metadata with this number of bytes in canonical JSON."""
     return {"m": "x" * (size - len('{"m":""}'))}
 
 

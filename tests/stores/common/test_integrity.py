@@ -116,13 +116,13 @@ def test_an_entry_that_does_not_follow(entries, problem):
 def test_a_missing_seq_is_reported_once(seq):
     entries = journal()
     del entries[seq - 1]
-    assert found_in(entries) == (f"seq {seq} to {seq} are missing",)
+    assert found_in(entries) == (f"the entries from seq {seq} to {seq} are missing",)
 
 
 def test_a_duplicate_seq():
     entries = journal()
     entries.insert(6, entries[5])
-    assert "seq 6, task 'c': follows seq 6" in found_in(entries)
+    assert "seq 6, task 'c': this entry follows seq 6" in found_in(entries)
 
 
 def test_a_missing_end():
@@ -164,7 +164,7 @@ def test_stored_content_that_differs_from_the_journal(place, kind):
 
 
 def test_a_gap_does_not_hide_damage_after_it():
-    missing = "seq 2 to 2 are missing"
+    missing = "the entries from seq 2 to 2 are missing"
     entries = journal()
     del entries[1]
     assert found_in(entries, current=without(as_of(6), "c")) == (

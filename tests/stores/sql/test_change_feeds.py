@@ -80,7 +80,7 @@ def test_the_first_poll_during_a_commit(pair, only_notified, postgres_url):
     """A transaction that began before the listener sends no notification, and is not missed."""
     one, two = pair
     begun, go_on = threading.Event(), threading.Event()
-    claim = one._database.claim
+    claim = one._database.claim_seqs
 
     def slow_claim(*arguments):
         claimed = claim(*arguments)
@@ -88,7 +88,7 @@ def test_the_first_poll_during_a_commit(pair, only_notified, postgres_url):
         assert go_on.wait(TIMEOUT_S)
         return claimed
 
-    one._database.claim = slow_claim
+    one._database.claim_seqs = slow_claim
     answers = []
     with meanwhile(lambda: one.apply([make_put()])):
         assert begun.wait(TIMEOUT_S)
@@ -177,7 +177,7 @@ def test_a_server_that_rejects_listen(pair, monkeypatch):
 def test_a_writer_without_notifications(pair, monkeypatch):
     """Some poolers drop notifications: after the first safety poll the head is polled."""
     one, two = pair
-    silent = Statements(PostgreSQLDatabase.compiler).claim
+    silent = Statements(PostgreSQLDatabase.sa_dialect).claim
     monkeypatch.setattr(PostgreSQLDatabase.sql, "claim", silent)
     answers = []
     for seq in range(3):
@@ -188,7 +188,7 @@ def test_a_writer_without_notifications(pair, monkeypatch):
                 )
             )
             one.apply([make_put()])
-        assert two._feed._watcher._unnotified
+        assert two._feed._watcher._has_silent_writer
         # From now on a safety poll would come too late.
         monkeypatch.setattr(watchers, "SAFETY_POLL_S", 1000.0)
     assert answers == [True] * 3

@@ -107,7 +107,7 @@ def test_a_full_database(sqlite_path, open_):
     writer = store._transactions.pool.write_session
     [pages] = writer.row("PRAGMA page_count")
     writer.rows(f"PRAGMA max_page_count = {pages + 2}")
-    with pytest.raises(StoreUnavailableError, match="limit is full") as caught:
+    with pytest.raises(StoreUnavailableError, match="limit is reached") as caught:
         create(store, task="x" * 100_000)
     assert str(sqlite_path) in str(caught.value)
     assert caught.value.retryable

@@ -125,7 +125,7 @@ def test_a_commit_is_durable_whatever_the_host_prefers(sqlite_path):
 def test_the_journal_mode_is_the_hosts_to_choose(sqlite_path):
     engine = sqlite_engine(sqlite_path)
     store = SQLStore(engine)
-    assert any("journal mode delete, not wal" in notice for notice in store.report().notices)
+    assert any("journal mode delete instead of wal" in notice for notice in store.report().notices)
     with engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "delete"
     store.close()
@@ -166,7 +166,7 @@ def test_what_is_refused(tmp_path):
         ("sqlite:///tasks.db", "must be an Engine, not str"),
         (
             sa.create_engine("mysql+mysqldb://u:secret@h/d", module=pymysql),
-            r"mysql\+mysqldb; supported",
+            r"mysql\+mysqldb; supported engines",
         ),
     ):
         with pytest.raises(ValidationError, match=reason):

@@ -289,8 +289,8 @@ def test_the_host_gets_its_connection_back_as_it_was(mariadb_url):
 @pytest.mark.parametrize(
     ("query", "options", "settings", "reason"),
     [
-        ("?charset=latin1", {}, "", "uses latin1"),
-        ("?charset=utf8", {}, "", "uses utf8mb3"),
+        ("?charset=latin1", {}, "", "uses the charset latin1"),
+        ("?charset=utf8", {}, "", "uses the charset utf8mb3"),
         ("", {"creator": True}, "", "FOUND_ROWS"),
         ("", {}, "SET SESSION sql_mode = 'EMPTY_STRING_IS_NULL'", "EMPTY_STRING_IS_NULL"),
     ],

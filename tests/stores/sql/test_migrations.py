@@ -13,7 +13,7 @@ from sqlkit import in_process, output_of
 from taskstore.errors import SchemaMismatchError, StoreUnavailableError, ValidationError
 from taskstore.stores.sql import SQLStore, migrate
 from taskstore.stores.sql.dialects import open_database
-from taskstore.stores.sql.tables import REVISIONS, SCHEMA_EPOCH, TABLES, metadata
+from taskstore.stores.sql.tables import SCHEMA_EPOCH, SCHEMA_REVISIONS, TABLES, metadata
 from taskstore.testing.factories import create, make_record
 
 ROOT = Path(__file__).parents[3]
@@ -50,8 +50,8 @@ def alembic(url: str, *arguments: str, env_url: bool = False) -> str:
 def test_the_scripts_lead_to_what_is_declared(engine):
     migrate.upgrade(engine)
     assert migrate.check(engine) == []
-    assert migrate.current(engine) == REVISIONS[-1]
-    assert [name for name, _ in migrate.history()] == list(reversed(REVISIONS))
+    assert migrate.current(engine) == SCHEMA_REVISIONS[-1]
+    assert [name for name, _ in migrate.history()] == list(reversed(SCHEMA_REVISIONS))
 
 
 def test_a_column_without_a_migration_is_found(engine, monkeypatch):
@@ -131,7 +131,7 @@ def test_never_means_never(empty_url, open_):
     with pytest.raises(SchemaMismatchError, match="contains no ledger") as caught:
         open_(empty_url, migrate="never")
     assert caught.value.found is None
-    assert caught.value.needed == REVISIONS[-1]
+    assert caught.value.needed == SCHEMA_REVISIONS[-1]
     assert caught.value.hint is not None
     assert "taskstore db upgrade --url" in caught.value.hint
 
@@ -143,7 +143,7 @@ def test_reading_makes_no_ledger(empty_url, open_):
 
 def test_a_database_behind_is_left_for_the_operator(url, open_, monkeypatch):
     open_(url).close()
-    for module in ("migrate.REVISIONS",):
+    for module in ("migrate.SCHEMA_REVISIONS",):
         monkeypatch.setattr(f"taskstore.stores.sql.{module}", ("0001", "0002"))
     with pytest.raises(
         SchemaMismatchError, match="0001, but this version of taskstore needs 0002"

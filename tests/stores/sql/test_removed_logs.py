@@ -53,7 +53,7 @@ def test_nothing_is_acknowledged_into_a_removed_log(live, sqlite_path, open_regi
     for use in (lambda: registry.record_progress("kept", "lost 3"), registry.refresh):
         with pytest.raises(StoreReplacedError, match="removed while it was open") as caught:
             use()
-        assert "close it" in caught.value.hint
+        assert "close the ledger" in caught.value.hint
     registry.close()
     after = open_registry()
     assert after.get("kept").progress_summary == "lost 2"

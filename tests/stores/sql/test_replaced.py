@@ -28,7 +28,7 @@ def test_a_file_that_was_replaced_is_not_written(sqlite_path, open_, how):
     store = open_(url)
     record = create(store)
     copy = sqlite_path.with_name("copy.db")
-    store._transactions.erase()  # so that the file is whole without its log
+    store._transactions.scrub_deleted()  # so that the file is whole without its log
     shutil.copy(sqlite_path, copy)
     if how == "removed":
         sqlite_path.unlink()
@@ -56,7 +56,7 @@ def test_a_file_that_was_replaced_is_not_read_on(sqlite_path, open_, read_only):
     url = f"sqlite:///{sqlite_path}"
     store = open_(url)
     create(store)
-    store._transactions.erase()
+    store._transactions.scrub_deleted()
     copy = sqlite_path.with_name("copy.db")
     shutil.copy(sqlite_path, copy)
     if read_only:

@@ -13,11 +13,11 @@ from taskstore.model.codec import checksum, encode_record
 from taskstore.model.journal import Put, Snapshot
 from taskstore.model.query import TaskQuery, evaluate
 from taskstore.model.records import TaskRecord, TaskStatus
-from taskstore.stores.sql.commits import insert_row
+from taskstore.stores.sql.commits import insert_values
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.dialects.base import row_groups
 from taskstore.stores.sql.query import _select_page
-from taskstore.stores.sql.statements import ROW_COUNTS
+from taskstore.stores.sql.statements import BATCH_SIZES
 from taskstore.stores.sql.tables import ONLY_ON, TABLES, tasks
 from taskstore.testing.factories import EPOCH_MS, create, make_record, next_of, removal_of, update
 
@@ -101,7 +101,7 @@ def test_rows_are_split_into_groups_of_known_sizes():
     for count in (0, 1, 4, 7, 100, 255, 256, 1000):
         groups = list(row_groups(range(count)))
         assert [item for group in groups for item in group] == list(range(count))
-        assert {len(group) for group in groups} <= set(ROW_COUNTS)
+        assert {len(group) for group in groups} <= set(BATCH_SIZES)
 
 
 @pytest.mark.parametrize("dialect", Database.dialects)
@@ -110,7 +110,7 @@ def test_every_statement_compiles_with_the_parameters_it_declares(dialect):
     for name in dir(type(sql)):
         if not name.startswith("_") and not callable(getattr(type(sql), name)):
             assert isinstance(getattr(sql, name), str)
-    for size in ROW_COUNTS:
+    for size in BATCH_SIZES:
         for name in ("insert_tasks", "update_tasks", "update_tasks_wide", "delete_tasks"):
             assert getattr(sql, name)(size)
         assert sql.insert_journal(size)
@@ -275,7 +275,7 @@ def fill(store, count: int) -> None:
     for number in range(count):
         one = replace(record, task_id=f"{number:08}", created_at=EPOCH_MS + number)
         payload = encode_record(one)
-        rows.append(insert_row(one, payload, checksum(payload)))
+        rows.append(insert_values(one, payload, checksum(payload)))
 
     def work(session):
         for group in row_groups(rows):

@@ -55,7 +55,7 @@ def test_a_signal_handler_that_writes_in_the_middle_of_a_write_is_refused(url, o
             store.apply([make_put()])
     finally:
         signal.signal(signal.SIGUSR1, before)
-    assert ["middle of another write" in str(error) for error in refused] == [True, True]
+    assert ["has not finished another write" in str(error) for error in refused] == [True, True]
     create(store)
     assert (store.head(), store.verify().ok) == (2, True)
 

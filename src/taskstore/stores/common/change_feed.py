@@ -2,8 +2,8 @@
 
 A :class:`ChangeFeed` implements ``wait_for`` for a store.  While a call waits, one
 thread of the feed polls for the commits of other processes through a
-:class:`Watcher`, and wakes the waiters.  The store calls :meth:`ChangeFeed.announce`
-after its own commits, which wakes the waiters at once.
+:class:`Watcher`, and wakes the waiters, for example followers.  After its own commit, the
+store calls :meth:`ChangeFeed.announce`, which wakes the waiters at once.
 
 No commit is missed.  A waiter registers before it reads the head, and the thread
 starts its watcher before it reads the head.  The read sees every earlier commit;
@@ -23,7 +23,7 @@ from taskstore.errors import StoreClosedError, StoreUnavailableError
 from taskstore.stores.common.retry import Backoff
 
 IDLE_TIMEOUT_S = 2.0
-"""How long the thread runs without a waiter, in seconds.  A caller that waits in slices
+"""How long the thread runs without a waiter, in seconds.  If a caller waits in slices, the feed
 therefore does not start a new watcher for each slice."""
 
 RETRY_S = 5.0
@@ -43,25 +43,28 @@ class WatcherBrokenError(Exception):
 
 
 class Watcher(Protocol):
-    """Polls for commits of other processes.  One thread uses it; any thread may call ``wake``."""
+    """Polls for commits of other processes.  Only one thread uses a watcher, but any thread can
+    call ``wake``."""
 
     def poll(self) -> int | None:
-        """Return the head if it may have changed since the last poll, else ``None``.
+        """Return the head if it has possibly changed since the last poll, else ``None``.
 
         The first poll returns the head.  A poll that returns ``None`` is cheap.
         """
         ...
 
     def pause(self, seconds: float) -> None:
-        """Sleep until another poll may be useful or :meth:`wake` is called, at most ``seconds``."""
+        """Sleep for at most ``seconds``; return early after a possible commit or a :meth:`wake`."""
         ...
 
     def wake(self) -> None:
-        """End the current pause, or else the next pause.  Never blocks, never raises."""
+        """End the current pause, or if there is none, the next pause.  Never blocks, never
+        raises."""
         ...
 
     def close(self, *, broken: bool) -> None:
-        """Release all resources; if ``broken``, no resource may be reused.  Never raises."""
+        """Release all resources; if ``broken``, another watcher must not reuse them.  Never
+        raises."""
         ...
 
 
@@ -71,8 +74,8 @@ def polling_backoff(longest_s: float = LONGEST_POLL_PAUSE_S) -> Backoff:
 
 
 class PollingWatcher:
-    """Reads the head at growing intervals.  ``version``, if given, returns a value at low cost
-    that changes whenever the head changes; without ``version``, each poll reads the head."""
+    """Reads the head at growing intervals.  ``version``, if given, is a cheap function whose value
+    changes whenever the head changes; without ``version``, each poll reads the head."""
 
     def __init__(
         self,
@@ -88,7 +91,7 @@ class PollingWatcher:
         self._woken = threading.Event()
 
     def poll(self) -> int | None:
-        # The version is read before the head: the next poll detects a commit in between.
+        # The version is read before the head: the next poll detects a commit between the two reads.
         version = self._version()
         if version == self._last_version:
             return None
@@ -167,12 +170,12 @@ class ChangeFeed:
         try:
             raise error
         finally:
-            del error  # the error refers to this frame
+            del error  # the error refers to this frame: this ends the reference cycle
 
     def announce(self, seq: int) -> None:
         """Wake the waiters whose seq is below ``seq``, the last committed seq.
 
-        A store need not call this method while there are no ``waiters``.
+        A store does not have to call this method while there are no ``waiters``.
         """
         for waiter, after in list(self.waiters.items()):
             if seq > after:
@@ -232,9 +235,9 @@ class ChangeFeed:
                 self._fail_waiters(error)
 
     def _keep_thread(self) -> bool:
-        """Return whether this thread must continue; else the next waiter starts a new thread."""
+        """Return whether this thread must continue; if not, the next waiter starts a new thread."""
         with self._lock:
-            # An interrupted caller may have started this thread but not set ``self._thread``.
+            # If the caller that started this thread was interrupted, ``self._thread`` can be unset.
             me = threading.current_thread()
             if self._thread is None:
                 self._thread = me
@@ -246,7 +249,7 @@ class ChangeFeed:
             return False
 
     def _watch(self, watcher: Watcher, until: float = math.inf) -> None:
-        """Poll ``watcher`` while there are waiters, no later than ``until`` (monotonic seconds)."""
+        """Poll ``watcher`` while there are waiters, but not after ``until`` (monotonic seconds)."""
         needed_at = time.monotonic()
         broken = True
         try:

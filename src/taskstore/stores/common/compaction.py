@@ -1,8 +1,8 @@
 """The steps of a compaction, in the same order for every store.
 
 A store implements each step in :class:`CompactionSteps`; this module fixes their
-order and applies the policy.  The process may be killed between any two steps,
-because a published snapshot is complete, and after its publication no reader uses
+order and applies the policy.  If the process is killed between two steps, the ledger
+stays intact: a published snapshot is complete, and after its publication no reader uses
 the entries that will be trimmed.
 """
 
@@ -48,7 +48,7 @@ class CompactionSteps(ABC):
 
     @abstractmethod
     def lock(self) -> AbstractContextManager[object]:
-        """Lock out other compactors; raises :class:`~taskstore.StoreBusyError` while one runs."""
+        """Take the compaction lock; raises :class:`~taskstore.StoreBusyError` if it is not free."""
 
     @abstractmethod
     def begin(self) -> CompactionPoint:

@@ -15,8 +15,8 @@ MAX_TASKS_NAMED = 3
 """The maximum number of tasks that one problem names."""
 
 Content = dict[str | bytes, tuple[int, TaskRecord | bytes]]
-"""Revision (0 if unknown) and record by task id.  A record that does not decode is stored as
-bytes.  If the task id is unknown too, the key is the same bytes."""
+"""By task id, the revision (0 if unknown) and the record.  A record that does not decode is kept as
+bytes.  If the task id is unknown too, these bytes are also the key."""
 
 
 class IntegrityCheck:
@@ -27,8 +27,8 @@ class IntegrityCheck:
     current records, then :meth:`report`.
 
     After a gap in the journal, the state of a task is unknown until its next entry or the
-    next snapshot, so that the check reports each damage once.  ``content`` is the known
-    content as of ``seq``.  ``complete`` is true if ``content`` covers every task.
+    next snapshot, so that the check reports each damage only once.  ``content`` is the
+    known content as of ``seq``.  ``complete`` is true if ``content`` covers every task.
     ``problems`` are the problems as text.
     """
 
@@ -63,7 +63,7 @@ class IntegrityCheck:
                 reported = True
                 continue
             if entry.seq > self.seq + 1 or reported:
-                gap = f"seq {self.seq + 1} to {entry.seq - 1} are missing"
+                gap = f"the entries from seq {self.seq + 1} to {entry.seq - 1} are missing"
                 self._skip_gap("" if reported else gap, entry.seq - 1)
                 reported = False
             self._check_entry(entry)
@@ -95,7 +95,7 @@ class IntegrityCheck:
     def _check_entry(self, entry: JournalEntry) -> None:
         where = f"seq {entry.seq}, task {entry.task_id!r}"
         if entry.seq <= self.seq:
-            self.problems.append(f"{where}: follows seq {self.seq}")
+            self.problems.append(f"{where}: this entry follows seq {self.seq}")
         if entry.at < self._at:
             self.problems.append(f"{where}: the time goes back from {self._at} to {entry.at}")
         known = self.content.get(entry.task_id)
@@ -120,7 +120,7 @@ class IntegrityCheck:
             self.content[entry.task_id] = (entry.revision, entry.quarantined.raw)
 
     def compare(self, name: str, snapshot: Snapshot) -> None:
-        """Compare stored content, which problems call ``name``, with the journal's content.
+        """Compare stored content with the journal's content; problems begin with ``name``.
 
         If the known content is incomplete, the stored content replaces the known content.
         """

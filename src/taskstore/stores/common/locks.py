@@ -4,8 +4,8 @@ A process that polls a lock is often too late: the process that released the loc
 the lock again at once.  With a few busy writers a waiter can starve.  :class:`FairLock`
 prevents this with a queue: a waiter polls the lock only while it owns ``flock`` on a
 second file, the queue file.  The other waiters poll the queue file.  A process that has
-just released the lock polls the queue file too.  The queue protects no data.  A killed
-waiter leaves the queue when it dies, and the other waiters bypass a stopped waiter.
+just released the lock polls the queue file too.  The queue protects no data.  A waiter
+that is killed leaves the queue, and the other waiters bypass a stopped waiter.
 
 :func:`lock_owners` asks the operating system which processes own a lock.
 """
@@ -29,7 +29,7 @@ _AGING_S = 0.003  # after this wait, a waiter polls twice as often as a new wait
 
 
 class FairLock:
-    """The queue of a lock, in the file ``path``, which the first contention creates.
+    """The queue of a lock, in the file ``path``; the first waiter creates this file.
 
     Threads that share an instance must exclude each other by another lock.
     """
@@ -37,11 +37,12 @@ class FairLock:
     def __init__(self, path: Path) -> None:
         self._path = os.fspath(path)  # three times as fast as a Path
         self._descriptor = -1
-        # Whether this waiter ignores the queue, because a stopped waiter is at its front.
+        # True if this waiter ignores the queue, because a stopped waiter is at the front.
         self._bypasses = False
 
     def wait(self, attempt: Callable[[], bool], timeout_s: float) -> bool:
-        """Return true as soon as ``attempt()`` returns true, false after ``timeout_s`` seconds."""
+        """Return true as soon as ``attempt()`` returns true, or false after ``timeout_s``
+        seconds."""
         # If the queue file does not exist, no process has ever waited for the lock.
         if self._descriptor < 0 and not os.access(self._path, os.F_OK) and attempt():
             return True
@@ -87,7 +88,7 @@ class FairLock:
 
 
 _LOCKS = Path("/proc/locks")
-_LOCK_FIELDS = 8
+_LOCK_FIELD_COUNT = 8
 """The number of fields in the line of a granted lock; the line of a waiter has one field more."""
 _COMMAND_WORDS = 4
 _COMMAND_LENGTH = 80
@@ -95,10 +96,10 @@ _SENSITIVE = re.compile(r"^--?[^=]+=|://|^--?(pass|pw|token|secret|key)", re.IGN
 
 
 def lock_owners(path: str | Path, *, byte: int | None = None) -> tuple[str, ...]:
-    """Describe the processes with an exclusive lock on a file, or on one ``byte`` of it.
+    """Describe the processes that own an exclusive lock on a file, or on one ``byte`` of a file.
 
-    Returns nothing if the system does not report the owners: the system is not Linux, the
-    file system reports other inode numbers, or the owner runs on another machine or in
+    Returns an empty result if one of these is true: (a) the system is not Linux; (b) the
+    file system reports other inode numbers; (c) the owner runs on another machine or in
     another container.
     """
     try:
@@ -110,7 +111,7 @@ def lock_owners(path: str | Path, *, byte: int | None = None) -> tuple[str, ...]
     pids = set()
     for line in lines:
         fields = line.split()
-        if len(fields) != _LOCK_FIELDS or fields[3] != "WRITE" or not fields[4].isdigit():
+        if len(fields) != _LOCK_FIELD_COUNT or fields[3] != "WRITE" or not fields[4].isdigit():
             continue
         major, minor, inode = fields[5].split(":")
         first, last = int(fields[6]), float("inf" if fields[7] == "EOF" else fields[7])
@@ -129,7 +130,7 @@ def describe_process(pid: int) -> str:
 
 
 def command_of(pid: int) -> str:
-    """Return the first words of a process's command line, up to a word that may be a secret."""
+    """Return the first words of a process's command line, up to a word that is possibly secret."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:

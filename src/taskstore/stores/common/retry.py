@@ -1,16 +1,16 @@
 """The retry policy for storage errors: backoff, circuit breaker, contention.
 
 Conflicts between writers (:class:`~taskstore.ConflictError`) are not retried here but in
-``registry/commit.py``.  A store runs each of its calls in a loop of attempts::
+``registry/commit.py``.  The SQL store runs each call in a loop of attempts::
 
     for attempt in policy.attempts():
         with attempt:
             return work()
 
-If an attempt fails with a storage error that a retry may cure, the attempt sleeps
-and suppresses the error, so that the loop continues.  If a retry cannot help, or the
-retry timeout has expired, the attempt raises the store's own error.  The attempt does
-not catch any other error.
+If an attempt fails with a storage error that a retry can resolve, the attempt sleeps and
+suppresses the error, so that the loop continues.  If a retry cannot help, or the retry
+timeout has expired, the attempt raises the store's own error.  The attempt does not catch
+any other error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from taskstore.stores.common.locks import describe_owners
 BUSY_TIMEOUT_S = 30.0
 """How long a write waits for other writers that make no progress, in seconds."""
 RECONNECT_S = 30.0
-"""How long a server may be unavailable before calls raise, in seconds."""
+"""How long a server can be unavailable before calls raise an error, in seconds."""
 PROBE_INTERVAL_S = 0.25
 """The interval between attempts to reach a server after the retry timeout, in seconds."""
 
@@ -66,10 +66,10 @@ class Backoff:
 class CircuitBreaker:
     """The outage of a server, shared by all calls.
 
-    Calls retry for ``timeout_s`` seconds, counted from the first failure of the outage
-    and not from the start of the call.  A call that waited for another call therefore
-    does not wait for the same timeout again.  While the circuit is open, calls fail
-    without an attempt to connect, because an attempt may take seconds.
+    A call retries until ``timeout_s`` seconds after the first failure of the outage, even
+    if the call started later.  A call that waited for another call therefore does not
+    wait for the same timeout again.  While the circuit is open, calls fail without an
+    attempt to connect, because an attempt can take seconds.
     """
 
     def __init__(self, location: str, timeout_s: float) -> None:
@@ -78,7 +78,7 @@ class CircuitBreaker:
         self._lock = threading.Lock()
         self._message = ""
         self.outage: tuple[float, float] | None = None
-        """When the outage began and when the last attempt failed, in monotonic seconds;
+        """The start of the outage and the time of the last failed attempt, in monotonic seconds;
         ``None`` while the server answers."""
 
     def check(self) -> None:
@@ -102,7 +102,7 @@ class CircuitBreaker:
         with self._lock:
             began, failed = self.outage or (now, now)
             if attempted_at - failed > max(self._timeout_s, PROBE_INTERVAL_S):
-                began = now  # no attempt for so long: this is a new outage
+                began = now  # after so long without an attempt, a new outage begins
             self.outage, self._message = (began, now), message
             return now - began >= self._timeout_s
 
@@ -209,7 +209,7 @@ class RetryPolicy:
             owners = tuple(self.owners() or ())
             own = StoreBusyError(
                 f"{own.message}; {describe_owners(owners)}",
-                hint="try again, or check what the lock owner is doing",
+                hint="try again; if this fails too, check what the lock owner is doing",
                 owners=owners,
             )
         raise own from self.translation.cause(error)
@@ -225,7 +225,7 @@ class Attempt:
         self._backoff: Backoff | None = None
         self._contention: Contention | None = None
         self.unconfirmed = False
-        """Whether the last attempt sent a COMMIT that the server did not answer."""
+        """True if the last attempt sent a COMMIT that the server did not answer."""
 
     def __enter__(self) -> None:
         self.unconfirmed = False
@@ -262,8 +262,8 @@ class Attempt:
             policy.raise_translated(error)
         if self._backoff is None:
             # The pauses double from half a millisecond, so that colliding writers spread out.
-            # A lock without a queue is free for moments only: a caller that waits for this
-            # lock must retry often, or the caller starves.
+            # A lock without a queue is free only for short times: a caller that waits for this lock
+            # must retry often, or the caller starves.
             self._backoff = Backoff(0.0005, 0.002 if kind is FailureKind.LOCK_BUSY else 0.1)
         self._backoff.sleep()
         self._attempted_at = time.monotonic()

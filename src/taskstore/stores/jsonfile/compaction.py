@@ -1,11 +1,12 @@
 """Compaction: fold the journal into a snapshot, publish the snapshot, trim.
 
-The compactor takes the write lock twice for a moment.  First it begins a new segment at
-seq N + 1; from then on the files up to N do not change.  Then it reads the old snapshot
-as a stream and merges it with the last payload of each task in the journal; only keys are
-in memory.  It publishes the snapshot at N, whose header declares the floor: this moves
-the floor.  It takes the lock again to show other processes that the floor has moved.
-Last it removes the files below the floor, oldest first.
+The compactor takes the write lock twice, each time for a moment.  First the compactor
+begins a new segment at seq N + 1; after that, the files up to N do not change.  Then the
+compactor reads the old snapshot as a stream and merges it with the last payload of each
+task in the journal; only keys are in memory.  The compactor publishes the snapshot at N,
+which moves the floor: the snapshot's header declares the new floor.  The compactor takes
+the lock again to show other processes that the floor has moved.  Last, the compactor
+removes the files below the floor, oldest first.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from taskstore.model.chunked import chunked_sort
 from taskstore.model.compaction_policy import JournalStats, SnapshotInfo
 from taskstore.model.journal import EntryKind, Quarantined
 from taskstore.stores.common.compaction import CompactionPoint, CompactionSteps, Retained
-from taskstore.stores.jsonfile.index import keys_of
+from taskstore.stores.jsonfile.index import decode_stub
 from taskstore.stores.jsonfile.layout import (
     TORN,
     Layout,
@@ -44,7 +45,8 @@ takes the same lock."""
 
 
 class Compaction(CompactionSteps):
-    """The steps of one compaction.  With ``erase``, it also removes the saved torn lines.
+    """The steps of one compaction.  With ``erase``, the compaction also removes the saved torn
+    lines.
 
     ``superseded`` are the quarantined payloads of trimmed entries.
     """
@@ -81,7 +83,7 @@ class Compaction(CompactionSteps):
             layout = self._layout = self._writer.roll()
             seq, at = self._writer.end.seq, self._writer.end.at
         directory = layout.directory
-        # The writer's layout may still have snapshots that the last compaction removed.
+        # The writer's layout can still contain snapshots that the last compaction removed.
         snapshots = tuple(
             SnapshotInfo(seq, read_snapshot_header(directory, seq).at)
             for seq in read_layout(directory).snapshots
@@ -95,7 +97,7 @@ class Compaction(CompactionSteps):
         ledger, timeline = layout.identity.ledger, layout.identity.timeline
         deleted = {task_id: seq for task_id, seq in merge.deleted.items() if seq >= floor}
         header = LedgerSnapshotHeader(point.seq, point.at, ledger, timeline, floor, deleted)
-        blocks = codec.write_snapshot(header, merge.payloads(), merge.quarantined())
+        blocks = codec.encode_snapshot_blocks(header, merge.payloads(), merge.quarantined())
         disk.publish(disk.write_temporary(path, blocks), path)
         with self._writer.locked():
             self._writer.announce_floor(floor)
@@ -111,15 +113,16 @@ class Compaction(CompactionSteps):
             self._remove(tuple(layout.directory.glob(f"*{TORN}")))
 
     def _remove(self, paths: tuple[Path, ...]) -> None:
-        """Remove files in this order and fsync the directory.  A crash therefore cannot restore
-        one of these files after a later call has removed other files."""
+        """Remove files in the given order, and fsync the directory.  A crash therefore cannot
+        restore one of these files after a later call has removed other files."""
         if paths:
             self._writer.disk.remove_all(paths)
             self._writer.disk.sync_directory(self._layout.directory)
 
 
 class _PayloadLocation(Struct, frozen=True, gc=False):
-    """The location of a task's last payload.  The collector does not track the many instances."""
+    """The location of a task's last payload.  There are many instances, which the garbage collector
+    does not track."""
 
     segment: int
     offset: int
@@ -127,7 +130,7 @@ class _PayloadLocation(Struct, frozen=True, gc=False):
 
 
 def _quarantine_damaged(entry: Entry, where: str) -> Quarantined | None:
-    """Return the payload of an entry if it does not decode or is the record of another change."""
+    """Return an entry's payload if the payload does not decode or is another change's record."""
     item = decode_entry(entry, where, strict=False)
     if isinstance(item, Quarantined):
         return item
@@ -153,13 +156,13 @@ class Merge:
         self._last_states: dict[str, _PayloadLocation | Quarantined | None] = {}
         """By task id, the last payload in the journal; ``None`` if the task was deleted."""
         self._damaged: dict[str, Quarantined] = {}
-        """By task id, the last payload if it is below the floor and does not decode."""
+        """By task id, the last payload of an entry below the floor that does not decode."""
         self._superseded: dict[str, list[Quarantined]] = {}
         self._unidentified: list[Quarantined] = []
         if layout.newest is not None:
             self.deleted.update(layout.newest.deleted)
         trims = floor > layout.floor
-        start = layout.before(layout.floor) if trims else layout.after_newest()
+        start = layout.segment_start(layout.floor) if trims else layout.after_newest()
         for location in SegmentReader(layout, start):
             if location.line.seq > seq:
                 break
@@ -191,7 +194,7 @@ class Merge:
                 payload = bytes(entry.record)
                 start = location.raw.index(payload, start)
                 self._last_states[task_id] = damage
-                keys = keys_of(payload) if damage is not None else None
+                keys = decode_stub(payload) if damage is not None else None
                 if damage is None or (keys is not None and keys.task_id == task_id):
                     self._last_states[task_id] = _PayloadLocation(
                         location.segment.first, location.offset + start, len(payload)
@@ -218,7 +221,7 @@ class Merge:
                     yield task_id, os.pread(file.fileno(), state.length, state.offset)
 
     def quarantined(self) -> Iterator[Quarantined]:
-        """Yield the quarantined payloads; requires that :meth:`payloads` has ended."""
+        """Yield the quarantined payloads; the caller must first exhaust :meth:`payloads`."""
         states = (item for item in self._last_states.values() if isinstance(item, Quarantined))
         for item in (*self.superseded, *self._unidentified, *states):
             self.count += 1
@@ -231,7 +234,7 @@ class Merge:
             return
         with open_snapshot(layout.directory, layout.newest.seq) as reader:
             for payload in reader:
-                keys = keys_of(payload)
+                keys = decode_stub(payload)
                 if keys is None:
                     where = str(layout.snapshot_path(layout.newest.seq))
                     item = codec.quarantine(payload, where, "its task id cannot be read")

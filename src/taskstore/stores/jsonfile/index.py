@@ -19,7 +19,7 @@ from taskstore.stores.jsonfile.lines import Entry, Line, decode_entry
 from taskstore.stores.jsonfile.segments import SegmentReader
 
 
-class Keys(Struct, frozen=True, gc=False):
+class RecordStub(Struct, frozen=True, gc=False):
     """The members of a payload that the index needs."""
 
     v: str
@@ -29,11 +29,11 @@ class Keys(Struct, frozen=True, gc=False):
     run_digest: str | None = msgspec.field(default=None, name="booking")
 
 
-_decoder = msgspec.json.Decoder(Keys)
+_decoder = msgspec.json.Decoder(RecordStub)
 
 
-def keys_of(payload: bytes | Raw) -> Keys | None:
-    """Return the keys of a payload, ``None`` if the keys cannot be decoded."""
+def decode_stub(payload: bytes | Raw) -> RecordStub | None:
+    """Return the keys of a payload, or ``None`` if the keys cannot be decoded."""
     payload = bytes(payload)
     try:
         codec.check_nesting(payload)
@@ -45,7 +45,7 @@ def keys_of(payload: bytes | Raw) -> Keys | None:
     item = codec.decode_or_quarantine(payload, "")
     if isinstance(item, Quarantined):
         return keys
-    return Keys(keys.v, item.task_id, item.revision, item.run_id, item.run_digest)
+    return RecordStub(keys.v, item.task_id, item.revision, item.run_id, item.run_digest)
 
 
 class Index:
@@ -61,7 +61,7 @@ class Index:
         self.by_dedup_key: dict[DedupKey, str] = {}
         self._dedup_keys: dict[str, DedupKey] = {}
 
-    def _add(self, item: Keys | TaskRecord) -> None:
+    def _add(self, item: RecordStub | TaskRecord) -> None:
         self.revisions[item.task_id] = item.revision
         self._add_dedup_key(dedup_key(item), item.task_id)
 
@@ -72,7 +72,7 @@ class Index:
         for item in snapshot.quarantined:
             if item.superseded:
                 continue
-            keys = keys_of(item.raw)
+            keys = decode_stub(item.raw)
             if keys is not None:
                 self._add(keys)
             if item.task_id is not None:
@@ -86,7 +86,7 @@ class Index:
                 continue
             self.revisions[entry.task_id] = entry.revision
             if entry.revision == 1:
-                keys = keys_of(entry.record)
+                keys = decode_stub(entry.record)
                 if keys is not None:
                     self._add_dedup_key(dedup_key(keys), entry.task_id)
 

@@ -4,7 +4,7 @@
   a snapshot moves the floor.  Files below the floor are obsolete and are removed later.
 - A segment marked ``base`` is live only if the snapshot before the segment exists: the
   segment is created first, and the published snapshot then replaces the content.
-- The live files must be a sequence without gaps, of one ledger; else the store is corrupt.
+- The live files must belong to one ledger and have no gaps; else the store is corrupt.
 
 A published file was written as ``*.tmp`` and flushed to disk before its rename, and the
 directory is flushed afterwards.  A crash therefore leaves either the old file or the
@@ -103,7 +103,7 @@ class Layout(NamedTuple):
     missing_history: str | None = None
 
     @property
-    def fresh(self) -> bool:
+    def is_empty(self) -> bool:
         """Return whether there is no ledger yet."""
         return not self.segments
 
@@ -120,7 +120,7 @@ class Layout(NamedTuple):
 
     def after_newest(self) -> JournalOffset:
         """Return the position right after the newest snapshot."""
-        return self.before(self.newest.seq + 1 if self.newest is not None else 1)
+        return self.segment_start(self.newest.seq + 1 if self.newest is not None else 1)
 
     def start_of(self, segment: SegmentFile) -> JournalOffset:
         """Return the position before the first commit of a segment."""
@@ -138,17 +138,17 @@ class Layout(NamedTuple):
                     return not prefix or file.read(LINE_PREFIX_BYTES) == prefix
         return False
 
-    def before(self, seq: int) -> JournalOffset:
+    def segment_start(self, seq: int) -> JournalOffset:
         """Return the start of the segment that contains ``seq``, a seq from the floor on."""
         earlier = [segment for segment in self.segments if segment.first <= seq]
         return self.start_of(earlier[-1] if earlier else self.segments[0])
 
 
 def retry_while_changing(directory: Path, work: Callable[[int], _T]) -> _T:
-    """Call ``work`` with the number of the attempt, from 1, until it returns.
+    """Call ``work`` with the number of the attempt, from 1, until ``work`` returns.
 
     A compactor removes files while readers use them, and a file that another process is
-    changing may seem damaged.  In both cases the work is retried a few times.
+    changing can seem damaged.  In both cases the work is retried a few times.
     """
     attempt = damaged = 0
     backoff = Backoff(_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S)
@@ -214,9 +214,8 @@ def _read_segment(path: Path, first: int) -> SegmentFile:
         raise CorruptStoreError(str(path), "the header is damaged", offset=0)
     header = decode_header(line, str(path))
     if header.seq != first:
-        raise CorruptStoreError(
-            str(path), f"the header declares seq {header.seq} as the first seq", offset=0
-        )
+        reason = f"the header declares first seq {header.seq}, but the file name declares {first}"
+        raise CorruptStoreError(str(path), reason, offset=0)
     identity = Identity(header.ledger, header.timeline)
     return SegmentFile(first, path, inode, len(line), header.at, identity, header.base)
 
@@ -225,7 +224,8 @@ def _read_segment(path: Path, first: int) -> SegmentFile:
 def open_snapshot(
     directory: Path, seq: int
 ) -> Iterator[codec.SnapshotReader[LedgerSnapshotHeader]]:
-    """Open a snapshot.  If the newest is damaged, the error's hint says how to read without it."""
+    """Open a snapshot.  If the newest snapshot is damaged, the error's hint says how to read the
+    ledger without this snapshot."""
     path = directory / snapshot_name(seq)
     with path.open("rb", buffering=_BUFFER) as file:
         try:
@@ -243,7 +243,10 @@ def read_snapshot_header(directory: Path, seq: int) -> LedgerSnapshotHeader:
     with open_snapshot(directory, seq) as reader:
         if reader.header.seq != seq:
             path = str(directory / snapshot_name(seq))
-            raise CorruptStoreError(path, f"the header declares seq {reader.header.seq}, not {seq}")
+            reason = (
+                f"the header declares seq {reader.header.seq}, but the file name declares {seq}"
+            )
+            raise CorruptStoreError(path, reason)
         return reader.header
 
 
@@ -262,7 +265,7 @@ def read_snapshot(layout: Layout, seq: int, *, strict: bool) -> Snapshot:
 
 
 def _damaged_hint(directory: Path, seq: int) -> str | None:
-    """Return how to read the ledger without its newest snapshot; ``None`` if it is needed."""
+    """Return a hint how to read the ledger without its newest snapshot; ``None`` if impossible."""
     snapshots, segments = parse_file_names(entry.name for entry in directory.iterdir())
     is_newest = snapshots[-1:] == [seq]
     for older in (*reversed(snapshots[:-1]), 0) if is_newest else ():
@@ -270,7 +273,7 @@ def _damaged_hint(directory: Path, seq: int) -> str | None:
             source = snapshot_name(older) if older in snapshots else "an empty ledger"
             return (
                 f"nothing was changed; move {snapshot_name(seq)} out of {directory}: the ledger "
-                f"is then read from {source} and the journal after it"
+                f"is then read from {source} and the later segments"
             )
     return None
 
@@ -289,18 +292,18 @@ def _missing(segment: Path) -> CorruptStoreError:
     return CorruptStoreError(
         str(segment),
         "the segment that continues the newest snapshot is missing",
-        hint="nothing was changed; put the missing file back or restore a backup",
+        hint="nothing was changed; put the missing file back, or if it is lost, restore a backup",
     )
 
 
 def _check_one_ledger(layout: Layout) -> None:
-    """Raise for files of different ledgers, and for a newest snapshot without a next segment."""
+    """Raise if the files belong to different ledgers, or no segment follows the newest snapshot."""
     for segment in layout.segments:
         if segment.identity != layout.identity:
             raise CorruptStoreError(
                 str(segment.path),
                 f"belongs to the ledger {segment.identity.ledger}, timeline "
-                f"{segment.identity.timeline}, but the other files to the ledger "
+                f"{segment.identity.timeline}, but the other files belong to the ledger "
                 f"{layout.identity.ledger}, timeline {layout.identity.timeline}",
                 offset=0,
                 hint="nothing was changed; move the files of the other ledger to another directory",

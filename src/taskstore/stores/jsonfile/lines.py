@@ -36,8 +36,8 @@ class Header(Struct, frozen=True):
     """The first line of a segment.
 
     ``seq`` is the first seq of the segment, ``at`` is the time of the entry before
-    the segment (Unix milliseconds).  ``base`` is true if the segment continues a
-    snapshot that replaced the whole content, not an earlier segment.
+    the segment (Unix milliseconds).  ``base`` is true if the segment continues no earlier
+    segment, but a snapshot that replaced the whole content.
     """
 
     format: str
@@ -106,7 +106,7 @@ def decode_header(line: bytes, where: str) -> Header:
             where,
             f"the format is {header.format!r}, not {JOURNAL_FORMAT!r}",
             offset=0,
-            hint="nothing was changed; a newer taskstore may have written this file: upgrade",
+            hint="nothing was changed; if a newer taskstore wrote this file, upgrade taskstore",
         )
     return header
 
@@ -157,7 +157,7 @@ def decode_commit(line: bytes, where: str, offset: int) -> Line:
 
 
 def task_id_pattern(task_id: str) -> bytes:
-    """Return bytes that every line with an entry of this task contains."""
+    """Return a byte string that is in every line that has an entry of the task."""
     return b'"task_id":%b' % _encoder.encode(task_id)
 
 

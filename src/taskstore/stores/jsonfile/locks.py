@@ -23,7 +23,7 @@ from taskstore.errors import StoreBusyError
 from taskstore.store.disk import Disk
 from taskstore.stores.common.locks import FairLock, describe_owners, describe_process, lock_owners
 
-_FIELDS = 4
+_FIELD_COUNT = 4
 STATE_BYTES = 74
 """The length of the line in the lock file."""
 
@@ -81,8 +81,8 @@ class FileLock:
 
     @contextmanager
     def held(self, timeout_s: float, role: str) -> Iterator[None]:
-        """Hold the lock during the body, then close the file.  Raises :class:`StoreBusyError`,
-        which reports ``role`` as the lock owner."""
+        """Keep the lock during the body, then close the file.  If the lock is not free in time,
+        raises :class:`StoreBusyError`, which names ``role`` as the lock owner."""
         try:
             wait = self.queue.wait
             if not (self.try_acquire() or (timeout_s > 0 and wait(self.try_acquire, timeout_s))):
@@ -102,7 +102,7 @@ class WriteLock(FileLock):
     """The lock of the directory's writers, with the state in the lock file.
 
     ``generation`` is the current generation of the files, ``known_generation`` is the
-    generation of the owner's layout, ``None`` if the layout may be outdated.  ``synced`` is
+    generation of the owner's layout, ``None`` if the layout can be outdated.  ``synced`` is
     the offset in the last segment up to which all bytes are flushed to disk in this
     generation; 0 if the offset is unknown.
     """
@@ -113,12 +113,13 @@ class WriteLock(FileLock):
         self.known_generation: int | None = None
         self.synced = 0
         self.state: bytes | None = None
-        """The line last read or written.  The attributes are current while the file has this line.
+        """The line last read or written.  The attributes are current while the file contains this
+        line.
         """
         self._pid = os.getpid()
 
     def _open(self) -> None:
-        # A new lock file may belong to other journal files.
+        # A new lock file can belong to other journal files.
         self.state, self.known_generation = None, None
         super()._open()
 
@@ -196,9 +197,9 @@ def busy_error(path: Path, role: str, waited_s: float) -> StoreBusyError:
             owners = (f"perhaps {describe_process(pid)}",) if pid else ()
     waited = f" for {waited_s:g} s" if waited_s else ""
     return StoreBusyError(
-        f"the store {path.parent} is busy: {role} has held the file {path.name}{waited}; "
+        f"the store {path.parent} is busy: {role} has held the file {path.name!r}{waited}; "
         f"{describe_owners(owners)}",
-        hint="try again, or check what the lock owner is doing",
+        hint="try again; if this fails too, check what the lock owner is doing",
         owners=owners,
     )
 
@@ -206,7 +207,7 @@ def busy_error(path: Path, role: str, waited_s: float) -> StoreBusyError:
 def _parse(state: bytes) -> tuple[int, int, int]:
     """Return pid, generation and synced offset; 0 for each unknown value."""
     fields = state.split()
-    if len(fields) != _FIELDS or not all(field.isdigit() for field in fields):
+    if len(fields) != _FIELD_COUNT or not all(field.isdigit() for field in fields):
         return 0, 0, 0
     pid, generation, synced, copy = map(int, fields)
     return pid, generation, synced if synced == copy else 0

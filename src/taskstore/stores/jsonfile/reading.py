@@ -1,8 +1,8 @@
-"""The lock-free reader: consistent while writers and compactors change files.
+"""The lock-free reader, which is consistent while other processes change files.
 
 The reader reads the directory once, and again only when the generation in the lock
-file has changed.  If a file disappears or seems damaged, another process may be changing
-the files, so the reader retries a few times.
+file has changed.  If a file disappears or seems damaged, it is possible that another
+process is changing the files, so the reader retries a few times.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ _seq_of = operator.attrgetter("seq")
 
 
 class Reader:
-    """Reads one directory, with a cache of journal positions.  Safe for any number of threads."""
+    """Reads one directory, with a cache of journal positions.  Any number of threads can use the
+    reader."""
 
     def __init__(self, directory: Path, *, strict: bool) -> None:
         self.directory = directory
@@ -54,7 +55,7 @@ class Reader:
         self._positions: list[JournalOffset] = []
 
     def with_layout(self, work: Callable[[Layout], _T]) -> _T:
-        """Return ``work(layout)``; retry it with a new layout while files change."""
+        """Return ``work(layout)``; retry the call with a new layout while files change."""
 
         def attempt(number: int) -> _T:
             if number > 1:
@@ -65,14 +66,15 @@ class Reader:
 
     def layout(self) -> Layout:
         """Return the current layout."""
-        # The generation is read before the files: the next call detects a change in between.
+        # The generation is read before the files: the next call detects a change between the two
+        # reads.
         generation = read_generation(self.directory / LOCK_NAME)
         known = self._layout
         changing = generation is None or generation != self._generation
         if known is not None and not changing:
             return known
         layout = read_layout(self.directory)
-        if layout.fresh:
+        if layout.is_empty:
             raise StoreUnavailableError(
                 f"there is no ledger in {self.directory}", hint="check the path"
             )
@@ -134,7 +136,7 @@ class Reader:
         with contextlib.suppress(OSError, TaskStoreError):
             notice = self.with_layout(check)
             if notice is not None:
-                time.sleep(_APPEND_GRACE_S)  # a writer may be writing this line now
+                time.sleep(_APPEND_GRACE_S)  # possibly a writer is writing this line now
                 return notice if self.with_layout(check) == notice else None
         return None
 
@@ -157,12 +159,12 @@ class Reader:
             ]
             if len(entries) == limit:
                 break
-        # The next call may begin at the last entry of this page.
+        # The next call can begin at the last entry of this page.
         self._cache(before, position)
         return tuple(entries)
 
     def history(self, layout: Layout, task_id: str) -> Sequence[JournalEntry]:
-        """Return the entries of one task; decodes only lines that contain its id."""
+        """Return the entries of one task; decodes only lines that contain the task id."""
         pattern = task_id_pattern(task_id)
         entries = []
         for segment in layout.segments:
@@ -179,7 +181,7 @@ class Reader:
 
     def _nearest_position(self, layout: Layout, after: int) -> JournalOffset:
         """Return the last known position at or before a seq."""
-        start = layout.before(after + 1)
+        start = layout.segment_start(after + 1)
         with self._lock:
             index = bisect.bisect_right(self._positions, after, key=_seq_of)
             cached = self._positions[index - 1] if index else start
@@ -193,7 +195,7 @@ class Reader:
             self._cache(end)
 
     def _cache(self, *positions: JournalOffset) -> None:
-        """Cache positions; if there are too many, drop every second one."""
+        """Cache positions; if there are too many positions, drop every second position."""
         with self._lock:
             for position in positions:
                 start = bisect.bisect_left(self._positions, position.seq, key=_seq_of)

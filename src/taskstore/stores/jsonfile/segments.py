@@ -36,11 +36,11 @@ class CommitLocation(NamedTuple):
 
 
 class SegmentReader:
-    """The commits after a journal offset, over all segments that follow.
+    """The commits after a journal offset, in its segment and in all later segments.
 
     During iteration, ``position`` is right after the last commit yielded.  The iteration
-    ends at the end of the last segment, where a torn line is ignored.  Any other bytes
-    that are not the next commit raise :class:`CorruptStoreError`.
+    ends at the end of the last segment, where a torn line is ignored.  For any other
+    bytes that are not the next commit, the iteration raises :class:`CorruptStoreError`.
     """
 
     def __init__(self, layout: Layout, position: JournalOffset) -> None:
@@ -59,10 +59,11 @@ class SegmentReader:
         if segment.first != self.position.seq + 1:
             raise CorruptStoreError(
                 str(segment.path),
-                f"begins at seq {segment.first}, but the journal before it ends at "
+                f"begins at seq {segment.first}, but the journal before this segment ends at "
                 f"seq {self.position.seq}",
                 offset=0,
-                hint="nothing was changed; put the missing segment back or restore a backup",
+                hint="nothing was changed; put the missing segment back, or if it is lost, "
+                "restore a backup",
             )
         self.position = self.layout.start_of(segment)
 
@@ -84,10 +85,10 @@ class SegmentReader:
 def read_lines(
     segment: SegmentFile, offset: int, *, last: bool, containing: bytes = b""
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield offset and line for each line from ``offset`` on that has the bytes ``containing``.
+    """Yield offset and line for each line from ``offset`` on that contains ``containing``.
 
-    A torn line at the end of the last segment is ignored.  Any other line that does
-    not match its checksum raises :class:`CorruptStoreError`.
+    A torn line at the end of the last segment is ignored.  For any other line that does
+    not match its checksum, the function raises :class:`CorruptStoreError`.
     """
     with segment.path.open("rb", buffering=_BUFFER) as file:
         file.seek(offset)
@@ -107,7 +108,7 @@ def read_lines(
 def prepare_segment(
     disk: Disk, path: Path, identity: Identity, *, at: int, base: bool = False
 ) -> Path:
-    """Write a new segment, later published as ``path``, to a temporary file; return its path."""
+    """Write a new segment for ``path`` to a temporary file; return the temporary file's path."""
     first = int(path.stem.partition("-")[2])
     return disk.write_temporary(path, [encode_header(identity, seq=first, at=at, base=base)])
 

@@ -55,12 +55,11 @@ _T = TypeVar("_T")
 class JSONStore(TaskRegistryStore):
     """A ledger in a directory of JSON files, for any number of processes on one machine.
 
-    ``path`` is the directory (``str`` or ``Path``), created if it does not
-    exist.  ``durability`` is ``"full"`` or ``"process"``.  With ``strict``, a
-    record that does not decode raises an error instead of being quarantined.
-    A write waits up to ``lock_timeout_s`` seconds for other writers before it
-    raises :class:`~taskstore.StoreBusyError`.  ``disk`` performs all changes
-    of the files.
+    ``path`` is the directory (``str`` or ``Path``); the store creates a missing
+    directory.  ``durability`` is ``"full"`` or ``"process"``.  With ``strict``, a record
+    that does not decode raises an error instead of being quarantined.  A write waits up
+    to ``lock_timeout_s`` seconds for other writers before it raises
+    :class:`~taskstore.StoreBusyError`.  ``disk`` performs all changes of the files.
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class JSONStore(TaskRegistryStore):
         if not str(path) or "\0" in str(path):
             raise ValidationError("path", "must be the path of a directory")
         self.durability = durability
-        self.directory = Path(path).absolute()  # the working directory may change
+        self.directory = Path(path).absolute()  # the working directory can change
         self.location = str(path)
         self.strict = strict
         self._reader = Reader(self.directory, strict=strict)
@@ -113,7 +112,7 @@ class JSONStore(TaskRegistryStore):
         with translate_os_errors(self.directory):
             return self._reader.with_layout(work)
 
-    def _writing(self) -> Writer:
+    def _require_writer(self) -> Writer:
         self._check_writable()
         assert self._writer is not None
         return self._writer
@@ -136,7 +135,7 @@ class JSONStore(TaskRegistryStore):
         return snapshot
 
     def save_snapshot(self, snapshot: Snapshot) -> None:
-        writer = self._writing()
+        writer = self._require_writer()
         with translate_os_errors(self.directory):
             snapshot = validated_snapshot(snapshot)
             payloads = [
@@ -153,7 +152,7 @@ class JSONStore(TaskRegistryStore):
 
     def apply(self, changes: Sequence[Change]) -> Commit:
         self._check_open()
-        writer = self._writer or self._writing()
+        writer = self._writer or self._require_writer()
         steps = plan(changes)
         entries = encode_changes(changes)
         try:
@@ -169,7 +168,7 @@ class JSONStore(TaskRegistryStore):
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        writer = self._writing()
+        writer = self._require_writer()
         with writer.locked():
             try:
                 writer.reserved = True
@@ -226,7 +225,7 @@ class JSONStore(TaskRegistryStore):
     # -- compaction, query, integrity -------------------------------------
 
     def compact(self, policy: CompactionPolicy) -> CompactionReport:
-        steps = Compaction(self._writing(), erase=policy.erase_deleted)
+        steps = Compaction(self._require_writer(), erase=policy.erase_deleted)
         try:
             with translate_os_errors(self.directory):
                 return compact(steps, policy, self.clock)
@@ -270,7 +269,7 @@ def _path_of(url: str) -> Path:
     scheme, _, rest = url.partition(":")
     if scheme.lower() != "json" or not rest.startswith("///"):
         raise ValidationError(
-            "url", f"{url!r} is not json:///relative/dir or json:////absolute/dir"
+            "url", f"{url!r} must have the form 'json:///relative/dir' or 'json:////absolute/dir'"
         )
     if "?" in rest:
         raise ValidationError("url", f"{url!r} has a query, but a JSON store takes no options")
@@ -283,7 +282,7 @@ def _path_of(url: str) -> Path:
 def verify(directory: Path, writer: Writer | None) -> VerifyReport:
     """Check the files of a directory, and the index of a writer.
 
-    If there are problems, check again: files may have changed meanwhile.
+    If there are problems, check again: files have possibly changed during the check.
     """
     report = retry_while_changing(directory, lambda _: _verify(directory, writer))
     if report.ok:
@@ -313,7 +312,8 @@ def _entries(layout: Layout) -> Iterator[JournalEntry | CorruptStoreError]:
     seq = layout.floor - 1
     for segment in layout.segments:
         if segment.first > seq + 1:
-            reason = f"seq {seq + 1} to {segment.first - 1} are missing before this segment"
+            missing = f"from seq {seq + 1} to {segment.first - 1}"
+            reason = f"the entries {missing} are missing before this segment"
             yield CorruptStoreError(str(segment.path), reason)
         reader = SegmentReader(layout, layout.start_of(segment))
         try:

@@ -48,7 +48,7 @@ from taskstore.stores.jsonfile.lines import LINE_PREFIX_BYTES, Identity, encode_
 from taskstore.stores.jsonfile.locks import STATE_BYTES, FileLock, WriteLock, busy_error
 from taskstore.stores.jsonfile.segments import SegmentReader, prepare_segment, truncate_tail
 
-_REOPEN = "close it and open it again"
+_REOPEN = "close the store and open it again"
 
 
 class Writer:
@@ -63,18 +63,19 @@ class Writer:
         self.last_commit = Position(0)
         """The position of the last known commit; its seq is 0 if no commit is known."""
         self.index: Index | None = None
-        """``None`` until the first commit and if the index may be wrong; a commit rebuilds it."""
+        """``None`` before the first commit, or if the index is possibly wrong; a commit rebuilds
+        it."""
         self.preloaded: tuple[Index, JournalOffset] | None = None
         """The index and the end of the journal from a load, for the next commit without index."""
         self.reserved = False
-        """Whether this thread owns the lock, and its next :meth:`locked` takes the lock over."""
+        """True if this thread owns the lock, and its next :meth:`locked` takes the lock over."""
         self.timeout_s = lock_timeout_s
         self._lock = WriteLock(directory / LOCK_NAME, disk)
-        self._sync = sync
+        self._fsync_commits = sync
         self._thread_lock = threading.RLock()
         self._locked = False
-        # Whether other processes have written since this writer was opened.
-        self._other_writers = False
+        # True if other processes have written since this writer was opened.
+        self._saw_other_writer = False
         self._descriptor = -1
         self._refusal: str | None = None
 
@@ -87,8 +88,8 @@ class Writer:
         A nested call of the same thread (from a signal handler) raises
         :class:`StoreBusyError`, unless ``reserved`` is set.
         """
-        # An interrupt arrives at the start of a Python function or after a call.  Therefore no
-        # call may come between acquiring a lock and the block that releases this lock.
+        # An interrupt arrives at the start of a Python function or after a call.  Therefore no call
+        # is allowed between acquiring a lock and the block that releases this lock.
         with self._thread_lock:
             reserved, self.reserved = self.reserved, False
             if self._locked and not reserved:
@@ -121,7 +122,7 @@ class Writer:
                 lock.load_state(state)
             grown = None
             if lock.generation == lock.known_generation and (self.index is not None or not indexed):
-                # The segment may have been replaced, or a backup may have been copied over it.
+                # It is possible that the segment was replaced, or that a backup was copied over it.
                 end, segment = self.end, self.layout.segments[-1]
                 try:
                     status = segment.path.stat()
@@ -139,7 +140,7 @@ class Writer:
 
     def _wait_for_progress(self) -> None:
         """Wait for the lock as long as the other writers make progress."""
-        lock, contention = self._lock, Contention(partial(_journal_size, self.directory))
+        lock, contention = self._lock, Contention(partial(_progress_marker, self.directory))
         while self.timeout_s > 0 and contention.made_progress():
             if lock.queue.wait(lock.try_acquire, self.timeout_s / 2):
                 return
@@ -161,7 +162,7 @@ class Writer:
     def _catch_up(self, *, only_grown: bool, indexed: bool) -> None:
         """Read the commits of other processes.  ``only_grown`` means that the last segment has
         grown and the other files have not changed."""
-        # Until this call succeeds, the layout, the end and the index may be outdated.
+        # Until this call succeeds, the layout, the end and the index can be outdated.
         self._lock.known_generation = None
         if indexed and self.index is None and self.preloaded is not None:
             self.last_commit = Position(0)
@@ -169,18 +170,18 @@ class Writer:
 
         def attempt(number: int) -> None:
             if number > 1:
-                # The journal may only seem damaged, because its known end is outdated.
+                # Possibly the journal only seems damaged, because its known end is outdated.
                 self.index = None
             known = only_grown and number == 1
-            self._other_writers |= known
+            self._saw_other_writer |= known
             self._read_commits(self.layout if known else self._read_or_create(), indexed=indexed)
-            if self._sync and not (known and self._lock.synced == self.end.offset):
+            if self._fsync_commits and not (known and self._lock.synced == self.end.offset):
                 self._sync_segment()
 
         try:
             retry_while_changing(self.directory, attempt)
         except BaseException:
-            # The index may contain only a part of a commit.
+            # The index can contain an incomplete commit.
             self.index = self._lock.known_generation = None
             raise
         if self._lock.generation % 2:
@@ -217,10 +218,11 @@ class Writer:
     def _read_or_create(self) -> Layout:
         """Read the directory.  Create a ledger if there is none, else remove leftover files."""
         layout = read_layout(self.directory)
-        if layout.fresh and self.layout.segments:
+        if layout.is_empty and self.layout.segments:
             reason = f"the files of the store {self.directory} are gone"
-            raise StoreUnavailableError(reason, hint="restore the files, or open the store again")
-        if not layout.fresh:
+            hint = "restore the files; to begin an empty ledger instead, open the store again"
+            raise StoreUnavailableError(reason, hint=hint)
+        if not layout.is_empty:
             _remove_leftovers(layout, self.disk)
             return layout
         path = self.directory / segment_name(1)
@@ -237,16 +239,16 @@ class Writer:
     def _sync_segment(self) -> None:
         """Flush to disk (fsync) the lines that other processes have appended or truncated.
 
-        Another process may have died between its write and its fsync.  Once this writer
-        appends a line, a torn line before the new line would be corruption.
+        It is possible that another process died between its write and its fsync.  Once
+        this writer appends a line, a torn line before the new line would be corruption.
         """
         try:
             self.disk.sync_data(self._descriptor)
         except OSError as error:
-            self._refuse("flushing the commits of other processes to disk", error)
+            self._disable_writes("flushing the commits of other processes to disk", error)
             raise
 
-    def _refuse(self, operation: str, error: BaseException) -> str:
+    def _disable_writes(self, operation: str, error: BaseException) -> str:
         """Refuse all further writes, because only a reopen checks the files; return the message."""
         self._refusal = (
             f"the store {self.directory} refuses writes until it is reopened: "
@@ -267,7 +269,7 @@ class Writer:
         assert index is not None
         conflicts = find_conflicts(steps, index.revisions, index.deleted, index.by_dedup_key)
         if conflicts and any(conflict.deleted for conflict in conflicts):
-            # Another process may have trimmed the deletion from the journal.
+            # It is possible that another process trimmed the deletion from the journal.
             index.forget_deletions(
                 retry_while_changing(self.directory, lambda _: read_layout(self.directory).floor)
             )
@@ -281,7 +283,7 @@ class Writer:
         try:
             self.disk.write_at(self._descriptor, line, start.offset)
             written = True
-            if self._sync:
+            if self._fsync_commits:
                 self.disk.sync_data(self._descriptor)
         except BaseException as error:
             self._undo_append(error, written=written)
@@ -296,7 +298,7 @@ class Writer:
         )
         self.last_commit = Position(commit.last_seq, commit.commit_id)
         self.index = index
-        if self._sync and self._other_writers:
+        if self._fsync_commits and self._saw_other_writer:
             self._lock.record_synced(offset)
         return commit
 
@@ -305,36 +307,39 @@ class Writer:
         syncing = written and isinstance(error, OSError)
         operation = "flushing a commit to disk" if syncing else "undoing a commit"
         try:
-            with self._lock.changing():  # a reader may have read the line without the lock
+            with self._lock.changing():  # a reader has possibly read the line without the lock
                 self.disk.truncate(self._descriptor, self.end.offset)
-                if self._sync:
+                if self._fsync_commits:
                     # Without fsync, a power loss could restore the line or mix it with a new line.
                     self.disk.sync_data(self._descriptor)
         except OSError:
             kind = OutcomeUnknownError if written else StoreUnavailableError
-            raise kind(self._refuse(operation, error), hint=_REOPEN) from error
+            raise kind(self._disable_writes(operation, error), hint=_REOPEN) from error
         if syncing:
-            raise StoreUnavailableError(self._refuse(operation, error), hint=_REOPEN) from error
+            raise StoreUnavailableError(
+                self._disable_writes(operation, error), hint=_REOPEN
+            ) from error
 
     @contextmanager
-    def _refuse_on_error(self, operation: str) -> Iterator[None]:
+    def _disable_on_error(self, operation: str) -> Iterator[None]:
         """Refuse further writes if the body raises, because only a reopen checks the files."""
         try:
             yield
         except BaseException as error:
             self.index = None
-            refusal = self._refuse(operation, error)
+            refusal = self._disable_writes(operation, error)
             if isinstance(error, OSError):
                 raise OutcomeUnknownError(refusal, hint=_REOPEN) from error
             raise
 
     def roll(self) -> Layout:
-        """Begin a segment unless the last segment is empty; return the layout.  Needs the lock."""
+        """Begin a segment unless the last segment is empty; return the layout.  Requires the
+        lock."""
         if self.end.seq >= self.end.first:
             path = self.directory / segment_name(self.end.seq + 1)
             temporary = prepare_segment(self.disk, path, self.layout.identity, at=self.end.at)
-            with self._refuse_on_error("beginning a segment"), self._lock.changing():
-                # Another process may have written without an fsync.  A torn line is
+            with self._disable_on_error("beginning a segment"), self._lock.changing():
+                # It is possible that another process has written without an fsync.  A torn line is
                 # allowed only in the last segment.
                 self.disk.sync_file(self._descriptor)
                 self.disk.publish(temporary, path)
@@ -366,14 +371,14 @@ class Writer:
         path = self.directory / snapshot_name(snapshot.seq)
         floor, ledger, timeline = snapshot.seq + 1, identity.ledger, identity.timeline
         header = LedgerSnapshotHeader(snapshot.seq, at, ledger, timeline, floor)
-        blocks = codec.write_snapshot(header, payloads, snapshot.quarantined)
+        blocks = codec.encode_snapshot_blocks(header, payloads, snapshot.quarantined)
         temporary = self.disk.write_temporary(path, blocks)
         try:
             segment = self.directory / segment_name(snapshot.seq + 1)
             prepared = prepare_segment(self.disk, segment, identity, at=at, base=True)
             # These three attributes are invalid from here on, also after an interrupt.
             self.last_commit, self.index, self.preloaded = Position(0), None, None
-            with self._refuse_on_error("replacing the content"), self._lock.changing():
+            with self._disable_on_error("replacing the content"), self._lock.changing():
                 self.disk.publish(prepared, segment)
                 self.disk.publish(temporary, path)
                 layout = read_layout(self.directory)
@@ -385,7 +390,7 @@ class Writer:
                 self.disk.remove_all([temporary])
 
 
-def _journal_size(directory: Path) -> object:
+def _progress_marker(directory: Path) -> object:
     """Return a value that every commit changes; ``None`` if the value cannot be read."""
     with contextlib.suppress(OSError, ValueError):
         last = max(directory.glob("journal-*.jsonl"))

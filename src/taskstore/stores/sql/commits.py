@@ -2,13 +2,13 @@
 
 The transaction claims seqs on the head row.  The lock of this row keeps other
 writers out.  The transaction then deletes tasks (which frees their dedup keys),
-updates tasks, inserts tasks and inserts journal entries.  Each statement on tasks
-skips the rows that do not meet its preconditions, so its row count shows a conflict.
+updates tasks, inserts tasks and inserts journal entries.  A statement on ``tasks`` skips
+each row that does not meet the preconditions, so a too low row count shows a conflict.
 
 If the answer to COMMIT is lost, the attempt ends with ``UnconfirmedCommitError``,
 and ``Transactions.read_back_commit`` locks the head row and looks for the commit id in the
-journal.  If the journal contains the commit, :func:`commit` returns it as committed;
-otherwise :func:`commit` retries the batch.  If the server stays unreachable,
+journal.  If the journal contains the commit, :func:`commit` returns this commit; otherwise
+:func:`commit` retries the batch.  If the server stays unreachable,
 :func:`commit` raises :class:`~taskstore.OutcomeUnknownError`.
 """
 
@@ -45,7 +45,7 @@ from taskstore.store.interface import base_not_found
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.dialects.base import Session, flat_parameters, row_groups
 from taskstore.stores.sql.errors import ErrorKind
-from taskstore.stores.sql.rows import Claimed, Head
+from taskstore.stores.sql.rows import ClaimedSeqs, Head
 from taskstore.stores.sql.statements import RARELY_UPDATED
 from taskstore.stores.sql.tables import (
     COPIED_COLUMNS,
@@ -102,17 +102,19 @@ class EncodedBatch:
                 else:
                     self.transient.append(step)
             elif step.base:
-                self.updates.append(update_row(step, step.record, *encoded[step.task_id]))
+                self.updates.append(update_parameters(step, step.record, *encoded[step.task_id]))
             else:
-                self.inserts.append(insert_row(step.record, *encoded[step.task_id]))
+                self.inserts.append(insert_values(step.record, *encoded[step.task_id]))
 
 
-def insert_row(record: TaskRecord, payload: bytes, check: int) -> tuple[Any, ...]:
+def insert_values(record: TaskRecord, payload: bytes, check: int) -> tuple[Any, ...]:
     """The values of a new row of ``tasks``, in order of the columns."""
     return (record.task_id, record.revision, *_copied_columns(record), payload, check)
 
 
-def update_row(step: Step, record: TaskRecord, payload: bytes, check: int) -> tuple[Any, ...]:
+def update_parameters(
+    step: Step, record: TaskRecord, payload: bytes, check: int
+) -> tuple[Any, ...]:
     """The parameters of an update of one task, in the order of ``UPDATE_ORDER``."""
     status = record.status.value
     rare = _rarely_updated(record)
@@ -127,7 +129,7 @@ def commit(transactions: Transactions, changes: Sequence[Change], clock: Clock) 
     for attempt in transactions.attempts(reads_back=True):
         try:
             with attempt, transactions.write() as tx:
-                claimed = database.claim(tx, count, clock(), base.seq)
+                claimed = database.claim_seqs(tx, count, clock(), base.seq)
                 if claimed is None:
                     raise schema_epoch_error(database, tx)
                 first, at = claimed.head_seq - count + 1, claimed.last_at
@@ -150,12 +152,12 @@ def commit(transactions: Transactions, changes: Sequence[Change], clock: Clock) 
             partial(_is_committed, database, committed)
         ):
             return committed
-    raise AssertionError("the last attempt raises")
+    raise AssertionError("the last attempt raises an error")
 
 
 def schema_epoch_error(database: Database, tx: Session) -> SchemaMismatchError:
-    """The error for a claim that updated nothing: the schema epoch of the ledger is higher
-    than the epoch that this version of taskstore may write."""
+    """Return the error for a claim that updated no row, because the schema epoch of the ledger
+    is too high for this version of taskstore."""
     row = tx.row(database.sql.head)
     epoch = None if row is None else Head(*row).schema_epoch
     return SchemaMismatchError(
@@ -167,10 +169,10 @@ def schema_epoch_error(database: Database, tx: Session) -> SchemaMismatchError:
     )
 
 
-def _has_base(base: Position, claimed: Claimed) -> bool:
+def _has_base(base: Position, claimed: ClaimedSeqs) -> bool:
     """Return whether the journal contains the base position of the changes.
 
-    A base position just before the floor is accepted, although its entry was trimmed.
+    A base position just before the floor is accepted, although the entry there was trimmed.
     """
     if claimed.base is None:
         return base.seq in (0, claimed.floor - 1)
@@ -191,15 +193,15 @@ def _write(database: Database, tx: Session, batch: EncodedBatch, floor: int) -> 
             count, parameters = len(group), flat_parameters(group)
             updated = tx.execute_dml(sql.update_tasks(count), parameters)
             if updated < count:
-                # Update the tasks whose copied columns change.  A task that was just updated
-                # has a new revision, so this statement does not match it again.
+                # Update the tasks whose copied columns change.  This statement skips the tasks
+                # that were just updated, because these tasks have a new revision.
                 updated += tx.execute_dml(sql.update_tasks_wide(count), parameters)
             touched += updated
         for group in database.row_groups(batch.inserts) if batch.inserts else ():
             touched += database.insert(tx, group, floor)
     except database.translator.errors as error:
-        # Only an update that sets the dedup key of another task raises this error.  The
-        # failed transaction can run no more queries, so it cannot find this task.
+        # An update raises this error if another task already has the new dedup key.  A query
+        # for this other task is impossible in the failed transaction.
         if database.translator.error_kind(error) is ErrorKind.INTEGRITY:
             raise _RowMismatch from error
         raise
@@ -210,7 +212,7 @@ def _write(database: Database, tx: Session, batch: EncodedBatch, floor: int) -> 
 
 
 def _is_committed(database: Database, expected: Commit, tx: Session) -> bool:
-    """Return whether the journal contains a commit after the answer to COMMIT was lost."""
+    """Return whether the journal contains a commit whose COMMIT got no answer."""
     entry = task_journal.c
     commit_id = tx.scalar(sa.select(entry.commit_id).where(entry.seq == expected.first_seq))
     if commit_id is None and expected.first_seq < Head(*tx.row(database.sql.head)).floor:

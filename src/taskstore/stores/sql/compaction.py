@@ -1,17 +1,17 @@
-"""Compaction: publish a snapshot of the rows, move the floor, trim the journal.
+"""Compaction publishes a snapshot, moves the floor, and trims the journal.
 
 No step locks the head row for longer than one small transaction.  One read
 transaction copies the rows to a temporary file, and small transactions write
 the copied rows to the database.  One read transaction for the whole compaction would
 block SQLite's checkpoints and PostgreSQL's vacuum.  A long read transaction would also
-need a second connection, which a host's pool may not have.
+need a second connection, but a host's pool can be limited to one connection.
 
 A lease in the head row keeps other compactors out.  Every transaction renews the
 lease, and fails if another compactor has taken over the lease.  A compactor that
 was suspended for too long therefore changes nothing when it resumes.
 
-Compaction fails before it trims the last record of a task whose row is missing.  If a
-trimmed entry cannot be decoded, compaction keeps its bytes in ``task_set_aside`` [12].
+If the row of a task is missing, compaction fails and does not trim the last record of the
+task.  If a trimmed entry cannot be decoded, compaction keeps its bytes in ``task_set_aside`` [12].
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from taskstore.model.ids import Clock
 from taskstore.model.journal import Quarantined
 from taskstore.stores.common import compaction
 from taskstore.stores.common.compaction import CompactionPoint, CompactionSteps, Retained
-from taskstore.stores.sql.compaction_lease import Lease
+from taskstore.stores.sql.compaction_lease import CompactionLease
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.dialects.base import Session
 from taskstore.stores.sql.rows import SnapshotRow, as_bytes, entry_of, line_of, quarantined_line
@@ -64,11 +64,11 @@ from taskstore.stores.sql.tables import (
 from taskstore.stores.sql.transactions import Transactions
 
 ENTRIES_PER_STEP = 1000
-"""The most journal entries that one transaction reads or deletes."""
+"""The maximum number of journal entries that one transaction reads or deletes."""
 CHUNKS_PER_STEP = 8
-"""The most chunks of a dropped snapshot that one transaction deletes."""
+"""The maximum number of chunks of a dropped snapshot that one transaction deletes."""
 MAX_NAMED = 3
-"""The most tasks that one error message names."""
+"""The maximum number of tasks that one error message names."""
 
 
 def compact(
@@ -83,7 +83,7 @@ def compact(
     """
     report = compaction.compact(SQLCompactionSteps(transactions, on_quarantined), policy, clock)
     if policy.erase_deleted:
-        transactions.erase()
+        transactions.scrub_deleted()
     return report
 
 
@@ -99,7 +99,7 @@ class SQLCompactionSteps(CompactionSteps):
         self._location = transactions.database.location
         self._sql = transactions.database.sql
         self._on_quarantined = on_quarantined
-        self._lease = Lease(transactions)
+        self._lease = CompactionLease(transactions)
         self._buffer: IO[bytes]
         # The row of the new snapshot in task_snapshots, and the size of each chunk in bytes.
         self._snapshot_row = SnapshotRow(0, 0)
@@ -176,7 +176,8 @@ class SQLCompactionSteps(CompactionSteps):
     def _replace_row(
         self, table: sa.Table, same: sa.ColumnElement[bool], row: tuple[Any, ...], tx: Session
     ) -> None:
-        """Delete the row that matches ``same``, if any, and insert a row; idempotent."""
+        """Delete the row that matches ``same`` if it exists, and insert ``row``.  A repeat of the
+        call has the same result."""
         tx.execute_core(sa.delete(table).where(same))
         insert(tx, self._transactions.database, table, [row])
 
@@ -209,7 +210,7 @@ class SQLCompactionSteps(CompactionSteps):
 
 
 def _delete_chunks(tx: Session) -> bool:
-    """Delete chunks of a dropped or unpublished snapshot; return whether any existed."""
+    """Delete chunks of a dropped or unpublished snapshot; return whether a chunk existed."""
     seq, chunk = task_snapshot_chunks.c.seq, task_snapshot_chunks.c.chunk
     orphaned = ~sa.exists().where(task_snapshots.c.seq == seq)
     rows = tx.select(sa.select(seq, chunk).where(orphaned).order_by(seq, chunk).limit(1))
@@ -240,8 +241,8 @@ def _temporary_file(database: Database) -> Iterator[IO[bytes]]:
 def check_rows_exist(session: Session, low: int, high: int, location: str) -> None:
     """Check that no entry in ``[low, high)`` contains the only copy of a record.
 
-    Raises :class:`~taskstore.CorruptStoreError` if a task has no row, and its last entry
-    is in this range and is not a deletion.
+    Raises :class:`~taskstore.CorruptStoreError` if a task has no row, unless the last entry
+    of the task is a deletion or is not in this range.
     """
     entry, later = task_journal.c, task_journal.alias("later")
     lost = (
@@ -256,8 +257,8 @@ def check_rows_exist(session: Session, low: int, high: int, location: str) -> No
         raise CorruptStoreError(
             f"{location}: tasks",
             f"these tasks have no row, and only the journal contains their records: {names}",
-            hint="nothing was trimmed; restore the rows from the table task_journal, "
-            "or restore a backup, then compact again",
+            hint="nothing was trimmed; restore the rows from the table task_journal (if this "
+            "fails, restore a backup), then compact again",
         )
 
 
@@ -330,8 +331,8 @@ def _quarantine_entry(row: Any) -> Quarantined | None:
 
 
 def _is_deleted_or_stored(session: Session, row: Any) -> bool:
-    """Return whether a trim may drop the payload of an entry: a later entry deletes the
-    task, or the row of the task has the same bytes."""
+    """Return whether a trim is allowed to drop the payload of an entry.  This is allowed if a
+    later entry deletes the task, or the row of the task has the same bytes."""
     seq, _, _, task_id, revision, _, payload, _ = row
     entry = task_journal.c
     deletion = sa.select(entry.seq).where(
@@ -346,7 +347,8 @@ def _is_deleted_or_stored(session: Session, row: Any) -> bool:
 
 
 def _quarantined_ids(session: Session, sql: Statements) -> tuple[dict[str, list[int]], int]:
-    """The row ids of superseded payloads in ``task_set_aside`` by task, and the highest row id."""
+    """The row ids of superseded payloads by task id, and the highest row id, in
+    ``task_set_aside``."""
     ids: dict[str, list[int]] = {}
     last = 0
     for last, item in quarantined_rows(session, sql):

@@ -32,9 +32,9 @@ _local_owners: set[str] = set()
 """The compactions in this process that own the lease or try to acquire the lease."""
 
 
-class Lease:
-    """The right to compact.  Every step renews the lease, and fails if another process has
-    taken over the lease."""
+class CompactionLease:
+    """The exclusive right to compact a ledger.  Every step renews the lease, and fails if
+    another process has taken over the lease."""
 
     def __init__(self, transactions: Transactions) -> None:
         self._transactions = transactions
@@ -54,12 +54,13 @@ class Lease:
             if not self._transactions.run(self._acquire):
                 raise StoreBusyError(
                     f"{self._location} is being compacted by another process",
-                    hint=f"try again; a killed process loses the lease in {LEASE_MS // 1000} s",
+                    hint="try again later; the lease of a killed process expires within "
+                    f"{LEASE_MS // 1000} s",
                 )
             yield
         finally:
             try:
-                # If the release fails, only other processes must wait until the lease expires.
+                # If the release fails, other processes must wait until the lease expires.
                 with suppress(StoreBusyError, StoreUnavailableError, OutcomeUnknownError):
                     self._transactions.run(lambda tx: tx.execute_core(_set_owner(None, self._own)))
             finally:
@@ -68,7 +69,7 @@ class Lease:
     def run(self, work: Callable[[Session], _T]) -> _T:
         """Run ``work`` in one small write transaction that also renews the lease.
 
-        ``work`` may run several times, so it must be idempotent.
+        ``work`` can run several times, so it must be idempotent.
         """
         started = time.monotonic()
 
@@ -81,8 +82,8 @@ class Lease:
             return work(tx)
 
         result = self._transactions.run(fenced)
-        # Pause for as long as the step took.  A writer that waits for SQLite's lock sleeps
-        # between its attempts, and would not get the lock in a shorter pause.
+        # Pause for as long as the step took.  In a shorter pause, a waiting writer could not
+        # get SQLite's lock, because the writer sleeps between its attempts.
         time.sleep(min(time.monotonic() - started, MAX_PAUSE_S))
         return result
 
@@ -92,7 +93,7 @@ class Lease:
         owner = tx.scalar(sa.select(lease.lease_owner))
         free = sa.or_(lease.lease_owner.is_(None), lease.lease_until < system_clock())
         if owner is not None and (owner == self._owner or _is_dead(owner)):
-            # If that owner is alive, its next step fails, because each step checks the lease.
+            # If the previous owner is alive, its next step fails: each step checks the lease.
             free = sa.or_(free, lease.lease_owner == owner)
         return tx.execute_core(_set_owner(self._owner, free)) == 1
 
@@ -115,8 +116,8 @@ _MACHINE_ID = _machine_id()
 
 
 def _is_dead(owner: str) -> bool:
-    """Return whether a lease owner is dead: its process has ended.  An owner in this process
-    is dead if its compaction has ended."""
+    """Return whether the process of a lease owner has ended.  An owner in this process
+    counts as dead if its compaction has ended."""
     if not owner.startswith(_MACHINE_ID):
         return False
     try:

@@ -3,7 +3,8 @@
 One function per dialect classifies an exception; callers use the returned kind to
 decide whether to retry.  :class:`Translator` raises the matching error of
 :mod:`taskstore.errors`, with the driver's exception as the cause.  No message contains
-the URL's password.  If the driver's message contains it, the error has no cause.
+the URL's password.  If the driver's message contains the password, the error has no
+cause.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ class ErrorKind(Enum):
     """The kind of an error that a driver reports."""
 
     LOCK_TIMEOUT = "lock timeout"
-    """A lock was not acquired in time."""
+    """A lock was not free, or was not acquired before a timeout."""
     SERIALIZATION = "serialization"
-    """A serialization failure or deadlock: the transaction may be retried at once."""
+    """A serialization failure or a deadlock.  The store can retry the transaction at once."""
     CONNECTION_LOST = "connection lost"
     """The connection broke or could not be opened."""
     STANDBY = "standby"
-    """This server is read-only now.  Another server may accept writes, or this server later."""
+    """This server is read-only now.  A later attempt can find a server that accepts writes."""
     CORRUPT = "corrupt"
     """The database is damaged, or the file is not a database."""
     DISK_FULL = "disk full"
     """No space is left."""
     FSYNC_FAILED = "fsync failed"
-    """The written data may not be on disk."""
+    """It is unknown whether the written data is on disk."""
     READ_ONLY = "read-only"
     """The database refuses writes."""
     MISSING_SCHEMA = "missing schema"
@@ -53,7 +54,7 @@ class ErrorKind(Enum):
 
 
 UNREACHABLE = frozenset({ErrorKind.CONNECTION_LOST, ErrorKind.STANDBY})
-"""Errors after which a later attempt on a new connection may succeed."""
+"""Errors after which a later attempt on a new connection can succeed."""
 
 _SQLITE_CODES = {
     5: ErrorKind.LOCK_TIMEOUT,
@@ -68,7 +69,7 @@ _SQLITE_CODES = {
 
 _SQLITE_FSYNC_ERRORS = {10, 10 | (4 << 8), 10 | (5 << 8)}
 """SQLITE_IOERR_FSYNC, SQLITE_IOERR_DIR_FSYNC, and SQLITE_IOERR.  pysqlite3 reports
-SQLITE_IOERR for every I/O error, so at a COMMIT this code must count as a failed fsync."""
+SQLITE_IOERR for every I/O error, so this code must count as a failed fsync at a COMMIT."""
 
 _SQLITE_WRITE_ERROR = 10 | (3 << 8)
 """SQLITE_IOERR_WRITE: writing a page to the log failed, and the transaction is rolled back."""
@@ -178,7 +179,7 @@ class Translator:
     ) -> None:
         self.location = location
         self._waits = waits
-        # Messages and values from a damaged database may be invalid UTF-8.
+        # Messages and values from a damaged database can be invalid UTF-8.
         self.errors: tuple[type[Exception], ...] = (
             driver,
             sa.exc.SQLAlchemyError,
@@ -205,7 +206,7 @@ class Translator:
         return ErrorKind.CORRUPT if damaged else self._error_kind(error)
 
     def failure_kind(self, error: BaseException) -> FailureKind:
-        """Return whether and how to retry after an exception of the driver."""
+        """Return the kind of failure, which decides whether and how the store retries."""
         if isinstance(error, sa.exc.TimeoutError):
             return FailureKind.PERMANENT  # the pool had no free connection
         kind = self.error_kind(error)
@@ -238,21 +239,21 @@ class Translator:
             case ErrorKind.DISK_FULL:
                 return StoreUnavailableError(
                     f"{where}: the disk is full or a size limit is reached: {text}",
-                    hint="free some space or raise the limit, and try again",
+                    hint="free some space, or raise the limit if there is a limit; then try again",
                 )
             case ErrorKind.READ_ONLY | ErrorKind.STANDBY:
                 return StoreUnavailableError(
                     f"{where} cannot be written: {text}",
-                    hint="check the permissions of the file and its directory, "
-                    "or whether the server is a standby",
+                    hint="if it is a file, check the permissions of the file and its directory; "
+                    "if it is a server, check whether the server is a standby",
                 )
             case ErrorKind.MISSING_SCHEMA:
                 return SchemaMismatchError(
-                    f"{where} lacks a table or column: {text}", found=None, needed=None
+                    f"{where}: a table or column is missing: {text}", found=None, needed=None
                 )
             case ErrorKind.INTEGRITY:
                 return CorruptStoreError(
-                    where, f"a row violates a constraint: {text}", hint="run taskstore verify"
+                    where, f"a row violates a constraint: {text}", hint="run 'taskstore verify'"
                 )
             case _:
                 return StoreUnavailableError(f"{where} cannot be used: {text}")
@@ -270,7 +271,7 @@ class Translator:
 
 
 def _encodings_of(secret: str | None) -> tuple[str, ...]:
-    """The forms of a password in messages: plain, and percent-encoded for a URL."""
+    """The plain password, and the percent-encoded password as in a URL."""
     if not secret:
         return ()
     return tuple(sorted({secret, quote(secret, safe=""), quote_plus(secret)}, key=len))[::-1]

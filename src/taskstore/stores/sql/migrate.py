@@ -1,7 +1,7 @@
 """The schema of a database: its state, the required state, and migrations.
 
-Only the migrations create tables; ``metadata.create_all`` is never used.  Alembic is
-imported only for a migration, and not when a ledger has the required schema.
+Only the migrations create tables; ``metadata.create_all`` is never used.  If a ledger has
+the required schema, Alembic is not imported.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from taskstore.stores.sql.dialects import Database, host_database, open_database
 from taskstore.stores.sql.tables import (
     COMMENT_PREFIX,
     ONLY_ON,
-    REVISIONS,
     SCHEMA_EPOCH,
+    SCHEMA_REVISIONS,
     TABLES,
     metadata,
     task_journal,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("taskstore")
 
 VERSION_TABLE = "taskstore_alembic_version"
-"""The table where Alembic stores taskstore's revision; a host has its own version table."""
+"""The table where Alembic stores taskstore's revision.  A host uses another version table."""
 
 _version = sa.Table(VERSION_TABLE, sa.MetaData(), sa.Column("version_num", sa.String(32)))
 
@@ -51,7 +51,7 @@ class SchemaState(NamedTuple):
 
 
 def migrations_path() -> Path:
-    """The directory of the migration scripts: in the installed package, or in the checkout."""
+    """The directory of the migration scripts, in the installed package or in a source checkout."""
     package = Path(str(files("taskstore")))
     for path in (package / "migrations", package.parents[1] / "migrations"):
         if (path / "env.py").is_file():
@@ -75,7 +75,7 @@ def engine_for_url(url: str, *, read_only: bool = False) -> sa.Engine:
 
 
 def current(engine: sa.Engine) -> str | None:
-    """The revision of a database, ``None`` if it contains no ledger."""
+    """The revision of a database; ``None`` if the database contains no ledger."""
     with _database(engine) as database, _connected(database) as connection:
         return _state(connection).revision
 
@@ -84,7 +84,7 @@ def upgrade(engine: sa.Engine, revision: str = "head") -> None:
     """Upgrade a database to a revision, under the schema lock.  The upgrade is one
     transaction if the database has transactional DDL.
 
-    A second process that upgrades waits for the lock, and then changes nothing.
+    If two processes upgrade, the second process waits for the lock, and then changes nothing.
     """
     with _database(engine) as database:
         _upgrade(database, revision)
@@ -100,8 +100,8 @@ def _upgrade(database: Database, revision: str) -> None:
 def downgrade(engine: sa.Engine, revision: str, *, allow_data_loss: bool = False) -> None:
     """Downgrade a database to a revision; ``"base"`` drops all tables of the ledger.
 
-    Raises :class:`~taskstore.ValidationError` if the downgrade would drop records or
-    history and ``allow_data_loss`` is false.
+    Raises :class:`~taskstore.ValidationError` if ``allow_data_loss`` is false and
+    the downgrade would drop records or history.
     """
     from alembic import command
 
@@ -122,9 +122,10 @@ def check(engine: sa.Engine) -> list[str]:
         )
         found = _state(connection)
         problems = [_describe(item) for item in compare_metadata(context, metadata)]
-    if found.revision != REVISIONS[-1]:
+    if found.revision != SCHEMA_REVISIONS[-1]:
         problems.insert(
-            0, f"the revision is {found.revision}, but the newest revision is {REVISIONS[-1]}"
+            0,
+            f"the revision is {found.revision}, but the newest revision is {SCHEMA_REVISIONS[-1]}",
         )
     return problems
 
@@ -151,8 +152,8 @@ def alembic_options(dialect: str) -> dict[str, Any]:
 def ensure_schema(database: Database, migrate: str) -> None:
     """Ensure that a database has the schema that this version requires.
 
-    ``migrate="auto"`` creates the schema in a database that contains no ledger.  Every
-    other database stays unchanged.  Raises :class:`~taskstore.SchemaMismatchError`
+    If ``migrate`` is ``"auto"``, create the schema in a database that contains no ledger.
+    Change no other database.  Raises :class:`~taskstore.SchemaMismatchError`
     with the actual revision, the required revision, and the command to run.
     """
     location = database.location
@@ -160,13 +161,13 @@ def ensure_schema(database: Database, migrate: str) -> None:
         state = _state(connection)
         unfinished = _is_unfinished(connection, state)
         if state.revision is None and state.tables and not unfinished:
-            # Another process may have finished the migration between the two calls of _state.
+            # Another process can have finished the migration since the first call of _state.
             state = _state(connection)
     fresh = state.revision is None and (unfinished or not state.tables)
     if fresh and migrate == "auto" and not database.read_only:
         _upgrade(database, "head")
         return
-    needed, url = REVISIONS[-1], redacted(database.url or location)
+    needed, url = SCHEMA_REVISIONS[-1], redacted(database.url or location)
     hint = f"run: taskstore db upgrade --url {url}"
     missing = ", ".join(sorted(TABLES - state.tables))
     if fresh:
@@ -181,11 +182,11 @@ def ensure_schema(database: Database, migrate: str) -> None:
             f"this version of taskstore needs revision {needed} and epoch {SCHEMA_EPOCH}"
         )
         hint = "upgrade taskstore"
-    elif state.revision in REVISIONS[:-1]:
+    elif state.revision in SCHEMA_REVISIONS[:-1]:
         problem = f"has revision {state.revision}, but this version of taskstore needs {needed}"
     elif state.revision == needed and missing:
         problem = f"has revision {needed}, but these tables are missing: {missing}"
-        hint = "restore the tables; if a downgrade was interrupted, run the downgrade again"
+        hint = "if a downgrade was interrupted, repeat the downgrade; otherwise restore the tables"
     else:
         if state.revision != needed:
             database.add_notice(
@@ -208,8 +209,8 @@ def _state(connection: sa.Connection) -> SchemaState:
     return SchemaState(revision, epoch, frozenset(names & TABLES))
 
 
-def check_free(connection: sa.Connection) -> None:
-    """For ``env.py``: check that taskstore created every existing table of a ledger.
+def check_no_foreign_tables(connection: sa.Connection) -> None:
+    """Check for ``env.py`` that taskstore created every existing table of a ledger.
 
     Raises :class:`~taskstore.SchemaMismatchError` if another program created a table.
     """
@@ -225,14 +226,14 @@ def _foreign_tables_error(location: str, state: SchemaState) -> SchemaMismatchEr
         f"{location} has tables of a ledger that taskstore did not create ({names}): "
         f"no revision is stored in the table {VERSION_TABLE}",
         found=None,
-        needed=REVISIONS[-1],
+        needed=SCHEMA_REVISIONS[-1],
         hint="use another database or schema",
     )
 
 
 def _is_unfinished(connection: sa.Connection, state: SchemaState) -> bool:
-    """Return whether a first migration is still running or was killed: taskstore created
-    the tables, and the tables are empty."""
+    """Return whether the first migration is still running or was killed.  In these cases,
+    taskstore created the tables, and the tables are empty."""
     kind = Database.dialects[connection.dialect.name]
     if state.revision is not None or not state.tables or not kind.ddl_autocommits:
         return False
@@ -255,7 +256,8 @@ def _check_no_data_loss(connection: sa.Connection) -> None:
         if table.name in existing and connection.execute(sa.select(table).limit(1)).first():
             raise ValidationError(
                 "revision",
-                f"base would drop every record and all history, but {table.name} is not empty",
+                f"a downgrade to base would drop every record and all history, and {table.name} is "
+                "not empty",
             )
 
 
@@ -274,7 +276,7 @@ def _connected(database: Database) -> Iterator[sa.Connection]:
     """A connection in the driver's autocommit mode, with translated errors.
 
     The connection comes from the engine, but the engine's event listeners do not run for
-    this connection, because the listeners of a host may begin transactions.
+    this connection, because the listeners of a host can begin transactions.
     """
     with database.translator, database.engine.connect() as borrowed:
         plain = borrowed.execution_options(isolation_level="AUTOCOMMIT")
@@ -331,7 +333,8 @@ def _describe(item: Any) -> str:
 
 @contextmanager
 def locked_url(url: str) -> Iterator[sa.Connection]:
-    """For ``env.py`` in a checkout: a connection that locks the schema and commits at the end."""
+    """A connection for ``env.py`` in a source checkout.  The connection owns the schema lock, and
+    commits at the end of the ``with`` block."""
     database = open_database(url)
     try:
         with _locked(database) as connection:

@@ -24,22 +24,22 @@ from taskstore.stores.sql.tables import ACTIVE, COPIED_COLUMNS, tasks, taskstore
 from taskstore.stores.sql.transactions import Transactions
 
 MAX_FILTER_VALUES = 1000
-"""The most values of a filter that becomes an SQL condition; servers limit parameters."""
+"""A filter with more values does not become an SQL condition: servers limit parameters."""
 
-_COLUMNS = frozenset({*COPIED_COLUMNS, "task_id", SESSION_KEY})
+_SQL_FILTERS = frozenset({*COPIED_COLUMNS, "task_id", SESSION_KEY})
 
 
 def _is_sql_filter(field: str, wanted: frozenset[Any]) -> bool:
-    """Return whether a filter becomes an SQL condition and is not only tested on records."""
-    return field in _COLUMNS and len(wanted) <= MAX_FILTER_VALUES
+    """Return whether a filter becomes an SQL condition.  All filters are tested on records."""
+    return field in _SQL_FILTERS and len(wanted) <= MAX_FILTER_VALUES
 
 
 def run_query(
     transactions: Transactions, query: TaskQuery, quarantined: dict[str, Quarantined]
 ) -> Page:
-    """Return the same page as ``taskstore.model.query.evaluate`` on all records.
+    """Return the page that ``taskstore.model.query.evaluate`` returns for all records.
 
-    A row that cannot be decoded is not in the page, but in ``quarantined``, by task id.
+    The function adds each row that cannot be decoded to ``quarantined``, by task id.
     """
     all_sql = all(_is_sql_filter(field, wanted) for field, wanted in query.where.items())
     if query.limit is not None and all_sql:
@@ -54,7 +54,8 @@ def run_query(
 def _select_page(
     session: Session, query: TaskQuery, quarantined: dict[str, Quarantined]
 ) -> Page | None:
-    """One page by one statement; ``None`` if a row cannot be decoded or does not match."""
+    """Read one page with one statement.  Return ``None`` if a row cannot be decoded or does not
+    match the query."""
     assert query.limit is not None
     seq, rows = _fetch(session, query, query.cursor, query.limit + 1)
     found = [record_of(row) for row in rows]
@@ -84,7 +85,7 @@ def _scan_pages(session: Session, query: TaskQuery, quarantined: dict[str, Quara
 
 
 def _cursor_of(session: Session, row: TaskRow) -> Cursor:
-    """The cursor of a row, read from the columns, because the payload may be damaged."""
+    """The cursor of a row, read from the columns, because the payload can be damaged."""
     created_at = sa.select(tasks.c.created_at).where(tasks.c.task_id == row.task_id)
     return (session.scalar(created_at), row.task_id)
 
@@ -100,7 +101,7 @@ def _add_quarantined(
 def _fetch(
     session: Session, query: TaskQuery, cursor: Cursor | None, limit: int
 ) -> tuple[int, list[TaskRow]]:
-    """The head seq and the next rows that meet the SQL conditions, by one statement."""
+    """Read the head seq and the next rows that meet the SQL conditions, with one statement."""
     candidates = (
         sa.select(tasks)
         .where(*_conditions(query, cursor))
@@ -133,7 +134,7 @@ def _conditions(
     if query.since is not None:
         yield created_at >= query.since
     if cursor is not None:
-        # The second condition implies the first, but an index can serve only the first.
+        # The first condition is redundant, but an index can serve only the first condition.
         yield created_at <= cursor[0]
         yield sa.or_(created_at < cursor[0], sa.and_(created_at == cursor[0], task_id < cursor[1]))
     for field, wanted in query.where.items():

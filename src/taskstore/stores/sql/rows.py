@@ -41,7 +41,7 @@ class Head(NamedTuple):
     lease_until: int | None
 
 
-class Claimed(NamedTuple):
+class ClaimedSeqs(NamedTuple):
     """The values of the head row after a claim of seqs, and the id of the base commit.
 
     ``base`` is the commit id of the journal entry at the base seq; ``None`` if the
@@ -78,14 +78,14 @@ class TaskRow(NamedTuple):
 def damage_of(payload: bytes, stored: int | None) -> str | None:
     """Return a description of a wrong checksum; ``None`` if the checksum is right."""
     actual = checksum(payload)
-    return None if actual == stored else f"the checksum is {actual}, not {stored} as stored"
+    return None if actual == stored else f"its checksum is {actual}, but {stored} is stored"
 
 
 def record_of(row: TaskRow) -> TaskRecord | Quarantined:
     """The record of a row of ``tasks``, or the quarantined bytes of a damaged row.
 
     A row is also damaged if its payload belongs to another task, because two rows must
-    not become one record.
+    not have the same record.
     """
     where = f"tasks, row {row.task_id!r}"
     payload = row.payload if isinstance(row.payload, bytes) else as_bytes(row.payload)
@@ -99,7 +99,7 @@ def record_of(row: TaskRow) -> TaskRecord | Quarantined:
                 return record
             damage = f"the payload belongs to task {record.task_id!r}"
     elif row.checksum == QUARANTINED_CHECKSUM:
-        damage = "the payload was already quarantined in a snapshot saved to this ledger"
+        damage = "the payload was quarantined in a snapshot that was saved to this ledger"
     else:
         damage = damage_of(payload, row.checksum) or ""
     return Quarantined(payload, where, damage, row.task_id, row.revision)
@@ -134,7 +134,7 @@ def entry_of(row: Sequence[Any], where: str) -> JournalEntry:
 
 
 def as_bytes(value: object) -> bytes:
-    """The bytes of a column value; another program may have stored a value of another type."""
+    """The bytes of a column value; another program can have stored a value of another type."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, str):
@@ -143,7 +143,7 @@ def as_bytes(value: object) -> bytes:
 
 
 def quarantined_row(item: Quarantined) -> tuple[Any, ...] | None:
-    """The row of ``tasks`` for a quarantined payload: the row occupies the task id.
+    """The row of ``tasks`` that stores a quarantined payload under its task id.
     ``None`` if the payload has no valid task id."""
     try:
         task_id = check_key("task_id", item.occupied_task_id)
@@ -155,9 +155,9 @@ def quarantined_row(item: Quarantined) -> tuple[Any, ...] | None:
 
 
 def line_of(row: TaskRow) -> bytes:
-    """The snapshot line of a row: its payload, or :func:`quarantined_line` if it is damaged.
+    """The snapshot line of a row: its payload, or :func:`quarantined_line` for a damaged row.
 
-    A payload with the right checksum is not decoded if it is on one line.
+    If the checksum is right and the payload is on one line, the payload is not decoded.
     """
     payload = as_bytes(row.payload)
     if damage_of(payload, row.checksum) is None and payload[:1] == b"{" and b"\n" not in payload:

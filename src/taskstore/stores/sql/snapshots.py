@@ -1,4 +1,4 @@
-"""Snapshots: load all rows, read published snapshots, replace the content."""
+"""Functions that load all rows, read published snapshots, and replace the content."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from taskstore.errors import ConflictError, CorruptStoreError
 from taskstore.model.codec import check_nesting, checksum, decode_or_quarantine, encode_record
 from taskstore.model.journal import Quarantined, Snapshot, snapshot_of, validated_snapshot
 from taskstore.model.records import TaskRecord
-from taskstore.stores.sql.commits import insert_row, schema_epoch_error
+from taskstore.stores.sql.commits import insert_values, schema_epoch_error
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.dialects.base import Session, flat_parameters, row_groups
 from taskstore.stores.sql.rows import (
@@ -46,7 +46,7 @@ CHUNK_RECORDS = 1000
 
 
 def read_head(session: Session, sql: Statements, *, lock: bool = False) -> Head:
-    """Read the head row; ``lock`` locks the row against other writers."""
+    """Read the head row; if ``lock`` is true, lock the row against other writers."""
     row = session.row(sql.lock_head if lock else sql.head)
     if row is None:
         raise CorruptStoreError("taskstore_head", "the head row is missing")
@@ -146,7 +146,7 @@ def _read_chunks(
     if actual != snapshot.checksum:
         raise CorruptStoreError(
             f"{location}: task_snapshots, seq {snapshot.seq}",
-            f"the checksum of the chunks is {actual}, not {snapshot.checksum} as stored",
+            f"the checksum of the chunks is {actual}, but {snapshot.checksum} is stored",
         )
 
 
@@ -156,12 +156,14 @@ def save(transactions: Transactions, snapshot: Snapshot) -> None:
     database = transactions.database
     for attempt in transactions.attempts(reads_back=True):
         with attempt, transactions.write() as tx:
-            if database.claim(tx, 0, 0, 0) is None:
+            if database.claim_seqs(tx, 0, 0, 0) is None:
                 raise schema_epoch_error(database, tx)
             head = read_head(tx, database.sql)
             if head.head_seq and snapshot.seq <= head.head_seq:
                 raise ConflictError(
-                    [], f"the snapshot is at seq {snapshot.seq}, the head at {head.head_seq}"
+                    [],
+                    f"the snapshot is at seq {snapshot.seq}, "
+                    f"but the head is at seq {head.head_seq}",
                 )
             _replace_content(tx, database, snapshot, head)
             return
@@ -190,7 +192,7 @@ def _replace_content(tx: Session, database: Database, snapshot: Snapshot, head: 
             head_seq=snapshot.seq,
             floor=snapshot.seq + 1,
             last_at=max(snapshot.at, head.last_at),
-            # Seqs of the new content may repeat old seqs, so the new content gets a new timeline.
+            # Seqs of the new content can repeat old seqs, so the new content gets a new timeline.
             timeline=head.timeline + (1 if head.head_seq else 0),
             lease_owner=None,
             lease_until=None,
@@ -204,7 +206,7 @@ def _insert_content(session: Session, database: Database, snapshot: Snapshot) ->
         group = [
             (snapshot.records[task_id], encode_record(snapshot.records[task_id])) for task_id in ids
         ]
-        rows = [insert_row(record, payload, checksum(payload)) for record, payload in group]
+        rows = [insert_values(record, payload, checksum(payload)) for record, payload in group]
         insert(session, database, tasks, rows)
         yield from (payload for _, payload in group)
     used_ids = set(snapshot.records)

@@ -13,10 +13,10 @@ from taskstore.errors import StoreReplacedError, StoreUnavailableError
 _NO_INODE = (0, 0)
 
 _OPEN_LOG_QUERY = "SELECT count(*) FROM sqlite_master"
-"""The smallest query.  A connection opens the log at its first query."""
+"""A minimal query.  A connection opens the log at its first query."""
 
 _MTIME_GRANULARITY_NS = 20_000_000
-"""The largest interval in which two changes of a directory may get the same mtime."""
+"""The largest interval in which two changes of a directory can get the same mtime."""
 
 
 def inode_of(path: str) -> tuple[int, int]:
@@ -29,7 +29,7 @@ def inode_of(path: str) -> tuple[int, int]:
 
 
 def _directory_state(directory: str) -> tuple[int, int] | None:
-    """Return the mtime and inode of a directory, which show a changed or moved directory."""
+    """Return the mtime and inode of a directory.  A changed or moved directory has other values."""
     try:
         status = os.stat(directory)  # noqa: PTH116 - faster than Path.stat
     except OSError:
@@ -42,9 +42,9 @@ class FileGuard:
 
     Commits to an unlinked file or log are lost when the last process closes this file.
     The store therefore checks the directory's mtime before each commit and after
-    each read.  Creating, removing or replacing a name in the directory changes the
-    mtime; the guard checks the files only after such a change.  The guard calls only
-    ``os.stat``, because opening and closing the file would drop SQLite's locks on it.
+    each read.  If a program creates, removes or replaces a file there, the
+    mtime changes; the guard checks the files only after such a change.  The guard calls only
+    ``os.stat``: if this process opened and closed the file, SQLite would lose its locks.
 
     The guard keeps one connection, the anchor, open from the start.  Only the guard runs
     statements on the anchor.  While the anchor is open, SQLite does not remove the open
@@ -65,7 +65,7 @@ class FileGuard:
         self._anchor: Any = None
         # The directory's state at the last successful check of the files.
         self._checked_state: tuple[int, int] | None = None
-        self._replaced = ""  # or what was replaced: "file" or "log"
+        self._replaced = ""  # "file" or "log" after one of them was replaced
 
     def start(self) -> None:
         """Open the anchor, before any other connection.  Raises the driver's errors."""
@@ -78,7 +78,7 @@ class FileGuard:
             self._anchor.execute(_OPEN_LOG_QUERY).fetchall()
             [mode] = self._anchor.execute("PRAGMA journal_mode").fetchone()
             if mode == "wal":
-                # Another program removed a missing log while this process used the log.
+                # If a log is missing here, another program removed the open log.
                 names = (f"{self._path}-wal", f"{self._path}-shm")
                 self._logs = {name: inode_of(name) for name in names}
         self.check_fully()
@@ -88,10 +88,10 @@ class FileGuard:
         raw = None
         try:
             raw = self._open_one()
-            self.check_fully()  # before the first query, which would open a foreign log
+            self.check_fully()  # before the first query: this query could open a foreign log
             self._set_up(raw)
             raw.execute(_OPEN_LOG_QUERY).fetchall()
-            self.check_fully()  # the first query may have created a new log
+            self.check_fully()  # because the first query can create a new log
         except BaseException as error:
             if raw is not None:
                 raw.close()
@@ -133,7 +133,7 @@ class FileGuard:
         if self._replaced:
             self._checked_state = None
             self._raise_replaced()
-        # A directory that has just changed may change again and keep the same mtime.
+        # A directory that has just changed can change again and keep the same mtime.
         settled = state is not None and time.time_ns() - state[0] > _MTIME_GRANULARITY_NS
         self._checked_state = state if settled else None
 
@@ -160,7 +160,9 @@ class FileGuard:
                 hint="stop every process that has the ledger open, remove "
                 f"{self._path}-wal and {self._path}-shm, and open the ledger again",
             )
-        raise StoreReplacedError(refused, hint="open the ledger again, or first restore the file")
+        raise StoreReplacedError(
+            refused, hint="restore the file if it is missing; then open the ledger again"
+        )
 
 
 class ImmutableGuard:
@@ -188,7 +190,8 @@ class ImmutableGuard:
         if not unchanged:
             raise StoreUnavailableError(
                 f"{self._path} was changed by a writer while this store read it without locks",
-                hint=f"open the ledger again, or make {self._path.parent} writable",
+                hint="open the ledger again; to read the ledger with locks, make "
+                f"{self._path.parent} writable",
             )
 
     check_fully = check

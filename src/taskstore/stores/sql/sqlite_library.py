@@ -23,7 +23,7 @@ def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
 
 
 def sqlite_module() -> ModuleType:
-    """Return the DB-API module of pysqlite3 if it is installed, else ``sqlite3`` of Python."""
+    """Return the DB-API module of pysqlite3 if it is installed, otherwise Python's ``sqlite3``."""
     try:
         return importlib.import_module("pysqlite3.dbapi2")
     except ImportError:
@@ -47,7 +47,7 @@ def register_open(path: str, library: str) -> str | None:
     """Count a store that opens a file; return a warning if another library has the file open.
 
     POSIX file locks belong to the process: when one library closes a file, the
-    process loses the locks of the other library too.
+    process also loses the locks of the other library.
     """
     with _open_files_lock:
         others = sorted(name for other, name in _open_files if other == path and name != library)
@@ -57,7 +57,7 @@ def register_open(path: str, library: str) -> str | None:
     return (
         f"{path} is open in this process through two SQLite libraries, {library} and "
         f"{', '.join(others)}: if one library closes the file, the other loses its file "
-        "locks, and committed data can be lost; use one engine, or the same module=, for both"
+        "locks, and committed data can be lost; use the same engine or the same module= for both"
     )
 
 

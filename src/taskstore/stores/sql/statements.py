@@ -1,11 +1,12 @@
 """The frequent SQL statements, each compiled once per dialect.
 
-A commit runs SQL text on the driver's cursor.  To build and compile Core statements in
-each commit would take several times as long as the work of the database.
+A commit runs SQL text on the driver's cursor.  If each commit built
+and compiled Core statements, this would take several times as long as the work of the
+database.
 Every statement has positional parameters.  The order of the parameters is declared
 next to the statement, and checked when the statement is compiled.
 
-A statement for several rows exists only for a few row counts (``ROW_COUNTS``).
+A statement for several rows exists only for a few row counts (``BATCH_SIZES``).
 Therefore a batch needs few driver calls, and drivers and servers keep few prepared
 statements.
 """
@@ -31,7 +32,7 @@ from taskstore.stores.sql.tables import (
     taskstore_head,
 )
 
-ROW_COUNTS = (256, 64, 16, 4, 1)
+BATCH_SIZES = (256, 64, 16, 4, 1)
 """The row counts for which a statement for several rows exists, greatest first."""
 
 PAGE = 1000
@@ -60,7 +61,7 @@ class Statements:
         self.update_tasks_wide = cache(self._update_tasks_wide)
         self.delete_tasks = cache(self._delete_tasks)
         self.insert = {table: cache(partial(self._insert, table)) for table in _INSERTABLE}
-        """By table: insert rows without preconditions; parameters in order of the columns."""
+        """For each table: the INSERT without preconditions, with parameters in column order."""
         self.insert_journal = self.insert[task_journal]
 
     def _compile(self, statement: Executable, *order: str) -> str:
@@ -68,7 +69,7 @@ class Statements:
         compiled = statement.compile(dialect=self._dialect)  # type: ignore[attr-defined]
         actual = tuple(compiled.positiontup or ())
         if actual != order:
-            raise AssertionError(f"the parameters are {actual}, declared are {order}: {compiled}")
+            raise AssertionError(f"the parameters are {actual}, but must be {order}: {compiled}")
         return str(compiled)
 
     # -- the head row -----------------------------------------------------
@@ -108,7 +109,7 @@ class Statements:
         """Insert the tasks whose dedup key is free and whose task id is neither used nor deleted.
 
         Parameters: ``count`` rows in order of the columns of ``tasks``, then the floor.
-        The head row is locked, so no other writer can use a free task id or key.
+        The head row is locked, so no other writer can take a free task id or dedup key.
         """
         new = self._parameter_table(list(tasks.columns), count)
         deletion = task_journal.alias("deletion")
@@ -135,12 +136,12 @@ class Statements:
 
     def _update_tasks(self, count: int) -> str:
         """Update the tasks at revision ``base`` whose rarely updated columns do not change.
-        The database then need not update any full index.
+        The database does not need to update a full index.
 
         Parameters: ``count`` rows of :data:`UPDATE_ORDER`.
         """
         columns = _update_columns()
-        # An update of one row is the most frequent, and needs no table of parameters.
+        # The most frequent update changes one row, and does not need a table of parameters.
         new = parameters(columns, 0) if count == 1 else self._parameter_table(columns, count).c
         unchanged = [tasks.c[name].is_not_distinct_from(new[name]) for name in RARELY_UPDATED]
         return self._compile(
@@ -204,9 +205,9 @@ class Statements:
 
     @cached_property
     def read_journal(self) -> str:
-        """Read the floor, the head and the entry for each entry in a range of seqs.
+        """Read one row for each entry in a range of seqs: the floor, the head and the entry.
 
-        If the range has no entry, the result is one row with nulls for the entry.
+        If the range has no entry, read one row with the floor, the head and nulls.
         Parameters: the seq before the range, and the last seq of the range.
         """
         head, entry = taskstore_head.c, task_journal.c
@@ -280,7 +281,7 @@ def advance_head() -> sa.Update:
 
 
 def stored_bytes(col: ColumnElement[Any]) -> ColumnElement[Any]:
-    """A binary column, cast to bytes, because SQLite columns may contain values of any type."""
+    """A binary column, cast to bytes, because SQLite columns can contain values of any type."""
     return sa.cast(col, sa.LargeBinary).label(str(col.key))
 
 
@@ -292,7 +293,7 @@ CLAIM_COLUMNS: tuple[ColumnElement[Any], ...] = (
     .where(task_journal.c.seq == bindparam("base", type_=sa.BigInteger))
     .scalar_subquery(),
 )
-"""The columns that a claim returns, in order of the fields of ``Claimed``."""
+"""The columns that a claim returns, in order of the fields of ``ClaimedSeqs``."""
 
 ENTRY_COLUMNS: tuple[ColumnElement[Any], ...] = tuple(
     stored_bytes(col) if col is task_journal.c.payload else col for col in task_journal.columns

@@ -57,7 +57,7 @@ class SQLStore(TaskRegistryStore):
     ``Database``.
     If ``strict`` is true, a load raises :class:`~taskstore.CorruptStoreError` for the
     first record that cannot be decoded; otherwise the record is quarantined.  If a
-    server is down, calls wait for up to ``reconnect_s`` seconds, then raise
+    server is down, a call waits for up to ``reconnect_s`` seconds, and then raises
     :class:`~taskstore.StoreUnavailableError`.
     """
 
@@ -245,9 +245,9 @@ def open_sql(
 ) -> SQLStore:
     """Open the ledger in the database of a URL, with a new engine for this store.
 
-    The URL of an SQLite file is ``sqlite:///`` and a path without escapes; a fourth
-    slash starts an absolute path.  The URL of a server is
-    ``postgresql+psycopg://user:password@host/database``, or the same with
+    The URL of an SQLite file is ``sqlite:///`` and a path without percent-encoding; a
+    fourth slash starts an absolute path.  The URL of a server is
+    ``DRIVER://user:password@host/database``, where ``DRIVER`` is ``postgresql+psycopg`` or
     ``mariadb+pymysql``.  :func:`taskstore.open_store` documents the options;
     :class:`SQLStore` documents ``strict`` and ``reconnect_s``.
     """
@@ -291,7 +291,7 @@ class _TableCheck:
     def _snapshot(self, seq: int) -> Snapshot:
         return read_published(self._session, self._sql, self._snapshot_rows[seq], self._location)
 
-    def _pages(self, table: sa.Table, after: int | str) -> Iterator[Sequence[Any]]:
+    def _rows(self, table: sa.Table, after: int | str) -> Iterator[Sequence[Any]]:
         """The rows of a table in order of the primary key, which is the first column."""
         (key,) = table.primary_key
         while True:
@@ -303,7 +303,7 @@ class _TableCheck:
             after = rows[-1][0]
 
     def _entries(self) -> Iterator[JournalEntry | CorruptStoreError]:
-        for row in self._pages(task_journal, self._head.floor - 1):
+        for row in self._rows(task_journal, self._head.floor - 1):
             try:
                 entry = entry_of(row, f"{self._location}: task_journal")
             except CorruptStoreError as error:
@@ -321,7 +321,7 @@ class _TableCheck:
         quarantined = read_quarantined(self._session, self._sql)
         damaged = [item for item in quarantined if item.where.startswith("task_set_aside")]
         names = [column.key for column in tasks.columns]
-        for row in self._pages(tasks, ""):
+        for row in self._rows(tasks, ""):
             columns = dict(zip(names, row, strict=True))
             found = record_of(TaskRow(*map(columns.__getitem__, TaskRow._fields)))
             if isinstance(found, Quarantined):
@@ -334,7 +334,7 @@ class _TableCheck:
             for name in ("revision", *COPIED_COLUMNS):
                 if columns[name] != getattr(found, name):
                     self._check.problems.append(
-                        f"the column {name} of task {found.task_id!r} differs from its payload"
+                        f"the column {name} of task {found.task_id!r} differs from the payload"
                     )
         for item in damaged:
             self._check.problems.append(f"{item.where}: {item.reason}")

@@ -3,8 +3,8 @@
 ``docs/formats.md`` documents the tables.  The migrations in ``migrations/``
 create the tables.  A test compares the migrations with this file on every engine.
 
-Keys are text of at most 255 bytes, compared byte by byte: case, trailing
-spaces and locale must never make two ids equal [11].  Each engine has its own
+Keys are text of at most 255 bytes, compared byte by byte: ids that differ only in
+case or trailing spaces are different in every locale [11].  Each engine has its own
 syntax for this comparison.  All times are Unix milliseconds.
 
 The column ``booking`` (key ``run_digest``) and the table ``task_set_aside``
@@ -29,8 +29,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import mysql
 
-REVISIONS = ("0001",)
-"""The revisions of the known migrations, oldest first; the last revision is required."""
+SCHEMA_REVISIONS = ("0001",)
+"""The revisions of the known migrations, oldest first.  This version requires the last revision."""
 
 SCHEMA_EPOCH = 1
 """The newest schema epoch that this version can work with."""
@@ -38,7 +38,7 @@ SCHEMA_EPOCH = 1
 COMMENT_PREFIX = "taskstore: "
 """The prefix of the comment on every table of taskstore.  On databases that commit each
 schema change separately, a killed migration can leave tables.  The prefix distinguishes
-these tables from tables of another program with the same names."""
+these tables from the tables of another program that have the same names."""
 
 ACTIVE = "status IN ('queued', 'running')"
 """The predicate of the partial index of active tasks; a query must contain the same text."""
@@ -92,7 +92,7 @@ tasks = Table(
 )
 """One row per live task.  ``payload`` is authoritative.  The columns ``created_at`` to
 ``parent_flow_id`` copy payload fields, so that a query can filter by them.  No full index
-contains a column that changes often, except the status on MariaDB."""
+contains a column that changes often; on MariaDB, one full index contains the status."""
 
 COPIED_COLUMNS = tuple(column.key for column in tasks.columns)[2:-2]
 """The columns of ``tasks`` that copy the payload field of the same name (by column key)."""
@@ -126,7 +126,7 @@ ONLY_ON = {
     # MariaDB has no partial indexes.
     "ix_tasks_status": frozenset({"mysql", "mariadb"}),
 }
-"""The indexes that only some dialects have, and these dialects."""
+"""For each index that only some dialects have: the names of these dialects."""
 
 task_journal = Table(
     "task_journal",

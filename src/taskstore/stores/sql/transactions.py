@@ -2,17 +2,17 @@
 
 The body of ``with transactions.write() as tx`` is one write transaction.  The
 transaction is committed at the end of the body, or rolled back if the body raises.
-The caller runs the body in a retry loop, so the body may run several times::
+The caller runs the body in a retry loop, so the body can run several times::
 
     for attempt in transactions.attempts():
         with attempt, transactions.write() as tx:
             return tx.row(...)
 
 If the answer to COMMIT is lost, the attempt ends with ``UnconfirmedCommitError``, and
-:meth:`Transactions.read_back_commit` locks the head row and reads back whether the commit (by
-its commit id) is in the journal.  If the journal contains the commit, the caller
-returns it as committed; otherwise the caller retries it.  If the server stays
-unreachable, ``confirm`` raises :class:`~taskstore.OutcomeUnknownError`.
+:meth:`Transactions.read_back_commit` locks the head row and looks for the commit id in the
+journal.  If the journal contains the commit, the caller returns this commit; otherwise
+the caller retries the batch.  If the server stays
+unreachable, ``read_back_commit`` raises :class:`~taskstore.OutcomeUnknownError`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class ConnectionPool:
             if not database.owned:
                 connection = connection.execution_options(isolation_level="AUTOCOMMIT")
             raw = connection.connection.driver_connection
-            return Session(connection, raw, database.cursor(raw), database.compiler)
+            return Session(connection, raw, database.cursor(raw), database.sa_dialect)
         except BaseException:
             self._return_connection(connection)
             raise
@@ -113,8 +113,8 @@ class ConnectionPool:
         return None
 
     def close(self) -> None:
-        """Return the write connection.  After this call, the last release disposes of the
-        engine, if the engine belongs to the store."""
+        """Release the write connection.  If the engine belongs to the store, the last release
+        after this call disposes of the engine."""
         with self._lock:
             if self._closed:
                 return
@@ -149,8 +149,8 @@ class Transactions:
         database = pool.database
         self.pool = pool
         self.database = database
-        # Reads have their own circuit breaker: without a primary, a standby may serve reads.
-        self._reads = RetryPolicy(
+        # Reads have their own circuit breaker: without a primary, a standby can serve reads.
+        self._read_retry = RetryPolicy(
             database.translator, CircuitBreaker(database.location, reconnect_s)
         )
         writes = RetryPolicy(
@@ -208,12 +208,12 @@ class Transactions:
     def run(self, work: Callable[[Session], _T]) -> _T:
         """Run ``work`` in one write transaction.
 
-        ``work`` may run several times, so it must be idempotent.
+        ``work`` can run several times, so it must be idempotent.
         """
         for attempt in self.attempts():
             with attempt, self.write() as tx:
                 return work(tx)
-        raise AssertionError("the last attempt raises")
+        raise AssertionError("the last attempt raises an error")
 
     def read_back_commit(self, is_committed: Callable[[Session], bool]) -> bool:
         """Return whether a COMMIT whose answer was lost has taken effect.
@@ -225,7 +225,7 @@ class Transactions:
 
         def work(tx: Session) -> bool:
             tx.rows(self.database.sql.lock_head)
-            # After a restart, a primary may show commits that its standby does not have.
+            # After a restart, a primary can show commits that its standby does not have.
             # The COMMIT of this transaction waits until the standby has all these commits.
             return is_committed(tx)
 
@@ -269,12 +269,12 @@ class Transactions:
             self._roll_back(session, error)
             raise
 
-    def erase(self) -> None:
+    def scrub_deleted(self) -> None:
         """Erase the bytes of deleted rows from the files of the database."""
         with self._lock, self.database.translator:
             session = self.pool.acquire()
             try:
-                self.database.erase(session)
+                self.database.scrub_deleted(session)
             finally:
                 self._release(session)
 
@@ -285,8 +285,8 @@ class Transactions:
         if kind is ErrorKind.CONNECTION_LOST:
             raise UnconfirmedCommitError from error
         if kind is ErrorKind.FSYNC_FAILED:
-            # The operating system may have dropped the pages from its cache without writing
-            # them, so a later read by this instance may return wrong data.
+            # The operating system can have dropped the pages from its cache without writing
+            # them, so a later read by this instance can return wrong data.
             self._refusal_reason = "a commit could not be flushed to disk"
             raise OutcomeUnknownError(
                 f"{translator.location}: it is unknown whether the last commit reached the disk: "
@@ -297,7 +297,7 @@ class Transactions:
     def _refusal_error(self) -> TaskStoreError:
         if self._refusal_reason is None:
             return StoreBusyError(
-                f"{self.database.location}: this thread is in the middle of another write",
+                f"{self.database.location}: this thread has not finished another write",
                 hint="do not write from a signal handler",
             )
         return StoreUnavailableError(
@@ -308,10 +308,10 @@ class Transactions:
     # -- reads ------------------------------------------------------------
 
     def read(self, work: Callable[[Session], _T], *, in_transaction: bool = False) -> _T:
-        """Run ``work`` on a connection, with ``in_transaction`` in one read transaction.
+        """Run ``work`` on a connection; if ``in_transaction`` is true, in one read transaction.
 
-        Driver errors are translated, and a read on a lost connection is retried.  Inside
-        :meth:`exclusive` and without ``in_transaction``, ``work`` runs in the open transaction.
+        Driver errors are translated, and a read on a lost connection is retried.  If
+        ``in_transaction`` is false inside :meth:`exclusive`, ``work`` runs in the open transaction.
         """
         tx = self._exclusive_tx
         if tx is not None and self._tx_thread == threading.get_ident() and not in_transaction:
@@ -320,20 +320,20 @@ class Transactions:
                 if self.database.guard is not None:
                     self.database.guard.check()
             except self.database.translator.errors as error:
-                # The transaction and its lock are lost, and possibly the connection.
+                # The transaction and its lock are lost.  The connection can be lost too.
                 # The read can be repeated on another connection.
                 self._exclusive_tx = None
                 self._roll_back(tx, error)
             else:
                 return result
-        for attempt in self._reads.attempts():
+        for attempt in self._read_retry.attempts():
             with attempt, self.reading(in_transaction=in_transaction) as session:
                 return work(session)
-        raise AssertionError("the last attempt raises")
+        raise AssertionError("the last attempt raises an error")
 
     @contextmanager
     def reading(self, *, in_transaction: bool = False) -> Iterator[Session]:
-        """A connection for reads; with ``in_transaction``, the body is one read transaction."""
+        """A connection for reads.  If ``in_transaction`` is true, the body is one transaction."""
         session = self.pool.acquire()
         try:
             if in_transaction:
@@ -382,7 +382,7 @@ class Transactions:
                 database.invalidate_connections()
             else:
                 database.rollback(session)
-        except Exception:  # noqa: BLE001 - a broken driver may raise anything
+        except Exception:  # noqa: BLE001 - a broken driver can raise any error
             broken = True
         try:
             if kind is not None and database.guard is not None:
@@ -395,7 +395,7 @@ class Transactions:
         try:
             if session is not self.pool.write_session and not broken:
                 session.restore_settings()
-        except Exception:  # noqa: BLE001 - a broken driver may raise anything
+        except Exception:  # noqa: BLE001 - a broken driver can raise any error
             broken = True
         self.pool.release(session, broken=broken)
 

@@ -49,8 +49,8 @@ class DataVersionWatcher(PollingWatcher):
 class ListeningWatcher:
     """Receives PostgreSQL notifications of commits.
 
-    While the watcher listens, it owns an advisory lock, and writers send notifications
-    only while a watcher owns this lock: see ``PostgreSQLStatements``.  A writer that
+    A watcher that listens owns an advisory lock.  Writers send notifications only while a
+    watcher owns this lock: see ``PostgreSQLStatements``.  A writer that
     began its transaction before the watcher got the lock sends no notification.  The
     watcher therefore polls the head until it has the lock, and once more afterwards.
     """
@@ -63,10 +63,11 @@ class ListeningWatcher:
         self._generation = self._database.generation
         self._session = pool.acquire()
         self._channel = ""
-        # _locked: this watcher owns the lock.  _unnotified: a writer sends no notifications.
-        # _notified_by_other, _notified: since the last poll, another process, or any process,
-        # has sent a notification.
-        self._locked = self._unnotified = self._notified_by_other = self._notified = False
+        # _locked: this watcher owns the lock.
+        # _has_silent_writer: at least one writer does not send notifications.
+        # _notified: a notification has arrived since the last poll.
+        # _notified_by_other: another process has sent such a notification.
+        self._locked = self._has_silent_writer = self._notified_by_other = self._notified = False
         self._last_head: int | None = None
         self._backoff = polling_backoff()
         self._next_poll_at = 0.0
@@ -84,7 +85,7 @@ class ListeningWatcher:
         if row is None:
             raise WatcherBrokenError
         self._channel = self._sql.channel_of(Head(*row).ledger_id)
-        # psycopg may receive a notification together with the result of a statement, and
+        # psycopg can receive a notification together with the result of a statement, and
         # drops the notification if no handler is registered.
         session.raw.add_notify_handler(self._on_notify)
         session.execute(f'LISTEN "{self._channel}"')
@@ -98,14 +99,14 @@ class ListeningWatcher:
 
     def _handle(self, channel: str, pid: int) -> None:
         if channel == self._channel:
-            self._notified, self._unnotified = True, False
+            self._notified, self._has_silent_writer = True, False
             # The store has already announced its own commits to the change feed.
             if pid != self._pool.writer_backend_pid():
                 self._notified_by_other = True
 
     def poll(self) -> int | None:
         if self._generation != self._database.generation:
-            # After a failover, this connection may listen on the old primary.
+            # After a failover, this connection can still listen on the old primary.
             raise WatcherBrokenError
         if not self._notified_by_other and time.monotonic() < self._next_poll_at:
             return None
@@ -122,11 +123,15 @@ class ListeningWatcher:
         head = Head(*row).head_seq
         if self._last_head is not None and head != self._last_head:
             self._backoff.reset()
-            # If the head has moved without a notification, a writer sends no notifications.
+            # If the head moved silently, at least one writer does not send notifications.
             silent = locked and not notified and not self._notified
-            self._unnotified = self._unnotified or silent
+            self._has_silent_writer = self._has_silent_writer or silent
         self._last_head = head
-        delay = SAFETY_POLL_S if self._locked and not self._unnotified else self._backoff.next_s()
+        delay = (
+            SAFETY_POLL_S
+            if self._locked and not self._has_silent_writer
+            else self._backoff.next_s()
+        )
         self._next_poll_at = time.monotonic() + delay
         return head
 
@@ -158,7 +163,7 @@ class ListeningWatcher:
                 self._session.execute(f'UNLISTEN "{self._channel}"')
                 if self._locked:
                     self._session.row(self._sql.unlock_as_listener, (self._channel,))
-            except Exception:  # noqa: BLE001 - a broken driver may raise anything
+            except Exception:  # noqa: BLE001 - a broken driver can raise any error
                 broken = True
         self._selector.close()
         self._wake_receiver.close()

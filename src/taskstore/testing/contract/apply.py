@@ -1,4 +1,4 @@
-"""Core clauses: apply, the atomic commit of a batch of changes."""
+"""Core clauses for ``apply``, the atomic commit of a batch of changes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def records_of(store: TaskRegistryStore) -> dict[str, TaskRecord]:
 
 
 class ApplyContract(ContractBase):
-    """Commits have contiguous seqs, compare revisions and are atomic."""
+    """A commit gets contiguous seqs, compares revisions and is atomic."""
 
     # -- seqs and times ---------------------------------------------------
 
@@ -141,7 +141,7 @@ class ApplyContract(ContractBase):
 
     @needs(SupportsJournal)
     def test_a_deleted_task_stays_deleted(self, ledger: Ledger) -> None:
-        """[3] While the journal contains a deletion, no change to that task id applies."""
+        """[3] While the journal contains the deletion of a task, no change to this task applies."""
         record = create(ledger.store, task_id="gone")
         delete(ledger.store, record)
         changes = (make_put(task_id="gone"), next_of(record), Remove("gone", 2), Remove("gone", 3))
@@ -153,7 +153,7 @@ class ApplyContract(ContractBase):
 
     @needs(SupportsJournal)
     def test_what_came_and_went_in_one_batch_stays_deleted(self, ledger: Ledger) -> None:
-        """[3] A task that one batch created and deleted counts as deleted."""
+        """[3] If a batch creates and deletes a task, a later creation of this task conflicts."""
         ledger.store.apply([make_put(task_id="gone"), Remove("gone", 2)])
         for _ in ledger.twice():
             with ledger.unchanged():
@@ -163,7 +163,7 @@ class ApplyContract(ContractBase):
     # -- batches ----------------------------------------------------------
 
     def test_a_batch_is_all_or_nothing(self, ledger: Ledger) -> None:
-        """[3] One conflicting change, at any position, rejects the whole batch."""
+        """[3] If any change of a batch conflicts, the store rejects the whole batch."""
         one, two = create(ledger.store), create(ledger.store)
         valid: list[Change] = [
             make_put(),
@@ -201,7 +201,7 @@ class ApplyContract(ContractBase):
             }
 
     def test_several_changes_of_one_task(self, ledger: Ledger) -> None:
-        """[3] A batch may change one task several times; the last record is stored."""
+        """[3] A batch can change the same task several times; the last record is stored."""
         first = create(ledger.store)
         new = make_record()
         second, newer = next_of(first, label="a"), next_of(new, label="n")
@@ -215,7 +215,7 @@ class ApplyContract(ContractBase):
             }
 
     def test_change_and_deletion_in_one_batch(self, ledger: Ledger) -> None:
-        """[3] If a batch changes and deletes a task, the task is gone; each change takes a seq."""
+        """[3] A batch can change and then delete the same task; each change takes a seq."""
         old, new = create(ledger.store), make_record()
         changed = next_of(old, label="last words")
         commit = ledger.store.apply(
@@ -227,7 +227,7 @@ class ApplyContract(ContractBase):
             assert store.load_snapshot().seq == 5
 
     def test_a_batch_that_contradicts_itself(self, ledger: Ledger) -> None:
-        """[3] Two changes of one task conflict if their revisions are not consecutive."""
+        """[3] Two changes of the same task in a batch must have consecutive revisions."""
         record = create(ledger.store)
         contradictions: list[list[Change]] = [
             [next_of(record), next_of(record)],
@@ -287,7 +287,7 @@ class ApplyContract(ContractBase):
             del store
 
     def test_another_scope_of_the_same_run(self, ledger: Ledger) -> None:
-        """[3] The pair (run_id, run_digest) is unique; either value alone may repeat."""
+        """[3] The pair (run_id, run_digest) is unique; a run_id or a run_digest can repeat."""
         one = create(ledger.store, run_id="run-1", run_digest="a" * 32)
         two = create(ledger.store, run_id="run-1", run_digest="b" * 32)
         three = create(ledger.store, run_id="run-2", run_digest="a" * 32)
@@ -306,7 +306,7 @@ class ApplyContract(ContractBase):
                 create(store, run_id="Run", run_digest="b" * 32)
 
     def test_an_update_keeps_the_booking(self, ledger: Ledger) -> None:
-        """[3] A task keeps its dedup key after an update and after its end."""
+        """[3] A task keeps its dedup key after an update, also when the task has ended."""
         existing = create(ledger.store, run_id="run-1")
         existing = update(ledger.store, existing, status=TaskStatus.SUCCEEDED)
         for store in ledger.twice():

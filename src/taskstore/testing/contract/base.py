@@ -1,4 +1,4 @@
-"""The base of the contract suite: the ledger under test and the rules for skips."""
+"""The base class of the contract suite, and the ledger under test."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def needs(*abilities: type) -> Callable[[Clause], Clause]:
 
 
 class StoreState(NamedTuple):
-    """Everything that can be read from a store, for comparison."""
+    """The full content of a store, so that a clause can compare two states."""
 
     seq: int
     at: int
@@ -54,7 +54,7 @@ class StoreState(NamedTuple):
 
 
 def state_of(store: TaskRegistryStore) -> StoreState:
-    """Read everything from a store; no writer may change the store at the same time."""
+    """Return the full content of a store; the store must not change meanwhile."""
     loaded = store.load_snapshot()
     head = floor = None
     journal: tuple[JournalEntry, ...] = ()
@@ -67,10 +67,12 @@ def state_of(store: TaskRegistryStore) -> StoreState:
 
 
 def as_of(store: FullStore, seq: int) -> Snapshot:
-    """Return the records as of one seq, folded from an earlier snapshot and the journal."""
+    """Return the records as of a seq: fold journal entries into an earlier snapshot."""
     base = store.read_snapshot(seq)
     if base is None:
-        assert store.floor() == 1, f"no snapshot up to seq {seq}; the floor is {store.floor()}"
+        assert store.floor() == 1, (
+            f"the store has no snapshot at or before seq {seq}; the floor is {store.floor()}"
+        )
         base = Snapshot(0)
     if base.seq == seq:
         return base
@@ -92,14 +94,14 @@ class Ledger:
 
     @property
     def store(self) -> FullStore:
-        """The instance that the clause uses, opened at first use."""
+        """The instance that the clause uses; the first use opens the instance."""
         if self._store is None:
             self._store = self.open()
         return self._store
 
     @property
     def open_store(self) -> OpenStore:
-        """The callable that ``make_store`` returned; the clause must close each opened store."""
+        """The callable that ``make_store`` returned; the clause must close the opened stores."""
         return self._open_store
 
     def open(self, *, read_only: bool = False) -> FullStore:
@@ -129,7 +131,7 @@ class Ledger:
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Check that the body writes nothing and takes no seq; check again after reopening."""
+        """Check that the body writes nothing and takes no seq, before and after a reopen."""
         before = state_of(self.store)
         yield
         for store in self.twice():
@@ -143,7 +145,7 @@ class Ledger:
 
 
 class ContractBase:
-    """The fixtures that all clauses use.  Subclass ``StoreContract`` instead.
+    """The fixtures of all clauses; backend authors must subclass ``StoreContract`` instead.
 
     ``level`` is the contract level of the clauses in a class.  If the store lacks
     one of ``abilities``, all clauses of the class are skipped.
@@ -162,7 +164,7 @@ class ContractBase:
 
     @pytest.fixture
     def ledger(self, request: pytest.FixtureRequest, make_store: OpenStore) -> Iterator[Ledger]:
-        """Yield the storage under test, empty."""
+        """Yield the storage under test; the storage is empty."""
         if not callable(make_store):
             pytest.fail(MISSING_FIXTURE.format(name=type(self).__name__), pytrace=False)
         ledger = Ledger(make_store)

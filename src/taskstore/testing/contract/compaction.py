@@ -1,4 +1,4 @@
-"""Compaction clauses: unchanged results, retention by policy, no reused seq."""
+"""Compaction clauses: unchanged results of reads, the retention policy, and seqs."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from taskstore.testing.factories import (
 from taskstore.testing.types import FullStore
 
 FOLD = CompactionPolicy(force=True)
-"""Publish a snapshot now, keep all history."""
+"""A policy that publishes a snapshot now and keeps all history."""
 
 TRIM = CompactionPolicy(force=True, history_entries=0, history_s=0, keep_snapshots=1)
-"""Publish a snapshot now, keep no history."""
+"""A policy that publishes a snapshot now and keeps no history."""
 
 ERASE = CompactionPolicy(erase_deleted=True)
-"""Keep the live records only."""
+"""A policy that keeps only the live records."""
 
 HOUR_MS = 3_600_000
 
 
 def read_retained(store: FullStore, report: CompactionReport) -> list[Snapshot]:
-    """Return the snapshots that the report lists; each must be readable."""
+    """Return the snapshots that the report lists; every listed snapshot must be readable."""
     snapshots = []
     for seq in report.snapshots:
         snapshot = store.read_snapshot(seq)
@@ -56,7 +56,7 @@ def read_retained(store: FullStore, report: CompactionReport) -> list[Snapshot]:
 
 
 def check_against_model(store: FullStore, model: Model) -> None:
-    """Compare the results of all reads of the store with a model [7]."""
+    """Check that every read of the store returns the content of the model [7]."""
     loaded = store.load_snapshot()
     assert (loaded.seq, dict(loaded.records)) == (model.head, dict(model.records))
     assert (store.head(), store.floor()) == (model.head, model.floor)
@@ -81,7 +81,7 @@ def check_against_model(store: FullStore, model: Model) -> None:
 
 
 class CompactionContract(ContractBase):
-    """The guarantees of ``SupportsCompaction``, checked with the journal."""
+    """The guarantees of ``SupportsCompaction``; the clauses also read the journal."""
 
     level = "compaction"
     abilities: ClassVar[tuple[type, ...]] = (SupportsJournal, SupportsCompaction)
@@ -97,7 +97,7 @@ class CompactionContract(ContractBase):
 
     @pytest.mark.parametrize("policy", [FOLD, TRIM], ids=["fold", "trim"])
     def test_nothing_to_compact(self, ledger: Ledger, policy: CompactionPolicy) -> None:
-        """[7] Compaction of an empty ledger does nothing, even if the policy forces it."""
+        """[7] A forced compaction of an empty ledger does nothing."""
         for store in ledger.twice():
             assert not store.compact(policy).compacted
             check_against_model(store, Model())
@@ -110,7 +110,7 @@ class CompactionContract(ContractBase):
             check_against_model(store, Model())
 
     def test_folding_changes_no_answer(self, ledger: Ledger) -> None:
-        """[7] After a compaction that keeps all history, every read returns the same as before."""
+        """[7] A compaction that keeps all history does not change the result of any read."""
         model = play(ledger.store)
         report = ledger.store.compact(FOLD)
         assert report.compacted
@@ -123,7 +123,7 @@ class CompactionContract(ContractBase):
             assert dict(snapshot.records) == dict(model.records)
 
     def test_trimming_keeps_the_records(self, ledger: Ledger) -> None:
-        """[7] Compaction that keeps no history keeps the records and the head."""
+        """[7] A compaction that keeps no history does not change the records or the head."""
         model = play(ledger.store)
         report = ledger.store.compact(TRIM)
         assert report.compacted
@@ -135,7 +135,7 @@ class CompactionContract(ContractBase):
             assert journal_of(store) == []
 
     def test_the_second_run_has_nothing_to_do(self, ledger: Ledger) -> None:
-        """[7] A second compaction without a change in between is not due."""
+        """[7] After a compaction, no compaction is due before the next change."""
         model = play(ledger.store)
         ledger.store.compact(FOLD)
         for store in ledger.twice():
@@ -159,7 +159,7 @@ class CompactionContract(ContractBase):
                 check_against_model(store, model)
 
     def test_seqs_are_not_given_again(self, ledger: Ledger) -> None:
-        """[2] After all records are deleted and all entries trimmed, the next seq is head + 1."""
+        """[2] If all records are deleted and all entries are trimmed, the next seq is head + 1."""
         model = play(ledger.store)
         delete(ledger.store, *model.records.values())
         head = ledger.store.head()
@@ -171,7 +171,7 @@ class CompactionContract(ContractBase):
         assert ledger.store.apply([make_put()]).first_seq == head + 1
 
     def test_times_do_not_go_back(self, ledger: Ledger) -> None:
-        """[2] Commit times do not decrease after the last entries were trimmed."""
+        """[2] Commit times do not decrease after all entries are trimmed."""
         ledger.store.clock = lambda: EPOCH_MS
         delete(ledger.store, create(ledger.store))
         ledger.store.compact(TRIM)
@@ -182,7 +182,7 @@ class CompactionContract(ContractBase):
 
     @pytest.mark.parametrize("policy", [TRIM, ERASE], ids=["trim", "erase"])
     def test_a_deleted_id_is_free_again(self, ledger: Ledger, policy: CompactionPolicy) -> None:
-        """[3] After the deletion of a task is trimmed, the task id may be created again."""
+        """[3] After the entry of a deletion is trimmed, the task id can be created again."""
         record = create(ledger.store, task_id="gone", run_id="run-1")
         delete(ledger.store, record)
         ledger.store.compact(policy)
@@ -238,7 +238,7 @@ class CompactionContract(ContractBase):
             assert store.compact(CompactionPolicy(max_age_s=3600)).compacted is due
 
     def test_history_by_entries(self, ledger: Ledger) -> None:
-        """[7] The floor moves to a snapshot after which at least history_entries entries remain."""
+        """[7] The floor moves to a snapshot; at least history_entries later entries are kept."""
         policy = CompactionPolicy(force=True, history_entries=4, history_s=0, keep_snapshots=1)
         model, floors = Model(), []
         for _ in range(5):
@@ -325,7 +325,7 @@ class CompactionContract(ContractBase):
             assert snapshot.at == EPOCH_MS
 
     def test_compaction_after_save(self, ledger: Ledger) -> None:
-        """[7] Compaction can start from a saved snapshot as well as from a compacted snapshot."""
+        """[7] A compaction can start from a snapshot of save_snapshot() or of a compaction."""
         record = make_record()
         ledger.store.save_snapshot(Snapshot(10, {record.task_id: record}, EPOCH_MS))
         assert not ledger.store.compact(FOLD).compacted
@@ -338,7 +338,7 @@ class CompactionContract(ContractBase):
             play(ledger.store, model)
 
     def test_what_was_set_aside_is_carried(self, ledger: Ledger) -> None:
-        """[12] Compaction keeps quarantined bytes and never trims them."""
+        """[12] A compaction never removes the bytes of a quarantined record."""
         raw = b'{"v":"9.0","task_id":"future"}'
         quarantined = Quarantined(raw, "elsewhere", "format 9", "future", 3)
         ledger.store.save_snapshot(Snapshot(1, {}, EPOCH_MS, (quarantined,)))

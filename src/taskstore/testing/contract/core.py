@@ -48,7 +48,7 @@ def snapshot_of(seq: int, *records: TaskRecord, at: int = EPOCH_MS) -> Snapshot:
 
 
 class CoreContract(ContractBase):
-    """Loading and saving, which every store supports."""
+    """Clauses for loading and saving, which every store supports."""
 
     def test_a_new_store_is_empty(self, ledger: Ledger) -> None:
         """[5] A new store has head 0 and no records."""
@@ -72,7 +72,7 @@ class CoreContract(ContractBase):
             assert dict(loaded.records) == dict(model.records)
 
     def test_records_are_the_same_bytes(self, ledger: Ledger) -> None:
-        """[5] A loaded record encodes to the same bytes and has enum members, not strings."""
+        """[5] A loaded record encodes to the same bytes; its enum fields are enum members."""
         record = create(ledger.store, status="running", metadata={"b": 1, "a": [True, None, 2.5]})
         for store in ledger.twice():
             (loaded,) = store.load_snapshot().records.values()
@@ -109,7 +109,7 @@ class CoreContract(ContractBase):
             assert loaded.at >= EPOCH_MS
 
     def test_save_replaces_the_whole_content(self, ledger: Ledger) -> None:
-        """[5] After save the store contains the records of the snapshot and no others."""
+        """[5] After save the store contains only the records of the snapshot."""
         play(ledger.store)
         before = ledger.store.load_snapshot()
         kept, changed = list(before.records.values())[:2]
@@ -147,7 +147,7 @@ class CoreContract(ContractBase):
             ledger.store.save_snapshot(snapshot)
 
     def test_apply_goes_on_after_save(self, ledger: Ledger) -> None:
-        """[2] After save, a commit gets the next seq and a time not before the snapshot's time."""
+        """[2] After save, a commit gets the next seq, and its time is not before the snapshot's."""
         record, later = make_record(), EPOCH_MS * 2
         ledger.store.save_snapshot(snapshot_of(41, record, at=later))
         commit = ledger.store.apply([next_of(record, label="on"), make_put()])
@@ -176,7 +176,7 @@ class CoreContract(ContractBase):
             ledger.store.save_snapshot(snapshot_of(1, *twins))
 
     def test_save_replaces_the_bookings(self, ledger: Ledger) -> None:
-        """[3] After save the dedup keys of the snapshot are taken and all others are free."""
+        """[3] After save, only the dedup keys of the snapshot's records are taken."""
         create(ledger.store, run_id="run-1")
         existing = make_record(run_id="run-2")
         ledger.store.save_snapshot(snapshot_of(10, existing))
@@ -187,7 +187,7 @@ class CoreContract(ContractBase):
         create(ledger.store, run_id="run-1")
 
     def test_save_forgets_deletions(self, ledger: Ledger) -> None:
-        """[3] Saving a snapshot forgets earlier deletions, so a deleted id may be created again."""
+        """[3] After a snapshot is saved, a task id that was deleted before can be created again."""
         record = create(ledger.store)
         delete(ledger.store, record)
         ledger.store.save_snapshot(Snapshot(10))
@@ -217,7 +217,7 @@ class CoreContract(ContractBase):
     # -- immutable results ------------------------------------------------
 
     def test_a_mapping_handed_over_is_copied(self, ledger: Ledger) -> None:
-        """[10] Changing a mapping after it was saved changes nothing in the store."""
+        """[10] If the caller changes a saved mapping, the store's content does not change."""
         record, other = make_record(), make_record()
         records = {record.task_id: record}
         snapshot = Snapshot(1, records, EPOCH_MS)
@@ -234,7 +234,7 @@ class CoreContract(ContractBase):
                 assert dict(kept.records) == {record.task_id: record}
 
     def test_a_list_of_changes_is_copied(self, ledger: Ledger) -> None:
-        """[10] Clearing the list of changes after apply changes nothing in the store."""
+        """[10] If the caller clears the list of changes after apply, the store does not change."""
         changes = [make_put()]
         expected = {changes[0].task_id: changes[0].record}
         ledger.store.apply(changes)
@@ -323,7 +323,7 @@ class CoreContract(ContractBase):
             assert store.report().quarantined == ()
 
     def test_it_says_what_it_is(self, ledger: Ledger) -> None:
-        """[4] The store has a valid durability and a location; its repr contains the location."""
+        """[4] The store has a valid durability and a location, and repr() shows the location."""
         assert ledger.store.durability in {"full", "process", "none"}
         assert (ledger.store.durability == "none") <= (
             "crash-safe" in ledger.store.unsupported_guarantees
@@ -332,7 +332,7 @@ class CoreContract(ContractBase):
         assert ledger.store.location in repr(ledger.store)
 
     def test_a_long_life(self, ledger: Ledger) -> None:
-        """[2] Commits continue across several restarts without a gap or a lost record."""
+        """[2] After several restarts, the seqs have no gap and no record is lost."""
         model = Model()
         for _ in range(4):
             play(ledger.reopened(), model)

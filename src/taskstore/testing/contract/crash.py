@@ -31,7 +31,7 @@ RANDOM_KILLS = 8
 """The number of kills at a random time."""
 
 KILL_POINTS = 30
-"""The number of durable calls at which a writer is killed, before and after each."""
+"""The number of durable calls to test; a writer is killed before and after each of these calls."""
 
 MAX_RUN_S = 0.15
 
@@ -186,7 +186,8 @@ def check_after_kill(
     for store in ledger.twice():
         records = dict(store.load_snapshot().records)
         assert records in states[acknowledged : acknowledged + 2], (
-            f"{acknowledged} operations were acknowledged, but the ledger holds other records"
+            f"{acknowledged} operations were acknowledged, "
+            "but the ledger contains different records"
         )
         if isinstance(store, SupportsIntegrity):
             assert store.verify().problems == ()

@@ -72,7 +72,7 @@ class ExclusiveContract(ContractBase):
                     for entry in store.read_journal(last_seq, 1000):
                         assert entry.record is not None
                         record, last_seq = entry.record, entry.seq
-                    time.sleep(0.001)  # gives other writers time to commit if nothing blocks them
+                    time.sleep(0.001)  # a writer that is not blocked commits now
                     change = next_of(record)
                     assert isinstance(change, Put)
                     commit = store.apply([change])

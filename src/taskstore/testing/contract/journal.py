@@ -40,7 +40,7 @@ from taskstore.testing.types import FullStore
 
 IDLE_S = 0.5
 MAX_CPU_SHARE = 0.1
-"""The share of the CPU time that a waiting store may use, even on a slow machine."""
+"""The largest share of CPU time that a waiting store is allowed to use, even on a slow machine."""
 
 
 def entry_fields(entry: JournalEntry) -> tuple[object, ...]:
@@ -94,9 +94,9 @@ class JournalContract(ContractBase):
         assert len(named) in (0, len(commits)), "some commits have a commit id, others have none"
 
     def test_changes_over_another_history(self, ledger: Ledger) -> None:
-        """[3] A batch based on a commit that is not in the journal raises ConflictError.
+        """[3] A batch raises ConflictError if the journal does not contain its base position.
 
-        In a ledger restored from a backup, the same revision may be a different record.
+        After a restore from a backup, the same revision of a task can be a different record.
         """
         first = ledger.store.apply([make_put(), make_put()])
         last = ledger.store.apply([make_put()])
@@ -125,7 +125,7 @@ class JournalContract(ContractBase):
             assert store.head() == head + 5
 
     def test_changes_over_what_was_trimmed(self, ledger: Ledger) -> None:
-        """[3] A batch based on the seq just before the floor applies; an earlier base conflicts."""
+        """[3] A batch with base position floor - 1 applies; an earlier base position conflicts."""
         seq = 0
         for store in ledger.twice():
             store.apply([make_put(), make_put()])
@@ -149,7 +149,7 @@ class JournalContract(ContractBase):
 
     @pytest.mark.parametrize("limit", [1, 2, 3, 7, 1000])
     def test_paging_reads_everything_once(self, ledger: Ledger, limit: int) -> None:
-        """[2] Reading page by page from the last seq returns each entry once, in order."""
+        """[2] Reads of successive pages return each entry once, in order."""
         model = play(ledger.store)
         for store in ledger.twice():
             after, entries = 0, []
@@ -161,7 +161,7 @@ class JournalContract(ContractBase):
             assert entries == model.entries
 
     def test_reading_from_every_point(self, ledger: Ledger) -> None:
-        """[2] Reading after any seq, also within a batch, returns the entries that follow."""
+        """[2] A read after any seq, even a seq inside a batch, returns the later entries."""
         model = play(ledger.store)
         for store in ledger.twice():
             for after in range(model.head + 1):
@@ -176,7 +176,7 @@ class JournalContract(ContractBase):
                 assert list(store.read_journal(after, 10)) == []
 
     def test_fold_gives_the_records_at_every_seq(self, ledger: Ledger) -> None:
-        """[5] Snapshots and journal reproduce the records at every seq from floor - 1 on."""
+        """[5] Snapshots and journal give the records as of every seq from floor - 1 to the head."""
         model = play(ledger.store)
         for store in ledger.twice():
             for seq, records in model.states.items():
@@ -198,7 +198,7 @@ class JournalContract(ContractBase):
                 assert (caught.value.after, caught.value.floor) == (after, head + 11)
 
     def test_what_was_saved_is_retained(self, ledger: Ledger) -> None:
-        """[5] After save, history starts with the saved snapshot."""
+        """[5] After save, the saved snapshot is the oldest state that can be read."""
         play(ledger.store)
         record = make_record()
         ledger.store.save_snapshot(Snapshot(100, {record.task_id: record}, EPOCH_MS))
@@ -212,7 +212,7 @@ class JournalContract(ContractBase):
                 assert dict(as_of(store, seq).records) == records
 
     def test_the_ones_before_the_floor_are_expired(self, ledger: Ledger) -> None:
-        """[2] Reading before floor - 1 raises CursorExpiredError; at floor - 1 it succeeds."""
+        """[2] A read after a seq below floor - 1 raises CursorExpiredError; other reads succeed."""
         ledger.store.save_snapshot(Snapshot(5))
         model = play(ledger.store, Model(Snapshot(5)))
         for store in ledger.twice():
@@ -230,7 +230,7 @@ class JournalContract(ContractBase):
             assert [entry_fields(entry) for entry in journal_of(store)] == model.entries
 
     def test_a_task_that_came_and_went(self, ledger: Ledger) -> None:
-        """[2] A task created and deleted in one batch leaves both entries."""
+        """[2] If one batch creates and deletes a task, the journal contains both entries."""
         record = make_record()
         ledger.store.apply([Put(record), removal_of(record)])
         for store in ledger.twice():
@@ -295,9 +295,11 @@ class JournalContract(ContractBase):
             assert ledger.store.wait_for(1, IDLE_S) is False
             return time.process_time() - used
 
-        # Other work in the process, such as a garbage collection, may use CPU time in two attempts.
+        # Other work in the process, such as a garbage collection, can use CPU time in two attempts.
         allowed = IDLE_S * MAX_CPU_SHARE
-        assert any(cpu_time() <= allowed for _ in range(3)), f"over {allowed} s of CPU time"
+        assert any(cpu_time() <= allowed for _ in range(3)), (
+            f"each wait used over {allowed} s of CPU time"
+        )
 
     @pytest.mark.parametrize("timeout", [10.0**9, 1e-3])
     def test_any_timeout(self, ledger: Ledger, timeout: float) -> None:
@@ -309,7 +311,7 @@ class JournalContract(ContractBase):
         assert ledger.store.wait_for(1, timeout) is True
 
     def test_everybody_who_waits_is_woken(self, ledger: Ledger) -> None:
-        """[2] A commit wakes every thread that waits for its seq, and no other thread."""
+        """[2] A commit wakes every thread that waits for the commit's seq, and no other thread."""
         store = ledger.store
         record = create(store)
         answers: Queue[int] = Queue()

@@ -81,7 +81,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        """Remove the records of the previous sequence and continue from its head."""
+        """Remove the records of the previous sequence and continue from the ledger's head."""
         loaded = self.store.load_snapshot()
         if loaded.seq:
             loaded = Snapshot(loaded.seq + 1)
@@ -99,12 +99,12 @@ class StoreMachine(RuleBasedStateMachine):
         except ConflictError as conflict:
             conflict_error = conflict
         if conflict_error is not None:
-            assert not accepted, f"the store refused a batch that applies: {conflict_error}"
+            assert not accepted, f"the store refused a batch without a conflict: {conflict_error}"
             ids = {change.task_id for change in batch}
             assert conflict_error.conflicts
             assert all(item.task_id in ids for item in conflict_error.conflicts)
             return
-        assert accepted, "the store applied a batch that conflicts"
+        assert accepted, "the store applied a batch with a conflict"
         first = self.model.head + 1
         self.model.commit(batch)
         assert (commit.first_seq, commit.last_seq) == (first, self.model.head)
@@ -122,7 +122,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(task_id=_task_ids, revision=st.integers(1, 5))
     def put_any_revision(self, task_id: str, revision: int) -> None:
-        """Store a record with a revision that may conflict."""
+        """Store a record with a revision that can conflict."""
         stored = self.model.records.get(task_id)
         # A task keeps its dedup key in every revision.
         run, run_digest = (stored.run_id, stored.run_digest) if stored else (None, None)
@@ -131,13 +131,13 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(task_id=_task_ids)
     def remove(self, task_id: str) -> None:
-        """Delete a task, which may not exist."""
+        """Delete a task; sometimes no task has the given task id."""
         stored = self.model.records.get(task_id)
         self._apply(Remove(task_id, stored.revision + 1 if stored is not None else 2))
 
     @rule(task_id=_task_ids, revision=st.integers(2, 5))
     def remove_any_revision(self, task_id: str, revision: int) -> None:
-        """Delete a task with a revision that may conflict."""
+        """Delete a task with a revision that can conflict."""
         self._apply(Remove(task_id, revision))
 
     @rule(
@@ -283,7 +283,7 @@ def run_store_machine(open_store: OpenStore, *, settings: settings = MACHINE_SET
 
 
 class ModelContract(ContractBase):
-    """The state machine of this module as a clause."""
+    """A clause that runs the state machine of this module."""
 
     def test_many_random_lives(self, ledger: Ledger) -> None:
         """[5] After any sequence of operations, the store has the same content as the model."""

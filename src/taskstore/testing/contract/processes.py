@@ -26,7 +26,7 @@ RUNS = 8
 
 
 class ProcessesContract(ContractBase):
-    """Several processes on one storage, each with its own instance."""
+    """Clauses for several processes on one storage; each process has its own instance."""
 
     level: ClassVar[str] = "shared"
     abilities: ClassVar[tuple[type, ...]] = (SupportsJournal,)
@@ -38,7 +38,7 @@ class ProcessesContract(ContractBase):
             pytest.skip("this platform cannot fork")
 
     def test_processes_open_new_storage_all_do(self, ledger: Ledger) -> None:
-        """[2] Several processes open new storage at the same time; all succeed, no seq repeats."""
+        """[2] Several processes open new storage at once; all opens succeed and no seq repeats."""
 
         def work(report: Report) -> None:
             with ledger.open_store() as store:
@@ -72,7 +72,7 @@ class ProcessesContract(ContractBase):
             check_journal(store)
 
     def test_processes_book_a_run_once(self, ledger: Ledger) -> None:
-        """[3] Several processes create the same run; all get the same task."""
+        """[3] If several processes create the same run, all processes get the same task."""
         ledger.close()
         # Every process opens before the first creation, so that no process loads the new tasks.
         all_open = multiprocessing.get_context("fork").Barrier(PROCESSES)
@@ -133,8 +133,10 @@ class ProcessesContract(ContractBase):
                 assert isinstance(store, SupportsJournal)
                 while last_seq < 3 * COMMITS:
                     start = time.monotonic()
-                    assert store.wait_for(last_seq, TIMEOUT_S), f"no commit after seq {last_seq}"
-                    assert time.monotonic() - start < TIMEOUT_S / 2, f"late after seq {last_seq}"
+                    assert store.wait_for(last_seq, TIMEOUT_S), f"no wake after seq {last_seq}"
+                    assert time.monotonic() - start < TIMEOUT_S / 2, (
+                        f"late wake after seq {last_seq}"
+                    )
                     head = store.head()
                     assert head > last_seq
                     last_seq = head

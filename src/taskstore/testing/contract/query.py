@@ -43,7 +43,7 @@ _TIME_VALUES = (None, 0, EPOCH_MS, EPOCH_MS + 1, 2**53 - 1)
 
 
 def varied_fields(count: int) -> list[dict[str, Any]]:
-    """Return record fields with various values for every filter and many equal sort keys."""
+    """Return record fields: every filter has different values, and many sort keys are equal."""
     rows = []
     for n in range(count):
         row: dict[str, Any] = {"task_id": f"task-{(n * 7) % count:02}", "owner_key": f"o{n % 3}"}
@@ -173,7 +173,7 @@ class QueryContract(ContractBase):
             check(session_key=[None, "b"], limit=2)
 
     def test_since(self, ledger: Ledger) -> None:
-        """[5] since selects the records with created_at at or after the given time."""
+        """[5] The filter since selects the records that were created at or after a time."""
         create_varied(ledger.store)
         for store in ledger.twice():
             check = QueryChecker(store)
@@ -194,7 +194,7 @@ class QueryContract(ContractBase):
                 assert len(found) == max(1, -(-len(records) // limit))
 
     def test_every_cursor(self, ledger: Ledger) -> None:
-        """[5] The cursor of any record returns all later records, with or without a limit."""
+        """[5] A query after any record's cursor returns all later records, up to the limit."""
         create_varied(ledger.store)
         for store in ledger.twice():
             check = QueryChecker(store)
@@ -214,7 +214,7 @@ class QueryContract(ContractBase):
             assert list(check(after=page.next_cursor)) == rest[1:]
 
     def test_what_came_in_between(self, ledger: Ledger) -> None:
-        """[5] A newer record does not shift the following pages."""
+        """[5] A record that is created between two pages does not shift the second page."""
         create_varied(ledger.store)
         page = ledger.store.query(TaskQuery(limit=10))
         rest = list(ledger.store.query(TaskQuery(after=page.next_cursor)))
@@ -253,7 +253,7 @@ class QueryContract(ContractBase):
             assert len(check(task=long)) == 0
 
     def test_many_values(self, ledger: Ledger) -> None:
-        """[5] A filter accepts more values than an SQL statement accepts parameters."""
+        """[5] A filter accepts more values than the parameter limit of an SQL statement."""
         create_varied(ledger.store)
         absent_ids = [f"nobody-{n}" for n in range(70_000)]
         for store in ledger.twice():

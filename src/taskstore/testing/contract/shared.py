@@ -41,7 +41,7 @@ from taskstore.testing.types import FullStore
 THREADS = 4
 TURNS = 40
 COMMITS = 12
-"""The number of commits per thread: enough for conflicts, few enough for a slow disk."""
+"""The number of commits per thread: high enough for conflicts, low enough for a slow disk."""
 
 
 def increment(store: FullStore, task_id: str, times: int) -> None:
@@ -57,7 +57,7 @@ def increment(store: FullStore, task_id: str, times: int) -> None:
 
 
 def check_journal(store: FullStore, base: Snapshot | None = None) -> None:
-    """Check that the journal is contiguous and that its fold gives the current records [2] [5]."""
+    """Check that the journal has no gap, and that its fold gives the current records [2] [5]."""
     entries = journal_of(store)
     base = base if base is not None else Snapshot(0)
     assert [entry.seq for entry in entries] == list(range(base.seq + 1, store.head() + 1))
@@ -75,7 +75,7 @@ class SharedContract(ContractBase):
     abilities: ClassVar[tuple[type, ...]] = (SupportsJournal,)
 
     def test_each_sees_what_the_other_wrote(self, ledger: Ledger) -> None:
-        """[2] Two instances commit in turn; each instance immediately sees every commit of both."""
+        """[2] Two instances commit in turn; both instances immediately see every commit."""
         one, two = ledger.store, ledger.open()
         model = Model()
         for writer, reader in ((one, two), (two, one)) * 2:
@@ -89,7 +89,7 @@ class SharedContract(ContractBase):
             check_against_model(store, model)
 
     def test_revisions_are_compared_across_instances(self, ledger: Ledger) -> None:
-        """[3] A stale update conflicts if the other instance changed the task."""
+        """[3] If the other instance changed a task, an update of the old revision conflicts."""
         one, two = ledger.store, ledger.open()
         record = create(one)
         newer = update(two, record, label="two")
@@ -103,7 +103,7 @@ class SharedContract(ContractBase):
             check_journal(store)
 
     def test_deletions_hold_across_instances(self, ledger: Ledger) -> None:
-        """[3] A task that the other instance deleted stays deleted."""
+        """[3] After one instance deletes a task, every change by the other instance conflicts."""
         one, two = ledger.store, ledger.open()
         record = create(one, task_id="gone")
         delete(two, record)
@@ -117,7 +117,7 @@ class SharedContract(ContractBase):
             check_journal(store)
 
     def test_bookings_hold_across_instances(self, ledger: Ledger) -> None:
-        """[3] If the other instance took a dedup key, a creation conflicts and names that task."""
+        """[3] If the other instance used a dedup key, the ConflictError names the existing task."""
         one, two = ledger.store, ledger.open()
         existing = create(one, run_id="run-1")
         for store in (two, one):
@@ -132,7 +132,7 @@ class SharedContract(ContractBase):
             check_journal(store)
 
     def test_times_do_not_go_back_across_instances(self, ledger: Ledger) -> None:
-        """[2] Commit times do not decrease if one instance's clock is behind."""
+        """[2] Commit times do not decrease if the clock of one instance is behind."""
         one, two = ledger.store, ledger.open()
         one.clock, two.clock = lambda: EPOCH_MS, lambda: EPOCH_MS - 60_000
         assert one.apply([make_put()]).at == EPOCH_MS
@@ -158,7 +158,7 @@ class SharedContract(ContractBase):
 
     @needs(SupportsCompaction)
     def test_a_compaction_reaches_the_other(self, ledger: Ledger) -> None:
-        """[7] If one instance trims entries, the other cannot read them; nothing else changes."""
+        """[7] If one instance trims entries, the other instance can read only the kept entries."""
         one, two = ledger.store, ledger.open()
         model = play(one)
         two.read_journal(0, 10)
@@ -204,7 +204,7 @@ class SharedContract(ContractBase):
             assert store.load_snapshot().records[record.task_id].revision == 3
 
     def test_no_commit_is_missed(self, ledger: Ledger) -> None:
-        """[2] wait_for sees a commit just before, during or just after the start of the wait."""
+        """[2] wait_for misses no commit that happens just before, at or just after its start."""
         waiting, writing = ledger.open(), ledger.open()
         record = create(ledger.store)
         start = time.monotonic()
@@ -257,7 +257,7 @@ class SharedContract(ContractBase):
                 assert entries[commit.first_seq].at == commit.at
 
     def test_one_of_many_gets_the_booking(self, ledger: Ledger) -> None:
-        """[3] Of several concurrent creations of a run, one succeeds; the others name its task."""
+        """[3] If threads create the same run, one succeeds; each other error names that task."""
         for attempt in range(3):
             created: list[str] = []
             reported: list[str | None] = []
@@ -287,7 +287,7 @@ class SharedContract(ContractBase):
             check_journal(store)
 
     def test_readers_see_no_gap(self, ledger: Ledger) -> None:
-        """[2] A reader that sees head n can read every entry up to n while others write."""
+        """[2] A reader that sees head n can read every entry up to n while other threads write."""
         self._read_while_writing(ledger, _read_journal)
 
     def test_loading_is_one_moment(self, ledger: Ledger) -> None:
@@ -317,7 +317,7 @@ class SharedContract(ContractBase):
 
     @needs(SupportsCompaction, SupportsIntegrity)
     def test_compacting_while_writing(self, ledger: Ledger) -> None:
-        """[7] Compaction during writes and reads changes no result of a read."""
+        """[7] A compaction during writes and reads does not change the result of any read."""
         create(ledger.store, task_id="counter")
         writers = [ledger.open() for _ in range(2)]
         compactor, reader = ledger.open(), ledger.open()

@@ -35,12 +35,12 @@ def unchecked(fields: dict[str, Any]) -> TaskRecord:
 
 
 def root_of(field: str) -> str:
-    """Return the record field in which a path begins: ``metadata`` for ``metadata.a[0]``."""
+    """Return the first field of a path, for example ``metadata`` for ``metadata.a[0]``."""
     return field.split(".", maxsplit=1)[0].split(" ", maxsplit=1)[0].split("[", maxsplit=1)[0]
 
 
 def identical(actual: TaskRecord, expected: TaskRecord) -> bool:
-    """Return whether two records have the same bytes and types."""
+    """Return whether two records have the same encoded bytes and types."""
     types = [type(getattr(actual, field)) for field in TaskRecord.__struct_fields__]
     return types == [
         type(getattr(expected, field)) for field in TaskRecord.__struct_fields__
@@ -48,7 +48,7 @@ def identical(actual: TaskRecord, expected: TaskRecord) -> bool:
 
 
 def check_query(store: FullStore, row: Nasty, record: TaskRecord, twin: TaskRecord | None) -> None:
-    """Check that a query for the nasty value returns its record and not the twin."""
+    """Check that a query for the nasty value returns only the record with this value."""
     for field in row.fields:
         if field in ("metadata", "requester_origin"):
             continue
@@ -60,7 +60,7 @@ def check_query(store: FullStore, row: Nasty, record: TaskRecord, twin: TaskReco
 
 
 class ValuesContract(ContractBase):
-    """One clause for each row of the table of nasty values."""
+    """Clauses that run once for each row of the table of nasty values."""
 
     @pytest.mark.parametrize("row", STORED, ids=lambda row: row.name)
     def test_nasty_value_is_stored_exactly(self, ledger: Ledger, row: Nasty) -> None:
@@ -90,7 +90,7 @@ class ValuesContract(ContractBase):
             check_query(store, row, record, twin)
 
     def _check(self, store: FullStore, expected: dict[str, TaskRecord]) -> None:
-        """Compare all stored records with the expected ones, byte by byte."""
+        """Compare all stored records with the expected records, byte by byte."""
         loaded = store.load_snapshot()
         assert loaded.quarantined == ()
         assert set(loaded.records) == set(expected)
@@ -122,7 +122,7 @@ class ValuesContract(ContractBase):
             assert root_of(caught.value.field) == row.refused
 
     def test_all_nasty_values_together(self, ledger: Ledger) -> None:
-        """[11] All values in one batch are stored as separate records."""
+        """[11] A batch of records stores every nasty value, each in its own record."""
         rows = [fields for row in STORED for fields in (row.fields, row.twin) if fields is not None]
         records: dict[str, TaskRecord] = {}
         runs: set[str | None] = {None}

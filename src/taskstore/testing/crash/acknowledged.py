@@ -38,10 +38,10 @@ def check_ledger(
     changes: Iterable[AcknowledgedChange],
     caches: Iterable[Mapping[str, int]] = (),
 ) -> list[str]:
-    """Compare acknowledged changes with the journal after seq ``after``; return the problems.
+    """Compare ``changes`` with the journal entries after seq ``after``; return the problems.
 
-    The tasks were created after that seq and changed by ``changes`` only.  Each item of
-    ``caches`` is the record cache of one process: the revisions by task id.
+    All tasks were created after that seq, and only ``changes`` changed the tasks.  Each
+    item of ``caches`` has the revisions by task id in the record cache of one process.
     """
     problems: list[str] = []
     acknowledged: dict[tuple[str, int], AcknowledgedChange | None] = {}
@@ -60,10 +60,10 @@ def check_ledger(
     current = store.load_snapshot().records
     for task_id in task_ids:
         if current.get(task_id) != newest.get(task_id):
-            problems.append(f"{task_id}: the record is not the last one in the journal")
+            problems.append(f"{task_id}: the record differs from the last journal entry")
     revisions = {task_id: newest[task_id].revision for task_id in task_ids if task_id in newest}
     problems += [
-        f"a record cache has the revisions {cache}, the journal has {revisions}"
+        f"a record cache has the revisions {cache}, but the journal has {revisions}"
         for cache in caches
         if cache != revisions
     ]

@@ -4,12 +4,12 @@
 
     python -m taskstore.testing.crash.hammer URL [--processes 4 --tasks 5 --changes 500]
 
-Each process has its own registry and changes the same tasks: alternately the progress
-and the metadata.  Each change contains the name of its writer and a counter.  Rounds
-with one process alternate with rounds of all processes, so that both kinds of rounds
-are measured at about the same time.  Afterwards :mod:`taskstore.testing.crash.acknowledged`
-compares the acknowledged changes with the journal, the records and the record cache of
-every process.
+Each process has its own registry.  All processes change the same tasks: in turn the
+progress and the metadata.  Each change contains the name of its writer and a counter.
+Rounds with one process alternate with rounds of all processes, so that both kinds of
+rounds are measured at about the same time.  Afterwards
+:mod:`taskstore.testing.crash.acknowledged` compares the acknowledged changes with the
+journal, the records and the record cache of every process.
 
 The command prints latencies in milliseconds; the exit status is 1 if a limit is
 exceeded or a check fails.
@@ -107,7 +107,7 @@ class Result(Struct):
 
 
 def percentile(times: Sequence[float], share: float) -> float:
-    """Return the smallest time that the given share of the times does not exceed."""
+    """Return a percentile of the times; ``share`` is 0.99 for the 99th percentile."""
     return sorted(times)[min(int(len(times) * share), len(times) - 1)]
 
 
@@ -118,7 +118,7 @@ class Worker:
         reading, self._requests = os.pipe()
 
         def begin(report: Report) -> None:
-            # If another worker kept the write end open, the reader would get no end of file.
+            # If another worker keeps the write end open, the reader does not reach end of file.
             for end in (self._requests, *(other._requests for other in others)):  # noqa: SLF001 - own class
                 os.close(end)
             with os.fdopen(reading, "rb") as requests:
@@ -132,7 +132,7 @@ class Worker:
         os.write(self._requests, msgspec.json.encode(Request(count)) + b"\n")
 
     def receive(self) -> WorkerReport:
-        """Wait for the report of the last request and return it."""
+        """Wait for the report of the last request and return the report."""
         line = self._child.line()
         if not line:
             self._child.finish()
@@ -268,7 +268,7 @@ def _job(
     number: int,
     answer: WorkerReport,
 ) -> Callable[[], None]:
-    """Return the job of one thread, which changes progress and metadata of the tasks in turn."""
+    """Return the job of one thread; the job changes the progress or the metadata of tasks."""
 
     def run() -> None:
         for _ in range(changes):
@@ -314,7 +314,9 @@ def describe(result: Result) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m taskstore.testing.crash.hammer")
-    parser.add_argument("url", metavar="URL", help="a ledger; the new tasks remain in it")
+    parser.add_argument(
+        "url", metavar="URL", help="the URL of a ledger; the test's tasks are not deleted"
+    )
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1, help="threads per process")
     parser.add_argument("--tasks", type=int, default=5)

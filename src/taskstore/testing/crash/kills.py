@@ -1,13 +1,13 @@
 """Killed writers, and the check that no acknowledged change is lost.
 
 A writer process changes a ledger and reports each change *after* the store acknowledged
-it.  :class:`KillHarness` kills the writer with SIGKILL at a random time, opens the
-ledger again, and compares its content with the reports.  Every acknowledged change must
-be stored.  The commit that was not acknowledged must be stored completely or not at
+the change.  :class:`KillHarness` kills the writer with SIGKILL at a random time, opens
+the ledger again, and compares its content with the reports.  Every acknowledged change
+must be stored.  The commit that was not acknowledged must be stored completely or not at
 all.
 
-Writers are forked, because a fork takes a hundredth of the time of an interpreter
-start.  The process that uses the harness must not have a store open.
+Writers are forked, because a fork is a hundred times faster than an interpreter start.
+The process that uses the harness must not have a store open.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from taskstore.testing.crash.processes import Child, Report
 from taskstore.testing.factories import make_record
 
 READY = "ready"
-"""The first report of a writer, after it opened the ledger."""
+"""The first report of a writer; the writer sends it after it opened the ledger."""
 
 BATCH_SIZE = 5
 """The number of tasks that a writer creates in one batch."""
 
 MAX_TASKS = 60
-"""If there are more tasks, a writer deletes tasks, so that all rounds take the same time."""
+"""The number of tasks above which a writer deletes tasks; so all rounds take the same time."""
 
 FREQUENT_COMPACTION = CompactionPolicy(
     min_entries=10, ratio=0.1, history_s=0, history_entries=20, keep_snapshots=1
@@ -50,12 +50,12 @@ _PAGE_ENTRIES = 1000
 
 
 class KillHarness:
-    """Writers on the ledger at ``url``, killed one after the other.
+    """Starts and kills one writer after the other on the ledger at ``url``.
 
-    The store must keep a journal.  ``kills`` counts the killed writers,
-    ``acknowledged`` the acknowledged changes.  ``lost`` has a sentence for each lost
-    change, ``half_applied`` for each change that is partly or unexpectedly stored, and
-    ``damage`` for each problem that ``verify`` found.
+    The store must keep a journal.  ``kills`` counts the killed writers; ``acknowledged``
+    counts the acknowledged changes.  Three lists have a sentence for each problem:
+    ``lost`` for lost changes, ``half_applied`` for changes that are partly or
+    unexpectedly stored, ``damage`` for problems that ``verify`` found.
     """
 
     def __init__(self, url: str, seed: int = 0) -> None:
@@ -89,7 +89,7 @@ class KillHarness:
 
         The writer is killed ``after_s`` seconds after it reported ``commits`` commits.
         If ``commits`` is ``None``, the writer is killed ``after_s`` seconds after its
-        start, perhaps while it opens the ledger.
+        start, and the kill can hit the opening of the ledger.
         """
         seed = self._rng.getrandbits(32)
         writer = Child(lambda report: run_writer(self.url, seed, report))
@@ -104,7 +104,8 @@ class KillHarness:
         for line in reported:
             self._record_report(line)
         with closing(open_store(self.url)) as store:
-            # A server may still run the writer's last commit; this commit waits until it ends.
+            # A server can still be running the writer's last commit; the commit below waits for
+            # its end.
             probe = make_record(label="after the kill")
             after = store.apply([Put(probe), Remove(probe.task_id, 2)])
             tail = [entry for entry in _journal(store, self._seq) if entry.seq < after.first_seq]
@@ -129,7 +130,7 @@ class KillHarness:
                 self._revisions[task_id] = int(revision)
 
     def _check_unacknowledged(self, tail: Sequence[JournalEntry]) -> None:
-        """Check that the unacknowledged entries are one complete commit, or that there are none."""
+        """Check that the unacknowledged entries are no commit or exactly one complete commit."""
         complete = len(tail) in (0, 1, BATCH_SIZE)
         if not complete or len({entry.commit_id for entry in tail}) > 1:
             self.half_applied.append(
@@ -158,7 +159,7 @@ class KillHarness:
 
     def _read_state(self, store: TaskRegistryStore) -> None:
         """Read the state from which the next writer starts."""
-        assert isinstance(store, SupportsJournal), f"{store.location} keeps no journal"
+        assert isinstance(store, SupportsJournal), f"{store.location} has no journal"
         loaded = store.load_snapshot()
         self._revisions = {task_id: r.revision for task_id, r in loaded.records.items()}
         self._seq = loaded.seq

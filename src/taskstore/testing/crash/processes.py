@@ -1,4 +1,4 @@
-"""Forked child processes that report lines and may be killed.
+"""Forked child processes that report lines and that a test can kill.
 
 A forked process can call the callable of ``make_store``; a new interpreter cannot.
 A store must not be open during a fork, so the caller closes every instance first.
@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import Any, Self
 
 Report = Callable[[str], None]
-"""Sends one line to the parent; the line has left the process when the call returns."""
+"""Sends one line to the parent; when the call returns, the line is in the pipe."""
 
 Work = Callable[[Report], None]
 """The job of a child; the child ends when the job returns, and fails if the job raises."""
@@ -44,7 +44,7 @@ DURABLE_CALLS = frozenset(
         "writev",
     }
 )
-"""The names of the functions that may make data durable, for any kind of store."""
+"""The names of the functions that can make data durable, for any kind of store."""
 
 LOCK_CALLS = frozenset({"fcntl", "flock", "lockf"})
 """The names of the functions that acquire or release a file lock."""
@@ -59,7 +59,7 @@ class Child:
     def __init__(self, work: Work) -> None:
         reading, writing = os.pipe()
         with warnings.catch_warnings():
-            # Python warns of threads in the parent, but the child uses no lock of these threads.
+            # Python warns if the parent has threads, but the child uses no lock of these threads.
             warnings.simplefilter("ignore", DeprecationWarning)
             self.pid = os.fork()
         if self.pid == 0:
@@ -77,7 +77,7 @@ class Child:
         os.kill(self.pid, signal.SIGKILL)
 
     def finish(self) -> list[str]:
-        """Wait for the end of the child and return the reported lines not yet read.
+        """Wait until the child ends, and return the reported lines that were not read yet.
 
         Raises :class:`AssertionError` with the child's traceback if the child raised.
         """
@@ -94,14 +94,14 @@ def run_processes(works: Sequence[Work]) -> list[list[str]]:
     """Run each job in its own process, all at the same time; return the reported lines per job.
 
     The call waits for the processes in the order of ``works``.  If a process fails, the
-    later processes are killed and the failure is raised.
+    remaining processes are killed and the call raises the error of the failed process.
     """
     start_reader, start_writer = os.pipe()
 
     def wait_for_start(work: Work) -> Work:
         def begin(report: Report) -> None:
             os.close(start_writer)
-            os.read(start_reader, 1)  # returns when the parent closes its end
+            os.read(start_reader, 1)  # returns when the parent closes the pipe
             work(report)
 
         return begin
@@ -115,13 +115,13 @@ def run_processes(works: Sequence[Work]) -> list[list[str]]:
     except BaseException:
         for child in unfinished:
             child.kill()
-            with suppress(AssertionError):  # this child may have failed as well
+            with suppress(AssertionError):  # a failure of this child is not reported
                 child.finish()
         raise
 
 
 def _run(work: Work, writing: int) -> None:
-    """Run the job in the child, and end the child without any clean-up code of the parent."""
+    """Run the job in the child, and end the child without the clean-up code of the parent."""
 
     def report(line: str) -> None:
         os.write(writing, f"{line}\n".encode())
@@ -156,10 +156,10 @@ class _CallProfiler:
 
 
 class KillAt(_CallProfiler):
-    """Kills this process before or after the n-th call that may make data durable.
+    """Kills this process before or after the n-th call that can make data durable.
 
-    With ``number=None`` the process is not killed.  ``calls`` has the names of these
-    calls.
+    With ``number=None`` the process is not killed.  ``calls`` has the names of the calls
+    that can make data durable.
     """
 
     def __init__(self, number: int | None = None, *, after: bool = False) -> None:
@@ -178,7 +178,7 @@ class KillAt(_CallProfiler):
 
 
 class RandomPauses(_CallProfiler):
-    """Pauses at random after durable calls and after file lock calls.
+    """Pauses this process after randomly chosen durable calls and file lock calls.
 
     Without pauses, a process releases a lock and acquires it again within microseconds.
     A defective store that releases the lock between its comparison and its write would

@@ -38,7 +38,7 @@ wal_retrieve_retry_interval = 100ms
 
 
 class PostgresNode:
-    """One server, which a test may kill and start repeatedly before :meth:`close`.
+    """A server that a test can kill and start several times before :meth:`close`.
 
     ``close`` stops the server and its standbys, and deletes their data.
     """
@@ -55,7 +55,7 @@ class PostgresNode:
     def create(cls) -> Self:
         """Create a new server and start it.
 
-        Raises :class:`RuntimeError`, which says what to install, if a program is missing.
+        Raises :class:`RuntimeError` if a program is missing; the message says what to install.
         """
         node = cls()
         try:
@@ -91,7 +91,7 @@ class PostgresNode:
         # A server stopped by SIGSTOP cannot start a child while its children are listed.
         self._process.send_signal(signal.SIGSTOP)
         children = psutil.Process(self._process.pid).children(recursive=True)
-        # Kill the children first, because they would exit by themselves after the server.
+        # Kill the children first, because a child exits by itself if the server is dead.
         for child in children:
             child.kill()
         self._process.kill()
@@ -100,7 +100,7 @@ class PostgresNode:
         self._wait_until(lambda: not any(map(_is_alive, children)), "die")
 
     def stop(self, mode: str = "fast") -> None:
-        """Stop the server: ``fast`` writes all data to disk, ``immediate`` does not."""
+        """Stop the server; mode ``fast`` writes all data to disk, mode ``immediate`` does not."""
         if self._process is not None:
             self._process.send_signal(
                 {"fast": signal.SIGINT, "immediate": signal.SIGQUIT, "smart": signal.SIGTERM}[mode]
@@ -109,7 +109,7 @@ class PostgresNode:
             self._process = None
 
     def close(self) -> None:
-        """Stop the server and its standbys, and delete their data.  May be called twice."""
+        """Stop the server and its standbys, and delete their data.  A second call has no effect."""
         while self._standbys:
             self._standbys.pop().close()
         try:
@@ -143,7 +143,7 @@ class PostgresNode:
         return node
 
     def stop_replication(self) -> None:
-        """Stop replication on this standby, which then misses all later commits of the primary."""
+        """Stop replication; this standby then gets no later commit of the primary."""
         self.replicate_from("")
 
     def replicate_from(self, conninfo: str) -> None:
@@ -156,7 +156,7 @@ class PostgresNode:
         )
 
     def promote(self) -> None:
-        """Promote this standby to primary; return when it accepts writes."""
+        """Promote this standby to primary; return when the server accepts writes."""
         [[promoted]] = self.execute(f"SELECT pg_promote(true, {_TIMEOUT_S})")
         assert promoted, f"{self} was not promoted"
 
@@ -264,11 +264,12 @@ def _binaries() -> Path:
 
 
 def _system_user(directory: Path) -> int | None:
-    """Return a user for the server, which refuses to run as root; chown the directory."""
+    """Make a non-root user the owner of the directory; return the user, or ``None``."""
     if os.geteuid() != 0:
         return None
     utils, binaries = pgserver().utils, _binaries()
-    # Create the user and make the programs executable, as the package does for its server.
+    # The server refuses to run as root.
+    # Create a user and make the programs executable, as the package does for its server.
     account = utils.ensure_user_exists("pgserver")
     for path in (binaries, binaries.parent / "lib"):
         utils.ensure_prefix_permissions(path)
@@ -278,10 +279,10 @@ def _system_user(directory: Path) -> int | None:
 
 
 def _free_port() -> int:
-    """Return a port without a listener, below the range of ephemeral ports.
+    """Return a port that no process listens on and that is below the ephemeral ports.
 
     If a client retries an ephemeral port of its own machine while the server is down,
-    the client may connect to itself.
+    the client can connect to itself.
     """
     while True:
         port = random.randrange(15000, 32000)  # noqa: S311 - not a secret

@@ -3,12 +3,12 @@
     python -m taskstore.testing.faults URL
 
 :func:`run_matrix` runs scenarios (create, batch, compact, open and more) with a
-:class:`~taskstore.TaskRegistry`, records the steps (the calls of the store to
-its storage), and injects every fault before and after each step.  After each
-fault, the caller must have got a result or a ``TaskStoreError``.  The change
-must be stored completely or not at all, as the caller's outcome says.  Memory
-and hooks must have the same records as a newly opened instance.  The next write
-must succeed.  :func:`render` prints a table.
+:class:`~taskstore.TaskRegistry`, records the steps (the calls of the store to its
+storage), and injects every fault before and after each step.  After each fault, the
+caller must have got a result or a ``TaskStoreError``.  The change must be stored
+completely or not at all, and the caller's outcome must say so.  The registry's memory and
+the hooks must have the same records as a newly opened instance.  The next write must
+succeed.  :func:`render` prints a table.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ def main() -> int:
     parser.add_argument("url", metavar="URL", help="a URL of the backend; its data is not changed")
     parser.add_argument("--steps", type=int, help="steps per scenario and fault (default: all)")
     names = [scenario.name for scenario in SCENARIOS]
-    parser.add_argument("--scenario", action="append", choices=names, help="may be repeated")
+    parser.add_argument("--scenario", action="append", choices=names, help="can be repeated")
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)  # the store logs the injected errors
     cells = run_matrix(options.url, steps=options.steps, scenarios=options.scenario or ())

@@ -22,14 +22,14 @@ from unittest import mock
 from taskstore.testing.faults.injection import DELAY, Call, Fault, Inject, InjectionPoint, Step
 
 RETRY_TIMEOUT_S = 0.1
-"""The retry timeout of a store under test, in seconds, instead of 30 s."""
+"""The retry timeout of a store under test, in seconds (the default is 30 s)."""
 
 _TABLE = re.compile(r"\b(?:INTO|UPDATE|FROM|TABLE|INDEX)\s+[\"`]?(\w+)", re.IGNORECASE)
 _LOCKING = re.compile(r"\bFOR UPDATE\b")
 
 
 def step_of(sql: Any, connection: Any) -> Step:
-    """Return the step for a statement, named by the verb and the table of the statement."""
+    """Return the step for a statement; the step's name has the verb and the table."""
     text = str(sql)
     verb = text.split(None, 1)[0].rstrip(";").upper() if text.strip() else ""
     table = _TABLE.search(text)

@@ -1,8 +1,8 @@
 """Faults at the method calls of any store: a wrapper that raises errors.
 
 :class:`FaultyStore` wraps a store of any kind.  Each method call is a step.  A fault is
-an error that a store may raise.  The wrapper raises the error before it calls the
-wrapped store or after that call has returned.
+an error that a store can raise.  The wrapper raises the error before it calls the wrapped
+store or after that call has returned.
 """
 
 from __future__ import annotations

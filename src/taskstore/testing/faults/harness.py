@@ -12,14 +12,14 @@ from taskstore.registry.registry import TaskRegistry
 from taskstore.store.interface import SupportsIntegrity, SupportsJournal, TaskRegistryStore
 
 LAST_ENTRIES = 40
-"""How many of the last journal entries are compared."""
+"""The number of journal entries, counted from the head, that are compared."""
 
 OpenStore = Callable[..., TaskRegistryStore]
 OpenRegistry = Callable[[TaskRegistryStore, Sequence[Hook]], TaskRegistry]
 
 
 def open_registry(store: TaskRegistryStore, hooks: Sequence[Hook]) -> TaskRegistry:
-    """Return a registry over a store."""
+    """Return a registry that uses the store."""
     return TaskRegistry(store, hooks=hooks)
 
 
@@ -70,9 +70,9 @@ def _read(store: TaskRegistryStore, *, verify: bool) -> State:
 
 
 class Harness:
-    """One ledger, the registry over it, and the events that its hook received.
+    """One ledger, a registry on this ledger, and the events that the registry's hook received.
 
-    ``open_store`` opens the ledger and may be called repeatedly.  ``wrap``
+    ``open_store`` opens the ledger and can be called repeatedly.  ``wrap``
     wraps the store of the registry.  If an instance of the store caches the
     data that it read (``caches_reads``), each read of the stored state opens a
     new instance.
@@ -111,7 +111,7 @@ class Harness:
         return self.registry
 
     def close(self) -> None:
-        """Close the registry and its store, if open."""
+        """Close the registry and its store, if they are open."""
         registry, self.registry = self.registry, None
         if registry is not None:
             registry.close()
@@ -135,7 +135,7 @@ class Harness:
             self._observer.close()
 
     def differences(self, stored: State) -> list[str]:
-        """Return the differences of memory and of the hook's records from the stored state."""
+        """Compare memory and the hook's records with the stored state; return the differences."""
         assert self.registry is not None
         snapshot, problems = stored.snapshot, list(self.hook.problems)
         memory = {record.task_id: record for record in self.registry.list()}
@@ -150,5 +150,7 @@ class Harness:
         for seq, received in self.hook.entries.items():
             entry = stored.entries.get(seq)
             if entry is not None and received != (str(entry.kind), entry.task_id):
-                problems.append(f"the hook received {received} at seq {seq}, but not the journal")
+                problems.append(
+                    f"the hook received {received} at seq {seq}, but the journal has another entry"
+                )
         return problems

@@ -1,4 +1,4 @@
-"""The injection point: every intercepted storage call of a store passes it.
+"""The injection point, which every intercepted storage call of a store passes.
 
 A *step* is one call of a store to its storage: a system call, a statement on a
 driver's cursor, or a call of a store method.  The interceptors (``files.py``,
@@ -25,7 +25,7 @@ HOLD_S = 0.004
 
 
 class Step(NamedTuple):
-    """One call: its name, a detail that is equal in every run, and its path or connection.
+    """One call: its name, a detail that is the same in every run, and its path or connection.
 
     ``is_new`` means that the current call of the store created ``resource``, so the
     store can discard ``resource`` if its fsync fails.
@@ -43,7 +43,7 @@ class Step(NamedTuple):
 
     @property
     def durable(self) -> bool:
-        """Whether the step can make data durable."""
+        """Return whether the step can make data durable."""
         return self.name in DURABLE_CALLS
 
 
@@ -67,9 +67,9 @@ class Fault(NamedTuple):
 
     ``applies_to`` selects the steps at which the fault can happen.  A ``persistent``
     fault repeats at every later step that it applies to, until the call of the store
-    ends.  ``fails_sync`` selects the steps whose failure may leave written data missing
-    on disk.  The call of the store must then fail, and the instance must refuse further
-    writes unless the file was new [4].
+    ends.  ``fails_sync`` selects the steps after whose failure written data can be
+    missing on disk.  The call of the store must then fail, and the instance must refuse
+    further writes unless the file was new [4].
     """
 
     name: str

@@ -32,10 +32,10 @@ from taskstore.testing.faults.verdict import Outcome, check_callers, check_faile
 from taskstore.testing.scratch import scratch
 
 CALLER_TIMEOUT_S = 60.0
-"""How long a call may take before it counts as hung, in seconds."""
+"""The time after which a call counts as hung, in seconds."""
 
 REFUSES = " !"
-"""Marks a cell if the instance then refuses writes until the ledger is reopened."""
+"""The mark of a cell: after the fault, the instance refuses writes until a reopen."""
 
 
 class Cell(NamedTuple):
@@ -51,7 +51,7 @@ class Cell(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """How faults are injected into one kind of store: the faults, and the store wrapper.
+    """The faults for one kind of store, and the wrapper that injects the faults.
 
     ``caches_reads`` means that an instance caches data, so that only a new
     instance returns the stored state.
@@ -158,7 +158,8 @@ class _ScenarioRunner:
         self._harness = self._make_harness(open_store)
         self._stack.callback(self._harness.close_all)
         if not self._scenario.new_ledger:
-            # The first write may take other steps than later writes, so it is done here.
+            # The first write can have other steps than later writes, so the first write is done
+            # here.
             self._harness.open().create(runtime="cli", task="First task")
 
     def run(self, faults: Sequence[Fault], steps: int | None) -> Iterator[Cell]:
@@ -174,7 +175,7 @@ class _ScenarioRunner:
             stride = 1 if steps is None else -(-len(numbers) // steps)
             for number in numbers[index % stride if numbers else 0 :: max(stride, 1)]:
                 cell = self._run_once(number, fault)
-                # The steps of retries and file opens vary, so the fault may not apply in this run.
+                # The steps of retries and file opens vary, so the step can be absent in this run.
                 if cell.step or cell.problems:
                     yield cell
 
@@ -216,7 +217,9 @@ class _ScenarioRunner:
                 fault, faulted, later, outcomes, writable=is_open and not refuses
             )
         elif any(outcome.error is not None for outcome in outcomes):
-            problems.append(f"errors without a fault: {[outcome.error for outcome in outcomes]}")
+            problems.append(
+                f"no fault was injected, but calls raised {[outcome.error for outcome in outcomes]}"
+            )
         if problems:
             self._reset()
         label = faulted.label if faulted is not None else ""
@@ -233,7 +236,7 @@ def _title(fault: Fault | None) -> tuple[str, str]:
 
 
 def _call_all(operations: Sequence[Operation]) -> list[Outcome]:
-    """Run the operations: a single one in this thread, several in one thread each."""
+    """Run a single operation in this thread; run each of several operations in its own thread."""
     if len(operations) == 1:
         return [_call(operations[0])]
     outcomes = [Outcome(AssertionError("hung")) for _ in operations]

@@ -38,7 +38,7 @@ class Operation(NamedTuple):
     """One call of one caller.
 
     ``effect`` computes the effect of the call from the stored records.
-    ``touches`` selects the records that the call may change.
+    ``touches`` selects the records that the call is allowed to change.
     """
 
     call: Callable[[], object]
@@ -49,10 +49,10 @@ class Operation(NamedTuple):
 class Scenario(NamedTuple):
     """The operations that run under a fault.
 
-    ``prepare`` runs without faults and returns the operations.  If there are several,
-    each operation runs in its own thread.  ``stale`` means that another writer has
-    committed, so the registry is stale until its next use.  With ``new_ledger`` every
-    run starts on storage without a ledger.
+    ``prepare`` runs without faults and returns the operations.  If there are several
+    operations, each operation runs in its own thread.  ``stale`` means that another
+    writer has committed, so the registry is stale until its next use.  If ``new_ledger``
+    is true, every run starts on storage without a ledger.
     """
 
     name: str
@@ -75,7 +75,7 @@ def _labelled(label: str) -> Callable[[TaskRecord], bool]:
 
 
 def _effect_of(flags: Iterable[bool]) -> Effect:
-    """Return the effect of a call; each flag is true if one of its changes is stored."""
+    """Return the effect of a call; each flag says whether one change of the call is stored."""
     distinct = set(flags)
     if len(distinct) > 1:
         return Effect.PARTIAL

@@ -17,10 +17,10 @@ _SHORT = {
 }
 
 LEGEND = (
-    "A cell shows the result of the call, with the fault before/after the step: ok or "
+    "A cell shows the result with the fault before the step / after the step: ok or "
     + ", ".join(f"{short} = {name}" for name, short in _SHORT.items())
     + f". {REFUSES.strip()}: the instance then refuses writes until the ledger is reopened. "
-    "WRONG: see the lines below. Blank: the fault cannot occur, or was not tried."
+    "WRONG: see the lines below. Blank: the fault cannot occur or was not tried."
 )
 
 
@@ -65,7 +65,7 @@ def counts(cells: Sequence[Cell]) -> str:
     steps = len({(cell.scenario, cell.number) for cell in faulted})
     return (
         f"{len(faulted)} faults at {steps} steps of {scenarios} scenarios: "
-        f"{f'{wrong} WRONG' if wrong else 'each reported by a named error, memory equals disk'}"
+        f"{f'{wrong} WRONG' if wrong else 'a named error for each fault, and memory equals disk'}"
     )
 
 

@@ -37,13 +37,13 @@ def check_callers(
         effect = operation.effect(after.snapshot.records)
         error = outcome.error
         if effect is Effect.PARTIAL:
-            problems.append(f"the caller got {outcome.name}, and the change is partly stored")
+            problems.append(f"the caller got {outcome.name}, but the change is partly stored")
         elif error is None and effect is Effect.NONE:
-            problems.append("the change was acknowledged and is not stored")
+            problems.append("the change was acknowledged but is not stored")
         elif error is not None and not isinstance(error, TaskStoreError):
             problems.append(f"the caller got {error!r}, which is not a TaskStoreError")
         elif effect is Effect.APPLIED and not isinstance(error, OutcomeUnknownError | NoneType):
-            problems.append(f"the caller got {outcome.name}, and the change is stored")
+            problems.append(f"the caller got {outcome.name}, but the change is stored")
 
     def unrelated(stored: State) -> dict[str, TaskRecord]:
         records = stored.snapshot.records
@@ -69,7 +69,7 @@ def check_failed_sync(
     *,
     writable: bool,
 ) -> list[str]:
-    """Return a problem if the store ignored a failed fsync [4]; ``later`` are the later steps."""
+    """Return a problem if the store ignored a failed fsync [4]; ``later`` has the later steps."""
     if faulted is None or not fault.fails_sync(faulted):
         return []
     if all(outcome.error is None for outcome in outcomes):
@@ -77,10 +77,10 @@ def check_failed_sync(
         is_group = faulted.is_new and len(outcomes) > 1
         if is_group and any(step.label == faulted.label for step in later):
             return []
-        return [f"{faulted.label} failed, and no caller got an error"]
+        return [f"{faulted.label} failed, but no caller got an error"]
     on_a_file = faulted.name == "commit" or not _is_directory(faulted.resource)
     if on_a_file and not faulted.is_new and writable:
-        return [f"{faulted.label} failed, and the instance still accepts writes"]
+        return [f"{faulted.label} failed, but the instance still accepts writes"]
     return []
 
 
@@ -91,7 +91,7 @@ def _is_directory(path: Any) -> bool:
 def write_again(
     harness: Harness, operations: Sequence[Operation], after: State
 ) -> tuple[bool, list[str]]:
-    """Write again, and reopen the ledger if the store refuses; return (refused, problems)."""
+    """Write again; if the store refuses, reopen the ledger.  Return (refused, problems)."""
     refuses, problems = False, []
     error = _write_error(harness)
     if error is not None:
@@ -108,7 +108,7 @@ def write_again(
         if error is not None:
             problems.append(f"after a reopen, the next write raised {error!r}")
     registry = harness.opened()
-    with registry.batch():  # the records of this run would slow down later runs
+    with registry.batch():  # deletes the records that would slow down later runs
         for record in registry.list():
             if record.label == PROBE_LABEL or any(op.touches(record) for op in operations):
                 registry.delete(record.task_id)

@@ -1,9 +1,8 @@
 """Power loss tests for file-based stores: possible crash states and their checks.
 
-A store that changes its files through a :class:`~taskstore.store.disk.Disk` can
-run on a recorded disk.  From the recorded operations, the survey builds the
-states that a power loss may leave at any moment, and opens the ledger in each
-state::
+A store that changes its files through a :class:`~taskstore.store.disk.Disk` can run on a
+recorded disk.  From the recorded operations, the survey builds the states that a power
+loss can leave at any moment, and opens the ledger in each state::
 
     def open_on(directory, disk, *, read_only):
         return MyStore(directory, disk=disk, read_only=read_only)
@@ -13,7 +12,7 @@ state::
     assert not result.problems
 
 :mod:`~taskstore.testing.powerloss.model` defines the crash states, and
-:mod:`~taskstore.testing.powerloss.expected` checks each of them.
+:mod:`~taskstore.testing.powerloss.expected` checks each state.
 ``python -m taskstore.testing.powerloss`` checks the JSON and SQLite stores.
 """
 

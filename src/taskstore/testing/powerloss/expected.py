@@ -28,10 +28,10 @@ class OpenOn(Protocol):
 
 
 class Expected(Struct, frozen=True, eq=False):
-    """Content that a ledger may have after a power loss.
+    """Content that a ledger is allowed to have after a power loss.
 
-    ``exists`` is true if there is a ledger.  No file may contain an item of ``erased``;
-    for each item of ``kept``, some file must contain the item.
+    ``exists`` is true if there is a ledger.  Files must not contain any item of
+    ``erased``.  Each item of ``kept`` must be in a file.
     """
 
     content: Model
@@ -64,7 +64,9 @@ class Actual(NamedTuple):
         assert not snapshot.quarantined, f"quarantined: {snapshot.quarantined[0].reason}"
         if not isinstance(store, SupportsJournal):
             return cls(snapshot.seq, dict(snapshot.records), None, ())
-        assert store.head() == snapshot.seq, f"head() is {store.head()}, loaded seq {snapshot.seq}"
+        assert store.head() == snapshot.seq, (
+            f"head() is {store.head()}, load_snapshot() has seq {snapshot.seq}"
+        )
         floor = store.floor()
         entries = [
             (entry.seq, entry.kind, entry.task_id, entry.revision, entry.record)
@@ -101,7 +103,7 @@ def check(open_on: OpenOn, directory: Path, allowed: Sequence[Expected]) -> str 
             actual = Actual.of(store)
             if not any(actual.matches(option) for option in matching):
                 read = _text(matching[0].content)
-                return f"a writer reads {_text(actual)}, a read-only instance read {read}"
+                return f"a writer reads {_text(actual)}, but a read-only instance read {read}"
             record = make_record(label="after the power loss")
             commit = store.apply([Put(record)])
             if commit.first_seq != actual.head + 1:

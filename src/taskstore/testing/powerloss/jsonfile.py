@@ -23,7 +23,7 @@ def open_unsynced(directory: Path, disk: Disk, *, read_only: bool) -> JSONStore:
 
 
 def torn_line(workload: Workload) -> None:
-    """A torn line is truncated from the journal; a file next to the journal keeps its bytes."""
+    """The store removes a torn line from the journal, and keeps the bytes in another file."""
     store = new_ledger(workload)
     lost = "torn, but kept " * 40
     workload.apply(store, Put(make_record(task=lost)), failpoint=kill("pwrite", written=600))

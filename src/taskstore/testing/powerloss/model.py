@@ -1,25 +1,25 @@
-"""The crash model: the file states that a power loss may leave.
+"""The crash model: the file states that a power loss can leave.
 
 Only data that an fsync flushed to disk is certain after a power loss:
 
-- ``fsync`` or ``fdatasync`` of a file makes its bytes and its length durable, but not
-  its name.  ``fsync`` of a directory makes the names in the directory durable, but not
-  the content of the files.  (POSIX guarantees no more; the manual page of ``fsync(2)``
-  on Linux warns that the name may be missing.)
-- Each other change has reached the disk or not, in any order, because the kernel writes
-  back at any time, and drives reorder writes.
+- ``fsync`` or ``fdatasync`` of a file makes its bytes and its length durable, but not its
+  name.  ``fsync`` of a directory makes the names in the directory durable, but not the
+  content of the files.  (POSIX guarantees only this; the manual page of ``fsync(2)`` on
+  Linux warns that the name can be missing.)
+- Each other change can be on disk or missing, in any combination, because the kernel
+  writes back at any time, and drives reorder writes.
 
-So at any moment, the changes since the last fsync leave these possibilities:
+So a power loss at any moment has these possible results:
 
-- Each **block of 512 bytes** has its content at the last fsync or after any later write.
-  A drive writes a block completely or not at all (SQLite relies on the same property).
-  A longer write can be torn at any block boundary, and a later block can be present
-  while an earlier block is missing.
-- The **length** of a file is its length at the last fsync or after any later write or
-  truncation, or any 512-byte boundary that a write crossed.  Bytes within the length
-  that were not written are zeros, as on ext4 (``ordered``), XFS and btrfs.  File systems
-  that show old bytes of other files in a block (ext4 with ``data=writeback``) are
-  outside the model.
+- Each **block of 512 bytes** has the content that it had at the last fsync or after any
+  later write.  A drive writes a block completely or not at all (SQLite relies on the same
+  property).  A longer write can be torn at any block boundary, and a later block can be
+  present while an earlier block is missing.
+- The **length** of a file is one of these: (a) the length at the last fsync; (b) the
+  length after a later write or truncation; (c) a 512-byte boundary that a later write
+  crossed.  Bytes within the length that were not written are zeros, as on ext4
+  (``ordered``), XFS and btrfs.  File systems that show old bytes of other files in a
+  block (ext4 with ``data=writeback``) are outside the model.
 - Any subset of the changes of **names** in a directory (creation, renaming, removal) is
   present.  ext4 and XFS journal these changes in order, so only the last changes can be
   missing.  btrfs logs a single file at its fsync, so a later change can be present
@@ -27,17 +27,17 @@ So at any moment, the changes since the last fsync leave these possibilities:
   any subset.  A rename is atomic: the file always has exactly one of the two names.
 
 If an fsync fails and a later fsync succeeds, the model treats the earlier writes as
-durable, although Linux may have dropped the pages.  So the model cannot show that a store
-relies on its earlier writes after a failed fsync; a store must not do so.
+durable, although Linux can have dropped the pages.  After a failed fsync, a store must
+not rely on its earlier writes, but the model cannot detect a store that does.
 
 Pillai and others, "All File Systems Are Not Created Equal" (OSDI 2014), list the
 behaviour of each file system.  The model allows more states than any of these file
-systems, so it can require an fsync that one of the file systems does not need.
+systems, so the model can require an fsync that one of the file systems does not need.
 
 A crash state is one combination of these possibilities.  If a crash point has few
-combinations, all combinations are built.  Otherwise a sample is built: all changes
-missing, all changes present, both of these with one choice different, and random
-combinations with a fixed seed.
+combinations, all combinations are built.  Otherwise a sample is built: the two
+combinations with all changes missing and with all changes present, variants of these two
+that differ in one choice, and random combinations with a fixed seed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ from taskstore.testing.powerloss.recorder import (
 )
 
 BLOCK = 512
-"""The size of an atomic write of a drive, in bytes."""
+"""The number of bytes that a drive writes atomically."""
 
 _PAST_IMAGES = 8
 """How many past images of a file are kept since its last fsync."""
@@ -79,7 +79,7 @@ Tree = dict[str, bytes | None]
 
 
 class CrashState(NamedTuple):
-    """One state that a power loss may leave: the files, and a list of the missing changes."""
+    """One state that a power loss can leave: the files, and a list of the missing changes."""
 
     tree: Tree
     missing: str
@@ -306,7 +306,7 @@ class Model:
         return CrashPoint(number, expected, possible, exhaustive, states())
 
     def _sample(self, axes: Sequence[int], nodes: Sequence[int]) -> Iterator[Sequence[int]]:
-        """Yield the combinations most likely to break a store, and some random ones."""
+        """Yield the combinations that most likely break a store, and some random combinations."""
         old, new = [0] * len(axes), [size - 1 for size in axes]
         chosen = [old, new, *self._past_states(new, nodes)][: self._max_states // 3]
         for base, share in ((new, 0.7), (old, 0.85)):
@@ -323,7 +323,7 @@ class Model:
             yield [self._rng.randrange(size) for size in axes]
 
     def _past_states(self, new: list[int], nodes: Sequence[int]) -> Iterator[list[int]]:
-        """Yield the choices with a past image of one file and the new state of all other files."""
+        """Yield choices: one file has a past image, and all other files have their new state."""
         begin = 0
         for number in nodes:
             node = self._nodes[number]

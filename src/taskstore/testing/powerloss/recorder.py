@@ -89,7 +89,7 @@ class Failpoint(Struct):
     """Makes a step of a disk fail with ``error``, after ``after`` successful steps of that name.
 
     A failing write first writes ``written`` bytes.  :class:`KilledError`
-    simulates a kill of the process: its later steps have no effect.
+    simulates a kill of the process: later steps of the process have no effect.
     """
 
     step: str
@@ -99,7 +99,7 @@ class Failpoint(Struct):
 
 
 class Recorder:
-    """The trace of one file system below ``root``, an empty directory.
+    """Records the operations on the files below ``root``, which must be an empty directory.
 
     Each process of the workload has its own disk from :meth:`disk`.  ``trace`` has
     the operations in order.  ``steps`` counts the operations by the method names of
@@ -130,7 +130,7 @@ class Recorder:
         return RecordedDisk(self, omits or (lambda *_: False))
 
     def expect(self, allowed: object) -> None:
-        """Record the content that a power loss may leave from now on."""
+        """Record the content that a power loss is allowed to leave from now on."""
         with self.lock:
             self.trace.append(Expects(allowed))
 

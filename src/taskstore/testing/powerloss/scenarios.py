@@ -13,10 +13,10 @@ from taskstore.testing.powerloss.recorder import Failpoint, KilledError
 from taskstore.testing.powerloss.workload import KEEP_ALL, Workload
 
 TRIM = CompactionPolicy(force=True, history_s=0, history_entries=0, keep_snapshots=1)
-"""Keeps no history."""
+"""A policy that keeps no history."""
 
 ERASE = CompactionPolicy(erase_deleted=True)
-"""Keeps no history, and no bytes of deleted records."""
+"""A policy that keeps no history and no bytes of deleted records."""
 
 LONG = "x" * 3_000
 """A text that makes a commit several blocks long."""
@@ -89,7 +89,7 @@ def failing_steps(workload: Workload) -> None:
 
 
 def killed_in_commit(workload: Workload) -> None:
-    """Processes are killed during a commit; then a running or a new process writes."""
+    """Processes are killed during a commit; then another process, running or new, writes."""
     witness = new_ledger(workload)
     for failpoint in (kill("sync_data"), kill("pwrite", written=800), kill("pwrite")):
         store = workload.open()
@@ -106,7 +106,7 @@ def killed_in_commit(workload: Workload) -> None:
 
 
 def alternating_writers(workload: Workload) -> None:
-    """Two writers alternate and rely on each other's fsyncs; one is killed before its fsync."""
+    """Two writers rely on each other's fsyncs in turn; one writer is killed before its fsync."""
     store, other = new_ledger(workload), workload.open()
     for _ in range(2):
         workload.apply(other, change(workload, label="by the other"))

@@ -2,20 +2,20 @@
 
 SQLite's file operations cannot be recorded.  Instead, a writer pauses after each
 acknowledged commit while its database and WAL are copied; the writer is killed during the
-last commit.  A power loss may lose the changes since the last copy.  Which of these
-changes reached the disk depends on the fsyncs of SQLite (``wal.c``,
-https://www.sqlite.org/wal.html and atomiccommit.html, ``synchronous=FULL``):
+last commit.  A power loss can lose the changes since the last copy.  The fsyncs of SQLite
+determine which of these changes are on disk (``wal.c``, https://www.sqlite.org/wal.html
+and atomiccommit.html, ``synchronous=FULL``):
 
-- A commit appends frames to the WAL and flushes them to disk with one fsync.  Before that
-  fsync, each 512-byte block of the frames may be present, missing, torn, zeros or
-  garbage; the checksums of the WAL must detect this.  The file may have its old length
-  or any greater length.
+- A commit appends frames to the WAL and flushes the frames to disk with one fsync.
+  Before that fsync, each 512-byte block of the frames can be present, missing, torn,
+  zeros or garbage; the checksums of the WAL must detect every bad block.  The file can
+  have its old length or any greater length.
 - When all frames are copied to the database, the next writer restarts the WAL.  The
   writer writes a new header, and flushes it to disk before it writes frames.  So the WAL
   is the old WAL, or has the new header and any part of the new frames.
 - A checkpoint flushes the WAL to disk, writes pages to the database and flushes the
-  database; only then may the WAL restart.  So if the database has changed, the whole WAL
-  is on disk, and each block of the database is old or new.
+  database; only then can a writer restart the WAL.  So if the database has changed, the
+  whole WAL is on disk, and each block of the database is old or new.
 - The shared memory (``-shm``) is always lost; SQLite rebuilds it from the WAL.
 
 There must be a single writer, and every commit except the last must be acknowledged.
@@ -75,7 +75,7 @@ class Files(NamedTuple):
 
 
 class CrashState(NamedTuple):
-    """One state that a power loss may leave: its kind, and a list of the missing blocks."""
+    """One state that a power loss can leave: its kind, and a list of the missing blocks."""
 
     files: Files
     kind: str
@@ -103,12 +103,12 @@ class SQLiteSurvey(Struct):
 def crash_states(
     before: Files, after: Files, *, max_states: int, rng: random.Random
 ) -> Iterator[CrashState]:
-    """Yield states that a power loss may leave between two acknowledged commits.
+    """Yield states that a power loss can leave between two acknowledged commits.
 
-    ``before`` or ``after`` may also be the files of the killed writer.  At most
-    ``max_states`` states of the WAL and as many of the database are drawn by ``rng``:
-    one block missing, one block present, prefixes of the writes, and random
-    combinations.
+    ``before`` or ``after`` can also be the files of the killed writer.  ``rng`` draws at
+    most ``max_states`` states of the WAL, and at most ``max_states`` states of the
+    database: with one block missing, with one block present, with a prefix of the writes,
+    and random combinations.
     """
     yield CrashState(after, "all writes")
     if after.wal != before.wal:

@@ -40,9 +40,9 @@ _SHOWN = 5
 class Survey(Struct, kw_only=True):
     """The counts of a survey, and the problems.
 
-    ``crash_points`` counts the simulated power losses, and ``exhaustive`` the power
-    losses of which every state was built.  ``possible`` counts the states that the model
-    allows, ``built`` the built states, and ``opened`` the distinct states that were
+    ``crash_points`` counts the simulated power losses, and ``exhaustive`` counts the
+    power losses for which every state was built.  ``possible`` counts the states that the
+    model allows, ``built`` the built states, and ``opened`` the distinct states that were
     opened.  ``steps`` counts the file operations of the workloads, and ``sites`` counts
     the operations by call site.
     """
@@ -70,7 +70,7 @@ class Survey(Struct, kw_only=True):
                 f"crash points         {self.crash_points}, {self.exhaustive} with every state",
                 f"states possible      {_number(self.possible)}",
                 f"states built         {self.built}",
-                f"states opened        {self.opened} distinct ones, in {self.seconds:.1f} s",
+                f"states opened        {self.opened} distinct states, in {self.seconds:.1f} s",
                 f"problems             {len(self.problems) or 'none'}",
                 *(f"  {problem}" for problem in self.problems[:_SHOWN]),
             ]
@@ -90,8 +90,9 @@ def survey(
 
     ``open_on`` opens the store; each of ``scenarios`` runs on a new ledger.  At most
     ``max_states`` states of a crash point are opened; larger sets are sampled with
-    ``seed``.  ``stop`` ends the survey at the first problem.  ``omits`` omits fsyncs,
-    so that a test can show that each fsync is needed (:meth:`Recorder.disk`).
+    ``seed``.  If ``stop`` is true, the survey ends at the first problem.  ``omits``
+    selects fsyncs to omit; a test can so show that each fsync is needed
+    (:meth:`Recorder.disk`).
     """
     started = time.monotonic()
     result = Survey()
@@ -130,7 +131,7 @@ def _states(
 ) -> Iterator[tuple[int, CrashState, Sequence[Expected]]]:
     """Yield the crash states that differ in their files or in their allowed content."""
     allowed: Sequence[Expected] = ()
-    # An omitted fsync has an effect until the next fsync or the removal of the same file.
+    # An omitted fsync has an effect until the same file is flushed by an fsync or removed.
     unsynced: set[int] = set()
     done = 0
     yielded: set[tuple[bytes, tuple[int, ...]]] = set()

@@ -23,15 +23,15 @@ from taskstore.testing.powerloss.recorder import (
 )
 
 KEEP_ALL = CompactionPolicy(force=True)
-"""Keeps all history.  A workload uses this policy or a policy that keeps no history."""
+"""A policy that keeps all history.  A workload uses it or a policy that keeps no history."""
 
 
 class Workload:
     """Processes that change one ledger, and the content expected after each change.
 
-    Each change records in the trace the content that a power loss may leave.  During
-    the change, the old and the new content are allowed.  After the change, only the
-    acknowledged content is allowed.
+    Each change records in the trace the content that a power loss is allowed to leave.
+    During the change, the old and the new content are allowed.  After the change, only
+    the acknowledged content is allowed.
     """
 
     def __init__(self, recorder: Recorder, open_on: OpenOn, omits: Omits | None = None) -> None:
@@ -48,7 +48,7 @@ class Workload:
         return self._recorder.disk(self._omits)
 
     def open(self, open_on: OpenOn | None = None) -> TaskRegistryStore:
-        """Open the ledger in a new process, by ``open_on`` if given."""
+        """Open the ledger in a new process; ``open_on`` replaces the workload's ``open_on``."""
         disk = self.disk()
         store = (open_on or self.open_on)(self.directory, disk, read_only=False)
         self._disks[id(store)] = disk
@@ -65,7 +65,7 @@ class Workload:
     def observe(self, store: TaskRegistryStore) -> None:
         """Read the ledger after a kill, and find which allowed content is present.
 
-        A power loss may still lose content that was only read, but no acknowledged change.
+        A power loss can still lose content that was only read, but no acknowledged change.
         """
         actual = Actual.of(store)
         matching = [expected for expected in self._allowed if actual.matches(expected)]
@@ -93,7 +93,7 @@ class Workload:
         failpoint: Failpoint | None = None,
         durable: bool = True,
     ) -> None:
-        """Commit a batch.  Without ``durable``, a power loss may lose the batch."""
+        """Commit a batch.  If ``durable`` is false, a power loss is allowed to lose the batch."""
         after = self._copy()
         after.commit(list(changes))
         self._run(store, after, lambda: store.apply(changes), failpoint, durable=durable)
@@ -116,9 +116,9 @@ class Workload:
         erases: tuple[bytes, ...] = (),
         failpoint: Failpoint | None = None,
     ) -> None:
-        """Compact if the store supports compaction; ``policy`` keeps all history or none.
+        """Compact if the store supports compaction; ``policy`` keeps all or no history.
 
-        After the compaction, no file may contain the bytes of ``erases``.
+        After the compaction, files must not contain the bytes of ``erases``.
         """
         if not isinstance(store, SupportsCompaction):
             return

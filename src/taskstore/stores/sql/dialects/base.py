@@ -16,8 +16,8 @@ from sqlalchemy.sql.expression import Executable
 from taskstore.errors import StoreUnavailableError, ValidationError
 from taskstore.store.opening import scheme_of
 from taskstore.stores.sql.errors import ErrorKind, Translator
-from taskstore.stores.sql.rows import Claimed
-from taskstore.stores.sql.statements import ROW_COUNTS, Statements
+from taskstore.stores.sql.rows import ClaimedSeqs
+from taskstore.stores.sql.statements import BATCH_SIZES, Statements
 from taskstore.stores.sql.tables import SCHEMA_EPOCH
 
 log = logging.getLogger("taskstore")
@@ -26,7 +26,7 @@ LOCK_TIMEOUT_S = 30
 """The timeout of table and schema locks and of idle transactions, in seconds."""
 
 WRITE_LOCK_TIMEOUT_S = 15
-"""How long one attempt waits for the write lock, in seconds.  After two attempts, the
+"""The timeout of one attempt to get the write lock, in seconds.  After two attempts, the
 caller can see whether the other writers make progress."""
 
 _LOCATION_OPTIONS = ("host", "port", "unix_socket")
@@ -40,12 +40,12 @@ _Row = TypeVar("_Row")
 
 
 def row_groups(rows: Sequence[_Row]) -> Sequence[Sequence[_Row]]:
-    """Split rows into groups; a compiled statement exists for the size of each group."""
+    """Split rows into groups of sizes for which a compiled statement exists."""
     if len(rows) == 1:
         return (rows,)
     groups: list[Sequence[_Row]] = []
     start, left = 0, len(rows)
-    for size in ROW_COUNTS:
+    for size in BATCH_SIZES:
         while left >= size:
             groups.append(rows[start : start + size])
             start += size
@@ -59,10 +59,10 @@ def flat_parameters(rows: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
 
 
 class Session:
-    """One connection in driver-level autocommit, and its driver cursor.
+    """One connection in the driver's autocommit mode, and its driver cursor.
 
-    All statements run on this cursor, also Core statements.  Statements do not run
-    through SQLAlchemy, because a host's engine may have listeners that begin a
+    All statements, including Core statements, run on this cursor.  Statements do not run
+    through SQLAlchemy, because a host's engine can have listeners that begin a
     transaction when SQLAlchemy begins one.
     The ``restore_statements`` restore the settings of a host's connection after use.
     """
@@ -121,7 +121,7 @@ class Session:
         return rows[0][0] if rows else None
 
     def _compiled(self, statement: Executable) -> tuple[str, tuple[Any, ...]]:
-        # Each Executable built here has a compile method, which its type does not declare.
+        # Every statement here has a method compile, but the type Executable does not declare it.
         compiled = statement.compile(  # type: ignore[attr-defined]
             dialect=self._dialect, compile_kwargs={"render_postcompile": True}
         )
@@ -133,13 +133,13 @@ class Guard(Protocol):
     """Detects that an open file was moved, removed, replaced or changed."""
 
     def check(self) -> None:
-        """Raise a :class:`~taskstore.StoreUnavailableError` if the file is not the opened file.
+        """Raise a :class:`~taskstore.StoreUnavailableError` if the guard detects a change.
 
         The check is cheap: the store checks before each commit and after each read.
         """
 
     def check_fully(self) -> None:
-        """Check the files as :meth:`check` does, without the shortcut of :meth:`check`."""
+        """Check the files even in cases in which :meth:`check` skips the files."""
 
 
 class Database:
@@ -153,7 +153,7 @@ class Database:
     """The extra of taskstore that installs the driver; empty if the driver needs no extra."""
     driver: ClassVar[str]
     """The driver for which the statements are compiled."""
-    compiler: ClassVar[Dialect]
+    sa_dialect: ClassVar[Dialect]
     statements: ClassVar[type[Statements]] = Statements
     sql: Statements
     """The compiled statements, shared by all databases of the dialect."""
@@ -165,7 +165,7 @@ class Database:
     """True if each DDL statement commits by itself.  After a killed migration, the
     effects of its completed statements remain."""
     waits_for_locks: ClassVar[bool] = True
-    """True if the database makes a transaction wait for a lock; if false, the store retries."""
+    """True if a transaction waits for a lock in the database; if false, the store retries."""
     generation = 0
     """The number of possible failovers so far."""
     guard: Guard | None = None
@@ -194,7 +194,7 @@ class Database:
 
     @classmethod
     def open(cls, url: str, *, durability: str, read_only: bool) -> Database:
-        """Return the database that a URL of this dialect names, with its own engine."""
+        """Return the database that a URL of this dialect names, with a new engine."""
         parsed = parse(url)
         try:
             return cls.connect(parsed, durability=durability, read_only=read_only)
@@ -206,12 +206,12 @@ class Database:
 
     @classmethod
     def connect(cls, url: sa.URL, *, durability: str, read_only: bool) -> Database:
-        """Return the database of a server's URL, with its own engine."""
+        """Return the database of a server's URL, with a new engine."""
         raise AssertionError(url, durability, read_only)
 
     def __init_subclass__(cls) -> None:
         Database.dialects.update(dict.fromkeys(cls.names, cls))
-        cls.sql = cls.statements(cls.compiler)
+        cls.sql = cls.statements(cls.sa_dialect)
 
     def _location(self) -> str:
         url = self.engine.url
@@ -274,17 +274,17 @@ class Database:
         """Roll back the transaction if one is open; raise if the connection is broken."""
         raise AssertionError(session)
 
-    def claim(self, session: Session, count: int, now: int, base: int) -> Claimed | None:
+    def claim_seqs(self, session: Session, count: int, now: int, base: int) -> ClaimedSeqs | None:
         """Claim seqs under the head lock, and read the id of the commit at seq ``base``.
 
         Returns ``None`` if the schema epoch is too new for this version to write.
         """
         rows = session.rows(self.sql.claim, (count, now, now, SCHEMA_EPOCH, base))
-        return Claimed(*rows[0][:4]) if rows else None
+        return ClaimedSeqs(*rows[0][:4]) if rows else None
 
     def insert(self, session: Session, rows: Sequence[tuple[Any, ...]], floor: int) -> int:
-        """Insert new tasks whose ids and dedup keys are free and whose ids were not deleted
-        since ``floor``; return the number of new rows.  :meth:`row_groups` made ``rows``."""
+        """Insert each task of ``rows`` (a group of :meth:`row_groups`) if its id and dedup key
+        are free and the id was not deleted since ``floor``; return the number of new rows."""
         parameters = (*flat_parameters(rows), floor)
         return session.execute_dml(self.sql.insert_tasks(len(rows)), parameters)
 
@@ -294,7 +294,7 @@ class Database:
     def check_integrity(self, connection: sa.Connection) -> None:
         """Raise :class:`~taskstore.CorruptStoreError` if the database file is damaged."""
 
-    def erase(self, session: Session) -> None:
+    def scrub_deleted(self, session: Session) -> None:
         """Erase deleted bytes that are still in the files of the database."""
 
     def close(self) -> None:
@@ -319,14 +319,15 @@ def host_database(engine: sa.Engine, *, durability: str, read_only: bool) -> Dat
     if dialect is None or engine.dialect.driver != dialect.driver:
         known = ", ".join(f"{name}+{dialect.driver}" for name, dialect in Database.dialects.items())
         raise ValidationError(
-            "engine", f"uses {engine.dialect.name}+{engine.dialect.driver}; supported: {known}"
+            "engine",
+            f"uses {engine.dialect.name}+{engine.dialect.driver}; supported engines: {known}",
         )
     _refuse_unescaped_at_sign("engine", engine.url)
     return dialect(engine, owned=False, durability=durability, read_only=read_only)
 
 
 def open_database(url: str, *, durability: str = "full", read_only: bool = False) -> Database:
-    """Return the database of a URL.  A missing SQLite file is created, private to its owner.
+    """Return the database of a URL.  If an SQLite file is missing, create a private file.
 
     Raises :class:`~taskstore.ValidationError` for an unsupported URL, and
     :class:`~taskstore.StoreUnavailableError` for an unusable path.
@@ -341,25 +342,25 @@ def open_database(url: str, *, durability: str = "full", read_only: bool = False
 
 
 def parse(url: str) -> sa.URL:
-    """Parse the URL of a server; raise :class:`~taskstore.ValidationError` for another URL."""
+    """Parse the URL of a server; raise :class:`~taskstore.ValidationError` for all other URLs."""
     try:
         parsed = sa.make_url(url)
         dialect = Database.dialects.get(parsed.get_backend_name())
         driver = parsed.get_driver_name()
     except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError, ValueError):
-        # Raised from None: the cause may contain the URL with the password.
+        # Raised from None, because the cause can contain the URL with the password.
         reason = "is not a database URL"
         if _SEVERAL_HOSTS.search(url):
-            reason += "; write several hosts as ?host=one:5432&host=two:5432"
+            reason += "; write several hosts as '?host=one:5432&host=two:5432'"
         raise ValidationError("url", reason) from None
     _refuse_unescaped_at_sign("url", parsed)
     if dialect is None or driver != dialect.driver:
         servers = (item for item in Database.dialects.items() if item[1].extra)
         known = ", ".join(["sqlite:", *(f"{name}+{kind.driver}:" for name, kind in servers)])
-        raise ValidationError("url", f"uses {parsed.drivername}:; supported: {known}")
+        raise ValidationError("url", f"uses '{parsed.drivername}:'; supported URLs: {known}")
     return parsed
 
 
 def _refuse_unescaped_at_sign(name: str, url: sa.URL) -> None:
     if "@" in (url.host or ""):
-        raise ValidationError(name, "has an @ in its user name or password: write the @ as %40")
+        raise ValidationError(name, "has an '@' in its user name or password: write '%40' instead")

@@ -29,7 +29,7 @@ from taskstore.stores.sql.dialects.base import (
     row_groups,
 )
 from taskstore.stores.sql.errors import mariadb_error_kind
-from taskstore.stores.sql.rows import Claimed
+from taskstore.stores.sql.rows import ClaimedSeqs
 from taskstore.stores.sql.statements import (
     CLAIM_COLUMNS,
     Statements,
@@ -42,10 +42,10 @@ MIN_VERSION = (10, 6)
 """The first version in which CREATE TABLE is atomic."""
 
 COLLATION = "utf8mb4_nopad_bin"
-"""The collation of ``tables.py``, which orders by code point and compares trailing spaces."""
+"""The collation of ``tables.py``; it orders by code point and compares trailing spaces."""
 
 _SQL_MODE = "SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'"
-"""With this mode, values that do not fit are errors, and the SQL syntax is MariaDB's own."""
+"""With this mode, a value that does not fit is an error, and the SQL syntax is MariaDB's."""
 
 _SERVER_SETTINGS = """
 SELECT @@max_allowed_packet, @@innodb_flush_log_at_trx_commit, @@log_bin, @@sync_binlog"""
@@ -65,7 +65,8 @@ WHERE conn.db = DATABASE() AND conn.id <> CONNECTION_ID()
 the privilege PROCESS."""
 
 _INCOMPATIBLE_SQL_MODES = {"EMPTY_STRING_IS_NULL", "ORACLE"}
-"""Refused modes: they change our statements' meaning, and reads do not set ``sql_mode``."""
+"""The store refuses these modes: they change the meaning of statements, and a read does not
+set ``sql_mode``."""
 
 _SCHEMA_LOCK = "CONCAT('taskstore.', MD5(DATABASE()))"
 
@@ -73,7 +74,7 @@ _MAX_ROW_BYTES = 16_000
 """The largest size of a row as text, without the payload, in bytes."""
 
 _DEFAULT_PACKET = 16 * 1024 * 1024
-_FOUND_ROWS = 2
+_CLIENT_FOUND_ROWS = 2
 
 
 class _Dialect(MariaDBDialect, MySQLDialect_pymysql):
@@ -95,11 +96,11 @@ class MariaDBStatements(Statements):
         return (sa.union_all(*rows) if count > 1 else rows[0]).subquery("new")
 
     def _same_key(self, stored: sa.ColumnElement[Any], new: Any) -> sa.ColumnElement[bool]:
-        # The collation is explicit, because a host's connection may use another.
+        # The collation is explicit, because a host's connection can have another collation.
         return stored == sa.collate(new, COLLATION)
 
     def _update_tasks(self, count: int) -> str:
-        # Writing an equal value updates no index, so the wide statement is enough.
+        # An unchanged value updates no index, so the wide statement is enough for several rows.
         return super()._update_tasks(1) if count == 1 else self._update_tasks_wide(count)
 
     def _count_deleted(self, count: int) -> str:
@@ -135,7 +136,7 @@ class MariaDBDatabase(Database):
     names = ("mysql", "mariadb")
     extra = "mysql"
     driver = "pymysql"
-    compiler = _Dialect(paramstyle="format")
+    sa_dialect = _Dialect(paramstyle="format")
     statements = MariaDBStatements
     sql: MariaDBStatements
     error_kind = staticmethod(mariadb_error_kind)
@@ -150,10 +151,10 @@ class MariaDBDatabase(Database):
     @classmethod
     def connect(cls, url: sa.URL, *, durability: str, read_only: bool) -> MariaDBDatabase:
         if not url.database:
-            raise ValidationError("url", "names no database: write the name after the host")
+            raise ValidationError("url", "names no database: write its name after the host")
         defaults = {"charset": "utf8mb4", "connect_timeout": 10, "program_name": "taskstore"}
         if url.query.get("charset", "utf8mb4") != "utf8mb4":
-            raise ValidationError("url", "has the option charset, which must be utf8mb4")
+            raise ValidationError("url", "has an option charset whose value is not 'utf8mb4'")
         try:
             engine = sa.create_engine(
                 url,
@@ -164,7 +165,7 @@ class MariaDBDatabase(Database):
                 connect_args={name: defaults[name] for name in defaults.keys() - url.query.keys()},
             )
         except (TypeError, ValueError):
-            # Raised from None: the cause may contain the URL with the password.
+            # Raised from None, because the cause can contain the URL with the password.
             raise ValidationError("url", "has an option that the driver rejects") from None
         _refuse_unknown_options(engine, url)
         database = cls(engine, owned=True, durability=durability, read_only=read_only)
@@ -208,18 +209,18 @@ class MariaDBDatabase(Database):
         if set(charsets) != {"utf8mb4"}:
             raise ValidationError(
                 "engine",
-                f"uses {', '.join(sorted({str(name) for name in charsets}))}, which cannot encode "
-                "every text: add charset=utf8mb4 to the engine's URL",
+                f"uses the charset {', '.join(sorted({str(name) for name in charsets}))}, which "
+                "cannot encode every text: add 'charset=utf8mb4' to the engine's URL",
             )
         if modes := _INCOMPATIBLE_SQL_MODES & set(mode.split(",")):
             raise ValidationError(
                 "engine", f"has the sql_mode {', '.join(sorted(modes))}: remove this mode"
             )
         raw: Any = connection.connection.driver_connection
-        if not raw.client_flag & _FOUND_ROWS:
+        if not raw.client_flag & _CLIENT_FOUND_ROWS:
             raise ValidationError(
                 "engine",
-                "counts changed rows, not matched rows: connect with "
+                "does not count matched rows that have not changed: connect with "
                 "client_flag=CLIENT.FOUND_ROWS, which is SQLAlchemy's default",
             )
 
@@ -230,24 +231,24 @@ class MariaDBDatabase(Database):
             return
         if self._max_packet < _DEFAULT_PACKET:
             self.add_notice(
-                f"{self.location}: max_allowed_packet is {self._max_packet}: records of some MiB "
-                f"cannot be stored; {_DEFAULT_PACKET} is enough for every record"
+                f"{self.location}: max_allowed_packet is {self._max_packet}, so records of several "
+                f"MiB cannot be stored; the value {_DEFAULT_PACKET} is enough for every record"
             )
         if self.durability == "full":
             self.add_notice(self._durability_notice(int(flush), int(sync) if binary_log else 1))
 
     def _durability_notice(self, flush: int, sync: int) -> str | None:
-        """Return a notice if these server settings may lose commits, or ``None``."""
+        """Return a notice if commits can be lost with these server settings; else ``None``."""
         settings = f"innodb_flush_log_at_trx_commit={flush}"
         if flush not in (1, 3):
-            lost = "power loss" if flush == 2 else "the server's death"  # noqa: PLR2004 - MariaDB's
+            lost = "power loss" if flush == 2 else "a server crash"  # noqa: PLR2004 - MariaDB's
         elif sync != 1:
             settings, lost = f"a binary log and sync_binlog={sync}", "power loss"
         else:
             return None
         return (
             f"{self.location}: durability=full was requested, but the server runs with {settings}: "
-            f"the last commits may not survive {lost}"
+            f"the last commits can be lost after {lost}"
         )
 
     # -- transactions --------------------------------------------------------
@@ -255,7 +256,7 @@ class MariaDBDatabase(Database):
     def begin_write(self, session: Session) -> None:
         # At READ COMMITTED, a statement reads the data that was committed when the
         # statement began.  A read after the head lock therefore sees the last commit.
-        # At REPEATABLE READ, the read would see the state before the lock wait.
+        # At REPEATABLE READ, the read would see the older state from before the lock wait.
         if not self.owned:
             [mode] = session.row("SELECT @@sql_mode")
             session.restore_statements = (f"SET SESSION sql_mode = '{mode}'",)
@@ -272,10 +273,10 @@ class MariaDBDatabase(Database):
     def rollback(self, session: Session) -> None:
         session.execute("ROLLBACK")
 
-    def claim(self, session: Session, count: int, now: int, base: int) -> Claimed | None:
+    def claim_seqs(self, session: Session, count: int, now: int, base: int) -> ClaimedSeqs | None:
         if not session.execute_dml(self.sql.claim, (count, now, now, SCHEMA_EPOCH)):
             return None
-        return Claimed(*session.row(self.sql.claimed, (base,)))
+        return ClaimedSeqs(*session.row(self.sql.claimed, (base,)))
 
     def insert(self, session: Session, rows: Sequence[tuple[Any, ...]], floor: int) -> int:
         # An existing id or dedup key violates a unique index; the caller handles the error.
@@ -298,7 +299,7 @@ class MariaDBDatabase(Database):
             yield rows
         elif len(rows) == 1:
             raise StoreUnavailableError(
-                f"{self.location}: a statement of up to {size} bytes may exceed the server's "
+                f"{self.location}: a statement of up to {size} bytes can exceed the server's "
                 f"max_allowed_packet={self._max_packet}; nothing was written",
                 hint=f"set max_allowed_packet to {_DEFAULT_PACKET}",
             )
@@ -310,7 +311,7 @@ class MariaDBDatabase(Database):
     # -- the schema ------------------------------------------------------------
 
     def lock_schema(self, connection: sa.Connection) -> None:
-        # DDL commits by itself, so the connection, not a transaction, owns the lock.
+        # A DDL statement ends the transaction, so the connection must own the lock.
         lock = f"SELECT GET_LOCK({_SCHEMA_LOCK}, {LOCK_TIMEOUT_S})"
         if connection.exec_driver_sql(lock).scalar() != 1:
             raise StoreBusyError(f"{self.location}: another process is changing the schema")
@@ -321,7 +322,7 @@ class MariaDBDatabase(Database):
 
 
 def _max_row_size(row: tuple[Any, ...]) -> int:
-    """Return the largest size of a row as text; a payload byte takes two characters."""
+    """Return the largest size of a row as text, with two characters for each payload byte."""
     return _MAX_ROW_BYTES + sum(2 * len(value) for value in row if isinstance(value, bytes))
 
 
@@ -347,4 +348,4 @@ def _refuse_unknown_options(engine: sa.Engine, url: sa.URL) -> None:
 
     _, options = engine.dialect.create_connect_args(url)
     if unknown := options.keys() - inspect.signature(Connection).parameters.keys():
-        raise ValidationError("url", f"has the option {min(unknown)}, unknown to the driver")
+        raise ValidationError("url", f"has an option that PyMySQL does not know: {min(unknown)}")

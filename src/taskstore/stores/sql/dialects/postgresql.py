@@ -38,16 +38,16 @@ WHERE held.relation = 'taskstore_head'::regclass AND held.granted
 class PostgreSQLStatements(Statements):
     """Statements that claim seqs and, if a listener exists, send a NOTIFY with the commit.
 
-    A commit with a NOTIFY owns a server-wide lock while the server flushes the commit
+    A transaction with a NOTIFY owns a server-wide lock while the server flushes its COMMIT
     to disk.  A ledger without listeners avoids this cost: each listener takes a shared
     advisory lock, and a claim tries to take this lock exclusively.  If the claim gets
-    the lock, there is no listener.  The lock is then owned until the transaction ends;
-    a new listener gets the lock, and then reads the head, only after the transaction.
+    the lock, there is no listener.  The transaction owns the lock until the transaction
+    ends.  A new listener can get the lock only then, and reads the head after that.
     """
 
     @cached_property
     def claim(self) -> str:
-        """The claim statement with a fifth column, which callers ignore."""
+        """The claim statement.  Its result has a fifth column, which callers ignore."""
         channel = f"'{_CHANNEL}' || taskstore_head.ledger_id"
         notification: sa.ColumnElement[Any] = sa.literal_column(
             f"CASE WHEN pg_try_advisory_xact_lock({_LISTENER_KEY.format(channel)}) THEN NULL "
@@ -56,7 +56,8 @@ class PostgreSQLStatements(Statements):
         return self._claim_returning(notification)
 
     lock_as_listener = f"SELECT pg_try_advisory_lock_shared({_LISTENER_KEY.format('%s')})"
-    """Take a listener's shared lock, so that writers notify.  The parameter is the channel."""
+    """Take a listener's shared lock; writers then send notifications.  The parameter is the
+    channel."""
     unlock_as_listener = f"SELECT pg_advisory_unlock_shared({_LISTENER_KEY.format('%s')})"
     """Release a listener's shared lock.  The parameter is the channel."""
 
@@ -68,8 +69,9 @@ class PostgreSQLStatements(Statements):
 
 _CONNECT_DEFAULTS: dict[str, object] = {
     "application_name": "taskstore",
-    # A host may disappear without closing its connections.  With these options a new
-    # connection fails after 5 s per host, an open connection after 25 s, instead of hours.
+    # A host can disappear without closing its connections.  With these options, a new
+    # connection fails after 5 s per host, and an open connection fails after 25 s.  By
+    # default, a failure takes hours.
     "connect_timeout": 5,
     "keepalives_idle": 10,
     "keepalives_interval": 5,
@@ -88,9 +90,9 @@ class PostgreSQLDatabase(Database):
     statements = PostgreSQLStatements
     sql: PostgreSQLStatements
     # SQLAlchemy's dialect constructors are untyped.
-    compiler = PGDialect_psycopg(paramstyle="format")  # type: ignore[no-untyped-call]
+    sa_dialect = PGDialect_psycopg(paramstyle="format")  # type: ignore[no-untyped-call]
     begin_read = ("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",)
-    # The lock key ("task" in ASCII) is arbitrary, but the same in every process.
+    # The lock key is arbitrary ("task" in ASCII), but every process must use this key.
     begin_schema = ("BEGIN", "SELECT pg_advisory_xact_lock(1952543595)")
     error_kind = staticmethod(postgresql_error_kind)
     _begin_write = "BEGIN ISOLATION LEVEL READ COMMITTED"
@@ -133,7 +135,7 @@ class PostgreSQLDatabase(Database):
     def cursor(self, raw: Any) -> Any:
         from psycopg.rows import tuple_row
 
-        # Binary results avoid hexadecimal encoding of bytes.
+        # With binary results, the server does not encode bytes in hexadecimal.
         return raw.cursor(binary=True, row_factory=tuple_row)
 
     def prepare(self, session: Session) -> None:
@@ -156,11 +158,11 @@ class PostgreSQLDatabase(Database):
         [fsync] = session.row("SHOW fsync")
         if fsync == "off" and not self.read_only:
             self.add_notice(
-                f"{self.location}: the server runs with fsync=off: no commit survives power loss"
+                f"{self.location}: the server runs with fsync=off, so no commit survives power loss"
             )
 
     def begin_write(self, session: Session) -> None:
-        # The text is not prepared, because it may be two statements (for one round trip).
+        # The text cannot be prepared if it contains two statements (for one round trip).
         session.raw.execute(self._begin_write, prepare=False)
 
     def lock_owners(self, session: Session) -> Sequence[str]:
@@ -185,8 +187,8 @@ class PostgreSQLDatabase(Database):
         finally:
             session.raw.remove_notice_handler(collect_warning)
         if warnings:
-            # For example, the wait for a synchronous standby was canceled.  The server reports
-            # success, but the commit does not have the requested durability.
+            # The server reports success, but the commit does not have the requested durability,
+            # for example because the wait for a synchronous standby was canceled.
             dbapi: Any = self.engine.dialect.loaded_dbapi
             raise dbapi.OperationalError(warnings[0])
 

@@ -29,25 +29,25 @@ from taskstore.stores.sql.sqlite_guard import FileGuard, ImmutableGuard
 from taskstore.stores.sql.sqlite_library import library_notice, library_of, sqlite_module
 
 _WRITE_LOCK_BYTE = 120
-"""The byte of the ``-shm`` file that a writer locks, as SQLite's file format defines it."""
+"""The offset of the byte that a writer locks in the ``-shm`` file (from SQLite's format)."""
 
 _SYNCHRONOUS = {"full": "FULL", "process": "NORMAL"}
 """The value of ``PRAGMA synchronous`` for each durability."""
 
 _CONTENTION_S = 1.0
-"""How long writers use the fair lock after the last contention, in seconds."""
+"""The time for which writers use the fair lock after the last contention, in seconds."""
 
 
 class SQLiteDatabase(Database):
-    """An SQLite file."""
+    """A database in an SQLite file."""
 
     names = ("sqlite",)
     driver = "pysqlite"
-    compiler = SQLiteDialect_pysqlite(paramstyle="qmark")
+    sa_dialect = SQLiteDialect_pysqlite(paramstyle="qmark")
     begin_schema = ("BEGIN IMMEDIATE",)
     waits_for_locks = False
     erase_timeout_s: ClassVar[float] = 10.0
-    """How long :meth:`erase` waits for readers to release the log, in seconds."""
+    """The time for which :meth:`erase` waits until readers release the log, in seconds."""
     error_kind = staticmethod(sqlite_error_kind)
 
     @classmethod
@@ -102,11 +102,11 @@ class SQLiteDatabase(Database):
         immutable: ImmutableGuard | None = None,
     ) -> None:
         super().__init__(engine, owned=owned, durability=durability, read_only=read_only)
-        # None for a host's engine: its connections may be older than this object.
-        self._files = files
-        self._immutable = immutable
+        # None for a host's engine, whose connections can be older than this object.
+        self._file_guard = files
+        self._immutable_guard = immutable
         self.guard = immutable or files
-        # The system's directory for temporary files may be in memory and too small.
+        # The system's directory for temporary files can be in memory and too small.
         self.temp_dir = Path(self.location).parent
         self._fair_lock: FairLock | None = None  # opened at the first contention
         self._contended_until = 0.0
@@ -130,23 +130,24 @@ class SQLiteDatabase(Database):
             files = connection.exec_driver_sql("PRAGMA database_list").all()
         path = next((row[2] for row in files if row[1] == "main"), "")
         if not path:
-            raise ValidationError("engine", "has an in-memory database: use memory: as the URL")
+            raise ValidationError("engine", "has an in-memory database: use the URL 'memory:'")
         return str(Path(path).resolve())
 
     def prepare(self, session: Session) -> None:
         [mode] = session.row("PRAGMA journal_mode")
         if self.owned and not self.read_only and mode != "wal":
-            # The journal mode is a property of the file.  A change needs exclusive access.
-            # The busy timeout does not apply to this wait, so the caller retries.
+            # A change of the file's journal mode needs exclusive access to the file.  The
+            # busy timeout does not apply to the wait for this access, so the caller retries.
             session.rows("PRAGMA journal_mode = WAL")
             [mode] = session.row("PRAGMA journal_mode")
-        if mode != "wal" and self._immutable is None:
+        if mode != "wal" and self._immutable_guard is None:
             self.add_notice(
-                f"{self.location} has the journal mode {mode}, not wal: readers and writers "
-                "block each other" + ("" if self.owned else "; the engine's owner can fix this")
+                f"{self.location} has the journal mode {mode} instead of wal, so readers and "
+                "writers block each other"
+                + ("" if self.owned else "; the owner of the engine can set the mode wal")
             )
-        if self._files is not None:
-            self._files.record_logs()  # the new journal mode may have created logs
+        if self._file_guard is not None:
+            self._file_guard.record_logs()  # the new journal mode can have created logs
 
     def configure_writer(self, session: Session) -> None:
         # SQLite's busy handler sleeps up to 0.1 s between attempts, and other writers
@@ -198,7 +199,7 @@ class SQLiteDatabase(Database):
         if result != "ok":
             raise CorruptStoreError(self.location, f"the database is malformed: {result}")
 
-    def erase(self, session: Session) -> None:
+    def scrub_deleted(self, session: Session) -> None:
         # secure_delete overwrites deleted bytes in the file, but the log keeps
         # earlier page images until a checkpoint truncates the log.
         [timeout_ms] = session.row("PRAGMA busy_timeout")
@@ -211,21 +212,21 @@ class SQLiteDatabase(Database):
                 return
         raise StoreBusyError(
             f"{self.location}: deleted records were erased from the database, but not from its "
-            "write-ahead log, which readers still use",
-            hint="compact with erase_deleted again when the readers have finished",
+            "write-ahead log, because readers still use the log",
+            hint="when the readers have finished, compact with erase_deleted again",
         )
 
     def register_open(self) -> None:
         self._registered = True
         self.add_notice(sqlite_library.register_open(self.location, self._library))
-        if self._files is not None:
+        if self._file_guard is not None:
             with self.translator:
-                self._files.start()
+                self._file_guard.start()
 
     def close(self) -> None:
         super().close()
-        if self._files is not None:
-            self._files.close()
+        if self._file_guard is not None:
+            self._file_guard.close()
         if self._fair_lock is not None:
             self._fair_lock.close()
         if self._registered:
@@ -238,10 +239,10 @@ def path_of(url: str) -> Path:
     rest = url.partition(":")[2]
     if rest in ("", "//", "///") or ":memory:" in rest:
         raise ValidationError(
-            "url", "an in-memory SQLite database is not durable: use memory: instead"
+            "url", "an in-memory SQLite database is not durable: use 'memory:' instead"
         )
     if not rest.startswith("///") or "?" in rest:
-        raise ValidationError("url", f"{url!r} is not of the form sqlite:///PATH without options")
+        raise ValidationError("url", f"{url!r} must be 'sqlite:///PATH' without options")
     path = rest[3:]
     if "\0" in path:
         raise ValidationError("url", "contains a NUL character")
@@ -250,7 +251,8 @@ def path_of(url: str) -> Path:
 
 
 _DECODE_TEXT = partial(str, encoding="utf-8", errors="surrogateescape")
-"""Decodes damaged text too: checksums detect the damage, and other rows stay readable."""
+"""Decodes damaged text without an error, so that a scan can read the other rows.  Checksums
+detect the damage."""
 
 _READ_PRAGMAS = ("PRAGMA query_only = ON",)
 
@@ -258,7 +260,7 @@ _READ_PRAGMAS = ("PRAGMA query_only = ON",)
 def _write_pragmas(durability: str) -> tuple[str, ...]:
     pragmas = [
         f"PRAGMA synchronous = {_SYNCHRONOUS[durability]}",
-        # Four times the default: with NORMAL, writers wait mostly for checkpoints.
+        # This is four times the default: with NORMAL, writers wait mostly for checkpoints.
         "PRAGMA wal_autocheckpoint = 4000",
         f"PRAGMA journal_size_limit = {64 * 1024 * 1024}",
         "PRAGMA secure_delete = ON",  # overwrites deleted bytes in the file
@@ -269,9 +271,9 @@ def _write_pragmas(durability: str) -> tuple[str, ...]:
 
 
 def create_privately(path: Path) -> None:
-    """Create the file if it does not exist, readable by its owner only.
+    """Create the file if it does not exist.  Only its owner can read a new file.
 
-    New directories get the mode 0700, a new file the mode 0600.  SQLite creates the
+    New directories get the mode 0700.  A new file gets the mode 0600.  SQLite creates the
     ``-wal`` and ``-shm`` with the mode of the file.  Existing files keep their modes.
     """
     try:
@@ -282,7 +284,7 @@ def create_privately(path: Path) -> None:
     except FileExistsError:
         if not path.is_file():
             kind = "is a directory" if path.is_dir() else "is not a regular file"
-            raise StoreUnavailableError(f"{path} {kind}, not a database") from None
+            raise StoreUnavailableError(f"{path} {kind}, so it cannot be a database") from None
         if not os.access(path, os.R_OK | os.W_OK):
             raise StoreUnavailableError(
                 f"{path} cannot be written: permission denied", hint="open the ledger read-only"
@@ -290,15 +292,15 @@ def create_privately(path: Path) -> None:
     except OSError as error:
         raise StoreUnavailableError(
             f"{path} cannot be created: {error.strerror or error}",
-            hint=f"check that {path.parent} is a directory that you may write",
+            hint=f"check that {path.parent} is a directory and that you have write permission",
         ) from error
 
 
 def connection_factory(
     module: Any, path: Path, *, busy_timeout_s: float, read_only: bool, immutable: bool
 ) -> Callable[[], Any]:
-    """Return a function that opens one connection to a file, in driver-level autocommit."""
-    # The path may contain %, ? and #, so it is quoted.  Neither mode creates a file.
+    """Return a function that opens one connection to a file, in the driver's autocommit mode."""
+    # The path can contain %, ? and #, so it is quoted.  SQLite creates no file in these modes.
     mode = "ro" if read_only else "rw"
     name = f"file:{quote(os.fsencode(path))}?mode={mode}" + ("&immutable=1" if immutable else "")
 
@@ -320,11 +322,11 @@ def wal_exists(path: Path) -> bool:
 
 
 def needs_immutable(module: Any, path: Path) -> bool:
-    """Return whether SQLite can read a file only as immutable.
+    """Return whether SQLite can read a file only with the option ``immutable=1``.
 
-    Raises :class:`~taskstore.StoreUnavailableError` if SQLite cannot read the file
-    at all: the file does not exist, this user may not read the file, or the file has
-    a ``-wal`` and this user may not create the missing ``-shm``.
+    Raises :class:`~taskstore.StoreUnavailableError` if one of these is true: (a) the file does
+    not exist; (b) the file is not readable by this user; (c) the file has a ``-wal`` but no
+    ``-shm``, and this user is not allowed to create the ``-shm``.
     """
     try:
         status = path.stat()
@@ -332,7 +334,7 @@ def needs_immutable(module: Any, path: Path) -> bool:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else error.strerror
         raise StoreUnavailableError(f"{path} cannot be read: {reason}") from error
     if not stat.S_ISREG(status.st_mode):
-        raise StoreUnavailableError(f"{path} is not a file")
+        raise StoreUnavailableError(f"{path} is not a regular file")
     if not os.access(path, os.R_OK):
         raise StoreUnavailableError(f"{path} cannot be read: permission denied")
     connection = None
