@@ -270,7 +270,7 @@ class DropsSomeCommits(Broken):
     """Drops a rare kind of commit that only the model machine finds."""
 
     def apply(self, changes):
-        if len(changes) > 2 and self.storage.deleted and self.storage.snapshots:
+        if len(changes) > 1 and self.storage.deleted and self.storage.snapshots:
             plan(changes)
             self._check(plan(changes))
             head = self.storage.head

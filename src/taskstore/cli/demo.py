@@ -204,7 +204,7 @@ def _restart(url: str, demo_jobs: Sequence[Job], ids: dict[str, str]) -> None:
 
 
 def _reconcile(url: str, ids: dict[str, str]) -> None:
-    """Mark the task without a recorder as lost, as a host program does when it starts."""
+    """Mark the task whose recorder was killed as lost: a host program does this at its start."""
     from taskstore.registry.registry import TaskRegistry
 
     _print_heading("No process will record this task's end, so the demo marks the task as lost")

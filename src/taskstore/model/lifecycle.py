@@ -252,7 +252,8 @@ def finish(
 
 
 def lose(*, error: str | None = None) -> Mutation:
-    """Record that the outcome of an active task is unknown.  A lost task does not change."""
+    """Record that the outcome of an active task is unknown.  If the task is already lost,
+    the mutation returns the task unchanged."""
     return _end_active(TaskStatus.LOST, _end_facts(error, None, None, None), "mark it lost")
 
 

@@ -240,9 +240,9 @@ def _decoded(field: str, encoded: object, depth: int) -> object:
 def exceeds_depth(encoded: bytes, depth: int) -> bool:
     """Return whether JSON nests objects and arrays more than ``depth`` levels deep.
 
-    The function does not decode the JSON, so its result does not depend on the
-    interpreter.  The result for invalid JSON can be wrong, but the decoder refuses
-    invalid JSON.
+    The function counts brackets and does not decode the JSON, because the depth that a
+    decoder accepts differs between Python versions.  The result for invalid JSON can be
+    wrong, but the decoder refuses invalid JSON.
     """
     if encoded.count(b"{") + encoded.count(b"[") <= depth:
         return False

@@ -196,14 +196,14 @@ from taskstore import open_store
 from taskstore.model.compaction_policy import CompactionPolicy
 from taskstore.stores.sql import compaction, snapshots
 compaction.ENTRIES_PER_STEP, compaction.CHUNKS_PER_STEP, snapshots.CHUNK_RECORDS = 7, 2, 3
-steps, real = int(sys.argv[2]), compaction.Lease.run
+steps, real = int(sys.argv[2]), compaction.CompactionLease.run
 def run(self, work):
     global steps
     steps -= 1
     if steps < 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, work)
-compaction.Lease.run = run
+compaction.CompactionLease.run = run
 policy = CompactionPolicy(force=True, history_s=0, history_entries=0, keep_snapshots=1)
 open_store(sys.argv[1]).compact(policy)
 """

@@ -148,8 +148,8 @@ class FileGuard:
         if self._replaced == "log":
             raise StoreReplacedError(
                 f"the -wal or -shm of {self._path} was removed while it was open: {refused}",
-                hint="start no new process on the ledger, and let every process close the ledger, "
-                "which saves the committed data; then open the ledger again",
+                hint="do not open the ledger in a new process; close the ledger in every process "
+                "(closing saves the committed data); then open the ledger again",
             )
         refused = f"{self._path} was moved, removed or replaced while it was open: {refused}"
         left = [name for name, log in self._logs.items() if inode_of(name) == log != _NO_INODE]

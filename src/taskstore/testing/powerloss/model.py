@@ -23,8 +23,9 @@ So a power loss at any moment has these possible results:
 - Any subset of the changes of **names** in a directory (creation, renaming, removal) is
   present.  ext4 and XFS journal these changes in order, so only the last changes can be
   missing.  btrfs logs a single file at its fsync, so a later change can be present
-  without an earlier change.  The model covers all three file systems, because it allows
-  any subset.  A rename is atomic: the file always has exactly one of the two names.
+  without an earlier change.  The model covers these three file systems, because it allows
+  any subset of the changes to be present.  A rename is atomic: the file always has
+  exactly one of the two names.
 
 If an fsync fails and a later fsync succeeds, the model treats the earlier writes as
 durable, although Linux can have dropped the pages.  After a failed fsync, a store must

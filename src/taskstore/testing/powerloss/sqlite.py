@@ -105,7 +105,7 @@ def crash_states(
 ) -> Iterator[CrashState]:
     """Yield states that a power loss can leave between two acknowledged commits.
 
-    ``before`` or ``after`` can also be the files of the killed writer.  ``rng`` draws at
+    ``before`` or ``after`` can be the files that a killed writer left.  ``rng`` draws at
     most ``max_states`` states of the WAL, and at most ``max_states`` states of the
     database: with one block missing, with one block present, with a prefix of the writes,
     and random combinations.
@@ -174,7 +174,7 @@ def make_engine(path: Path) -> sa.Engine:
 
 
 def open_sqlite(directory: Path, disk: Disk, *, read_only: bool) -> TaskRegistryStore:
-    """Open the database in a directory; SQLite does not use ``disk``."""
+    """Open the database in a directory; the parameter ``disk`` is ignored."""
     del disk
     return open_store(f"sqlite:///{directory / NAME}", read_only=read_only)
 
