@@ -281,7 +281,7 @@ def _damaged_hint(directory: Path, seq: int) -> str | None:
 def _floor(
     directory: Path, declared: int, snapshots: Sequence[int], segments: Sequence[int]
 ) -> int:
-    """Return the first seq at or above the declared floor from which the history is complete."""
+    """Return the lowest seq, at least ``declared``, from which the journal has no gap."""
     for floor in sorted({declared, *(seq + 1 for seq in snapshots)}):
         if floor >= declared and floor in segments and (floor == 1 or floor - 1 in snapshots):
             return floor

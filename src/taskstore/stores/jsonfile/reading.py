@@ -190,7 +190,7 @@ class Reader:
         return cached if live and cached.first >= start.first and cached.seq >= start.seq else start
 
     def _cache_sparsely(self, location: CommitLocation, end: JournalOffset) -> None:
-        """Cache the end of a commit if the commit crosses an interval boundary of the segment."""
+        """Cache the offset after a commit, for one commit in each interval of the segment."""
         if location.offset // _POSITION_INTERVAL_BYTES != end.offset // _POSITION_INTERVAL_BYTES:
             self._cache(end)
 

@@ -30,8 +30,8 @@ class Workload:
     """Processes that change one ledger, and the content expected after each change.
 
     Each change records in the trace the content that a power loss is allowed to leave.
-    During the change, the old and the new content are allowed.  After the change, only
-    the acknowledged content is allowed.
+    Until the change is acknowledged, a power loss is allowed to leave the old or the new
+    content.  From then on, it must leave the new content.
     """
 
     def __init__(self, recorder: Recorder, open_on: OpenOn, omits: Omits | None = None) -> None:
