@@ -1,8 +1,8 @@
 """The errors that taskstore raises, all under one base class.
 
-The message of an error says what happened and where.  Its *hint* says what to do
-next.  A store translates each driver error into one of these errors and keeps the
-driver error as ``__cause__``.  No message contains the password of a URL.
+The message of an error says what happened and where.  The *hint* of an error says what to
+do next.  A store translates each driver error into one of these errors and keeps the driver
+error as ``__cause__``.  No message contains the password of a URL.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class TaskNotFound(TaskStoreError, LookupError):
 
 
 class InvalidTransition(TaskStoreError):
-    """The task's status does not allow this change; the task did not change.
+    """The task's status does not allow the requested change; the task did not change.
 
-    ``task_id`` is the id of the task, and ``status`` is its current status (``str``).
+    ``task_id`` is the id of the task, and ``status`` is the task's current status (``str``).
     """
 
     def __init__(self, task_id: str, status: str, attempted: str) -> None:
@@ -84,11 +84,10 @@ class Conflict(NamedTuple):
     """One task whose stored state does not allow a commit.
 
     ``expected`` and ``found`` are revisions; 0 means that the task does not exist.
-    ``found`` is also 0 if the task was deleted while a change of the task was in
-    progress.  ``existing_task_id`` is the id of another task that already has the
-    same dedup key.  ``deleted`` is true if the journal still contains the deletion
-    of this task; no new task can have its id.  ``leased`` is set if the task's lease
-    does not allow the commit.
+    ``found`` is also 0 if the task was deleted while a change of the task was in progress.
+    ``existing_task_id`` is the id of another task that already has the same dedup key.
+    ``deleted`` is true if the journal still contains the deletion of this task; no new task
+    can then have the id.  ``leased`` is set if the task's lease does not allow the commit.
     """
 
     task_id: str
@@ -118,10 +117,10 @@ class Conflict(NamedTuple):
 class ConflictError(TaskStoreError):
     """Another writer changed the data first; this call wrote nothing.
 
-    ``conflicts`` is a tuple of :class:`Conflict`.  The tuple is empty only if the
-    whole ledger conflicts: ``save_snapshot`` got a seq that does not exceed the head,
-    or the changes are based on another history.  The error is not ``retryable`` if
-    a fence is not valid or a task was deleted, because every retry fails.
+    ``conflicts`` is a tuple of :class:`Conflict`.  The tuple is empty if the conflict is
+    not about single tasks: for example, ``save_snapshot`` got a seq that does not exceed
+    the head, or the changes are based on another history.  The error is not ``retryable``
+    if a fence is not valid or a task was deleted, because every retry fails.
     """
 
     retryable = True
@@ -133,7 +132,7 @@ class ConflictError(TaskStoreError):
 
 
 class CorruptStoreError(TaskStoreError):
-    """Stored bytes are damaged; the store did not change them.
+    """Stored bytes are damaged; the store did not change the damaged bytes.
 
     ``where`` names the file, table or directory (``str``).  ``offset`` is the byte
     offset or row position of the damage, if known (``int | None``).
@@ -155,9 +154,9 @@ class CorruptStoreError(TaskStoreError):
 class StoreBusyError(TaskStoreError):
     """Another writer or compactor held a lock of the store for longer than the timeout.
 
-    A writer does not get this error if other writers commit while this writer waits.  The
-    call wrote nothing.  The same call can succeed later.  ``owners`` describes the lock
-    owners that the system reports (``tuple[str, ...]``).
+    A waiting writer does not get this error while other writers commit.  The call wrote
+    nothing.  The same call can succeed later.  ``owners`` describes the lock owners that
+    the system reports (``tuple[str, ...]``).
     """
 
     retryable = True
@@ -182,8 +181,8 @@ class StoreUnavailableError(TaskStoreError):
 class StoreReplacedError(StoreUnavailableError):
     """The open file of a store, or its log file, was removed, moved or replaced.
 
-    The call wrote nothing.  The store refuses every further call.  Open the ledger
-    again to use the file that now has this path.
+    The call wrote nothing.  The store refuses every further call.  Open the ledger again to
+    use the file that now has the path of the store.
     """
 
     retryable = False
@@ -199,7 +198,7 @@ class OutcomeUnknownError(TaskStoreError):
 
 
 class SchemaMismatchError(TaskStoreError):
-    """This version does not support the database's schema.
+    """This version of taskstore does not support the database's schema.
 
     ``found`` is the database's schema revision, and ``needed`` is the supported revision
     (``str | None``).  The hint contains the command to run.  The database did not change.
@@ -222,10 +221,10 @@ class StoreClosedError(TaskStoreError):
 
 
 class BackendNotFoundError(TaskStoreError):
-    """No installed backend opens URLs of this scheme.
+    """No installed backend opens URLs of the requested scheme.
 
-    ``scheme`` is the requested scheme; ``installed`` is the sorted tuple of the
-    installed schemes.  These values do not include the colon.
+    ``scheme`` is the requested scheme; ``installed`` is the sorted tuple of the installed
+    schemes.  ``scheme`` and ``installed`` do not include the colon.
     """
 
     def __init__(self, scheme: str, installed: Iterable[str], *, hint: str | None = None) -> None:
@@ -239,12 +238,12 @@ class BackendNotFoundError(TaskStoreError):
 
 
 class CursorExpiredError(TaskStoreError):
-    """The journal cannot be read from this position.
+    """The journal cannot be read from the requested position.
 
-    ``after`` is the requested seq; ``floor`` is the first retained seq.  If
-    ``replaced`` is false, entries after the position were trimmed.  If ``replaced``
-    is true, the position is beyond the head or belongs to another history: a backup
-    was restored, or a standby took over without the last commits.
+    ``after`` is the requested seq; ``floor`` is the first retained seq.  If ``replaced`` is
+    false, entries after ``after`` were trimmed.  If ``replaced`` is true, the requested
+    position is beyond the head or belongs to another history: a backup was restored, or a
+    standby took over without the newest commits.
     """
 
     def __init__(self, after: int, floor: int, *, replaced: bool = False) -> None:

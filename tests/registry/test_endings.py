@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -18,6 +19,7 @@ from taskstore import (
     TaskStoreError,
 )
 from taskstore.aio import AsyncTaskRegistry
+from taskstore.registry import commit
 from taskstore.registry.commit import INTERRUPT_TIMEOUT_S, CommitQueue, wait
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 from taskstore.testing.threads import until
@@ -230,8 +232,10 @@ def test_lookups_in_a_forked_child_are_refused_and_do_not_hang(open_ledger):
     assert status == 0
 
 
-def test_the_events_of_an_interrupted_caller_reach_the_hooks():
+def test_the_events_of_an_interrupted_caller_reach_the_hooks(monkeypatch):
+    monkeypatch.setattr(commit, "INTERRUPT_TIMEOUT_S", 30.0)
     at_work, gates, heard = threading.Event(), [threading.Event(), threading.Event()], []
+    struck = threading.Event()
 
     class Gated(MemoryStore):
         def apply(self, changes):
@@ -246,15 +250,21 @@ def test_the_events_of_an_interrupted_caller_reach_the_hooks():
     assert at_work.wait(30)
     at_work.clear()
 
+    def main_waits():
+        frame = sys._current_frames()[main]
+        return frame.f_code is commit.wait.__code__ and frame.f_lineno > frame.f_code.co_firstlineno
+
     def interrupt():
         until(lambda: queue.busy)  # with the request of the main thread
         gates[0].set()
         assert at_work.wait(30)
+        until(main_waits)
         signal.pthread_kill(main, signal.SIGUSR1)
-        time.sleep(0.1)
+        assert struck.wait(30)
         gates[1].set()
 
     def interrupted(*_):
+        struck.set()
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGUSR1, interrupted)

@@ -57,7 +57,7 @@ POLL_INTERVAL_S = 2.0
 """The interval at which ``changes()`` reads the journal if no commit is reported, in seconds."""
 
 _batches: ContextVar[Mapping[int, Batch]] = ContextVar("taskstore-batches")
-"""The batches of the current asyncio task, by the id of their registry."""
+"""The open batches of the current asyncio task, by ``id()`` of the registry."""
 
 
 def _async_verb(
@@ -75,17 +75,17 @@ def _async_verb(
 class AsyncTaskRegistry(RegistryBase):
     """A :class:`taskstore.TaskRegistry` for one event loop.
 
-    ``async with AsyncTaskRegistry.open(url) as registry:``.  The caller awaits verbs, but
-    not lookups (``get``, ``find``, ``list``, …).  If the wait for a verb is cancelled,
+    Use ``async with AsyncTaskRegistry.open(url) as registry:``.  The caller awaits verbs,
+    but not lookups (``get``, ``find``, ``list``, …).  If the wait for a verb is cancelled,
     the verb's change is committed completely or not at all.  Hooks are called in order,
-    never in the event loop's thread.  A verb returns after the hooks received its event,
-    unless an earlier event is still being delivered.
+    never in the event loop's thread.  A verb returns after the hooks received the event of
+    the verb, unless an earlier event is still being delivered.
     """
 
     def __init__(
         self, store: TaskRegistryStore, *, hooks: Iterable[Hook] = (), clock: Clock | None = None
     ) -> None:
-        """A registry over a store that the caller closes; ``async with`` loads the registry.
+        """Create a registry over a store that the caller closes; ``async with`` loads the records.
 
         :meth:`open` and :meth:`over` return a loaded registry.
         """
@@ -98,7 +98,8 @@ class AsyncTaskRegistry(RegistryBase):
         self._wake_scheduled = False
         self._delivering = False
         self._closing: asyncio.Future[None] | None = None
-        # The pools are separate, so that a wait for a commit or a hook does not block other calls.
+        # The thread pools are separate, so that a wait for a commit or a hook does not block other
+        # calls.
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="taskstore-aio")
         self._commit_waiter = CommitWaiter(self._loop)
         self._hook_executor = ThreadPoolExecutor(1, thread_name_prefix="taskstore-hooks")
@@ -155,7 +156,7 @@ class AsyncTaskRegistry(RegistryBase):
     def over(
         cls, store: TaskRegistryStore, *, hooks: Iterable[Hook] = (), clock: Clock | None = None
     ) -> RegistryOpener[Self]:
-        """Make a registry over a store and load it; the caller closes the store."""
+        """Make a registry over a store and load the records; the caller closes the store."""
         return RegistryOpener(cls._over(store, hooks, clock))
 
     @classmethod
@@ -225,8 +226,8 @@ class AsyncTaskRegistry(RegistryBase):
     ) -> AsyncIterator[JournalEntry]:
         """Yield the journal entries after a seq, or an entry's ``cursor``, up to the head.
 
-        With ``wait``, the iterator ends after ``wait`` seconds without an entry.  The
-        first step raises the errors of :meth:`taskstore.TaskRegistry.changes`.
+        With ``wait``, the iterator ends after ``wait`` seconds without an entry.  The first
+        step of the iteration raises the errors of :meth:`taskstore.TaskRegistry.changes`.
         """
         self._check_open()
         journal = history.require_journal(self._store, "changes")
@@ -265,23 +266,23 @@ class AsyncTaskRegistry(RegistryBase):
     def follow(self) -> AsyncFollower:
         """Start a follower: see :meth:`taskstore.TaskRegistry.follow`.
 
-        The follower's thread calls the hooks for commits of other processes.  The end of
-        an ``async with`` ends the follower, and waits for the thread.  ``stop()`` ends
-        the follower without this wait.
+        The follower's thread calls the hooks for commits of other processes.  The end of an
+        ``async with`` ends the follower, and waits for the thread.  ``stop()`` ends the
+        follower without waiting for the thread.
         """
         return self._start_follower(AsyncFollower)
 
     # -- closing ------------------------------------------------------------------
 
     async def close(self) -> None:
-        """Commit changes in progress, then close the registry, and the store if :meth:`open`
-        opened it.  Repeated calls are allowed.  If a call is cancelled, the close continues in
-        the background."""
+        """Commit changes in progress, then close the registry, and the store if
+        :meth:`open` opened the store.  Repeated calls are allowed.  If a call is cancelled,
+        closing continues in the background."""
         if self._closing is None:
             self._closed = True
             closed = StoreClosedError(f"the registry over {self._store.location} is closed")
             self._commit_waiter.close(closed)
-            # A cancellation cannot interrupt this call, because it runs in a thread.
+            # A cancellation cannot interrupt ``_shut_down``, because it runs in a thread.
             self._closing = self._loop.run_in_executor(self._threads, self._shut_down)
             self._closing.add_done_callback(self._stop_threads)
         await asyncio.shield(self._closing)
@@ -305,7 +306,7 @@ class AsyncTaskRegistry(RegistryBase):
 
     @property
     def _batch(self) -> Batch | None:
-        """The open batch of the current asyncio task."""
+        """The open batch of the current asyncio task, or ``None``."""
         batch = _batches.get({}).get(id(self))
         return None if batch is None or batch.closed else batch
 
@@ -317,14 +318,15 @@ class AsyncTaskRegistry(RegistryBase):
         return self._cache if batch is None else batch.staging
 
     async def _commit(self, operation: Operation[T], /) -> T:
-        """Commit an operation in the writer thread, or add it to the batch of this task."""
+        """Commit an operation in the writer thread, or add it to this asyncio task's batch."""
         self._check_open()
         batch = self._batch
         if batch is not None:
             with self._cache.lock:
                 return batch.add(operation)
         if asyncio.get_running_loop() is not self._loop:
-            # This error is raised before the commit, because this event loop cannot wait for it.
+            # This error is raised before the commit: only the registry's event loop can wait for
+            # it.
             raise TaskStoreError(
                 f"the registry over {self._store.location} belongs to another event loop",
                 hint="open a registry in each event loop",
@@ -391,17 +393,17 @@ def _resolve(done: Iterable[asyncio.Future[None]]) -> None:
 
 
 def _close_abandoned(opening: asyncio.Future[TaskRegistryStore]) -> None:
-    """Close a store in a new thread, because the call that opened it was cancelled."""
+    """Close a store in a new thread, because the call that opened the store was cancelled."""
     if not opening.cancelled() and opening.exception() is None:
         threading.Thread(target=opening.result().close, name="taskstore-closing").start()
 
 
 class AsyncFollower(Follower):
-    """A follower that does not block the event loop: ``async with`` waits for the follower's
-    thread, ``stop()`` does not wait."""
+    """A follower that does not block the event loop: the end of an ``async with`` waits for
+    the follower's thread, ``stop()`` does not wait."""
 
     def stop(self) -> None:
-        """Ask the thread to end.  Repeated calls are allowed, also from a hook."""
+        """Ask the thread to end.  Repeated calls, and calls from a hook, are allowed."""
         self.request_stop()
 
     async def __aenter__(self) -> Self:
@@ -413,7 +415,7 @@ class AsyncFollower(Follower):
 
 
 class RegistryOpener(Coroutine[Any, Any, R], AbstractAsyncContextManager[R]):
-    """Opens a registry in an ``await``, or in an ``async with``, which also closes the registry."""
+    """An awaitable that opens a registry; ``async with`` also closes the registry."""
 
     def __init__(self, opening: Coroutine[Any, Any, R]) -> None:
         self._opening = opening
@@ -422,15 +424,15 @@ class RegistryOpener(Coroutine[Any, Any, R], AbstractAsyncContextManager[R]):
         return self._opening.__await__()
 
     def send(self, value: Any) -> Any:
-        """Resume the coroutine with a value."""
+        """Resume the coroutine that opens the registry with a value."""
         return self._opening.send(value)
 
     def throw(self, *error: Any) -> Any:
-        """Raise an exception in the coroutine."""
+        """Raise an exception in the coroutine that opens the registry."""
         return self._opening.throw(*error)
 
     def close(self) -> None:
-        """End the coroutine."""
+        """End the coroutine that opens the registry."""
         self._opening.close()
 
     async def __aenter__(self) -> R:
@@ -456,7 +458,7 @@ class CommitWaiter:
         self._closed: Exception | None = None
 
     async def wait_for(self, journal: SupportsJournal, after: int, seconds: float) -> bool:
-        """Wait at most ``seconds``; return whether the head exceeds ``after``."""
+        """Wait until the head exceeds ``after``, at most ``seconds``; return false on a timeout."""
         if self._closed is not None:
             raise self._closed
         if self._poller is None:
@@ -476,7 +478,7 @@ class CommitWaiter:
         return True
 
     def close(self, error: Exception) -> None:
-        """Raise ``error`` in each current and later wait."""
+        """Let each current and later call of ``wait_for`` raise ``error``."""
         self._closed = error
         self._fail(error)
         self._thread.shutdown(wait=False)
@@ -484,9 +486,9 @@ class CommitWaiter:
     async def _poll(self, journal: SupportsJournal) -> None:
         try:
             while self._waiters:
-                # If a coroutine starts to wait during this call, ``wait_for`` returns at once if
-                # ``self._head`` is above the seq of this wait.  Otherwise a later head wakes the
-                # coroutine.
+                # A coroutine can call ``self.wait_for`` during this call.  If
+                # ``self._head`` is above ``after``, ``wait_for`` returns at once.
+                # Otherwise a later head wakes the coroutine.
                 self._head = await self._loop.run_in_executor(
                     self._thread, _next_head, journal, self._head
                 )

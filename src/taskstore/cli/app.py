@@ -27,7 +27,7 @@ from taskstore.errors import (
 from taskstore.store.opening import redacted
 
 OK, FAILED, USAGE, ERROR = 0, 1, 2, 3
-"""Exit statuses: success; a failed check or request; wrong usage; a store error."""
+"""The exit statuses for success, a failed check or request, wrong usage, a store error."""
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 DEBUG_VARIABLE = "TASKSTORE_DEBUG"
@@ -44,7 +44,7 @@ app = typer.Typer(
 )
 
 RECORD, QUERY, CHANGE, MAINTAIN = "Record", "Query", "Change", "Maintain"
-"""The panels of the help text."""
+"""The headings of the command groups in the help text."""
 
 app.command(
     "run",
@@ -106,7 +106,7 @@ def options(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: ``sys.argv``); return the exit status."""
     _prepare_streams()
-    # The commands print the notices of a store's report, so the log output is dropped.
+    # The commands print the notices of a store, so the log messages are not printed too.
     if not (logger := logging.getLogger("taskstore")).handlers:
         logger.addHandler(logging.NullHandler())
     try:
@@ -115,15 +115,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader closed the pipe.  The null device replaces the pipe, because Python would
-        # otherwise print an error at exit.
+        # The reader of the output closed the pipe.  The null device replaces the pipe, because
+        # Python would otherwise print an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     return status
 
 
 def _invoke(arguments: list[str]) -> int:
-    """Run one command; return its exit status, and print an error on one line."""
+    """Run one command; print an error on one line; return the exit status."""
     try:
         command = typer.main.get_command(app)
         with command.make_context("taskstore", arguments) as ctx:
@@ -142,7 +142,7 @@ def _invoke(arguments: list[str]) -> int:
         print_error(f"{error.strerror or error}{where}")
         return ERROR
     except Exception as error:
-        # Each version of Typer defines usage errors in another module, so the code checks a method.
+        # The class of usage errors depends on Typer's version, so the code checks for a method.
         if hasattr(error, "format_message"):
             if message := error.format_message():  # the message is empty if the help was printed
                 context = getattr(error, "ctx", None)
@@ -173,10 +173,10 @@ def print_error(text: str) -> None:
 
 
 def _prepare_streams() -> None:
-    """Open closed file descriptors 0, 1 and 2, and let the output streams accept any text.
+    """Open file descriptors 0, 1 and 2 if closed; let the output streams accept any text.
 
-    If a descriptor stayed closed, the next opened file (for example the database)
-    would get the same number, and output would be written into this file.
+    If descriptor 1 or 2 stayed closed, the next opened file (for example the database)
+    would get the number 1 or 2, and printed output would be written into this file.
     """
     for number in range(3):
         try:

@@ -87,10 +87,10 @@ def change(
     *,
     known: TaskRecord | None = None,
 ) -> TaskRecord:
-    """Apply a pure function to one record; store and return the result.
+    """Apply ``mutation``, a pure function, to one record; store and return the new record.
 
-    ``known`` is the last known record, which the first attempt uses instead of a read.
-    After a conflict with another writer, the function runs again on the current record.
+    If ``known`` is given, the first attempt uses this record and does not read the record.
+    After a conflict with another writer, ``mutation`` runs again on the current record.
     """
 
     def attempt() -> TaskRecord:
@@ -98,7 +98,7 @@ def change(
         record, known = known or ledger.get(store, task_id), None
         after = mutation(record, store.clock())
         if after is not record:
-            # The function can add several revisions; the store accepts exactly one new revision.
+            # ``mutation`` can add several revisions; the store accepts only the next revision.
             after = replace(after, revision=record.revision + 1)
             store.apply([Put(after)])
         return after
@@ -107,14 +107,14 @@ def change(
 
 
 def remove(store: TaskRegistryStore, task_id: str) -> None:
-    """Delete the record of a task at its current revision."""
+    """Delete the record of a task; retry after a conflict with another writer."""
     _retry_conflicts(
         lambda: store.apply([Remove(task_id, ledger.get(store, task_id).revision + 1)])
     )
 
 
 def _retry_conflicts(attempt: Callable[[], _T]) -> _T:
-    """Call ``attempt``; after a conflict with another writer, wait some milliseconds and retry."""
+    """Call ``attempt`` and return its result; after a ConflictError, wait and call it again."""
     backoff = Backoff(0.002, 0.05)
     for _ in range(1, MAX_ATTEMPTS):
         with suppress(ConflictError):
@@ -124,7 +124,7 @@ def _retry_conflicts(attempt: Callable[[], _T]) -> _T:
 
 
 def find_one(store: TaskRegistryStore, token: str, **preferred: Any) -> TaskRecord:
-    """Return the task that a token names.
+    """Return the record of the task that a token names.
 
     If a token names several tasks, exactly one of these tasks must have the
     preferred field values; otherwise the function raises :class:`Misuse`.
@@ -143,14 +143,14 @@ def find_one(store: TaskRegistryStore, token: str, **preferred: Any) -> TaskReco
 
 
 def confirm(question: str) -> None:
-    """Ask the question on the terminal; without a terminal, ``--yes`` is required."""
+    """Ask the user to confirm; if there is no terminal, raise :class:`Misuse` (use ``--yes``)."""
     if not sys.stdin.isatty():
         raise Misuse("there is no terminal to ask for confirmation", hint="confirm with --yes")
     typer.confirm(render.escape_controls(question), abort=True, err=True)
 
 
 def _process_hint(record: TaskRecord) -> str | None:
-    """Return a text about the ``taskstore run`` process of a record; ``None`` if it has ended."""
+    """Return a text about the ``taskstore run`` process of a task; ``None`` if no process runs."""
     metadata = record.metadata
     pid, host = metadata.get("pid"), metadata.get("host")
     if record.runtime != "cli" or type(pid) is not int or pid <= 1:
@@ -163,7 +163,7 @@ def _process_hint(record: TaskRecord) -> str | None:
 
 
 def is_alive(pid: object) -> bool:
-    """Return whether this machine has a process with this pid."""
+    """Return whether a process with this pid exists on this machine."""
     if type(pid) is not int or pid <= 1:
         return False
     try:

@@ -1,8 +1,8 @@
-"""The child process that runs a command: output, last line and signals.
+"""The child process that runs a command: its output and its signals.
 
 The command runs in a session of its own, so that one signal reaches the command and its
-child processes.  The command has ended when it has exited and no process has the
-command's output open.  A shell uses the same rule for a pipeline.
+child processes.  The command has ended when the command has exited and no process has
+the command's output open.  A shell uses the same rule for a pipeline.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from typing import IO
 from taskstore.model.records import SUMMARY_BYTES
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-"""The signals that are forwarded to the command."""
+"""The signals that ``taskstore run`` forwards to the command."""
 
 TIMEOUT, CLOSED = 0, 255
 """Queue items for an expired timeout and a closed stream; no signal has these numbers."""
 
 MAX_WAIT_S = 3600.0
-"""The longest single wait for a queue item."""
+"""The longest single wait for an item of a :class:`SignalQueue`, in seconds."""
 
 KILL_TIMEOUT_S = 2.0
-"""The maximum time from SIGKILL to the end of a process, in seconds."""
+"""The maximum wait for the end of a process after SIGKILL, in seconds."""
 
 POLL_S = 0.2
-"""The interval of the polls for the end of a signaled process group, in seconds."""
+"""The interval, in seconds, of the checks whether a process group has ended."""
 
 MAX_LINE_BYTES = 4 * SUMMARY_BYTES
-"""The maximum used bytes of a line, enough for a summary after colours are removed."""
+"""The size to which an output line is truncated before colours are removed."""
 
 CHUNK_BYTES = 64 * 1024
 OUT, ERR = 1, 2
 
-# Escape sequences of ECMA-48: CSI, OSC and other strings, and two-character sequences.
+# ECMA-48 escape sequences: CSI sequences, OSC and other strings, two-character sequences.
 _ESCAPE_SEQUENCES = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_].*?(?:\x07|\x1b\\|\Z)|\x1b[ -/]*[0-~]", re.DOTALL
 )
@@ -63,7 +63,7 @@ class SignalQueue:
             self.writing.write(bytes([item]))
 
     def get(self, timeout: float) -> int | None:
-        """Return the next item, or ``None`` at the timeout."""
+        """Return the next item, or ``None`` if no item arrives before the timeout."""
         ready, _, _ = select.select([self._reading], [], [], timeout)
         return self._reading.read(1)[0] if ready else None
 
@@ -75,11 +75,11 @@ class SignalQueue:
 
 @contextlib.contextmanager
 def forwarded_signals() -> Iterator[SignalQueue]:
-    """Put SIGCHLD and the forwarded signals in a queue; an ignored signal stays ignored.
+    """Put numbers of received signals into a queue; a signal that was ignored stays ignored.
 
     A Python signal handler runs only when the main thread executes bytecode.  If
     a signal arrives just before the main thread waits, or in another thread, the
-    handler runs too late to end the wait.  The interpreter therefore writes the
+    handler runs too late to end the wait of the main thread.  The interpreter therefore writes the
     signal's number into the queue's pipe at once.
     """
     with contextlib.closing(SignalQueue()) as queue:
@@ -100,9 +100,9 @@ def forwarded_signals() -> Iterator[SignalQueue]:
 def running_child(
     argv: Sequence[str], queue: SignalQueue, on_line: Callable[[str], object]
 ) -> Iterator[Child]:
-    """Start a command; kill the command at the end of the block if it is still running.
+    """Start a command and yield it as a child; kill a running command at the block's end.
 
-    Other threads call ``on_line`` with the summary of each new last line.
+    When output arrives, another thread calls ``on_line`` with a summary of the newest line.
     """
     process = subprocess.Popen(  # noqa: S603 (the user gives the command to run)
         argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, start_new_session=True
@@ -121,7 +121,7 @@ def running_child(
 
 
 class Child:
-    """One running command, the leader of its process group."""
+    """One running command, whose process leads a process group."""
 
     def __init__(self, process: subprocess.Popen[bytes], queue: SignalQueue) -> None:
         self.pid = process.pid
@@ -132,9 +132,9 @@ class Child:
     def wait(self, *, timeout_s: float, grace_s: float) -> tuple[int, int | None]:
         """Wait until the command has ended; stop the command at the timeout or at a signal.
 
-        At a signal, the process group gets the same signal; at the timeout, the group
-        gets SIGTERM.  The group gets SIGKILL after ``grace_s`` seconds or at a second
-        signal.  If the group has ended but another process has the output open, the
+        If this process gets a forwarded signal, the process group gets the same signal; at the
+        timeout, the group gets SIGTERM.  ``grace_s`` seconds later or at a second signal, the
+        group gets SIGKILL.  If the group has ended but another process has the output open, the
         method waits at most ``KILL_TIMEOUT_S`` seconds longer.  Returns the return code as
         :mod:`subprocess` defines it, and the reason for the stop: ``TIMEOUT``, a signal
         number, or ``None`` if the command ended by itself.
@@ -168,8 +168,8 @@ class Child:
     def send(self, number: int) -> None:
         """Send a signal to the process group of the command.
 
-        The kernel can reuse the group's number after the leader was reaped and the last
-        process of the group has ended.  After the kernel has reported that the group does
+        The kernel can reuse the group's number after the leader was reaped and all processes
+        of the group have ended.  After the kernel has reported that the group does
         not exist, the method sends no more signals.
         """
         if not self._gone:
@@ -183,7 +183,7 @@ class Child:
                 pass
 
     def _group_is_gone(self) -> bool:
-        """Return whether the leader is reaped and its group has no process left."""
+        """Return whether the leader was reaped and all processes of the group have ended."""
         if self._process.poll() is not None:
             self.send(0)
         return self._gone
@@ -192,8 +192,8 @@ class Child:
 def _copy_stream(
     source: IO[bytes], sink: int, queue: SignalQueue, on_line: Callable[[str], object]
 ) -> None:
-    """Copy one stream as its data arrives.  If the sink is closed, close the source.  The
-    command then gets SIGPIPE, as the command would without ``taskstore run``."""
+    """Copy the source to the sink as data arrives.  If the sink is closed, close the source.
+    The command then gets SIGPIPE at a write, as it would without ``taskstore run``."""
     last = LastLine()
     with source, contextlib.suppress(OSError):
         while chunk := source.read(CHUNK_BYTES):
@@ -206,7 +206,7 @@ def _copy_stream(
 
 
 def _write_all(sink: int, chunk: bytes) -> None:
-    """Write a whole chunk; the descriptor can be non-blocking."""
+    """Write a whole chunk to ``sink``, which can be a non-blocking descriptor."""
     rest = memoryview(chunk)
     while rest:
         try:
@@ -223,7 +223,7 @@ def summarize_line(line: bytes) -> str:
 
 
 class LastLine:
-    """Finds the last line of a byte stream; a carriage return ends a line too.
+    """Finds the newest line of a byte stream; a line ends at a newline or carriage return.
 
     The memory use is bounded, also for very long lines.
     """
@@ -232,7 +232,7 @@ class LastLine:
         self._partial = b""
 
     def feed(self, chunk: bytes) -> str | None:
-        """Add output; return the summary of the last complete line that is not empty."""
+        """Add output; return a summary of the newest complete line with text, else ``None``."""
         lines, _, partial = (self._partial + chunk).replace(b"\r", b"\n").rpartition(b"\n")
         self._partial = partial[:MAX_LINE_BYTES]
         while lines := lines.rstrip():
@@ -242,5 +242,5 @@ class LastLine:
         return None
 
     def close(self) -> str | None:
-        """End the stream; return the summary of its incomplete last line, if any."""
+        """Return a summary of the incomplete line at the stream's end, or ``None`` without text."""
         return summarize_line(self._partial) or None

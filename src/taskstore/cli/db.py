@@ -130,7 +130,7 @@ def sql_url_of(ctx: typer.Context, url: str | None) -> str:
 
 @contextmanager
 def _engine(url: str, *, read_only: bool = False) -> Iterator[Engine]:
-    """Open the ledger's engine; raise errors of Alembic's commands as :class:`Misuse`."""
+    """Yield an SQLAlchemy engine for the ledger; raise Alembic errors as :class:`Misuse`."""
     from alembic.util import CommandError
 
     from taskstore.stores.sql import migrate
@@ -145,7 +145,7 @@ def _engine(url: str, *, read_only: bool = False) -> Iterator[Engine]:
 
 
 def _previous_revision(revision: str) -> str:
-    """Return the revision before the given revision."""
+    """Return the schema revision before the given revision, or ``"base"`` before the first."""
     from taskstore.stores.sql import migrate
 
     names = [name for name, _ in migrate.history()] + ["base"]

@@ -51,7 +51,7 @@ The ledger is {{url}}. Next steps:
 
 
 class Job(NamedTuple):
-    """A command to record, and its expected result.
+    """A command that the demo records, and the expected result of the command.
 
     ``status`` is the expected status in the ledger.  ``exit_status`` is the expected exit
     status of the recorder; a negative number -n means that signal n killed the recorder.
@@ -114,7 +114,7 @@ def demo(
 
 
 def jobs(root: Path) -> list[Job]:
-    """Return jobs that read Python's standard library and a script written to ``root``."""
+    """Return the demo's jobs; write the script of some jobs to ``root``."""
     python, library = sys.executable, sysconfig.get_path("stdlib")
     packages = [f"{library}/{name}" for name in ("asyncio", "email", "encodings", "json")]
     script, tar = root / "primes.py", str(root / "library.tar")
@@ -131,7 +131,7 @@ def jobs(root: Path) -> list[Job]:
 
 
 def _record(url: str, root: Path, demo_jobs: Sequence[Job]) -> dict[str, str]:
-    """Record the jobs concurrently; return the acknowledged task ids by label."""
+    """Run the jobs concurrently and record them; return the task id of each label."""
     with open_store(url) as store:
         head = history.require_journal(store, "the demo").head()
     _print_heading(f"{len(demo_jobs)} commands, recorded concurrently in {redacted(url)}")
@@ -156,9 +156,10 @@ def _record(url: str, root: Path, demo_jobs: Sequence[Job]) -> dict[str, str]:
 
 
 def _watch(url: str, head: int, recorders: dict[str, subprocess.Popen[bytes]]) -> None:
-    """Show the journal's changes until every command has ended.
+    """Print the changes in the journal until every recorded command has ended.
 
-    Meanwhile the function cancels one running command, and kills another command's recorder.
+    While the commands run, the function cancels one command and kills the recorder of
+    another command.
     """
     from rich.live import Live
 
@@ -204,7 +205,7 @@ def _restart(url: str, demo_jobs: Sequence[Job], ids: dict[str, str]) -> None:
 
 
 def _reconcile(url: str, ids: dict[str, str]) -> None:
-    """Mark the task whose recorder was killed as lost: a host program does this at its start."""
+    """Mark the task of the killed recorder as lost, as a host program does at its start."""
     from taskstore.registry.registry import TaskRegistry
 
     _print_heading("No process will record this task's end, so the demo marks the task as lost")
@@ -242,13 +243,13 @@ def _check(passed: bool, problem: str) -> None:
 
 
 def _print_heading(text: str) -> None:
-    """Print a heading."""
+    """Print the heading of a step of the demo."""
     render.print_line(f"\n== {render.escape_controls(text)}")
     sys.stdout.flush()
 
 
 def _start(url: str, *words: str, stdout: Any, stderr: Any) -> subprocess.Popen[bytes]:
-    """Start a command of taskstore in a process of its own."""
+    """Start a taskstore command in a new process, and return the process."""
     return subprocess.Popen(  # noqa: S603 (a command of taskstore)
         [*TASKSTORE, *words],
         env={**os.environ, URL_VARIABLE: url, "PYTHONUNBUFFERED": "1"},
@@ -263,7 +264,7 @@ def _query(url: str, *words: str) -> Any:
 
 
 def _run_and_print(url: str, *words: str, last: int | None = None) -> None:
-    """Run a command; print the command and its output, or only the ``last`` lines of the output."""
+    """Run a command; print the command and its output; ``last`` limits the printed lines."""
     tail = "" if last is None else f" | tail -n {last}"
     render.print_line(f"$ taskstore {shlex.join(words)}{tail}")
     for line in _run(url, *words).splitlines()[-(last or 0) :]:
@@ -271,7 +272,7 @@ def _run_and_print(url: str, *words: str, last: int | None = None) -> None:
 
 
 def _run(url: str, *words: str) -> str:
-    """Run a command of taskstore until it ends; return the output of the command."""
+    """Run a taskstore command until the command ends; return the command's output."""
     process = _start(url, *words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = (text.decode() for text in process.communicate())
     problem = f"taskstore {words[0]} exited with status {process.returncode}: {err.strip()}"

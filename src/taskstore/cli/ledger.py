@@ -3,7 +3,8 @@
 A command reads or changes a few records and ends, so it uses the store directly.
 A :class:`~taskstore.TaskRegistry` would first load the whole ledger, which takes
 longer for a larger ledger.  The commands apply the same pure lifecycle functions as
-the registry.  The store's compare-and-set detects changes by other writers.
+:class:`~taskstore.TaskRegistry`.  The store's compare-and-set detects changes by other
+writers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from taskstore.store.interface import SupportsQuery, TaskRegistryStore
 from taskstore.store.opening import default_url, open_store
 
 URL_VARIABLE = "TASKSTORE_URL"
-"""The environment variable with the ledger's URL, used if ``--url`` is missing."""
+"""The environment variable whose value is the ledger's URL if ``--url`` is missing."""
 
 PAGE_RECORDS = 1000
 """The number of records per page when a command reads all records."""
@@ -51,11 +52,11 @@ Token = Annotated[
 
 
 class Misuse(TaskStoreError):
-    """Wrong usage of a command.  The message gives the reason; ``hint`` shows a correct usage."""
+    """Wrong usage of a command; the message gives the reason, ``hint`` shows correct usage."""
 
 
 def url_of(ctx: typer.Context, url: str | None) -> str:
-    """Return the URL from ``--url``, from the environment, or else the default URL."""
+    """Return the ledger's URL from ``--url``, else from the environment, else the default."""
     if url is None:
         url = ctx.find_root().params.get("url")
     return default_url() if url is None else url
@@ -104,18 +105,18 @@ def parse_time(text: str) -> int:
 
 
 def open_reader(url: str) -> TaskRegistryStore:
-    """Open a ledger read-only; nothing is created or changed."""
+    """Open a ledger read-only; the call creates and changes nothing."""
     return open_store(url, read_only=True, migrate="never")
 
 
 def open_existing(url: str) -> TaskRegistryStore:
-    """Open an existing ledger for changes; if the ledger is missing, raise and do not create it."""
+    """Open an existing ledger for changes; raise an error if the ledger does not exist."""
     open_reader(url).close()
     return open_store(url, migrate="never")
 
 
 def run_query(store: TaskRegistryStore, query: TaskQuery) -> Page:
-    """Run a query in the store, or over a snapshot if the store does not support queries."""
+    """Return a query's page; without query support, load a snapshot and evaluate the query."""
     if isinstance(store, SupportsQuery):
         return store.query(query)
     snapshot = store.load_snapshot()
@@ -131,7 +132,7 @@ def get(store: TaskRegistryStore, task_id: str) -> TaskRecord:
 
 
 class TokenMatch(NamedTuple):
-    """The record that a token names, the matching field, and whether other records match."""
+    """A record, the field that equals the token, and whether other records also match."""
 
     record: TaskRecord
     field: str
@@ -144,11 +145,11 @@ class TokenMatch(NamedTuple):
 
 
 def find(store: TaskRegistryStore, token: str) -> TokenMatch:
-    """Return the task whose id, or else run id, or else session key is the token.
+    """Return the task whose task id, else run id, else session key equals the token.
 
     If several tasks of a run or session match, the function returns the newest active
-    task, or the newest task if no task is active.  Raises
-    :class:`~taskstore.TaskNotFound`.
+    task, or the newest task if no task is active.  If no task matches, the function
+    raises :class:`~taskstore.TaskNotFound`.
     """
     for field in ("task_id", "run_id", SESSION_KEY):
         filters: dict[str, Any] = {field: token}
@@ -163,7 +164,7 @@ def find(store: TaskRegistryStore, token: str) -> TokenMatch:
 
 
 def count(store: TaskRegistryStore) -> Summary:
-    """Count the tasks by status and runtime, page by page.
+    """Return the number of tasks by status and by runtime; the query reads page by page.
 
     Tasks created during the count are not included; ``seq`` is the head when the count starts.
     """

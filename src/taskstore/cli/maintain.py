@@ -143,7 +143,7 @@ def _describe(entry: EntryPoint) -> dict[str, Any]:
 
 
 def _abilities(opener: Any) -> list[str] | None:
-    """Return the abilities of the class that ``opener`` returns; ``None`` without an annotation."""
+    """Return the abilities of the class in ``opener``'s return annotation, else ``None``."""
     returned = get_type_hints(opener).get("return")
     if not isinstance(returned, type) or returned is TaskRegistryStore:
         return None
@@ -203,7 +203,7 @@ def contract(
 
 
 def _run_suite(url: str, levels: list[str]) -> list[dict[str, Any]]:
-    """Run the suite with pytest, without output and without the current directory's settings."""
+    """Run the contract suite with pytest, without output; return one dict per clause."""
     try:
         import hypothesis  # noqa: F401 - the suite imports hypothesis
         import pytest
@@ -220,8 +220,8 @@ def _run_suite(url: str, levels: list[str]) -> list[dict[str, Any]]:
         report = Path(directory) / "report.json"
         (Path(directory) / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
         arguments = [
-            # ``-p taskstore`` loads the plugin if autoload is off; the entry point's name
-            # prevents a second load.
+            # ``-p taskstore`` loads the plugin even if pytest loads no plugins by itself; the
+            # name of the entry point prevents a second load.
             *("-p", "taskstore", "-p", "no:cacheprovider"),
             *("--pyargs", "taskstore.testing.suite", "-q"),
             *("-c", str(Path(directory) / "pytest.ini"), "--rootdir", directory),
@@ -243,7 +243,7 @@ def _level_verdict(clauses: list[dict[str, Any]]) -> dict[str, Any]:
     if counts["failed"]:
         verdict = "broken"
     elif counts["passed"]:
-        # A clause that is skipped for a missing ability does not change the verdict.
+        # A clause that was skipped because of a missing ability does not change the verdict.
         unsupported = any("does not guarantee" in (clause["reason"] or "") for clause in clauses)
         verdict = "kept in part" if unsupported else "kept"
     else:
@@ -253,7 +253,7 @@ def _level_verdict(clauses: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _print_failed(failed: list[dict[str, Any]]) -> None:
-    """Print the guarantee and the first error of each failed clause."""
+    """Print the guarantee of each failed clause and the error of its first failed case."""
     for (level, clause), cases in groupby(
         failed, key=lambda c: (c["level"], c["clause"].partition("[")[0])
     ):

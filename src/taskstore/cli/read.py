@@ -25,14 +25,14 @@ from taskstore.registry import history
 from taskstore.store.interface import TaskRegistryStore
 
 FOLLOW_WAIT_S = 3600.0
-"""The timeout of one wait for changes; ``--follow`` repeats the wait."""
+"""The timeout of one wait for changes, in seconds; ``--follow`` repeats the wait."""
 
 _UNLOGGED_FIELDS = ("task_id", "revision", "run_digest", "last_event_at")
 
 
 @contextmanager
 def open_for_reading(ctx: typer.Context, url: str | None) -> Iterator[TaskRegistryStore]:
-    """Open the ledger read-only; print the store's report at the end."""
+    """Yield the ledger, opened read-only; print the store's report after the command."""
     with ledger.open_reader(url_of(ctx, url)) as store:
         try:
             yield store
@@ -123,7 +123,7 @@ def _list_line(record: TaskRecord) -> Sequence[str]:
 
 
 def _next_page_command(options: dict[str, Any]) -> str:
-    """Return the list command with these options, without the URL, which can contain a password."""
+    """Return a command that lists the next page; omit the URL, which can have a password."""
     words = ["taskstore", "list"]
     for name, value in options.items():
         if name not in ("url", "as_json"):
@@ -195,7 +195,7 @@ def log(ctx: typer.Context, token: Token, *, as_json: AsJson = False, url: Url =
 
 
 def _print_log(rows: Iterable[Sequence[str]]) -> None:
-    """Print one paragraph per revision on a terminal, without truncation."""
+    """Print the history of a task on a terminal: one paragraph per revision."""
     last_seq = None
     for seq, at, revision, field, before, after in rows:
         if last_seq != seq:
@@ -206,8 +206,8 @@ def _print_log(rows: Iterable[Sequence[str]]) -> None:
 
 
 def changed_fields(before: JournalEntry | None, entry: JournalEntry) -> dict[str, list[Any]]:
-    """Return changed fields as [before, after]; for the first entry, return all fields
-    that are set."""
+    """Return [before, after] for each changed field.  If there is no earlier entry, each
+    field that is set is a changed field."""
     if entry.record is None:
         return {}
     old = {} if before is None or before.record is None else render.record_members(before.record)
@@ -220,7 +220,7 @@ def changed_fields(before: JournalEntry | None, entry: JournalEntry) -> dict[str
 
 
 def _log_rows(entry: JournalEntry, changed: dict[str, list[Any]]) -> Iterator[list[str]]:
-    """Yield one row for each changed field of an entry and each changed metadata member."""
+    """Yield an output row for each changed field and metadata member of an entry."""
     prefix = [str(entry.seq), render.iso_time(entry.at, precise=True), str(entry.revision)]
     if entry.kind is EntryKind.DELETED:
         yield [*prefix, "deleted", render.EMPTY, render.EMPTY]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 EMPTY = "-"
-"""The text of a column whose field is not set."""
+"""The text in a table column if the field is not set."""
 
 STYLES = {
     "queued": "cyan",
@@ -39,14 +39,14 @@ STYLES = {
     "lost": "magenta",
 }
 _CONTROL_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-_JOINERS = "\u200c\u200d"  # harmless characters in Persian words and emoji
+_JOINERS = "\u200c\u200d"  # harmless characters, which occur in Persian words and emoji
 _UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
 _YEAR_10000_MS = 253_402_300_800_000
 
 
 def escape_controls(text: str) -> str:
-    """Return a text with escaped control characters: one line, without colour codes."""
+    """Return ``text`` as one line, in which control characters are escape sequences."""
     if text.isprintable():
         return text
     return "".join(
@@ -58,7 +58,7 @@ def escape_controls(text: str) -> str:
 
 
 def iso_time(at: int | None, *, precise: bool = False) -> str:
-    """Format a time as ISO 8601 in UTC, to the second or the millisecond."""
+    """Return a time as ISO 8601 text in UTC, with seconds or milliseconds."""
     if at is None:
         return EMPTY
     if at >= _YEAR_10000_MS:
@@ -68,7 +68,7 @@ def iso_time(at: int | None, *, precise: bool = False) -> str:
 
 
 def age_of(at: int) -> str:
-    """Format the rounded age of a time: 42s, 5m, 3h, 12d."""
+    """Return the rounded age of a time as text: 42s, 5m, 3h, 12d."""
     passed_s = max(0, time.time_ns() // 1_000_000 - at) / 1000
     for unit, length_s in (("d", _DAY_S), ("h", _HOUR_S), ("m", _MINUTE_S)):
         if passed_s >= 2 * length_s:
@@ -77,14 +77,14 @@ def age_of(at: int) -> str:
 
 
 def run_time_of(record: TaskRecord) -> str:
-    """Format the run time of an ended task."""
+    """Return the run time of an ended task as text."""
     if record.started_at is None or record.ended_at is None:
         return EMPTY
     return duration((record.ended_at - record.started_at) / 1000)
 
 
 def duration(length_s: float) -> str:
-    """Format seconds: 4.2s, 3m05s, 7h30m, 12d04h."""
+    """Return a number of seconds as text: 4.2s, 3m05s, 7h30m, 12d04h."""
     if length_s < _MINUTE_S:
         return f"{length_s:.1f}s"
     if length_s < _HOUR_S:
@@ -100,14 +100,15 @@ def title_of(record: TaskRecord) -> str:
 
 
 def latest_message(record: TaskRecord) -> str:
-    """Return a task's error, or else its terminal summary, or else its progress summary."""
+    """Return a task's error, else the terminal summary, else the progress summary."""
     return record.error or record.terminal_summary or record.progress_summary or EMPTY
 
 
 def record_members(record: TaskRecord) -> dict[str, Any]:
     """Return a record as a JSON object with all fields (``null`` if not set).
 
-    ``metadata`` is decoded.  ``unknown`` contains the fields that only newer versions know.
+    ``metadata`` is a decoded object.  ``unknown`` has the fields that this version of
+    taskstore does not know.
     """
     members = asdict(record)
     del members["metadata_json"], members["unknown_json"]
@@ -127,12 +128,12 @@ def to_json(value: object, *, indent: int | None = None) -> str:
 
 
 def print_json(value: object) -> None:
-    """Print one JSON value: indented on a terminal, otherwise on one line."""
+    """Print one JSON value: with indentation on a terminal, otherwise on one line."""
     print_line(to_json(value, indent=2 if sys.stdout.isatty() else None))
 
 
 def print_line(text: str = "") -> None:
-    """Print one line unchanged to standard output."""
+    """Print one line to standard output without changing the line."""
     sys.stdout.write(text + "\n")
 
 
@@ -144,7 +145,7 @@ def print_note(text: str) -> None:
 
 
 def print_lines(rows: Iterable[Sequence[str]]) -> None:
-    """Print one tab-separated line per row."""
+    """Print one line per row; tabs separate the columns."""
     for row in rows:
         print_line("\t".join(map(escape_controls, row)))
 
@@ -183,8 +184,8 @@ def print_table(
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, stretch: str = "") -> Table:
     """Build a Rich table.
 
-    The column named ``stretch`` gets the remaining width, and its text is truncated
-    to this width.  No other column is truncated.
+    The column named ``stretch`` gets the width that the other columns leave, and text in
+    this column is truncated to the width.  No other column is truncated.
     """
     from rich.table import Table
 
@@ -200,7 +201,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, stretch: str
 
 
 def print_fields(fields: Iterable[tuple[str, str]]) -> None:
-    """Print field names and values; the later lines of a value are indented."""
+    """Print field names and values; the second and later lines of a value are indented."""
     for name, value in fields:
         first, *more = value.split("\n")
         print_line(f"{name}: {escape_controls(first)}")

@@ -29,10 +29,10 @@ from taskstore.store.opening import open_store
 
 RUNTIME = "cli"
 TIMED_OUT, NOT_EXECUTABLE, NOT_FOUND, SIGNAL_BASE = 124, 126, 127, 128
-"""Exit statuses, as in timeout(1) and the shell; 128 + n means that signal n killed the command."""
+"""The exit statuses of timeout(1) and the shell; 128 + n means a kill by signal n."""
 
 GRACE_S = 10.0
-"""The maximum time from the first signal to SIGKILL, in seconds."""
+"""The default time from the signal that stops a command to SIGKILL, in seconds."""
 
 PROGRESS_INTERVAL_S = 1.0
 """The minimum interval between two recorded progress changes."""
@@ -44,7 +44,7 @@ RETRY_INTERVAL_S = 0.2
 """The interval between two retries to record the final status, in seconds."""
 
 STORE_TIMEOUT_S = 45.0
-"""The maximum wait for the final status to be stored; longer than the lock timeout of 30 s."""
+"""The maximum wait for the final status to be stored, above a store's lock timeout of 30 s."""
 
 
 class CommandResult(NamedTuple):
@@ -113,7 +113,7 @@ def run(
         "requester_session_key": session,
         "run_id": run_id,
     }
-    # Invalid fields raise an error before any side effect.
+    # Build the record first, so that an invalid field raises before any side effect.
     new_command_record(command, **fields)
     id_out = _open_id_file(id_file)
     store = open_store(url_of(ctx, url))
@@ -164,7 +164,7 @@ def _run(
 
 
 def new_command_record(command: Sequence[str], **fields: Any) -> TaskRecord:
-    """Return the first revision of a command's task, with the status running.
+    """Return the first record of a command's task; the status is ``running``.
 
     Text that is too long is truncated; bytes that are not UTF-8 are replaced.
     """
@@ -187,7 +187,7 @@ def new_command_record(command: Sequence[str], **fields: Any) -> TaskRecord:
 
 
 def result_of(returncode: int, cause: int | None, timeout_s: float) -> CommandResult:
-    """Return the result for a return code; ``cause`` is the reason for the stop, if any."""
+    """Return the result of a command; ``cause`` is ``None`` if the command ended by itself."""
     if cause == TIMEOUT:
         error = f"timed out after {render.duration(timeout_s)}"
         return CommandResult(TaskStatus.TIMED_OUT, TIMED_OUT, error)
@@ -204,7 +204,7 @@ def result_of(returncode: int, cause: int | None, timeout_s: float) -> CommandRe
 
 
 def _create(store: TaskRegistryStore, record: TaskRecord) -> bool:
-    """Record the task as running; if the run is already recorded, print a note and return false."""
+    """Record the task and return true; if its run is recorded, print a note and return false."""
     try:
         store.apply([Put(record)])
     except ConflictError as error:
@@ -240,7 +240,10 @@ def _warn_if_unrecorded(recorder: Recorder, result: CommandResult) -> None:
 
 
 def _open_id_file(path: Path | None) -> TextIO | None:
-    """Open the id file before the task is recorded, so that an error has no side effect."""
+    """Return the open file for the task id, or ``None`` if ``path`` is ``None``.
+
+    The file is opened before the task is recorded, so that an error has no side effect.
+    """
     if path is None:
         return None
     try:
@@ -250,7 +253,7 @@ def _open_id_file(path: Path | None) -> TextIO | None:
 
 
 def _as_utf8(word: str) -> str:
-    """Return a command-line word as text; bytes that are not UTF-8 are replaced."""
+    """Return a command-line word as UTF-8 text; bytes that are not UTF-8 are replaced."""
     return os.fsencode(word).decode(errors="replace")
 
 
@@ -265,10 +268,10 @@ def _signal_name(number: int) -> str:
 class Recorder:
     """Records the progress and the final status of one task in a separate thread.
 
-    ``record`` is the last stored record.  ``progress`` and ``add_metadata`` return at
-    once and never wait for the store.  After a store error, the next call also stores the
-    change that was not stored.  ``failure`` is the last store error, or ``None`` after a
-    success.  ``recorded`` is true if the final status was recorded.
+    ``record`` is the newest record that was stored.  ``progress`` and ``add_metadata`` return
+    at once and never wait for the store.  If a store error prevents a change, the next call
+    also stores that change.  ``failure`` is the error of the newest attempt, or ``None`` if
+    that attempt succeeded.  ``recorded`` is true if the final status was recorded.
     """
 
     def __init__(self, store: TaskRegistryStore, record: TaskRecord) -> None:
@@ -286,13 +289,13 @@ class Recorder:
         self._thread.start()
 
     def progress(self, line: str) -> None:
-        """Pass a new last line of output to the thread."""
+        """Pass the newest line of the command's output to the recording thread."""
         if line != self._line:
             self._line = line
             self._wake.set()
 
     def add_metadata(self, **metadata: Any) -> None:
-        """Pass metadata to the thread, which merges it into the record."""
+        """Pass metadata to the recording thread, which merges the metadata into the record."""
         self._metadata = self._metadata | metadata
         self._wake.set()
 
@@ -319,10 +322,10 @@ class Recorder:
         self.recorded = recorded
 
     def _attempt(self, mutation: lifecycle.Mutation) -> bool:
-        """Store a change of the record; return whether the change was stored.
+        """Try to store a change of the record; return whether the attempt succeeded.
 
         After a failure, the next attempt reads the record first, because the failed
-        change is possibly committed.
+        change was possibly committed.
         """
         known, self._known = self._known, None
         try:
@@ -335,8 +338,8 @@ class Recorder:
         return True
 
     def _with_progress(self, record: TaskRecord, now: int) -> TaskRecord:
-        """Return the record with current metadata, and with current progress if the task
-        is active."""
+        """Return the record with the newest metadata; if the task is active, also with the
+        newest progress."""
         line, metadata = self._line, self._metadata
         if line is not None and not record.is_terminal:
             record = lifecycle.progress(line)(record, now)

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 T = TypeVar("T", bound=Any)
 
 CHUNK_ITEMS = 4096
-"""The number of items in a chunk."""
+"""The maximum number of items in a chunk that :func:`chunked_sort` sorts at once."""
 
 
 def chunked_sort(items: Iterable[T]) -> list[T]:
-    """Return the items in ascending order; the sort is stable.
+    """Return a list of the items in ascending order; the sort is stable.
 
     The function sorts each chunk, then merges the chunks in pairs.  ``sorted`` merges
     two sorted chunks in linear time.

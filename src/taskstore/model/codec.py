@@ -3,10 +3,10 @@
 A payload is a record that is encoded as a JSON object.  The first member is the format
 version, ``{"v":"1.1","task_id":…}``; a field that has its default value is omitted.
 Payloads of the current version, and older payloads that only lack optional fields, are
-decoded directly into a :class:`TaskRecord`.  Other payloads take longer to decode.
-Upcasters convert a payload of an older version.  A payload of a newer minor version can
-have unknown members; the record keeps these members, and :func:`encode_record` writes
-them back.  A payload of a newer major version is refused.
+decoded directly into a :class:`TaskRecord`.  A payload that cannot be decoded directly
+takes longer to decode.  Upcasters convert a payload of an older version.  A payload of a
+newer minor version can have unknown members; the record keeps these members, and
+:func:`encode_record` writes them back.  A payload of a newer major version is refused.
 
 Version 1.1 added the optional fields ``lease_until`` and ``lease_token``.
 """
@@ -31,7 +31,7 @@ from taskstore.model.validation import READABLE_VERSION, exceeds_depth
 UPCASTERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "1.0": lambda members: {**members, "v": "1.1"},
 }
-"""The functions that convert a payload and its ``v`` to the next version, by older version."""
+"""Maps a version to the function that converts a payload and its ``v`` to the next version."""
 
 SNAPSHOT_FORMAT = "taskstore-snapshot/1"
 """The format that :func:`encode_snapshot` writes."""
@@ -43,7 +43,7 @@ _BRACE = ord("{")
 _MAJOR = FORMAT_VERSION.split(".", maxsplit=1)[0]
 _CURRENT_PREFIX = b'{"v":"%s",' % FORMAT_VERSION.encode()
 _COMPATIBLE_PREFIX = b'{"v":"1.0",'
-"""The first bytes of a payload that lacks only optional fields of the current version."""
+"""The first bytes of a payload of version 1.0, which lacks only optional fields of version 1.1."""
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(TaskRecord)
 _FIELDS = {field.encode_name for field in msgspec.structs.fields(TaskRecord)} - {"_unknown"} | {"v"}
@@ -65,8 +65,8 @@ def encode_record(record: TaskRecord) -> bytes:
 def decode_record(payload: bytes, where: str = "record") -> TaskRecord:
     """Return the record of a payload.
 
-    Raises :class:`CorruptStoreError`, with ``where`` as the location, if the payload is
-    not a record of this major version.
+    Raises :class:`CorruptStoreError`, with ``where`` as the location, if the payload is not
+    a record of the current major version.
     """
     if payload.startswith(_COMPATIBLE_PREFIX):
         payload = _CURRENT_PREFIX + payload[len(_COMPATIBLE_PREFIX) :]
@@ -86,15 +86,15 @@ def decode_record(payload: bytes, where: str = "record") -> TaskRecord:
 def check_nesting(encoded: bytes, depth: int = PAYLOAD_DEPTH) -> None:
     """Raise :class:`msgspec.DecodeError` for JSON with more than ``depth`` levels of nesting.
 
-    Call this function before you decode untrusted input: the decoder's own limit
-    depends on the interpreter and on the caller's stack.
+    Call this function before you decode untrusted input: the nesting limit of the JSON
+    decoder depends on the interpreter and on the caller's stack.
     """
     if exceeds_depth(encoded, depth):
         raise msgspec.DecodeError(f"the JSON is nested more than {depth} levels deep")
 
 
 def _copy_metadata(encoded: Raw, where: str) -> Raw:
-    """Return a copy of a ``Raw``, because a ``Raw`` is a view that keeps the payload in memory."""
+    """Return a copy of ``encoded``, which is a view that keeps the whole payload in memory."""
     copy = encoded.copy()
     if memoryview(copy)[0] != _BRACE:
         raise CorruptStoreError(where, "has metadata that is not a JSON object")
@@ -102,7 +102,7 @@ def _copy_metadata(encoded: Raw, where: str) -> Raw:
 
 
 def _decode_other_version(payload: bytes, where: str) -> TaskRecord:
-    """Decode a payload of another version; damage raises :class:`CorruptStoreError`."""
+    """Decode a payload of another version; raise :class:`CorruptStoreError` if it is damaged."""
     try:
         check_nesting(payload)
         members = msgspec.json.decode(payload)
@@ -131,7 +131,7 @@ def _decode_other_version(payload: bytes, where: str) -> TaskRecord:
 
 
 def decode_or_quarantine(payload: bytes, where: str) -> TaskRecord | Quarantined:
-    """Return the record of a payload, or a :class:`Quarantined` if decoding fails."""
+    """Return the record of a payload; a :class:`Quarantined` if the payload does not decode."""
     try:
         return decode_record(payload, where)
     except CorruptStoreError as error:
@@ -139,7 +139,7 @@ def decode_or_quarantine(payload: bytes, where: str) -> TaskRecord | Quarantined
 
 
 def quarantine(payload: bytes, where: str, reason: str) -> Quarantined:
-    """Return a payload as a :class:`Quarantined`, with its task id and revision if readable."""
+    """Return a payload as a :class:`Quarantined`; the task id and revision are set if readable."""
     task_id = revision = None
     try:
         check_nesting(payload)
@@ -155,7 +155,7 @@ def quarantine(payload: bytes, where: str, reason: str) -> Quarantined:
 
 
 def encode_snapshot(snapshot: Snapshot) -> bytes:
-    """Return a whole snapshot as bytes, for stores that keep all data in one value.
+    """Return an encoded snapshot, for stores that keep the whole ledger in one value.
 
     Raises :class:`ValidationError` for an invalid record.
     """
@@ -178,11 +178,11 @@ def decode_snapshot(data: bytes, where: str = "snapshot") -> Snapshot:
 def encode_snapshot_blocks(
     header: SnapshotHeader, payloads: Iterable[bytes], quarantined: Iterable[Quarantined] = ()
 ) -> Iterator[bytes]:
-    """Yield a snapshot in blocks of bytes: a JSON document with one payload per line.
+    """Yield an encoded snapshot in blocks of bytes: a JSON document with one payload per line.
 
-    The first line contains the format and the members of ``header``.  The last line
-    contains the CRC-32 of all earlier lines.  The memory use does not depend on the size
-    of the snapshot.
+    The first line of the document contains the format and the members of ``header``.  The
+    last line contains the CRC-32 of all earlier lines.  The memory use does not depend on
+    the size of the snapshot.
     """
     crc = 0
     opening = _FORMAT_PREFIX + _encoder.encode(header)[1:]
@@ -203,7 +203,7 @@ def _blocks(
 
 
 def _lines(values: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield JSON values as the lines of an array; each block contains up to 256 lines."""
+    """Yield the lines of a JSON array with one value per line; a block contains up to 256 lines."""
     values = iter(values)
     block = list(islice(values, _BLOCK_LINES))
     while block:
@@ -213,7 +213,7 @@ def _lines(values: Iterable[bytes]) -> Iterator[bytes]:
 
 
 class SnapshotHeader(Struct, frozen=True):
-    """The members that follow the format in the first line of a snapshot."""
+    """The JSON members after ``format`` in the first line of an encoded snapshot."""
 
     seq: Annotated[int, Meta(ge=0, le=MAX_INT)]
     at: Annotated[int, Meta(ge=0, le=MAX_INT)]
@@ -225,10 +225,10 @@ _Header = TypeVar("_Header", bound=SnapshotHeader)
 class SnapshotReader(Generic[_Header]):
     """Reads the output of :func:`encode_snapshot_blocks` line by line; the memory use is bounded.
 
-    ``header`` is an object of the type ``header_type``.  Iteration yields the payloads
-    (``bytes``) in order of task_id.  At the end, the iteration verifies the checksum and
-    stores the quarantined records in ``quarantined``.  Damaged data raises
-    :class:`CorruptStoreError`, with ``where`` as the location.
+    ``header`` is the decoded header, an object of the type ``header_type``.  Iteration
+    yields the payloads (``bytes``) in order of task_id.  After the last payload, the
+    iteration verifies the checksum and stores the quarantined records in ``quarantined``.
+    Damaged data raises :class:`CorruptStoreError`, with ``where`` as the location.
     """
 
     def __init__(self, lines: Iterable[bytes], where: str, header_type: type[_Header]) -> None:
@@ -256,7 +256,8 @@ class SnapshotReader(Generic[_Header]):
             raise self._damaged("there is data after the checksum")
 
     def snapshot(self, *, strict: bool = False) -> Snapshot:
-        """Return the whole snapshot; with ``strict``, raise if a record cannot be decoded."""
+        """Return the whole snapshot; with ``strict``, raise :class:`CorruptStoreError` if a record
+        cannot be decoded."""
         decode = decode_record if strict else decode_or_quarantine
         items = [decode(payload, self._where) for payload in self]
         if strict and self.quarantined:

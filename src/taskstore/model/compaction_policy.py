@@ -1,7 +1,7 @@
 """The compaction policy: when compaction is due and what compaction retains.
 
 Every store asks a :class:`CompactionPolicy` whether compaction is due and which snapshots
-to retain.  Both methods of the policy are pure functions.
+to retain.  The methods of a policy are pure functions.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class SnapshotInfo(NamedTuple):
 
 
 class JournalStats(Struct, frozen=True, kw_only=True):
-    """The statistics of a journal, which the policy uses to decide whether compaction is due.
+    """The statistics of a journal that a policy needs to decide whether compaction is due.
 
-    ``entries`` is the number of journal entries after the newest snapshot.  ``bytes`` is
-    the size of these entries in bytes (0 if unknown).  ``oldest_at`` is the time of the first of
-    these entries (Unix ms).  ``records`` is the number of live records.  ``now`` is the
-    current time (Unix ms).  ``newest`` is the seq of the newest snapshot (0 if there is no
-    snapshot).  ``floor`` is the first retained seq.
+    ``entries`` is the number of journal entries after the newest snapshot.  ``bytes`` is the size
+    in bytes of the entries after the newest snapshot (0 if unknown).  ``oldest_at`` is the time of
+    the oldest entry after the newest snapshot (Unix ms).  ``records`` is the number of live
+    records.  ``now`` is the current time (Unix ms).  ``newest`` is the seq of the newest snapshot
+    (0 if there is no snapshot).  ``floor`` is the first retained seq.
     """
 
     entries: int
@@ -42,22 +42,22 @@ class JournalStats(Struct, frozen=True, kw_only=True):
 class CompactionPolicy(Struct, frozen=True, kw_only=True):
     """The rules that decide when compaction is due and how much history compaction retains.
 
-    Compaction is *due* if one of these conditions is true.  "Entries" are the journal
-    entries after the newest snapshot.
+    Compaction is *due* if one of these conditions is true.  In the conditions, "entries"
+    are the journal entries after the newest snapshot.
 
     - There are at least ``min_entries`` entries, and at least ``ratio`` entries per live
-      record.  The amortized cost of snapshots per change is then constant.
-    - The entries have at least ``max_bytes`` bytes.  The JSON store reads these bytes
-      when it is opened.
-    - The oldest entry is at least ``max_age_s`` seconds old.  An idle ledger is then
-      compacted too, and does not keep deleted text for ever.
+      record.  This condition keeps the amortized cost of snapshots per change constant.
+    - The entries have at least ``max_bytes`` bytes in total.  The JSON store reads all
+      these entries when the store is opened.
+    - The oldest entry is at least ``max_age_s`` seconds old.  Because of this condition, an
+      idle ledger is compacted too and does not keep deleted text for ever.
     - ``force`` is set and there is at least one entry.
 
-    Compaction *retains* the history of the last ``history_s`` seconds or the last
-    ``history_entries`` entries, whichever is longer.  A follower can then pause for a
-    weekend.  Compaction also retains the newest ``keep_snapshots`` snapshots, because a
-    snapshot can be damaged.  ``erase_deleted`` implies ``force`` and retains only
-    the new snapshot: the ledger's files then contain no text of deleted tasks.
+    Compaction *retains* the newest ``history_s`` seconds of history or the newest
+    ``history_entries`` entries, whichever is more.  With the defaults, a follower can pause for a
+    weekend and then continue.  Compaction also retains the newest ``keep_snapshots`` snapshots,
+    because the newest snapshot can be damaged.  With ``erase_deleted``, compaction is always due
+    and retains only the new snapshot: the ledger's files then contain no text of deleted tasks.
     """
 
     min_entries: int = 10_000
@@ -75,7 +75,8 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
         return replace(self, force=True)
 
     def due(self, stats: JournalStats) -> str | None:
-        """Return why compaction is due (``str``), or ``None`` if compaction is not due."""
+        """Return the reason (``str``) why compaction is due, or ``None`` if compaction is
+        not due."""
         if self.erase_deleted:
             return "deleted records must be erased"
         if stats.entries == 0:
@@ -95,9 +96,9 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
     ) -> tuple[frozenset[int], int]:
         """Return the seqs of the snapshots to retain, and the new floor.
 
-        ``snapshots`` are in ascending order of seq and include the snapshot that was
-        just published.  The new floor is never below the old floor.  The snapshot at
-        floor - 1 is always retained, so that the state at every later seq can be computed.
+        ``snapshots`` lists the stored snapshots in ascending order of seq, including the new
+        snapshot.  The new floor is never below ``floor``.  The snapshot directly before the new
+        floor is always retained, so that the records at every later seq can be computed.
         """
         if self.erase_deleted:
             newest = snapshots[-1].seq
@@ -113,8 +114,8 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
         oldest = outside_window[-1].seq if outside_window else floor - 1
         retained = {snapshot.seq for snapshot in snapshots[-max(self.keep_snapshots, 1) :]}
         # Some snapshots after the oldest snapshot are retained, so that a later compaction
-        # can raise the floor to one of them.  The distance between two of these snapshots is
-        # at least a quarter of the window, which limits the number of snapshots.
+        # can raise the floor to one of these snapshots.  The distance between two of these
+        # snapshots is at least a quarter of the history window, which limits their number.
         last = SnapshotInfo(oldest, 0)
         for snapshot in snapshots:
             if snapshot.seq == oldest:
@@ -133,11 +134,11 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
 class CompactionReport(Struct, frozen=True, kw_only=True):
     """The result of a compaction.
 
-    ``compacted`` says whether compaction was due.  ``reason`` says why compaction was due
-    or not due.  ``seq`` is the seq of the new snapshot.  ``records`` is the number of
-    records in this snapshot, including quarantined records.  ``floor`` is the first
-    retained seq.  ``trimmed`` is the number of trimmed entries.  ``snapshots`` contains the
-    seqs of the retained snapshots.  ``duration_s`` is the duration of the compaction.
+    ``compacted`` says whether compaction was due.  ``reason`` says why compaction was due or not
+    due.  ``seq`` is the seq of the new snapshot.  ``records`` is the number of records in the new
+    snapshot, including quarantined records.  ``floor`` is the first retained seq.  ``trimmed`` is
+    the number of trimmed journal entries.  ``snapshots`` contains the seqs of the retained
+    snapshots.  ``duration_s`` is the duration of the compaction.
     """
 
     compacted: bool

@@ -30,10 +30,10 @@ def system_clock() -> int:
 class UUIDv7:
     """A generator of UUIDv7 strings, each greater than all earlier strings.
 
-    The generator uses method 2 of RFC 9562, section 6.2.  While the clock shows the same
-    millisecond or an earlier millisecond, the generator adds a random step to the 74
-    random bits.  The step comes from the operating system, so that a forked child does
-    not repeat its parent's ids.
+    The generator uses method 2 of RFC 9562, section 6.2.  If the clock has not advanced by
+    a millisecond since the previous id, the generator adds a random step to the 74 random
+    bits of that id.  The step comes from the operating system's random source, so that a
+    forked child does not repeat its parent's ids.
     """
 
     def __init__(self, clock: Clock = system_clock) -> None:
@@ -43,7 +43,7 @@ class UUIDv7:
         self.reset_lock()
 
     def reset_lock(self) -> None:
-        """Replace the lock, because the thread that holds the old lock is not in a forked child."""
+        """Replace the lock: a forked child has no thread that can release the old lock."""
         self._lock = threading.Lock()
 
     def __call__(self) -> str:
@@ -60,7 +60,7 @@ class UUIDv7:
                     self._ms += 1
                     self._random = int.from_bytes(os.urandom(_RANDOM_BYTES))
             ms, random = self._ms, self._random
-        # The version (7) precedes the upper 12 random bits; the variant (2) precedes the other 62.
+        # The version 7 precedes the upper 12 random bits; the variant 2 precedes the lower 62 bits.
         bits = ms << 80 | 7 << 76 | random >> 62 << 64 | 2 << 62 | random & _LOWER_62
         text = bits.to_bytes(16).hex()
         return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"

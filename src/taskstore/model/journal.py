@@ -1,9 +1,8 @@
 """Changes, commits, journal entries, snapshots, and pure functions for these values.
 
-A caller passes a batch of changes to a store.  The store commits the batch as journal
-entries with contiguous seqs.  :func:`fold` applies entries to a snapshot and returns a
-newer snapshot.  A store uses these functions, or a test compares the results of the store
-with the results of these functions.
+A store commits a batch of changes as journal entries with contiguous seqs.  :func:`fold`
+applies entries to a snapshot and returns a newer snapshot.  A store uses the functions of
+this module, or a test compares the results of the store with the results of the functions.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ _UPSERTED, _DELETED = EntryKind.UPSERTED, EntryKind.DELETED
 
 
 class Put(Struct, frozen=True, gc=False):
-    """A change that stores a record, whose revision is one more than the stored revision.
+    """A change that stores a record.  The record's revision is the stored revision + 1.
 
-    Revision 1 creates the task.  The constructor validates the record, so a
+    A record with revision 1 creates the task.  The constructor validates the record, so a
     store never gets an invalid record.
     """
 
@@ -63,7 +62,7 @@ _PUT_TEMPLATE = Put(
 
 
 def unchecked_put(record: TaskRecord) -> Put:
-    """Return the :class:`Put` of a valid record; the function does not check the record.
+    """Return a :class:`Put` of ``record`` without validation: ``record`` must be valid.
 
     Records from :mod:`~taskstore.model.lifecycle` and :mod:`~taskstore.model.leases` are
     valid, because these modules check their arguments.
@@ -93,20 +92,20 @@ class HasDedupKey(Protocol):
 
     @property
     def run_id(self) -> str | None:
-        """The id of the run that the task was created for, if any."""
+        """The id of the run that the task was created for; ``None`` if the task has no run."""
 
     @property
     def run_digest(self) -> str | None:
-        """The digest of the run scope."""
+        """The digest of the task's run scope; ``None`` if the task has no run."""
 
 
 def dedup_key(record: HasDedupKey | None) -> DedupKey | None:
     """Return ``(run_id, run_digest)``, or ``None`` if the record is ``None`` or has no run.
 
-    At most one task of a ledger has a given dedup key.  A ``create`` with the dedup key
-    of an existing task returns that task and only sets its empty fields.
-    ``lifecycle.run_digest`` defines the digest, and ``lifecycle.fill_missing`` sets the empty
-    fields.
+    At most one task of a ledger has a given dedup key.  A ``create`` with the dedup key of
+    an existing task returns the existing task and only fills its empty fields.
+    ``lifecycle.run_digest`` computes the digest, and ``lifecycle.fill_missing`` fills the
+    empty fields.
     """
     if record is None or record.run_id is None or record.run_digest is None:
         return None
@@ -116,9 +115,9 @@ def dedup_key(record: HasDedupKey | None) -> DedupKey | None:
 class Position(Struct, frozen=True, gc=False):
     """The journal position directly after the entry ``seq`` of the commit ``commit_id``.
 
-    If a backup is restored, or a standby takes over without the last commits, a new
-    history uses the same seqs again.  The commit id distinguishes the two histories.
-    The commit id is empty if unknown.
+    If a backup is restored, or a standby takes over without the newest commits, a new
+    history uses the same seqs again.  The commit id distinguishes the new history from the
+    old history.  The commit id is empty if unknown.
     """
 
     seq: int
@@ -129,7 +128,7 @@ class Position(Struct, frozen=True, gc=False):
 
     @classmethod
     def of(cls, cursor: object) -> Self:
-        """Return the position of a seq or of a cursor (the text of a position).
+        """Return the position that ``cursor`` gives: as a seq, as text, or as a :class:`Position`.
 
         Raises :class:`ValidationError` for any other value.
         """
@@ -147,9 +146,9 @@ class ChangeSet(list[Change]):
     """Changes that were computed from the records at the position ``base``.
 
     :meth:`~taskstore.TaskRegistryStore.apply` accepts a change set like any sequence of
-    changes.  A store that keeps commit ids refuses the change set if its journal does not
-    contain the base position.  In another history, a revision with the same number can be
-    a different record.
+    changes.  A store that keeps commit ids refuses a change set whose base position is not
+    in the store's journal: in another history, the same revision of a task can be a
+    different record.
     """
 
     __slots__ = ("base",)
@@ -162,8 +161,8 @@ class ChangeSet(list[Change]):
 class Commit(Struct, frozen=True, gc=False):
     """The seqs of the first and the last change of a commit, the commit time and the commit id.
 
-    ``at`` is in Unix milliseconds UTC and never less than the time of the previous
-    commit.  ``commit_id`` is unique (empty if the store keeps no commit ids).
+    ``at`` is the commit time in Unix milliseconds UTC and never less than the time of the
+    previous commit.  ``commit_id`` is unique (empty if the store keeps no commit ids).
     """
 
     first_seq: int
@@ -177,8 +176,8 @@ class Quarantined(Struct, frozen=True, gc=False):
 
     ``where`` is the location of the record.  ``reason`` says why the record cannot be
     decoded (``str``).  ``task_id`` and ``revision`` are ``None`` if unknown.
-    ``superseded`` is true if the task has later changes.  A superseded record does not
-    occupy the task's id, and is dropped when the task is deleted.
+    ``superseded`` is true if the task was changed after this record.  A superseded record
+    does not occupy the task's id, and is dropped when the task is deleted.
     """
 
     raw: bytes
@@ -190,11 +189,12 @@ class Quarantined(Struct, frozen=True, gc=False):
 
     @property
     def occupied_task_id(self) -> str | None:
-        """The id of the task whose current record this is; ``None`` if unknown or superseded."""
+        """The id of the task whose current record is quarantined; ``None`` if unknown or
+        superseded."""
         return None if self.superseded else self.task_id
 
     def is_obsoleted_by(self, task_id: str, kind: EntryKind) -> bool:
-        """Return whether a later entry of task ``task_id`` makes this record obsolete.
+        """Return whether a later entry of the given kind and task id makes this record obsolete.
 
         Only a deletion of the same task makes a superseded record obsolete.
         """
@@ -206,8 +206,8 @@ class JournalEntry(Struct, frozen=True, gc=False):
 
     ``seq`` is the entry's number in the journal (``int`` ≥ 1).  ``at`` is the time of the
     commit (Unix milliseconds).  ``revision`` is the task's revision after the change.
-    ``record`` is ``None`` for a deletion, and for an upsert whose record cannot be
-    decoded; in the second case ``quarantined`` has the bytes of the record.
+    ``record`` is ``None`` for a deletion, and for an upsert whose record cannot be decoded.
+    If the record cannot be decoded, ``quarantined`` contains the bytes of the record.
     """
 
     seq: int
@@ -231,10 +231,10 @@ _EMPTY: Mapping[str, TaskRecord] = MappingProxyType({})
 class Snapshot(Struct, frozen=True):
     """Every live record as of one seq.
 
-    ``records`` maps task_id to record and is immutable: the constructor copies the
-    given mapping.  ``at`` is the time of the commit at ``seq`` (Unix milliseconds, 0
-    before the first commit).  ``quarantined`` contains the records that cannot be
-    decoded, so that a store that rewrites its data does not drop them.
+    ``records`` maps task_id to record and is immutable: the constructor copies the given
+    mapping.  ``at`` is the time of the commit at ``seq`` (Unix milliseconds, 0 before the
+    first commit).  ``quarantined`` contains the records that cannot be decoded, so that a
+    store that rewrites its data does not drop these records.
     """
 
     seq: int
@@ -245,8 +245,8 @@ class Snapshot(Struct, frozen=True):
     def __post_init__(self) -> None:
         if type(self.seq) is not int or not 0 <= self.seq <= MAX_INT:
             check_int("seq", self.seq)
-        # A proxy is copied too, because the mapping behind the proxy can be mutable.  For a
-        # proxied dict, copy() is one fast call, but dict() looks up each item.
+        # A ``MappingProxyType`` is copied too, because the mapping behind the proxy can be mutable.
+        # For a proxied dict, copy() is one fast call, but dict() looks up each item.
         given = self.records
         copied = given.copy() if isinstance(given, MappingProxyType) else given
         if copied is given or type(copied) is not dict:
@@ -255,7 +255,7 @@ class Snapshot(Struct, frozen=True):
 
 
 def snapshot_of(seq: int, at: int, items: Iterable[TaskRecord | Quarantined]) -> Snapshot:
-    """Return the snapshot of these records and quarantined records."""
+    """Return a snapshot at ``seq`` that contains the given records and quarantined records."""
     records: dict[str, TaskRecord] = {}
     quarantined: list[Quarantined] = []
     for item in items:
@@ -289,10 +289,11 @@ def validated_snapshot(snapshot: Snapshot) -> Snapshot:
 
 
 class Step(Struct, frozen=True, gc=False):
-    """The combined effect of a batch on one task.
+    """The combined effect of all changes of a batch on one task.
 
-    ``base`` is the required stored revision (0: the task must not exist).  ``record`` is
-    the last record (``None``: the task is removed).  ``revision`` is the last revision.
+    ``base`` is the required stored revision (0: the task must not exist).  ``record`` is the task's
+    record after the batch (``None``: the task is removed).  ``revision`` is the task's revision
+    after the batch.
     """
 
     task_id: str
@@ -302,12 +303,12 @@ class Step(Struct, frozen=True, gc=False):
 
     @property
     def new_dedup_key(self) -> DedupKey | None:
-        """The dedup key of the task that this step creates, if any."""
+        """The dedup key if this step creates a task with a dedup key, otherwise ``None``."""
         return None if self.base else dedup_key(self.record)
 
 
 def plan(changes: Sequence[Change]) -> list[Step]:
-    """Reduce a batch to one step per task, in order of first appearance.
+    """Return one :class:`Step` per task of a batch, in the order of each task's first change.
 
     Raises :class:`ValidationError` for an empty batch or a value that is not a change,
     and :class:`ConflictError` if changes of the batch contradict each other.
@@ -348,7 +349,7 @@ def find_conflicts(
     deleted: Container[str],
     ids_by_key: Mapping[DedupKey, str],
 ) -> list[Conflict]:
-    """Return the conflicts of the steps with the stored state; empty if all steps apply.
+    """Return the conflicts between the steps and the stored state; empty if all steps apply.
 
     ``revisions`` maps the id of each stored task to its revision (0 if the record
     cannot be decoded and its revision is unknown).  ``deleted`` contains the ids of
@@ -373,7 +374,7 @@ def find_conflicts(
 
 
 def entries_of(changes: Sequence[Change], commit: Commit) -> list[JournalEntry]:
-    """Return the journal entries of a commit's changes, in order."""
+    """Return the journal entries for the changes of a commit, in the order of the changes."""
     at, commit_id = commit.at, commit.commit_id
     entries = []
     for seq, change in enumerate(changes, commit.first_seq):
@@ -389,10 +390,10 @@ def entries_of(changes: Sequence[Change], commit: Commit) -> list[JournalEntry]:
 
 
 def fold(snapshot: Snapshot, entries: Iterable[JournalEntry]) -> Snapshot:
-    """Apply the entries that follow a snapshot, and return the newer snapshot.
+    """Return the newer snapshot that results from applying ``entries`` to ``snapshot``.
 
-    Raises :class:`CorruptStoreError` if the entries do not follow the snapshot
-    without a gap.
+    Raises :class:`CorruptStoreError` if there is a gap between the snapshot and the
+    entries, or between two entries.
     """
     records = dict(snapshot.records)
     quarantined = list(snapshot.quarantined)
@@ -416,8 +417,8 @@ def fold(snapshot: Snapshot, entries: Iterable[JournalEntry]) -> Snapshot:
 
 
 def quarantined_revisions(quarantined: Iterable[Quarantined]) -> dict[str, int]:
-    """Return a mapping from each occupied task id to the revision of its quarantined
-    record (0 if the revision is unknown)."""
+    """Return a dict that maps the id of each task whose current record is quarantined to
+    the revision of this record (0 if the revision is unknown)."""
     return {
         item.occupied_task_id: item.revision or 0
         for item in quarantined

@@ -1,11 +1,11 @@
 """Task leases, their tokens and fencing, as pure functions.
 
-A worker takes a lease on a task and renews the lease.  With each change the worker
-passes the lease's token (the *fence*).  If the worker does not renew the lease, the
-lease expires, and another worker can take a lease with another token.  After this,
-every change by the first worker is refused.  The clock decides only when another
-worker can take a lease.  The token alone decides which worker can change the task, so
-clock skew can delay a takeover but never causes a lost update.
+A worker takes a lease on a task and renews the lease.  With each change the worker passes
+the lease's token (the *fence*).  If the worker does not renew the lease, the lease expires,
+and another worker can take a lease with another token.  After another worker has taken a
+lease, every change with the first worker's token is refused.  The clock decides only when
+another worker can take a lease.  The token alone decides which worker can change the task,
+so clock skew can delay the next lease but never causes a lost update.
 
 Fencing is described in M. Kleppmann, "How to do distributed locking" (2016).
 """
@@ -30,7 +30,7 @@ MAX_LEASE_S = 366 * 24 * 3600.0
 
 
 def check_lease(lease_s: object) -> int:
-    """Return the duration of a lease in ms; raise :class:`ValidationError` if invalid."""
+    """Convert the duration of a lease to ms; raise :class:`ValidationError` if it is invalid."""
     seconds = check_seconds("lease_s", lease_s, MIN_LEASE_S, MAX_LEASE_S)
     return check_int("lease_s", round(seconds * 1000), 1)
 
@@ -44,7 +44,7 @@ def check_fence(fence: object) -> None:
 def verify_fence(record: TaskRecord, fence: str | None) -> None:
     """Raise :class:`ConflictError` unless ``fence`` is ``None`` or the token of the task's lease.
 
-    The token of an expired lease stays valid until another worker takes a lease.
+    The token of an expired lease stays valid until another worker takes a lease on the task.
     """
     if fence is not None and record.lease_token != fence:
         raise _conflict(record, fence)
@@ -53,10 +53,10 @@ def verify_fence(record: TaskRecord, fence: str | None) -> None:
 def take(token: str, lease_s: object, *, fence: str | None = None) -> Mutation:
     """Take a lease on an active task that has no lease or an expired lease.
 
-    ``token`` is the token of the new lease, which expires after ``lease_s``
-    seconds.  If ``fence`` is the token of the current lease, the new lease replaces
-    the current lease at any time.  The mutation raises :class:`ConflictError` while
-    another worker has a lease that has not expired.
+    ``token`` is the token of the new lease, which expires after ``lease_s`` seconds.  If
+    ``fence`` is the token of the current lease, the new lease replaces the current lease
+    even before the current lease expires.  Otherwise the mutation raises
+    :class:`ConflictError` if the task has a lease that has not expired.
     """
     lease_ms = check_lease(lease_s)
 
@@ -73,7 +73,7 @@ def take(token: str, lease_s: object, *, fence: str | None = None) -> Mutation:
 
 
 def renew(lease_s: object) -> Mutation:
-    """Extend a lease that is in the second half of its duration; otherwise change nothing."""
+    """Extend a lease if at most half of ``lease_s`` is left; otherwise change nothing."""
     lease_ms = check_lease(lease_s)
 
     def renewed(record: TaskRecord, now: int) -> TaskRecord:
@@ -87,7 +87,7 @@ def renew(lease_s: object) -> Mutation:
 
 
 def release() -> Mutation:
-    """Release a lease, so that another worker can take a lease at once."""
+    """Release the lease of a task, so that another worker can take a lease at once."""
     return _released
 
 

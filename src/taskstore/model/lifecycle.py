@@ -4,16 +4,17 @@
 idempotent: :func:`run_digest` returns the same digest for the same run scope, and
 :func:`fill_missing` returns the result of a repeated ``create``.
 
-Every other public function checks its arguments and returns a :data:`Mutation`.  Invalid
-arguments raise :class:`ValidationError` in every state of the task.  A mutation takes a
-record and the current time and returns the record to store: the same object if nothing
-changes, otherwise a new record with the next revision.  A change that the status does not
-allow raises :class:`InvalidTransition`.  If the given record is valid, the new record is
-valid, except that its revision can exceed ``MAX_INT``.
+Every public function except ``new_record``, ``run_digest`` and ``fill_missing`` checks its
+arguments and returns a :data:`Mutation`.  Invalid arguments raise :class:`ValidationError`,
+whatever the status of the task is.  A mutation takes a record and the current time and returns the
+record to store: the same object if nothing changes, otherwise a new record with the next revision.
+If the task's status does not allow the change, the mutation raises :class:`InvalidTransition`.  A
+mutation of a valid record returns a valid record, except that the new revision can exceed
+``MAX_INT``.
 
 The status, times, error and outcome of an ended task are final, with two exceptions:
 :func:`finish` can correct ``succeeded`` to failed, timed_out or cancelled, and only
-:func:`recover` can correct ``lost``.
+:func:`recover` can correct ``lost`` to another status.
 """
 
 from __future__ import annotations
@@ -52,10 +53,10 @@ from taskstore.model.validation import (
 )
 
 Mutation = Callable[[TaskRecord, int], TaskRecord]
-"""A pure function from a record and the current time (Unix ms) to the record to store."""
+"""A pure function that takes a record and the current time (Unix ms) and returns the new record."""
 
 RETENTION_MS = 7 * 24 * 60 * 60 * 1000
-"""The default retention of an ended task: 7 days."""
+"""How long the record of an ended task is retained by default: 7 days."""
 
 _MAY_REPLACE_SUCCESS = frozenset({TaskStatus.FAILED, TaskStatus.TIMED_OUT, TaskStatus.CANCELLED})
 
@@ -87,9 +88,9 @@ def new_record(
 ) -> TaskRecord:
     """Return revision 1 of a task.
 
-    ``fields`` maps the names of other record fields to their values; ``now`` is in Unix
-    milliseconds.  Raises :class:`ValidationError` for an invalid value and for a field
-    that only a later change can set.
+    ``fields`` maps the names of further record fields to their values; ``now`` is in Unix
+    milliseconds.  Raises :class:`ValidationError` for an invalid value and for a field that
+    only a later change can set.
     """
     given: dict[str, Any] = {}
     for name, value in fields.items():
@@ -140,8 +141,8 @@ def new_record(
 def run_digest(record: TaskRecord) -> str:
     """Return the digest of a record's run scope: 32 hexadecimal digits.
 
-    The scope is (run_id, runtime, scope kind, owner, child session, flow, label, task) at
-    creation.  Two ``create`` calls with the same scope get the same task.
+    The run scope is (run_id, runtime, scope kind, owner, child session, flow, label, task)
+    at creation.  Two ``create`` calls with the same run scope get the same task.
     """
     scope = (
         record.run_id,
@@ -159,8 +160,8 @@ def run_digest(record: TaskRecord) -> str:
 def fill_missing(existing: TaskRecord, asked: TaskRecord) -> TaskRecord:
     """Return the result of a repeated ``create``: ``existing`` with its empty fields filled in.
 
-    The values come from ``asked``, the record of the repeated ``create``.  Fields that
-    are not empty do not change.  An ended task does not change at all.
+    The new values come from ``asked``, the record of the repeated ``create``.  Fields of
+    ``existing`` that are not empty do not change.  An ended task does not change at all.
     """
     if existing.is_terminal:
         return existing
@@ -227,9 +228,9 @@ def finish(
 ) -> Mutation:
     """End an active task, or correct ``succeeded`` to failed, timed_out or cancelled.
 
-    If the task already has this status, the mutation returns the record unchanged.  In
-    this case, different facts (error, summary, outcome, end time) raise
-    :class:`InvalidTransition`, because the facts of an ended task are final.
+    If the task already has ``status`` and the given facts (error, summary, outcome, end time), the
+    mutation returns the record unchanged.  If the task already has ``status`` but other facts, the
+    mutation raises :class:`InvalidTransition`, because these facts are final.
     """
     end = check_enum("status", status, TaskStatus)
     if not end.is_terminal:
@@ -281,7 +282,7 @@ def recover(
     outcome: str | None = None,
     ended_at: int | None = None,
 ) -> Mutation:
-    """Change a lost task to its actual status, which is active or another terminal status."""
+    """Change a lost task to its actual status: any active or terminal status except ``lost``."""
     state = check_enum("status", status, TaskStatus)
     if state is TaskStatus.LOST:
         raise ValidationError(
@@ -317,8 +318,8 @@ def recover(
 def set_delivery_status(status: str, *, last_notified_event_at: int | None = None) -> Mutation:
     """Set the delivery status of the task's result.
 
-    ``last_notified_event_at`` is the time of the event that the owner was notified of.
-    For the status ``delivered``, its default is the time of the task's last event.
+    ``last_notified_event_at`` is the time of the newest event that the owner was notified of.  If
+    the new status is ``delivered``, the default is the time of the task's newest event.
     """
     state = check_enum("delivery_status", status, DeliveryStatus)
     _check_time("last_notified_event_at", last_notified_event_at)
@@ -335,7 +336,7 @@ def set_delivery_status(status: str, *, last_notified_event_at: int | None = Non
 
 
 def set_notify_policy(policy: str) -> Mutation:
-    """Set which events the owner is notified of."""
+    """Set the policy that selects the events that the owner is notified of."""
     chosen = check_enum("notify_policy", policy, NotifyPolicy)
     return lambda record, _now: _with_fields(record, notify_policy=chosen)
 
@@ -354,7 +355,7 @@ def set_cleanup_after(cleanup_after: int | None) -> Mutation:
 
 
 def link_flow(parent_flow_id: str | None) -> Mutation:
-    """Set the flow of the task.  The dedup key does not change."""
+    """Set the flow to which the task belongs.  The task's dedup key does not change."""
     flow = None if parent_flow_id is None else check_key("parent_flow_id", parent_flow_id)
     return lambda record, _now: _with_fields(record, parent_flow_id=flow)
 
@@ -363,7 +364,7 @@ def merge_metadata(changes: object) -> Mutation:
     """Merge a mapping into the metadata, key by key at the top level.
 
     A value of ``None`` is stored and does not remove the key.  The mutation raises
-    :class:`ValidationError` if the result exceeds the limits of metadata.
+    :class:`ValidationError` if the merged metadata exceeds the limits of metadata.
     """
     copied = plain_metadata(changes)
     encode_metadata(copied)
@@ -393,7 +394,7 @@ def _event_time(record: TaskRecord, now: int) -> int:
 def _end_facts(
     error: str | None, summary: str | None, outcome: str | None, ended_at: int | None
 ) -> dict[str, Any]:
-    """Check the facts of a final status; return the checked values by field name."""
+    """Return the checked facts of a task's end that are not ``None``, by field name."""
     facts: dict[str, Any] = {}
     if error is not None:
         facts["error"] = check_text("error", error, ERROR_BYTES)
@@ -407,7 +408,7 @@ def _end_facts(
 
 
 def _clamp_end(record: TaskRecord, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the given facts, with an ``ended_at`` that is not before the task's creation."""
+    """Return the given facts; an ``ended_at`` before the task's creation becomes that time."""
     facts = dict(given)
     if "ended_at" in facts:
         facts["ended_at"] = max(facts["ended_at"], record.created_at)
@@ -428,7 +429,7 @@ def _without_end(record: TaskRecord) -> TaskRecord:
 
 
 def _check_repeat(record: TaskRecord, attempted: str, facts: Mapping[str, Any]) -> TaskRecord:
-    """Return the record if it has these facts; raise :class:`InvalidTransition` otherwise."""
+    """Return the record if it has the given facts; raise :class:`InvalidTransition` otherwise."""
     if any(getattr(record, name) != value for name, value in facts.items()):
         raise InvalidTransition(record.task_id, record.status, attempted)
     return record

@@ -1,7 +1,7 @@
 """Queries over records: filters, newest-first order, keyset cursors.
 
-:func:`evaluate` defines the answer of every query.  An index or an SQL query returns the
-same answer faster.
+:func:`evaluate` defines the correct result of every query.  An index or an SQL query must
+return the same result, but faster.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from taskstore.model.records import (
 from taskstore.model.validation import check_enum, check_int, check_key, check_text
 
 SESSION_KEY = "session_key"
-"""The name of the filter for the child's or the requester's session; no field has this name."""
+"""The filter that matches a record's child session or requester session; not a record field."""
 
 _TEXT_FIELDS = frozenset({*REQUIRED_KEYS, *OPTIONAL_KEYS, *TEXT_LIMITS, SESSION_KEY})
 _INT_FIELDS = frozenset({"revision", "created_at", *OPTIONAL_TIMES})
@@ -39,20 +39,21 @@ _FILTERS = _TEXT_FIELDS | _INT_FIELDS | _ENUMS.keys()
 _MAX_TEXT_BYTES = max(TEXT_LIMITS.values())
 
 Cursor = tuple[int, str]
-"""The last record of a page, as (created_at, task_id)."""
+"""The sort key (created_at, task_id) of the last record of a page."""
 
 
 class TaskQuery:
-    """A query: filters, a limit and a cursor.  The result is newest first by (created_at, task_id).
+    """A query: filters, a limit and a cursor.  Results are newest first by (created_at,
+    task_id).
 
     ``filters`` maps record field names (except ``metadata`` and ``requester_origin``) to
-    values.  The filter ``session_key`` matches the child's or the requester's session.  A
-    value can be a collection of alternatives; the value ``None`` matches a field that is
-    not set.  ``since`` is the earliest ``created_at`` (Unix milliseconds).  ``limit`` is
-    the maximum number of records (``None``: all records).  ``after`` is the
-    ``next_cursor`` of the previous page.
+    values.  The filter ``session_key`` matches the child session or the requester session.
+    The value of a filter can be a collection of alternatives; the value ``None`` matches a
+    field that is not set.  ``since`` is the earliest ``created_at`` that matches (Unix
+    milliseconds).  ``limit`` is the maximum number of records (``None``: all records).
+    ``after`` is the ``next_cursor`` of the previous page.
 
-    Raises :class:`ValidationError` for an unknown field or a value of another type.
+    Raises :class:`ValidationError` for an unknown field or a value that the field cannot have.
     """
 
     __slots__ = ("_predicates", "after", "cursor", "limit", "since", "where")
@@ -96,7 +97,7 @@ class Page(Sequence[TaskRecord]):
     """One page of records, newest first.
 
     ``next_cursor`` (``str``) is the argument ``after`` for the next page, or ``None`` on
-    the last page.  ``seq`` is the head for which the page is valid.
+    the last page.  The page shows the records as of ``seq``.
     """
 
     __slots__ = ("next_cursor", "records", "seq")
@@ -130,10 +131,10 @@ class Page(Sequence[TaskRecord]):
 
 
 class Summary(Struct, frozen=True, kw_only=True):
-    """Counts of tasks.
+    """The number of tasks in total, by status and by runtime.
 
-    ``total`` counts all records; ``by_status`` and ``by_runtime`` map names to
-    counts above 0; ``seq`` is the head for which the counts are valid.
+    ``total`` counts all records; ``by_status`` and ``by_runtime`` map the names that occur
+    to their counts; the counts are as of ``seq``.
     """
 
     total: int
@@ -148,7 +149,7 @@ class Summary(Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, by_status: Counter[str], by_runtime: Counter[str], seq: int) -> Self:
-        """Return the summary of these counters."""
+        """Return a summary with the given counts, as of ``seq``."""
         return cls(
             total=by_status.total(),
             by_status=dict(by_status),
@@ -170,7 +171,7 @@ def page_of(newest_first: Iterator[TaskRecord], query: TaskQuery, seq: int) -> P
 
 
 def evaluate(query: TaskQuery, records: Iterable[TaskRecord], seq: int) -> Page:
-    """Return the page that every backend must return; ``records`` can be in any order."""
+    """Return the page that a backend must return for a query; ``records`` can be in any order."""
     matching = sorted(
         (record for record in records if query.matches(record)),
         key=lambda record: record.sort_key,
@@ -183,14 +184,14 @@ def evaluate(query: TaskQuery, records: Iterable[TaskRecord], seq: int) -> Page:
 
 
 def encode_cursor(key: Cursor) -> str:
-    """Return an opaque, URL-safe text for a position in the order of records."""
+    """Return an opaque, URL-safe text that encodes the sort key of a record."""
     return base64.urlsafe_b64encode(msgspec.json.encode(key)).rstrip(b"=").decode()
 
 
 def decode_cursor(cursor: str) -> Cursor:
-    """Return the position that :func:`encode_cursor` encoded.
+    """Return the sort key that :func:`encode_cursor` encoded.
 
-    Raises :class:`ValidationError` for any other text.
+    Raises :class:`ValidationError` for a text that :func:`encode_cursor` did not return.
     """
     text = check_text("after", cursor, _MAX_TEXT_BYTES)
     try:
@@ -205,7 +206,7 @@ def decode_cursor(cursor: str) -> Cursor:
 
 
 def _accepted_values(field: str, value: Any) -> frozenset[Any]:
-    """Return the values that a filter accepts, validated for their field."""
+    """Return the set of values that a filter accepts; check each value for the filter's field."""
     if field not in _FILTERS:
         raise ValidationError(field, "is not a field that a query can filter by")
     is_many = isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)

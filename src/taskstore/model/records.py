@@ -26,10 +26,10 @@ METADATA_DEPTH = 64
 PAYLOAD_DEPTH = 2 * METADATA_DEPTH
 """Maximum nesting of a stored or decoded payload, including unknown members.
 
-The limit of the JSON decoder is far higher and depends on the interpreter.
+The nesting limit of the JSON decoder is far higher and depends on the interpreter.
 """
 MAX_INT = 2**53 - 1
-"""The maximum of times and revisions.  Every JSON reader represents these integers exactly."""
+"""The maximum time or revision.  Every JSON reader represents integers up to 2**53 - 1 exactly."""
 
 
 class TaskStatus(StrEnum):
@@ -75,7 +75,7 @@ class NotifyPolicy(StrEnum):
 
 
 class ScopeKind(StrEnum):
-    """Whether a task belongs to a session or to the system."""
+    """The kind of a task's scope: the task belongs to a session or to the system."""
 
     SESSION = "session"
     SYSTEM = "system"
@@ -106,8 +106,8 @@ Time = Annotated[int, "time"]
 NO_METADATA = Raw(b"{}")
 
 DedupKey = tuple[str, str]
-"""``(run_id, run_digest)``: the run of a task and the digest of its run scope.  At most one task
-of a ledger has a given key, which makes ``create`` idempotent."""
+"""``(run_id, run_digest)``: the id of a task's run and the digest of the task's run scope.
+At most one task of a ledger has a given dedup key, which makes ``create`` idempotent."""
 
 FORMAT_VERSION = "1.1"
 """Version of the encoded record: ``major.minor``, the first member of each payload."""
@@ -127,9 +127,8 @@ class TaskRecord(
 
     Times are Unix milliseconds UTC (``int``), keys are ``str`` of at most 255 bytes of
     UTF-8.  Callers can share a record, because a record never changes.  To change a task,
-    the registry creates a record with the next revision.  The constructor does not
-    validate the fields: ``Put`` validates them, and the registry creates only valid
-    records.
+    the registry creates a record with the next revision.  The constructor does not validate
+    the fields: ``Put`` validates the fields, and the registry creates only valid records.
     """
 
     task_id: Key
@@ -189,7 +188,7 @@ class TaskRecord(
 
 
 def _fields_of(annotation: object) -> tuple[str, ...]:
-    """The names of the record fields that are declared with this annotation, in order."""
+    """Return the names of the record fields that are declared with ``annotation``, in order."""
     declared = get_type_hints(TaskRecord, include_extras=True)
     return tuple(name for name, hint in declared.items() if hint == annotation)
 

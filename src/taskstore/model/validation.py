@@ -44,7 +44,7 @@ READABLE_VERSION = re.compile(rf"{FORMAT_VERSION.partition('.')[0]}\.[0-9]+\Z")
 """The pattern of the record format versions that can be decoded."""
 _RUNTIME = re.compile(r"[a-z][a-z0-9_.-]*\Z")
 _NOT_STRUCTURAL = bytes(set(range(256)) - set(b'"{}[]'))
-"""All bytes that do not affect the nesting of JSON."""
+"""All bytes except quotation marks and brackets, which alone determine the nesting of JSON."""
 _ARRAYS_AS_OBJECTS = bytes.maketrans(b"[]", b"{}")
 _Enum = TypeVar("_Enum", bound=StrEnum)
 
@@ -52,9 +52,10 @@ _Enum = TypeVar("_Enum", bound=StrEnum)
 def check_text(field: str, value: object, limit: int) -> str:
     """Return ``value`` if it is storable text of at most ``limit`` bytes of UTF-8.
 
-    A subclass of ``str`` is converted to ``str``, which encoders and drivers require.
-    Raises :class:`ValidationError` for another type, NUL (which PostgreSQL cannot
-    store), lone surrogates (which UTF-8 cannot encode) and text over the limit.
+    A subclass of ``str`` is converted to ``str``, which encoders and drivers require.  Raises
+    :class:`ValidationError` for a value of another type, and for text that contains NUL (which
+    PostgreSQL cannot store), contains a lone surrogate (which UTF-8 cannot encode), or is over the
+    limit.
     """
     if type(value) is not str:
         if not isinstance(value, str):
@@ -122,7 +123,7 @@ def check_enum(field: str, value: object, kind: type[_Enum]) -> _Enum:
 
 
 def check_origin(field: str, value: object) -> DeliveryContext | None:
-    """Return ``value``, or a mapping of the same fields, as a :class:`DeliveryContext`."""
+    """Return a :class:`DeliveryContext` with the fields of ``value``; ``None`` for ``None``."""
     if isinstance(value, Mapping):
         unknown = set(value) - set(DeliveryContext.__struct_fields__)
         if unknown:
@@ -161,7 +162,7 @@ def encode_metadata(value: object) -> Raw:
 
 
 def plain_metadata(value: object) -> dict[str, Any]:
-    """Return a deep copy of a JSON object; raise the errors of :func:`encode_metadata`."""
+    """Return a deep copy of a JSON object; raise the same errors as :func:`encode_metadata`."""
     if not isinstance(value, Mapping):
         raise ValidationError("metadata", f"must be a mapping, not {type(value).__name__}")
     copied: Any = _plain_json(value, "metadata", METADATA_DEPTH)
@@ -169,7 +170,7 @@ def plain_metadata(value: object) -> dict[str, Any]:
 
 
 def _plain_json(value: object, path: str, depth: int) -> object:
-    """Return a deep copy of a JSON value in plain containers; check every leaf."""
+    """Return a deep copy of a JSON value, made of ``dict`` and ``list``; check every value."""
     if value is None or value is True or value is False:
         return value
     if isinstance(value, str):
@@ -213,13 +214,15 @@ def _check_metadata_bytes(_field: str, encoded: object) -> object:
 
 
 def _check_unknown(field: str, encoded: object) -> object:
-    """Return ``encoded`` if it is a JSON object with no known member except ``v``."""
+    """Return ``encoded`` if it is a JSON object that contains no record field except ``v``."""
     members = _decoded(field, encoded, PAYLOAD_DEPTH)
     if not isinstance(members, dict):
         raise ValidationError(field, "must be a JSON object")
     known = _MEMBERS & set(members)
     if known:
-        raise ValidationError(field, f"contains {sorted(known)}, which are known fields")
+        raise ValidationError(
+            field, f"must not contain {sorted(known)}: these are fields of a record"
+        )
     version = members.get("v", FORMAT_VERSION)
     if not isinstance(version, str) or not READABLE_VERSION.match(version):
         raise ValidationError(field, f"has a format version that cannot be decoded: {version!r}")
@@ -242,7 +245,7 @@ def exceeds_depth(encoded: bytes, depth: int) -> bool:
 
     The function counts brackets and does not decode the JSON, because the depth that a
     decoder accepts differs between Python versions.  The result for invalid JSON can be
-    wrong, but the decoder refuses invalid JSON.
+    wrong, but a decoder refuses invalid JSON anyway.
     """
     if encoded.count(b"{") + encoded.count(b"[") <= depth:
         return False
@@ -255,7 +258,8 @@ def exceeds_depth(encoded: bytes, depth: int) -> bool:
 
 
 def check_summary(field: str, value: object) -> str | None:
-    """Return text of at most 4,096 bytes, with one space in place of each run of white space."""
+    """Return the text with each run of white space as one space, at most 4,096 bytes; or
+    ``None``."""
     if value is None:
         return None
     if not isinstance(value, str):

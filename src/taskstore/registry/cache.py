@@ -1,8 +1,8 @@
 """The record cache, its lookups, its replication, and the staging of changes.
 
 :class:`Lookups` is the only interface by which the registry looks records up.
-:class:`RecordCache` answers lookups from indexes over committed records.
-:class:`Staging` answers lookups from a base and uncommitted changes to this base.
+:class:`RecordCache` answers lookups from indexes over committed records.  :class:`Staging`
+answers lookups from other lookups (the base) with uncommitted changes applied.
 :class:`ReplicatedCache` follows the journal of one store.
 """
 
@@ -50,33 +50,33 @@ from taskstore.store.interface import (
 logger = logging.getLogger("taskstore")
 
 PAGE_ENTRIES = 1000
-"""The number of journal entries that are read and applied at a time.  A larger commit becomes
-visible in parts, so that lookups wait only while one part is applied."""
+"""The number of journal entries that are read and applied at a time.  A commit with more
+entries becomes visible in parts, so that lookups wait only while one part is applied."""
 
 
 class Lookups(ABC):
-    """Lookups of records: four abstract methods, and methods that use these four."""
+    """The lookups of records: four abstract methods, and methods that call the abstract methods."""
 
     __slots__ = ()
 
     @abstractmethod
     def get(self, task_id: str) -> TaskRecord | None:
-        """Return the record of an id, or ``None``."""
+        """Return the record of a task id; ``None`` if there is no such task."""
 
     @abstractmethod
     def select(self, query: TaskQuery) -> Iterator[TaskRecord]:
-        """Yield the matches after the query's cursor, newest first; ignore the query's limit."""
+        """Yield the records that match after the query's cursor, newest first, without a limit."""
 
     @abstractmethod
     def by_dedup_key(self, key: DedupKey) -> TaskRecord | None:
-        """Return the task that has a dedup key, or ``None``."""
+        """Return the task with this dedup key; ``None`` if no task has the key."""
 
     @abstractmethod
     def summary(self) -> Summary:
-        """Count the records."""
+        """Return the number of records, by status and by runtime."""
 
     def require(self, task_id: str) -> TaskRecord:
-        """Return the record of an id; raises :class:`TaskNotFound`."""
+        """Return the record of a task id; raise :class:`TaskNotFound` if there is no such task."""
         record = self.get(task_id)
         if record is None:
             raise TaskNotFound(task_id)
@@ -87,7 +87,7 @@ class Lookups(ABC):
         return self._newest_preferring_active(run_id=run_id)
 
     def find(self, token: str) -> TaskRecord | None:
-        """Return the task with this id, else a task of this run or session, else ``None``."""
+        """Return the task with id ``token``, else a task of this run or session, else ``None``."""
         return (
             self.get(token)
             or self._newest_preferring_active(run_id=token)
@@ -95,7 +95,7 @@ class Lookups(ABC):
         )
 
     def page(self, query: TaskQuery, seq: int) -> Page:
-        """Return one page of the matches."""
+        """Return one page of the records that match the query; ``seq`` becomes the page's seq."""
         return page_of(self.select(query), query, seq)
 
     def run_scope(
@@ -123,9 +123,9 @@ class Lookups(ABC):
 class RecordCache(Lookups):
     """The committed records, up to the last applied journal entry.
 
-    ``position`` is the position of this entry.  After an interrupt the indexes can be
-    incomplete: ``interrupted`` is then true until the next load.  A thread that changes the
-    cache holds the registry's commit lock; a thread that uses the indexes holds ``lock``.
+    ``position`` is the position of the last applied entry.  If an interrupt leaves the indexes
+    incomplete, ``interrupted`` is true until the next load.  A thread that changes the cache must
+    hold the registry's commit lock; a thread that uses the indexes must hold ``lock``.
     """
 
     def __init__(self) -> None:
@@ -136,17 +136,17 @@ class RecordCache(Lookups):
 
     @property
     def seq(self) -> int:
-        """The last applied seq (``int``, 0 before the first)."""
+        """The seq of the last applied entry (``int``, 0 before the first entry)."""
         return self.position.seq
 
     @property
     def records(self) -> Mapping[str, TaskRecord]:
-        """All records by id."""
+        """A mapping from task id to record, for all records."""
         return self._indexes.records
 
     def reset(self, snapshot: Snapshot, commit_id: str = "") -> None:
-        """Replace all records with a snapshot; ``commit_id`` is the id of its last commit, or
-        empty.
+        """Replace all records with the records of a snapshot; ``commit_id`` is the id of
+        the commit at the snapshot's seq (empty if unknown).
 
         Lookups see the old records until the new records are indexed, because the lock is
         held only while the indexes are exchanged.
@@ -160,17 +160,17 @@ class RecordCache(Lookups):
             old.clear()
 
     def get(self, task_id: str) -> TaskRecord | None:
-        """Return the record of an id, or ``None``."""
+        """Return the record of a task id; ``None`` if there is no such task."""
         return self._indexes.records.get(task_id)
 
     def by_dedup_key(self, key: DedupKey) -> TaskRecord | None:
-        """Return the task that has a dedup key, or ``None``."""
+        """Return the task with this dedup key; ``None`` if no task has the key."""
         indexes = self._indexes
         task_id = indexes.by_dedup_key.get("\0".join(key))
         return None if task_id is None else indexes.records[task_id]
 
     def summary(self) -> Summary:
-        """Count the records, from the indexes alone."""
+        """Return the number of records, by status and by runtime, from the indexes alone."""
         indexes = self._indexes
         return Summary(
             total=len(indexes.records),
@@ -180,7 +180,7 @@ class RecordCache(Lookups):
         )
 
     def select(self, query: TaskQuery) -> Iterator[TaskRecord]:
-        """Yield the matches, newest first, from the smallest index that contains all matches."""
+        """Yield the matching records, newest first, from the smallest index with all matches."""
         last: Key | None = None
         for key in self._candidates(query):
             if query.since is not None and key[0] < query.since:
@@ -193,7 +193,7 @@ class RecordCache(Lookups):
                     yield record
 
     def _candidates(self, query: TaskQuery) -> Iterator[Key]:
-        """Return the sort keys of possible matches after the cursor, newest first."""
+        """Return the sort keys of records that can match after the cursor, newest first."""
         best: list[Sequence[Key]] = [self._indexes.keys]
         for field, wanted in query.where.items():
             lists = self._index_lists(field, wanted)
@@ -207,7 +207,8 @@ class RecordCache(Lookups):
         return before[0] if len(before) == 1 else heapq.merge(*before, reverse=True)
 
     def _index_lists(self, field: str, wanted: Iterable[object]) -> list[Sequence[Key]] | None:
-        """Return the sort keys of all records with one of these values; ``None`` if not indexed."""
+        """Return lists with the sort keys of all records that have one of the wanted values;
+        ``None`` if the indexes do not contain the field, or the value ``None`` is wanted."""
         if field == SESSION_KEY:
             fields: tuple[str, ...] = ("child_session_key", "requester_session_key")
         elif field in INDEXED:
@@ -220,11 +221,11 @@ class RecordCache(Lookups):
 
 
 class ReplicatedCache(RecordCache):
-    """The record cache of one store: it applies our commits and the commits of other writers.
+    """The record cache of one store: it applies local commits and the commits of other writers.
 
     The caller of a method that changes the cache must hold the commit lock.  Events are
-    queued in the order of the journal, and delivered after the lock is released.
-    ``stale`` is true when the cache can differ from the store in an unknown way: the next
+    queued in the order of the journal, and delivered after the commit lock is released.
+    ``stale`` is true if the cache can differ from the store in an unknown way: the next
     commit or refresh then loads all records anew.
     """
 
@@ -235,7 +236,7 @@ class ReplicatedCache(RecordCache):
         self.stale = True  # nothing is loaded yet
 
     def load(self) -> None:
-        """Load all records from the store, and queue :class:`Restored`."""
+        """Load all records from the store, and queue the event :class:`Restored`."""
         store, head, commit_id = self._store, 0, ""
         # The commit id is read before the records.  If another history replaces the journal between
         # these two reads, the next read of the journal detects the replacement.
@@ -251,7 +252,7 @@ class ReplicatedCache(RecordCache):
         self._hooks.emit([Restored(snapshot.seq, len(snapshot.records), snapshot.records)])
 
     def refresh(self) -> None:
-        """Apply the commits of other writers."""
+        """Apply the commits of other writers to the cache."""
         if self.stale or not isinstance(self._store, SupportsJournal):
             self.load()
         else:
@@ -262,8 +263,8 @@ class ReplicatedCache(RecordCache):
         if isinstance(self._store, SupportsJournal):
             return self._catch_up_journal(self._store)
         if reload:
-            # A store without a journal has only one writer.  The cache can differ from
-            # the store only after a commit with an unknown outcome.
+            # A store without a journal has only one writer.  With such a store, the cache
+            # can be outdated only after a commit with an unknown outcome.
             before = self.seq
             self.load()
             return before != self.seq
@@ -272,8 +273,8 @@ class ReplicatedCache(RecordCache):
     def apply_remote(self, journal: SupportsJournal, end: int | None = None) -> set[str]:
         """Apply the journal entries after ``position``, up to seq ``end`` if given.
 
-        Returns the ids of the changed tasks.  Raises :class:`CursorExpiredError` if the
-        journal has another history, or was trimmed after the position.
+        Returns the ids of the changed tasks.  Raises :class:`CursorExpiredError` if another
+        history has replaced the journal, or if entries after ``position`` were trimmed.
         """
         changed = set[str]()
         with gc_paused():
@@ -291,7 +292,7 @@ class ReplicatedCache(RecordCache):
         return changed
 
     def apply_local(self, commit: Commit, changes: Sequence[Change]) -> None:
-        """Apply our commit to the cache, after all earlier commits of other writers."""
+        """Apply a local commit to the cache, after all earlier commits of other writers."""
         if commit.first_seq != self.position.seq + 1 and self._catch_up_before(commit):
             return
         entries = entries_of(changes, commit)
@@ -299,7 +300,7 @@ class ReplicatedCache(RecordCache):
             self._apply_entries(entries[start : start + PAGE_ENTRIES], local=True)
 
     def _catch_up_before(self, commit: Commit) -> bool:
-        """Apply the commits before our commit; returns whether our commit was applied too."""
+        """Apply the commits before the local commit; return whether ``commit`` was applied too."""
         before = commit.first_seq - 1
         try:
             if isinstance(self._store, SupportsJournal) and self.position.seq < before:
@@ -308,10 +309,10 @@ class ReplicatedCache(RecordCache):
             if self.position.seq != before:
                 self.load()
         except Exception:
-            # Our change is committed: this error must not look like a failed commit.
+            # The local change is committed: this error must not look like a failed commit.
             logger.exception("cannot read the commits before seq %d", commit.first_seq)
             self.stale = True
-        # If the load fails, the caller sees at least its own commit.
+        # If the load fails, ``apply_local`` applies at least the local commit.
         return self.position.seq != before and not self.stale
 
     def _catch_up_journal(self, store: SupportsJournal) -> bool:
@@ -327,7 +328,8 @@ class ReplicatedCache(RecordCache):
             return True
 
     def _apply_entries(self, entries: Iterable[JournalEntry], *, local: bool) -> None:
-        """Apply the next entries in one step: a lookup sees all or none.  Queue their events."""
+        """Apply entries in one step: a lookup sees all or none of the entries.  Queue their
+        events."""
         events: list[Event] = []
         with self.lock:
             for entry in entries:
@@ -340,17 +342,17 @@ class ReplicatedCache(RecordCache):
                     if entry.quarantined is None:  # a quarantined record causes no event
                         events.append(Deleted(seq, at, task_id, previous, local))
                 self.position = Position(seq, entry.commit_id)
-        # If the cache is stale, the next load queues :class:`Restored` instead.
+        # If the cache is stale, the next load queues :class:`Restored` instead of these events.
         if self._hooks.registered and not self.stale:
             self._hooks.emit(events)
 
 
 class Staging(Lookups):
-    """Lookups of a base and of uncommitted changes to this base.
+    """The lookups of ``base`` with uncommitted (staged) changes applied.
 
-    ``changes`` are the changes for the store, in order.  ``unverified`` is set
-    when an operation changed nothing: the store then checks no revision, and cannot
-    detect that the cache is outdated.
+    ``changes`` are the staged changes for the store, in order.  ``unverified`` is true
+    after an operation that staged nothing: the store checks no revision for this operation,
+    and cannot detect that the cache is outdated.
     """
 
     __slots__ = ("_base", "_by_dedup_key", "_overlay", "changes", "unverified")
@@ -363,12 +365,12 @@ class Staging(Lookups):
         self.unverified = False
 
     def get(self, task_id: str) -> TaskRecord | None:
-        """Return the record of an id after the changes, or ``None``."""
+        """Return the task's record with the staged changes applied; ``None`` if there is none."""
         overlay = self._overlay
         return overlay[task_id] if task_id in overlay else self._base.get(task_id)
 
     def by_dedup_key(self, key: DedupKey) -> TaskRecord | None:
-        """Return the task that has a dedup key after the changes, or ``None``."""
+        """Return the task with this dedup key, with the staged changes applied, or ``None``."""
         task_id = self._by_dedup_key.get(key)
         if task_id is not None:
             return self.get(task_id)
@@ -376,7 +378,7 @@ class Staging(Lookups):
         return record if record is None else self.get(record.task_id)
 
     def select(self, query: TaskQuery) -> Iterator[TaskRecord]:
-        """Yield the records that match after the changes, newest first."""
+        """Yield the records that match with the staged changes applied, newest first."""
         if not self._overlay:
             return self._base.select(query)
         overlay, cursor = self._overlay, query.cursor
@@ -395,7 +397,7 @@ class Staging(Lookups):
         return heapq.merge(base, staged, key=lambda record: record.sort_key, reverse=True)
 
     def summary(self) -> Summary:
-        """Count the records after the changes."""
+        """Return the number of records, with the staged changes applied."""
         base = self._base.summary()
         statuses, runtimes = Counter(base.by_status), Counter(base.by_runtime)
         for task_id, after in self._overlay.items():
@@ -406,7 +408,7 @@ class Staging(Lookups):
         return Summary.of(+statuses, +runtimes, base.seq)
 
     def create(self, record: TaskRecord, key: DedupKey | None) -> TaskRecord:
-        """Stage a new task and its dedup key; raises :class:`ConflictError` if the id exists."""
+        """Stage a new task and its dedup key; raise :class:`ConflictError` if the id exists."""
         overlay = self._overlay
         task_id = record.task_id
         existing = overlay[task_id] if task_id in overlay else self._base.get(task_id)
@@ -434,18 +436,18 @@ class Staging(Lookups):
         return task_id in self._overlay and self._base.get(task_id) is None
 
     def delete(self, record: TaskRecord) -> None:
-        """Stage a deletion."""
+        """Stage the deletion of a task."""
         self.changes.append(Remove(record.task_id, record.revision + 1))
         self._overlay[record.task_id] = None
 
     def rollback(self, savepoint: int) -> None:
-        """Keep the first ``savepoint`` changes, and discard the later changes."""
+        """Keep the first ``savepoint`` staged changes, and discard all later staged changes."""
         kept = self.changes[:savepoint]
         self._overlay, self._by_dedup_key, self.changes = {}, {}, []
         self._append(kept)
 
     def merge(self, inner: Staging) -> None:
-        """Add the changes of ``inner``, whose base is this staging."""
+        """Append the staged changes of ``inner``, a staging whose base is this object."""
         self._append(inner.changes)
 
     def _append(self, changes: Sequence[Change]) -> None:
@@ -464,7 +466,8 @@ def _backwards(keys: Sequence[Key], end: int) -> Iterator[Key]:
 
 
 def _whole_commits(page: Sequence[JournalEntry]) -> Sequence[JournalEntry]:
-    """Return a full page without its last commit, which can be incomplete; keep a single commit."""
+    """Return a page without its last commit, which can be incomplete; if the page contains only one
+    commit, return the whole page."""
     last = page[-1].commit_id
     end = next((n for n in range(len(page), 0, -1) if page[n - 1].commit_id != last), 0)
     return page[:end] or page
@@ -498,7 +501,7 @@ def gc_paused() -> Iterator[None]:
 
 
 def end_gc_pause_after_fork() -> None:
-    """End a pause in a forked child: the thread that began the pause does not exist there."""
+    """End a gc pause in a forked child, where the thread that began the pause does not exist."""
     global _pause_lock, _gc_disabled  # noqa: PLW0603
     _pause_lock = threading.Lock()
     if _gc_disabled:

@@ -1,16 +1,17 @@
 """The commit protocol: stage, apply, publish to the cache, deliver events.
 
-If no commit is in progress, the calling thread commits its own request and wakes no
-other thread.  During a commit, the requests of other callers wait in a queue.  A writer
-thread then commits all queued requests as one group.
+If no commit is in progress, the calling thread commits its own request and wakes no other
+thread.  While a commit is in progress, the requests of other callers wait in a queue.
+After the commit, a writer thread commits all queued requests as one group.
 
-An operation is a function that uses a :class:`~taskstore.registry.cache.Staging`: it looks
-records up and stages changes.  An operation has no state, so the committer can run the
-operation again over newer records after a conflict.  A batch is one operation.
+An operation is a function that uses a :class:`~taskstore.registry.cache.Staging`: it looks records
+up and stages changes.  An operation has no state, so the committer can run the operation again over
+newer records after a conflict.  All operations of a batch are committed as one operation.
 
-If the outcome of a commit is unknown, the caller gets an :class:`OutcomeUnknownError`, and
-all records are loaded into memory anew before the next commit.  If the connection is lost,
-the SQL store first reads the outcome back (see ``stores/sql/transactions.py``).
+If the outcome of a commit is unknown, the caller gets an :class:`OutcomeUnknownError`, and all
+records are loaded into memory anew before the next commit.  If the connection is lost during a
+commit, the SQL store first reads back whether the commit was stored (see
+``stores/sql/transactions.py``).
 
 If a caller is interrupted, for example by Ctrl-C, the caller's change is committed
 completely or not at all, and the record cache is loaded anew before the next use of the
@@ -52,10 +53,10 @@ from taskstore.store.interface import SupportsExclusive, SupportsJournal, TaskRe
 T = TypeVar("T")
 
 MAX_ATTEMPTS = 64
-"""The maximum number of attempts to commit one request while other writers commit first."""
+"""The maximum number of attempts to commit one request if other writers commit first."""
 
 MAX_GROUP_ATTEMPTS = 4
-"""The maximum number of attempts to commit a group before each request is committed alone."""
+"""The maximum number of attempts to commit a group of requests before each is committed alone."""
 
 CONTENTION_S = 1.0
 """For this many seconds after a conflict, each commit takes the store's exclusive lock."""
@@ -63,7 +64,7 @@ CONTENTION_S = 1.0
 MIN_BACKOFF_S = 0.0005
 MAX_BACKOFF_S = 0.01
 """The backoff after a conflict, in seconds, on a store without
-:class:`~taskstore.SupportsExclusive`; it doubles with each attempt up to the maximum."""
+:class:`~taskstore.SupportsExclusive`; the backoff doubles with each attempt up to the maximum."""
 
 IDLE_TIMEOUT_S = 5.0
 """How long the writer thread waits for another request before it ends, in seconds."""
@@ -86,7 +87,7 @@ class Request(Struct, Generic[T]):
     error: BaseException | None = None
 
     def outcome(self) -> T:
-        """Return the result, or raise the error."""
+        """Return the result of the operation, or raise its error."""
         if self.error is not None:
             raise self.error
         result: T = self.result
@@ -111,7 +112,7 @@ class QueuedRequest(Request[T], Generic[T], kw_only=True):
 
 
 class CommitQueue:
-    """The requests that wait for the writer thread, first in, first out.
+    """The queue of requests that wait for the writer thread, first in, first out.
 
     ``busy`` is true while a queued request has neither a result nor an error.
     """
@@ -126,7 +127,7 @@ class CommitQueue:
     def put(
         self, operation: Operation[T], on_done: Callable[[], object]
     ) -> tuple[QueuedRequest[T], bool]:
-        """Queue an operation; returns its request, and whether the caller must start the writer.
+        """Queue an operation; return its request, and whether to start the writer thread.
 
         Raises :class:`~taskstore.StoreClosedError` after :meth:`close`.
         """
@@ -142,8 +143,8 @@ class CommitQueue:
     def take(self, idle_s: float) -> list[QueuedRequest[Any]]:
         """Wait for requests; start and return all queued requests.
 
-        Returns an empty list if no request came for ``idle_s`` seconds, or if the
-        queue is closed: the writer thread then ends.
+        Returns an empty list if no request came for ``idle_s`` seconds, or if the queue is
+        closed: the writer thread must then end.
         """
         while True:
             try:
@@ -165,7 +166,7 @@ class CommitQueue:
                         return []
 
     def finish(self, requests: Sequence[QueuedRequest[Any]]) -> None:
-        """Call ``on_done`` of each request; each request has a result or an error."""
+        """Call ``on_done`` of each request that now has a result or an error."""
         with self._lock:
             self.busy = not self._requests.empty()
         for request in requests:
@@ -202,9 +203,9 @@ class Committer:
         self._hooks = hooks
         self._queue = CommitQueue()
         self._writer: threading.Thread | None = None
-        # The commit lock: only its owner is allowed to change the cache.  The lock is reentrant: if
-        # a signal handler interrupts a call and makes another call in the same thread, the second
-        # call raises an error instead of a deadlock.
+        # The commit lock: only the lock owner is allowed to change the cache.  The lock is
+        # reentrant: if a signal handler interrupts a call and makes another call in the
+        # same thread, the second call raises an error instead of a deadlock.
         self._lock = threading.RLock()
         self._locked = False
         # True while a caller or the writer thread commits.
@@ -260,9 +261,9 @@ class Committer:
     ) -> QueuedRequest[T]:
         """Queue an operation for the writer thread, which calls ``on_done`` after the commit.
 
-        The caller delivers the events.  If no thread can be started, the request fails
-        with a :class:`TaskStoreError`; with ``commit_without_thread`` the calling thread
-        commits the request instead.
+        The caller of ``submit`` must deliver the events.  If no thread can be started, the
+        request fails with a :class:`TaskStoreError`; with ``commit_without_thread`` the
+        calling thread commits the request instead.
         """
         self.check_writable()
         request, start = self._queue.put(operation, on_done)
@@ -395,14 +396,15 @@ class Committer:
         except TaskStoreError as error:
             if single:
                 raise
-            # Each request is then committed alone; only unverified requests get this error.
+            # After this error, each request is committed alone; only unverified requests get the
+            # error.
             raise TaskStoreError(
                 "cannot bring the record cache up to date with the store"
             ) from error
 
     def _stage(self, requests: Sequence[Request[Any]], staging: Staging) -> bool:
-        """Run requests in order; each request sees the changes of the earlier requests.  Returns
-        true if a result or error is unverified because the cache was possibly outdated."""
+        """Run requests in order; each request sees the staged changes of the earlier requests.
+        Returns true if a result or error is unverified because the cache was possibly outdated."""
         unverified = False
         for request in requests:
             savepoint = len(staging.changes)
@@ -421,12 +423,12 @@ class Committer:
 
     @contextmanager
     def _exclusive(self) -> Iterator[AbstractSet[str]]:
-        """Take the store's exclusive lock until our commit, and catch up with the store.
+        """Take the store's exclusive lock until the local commit, and catch up with the store.
 
-        No other writer can commit between this read and our commit, so all contending
-        writers make progress in turn.  Without contention this lock is not taken: a writer
-        then waits only while another writer commits.  Yields the ids of tasks that other
-        writers changed.
+        No other writer can commit between the catch-up and the local commit, so all
+        contending writers make progress in turn.  Without contention the exclusive lock is
+        not taken: a writer then waits only while another writer commits.  Yields the ids of
+        tasks that other writers changed.
         """
         store = self._store
         remote_ids: AbstractSet[str] = frozenset()
@@ -445,10 +447,10 @@ def _fail(requests: Sequence[Request[Any]], error: BaseException) -> None:
 
 
 class Batch:
-    """The operations of one ``with registry.batch()``, and their staged changes.
+    """The operations in one ``with registry.batch()`` body, and their staged changes.
 
-    ``closed`` is set at the end of the body.  If an asyncio task that the body started
-    runs longer than the body, the task commits its later changes itself.
+    ``closed`` is set at the end of the ``with`` body.  If an asyncio task that the body
+    started runs longer than the body, the task commits its later changes itself.
     """
 
     def __init__(self, base: Lookups) -> None:
@@ -458,7 +460,7 @@ class Batch:
         self.closed = False
 
     def add(self, operation: Operation[T]) -> T:
-        """Run an operation provisionally; if it raises, its changes are rolled back."""
+        """Run an operation, return its provisional result; if it raises, discard its changes."""
         savepoint = len(self.staging.changes)
         try:
             result = operation(self.staging)
@@ -474,11 +476,11 @@ class Batch:
         self.operations += inner.operations
 
     def replay(self, staging: Staging) -> None:
-        """Run all operations again over the records that are stored now.
+        """Run all operations of the batch again over the current records.
 
-        Raises :class:`ConflictError` if both are true: (a) the body created a task, and
-        then used its id; (b) another writer had already created the task of the same run,
-        under another id.
+        Raises :class:`ConflictError` if both conditions are true: (a) the batch created a
+        task, and then used its id; (b) another writer had already created the task of the
+        same run, under another id.
         """
         conflicts: dict[str, Conflict] = {}
         for operation, result in self.operations:

@@ -1,4 +1,4 @@
-"""Compaction of a store: a function, and a hook that applies the policy."""
+"""Compaction of a store: a function, and a hook that compacts automatically."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def compact(
 class Compactor:
     """A hook that compacts a store in its own thread when compaction is due.
 
-    Add the compactor with ``registry.hooks.add(Compactor(registry.store))``.  The
-    compactor counts events, and asks the policy whether compaction is due.  It does not
+    Add the compactor with ``registry.hooks.add(Compactor(registry.store))``.  The compactor
+    counts events, and asks the policy whether compaction is due.  The compactor does not
     block writers.  ``runs`` counts completed compactions, ``failures`` counts failed
-    compactions.  A failure is logged, and the compactor tries again when compaction is
-    next due.  ``last_report`` is the newest :class:`CompactionReport` or ``None``.  Close
-    the compactor before the store.
+    compactions.  A failure is logged, and the compactor tries again when compaction is next
+    due.  ``last_report`` is the newest :class:`CompactionReport` or ``None``.  Close the
+    compactor before the store.
     """
 
     def __init__(self, store: TaskRegistryStore, policy: CompactionPolicy | None = None) -> None:
@@ -66,7 +66,7 @@ class Compactor:
         """Count an event, and start a compaction if compaction is due."""
         with self._lock:
             if isinstance(event, Restored):
-                # The store itself counts the entries since its last snapshot.
+                # The store itself counts the entries since its newest snapshot.
                 self._records = event.count
                 self._start()
                 return
@@ -86,7 +86,8 @@ class Compactor:
                 self._start()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for a running compaction; returns whether no compaction is running."""
+        """Wait at most ``timeout_s`` seconds for a running compaction; return false on a
+        timeout."""
         thread = self._thread
         if thread is None:
             return True

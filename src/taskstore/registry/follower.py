@@ -1,8 +1,8 @@
 """The follower: a thread that applies commits of other processes to memory.
 
-The follower waits in the store's ``wait_for``.  When another process commits, the store's
-change feed wakes the follower (:class:`taskstore.stores.common.change_feed.ChangeFeed`, with
-one watcher per kind of store).
+The follower waits in the method ``wait_for`` of the store.  When another process commits, the
+store's change feed wakes the follower (:class:`taskstore.stores.common.change_feed.ChangeFeed`,
+with one watcher per kind of store).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from taskstore.store.interface import SupportsJournal
 logger = logging.getLogger("taskstore")
 
 POLL_INTERVAL_S = 0.5
-"""How long the follower waits for a commit before it refreshes anyway, in seconds.  A refresh
-detects that another history has replaced the journal."""
+"""How long the follower waits for a commit before it refreshes without a commit, in
+seconds.  A refresh detects that another history has replaced the journal."""
 
 LOCAL_COMMIT_S = 0.001
 """How long the follower waits for a local commit to reach memory, in seconds."""
@@ -29,17 +29,17 @@ LOCAL_WRITES_PAUSE_S = 0.005
 
 MIN_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 5.0
-"""The backoff while the store cannot be read, in seconds; it doubles up to the maximum."""
+"""The backoff while the store cannot be read, in seconds; the backoff doubles up to the maximum."""
 
 STOP_TIMEOUT_S = 5.0
 """How long :meth:`Follower.stop` waits for the thread to end, in seconds."""
 
 
 class Follower:
-    """A follower from :meth:`taskstore.TaskRegistry.follow`; ``stop()`` or the end of a ``with``
-    stops the thread.
+    """The thread that :meth:`taskstore.TaskRegistry.follow` starts; ``stop()`` or the end
+    of a ``with`` ends the thread.
 
-    If the store cannot be read, the follower logs this once and retries.
+    If the store cannot be read, the follower logs the error once and retries.
     """
 
     def __init__(
@@ -59,13 +59,13 @@ class Follower:
         return not self._stopped.is_set() and self._thread.is_alive()
 
     def stop(self) -> None:
-        """End the follower, and wait for its thread.  Repeated calls are allowed, also from a
-        hook."""
+        """End the follower, and wait for its thread.  Repeated calls, and calls from a
+        hook, are allowed."""
         self.request_stop()
         self.wait()
 
     def request_stop(self) -> None:
-        """Ask the thread to end, without waiting for it."""
+        """Ask the follower's thread to end, and return without waiting for the end."""
         self._stopped.set()
 
     def wait(self) -> None:

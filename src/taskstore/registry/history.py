@@ -1,7 +1,7 @@
 """Reads of the journal: changes, the history of a task, earlier records.
 
-All functions read a store through :class:`~taskstore.SupportsJournal`.  For a
-store without a journal they raise :class:`~taskstore.UnsupportedError`.
+All functions read a store through :class:`~taskstore.SupportsJournal`.  For a store without
+a journal the functions raise :class:`~taskstore.UnsupportedError`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class JournalReader:
             self.position = Position(seq, commit_id_at(self._journal, seq))
 
     def next_page(self) -> Sequence[JournalEntry]:
-        """Return the next entries; an empty sequence at the head."""
+        """Return the entries after the position; an empty sequence if there are none yet."""
         if not self.position.commit_id:
             self.check()
         entries = entries_after_position(self._journal, self.position, PAGE_ENTRIES)
@@ -86,9 +86,9 @@ def changes(
     wait: float | None,
     check: Callable[[], object] = lambda: None,
 ) -> Iterator[JournalEntry]:
-    """Yield the entries after a cursor; end at the head, or ``wait`` seconds after the last entry.
+    """Yield entries after a cursor; end at the head or after ``wait`` seconds without an entry.
 
-    ``check`` is called before each step; an error that it raises ends the iteration.
+    ``check`` is called before each step; an error that ``check`` raises ends the iteration.
     """
     journal = require_journal(store, "changes")
     reader = JournalReader(journal, after)
@@ -118,7 +118,7 @@ def _read_and_wait(
 
 
 def history(store: TaskRegistryStore, task_id: str) -> Sequence[JournalEntry]:
-    """Return the kept journal entries of a task, oldest first."""
+    """Return the retained journal entries of a task, oldest first."""
     journal = require_journal(store, "history")
     if isinstance(store, SupportsHistory):
         return tuple(store.read_history(task_id))
@@ -133,9 +133,9 @@ def history(store: TaskRegistryStore, task_id: str) -> Sequence[JournalEntry]:
 def as_of(store: TaskRegistryStore, moment: int | datetime) -> Snapshot:
     """Return all records as of a seq or time.
 
-    ``moment`` is a seq, a time as Unix milliseconds (from 10**11 on), or an
-    aware :class:`datetime.datetime`.  Raises :class:`CursorExpiredError` for a seq below
-    floor - 1 or an earlier time, and :class:`ValidationError` for a seq beyond the head.
+    ``moment`` is a seq, a time as Unix milliseconds (from 10**11 on), or an aware
+    :class:`datetime.datetime`.  Raises :class:`CursorExpiredError` for a seq below
+    floor - 1 or a time before this seq.  Raises :class:`ValidationError` for a seq beyond the head.
     """
     journal = require_journal(store, "as_of")
     at_time = _unix_ms(moment)
@@ -176,8 +176,8 @@ def _as_of_time(journal: SupportsJournal, at: int) -> Snapshot:
 
 
 def _base_snapshot(journal: SupportsJournal, seq: int) -> Snapshot:
-    """Return the newest snapshot at or before a seq, else an empty snapshot if no entry was
-    trimmed."""
+    """Return the newest snapshot at or before ``seq``; an empty snapshot if there is no
+    snapshot and no entry was trimmed."""
     floor = journal.floor()
     if seq < floor - 1:
         raise CursorExpiredError(seq, floor)

@@ -1,9 +1,9 @@
 """Events, and their delivery to hooks.
 
-Hooks are called after the commit, outside the commit lock, one event at a time
-and in the order of the journal.  An exception in a hook is logged and counted; the
-exception does not undo the commit, and the other hooks are still called.  An interrupt in
-a hook is raised again after all hooks were called with the event.
+Hooks are called after the commit, outside the commit lock, one event at a time and in the order of
+the journal.  An exception in a hook is logged and counted; the exception does not undo the commit,
+and the other hooks are still called.  If a hook raises an interrupt, for example ``SystemExit``,
+the interrupt is raised again after all hooks were called with the event.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ Hook = Callable[[Event], object]
 class Hooks:
     """The hooks of one registry, and the queue of undelivered events.
 
-    ``events`` are the events that not all hooks have received.  ``errors`` counts the
-    hook calls that raised.  An interrupt (an error that is not an ``Exception``) is
+    ``events`` are the events that at least one hook has not received.  ``errors`` counts
+    the hook calls that raised.  An interrupt (an error that is not an ``Exception``) is
     raised in the delivering thread, unless ``raise_interrupts`` is false.
     """
 
@@ -93,7 +93,7 @@ class Hooks:
         self.events: deque[Event] = deque()
         # The id of the thread that delivers events now.
         self._deliverer: int | None = None
-        # The hooks that were not yet called with the first event; ``None`` means all hooks.
+        # The hooks that were not yet called with the first queued event; ``None`` means all hooks.
         self._remaining: Iterator[Hook] | None = None
         self._lock = threading.Lock()
         self.errors = 0
@@ -152,7 +152,7 @@ class Hooks:
         """Deliver all queued events, and wait for a delivery in another thread.
 
         A call inside a hook does not wait.  Other calls wait at most ``DRAIN_TIMEOUT_S``,
-        because a hook can wait for this thread.
+        because a hook can wait for the thread that calls ``drain``.
         """
         deadline = time.monotonic() + DRAIN_TIMEOUT_S
         while True:
@@ -163,8 +163,8 @@ class Hooks:
             time.sleep(0.001)
 
     def _deliver_first(self) -> None:
-        """Call all hooks with the first event; after an interrupt, call only the remaining
-        hooks."""
+        """Call all hooks with the first queued event; if an earlier delivery of the event
+        was interrupted, call only the remaining hooks."""
         event, interrupt = self.events[0], None
         if self._remaining is None:
             self._remaining = iter(self.registered.values())

@@ -1,9 +1,9 @@
 """The indexes over the records in memory.
 
-A full garbage collection blocks every thread while it visits the tracked objects.
-The indexes therefore contain records and strings, which the collector does not track.
-They contain no dictionaries of tuples, because the collector can track these again.  An
-index contains a list only for a value that several tasks share.
+A full garbage collection blocks every thread while the collector visits all tracked
+objects.  The indexes therefore contain records and strings, which the collector does not
+track.  The indexes contain no dictionaries of tuples, because the collector can track such
+dictionaries again.  An index contains a list only for a value that several tasks share.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ Key = tuple[int, str]
 """The sort key of a record: (created_at, task_id)."""
 
 _FieldIndex = dict[object, str | list[Key]]
-"""The index of one field: it maps each value to one task id, or to the sorted keys of its tasks."""
+"""The index of one field: maps a value to the id of its only task, or to its tasks' sort keys."""
 
 INDEXED = ("status", "runtime", *sorted({*OPTIONAL_KEYS} - {"run_digest", "lease_token"}))
-"""The indexed fields."""
+"""The names of the indexed record fields."""
 
 _indexed_of = attrgetter(*INDEXED)
 _creation_fields_of = attrgetter("created_at", "run_id", "run_digest", "runtime")
-# The indexed fields are close together in a record, with few other fields between them.
+# The smallest slice of a record that contains all indexed fields has few other fields.
 _POSITIONS = sorted(map(TaskRecord.__struct_fields__.index, ("created_at", "run_digest", *INDEXED)))
 _INDEXED_SLICE = slice(_POSITIONS[0], _POSITIONS[-1] + 1)
 _NO_RECORDS: Mapping[str, TaskRecord] = MappingProxyType({})
 
 
 class Indexes:
-    """Records by id, in order, and by the value of each indexed field.
+    """The records by id, their sort keys, and an index of each indexed field.
 
     Only one thread at a time is allowed to use the indexes.  ``keys`` are the sort keys
     of all records, in order.  ``by_dedup_key`` maps a dedup key to its task id; the two
@@ -48,7 +48,7 @@ class Indexes:
         self.keys: list[Key] = []
         self._by_field: dict[str, _FieldIndex] = {field: {} for field in INDEXED}
         self.by_dedup_key: dict[str, str] = {}
-        # Records are inserted in order, so that each insertion is an append.
+        # Records are inserted in the order of their sort keys, so that each insertion is an append.
         keys = [(record.created_at, task_id) for task_id, record in records.items()]
         for _, task_id in sorted(keys) if len(keys) <= CHUNK_ITEMS else chunked_sort(keys):
             record = records[task_id]
@@ -56,7 +56,7 @@ class Indexes:
             self.records[task_id] = record
 
     def put(self, record: TaskRecord) -> TaskRecord | None:
-        """Insert or replace a record; returns the previous record with this id."""
+        """Insert or replace a record; return the previous record with this id, or ``None``."""
         previous = self.records.get(record.task_id)
         if previous is None:
             self._insert(record)
@@ -73,12 +73,12 @@ class Indexes:
         return record
 
     def keys_of(self, field: str, value: object) -> Sequence[Key]:
-        """The sort keys of the records with this value of an indexed field, in order."""
+        """Return the sort keys of the records with this value of an indexed field, in order."""
         entry = self._by_field[field].get(value, ())
         return [self.records[entry].sort_key] if isinstance(entry, str) else entry
 
     def counts(self, field: str) -> dict[str, int]:
-        """The number of records per value of an indexed field."""
+        """Return the number of records per value of an indexed field."""
         entries = self._by_field[field].items()
         return {str(value): 1 if isinstance(entry, str) else len(entry) for value, entry in entries}
 
@@ -127,7 +127,7 @@ class Indexes:
         self._add_key(((index, after) for index, _, after in changed), key)
 
     def _add_key(self, targets: Iterable[tuple[_FieldIndex, str | None]], key: Key) -> None:
-        """Add a sort key to each target, a pair of index and value; ``None`` is not indexed."""
+        """Add a sort key to the entry of each (index, value) pair; ``None`` is not indexed."""
         for index, value in targets:
             if value is None:
                 continue

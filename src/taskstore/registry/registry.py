@@ -30,7 +30,8 @@ FollowerT = TypeVar("FollowerT", bound=Follower)
 
 
 class RegistryBase(ABC):
-    """The lookups of a registry; no lookup waits for a commit or for the store."""
+    """The lookups that every kind of registry has; no lookup waits for a commit or for the
+    store."""
 
     def __init__(self, store: TaskRegistryStore, hooks: Hooks) -> None:
         self._store = store
@@ -62,7 +63,7 @@ class RegistryBase(ABC):
     # -- lookups ------------------------------------------------------------
 
     def get(self, task_id: str) -> TaskRecord:
-        """Return the task with this id; raises :class:`TaskNotFound`."""
+        """Return the task with this id; raise :class:`TaskNotFound` if there is no such task."""
         check_key("task_id", task_id)
         with self._locked_lookups() as lookups:
             return lookups.require(task_id)
@@ -113,17 +114,19 @@ class RegistryBase(ABC):
             return lookups.summary()
 
     def _with_commit_id(self, after: int | str) -> int | str | Position:
-        """Return ``after``, with the commit id if ``after`` is the last seq in memory."""
+        """Return the position of the last entry in memory if ``after`` is its seq, else
+        ``after``."""
         position = self._cache.position
         return position if type(after) is int and after == position.seq else after
 
     @abstractmethod
     def _lookups(self) -> Lookups:
-        """The lookups of the calling thread: the record cache, or the staging of its batch."""
+        """Return the object that answers lookups of the caller: the staging of the caller's
+        open batch, or the record cache if the caller has no open batch."""
 
     @contextmanager
     def _locked_lookups(self) -> Iterator[Lookups]:
-        """Yield the lookups of the calling thread, with the cache locked."""
+        """Yield the object that answers lookups of the caller, while the cache is locked."""
         self._check_open()
         if self._cache.interrupted:
             self._reload()
@@ -136,7 +139,8 @@ class RegistryBase(ABC):
 
     @abstractmethod
     def _reload(self) -> None:
-        """Reload memory after an interrupt, if this thread is allowed to wait for the store."""
+        """Reload the record cache after an interrupt, if this thread is allowed to wait for the
+        store."""
 
     def _new_batch(self, outer: Batch | None) -> Batch:
         self._check_open()
@@ -156,7 +160,8 @@ class RegistryBase(ABC):
             return follower
 
     def _shut_down(self) -> None:
-        """Finish commits and events in progress, stop the follower, and close an owned store.
+        """Finish commits and events in progress, stop the follower, and close the store if the
+        registry opened the store.
 
         In a forked child this method does nothing: all work in progress belongs to the
         parent.
@@ -221,7 +226,7 @@ class TaskRegistry(RegistryBase, Verbs[TaskRecord, bool, str]):
         clock: Clock | None = None,
         **options: Any,
     ) -> Self:
-        """Open the ledger at a URL, such as ``sqlite:///tasks.db``, and load it.
+        """Open the ledger at a URL, such as ``sqlite:///tasks.db``, and load its records.
 
         ``url=None`` opens an SQLite file in the platform's user state directory.
         The other arguments and the errors are those of :func:`taskstore.open_store` and
@@ -248,15 +253,15 @@ class TaskRegistry(RegistryBase, Verbs[TaskRecord, bool, str]):
     def batch(self) -> Iterator[Self]:
         """Commit all changes of the ``with`` body as one commit, or none of them.
 
-        A batch belongs to the calling thread: only reads of this thread see the staged
-        changes.  The records returned in the body are provisional: they are computed
-        from the records in memory.  If the body raises an exception, nothing is written.
-        An inner batch that ends without an error becomes part of the outer batch.
+        A batch belongs to the calling thread: only reads of this thread see the staged changes.
+        The records that verbs return in the ``with`` body are provisional: they are computed from
+        the records in memory.  If the ``with`` body raises an exception, nothing is written.  An
+        inner batch that ends without an error becomes part of the outer batch.
 
-        At the end of the body the verbs run again over the current records, and can raise
-        their errors.  Raises :class:`ConflictError` if both are true: (a) the body
-        created a task, and then used its id; (b) another process had already created the
-        task of the same run, under another id.
+        At the end of the ``with`` body the verbs in the body run again over the current
+        records, and can raise their errors.  Raises :class:`ConflictError` if both
+        conditions are true: (a) the body created a task, and then used its id; (b) another
+        process had already created the task of the same run, under another id.
         """
         outer = self._local.batch
         self._local.batch = batch = self._new_batch(outer)
@@ -275,8 +280,9 @@ class TaskRegistry(RegistryBase, Verbs[TaskRecord, bool, str]):
     ) -> RunScope[list[TaskRecord]]:
         """Return the verbs for all tasks of a run.
 
-        ``runtime`` and ``session_key`` (the child's session) select some of the tasks.
-        If the tasks belong to several scopes, no task is selected.
+        ``runtime`` and ``session_key`` (the child's session) select some of the tasks.  If the
+        selected tasks differ in runtime, scope kind, owner or child session, the verbs change no
+        task.
         """
         return RunScope(RunSelector(run_id, runtime, session_key), self._now, self._commit_run)
 
@@ -286,17 +292,17 @@ class TaskRegistry(RegistryBase, Verbs[TaskRecord, bool, str]):
         """Yield the journal entries after a seq, or an entry's ``cursor``, up to the head.
 
         With ``wait``, the iterator waits for new entries, and ends after ``wait`` seconds
-        without an entry.  Raises :class:`CursorExpiredError`, also during a wait, if the
-        next entries are no longer kept, or if the journal does not contain the position.
-        A program that restarts must keep a ``cursor`` instead of a seq: with a seq, this
-        method cannot detect that a backup was restored.  Raises :class:`UnsupportedError`
-        for a store without a journal.
+        without an entry.  Raises :class:`CursorExpiredError`, even during a wait, if the
+        next entries were trimmed, or if the journal does not contain the position of
+        ``after``.  A program that restarts must keep a ``cursor`` instead of a seq: with a
+        seq, this method cannot detect that a backup was restored.  Raises
+        :class:`UnsupportedError` for a store without a journal.
         """
         self._check_open()
         return history.changes(self._store, self._with_commit_id(after), wait, self._check_open)
 
     def history(self, task_id: str) -> Sequence[JournalEntry]:
-        """Return the kept journal entries of a task, oldest first.
+        """Return the retained journal entries of a task, oldest first.
 
         A deleted task has entries too; an unknown id has no entries.  Raises
         :class:`UnsupportedError` for a store without a journal.
@@ -307,11 +313,10 @@ class TaskRegistry(RegistryBase, Verbs[TaskRecord, bool, str]):
     def as_of(self, moment: int | datetime) -> Snapshot:
         """Return all records as of a seq or time.
 
-        ``moment`` is a seq from floor - 1 to the head, a time in Unix milliseconds
-        (10**11 or later), or an aware datetime.  Raises
-        :class:`CursorExpiredError` for an earlier seq or time,
-        :class:`ValidationError` for a seq beyond the head, and
-        :class:`UnsupportedError` for a store without a journal.
+        ``moment`` is a seq from floor - 1 to the head, a time in Unix milliseconds (10**11
+        or later), or an aware datetime.  Raises :class:`CursorExpiredError` for a seq below
+        floor - 1 or an earlier time, :class:`ValidationError` for a seq beyond the head,
+        and :class:`UnsupportedError` for a store without a journal.
         """
         self._check_open()
         return history.as_of(self._store, moment)
@@ -321,8 +326,8 @@ class TaskRegistry(RegistryBase, Verbs[TaskRecord, bool, str]):
     def refresh(self) -> int:
         """Apply the commits of other processes to memory; returns the last seq in memory.
 
-        Hooks receive the events of these commits with ``local`` false.  If the store has
-        no journal, all records are loaded anew.
+        Hooks receive the events of the applied commits with ``local`` false.  If the store
+        has no journal, all records are loaded anew.
         """
         self._check_open()
         # Changes that hooks make are not part of this thread's batch.
@@ -347,11 +352,11 @@ class TaskRegistry(RegistryBase, Verbs[TaskRecord, bool, str]):
     def close(self) -> None:
         """Close the registry, and the store if :meth:`open` opened the store.
 
-        Returns when all changes in progress are committed and their events are
-        delivered.  Repeated calls are allowed; a repeated call completes an interrupted
-        close.  A hook that waits for ``close`` delays ``close`` by up to five seconds.  A
-        signal handler must not call ``close``, because ``close`` can wait for the call
-        that the handler interrupted.  If ``close`` detects this case, it raises
+        Returns when all changes in progress are committed and their events are delivered.
+        Repeated calls are allowed; a repeated call completes an interrupted close.  A hook
+        that waits for ``close`` delays ``close`` by up to five seconds.  A signal handler
+        must not call ``close``, because ``close`` can wait for the call that the handler
+        interrupted.  If ``close`` detects that it interrupted another call, it raises
         :class:`TaskStoreError`.
         """
         with self._follower_lock:
@@ -398,6 +403,6 @@ class TaskRegistry(RegistryBase, Verbs[TaskRecord, bool, str]):
 
 
 class _ThreadState(threading.local):
-    """The state of each thread: its current batch."""
+    """The state of each thread: the open batch, or ``None``."""
 
     batch: Batch | None = None

@@ -28,13 +28,14 @@ from taskstore.registry.cache import Staging
 
 _P = ParamSpec("_P")
 RecordT = TypeVar("RecordT")
-"""The result of a verb that changes a task: the record, or a coroutine that returns it."""
+"""The result of a verb that changes a task: the record, or a coroutine that returns the record."""
 FlagT = TypeVar("FlagT")
 """The result of a verb that returns a boolean."""
 TokenT = TypeVar("TokenT")
 """The result of a verb that takes a lease: the token of the lease."""
 RecordsT = TypeVar("RecordsT")
-"""The result of a verb of a run scope: the changed records, or a coroutine that returns them."""
+"""The result of a run scope's verb: the changed records, or a coroutine that returns the
+records."""
 
 ALL_STATUSES = frozenset(TaskStatus)
 LOST = frozenset({TaskStatus.LOST})
@@ -46,9 +47,9 @@ LOST = frozenset({TaskStatus.LOST})
 class CreateTask(Struct, frozen=True):
     """Create a task, or fill empty fields of the task that has the same dedup key.
 
-    This rule makes ``create`` idempotent: :func:`taskstore.model.lifecycle.run_digest` defines
-    which calls have the same run, and :func:`taskstore.model.lifecycle.fill_missing` defines the
-    result of a repeat.
+    The dedup key makes ``create`` idempotent: :func:`taskstore.model.lifecycle.run_digest`
+    defines which calls have the same key, and
+    :func:`taskstore.model.lifecycle.fill_missing` defines the result of a repeated call.
     """
 
     record: TaskRecord
@@ -64,10 +65,11 @@ class CreateTask(Struct, frozen=True):
 
 
 class ChangeTask(Struct, frozen=True):
-    """Apply a mutation to a task at ``now`` (Unix milliseconds).
+    """Apply a mutation to a task; ``now`` is the current time (Unix milliseconds).
 
-    If ``if_revision`` or ``fence`` is given, the task must have this revision or
-    lease token.  A run scope changes only tasks whose status is in ``statuses``.
+    If ``if_revision`` is given, the task must have this revision.  If ``fence`` is given, it must
+    be the token of the task's lease.  A run scope changes only tasks whose status is in
+    ``statuses``.
     """
 
     task_id: str
@@ -85,7 +87,7 @@ class ChangeTask(Struct, frozen=True):
         return self.stage(record, staging)
 
     def stage(self, record: TaskRecord, staging: Staging) -> TaskRecord:
-        """Stage the change of this record, and return the new record."""
+        """Stage the mutation of ``record``, and return the new record."""
         if self.if_revision is not None or self.fence is not None:
             _check_preconditions(record, self.if_revision, self.fence)
         return staging.update(record, self.mutation(record, self.now))
@@ -98,7 +100,7 @@ class ChangeLease(Struct, frozen=True):
     token: str
 
     def __call__(self, staging: Staging) -> str:
-        """Return the token of the lease."""
+        """Stage the change, and return the token of the lease."""
         self.change(staging)
         return self.token
 
@@ -111,7 +113,7 @@ class DeleteTask(Struct, frozen=True):
     fence: str | None
 
     def __call__(self, staging: Staging) -> bool:
-        """Return whether the task existed."""
+        """Stage the deletion, and return whether the task existed."""
         record = staging.get(self.task_id)
         if record is None:
             staging.unverified = True
@@ -130,7 +132,7 @@ TaskOperation = CreateTask | ChangeTask | DeleteTask
 
 
 class RunSelector(Struct, frozen=True):
-    """The id of a run, and filters that restrict it to one scope."""
+    """The id of a run, and filters that select some tasks of the run."""
 
     run_id: str
     runtime: str | None
@@ -164,7 +166,7 @@ class ChangeRun(Struct, frozen=True):
 
 
 def _check_preconditions(record: TaskRecord, if_revision: int | None, fence: str | None) -> None:
-    """Raise :class:`ConflictError` unless the task has this revision and fence."""
+    """Raise :class:`ConflictError` unless the task has the given revision and lease token."""
     if if_revision is not None and record.revision != if_revision:
         raise ConflictError([Conflict(record.task_id, if_revision, record.revision)])
     leases.verify_fence(record, fence)
@@ -308,8 +310,8 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> RecordT:
         """Correct the status of a lost task to an active status or to its actual final status.
 
-        The parameters ``error`` to ``ended_at`` are as in :meth:`finish`, and are allowed
-        only for an ended status.  The errors are as in :meth:`mark_running`.  Raises
+        The parameters ``error`` to ``ended_at`` are as in :meth:`finish`, and are allowed only if
+        ``status`` is a final status.  The errors are as in :meth:`mark_running`.  Raises
         :class:`InvalidTransition` if the task neither is lost nor already has ``status``.
         """
         mutation = lifecycle.recover(
@@ -343,10 +345,10 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> RecordT:
         """Set the delivery status: whether the requester has received the task's result.
 
-        The status ``delivered`` also sets ``last_notified_event_at`` (Unix
-        milliseconds), by default to the time of the task's last event.  This change is
-        allowed on an ended task too.  Raises :class:`TaskNotFound` and
-        :class:`ConflictError`.
+        The status ``delivered`` also sets ``last_notified_event_at`` (Unix milliseconds),
+        by default to the time of the task's last event.  This change is allowed on an ended
+        task too.  Raises :class:`TaskNotFound` and :class:`ConflictError` as in
+        :meth:`mark_running`.
         """
         mutation = lifecycle.set_delivery_status(
             status, last_notified_event_at=last_notified_event_at
@@ -359,7 +361,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         """Set when the owner is notified: ``done_only``, ``state_changes`` or ``silent``.
 
         This change is allowed on an ended task too.  Raises :class:`TaskNotFound` and
-        :class:`ConflictError`.
+        :class:`ConflictError` as in :meth:`mark_running`.
         """
         return self._mutate(task_id, lifecycle.set_notify_policy(policy), if_revision, fence)
 
@@ -374,7 +376,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         """Set the time after which removal of the record is allowed (Unix ms; ``None``: never).
 
         This change is allowed on an ended task too.  Raises :class:`TaskNotFound` and
-        :class:`ConflictError`.
+        :class:`ConflictError` as in :meth:`mark_running`.
         """
         return self._mutate(task_id, lifecycle.set_cleanup_after(cleanup_after), if_revision, fence)
 
@@ -389,7 +391,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         """Set the flow to which the task belongs; ``None`` means no flow.
 
         This change is allowed on an ended task too.  Raises :class:`TaskNotFound` and
-        :class:`ConflictError`.
+        :class:`ConflictError` as in :meth:`mark_running`.
         """
         return self._mutate(task_id, lifecycle.link_flow(parent_flow_id), if_revision, fence)
 
@@ -404,7 +406,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         """Merge a mapping into the task's metadata, key by key at the top level.
 
         This change is allowed on an ended task too.  Raises :class:`TaskNotFound` and
-        :class:`ConflictError`.
+        :class:`ConflictError` as in :meth:`mark_running`.
         """
         return self._mutate(task_id, lifecycle.merge_metadata(changes), if_revision, fence)
 
@@ -437,10 +439,10 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         queued or running.  ``fields`` are further record fields: ``metadata`` is a
         mapping, and times are Unix milliseconds.
 
-        Without ``run_id`` every call creates a task.  With ``run_id``, a repeat of the
-        same (run_id, runtime, scope kind, owner, child session, flow, label,
-        task) returns the first task and fills its empty fields; an ended task is
-        returned unchanged.  This rule also applies to calls in different processes.
+        Without ``run_id`` every call creates a task.  With ``run_id``, a repeated call with
+        the same (run_id, runtime, scope kind, owner, child session, flow, label, task)
+        returns the first task and fills its empty fields; an ended task is returned
+        unchanged.  This rule also applies to calls in different processes.
 
         Raises :class:`ValidationError` for an invalid argument, and
         :class:`ConflictError` if ``task_id`` is or was in use.
@@ -467,11 +469,11 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> TokenT:
         """Take the lease of an active task for ``lease_s`` seconds; returns the lease token.
 
-        Pass this token as ``fence`` to :meth:`renew_lease` and to the other verbs.
-        If ``fence`` is the token of the current lease, the new lease replaces the current
+        Pass this token as ``fence`` to :meth:`renew_lease` and to the other verbs.  If
+        ``fence`` is the token of the current lease, the new lease replaces the current
         lease.  A caller can thus give the task to another worker.  Raises
-        :class:`ConflictError` while another lease has not expired.  Other errors are as
-        in :meth:`mark_running`.
+        :class:`ConflictError` if the task has another lease that has not expired.  Other
+        errors are as in :meth:`mark_running`.
         """
         _check_arguments(task_id, if_revision, fence)
         token = new_task_id()
@@ -487,12 +489,12 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         fence: str,
         if_revision: int | None = None,
     ) -> TokenT:
-        """Extend a lease to ``lease_s`` seconds from now; returns the lease token, ``fence``.
+        """Extend a lease to ``lease_s`` seconds from now; return the lease token (``fence``).
 
         The method writes only if less than half of ``lease_s`` is left, so frequent calls
         are cheap.  Raises :class:`ConflictError` if the lease has another token, and
-        :class:`InvalidTransition` if the task has ended.  After either error the worker
-        must stop work on the task.
+        :class:`InvalidTransition` if the task has ended.  After one of these errors the
+        worker must stop work on the task.
         """
         check_key("fence", fence)
         _check_arguments(task_id, if_revision, fence)
@@ -511,7 +513,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
 
 
 class OperationFactory(Verbs[CreateTask | ChangeTask, DeleteTask, ChangeLease]):
-    """The verbs; each verb returns its operation."""
+    """The verbs on a task; each verb returns its operation and commits nothing."""
 
     def __init__(self, now: Clock) -> None:
         self._clock = now
@@ -538,7 +540,7 @@ class OperationFactory(Verbs[CreateTask | ChangeTask, DeleteTask, ChangeLease]):
 def _run_verb(
     verb: Callable[Concatenate[OperationFactory, str, _P], TaskOperation],
 ) -> Callable[Concatenate[RunScope[RecordsT], _P], RecordsT]:
-    """Return a verb for every task of a run; this verb has no parameter ``task_id``."""
+    """Return a method of :class:`RunScope` for a verb, without the parameter ``task_id``."""
 
     @wraps(verb)
     def call(self: RunScope[RecordsT], /, *args: _P.args, **kwargs: _P.kwargs) -> RecordsT:
@@ -554,10 +556,10 @@ def _run_verb(
 class RunScope(Generic[RecordsT]):
     """The verbs of the registry; each verb changes every task of a run in one commit.
 
-    Each verb returns the changed records, oldest first, or no records if the run is
-    unknown or ambiguous.  A verb skips tasks whose status does not allow the verb (mostly
-    ended tasks).  All other tasks must have the given ``fence`` and ``if_revision``;
-    otherwise the verb raises :class:`ConflictError` and writes nothing.
+    Each verb returns the changed records, oldest first, or no records if the run is unknown
+    or ambiguous.  A verb skips tasks whose status does not allow the verb (mostly ended
+    tasks).  The tasks that are not skipped must have the given ``fence`` and
+    ``if_revision``; otherwise the verb raises :class:`ConflictError` and writes nothing.
     ``delete`` returns the deleted records.
     """
 
@@ -567,7 +569,7 @@ class RunScope(Generic[RecordsT]):
         now: Clock,
         commit: Callable[[RunSelector, Callable[[], TaskOperation]], RecordsT],
     ) -> None:
-        """``commit`` calls its second argument and commits the returned operation for the run."""
+        """``commit(run, make_operation)`` commits the result of ``make_operation()`` for a run."""
         check_key("run_id", run.run_id)
         self._run = run
         self._factory = OperationFactory(now)

@@ -5,8 +5,8 @@ files.  The store reads files directly.  A test replaces the :class:`Disk` to co
 operations, to make an operation fail, or to record all operations and build the states
 that a power loss can leave (``taskstore.testing.powerloss``).
 
-The methods of the first half are single system calls.  The methods of the second
-half combine these system calls.
+The first methods of :class:`Disk` are single system calls.  The methods after them combine
+several system calls.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 TEMPORARY = ".tmp"
-"""The suffix in the name of a file that is not complete yet."""
+"""The suffix of the name of a file that is not complete yet."""
 
 _BUFFER = 1 << 20
 
@@ -38,7 +38,7 @@ class Disk:
         os.close(descriptor)
 
     def pwrite(self, descriptor: int, data: bytes | memoryview, offset: int) -> int:
-        """Write at an offset; return the number of written bytes, possibly not all."""
+        """Write at an offset; return the number of written bytes, which can be less than all."""
         return os.pwrite(descriptor, data, offset)
 
     def truncate(self, descriptor: int, size: int) -> None:
@@ -46,7 +46,7 @@ class Disk:
         os.ftruncate(descriptor, size)
 
     def sync_data(self, descriptor: int) -> None:
-        """Flush a file's bytes and length to disk, so that they survive power loss."""
+        """Flush a file's bytes and length to disk, so that both survive power loss."""
         if hasattr(os, "fdatasync"):
             os.fdatasync(descriptor)
         else:
@@ -72,7 +72,7 @@ class Disk:
         os.replace(old, new)  # noqa: PTH105 - the plain system call
 
     def unlink(self, path: Path) -> None:
-        """Remove a file name."""
+        """Remove the name of a file from its directory."""
         os.unlink(path)  # noqa: PTH108 - the plain system call
 
     def mkdir(self, path: Path, mode: int = 0o700) -> None:
@@ -91,7 +91,7 @@ class Disk:
             written += more
 
     def write_new(self, path: Path, blocks: Iterable[bytes]) -> None:
-        """Create a file of mode 0600 and flush its bytes to disk; its name is not durable yet.
+        """Create a file of mode 0600 and flush its bytes to disk; the file name is not durable yet.
 
         Raises ``FileExistsError`` if the file exists.  If another error occurs, the
         method removes the file.
@@ -120,7 +120,7 @@ class Disk:
             self.write_at(descriptor, bytes(buffer), offset)
 
     def write_temporary(self, path: Path, blocks: Iterable[bytes]) -> Path:
-        """Write a temporary file next to ``path``, flush it to disk and return its path.
+        """Write a temporary file next to ``path``, flush the file to disk and return its path.
 
         If the call fails, the method removes the temporary file.  The method replaces a
         temporary file that a killed process left.
@@ -142,7 +142,7 @@ class Disk:
                 self.unlink(path)
 
     def make_directory(self, directory: Path) -> None:
-        """Durably create a directory and its parents with mode 0700.
+        """Durably create a directory and its missing parents with mode 0700.
 
         An existing directory does not change, but must be readable and writable.
         """

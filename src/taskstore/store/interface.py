@@ -1,13 +1,13 @@
 """The store interface: what a backend must implement and guarantee.
 
-A store is the durable side of a ledger.  A store keeps a gap-free journal of changes and
-the records that result from the changes.  A store does not implement lifecycle rules,
-indexes or hooks.  To write a store, subclass :class:`TaskRegistryStore`, implement
-``load_snapshot`` and ``save_snapshot``, and test the store with
-``taskstore.testing.StoreContract``.  Every other ability is optional; each ``Supports…``
-protocol defines the methods of one ability.
+A store is the durable side of a ledger.  A store keeps a gap-free journal of changes and the
+records that result from the changes.  A store does not implement lifecycle rules, indexes or hooks.
+To write a store, subclass :class:`TaskRegistryStore`, implement ``load_snapshot`` and
+``save_snapshot``, and test the store with ``taskstore.testing.StoreContract``.  Every ability
+beyond ``load_snapshot`` and ``save_snapshot`` is optional; each ``Supports…`` protocol defines the
+methods of one ability.
 
-The numbers in brackets are the invariants of ``docs/concepts.md``.
+The numbers in brackets refer to the invariants of ``docs/concepts.md``.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from taskstore.model.query import Page, TaskQuery
 
 
 class StoreReport(Struct, frozen=True):
-    """The report of a store to its operator.
+    """The facts that a store reports to its operator.
 
-    ``quarantined`` lists the records that the last load could not decode [12].
-    ``notices`` are sentences, for example that a torn line was truncated, that the
+    ``quarantined`` lists the records that the last load could not decode [12].  ``notices``
+    are sentences about the store, for example that a torn line was truncated, that the
     SQLite library has a known bug, or that the server decides the durability.
     """
 
@@ -63,8 +63,8 @@ class StoreReport(Struct, frozen=True):
 class VerifyReport(Struct, frozen=True):
     """The result of :meth:`SupportsIntegrity.verify`.
 
-    ``problems`` are sentences; an intact ledger has no problems.  ``records`` and
-    ``entries`` are the numbers of checked records and entries, as of ``seq``.
+    ``problems`` has one sentence for each problem, and is empty for an intact ledger.  ``records``
+    and ``entries`` are the numbers of checked records and entries, as of ``seq``.
     """
 
     seq: int
@@ -81,13 +81,13 @@ class VerifyReport(Struct, frozen=True):
 class TaskRegistryStore(ABC):
     """The durable side of a ledger: one open instance of a backend.
 
-    Several threads use an instance at once, but the registry never calls
-    :meth:`apply` from two threads at a time.  A store that implements only the
-    two abstract methods supports one process.
+    Several threads can use one instance at once, but the registry never calls :meth:`apply`
+    from two threads at a time.  A store that implements only the two abstract methods
+    supports one process.
     """
 
     clock: Clock = staticmethod(system_clock)
-    """The source of commit times; a registry with its own clock replaces the clock of the store."""
+    """The source of commit times; a registry that gets a ``clock`` argument replaces it."""
 
     location: str = ""
     """The path of the storage, or its URL without the password, for messages."""
@@ -99,8 +99,8 @@ class TaskRegistryStore(ABC):
     unsupported_guarantees: Mapping[str, str] = MappingProxyType({})
     """The guarantees that this store does not give, each with the reason: ``processes``
     (several processes on one storage) and ``crash-safe`` (a kill of the writer at any
-    instruction is safe).  The contract suite skips the clauses that need these guarantees,
-    and reports the reason."""
+    instruction is safe).  The contract suite skips each clause that needs an unsupported
+    guarantee, and reports the reason."""
 
     def __init__(self, *, read_only: bool = False) -> None:
         self.read_only = read_only
@@ -120,31 +120,30 @@ class TaskRegistryStore(ABC):
     def save_snapshot(self, snapshot: Snapshot) -> None:
         """Atomically replace the whole content with ``snapshot``.
 
-        Afterwards the head is ``snapshot.seq``, the journal is empty and the floor
-        is ``snapshot.seq`` + 1.  Raises :class:`~taskstore.ConflictError` if the
-        head is not 0 and ``snapshot.seq`` does not exceed the head.  The snapshot is
-        durable when the method returns [4].  If the writer is killed half-way, the
-        old content remains.
+        After the call, the head is ``snapshot.seq``, the journal is empty and the floor is
+        ``snapshot.seq`` + 1.  Raises :class:`~taskstore.ConflictError` if the head is not 0 and
+        ``snapshot.seq`` does not exceed the head.  The snapshot is durable when the method returns
+        [4].  If the writer is killed before the replacement is complete, the old content remains.
         """
 
     def apply(self, changes: Sequence[Change]) -> Commit:
         """Commit a batch of changes atomically: all of them or none [3].
 
-        Each change gets the next seq, in order.  A change to revision r + 1 applies only
-        if revision r is stored.  A change to revision 1 applies only if the task is not
-        stored, the journal contains no deletion of its id, and no other task has its
-        dedup key (run_id, run_digest).  If a change does not apply,
+        Each change of the batch gets the next seq, in the order of the batch.  A change to
+        revision r + 1 applies only if revision r is stored.  A change to revision 1 applies
+        only if the task is not stored, the journal contains no deletion of its id, and no
+        other task has its dedup key (run_id, run_digest).  If a change does not apply,
         :class:`~taskstore.ConflictError` names every conflicting task, nothing is written
         and no seq is used.  The commit is durable when the method returns [4].  Raises
         :class:`~taskstore.ValidationError`, before any write, for an invalid batch.
 
-        ``changes`` may be a :class:`~taskstore.ChangeSet`.  A store that keeps
-        commit ids then raises :class:`~taskstore.ConflictError` if its journal
-        does not contain the commit at the set's base position.
+        If ``changes`` is a :class:`~taskstore.ChangeSet`, a store that keeps commit ids
+        raises :class:`~taskstore.ConflictError` if the store's journal does not contain the
+        commit at the base position of the change set.
 
-        Note for implementers: this default implementation loads and saves the whole
-        ledger.  This implementation is correct but slow, and only one process can use it
-        safely.
+        Note for implementers: the default implementation of ``apply`` loads and saves the
+        whole ledger.  The default implementation is correct but slow, and only one process
+        can use it safely.
         """
         self._check_writable()
         steps = plan(changes)
@@ -159,8 +158,8 @@ class TaskRegistryStore(ABC):
         return StoreReport()
 
     def close(self) -> None:
-        """Release all resources.  A second ``close`` does nothing.  Any other later call
-        raises :class:`~taskstore.StoreClosedError`.
+        """Release all resources.  A second ``close`` does nothing.  After ``close``, every
+        other call raises :class:`~taskstore.StoreClosedError`.
 
         In a forked child, ``close`` releases no resources, because the locks, connections
         and threads belong to the parent process.
@@ -201,18 +200,19 @@ class SupportsJournal(Protocol):
     """A store that keeps a journal, for history, change feeds and several processes."""
 
     def head(self) -> int:
-        """Return the last seq, or 0 before the first commit."""
+        """Return the last assigned seq, or 0 before the first commit."""
         ...
 
     def floor(self) -> int:
-        """Return the first retained seq: head + 1 for an empty journal, 1 for a new journal."""
+        """Return the seq of the first retained entry: head + 1 for an empty journal, 1 for a new
+        journal."""
         ...
 
     def read_journal(self, after: int, limit: int) -> Sequence[JournalEntry]:
         """Return at most ``limit`` entries after seq ``after``, in order.
 
-        Returns an empty sequence if there are no entries.  A reader that sees seq n
-        can read every entry from the floor to n [2].  Raises
+        Returns an empty sequence if there are no entries after ``after``.  A reader that
+        sees seq n can read every entry from the floor to n [2].  Raises
         :class:`~taskstore.CursorExpiredError` when ``after`` < floor - 1.
         """
         ...
@@ -227,13 +227,13 @@ class SupportsJournal(Protocol):
     def wait_for(self, after: int, timeout: float) -> bool:
         """Wait until the head exceeds ``after``, at most ``timeout`` seconds.
 
-        Returns whether the head exceeds ``after``.  Commits of every process count;
-        ``timeout`` can be 0 or several years.  An implementation must not miss a commit:
-        it starts its notification source, then reads the head, then waits.  An
+        Returns whether the head exceeds ``after``.  The result includes commits of every
+        process; ``timeout`` can be 0 or several years.  An implementation must not miss a
+        commit: it starts its notification source, then reads the head, then waits.  An
         implementation must not spin: a waiting thread and its helper thread use almost no
         CPU time.  Any number of threads can wait, and waiting threads must not block other
-        calls.  :meth:`~TaskRegistryStore.close` ends every wait at once, with
-        :class:`~taskstore.StoreClosedError`.
+        calls.  :meth:`~TaskRegistryStore.close` ends every wait at once: each waiting call
+        raises :class:`~taskstore.StoreClosedError`.
         """
         ...
 
@@ -245,15 +245,15 @@ class SupportsExclusive(Protocol):
     def exclusive(self) -> AbstractContextManager[None]:
         """Hold the writer lock until the first ``apply`` or the end of the ``with`` body.
 
-        During this time, ``apply`` of every other instance on the same storage, in any
-        process, waits for the lock as it waits for a commit.  In the body,
-        ``read_journal`` returns all commits to the calling thread, and no other instance
-        commits before the body's ``apply``.  The context manager itself writes nothing,
-        even after an exception.  At the end of the body the lock is always released, even
-        without an ``apply``.  The body must be short; the body is allowed to read, and to
-        call ``apply`` once.  Raises
-        :class:`~taskstore.StoreBusyError` if another writer holds the lock too long,
-        and :class:`~taskstore.ReadOnlyError` if the store is read-only.
+        While the lock is held, ``apply`` of every other instance on the same storage, in
+        any process, waits for the lock as it waits for another commit.  In the ``with``
+        body, ``read_journal`` returns all committed entries to the calling thread, and no
+        other instance commits before the ``apply`` in the body.  The context manager itself
+        writes nothing, even after an exception.  At the end of the ``with`` body the lock
+        is always released, even without an ``apply``.  The ``with`` body must be short, and
+        is allowed to read and to call ``apply`` once.  Raises
+        :class:`~taskstore.StoreBusyError` if another writer holds the lock longer than the
+        timeout, and :class:`~taskstore.ReadOnlyError` if the store is read-only.
         """
         ...
 
@@ -265,7 +265,7 @@ class SupportsHistory(Protocol):
     def read_history(self, task_id: str) -> Sequence[JournalEntry]:
         """Return the retained entries of one task, oldest first.
 
-        The result includes the entries of a deleted task, and is empty for an unknown id.
+        A deleted task has retained entries too; the result for an unknown id is empty.
         """
         ...
 
@@ -277,10 +277,10 @@ class SupportsCompaction(Protocol):
     def compact(self, policy: CompactionPolicy) -> CompactionReport:
         """Publish a snapshot and trim the journal as far as ``policy`` allows.
 
-        Compaction changes no answer, except that older history is removed.  If compaction
-        is killed at any instruction, the ledger stays intact [7].  If compaction is not
-        due, the call does nothing, and the report gives the reason of ``policy``.  If
-        another compactor is active, the call raises :class:`~taskstore.StoreBusyError`.
+        Compaction changes no result of a read, except that older history is removed.  If
+        compaction is killed at any instruction, the ledger stays intact [7].  If compaction
+        is not due, the call does nothing, and the report contains the reason.  If another
+        compactor is active, the call raises :class:`~taskstore.StoreBusyError`.
         """
         ...
 
@@ -290,7 +290,7 @@ class SupportsQuery(Protocol):
     """A store that answers queries without loading the ledger."""
 
     def query(self, query: TaskQuery) -> Page:
-        """Return one page, newest first, as of one commit: the page's ``seq``.
+        """Return one page of the matching records, newest first, as of the page's ``seq``.
 
         The page equals the result of ``taskstore.model.query.evaluate``.
         """
@@ -302,8 +302,8 @@ class SupportsIntegrity(Protocol):
     """A store that checks its stored data."""
 
     def verify(self) -> VerifyReport:
-        """Check contiguity, checksums and revisions, and compare the folded journal with the
-        records [5].  The method writes nothing.  Its memory use can grow with the ledger."""
+        """Check contiguity, checksums and revisions, and compare the stored records with the fold
+        of the journal [5].  The method writes nothing.  Its memory use can grow with the ledger."""
         ...
 
 
@@ -314,8 +314,8 @@ def entries_after_position(
 
     Raises :class:`~taskstore.CursorExpiredError` in two cases: (a) entries after the
     position were trimmed; (b) the commit of the position is not in the journal at the
-    position's seq.  If only the entry at the position was trimmed, its commit id is not
-    checked.
+    position's seq.  If the entry at the position was trimmed, but no later entry was
+    trimmed, the commit id is not checked.
     """
     seq, commit_id = position.seq, position.commit_id
     if not seq:
@@ -330,7 +330,7 @@ def entries_after_position(
 
 
 def commit_id_at(journal: SupportsJournal, seq: int) -> str:
-    """Return the id of the commit that has ``seq``; empty if the id is unknown."""
+    """Return the id of the commit that contains the entry ``seq``; empty if the id is unknown."""
     if not seq:
         return ""
     try:
@@ -343,8 +343,8 @@ def commit_id_at(journal: SupportsJournal, seq: int) -> str:
 def check_base(journal: SupportsJournal, changes: Sequence[Change]) -> None:
     """Raise :class:`~taskstore.ConflictError` unless the base position is in the journal.
 
-    Only a :class:`ChangeSet` has a base position.  A store calls this function under its
-    lock, or has its own faster check.
+    Only a :class:`ChangeSet` has a base position.  A store calls this function while it
+    holds its writer lock, or has its own faster check.
     """
     if isinstance(changes, ChangeSet) and changes.base.seq:
         try:
@@ -371,7 +371,7 @@ def forked_error(what: str) -> StoreClosedError:
 
 
 def check_steps(steps: Sequence[Step], stored: Snapshot) -> None:
-    """Raise :class:`~taskstore.ConflictError` unless the steps apply over ``stored``.
+    """Raise :class:`~taskstore.ConflictError` unless all steps apply to the snapshot ``stored``.
 
     This function is for stores without a journal, which do not know earlier deletions.
     """

@@ -22,8 +22,8 @@ DURABILITIES = ("full", "process")
 MIGRATE_MODES = ("auto", "never")
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-# As in SQLAlchemy, a password can contain slashes and ends at the first @.
-# If another @ follows before the path, the password ends at the last @ before the path.
+# As in SQLAlchemy, a password can contain slashes before the first @.  If there are several
+# @ before the path, the password ends at the last of these, otherwise at the first @.
 _PASSWORD = re.compile(r"(?<=://)([^:/?#\s]*):[^@]*@(?:[^/?#\s]*@)?")
 _PASSWORD_OPTION = re.compile(r"([?&][^=&\s]*passw[^=&\s]*=)[^&\s]*", re.IGNORECASE)
 
@@ -66,15 +66,14 @@ def open_store(
 ) -> TaskRegistryStore:
     """Open the store that a URL names.
 
-    With ``durability="full"``, acknowledged changes survive power loss; with
-    ``"process"``, they survive a kill of the writer.  With ``migrate="auto"``, a
-    new or empty database gets its schema; with ``"never"``, the schema
-    does not change.  A ``read_only`` store changes nothing.  The backend gets all
-    other options.
+    With ``durability="full"``, acknowledged changes survive power loss; with ``"process"``,
+    acknowledged changes survive a kill of the writer.  With ``migrate="auto"``, a new or
+    empty database gets its schema; with ``"never"``, the schema does not change.  A store
+    that is opened ``read_only`` changes nothing.  The backend receives all other options.
 
-    Raises :class:`~taskstore.BackendNotFoundError` for a scheme without a
-    backend, :class:`~taskstore.ValidationError` for a wrong option, and the
-    errors of the backend: :class:`~taskstore.StoreUnavailableError`,
+    Raises :class:`~taskstore.BackendNotFoundError` for a scheme without a backend,
+    :class:`~taskstore.ValidationError` for an invalid option, and the errors of the
+    backend: :class:`~taskstore.StoreUnavailableError`,
     :class:`~taskstore.CorruptStoreError`, :class:`~taskstore.SchemaMismatchError`.
     """
     scheme = scheme_of(url)
@@ -95,7 +94,7 @@ def check_options(durability: str, migrate: str) -> None:
 
 
 def _load_opener(scheme: str) -> Any:
-    """Import the callable that opens URLs of a scheme."""
+    """Import and return the callable that opens URLs of a scheme."""
     backends = installed_backends()
     declared = backends.get(scheme)
     if not declared:

@@ -7,9 +7,9 @@ A backend author subclasses :class:`StoreContract` and overrides one fixture::
         def make_store(self, tmp_path):
             return lambda *, read_only=False: MyStore(tmp_path / "ledger", read_only=read_only)
 
-Each call of the returned callable opens the same storage again.  If the store lacks an
-ability that a clause needs, the clause is skipped, and the skip message names the
-ability.  The numbers in brackets in the docstrings of the clauses are the numbers of
+Each call of the callable that the fixture returns opens the same storage again.  If a
+clause needs an ability that the store lacks, pytest skips the clause, and the skip message
+names the ability.  The numbers in brackets in the docstrings of the clauses are the numbers of
 the invariants in ``docs/concepts.md``.
 
 The suite needs the extra ``testing``: ``pip install 'taskstore[testing]'``.

@@ -20,10 +20,11 @@ EPOCH_MS = 1_700_000_000_000
 
 
 def make_record(**fields: Any) -> TaskRecord:
-    """Return a queued system task of revision 1 with a new id; ``fields`` override its fields.
+    """Return a queued system task of revision 1 with a new id; ``fields`` replace the defaults.
 
-    ``metadata`` can be a mapping.  If ``run_id`` is given without ``run_digest``, the
-    digest is computed.  ``Put`` validates the record; this function does not validate it.
+    ``metadata`` can be a mapping.  If ``run_id`` is given without ``run_digest``, this
+    function computes ``run_digest``.  This function does not validate the record; ``Put``
+    validates the record.
     """
     metadata = fields.pop("metadata", None)
     if metadata is not None:
@@ -52,7 +53,7 @@ def make_put(**fields: Any) -> Put:
 
 
 def next_of(record: TaskRecord, **fields: Any) -> Put:
-    """Return the change to the next revision of ``record``, which has the new ``fields``."""
+    """Return a change that stores ``record`` with new ``fields`` as the next revision."""
     return Put(replace(record, **{"revision": record.revision + 1, **fields}))
 
 
@@ -69,7 +70,7 @@ def create(store: TaskRegistryStore, **fields: Any) -> TaskRecord:
 
 
 def update(store: TaskRegistryStore, record: TaskRecord, **fields: Any) -> TaskRecord:
-    """Store the next revision of a task in one commit and return it."""
+    """Store the next revision of a task in one commit and return the new record."""
     change = next_of(record, **fields)
     store.apply([change])
     return change.record
@@ -84,7 +85,7 @@ class Model:
     """The expected content of a ledger in plain dicts, for comparison with a store.
 
     ``states`` maps each seq to the records as of that seq.  ``entries`` is the
-    journal, as tuples ``(seq, kind, task_id, revision, record)``.
+    expected journal, as a list of tuples ``(seq, kind, task_id, revision, record)``.
     """
 
     def __init__(self, snapshot: Snapshot | None = None) -> None:
@@ -96,16 +97,16 @@ class Model:
 
     @property
     def records(self) -> Mapping[str, TaskRecord]:
-        """The records as of the head."""
+        """The expected records as of the head of the model."""
         return self.states[self.head]
 
     @property
     def deleted(self) -> set[str]:
-        """The ids of the tasks whose deletion is in the journal."""
+        """The ids of the tasks whose deletion is in ``entries``."""
         return {entry[2] for entry in self.entries if entry[1] is EntryKind.DELETED}
 
     def accepts(self, changes: list[Change], *, remembers_deletions: bool = True) -> bool:
-        """Return whether a batch has no conflict in revisions, deletions and dedup keys [3]."""
+        """Return true if no revision, deletion or dedup key of a batch causes a conflict [3]."""
         records = dict(self.records)
         deleted_ids = self.deleted if remembers_deletions else set()
         for change in changes:
@@ -121,7 +122,7 @@ class Model:
         return len(keys) == len(set(keys))
 
     def commit(self, changes: list[Change]) -> None:
-        """Apply a batch that the model accepts."""
+        """Apply a batch to the model; :meth:`accepts` must be true for the batch."""
         for change in changes:
             records = dict(self.records)
             self.head += 1
@@ -135,7 +136,7 @@ class Model:
             self.entries.append((self.head, kind, change.task_id, change.revision, record))
 
     def trim(self, floor: int) -> None:
-        """Drop the entries and states before ``floor``."""
+        """Drop the entries below seq ``floor`` and the states below seq ``floor - 1``."""
         self.floor = floor
         self.entries = [entry for entry in self.entries if entry[0] >= floor]
         self.states = {seq: state for seq, state in self.states.items() if seq >= floor - 1}
@@ -144,9 +145,9 @@ class Model:
 def play(store: TaskRegistryStore, model: Model | None = None) -> Model:
     """Apply a mixed history to ``store`` and return a model of the expected content.
 
-    The history has creations, updates, deletions, batches that mix them, several
-    changes of one task in a batch, a task that one batch creates and deletes, and
-    a run that is created again after its task was deleted.
+    The history has creations, updates, deletions, and batches that mix these changes.  One
+    batch changes the same task several times, and one batch creates and deletes a task.  A
+    run is created again after the task of the run was deleted.
     """
     model = model if model is not None else Model(store.load_snapshot())
     first = make_record(label="first", run_id=f"run-{model.head}", metadata={"n": 1})

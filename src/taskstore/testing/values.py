@@ -1,10 +1,10 @@
-# ruff: noqa: RUF001 - the table needs ambiguous characters
+# ruff: noqa: RUF001 - the nasty values contain ambiguous characters
 """The nasty values: every backend stores them exactly or refuses them [11].
 
 Each value has revealed a real defect, for example a collation that folds case,
 a driver that expands ``%s``, a C string that ends at NUL, a JSON reader that
-rounds above 2**53, an index that is too short, an empty string that is read as
-null.
+rounds integers above 2**53, an index that covers only the start of a text, or an
+empty string that is read as null.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from taskstore.model.records import (
 
 
 class Nasty(NamedTuple):
-    """One row of the table.
+    """One nasty value.
 
-    ``fields`` are set in a record.  ``refused`` is the field that the
+    ``fields`` are the record fields with the nasty value.  ``refused`` is the field that the
     :class:`~taskstore.ValidationError` names, or ``None`` when the value must be stored
     and read back unchanged.  ``twin`` has the fields of a second record, which a
     defective backend confuses with the first record.
@@ -48,7 +48,7 @@ class _StrSubclass(str):
 
 
 def _distinct(name: str, value: str | None, twin: str | None) -> list[Nasty]:
-    """Return one row with the value and its twin as labels, and one row with both as task ids."""
+    """Return a nasty label; also return a nasty task id if neither text is empty."""
     rows = [Nasty(name, {"label": value}, {"label": twin})]
     if value and twin:
         rows.append(Nasty(f"{name}_id", {"task_id": value}, {"task_id": twin}))
@@ -56,7 +56,7 @@ def _distinct(name: str, value: str | None, twin: str | None) -> list[Nasty]:
 
 
 def _nested(depth: int) -> dict[str, Any]:
-    """Return metadata with this nesting depth."""
+    """Return metadata that is nested ``depth`` levels deep."""
     value: Any = "leaf"
     for _ in range(depth - 1):
         value = [value]
@@ -64,7 +64,7 @@ def _nested(depth: int) -> dict[str, Any]:
 
 
 def _sized(size: int) -> dict[str, Any]:
-    """Return metadata with this number of bytes in canonical JSON."""
+    """Return metadata that has ``size`` bytes in canonical JSON."""
     return {"m": "x" * (size - len('{"m":""}'))}
 
 
@@ -298,8 +298,8 @@ _REFUSED = [
 ]
 
 NASTY: tuple[Nasty, ...] = (*_DISTINCT, *_TEXT, *_NUMBERS, *_METADATA, *_REFUSED)
-"""All rows."""
+"""All nasty values."""
 STORED = tuple(row for row in NASTY if row.refused is None)
-"""The rows that every backend stores and returns exactly."""
+"""The nasty values that every backend stores and returns exactly."""
 REFUSED = tuple(row for row in NASTY if row.refused is not None)
-"""The rows that every backend refuses with a ValidationError that names the field."""
+"""The nasty values that every backend refuses with a ValidationError that names the field."""

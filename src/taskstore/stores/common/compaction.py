@@ -33,7 +33,7 @@ class CompactionPoint(NamedTuple):
 
 
 class Retained(NamedTuple):
-    """The seqs of the retained snapshots, including the new snapshot, and the new floor."""
+    """The new floor, and the seqs of all retained snapshots (one is the new snapshot)."""
 
     seqs: frozenset[int]
     floor: int

@@ -48,7 +48,7 @@ _T = TypeVar("_T")
 class ConnectionPool:
     """Connections that any thread acquires and releases.
 
-    If the engine belongs to the store, the pool keeps one connection for writes.
+    If the store created the engine, the pool keeps one connection for writes.
     If the engine belongs to a host, each call acquires and releases a connection.
     """
 

@@ -26,7 +26,7 @@ from taskstore.testing.factories import (
 
 
 def conflicts_of(store: TaskRegistryStore, *changes: Change) -> set[Conflict]:
-    """Return the conflicts that ``apply`` raises for these changes."""
+    """Apply the changes, which must conflict, and return the conflicts of the ConflictError."""
     with pytest.raises(ConflictError) as caught:
         store.apply(changes)
     assert len(set(caught.value.conflicts)) == len(caught.value.conflicts)
@@ -44,7 +44,7 @@ class ApplyContract(ContractBase):
     # -- seqs and times ---------------------------------------------------
 
     def test_seqs_are_contiguous(self, ledger: Ledger) -> None:
-        """[2] Seqs start at 1 and continue without a gap across batches and restarts."""
+        """[2] Seqs start at 1 and have no gap, even after a batch or a restart."""
         head = 0
         for size in (1, 3, 2):
             commit = ledger.reopened().apply([make_put() for _ in range(size)])
@@ -80,7 +80,7 @@ class ApplyContract(ContractBase):
             assert store.apply([make_put()]).at == EPOCH_MS
 
     def test_the_time_never_goes_back_over_a_save(self, ledger: Ledger) -> None:
-        """[2] Commit times do not decrease after a snapshot with an earlier time is saved."""
+        """[2] If a saved snapshot has an earlier time, later commit times do not decrease."""
         ledger.store.clock = lambda: EPOCH_MS
         ledger.store.apply([make_put()])
         ledger.store.save_snapshot(Snapshot(9, {}, EPOCH_MS - 5000))
@@ -106,7 +106,7 @@ class ApplyContract(ContractBase):
 
     @pytest.mark.parametrize("revision", [1, 2, 3, 5, 6, 99])
     def test_stale_and_skipped_revisions(self, ledger: Ledger, revision: int) -> None:
-        """[3] If revision r is stored, only revision r + 1 applies; other revisions conflict."""
+        """[3] If revision r is stored, only a change to revision r + 1 does not conflict."""
         record = create(ledger.store, task_id="task")
         for _ in range(2):
             record = update(ledger.store, record)
@@ -117,7 +117,7 @@ class ApplyContract(ContractBase):
 
     @pytest.mark.parametrize("revision", [2, 3, 5, 99])
     def test_delete_of_another_revision(self, ledger: Ledger, revision: int) -> None:
-        """[3] A deletion is checked against the stored revision like any other change."""
+        """[3] A deletion conflicts if its revision is not the stored revision plus 1."""
         record = update(ledger.store, update(ledger.store, create(ledger.store, task_id="task")))
         with ledger.unchanged():
             conflicts = conflicts_of(ledger.store, Remove("task", revision))
@@ -125,14 +125,14 @@ class ApplyContract(ContractBase):
         delete(ledger.store, record)
 
     def test_delete_of_absent(self, ledger: Ledger) -> None:
-        """[3] Deleting a task that does not exist is a conflict."""
+        """[3] The deletion of a task that does not exist raises ConflictError."""
         create(ledger.store)
         with ledger.unchanged():
             conflicts = conflicts_of(ledger.store, Remove("absent", 2))
             assert conflicts == {Conflict("absent", 1, 0)}
 
     def test_the_same_change_again(self, ledger: Ledger) -> None:
-        """[3] Applying a committed change again is a conflict, not a second commit."""
+        """[3] If a committed change is applied again, apply raises ConflictError."""
         change = next_of(create(ledger.store), label="once")
         ledger.store.apply([change])
         with ledger.unchanged():
@@ -201,7 +201,7 @@ class ApplyContract(ContractBase):
             }
 
     def test_several_changes_of_one_task(self, ledger: Ledger) -> None:
-        """[3] A batch can change the same task several times; the last record is stored."""
+        """[3] If a batch changes a task several times, the record of the final change is stored."""
         first = create(ledger.store)
         new = make_record()
         second, newer = next_of(first, label="a"), next_of(new, label="n")
@@ -227,7 +227,7 @@ class ApplyContract(ContractBase):
             assert store.load_snapshot().seq == 5
 
     def test_a_batch_that_contradicts_itself(self, ledger: Ledger) -> None:
-        """[3] Two changes of the same task in a batch must have consecutive revisions."""
+        """[3] If a batch changes a task twice, the two revisions must be consecutive."""
         record = create(ledger.store)
         contradictions: list[list[Change]] = [
             [next_of(record), next_of(record)],
@@ -274,7 +274,7 @@ class ApplyContract(ContractBase):
     # -- dedup keys -------------------------------------------------------
 
     def test_a_run_is_booked_once(self, ledger: Ledger) -> None:
-        """[3] A second creation with the same dedup key conflicts and names the existing task."""
+        """[3] If a creation repeats a dedup key, the ConflictError names the existing task."""
         existing = create(ledger.store, run_id="run-1", label="same")
         for store in ledger.twice():
             with ledger.unchanged():
@@ -287,7 +287,7 @@ class ApplyContract(ContractBase):
             del store
 
     def test_another_scope_of_the_same_run(self, ledger: Ledger) -> None:
-        """[3] The pair (run_id, run_digest) is unique; a run_id or a run_digest can repeat."""
+        """[3] Two tasks can share a run_id or a run_digest, but not the pair of both."""
         one = create(ledger.store, run_id="run-1", run_digest="a" * 32)
         two = create(ledger.store, run_id="run-1", run_digest="b" * 32)
         three = create(ledger.store, run_id="run-2", run_digest="a" * 32)
@@ -306,7 +306,7 @@ class ApplyContract(ContractBase):
                 create(store, run_id="Run", run_digest="b" * 32)
 
     def test_an_update_keeps_the_booking(self, ledger: Ledger) -> None:
-        """[3] A task keeps its dedup key after an update, also when the task has ended."""
+        """[3] A task keeps its dedup key after an update and after the end of the task."""
         existing = create(ledger.store, run_id="run-1")
         existing = update(ledger.store, existing, status=TaskStatus.SUCCEEDED)
         for store in ledger.twice():
@@ -315,7 +315,7 @@ class ApplyContract(ContractBase):
             assert caught.value.conflicts[0].existing_task_id == existing.task_id
 
     def test_deletion_frees_the_booking(self, ledger: Ledger) -> None:
-        """[3] A deletion frees the dedup key for the rest of the batch and for later commits."""
+        """[3] After a deletion, the dedup key is free, even for later changes of the same batch."""
         existing = create(ledger.store, run_id="run-1")
         delete(ledger.store, existing)
         second = create(ledger.store, run_id="run-1")

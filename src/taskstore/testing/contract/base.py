@@ -32,7 +32,7 @@ Clause = Callable[..., None]
 
 
 def needs(*abilities: type) -> Callable[[Clause], Clause]:
-    """Mark a clause that requires these ``Supports…`` protocols."""
+    """Return a decorator for a clause that requires these ``Supports…`` protocols."""
 
     def mark(clause: Clause) -> Clause:
         vars(clause)["abilities"] = abilities
@@ -54,7 +54,7 @@ class StoreState(NamedTuple):
 
 
 def state_of(store: TaskRegistryStore) -> StoreState:
-    """Return the full content of a store; the store must not change meanwhile."""
+    """Return the full content of a store, which must not change during the call."""
     loaded = store.load_snapshot()
     head = floor = None
     journal: tuple[JournalEntry, ...] = ()
@@ -67,7 +67,7 @@ def state_of(store: TaskRegistryStore) -> StoreState:
 
 
 def as_of(store: FullStore, seq: int) -> Snapshot:
-    """Return the records as of a seq: fold journal entries into an earlier snapshot."""
+    """Return a snapshot with the records as of a seq, folded from an earlier snapshot."""
     base = store.read_snapshot(seq)
     if base is None:
         assert store.floor() == 1, (
@@ -94,7 +94,7 @@ class Ledger:
 
     @property
     def store(self) -> FullStore:
-        """The instance that the clause uses; the first use opens the instance."""
+        """The store instance that the clause uses; the first access opens the instance."""
         if self._store is None:
             self._store = self.open()
         return self._store
@@ -118,20 +118,20 @@ class Ledger:
     def reopened(self) -> FullStore:
         """Close every instance, as at the end of a process, and open the storage again.
 
-        Storage in memory belongs to the callable of ``make_store``, so the data remains
-        after all instances are closed.
+        Storage in memory belongs to the callable that ``make_store`` returned, so the data
+        remains after all instances are closed.
         """
         self.close()
         return self.store
 
     def twice(self) -> Iterator[FullStore]:
-        """Yield the current store, then a newly opened store; a clause checks both stores."""
+        """Yield the current store, then close the store and yield a newly opened store."""
         yield self.store
         yield self.reopened()
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Check that the body writes nothing and takes no seq, before and after a reopen."""
+        """Check that the ``with`` block changes no content, even after the storage is reopened."""
         before = state_of(self.store)
         yield
         for store in self.twice():
@@ -145,7 +145,7 @@ class Ledger:
 
 
 class ContractBase:
-    """The fixtures of all clauses; backend authors must subclass ``StoreContract`` instead.
+    """The fixtures of all clauses; backend authors must subclass only ``StoreContract``.
 
     ``level`` is the contract level of the clauses in a class.  If the store lacks
     one of ``abilities``, all clauses of the class are skipped.
@@ -159,12 +159,12 @@ class ContractBase:
 
     @pytest.fixture
     def make_store(self) -> OpenStore:
-        """Return a callable that opens the storage under test.  Override this fixture."""
+        """Return a callable that opens the storage under test; subclasses override this fixture."""
         pytest.fail(MISSING_FIXTURE.format(name=type(self).__name__), pytrace=False)
 
     @pytest.fixture
     def ledger(self, request: pytest.FixtureRequest, make_store: OpenStore) -> Iterator[Ledger]:
-        """Yield the storage under test; the storage is empty."""
+        """Yield the :class:`Ledger` of the storage under test, which is empty."""
         if not callable(make_store):
             pytest.fail(MISSING_FIXTURE.format(name=type(self).__name__), pytrace=False)
         ledger = Ledger(make_store)

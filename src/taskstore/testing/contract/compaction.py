@@ -33,19 +33,19 @@ from taskstore.testing.factories import (
 from taskstore.testing.types import FullStore
 
 FOLD = CompactionPolicy(force=True)
-"""A policy that publishes a snapshot now and keeps all history."""
+"""A policy that forces a new snapshot and keeps all journal entries."""
 
 TRIM = CompactionPolicy(force=True, history_entries=0, history_s=0, keep_snapshots=1)
-"""A policy that publishes a snapshot now and keeps no history."""
+"""A policy that forces a new snapshot and trims all journal entries."""
 
 ERASE = CompactionPolicy(erase_deleted=True)
-"""A policy that keeps only the live records."""
+"""A policy that erases deleted tasks, so that only the live records remain."""
 
 HOUR_MS = 3_600_000
 
 
 def read_retained(store: FullStore, report: CompactionReport) -> list[Snapshot]:
-    """Return the snapshots that the report lists; every listed snapshot must be readable."""
+    """Read all snapshots that the report lists, and return the snapshots."""
     snapshots = []
     for seq in report.snapshots:
         snapshot = store.read_snapshot(seq)
@@ -135,7 +135,7 @@ class CompactionContract(ContractBase):
             assert journal_of(store) == []
 
     def test_the_second_run_has_nothing_to_do(self, ledger: Ledger) -> None:
-        """[7] After a compaction, no compaction is due before the next change."""
+        """[7] After a compaction, a second compaction is not due until the ledger changes."""
         model = play(ledger.store)
         ledger.store.compact(FOLD)
         for store in ledger.twice():
@@ -146,7 +146,7 @@ class CompactionContract(ContractBase):
 
     @pytest.mark.parametrize("policy", [FOLD, TRIM, ERASE], ids=["fold", "trim", "erase"])
     def test_life_goes_on(self, ledger: Ledger, policy: CompactionPolicy) -> None:
-        """[5] After alternating commits, compactions and restarts, all content is as expected."""
+        """[5] After alternating commits, compactions and restarts, each read matches the model."""
         model = Model()
         for _ in range(3):
             play(ledger.reopened(), model)
@@ -212,7 +212,7 @@ class CompactionContract(ContractBase):
     # -- policy -----------------------------------------------------------
 
     def test_due_by_entries(self, ledger: Ledger) -> None:
-        """[7] min_entries counts the entries since the newest snapshot."""
+        """[7] The policy's min_entries counts the entries since the newest snapshot."""
         policy = CompactionPolicy(min_entries=3, ratio=0)
         for _ in range(2):
             for due in (False, False, True):
@@ -220,7 +220,7 @@ class CompactionContract(ContractBase):
                 assert ledger.store.compact(policy).compacted is due
 
     def test_due_by_ratio(self, ledger: Ledger) -> None:
-        """[7] ratio compares the number of entries with the number of live records."""
+        """[7] The policy's ratio is compared with the number of entries per live record."""
         policy = CompactionPolicy(min_entries=1, ratio=2)
         record = create(ledger.store)
         for store in ledger.twice():
@@ -229,7 +229,7 @@ class CompactionContract(ContractBase):
         assert ledger.reopened().compact(policy).compacted
 
     def test_due_by_age(self, ledger: Ledger) -> None:
-        """[7] Compaction is due when the oldest entry is max_age_s old by the store's clock."""
+        """[7] Compaction is due if, by the store clock, the oldest entry is max_age_s old."""
         ledger.store.clock = lambda: EPOCH_MS
         create(ledger.store)
         for age_ms, due in ((0, False), (HOUR_MS - 1, False), (HOUR_MS, True)):
@@ -238,7 +238,7 @@ class CompactionContract(ContractBase):
             assert store.compact(CompactionPolicy(max_age_s=3600)).compacted is due
 
     def test_history_by_entries(self, ledger: Ledger) -> None:
-        """[7] The floor moves to a snapshot; at least history_entries later entries are kept."""
+        """[7] The new floor follows a snapshot; at least history_entries entries are kept."""
         policy = CompactionPolicy(force=True, history_entries=4, history_s=0, keep_snapshots=1)
         model, floors = Model(), []
         for _ in range(5):
@@ -270,7 +270,7 @@ class CompactionContract(ContractBase):
         assert floors == [1, 1, 2, 3, 5]
 
     def test_snapshots_that_are_kept(self, ledger: Ledger) -> None:
-        """[7] The newest keep_snapshots snapshots and all snapshots in the report stay readable."""
+        """[7] The report lists the newest keep_snapshots snapshots; all listed are readable."""
         model = Model()
         policy = CompactionPolicy(force=True, keep_snapshots=3)
         for count in range(1, 6):
@@ -284,7 +284,7 @@ class CompactionContract(ContractBase):
                 check_against_model(store, model)
 
     def test_one_run_right_after_another(self, ledger: Ledger) -> None:
-        """[7] A compaction needs no data that the previous compaction dropped."""
+        """[7] A compaction succeeds right after another compaction that dropped data."""
         policy = CompactionPolicy(force=True, history_entries=0, keep_snapshots=1)
         model = Model()
         for last in (FOLD, policy, ERASE, ERASE, TRIM):
@@ -314,7 +314,7 @@ class CompactionContract(ContractBase):
                     assert snapshot.seq == expected_seq
 
     def test_snapshots_know_their_time(self, ledger: Ledger) -> None:
-        """[5] The time of a snapshot is the time of the commit at its seq."""
+        """[5] The time of a snapshot at seq n is the time of the commit of seq n."""
         ledger.store.clock = lambda: EPOCH_MS
         create(ledger.store)
         ledger.store.clock = lambda: EPOCH_MS + HOUR_MS

@@ -43,7 +43,7 @@ from taskstore.testing.factories import (
 
 
 def snapshot_of(seq: int, *records: TaskRecord, at: int = EPOCH_MS) -> Snapshot:
-    """Return a snapshot of these records."""
+    """Return a snapshot that has these records, at the given seq."""
     return Snapshot(seq, {record.task_id: record for record in records}, at)
 
 
@@ -72,7 +72,7 @@ class CoreContract(ContractBase):
             assert dict(loaded.records) == dict(model.records)
 
     def test_records_are_the_same_bytes(self, ledger: Ledger) -> None:
-        """[5] A loaded record encodes to the same bytes; its enum fields are enum members."""
+        """[5] Loaded records encode to the written bytes and have enum members in enum fields."""
         record = create(ledger.store, status="running", metadata={"b": 1, "a": [True, None, 2.5]})
         for store in ledger.twice():
             (loaded,) = store.load_snapshot().records.values()
@@ -133,7 +133,7 @@ class CoreContract(ContractBase):
         assert ledger.store.apply([make_put()]).first_seq == head + 2
 
     def test_save_behind_the_head_is_refused(self, ledger: Ledger) -> None:
-        """[2] Saving a snapshot at or below the head raises ConflictError, so no seq repeats."""
+        """[2] If a snapshot's seq is not above the head, save_snapshot raises ConflictError."""
         head = play(ledger.store).head
         for seq in (head, head - 1, 1, 0):
             with ledger.unchanged(), pytest.raises(ConflictError):
@@ -147,7 +147,7 @@ class CoreContract(ContractBase):
             ledger.store.save_snapshot(snapshot)
 
     def test_apply_goes_on_after_save(self, ledger: Ledger) -> None:
-        """[2] After save, a commit gets the next seq, and its time is not before the snapshot's."""
+        """[2] After a save, a commit gets the next seq and a time not before the snapshot time."""
         record, later = make_record(), EPOCH_MS * 2
         ledger.store.save_snapshot(snapshot_of(41, record, at=later))
         commit = ledger.store.apply([next_of(record, label="on"), make_put()])
@@ -157,7 +157,7 @@ class CoreContract(ContractBase):
             assert store.load_snapshot().seq == 43
 
     def test_save_validates_every_record(self, ledger: Ledger) -> None:
-        """[11] A snapshot with one invalid record is refused and nothing is written."""
+        """[11] If one record of a snapshot is invalid, save_snapshot raises and writes nothing."""
         play(ledger.store)
         invalid = make_record(label="nul \0")
         with ledger.unchanged(), pytest.raises(ValidationError) as caught:
@@ -165,7 +165,7 @@ class CoreContract(ContractBase):
         assert caught.value.field == "label"
 
     def test_save_refuses_a_record_under_another_id(self, ledger: Ledger) -> None:
-        """[11] Each key of a snapshot's mapping must be the record's task_id."""
+        """[11] A snapshot is refused if it maps a key to a record with another task_id."""
         with ledger.unchanged(), pytest.raises(ValidationError):
             ledger.store.save_snapshot(Snapshot(1, {"other": make_record()}))
 
@@ -176,7 +176,7 @@ class CoreContract(ContractBase):
             ledger.store.save_snapshot(snapshot_of(1, *twins))
 
     def test_save_replaces_the_bookings(self, ledger: Ledger) -> None:
-        """[3] After save, only the dedup keys of the snapshot's records are taken."""
+        """[3] After save, a creation conflicts only with the dedup keys of the saved records."""
         create(ledger.store, run_id="run-1")
         existing = make_record(run_id="run-2")
         ledger.store.save_snapshot(snapshot_of(10, existing))
@@ -255,7 +255,7 @@ class CoreContract(ContractBase):
             assert store.load_snapshot().records[record.task_id].metadata == {"list": [1]}
 
     def test_what_was_loaded_stays_as_it_was(self, ledger: Ledger) -> None:
-        """[10] A later commit does not change a loaded snapshot."""
+        """[10] A commit does not change a snapshot that was loaded before the commit."""
         record = create(ledger.store)
         for store in ledger.twice():
             loaded = store.load_snapshot()
@@ -282,7 +282,7 @@ class CoreContract(ContractBase):
             ledger.open().close()
 
     def test_a_store_is_a_context_manager(self, ledger: Ledger) -> None:
-        """[4] Leaving a with block closes the store and does not suppress an exception."""
+        """[4] The end of a with block closes the store; an exception in the block propagates."""
         with ledger.open() as store:
             create(store)
         with pytest.raises(StoreClosedError):
@@ -332,7 +332,7 @@ class CoreContract(ContractBase):
         assert ledger.store.location in repr(ledger.store)
 
     def test_a_long_life(self, ledger: Ledger) -> None:
-        """[2] After several restarts, the seqs have no gap and no record is lost."""
+        """[2] After several restarts, the seqs have no gap and every record is stored."""
         model = Model()
         for _ in range(4):
             play(ledger.reopened(), model)
@@ -342,7 +342,7 @@ class CoreContract(ContractBase):
 
 
 def reads_of(store: TaskRegistryStore) -> list[Any]:
-    """Return one callable without arguments for each read operation of this store."""
+    """Return a callable without arguments for each read operation that a store supports."""
     calls: list[Any] = [store.load_snapshot]
     if isinstance(store, SupportsJournal):
         journal: SupportsJournal = store
@@ -365,7 +365,7 @@ def reads_of(store: TaskRegistryStore) -> list[Any]:
 
 
 def writes_of(store: TaskRegistryStore) -> list[Any]:
-    """Return one callable without arguments for each write operation of this store."""
+    """Return a callable without arguments for each write operation that a store supports."""
     record = make_record()
     calls: list[Any] = [
         lambda: store.apply([make_put()]),
@@ -380,5 +380,5 @@ def writes_of(store: TaskRegistryStore) -> list[Any]:
 
 
 def calls_of(store: TaskRegistryStore) -> list[Any]:
-    """Return the callables for all reads and writes of this store."""
+    """Return a callable without arguments for each read and write of a store."""
     return [*reads_of(store), *writes_of(store)]

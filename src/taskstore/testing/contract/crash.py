@@ -28,10 +28,10 @@ from taskstore.testing.crash.processes import Child, KillAt, Report
 from taskstore.testing.factories import make_record, next_of
 
 RANDOM_KILLS = 8
-"""The number of kills at a random time."""
+"""The number of times that a writer is killed at a random time."""
 
 KILL_POINTS = 30
-"""The number of durable calls to test; a writer is killed before and after each of these calls."""
+"""The approximate number of durable calls before and after which a writer is killed."""
 
 MAX_RUN_S = 0.15
 
@@ -74,7 +74,7 @@ class CrashContract(ContractBase):
             check_after_kill(ledger, before, operations, child.finish())
 
     def test_killed_right_after_an_answer(self, ledger: Ledger) -> None:
-        """[4] A change is durable when the call returns, not later."""
+        """[4] If a writer is killed right after a call returned, the call's changes are stored."""
         for acknowledged in range(1, len(plan_operations(ledger.store)) + 1):
             operations = plan_operations(ledger.store)[:acknowledged]
             before = dict(ledger.store.load_snapshot().records)
@@ -111,7 +111,7 @@ class CrashContract(ContractBase):
             check_after_kill(ledger, before, operations, child.finish()[1:])
 
     def _count_steps(self, ledger: Ledger) -> int:
-        """Return the number of durable calls of all operations."""
+        """Run the planned operations in a child; return the number of durable calls."""
         operations = plan_operations(ledger.store)
         before = dict(ledger.store.load_snapshot().records)
         ledger.close()
@@ -127,7 +127,7 @@ class CrashContract(ContractBase):
 
 
 def plan_operations(store: TaskRegistryStore, repeat: int = 1) -> list[Operation]:
-    """Return the operations of a writer, starting from the current records."""
+    """Return operations for a writer that starts from the current records of the store."""
     loaded = store.load_snapshot()
     records, operations = dict(loaded.records), list[Operation]()
 
@@ -166,7 +166,7 @@ def _save(store: TaskRegistryStore, records: dict[str, TaskRecord]) -> None:
 
 
 def _run_operations(ledger: Ledger, operations: Sequence[Operation], report: Report) -> None:
-    """Run all operations in order, in the child, and report each operation after it returned."""
+    """In the child, run all operations in order; report each operation when it has returned."""
     with ledger.open_store() as store:
         report("open")
         for number, operation in enumerate(operations):
@@ -180,7 +180,7 @@ def check_after_kill(
     operations: Sequence[Operation],
     reported: Sequence[str],
 ) -> None:
-    """Check that the ledger has all acknowledged operations and at most the next operation."""
+    """Check that the ledger has every acknowledged operation and at most one more operation."""
     states = [before, *(operation.records for operation in operations)]
     acknowledged = int(reported[-1]) + 1 if reported else 0
     for store in ledger.twice():
@@ -193,5 +193,5 @@ def check_after_kill(
             assert store.verify().problems == ()
         if isinstance(store, SupportsJournal):
             check_journal(store, store.read_snapshot(store.floor() - 1))
-    # The ledger accepts the next commit.
+    # After the kill, the ledger must accept a new commit.
     ledger.store.apply([Put(make_record(label="a survivor"))])

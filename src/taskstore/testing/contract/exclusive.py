@@ -17,7 +17,7 @@ from taskstore.testing.threads import meanwhile, run_together
 from taskstore.testing.types import FullStore
 
 BLOCKED_S = 0.1
-"""How long a clause checks that another writer stays blocked, in seconds."""
+"""The time, in seconds, for which a clause checks that another writer is blocked."""
 
 
 class ExclusiveContract(ContractBase):
@@ -72,7 +72,7 @@ class ExclusiveContract(ContractBase):
                     for entry in store.read_journal(last_seq, 1000):
                         assert entry.record is not None
                         record, last_seq = entry.record, entry.seq
-                    time.sleep(0.001)  # a writer that is not blocked commits now
+                    time.sleep(0.001)  # if the other writer were not blocked, it would commit now
                     change = next_of(record)
                     assert isinstance(change, Put)
                     commit = store.apply([change])

@@ -12,7 +12,7 @@ from taskstore.testing.factories import EPOCH_MS, Model, delete, make_record, pl
 
 
 class IntegrityContract(ContractBase):
-    """The guarantees of ``SupportsIntegrity``; each backend's own tests check damaged ledgers."""
+    """The guarantees of ``SupportsIntegrity``; no clause here checks a damaged ledger."""
 
     level = "integrity"
     abilities: ClassVar[tuple[type, ...]] = (SupportsIntegrity,)
@@ -25,7 +25,7 @@ class IntegrityContract(ContractBase):
             assert (report.seq, report.records, report.entries) == (0, 0, 0)
 
     def test_a_good_ledger_is_whole(self, ledger: Ledger) -> None:
-        """[5] verify finds no problem and counts the records and entries it checked."""
+        """[5] verify finds no problem in an undamaged ledger and counts the records and entries."""
         model = play(ledger.store)
         for store in ledger.twice():
             report = store.verify()
@@ -43,7 +43,7 @@ class IntegrityContract(ContractBase):
 
     @needs(SupportsCompaction)
     def test_a_compacted_ledger_is_whole(self, ledger: Ledger) -> None:
-        """[7] verify finds no problem after folding, trimming and later commits."""
+        """[7] verify finds no problem after compactions that fold and trim, and after commits."""
         model = Model()
         for policy in (FOLD, TRIM, FOLD, ERASE):
             play(ledger.store, model)

@@ -40,11 +40,11 @@ from taskstore.testing.types import FullStore
 
 IDLE_S = 0.5
 MAX_CPU_SHARE = 0.1
-"""The largest share of CPU time that a waiting store is allowed to use, even on a slow machine."""
+"""The highest allowed CPU time of a waiting store, as a share of the waiting time."""
 
 
 def entry_fields(entry: JournalEntry) -> tuple[object, ...]:
-    """Return the fields of an entry as a tuple, as in ``Model.entries``."""
+    """Return the fields of an entry in the form that ``Model.entries`` uses."""
     return (entry.seq, entry.kind, entry.task_id, entry.revision, entry.record)
 
 
@@ -125,7 +125,7 @@ class JournalContract(ContractBase):
             assert store.head() == head + 5
 
     def test_changes_over_what_was_trimmed(self, ledger: Ledger) -> None:
-        """[3] A batch with base position floor - 1 applies; an earlier base position conflicts."""
+        """[3] A batch conflicts if its base position is below floor - 1, but not at floor - 1."""
         seq = 0
         for store in ledger.twice():
             store.apply([make_put(), make_put()])
@@ -137,7 +137,7 @@ class JournalContract(ContractBase):
             assert commit.first_seq == seq + 1
 
     def test_times_never_go_back(self, ledger: Ledger) -> None:
-        """[2] The times in the journal do not decrease, even if the clock steps back."""
+        """[2] The times of journal entries do not decrease, even if the clock steps back."""
         for store in ledger.twice():
             for step in (10, -7, 3, -(10**9), 0):
                 store.clock = lambda step=step: EPOCH_MS + step  # type: ignore[misc]
@@ -149,7 +149,7 @@ class JournalContract(ContractBase):
 
     @pytest.mark.parametrize("limit", [1, 2, 3, 7, 1000])
     def test_paging_reads_everything_once(self, ledger: Ledger, limit: int) -> None:
-        """[2] Reads of successive pages return each entry once, in order."""
+        """[2] A reader of successive journal pages gets each entry once, in order."""
         model = play(ledger.store)
         for store in ledger.twice():
             after, entries = 0, []
@@ -161,7 +161,7 @@ class JournalContract(ContractBase):
             assert entries == model.entries
 
     def test_reading_from_every_point(self, ledger: Ledger) -> None:
-        """[2] A read after any seq, even a seq inside a batch, returns the later entries."""
+        """[2] read_journal returns the entries after any seq, even after a seq inside a batch."""
         model = play(ledger.store)
         for store in ledger.twice():
             for after in range(model.head + 1):
@@ -169,7 +169,7 @@ class JournalContract(ContractBase):
                 assert seqs == list(range(after + 1, min(after + 5, model.head) + 1))
 
     def test_reading_beyond_the_head(self, ledger: Ledger) -> None:
-        """[2] Reading after the head returns no entries and raises nothing."""
+        """[2] If the given seq is not below the head, read_journal returns no entries."""
         head = play(ledger.store).head
         for store in ledger.twice():
             for after in (head, head + 1, head + 1000, 2**53 - 1):
@@ -198,7 +198,7 @@ class JournalContract(ContractBase):
                 assert (caught.value.after, caught.value.floor) == (after, head + 11)
 
     def test_what_was_saved_is_retained(self, ledger: Ledger) -> None:
-        """[5] After save, the saved snapshot is the oldest state that can be read."""
+        """[5] After a save, the saved snapshot is the oldest snapshot that can be read."""
         play(ledger.store)
         record = make_record()
         ledger.store.save_snapshot(Snapshot(100, {record.task_id: record}, EPOCH_MS))
@@ -212,7 +212,7 @@ class JournalContract(ContractBase):
                 assert dict(as_of(store, seq).records) == records
 
     def test_the_ones_before_the_floor_are_expired(self, ledger: Ledger) -> None:
-        """[2] A read after a seq below floor - 1 raises CursorExpiredError; other reads succeed."""
+        """[2] read_journal raises CursorExpiredError if and only if the seq is below floor - 1."""
         ledger.store.save_snapshot(Snapshot(5))
         model = play(ledger.store, Model(Snapshot(5)))
         for store in ledger.twice():
@@ -240,7 +240,7 @@ class JournalContract(ContractBase):
             ]
 
     def test_entries_read_before_stay_as_they_were(self, ledger: Ledger) -> None:
-        """[10] A later commit does not change a page that was read."""
+        """[10] A commit does not change a journal page that was read before the commit."""
         play(ledger.store)
         for store in ledger.twice():
             page = store.read_journal(0, 1000)
@@ -268,7 +268,7 @@ class JournalContract(ContractBase):
     # -- waiting ----------------------------------------------------------
 
     def test_wait_for_what_is_there(self, ledger: Ledger) -> None:
-        """[2] wait_for returns True at once if the head is already past the given seq."""
+        """[2] If the head is already above the given seq, wait_for returns True at once."""
         head = play(ledger.store).head
         for store in ledger.twice():
             start = time.monotonic()
@@ -277,7 +277,7 @@ class JournalContract(ContractBase):
             assert time.monotonic() - start < TIMEOUT_S / 2
 
     def test_wait_for_what_does_not_come(self, ledger: Ledger) -> None:
-        """[2] Without a commit, wait_for returns False after the timeout and not earlier."""
+        """[2] If no commit happens, wait_for returns False at the timeout and not earlier."""
         head = play(ledger.store).head
         for store in ledger.twice():
             assert store.wait_for(head, 0) is False
@@ -286,7 +286,7 @@ class JournalContract(ContractBase):
             assert time.monotonic() - start >= 0.19
 
     def test_waiting_does_not_spin(self, ledger: Ledger) -> None:
-        """[2] A waiting store uses almost no CPU time, counted over all threads."""
+        """[2] While wait_for waits, all threads together use almost no CPU time."""
         create(ledger.store)
         ledger.store.wait_for(1, 0.01)
 
@@ -295,7 +295,7 @@ class JournalContract(ContractBase):
             assert ledger.store.wait_for(1, IDLE_S) is False
             return time.process_time() - used
 
-        # Other work in the process, such as a garbage collection, can use CPU time in two attempts.
+        # Other work of the process also uses CPU time, so only one of three attempts must pass.
         allowed = IDLE_S * MAX_CPU_SHARE
         assert any(cpu_time() <= allowed for _ in range(3)), (
             f"each wait used over {allowed} s of CPU time"
@@ -333,7 +333,7 @@ class JournalContract(ContractBase):
         assert sorted(answers.get_nowait() for _ in range(2)) == [2, 2]
 
     def test_closing_ends_the_wait(self, ledger: Ledger) -> None:
-        """[2] Closing a store raises StoreClosedError at once in threads that wait on the store."""
+        """[2] If a store is closed during wait_for, wait_for raises StoreClosedError at once."""
         create(ledger.store)
         for store in ledger.twice():
             start = time.monotonic()
@@ -351,7 +351,7 @@ class JournalContract(ContractBase):
             assert time.monotonic() - start < TIMEOUT_S / 2
 
     def test_a_commit_ends_the_wait(self, ledger: Ledger) -> None:
-        """[2] A commit by another thread wakes a waiting thread."""
+        """[2] A commit by one thread wakes another thread that waits in wait_for."""
         record = create(ledger.store)
         for store in ledger.twice():
             check_commit_wakes(store, partial(update, store, record))

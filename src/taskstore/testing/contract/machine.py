@@ -1,8 +1,8 @@
-"""The model clause: random operations on a store, compared with plain dicts.
+"""The state machine: random operations, checked on a store and on plain dicts.
 
 Hypothesis draws sequences of operations: creations, updates, conflicts, deletions,
-batches, saves, compactions, restarts and second instances in any order.  Hypothesis
-shrinks a failing sequence to its shortest form.
+batches, saves, compactions, restarts and uses of a second store instance, in any order.
+Hypothesis shortens a failing sequence of operations.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _policies = st.builds(
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """A Hypothesis state machine; ``open_store`` is the value of the fixture ``make_store``."""
+    """A Hypothesis state machine; ``open_store`` is the callable that opens the store."""
 
     open_store: ClassVar[OpenStore]
 
@@ -72,7 +72,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @property
     def store(self) -> FullStore:
-        """The instance that the next operation uses."""
+        """The store instance that the next operation uses."""
         return self.instances[0]
 
     def _open(self) -> FullStore:
@@ -122,7 +122,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(task_id=_task_ids, revision=st.integers(1, 5))
     def put_any_revision(self, task_id: str, revision: int) -> None:
-        """Store a record with a revision that can conflict."""
+        """Store a record at any revision, so that the change can conflict."""
         stored = self.model.records.get(task_id)
         # A task keeps its dedup key in every revision.
         run, run_digest = (stored.run_id, stored.run_digest) if stored else (None, None)
@@ -131,13 +131,13 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(task_id=_task_ids)
     def remove(self, task_id: str) -> None:
-        """Delete a task; sometimes no task has the given task id."""
+        """Delete the task with the given id; the task can be missing."""
         stored = self.model.records.get(task_id)
         self._apply(Remove(task_id, stored.revision + 1 if stored is not None else 2))
 
     @rule(task_id=_task_ids, revision=st.integers(2, 5))
     def remove_any_revision(self, task_id: str, revision: int) -> None:
-        """Delete a task with a revision that can conflict."""
+        """Delete a task at any revision, so that the deletion can conflict."""
         self._apply(Remove(task_id, revision))
 
     @rule(
@@ -148,7 +148,7 @@ class StoreMachine(RuleBasedStateMachine):
         )
     )
     def batch(self, steps: list[tuple[str, str | None, dict[str, Any], str]]) -> None:
-        """Apply several changes as one batch; each change builds on the previous changes."""
+        """Apply several changes as one batch; later changes of a task follow earlier changes."""
         records: dict[str, TaskRecord | None] = dict(self.model.records)
         changes: list[Change] = []
         for task_id, run, fields, verb in steps:
@@ -164,7 +164,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(ahead=st.integers(-1, 3), kept=st.sets(_task_ids))
     def save(self, ahead: int, kept: set[str]) -> None:
-        """Save some of the records as a snapshot, at a seq below or above the head."""
+        """Save a snapshot of some records; the seq of the snapshot can be below the head."""
         seq = max(self.model.head + ahead, 0)
         records = {key: record for key, record in self.model.records.items() if key in kept}
         snapshot = Snapshot(seq, records, EPOCH_MS)
@@ -179,7 +179,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(policy=_policies)
     def compact(self, policy: CompactionPolicy) -> None:
-        """Compact, and trim the model to the reported floor."""
+        """Compact the store, and trim the model to the floor that the store reports."""
         if isinstance(self.store, SupportsCompaction):
             report = self.store.compact(policy)
             assert self.model.floor <= report.floor <= self.model.head + 1
@@ -198,7 +198,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def second_instance(self) -> None:
-        """Switch to the other instance; the first switch opens the second instance."""
+        """Switch between two store instances; the first switch opens the second instance."""
         if not self.journalled:
             return
         if len(self.instances) == 1:
@@ -224,7 +224,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_same_journal(self) -> None:
-        """Compare the journal with the model, from the floor to the head."""
+        """Compare the head, the floor and all journal entries of a store with the model."""
         if self.journalled:
             store = self.instances[-1]
             assert (store.head(), store.floor()) == (self.model.head, self.model.floor)
@@ -234,7 +234,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(back=st.integers(0, 8))
     def read_at_seq(self, back: int) -> None:
-        """Read the records as of an earlier seq."""
+        """Check the records as of a seq at or below the head; below the floor, expect an error."""
         seq = self.model.head - back
         if not self.journalled or seq < 0:
             return
@@ -247,7 +247,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(limit=st.none() | st.integers(1, 3), label=st.sampled_from([None, "", "x"]))
     def ask(self, limit: int | None, label: str | None) -> None:
-        """Query the store and compare the page with ``evaluate()``."""
+        """Query the store and compare the page with the result of ``evaluate()``."""
         if isinstance(self.store, SupportsQuery):
             query = TaskQuery(limit=limit, label=label)
             page = self.store.query(query)
@@ -256,7 +256,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def verify(self) -> None:
-        """Check that ``verify`` finds no problem."""
+        """Check that the store's ``verify`` finds no problem."""
         if isinstance(self.store, SupportsIntegrity):
             assert self.store.verify().problems == ()
 
@@ -269,13 +269,13 @@ MACHINE_SETTINGS = settings(
     phases=[Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
 )
-"""The default size of a run: 25 sequences of up to 25 operations."""
+"""The default settings: Hypothesis runs 25 sequences of up to 25 operations."""
 
 
 def run_store_machine(open_store: OpenStore, *, settings: settings = MACHINE_SETTINGS) -> None:
     """Run the state machine on a store, with the given Hypothesis settings.
 
-    All sequences use the storage that ``open_store`` opens; each sequence
+    All sequences of operations use the storage that ``open_store`` opens; each sequence
     first removes all records.
     """
     machine = type("StoreMachine", (StoreMachine,), {"open_store": staticmethod(open_store)})

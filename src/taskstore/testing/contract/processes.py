@@ -38,7 +38,7 @@ class ProcessesContract(ContractBase):
             pytest.skip("this platform cannot fork")
 
     def test_processes_open_new_storage_all_do(self, ledger: Ledger) -> None:
-        """[2] Several processes open new storage at once; all opens succeed and no seq repeats."""
+        """[2] If processes open new storage at once, all opens succeed and no seq repeats."""
 
         def work(report: Report) -> None:
             with ledger.open_store() as store:
@@ -148,7 +148,7 @@ class ProcessesContract(ContractBase):
 
 
 def _run_in_all(ledger: Ledger, work: Work) -> list[str]:
-    """Run the same work in several processes at once; return all reported lines."""
+    """Run the same job in several processes at once; return the lines of all processes."""
     ledger.close()
     return [line for reported in run_processes([work] * PROCESSES) for line in reported]
 

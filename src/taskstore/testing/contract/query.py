@@ -1,4 +1,4 @@
-"""Query clauses: the pages of the store equal the pages of ``evaluate()``."""
+"""Query clauses: a store returns the same pages as ``evaluate()``."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _TIME_VALUES = (None, 0, EPOCH_MS, EPOCH_MS + 1, 2**53 - 1)
 
 
 def varied_fields(count: int) -> list[dict[str, Any]]:
-    """Return record fields: every filter has different values, and many sort keys are equal."""
+    """Return fields of records with various values for every filter and equal sort keys."""
     rows = []
     for n in range(count):
         row: dict[str, Any] = {"task_id": f"task-{(n * 7) % count:02}", "owner_key": f"o{n % 3}"}
@@ -61,7 +61,7 @@ def varied_fields(count: int) -> list[dict[str, Any]]:
 
 
 def create_varied(store: TaskRegistryStore, count: int = 30) -> None:
-    """Create varied records, then update some and delete some."""
+    """Create records with various fields; then update some records and delete two."""
     puts = [make_put(**row) for row in varied_fields(count)]
     store.apply(puts)
     for put in puts[:: count // 5]:
@@ -77,12 +77,12 @@ class QueryChecker:
         self.loaded = store.load_snapshot()
 
     def expected(self, **filters: Any) -> Page:
-        """Return the page of ``evaluate()`` over all records."""
+        """Return the page that ``evaluate()`` computes from all loaded records."""
         return evaluate(TaskQuery(**filters), self.loaded.records.values(), self.loaded.seq)
 
     def __call__(self, **filters: Any) -> Page:
-        """Send the query, compare the page, and return it."""
-        # The two calls share no query object, because the store might change the object.
+        """Send a query, compare the page with ``evaluate()``, and return the page."""
+        # The store and ``evaluate()`` get separate query objects; a store might change its object.
         page, expected = self.store.query(TaskQuery(**filters)), self.expected(**filters)
         assert list(page) == list(expected), f"wrong page for {TaskQuery(**filters)!r}"
         assert page.next_cursor == expected.next_cursor
@@ -173,7 +173,7 @@ class QueryContract(ContractBase):
             check(session_key=[None, "b"], limit=2)
 
     def test_since(self, ledger: Ledger) -> None:
-        """[5] The filter since selects the records that were created at or after a time."""
+        """[5] The filter "since" selects the records that were created at or after a time."""
         create_varied(ledger.store)
         for store in ledger.twice():
             check = QueryChecker(store)
@@ -183,7 +183,7 @@ class QueryContract(ContractBase):
 
     @pytest.mark.parametrize("limit", [1, 2, 3, 5, 13, 27, 28, 29, 1000])
     def test_pages(self, ledger: Ledger, limit: int) -> None:
-        """[5] Successive pages contain each record once, even if records share a created_at."""
+        """[5] Successive query pages contain each record once, even if created_at values repeat."""
         create_varied(ledger.store)
         for store in ledger.twice():
             for filters in ({}, {"status": list(TaskStatus)[:4]}, {"since": EPOCH_MS + 1}):
@@ -224,14 +224,14 @@ class QueryContract(ContractBase):
             assert list(check(after=page.next_cursor)) == rest
 
     def test_the_seq_of_the_answer(self, ledger: Ledger) -> None:
-        """[5] The seq of a page is the seq of the state that the page shows."""
+        """[5] A query page has the records as of the seq of the page."""
         model = play(ledger.store)
         for store in ledger.twice():
             assert store.query(TaskQuery()).seq == model.head
             assert store.query(TaskQuery(limit=1, label="nobody")).seq == model.head
 
     def test_updates_are_found_by_what_they_became(self, ledger: Ledger) -> None:
-        """[5] After an update a query matches the new values and not the old values."""
+        """[5] After an update, a query finds the record by the new values only."""
         record = create(ledger.store, status="queued", label="old", error=None)
         update(ledger.store, record, status=TaskStatus.FAILED, label=None, error="e" * 60_000)
         for store in ledger.twice():

@@ -41,7 +41,7 @@ from taskstore.testing.types import FullStore
 THREADS = 4
 TURNS = 40
 COMMITS = 12
-"""The number of commits per thread: high enough for conflicts, low enough for a slow disk."""
+"""The number of commits per thread: enough to cause conflicts, few enough for a slow disk."""
 
 
 def increment(store: FullStore, task_id: str, times: int) -> None:
@@ -57,7 +57,7 @@ def increment(store: FullStore, task_id: str, times: int) -> None:
 
 
 def check_journal(store: FullStore, base: Snapshot | None = None) -> None:
-    """Check that the journal has no gap, and that its fold gives the current records [2] [5]."""
+    """Check that the journal has no gap and that its entries give the stored records [2] [5]."""
     entries = journal_of(store)
     base = base if base is not None else Snapshot(0)
     assert [entry.seq for entry in entries] == list(range(base.seq + 1, store.head() + 1))
@@ -75,7 +75,7 @@ class SharedContract(ContractBase):
     abilities: ClassVar[tuple[type, ...]] = (SupportsJournal,)
 
     def test_each_sees_what_the_other_wrote(self, ledger: Ledger) -> None:
-        """[2] Two instances commit in turn; both instances immediately see every commit."""
+        """[2] If two instances commit in turn, each instance sees every commit immediately."""
         one, two = ledger.store, ledger.open()
         model = Model()
         for writer, reader in ((one, two), (two, one)) * 2:
@@ -89,7 +89,7 @@ class SharedContract(ContractBase):
             check_against_model(store, model)
 
     def test_revisions_are_compared_across_instances(self, ledger: Ledger) -> None:
-        """[3] If the other instance changed a task, an update of the old revision conflicts."""
+        """[3] If one instance changes a task, the other instance cannot update the old revision."""
         one, two = ledger.store, ledger.open()
         record = create(one)
         newer = update(two, record, label="two")
@@ -117,7 +117,7 @@ class SharedContract(ContractBase):
             check_journal(store)
 
     def test_bookings_hold_across_instances(self, ledger: Ledger) -> None:
-        """[3] If the other instance used a dedup key, the ConflictError names the existing task."""
+        """[3] If two instances use one dedup key, the ConflictError names the existing task."""
         one, two = ledger.store, ledger.open()
         existing = create(one, run_id="run-1")
         for store in (two, one):
@@ -172,7 +172,7 @@ class SharedContract(ContractBase):
             check_against_model(store, model)
 
     def test_closing_one_leaves_the_other(self, ledger: Ledger) -> None:
-        """[4] Closing one instance does not affect the others."""
+        """[4] If one instance is closed, the other instances on the storage still work."""
         one, two, three = ledger.store, ledger.open(), ledger.open(read_only=True)
         record = create(one)
         two.close()
@@ -183,7 +183,7 @@ class SharedContract(ContractBase):
             assert store.load_snapshot().records[record.task_id] == record
 
     def test_a_reader_follows_the_writer(self, ledger: Ledger) -> None:
-        """[13] A read-only instance sees every commit that is made after its opening."""
+        """[13] A read-only instance sees commits that are made after the instance was opened."""
         record = create(ledger.store)
         reader = ledger.open(read_only=True)
         for seq in range(2, 5):
@@ -257,7 +257,7 @@ class SharedContract(ContractBase):
                 assert entries[commit.first_seq].at == commit.at
 
     def test_one_of_many_gets_the_booking(self, ledger: Ledger) -> None:
-        """[3] If threads create the same run, one succeeds; each other error names that task."""
+        """[3] If threads create the same run, all errors name the only task that was created."""
         for attempt in range(3):
             created: list[str] = []
             reported: list[str | None] = []
@@ -302,7 +302,7 @@ class SharedContract(ContractBase):
 
     @needs(SupportsQuery)
     def test_a_page_is_one_moment(self, ledger: Ledger) -> None:
-        """[5] A page has the records as of its seq, even while other threads write."""
+        """[5] A query page has the records as of its seq, even while other threads write."""
         pages: list[tuple[int, dict[str, TaskRecord]]] = []
 
         def read(store: FullStore) -> None:
@@ -348,7 +348,7 @@ class SharedContract(ContractBase):
             check_journal(store, base)
 
     def _read_while_writing(self, ledger: Ledger, read: Callable[[FullStore], object]) -> None:
-        """Commit on one instance while three threads read on two instances."""
+        """Commit on one instance; meanwhile three threads read on this and another instance."""
         writer, other = ledger.store, ledger.open()
         done = threading.Event()
 

@@ -22,7 +22,7 @@ from taskstore.testing.values import REFUSED, STORED, Nasty
 
 
 def record_of(fields: dict[str, Any]) -> TaskRecord:
-    """Return a record with these fields, after validation by ``Put``."""
+    """Return a record with these fields; ``Put`` validates the record."""
     return Put(make_record(**fields)).record
 
 
@@ -40,7 +40,7 @@ def root_of(field: str) -> str:
 
 
 def identical(actual: TaskRecord, expected: TaskRecord) -> bool:
-    """Return whether two records have the same encoded bytes and types."""
+    """Return whether two records have the same encoded bytes and the same field types."""
     types = [type(getattr(actual, field)) for field in TaskRecord.__struct_fields__]
     return types == [
         type(getattr(expected, field)) for field in TaskRecord.__struct_fields__
@@ -48,7 +48,7 @@ def identical(actual: TaskRecord, expected: TaskRecord) -> bool:
 
 
 def check_query(store: FullStore, row: Nasty, record: TaskRecord, twin: TaskRecord | None) -> None:
-    """Check that a query for the nasty value returns only the record with this value."""
+    """Check that a query for a nasty value returns only the record that has this value."""
     for field in row.fields:
         if field in ("metadata", "requester_origin"):
             continue
@@ -60,11 +60,11 @@ def check_query(store: FullStore, row: Nasty, record: TaskRecord, twin: TaskReco
 
 
 class ValuesContract(ContractBase):
-    """Clauses that run once for each row of the table of nasty values."""
+    """Clauses that store or refuse each nasty value of ``taskstore.testing.values``."""
 
     @pytest.mark.parametrize("row", STORED, ids=lambda row: row.name)
     def test_nasty_value_is_stored_exactly(self, ledger: Ledger, row: Nasty) -> None:
-        """[11] Records, journal, queries and snapshots return the value unchanged."""
+        """[11] Loads, journal reads, queries and snapshot reads return a nasty value unchanged."""
         record = record_of(row.fields)
         twin = record_of(row.twin) if row.twin is not None else None
         expected = {item.task_id: item for item in (record, twin) if item is not None}
@@ -107,7 +107,7 @@ class ValuesContract(ContractBase):
 
     @pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.name)
     def test_nasty_value_is_refused(self, ledger: Ledger, row: Nasty) -> None:
-        """[11] The store refuses the value, names its field, and writes nothing."""
+        """[11] The store refuses an invalid value, names the field, and writes nothing."""
         valid = make_record()
         with ledger.unchanged():
             with pytest.raises(ValidationError) as caught:

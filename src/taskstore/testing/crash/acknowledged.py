@@ -1,8 +1,8 @@
 """The ledger check: acknowledged changes compared with the journal.
 
 Several writers change the same tasks and record each acknowledged change.
-:func:`check_ledger` then reads the journal.  Each change must be in the journal exactly
-once, at the acknowledged revision, and must have changed only its own field.
+:func:`check_ledger` then reads the journal.  Each acknowledged change must be in the
+journal exactly once, at the acknowledged revision, and must have changed no other field.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ PAGE_ENTRIES = 1000
 class AcknowledgedChange(Struct, frozen=True):
     """An acknowledged change: the ``count``-th change of ``writer``.
 
-    If ``progress`` is true, the change set the progress summary, otherwise a metadata member.
+    If ``progress`` is true, the change set the progress summary; otherwise the change set a
+    metadata member.
     """
 
     task_id: str
@@ -40,8 +41,8 @@ def check_ledger(
 ) -> list[str]:
     """Compare ``changes`` with the journal entries after seq ``after``; return the problems.
 
-    All tasks were created after that seq, and only ``changes`` changed the tasks.  Each
-    item of ``caches`` has the revisions by task id in the record cache of one process.
+    All tasks were created after seq ``after``, and only ``changes`` changed the tasks.  Each
+    item of ``caches`` maps task ids to the revisions in the record cache of one process.
     """
     problems: list[str] = []
     acknowledged: dict[tuple[str, int], AcknowledgedChange | None] = {}
@@ -83,7 +84,7 @@ def _journal(store: FullStore, after: int, problems: list[str]) -> Iterator[Jour
 def _check_entry(
     entry: JournalEntry, before: TaskRecord | None, change: AcknowledgedChange | None
 ) -> list[str]:
-    """Return the problems of an entry, given the previous record of its task."""
+    """Return the problems of an entry; ``before`` is the previous record of the task."""
     label, record = f"{entry.task_id} at revision {entry.revision}", entry.record
     if entry.revision != (1 if before is None else before.revision + 1):
         return [f"{label} follows revision {before and before.revision}"]

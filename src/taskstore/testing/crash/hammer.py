@@ -4,15 +4,15 @@
 
     python -m taskstore.testing.crash.hammer URL [--processes 4 --tasks 5 --changes 500]
 
-Each process has its own registry.  All processes change the same tasks: in turn the
-progress and the metadata.  Each change contains the name of its writer and a counter.
-Rounds with one process alternate with rounds of all processes, so that both kinds of
-rounds are measured at about the same time.  Afterwards
+Each process has its own registry.  All processes change the same tasks; a process changes
+the progress and the metadata alternately.  Each change contains the name of the writer and
+a counter.  Rounds with one writing process alternate with rounds in which all processes
+write, so that all latencies are measured at about the same time.  After the rounds,
 :mod:`taskstore.testing.crash.acknowledged` compares the acknowledged changes with the
 journal, the records and the record cache of every process.
 
-The command prints latencies in milliseconds; the exit status is 1 if a limit is
-exceeded or a check fails.
+The command prints latencies in milliseconds.  The exit status is 1 if a latency exceeds a
+limit or the comparison finds a problem.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MAX_LATENCY_S = 5.0
 
 
 class Request(Struct):
-    """The next request to a worker: make ``count`` changes in each of its threads."""
+    """A request to a worker: make ``count`` changes in each thread of the worker."""
 
     count: int
 
@@ -55,7 +55,7 @@ class WorkerReport(Struct):
     """The report of a worker about one request.
 
     ``latencies`` has the duration of each change in seconds.  ``failures`` has a text for
-    each change that failed.  ``revisions`` has the revision of each task after a refresh.
+    each change that failed.  ``revisions`` maps task ids to revisions in the record cache.
     """
 
     changes: list[AcknowledgedChange] = []
@@ -91,11 +91,11 @@ class Result(Struct):
 
     @property
     def longest(self) -> float:
-        """The highest latency."""
+        """The highest latency of a change when all processes write."""
         return max(self.concurrent)
 
     def violations(self) -> list[str]:
-        """Return one sentence for each failed check and each exceeded limit."""
+        """Return one sentence for each problem and each exceeded latency limit."""
         violations = list(self.problems)
         if self.ratio > MAX_P99_RATIO:
             limit = f"the limit is {MAX_P99_RATIO}"
@@ -107,7 +107,7 @@ class Result(Struct):
 
 
 def percentile(times: Sequence[float], share: float) -> float:
-    """Return a percentile of the times; ``share`` is 0.99 for the 99th percentile."""
+    """Return a percentile of ``times``; ``share`` is 0.99 for the 99th percentile."""
     return sorted(times)[min(int(len(times) * share), len(times) - 1)]
 
 
@@ -118,7 +118,7 @@ class Worker:
         reading, self._requests = os.pipe()
 
         def begin(report: Report) -> None:
-            # If another worker keeps the write end open, the reader does not reach end of file.
+            # If another worker keeps the pipe open for writing, the reader gets no end of file.
             for end in (self._requests, *(other._requests for other in others)):  # noqa: SLF001 - own class
                 os.close(end)
             with os.fdopen(reading, "rb") as requests:
@@ -128,11 +128,11 @@ class Worker:
         os.close(reading)
 
     def send(self, count: int) -> None:
-        """Send a request for ``count`` changes."""
+        """Send the worker a request for ``count`` changes per thread."""
         os.write(self._requests, msgspec.json.encode(Request(count)) + b"\n")
 
     def receive(self) -> WorkerReport:
-        """Wait for the report of the last request and return the report."""
+        """Wait for the worker's report about the previous request, and return the report."""
         line = self._child.line()
         if not line:
             self._child.finish()
@@ -155,9 +155,9 @@ def run_stress_test(
     rounds: int = 5,
     background: Callable[[], Any] | None = None,
 ) -> Result:
-    """Create ``tasks`` tasks at ``url``; each process makes ``changes`` changes to them.
+    """Create ``tasks`` tasks at ``url``; each process makes ``changes`` changes to these tasks.
 
-    This process calls ``background`` in each round while the workers write.
+    In each round, the calling process calls ``background`` while all workers write.
     """
     with TaskRegistry.open(url) as registry:
         start = registry.refresh()
@@ -195,7 +195,7 @@ def run_stress_test(
 def start_workers(
     url: str, processes: int, task_ids: Sequence[str], threads: int
 ) -> Iterator[list[Worker]]:
-    """Yield worker processes that have opened the ledger; close them afterwards."""
+    """Yield worker processes that have opened the ledger; close the workers on exit."""
     with ExitStack() as stack:
         workers: list[Worker] = []
         for number in range(processes):
@@ -210,7 +210,7 @@ def start_workers(
 def _check(
     url: str, start: int, task_ids: Sequence[str], reports: Sequence[WorkerReport], result: Result
 ) -> None:
-    """Compare all reports with the ledger and add the problems to the result."""
+    """Compare all worker reports with the ledger, and add the problems to ``result``."""
     changes = [change for report in reports for change in report.changes]
     caches = [report.revisions for report in reports if report.revisions]
     with closing(cast("FullStore", open_store(url, read_only=True))) as store:
@@ -297,7 +297,7 @@ def _job(
 
 
 def describe(result: Result) -> list[str]:
-    """Return the result as lines of text."""
+    """Return a stress test's result as lines of text."""
     ms = 1000
     return [
         f"single writer    median {result.single_median * ms:9.2f} ms",
@@ -312,7 +312,7 @@ def describe(result: Result) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return the exit status."""
+    """Run the stress test from the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m taskstore.testing.crash.hammer")
     parser.add_argument(
         "url", metavar="URL", help="the URL of a ledger; the test's tasks are not deleted"

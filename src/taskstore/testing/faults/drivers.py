@@ -1,11 +1,11 @@
-"""Database faults at every statement on a driver's cursor and every new connection.
+"""Database faults at every SQL statement and every new connection of a driver.
 
-The drivers raise real errors where possible.  The PostgreSQL or MariaDB server raises
-the error itself, so the error class, the error code and the transaction state are real.
-To simulate a lost connection, a second connection terminates the first connection.  To
-simulate a lost response, the statement runs before the connection is terminated; the
-caller gets the driver's error for the terminated connection.  SQLite cannot raise
-errors on request, so its errors are built from the codes and texts of the SQLite
+The injected errors are real where possible.  A PostgreSQL or MariaDB server raises each
+error itself, so the error class, the error code and the transaction state are real.  To
+simulate a lost connection, a second connection terminates the connection of the store.
+To simulate a lost response, the connection is terminated after the statement has run; the
+store gets the driver's error for the terminated connection.  SQLite cannot raise errors
+on request, so this module builds SQLite errors from the codes and texts of the SQLite
 library.
 """
 
@@ -29,7 +29,7 @@ _LOCKING = re.compile(r"\bFOR UPDATE\b")
 
 
 def step_of(sql: Any, connection: Any) -> Step:
-    """Return the step for a statement; the step's name has the verb and the table."""
+    """Return the step for an SQL statement; ``detail`` has the verb and the table."""
     text = str(sql)
     verb = text.split(None, 1)[0].rstrip(";").upper() if text.strip() else ""
     table = _TABLE.search(text)
@@ -49,7 +49,7 @@ def _commit(step: Step) -> bool:
 
 @contextmanager
 def short_timeouts() -> Iterator[None]:
-    """Shorten the timeouts of stores, so that a persistent fault does not take 30 s."""
+    """Shorten the timeouts of stores, so that calls under a persistent fault end before 30 s."""
     from taskstore.stores.common import retry
     from taskstore.stores.sql import open_sql
     from taskstore.stores.sql.dialects import base, sqlite
@@ -64,12 +64,12 @@ def short_timeouts() -> Iterator[None]:
 
 
 class Driver(Protocol):
-    """Passes a driver's statements and new connections to an injection point."""
+    """Passes each statement and each new connection of a driver to an injection point."""
 
     faults: Sequence[Fault]
 
     def installed(self) -> AbstractContextManager[None]:
-        """Intercept the calls while the body of the ``with`` runs."""
+        """Intercept statements and new connections while the ``with`` body runs."""
         ...
 
 
@@ -103,7 +103,7 @@ class SQLite:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Intercept the statements of every new connection while the body runs."""
+        """Intercept new connections and their statements while the ``with`` body runs."""
         module, injection, real = self._module, self._injection, self._module.connect
 
         # The base classes come from the SQLite module that the store uses.
@@ -134,12 +134,12 @@ class SQLite:
 
     def _error(self, code: int, text: str) -> Exception:
         error: Exception = self._module.OperationalError(text)
-        error.sqlite_errorcode = code  # type: ignore[attr-defined]  # SQLite sets it on its errors
+        error.sqlite_errorcode = code  # type: ignore[attr-defined]  # real errors have it
         return error
 
     def _fail(self, code: int, text: str, *, rolled_back: bool = False) -> Inject:
         def inject(step: Step, _call: Call, _arguments: tuple[Any, ...]) -> Any:
-            # On some errors SQLite itself rolls back the transaction.
+            # SQLite itself rolls back the transaction on some errors: simulate the rollback.
             if rolled_back and step.resource is not None and step.resource.in_transaction:
                 step.resource.execute("ROLLBACK")
             raise self._error(code, text)
@@ -155,10 +155,10 @@ class SQLite:
 
 
 class _Server(ABC):
-    """Intercepts the statements of a driver for a database server."""
+    """Intercepts the statements and new connections of a driver for a database server."""
 
     errors: ClassVar[Mapping[str, Any]]
-    """The codes of the errors that the server raises, by fault name."""
+    """Maps the name of each fault to the code of the error that the server raises."""
 
     def __init__(self, injection: InjectionPoint) -> None:
         self._injection = injection
@@ -174,19 +174,19 @@ class _Server(ABC):
 
     @abstractmethod
     def _raise_error(self, name: str, connection: Any) -> None:
-        """Make the server raise an error on a connection."""
+        """Make the server raise the error of the fault ``name`` on a connection."""
 
     @abstractmethod
     def _terminate(self, connection: Any) -> None:
-        """Terminate a connection through the second connection."""
+        """Terminate a connection of the store by a statement on a second connection."""
 
     @abstractmethod
     def _connect_refused(self) -> None:
-        """Connect to a port on which no server listens."""
+        """Connect to a port without a server, so that the driver raises its error."""
 
     @abstractmethod
     def _ping(self, connection: Any) -> None:
-        """Run a statement on a connection."""
+        """Run a statement on a connection, which must fail if the connection is terminated."""
 
     def _server_error(self, name: str) -> Inject:
         def inject(step: Step, _call: Call, _arguments: tuple[Any, ...]) -> Any:
@@ -210,7 +210,7 @@ class _Server(ABC):
         raise AssertionError("the connection was not terminated")
 
     def close(self) -> None:
-        """Close the second connection."""
+        """Close the second connection, which terminated connections of the store."""
         if self._admin is not None:
             with suppress(Exception):
                 self._admin.close()
@@ -218,7 +218,7 @@ class _Server(ABC):
 
 
 class PostgreSQL(_Server):
-    """Intercepts the PostgreSQL statements of psycopg."""
+    """Intercepts the statements and new connections of the PostgreSQL driver psycopg."""
 
     errors = MappingProxyType(
         {
@@ -232,7 +232,7 @@ class PostgreSQL(_Server):
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Intercept statements and new connections while the body runs."""
+        """Intercept statements and new connections while the ``with`` body runs."""
         import psycopg
 
         injection = self._injection
@@ -283,7 +283,7 @@ class PostgreSQL(_Server):
 
 
 class MariaDB(_Server):
-    """Intercepts the MariaDB statements of PyMySQL."""
+    """Intercepts the statements and new connections of the MariaDB driver PyMySQL."""
 
     errors = MappingProxyType(
         {
@@ -297,7 +297,7 @@ class MariaDB(_Server):
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Intercept statements and new connections while the body runs."""
+        """Intercept statements and new connections while the ``with`` body runs."""
         import pymysql
 
         injection = self._injection
@@ -328,7 +328,7 @@ class MariaDB(_Server):
         state, number = self.errors[name]
         with connection.cursor() as cursor:
             if number == 1213:
-                cursor.execute("ROLLBACK")  # a deadlock rolls back the whole transaction
+                cursor.execute("ROLLBACK")  # a real deadlock rolls back the transaction
             cursor.execute(
                 f"SIGNAL SQLSTATE '{state}' SET MYSQL_ERRNO = {number}, "
                 f"MESSAGE_TEXT = '{name}, injected'"

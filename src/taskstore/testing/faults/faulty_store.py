@@ -1,8 +1,8 @@
-"""Faults at the method calls of any store: a wrapper that raises errors.
+"""A wrapper for any store that injects faults at method calls.
 
 :class:`FaultyStore` wraps a store of any kind.  Each method call is a step.  A fault is
-an error that a store can raise.  The wrapper raises the error before it calls the wrapped
-store or after that call has returned.
+an error that a store is allowed to raise.  The wrapper raises the error either before it
+calls the wrapped store, or after the wrapped store has returned.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ABILITIES = ("compact", "exclusive", "floor", "head", "query", "read_history", 
 
 
 class FaultyStore(TaskRegistryStore):
-    """A store with the abilities of the wrapped store; each call passes an injection point."""
+    """Wraps a store and has its abilities; passes each method call to an injection point."""
 
     def __init__(self, store: TaskRegistryStore, injection: InjectionPoint) -> None:
         super().__init__(read_only=store.read_only)
@@ -34,17 +34,17 @@ class FaultyStore(TaskRegistryStore):
                 setattr(self, name, self._wrap(name, getattr(store, name)))
 
     def load_snapshot(self) -> Snapshot:
-        """Load from the wrapped store."""
+        """Return the snapshot that the wrapped store loads."""
         load = self._store.load_snapshot
         snapshot: Snapshot = self._injection.run_step(Step("load_snapshot", ""), load)
         return snapshot
 
     def save_snapshot(self, snapshot: Snapshot) -> None:
-        """Save to the wrapped store."""
+        """Save a snapshot in the wrapped store."""
         self._injection.run_step(Step("save_snapshot", ""), self._store.save_snapshot, snapshot)
 
     def apply(self, changes: Sequence[Change]) -> Commit:
-        """Commit to the wrapped store."""
+        """Commit changes to the wrapped store; return the commit."""
         self._store.clock = self.clock
         commit: Commit = self._injection.run_step(Step("apply", ""), self._store.apply, changes)
         return commit
@@ -54,7 +54,7 @@ class FaultyStore(TaskRegistryStore):
         return self._store.report()
 
     def close(self) -> None:
-        """Close the wrapped store too."""
+        """Close this store and the wrapped store."""
         super().close()
         self._store.close()
 

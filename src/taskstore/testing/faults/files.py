@@ -1,8 +1,9 @@
-"""Operating system faults at every call that a store makes on its files.
+"""Operating system faults at every file call of a store.
 
 While :class:`Files` is installed, it replaces functions of :mod:`os` and
-:mod:`fcntl` and the built-in ``open``.  Calls on files below ``root`` pass the
-injection point; all other calls are unchanged.
+:mod:`fcntl` and the built-in ``open``.  The replacements
+pass calls on files below the directory ``root`` to the injection point, and pass all
+other calls directly to the original functions.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _BY_DESCRIPTOR = ("close", "fdatasync", "fstat", "fsync", "ftruncate", "pread", 
 _WRITES = ("pwrite", "write")
 _SYNCS = ("fdatasync", "fsync", "fcntl")
 _VARYING = re.compile(r"(?<=taskstore-contract-).*|[0-9]+")
-"""The parts of a file name that vary between runs."""
+"""Matches the parts of a file name that vary between runs."""
 
 _READ_BUFFER = io.DEFAULT_BUFFER_SIZE
 
@@ -44,7 +45,7 @@ class Files:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Replace the functions while the body runs."""
+        """Replace the file functions of Python while the ``with`` body runs."""
         with ExitStack() as stack:
             for names, wrap in ((_BY_PATH, self._by_path), (_BY_DESCRIPTOR, self._by_descriptor)):
                 for name in names:
@@ -129,7 +130,7 @@ class Files:
         return self._injection.run_step(self._step(name, target), call, *arguments)
 
     def forget(self, descriptor: int) -> None:
-        """Drop the path of a closed descriptor."""
+        """Remove a closed file descriptor from the map of descriptors to paths."""
         self._paths.pop(descriptor, None)
 
     def _below_root(self, path: Any) -> str | None:
@@ -147,7 +148,7 @@ class Files:
 
 
 class _RawFile(io.FileIO):
-    """A file object whose reads and writes are steps."""
+    """A file object that passes its reads and writes to the injection point."""
 
     def __init__(
         self, files: Files, target: str, file: Any, mode: str, opener: Callable[..., int] | None
@@ -191,7 +192,7 @@ def _fail_before(number: int) -> Inject:
 def _fail_after(number: int) -> Inject:
     def inject(step: Step, call: Call, arguments: tuple[Any, ...]) -> Any:
         result = call(*arguments)
-        if step.name == "open":  # a failed open returns no descriptor
+        if step.name == "open":  # a failed open leaves no open file
             (result.close if hasattr(result, "close") else lambda: os.close(result))()
         elif step.name == "scandir":
             result.close()
@@ -201,7 +202,7 @@ def _fail_after(number: int) -> Inject:
 
 
 def _short_write(step: Step, call: Call, arguments: tuple[Any, ...]) -> Any:
-    """Write half of the data, and return the number of written bytes."""
+    """Write only half of the data, and return the number of written bytes."""
     position = 1 if step.name == "pwrite" or len(arguments) > 1 else 0
     data = memoryview(arguments[position])
     shorter = data[: max(1, len(data) // 2)]
@@ -218,7 +219,7 @@ def _may_persist(step: Step) -> bool:
 
 
 def _may_persist_no_write(step: Step) -> bool:
-    # EINTR after a write is impossible: a write that has written bytes returns their number.
+    # A write that has written bytes cannot fail with EINTR: it returns the number of bytes.
     return _may_persist(step) and step.name not in {*_WRITES, "writev"}
 
 

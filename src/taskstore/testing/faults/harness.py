@@ -12,7 +12,7 @@ from taskstore.registry.registry import TaskRegistry
 from taskstore.store.interface import SupportsIntegrity, SupportsJournal, TaskRegistryStore
 
 LAST_ENTRIES = 40
-"""The number of journal entries, counted from the head, that are compared."""
+"""How many of the newest journal entries each check reads and compares."""
 
 OpenStore = Callable[..., TaskRegistryStore]
 OpenRegistry = Callable[[TaskRegistryStore, Sequence[Hook]], TaskRegistry]
@@ -24,7 +24,7 @@ def open_registry(store: TaskRegistryStore, hooks: Sequence[Hook]) -> TaskRegist
 
 
 class RecordingHook:
-    """A hook that records the events it received, and checks that no event is missing."""
+    """A hook that records the events that it receives, and checks that no event is missing."""
 
     def __init__(self) -> None:
         self.records: dict[str, TaskRecord] = {}
@@ -50,7 +50,7 @@ class RecordingHook:
 
 
 class State(NamedTuple):
-    """The content that a newly opened instance reads from the storage."""
+    """The stored content of a ledger, as a store instance without cached data reads it."""
 
     snapshot: Snapshot
     entries: Mapping[int, JournalEntry]
@@ -72,10 +72,10 @@ def _read(store: TaskRegistryStore, *, verify: bool) -> State:
 class Harness:
     """One ledger, a registry on this ledger, and the events that the registry's hook received.
 
-    ``open_store`` opens the ledger and can be called repeatedly.  ``wrap``
-    wraps the store of the registry.  If an instance of the store caches the
-    data that it read (``caches_reads``), each read of the stored state opens a
-    new instance.
+    Each call of ``open_store`` opens the ledger with a new store instance.  ``wrap``
+    wraps the store instance that the registry uses.  If ``caches_reads`` is true, a
+    store instance caches the data that it read, so each read of the stored state
+    opens a new instance.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Harness:
         self.hook = RecordingHook()
 
     def open(self) -> TaskRegistry:
-        """Open the ledger with a new store, registry and hook."""
+        """Open the ledger with a new store, registry and hook; return the registry."""
         self.hook = RecordingHook()
         store = self._wrap(self.open_store())
         try:
@@ -118,7 +118,7 @@ class Harness:
             registry.store.close()
 
     def read_stored(self, *, verify: bool = False) -> State:
-        """Read the stored state with an instance that has no cached data."""
+        """Return the stored state, read by a store instance that has no cached data."""
         store = self._observer or self.open_store(read_only=True)
         try:
             return _read(store, verify=verify)
@@ -129,13 +129,13 @@ class Harness:
                 self._observer = store
 
     def close_all(self) -> None:
-        """Close the registry and the observer."""
+        """Close the registry, and the store instance that reads the stored state."""
         self.close()
         if self._observer is not None:
             self._observer.close()
 
     def differences(self, stored: State) -> list[str]:
-        """Compare memory and the hook's records with the stored state; return the differences."""
+        """Return how the registry's memory and the hook's records differ from the stored state."""
         assert self.registry is not None
         snapshot, problems = stored.snapshot, list(self.hook.problems)
         memory = {record.task_id: record for record in self.registry.list()}

@@ -1,10 +1,10 @@
-"""The injection point, which every intercepted storage call of a store passes.
+"""The injection point: it records storage calls and injects faults.
 
 A *step* is one call of a store to its storage: a system call, a statement on a
 driver's cursor, or a call of a store method.  The interceptors (``files.py``,
 ``drivers.py``, ``faulty_store.py``) pass each step to
 :meth:`InjectionPoint.run_step`.  An active injection point records the steps
-and can inject one fault at the n-th step.
+and can inject one fault at the step with a given number.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ DELAY_S = 0.002
 """How long the delay fault delays a step, in seconds."""
 
 HOLD_S = 0.004
-"""How long the first step is delayed so that concurrent callers queue up, in seconds."""
+"""The delay of the first step, in seconds; meanwhile the other concurrent callers queue up."""
 
 
 class Step(NamedTuple):
-    """One call: its name, a detail that is the same in every run, and its path or connection.
+    """One storage call: its name, a detail (the same in every run), and its path or connection.
 
-    ``is_new`` means that the current call of the store created ``resource``, so the
-    store can discard ``resource`` if its fsync fails.
+    ``is_new`` is true if the store method that is running created the file ``resource``.
+    If an fsync of a new file fails, the store can discard the file.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Step(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The text of the step in the matrix."""
+        """The name of the step in the table of results."""
         return f"{self.name} {self.detail}".strip()
 
     @property
@@ -49,7 +49,7 @@ class Step(NamedTuple):
 
 Call = Callable[..., Any]
 Inject = Callable[[Step, Call, tuple[Any, ...]], Any]
-"""Performs the step completely, partly or not at all; the store gets the result or exception."""
+"""Performs a step completely, partly or not at all; the store gets the result or exception."""
 
 
 def never(_: Step) -> bool:
@@ -65,11 +65,11 @@ def always(_: Step) -> bool:
 class Fault(NamedTuple):
     """One way in which a step can fail.
 
-    ``applies_to`` selects the steps at which the fault can happen.  A ``persistent``
-    fault repeats at every later step that it applies to, until the call of the store
-    ends.  ``fails_sync`` selects the steps after whose failure written data can be
-    missing on disk.  The call of the store must then fail, and the instance must refuse
-    further writes unless the file was new [4].
+    ``applies_to`` selects the steps at which the fault can happen.  If
+    ``persistent`` is true, the fault repeats at every later step that ``applies_to``
+    selects, until the call of the store ends.  ``fails_sync`` selects the steps that
+    flush data to disk.  If one of these steps fails, the call of the store must fail, and
+    the store instance must refuse further writes unless the file was new [4].
     """
 
     name: str
@@ -96,7 +96,7 @@ class InjectionPoint:
         self.steps: list[Step] = []
         self.faulted: Step | None = None
         self.activation = 0
-        """The number of activations so far; a file that the current activation created is new."""
+        """How often :meth:`active` was called; a file created since the latest call is new."""
         self.is_active = False
         self._lock = threading.Lock()
         self._bypass = threading.local()
@@ -108,7 +108,7 @@ class InjectionPoint:
     def active(
         self, number: int = 0, fault: Fault | None = None, *, hold_s: float = 0.0
     ) -> Iterator[None]:
-        """Record steps while the body runs; inject ``fault`` at step ``number`` (from 1).
+        """Record steps while the ``with`` body runs; inject ``fault`` at step ``number`` (from 1).
 
         The first step is delayed by ``hold_s`` seconds.
         """
@@ -123,7 +123,7 @@ class InjectionPoint:
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:
-        """Do not record the calls of this thread while the body runs."""
+        """Neither record nor fail the calls of this thread while the ``with`` body runs."""
         before = getattr(self._bypass, "on", False)
         self._bypass.on = True
         try:
@@ -132,7 +132,7 @@ class InjectionPoint:
             self._bypass.on = before
 
     def run_step(self, step: Step, call: Call, *arguments: Any) -> Any:
-        """Perform a step, or inject the fault."""
+        """Perform a step, or inject the fault if this step is the selected step."""
         if not self.is_active or getattr(self._bypass, "on", False):
             return call(*arguments)
         with self._lock:

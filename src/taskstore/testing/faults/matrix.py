@@ -1,9 +1,9 @@
-"""The matrix: the outcome of every fault at every step of every scenario.
+"""The fault results: every fault at every step of every scenario.
 
     python -m taskstore.testing.faults URL [--steps N] [--scenario NAME]
 
-The run creates new, empty ledgers as the contract suite does, and does not change the
-data at the URL.
+The command creates new, empty ledgers, as the contract suite does.  The command does not
+change the data at the URL.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ CALLER_TIMEOUT_S = 60.0
 """The time after which a call counts as hung, in seconds."""
 
 REFUSES = " !"
-"""The mark of a cell: after the fault, the instance refuses writes until a reopen."""
+"""Marks a cell if the store refuses writes after the fault, until the store is reopened."""
 
 
 class Cell(NamedTuple):
-    """One fault at one step: the outcome of the calls, and the problems."""
+    """The result of one fault at one step: the outcomes of the calls, and the problems."""
 
     scenario: str
     number: int
@@ -51,10 +51,10 @@ class Cell(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The faults for one kind of store, and the wrapper that injects the faults.
+    """The faults for one kind of store, and the function that wraps each store under test.
 
-    ``caches_reads`` means that an instance caches data, so that only a new
-    instance returns the stored state.
+    If ``caches_reads`` is true, a store instance caches data, so only a new
+    instance is certain to return the stored state.
     """
 
     faults: Sequence[Fault]
@@ -64,7 +64,7 @@ class Layer(NamedTuple):
 
 @contextmanager
 def layer_of(url: str, injection: InjectionPoint) -> Iterator[Layer]:
-    """Intercept the calls of the store to its driver or files; wrap any other store."""
+    """Yield the layer for a URL; intercept driver calls and file calls in the ``with`` body."""
     scheme, rest = scheme_of(url), url.partition(":")[2]
     driver_class = _DRIVERS.get(scheme.partition("+")[0])
     if driver_class is not None:
@@ -100,17 +100,17 @@ def run_matrix(
     wrap: Callable[[TaskRegistryStore], TaskRegistryStore] | None = None,
     make_registry: OpenRegistry = open_registry,
 ) -> list[Cell]:
-    """Inject every fault at every step, and return the checked outcomes.
+    """Inject every fault at every step of the scenarios; return a cell per fault and step.
 
     ``steps`` limits the number of steps per scenario at which each fault is injected;
-    each fault then starts at a different step.  ``scenarios`` has the names of the
+    the first of these steps is different for each fault.  ``scenarios`` has the names of the
     scenarios to run (default: all).  ``wrap`` wraps each store under test, and
     ``make_registry`` creates the registry, so that a test can use a defective store or
     registry.
     """
     injection = InjectionPoint()
     cells: list[Cell] = []
-    # Entry points are cached, because the run opens thousands of stores, and lookups are slow.
+    # Cache the entry points: this function opens thousands of stores, and a lookup is slow.
     declared = mock.patch.object(backends, "entry_points", cache(entry_points))
     with declared, layer_of(url, injection) as layer:
 
@@ -128,7 +128,7 @@ def run_matrix(
 
 
 class _ScenarioRunner:
-    """Runs one scenario with each fault, on one ledger or each time on a new ledger."""
+    """Runs one scenario once per fault and step; ``new_ledger`` selects a new ledger each time."""
 
     def __init__(
         self,
@@ -158,12 +158,12 @@ class _ScenarioRunner:
         self._harness = self._make_harness(open_store)
         self._stack.callback(self._harness.close_all)
         if not self._scenario.new_ledger:
-            # The first write can have other steps than later writes, so the first write is done
-            # here.
+            # The first write to a ledger can have other steps than later writes, so make the
+            # first write here, without a fault.
             self._harness.open().create(runtime="cli", task="First task")
 
     def run(self, faults: Sequence[Fault], steps: int | None) -> Iterator[Cell]:
-        """Yield a cell for each fault and step."""
+        """Yield a cell for a run without a fault, then a cell for each fault and step."""
         if not self._scenario.new_ledger and not isinstance(
             self._harness.opened().store, self._scenario.needs
         ):
@@ -175,12 +175,12 @@ class _ScenarioRunner:
             stride = 1 if steps is None else -(-len(numbers) // steps)
             for number in numbers[index % stride if numbers else 0 :: max(stride, 1)]:
                 cell = self._run_once(number, fault)
-                # The steps of retries and file opens vary, so the step can be absent in this run.
+                # The number of retries and file opens varies, so a run can lack this step.
                 if cell.step or cell.problems:
                     yield cell
 
     def _run_once(self, number: int, fault: Fault | None) -> Cell:
-        """Run the scenario with one fault, and check the result."""
+        """Run the scenario with one fault or none, check the result, and return the cell."""
         scenario, harness = self._scenario, self._harness
         if scenario.new_ledger:
             self._reset()
@@ -236,7 +236,7 @@ def _title(fault: Fault | None) -> tuple[str, str]:
 
 
 def _call_all(operations: Sequence[Operation]) -> list[Outcome]:
-    """Run a single operation in this thread; run each of several operations in its own thread."""
+    """Return the outcomes of the operations; each of several operations has its own thread."""
     if len(operations) == 1:
         return [_call(operations[0])]
     outcomes = [Outcome(AssertionError("hung")) for _ in operations]

@@ -35,7 +35,7 @@ class Effect(Enum):
 
 
 class Operation(NamedTuple):
-    """One call of one caller.
+    """One call that a scenario makes while a fault can be injected.
 
     ``effect`` computes the effect of the call from the stored records.
     ``touches`` selects the records that the call is allowed to change.
@@ -47,12 +47,12 @@ class Operation(NamedTuple):
 
 
 class Scenario(NamedTuple):
-    """The operations that run under a fault.
+    """A name, and a function that returns the operations to run under a fault.
 
     ``prepare`` runs without faults and returns the operations.  If there are several
-    operations, each operation runs in its own thread.  ``stale`` means that another
-    writer has committed, so the registry is stale until its next use.  If ``new_ledger``
-    is true, every run starts on storage without a ledger.
+    operations, each operation runs in its own thread.  If ``stale`` is true, the ledger
+    changes without the registry, so a check must first refresh the registry.  If
+    ``new_ledger`` is true, every run starts on storage without a ledger.
     """
 
     name: str
@@ -152,7 +152,7 @@ def _group_commit(harness: Harness) -> Sequence[Operation]:
 
 
 def _update_stale(harness: Harness) -> Sequence[Operation]:
-    """Update a task after a commit of another writer."""
+    """Update a task through a registry that has not read the commit of another writer."""
     operations = _update(harness)
     _commit_elsewhere(harness)
     return operations
@@ -170,7 +170,7 @@ def _commit_elsewhere(harness: Harness) -> None:
 
 def _compact(harness: Harness) -> Sequence[Operation]:
     registry = harness.opened()
-    compact(registry.store, POLICY)  # removes the leftovers of the last run
+    compact(registry.store, POLICY)  # removes the history of the previous run
     task = _new(registry, "compacted")
     registry.mark_running(task.task_id)
     registry.delete(_new(registry, "compacted").task_id)
@@ -178,7 +178,7 @@ def _compact(harness: Harness) -> Sequence[Operation]:
 
 
 def _save(harness: Harness) -> Sequence[Operation]:
-    """Save a snapshot of the current records except one."""
+    """Save a snapshot that has all current records except one record."""
     registry = harness.opened()
     task, store = _new(registry, "dropped by the save"), registry.store
     records = {

@@ -1,4 +1,4 @@
-"""The matrix as a text table."""
+"""The text table of fault results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LEGEND = (
 
 
 def render(cells: Sequence[Cell]) -> str:
-    """Return one block for each scenario: steps are rows, faults are columns."""
+    """Return the text table: a block per scenario, a row per step, a column per fault."""
     columns = list(dict.fromkeys(cell.fault for cell in cells if cell.number))
     lines = []
     for scenario, group in groupby(cells, key=lambda cell: cell.scenario):
@@ -48,7 +48,7 @@ def render(cells: Sequence[Cell]) -> str:
 
 
 def problems(cells: Sequence[Cell]) -> list[str]:
-    """Return one line for each problem."""
+    """Return one line of text for each problem in the cells."""
     return [
         f"WRONG: {cell.scenario}, {cell.fault} {cell.side} step {cell.number} ({cell.step}), "
         f"the caller got {cell.outcome}: {problem}"
@@ -58,7 +58,7 @@ def problems(cells: Sequence[Cell]) -> list[str]:
 
 
 def counts(cells: Sequence[Cell]) -> str:
-    """Return the number of injected faults and the number of wrong results."""
+    """Return a line with the number of injected faults and the number of wrong results."""
     faulted = [cell for cell in cells if cell.number]
     wrong = sum(bool(cell.problems) for cell in cells)
     scenarios = len({cell.scenario for cell in cells})

@@ -14,7 +14,7 @@ from taskstore.testing.faults.injection import Fault, Step
 from taskstore.testing.faults.scenarios import Effect, Operation
 
 PROBE_LABEL = "probe"
-"""The label of the task that is written after a fault."""
+"""The label of the task that a check creates after each fault."""
 
 
 class Outcome(NamedTuple):
@@ -24,14 +24,14 @@ class Outcome(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The exception's class, or ``ok``."""
+        """The name of the exception's class, or ``ok`` if the call succeeded."""
         return "ok" if self.error is None else type(self.error).__name__
 
 
 def check_callers(
     operations: Sequence[Operation], outcomes: Sequence[Outcome], before: State, after: State
 ) -> list[str]:
-    """Return the problems: outcomes that contradict the stored state, and unrelated changes."""
+    """Return the problems: wrong outcomes, and changes that none of the operations made."""
     problems = []
     for operation, outcome in zip(operations, outcomes, strict=True):
         effect = operation.effect(after.snapshot.records)
@@ -69,11 +69,14 @@ def check_failed_sync(
     *,
     writable: bool,
 ) -> list[str]:
-    """Return a problem if the store ignored a failed fsync [4]; ``later`` has the later steps."""
+    """Return a problem if the store ignored the failed fsync of the step ``faulted`` [4].
+
+    ``later`` has the steps after ``faulted``.
+    """
     if faulted is None or not fault.fails_sync(faulted):
         return []
     if all(outcome.error is None for outcome in outcomes):
-        # After a failed group commit the store commits each call separately, to new files.
+        # If a group commit fails, the store commits each of its calls separately, to new files.
         is_group = faulted.is_new and len(outcomes) > 1
         if is_group and any(step.label == faulted.label for step in later):
             return []
@@ -91,7 +94,7 @@ def _is_directory(path: Any) -> bool:
 def write_again(
     harness: Harness, operations: Sequence[Operation], after: State
 ) -> tuple[bool, list[str]]:
-    """Write again; if the store refuses, reopen the ledger.  Return (refused, problems)."""
+    """Write again; if the store refuses, reopen the ledger; return (was refused, problems)."""
     refuses, problems = False, []
     error = _write_error(harness)
     if error is not None:
@@ -116,7 +119,7 @@ def write_again(
 
 
 def _write_error(harness: Harness) -> Exception | None:
-    """Return the exception that a write raises, or ``None``."""
+    """Create a task; return the exception that this write raises, or ``None``."""
     try:
         harness.opened().create(runtime="cli", task="Write after the fault", label=PROBE_LABEL)
     except Exception as error:  # noqa: BLE001 - the caller judges every error

@@ -1,8 +1,8 @@
 """Power loss tests for file-based stores: possible crash states and their checks.
 
 A store that changes its files through a :class:`~taskstore.store.disk.Disk` can run on a
-recorded disk.  From the recorded operations, the survey builds the states that a power
-loss can leave at any moment, and opens the ledger in each state::
+recorded disk.  From the recorded file operations, :func:`survey` builds the states that a
+power loss can leave at any moment, and opens the ledger in each state::
 
     def open_on(directory, disk, *, read_only):
         return MyStore(directory, disk=disk, read_only=read_only)

@@ -13,7 +13,7 @@ from taskstore.testing.powerloss.survey import MAX_STATES, survey
 
 
 def main() -> int:
-    """Run the surveys, print the results, and return 1 on a problem."""
+    """Check both stores, print the results, and return 1 if there is a problem, else 0."""
     parser = argparse.ArgumentParser(
         prog="python -m taskstore.testing.powerloss", description=__doc__
     )

@@ -1,4 +1,4 @@
-"""The expected content of a ledger after a power loss, and the check."""
+"""The allowed content of a ledger after a power loss, and its check."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class OpenOn(Protocol):
 class Expected(Struct, frozen=True, eq=False):
     """Content that a ledger is allowed to have after a power loss.
 
-    ``exists`` is true if there is a ledger.  Files must not contain any item of
-    ``erased``.  Each item of ``kept`` must be in a file.
+    ``exists`` is false if the directory has no ledger.  The files in the directory must not
+    contain any byte string of ``erased``.  Each byte string of ``kept`` must be in a file.
     """
 
     content: Model
@@ -40,7 +40,7 @@ class Expected(Struct, frozen=True, eq=False):
     kept: tuple[bytes, ...] = ()
 
     def matches_files(self, directory: Path) -> bool:
-        """Return whether the files contain all kept and no erased bytes."""
+        """Return whether the files contain each item of ``kept`` and no item of ``erased``."""
         files = [path.read_bytes() for path in directory.rglob("*") if path.is_file()]
 
         def in_a_file(text: bytes) -> bool:
@@ -50,7 +50,7 @@ class Expected(Struct, frozen=True, eq=False):
 
 
 class Actual(NamedTuple):
-    """The content that a store returns."""
+    """The content of a ledger that a store returns."""
 
     head: int
     records: Mapping[str, TaskRecord]
@@ -59,7 +59,7 @@ class Actual(NamedTuple):
 
     @classmethod
     def of(cls, store: TaskRegistryStore) -> Actual:
-        """Return the content of a store."""
+        """Return the content that a store reads from its ledger."""
         snapshot = store.load_snapshot()
         assert not snapshot.quarantined, f"quarantined: {snapshot.quarantined[0].reason}"
         if not isinstance(store, SupportsJournal):

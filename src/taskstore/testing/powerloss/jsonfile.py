@@ -1,4 +1,4 @@
-"""The power loss scenarios of the JSON store: the general scenarios and two more."""
+"""The power loss scenarios of the JSON store."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from taskstore.testing.powerloss.workload import KEEP_ALL, Workload
 
 
 def open_json(directory: Path, disk: Disk, *, read_only: bool) -> JSONStore:
-    """Open a directory with ``durability="full"``."""
+    """Open the JSON ledger in a directory with ``durability="full"``."""
     return JSONStore(directory, read_only=read_only, disk=disk)
 
 
 def open_unsynced(directory: Path, disk: Disk, *, read_only: bool) -> JSONStore:
-    """Open a directory with ``durability="process"``."""
+    """Open the JSON ledger in a directory with ``durability="process"``."""
     return JSONStore(directory, durability="process", read_only=read_only, disk=disk)
 
 
 def torn_line(workload: Workload) -> None:
-    """The store removes a torn line from the journal, and keeps the bytes in another file."""
+    """A store truncates a torn line from the journal, and keeps the line in another file."""
     store = new_ledger(workload)
     lost = "torn, but kept " * 40
     workload.apply(store, Put(make_record(task=lost)), failpoint=kill("pwrite", written=600))
@@ -34,7 +34,7 @@ def torn_line(workload: Workload) -> None:
 
 
 def unsynced_writer(workload: Workload) -> None:
-    """A writer without fsync does not make the commits of another writer less durable."""
+    """A writer that makes no fsync does not make the commits of another writer less durable."""
     store, other = new_ledger(workload), workload.open(open_unsynced)
     workload.apply(other, change(workload, error=LONG), durable=False)
     workload.compact(other, KEEP_ALL)

@@ -1,44 +1,44 @@
 """The crash model: the file states that a power loss can leave.
 
-Only data that an fsync flushed to disk is certain after a power loss:
+After a power loss, only data that an fsync flushed to disk is certain to be present:
 
 - ``fsync`` or ``fdatasync`` of a file makes its bytes and its length durable, but not its
   name.  ``fsync`` of a directory makes the names in the directory durable, but not the
-  content of the files.  (POSIX guarantees only this; the manual page of ``fsync(2)`` on
-  Linux warns that the name can be missing.)
-- Each other change can be on disk or missing, in any combination, because the kernel
-  writes back at any time, and drives reorder writes.
+  content of the files.  (POSIX guarantees no more.  The Linux manual page of ``fsync(2)``
+  warns that after an fsync of a file, the name of the file can still be missing.)
+- Each change that no fsync flushed can be present or missing, in any combination, because
+  the kernel writes changed pages to disk at any time, and drives reorder writes.
 
 So a power loss at any moment has these possible results:
 
-- Each **block of 512 bytes** has the content that it had at the last fsync or after any
-  later write.  A drive writes a block completely or not at all (SQLite relies on the same
-  property).  A longer write can be torn at any block boundary, and a later block can be
-  present while an earlier block is missing.
-- The **length** of a file is one of these: (a) the length at the last fsync; (b) the
-  length after a later write or truncation; (c) a 512-byte boundary that a later write
-  crossed.  Bytes within the length that were not written are zeros, as on ext4
-  (``ordered``), XFS and btrfs.  File systems that show old bytes of other files in a
-  block (ext4 with ``data=writeback``) are outside the model.
+- Each **block of 512 bytes** of a file has the content that it had at the latest fsync of
+  the file, or after any later write.  A drive writes a block completely or not at all
+  (SQLite relies on the same property).  A write of several blocks can be torn at any block
+  boundary, and a later block can be present while an earlier block is missing.
+- The **length** of a file is one of these: (a) the length at the latest fsync; (b) the
+  length after a write or truncation since this fsync; (c) a 512-byte boundary that a write
+  since this fsync crossed.  If a byte below this length was not written to disk, it is
+  zero, as on ext4 (``ordered``), XFS and btrfs.  File systems that show old bytes of other
+  files in a block (ext4 with ``data=writeback``) are outside the model.
 - Any subset of the changes of **names** in a directory (creation, renaming, removal) is
-  present.  ext4 and XFS journal these changes in order, so only the last changes can be
-  missing.  btrfs logs a single file at its fsync, so a later change can be present
-  without an earlier change.  The model covers these three file systems, because it allows
-  any subset of the changes to be present.  A rename is atomic: the file always has
-  exactly one of the two names.
+  present.  ext4 and XFS journal the changes of names in order, so only the most recent
+  changes can be missing.  At an fsync, btrfs logs only the file of the fsync, so a later
+  change can be present without an earlier change.  The model covers ext4, XFS and btrfs,
+  because it allows any subset of the changes to be present.  A rename is atomic: the file
+  always has exactly one of the two names.
 
-If an fsync fails and a later fsync succeeds, the model treats the earlier writes as
-durable, although Linux can have dropped the pages.  After a failed fsync, a store must
-not rely on its earlier writes, but the model cannot detect a store that does.
+If an fsync of a file fails and a later fsync succeeds, the model treats all earlier
+writes as durable, although Linux can have dropped their pages.  After a failed fsync, a
+store must not rely on earlier writes, but the model cannot detect a store that does so.
 
 Pillai and others, "All File Systems Are Not Created Equal" (OSDI 2014), list the
-behaviour of each file system.  The model allows more states than any of these file
-systems, so the model can require an fsync that one of the file systems does not need.
+behaviour of several file systems.  The model allows more states than any file system in
+this list, so the model can require an fsync that a certain file system does not need.
 
-A crash state is one combination of these possibilities.  If a crash point has few
-combinations, all combinations are built.  Otherwise a sample is built: the two
-combinations with all changes missing and with all changes present, variants of these two
-that differ in one choice, and random combinations with a fixed seed.
+A crash state is one combination of block contents, file lengths and names.  If a crash
+point has few combinations, all combinations are built.  Otherwise a sample is built: the
+combination with all changes missing, the combination with all changes present, variants
+of these two that differ in one choice, and random combinations with a fixed seed.
 """
 
 from __future__ import annotations
@@ -67,27 +67,27 @@ BLOCK = 512
 """The number of bytes that a drive writes atomically."""
 
 _PAST_IMAGES = 8
-"""How many past images of a file are kept since its last fsync."""
+"""How many earlier images of a file, since its latest fsync, the model keeps."""
 
 IMAGES = 4
-"""How many images of a block are kept since the last fsync: the durable image, the
-first later image, and the last images."""
+"""How many images of a block the model keeps: the image at the latest fsync, the first
+image after this fsync, and the most recent images."""
 
 _ROOT = 1
 
 Tree = dict[str, bytes | None]
-"""The content of the files by path, in path order; ``None`` for a directory."""
+"""Maps each path, in path order, to the content of the file; ``None`` for a directory."""
 
 
 class CrashState(NamedTuple):
-    """One state that a power loss can leave: the files, and a list of the missing changes."""
+    """One state that a power loss can leave: the files, and a text with the missing changes."""
 
     tree: Tree
     missing: str
 
     @property
     def digest(self) -> bytes:
-        """The hash of the tree."""
+        """The hash of all paths and file contents in ``tree``."""
         digest = hashlib.blake2b(digest_size=16)
         for path, data in self.tree.items():
             kind = b"d" if data is None else b"f%d:" % len(data)
@@ -96,11 +96,11 @@ class CrashState(NamedTuple):
 
 
 class CrashPoint(NamedTuple):
-    """A power loss right after operation ``number`` (from 1) of the trace.
+    """A power loss right after operation ``number`` (from 1) of the recorded trace.
 
-    ``expected`` is the content that the workload last recorded as allowed.
-    ``possible`` counts the states that the model allows; ``states`` are the states to
-    check: all possible states if ``exhaustive``, otherwise a sample.
+    ``expected`` is the allowed content that the workload recorded most recently before
+    the power loss.  ``possible`` counts the states that the model allows.  ``states`` yields
+    the states to check: all possible states if ``exhaustive`` is true, otherwise a sample.
     """
 
     number: int
@@ -111,21 +111,21 @@ class CrashPoint(NamedTuple):
 
 
 class _File:
-    """The possible contents of a file."""
+    """One file, with the contents that the file can have after a power loss."""
 
     def __init__(self) -> None:
         self.image = bytearray()
         self.sync()
 
     def sync(self) -> None:
-        """Make the present content durable."""
+        """Make the present content of the file durable, as an fsync does."""
         self.durable = bytes(self.image)
         self.lengths = [len(self.durable)]
         self.blocks: dict[int, list[bytes]] = {}
         self.past: list[bytes] = []
 
     def _keep_image(self) -> None:
-        """Keep the present image as one of the possible states."""
+        """Keep the present image of the file as one of its possible contents."""
         self.past = [*self.past[-_PAST_IMAGES:], bytes(self.image)]
 
     def write(self, offset: int, data: bytes) -> None:
@@ -157,22 +157,22 @@ class _File:
             durable, *others = self.blocks.get(number, [_block(self.durable, number)])
             others = [other for other in others if other != image]
             if others or image != durable:
-                # Keep the durable image, the first later image, and the last images.
+                # Keep the durable image, the first later image, and the most recent images.
                 others = [*others[:1], *others[1:][3 - IMAGES :], image]
                 self.blocks[number] = [durable, *others]
             else:
                 self.blocks.pop(number, None)
 
     def axes(self) -> list[int]:
-        """Return the number of choices for the length and for each block."""
+        """Return the number of possible lengths, then the number of images of each block."""
         changed = [len(images) for images in self.blocks.values()]
         return [len(self.lengths), *changed] if changed or len(self.lengths) > 1 else []
 
     def past_choices(self) -> Iterator[list[int]]:
-        """Yield, for each past image since the last fsync, the choices for that image."""
+        """For each image of the file since its latest fsync, yield the choices that give it."""
         for image in self.past:
             wanted = [_block(image, number) for number in self.blocks]
-            with suppress(ValueError):  # the length or a block image was dropped
+            with suppress(ValueError):  # its length or a block image is not kept
                 yield [
                     self.lengths.index(len(image)),
                     *map(list.index, self.blocks.values(), wanted),
@@ -207,23 +207,23 @@ def _block(image: bytes | bytearray, number: int) -> bytes:
 
 
 class _Directory:
-    """The possible names in a directory."""
+    """One directory, with the names that the directory can have after a power loss."""
 
     def __init__(self) -> None:
         self.durable: dict[str, int] = {}
         self.pending: list[Created | Renamed | Removed] = []
 
     def sync(self) -> None:
-        """Make the present names durable."""
+        """Make the present names in the directory durable, as an fsync does."""
         self.durable = self.names([1] * len(self.pending))
         self.pending = []
 
     def axes(self) -> list[int]:
-        """Return two choices for each pending change of a name: applied or not."""
+        """Return 2 for each pending change of a name, because it can be applied or missing."""
         return [2] * len(self.pending)
 
     def names(self, choice: Sequence[int]) -> dict[str, int]:
-        """Return the names if only the chosen pending changes are applied."""
+        """Return the names and their nodes, with only the chosen pending changes applied."""
         names = dict(self.durable)
         for applied, operation in zip(choice, self.pending, strict=True):
             if not applied:
@@ -251,7 +251,7 @@ class _Directory:
 
 
 class Model:
-    """Computes the crash states at each crash point of a trace."""
+    """Computes the crash states at each crash point of a recorded trace."""
 
     def __init__(self, *, max_states: int, seed: int) -> None:
         self._max_states = max_states
@@ -259,9 +259,9 @@ class Model:
         self._nodes: dict[int, _File | _Directory] = {_ROOT: _Directory()}
 
     def crash_points(self, trace: Sequence[Operation]) -> Iterator[CrashPoint]:
-        """Yield the crash points in order; read all states of a point before the next point.
+        """Yield the crash points in order.  Read all states of a point before the next point.
 
-        An fsync adds no new state, so no crash point follows an fsync.
+        An fsync adds no possible state, so there is no crash point right after an fsync.
         """
         expected: object = None
         for number, operation in enumerate(trace, 1):
@@ -324,7 +324,7 @@ class Model:
             yield [self._rng.randrange(size) for size in axes]
 
     def _past_states(self, new: list[int], nodes: Sequence[int]) -> Iterator[list[int]]:
-        """Yield choices: one file has a past image, and all other files have their new state."""
+        """Yield choices that give one file an earlier image, and all other files the newest."""
         begin = 0
         for number in nodes:
             node = self._nodes[number]

@@ -1,7 +1,7 @@
 """The recorder: a real disk whose operations are recorded in a trace.
 
-The trace identifies files and directories by node number, not by name: a name
-can move to another file, and an fsync applies to the file, not to the name.
+The trace identifies files and directories by node number, not by name, because a rename
+can give a name to another file, and an fsync applies to a file, not to a name.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Written(Struct, frozen=True):
 
 
 class Truncated(Struct, frozen=True):
-    """The length of a file was set."""
+    """The length of a file was set to ``size``."""
 
     node: int
     size: int
 
 
 class Synced(Struct, frozen=True):
-    """An fsync of a file, or of the names in a directory, was done."""
+    """A process made an fsync of a file, or of the names in a directory."""
 
     node: int
 
@@ -56,7 +56,7 @@ class SyncOmitted(Struct, frozen=True):
 
 
 class Renamed(Struct, frozen=True):
-    """A file was renamed in its directory and replaced any file of the new name."""
+    """A file was renamed within its directory; any file with the new name was replaced."""
 
     directory: int
     old: str
@@ -82,14 +82,14 @@ Operation = Created | Written | Truncated | Synced | SyncOmitted | Renamed | Rem
 
 
 class KilledError(BaseException):
-    """The process of this disk was killed; a store must not catch this error."""
+    """Simulates a kill of the process that uses a disk; a store must not catch this error."""
 
 
 class Failpoint(Struct):
-    """Makes a step of a disk fail with ``error``, after ``after`` successful steps of that name.
+    """Makes the operation ``step`` of a disk raise ``error``; the first ``after`` calls succeed.
 
-    A failing write first writes ``written`` bytes.  :class:`KilledError`
-    simulates a kill of the process: later steps of the process have no effect.
+    A failing write first writes ``written`` bytes.  If ``error`` is a :class:`KilledError`,
+    later operations of the same process have no effect, as after a kill of the process.
     """
 
     step: str
@@ -104,8 +104,8 @@ class Recorder:
     Each process of the workload has its own disk from :meth:`disk`.  ``trace`` has
     the operations in order.  ``steps`` counts the operations by the method names of
     :class:`~taskstore.store.disk.Disk`; ``sites`` counts the operations by call site,
-    ``(step, file, line)``.  ``unsynced`` has the files and directories that changed
-    since their last fsync.
+    ``(step, file, line)``.  ``unsynced`` has the node numbers of the files and
+    directories that changed since their latest fsync.
     """
 
     def __init__(self, root: Path) -> None:
@@ -122,10 +122,10 @@ class Recorder:
         self.register(root.stat())
 
     def disk(self, omits: Omits | None = None) -> RecordedDisk:
-        """Return the disk of a new process.
+        """Return a disk for a new process.
 
-        Every fsync calls ``omits`` with the step and its call site.  If ``omits``
-        returns true, the fsync is omitted.
+        Every fsync on the disk calls ``omits`` with the operation and the call site.  If
+        ``omits`` returns true, the fsync is omitted.
         """
         return RecordedDisk(self, omits or (lambda *_: False))
 
@@ -135,7 +135,7 @@ class Recorder:
             self.trace.append(Expects(allowed))
 
     def record(self, operation: Operation) -> None:
-        """Record an operation."""
+        """Append an operation to the trace."""
         self.trace.append(operation)
         match operation:
             case Written(node) | Truncated(node) | Created(node) | Renamed(node) | Removed(node):
@@ -150,7 +150,7 @@ class Recorder:
         return self._count
 
     def node(self, status: os.stat_result) -> int:
-        """Return the node number of a known file."""
+        """Return the node number of a registered file or directory."""
         return self._nodes[status.st_dev, status.st_ino]
 
     def directory(self, path: Path) -> int:
@@ -164,11 +164,11 @@ CallSite = tuple[str, int]
 """A source file and a line number."""
 
 Omits = Callable[[str, CallSite], bool]
-"""Returns whether the fsync at a step and a call site is omitted."""
+"""A function of an operation and a call site; returns whether to omit the fsync."""
 
 
 class RecordedDisk(Disk):
-    """The disk of one process: see :class:`Recorder`."""
+    """The disk of one process; a :class:`Recorder` records the operations on the disk."""
 
     def __init__(self, recorder: Recorder, omits: Omits) -> None:
         self._recorder = recorder
@@ -289,7 +289,7 @@ _DISK_FILES = {disk_module.__file__, __file__}
 
 
 def _call_site() -> CallSite:
-    """Return the source line that called the disk: the first frame outside its modules."""
+    """Return the source line of the call: the first frame outside the disk modules."""
     frame = sys._getframe(1)  # noqa: SLF001 - the only access to the caller
     while frame.f_code.co_filename in _DISK_FILES and frame.f_back is not None:
         frame = frame.f_back

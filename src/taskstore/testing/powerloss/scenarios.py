@@ -1,4 +1,4 @@
-"""Workloads for any file-based store, each with one kind of failure."""
+"""The power loss scenarios for any file-based store."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LONG = "x" * 3_000
 
 
 def new_ledger(workload: Workload) -> TaskRegistryStore:
-    """Create the ledger and some tasks."""
+    """Create a ledger with two tasks, and return its store."""
     store = workload.open()
     workload.apply(store, Put(make_record()), Put(make_record(run_id="run")))
     return store
@@ -35,12 +35,12 @@ def change(workload: Workload, **fields: object) -> Change:
 
 
 def kill(step: str, *, after: int = 0, written: int = 0) -> Failpoint:
-    """Return a failpoint that kills the process at a step, after ``after`` steps of that name."""
+    """Return a failpoint that kills the process at ``step``; the first ``after`` calls succeed."""
     return Failpoint(step, KilledError(), after, written)
 
 
 def growth(workload: Workload) -> None:
-    """Create a ledger at the second attempt; commit small, large and many changes."""
+    """A second process creates a ledger after a kill, and commits small and large batches."""
     workload.killed_opening(kill("rename"))
     store = new_ledger(workload)
     workload.apply(store, *(Put(make_record(label=f"{number}")) for number in range(8)))
@@ -53,7 +53,7 @@ def growth(workload: Workload) -> None:
 
 
 def two_processes(workload: Workload) -> None:
-    """Two processes commit in turn, and both compact."""
+    """Two processes commit in turn, and each process compacts."""
     store, other = new_ledger(workload), workload.open()
     workload.apply(other, change(workload, label="by the other"))
     workload.compact(other, KEEP_ALL)
@@ -67,7 +67,7 @@ def two_processes(workload: Workload) -> None:
 
 
 def failing_steps(workload: Workload) -> None:
-    """Steps fail because of a full disk, a broken disk or an interrupt."""
+    """File operations fail because of a full disk, a broken disk or an interrupt."""
     store = new_ledger(workload)
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     broken = OSError(errno.EIO, os.strerror(errno.EIO))
@@ -89,7 +89,7 @@ def failing_steps(workload: Workload) -> None:
 
 
 def killed_in_commit(workload: Workload) -> None:
-    """Processes are killed during a commit; then another process, running or new, writes."""
+    """A process is killed during a commit; then a running or a new process commits."""
     witness = new_ledger(workload)
     for failpoint in (kill("sync_data"), kill("pwrite", written=800), kill("pwrite")):
         store = workload.open()
@@ -118,7 +118,7 @@ def alternating_writers(workload: Workload) -> None:
 
 
 def killed_in_recovery(workload: Workload) -> None:
-    """A process is killed during the recovery from another kill; a running process then writes."""
+    """A process is killed while it recovers from a kill; then a running process commits."""
     witness, store = new_ledger(workload), workload.open()
     workload.apply(store, change(workload, error=LONG), failpoint=kill("pwrite", written=2_000))
     workload.killed_opening(kill("sync_data"))
@@ -139,7 +139,7 @@ def killed_in_compaction(workload: Workload) -> None:
 
 
 def erasure(workload: Workload) -> None:
-    """The text of a deleted task is erased."""
+    """A compaction erases the text of a deleted task."""
     store = new_ledger(workload)
     secret = make_record(task="a secret")
     workload.apply(store, Put(secret))
@@ -151,7 +151,7 @@ def erasure(workload: Workload) -> None:
 
 
 def replacement(workload: Workload) -> None:
-    """Processes replace all records; some of them are killed."""
+    """Processes save snapshots that replace all records; some of the processes are killed."""
     store = new_ledger(workload)
     for failpoint in (None, kill("rename", after=1), kill("sync_directory", after=2)):
         record = make_record(label="replaced")

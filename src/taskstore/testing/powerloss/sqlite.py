@@ -1,25 +1,25 @@
 """Power loss on an SQLite file in WAL mode: the crash states of SQLite's protocol.
 
-SQLite's file operations cannot be recorded.  Instead, a writer pauses after each
-acknowledged commit while its database and WAL are copied; the writer is killed during the
-last commit.  A power loss can lose the changes since the last copy.  The fsyncs of SQLite
-determine which of these changes are on disk (``wal.c``, https://www.sqlite.org/wal.html
+The file operations of SQLite cannot be recorded.  Instead, a writer process pauses after
+each acknowledged commit, and its database and WAL are copied.  The writer is killed during
+its final commit.  A power loss can lose only changes that were made since the most recent
+copy.  The fsyncs of SQLite determine which of these changes are on disk (``wal.c``, https://www.sqlite.org/wal.html
 and atomiccommit.html, ``synchronous=FULL``):
 
 - A commit appends frames to the WAL and flushes the frames to disk with one fsync.
-  Before that fsync, each 512-byte block of the frames can be present, missing, torn,
-  zeros or garbage; the checksums of the WAL must detect every bad block.  The file can
-  have its old length or any greater length.
-- When all frames are copied to the database, the next writer restarts the WAL.  The
-  writer writes a new header, and flushes it to disk before it writes frames.  So the WAL
-  is the old WAL, or has the new header and any part of the new frames.
+  Before this fsync, each 512-byte block of the frames can be present, missing, torn,
+  zeros or garbage; the checksums of the WAL must detect every bad block.  The WAL can have
+  its old length or any greater length.
+- When all frames are copied to the database, the next writer restarts the WAL: it writes a
+  new WAL header, and flushes the header to disk before it writes frames.  So the WAL is
+  the old WAL, or it has the new header and any part of the new frames.
 - A checkpoint flushes the WAL to disk, writes pages to the database and flushes the
-  database; only then can a writer restart the WAL.  So if the database has changed, the
-  whole WAL is on disk, and each block of the database is old or new.
+  database.  A writer can restart the WAL only after this checkpoint.  So if the database
+  has changed, the whole WAL is on disk, and each block of the database is old or new.
 - The shared memory (``-shm``) is always lost; SQLite rebuilds it from the WAL.
 
-There must be a single writer, and every commit except the last must be acknowledged.
-There must be no reader, because a reader can prevent a checkpoint from completing.
+This model is valid only for a single writer whose commits, except the final commit, are
+acknowledged.  A reader must not be open, because it can prevent a checkpoint from completing.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from taskstore.testing.powerloss.survey import fast_directory
 
 NAME = "tasks.db"
 CHECKPOINT_PAGES = 40
-"""The WAL length that starts a checkpoint, in pages."""
+"""The length of the WAL, in pages, at which SQLite starts a checkpoint."""
 
 WAL_HEADER = 32
 """The length of the WAL header, in bytes."""
@@ -63,19 +63,19 @@ class Files(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> Files:
-        """Copy the files; this process must not have the database open."""
+        """Return a copy of the files; this process must not have the database open."""
         wal = path.with_name(path.name + "-wal")
         return cls(path.read_bytes(), wal.read_bytes() if wal.exists() else b"")
 
     def write(self, path: Path) -> None:
-        """Write the files, but no shared memory file."""
+        """Write the database and the WAL, but no shared memory file."""
         path.write_bytes(self.database)
         if self.wal:
             path.with_name(path.name + "-wal").write_bytes(self.wal)
 
 
 class CrashState(NamedTuple):
-    """One state that a power loss can leave: its kind, and a list of the missing blocks."""
+    """The files that a power loss can leave, their kind, and a text with the missing blocks."""
 
     files: Files
     kind: str
@@ -83,7 +83,7 @@ class CrashState(NamedTuple):
 
 
 class SQLiteSurvey(Struct):
-    """The number of commits, the number of opened states of each kind, and the problems."""
+    """The result: counts of commits and of opened states of each kind, and the problems."""
 
     commits: int = 0
     killed: int = 0
@@ -107,8 +107,8 @@ def crash_states(
 
     ``before`` or ``after`` can be the files that a killed writer left.  ``rng`` draws at
     most ``max_states`` states of the WAL, and at most ``max_states`` states of the
-    database: with one block missing, with one block present, with a prefix of the writes,
-    and random combinations.
+    database.  In each of these states, only one changed block is missing, only one is
+    present, a prefix of the changed blocks is present, or a random subset is present.
     """
     yield CrashState(after, "all writes")
     if after.wal != before.wal:
@@ -130,7 +130,10 @@ def crash_states(
 def _mixed(
     old: bytes, new: bytes, max_states: int, rng: random.Random, *, garbage: bool = False
 ) -> Iterator[tuple[bytes, str]]:
-    """Yield mixtures of the blocks of two file images; ``new`` must not be shorter than ``old``."""
+    """Yield (file image with blocks of ``old`` and ``new``, text with the missing blocks).
+
+    ``new`` must not be shorter than ``old``.
+    """
     blocks = [
         number
         for number in range(-(-len(new) // BLOCK))
@@ -180,7 +183,7 @@ def open_sqlite(directory: Path, disk: Disk, *, read_only: bool) -> TaskRegistry
 
 
 def plan_commits(rng: random.Random, commits: int) -> list[list[Change]]:
-    """Return the batches that a writer commits to an empty ledger."""
+    """Return random batches of changes that a writer can commit to an empty ledger."""
     model, batches = Model(), list[list[Change]]()
     for _ in range(commits):
         choice, live = rng.random(), list(model.records.values())
@@ -197,10 +200,10 @@ def plan_commits(rng: random.Random, commits: int) -> list[list[Change]]:
 def survey_sqlite(
     scratch: Path, *, rounds: int, commits: int = 12, max_states: int = 6, seed: int = 20261122
 ) -> SQLiteSurvey:
-    """Run and kill writers, and check the crash states of each commit.
+    """Run and kill ``rounds`` writers, and check the crash states of each of their commits.
 
-    ``scratch`` is an empty directory on a real disk, because the duration of an fsync
-    determines where a kill interrupts the writer.
+    ``scratch`` must be an empty directory on a real disk, not in memory, because the
+    duration of an fsync determines where a kill interrupts the writer.
     """
     started = time.monotonic()
     result = SQLiteSurvey()
@@ -221,7 +224,7 @@ def survey_sqlite(
 
 
 def check_files(files: Files, allowed: Sequence[Expected]) -> str | None:
-    """Open the ledger in these files, and return a problem or ``None``."""
+    """Open the ledger that ``files`` contains; return a problem, or ``None`` if it is valid."""
     with fast_directory() as directory:
         files.write(directory / NAME)
         return check(open_sqlite, directory, allowed)
@@ -230,9 +233,9 @@ def check_files(files: Files, allowed: Sequence[Expected]) -> str | None:
 def _run_writer(
     path: Path, batches: Sequence[list[Change]], rng: random.Random
 ) -> Iterator[tuple[Files, Files, tuple[Expected, ...]]]:
-    """Yield the files before and after each commit, and the allowed content.
+    """Run a writer; yield the files before and after each commit, and the allowed content.
 
-    The writer is killed during the last commit.
+    The writer is killed during the commit of the final batch.
     """
     open_store(f"sqlite:///{path}").close()
     gate, gate_writer = os.pipe()

@@ -1,4 +1,4 @@
-"""The survey: run scenarios, build their crash states, and check each of them."""
+"""The survey: it runs scenarios and checks each of their crash states."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from taskstore.testing.powerloss.scenarios import SCENARIOS
 from taskstore.testing.powerloss.workload import Workload
 
 MAX_STATES = 32
-"""The default limit of states that are opened for one crash point."""
+"""The default maximum number of states that are opened per crash point."""
 
 _STEPS = (
     *("open", "close", "pwrite", "truncate", "rename", "unlink", "mkdir"),
@@ -38,13 +38,13 @@ _SHOWN = 5
 
 
 class Survey(Struct, kw_only=True):
-    """The counts of a survey, and the problems.
+    """The result of a survey: counts, and the problems.
 
     ``crash_points`` counts the simulated power losses, and ``exhaustive`` counts the
     power losses for which every state was built.  ``possible`` counts the states that the
-    model allows, ``built`` the built states, and ``opened`` the distinct states that were
-    opened.  ``steps`` counts the file operations of the workloads, and ``sites`` counts
-    the operations by call site.
+    model allows, ``built`` counts the built states, and ``opened`` counts the distinct
+    states that were opened.  ``steps`` counts the file operations of the workloads by
+    name, and ``sites`` counts these operations by call site.
     """
 
     steps: Counter[str] = field(default_factory=Counter)
@@ -59,7 +59,7 @@ class Survey(Struct, kw_only=True):
 
     @property
     def uncovered_steps(self) -> list[str]:
-        """The disk operations that no workload used."""
+        """The names of the disk operations that no workload used."""
         return [step for step in _STEPS if not self.steps[step]]
 
     def __str__(self) -> str:
@@ -86,12 +86,12 @@ def survey(
     seed: int = 20261122,
     stop: bool = False,
 ) -> Survey:
-    """Check the crash states of a file-based store.
+    """Check the crash states of a file-based store, and return the counts and problems.
 
-    ``open_on`` opens the store; each of ``scenarios`` runs on a new ledger.  At most
-    ``max_states`` states of a crash point are opened; larger sets are sampled with
-    ``seed``.  If ``stop`` is true, the survey ends at the first problem.  ``omits``
-    selects fsyncs to omit; a test can so show that each fsync is needed
+    ``open_on`` opens the store; each of ``scenarios`` runs on a new ledger.  If a crash
+    point has more than ``max_states`` states, a sample of ``max_states`` states is drawn
+    with ``seed``.  If ``stop`` is true, the survey ends at the first problem.  ``omits``
+    selects fsyncs that are omitted, so that a test can show that each fsync is needed
     (:meth:`Recorder.disk`).
     """
     started = time.monotonic()
@@ -129,7 +129,7 @@ def survey(
 def _states(
     recorder: Recorder, result: Survey, model: Model, *, omits_syncs: bool
 ) -> Iterator[tuple[int, CrashState, Sequence[Expected]]]:
-    """Yield the crash states that differ in their files or in their allowed content."""
+    """Yield (trace position, state, allowed content); skip states that were already yielded."""
     allowed: Sequence[Expected] = ()
     # An omitted fsync has an effect until the same file is flushed by an fsync or removed.
     unsynced: set[int] = set()

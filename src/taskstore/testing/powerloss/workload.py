@@ -1,4 +1,4 @@
-"""The workload: processes that change one ledger, and its expected content."""
+"""The workload: processes that change a ledger, and the allowed content."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from taskstore.testing.powerloss.recorder import (
 )
 
 KEEP_ALL = CompactionPolicy(force=True)
-"""A policy that keeps all history.  A workload uses it or a policy that keeps no history."""
+"""A policy that keeps all history; all other policies of a workload keep no history."""
 
 
 class Workload:
-    """Processes that change one ledger, and the content expected after each change.
+    """Simulated processes that change a ledger, and the content allowed after each change.
 
-    Each change records in the trace the content that a power loss is allowed to leave.
-    Until the change is acknowledged, a power loss is allowed to leave the old or the new
-    content.  From then on, it must leave the new content.
+    Each change adds a trace entry with the content that a power loss is allowed to leave.
+    Until a change is acknowledged, a power loss is allowed to leave the old or the new
+    content.  After a change is acknowledged, a power loss must leave the new content.
     """
 
     def __init__(self, recorder: Recorder, open_on: OpenOn, omits: Omits | None = None) -> None:
@@ -44,7 +44,7 @@ class Workload:
         self._allow(self._current)
 
     def disk(self) -> RecordedDisk:
-        """Return the disk of a new process."""
+        """Return a disk for a new process."""
         return self._recorder.disk(self._omits)
 
     def open(self, open_on: OpenOn | None = None) -> TaskRegistryStore:
@@ -58,14 +58,14 @@ class Workload:
         return store
 
     def acknowledge(self, **fields: object) -> None:
-        """Set fields of the expected content, for example ``kept``; see :class:`Expected`."""
+        """Set fields of the expected content, for example ``kept`` (see :class:`Expected`)."""
         self._current = replace(self._current, **fields)
         self._allow(self._current)
 
     def observe(self, store: TaskRegistryStore) -> None:
-        """Read the ledger after a kill, and find which allowed content is present.
+        """Read the ledger after a kill, and make the content that is present the current content.
 
-        A power loss can still lose content that was only read, but no acknowledged change.
+        A power loss can still lose a change that was read, but not an acknowledged change.
         """
         actual = Actual.of(store)
         matching = [expected for expected in self._allowed if actual.matches(expected)]
@@ -104,7 +104,7 @@ class Workload:
         records: Mapping[str, TaskRecord],
         failpoint: Failpoint | None = None,
     ) -> None:
-        """Replace all records."""
+        """Save a snapshot that replaces all records."""
         snapshot = Snapshot(self._copy().head + 10, records)
         self._run(store, Model(snapshot), lambda: store.save_snapshot(snapshot), failpoint)
 
@@ -118,7 +118,7 @@ class Workload:
     ) -> None:
         """Compact if the store supports compaction; ``policy`` keeps all or no history.
 
-        After the compaction, files must not contain the bytes of ``erases``.
+        After the compaction, no file is allowed to contain a byte string of ``erases``.
         """
         if not isinstance(store, SupportsCompaction):
             return
