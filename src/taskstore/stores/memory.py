@@ -1,7 +1,7 @@
 """The memory store, the reference implementation of the store contract.
 
-The store meets every guarantee of the interface except durability: the ledger is lost
-when the process ends.  Instances that share a :class:`MemoryStorage` share its ledger.
+The memory store meets every guarantee of the interface except durability: the ledger is lost when
+the process ends.  Instances of the store that share a :class:`MemoryStorage` share one ledger.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class MemoryStorage:
     """One ledger in memory, which several :class:`MemoryStore` instances can share."""
 
     def __init__(self) -> None:
-        # Methods use the lock and not the condition, because an interrupt (Ctrl+C) cannot
-        # stop the acquisition of the lock half-way.
+        # Methods acquire the lock directly and not through the condition, because an interrupt
+        # (Ctrl+C) cannot stop the acquisition of the lock half-way.
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.current: dict[str, TaskRecord] = {}
@@ -65,7 +65,7 @@ class MemoryStorage:
 
 
 class MemoryStore(TaskRegistryStore):
-    """A store in the memory of this process; ``memory:`` opens an empty store."""
+    """A store in the memory of this process; the URL ``memory:`` opens an empty store."""
 
     durability = "none"
     unsupported_guarantees = MappingProxyType(
@@ -85,7 +85,7 @@ class MemoryStore(TaskRegistryStore):
         storage = self.storage
         with storage.lock:
             loaded = Snapshot(storage.head, storage.current, storage.last_at, storage.quarantined)
-        return loaded  # noqa: RET504 - an interrupted return in the block can unlock twice
+        return loaded  # noqa: RET504 - an interrupted return in the block can unlock the lock twice
 
     def save_snapshot(self, snapshot: Snapshot) -> None:
         self._check_writable()
@@ -124,7 +124,7 @@ class MemoryStore(TaskRegistryStore):
             try:
                 self._commit(changes, steps, commit)
             except BaseException:
-                # An interrupt stopped the commit half-way.  A second call completes the commit.
+                # An interrupt stopped the commit half-way.  A second call of _commit completes it.
                 del storage.journal[length:]
                 self._commit(changes, steps, commit)
                 raise
@@ -295,7 +295,7 @@ class _Compaction(CompactionSteps):
 def open_memory(
     url: str, *, durability: str = "full", migrate: str = "auto", read_only: bool = False
 ) -> MemoryStore:
-    """Open an empty memory store.  Each call opens a separate ledger."""
+    """Open a memory store with an empty ledger.  Each call opens a separate ledger."""
     del durability, migrate  # the store flushes nothing to disk and has no schema
     if url.lower() not in ("memory:", "memory://"):
         raise ValidationError("url", f"a memory store has no name: use 'memory:', not {url!r}")

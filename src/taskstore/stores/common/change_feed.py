@@ -1,13 +1,13 @@
 """The change feed: threads wait for commits of other processes.
 
-A :class:`ChangeFeed` implements ``wait_for`` for a store.  While a call waits, one
-thread of the feed polls for the commits of other processes through a
-:class:`Watcher`, and wakes the waiters, for example followers.  After its own commit, the
-store calls :meth:`ChangeFeed.announce`, which wakes the waiters at once.
+A :class:`ChangeFeed` implements ``wait_for`` for a store.  While a call of ``wait_for`` waits,
+one thread of the feed polls for the commits of other processes through a :class:`Watcher`, and
+wakes the waiters, for example followers.  After each commit of the store itself, the store calls
+:meth:`ChangeFeed.announce`, which wakes the waiters at once.
 
-No commit is missed.  A waiter registers before it reads the head, and the thread
-starts its watcher before it reads the head.  The read sees every earlier commit;
-the watcher sees every later commit.
+No commit is missed.  A waiter registers before it reads the head, and the thread starts its watcher
+before it reads the head.  The read of the head sees every commit before the read; the watcher sees
+every commit after the read.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from taskstore.errors import StoreClosedError, StoreUnavailableError
 from taskstore.stores.common.retry import Backoff
 
 IDLE_TIMEOUT_S = 2.0
-"""How long the thread runs without a waiter, in seconds.  If a caller waits in slices, the feed
-therefore does not start a new watcher for each slice."""
+"""How long the thread runs without a waiter, in seconds.  If a caller repeats short waits, the feed
+therefore does not start a new watcher for each wait."""
 
 RETRY_S = 5.0
-"""How long the feed polls the head before it starts a watcher again, in seconds."""
+"""After a watcher failed, how long the feed polls the head before it starts a new watcher, in s."""
 
 CLOSE_TIMEOUT_S = 1.0
 """How long :meth:`ChangeFeed.close` waits for the thread to close its watcher, in seconds."""
 
 LONGEST_PAUSE_S = 1.0
-"""The longest pause of the thread between two polls, in seconds."""
+"""The longest pause of the watching thread between two polls, in seconds."""
 
 LONGEST_POLL_PAUSE_S = 0.06
 
 
 class WatcherBrokenError(Exception):
-    """A watcher cannot start or has stopped working: the feed then polls the head for a while."""
+    """Raised if a watcher cannot start or has failed; the feed then polls the head for a while."""
 
 
 class Watcher(Protocol):
@@ -47,29 +47,29 @@ class Watcher(Protocol):
     call ``wake``."""
 
     def poll(self) -> int | None:
-        """Return the head if it has possibly changed since the last poll, else ``None``.
+        """Return the head if it has possibly changed since the previous poll, else ``None``.
 
-        The first poll returns the head.  A poll that returns ``None`` is cheap.
+        The first poll returns the head.  A poll that returns ``None`` must be cheap.
         """
         ...
 
     def pause(self, seconds: float) -> None:
-        """Sleep for at most ``seconds``; return early after a possible commit or a :meth:`wake`."""
+        """Sleep at most ``seconds``; return early after a possible commit or a :meth:`wake`."""
         ...
 
     def wake(self) -> None:
-        """End the current pause, or if there is none, the next pause.  Never blocks, never
-        raises."""
+        """End the current :meth:`pause`.  If no pause is active, end the next pause.  Never blocks,
+        never raises."""
         ...
 
     def close(self, *, broken: bool) -> None:
-        """Release all resources; if ``broken``, another watcher must not reuse them.  Never
-        raises."""
+        """Release all resources; if ``broken`` is true, another watcher must not reuse these
+        resources.  Never raises."""
         ...
 
 
 def polling_backoff(longest_s: float = LONGEST_POLL_PAUSE_S) -> Backoff:
-    """Return a backoff between polls: each pause is about half the time since the last commit."""
+    """Return the pauses between polls: each is about half the time since the newest commit."""
     return Backoff(0.001, longest_s, growth=1.5)
 
 
@@ -91,7 +91,7 @@ class PollingWatcher:
         self._woken = threading.Event()
 
     def poll(self) -> int | None:
-        # The version is read before the head: the next poll detects a commit between the two reads.
+        # The version is read before the head: the next poll detects a commit between the reads.
         version = self._version()
         if version == self._last_version:
             return None
@@ -111,17 +111,18 @@ class PollingWatcher:
 
 
 _Waiter: TypeAlias = "SimpleQueue[BaseException | None]"
-"""One waiting call: it returns when its queue receives ``None``, and raises an error that its
-queue receives.  This queue type is written in C, so that an interrupt cannot damage it."""
+"""The queue of one waiting call.  The call returns when its queue receives ``None``, and raises the
+error when its queue receives an error.  This queue type is written in C, so that an interrupt
+cannot damage it."""
 
 
 class ChangeFeed:
     """The waiting calls of one store (``waiters``), and the thread that wakes them.
 
-    ``head`` reads the head, and retries and raises as the store does;
-    ``start_watcher`` returns a new watcher.  If ``start_watcher`` or the watcher raises
-    :class:`WatcherBrokenError` or one of ``errors``, the feed polls the head for a
-    while.  The thread ends after ``idle_timeout_s`` seconds without a waiter.
+    ``head`` returns the head, and retries and raises as the store does; ``start_watcher``
+    returns a new watcher.  If ``start_watcher`` or the watcher raises
+    :class:`WatcherBrokenError` or one of ``errors``, the feed polls the head for a while.  The
+    thread ends after ``idle_timeout_s`` seconds without a waiter.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class ChangeFeed:
         self._idle_timeout_s = idle_timeout_s
         self._broken_errors: tuple[type[Exception], ...] = (WatcherBrokenError, *errors)
         self._lock = threading.RLock()
-        # The waiting calls, and for each call the seq that the head must exceed.
+        # Maps each waiting call to the seq that the head must exceed.
         self.waiters: dict[_Waiter, int] = {}
         self._thread: threading.Thread | None = None
         self._watcher: Watcher | None = None
@@ -161,7 +162,7 @@ class ChangeFeed:
         except Empty:
             return False
         finally:
-            # This statement comes first and is a single call: an interrupt cannot divide it.
+            # This statement is first and is a single call: an interrupt cannot stop it half-way.
             self.waiters.pop(waiter, None)
             if not (self._idle_timeout_s or self.waiters):
                 self._wake()
@@ -170,12 +171,12 @@ class ChangeFeed:
         try:
             raise error
         finally:
-            del error  # the error refers to this frame: this ends the reference cycle
+            del error  # the error refers to this frame: ``del`` ends the reference cycle
 
     def announce(self, seq: int) -> None:
-        """Wake the waiters whose seq is below ``seq``, the last committed seq.
+        """Wake each waiter whose ``after`` is below ``seq``, the newest committed seq.
 
-        A store does not have to call this method while there are no ``waiters``.
+        A store does not need to call this method while ``waiters`` is empty.
         """
         for waiter, after in list(self.waiters.items()):
             if seq > after:
@@ -204,7 +205,7 @@ class ChangeFeed:
     # -- the watching thread ------------------------------------------------
 
     def _start(self) -> None:
-        """Start the watching thread unless it is running."""
+        """Start the watching thread if it is not running."""
         with self._lock:
             if self._closed:
                 raise StoreClosedError(f"the store {self._location} is closed")

@@ -1,9 +1,9 @@
 """The steps of a compaction, in the same order for every store.
 
 A store implements each step in :class:`CompactionSteps`; this module fixes their
-order and applies the policy.  If the process is killed between two steps, the ledger
-stays intact: a published snapshot is complete, and after its publication no reader uses
-the entries that will be trimmed.
+order and applies the policy.  If the process is killed between two steps, the ledger stays intact.
+A published snapshot is complete, and after a snapshot is published, no reader uses the entries that
+will be trimmed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from taskstore.model.ids import Clock
 
 
 class CompactionPoint(NamedTuple):
-    """The last commit in the new snapshot: its seq and time (Unix milliseconds), and the floor
-    and the published snapshots when the compaction begins."""
+    """The seq and the time (Unix milliseconds) of the newest commit in the new snapshot, and the
+    floor and the published snapshots at the start of the compaction."""
 
     seq: int
     at: int
@@ -33,7 +33,7 @@ class CompactionPoint(NamedTuple):
 
 
 class Retained(NamedTuple):
-    """The new floor, and the seqs of all retained snapshots (one is the new snapshot)."""
+    """The floor after the compaction, and the seqs of all retained snapshots (also the new one)."""
 
     seqs: frozenset[int]
     floor: int
@@ -44,15 +44,15 @@ class CompactionSteps(ABC):
 
     @abstractmethod
     def stats(self, now: int) -> JournalStats:
-        """Return the size of the journal; does not take the compaction lock."""
+        """Return the size of the journal, without taking the compaction lock."""
 
     @abstractmethod
     def lock(self) -> AbstractContextManager[object]:
-        """Take the compaction lock; raises :class:`~taskstore.StoreBusyError` if it is not free."""
+        """Take the compaction lock, or raise :class:`~taskstore.StoreBusyError` if it is owned."""
 
     @abstractmethod
     def begin(self) -> CompactionPoint:
-        """Choose the last commit in the snapshot: the entries up to this commit are final."""
+        """Return the compaction point; the journal entries up to its commit no longer change."""
 
     @abstractmethod
     def publish(self, point: CompactionPoint, retained: Retained) -> int:
@@ -90,7 +90,7 @@ def compact(steps: CompactionSteps, policy: CompactionPolicy, clock: Clock) -> C
 
 
 def _retained(policy: CompactionPolicy, point: CompactionPoint, now: int) -> Retained:
-    """Return the snapshots to retain, including the new snapshot, and the resulting floor."""
+    """Return the snapshots to retain (including the new snapshot) and the floor that results."""
     snapshots = [snapshot for snapshot in point.snapshots if snapshot.seq != point.seq]
     snapshots.append(SnapshotInfo(point.seq, point.at))
     kept, floor = policy.retained(snapshots, head=point.seq, floor=point.floor, now=now)

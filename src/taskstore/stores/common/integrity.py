@@ -15,21 +15,21 @@ MAX_TASKS_NAMED = 3
 """The maximum number of tasks that one problem names."""
 
 Content = dict[str | bytes, tuple[int, TaskRecord | bytes]]
-"""By task id, the revision (0 if unknown) and the record.  A record that does not decode is kept as
-bytes.  If the task id is unknown too, these bytes are also the key."""
+"""Maps each task id to the revision (0 if unknown) and the record.  A record that does not decode
+is kept as bytes.  If its task id is unknown, these bytes are also the key."""
 
 
 class IntegrityCheck:
-    """Replays a ledger's journal from its floor, and compares the result with stored content.
+    """Replays a ledger's journal from the floor, and compares the result with stored content.
 
-    ``snapshots`` maps the seq of each retained snapshot to its name; ``read`` reads the
-    snapshot at a seq.  The store calls :meth:`journal`, then :meth:`compare` with its
+    ``snapshots`` maps the seq of each retained snapshot to the name of the snapshot; ``read``
+    reads the snapshot at a seq.  The store calls :meth:`journal`, then :meth:`compare` with the
     current records, then :meth:`report`.
 
-    After a gap in the journal, the state of a task is unknown until its next entry or the
-    next snapshot, so that the check reports each damage only once.  ``content`` is the
-    known content as of ``seq``.  ``complete`` is true if ``content`` covers every task.
-    ``problems`` are the problems as text.
+    After a gap in the journal, the check treats the state of each task as unknown until the
+    next entry of the task or the next snapshot.  Each damage is therefore reported only once.
+    ``content`` is the known content as of ``seq``.  ``complete`` is true if ``content`` covers
+    every task.  ``problems`` has one text for each problem found.
     """
 
     def __init__(
@@ -48,10 +48,11 @@ class IntegrityCheck:
     def journal(
         self, entries: Iterable[JournalEntry | CorruptStoreError], head: int | None = None
     ) -> None:
-        """Check the entries from the floor on, in order, and compare each snapshot at its seq.
+        """Check the entries from the floor on, in order, and compare each snapshot with the
+        replayed content at the snapshot's seq.
 
-        ``entries`` contains an error in place of entries that could not be read.  ``head``
-        is the expected last seq, for a store that keeps its head outside the journal.
+        ``entries`` contains an error in place of entries that could not be read.  ``head`` is the
+        expected seq of the newest entry, for a store that keeps the head outside the journal.
         """
         if not self.complete and self.seq not in self._snapshots:
             self.problems.append(f"there is no snapshot at seq {self.seq}, before the floor")
@@ -75,14 +76,14 @@ class IntegrityCheck:
         self.problems += [f"{self._snapshots[seq]} is ahead of head {last}" for seq in self._ahead]
 
     def _skip_gap(self, problem: str, seq: int) -> None:
-        """Continue after ``seq`` with unknown content."""
+        """Record ``problem``, and continue the replay after ``seq`` with unknown content."""
         if problem:
             self.problems.append(problem)
         self.content, self.complete, self.seq = {}, False, seq
         self._compare_snapshots()
 
     def _compare_snapshots(self) -> None:
-        """Compare the snapshots up to the current seq with the known content."""
+        """Compare each snapshot up to the current seq of the replay with the known content."""
         while self._ahead and self._ahead[-1] <= self.seq:
             seq = self._ahead.pop()
             try:
@@ -120,9 +121,9 @@ class IntegrityCheck:
             self.content[entry.task_id] = (entry.revision, entry.quarantined.raw)
 
     def compare(self, name: str, snapshot: Snapshot) -> None:
-        """Compare stored content with the journal's content; problems begin with ``name``.
+        """Compare a stored snapshot with the replayed content; problem texts begin with ``name``.
 
-        If the known content is incomplete, the stored content replaces the known content.
+        If the replayed content is incomplete, the stored snapshot replaces the replayed content.
         """
         stored, expected = _content_of(snapshot), self.content
         surplus = stored.keys() - expected.keys()
@@ -140,7 +141,7 @@ class IntegrityCheck:
             self.content, self.complete = stored, True
 
     def report(self) -> VerifyReport:
-        """Return the result, with at most ``MAX_PROBLEMS`` problems listed."""
+        """Return the report of the check; it lists at most ``MAX_PROBLEMS`` problems."""
         shown, more = self.problems[:MAX_PROBLEMS], len(self.problems) - MAX_PROBLEMS
         if more > 0:
             shown.append(f"and {more} more problems")

@@ -1,11 +1,12 @@
 """File locks between processes: the fair lock, and the lock owners.
 
-A process that polls a lock is often too late: the process that released the lock takes
-the lock again at once.  With a few busy writers a waiter can starve.  :class:`FairLock`
-prevents this with a queue: a waiter polls the lock only while it owns ``flock`` on a
-second file, the queue file.  The other waiters poll the queue file.  A process that has
-just released the lock polls the queue file too.  The queue protects no data.  A waiter
-that is killed leaves the queue, and the other waiters bypass a stopped waiter.
+A process that polls a lock often finds it taken, because the process that released the lock
+takes the lock again at once.  If a few writers are busy, a waiter can starve.
+:class:`FairLock` prevents starvation with a queue: a waiter polls the lock only while the
+waiter owns ``flock`` on a second file, the queue file.  The other waiters poll the queue file.
+A process that has just released the lock and needs it again polls the queue file too.  The
+queue only orders the waiters; it protects no data.  If a waiter is killed, it leaves the queue; if
+a waiter is stopped, the other waiters bypass it.
 
 :func:`lock_owners` asks the operating system which processes own a lock.
 """
@@ -25,17 +26,17 @@ QUEUE_TIMEOUT_S = 0.25
 
 _PAUSE_S = 0.0002
 _LONGEST_PAUSE_S = 0.01
-_AGING_S = 0.003  # after this wait, a waiter polls twice as often as a new waiter
+_AGING_S = 0.003  # after this time, in seconds, a waiter polls twice as often as a new waiter
 
 
 class FairLock:
-    """The queue of a lock, in the file ``path``; the first waiter creates this file.
+    """The queue of waiters for a lock, in the file ``path``; the first waiter creates this file.
 
     Threads that share an instance must exclude each other by another lock.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = os.fspath(path)  # three times as fast as a Path
+        self._path = os.fspath(path)  # a str is three times as fast as a Path
         self._descriptor = -1
         # True if this waiter ignores the queue, because a stopped waiter is at the front.
         self._bypasses = False
@@ -56,8 +57,8 @@ class FairLock:
                 if waited >= timeout_s:
                     return False
                 # The polling rate grows with the time waited, so that new waiters seldom
-                # overtake this waiter.  The rate falls only if the lock owner keeps the lock
-                # for longer than a commit takes.
+                # overtake this waiter.  The polling rate falls only if the lock owner keeps the
+                # lock for longer than a commit takes.
                 eager = _PAUSE_S / (1 + min(waited, 7 * _AGING_S) / _AGING_S)
                 pause = max(eager, min((waited - QUEUE_TIMEOUT_S) / 100, _LONGEST_PAUSE_S))
                 jittered = pause * random.uniform(0.5, 1)  # noqa: S311 (jitter)
@@ -68,7 +69,7 @@ class FairLock:
                 fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def close(self) -> None:
-        """Close the file.  A second call does nothing."""
+        """Close the queue file.  A second call does nothing."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -89,7 +90,8 @@ class FairLock:
 
 _LOCKS = Path("/proc/locks")
 _LOCK_FIELD_COUNT = 8
-"""The number of fields in the line of a granted lock; the line of a waiter has one field more."""
+"""The number of fields in a line of ``/proc/locks`` for a granted lock; a line for a waiter has one
+field more."""
 _COMMAND_WORDS = 4
 _COMMAND_LENGTH = 80
 _SENSITIVE = re.compile(r"^--?[^=]+=|://|^--?(pass|pw|token|secret|key)", re.IGNORECASE)
@@ -98,9 +100,9 @@ _SENSITIVE = re.compile(r"^--?[^=]+=|://|^--?(pass|pw|token|secret|key)", re.IGN
 def lock_owners(path: str | Path, *, byte: int | None = None) -> tuple[str, ...]:
     """Describe the processes that own an exclusive lock on a file, or on one ``byte`` of a file.
 
-    Returns an empty result if one of these is true: (a) the system is not Linux; (b) the
-    file system reports other inode numbers; (c) the owner runs on another machine or in
-    another container.
+    The result is also empty if one of these is true: (a) the system is not Linux; (b) the file
+    system reports other inode numbers; (c) the owner runs on another machine or in another
+    container.
     """
     try:
         status = os.stat(path)  # noqa: PTH116 - a locked file must not be opened

@@ -1,16 +1,16 @@
 """The retry policy for storage errors: backoff, circuit breaker, contention.
 
-Conflicts between writers (:class:`~taskstore.ConflictError`) are not retried here but in
-``registry/commit.py``.  The SQL store runs each call in a loop of attempts::
+This module does not retry conflicts between writers (:class:`~taskstore.ConflictError`);
+``registry/commit.py`` retries them.  The SQL store runs each call in a loop of attempts::
 
     for attempt in policy.attempts():
         with attempt:
             return work()
 
-If an attempt fails with a storage error that a retry can resolve, the attempt sleeps and
-suppresses the error, so that the loop continues.  If a retry cannot help, or the retry
-timeout has expired, the attempt raises the store's own error.  The attempt does not catch
-any other error.
+If an attempt fails with a storage error that a retry can resolve, the :class:`Attempt` sleeps
+and suppresses the error, so that the loop continues.  If a retry cannot resolve the storage
+error, or the retry timeout has expired, the :class:`Attempt` raises the store's own error.  The
+:class:`Attempt` does not catch errors that are not storage errors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BUSY_TIMEOUT_S = 30.0
 RECONNECT_S = 30.0
 """How long a server can be unavailable before calls raise an error, in seconds."""
 PROBE_INTERVAL_S = 0.25
-"""The interval between attempts to reach a server after the retry timeout, in seconds."""
+"""After the retry timeout, the interval between two attempts to reach a server, in seconds."""
 
 
 class Backoff:
@@ -49,7 +49,7 @@ class Backoff:
         self._next_s = first_s
 
     def next_s(self) -> float:
-        """Return the next pause in seconds: between half and all of the nominal pause."""
+        """Return the next pause in seconds: a random part, at least half, of the nominal pause."""
         pause = self._next_s
         self._next_s = min(self._growth * pause, self._longest_s)
         return random.uniform(pause / 2, pause)  # noqa: S311 - jitter is no secret
@@ -59,17 +59,17 @@ class Backoff:
         time.sleep(self.next_s())
 
     def reset(self) -> None:
-        """Start with the shortest pause again."""
+        """Make the next pause the shortest pause again."""
         self._next_s = self._first_s
 
 
 class CircuitBreaker:
-    """The outage of a server, shared by all calls.
+    """The state of a server's outage, shared by all calls of a store.
 
-    A call retries until ``timeout_s`` seconds after the first failure of the outage, even
-    if the call started later.  A call that waited for another call therefore does not
-    wait for the same timeout again.  While the circuit is open, calls fail without an
-    attempt to connect, because an attempt can take seconds.
+    During an outage, a call retries until ``timeout_s`` seconds after the first failure of the
+    outage, even if the call started later than this failure.  If a call first had to wait for
+    another call, it therefore does not wait for the full timeout again.  While the circuit is
+    open, calls fail without an attempt to connect, because an attempt can take seconds.
     """
 
     def __init__(self, location: str, timeout_s: float) -> None:
@@ -82,8 +82,8 @@ class CircuitBreaker:
         ``None`` while the server answers."""
 
     def check(self) -> None:
-        """Raise :class:`~taskstore.StoreUnavailableError` if the retry timeout has expired
-        and the last attempt failed less than ``PROBE_INTERVAL_S`` ago."""
+        """Raise :class:`~taskstore.StoreUnavailableError` if the retry timeout has expired and the
+        most recent attempt failed less than ``PROBE_INTERVAL_S`` seconds ago."""
         with self._lock:
             if self.outage is None:
                 return
@@ -102,12 +102,12 @@ class CircuitBreaker:
         with self._lock:
             began, failed = self.outage or (now, now)
             if attempted_at - failed > max(self._timeout_s, PROBE_INTERVAL_S):
-                began = now  # after so long without an attempt, a new outage begins
+                began = now  # after so long without a failure, a new outage begins
             self.outage, self._message = (began, now), message
             return now - began >= self._timeout_s
 
     def close(self) -> None:
-        """Record that the server answers."""
+        """Record that the server has answered: the outage, if there was one, has ended."""
         with self._lock:
             self.outage = None
 
@@ -124,9 +124,9 @@ class Contention:
         self._last_position: object = None
 
     def made_progress(self) -> bool:
-        """Return whether another writer has committed since the last call.
+        """Return whether another writer has committed since the previous call of this method.
 
-        The first call returns true, so that the caller waits for another timeout.
+        The first call of this method returns true, so that the caller waits for one more timeout.
         """
         position = self._position()
         if position is None:
@@ -141,9 +141,9 @@ class FailureKind(Enum):
     PERMANENT = "permanent"
     """A retry would fail in the same way."""
     LOCK_BUSY = "lock busy"
-    """Another process owns a lock without a queue: retry soon and often."""
+    """Another process owns a lock that has no queue of waiters: retry soon and often."""
     LOCK_TIMEOUT = "lock timeout"
-    """The server has waited for a lock until the server's own timeout."""
+    """The server waited for a lock until the server's own lock timeout expired."""
     SERIALIZATION = "serialization"
     """A deadlock or serialization failure: run the transaction again."""
     UNAVAILABLE = "unavailable"
@@ -151,7 +151,7 @@ class FailureKind(Enum):
 
 
 class UnconfirmedCommitError(Exception):
-    """COMMIT was sent and the server did not answer; the cause is the driver's error."""
+    """A COMMIT was sent, but the server did not answer; the cause is the driver's error."""
 
 
 class ErrorTranslation(Protocol):
@@ -167,7 +167,7 @@ class ErrorTranslation(Protocol):
         """Return the store's own error for a driver's error."""
 
     def cause(self, error: BaseException) -> BaseException | None:
-        """Return the exception that the store's own error gets as its cause."""
+        """Return the exception to set as the cause of the store's error; ``None`` for no cause."""
 
     def text(self, error: BaseException) -> str:
         """Return the driver's message on one line."""
@@ -176,9 +176,10 @@ class ErrorTranslation(Protocol):
 class RetryPolicy:
     """Decides whether and for how long the calls of one store are retried.
 
-    All calls share the retry timeout of a server outage.  A write is retried as long
-    as the other writers make progress.  ``position`` is as in :class:`Contention`;
-    ``owners`` returns the lock owners, or ``None`` if the owners are unknown.
+    All calls share the retry timeout of a server outage.  A write that waits for other writers
+    is retried as long as they make progress.  ``position`` has the same meaning as in
+    :class:`Contention`; ``owners`` returns the lock owners, or ``None`` if the lock owners are
+    unknown.
     """
 
     def __init__(
@@ -195,15 +196,15 @@ class RetryPolicy:
         self.owners = owners
 
     def attempts(self, *, reads_back: bool = False) -> Iterator[Attempt]:
-        """Return the attempts of one call; an attempt that must not be retried raises its error.
+        """Return the attempts of one call; an attempt raises its error if a retry is not allowed.
 
-        An unconfirmed COMMIT is retried like any other work.  With ``reads_back``, the
-        caller instead checks :attr:`Attempt.unconfirmed` and reads the outcome back.
+        If ``reads_back`` is false, an unconfirmed COMMIT is retried like any other work.  If it is
+        true, the caller checks :attr:`Attempt.unconfirmed` and reads the outcome back.
         """
         return repeat(Attempt(self, reads_back))
 
     def raise_translated(self, error: BaseException) -> NoReturn:
-        """Raise the store's own error for an error of its driver."""
+        """Raise the store's own error for an error of the driver."""
         own = self.translation.translate(error)
         if isinstance(own, StoreBusyError) and own.hint is None and self.position is not None:
             owners = tuple(self.owners() or ())
@@ -225,7 +226,7 @@ class Attempt:
         self._backoff: Backoff | None = None
         self._contention: Contention | None = None
         self.unconfirmed = False
-        """True if the last attempt sent a COMMIT that the server did not answer."""
+        """True if the most recent attempt sent a COMMIT that the server did not answer."""
 
     def __enter__(self) -> None:
         self.unconfirmed = False
@@ -246,10 +247,10 @@ class Attempt:
         return True
 
     def _pause_or_raise(self, error: BaseException) -> None:
-        """Sleep before the next attempt; raise if the call must not be retried."""
+        """Sleep before the next attempt, or raise an error if the call must not be retried."""
         policy = self._policy
         if self.unconfirmed and self._reads_back:
-            return  # the caller first reads back the outcome of the commit
+            return  # the caller reads back the outcome of the COMMIT before it retries
         kind = policy.translation.failure_kind(error)
         if kind is FailureKind.PERMANENT:
             expired = True
@@ -269,11 +270,11 @@ class Attempt:
         self._attempted_at = time.monotonic()
 
     def _expired(self, timeout_s: float) -> bool:
-        """Return whether this call has waited for other writers for ``timeout_s`` seconds."""
+        """Return whether this call has waited for ``timeout_s`` seconds without progress."""
         position = self._policy.position
         if position is None:
             return time.monotonic() - self._waiting_since >= timeout_s
-        # Two readings of the position, half a timeout apart, show whether writers progress.
+        # Two readings of the position, half a timeout apart, show whether writers make progress.
         if time.monotonic() - self._waiting_since < timeout_s / 2:
             return False
         if self._contention is None:

@@ -1,12 +1,12 @@
 """Compaction: fold the journal into a snapshot, publish the snapshot, trim.
 
-The compactor takes the write lock twice, each time for a moment.  First the compactor
-begins a new segment at seq N + 1; after that, the files up to N do not change.  Then the
-compactor reads the old snapshot as a stream and merges it with the last payload of each
-task in the journal; only keys are in memory.  The compactor publishes the snapshot at N,
-which moves the floor: the snapshot's header declares the new floor.  The compactor takes
-the lock again to show other processes that the floor has moved.  Last, the compactor
-removes the files below the floor, oldest first.
+The compactor takes the write lock twice, each time for a short time.  First the compactor
+begins a new segment at seq N + 1; after that, the files with entries up to seq N do not change.
+Then the compactor reads the old snapshot as a stream and merges it with the newest payload of
+each task in the journal; only keys are in memory.  The compactor publishes the snapshot at seq
+N.  The publication moves the floor, because the snapshot's header declares the new floor.  The
+compactor takes the write lock again to show other processes that the floor has moved.  Finally, the
+compactor removes the files below the floor, oldest first.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from taskstore.stores.jsonfile.segments import CommitLocation, SegmentReader
 from taskstore.stores.jsonfile.writing import Writer
 
 COMPACT_LOCK_TIMEOUT_S = 5.0
-"""How long a compaction waits for its lock, in seconds.  A writer that removes leftover files
-takes the same lock."""
+"""How long a compaction waits for the compaction lock, in seconds.  A writer that removes leftover
+files takes the same lock."""
 
 
 class Compaction(CompactionSteps):
-    """The steps of one compaction.  With ``erase``, the compaction also removes the saved torn
-    lines.
+    """The steps of one compaction.  If ``erase`` is true, the compaction also removes the saved
+    torn lines.
 
     ``superseded`` are the quarantined payloads of trimmed entries.
     """
@@ -83,7 +83,7 @@ class Compaction(CompactionSteps):
             layout = self._layout = self._writer.roll()
             seq, at = self._writer.end.seq, self._writer.end.at
         directory = layout.directory
-        # The writer's layout can still contain snapshots that the last compaction removed.
+        # The writer's layout can still contain snapshots that the previous compaction removed.
         snapshots = tuple(
             SnapshotInfo(seq, read_snapshot_header(directory, seq).at)
             for seq in read_layout(directory).snapshots
@@ -113,16 +113,16 @@ class Compaction(CompactionSteps):
             self._remove(tuple(layout.directory.glob(f"*{TORN}")))
 
     def _remove(self, paths: tuple[Path, ...]) -> None:
-        """Remove files in the given order, and fsync the directory.  A crash therefore cannot
-        restore one of these files after a later call has removed other files."""
+        """Remove files in the given order, and fsync the directory.  A crash after this call
+        therefore cannot restore one of these files."""
         if paths:
             self._writer.disk.remove_all(paths)
             self._writer.disk.sync_directory(self._layout.directory)
 
 
 class _PayloadLocation(Struct, frozen=True, gc=False):
-    """The location of a task's last payload.  There are many instances, which the garbage collector
-    does not track."""
+    """The location of a task's newest payload.  There are many instances; the garbage collector
+    does not track them."""
 
     segment: int
     offset: int
@@ -130,7 +130,7 @@ class _PayloadLocation(Struct, frozen=True, gc=False):
 
 
 def _quarantine_damaged(entry: Entry, where: str) -> Quarantined | None:
-    """Return an entry's payload if the payload does not decode or is another change's record."""
+    """Return an entry's payload if it is undecodable or of another change, else ``None``."""
     item = decode_entry(entry, where, strict=False)
     if isinstance(item, Quarantined):
         return item
@@ -141,7 +141,7 @@ def _quarantine_damaged(entry: Entry, where: str) -> Quarantined | None:
 
 
 class Merge:
-    """The newest snapshot merged with each task's last payload in the journal up to ``seq``.
+    """The newest snapshot merged with the newest payload of each task in the journal up to ``seq``.
 
     Only keys are in memory.  A payload without readable keys is quarantined; every
     other payload is copied as bytes, even if it does not decode.  ``superseded`` are the
@@ -154,9 +154,9 @@ class Merge:
         self._layout = layout
         self._floor = floor
         self._last_states: dict[str, _PayloadLocation | Quarantined | None] = {}
-        """By task id, the last payload in the journal; ``None`` if the task was deleted."""
+        """Maps task ids to the newest payload in the journal; ``None`` if the task was deleted."""
         self._damaged: dict[str, Quarantined] = {}
-        """By task id, the last payload of an entry below the floor that does not decode."""
+        """Maps each task id to its newest payload below the floor that does not decode."""
         self._superseded: dict[str, list[Quarantined]] = {}
         self._unidentified: list[Quarantined] = []
         if layout.newest is not None:
@@ -177,7 +177,7 @@ class Merge:
             task_id = entry.task_id
             replaced = self._damaged.pop(task_id, None)
             if entry.kind is EntryKind.DELETED:
-                # The deletion of a task removes its superseded payloads too.
+                # The deletion of a task also removes the superseded payloads of the task.
                 self._superseded.pop(task_id, None)
                 if since_newest:
                     self._last_states[task_id] = None
@@ -208,7 +208,7 @@ class Merge:
             yield payload
 
     def _journal_payloads(self) -> Iterator[tuple[str, bytes]]:
-        """Yield the payloads of the journal with their task ids."""
+        """Yield the task id and the newest payload of each task in the journal."""
         with contextlib.ExitStack() as stack:
             files = {
                 segment.first: stack.enter_context(segment.path.open("rb"))
@@ -228,7 +228,7 @@ class Merge:
             yield item
 
     def _snapshot_payloads(self) -> Iterator[tuple[str, bytes]]:
-        """Yield task id and payload from the old snapshot for each task without later entries."""
+        """Yield task id and payload of each task in the old snapshot that has no journal entry."""
         layout = self._layout
         if layout.newest is None:
             return

@@ -1,6 +1,6 @@
 """The writer's index: revisions, dedup keys and deletions, without the records.
 
-A load of the records also fills the index.
+:func:`load`, which loads the records, also fills the index.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Index:
         self._add_dedup_key(dedup_key(item), item.task_id)
 
     def add_snapshot(self, snapshot: Snapshot) -> None:
-        """Add all records of a snapshot, and the known keys of its quarantined records."""
+        """Add the keys of a snapshot's records, and the known keys of its quarantined records."""
         for record in snapshot.records.values():
             self._add(record)
         for item in snapshot.quarantined:
@@ -79,7 +79,7 @@ class Index:
                 self.revisions[item.task_id] = item.revision or 0
 
     def replay(self, line: Line) -> None:
-        """Add a commit of the journal."""
+        """Add the changes of a commit that was read from the journal."""
         for entry in line.entries:
             if entry.kind is EntryKind.DELETED:
                 self._remove(entry.task_id, line.seq)
@@ -91,7 +91,7 @@ class Index:
                     self._add_dedup_key(dedup_key(keys), entry.task_id)
 
     def commit(self, steps: Sequence[Step], seq: int) -> None:
-        """Add a commit of this writer, whose first seq is ``seq``."""
+        """Add the changes of a commit of this writer; ``seq`` is the first seq of the commit."""
         for step in steps:
             if step.record is None:
                 self._remove(step.task_id, seq)
@@ -124,10 +124,11 @@ class Index:
 def load(
     layout: Layout, *, strict: bool, index: Index | None = None
 ) -> tuple[Snapshot, JournalOffset]:
-    """Return the newest snapshot folded with the journal, and the end of the journal.
+    """Return the current records (the newest snapshot folded with the journal), and the position of
+    the journal's end.
 
-    Only the last entry of each task is decoded.  ``index``, if given, must be empty; the
-    keys of all tasks are added to the index.
+    Only the newest entry of each task is decoded.  ``index``, if given, must be empty; the keys of
+    all tasks are added to ``index``.
     """
     records: dict[str, TaskRecord] = {}
     quarantined: list[Quarantined] = []

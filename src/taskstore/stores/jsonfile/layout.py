@@ -2,13 +2,13 @@
 
 - The newest snapshot has the highest seq; its header declares the floor.  Publishing
   a snapshot moves the floor.  Files below the floor are obsolete and are removed later.
-- A segment marked ``base`` is live only if the snapshot before the segment exists: the
+- A segment marked ``base`` is live only if the snapshot before the segment exists, because the
   segment is created first, and the published snapshot then replaces the content.
-- The live files must belong to one ledger and have no gaps; else the store is corrupt.
+- The live files must belong to one ledger without gaps between seqs; else the store is corrupt.
 
 A published file was written as ``*.tmp`` and flushed to disk before its rename, and the
-directory is flushed afterwards.  A crash therefore leaves either the old file or the
-new file (:mod:`taskstore.store.disk`).
+directory is flushed to disk after the rename.  A crash therefore leaves either the old file or the
+complete new file (:mod:`taskstore.store.disk`).
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _BUFFER = 1 << 20
 class LedgerSnapshotHeader(codec.SnapshotHeader, frozen=True):
     """The first line of a snapshot file: the common header, and the fields of this store.
 
-    ``deleted`` are the deletions that are still in the journal before the snapshot: by
-    task id, a seq of the commit that deleted the task.
+    ``deleted`` has the deletions that are still in the journal before the snapshot.  It maps each
+    deleted task id to a seq of the commit that deleted the task.
     """
 
     ledger: str
@@ -57,7 +57,7 @@ class LedgerSnapshotHeader(codec.SnapshotHeader, frozen=True):
 
 
 class SegmentFile(NamedTuple):
-    """One live segment; its commits begin at the offset ``start``."""
+    """One live segment; the first commit of the segment begins at the offset ``start``."""
 
     first: int
     path: Path
@@ -71,10 +71,10 @@ class SegmentFile(NamedTuple):
 class JournalOffset(NamedTuple):
     """A position in the journal: the byte ``offset`` in the segment ``first``.
 
-    ``seq`` and ``at`` are of the last entry before the position.  ``line_offset`` is the
-    offset of the last line before the position, and ``line_prefix`` is the start of this
-    line (empty before the first commit of a segment).  The prefix and the segment's
-    ``inode`` show later whether the position is still valid.
+    ``seq`` and ``at`` are the seq and the time of the last entry before the position.
+    ``line_offset`` is the offset of the last line before the position, and ``line_prefix`` is
+    the start of this line (empty before the first commit of a segment).  The prefix and the
+    segment's ``inode`` show later whether the position is still valid.
     """
 
     first: int
@@ -87,11 +87,11 @@ class JournalOffset(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The live files of a ledger, from one reading of the directory.
+    """The live files of a ledger, as found by one reading of the directory.
 
-    ``segments`` and ``snapshots`` (seqs) are ascending.  ``obsolete`` are the files to
-    remove, in this order.  ``missing_history`` is a notice that the floor is higher than
-    declared, because segments are missing.
+    ``segments`` and ``snapshots`` (seqs) are ascending.  ``obsolete`` has the files to remove,
+    in order of removal.  ``missing_history`` is a notice that the floor is higher than the declared
+    floor, because segments are missing.
     """
 
     directory: Path
@@ -104,7 +104,7 @@ class Layout(NamedTuple):
 
     @property
     def is_empty(self) -> bool:
-        """Return whether there is no ledger yet."""
+        """Return whether the directory contains no ledger yet."""
         return not self.segments
 
     @property
@@ -129,7 +129,7 @@ class Layout(NamedTuple):
         )
 
     def holds(self, position: JournalOffset) -> bool:
-        """Return whether a stored position is still valid."""
+        """Return whether a stored journal position is still valid."""
         for segment in self.segments:
             if (segment.first, segment.inode) == (position.first, position.inode):
                 with segment.path.open("rb") as file:
@@ -148,7 +148,7 @@ def retry_while_changing(directory: Path, work: Callable[[int], _T]) -> _T:
     """Call ``work`` with the number of the attempt, from 1, until ``work`` returns.
 
     A compactor removes files while readers use them, and a file that another process is
-    changing can seem damaged.  In both cases the work is retried a few times.
+    changing can seem damaged.  In these two cases ``work`` is called again, a few times at most.
     """
     attempt = damaged = 0
     backoff = Backoff(_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S)
@@ -169,10 +169,10 @@ def retry_while_changing(directory: Path, work: Callable[[int], _T]) -> _T:
 def read_layout(directory: Path) -> Layout:
     """Return the live files of a directory.
 
-    Raises :class:`CorruptStoreError` if the files are not one ledger, and ``OSError`` if
-    the directory cannot be read or another process removes a file meanwhile.
+    Raises :class:`CorruptStoreError` if the files are not one ledger, and ``OSError`` if the
+    directory cannot be read or another process removes a file during the call.
     """
-    snapshots, firsts = parse_file_names(os.listdir(directory))  # noqa: PTH208 - half the time
+    snapshots, firsts = parse_file_names(os.listdir(directory))  # noqa: PTH208 - twice as fast
     newest = read_snapshot_header(directory, snapshots[-1]) if snapshots else None
     declared = newest.floor if newest is not None else 1
     segments: list[SegmentFile] = []
@@ -206,7 +206,7 @@ def read_layout(directory: Path) -> Layout:
 
 
 def _read_segment(path: Path, first: int) -> SegmentFile:
-    """Read the header of a segment."""
+    """Return a segment, after reading its header."""
     with path.open("rb") as file:
         inode = os.fstat(file.fileno()).st_ino
         line = file.readline()
@@ -239,7 +239,7 @@ def open_snapshot(
 
 
 def read_snapshot_header(directory: Path, seq: int) -> LedgerSnapshotHeader:
-    """Return the header of a snapshot; does not verify the file's checksum."""
+    """Return the header of a snapshot without verifying the file's checksum."""
     with open_snapshot(directory, seq) as reader:
         if reader.header.seq != seq:
             path = str(directory / snapshot_name(seq))
@@ -265,7 +265,8 @@ def read_snapshot(layout: Layout, seq: int, *, strict: bool) -> Snapshot:
 
 
 def _damaged_hint(directory: Path, seq: int) -> str | None:
-    """Return a hint how to read the ledger without its newest snapshot; ``None`` if impossible."""
+    """Return a hint that says how to read the ledger without its newest snapshot; ``None`` if this
+    is impossible."""
     snapshots, segments = parse_file_names(entry.name for entry in directory.iterdir())
     is_newest = snapshots[-1:] == [seq]
     for older in (*reversed(snapshots[:-1]), 0) if is_newest else ():
@@ -297,7 +298,8 @@ def _missing(segment: Path) -> CorruptStoreError:
 
 
 def _check_one_ledger(layout: Layout) -> None:
-    """Raise if the files belong to different ledgers, or no segment follows the newest snapshot."""
+    """Raise an error if the files belong to different ledgers, or no segment follows the newest
+    snapshot."""
     for segment in layout.segments:
         if segment.identity != layout.identity:
             raise CorruptStoreError(

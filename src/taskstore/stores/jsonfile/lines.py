@@ -1,7 +1,7 @@
 """The lines of a segment: a header, then one commit per line.
 
 A line is ``{"crc":"xxxxxxxx",…}`` and a newline; the CRC-32 covers the bytes between
-the first comma and the newline.  Bytes that do not match their checksum are not a line.
+the first comma and the newline.  If bytes do not match their checksum, they are not a line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from taskstore.model.records import PAYLOAD_DEPTH, TaskRecord
 
 JOURNAL_FORMAT = "taskstore-journal/1"
 LINE_PREFIX_BYTES = 18
-"""The length of the prefix that identifies a line: ``{"crc":"xxxxxxxx",``."""
+"""The length of the prefix that identifies a line; the prefix is ``{"crc":"xxxxxxxx",``."""
 
 _EMPTY = Raw(b"")
 _encoder = msgspec.json.Encoder()
@@ -36,8 +36,8 @@ class Header(Struct, frozen=True):
     """The first line of a segment.
 
     ``seq`` is the first seq of the segment, ``at`` is the time of the entry before
-    the segment (Unix milliseconds).  ``base`` is true if the segment continues no earlier
-    segment, but a snapshot that replaced the whole content.
+    the segment (Unix milliseconds).  ``base`` is true if the segment does not continue an earlier
+    segment, but continues a snapshot that replaced the whole content.
     """
 
     format: str
@@ -49,7 +49,7 @@ class Header(Struct, frozen=True):
 
 
 class Entry(Struct, frozen=True, gc=False):
-    """One change of a commit; ``record`` is the payload, empty for a deletion."""
+    """One change of a commit; ``record`` is the payload; it is empty for a deletion."""
 
     kind: EntryKind
     task_id: str
@@ -58,7 +58,7 @@ class Entry(Struct, frozen=True, gc=False):
 
 
 class Line(Struct, frozen=True, gc=False):
-    """One commit: its first entry has the seq ``seq``."""
+    """One commit, whose first entry has the seq ``seq``."""
 
     commit: str
     seq: int
@@ -95,7 +95,7 @@ def encode_header(identity: Identity, *, seq: int, at: int, base: bool = False) 
 
 
 def decode_header(line: bytes, where: str) -> Header:
-    """Return the header in an intact first line; raises :class:`CorruptStoreError` if invalid."""
+    """Return the header in an intact first line, or raise :class:`CorruptStoreError`."""
     try:
         codec.check_nesting(line)
         header = _header_decoder.decode(line)
@@ -143,7 +143,7 @@ def encode_commit(commit: Commit, entries: bytes) -> bytes:
 
 
 def decode_commit(line: bytes, where: str, offset: int) -> Line:
-    """Return the commit in an intact line; raises :class:`CorruptStoreError` if invalid."""
+    """Return the commit in an intact line, or raise :class:`CorruptStoreError`."""
     try:
         codec.check_nesting(line, PAYLOAD_DEPTH + _RECORD_DEPTH)
         decoded = _line_decoder.decode(line)
@@ -184,7 +184,8 @@ def journal_entry(line: Line, index: int, where: str, *, strict: bool) -> Journa
 
 
 def decode_entry(entry: Entry, where: str, *, strict: bool) -> TaskRecord | Quarantined:
-    """Return the record of an entry, or its quarantined payload; if ``strict``, raise instead."""
+    """Return the record of an entry.  If the payload does not decode, raise
+    :class:`CorruptStoreError` if ``strict`` is true, else return the quarantined payload."""
     if strict:
         return codec.decode_record(bytes(entry.record), where)
     item = codec.decode_or_quarantine(bytes(entry.record), where)

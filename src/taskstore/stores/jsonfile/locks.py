@@ -1,12 +1,12 @@
 """Locks between processes with flock, and the writers' shared state.
 
-The file ``lock`` also contains the line ``<pid> <generation> <synced> <synced>``.
-``pid`` is the process id of the last writer, for messages.  ``generation`` changes when
-the set of files changes or a segment is truncated: the lock owner makes the number odd
-before the change and even afterwards.  ``synced`` is the offset in the last segment up to
-which all bytes are flushed to disk, so that the next writer does not flush them again.
-The offset is written twice; if the two copies differ, the offset is unknown.  Only
-running processes use this line, so the line is never flushed to disk.
+The file with the name ``lock`` also contains the line ``<pid> <generation> <synced> <synced>``.
+``pid`` is the process id of the last writer, for messages.  ``generation`` changes when the set
+of files changes or a segment is truncated: the lock owner makes ``generation`` odd before the
+change and even afterwards.  ``synced`` is the offset in the last segment up to which all bytes
+are flushed to disk, so that the next writer does not flush these bytes again.  The offset is
+written twice; if the two copies differ, the offset is unknown.  Only running processes use this
+line, so the line is never flushed to disk.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from taskstore.stores.common.locks import FairLock, describe_owners, describe_pr
 
 _FIELD_COUNT = 4
 STATE_BYTES = 74
-"""The length of the line in the lock file."""
+"""The length of the line in the lock file, in bytes."""
 
 
 class FileLock:
@@ -42,7 +42,7 @@ class FileLock:
         the lock: an interrupt could prevent a release method from running."""
         self._disk = disk
         self.queue = FairLock(path.with_name(f"{path.name}.turn"))
-        """The queue of waiters: ``queue.wait(lock.try_acquire, timeout_s)``."""
+        """The queue of waiters; a waiter calls ``queue.wait(lock.try_acquire, timeout_s)``."""
         self._name = os.fspath(path)
         self._file_id = (0, 0)
 
@@ -53,19 +53,19 @@ class FileLock:
                 self._open()
             try:
                 fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                status = os.stat(self._name)  # noqa: PTH116 - half the time
+                status = os.stat(self._name)  # noqa: PTH116 - takes half the time of Path.stat
                 if (status.st_ino, status.st_dev) == self._file_id:
                     return True
             except BlockingIOError:
                 return False
             except FileNotFoundError:
                 pass
-            # The file was removed or replaced: its lock does not exclude users of a new file.
+            # The lock file was removed or replaced: its lock does not exclude users of a new file.
             self._close()
 
     def close(self) -> None:
-        """Close the files.  This releases the lock, except in a forked child: the parent still
-        has the files open.  A second call does nothing."""
+        """Close the lock file and the queue file.  This releases the lock, except in a forked
+        child, because the parent still has the files open.  A second call does nothing."""
         self.queue.close()
         self._close()
 
@@ -81,15 +81,16 @@ class FileLock:
 
     @contextmanager
     def held(self, timeout_s: float, role: str) -> Iterator[None]:
-        """Keep the lock during the body, then close the file.  If the lock is not free in time,
-        raises :class:`StoreBusyError`, which names ``role`` as the lock owner."""
+        """Take the lock, keep the lock during the body, then close the lock file.  If the lock
+        is not free in time, raises :class:`StoreBusyError`, which names ``role`` as the lock
+        owner."""
         try:
             wait = self.queue.wait
             if not (self.try_acquire() or (timeout_s > 0 and wait(self.try_acquire, timeout_s))):
                 raise busy_error(self.path, role, timeout_s)
             yield
         finally:
-            # The release must not raise: the work under the lock is complete.
+            # The release must not raise an error, because the work under the lock is complete.
             try:
                 if self.descriptor >= 0:
                     fcntl.flock(self.descriptor, fcntl.LOCK_UN)
@@ -101,10 +102,10 @@ class FileLock:
 class WriteLock(FileLock):
     """The lock of the directory's writers, with the state in the lock file.
 
-    ``generation`` is the current generation of the files, ``known_generation`` is the
-    generation of the owner's layout, ``None`` if the layout can be outdated.  ``synced`` is
-    the offset in the last segment up to which all bytes are flushed to disk in this
-    generation; 0 if the offset is unknown.
+    ``generation`` is the current generation of the files.  ``known_generation`` is the
+    generation of the owner's layout; ``None`` if the layout can be outdated.  ``synced`` is the
+    offset in the last segment up to which all bytes are flushed to disk in this generation; 0
+    if the offset is unknown.
     """
 
     def __init__(self, path: Path, disk: Disk) -> None:
@@ -113,8 +114,8 @@ class WriteLock(FileLock):
         self.known_generation: int | None = None
         self.synced = 0
         self.state: bytes | None = None
-        """The line last read or written.  The attributes are current while the file contains this
-        line.
+        """The line most recently read or written.  The attributes are current while the lock file
+        contains this line.
         """
         self._pid = os.getpid()
 
@@ -124,8 +125,8 @@ class WriteLock(FileLock):
         super()._open()
 
     def load_state(self, state: bytes) -> None:
-        """Set the state from the lock file, and record this process as the last writer.  Requires
-        the lock."""
+        """Set the attributes from the line of the lock file, and record this process as the
+        last writer.  Requires the lock."""
         pid, self.generation, self.synced = _parse(state)
         self.state = state
         if pid == 0:
@@ -136,16 +137,17 @@ class WriteLock(FileLock):
 
     def record_synced(self, offset: int) -> None:
         """Record that the last segment is flushed to disk up to ``offset``.  Requires the lock and
-        the completed fsync.  Never raises: without the record, the next writer flushes again."""
+        the completed fsync.  Never raises: if the offset is not recorded, the next writer flushes
+        the bytes again."""
         self.synced = offset
         with contextlib.suppress(OSError):
             self._write_state()
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Mark the set of files as changing during the body.  Requires the lock.
+        """Mark the ledger's set of files as changing during the body.  Requires the lock.
 
-        If the body raises, the generation stays odd: the next writer reads the directory
+        If the body raises, the generation stays odd.  The next writer then reads the directory
         again and removes leftover files.
         """
         self.generation += 1 + self.generation % 2
@@ -176,7 +178,7 @@ class WriteLock(FileLock):
 def read_generation(path: Path) -> tuple[int, int] | None:
     """Return the generation and the inode of the lock file; takes no lock.
 
-    Returns ``None`` if the generation is unknown or odd.
+    Returns ``None`` if the generation is unknown, or odd because of a change in progress.
     """
     try:
         with path.open("rb", buffering=0) as file:
@@ -205,7 +207,7 @@ def busy_error(path: Path, role: str, waited_s: float) -> StoreBusyError:
 
 
 def _parse(state: bytes) -> tuple[int, int, int]:
-    """Return pid, generation and synced offset; 0 for each unknown value."""
+    """Return the pid, the generation and the synced offset in a line; 0 for each unknown value."""
     fields = state.split()
     if len(fields) != _FIELD_COUNT or not all(field.isdigit() for field in fields):
         return 0, 0, 0

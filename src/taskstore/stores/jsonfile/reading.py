@@ -1,8 +1,8 @@
 """The lock-free reader, which is consistent while other processes change files.
 
 The reader reads the directory once, and again only when the generation in the lock
-file has changed.  If a file disappears or seems damaged, it is possible that another
-process is changing the files, so the reader retries a few times.
+file has changed.  If a file disappears or seems damaged, another process is possibly changing the
+files, so the reader retries the read a few times.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _seq_of = operator.attrgetter("seq")
 
 
 class Reader:
-    """Reads one directory, with a cache of journal positions.  Any number of threads can use the
-    reader."""
+    """Reads the directory of one ledger, with a cache of journal positions.  Any number of threads
+    can use the reader."""
 
     def __init__(self, directory: Path, *, strict: bool) -> None:
         self.directory = directory
@@ -55,7 +55,7 @@ class Reader:
         self._positions: list[JournalOffset] = []
 
     def with_layout(self, work: Callable[[Layout], _T]) -> _T:
-        """Return ``work(layout)``; retry the call with a new layout while files change."""
+        """Return ``work(layout)``; while files change, call ``work`` again with a new layout."""
 
         def attempt(number: int) -> _T:
             if number > 1:
@@ -85,7 +85,7 @@ class Reader:
         return layout
 
     def version(self) -> tuple[object, ...]:
-        """Return a value that every commit changes: the generation of the files, and the inode
+        """Return a value that changes with every commit: the generation of the files, and the inode
         and the size of the last segment.  Reads one small file and calls ``stat`` once."""
         known = self._layout
         generation = read_generation(self.directory / LOCK_NAME)
@@ -99,7 +99,7 @@ class Reader:
 
     @property
     def missing_history(self) -> str | None:
-        """Return the notice about missing segments from the last reading of the directory."""
+        """Return the notice about missing segments from the newest reading of the directory."""
         layout = self._layout
         return layout.missing_history if layout is not None else None
 
@@ -136,12 +136,12 @@ class Reader:
         with contextlib.suppress(OSError, TaskStoreError):
             notice = self.with_layout(check)
             if notice is not None:
-                time.sleep(_APPEND_GRACE_S)  # possibly a writer is writing this line now
+                time.sleep(_APPEND_GRACE_S)  # a writer is possibly writing this line now
                 return notice if self.with_layout(check) == notice else None
         return None
 
     def read(self, layout: Layout, after: int, limit: int) -> Sequence[JournalEntry]:
-        """Return the entries after a seq, at most ``limit``."""
+        """Return the journal entries after a seq, at most ``limit`` entries."""
         if after < layout.floor - 1:
             raise CursorExpiredError(after, layout.floor)
         entries: list[JournalEntry] = []
@@ -164,7 +164,7 @@ class Reader:
         return tuple(entries)
 
     def history(self, layout: Layout, task_id: str) -> Sequence[JournalEntry]:
-        """Return the entries of one task; decodes only lines that contain the task id."""
+        """Return the journal entries of one task; decode only lines that contain the task id."""
         pattern = task_id_pattern(task_id)
         entries = []
         for segment in layout.segments:
@@ -180,22 +180,22 @@ class Reader:
         return tuple(entries)
 
     def _nearest_position(self, layout: Layout, after: int) -> JournalOffset:
-        """Return the last known position at or before a seq."""
+        """Return the known journal position that is nearest to a seq, at or before the seq."""
         start = layout.segment_start(after + 1)
         with self._lock:
             index = bisect.bisect_right(self._positions, after, key=_seq_of)
             cached = self._positions[index - 1] if index else start
         live = cached.first in [segment.first for segment in layout.segments]
-        # At the boundary of two segments, the start of the later segment is equivalent.
+        # If the position is the end of a segment, the start of the next segment is equivalent.
         return cached if live and cached.first >= start.first and cached.seq >= start.seq else start
 
     def _cache_sparsely(self, location: CommitLocation, end: JournalOffset) -> None:
-        """Cache the offset after a commit, for one commit in each interval of the segment."""
+        """Cache the position after a commit, for about one commit per interval of bytes."""
         if location.offset // _POSITION_INTERVAL_BYTES != end.offset // _POSITION_INTERVAL_BYTES:
             self._cache(end)
 
     def _cache(self, *positions: JournalOffset) -> None:
-        """Cache positions; if there are too many positions, drop every second position."""
+        """Cache positions; if the cache has too many positions, drop every second position."""
         with self._lock:
             for position in positions:
                 start = bisect.bisect_left(self._positions, position.seq, key=_seq_of)
@@ -206,7 +206,7 @@ class Reader:
 
 
 def _keeps_positions(known: Layout, layout: Layout) -> bool:
-    """Return whether positions in the known layout are valid in the new layout."""
+    """Return whether journal positions that are valid in ``known`` are also valid in ``layout``."""
     inodes = {segment.first: segment.inode for segment in layout.segments}
     last = known.segments[-1]
     return known.identity == layout.identity and inodes.get(last.first) == last.inode

@@ -22,7 +22,7 @@ _BUFFER = 1 << 18
 
 
 class CommitLocation(NamedTuple):
-    """A commit and its location: ``raw`` is the commit's line, at ``offset`` in ``segment``."""
+    """A commit and its location; ``raw`` is the commit's line, at ``offset`` in ``segment``."""
 
     segment: SegmentFile
     offset: int
@@ -31,16 +31,16 @@ class CommitLocation(NamedTuple):
 
     @property
     def where(self) -> str:
-        """Return the location as text."""
+        """Return the location of the commit as text."""
         return f"{self.segment.path} at offset {self.offset}"
 
 
 class SegmentReader:
     """The commits after a journal offset, in its segment and in all later segments.
 
-    During iteration, ``position`` is right after the last commit yielded.  The iteration
-    ends at the end of the last segment, where a torn line is ignored.  For any other
-    bytes that are not the next commit, the iteration raises :class:`CorruptStoreError`.
+    During iteration, ``position`` is right after the commit most recently yielded.  The
+    iteration ends at the end of the last segment; a torn line at this end is ignored.  If any other
+    bytes are not the next commit, the iteration raises :class:`CorruptStoreError`.
     """
 
     def __init__(self, layout: Layout, position: JournalOffset) -> None:
@@ -68,7 +68,7 @@ class SegmentReader:
         self.position = self.layout.start_of(segment)
 
     def commits_in(self, segment: SegmentFile) -> Iterator[CommitLocation]:
-        """Yield the commits after the position, to the end of its segment."""
+        """Yield the commits of ``segment`` after ``position``."""
         path, first, seq = str(segment.path), segment.first, self.position.seq
         last = segment is self.layout.segments[-1]
         for offset, raw in read_lines(segment, self.position.offset, last=last):
@@ -85,10 +85,10 @@ class SegmentReader:
 def read_lines(
     segment: SegmentFile, offset: int, *, last: bool, containing: bytes = b""
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield offset and line for each line from ``offset`` on that contains ``containing``.
+    """Yield the offset and the bytes of each line from ``offset`` on that contains ``containing``.
 
-    A torn line at the end of the last segment is ignored.  For any other line that does
-    not match its checksum, the function raises :class:`CorruptStoreError`.
+    A torn line at the end of the last segment is ignored.  If any other line does not match its
+    checksum, the function raises :class:`CorruptStoreError`.
     """
     with segment.path.open("rb", buffering=_BUFFER) as file:
         file.seek(offset)
@@ -114,7 +114,7 @@ def prepare_segment(
 
 
 def truncate_tail(disk: Disk, descriptor: int, path: Path, offset: int) -> str:
-    """Truncate an open segment at ``offset``, and save the removed bytes in a file.
+    """Truncate an open segment at ``offset``, after saving the removed bytes in another file.
 
     Returns a notice for operators.  The caller must own the write lock, and must flush the
     segment to disk before the next append.

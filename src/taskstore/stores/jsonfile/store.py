@@ -56,9 +56,9 @@ class JSONStore(TaskRegistryStore):
     """A ledger in a directory of JSON files, for any number of processes on one machine.
 
     ``path`` is the directory (``str`` or ``Path``); the store creates a missing
-    directory.  ``durability`` is ``"full"`` or ``"process"``.  With ``strict``, a record
-    that does not decode raises an error instead of being quarantined.  A write waits up
-    to ``lock_timeout_s`` seconds for other writers before it raises
+    directory.  ``durability`` is ``"full"`` or ``"process"``.  If ``strict`` is true, a load
+    raises an error for a record that does not decode; otherwise the record is quarantined.  If
+    other writers make no progress for ``lock_timeout_s`` seconds, a write raises
     :class:`~taskstore.StoreBusyError`.  ``disk`` performs all changes of the files.
     """
 
@@ -77,7 +77,7 @@ class JSONStore(TaskRegistryStore):
         if not str(path) or "\0" in str(path):
             raise ValidationError("path", "must be the path of a directory")
         self.durability = durability
-        self.directory = Path(path).absolute()  # the working directory can change
+        self.directory = Path(path).absolute()  # absolute, because the working directory can change
         self.location = str(path)
         self.strict = strict
         self._reader = Reader(self.directory, strict=strict)
@@ -253,7 +253,7 @@ def open_json(
 ) -> JSONStore:
     """Open the directory in a URL: ``json:///relative/dir`` or ``json:////absolute/dir``.
 
-    Percent signs in the path are not decoded.  There is no schema: ``migrate`` has no effect.
+    The path is not percent-decoded.  A JSON ledger has no schema, so ``migrate`` has no effect.
     """
     del migrate
     return JSONStore(
@@ -280,9 +280,10 @@ def _path_of(url: str) -> Path:
 
 
 def verify(directory: Path, writer: Writer | None) -> VerifyReport:
-    """Check the files of a directory, and the index of a writer.
+    """Return a report on the files of a directory and the index of the writer, if one is given.
 
-    If there are problems, check again: files have possibly changed during the check.
+    If a check finds problems, the function checks again, because files have possibly changed during
+    the check.
     """
     report = retry_while_changing(directory, lambda _: _verify(directory, writer))
     if report.ok:
@@ -308,7 +309,7 @@ def _verify(directory: Path, writer: Writer | None) -> VerifyReport:
 
 
 def _entries(layout: Layout) -> Iterator[JournalEntry | CorruptStoreError]:
-    """Yield the journal, with an error for each gap and each unreadable part."""
+    """Yield the journal entries, and an error for each gap and each unreadable part."""
     seq = layout.floor - 1
     for segment in layout.segments:
         if segment.first > seq + 1:
@@ -323,11 +324,11 @@ def _entries(layout: Layout) -> Iterator[JournalEntry | CorruptStoreError]:
             seq = reader.position.seq
         except CorruptStoreError as error:
             yield error
-            seq = MAX_INT  # the last seq of the segment is unknown
+            seq = MAX_INT  # the last seq of the damaged segment is unknown
 
 
 def _compare_index(writer: Writer, check: IntegrityCheck) -> None:
-    """Compare a writer's index with the checked content, if both are at the same seq."""
+    """Compare the writer's index with the checked content if the seqs of these two are equal."""
     end, index = writer.end, writer.index
     if index is None or end.seq != check.seq:
         return

@@ -1,8 +1,8 @@
 """The writer: take the lock, catch up, check for conflicts, append.
 
-Between two commits the writer keeps the end of the journal, and the index at this end.
-Every change runs inside :meth:`Writer.locked`, which takes the lock and brings the end
-and the index up to date.
+Between two commits the writer keeps the position of the journal's end, and the index as of this
+position.  Every change runs inside :meth:`Writer.locked`, which takes the lock and brings this
+position and the index up to date.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _REOPEN = "close the store and open it again"
 
 
 class Writer:
-    """Changes the files of a directory."""
+    """Changes the files of a ledger's directory."""
 
     def __init__(self, directory: Path, *, sync: bool, lock_timeout_s: float, disk: Disk) -> None:
         self.directory = directory
@@ -61,14 +61,14 @@ class Writer:
         self.layout = Layout(directory)
         self.end = JournalOffset(1, 0, 0)
         self.last_commit = Position(0)
-        """The position of the last known commit; its seq is 0 if no commit is known."""
+        """The position of the newest known commit; the seq is 0 if no commit is known."""
         self.index: Index | None = None
-        """``None`` before the first commit, or if the index is possibly wrong; a commit rebuilds
-        it."""
+        """``None`` before the first commit, or if the index is possibly wrong; the next commit
+        rebuilds the index."""
         self.preloaded: tuple[Index, JournalOffset] | None = None
-        """The index and the end of the journal from a load, for the next commit without index."""
+        """The index and the journal's end from a load, for a commit while ``index`` is ``None``."""
         self.reserved = False
-        """True if this thread owns the lock, and its next :meth:`locked` takes the lock over."""
+        """True if this thread owns the lock, and the next :meth:`locked` takes the lock over."""
         self.timeout_s = lock_timeout_s
         self._lock = WriteLock(directory / LOCK_NAME, disk)
         self._fsync_commits = sync
@@ -83,10 +83,10 @@ class Writer:
 
     @contextmanager
     def locked(self, *, indexed: bool = True) -> Iterator[None]:
-        """Take the thread lock and the process lock, read new commits, then run the body.
+        """Take the thread lock and the process lock, and read new commits; then the body runs.
 
-        A nested call of the same thread (from a signal handler) raises
-        :class:`StoreBusyError`, unless ``reserved`` is set.
+        A nested call of the same thread (from a signal handler) raises :class:`StoreBusyError`,
+        unless ``reserved`` is true.
         """
         # An interrupt arrives at the start of a Python function or after a call.  Therefore no call
         # is allowed between acquiring a lock and the block that releases this lock.
@@ -107,7 +107,7 @@ class Writer:
                 try:
                     fcntl.flock(self._lock.descriptor, fcntl.LOCK_UN)
                 except (OSError, ValueError):
-                    self._lock.close()  # this also releases the lock
+                    self._lock.close()  # closing the file also releases the lock
 
     def _acquire(self, *, indexed: bool) -> None:
         """Take the process lock, and read new commits up to the end of the journal."""
@@ -122,7 +122,7 @@ class Writer:
                 lock.load_state(state)
             grown = None
             if lock.generation == lock.known_generation and (self.index is not None or not indexed):
-                # It is possible that the segment was replaced, or that a backup was copied over it.
+                # Another program possibly replaced the segment, or copied a backup over it.
                 end, segment = self.end, self.layout.segments[-1]
                 try:
                     status = segment.path.stat()
@@ -147,7 +147,7 @@ class Writer:
         raise busy_error(lock.path, "another writer", self.timeout_s)
 
     def compact_lock(self) -> FileLock:
-        """Return a new handle on the lock that excludes compactions and content replacements."""
+        """Return a new lock object that excludes compactions and replacements of the content."""
         return FileLock(self.directory / COMPACT_LOCK_NAME, self.disk)
 
     def close(self) -> None:
@@ -160,7 +160,7 @@ class Writer:
     # -- catching up --------------------------------------------------------
 
     def _catch_up(self, *, only_grown: bool, indexed: bool) -> None:
-        """Read the commits of other processes.  ``only_grown`` means that the last segment has
+        """Read the commits of other processes.  ``only_grown`` is true if the last segment has
         grown and the other files have not changed."""
         # Until this call succeeds, the layout, the end and the index can be outdated.
         self._lock.known_generation = None
@@ -189,7 +189,8 @@ class Writer:
         self._lock.known_generation = self._lock.generation
 
     def _read_commits(self, layout: Layout, *, indexed: bool) -> None:
-        """Read the commits after the known end, or all commits, up to the end of the journal."""
+        """Read the commits after the known end of the journal.  If this end or the index is not
+        valid, read all commits; if ``indexed`` is false, read only the last segment instead."""
         last_commit = Position(0)
         if self.index is not None and layout.holds(self.end):
             index, start, last_commit = self.index, self.end, self.last_commit
@@ -216,7 +217,8 @@ class Writer:
         self.last_commit = last_commit
 
     def _read_or_create(self) -> Layout:
-        """Read the directory.  Create a ledger if there is none, else remove leftover files."""
+        """Read the directory, and return its layout.  If there is no ledger, create a ledger; else
+        remove leftover files."""
         layout = read_layout(self.directory)
         if layout.is_empty and self.layout.segments:
             reason = f"the files of the store {self.directory} are gone"
@@ -239,8 +241,8 @@ class Writer:
     def _sync_segment(self) -> None:
         """Flush to disk (fsync) the lines that other processes have appended or truncated.
 
-        It is possible that another process died between its write and its fsync.  Once
-        this writer appends a line, a torn line before the new line would be corruption.
+        It is possible that another process died between its write and its fsync.  Once this writer
+        has appended a line, a torn line before the new line would be corruption.
         """
         try:
             self.disk.sync_data(self._descriptor)
@@ -249,7 +251,8 @@ class Writer:
             raise
 
     def _disable_writes(self, operation: str, error: BaseException) -> str:
-        """Refuse all further writes, because only a reopen checks the files; return the message."""
+        """Refuse further writes, because only a reopen checks the files; return the error
+        message."""
         self._refusal = (
             f"the store {self.directory} refuses writes until it is reopened: "
             f"{operation} failed: {error}"
@@ -269,7 +272,7 @@ class Writer:
         assert index is not None
         conflicts = find_conflicts(steps, index.revisions, index.deleted, index.by_dedup_key)
         if conflicts and any(conflict.deleted for conflict in conflicts):
-            # It is possible that another process trimmed the deletion from the journal.
+            # Another process possibly trimmed the entry of the deletion from the journal.
             index.forget_deletions(
                 retry_while_changing(self.directory, lambda _: read_layout(self.directory).floor)
             )
@@ -288,7 +291,8 @@ class Writer:
         except BaseException as error:
             self._undo_append(error, written=written)
             raise
-        # The commit is complete.  If an interrupt comes from here on, the index is rebuilt.
+        # The commit is complete.  After an interrupt from here on, the next commit rebuilds the
+        # index.
         self.index = None
         index.commit(steps, commit.first_seq)
         offset = start.offset + len(line)
@@ -303,11 +307,11 @@ class Writer:
         return commit
 
     def _undo_append(self, error: BaseException, *, written: bool) -> None:
-        """Truncate a failed line; refuse further writes if the content of the disk is unknown."""
+        """Remove a failed line; refuse further writes if the content of the disk is unknown."""
         syncing = written and isinstance(error, OSError)
         operation = "flushing a commit to disk" if syncing else "undoing a commit"
         try:
-            with self._lock.changing():  # a reader has possibly read the line without the lock
+            with self._lock.changing():  # a reader, which takes no lock, has possibly read the line
                 self.disk.truncate(self._descriptor, self.end.offset)
                 if self._fsync_commits:
                     # Without fsync, a power loss could restore the line or mix it with a new line.
@@ -333,7 +337,7 @@ class Writer:
             raise
 
     def roll(self) -> Layout:
-        """Begin a segment unless the last segment is empty; return the layout.  Requires the
+        """Begin a new segment unless the newest segment is empty; return the layout.  Requires the
         lock."""
         if self.end.seq >= self.end.first:
             path = self.directory / segment_name(self.end.seq + 1)
@@ -376,7 +380,7 @@ class Writer:
         try:
             segment = self.directory / segment_name(snapshot.seq + 1)
             prepared = prepare_segment(self.disk, segment, identity, at=at, base=True)
-            # These three attributes are invalid from here on, also after an interrupt.
+            # The three attributes set here are invalid from here on, also after an interrupt.
             self.last_commit, self.index, self.preloaded = Position(0), None, None
             with self._disable_on_error("replacing the content"), self._lock.changing():
                 self.disk.publish(prepared, segment)
@@ -391,7 +395,7 @@ class Writer:
 
 
 def _progress_marker(directory: Path) -> object:
-    """Return a value that every commit changes; ``None`` if the value cannot be read."""
+    """Return a value that changes with every commit; ``None`` if the value cannot be read."""
     with contextlib.suppress(OSError, ValueError):
         last = max(directory.glob("journal-*.jsonl"))
         return (last, last.stat().st_size)
@@ -406,9 +410,9 @@ def _remove_leftovers(layout: Layout, disk: Disk) -> None:
     if not others and not layout.obsolete:
         return
     compact_lock = FileLock(layout.directory / COMPACT_LOCK_NAME, disk)
-    # A running compactor removes its own leftovers.
+    # A running compactor removes its own leftover files.
     with contextlib.suppress(StoreBusyError), compact_lock.held(0, "a compactor"):
-        # The floor comes from the snapshot's header, whose checksum is not yet verified.
+        # The floor comes from the header of the snapshot file, whose checksum is not yet verified.
         check_newest(layout)
         disk.remove_all([*layout.obsolete, *others])
         disk.sync_directory(layout.directory)

@@ -1,15 +1,15 @@
 """The commit of a batch of changes in one transaction.
 
-The transaction claims seqs on the head row.  The lock of this row keeps other
-writers out.  The transaction then deletes tasks (which frees their dedup keys),
-updates tasks, inserts tasks and inserts journal entries.  A statement on ``tasks`` skips
-each row that does not meet the preconditions, so a too low row count shows a conflict.
+The transaction claims seqs on the head row.  The lock of the head row keeps other writers out.
+The transaction then deletes tasks (which frees their dedup keys), updates tasks, inserts tasks
+and inserts journal entries.  A statement on ``tasks`` skips each row that does not meet the
+preconditions of its change.  If a statement affects fewer rows than expected, there is a conflict.
 
 If the answer to COMMIT is lost, the attempt ends with ``UnconfirmedCommitError``,
 and ``Transactions.read_back_commit`` locks the head row and looks for the commit id in the
-journal.  If the journal contains the commit, :func:`commit` returns this commit; otherwise
-:func:`commit` retries the batch.  If the server stays unreachable,
-:func:`commit` raises :class:`~taskstore.OutcomeUnknownError`.
+journal.  If the journal contains the commit id, :func:`commit` returns this commit; otherwise
+:func:`commit` retries the batch of changes.  If the server stays unreachable, :func:`commit`
+raises :class:`~taskstore.OutcomeUnknownError`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _rarely_updated = attrgetter(*RARELY_UPDATED)
 
 
 class _RowMismatch(Exception):
-    """A row did not match the batch; the caller rolls back and looks for the conflicts."""
+    """Raised if a row does not match the batch; the caller rolls back and finds the conflicts."""
 
 
 class EncodedBatch:
@@ -76,7 +76,7 @@ class EncodedBatch:
         self.steps = plan(changes)
         self.commit_id = commit_id = new_commit_id()
         self.entries: list[tuple[Any, ...]] = []
-        """The journal rows of the batch, without the columns seq and time."""
+        """The rows of ``task_journal`` for the batch, without the columns seq and time."""
         encoded: dict[str, tuple[bytes, int]] = {}
         for change in changes:
             entry: tuple[Any, ...]
@@ -108,21 +108,21 @@ class EncodedBatch:
 
 
 def insert_values(record: TaskRecord, payload: bytes, check: int) -> tuple[Any, ...]:
-    """The values of a new row of ``tasks``, in order of the columns."""
+    """Return the values of a new row of ``tasks``, in order of the columns."""
     return (record.task_id, record.revision, *_copied_columns(record), payload, check)
 
 
 def update_parameters(
     step: Step, record: TaskRecord, payload: bytes, check: int
 ) -> tuple[Any, ...]:
-    """The parameters of an update of one task, in the order of ``UPDATE_ORDER``."""
+    """Return the parameters of an update of one task, in the order of ``UPDATE_ORDER``."""
     status = record.status.value
     rare = _rarely_updated(record)
     return (record.revision, status, payload, check, step.task_id, step.base, *rare)
 
 
 def commit(transactions: Transactions, changes: Sequence[Change], clock: Clock) -> Commit:
-    """Commit a batch with the guarantees of ``TaskRegistryStore.apply``."""
+    """Commit a batch of changes with the guarantees of ``TaskRegistryStore.apply``."""
     batch = EncodedBatch(changes)
     base = changes.base if isinstance(changes, ChangeSet) else Position(0)
     database, count, collisions = transactions.database, len(changes), 0
@@ -172,7 +172,7 @@ def schema_epoch_error(database: Database, tx: Session) -> SchemaMismatchError:
 def _has_base(base: Position, claimed: ClaimedSeqs) -> bool:
     """Return whether the journal contains the base position of the changes.
 
-    A base position just before the floor is accepted, although the entry there was trimmed.
+    A base position just before the floor is accepted, although the entry at its seq was trimmed.
     """
     if claimed.base is None:
         return base.seq in (0, claimed.floor - 1)
@@ -180,7 +180,7 @@ def _has_base(base: Position, claimed: ClaimedSeqs) -> bool:
 
 
 def _write(database: Database, tx: Session, batch: EncodedBatch, floor: int) -> None:
-    """Write the changes of the batch to ``tasks``.
+    """Write the changes of the batch to the table ``tasks``.
 
     Raises :class:`_RowMismatch` if a row does not match the batch.
     """
@@ -193,15 +193,15 @@ def _write(database: Database, tx: Session, batch: EncodedBatch, floor: int) -> 
             count, parameters = len(group), flat_parameters(group)
             updated = tx.execute_dml(sql.update_tasks(count), parameters)
             if updated < count:
-                # Update the tasks whose copied columns change.  This statement skips the tasks
+                # Update the tasks whose copied columns change.  The wide statement skips the tasks
                 # that were just updated, because these tasks have a new revision.
                 updated += tx.execute_dml(sql.update_tasks_wide(count), parameters)
             touched += updated
         for group in database.row_groups(batch.inserts) if batch.inserts else ():
             touched += database.insert(tx, group, floor)
     except database.translator.errors as error:
-        # An update raises this error if another task already has the new dedup key.  A query
-        # for this other task is impossible in the failed transaction.
+        # An update raises this error if another task already has the new dedup key.  The failed
+        # transaction cannot run a query for the other task.
         if database.translator.error_kind(error) is ErrorKind.INTEGRITY:
             raise _RowMismatch from error
         raise
@@ -212,7 +212,7 @@ def _write(database: Database, tx: Session, batch: EncodedBatch, floor: int) -> 
 
 
 def _is_committed(database: Database, expected: Commit, tx: Session) -> bool:
-    """Return whether the journal contains a commit whose COMMIT got no answer."""
+    """Return whether the journal contains ``expected``, a commit whose COMMIT got no answer."""
     entry = task_journal.c
     commit_id = tx.scalar(sa.select(entry.commit_id).where(entry.seq == expected.first_seq))
     if commit_id is None and expected.first_seq < Head(*tx.row(database.sql.head)).floor:
@@ -225,7 +225,7 @@ def _is_committed(database: Database, expected: Commit, tx: Session) -> bool:
 
 
 def conflicts_of(steps: Sequence[Step], tx: Session) -> list[Conflict]:
-    """Lock the head row, and return the conflicts between the stored rows and the steps."""
+    """Lock the head row, and return the conflicts of the staged steps with the stored rows."""
     head = taskstore_head.c
     floor = tx.scalar(sa.select(head.floor).where(head.id == 1).with_for_update())
     revisions: dict[str, int] = {}

@@ -6,12 +6,13 @@ the copied rows to the database.  One read transaction for the whole compaction 
 block SQLite's checkpoints and PostgreSQL's vacuum.  A long read transaction would also
 need a second connection, but a host's pool can be limited to one connection.
 
-A lease in the head row keeps other compactors out.  Every transaction renews the
-lease, and fails if another compactor has taken over the lease.  A compactor that
-was suspended for too long therefore changes nothing when it resumes.
+A lease in the head row keeps other compactors out.  Every write transaction of the compaction
+renews the lease, and fails if another compactor has taken over the lease.  A compactor that was
+suspended for too long therefore changes nothing when it resumes.
 
-If the row of a task is missing, compaction fails and does not trim the last record of the
-task.  If a trimmed entry cannot be decoded, compaction keeps its bytes in ``task_set_aside`` [12].
+If the row of a task is missing, compaction fails, so that it does not trim the only copy of the
+record.  If a trimmed entry cannot be decoded, compaction keeps the bytes of the entry in
+``task_set_aside`` [12].
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ ENTRIES_PER_STEP = 1000
 CHUNKS_PER_STEP = 8
 """The maximum number of chunks of a dropped snapshot that one transaction deletes."""
 MAX_NAMED = 3
-"""The maximum number of tasks that one error message names."""
+"""The maximum number of task ids in one error message."""
 
 
 def compact(
@@ -77,7 +78,8 @@ def compact(
     clock: Clock,
     on_quarantined: Callable[[Quarantined], object],
 ) -> CompactionReport:
-    """Compact if the policy requires a compaction; see ``SupportsCompaction.compact``.
+    """Compact the ledger if the policy requires it, and return a report; see
+    ``SupportsCompaction.compact``.
 
     The function calls ``on_quarantined`` with each quarantined payload of a trimmed entry.
     """
@@ -134,7 +136,7 @@ class SQLCompactionSteps(CompactionSteps):
         return self._transactions.read(self._begin, in_transaction=True)
 
     def _begin(self, session: Session) -> CompactionPoint:
-        """Copy the lines of the new snapshot to the temporary file."""
+        """Copy the new snapshot's lines to the temporary file; return the compaction point."""
         self._buffer.seek(0)
         self._buffer.truncate()
         head = read_head(session, self._sql)
@@ -176,14 +178,14 @@ class SQLCompactionSteps(CompactionSteps):
     def _replace_row(
         self, table: sa.Table, same: sa.ColumnElement[bool], row: tuple[Any, ...], tx: Session
     ) -> None:
-        """Delete the row that matches ``same`` if it exists, and insert ``row``.  A repeat of the
-        call has the same result."""
+        """Delete the row that matches ``same`` if it exists, and insert ``row``.  A repeated call
+        has the same result."""
         tx.execute_core(sa.delete(table).where(same))
         insert(tx, self._transactions.database, table, [row])
 
     def _move_floor(self, retained: Retained) -> None:
-        """Move the floor and drop snapshots, in one transaction.  Readers then ignore the
-        rows that later steps delete."""
+        """Move the floor and drop snapshots, in one transaction.  Readers then ignore the rows that
+        the next step of the compaction deletes."""
         dropped = task_snapshots.c.seq.not_in(sorted(retained.seqs))
 
         def work(tx: Session) -> None:
@@ -193,7 +195,7 @@ class SQLCompactionSteps(CompactionSteps):
         self._lease.run(work)
 
     def trim(self, point: CompactionPoint, retained: Retained) -> None:
-        del point, retained  # after _move_floor, readers ignore the rows that are deleted here
+        del point, retained  # after _move_floor, readers ignore the rows deleted here
         self._delete_leftovers()
 
     def _delete_leftovers(self) -> None:
@@ -210,7 +212,7 @@ class SQLCompactionSteps(CompactionSteps):
 
 
 def _delete_chunks(tx: Session) -> bool:
-    """Delete chunks of a dropped or unpublished snapshot; return whether a chunk existed."""
+    """Delete some chunks of a dropped or unpublished snapshot; return whether there was a chunk."""
     seq, chunk = task_snapshot_chunks.c.seq, task_snapshot_chunks.c.chunk
     orphaned = ~sa.exists().where(task_snapshots.c.seq == seq)
     rows = tx.select(sa.select(seq, chunk).where(orphaned).order_by(seq, chunk).limit(1))
@@ -222,7 +224,7 @@ def _delete_chunks(tx: Session) -> bool:
 
 @contextmanager
 def _temporary_file(database: Database) -> Iterator[IO[bytes]]:
-    """A temporary file without a name, in ``temp_dir`` of the database or of the system."""
+    """Open a temporary file without a name, in the database's ``temp_dir`` or the system's."""
     directory = database.temp_dir or tempfile.gettempdir()
     try:
         with tempfile.TemporaryFile(dir=directory) as file:
@@ -241,8 +243,8 @@ def _temporary_file(database: Database) -> Iterator[IO[bytes]]:
 def check_rows_exist(session: Session, low: int, high: int, location: str) -> None:
     """Check that no entry in ``[low, high)`` contains the only copy of a record.
 
-    Raises :class:`~taskstore.CorruptStoreError` if a task has no row, unless the last entry
-    of the task is a deletion or is not in this range.
+    Raises :class:`~taskstore.CorruptStoreError` if a task has no row, unless the newest entry of
+    the task is a deletion or is not in this range.
     """
     entry, later = task_journal.c, task_journal.alias("later")
     lost = (
@@ -268,15 +270,15 @@ class TrimPlan(NamedTuple):
     end: int
     """The seq of the first entry that is not trimmed."""
     obsolete_ids: Sequence[int]
-    """The ids of rows in ``task_set_aside`` that belong to tasks deleted by these entries."""
+    """The ids of rows in ``task_set_aside`` for tasks that the trimmed entries delete."""
     quarantined: Sequence[Quarantined]
-    """The payloads of these entries that cannot be decoded and have no other copy."""
+    """The payloads of the trimmed entries that cannot be decoded and have no other copy."""
     last_id: int
-    """The highest id in ``task_set_aside`` before the trim."""
+    """The highest row id in ``task_set_aside`` before the trim."""
 
 
 def plan_trim(session: Session, sql: Statements, limit: int) -> TrimPlan | None:
-    """The plan for the next ``limit`` entries below the floor; ``None`` if there is no entry.
+    """Return the plan for the next ``limit`` seqs below the floor; ``None`` if there is no entry.
 
     Entries below the floor do not change, so this function needs no lock.
     """
@@ -300,9 +302,10 @@ def plan_trim(session: Session, sql: Statements, limit: int) -> TrimPlan | None:
 
 
 def trim_entries(tx: Session, database: Database, plan: TrimPlan) -> None:
-    """Delete the entries of a plan, and store the quarantined payloads of these entries.
+    """Delete the entries of a plan, and store the quarantined payloads of the plan.
 
-    Idempotent: a repeat first deletes the rows that the first run inserted after ``last_id``.
+    The function is idempotent: a repeated call first deletes the rows with ids above ``last_id``,
+    which the earlier call inserted.
     """
     row_id = task_set_aside.c.id
     if plan.obsolete_ids:
@@ -316,7 +319,7 @@ def trim_entries(tx: Session, database: Database, plan: TrimPlan) -> None:
 
 
 def _quarantine_entry(row: Any) -> Quarantined | None:
-    """The quarantined payload of an entry; ``None`` if the entry can be decoded."""
+    """Return the payload of an undecodable entry; ``None`` if the entry can be decoded."""
     seq, _, _, task_id, revision, _, payload, _ = row
     try:
         quarantined = entry_of(row, "task_journal").quarantined
@@ -331,8 +334,8 @@ def _quarantine_entry(row: Any) -> Quarantined | None:
 
 
 def _is_deleted_or_stored(session: Session, row: Any) -> bool:
-    """Return whether a trim is allowed to drop the payload of an entry.  This is allowed if a
-    later entry deletes the task, or the row of the task has the same bytes."""
+    """Return whether a trim is allowed to drop the payload of an entry: a later entry deletes the
+    task, or the row of the task in ``tasks`` has the same bytes."""
     seq, _, _, task_id, revision, _, payload, _ = row
     entry = task_journal.c
     deletion = sa.select(entry.seq).where(
@@ -347,8 +350,8 @@ def _is_deleted_or_stored(session: Session, row: Any) -> bool:
 
 
 def _quarantined_ids(session: Session, sql: Statements) -> tuple[dict[str, list[int]], int]:
-    """The row ids of superseded payloads by task id, and the highest row id, in
-    ``task_set_aside``."""
+    """Return the row ids of the superseded payloads in ``task_set_aside`` by task id, and the
+    highest row id in this table."""
     ids: dict[str, list[int]] = {}
     last = 0
     for last, item in quarantined_rows(session, sql):

@@ -1,4 +1,4 @@
-"""The lease of the compacting process, stored in the head row."""
+"""The lease of the process that compacts a ledger, stored in the head row."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ MAX_PAUSE_S = 0.02
 _T = TypeVar("_T")
 
 _local_owners: set[str] = set()
-"""The compactions in this process that own the lease or try to acquire the lease."""
+"""The owner ids of the compactions in this process that own or try to acquire a lease."""
 
 
 class CompactionLease:
-    """The exclusive right to compact a ledger.  Every step renews the lease, and fails if
-    another process has taken over the lease."""
+    """The exclusive right to compact a ledger.  Every step of a compaction renews the lease, and
+    fails if another process has taken over the lease."""
 
     def __init__(self, transactions: Transactions) -> None:
         self._transactions = transactions
@@ -82,18 +82,20 @@ class CompactionLease:
             return work(tx)
 
         result = self._transactions.run(fenced)
-        # Pause for as long as the step took.  In a shorter pause, a waiting writer could not
-        # get SQLite's lock, because the writer sleeps between its attempts.
+        # Pause for as long as the step of the compaction took.  In a shorter pause, a waiting
+        # writer could miss SQLite's lock, because the writer sleeps between two attempts.
         time.sleep(min(time.monotonic() - started, MAX_PAUSE_S))
         return result
 
     def _acquire(self, tx: Session) -> bool:
-        """Acquire the lease if possible; return whether the lease was acquired."""
+        """Acquire the lease if it is free, expired or owned by a dead process; return whether it
+        was acquired."""
         lease = taskstore_head.c
         owner = tx.scalar(sa.select(lease.lease_owner))
         free = sa.or_(lease.lease_owner.is_(None), lease.lease_until < system_clock())
         if owner is not None and (owner == self._owner or _is_dead(owner)):
-            # If the previous owner is alive, its next step fails: each step checks the lease.
+            # If the previous owner is alive, the next step of its compaction fails: each step
+            # checks the lease.
             free = sa.or_(free, lease.lease_owner == owner)
         return tx.execute_core(_set_owner(self._owner, free)) == 1
 
@@ -104,7 +106,7 @@ def _set_owner(owner: str | None, where: sa.ColumnElement[bool]) -> sa.Update:
 
 
 def _machine_id() -> str:
-    """The id of this machine and of its namespace of process ids: 8 hexadecimal digits."""
+    """Return 8 hexadecimal digits that identify this machine and its namespace of process ids."""
     try:
         namespace = Path("/proc/self/ns/pid").stat().st_ino
     except OSError:

@@ -1,10 +1,9 @@
 """Classification of driver errors, and their translation into taskstore's errors.
 
-One function per dialect classifies an exception; callers use the returned kind to
-decide whether to retry.  :class:`Translator` raises the matching error of
-:mod:`taskstore.errors`, with the driver's exception as the cause.  No message contains
-the URL's password.  If the driver's message contains the password, the error has no
-cause.
+For each dialect, one function classifies an exception; callers use the returned kind to decide
+whether to retry.  :class:`Translator` raises the matching error of :mod:`taskstore.errors`,
+with the driver's exception as the cause.  No message contains the URL's password.  If the driver's
+message contains the password, the raised error has no cause.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ class ErrorKind(Enum):
     CONNECTION_LOST = "connection lost"
     """The connection broke or could not be opened."""
     STANDBY = "standby"
-    """This server is read-only now.  A later attempt can find a server that accepts writes."""
+    """The server is read-only now.  A later attempt can find a server that accepts writes."""
     CORRUPT = "corrupt"
     """The database is damaged, or the file is not a database."""
     DISK_FULL = "disk full"
-    """No space is left."""
+    """There is no free space on the disk."""
     FSYNC_FAILED = "fsync failed"
-    """It is unknown whether the written data is on disk."""
+    """An fsync possibly failed: it is unknown whether the written data is on disk."""
     READ_ONLY = "read-only"
     """The database refuses writes."""
     MISSING_SCHEMA = "missing schema"
@@ -54,7 +53,7 @@ class ErrorKind(Enum):
 
 
 UNREACHABLE = frozenset({ErrorKind.CONNECTION_LOST, ErrorKind.STANDBY})
-"""Errors after which a later attempt on a new connection can succeed."""
+"""The kinds of errors after which a later attempt on a new connection can succeed."""
 
 _SQLITE_CODES = {
     5: ErrorKind.LOCK_TIMEOUT,
@@ -65,14 +64,14 @@ _SQLITE_CODES = {
     19: ErrorKind.INTEGRITY,
     26: ErrorKind.CORRUPT,
 }
-"""The kind of each primary result code of SQLite."""
+"""Maps each primary result code of SQLite to a kind."""
 
 _SQLITE_FSYNC_ERRORS = {10, 10 | (4 << 8), 10 | (5 << 8)}
 """SQLITE_IOERR_FSYNC, SQLITE_IOERR_DIR_FSYNC, and SQLITE_IOERR.  pysqlite3 reports
-SQLITE_IOERR for every I/O error, so this code must count as a failed fsync at a COMMIT."""
+SQLITE_IOERR for every I/O error, so SQLITE_IOERR at a COMMIT must count as a failed fsync."""
 
 _SQLITE_WRITE_ERROR = 10 | (3 << 8)
-"""SQLITE_IOERR_WRITE: writing a page to the log failed, and the transaction is rolled back."""
+"""SQLITE_IOERR_WRITE: writing a page to the log failed, and SQLite rolls the transaction back."""
 
 _SQLSTATES = {
     "08": ErrorKind.CONNECTION_LOST,
@@ -91,11 +90,11 @@ _SQLSTATES = {
     "XX001": ErrorKind.CORRUPT,
     "XX002": ErrorKind.CORRUPT,
 }
-"""The kind of each SQLSTATE or SQLSTATE prefix; the longest matching prefix applies."""
+"""Maps each SQLSTATE or SQLSTATE prefix to a kind; the longest matching prefix applies."""
 
 _MARIADB_NUMBERS = {
     ErrorKind.LOCK_TIMEOUT: {1317, 1907, 1969},
-    # Error 1205 is a lock timeout that rolls back only one statement; the store retries
+    # MariaDB's error 1205 is a lock timeout that rolls back only one statement; the store retries
     # the whole transaction.
     ErrorKind.SERIALIZATION: {1020, 1040, 1203, 1205, 1213, 1412, 1614},
     ErrorKind.CONNECTION_LOST: {
@@ -108,7 +107,7 @@ _MARIADB_NUMBERS = {
     ErrorKind.MISSING_SCHEMA: {1054, 1146},
     ErrorKind.INTEGRITY: {1022, 1048, 1062, 1169, 1557, 1586, 4025},
 }  # fmt: skip
-"""Error numbers of the MariaDB server and client."""
+"""Maps each error number of the MariaDB server and of PyMySQL to a kind."""
 
 
 def driver_error(error: BaseException) -> BaseException:
@@ -152,7 +151,7 @@ def mariadb_error_kind(error: BaseException) -> ErrorKind:
     cause = driver_error(error)
     number = cause.args[0] if cause.args else None
     if not isinstance(number, int) or number == 0:
-        # The driver itself raised the error: the connection is closed or not usable.
+        # PyMySQL itself raised the error: the connection is closed or not usable.
         broken = type(cause).__name__ in ("InterfaceError", "InternalError", "OperationalError")
         return ErrorKind.CONNECTION_LOST if broken else ErrorKind.OTHER
     kinds = (kind for kind, numbers in _MARIADB_NUMBERS.items() if number in numbers)
@@ -163,9 +162,9 @@ class Translator:
     """Translates the driver errors of one database; a reusable context manager.
 
     ``location`` names the database and contains no password; ``secret`` is the
-    password.  ``error_kind`` classifies the errors of the dialect.  ``driver`` is the
-    base class of the driver's exceptions.  ``waits`` is true if the database
-    waits for a lock before it reports that the lock is not free.
+    password.  ``error_kind`` classifies the exceptions of the dialect's driver.  ``driver`` is
+    the base class of the driver's exceptions.  ``waits`` is true if the database waits for a
+    lock before it reports that the lock is not free.
     """
 
     def __init__(
@@ -179,7 +178,7 @@ class Translator:
     ) -> None:
         self.location = location
         self._waits = waits
-        # Messages and values from a damaged database can be invalid UTF-8.
+        # Messages and values from a damaged database can contain invalid UTF-8.
         self.errors: tuple[type[Exception], ...] = (
             driver,
             sa.exc.SQLAlchemyError,
@@ -208,7 +207,7 @@ class Translator:
     def failure_kind(self, error: BaseException) -> FailureKind:
         """Return the kind of failure, which decides whether and how the store retries."""
         if isinstance(error, sa.exc.TimeoutError):
-            return FailureKind.PERMANENT  # the pool had no free connection
+            return FailureKind.PERMANENT  # SQLAlchemy's pool had no free connection
         kind = self.error_kind(error)
         if kind in UNREACHABLE:
             return FailureKind.UNAVAILABLE
@@ -271,7 +270,7 @@ class Translator:
 
 
 def _encodings_of(secret: str | None) -> tuple[str, ...]:
-    """The plain password, and the percent-encoded password as in a URL."""
+    """Return the plain and the percent-encoded password; an empty tuple if there is no password."""
     if not secret:
         return ()
     return tuple(sorted({secret, quote(secret, safe=""), quote_plus(secret)}, key=len))[::-1]

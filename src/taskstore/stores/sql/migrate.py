@@ -1,4 +1,4 @@
-"""The schema of a database: its state, the required state, and migrations.
+"""The schema of a database: its current state, the required state, and migrations.
 
 Only the migrations create tables; ``metadata.create_all`` is never used.  If a ledger has
 the required schema, Alembic is not imported.
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("taskstore")
 
 VERSION_TABLE = "taskstore_alembic_version"
-"""The table where Alembic stores taskstore's revision.  A host uses another version table."""
+"""The table where Alembic stores the revision of taskstore's schema.  Migrations of a host use
+another version table."""
 
 _version = sa.Table(VERSION_TABLE, sa.MetaData(), sa.Column("version_num", sa.String(32)))
 
@@ -51,7 +52,7 @@ class SchemaState(NamedTuple):
 
 
 def migrations_path() -> Path:
-    """The directory of the migration scripts, in the installed package or in a source checkout."""
+    """Return the directory of the migration scripts in the package or in a source checkout."""
     package = Path(str(files("taskstore")))
     for path in (package / "migrations", package.parents[1] / "migrations"):
         if (path / "env.py").is_file():
@@ -62,7 +63,7 @@ def migrations_path() -> Path:
 
 
 def history() -> list[tuple[str, str]]:
-    """Every revision and the first line of its docstring, newest revision first."""
+    """Return every revision and the first line of its docstring, newest revision first."""
     from alembic.script import ScriptDirectory
 
     scripts = ScriptDirectory.from_config(_config()).walk_revisions()
@@ -70,12 +71,12 @@ def history() -> list[tuple[str, str]]:
 
 
 def engine_for_url(url: str, *, read_only: bool = False) -> sa.Engine:
-    """An engine for the functions of this module, configured like the engine of a store."""
+    """Return an engine for the functions of this module, configured like the engine of a store."""
     return open_database(url, read_only=read_only).engine
 
 
 def current(engine: sa.Engine) -> str | None:
-    """The revision of a database; ``None`` if the database contains no ledger."""
+    """Return the revision of a database; ``None`` if the database contains no ledger."""
     with _database(engine) as database, _connected(database) as connection:
         return _state(connection).revision
 
@@ -84,7 +85,8 @@ def upgrade(engine: sa.Engine, revision: str = "head") -> None:
     """Upgrade a database to a revision, under the schema lock.  The upgrade is one
     transaction if the database has transactional DDL.
 
-    If two processes upgrade, the second process waits for the lock, and then changes nothing.
+    If two processes upgrade one database, the second process waits for the schema lock, and then
+    changes nothing.
     """
     with _database(engine) as database:
         _upgrade(database, revision)
@@ -112,7 +114,7 @@ def downgrade(engine: sa.Engine, revision: str, *, allow_data_loss: bool = False
 
 
 def check(engine: sa.Engine) -> list[str]:
-    """The differences between a database and the declared schema, one text per difference."""
+    """Return the differences of a database from the declared schema, one text for each."""
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
@@ -131,8 +133,8 @@ def check(engine: sa.Engine) -> list[str]:
 
 
 def alembic_options(dialect: str) -> dict[str, Any]:
-    """The Alembic options for :func:`check` and ``env.py``.  Alembic compares only the tables
-    of a ledger, and only the indexes that the dialect has."""
+    """Return the Alembic options for :func:`check` and ``env.py``.  Alembic compares only the
+    tables of a ledger, and only the indexes that the dialect has."""
 
     def include_name(name: str | None, kind: str, _parents: Any) -> bool:
         return kind != "table" or name in TABLES
@@ -152,16 +154,16 @@ def alembic_options(dialect: str) -> dict[str, Any]:
 def ensure_schema(database: Database, migrate: str) -> None:
     """Ensure that a database has the schema that this version requires.
 
-    If ``migrate`` is ``"auto"``, create the schema in a database that contains no ledger.
-    Change no other database.  Raises :class:`~taskstore.SchemaMismatchError`
-    with the actual revision, the required revision, and the command to run.
+    If ``migrate`` is ``"auto"`` and the database contains no ledger, create the schema.
+    Otherwise, do not change the database.  Raises :class:`~taskstore.SchemaMismatchError` with
+    the actual revision, the required revision, and the command to run.
     """
     location = database.location
     with _connected(database) as connection:
         state = _state(connection)
         unfinished = _is_unfinished(connection, state)
         if state.revision is None and state.tables and not unfinished:
-            # Another process can have finished the migration since the first call of _state.
+            # Another process can have completed the migration since the first call of _state.
             state = _state(connection)
     fresh = state.revision is None and (unfinished or not state.tables)
     if fresh and migrate == "auto" and not database.read_only:
@@ -232,8 +234,8 @@ def _foreign_tables_error(location: str, state: SchemaState) -> SchemaMismatchEr
 
 
 def _is_unfinished(connection: sa.Connection, state: SchemaState) -> bool:
-    """Return whether the first migration is still running or was killed.  In these cases,
-    taskstore created the tables, and the tables are empty."""
+    """Return whether the first migration is still running or was killed.  In these two cases,
+    taskstore created all existing tables, and they are empty."""
     kind = Database.dialects[connection.dialect.name]
     if state.revision is not None or not state.tables or not kind.ddl_autocommits:
         return False
@@ -263,7 +265,7 @@ def _check_no_data_loss(connection: sa.Connection) -> None:
 
 @contextmanager
 def _database(engine: sa.Engine) -> Iterator[Database]:
-    """The database of an engine; the end of the ``with`` block does not close the engine."""
+    """Return the database of an engine; the end of the ``with`` block does not close the engine."""
     database = host_database(engine, durability="full", read_only=False)
     try:
         yield database
@@ -273,7 +275,7 @@ def _database(engine: sa.Engine) -> Iterator[Database]:
 
 @contextmanager
 def _connected(database: Database) -> Iterator[sa.Connection]:
-    """A connection in the driver's autocommit mode, with translated errors.
+    """Open a connection in the driver's autocommit mode; driver errors in the body are translated.
 
     The connection comes from the engine, but the engine's event listeners do not run for
     this connection, because the listeners of a host can begin transactions.
@@ -295,7 +297,7 @@ def _connected(database: Database) -> Iterator[sa.Connection]:
 
 @contextmanager
 def _locked(database: Database) -> Iterator[sa.Connection]:
-    """A connection that owns the schema lock; other processes wait for the lock."""
+    """Open a connection that owns the schema lock; other processes wait for this lock."""
     with _connected(database) as connection:
         policy = RetryPolicy(database.translator, CircuitBreaker(database.location, 0.0))
         for attempt in policy.attempts():
@@ -323,7 +325,7 @@ def _config(connection: sa.Connection | None = None) -> Config:
 
 
 def _describe(item: Any) -> str:
-    """The text for one difference that Alembic has found."""
+    """Return the text for one difference that Alembic has found."""
     if isinstance(item, list):
         return "; ".join(map(_describe, item))
     kind, *details = item
@@ -333,8 +335,8 @@ def _describe(item: Any) -> str:
 
 @contextmanager
 def locked_url(url: str) -> Iterator[sa.Connection]:
-    """A connection for ``env.py`` in a source checkout.  The connection owns the schema lock, and
-    commits at the end of the ``with`` block."""
+    """Open a connection for ``env.py`` in a source checkout.  The connection owns the schema lock,
+    and commits at the end of the ``with`` block."""
     database = open_database(url)
     try:
         with _locked(database) as connection:

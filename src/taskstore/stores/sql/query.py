@@ -1,7 +1,7 @@
 """Queries that use the indexes of the database.
 
-A filter on a column becomes an SQL condition.  Pages are in the order of an index.
-Every filter is also tested on the decoded records, because the payload is
+A filter on a column becomes an SQL condition.  The records of a page are in the order of an
+index.  Every filter is also tested on the decoded records, because the payload of a row is
 authoritative and the columns that copy payload fields are not.
 """
 
@@ -24,22 +24,22 @@ from taskstore.stores.sql.tables import ACTIVE, COPIED_COLUMNS, tasks, taskstore
 from taskstore.stores.sql.transactions import Transactions
 
 MAX_FILTER_VALUES = 1000
-"""A filter with more values does not become an SQL condition: servers limit parameters."""
+"""The most values of a filter that becomes an SQL condition: servers limit parameters."""
 
 _SQL_FILTERS = frozenset({*COPIED_COLUMNS, "task_id", SESSION_KEY})
 
 
 def _is_sql_filter(field: str, wanted: frozenset[Any]) -> bool:
-    """Return whether a filter becomes an SQL condition.  All filters are tested on records."""
+    """Return whether a filter becomes an SQL condition.  Records are tested with every filter."""
     return field in _SQL_FILTERS and len(wanted) <= MAX_FILTER_VALUES
 
 
 def run_query(
     transactions: Transactions, query: TaskQuery, quarantined: dict[str, Quarantined]
 ) -> Page:
-    """Return the page that ``taskstore.model.query.evaluate`` returns for all records.
+    """Return the same page that ``taskstore.model.query.evaluate`` returns for all records.
 
-    The function adds each row that cannot be decoded to ``quarantined``, by task id.
+    If a row cannot be decoded, the function adds its payload to ``quarantined``, by task id.
     """
     all_sql = all(_is_sql_filter(field, wanted) for field, wanted in query.where.items())
     if query.limit is not None and all_sql:
@@ -67,7 +67,7 @@ def _select_page(
 
 
 def _scan_pages(session: Session, query: TaskQuery, quarantined: dict[str, Quarantined]) -> Page:
-    """Read pages in the caller's transaction until enough records match the query."""
+    """Return one page; read rows in the caller's transaction until enough records match."""
     seq, rows = _fetch(session, query, query.cursor, PAGE)
 
     def matching(rows: list[TaskRow]) -> Iterator[TaskRecord]:
@@ -85,7 +85,7 @@ def _scan_pages(session: Session, query: TaskQuery, quarantined: dict[str, Quara
 
 
 def _cursor_of(session: Session, row: TaskRow) -> Cursor:
-    """The cursor of a row, read from the columns, because the payload can be damaged."""
+    """Return the cursor of a row, read from the columns, because the payload can be damaged."""
     created_at = sa.select(tasks.c.created_at).where(tasks.c.task_id == row.task_id)
     return (session.scalar(created_at), row.task_id)
 
@@ -117,7 +117,7 @@ def _fetch(
             sa.cast(candidates.c.payload, sa.LargeBinary).label("payload"),
             candidates.c.checksum,
         )
-        # If the page is empty, the outer join still returns the head seq.
+        # If no row meets the conditions, the outer join still returns the head seq.
         .select_from(taskstore_head.outerjoin(candidates, sa.true()))
         .order_by(candidates.c.created_at.desc(), candidates.c.task_id.desc())
     )
@@ -134,7 +134,7 @@ def _conditions(
     if query.since is not None:
         yield created_at >= query.since
     if cursor is not None:
-        # The first condition is redundant, but an index can serve only the first condition.
+        # The first condition is redundant, but an index cannot serve the second condition.
         yield created_at <= cursor[0]
         yield sa.or_(created_at < cursor[0], sa.and_(created_at == cursor[0], task_id < cursor[1]))
     for field, wanted in query.where.items():
@@ -148,7 +148,7 @@ def _conditions(
         else:
             yield _any_of(tasks.c[field], wanted)
         if field == "status" and wanted <= ACTIVE_STATUSES:
-            # SQLite uses a partial index only if the query contains the text of its predicate.
+            # SQLite uses a partial index only if the query contains the index's predicate.
             yield sa.text(ACTIVE)
 
 

@@ -1,4 +1,4 @@
-"""Pure functions that decode rows to records, journal entries and quarantined bytes."""
+"""Pure functions that decode table rows to records, journal entries and quarantined bytes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from taskstore.model.validation import check_int, check_key
 
 QUARANTINED_CHECKSUM = -1
 """The checksum of a row of ``tasks`` whose payload was quarantined in a saved snapshot.
-No payload has this checksum, so the row is never decoded as a record."""
+No payload has this checksum, so a row with this checksum is never decoded as a record."""
 
 QUARANTINED_PREFIX = b"!"
 """The first byte of a snapshot line that contains a quarantined payload."""
 
 
 class Head(NamedTuple):
-    """The head row; the fields are in the order of the columns."""
+    """The head row; the fields are in the order of the table's columns."""
 
     id: int
     ledger_id: str
@@ -55,7 +55,7 @@ class ClaimedSeqs(NamedTuple):
 
 
 class SnapshotRow(NamedTuple):
-    """A row of ``task_snapshots``; the fields are in the order of the columns."""
+    """A row of ``task_snapshots``; the fields are in the order of the table's columns."""
 
     seq: int
     at: int
@@ -76,13 +76,13 @@ class TaskRow(NamedTuple):
 
 
 def damage_of(payload: bytes, stored: int | None) -> str | None:
-    """Return a description of a wrong checksum; ``None`` if the checksum is right."""
+    """Return a description of the damage if the checksum is wrong; ``None`` if it is right."""
     actual = checksum(payload)
     return None if actual == stored else f"its checksum is {actual}, but {stored} is stored"
 
 
 def record_of(row: TaskRow) -> TaskRecord | Quarantined:
-    """The record of a row of ``tasks``, or the quarantined bytes of a damaged row.
+    """Return the record of a row of ``tasks``, or the quarantined bytes if the row is damaged.
 
     A row is also damaged if its payload belongs to another task, because two rows must
     not have the same record.
@@ -106,9 +106,9 @@ def record_of(row: TaskRow) -> TaskRecord | Quarantined:
 
 
 def entry_of(row: Sequence[Any], where: str) -> JournalEntry:
-    """The journal entry of a row, whose values are in order of the columns.
+    """Return the journal entry of a row, whose values are in order of the table's columns.
 
-    If the payload cannot be decoded, the field ``quarantined`` of the entry has the bytes.
+    If the payload cannot be decoded, the field ``quarantined`` of the entry contains its bytes.
     """
     seq, at, kind, task_id, revision, commit_id, payload, stored = row
     if kind == "deleted":
@@ -134,7 +134,7 @@ def entry_of(row: Sequence[Any], where: str) -> JournalEntry:
 
 
 def as_bytes(value: object) -> bytes:
-    """The bytes of a column value; another program can have stored a value of another type."""
+    """Return a column value as bytes; another program can have stored a value of another type."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, str):
@@ -143,8 +143,8 @@ def as_bytes(value: object) -> bytes:
 
 
 def quarantined_row(item: Quarantined) -> tuple[Any, ...] | None:
-    """The row of ``tasks`` that stores a quarantined payload under its task id.
-    ``None`` if the payload has no valid task id."""
+    """Return the row of ``tasks`` that stores a quarantined payload under its task id; ``None`` if
+    the payload has no valid task id."""
     try:
         task_id = check_key("task_id", item.occupied_task_id)
         revision = check_int("revision", item.revision or 0)
@@ -155,9 +155,9 @@ def quarantined_row(item: Quarantined) -> tuple[Any, ...] | None:
 
 
 def line_of(row: TaskRow) -> bytes:
-    """The snapshot line of a row: its payload, or :func:`quarantined_line` for a damaged row.
+    """Return a row's snapshot line: the payload, or :func:`quarantined_line` for a damaged row.
 
-    If the checksum is right and the payload is on one line, the payload is not decoded.
+    If the checksum is right and the payload contains no newline, the payload is not decoded.
     """
     payload = as_bytes(row.payload)
     if damage_of(payload, row.checksum) is None and payload[:1] == b"{" and b"\n" not in payload:
@@ -169,5 +169,5 @@ def line_of(row: TaskRow) -> bytes:
 
 
 def quarantined_line(item: Quarantined) -> bytes:
-    """The snapshot line of a quarantined payload."""
+    """Return the snapshot line of a quarantined payload."""
     return QUARANTINED_PREFIX + msgspec.json.encode(item)

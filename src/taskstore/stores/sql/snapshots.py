@@ -1,4 +1,4 @@
-"""Functions that load all rows, read published snapshots, and replace the content."""
+"""Functions that load all rows, read published snapshots, and replace a ledger's content."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from taskstore.stores.sql.tables import (
 from taskstore.stores.sql.transactions import Transactions
 
 CHUNK_BYTES = 1024 * 1024
-"""The size in bytes at which a snapshot chunk is complete.  Servers accept much longer
-statements."""
+"""The size in bytes at which a snapshot chunk is complete.  Servers accept statements that are much
+longer than a chunk."""
 CHUNK_RECORDS = 1000
 
 
@@ -54,7 +54,7 @@ def read_head(session: Session, sql: Statements, *, lock: bool = False) -> Head:
 
 
 def scan_tasks(session: Session, sql: Statements) -> Iterator[TaskRow]:
-    """Every row of ``tasks``, in order of task id."""
+    """Yield every row of ``tasks``, in order of task id."""
     return chain.from_iterable(_task_pages(session, sql))
 
 
@@ -69,7 +69,7 @@ def _task_pages(session: Session, sql: Statements) -> Iterator[Iterable[TaskRow]
 
 
 def quarantined_rows(session: Session, sql: Statements) -> Iterator[tuple[int, Quarantined]]:
-    """The id and the quarantined payload of every row of ``task_set_aside``."""
+    """Yield the row id and the quarantined payload of every row of ``task_set_aside``."""
     for number, payload, stored in session.rows(sql.read_quarantined):
         where = f"task_set_aside, row {number}"
         damage = damage_of(payload, stored)
@@ -82,18 +82,18 @@ def quarantined_rows(session: Session, sql: Statements) -> Iterator[tuple[int, Q
 
 
 def read_quarantined(session: Session, sql: Statements) -> list[Quarantined]:
-    """The quarantined payloads of ``task_set_aside``."""
+    """Return the quarantined payloads of ``task_set_aside``."""
     return [item for _, item in quarantined_rows(session, sql)]
 
 
 def read_snapshot_rows(session: Session) -> list[SnapshotRow]:
-    """The rows of the published snapshots, oldest first."""
+    """Return the rows of ``task_snapshots``, oldest snapshot first."""
     rows = session.select(sa.select(task_snapshots).order_by(task_snapshots.c.seq))
     return [SnapshotRow(*row) for row in rows]
 
 
 def newest_snapshot_row(session: Session, at: int) -> SnapshotRow | None:
-    """The row of the newest published snapshot at or before a seq."""
+    """Return the newest row of ``task_snapshots`` at or before a seq; ``None`` if there is none."""
     return next((row for row in reversed(read_snapshot_rows(session)) if row.seq <= at), None)
 
 
@@ -111,7 +111,7 @@ def load(transactions: Transactions) -> Snapshot:
 
 
 def read_snapshot(transactions: Transactions, at: int) -> Snapshot | None:
-    """The newest published snapshot at or before a seq."""
+    """Return the newest published snapshot at or before a seq; ``None`` if there is no snapshot."""
     database = transactions.database
 
     def work(session: Session) -> Snapshot | None:
@@ -124,7 +124,7 @@ def read_snapshot(transactions: Transactions, at: int) -> Snapshot | None:
 
 
 def read_published(session: Session, sql: Statements, row: SnapshotRow, location: str) -> Snapshot:
-    """The published snapshot of a snapshot row.
+    """Return the published snapshot that a row of ``task_snapshots`` describes.
 
     Raises :class:`~taskstore.CorruptStoreError` if a chunk is missing or damaged.
     """
@@ -151,7 +151,7 @@ def _read_chunks(
 
 
 def save(transactions: Transactions, snapshot: Snapshot) -> None:
-    """Replace the whole content of the ledger by a snapshot, in one transaction."""
+    """Replace the whole content of the ledger with a snapshot, in one transaction."""
     snapshot = validated_snapshot(snapshot)
     database = transactions.database
     for attempt in transactions.attempts(reads_back=True):
@@ -231,7 +231,7 @@ def insert(session: Session, database: Database, table: sa.Table, rows: list[Any
 
 
 def read_lines(data: bytes, where: str) -> Iterator[TaskRecord | Quarantined]:
-    """The record or the quarantined payload of each line of a chunk."""
+    """Yield the record or the quarantined payload of each line of a chunk."""
     for line in data.split(b"\n"):
         if line[:1] == QUARANTINED_PREFIX:
             try:
@@ -258,7 +258,7 @@ def chunks_of(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def with_chunk(row: SnapshotRow, chunk: bytes) -> SnapshotRow:
-    """The row of a snapshot, updated for one more chunk."""
+    """Return the row of a snapshot, updated for one more chunk."""
     quarantined = (b"\n" + chunk).count(b"\n" + QUARANTINED_PREFIX)
     return row._replace(
         chunks=row.chunks + 1,

@@ -1,4 +1,4 @@
-"""Detection of SQLite files and logs that were removed, moved or replaced."""
+"""Detection of SQLite database files and logs that were removed, moved or replaced."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from taskstore.errors import StoreReplacedError, StoreUnavailableError
 _NO_INODE = (0, 0)
 
 _OPEN_LOG_QUERY = "SELECT count(*) FROM sqlite_master"
-"""A minimal query.  A connection opens the log at its first query."""
+"""A minimal query.  A connection opens the write-ahead log at its first query."""
 
 _MTIME_GRANULARITY_NS = 20_000_000
 """The largest interval in which two changes of a directory can get the same mtime."""
@@ -29,7 +29,8 @@ def inode_of(path: str) -> tuple[int, int]:
 
 
 def _directory_state(directory: str) -> tuple[int, int] | None:
-    """Return the mtime and inode of a directory.  A changed or moved directory has other values."""
+    """Return the mtime and inode of a directory.  After a change or a move of the directory, at
+    least one of the two values is different."""
     try:
         status = os.stat(directory)  # noqa: PTH116 - faster than Path.stat
     except OSError:
@@ -38,13 +39,13 @@ def _directory_state(directory: str) -> tuple[int, int] | None:
 
 
 class FileGuard:
-    """Raises an error if a file was moved, removed or replaced after it was opened.
+    """Raises an error if a database file was moved, removed or replaced after it was opened.
 
-    Commits to an unlinked file or log are lost when the last process closes this file.
-    The store therefore checks the directory's mtime before each commit and after
-    each read.  If a program creates, removes or replaces a file there, the
-    mtime changes; the guard checks the files only after such a change.  The guard calls only
-    ``os.stat``: if this process opened and closed the file, SQLite would lose its locks.
+    Commits to an unlinked file or log are lost when the last process that has it open closes
+    it.  The store therefore checks the directory's mtime before each commit and after each
+    read.  If a program creates, removes or replaces a file in the directory, the mtime changes;
+    the guard checks the files only after the mtime has changed.  The guard calls only ``os.stat``:
+    if this process opened and closed the database file outside SQLite, SQLite would lose its locks.
 
     The guard keeps one connection, the anchor, open from the start.  Only the guard runs
     statements on the anchor.  While the anchor is open, SQLite does not remove the open
@@ -60,43 +61,44 @@ class FileGuard:
         self._open_one = open_one
         self._set_up = set_up
         self._inode = inode_of(self._path)
-        # The inodes of the logs that the anchor has open, by name.
+        # The inodes of the -wal and -shm that the anchor has open, by name.
         self._logs: dict[str, tuple[int, int]] = {}
         self._anchor: Any = None
-        # The directory's state at the last successful check of the files.
+        # The directory's state at the most recent successful check of the files.
         self._checked_state: tuple[int, int] | None = None
-        self._replaced = ""  # "file" or "log" after one of them was replaced
+        self._replaced = ""  # after a replacement, the replaced part: "file" or "log"
 
     def start(self) -> None:
-        """Open the anchor, before any other connection.  Raises the driver's errors."""
+        """Open the anchor; must be called before any other connection is opened.  Raises the
+        driver's errors."""
         self._anchor = self.connect()
         self.record_logs()
 
     def record_logs(self) -> None:
-        """Record the inodes of the file's logs, if logs exist."""
+        """Record the inodes of the ``-wal`` and ``-shm`` of the database file, if they exist."""
         if self._anchor is not None and not self._logs:
             self._anchor.execute(_OPEN_LOG_QUERY).fetchall()
             [mode] = self._anchor.execute("PRAGMA journal_mode").fetchone()
             if mode == "wal":
-                # If a log is missing here, another program removed the open log.
+                # If the -wal or -shm is missing here, another program removed it while it was open.
                 names = (f"{self._path}-wal", f"{self._path}-shm")
                 self._logs = {name: inode_of(name) for name in names}
         self.check_fully()
 
     def connect(self) -> Any:
-        """Open a connection that uses this file and its recorded logs."""
+        """Return a new connection that uses the guarded file and its recorded logs."""
         raw = None
         try:
             raw = self._open_one()
-            self.check_fully()  # before the first query: this query could open a foreign log
+            self.check_fully()  # before the first query, which could open a foreign log
             self._set_up(raw)
             raw.execute(_OPEN_LOG_QUERY).fetchall()
-            self.check_fully()  # because the first query can create a new log
+            self.check_fully()  # the first query can create a new log
         except BaseException as error:
             if raw is not None:
                 raw.close()
             if isinstance(error, Exception):
-                self.check_fully()  # raises the real error if a file was replaced
+                self.check_fully()  # raises a StoreReplacedError instead if a file was replaced
             raise
         return raw
 
@@ -133,7 +135,7 @@ class FileGuard:
         if self._replaced:
             self._checked_state = None
             self._raise_replaced()
-        # A directory that has just changed can change again and keep the same mtime.
+        # A directory that changed just before can change again and keep the same mtime.
         settled = state is not None and time.time_ns() - state[0] > _MTIME_GRANULARITY_NS
         self._checked_state = state if settled else None
 

@@ -31,7 +31,7 @@ def sqlite_module() -> ModuleType:
 
 
 def library_notice(module: Any) -> str | None:
-    """Return a warning if the SQLite of this module has the WAL-reset bug."""
+    """Return a warning if the SQLite of this module has the WAL-reset bug; else ``None``."""
     if not has_wal_reset_bug(module.sqlite_version_info):
         return None
     name = module.__name__.split(".")[0]
@@ -44,7 +44,8 @@ _open_files: Counter[tuple[str, str]] = Counter()
 
 
 def register_open(path: str, library: str) -> str | None:
-    """Count a store that opens a file; return a warning if another library has the file open.
+    """Count a store that opens a file.  Return a warning if another SQLite library in this process
+    has the file open, else ``None``.
 
     POSIX file locks belong to the process: when one library closes a file, the
     process also loses the locks of the other library.
@@ -70,5 +71,5 @@ def register_close(path: str, library: str) -> None:
 
 
 def library_of(module: Any) -> str:
-    """Return the name of a module's SQLite library, for :func:`register_open`."""
+    """Return the name of a module's SQLite library, as :func:`register_open` expects it."""
     return str(module.__name__).split(".", maxsplit=1)[0].removeprefix("_")

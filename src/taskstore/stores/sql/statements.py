@@ -1,13 +1,12 @@
 """The frequent SQL statements, each compiled once per dialect.
 
-A commit runs SQL text on the driver's cursor.  If each commit built
-and compiled Core statements, this would take several times as long as the work of the
-database.
-Every statement has positional parameters.  The order of the parameters is declared
-next to the statement, and checked when the statement is compiled.
+A commit runs SQL text on the driver's cursor.  If each commit built and compiled Core
+statements, the compilation would take several times as long as the work of the database.  Every
+statement has positional parameters.  The order of the parameters is declared next to the
+statement, and checked when the statement is compiled.
 
 A statement for several rows exists only for a few row counts (``BATCH_SIZES``).
-Therefore a batch needs few driver calls, and drivers and servers keep few prepared
+Therefore a batch of changes needs few driver calls, and drivers and servers keep few prepared
 statements.
 """
 
@@ -47,7 +46,7 @@ _BASE_COLUMN = sa.Column("base", sa.BigInteger)
 _IS_HEAD_ROW = taskstore_head.c.id == sa.literal_column("1")
 
 UPDATE_ORDER = (*_ALWAYS_UPDATED, "task_id", "base", *RARELY_UPDATED)
-"""The order of one row's parameters in ``update_tasks`` and ``update_tasks_wide``."""
+"""The order of the parameters of one row in ``update_tasks`` and ``update_tasks_wide``."""
 
 
 class Statements:
@@ -55,13 +54,13 @@ class Statements:
 
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
-        # Each function returns the statement for a row count, compiled at the first call.
+        # Each of these functions returns the statement for a row count, compiled at the first call.
         self.insert_tasks = cache(self._insert_tasks)
         self.update_tasks = cache(self._update_tasks)
         self.update_tasks_wide = cache(self._update_tasks_wide)
         self.delete_tasks = cache(self._delete_tasks)
         self.insert = {table: cache(partial(self._insert, table)) for table in _INSERTABLE}
-        """For each table: the INSERT without preconditions, with parameters in column order."""
+        """Maps each table to an INSERT without preconditions; parameters are in column order."""
         self.insert_journal = self.insert[task_journal]
 
     def _compile(self, statement: Executable, *order: str) -> str:
@@ -76,7 +75,7 @@ class Statements:
 
     @cached_property
     def claim(self) -> str:
-        """Claim ``count`` seqs; return (head_seq, last_at, floor) after the claim, and the
+        """Claims ``count`` seqs; the result is (head_seq, last_at, floor) after the claim, and the
         commit id of the entry at seq ``base``.
 
         If the schema epoch is too high, the statement updates nothing and returns no row.
@@ -100,16 +99,16 @@ class Statements:
     # -- tasks ------------------------------------------------------------
 
     def _parameter_table(self, columns: Sequence[sa.Column[Any]], count: int) -> FromClause:
-        """A table with the name ``new`` and ``count`` rows, whose values are parameters."""
+        """Return a table named ``new`` with ``count`` rows, whose values are parameters."""
         names = [sa.column(col.key, col.type) for col in columns]
         data = [tuple(parameters(columns, row).values()) for row in range(count)]
         return sa.values(*names, name="new").data(data).cte("new")
 
     def _insert_tasks(self, count: int) -> str:
-        """Insert the tasks whose dedup key is free and whose task id is neither used nor deleted.
+        """Inserts the tasks whose dedup key is free and whose task id is neither used nor deleted.
 
-        Parameters: ``count`` rows in order of the columns of ``tasks``, then the floor.
-        The head row is locked, so no other writer can take a free task id or dedup key.
+        The parameters are ``count`` rows in the order of the columns of ``tasks``, then the
+        floor.  The head row is locked, so no other writer can take a free task id or dedup key.
         """
         new = self._parameter_table(list(tasks.columns), count)
         deletion = task_journal.alias("deletion")
@@ -135,8 +134,8 @@ class Statements:
         return self._compile(statement, *_names(tasks.columns, count), "floor")
 
     def _update_tasks(self, count: int) -> str:
-        """Update the tasks at revision ``base`` whose rarely updated columns do not change.
-        The database does not need to update a full index.
+        """Updates the tasks that have the revision ``base`` and whose rarely updated columns do not
+        change.  The database then does not need to update a full index.
 
         Parameters: ``count`` rows of :data:`UPDATE_ORDER`.
         """
@@ -149,7 +148,7 @@ class Statements:
         )
 
     def _update_tasks_wide(self, count: int) -> str:
-        """Update the tasks at revision ``base``, including the rarely updated columns.
+        """Updates the tasks that have the revision ``base``, including the rarely updated columns.
 
         Parameters: ``count`` rows of :data:`UPDATE_ORDER`.
         """
@@ -167,7 +166,7 @@ class Statements:
         )
 
     def _same_key(self, stored: ColumnElement[Any], new: Any) -> ColumnElement[bool]:
-        """The condition that a stored key is equal to the key of a new row."""
+        """Return the condition that a stored key is equal to the key of a new row."""
         same: ColumnElement[bool] = stored == new
         return same
 
@@ -190,7 +189,7 @@ class Statements:
             .where(tasks.c.task_id > bindparam("after", type_=tasks.c.task_id.type))
             .order_by(tasks.c.task_id)
             .limit(sa.literal_column(str(PAGE)))
-            # Without this offset, SQLAlchemy adds a parameter for the offset on SQLite.
+            # Without an explicit offset, SQLAlchemy adds a parameter for the offset on SQLite.
             .offset(sa.literal_column("0")),
             "after",
         )
@@ -205,10 +204,10 @@ class Statements:
 
     @cached_property
     def read_journal(self) -> str:
-        """Read one row for each entry in a range of seqs: the floor, the head and the entry.
+        """Reads the floor, the head and the entry, in one row for each entry in a range of seqs.
 
-        If the range has no entry, read one row with the floor, the head and nulls.
-        Parameters: the seq before the range, and the last seq of the range.
+        If the range has no entry, reads one row with the floor, the head and nulls.
+        The parameters are the seq before the range, and the highest seq of the range.
         """
         head, entry = taskstore_head.c, task_journal.c
         joined = taskstore_head.outerjoin(
@@ -266,7 +265,7 @@ class Statements:
 
 
 def advance_head() -> sa.Update:
-    """The update that claims ``count`` seqs, unless the schema epoch is above ``epoch``."""
+    """Return the update that claims ``count`` seqs, unless the schema epoch is above ``epoch``."""
     head = taskstore_head.c
     now = bindparam("now", type_=sa.BigInteger)
     return (
@@ -281,7 +280,7 @@ def advance_head() -> sa.Update:
 
 
 def stored_bytes(col: ColumnElement[Any]) -> ColumnElement[Any]:
-    """A binary column, cast to bytes, because SQLite columns can contain values of any type."""
+    """Return a binary column cast to bytes: SQLite columns can contain values of any type."""
     return sa.cast(col, sa.LargeBinary).label(str(col.key))
 
 
@@ -293,7 +292,7 @@ CLAIM_COLUMNS: tuple[ColumnElement[Any], ...] = (
     .where(task_journal.c.seq == bindparam("base", type_=sa.BigInteger))
     .scalar_subquery(),
 )
-"""The columns that a claim returns, in order of the fields of ``ClaimedSeqs``."""
+"""The columns that a claim returns, in the order of the fields of ``ClaimedSeqs``."""
 
 ENTRY_COLUMNS: tuple[ColumnElement[Any], ...] = tuple(
     stored_bytes(col) if col is task_journal.c.payload else col for col in task_journal.columns
@@ -306,10 +305,10 @@ def _update_columns() -> list[sa.Column[Any]]:
 
 
 def parameters(columns: Any, row: int) -> dict[str, ColumnElement[Any]]:
-    """The parameters of one row of a statement, by column name."""
+    """Return the parameters of one row of a statement, by column name."""
     return {col.key: bindparam(f"{col.key}_{row}", type_=col.type) for col in columns}
 
 
 def _names(columns: Any, count: int) -> list[str]:
-    """The names of the parameters of ``count`` rows."""
+    """Return the names of the parameters of ``count`` rows."""
     return [f"{col.key}_{row}" for row in range(count) for col in columns]

@@ -43,21 +43,20 @@ _WATCHERS: dict[str, Callable[[ConnectionPool, Callable[[], int]], Watcher]] = {
     "sqlite": DataVersionWatcher,
     "postgresql": ListeningWatcher,
 }
-"""The watcher of each dialect.  For every other dialect, the store polls the head."""
+"""Maps a dialect to its watcher.  For a dialect without a watcher, the store polls the head."""
 
 
 class SQLStore(TaskRegistryStore):
     """A ledger in the tables of an SQL database, opened on one engine.
 
-    ``engine`` belongs to the host.  Each call acquires a connection, restores the
-    settings of the connection and releases it.  :meth:`close` does not dispose of the
-    engine.  The engine's pool must have a connection for every calling thread.
-    To open a URL, call ``taskstore.open_store``, which creates an engine for the
-    store and passes a ``Database``; ``durability`` and ``read_only`` then come from the
-    ``Database``.
-    If ``strict`` is true, a load raises :class:`~taskstore.CorruptStoreError` for the
-    first record that cannot be decoded; otherwise the record is quarantined.  If a
-    server is down, a call waits for up to ``reconnect_s`` seconds, and then raises
+    ``engine`` belongs to the host.  Each call acquires a connection, restores its settings
+    after use and releases it.  :meth:`close` does not dispose of the engine.  The engine's pool
+    must have a connection for every calling thread.  To open a URL, call
+    ``taskstore.open_store``, which creates an engine for the store and passes a ``Database``
+    instead; ``durability`` and ``read_only`` then come from the ``Database``.  If ``strict`` is
+    true, a load raises :class:`~taskstore.CorruptStoreError` for the first record that cannot
+    be decoded; otherwise every such record is quarantined.  If a database server is down, a call
+    waits for up to ``reconnect_s`` seconds, and then raises
     :class:`~taskstore.StoreUnavailableError`.
     """
 
@@ -187,7 +186,7 @@ class SQLStore(TaskRegistryStore):
         try:
             check_key("task_id", task_id)
         except ValidationError:
-            return ()  # no task can have this id, and some drivers do not accept the id
+            return ()  # no task can have this id, and some drivers do not accept it
         sql = self._database.sql.read_history
         rows = self._transactions.read(lambda session: session.rows(sql, (task_id,)))
         return tuple(entry_of(row, self.location) for row in rows)
@@ -212,7 +211,7 @@ class SQLStore(TaskRegistryStore):
             if watcher
             else partial(PollingWatcher, self.head),
             self.location,
-            # While no call waits, the feed must not keep a connection of a host's pool.
+            # While no call waits, the change feed must not keep a connection of a host's pool.
             idle_timeout_s=IDLE_TIMEOUT_S if database.owned else 0.0,
             errors=database.translator.errors,
         )
@@ -272,7 +271,7 @@ def verify(transactions: Transactions) -> VerifyReport:
 
 
 class _TableCheck:
-    """The integrity check of the tables, their checksums, and the copies of payload fields."""
+    """Checks the tables, the checksums of rows, and the columns that copy payload fields."""
 
     def __init__(self, session: Session, database: Database) -> None:
         self._session = session
@@ -292,7 +291,7 @@ class _TableCheck:
         return read_published(self._session, self._sql, self._snapshot_rows[seq], self._location)
 
     def _rows(self, table: sa.Table, after: int | str) -> Iterator[Sequence[Any]]:
-        """The rows of a table in order of the primary key, which is the first column."""
+        """Yield the rows of a table in order of the primary key, which is the first column."""
         (key,) = table.primary_key
         while True:
             page = sa.select(table).where(key > after).order_by(key).limit(PAGE)
@@ -316,7 +315,7 @@ class _TableCheck:
             yield entry
 
     def _current(self) -> Snapshot:
-        """The current records; each record is compared with the columns of its row."""
+        """Return the current records; compare each record with the columns of its row."""
         records: dict[str, TaskRecord] = {}
         quarantined = read_quarantined(self._session, self._sql)
         damaged = [item for item in quarantined if item.where.startswith("task_set_aside")]
@@ -326,7 +325,7 @@ class _TableCheck:
             found = record_of(TaskRow(*map(columns.__getitem__, TaskRow._fields)))
             if isinstance(found, Quarantined):
                 quarantined.append(found)
-                # If save_snapshot wrote the row as quarantined, the row is not damaged.
+                # If save_snapshot wrote a quarantined payload to the row, the row is not damaged.
                 if columns["checksum"] != QUARANTINED_CHECKSUM:
                     damaged.append(found)
                 continue

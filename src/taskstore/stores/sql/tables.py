@@ -1,11 +1,11 @@
 """The tables of a ledger, for SQLAlchemy Core.
 
 ``docs/formats.md`` documents the tables.  The migrations in ``migrations/``
-create the tables.  A test compares the migrations with this file on every engine.
+create the tables.  A test compares the migrations with this file on every database.
 
 Keys are text of at most 255 bytes, compared byte by byte: ids that differ only in
-case or trailing spaces are different in every locale [11].  Each engine has its own
-syntax for this comparison.  All times are Unix milliseconds.
+case or trailing spaces are different in every locale [11].  Each database has its own syntax for a
+comparison byte by byte.  All times are Unix milliseconds.
 
 The column ``booking`` (key ``run_digest``) and the table ``task_set_aside``
 (quarantined records) keep their names on disk until the next format.
@@ -30,18 +30,19 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql
 
 SCHEMA_REVISIONS = ("0001",)
-"""The revisions of the known migrations, oldest first.  This version requires the last revision."""
+"""The revisions of the known migrations, oldest first.  This version requires the newest
+revision."""
 
 SCHEMA_EPOCH = 1
 """The newest schema epoch that this version can work with."""
 
 COMMENT_PREFIX = "taskstore: "
-"""The prefix of the comment on every table of taskstore.  On databases that commit each
-schema change separately, a killed migration can leave tables.  The prefix distinguishes
-these tables from the tables of another program that have the same names."""
+"""The prefix of the comment on every table of taskstore.  On databases that commit each schema
+change separately, a killed migration can leave tables behind.  The prefix distinguishes these
+tables from another program's tables with the same names."""
 
 ACTIVE = "status IN ('queued', 'running')"
-"""The predicate of the partial index of active tasks; a query must contain the same text."""
+"""The predicate of the partial index of active tasks; a query must contain this text to use it."""
 
 metadata = MetaData(
     naming_convention={"pk": "pk_%(table_name)s", "ck": "ck_%(table_name)s_%(constraint_name)s"}
@@ -49,7 +50,7 @@ metadata = MetaData(
 
 
 def _key(length: int = 255) -> String:
-    """The type ``VARCHAR(length)``, compared byte by byte."""
+    """Return the type ``VARCHAR(length)``, whose values are compared byte by byte."""
     return (
         String(length)
         .with_variant(String(length, collation="C"), "postgresql")
@@ -62,12 +63,13 @@ def _key(length: int = 255) -> String:
 
 
 def _blob() -> LargeBinary:
-    """The type of binary columns, for values of some MiB at most."""
+    """Return the type of binary columns, for values of some MiB at most."""
     return LargeBinary().with_variant(mysql.MEDIUMBLOB(), "mysql", "mariadb")
 
 
 def _seq() -> BigInteger:
-    """The type of a seq that is a primary key.  With INTEGER, SQLite stores rows in key order."""
+    """Return the type of a seq that is a primary key: INTEGER on SQLite, which then stores the rows
+    in key order."""
     return BigInteger().with_variant(Integer(), "sqlite")
 
 
@@ -91,15 +93,15 @@ tasks = Table(
     comment=f"{COMMENT_PREFIX}one row per live task",
 )
 """One row per live task.  ``payload`` is authoritative.  The columns ``created_at`` to
-``parent_flow_id`` copy payload fields, so that a query can filter by them.  No full index
-contains a column that changes often; on MariaDB, one full index contains the status."""
+``parent_flow_id`` copy payload fields, so that a query can filter by them.  No full index contains
+a column that changes often, except that on MariaDB one full index contains the status."""
 
 COPIED_COLUMNS = tuple(column.key for column in tasks.columns)[2:-2]
 """The columns of ``tasks`` that copy the payload field of the same name (by column key)."""
 
 
 def _not_null(column: str) -> dict[str, Any]:
-    """The options for a partial index of the rows where a column is not null."""
+    """Return the options for a partial index of the rows where a column is not null."""
     return {
         "sqlite_where": text(f"{column} IS NOT NULL"),
         "postgresql_where": text(f"{column} IS NOT NULL"),
@@ -126,7 +128,7 @@ ONLY_ON = {
     # MariaDB has no partial indexes.
     "ix_tasks_status": frozenset({"mysql", "mariadb"}),
 }
-"""For each index that only some dialects have: the names of these dialects."""
+"""Maps each index that only some dialects have to the names of these dialects."""
 
 task_journal = Table(
     "task_journal",
@@ -141,8 +143,8 @@ task_journal = Table(
     Column("checksum", BigInteger),
     comment=f"{COMMENT_PREFIX}one row per committed change",
 )
-"""One row per committed change; ``payload`` is null for a deletion.  A row whose seq is
-below the floor is a leftover of a trim; readers ignore this row."""
+"""One row per committed change; ``payload`` is null for a deletion.  A row whose seq is below the
+floor remains from an incomplete trim; readers ignore this row."""
 
 Index("ix_task_journal_task", task_journal.c.task_id, task_journal.c.seq)
 
@@ -170,7 +172,7 @@ task_snapshot_chunks = Table(
     comment=f"{COMMENT_PREFIX}the payloads of snapshots",
 )
 """The payloads of a snapshot, several hundred in each chunk.  If a snapshot has no row in
-``task_snapshots``, its chunks are leftovers; readers ignore these chunks."""
+``task_snapshots``, readers ignore the chunks of this snapshot."""
 
 task_set_aside = Table(
     "task_set_aside",
@@ -198,8 +200,8 @@ taskstore_head = Table(
     CheckConstraint("id = 1", name="one_row"),
     comment=f"{COMMENT_PREFIX}the one row that every commit updates first",
 )
-"""The row that every commit updates first.  The update assigns seqs; the lock of the row
-keeps other writers out."""
+"""The row that every commit updates first.  The update assigns seqs; the lock of the head row keeps
+other writers out."""
 
 TABLES = frozenset(metadata.tables)
 """The names of all tables of a ledger."""

@@ -2,17 +2,17 @@
 
 The body of ``with transactions.write() as tx`` is one write transaction.  The
 transaction is committed at the end of the body, or rolled back if the body raises.
-The caller runs the body in a retry loop, so the body can run several times::
+The caller runs the ``with`` statement in a retry loop, so the body can run several times::
 
     for attempt in transactions.attempts():
         with attempt, transactions.write() as tx:
             return tx.row(...)
 
 If the answer to COMMIT is lost, the attempt ends with ``UnconfirmedCommitError``, and
-:meth:`Transactions.read_back_commit` locks the head row and looks for the commit id in the
-journal.  If the journal contains the commit, the caller returns this commit; otherwise
-the caller retries the batch.  If the server stays
-unreachable, ``read_back_commit`` raises :class:`~taskstore.OutcomeUnknownError`.
+:meth:`Transactions.read_back_commit` locks the head row and looks for the commit id in the journal.
+If the journal contains the commit id, the caller returns this commit; otherwise the caller retries
+the batch of changes.  If the server stays unreachable, ``read_back_commit`` raises
+:class:`~taskstore.OutcomeUnknownError`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _T = TypeVar("_T")
 
 
 class ConnectionPool:
-    """Connections that any thread acquires and releases.
+    """Connections that threads acquire and release.
 
     If the store created the engine, the pool keeps one connection for writes.
     If the engine belongs to a host, each call acquires and releases a connection.
@@ -61,7 +61,7 @@ class ConnectionPool:
         self._closed = False
 
     def acquire(self) -> Session:
-        """Acquire a connection; the caller must release it with :meth:`release`."""
+        """Return a connection; the caller must release the connection with :meth:`release`."""
         database = self.database
         with self._lock:
             if self._closed:
@@ -81,7 +81,7 @@ class ConnectionPool:
     def release(self, session: Session, *, broken: bool = False) -> None:
         """Return a connection to the engine; invalidate a ``broken`` connection.
 
-        The pool keeps the write connection, unless the connection is broken.
+        If the connection is the write connection and is not broken, the pool keeps it.
         """
         if session is self.write_session:
             if not broken:
@@ -93,7 +93,8 @@ class ConnectionPool:
         self._return_connection(session.connection)
 
     def acquire_writer(self) -> Session:
-        """Acquire the connection for writes; the caller must release it with :meth:`release`.
+        """Return the connection for writes; the caller must release the connection with
+        :meth:`release`.
 
         The caller must run only one transaction at a time on this connection.
         """
@@ -106,15 +107,15 @@ class ConnectionPool:
         return self.write_session
 
     def writer_backend_pid(self) -> int | None:
-        """The id of the PostgreSQL process that serves the write connection, if known."""
+        """Return the id of the PostgreSQL process of the write connection; ``None`` if unknown."""
         session = self.write_session
         with suppress(Exception):
             return int(session.raw.info.backend_pid) if session is not None else None
         return None
 
     def close(self) -> None:
-        """Release the write connection.  If the engine belongs to the store, the last release
-        after this call disposes of the engine."""
+        """Release the write connection.  If the engine belongs to the store, the engine is disposed
+        of when the last acquired connection is released."""
         with self._lock:
             if self._closed:
                 return
@@ -160,13 +161,14 @@ class Transactions:
             owners=self._read_lock_owners,
         )
         self.attempts = writes.attempts
-        """The attempts of a write; see :meth:`RetryPolicy.attempts`.
+        """Returns the attempts of a write; see :meth:`RetryPolicy.attempts`.
 
         Without ``reads_back``, the body of an attempt must be idempotent.
         """
         self._lock = threading.RLock()
         self._writing = False
-        # The transaction of exclusive() until a write uses it, and the thread of exclusive().
+        # The open transaction of exclusive() until a write uses it, and the thread that called
+        # exclusive().
         self._exclusive_tx: Session | None = None
         self._tx_thread = 0
         self._refusal_reason: str | None = None
@@ -175,8 +177,9 @@ class Transactions:
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """One write transaction: committed at the end of the body, or rolled back if the body
-        raises.  Inside :meth:`exclusive`, the first call uses the transaction of ``exclusive``.
+        """Open a write transaction for a ``with`` block: commit it at the end of the block, or roll
+        it back if the block raises.  Inside :meth:`exclusive`, the first call uses the transaction
+        that ``exclusive`` began.
         """
         pool, database = self.pool, self.database
         with self._lock:
@@ -206,27 +209,28 @@ class Transactions:
                 self._release(session)
 
     def run(self, work: Callable[[Session], _T]) -> _T:
-        """Run ``work`` in one write transaction.
+        """Run ``work`` in one write transaction, and return its result.
 
         ``work`` can run several times, so it must be idempotent.
         """
         for attempt in self.attempts():
             with attempt, self.write() as tx:
                 return work(tx)
-        raise AssertionError("the last attempt raises an error")
+        raise AssertionError("unreachable: the last attempt returns or raises")
 
     def read_back_commit(self, is_committed: Callable[[Session], bool]) -> bool:
         """Return whether a COMMIT whose answer was lost has taken effect.
 
-        ``is_committed`` reads in a transaction that has locked the head row.  The lock proves
-        that the transaction of the lost connection has ended and that no writer is active.
-        Raises :class:`~taskstore.OutcomeUnknownError` if the outcome cannot be read back.
+        ``is_committed`` reads in a transaction that has locked the head row.  The lock of the
+        head row proves that the transaction of the lost connection has ended and that no writer
+        is active.  Raises :class:`~taskstore.OutcomeUnknownError` if the outcome cannot be read
+        back.
         """
 
         def work(tx: Session) -> bool:
             tx.rows(self.database.sql.lock_head)
             # After a restart, a primary can show commits that its standby does not have.
-            # The COMMIT of this transaction waits until the standby has all these commits.
+            # The COMMIT of this transaction waits until the standby has all earlier commits.
             return is_committed(tx)
 
         try:
@@ -240,7 +244,8 @@ class Transactions:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Begin a write transaction; the next :meth:`write` of this thread uses it."""
+        """Begin a write transaction; the next :meth:`write` of this thread uses this
+        transaction."""
         with self._lock:
             self._check_no_write()
             try:
@@ -262,7 +267,7 @@ class Transactions:
         session = self.pool.acquire_writer()
         try:
             self.database.begin_write(session)
-            session.rows(self.database.sql.lock_head)  # on a server, BEGIN locks nothing
+            session.rows(self.database.sql.lock_head)  # on a database server, BEGIN takes no lock
             self._tx_thread = threading.get_ident()
             self._exclusive_tx = session
         except BaseException as error:
@@ -285,8 +290,8 @@ class Transactions:
         if kind is ErrorKind.CONNECTION_LOST:
             raise UnconfirmedCommitError from error
         if kind is ErrorKind.FSYNC_FAILED:
-            # The operating system can have dropped the pages from its cache without writing
-            # them, so a later read by this instance can return wrong data.
+            # The operating system can have dropped the pages from the page cache without writing
+            # them to disk, so a later read by this instance can return wrong data.
             self._refusal_reason = "a commit could not be flushed to disk"
             raise OutcomeUnknownError(
                 f"{translator.location}: it is unknown whether the last commit reached the disk: "
@@ -308,10 +313,12 @@ class Transactions:
     # -- reads ------------------------------------------------------------
 
     def read(self, work: Callable[[Session], _T], *, in_transaction: bool = False) -> _T:
-        """Run ``work`` on a connection; if ``in_transaction`` is true, in one read transaction.
+        """Return the result of ``work``, called with a connection.  If ``in_transaction`` is true,
+        ``work`` runs in one read transaction.
 
         Driver errors are translated, and a read on a lost connection is retried.  If
-        ``in_transaction`` is false inside :meth:`exclusive`, ``work`` runs in the open transaction.
+        ``in_transaction`` is false inside :meth:`exclusive`, ``work`` runs in the transaction that
+        ``exclusive`` began.
         """
         tx = self._exclusive_tx
         if tx is not None and self._tx_thread == threading.get_ident() and not in_transaction:
@@ -320,8 +327,8 @@ class Transactions:
                 if self.database.guard is not None:
                     self.database.guard.check()
             except self.database.translator.errors as error:
-                # The transaction and its lock are lost.  The connection can be lost too.
-                # The read can be repeated on another connection.
+                # The transaction of exclusive() and its lock are lost.  The connection can be lost
+                # too.  The read can be repeated on another connection.
                 self._exclusive_tx = None
                 self._roll_back(tx, error)
             else:
@@ -333,7 +340,8 @@ class Transactions:
 
     @contextmanager
     def reading(self, *, in_transaction: bool = False) -> Iterator[Session]:
-        """A connection for reads.  If ``in_transaction`` is true, the body is one transaction."""
+        """Acquire a connection for reads.  If ``in_transaction`` is true, the body is one
+        transaction."""
         session = self.pool.acquire()
         try:
             if in_transaction:
@@ -342,8 +350,9 @@ class Transactions:
             yield session
             if in_transaction:
                 session.execute("COMMIT")
-            # The guard must check before the release.  If the store was closed meanwhile, the
-            # release closes the last connection, and SQLite then removes its log files.
+            # The guard must check the file before the connection is released.  If the store was
+            # closed meanwhile, the release closes the only open connection, and SQLite then removes
+            # its log files.
             if self.database.guard is not None:
                 self.database.guard.check()
         except BaseException as error:
@@ -352,7 +361,7 @@ class Transactions:
         self.pool.release(session)
 
     def _read_head(self) -> int | None:
-        """The head seq, read by one attempt; ``None`` if the attempt fails."""
+        """Return the head seq, read without retries; ``None`` if the read fails."""
         with suppress(Exception), self.reading() as session:
             return Head(*session.row(self.database.sql.head)).head_seq
         return None
@@ -365,7 +374,8 @@ class Transactions:
     # -- rollback and release ---------------------------------------------
 
     def _roll_back(self, session: Session, error: BaseException | None = None) -> None:
-        """Roll back and release a connection; suppress driver errors: the caller raises ``error``.
+        """Roll back and release a connection.  Errors of the rollback are suppressed, because
+        the caller raises ``error``.
 
         A connection is discarded if its rollback fails, or if its server is unreachable, shuts
         down or is not the primary.  If an SQLite file was replaced, the guard raises an error.
@@ -400,6 +410,6 @@ class Transactions:
         self.pool.release(session, broken=broken)
 
     def close(self) -> None:
-        """Wait for the current write, then close the pool."""
+        """Wait until the current write has ended, then close the pool."""
         with self._lock:
             self.pool.close()

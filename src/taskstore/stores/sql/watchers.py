@@ -27,7 +27,8 @@ SQLITE_POLL_PAUSE_S = 0.025
 
 
 class DataVersionWatcher(PollingWatcher):
-    """Polls SQLite's data version at low cost: other connections' commits change the version."""
+    """Polls SQLite's data version, which is cheap to read and changes at commits of other
+    connections."""
 
     def __init__(self, pool: ConnectionPool, head: Callable[[], int]) -> None:
         super().__init__(head, self._data_version, longest_pause_s=SQLITE_POLL_PAUSE_S)
@@ -36,7 +37,7 @@ class DataVersionWatcher(PollingWatcher):
 
     def _data_version(self) -> object:
         row = self._session.row("PRAGMA data_version")
-        # The guard raises an error if the file was opened as immutable and has changed.
+        # The guard raises an error if the database file was opened as immutable and has changed.
         guard = self._pool.database.guard
         if guard is not None:
             guard.check()
@@ -50,9 +51,9 @@ class ListeningWatcher:
     """Receives PostgreSQL notifications of commits.
 
     A watcher that listens owns an advisory lock.  Writers send notifications only while a
-    watcher owns this lock: see ``PostgreSQLStatements``.  A writer that
-    began its transaction before the watcher got the lock sends no notification.  The
-    watcher therefore polls the head until it has the lock, and once more afterwards.
+    watcher owns the advisory lock: see ``PostgreSQLStatements``.  A writer that began its
+    transaction before the watcher got the advisory lock sends no notification.  The watcher
+    therefore polls the head until it owns the advisory lock, and then polls once more.
     """
 
     def __init__(self, pool: ConnectionPool, head: Callable[[], int]) -> None:
@@ -63,10 +64,10 @@ class ListeningWatcher:
         self._generation = self._database.generation
         self._session = pool.acquire()
         self._channel = ""
-        # _locked: this watcher owns the lock.
+        # _locked: this watcher owns the advisory lock.
         # _has_silent_writer: at least one writer does not send notifications.
-        # _notified: a notification has arrived since the last poll.
-        # _notified_by_other: another process has sent such a notification.
+        # _notified: a notification has arrived since the previous poll.
+        # _notified_by_other: a notification from another process has arrived.
         self._locked = self._has_silent_writer = self._notified_by_other = self._notified = False
         self._last_head: int | None = None
         self._backoff = polling_backoff()
@@ -85,8 +86,8 @@ class ListeningWatcher:
         if row is None:
             raise WatcherBrokenError
         self._channel = self._sql.channel_of(Head(*row).ledger_id)
-        # psycopg can receive a notification together with the result of a statement, and
-        # drops the notification if no handler is registered.
+        # psycopg can receive a notification together with the result of a statement, and drops this
+        # notification if no handler is registered.
         session.raw.add_notify_handler(self._on_notify)
         session.execute(f'LISTEN "{self._channel}"')
         for end in (self._wake_receiver, self._wake_sender):
@@ -123,7 +124,8 @@ class ListeningWatcher:
         head = Head(*row).head_seq
         if self._last_head is not None and head != self._last_head:
             self._backoff.reset()
-            # If the head moved silently, at least one writer does not send notifications.
+            # If the head changed without a notification, at least one writer does not send
+            # notifications.
             silent = locked and not notified and not self._notified
             self._has_silent_writer = self._has_silent_writer or silent
         self._last_head = head

@@ -26,21 +26,21 @@ LOCK_TIMEOUT_S = 30
 """The timeout of table and schema locks and of idle transactions, in seconds."""
 
 WRITE_LOCK_TIMEOUT_S = 15
-"""The timeout of one attempt to get the write lock, in seconds.  After two attempts, the
-caller can see whether the other writers make progress."""
+"""The timeout of one attempt to get the write lock, in seconds.  After two attempts, the retry
+policy knows whether the other writers make progress."""
 
 _LOCATION_OPTIONS = ("host", "port", "unix_socket")
 
 
 _SEVERAL_HOSTS = re.compile(r"@[^/?@]*,[^/?@]*(/|\?|$)")
-"""A list of hosts in libpq's syntax, which SQLAlchemy does not parse."""
+"""Matches a list of hosts in libpq's syntax, which SQLAlchemy does not parse."""
 
 
 _Row = TypeVar("_Row")
 
 
 def row_groups(rows: Sequence[_Row]) -> Sequence[Sequence[_Row]]:
-    """Split rows into groups of sizes for which a compiled statement exists."""
+    """Split rows into groups; for the size of each group, a compiled statement exists."""
     if len(rows) == 1:
         return (rows,)
     groups: list[Sequence[_Row]] = []
@@ -64,7 +64,7 @@ class Session:
     All statements, including Core statements, run on this cursor.  Statements do not run
     through SQLAlchemy, because a host's engine can have listeners that begin a
     transaction when SQLAlchemy begins one.
-    The ``restore_statements`` restore the settings of a host's connection after use.
+    ``restore_statements`` are the SQL statements that restore a host's connection after use.
     """
 
     __slots__ = ("_dialect", "connection", "cursor", "raw", "restore_statements")
@@ -100,7 +100,7 @@ class Session:
         return rows[0] if rows else None
 
     def restore_settings(self) -> None:
-        """Restore the settings of a host's connection."""
+        """Restore the settings that taskstore changed on a host's connection."""
         for statement in self.restore_statements:
             self.rows(statement)
         self.restore_statements = ()
@@ -133,9 +133,9 @@ class Guard(Protocol):
     """Detects that an open file was moved, removed, replaced or changed."""
 
     def check(self) -> None:
-        """Raise a :class:`~taskstore.StoreUnavailableError` if the guard detects a change.
+        """Raise :class:`~taskstore.StoreUnavailableError` if the file has changed.
 
-        The check is cheap: the store checks before each commit and after each read.
+        The check must be cheap, because the store checks before each commit and after each read.
         """
 
     def check_fully(self) -> None:
@@ -146,11 +146,11 @@ class Database:
     """One database.  ``owned`` is true if taskstore made the engine, false for a host's engine."""
 
     names: ClassVar[tuple[str, ...]]
-    """SQLAlchemy's names of the dialect."""
+    """The names that SQLAlchemy uses for this dialect."""
     dialects: ClassVar[dict[str, type[Database]]] = {}
-    """All dialects, by SQLAlchemy's names."""
+    """Maps each SQLAlchemy name of a dialect to its class."""
     extra: ClassVar[str] = ""
-    """The extra of taskstore that installs the driver; empty if the driver needs no extra."""
+    """The name of taskstore's extra that installs the driver; empty if there is none."""
     driver: ClassVar[str]
     """The driver for which the statements are compiled."""
     sa_dialect: ClassVar[Dialect]
@@ -158,16 +158,16 @@ class Database:
     sql: Statements
     """The compiled statements, shared by all databases of the dialect."""
     begin_read: ClassVar[tuple[str, ...]] = ("BEGIN",)
-    """The statements that begin a read-only transaction over one database snapshot."""
+    """The statements that begin a read-only transaction in which all reads see the same state."""
     begin_schema: ClassVar[tuple[str, ...]] = ("BEGIN",)
-    """The statements that begin a transaction and exclude other schema changes."""
+    """The statements that begin a transaction in which no other process can change the schema."""
     ddl_autocommits: ClassVar[bool] = False
     """True if each DDL statement commits by itself.  After a killed migration, the
     effects of its completed statements remain."""
     waits_for_locks: ClassVar[bool] = True
-    """True if a transaction waits for a lock in the database; if false, the store retries."""
+    """True if the database waits for a lock that is not free; if false, the store retries."""
     generation = 0
-    """The number of possible failovers so far."""
+    """The number of possible failovers of the server since this object was created."""
     guard: Guard | None = None
     url = ""
     """The URL as the caller gave it, with the password; empty for a host's engine."""
@@ -224,7 +224,7 @@ class Database:
         raise AssertionError(error)
 
     def add_notice(self, text: str | None) -> None:
-        """Add a notice to the report of the store, and log the notice once as a warning."""
+        """Add a notice to the store's list of notices, and log each notice once as a warning."""
         if text is not None and text not in self.notices:
             self.notices.append(text)
             log.warning("%s", text)
@@ -234,7 +234,7 @@ class Database:
         return raw.cursor()
 
     def check_server(self, connection: sa.Connection) -> None:
-        """Raise if the server or a host's connection has unsupported settings."""
+        """Raise an error if the server or a host's connection has unsupported settings."""
 
     def lock_schema(self, connection: sa.Connection) -> None:
         """Take the schema lock; other processes wait until :meth:`unlock_schema`."""
@@ -242,24 +242,25 @@ class Database:
             connection.exec_driver_sql(statement)
 
     def unlock_schema(self, connection: sa.Connection, *, done: bool) -> None:
-        """Commit the schema changes; if not ``done``, roll back the changes if possible."""
+        """Commit the schema changes and release the schema lock; if ``done`` is false, roll back
+        the changes if possible."""
         connection.exec_driver_sql("COMMIT" if done else "ROLLBACK")
 
     def register_open(self) -> None:
-        """Register a store that opens the database, before the store's first connection."""
+        """Register a store that opens the database; called before the store's first connection."""
 
     def prepare(self, session: Session) -> None:
-        """Read and change settings of the database after the schema check."""
+        """Read and change the settings of the database; called after the schema check."""
 
     def configure_writer(self, session: Session) -> None:
         """Configure the write connection of an engine that taskstore owns."""
 
     def begin_write(self, session: Session) -> None:
-        """Begin a transaction that writes."""
+        """Begin a write transaction."""
         raise AssertionError(session)
 
     def lock_owners(self, session: Session) -> Sequence[str]:
-        """Return the owners of the write lock, if known; ``session`` must not wait for a lock."""
+        """Return the known owners of the write lock; the query must not wait for a lock."""
         del session
         return ()
 
@@ -271,11 +272,11 @@ class Database:
         """Discard the pooled connections of an owned engine after a possible failover."""
 
     def rollback(self, session: Session) -> None:
-        """Roll back the transaction if one is open; raise if the connection is broken."""
+        """Roll back the transaction if one is open; raise an error if the connection is broken."""
         raise AssertionError(session)
 
     def claim_seqs(self, session: Session, count: int, now: int, base: int) -> ClaimedSeqs | None:
-        """Claim seqs under the head lock, and read the id of the commit at seq ``base``.
+        """Claim seqs under the lock of the head row, and read the id of the commit at seq ``base``.
 
         Returns ``None`` if the schema epoch is too new for this version to write.
         """
@@ -289,7 +290,7 @@ class Database:
         return session.execute_dml(self.sql.insert_tasks(len(rows)), parameters)
 
     row_groups: ClassVar[Callable[..., Iterable[Sequence[Any]]]] = staticmethod(row_groups)
-    """Split rows into groups; one statement writes one group."""
+    """Splits rows into groups, so that one statement can write each group."""
 
     def check_integrity(self, connection: sa.Connection) -> None:
         """Raise :class:`~taskstore.CorruptStoreError` if the database file is damaged."""
@@ -334,7 +335,7 @@ def open_database(url: str, *, durability: str = "full", read_only: bool = False
     """
     dialect = Database.dialects.get(scheme_of(url).partition("+")[0])
     if dialect is None:
-        parse(url)  # raises an error with the reason
+        parse(url)  # raises an error that names the reason
         raise AssertionError(url)
     database = dialect.open(url, durability=durability, read_only=read_only)
     database.url = url

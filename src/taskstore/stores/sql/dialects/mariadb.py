@@ -1,7 +1,6 @@
 """The MariaDB dialect, through PyMySQL.
 
-PyMySQL renders the parameters into the statement text, and a statement must fit
-into one packet.
+PyMySQL inserts the parameter values into the statement text, and the text must fit into one packet.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ from taskstore.stores.sql.statements import (
 from taskstore.stores.sql.tables import SCHEMA_EPOCH, task_journal, tasks
 
 MIN_VERSION = (10, 6)
-"""The first version in which CREATE TABLE is atomic."""
+"""The first MariaDB version in which CREATE TABLE is atomic."""
 
 COLLATION = "utf8mb4_nopad_bin"
-"""The collation of ``tables.py``; it orders by code point and compares trailing spaces."""
+"""The collation that ``tables.py`` uses; it orders by code point and compares trailing spaces."""
 
 _SQL_MODE = "SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'"
-"""With this mode, a value that does not fit is an error, and the SQL syntax is MariaDB's."""
+"""With this ``sql_mode``, a value that does not fit is an error, and the syntax is MariaDB's."""
 
 _SERVER_SETTINGS = """
 SELECT @@max_allowed_packet, @@innodb_flush_log_at_trx_commit, @@log_bin, @@sync_binlog"""
@@ -61,17 +60,17 @@ JOIN information_schema.processlist AS conn ON conn.id = trx.trx_mysql_thread_id
 WHERE conn.db = DATABASE() AND conn.id <> CONNECTION_ID()
     AND trx.trx_rows_locked > 0 AND trx.trx_state <> 'LOCK WAIT'
 """
-"""Connections that own row locks in the database and wait for no lock.  The query needs
+"""Selects the connections that own row locks in the database and wait for no lock.  The query needs
 the privilege PROCESS."""
 
 _INCOMPATIBLE_SQL_MODES = {"EMPTY_STRING_IS_NULL", "ORACLE"}
-"""The store refuses these modes: they change the meaning of statements, and a read does not
-set ``sql_mode``."""
+"""The store refuses these values of ``sql_mode``, because they change the meaning of statements,
+and a read transaction does not set ``sql_mode``."""
 
 _SCHEMA_LOCK = "CONCAT('taskstore.', MD5(DATABASE()))"
 
 _MAX_ROW_BYTES = 16_000
-"""The largest size of a row as text, without the payload, in bytes."""
+"""The largest size of a row in a statement text, without the payload, in bytes."""
 
 _DEFAULT_PACKET = 16 * 1024 * 1024
 _CLIENT_FOUND_ROWS = 2
@@ -82,7 +81,7 @@ class _Dialect(MariaDBDialect, MySQLDialect_pymysql):
 
 
 class MariaDBStatements(Statements):
-    """Statements for a database without CTEs in UPDATE and without UPDATE … RETURNING."""
+    """The statements of MariaDB, which supports neither a CTE in UPDATE nor UPDATE … RETURNING."""
 
     def __init__(self, dialect: Dialect) -> None:
         super().__init__(dialect)
@@ -100,11 +99,12 @@ class MariaDBStatements(Statements):
         return stored == sa.collate(new, COLLATION)
 
     def _update_tasks(self, count: int) -> str:
-        # An unchanged value updates no index, so the wide statement is enough for several rows.
+        # MariaDB updates no index for an unchanged value: the wide statement serves several rows.
         return super()._update_tasks(1) if count == 1 else self._update_tasks_wide(count)
 
     def _count_deleted(self, count: int) -> str:
-        """Count the deletions of tasks since a seq.  The parameters are the ids, then the seq."""
+        """Return a query that counts the deletions of ``count`` tasks since a seq.  The parameters
+        are the task ids, then the seq."""
         entry, order = task_journal.c, [f"task_id_{row}" for row in range(count)]
         ids = [bindparam(name, type_=entry.task_id.type) for name in order]
         return self._compile(
@@ -121,12 +121,12 @@ class MariaDBStatements(Statements):
 
     @cached_property
     def claim(self) -> str:
-        """Claim ``count`` seqs, unless the schema epoch is too new for this version."""
+        """Return the statement that claims ``count`` seqs unless the schema epoch is too new."""
         return self._compile(advance_head(), "count", "now", "now", "epoch")
 
     @cached_property
     def claimed(self) -> str:
-        """Read the head row after a claim, and the id of the commit at seq ``base``."""
+        """Return the query for the claimed head row and the id of the commit at seq ``base``."""
         return self._compile(sa.select(*CLAIM_COLUMNS), "base")
 
 
@@ -238,7 +238,7 @@ class MariaDBDatabase(Database):
             self.add_notice(self._durability_notice(int(flush), int(sync) if binary_log else 1))
 
     def _durability_notice(self, flush: int, sync: int) -> str | None:
-        """Return a notice if commits can be lost with these server settings; else ``None``."""
+        """Return a notice if the server can lose commits with these settings; else ``None``."""
         settings = f"innodb_flush_log_at_trx_commit={flush}"
         if flush not in (1, 3):
             lost = "power loss" if flush == 2 else "a server crash"  # noqa: PLR2004 - MariaDB's
@@ -254,9 +254,9 @@ class MariaDBDatabase(Database):
     # -- transactions --------------------------------------------------------
 
     def begin_write(self, session: Session) -> None:
-        # At READ COMMITTED, a statement reads the data that was committed when the
-        # statement began.  A read after the head lock therefore sees the last commit.
-        # At REPEATABLE READ, the read would see the older state from before the lock wait.
+        # At READ COMMITTED, a statement reads the data that was committed when this statement
+        # began.  A read after the head row was locked therefore sees the newest commit.  At
+        # REPEATABLE READ, the read would see the older state from before the wait for the lock.
         if not self.owned:
             [mode] = session.row("SELECT @@sql_mode")
             session.restore_statements = (f"SET SESSION sql_mode = '{mode}'",)
@@ -293,7 +293,7 @@ class MariaDBDatabase(Database):
     def _split_to_packets(
         self, rows: Sequence[tuple[Any, ...]]
     ) -> Iterator[Sequence[tuple[Any, ...]]]:
-        """Halve a group until each part fits into a packet; the sizes stay powers of two."""
+        """Halve a group of rows until each part fits into a packet; sizes stay powers of two."""
         size = sum(map(_max_row_size, rows))
         if size <= self._max_packet:
             yield rows
@@ -311,7 +311,7 @@ class MariaDBDatabase(Database):
     # -- the schema ------------------------------------------------------------
 
     def lock_schema(self, connection: sa.Connection) -> None:
-        # A DDL statement ends the transaction, so the connection must own the lock.
+        # A DDL statement ends the transaction, so the schema lock must belong to the connection.
         lock = f"SELECT GET_LOCK({_SCHEMA_LOCK}, {LOCK_TIMEOUT_S})"
         if connection.exec_driver_sql(lock).scalar() != 1:
             raise StoreBusyError(f"{self.location}: another process is changing the schema")
@@ -322,12 +322,12 @@ class MariaDBDatabase(Database):
 
 
 def _max_row_size(row: tuple[Any, ...]) -> int:
-    """Return the largest size of a row as text, with two characters for each payload byte."""
+    """Return the largest size of a row as text, at two characters for each payload byte."""
     return _MAX_ROW_BYTES + sum(2 * len(value) for value in row if isinstance(value, bytes))
 
 
 def check_version(version: str, location: str) -> None:
-    """Raise if the version text shows that the server is not MariaDB or is too old."""
+    """Raise an error if the version text shows that the server is not MariaDB or is too old."""
     match = re.search(r"(\d+)\.(\d+)\.\d+-MariaDB", version)
     if match is None:
         problem = "is not MariaDB"
@@ -343,7 +343,7 @@ def check_version(version: str, location: str) -> None:
 
 
 def _refuse_unknown_options(engine: sa.Engine, url: sa.URL) -> None:
-    """Raise if the URL has options that the driver does not know."""
+    """Raise an error if the URL has options that the driver does not know."""
     from pymysql.connections import Connection
 
     _, options = engine.dialect.create_connect_args(url)

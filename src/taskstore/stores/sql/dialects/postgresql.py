@@ -32,22 +32,24 @@ WHERE held.relation = 'taskstore_head'::regclass AND held.granted
     AND held.mode <> 'AccessShareLock' AND held.pid <> pg_backend_pid()
     AND NOT EXISTS (SELECT FROM pg_locks AS wait WHERE wait.pid = held.pid AND NOT wait.granted)
 """
-"""Server processes that own a row or table lock on the head table and wait for no lock."""
+"""Selects server processes that own a row or table lock on the head table and wait for no lock."""
 
 
 class PostgreSQLStatements(Statements):
-    """Statements that claim seqs and, if a listener exists, send a NOTIFY with the commit.
+    """The statements of PostgreSQL.  If there is a listener, a claim also sends a NOTIFY.
 
     A transaction with a NOTIFY owns a server-wide lock while the server flushes its COMMIT
-    to disk.  A ledger without listeners avoids this cost: each listener takes a shared
-    advisory lock, and a claim tries to take this lock exclusively.  If the claim gets
-    the lock, there is no listener.  The transaction owns the lock until the transaction
-    ends.  A new listener can get the lock only then, and reads the head after that.
+    to disk.  A ledger without listeners avoids this cost.  Each listener owns a shared advisory
+    lock, and a claim tries to take this lock exclusively.  If the claim gets the advisory lock,
+    there is no listener.  The claiming transaction then owns the advisory lock until the
+    transaction ends.  A new listener can get the advisory lock only after this end, and then reads
+    the head.
     """
 
     @cached_property
     def claim(self) -> str:
-        """The claim statement.  Its result has a fifth column, which callers ignore."""
+        """Return the claim statement.  The result of this statement has a fifth column, which
+        callers ignore."""
         channel = f"'{_CHANNEL}' || taskstore_head.ledger_id"
         notification: sa.ColumnElement[Any] = sa.literal_column(
             f"CASE WHEN pg_try_advisory_xact_lock({_LISTENER_KEY.format(channel)}) THEN NULL "
@@ -56,22 +58,22 @@ class PostgreSQLStatements(Statements):
         return self._claim_returning(notification)
 
     lock_as_listener = f"SELECT pg_try_advisory_lock_shared({_LISTENER_KEY.format('%s')})"
-    """Take a listener's shared lock; writers then send notifications.  The parameter is the
-    channel."""
+    """Takes a listener's shared advisory lock; writers then send notifications.  The parameter is
+    the channel."""
     unlock_as_listener = f"SELECT pg_advisory_unlock_shared({_LISTENER_KEY.format('%s')})"
-    """Release a listener's shared lock.  The parameter is the channel."""
+    """Releases a listener's shared advisory lock.  The parameter is the channel."""
 
     @staticmethod
     def channel_of(ledger_id: str) -> str:
-        """Return the channel of a ledger's notifications."""
+        """Return the name of the channel for the notifications of a ledger."""
         return _CHANNEL + ledger_id
 
 
 _CONNECT_DEFAULTS: dict[str, object] = {
     "application_name": "taskstore",
     # A host can disappear without closing its connections.  With these options, a new
-    # connection fails after 5 s per host, and an open connection fails after 25 s.  By
-    # default, a failure takes hours.
+    # connection fails after 5 s per host, and an open connection fails after 25 s.  With the
+    # default options, a connection fails only after hours.
     "connect_timeout": 5,
     "keepalives_idle": 10,
     "keepalives_interval": 5,
@@ -89,7 +91,7 @@ class PostgreSQLDatabase(Database):
     driver = "psycopg"
     statements = PostgreSQLStatements
     sql: PostgreSQLStatements
-    # SQLAlchemy's dialect constructors are untyped.
+    # The constructors of SQLAlchemy's dialects have no type annotations.
     sa_dialect = PGDialect_psycopg(paramstyle="format")  # type: ignore[no-untyped-call]
     begin_read = ("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",)
     # The lock key is arbitrary ("task" in ASCII), but every process must use this key.
@@ -162,7 +164,7 @@ class PostgreSQLDatabase(Database):
             )
 
     def begin_write(self, session: Session) -> None:
-        # The text cannot be prepared if it contains two statements (for one round trip).
+        # The text can contain two statements, for one round trip; such a text cannot be prepared.
         session.raw.execute(self._begin_write, prepare=False)
 
     def lock_owners(self, session: Session) -> Sequence[str]:

@@ -32,10 +32,10 @@ _WRITE_LOCK_BYTE = 120
 """The offset of the byte that a writer locks in the ``-shm`` file (from SQLite's format)."""
 
 _SYNCHRONOUS = {"full": "FULL", "process": "NORMAL"}
-"""The value of ``PRAGMA synchronous`` for each durability."""
+"""Maps each value of the option ``durability`` to a value of ``PRAGMA synchronous``."""
 
 _CONTENTION_S = 1.0
-"""The time for which writers use the fair lock after the last contention, in seconds."""
+"""How long writers use the fair lock after the most recent contention, in seconds."""
 
 
 class SQLiteDatabase(Database):
@@ -47,7 +47,7 @@ class SQLiteDatabase(Database):
     begin_schema = ("BEGIN IMMEDIATE",)
     waits_for_locks = False
     erase_timeout_s: ClassVar[float] = 10.0
-    """The time for which :meth:`erase` waits until readers release the log, in seconds."""
+    """How long :meth:`erase` waits until readers release the write-ahead log, in seconds."""
     error_kind = staticmethod(sqlite_error_kind)
 
     @classmethod
@@ -102,13 +102,13 @@ class SQLiteDatabase(Database):
         immutable: ImmutableGuard | None = None,
     ) -> None:
         super().__init__(engine, owned=owned, durability=durability, read_only=read_only)
-        # None for a host's engine, whose connections can be older than this object.
+        # There is no guard for a host's engine: its connections can be older than this object.
         self._file_guard = files
         self._immutable_guard = immutable
         self.guard = immutable or files
-        # The system's directory for temporary files can be in memory and too small.
+        # The system's directory for temporary files can be in memory and then too small.
         self.temp_dir = Path(self.location).parent
-        self._fair_lock: FairLock | None = None  # opened at the first contention
+        self._fair_lock: FairLock | None = None  # the fair lock is opened at the first contention
         self._contended_until = 0.0
         self._registered = False
         module: Any = engine.dialect.loaded_dbapi
@@ -147,11 +147,11 @@ class SQLiteDatabase(Database):
                 + ("" if self.owned else "; the owner of the engine can set the mode wal")
             )
         if self._file_guard is not None:
-            self._file_guard.record_logs()  # the new journal mode can have created logs
+            self._file_guard.record_logs()  # the new journal mode can have created -wal and -shm
 
     def configure_writer(self, session: Session) -> None:
-        # SQLite's busy handler sleeps up to 0.1 s between attempts, and other writers
-        # take the lock during a sleep.
+        # SQLite's busy handler sleeps up to 0.1 s between attempts, and other writers can take the
+        # lock during such a sleep.
         session.rows("PRAGMA busy_timeout = 0")
 
     def begin_write(self, session: Session) -> None:
@@ -186,7 +186,7 @@ class SQLiteDatabase(Database):
 
     def lock_owners(self, session: Session) -> Sequence[str]:
         del session
-        # A writer locks a byte of the -shm file, or the database file if there is no log.
+        # A writer locks a byte of the -shm file; without a -shm, it locks the database file.
         owners = lock_owners(f"{self.location}-shm", byte=_WRITE_LOCK_BYTE)
         return owners or lock_owners(self.location)
 
@@ -200,8 +200,8 @@ class SQLiteDatabase(Database):
             raise CorruptStoreError(self.location, f"the database is malformed: {result}")
 
     def scrub_deleted(self, session: Session) -> None:
-        # secure_delete overwrites deleted bytes in the file, but the log keeps
-        # earlier page images until a checkpoint truncates the log.
+        # secure_delete overwrites deleted bytes in the file, but the write-ahead log keeps earlier
+        # page images until a checkpoint truncates it.
         [timeout_ms] = session.row("PRAGMA busy_timeout")
         session.restore_statements = (f"PRAGMA busy_timeout = {timeout_ms}",)
         session.rows("PRAGMA busy_timeout = 100")
@@ -235,7 +235,7 @@ class SQLiteDatabase(Database):
 
 
 def path_of(url: str) -> Path:
-    """Return the file that an SQLite URL names; the path is not percent-decoded."""
+    """Return the path of the file that an SQLite URL names; the path is not percent-decoded."""
     rest = url.partition(":")[2]
     if rest in ("", "//", "///") or ":memory:" in rest:
         raise ValidationError(
@@ -251,8 +251,8 @@ def path_of(url: str) -> Path:
 
 
 _DECODE_TEXT = partial(str, encoding="utf-8", errors="surrogateescape")
-"""Decodes damaged text without an error, so that a scan can read the other rows.  Checksums
-detect the damage."""
+"""Decodes damaged text without an error, so that a scan of a table can read the other rows.
+Checksums detect the damage."""
 
 _READ_PRAGMAS = ("PRAGMA query_only = ON",)
 
@@ -260,7 +260,7 @@ _READ_PRAGMAS = ("PRAGMA query_only = ON",)
 def _write_pragmas(durability: str) -> tuple[str, ...]:
     pragmas = [
         f"PRAGMA synchronous = {_SYNCHRONOUS[durability]}",
-        # This is four times the default: with NORMAL, writers wait mostly for checkpoints.
+        # Four times the default: with synchronous=NORMAL, writers wait mostly for checkpoints.
         "PRAGMA wal_autocheckpoint = 4000",
         f"PRAGMA journal_size_limit = {64 * 1024 * 1024}",
         "PRAGMA secure_delete = ON",  # overwrites deleted bytes in the file
@@ -271,10 +271,10 @@ def _write_pragmas(durability: str) -> tuple[str, ...]:
 
 
 def create_privately(path: Path) -> None:
-    """Create the file if it does not exist.  Only its owner can read a new file.
+    """Create the database file if it does not exist.  Only its owner can read a new file.
 
-    New directories get the mode 0700.  A new file gets the mode 0600.  SQLite creates the
-    ``-wal`` and ``-shm`` with the mode of the file.  Existing files keep their modes.
+    New directories get the mode 0700.  A new database file gets the mode 0600.  SQLite creates the
+    ``-wal`` and ``-shm`` with the mode of the database file.  Existing files keep their modes.
     """
     try:
         missing = [parent for parent in path.parents if not parent.exists()]
@@ -299,8 +299,8 @@ def create_privately(path: Path) -> None:
 def connection_factory(
     module: Any, path: Path, *, busy_timeout_s: float, read_only: bool, immutable: bool
 ) -> Callable[[], Any]:
-    """Return a function that opens one connection to a file, in the driver's autocommit mode."""
-    # The path can contain %, ? and #, so it is quoted.  SQLite creates no file in these modes.
+    """Return a function that opens a new connection to a file, in the driver's autocommit mode."""
+    # The path can contain %, ? and #, so it is quoted.  Neither mode creates a file.
     mode = "ro" if read_only else "rw"
     name = f"file:{quote(os.fsencode(path))}?mode={mode}" + ("&immutable=1" if immutable else "")
 
