@@ -145,7 +145,7 @@ class WriteLock(FileLock):
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Mark the ledger's set of files as changing during the body.  Requires the lock.
+        """Mark the set of files as changing while the ``with`` block runs.  Requires the lock.
 
         If the body raises, the generation stays odd.  The next writer then reads the directory
         again and removes leftover files.

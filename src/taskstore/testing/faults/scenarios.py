@@ -37,7 +37,7 @@ class Effect(Enum):
 class Operation(NamedTuple):
     """One call that a scenario makes while a fault can be injected.
 
-    ``effect`` computes the effect of the call from the stored records.
+    ``effect`` computes from the stored records how much of the call took effect.
     ``touches`` selects the records that the call is allowed to change.
     """
 
