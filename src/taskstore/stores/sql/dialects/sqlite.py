@@ -332,7 +332,9 @@ def needs_immutable(module: Any, path: Path) -> bool:
         status = path.stat()
     except OSError as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else error.strerror
-        raise StoreUnavailableError(f"{path} cannot be read: {reason}") from error
+        raise StoreUnavailableError(
+            f"{path} cannot be read: {reason}", hint="check the path"
+        ) from error
     if not stat.S_ISREG(status.st_mode):
         raise StoreUnavailableError(f"{path} is not a regular file")
     if not os.access(path, os.R_OK):
