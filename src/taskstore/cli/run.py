@@ -101,11 +101,11 @@ def run(
     The output is copied unchanged; the last line becomes the task's progress. The command
     writes to pipes and has no controlling terminal. The command has ended when it has
     exited and no process has its output open, as in a pipeline. The exit status is the
-    exit status of the command. It is 128+n if signal n killed the command, 124 after the
-    timeout, and 126 or 127 if the command cannot be started. If the task cannot be
-    recorded, the command is not started (exit status 3). Later store errors are printed
-    and do not stop the command. Ctrl-C, SIGTERM and SIGHUP are forwarded to the command;
-    a second signal kills the command.
+    exit status of the command. The exit status is 128+n if signal n killed the command,
+    124 if the command exceeded the timeout, and 126 or 127 if the command cannot be
+    started. If the task cannot be recorded, the command is not started (exit status 3).
+    Later store errors are printed and do not stop the command. Ctrl-C, SIGTERM and
+    SIGHUP are forwarded to the command; a second signal kills the command.
     """
     fields = {
         "label": label,

@@ -94,7 +94,10 @@ def check_nesting(encoded: bytes, depth: int = PAYLOAD_DEPTH) -> None:
 
 
 def _copy_metadata(encoded: Raw, where: str) -> Raw:
-    """Return a copy of ``encoded``, which is a view that keeps the whole payload in memory."""
+    """Return a copy of ``encoded``.
+
+    ``encoded`` is a view of the payload and would keep the whole payload in memory.
+    """
     copy = encoded.copy()
     if memoryview(copy)[0] != _BRACE:
         raise CorruptStoreError(where, "has metadata that is not a JSON object")

@@ -145,7 +145,7 @@ class Layout(NamedTuple):
 
 
 def retry_while_changing(directory: Path, work: Callable[[int], _T]) -> _T:
-    """Call ``work`` with the number of the attempt, from 1, until ``work`` returns.
+    """Call ``work(1)``, ``work(2)`` and so on, until a call succeeds; return its result.
 
     A compactor removes files while readers use them, and a file that another process is
     changing can seem damaged.  In these two cases ``work`` is called again, a few times at most.

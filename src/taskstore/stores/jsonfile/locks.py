@@ -3,8 +3,8 @@
 The file with the name ``lock`` also contains the line ``<pid> <generation> <synced> <synced>``.
 ``pid`` is the process id of the last writer, for messages.  ``generation`` changes when the set
 of files changes or a segment is truncated: the lock owner makes ``generation`` odd before the
-change and even afterwards.  ``synced`` is the offset in the last segment up to which all bytes
-are flushed to disk, so that the next writer does not flush these bytes again.  The offset is
+change and even afterwards.  ``synced`` is an offset in the last segment: all bytes before the
+offset are flushed to disk, and the next writer need not flush them again.  The offset is
 written twice; if the two copies differ, the offset is unknown.  Only running processes use this
 line, so the line is never flushed to disk.
 """

@@ -1,7 +1,7 @@
 """Queries that use the indexes of the database.
 
-A filter on a column becomes an SQL condition.  The records of a page are in the order of an
-index.  Every filter is also tested on the decoded records, because the payload of a row is
+A filter on a column becomes an SQL condition.  The records of a result page have the order of
+an SQL index.  Every filter is also tested on the decoded records, because the payload of a row is
 authoritative and the columns that copy payload fields are not.
 """
 

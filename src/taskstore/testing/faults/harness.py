@@ -135,7 +135,10 @@ class Harness:
             self._observer.close()
 
     def differences(self, stored: State) -> list[str]:
-        """Return how the registry's memory and the hook's records differ from the stored state."""
+        """Compare the registry's memory and the hook with the stored state; return the differences.
+
+        The hook collects the records of the events that it receives.
+        """
         assert self.registry is not None
         snapshot, problems = stored.snapshot, list(self.hook.problems)
         memory = {record.task_id: record for record in self.registry.list()}

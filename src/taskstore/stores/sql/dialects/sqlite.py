@@ -283,8 +283,8 @@ def create_privately(path: Path) -> None:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError:
         if not path.is_file():
-            kind = "is a directory" if path.is_dir() else "is not a regular file"
-            raise StoreUnavailableError(f"{path} {kind}, so it cannot be a database") from None
+            kind = "a directory" if path.is_dir() else "not a regular file"
+            raise StoreUnavailableError(f"{path} is {kind}, so it cannot be a database") from None
         if not os.access(path, os.R_OK | os.W_OK):
             raise StoreUnavailableError(
                 f"{path} cannot be written: permission denied", hint="open the ledger read-only"
