@@ -3,12 +3,17 @@
 The message of an error says what happened and where.  The *hint* of an error says what to
 do next.  A store translates each driver error into one of these errors and keeps the driver
 error as ``__cause__``.  No message contains the password of a URL.
+
+An error can be copied and pickled, for example by a process pool.  The copy has the same
+message, attributes and notes, but no ``__cause__`` and no traceback.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Self, TypeVar
+
+_Error = TypeVar("_Error", bound="TaskStoreError")
 
 
 class TaskStoreError(Exception):
@@ -27,6 +32,20 @@ class TaskStoreError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[Callable[..., Self], tuple[Any, ...], dict[str, Any]]:
+        # ``Exception.__reduce__`` calls the class with ``args``, but ``args`` has only the
+        # message, and the constructors of subclasses have other parameters.  A copy therefore
+        # gets its attributes without a call of the constructor.
+        state: Any = self.__getstate__()
+        if isinstance(state, tuple):  # a subclass has __slots__
+            state = {**(state[0] or {}), **state[1]}
+        return _without_init, (type(self), *self.args), state
+
+
+def _without_init(kind: type[_Error], *args: object) -> _Error:
+    """Return a new error without a call of its constructor; ``args`` are its ``args``."""
+    return kind.__new__(kind, *args)
 
 
 class ValidationError(TaskStoreError, ValueError):
