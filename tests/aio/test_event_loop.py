@@ -82,7 +82,7 @@ USES = {
     "cancel": lambda r, t: r.cancel(t),
     "set_delivery_status": lambda r, t: r.set_delivery_status(t, "delivered"),
     "set_notify_policy": lambda r, t: r.set_notify_policy(t, "silent"),
-    "set_cleanup_after": lambda r, t: r.set_cleanup_after(t, 5),
+    "set_cleanup_after": lambda r, t: r.set_cleanup_after(t, 2**41),
     "link_flow": lambda r, t: r.link_flow(t, "flow"),
     "update_metadata": lambda r, t: r.update_metadata(t, {"a": 1}),
     "delete": lambda r, t: r.delete(t),

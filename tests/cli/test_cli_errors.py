@@ -32,6 +32,7 @@ HOSTILE = (
         (["list", "--after", "zzz"], 2, "after: is not the next_cursor of a page"),
         (["list", "--status", "done"], 2, "'done' is not one of"),
         (["list", "--since", "12"], 2, "add a unit: '12h'"),
+        (["list", "--since", "1700000000"], 2, "in seconds, use 1700000000000"),
         (["list", "--since", "tomorrow"], 2, "is not a time"),
         (["list", "--limit", "0"], 2, "Invalid value for '--limit'"),
         (["nonsense"], 2, "No such command 'nonsense'"),

@@ -71,6 +71,9 @@ def ids(url: str) -> dict[str, str]:
         (("--since", str(T0 + 2000)), ["again", "thinking"]),
         (("--since", "1h"), []),
         (("--since", "10000d"), ["again", "thinking", "done"]),
+        (("--since", "20000d"), ["again", "thinking", "done"]),
+        (("--since", "1969-12-31"), ["again", "thinking", "done"]),
+        (("--since", "0"), ["again", "thinking", "done"]),
     ],
 )
 def test_filters(

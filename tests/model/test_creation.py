@@ -16,7 +16,8 @@ from taskstore.model.records import (
 )
 from taskstore.testing import make_record
 
-NOW = 5_000
+T = 1_700_000_000_000
+NOW = T + 5_000
 S = TaskStatus
 
 
@@ -49,13 +50,13 @@ def test_a_new_session_task(owner):
 
 def test_a_new_running_task_has_started():
     assert new(status="running").started_at == NOW
-    assert new(status="running", started_at=1).started_at == NOW
-    assert new(status="running", created_at=1, started_at=3).started_at == 3
+    assert new(status="running", started_at=T + 1).started_at == NOW
+    assert new(status="running", created_at=T + 1, started_at=T + 3).started_at == T + 3
 
 
 def test_times_before_creation_are_raised_to_it():
-    record = new(created_at=100, started_at=1, last_event_at=2, cleanup_after=3)
-    assert (record.started_at, record.last_event_at, record.cleanup_after) == (100, 100, 100)
+    record = new(created_at=T + 100, started_at=T + 1, last_event_at=T + 2, cleanup_after=T + 3)
+    assert (record.started_at, record.last_event_at, record.cleanup_after) == (T + 100,) * 3
 
 
 @pytest.mark.parametrize("status", sorted(TERMINAL_STATUSES))
@@ -138,14 +139,14 @@ def test_attach_sets_empty_fields():
         owner_key="other",
         agent_id="b",
         source_id="s",
-        cleanup_after=99_000,
+        cleanup_after=T + 99_000,
         progress_summary="x",
         requester_origin=DeliveryContext(to="Ann"),
         metadata={"a": 1},
     )
     filled = lifecycle.fill_missing(existing, asked)
     assert (filled.owner_key, filled.agent_id, filled.source_id) == ("o", "a", "s")
-    assert (filled.cleanup_after, filled.progress_summary) == (99_000, "x")
+    assert (filled.cleanup_after, filled.progress_summary) == (T + 99_000, "x")
     assert filled.requester_origin == DeliveryContext(to="Ann")
     assert filled.metadata == {"a": 1}
     assert filled.revision == existing.revision + 1

@@ -18,16 +18,17 @@ from taskstore.model.records import (
 )
 from taskstore.testing import make_record
 
-NOW = 5_000
+T = 1_700_000_000_000
+NOW = T + 5_000
 S = TaskStatus
 FINAL = ("status", "started_at", "ended_at", "last_event_at", "error", "terminal_outcome")
 
 
 def in_status(status, **fields):
     """A record as the verbs would have left it in this status."""
-    times = {"created_at": 1000, "started_at": 2000, "last_event_at": 3000}
+    times = {"created_at": T + 1000, "started_at": T + 2000, "last_event_at": T + 3000}
     if status in TERMINAL_STATUSES:
-        times |= {"ended_at": 3000, "cleanup_after": 3000 + RETENTION_MS}
+        times |= {"ended_at": T + 3000, "cleanup_after": T + 3000 + RETENTION_MS}
     return make_record(status=status, **{**times, **fields})
 
 
@@ -101,9 +102,9 @@ def test_edits_do_not_change_final_fields(status):
     record = in_status(status)
     edits = [
         lifecycle.set_delivery_status("delivered")(record, NOW),
-        lifecycle.set_delivery_status("failed", last_notified_event_at=9000)(record, NOW),
+        lifecycle.set_delivery_status("failed", last_notified_event_at=T + 9000)(record, NOW),
         lifecycle.set_notify_policy("silent")(record, NOW),
-        lifecycle.set_cleanup_after(99_000)(record, NOW),
+        lifecycle.set_cleanup_after(T + 99_000)(record, NOW),
         lifecycle.set_cleanup_after(None)(record, NOW),
         lifecycle.link_flow("flow-1")(record, NOW),
         lifecycle.merge_metadata({"a": 1})(record, NOW),
@@ -122,7 +123,7 @@ def test_repeating_an_edit_changes_nothing(status):
         lambda r: lifecycle.set_delivery_status("session_queued")(r, NOW),
         lambda r: lifecycle.set_delivery_status("delivered")(r, NOW),
         lambda r: lifecycle.set_notify_policy(NotifyPolicy.STATE_CHANGES)(r, NOW),
-        lambda r: lifecycle.set_cleanup_after(99_000)(r, NOW),
+        lambda r: lifecycle.set_cleanup_after(T + 99_000)(r, NOW),
         lambda r: lifecycle.link_flow("flow-2")(r, NOW),
         lambda r: lifecycle.merge_metadata({"a": 2})(r, NOW),
     ):
@@ -152,18 +153,23 @@ def test_the_same_end_with_other_facts_is_refused(end):
     record = lifecycle.finish(end, error="why", summary="s")(in_status(S.RUNNING), NOW)
     assert lifecycle.finish(end, error="why")(record, NOW + 9) is record
     assert lifecycle.finish(end, summary="s", ended_at=NOW)(record, NOW + 9) is record
-    for facts in ({"error": "other"}, {"summary": "t"}, {"outcome": "blocked"}, {"ended_at": 4000}):
+    for facts in (
+        {"error": "other"},
+        {"summary": "t"},
+        {"outcome": "blocked"},
+        {"ended_at": T + 4000},
+    ):
         with pytest.raises(InvalidTransition):
             lifecycle.finish(end, **facts)(record, NOW)
 
 
 @pytest.mark.parametrize("end", ["failed", "timed_out", "cancelled"])
 def test_a_correction_of_success(end):
-    record = lifecycle.finish("succeeded", outcome="succeeded")(in_status(S.RUNNING), 4000)
+    record = lifecycle.finish("succeeded", outcome="succeeded")(in_status(S.RUNNING), T + 4000)
     corrected = lifecycle.finish(end, error="it did not")(record, NOW)
     assert (corrected.status, corrected.error) == (end, "it did not")
     assert corrected.terminal_outcome is None
-    assert corrected.ended_at == 4000
+    assert corrected.ended_at == T + 4000
     with pytest.raises(InvalidTransition):
         lifecycle.finish("succeeded")(corrected, NOW)
 
@@ -177,28 +183,28 @@ def test_a_cancel_is_not_overwritten_by_a_late_success():
 
 
 def test_recovery_makes_a_task_active():
-    lost = lifecycle.lose(error="no heartbeat")(in_status(S.RUNNING), 4000)
+    lost = lifecycle.lose(error="no heartbeat")(in_status(S.RUNNING), T + 4000)
     assert (lost.error, lost.ended_at, lost.cleanup_after) == (
         "no heartbeat",
-        4000,
-        4000 + RETENTION_MS,
+        T + 4000,
+        T + 4000 + RETENTION_MS,
     )
     active = lifecycle.recover()(lost, NOW)
     assert (active.status, active.error, active.ended_at) == (S.RUNNING, None, None)
-    assert (active.cleanup_after, active.started_at) == (None, 2000)
-    ended = lifecycle.recover("failed", error="it had", ended_at=3500)(lost, NOW)
-    assert (ended.status, ended.error, ended.ended_at) == (S.FAILED, "it had", 3500)
-    assert ended.cleanup_after == 3500 + RETENTION_MS
+    assert (active.cleanup_after, active.started_at) == (None, T + 2000)
+    ended = lifecycle.recover("failed", error="it had", ended_at=T + 3500)(lost, NOW)
+    assert (ended.status, ended.error, ended.ended_at) == (S.FAILED, "it had", T + 3500)
+    assert ended.cleanup_after == T + 3500 + RETENTION_MS
 
 
 def test_recovery_keeps_an_explicit_retention():
-    lost = lifecycle.lose()(in_status(S.RUNNING, cleanup_after=77_000), 4000)
-    assert lost.cleanup_after == 77_000
-    assert lifecycle.recover()(lost, NOW).cleanup_after == 77_000
+    lost = lifecycle.lose()(in_status(S.RUNNING, cleanup_after=T + 77_000), T + 4000)
+    assert lost.cleanup_after == T + 77_000
+    assert lifecycle.recover()(lost, NOW).cleanup_after == T + 77_000
 
 
 def test_recovery_as_running_gives_a_start():
-    lost = lifecycle.lose()(in_status(S.QUEUED, started_at=None), 4000)
+    lost = lifecycle.lose()(in_status(S.QUEUED, started_at=None), T + 4000)
     assert lifecycle.recover()(lost, NOW).started_at == NOW
     assert lifecycle.recover("queued")(lost, NOW).started_at is None
 
@@ -218,23 +224,23 @@ def test_finish_needs_an_end(status):
 
 
 def test_times_do_not_go_before_creation():
-    record = in_status(S.QUEUED, created_at=10_000, started_at=None, last_event_at=10_000)
-    assert lifecycle.start()(record, 5).started_at == 10_000
-    assert lifecycle.start(started_at=6)(record, 5).started_at == 10_000
-    assert lifecycle.finish("failed", ended_at=7)(record, 5).ended_at == 10_000
-    assert lifecycle.finish("failed")(record, 5).ended_at == 10_000
-    assert lifecycle.set_cleanup_after(1)(record, NOW).cleanup_after == 10_000
+    record = in_status(S.QUEUED, created_at=T + 10, started_at=None, last_event_at=T + 10)
+    assert lifecycle.start()(record, 5).started_at == T + 10
+    assert lifecycle.start(started_at=T + 6)(record, 5).started_at == T + 10
+    assert lifecycle.finish("failed", ended_at=T + 7)(record, 5).ended_at == T + 10
+    assert lifecycle.finish("failed")(record, 5).ended_at == T + 10
+    assert lifecycle.set_cleanup_after(T + 1)(record, NOW).cleanup_after == T + 10
     assert (
-        lifecycle.set_delivery_status("failed", last_notified_event_at=3)(
+        lifecycle.set_delivery_status("failed", last_notified_event_at=T + 3)(
             record, NOW
         ).last_notified_event_at
-        == 10_000
+        == T + 10
     )
 
 
 def test_the_last_event_does_not_go_back():
-    record = lifecycle.progress("x")(in_status(S.RUNNING, last_event_at=9000), NOW)
-    assert record.last_event_at == 9000
+    record = lifecycle.progress("x")(in_status(S.RUNNING, last_event_at=T + 9000), NOW)
+    assert record.last_event_at == T + 9000
 
 
 def test_progress_folds_white_space():

@@ -17,6 +17,7 @@ from taskstore.model import leases, lifecycle
 from taskstore.model.records import (
     ERROR_BYTES,
     MAX_INT,
+    MIN_UNIX_MS,
     OPTIONAL_KEYS,
     SUMMARY_BYTES,
     DeliveryContext,
@@ -48,6 +49,7 @@ anything = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(-2, 2) | st.integers(MAX_INT - 2, MAX_INT + 2) | st.integers(),
+    st.integers(MIN_UNIX_MS - 1, MAX_INT),
     st.builds(Number, st.integers(0, 10)),
     st.floats(),
     st.text(st.characters()),
@@ -71,7 +73,10 @@ def spellings(kind):
 
 VALID_FIELDS = {
     **dict.fromkeys(OPTIONAL_KEYS, keys(1) | st.builds(Text, keys(1))),
-    **dict.fromkeys(("created_at", "started_at", "last_event_at", "cleanup_after"), times()),
+    **dict.fromkeys(
+        ("created_at", "started_at", "last_event_at", "cleanup_after"),
+        st.integers(MIN_UNIX_MS, MAX_INT),
+    ),
     "scope_kind": spellings(ScopeKind),
     "delivery_status": spellings(DeliveryStatus),
     "notify_policy": spellings(NotifyPolicy),

@@ -8,6 +8,7 @@ from taskstore.errors import ValidationError
 from taskstore.model.query import Page, TaskQuery, decode_cursor, encode_cursor, evaluate
 from taskstore.model.records import TaskStatus
 from taskstore.testing import make_record
+from taskstore.testing.factories import EPOCH_MS
 
 
 def ids(page):
@@ -48,10 +49,11 @@ def test_a_full_last_page_has_no_cursor():
         ({"session_key": "s"}, "ab"),
         ({"session_key": None}, "abc"),
         ({"session_key": "other"}, ""),
-        ({"created_at": 2}, "b"),
-        ({"created_at": (1, 3)}, "ac"),
-        ({"since": 2}, "bc"),
-        ({"since": 2, "label": ["x", "X"]}, "b"),
+        ({"created_at": EPOCH_MS + 2}, "b"),
+        ({"created_at": (EPOCH_MS + 1, EPOCH_MS + 3)}, "ac"),
+        ({"since": EPOCH_MS + 2}, "bc"),
+        ({"since": 0}, "abc"),
+        ({"since": EPOCH_MS + 2, "label": ["x", "X"]}, "b"),
         ({"revision": 1}, "abc"),
         ({"ended_at": None}, "abc"),
         ({"terminal_outcome": None, "task_id": ["a", "c"]}, "ac"),
@@ -59,15 +61,15 @@ def test_a_full_last_page_has_no_cursor():
 )
 def test_filters(arguments, expected):
     records = [
-        make_record(task_id="a", created_at=1, label="x", child_session_key="s"),
+        make_record(task_id="a", created_at=EPOCH_MS + 1, label="x", child_session_key="s"),
         make_record(
             task_id="b",
-            created_at=2,
+            created_at=EPOCH_MS + 2,
             label="X",
             requester_session_key="s",
             status=TaskStatus.RUNNING,
         ),
-        make_record(task_id="c", created_at=3),
+        make_record(task_id="c", created_at=EPOCH_MS + 3),
     ]
     assert sorted(ids(evaluate(TaskQuery(**arguments), records, 0))) == list(expected)
 
@@ -98,6 +100,9 @@ def test_filters(arguments, expected):
         {"limit": True},
         {"since": "yesterday"},
         {"since": -1},
+        {"since": 1_700_000_000},
+        {"since": False},
+        {"since": 0.0},
         {"since": 2**53},
         {"after": 5},
         {"after": ""},
@@ -166,6 +171,6 @@ def test_repr_names_the_arguments():
 
 
 def test_matches_ignores_the_cursor():
-    record = make_record(created_at=5)
-    assert TaskQuery(after=encode_cursor((1, "a")), since=5).matches(record)
-    assert not TaskQuery(since=6).matches(record)
+    record = make_record(created_at=EPOCH_MS + 5)
+    assert TaskQuery(after=encode_cursor((1, "a")), since=EPOCH_MS + 5).matches(record)
+    assert not TaskQuery(since=EPOCH_MS + 6).matches(record)

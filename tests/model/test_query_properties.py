@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from taskstore.errors import ValidationError
 from taskstore.model.query import TaskQuery, decode_cursor, encode_cursor, evaluate
-from taskstore.model.records import MAX_INT, TaskStatus
+from taskstore.model.records import MAX_INT, MIN_UNIX_MS, TaskStatus
 from taskstore.testing import make_record
 from taskstore.testing.strategies import keys
 
@@ -21,7 +21,7 @@ RECORDS = st.lists(
             task_id=task_id, created_at=created_at, status=status, label=label
         ),
         keys(1),
-        st.integers(0, 3),
+        st.integers(MIN_UNIX_MS, MIN_UNIX_MS + 3),
         st.sampled_from(TaskStatus),
         st.sampled_from([None, "", "a"]),
     ),
@@ -33,7 +33,7 @@ QUERIES = st.fixed_dictionaries(
     optional={
         "status": st.sets(st.sampled_from(TaskStatus)),
         "label": st.sampled_from([None, "", "a"]),
-        "since": st.integers(0, 4),
+        "since": st.integers(MIN_UNIX_MS, MIN_UNIX_MS + 4) | st.just(0),
     },
 )
 
@@ -57,7 +57,7 @@ def test_pages_concatenate(records, asked, limit):
     assert pages == whole
 
 
-@given(RECORDS, st.integers(0, 4), keys(1))
+@given(RECORDS, st.integers(MIN_UNIX_MS, MIN_UNIX_MS + 4), keys(1))
 def test_a_cursor_is_a_position(records, created_at, task_id):
     page = evaluate(TaskQuery(after=encode_cursor((created_at, task_id))), records, 0)
     assert {r.task_id for r in page} == {

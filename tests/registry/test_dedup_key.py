@@ -8,6 +8,7 @@ import pytest
 
 from taskstore import ConflictError, TaskRegistry
 from taskstore.stores.memory import MemoryStorage, MemoryStore
+from taskstore.testing.factories import EPOCH_MS
 
 SCOPE = {"runtime": "subagent", "task": "mail", "owner_key": "me", "run_id": "r1"}
 
@@ -112,5 +113,5 @@ def test_an_id_is_used_once(registry):
 
 def test_filled_times_respect_the_times_of_the_first_task(registry):
     first = registry.create(**SCOPE)
-    filled = registry.create(**SCOPE, created_at=10, cleanup_after=20)
+    filled = registry.create(**SCOPE, created_at=EPOCH_MS + 10, cleanup_after=EPOCH_MS + 20)
     assert filled.cleanup_after == first.created_at

@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from taskstore import InvalidTransition, TaskNotFound, TaskStatus, ValidationError
+from taskstore.testing.factories import EPOCH_MS
 
 ENDED = ["succeeded", "failed", "timed_out", "cancelled", "lost"]
 CORRECTIONS = {("succeeded", "failed"), ("succeeded", "timed_out"), ("succeeded", "cancelled")}
@@ -103,11 +104,11 @@ def test_a_lost_task_is_corrected_by_recover_alone(registry):
 
 
 def test_times_before_creation_are_raised_to_it(registry):
-    task = registry.create(runtime="cli", task="x", created_at=5_000)
-    task = registry.mark_running(task.task_id, started_at=1_000)
-    task = registry.finish(task.task_id, "succeeded", ended_at=2_000)
-    task = registry.set_cleanup_after(task.task_id, 1)
-    assert (task.started_at, task.ended_at, task.cleanup_after) == (5_000, 5_000, 5_000)
+    task = registry.create(runtime="cli", task="x", created_at=EPOCH_MS + 5_000)
+    task = registry.mark_running(task.task_id, started_at=EPOCH_MS + 1_000)
+    task = registry.finish(task.task_id, "succeeded", ended_at=EPOCH_MS + 2_000)
+    task = registry.set_cleanup_after(task.task_id, EPOCH_MS + 1)
+    assert (task.started_at, task.ended_at, task.cleanup_after) == (EPOCH_MS + 5_000,) * 3
 
 
 def test_an_unknown_task_is_not_found(registry):

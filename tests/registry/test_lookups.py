@@ -12,6 +12,7 @@ from taskstore import Snapshot, TaskNotFound, TaskQuery, TaskRegistry, Validatio
 from taskstore.model.query import evaluate
 from taskstore.registry.indexes import Indexes
 from taskstore.stores.memory import MemoryStorage, MemoryStore
+from taskstore.testing.factories import EPOCH_MS
 
 
 def test_find_takes_an_id_then_a_run_then_a_session(registry):
@@ -29,9 +30,9 @@ def test_find_takes_an_id_then_a_run_then_a_session(registry):
 
 
 def test_a_run_is_found_active_first_then_newest(registry):
-    oldest = registry.create(runtime="cli", task="1", run_id="r", created_at=1)
-    older = registry.create(runtime="cli", task="2", run_id="r", created_at=2)
-    newest = registry.create(runtime="cli", task="3", run_id="r", created_at=3)
+    oldest = registry.create(runtime="cli", task="1", run_id="r", created_at=EPOCH_MS + 1)
+    older = registry.create(runtime="cli", task="2", run_id="r", created_at=EPOCH_MS + 2)
+    newest = registry.create(runtime="cli", task="3", run_id="r", created_at=EPOCH_MS + 3)
     assert registry.find_by_run("r") == newest
     registry.finish(newest.task_id, "failed")
     assert registry.find_by_run("r") == older
@@ -43,7 +44,9 @@ def test_a_run_is_found_active_first_then_newest(registry):
 
 def test_lists_are_newest_first_and_paged_by_cursor(registry):
     ids = [
-        registry.create(runtime="cli", task="x", task_id=f"t{n}", created_at=n // 2).task_id
+        registry.create(
+            runtime="cli", task="x", task_id=f"t{n}", created_at=EPOCH_MS + n // 2
+        ).task_id
         for n in range(7)
     ]
     assert [record.task_id for record in registry.list()] == ids[::-1]
@@ -61,7 +64,7 @@ def test_lists_are_newest_first_and_paged_by_cursor(registry):
 
 def test_a_cursor_stays_valid_after_its_record_is_deleted(registry):
     for n in range(4):
-        registry.create(runtime="cli", task="x", task_id=f"t{n}", created_at=n)
+        registry.create(runtime="cli", task="x", task_id=f"t{n}", created_at=EPOCH_MS + n)
     page = registry.list(limit=2)
     registry.delete("t2")
     assert [record.task_id for record in registry.list(after=page.next_cursor)] == ["t1", "t0"]
@@ -113,7 +116,7 @@ steps = st.lists(
         st.integers(0, 5),
         names,
         names,
-        st.integers(0, 3),
+        st.integers(EPOCH_MS, EPOCH_MS + 3),
     ),
     max_size=25,
 )
@@ -126,7 +129,7 @@ queries = st.fixed_dictionaries(
         "parent_flow_id": names,
         "label": names,
         "status": st.sets(st.sampled_from(["queued", "running", "succeeded", "lost"])),
-        "since": st.integers(0, 3),
+        "since": st.integers(EPOCH_MS, EPOCH_MS + 3),
         "limit": st.integers(1, 4),
     },
 )

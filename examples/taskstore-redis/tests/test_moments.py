@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from taskstore import CompactionPolicy, Put, Remove, Snapshot, TaskQuery
 from taskstore.store import evaluate
-from taskstore.testing import Model, OpenStore, make_record, next_of
+from taskstore.testing import EPOCH_MS, Model, OpenStore, make_record, next_of
 
 from taskstore_redis import RedisStore
 from taskstore_redis.reading import Reader, Scan
@@ -23,7 +23,7 @@ QUERIES: list[dict[str, Any]] = [
     {"status": ["queued", "running"]},
     {"label": "a", "limit": 3},
     {"session_key": ["s0", "s1"], "label": ["a", "b"], "limit": 5},
-    {"owner_key": "o1", "since": 3},
+    {"owner_key": "o1", "since": EPOCH_MS + 3},
 ]
 
 
@@ -44,7 +44,7 @@ class ConcurrentWriter:
         for task_id in rng.sample(IDS, rng.randint(1, 3)):
             record = model.records.get(task_id)
             facts = {
-                "created_at": rng.randrange(8),
+                "created_at": EPOCH_MS + rng.randrange(8),
                 "label": rng.choice("abc"),
                 "status": rng.choice(["queued", "running", "lost"]),
                 "owner_key": rng.choice(["o0", "o1"]),

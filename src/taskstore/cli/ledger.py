@@ -20,8 +20,7 @@ import typer
 
 from taskstore.errors import TaskNotFound, TaskStoreError
 from taskstore.model.query import SESSION_KEY, Page, Summary, TaskQuery, evaluate
-from taskstore.model.records import ACTIVE_STATUSES, TaskRecord
-from taskstore.registry.history import MIN_UNIX_MS
+from taskstore.model.records import ACTIVE_STATUSES, MIN_UNIX_MS, TaskRecord
 from taskstore.store.interface import SupportsQuery, TaskRegistryStore
 from taskstore.store.opening import default_url, open_store
 
@@ -84,24 +83,28 @@ def parse_time(text: str) -> int:
     """Parse a time into Unix milliseconds.
 
     The text is ISO 8601 (in UTC if it has no zone), Unix milliseconds, or an age such
-    as ``2h``.
+    as ``2h``.  A date before ``MIN_UNIX_MS`` (March 1973) becomes 0.
     """
     text = text.strip()
     if text.isdecimal():
-        if int(text) < MIN_UNIX_MS:
-            raise typer.BadParameter(
-                f"{text!r} is not a time in Unix milliseconds; for an age, add a unit: '{text}h'"
-            )
-        return int(text)
+        given = int(text)
+        if 0 < given < MIN_UNIX_MS:
+            advice = f"for an age, add a unit: '{text}h'"
+            if given * 1000 >= MIN_UNIX_MS:
+                advice = f"if it is a time in seconds, use {given * 1000}"
+            raise typer.BadParameter(f"{text!r} is not a time in Unix milliseconds; {advice}")
+        return given
     if _DURATION.match(text):
-        return max(0, time.time_ns() // 1_000_000 - round(parse_duration(text) * 1000))
+        at = time.time_ns() // 1_000_000 - round(parse_duration(text) * 1000)
+        return at if at >= MIN_UNIX_MS else 0
     try:
         parsed = datetime.fromisoformat(text)
     except ValueError:
         raise typer.BadParameter(
             f"{text!r} is not a time: use '2026-01-31T14:00Z', '2h', '3d' or Unix milliseconds"
         ) from None
-    return int(parsed.replace(tzinfo=parsed.tzinfo or UTC).timestamp() * 1000)
+    at = int(parsed.replace(tzinfo=parsed.tzinfo or UTC).timestamp() * 1000)
+    return at if at >= MIN_UNIX_MS else 0
 
 
 def open_reader(url: str) -> TaskRegistryStore:

@@ -44,10 +44,10 @@ from taskstore.model.records import (
 from taskstore.model.validation import (
     CHECKS,
     check_enum,
-    check_int,
     check_key,
     check_summary,
     check_text,
+    check_time,
     encode_metadata,
     plain_metadata,
 )
@@ -70,10 +70,12 @@ _CREATION_CHECKS = {
     name: CHECKS[name]
     for name in (
         *(key for key in OPTIONAL_KEYS if key not in ("run_digest", "lease_token")),
-        *("created_at", "started_at", "last_event_at", "cleanup_after"),
         *("scope_kind", "delivery_status", "notify_policy", "requester_origin"),
     )
-} | {"progress_summary": check_summary}
+} | {
+    **dict.fromkeys(("created_at", "started_at", "last_event_at", "cleanup_after"), check_time),
+    "progress_summary": check_summary,
+}
 """The checks of the fields that a caller can set on a new task, by field name."""
 
 _FILLABLE = frozenset(OPTIONAL_KEYS) - {"run_id", "run_digest", "lease_token"} | {
@@ -179,7 +181,8 @@ def fill_missing(existing: TaskRecord, asked: TaskRecord) -> TaskRecord:
 
 def start(*, started_at: int | None = None) -> Mutation:
     """Change a queued task to running.  A running task does not change."""
-    _check_time("started_at", started_at)
+    if started_at is not None:
+        check_time("started_at", started_at)
 
     def started(record: TaskRecord, now: int) -> TaskRecord:
         if record.status is TaskStatus.RUNNING:
@@ -322,7 +325,8 @@ def set_delivery_status(status: str, *, last_notified_event_at: int | None = Non
     the new status is ``delivered``, the default is the time of the task's newest event.
     """
     state = check_enum("delivery_status", status, DeliveryStatus)
-    _check_time("last_notified_event_at", last_notified_event_at)
+    if last_notified_event_at is not None:
+        check_time("last_notified_event_at", last_notified_event_at)
 
     def delivered(record: TaskRecord, _now: int) -> TaskRecord:
         notified = record.last_notified_event_at
@@ -343,7 +347,8 @@ def set_notify_policy(policy: str) -> Mutation:
 
 def set_cleanup_after(cleanup_after: int | None) -> Mutation:
     """Set the time after which the record can be removed (Unix ms); ``None`` means never."""
-    _check_time("cleanup_after", cleanup_after)
+    if cleanup_after is not None:
+        check_time("cleanup_after", cleanup_after)
 
     def retained(record: TaskRecord, _now: int) -> TaskRecord:
         until = cleanup_after
@@ -381,11 +386,6 @@ def _with_fields(record: TaskRecord, **fields: Any) -> TaskRecord:
     return replace(record, revision=record.revision + 1, **fields)
 
 
-def _check_time(field: str, given: int | None) -> None:
-    if given is not None:
-        check_int(field, given)
-
-
 def _event_time(record: TaskRecord, now: int) -> int:
     """Return the next ``last_event_at``, which never decreases, even if the clock goes back."""
     return max(now, record.created_at, record.last_event_at or 0)
@@ -403,7 +403,7 @@ def _end_facts(
     if outcome is not None:
         facts["terminal_outcome"] = check_enum("terminal_outcome", outcome, TerminalOutcome)
     if ended_at is not None:
-        facts["ended_at"] = check_int("ended_at", ended_at)
+        facts["ended_at"] = check_time("ended_at", ended_at)
     return facts
 
 

@@ -27,7 +27,7 @@ from taskstore.model.records import (
     TaskRecord,
     TerminalOutcome,
 )
-from taskstore.model.validation import check_enum, check_int, check_key, check_text
+from taskstore.model.validation import check_enum, check_int, check_key, check_text, check_time
 
 SESSION_KEY = "session_key"
 """The filter that matches a record's child session or requester session; not a record field."""
@@ -49,9 +49,10 @@ class TaskQuery:
     ``filters`` maps record field names (except ``metadata`` and ``requester_origin``) to
     values.  The filter ``session_key`` matches the child session or the requester session.
     The value of a filter can be a collection of alternatives; the value ``None`` matches a
-    field that is not set.  ``since`` is the earliest ``created_at`` that matches (Unix
-    milliseconds).  ``limit`` is the maximum number of records (``None``: all records).
-    ``after`` is the ``next_cursor`` of the previous page.
+    field that is not set.  A filter by a time matches exactly this time, and accepts every
+    time that a stored record can contain.  ``since`` is the earliest ``created_at`` that
+    matches (Unix milliseconds from 10**11 on, or 0).  ``limit`` is the maximum number of
+    records (``None``: all records).  ``after`` is the ``next_cursor`` of the previous page.
 
     Raises :class:`ValidationError` for an unknown field or a value that the field cannot have.
     """
@@ -66,7 +67,9 @@ class TaskQuery:
         after: str | None = None,
         **filters: Any,
     ) -> None:
-        self.since = None if since is None else check_int("since", since)
+        # 0 is the same time in seconds and in milliseconds: the query matches all records.
+        is_zero = type(since) is int and since == 0
+        self.since = since if since is None or is_zero else check_time("since", since)
         self.limit = None if limit is None else check_int("limit", limit, 1)
         self.after = after
         self.cursor = None if after is None else decode_cursor(after)

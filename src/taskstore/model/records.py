@@ -30,6 +30,9 @@ The nesting limit of the JSON decoder is far higher and depends on the interpret
 """
 MAX_INT = 2**53 - 1
 """The maximum time or revision.  Every JSON reader represents integers up to 2**53 - 1 exactly."""
+MIN_UNIX_MS = 10**11
+"""The minimum time that a caller can give (March 1973).  A smaller number is probably a time in
+seconds, or a seq.  Stored records can contain earlier times."""
 
 
 class TaskStatus(StrEnum):

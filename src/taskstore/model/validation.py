@@ -25,6 +25,7 @@ from taskstore.model.records import (
     MAX_INT,
     METADATA_BYTES,
     METADATA_DEPTH,
+    MIN_UNIX_MS,
     NEVER_EMPTY,
     NO_METADATA,
     OPTIONAL_KEYS,
@@ -97,6 +98,23 @@ def check_int(field: str, value: object, minimum: int = 0) -> int:
     if not minimum <= value <= MAX_INT:
         raise ValidationError(field, f"must be from {minimum} to {MAX_INT}, not {value}")
     return value
+
+
+def check_time(field: str, value: object) -> int:
+    """Return ``value`` if it is a time that a caller can give: Unix ms from 10**11 on.
+
+    The limit reveals a time in seconds.  The times of a stored record have no such limit.
+    """
+    if type(value) is not int:
+        raise ValidationError(
+            field, f"must be an integer (Unix milliseconds), not {type(value).__name__}"
+        )
+    if MIN_UNIX_MS <= value <= MAX_INT:
+        return value
+    reason = f"must be Unix milliseconds, from {MIN_UNIX_MS} to {MAX_INT}, not {value}"
+    if MIN_UNIX_MS <= value * 1000 <= MAX_INT:
+        reason += f"; if this is a time in seconds, pass {value * 1000}"
+    raise ValidationError(field, reason)
 
 
 def check_seconds(field: str, value: object, minimum: float, maximum: float) -> float:

@@ -13,6 +13,7 @@ from itertools import takewhile
 
 from taskstore.errors import CursorExpiredError, UnsupportedError, ValidationError
 from taskstore.model.journal import JournalEntry, Position, Snapshot, fold
+from taskstore.model.records import MIN_UNIX_MS
 from taskstore.model.validation import check_int, check_seconds
 from taskstore.registry.cache import PAGE_ENTRIES, gc_paused
 from taskstore.store.interface import (
@@ -29,9 +30,6 @@ registry is closed."""
 
 MAX_WAIT_S = 10.0**9
 """The longest wait, in seconds: about thirty years."""
-
-MIN_UNIX_MS = 10**11
-"""Integers from this value on (March 1973) are Unix milliseconds; smaller integers are seqs."""
 
 
 def require_journal(store: TaskRegistryStore, wanted: str) -> SupportsJournal:
@@ -153,8 +151,12 @@ def as_of(store: TaskRegistryStore, moment: int | datetime) -> Snapshot:
 
 
 def _as_of_seq(journal: SupportsJournal, seq: int) -> Snapshot:
-    if seq > journal.head():
-        raise ValidationError("as_of", f"seq {seq} is beyond the head, {journal.head()}")
+    head = journal.head()
+    if seq > head:
+        reason = f"seq {seq} is beyond the head, {head}"
+        if seq * 1000 >= MIN_UNIX_MS:
+            reason += f"; if this is a time in seconds, pass milliseconds: {seq * 1000}"
+        raise ValidationError("as_of", reason)
     base = _base_snapshot(journal, seq)
     if base.seq == seq:
         return base
@@ -190,7 +192,8 @@ def _base_snapshot(journal: SupportsJournal, seq: int) -> Snapshot:
 
 
 def _unix_ms(moment: object) -> int | None:
-    """Return ``moment`` in Unix milliseconds, or ``None`` if ``moment`` is a seq."""
+    """Return ``moment`` in Unix milliseconds, or ``None`` if ``moment`` is a seq: an integer below
+    ``MIN_UNIX_MS``."""
     if isinstance(moment, datetime):
         if moment.tzinfo is None:
             raise ValidationError("as_of", "a datetime needs a time zone")
