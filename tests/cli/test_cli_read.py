@@ -24,7 +24,8 @@ from taskstore import (
     TaskRegistryStore,
     open_store,
 )
-from taskstore.cli import ledger
+from taskstore.cli import ledger, render
+from taskstore.testing import make_record
 
 T0 = 1_700_000_000_000
 
@@ -331,3 +332,21 @@ def test_a_quarantined_record_is_reported(
     assert f"quarantined: {ids['thinking']}" in result.err
     assert f"quarantined: {ids['thinking']}" in invoke("show", ids["thinking"]).err
     assert invoke("verify").status == 1
+
+
+@pytest.mark.parametrize(
+    ("started_at", "ended_at", "text"),
+    [
+        (T0, T0 + 4200, "4.2s"),
+        (T0, T0, "0.0s"),
+        (T0 + 1, T0, "-"),
+        (T0 + 10**9, T0, "-"),
+        (None, T0, "-"),
+        (T0, None, "-"),
+    ],
+)
+def test_a_run_time_is_never_negative(
+    started_at: int | None, ended_at: int | None, text: str
+) -> None:
+    record = make_record(started_at=started_at, ended_at=ended_at)
+    assert render.run_time_of(record) == text

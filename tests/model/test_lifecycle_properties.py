@@ -29,7 +29,10 @@ from taskstore.model.records import (
     TerminalOutcome,
 )
 from taskstore.model.validation import validated
+from taskstore.testing.factories import EPOCH_MS, make_record
 from taskstore.testing.strategies import keys, metadata, records, texts, times
+
+T = EPOCH_MS
 
 
 class Text(str):
@@ -87,6 +90,10 @@ VALID_FIELDS = {
 del VALID_FIELDS["run_digest"], VALID_FIELDS["lease_token"]
 REQUIRED = {"task_id": anything, "runtime": anything, "task": anything, "status": anything}
 OTHER_FIELDS = sorted({*TaskRecord.__struct_fields__, "metadata", "colour"} - set(REQUIRED))
+
+REAL_TIMES = st.integers(MIN_UNIX_MS, MAX_INT) | st.integers(T, T + 10)
+CLOCKS = REAL_TIMES | times() | st.integers(0, 3)
+"""The clock can go back by any time, even to 1970."""
 
 VERBS = {
     "start": (lifecycle.start, [], {"started_at": anything}),
@@ -165,3 +172,81 @@ def test_a_new_record_is_valid(data):
     assert validated(record) is record
     assert list(map(type, astuple(validated(record)))) == list(map(type, astuple(record)))
     assert record.revision == 1
+
+
+# -- order of times ------------------------------------------------------------
+
+maybe_time = st.none() | REAL_TIMES
+ends = st.sampled_from([status for status in TaskStatus if status.is_terminal])
+MUTATIONS = st.one_of(
+    st.builds(lifecycle.start, started_at=maybe_time),
+    st.builds(lifecycle.progress, texts(5)),
+    st.builds(lifecycle.finish, ends, ended_at=maybe_time),
+    st.builds(lifecycle.lose),
+    st.builds(lifecycle.cancel),
+    st.builds(
+        lifecycle.recover, ends.filter(lambda end: end != TaskStatus.LOST), ended_at=maybe_time
+    ),
+    st.builds(lifecycle.recover, st.sampled_from(["queued", "running"])),
+    st.builds(
+        lifecycle.set_delivery_status,
+        st.sampled_from(DeliveryStatus),
+        last_notified_event_at=maybe_time,
+    ),
+    st.builds(lifecycle.set_cleanup_after, maybe_time),
+    st.builds(leases.take, tokens, durations),
+)
+
+
+def check_order(record):
+    """Times that are set are in the order of the events."""
+    started_at = record.created_at if record.started_at is None else record.started_at
+    ended_at = started_at if record.ended_at is None else record.ended_at
+    assert record.created_at <= started_at <= ended_at <= record.last_event_at
+    for name in ("cleanup_after", "last_notified_event_at"):
+        at = getattr(record, name)
+        assert at is None or record.created_at <= at
+
+
+@settings(max_examples=300)
+@given(
+    CLOCKS,
+    st.sampled_from(["queued", "running"]),
+    st.fixed_dictionaries(
+        {},
+        optional=dict.fromkeys(
+            ("created_at", "started_at", "last_event_at", "cleanup_after"), REAL_TIMES
+        ),
+    ),
+    st.lists(st.tuples(MUTATIONS, CLOCKS), max_size=8),
+)
+def test_no_clock_and_no_caller_changes_the_order_of_the_times(now, status, fields, steps):
+    record = lifecycle.new_record(
+        now=now, task_id="t", runtime="cli", task="x", status=status, fields=fields
+    )
+    check_order(record)
+    for mutation, clock in steps:
+        before = record
+        with suppress(InvalidTransition, ConflictError):
+            record = mutation(record, clock)
+        check_order(record)
+        assert record.last_event_at >= before.last_event_at
+        assert record.is_terminal == (record.ended_at is not None)
+
+
+@given(records(), ends, maybe_time, CLOCKS)
+def test_an_end_is_not_before_the_start_whatever_was_stored(record, end, ended_at, now):
+    with suppress(InvalidTransition):
+        after = lifecycle.finish(end, ended_at=ended_at)(record, now)
+        if after is not record:
+            assert after.ended_at >= max(after.created_at, after.started_at or 0)
+            assert after.last_event_at >= after.ended_at
+            # The same call again changes nothing, whatever the clock shows.
+            assert lifecycle.finish(end, ended_at=ended_at)(after, 0) is after
+
+
+def test_the_end_of_a_stored_record_can_be_repeated_as_it_is():
+    stored = make_record(status=TaskStatus.FAILED, created_at=T, started_at=T + 9, ended_at=T + 5)
+    assert lifecycle.finish("failed", ended_at=T + 5)(stored, T) is stored
+    with pytest.raises(InvalidTransition):
+        lifecycle.finish("failed", ended_at=T + 9)(stored, T)

@@ -1,4 +1,4 @@
-"""Times that callers give: seconds for milliseconds are refused in every verb."""
+"""Times in seconds are refused in every verb, and no clock changes the order of times."""
 
 from __future__ import annotations
 
@@ -181,3 +181,63 @@ def test_stored_times_in_seconds_are_read_and_changed(open_ledger):
     reopened = open_ledger()
     assert reopened.get("old") == repaired
     assert reopened.history("old")[0].record == Put(old).record
+
+
+HOUR_MS = 3_600_000
+
+
+def check_order(record):
+    times = (record.created_at, record.started_at, record.ended_at, record.last_event_at)
+    known = [at for at in times if at is not None]
+    assert known == sorted(known)
+
+
+def test_a_clock_that_goes_back_by_an_hour_at_each_call(open_ledger):
+    now = EPOCH_MS
+
+    def clock():
+        nonlocal now
+        now -= HOUR_MS
+        return now
+
+    registry = open_ledger(clock=clock)
+    for end in ("finish", "cancel", "mark_lost", "recover"):
+        task = registry.create(**GOOD, run_id=end)
+        check_order(registry.mark_running(task.task_id))
+        registry.record_progress(task.task_id, "half")
+        registry.take_lease(task.task_id)
+        if end == "recover":
+            check_order(registry.mark_lost(task.task_id))
+            check_order(registry.recover(task.task_id))
+            check_order(registry.mark_lost(task.task_id))
+        arguments = ("succeeded",) if end in ("finish", "recover") else ()
+        ended = getattr(registry, end)(task.task_id, *arguments)
+        check_order(ended)
+        assert ended.ended_at == ended.started_at == task.created_at
+        registry.set_delivery_status(task.task_id, "delivered")
+        check_order(registry.get(task.task_id))
+    registry.close()
+    for record in open_ledger().list():
+        check_order(record)
+
+
+def test_an_imported_task_of_the_future_ends_after_its_start(open_ledger):
+    registry = open_ledger(clock=lambda: EPOCH_MS)
+    later = EPOCH_MS + HOUR_MS
+    task = registry.create(**GOOD, created_at=later, status="running", started_at=later + 5)
+    check_order(task)
+    done = registry.finish(task.task_id, "failed", ended_at=EPOCH_MS)
+    check_order(done)
+    assert (done.started_at, done.ended_at, done.last_event_at) == (later + 5,) * 3
+    # A repeat of the same call, as from an event stream, writes nothing.
+    assert registry.finish(task.task_id, "failed", ended_at=EPOCH_MS) == done
+
+
+def test_an_end_before_the_start_is_raised_to_the_start(registry):
+    registry.store.clock = lambda: EPOCH_MS + HOUR_MS
+    task = registry.create(**GOOD, created_at=EPOCH_MS, run_id="r")
+    registry.mark_running(task.task_id, started_at=EPOCH_MS + 500)
+    (done,) = registry.run("r").finish("succeeded", ended_at=EPOCH_MS + 400)
+    assert (done.started_at, done.ended_at) == (EPOCH_MS + 500, EPOCH_MS + 500)
+    corrected = registry.finish(task.task_id, "failed", ended_at=EPOCH_MS + 300)
+    assert corrected.ended_at == EPOCH_MS + 500

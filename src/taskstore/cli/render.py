@@ -77,8 +77,10 @@ def age_of(at: int) -> str:
 
 
 def run_time_of(record: TaskRecord) -> str:
-    """Return the run time of an ended task as text."""
+    """Return the run time of an ended task as text, if the record contains the run time."""
     if record.started_at is None or record.ended_at is None:
+        return EMPTY
+    if record.ended_at < record.started_at:  # possible only for a record of another program
         return EMPTY
     return duration((record.ended_at - record.started_at) / 1000)
 

@@ -12,6 +12,10 @@ If the task's status does not allow the change, the mutation raises :class:`Inva
 mutation of a valid record returns a valid record, except that the new revision can exceed
 ``MAX_INT``.
 
+A time that is too early is raised to the earliest time that is possible, whether the clock went
+back or a caller gave the time: no task starts before its creation or ends before its start.  If
+these times of the record are in order, they are in order in the new record.
+
 The status, times, error and outcome of an ended task are final, with two exceptions:
 :func:`finish` can correct ``succeeded`` to failed, timed_out or cancelled, and only
 :func:`recover` can correct ``lost`` to another status.
@@ -118,12 +122,14 @@ def new_record(
     if "owner_key" in given or "requester_session_key" in given:
         given.setdefault("scope_kind", _SESSION)
         given.setdefault("delivery_status", _PENDING)
-    given.setdefault("last_event_at", event_at)
     if state is _RUNNING:
         given.setdefault("started_at", event_at)
-    for name in ("started_at", "last_event_at", "cleanup_after"):
+    for name in ("started_at", "cleanup_after"):
         if name in given and given[name] < created_at:
             given[name] = created_at
+    given["last_event_at"] = max(
+        given.get("last_event_at", event_at), given.get("started_at", created_at)
+    )
     record = TaskRecord(
         task_id=check_key("task_id", task_id),
         revision=1,
@@ -189,12 +195,13 @@ def start(*, started_at: int | None = None) -> Mutation:
             return record
         if record.status is not TaskStatus.QUEUED:
             raise InvalidTransition(record.task_id, record.status, "start it")
+        at = max(now if started_at is None else started_at, record.created_at)
         return replace(
             record,
             revision=record.revision + 1,
             status=TaskStatus.RUNNING,
-            started_at=max(now if started_at is None else started_at, record.created_at),
-            last_event_at=_event_time(record, now),
+            started_at=at,
+            last_event_at=max(at, _event_time(record, now)),
         )
 
     return started
@@ -241,16 +248,15 @@ def finish(
     given = _end_facts(error, summary, outcome, ended_at)
 
     def finished(record: TaskRecord, now: int) -> TaskRecord:
-        facts = _clamp_end(record, given)
         if record.status is end:
-            return _check_repeat(record, f"finish it as {end} with different facts", facts)
+            return _check_repeat(record, f"finish it as {end} with different facts", given)
         corrects = record.status is TaskStatus.SUCCEEDED and end in _MAY_REPLACE_SUCCESS
         if record.is_terminal and not corrects:
             raise InvalidTransition(record.task_id, record.status, f"finish it as {end}")
-        if corrects:
-            facts = {"error": None, "terminal_outcome": None, **facts}
-            facts.setdefault("ended_at", record.ended_at)
-        return _with_end(record, now, end, facts)
+        if not corrects:
+            return _with_end(record, now, end, given)
+        replaced = {"error": None, "terminal_outcome": None, "ended_at": record.ended_at}
+        return _with_end(record, now, end, {**replaced, **given})
 
     return finished
 
@@ -296,14 +302,13 @@ def recover(
         raise ValidationError(next(iter(given)), f"cannot be set if the status is {state}")
 
     def recovered(record: TaskRecord, now: int) -> TaskRecord:
-        facts = _clamp_end(record, given)
         if record.status is state:
-            return _check_repeat(record, f"recover it as {state} with different facts", facts)
+            return _check_repeat(record, f"recover it as {state} with different facts", given)
         if record.status is not TaskStatus.LOST:
             raise InvalidTransition(record.task_id, record.status, f"recover it as {state}")
         active = _without_end(record)
         if state.is_terminal:
-            return _with_end(active, now, state, facts)
+            return _with_end(active, now, state, given)
         started_at = record.started_at
         if state is TaskStatus.RUNNING and started_at is None:
             started_at = max(now, record.created_at)
@@ -407,12 +412,9 @@ def _end_facts(
     return facts
 
 
-def _clamp_end(record: TaskRecord, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the given facts; an ``ended_at`` before the task's creation becomes that time."""
-    facts = dict(given)
-    if "ended_at" in facts:
-        facts["ended_at"] = max(facts["ended_at"], record.created_at)
-    return facts
+def _end_time(record: TaskRecord, at: int) -> int:
+    """Return ``at``, or the earliest possible end of the task if ``at`` is earlier."""
+    return max(at, record.created_at, record.started_at or 0)
 
 
 def _without_end(record: TaskRecord) -> TaskRecord:
@@ -430,17 +432,18 @@ def _without_end(record: TaskRecord) -> TaskRecord:
 
 def _check_repeat(record: TaskRecord, attempted: str, facts: Mapping[str, Any]) -> TaskRecord:
     """Return the record if it has the given facts; raise :class:`InvalidTransition` otherwise."""
-    if any(getattr(record, name) != value for name, value in facts.items()):
-        raise InvalidTransition(record.task_id, record.status, attempted)
+    for name, value in facts.items():
+        stored = getattr(record, name)
+        if stored != value and not (name == "ended_at" and stored == _end_time(record, value)):
+            raise InvalidTransition(record.task_id, record.status, attempted)
     return record
 
 
 def _with_end(
     record: TaskRecord, now: int, status: TaskStatus, facts: Mapping[str, Any]
 ) -> TaskRecord:
-    ended_at = facts.get("ended_at")
-    if ended_at is None:
-        ended_at = max(now, record.created_at)
+    given = facts.get("ended_at")
+    ended_at = _end_time(record, now if given is None else given)
     cleanup_after = record.cleanup_after
     if cleanup_after is None:
         cleanup_after = min(ended_at + RETENTION_MS, MAX_INT)
@@ -451,7 +454,7 @@ def _with_end(
             "revision": record.revision + 1,
             "status": status,
             "ended_at": ended_at,
-            "last_event_at": _event_time(record, now),
+            "last_event_at": max(ended_at, _event_time(record, now)),
             "cleanup_after": cleanup_after,
         },
     )
