@@ -70,6 +70,21 @@ def test_the_ten_lines_work_with_await(ledger_url):
             assert registry.get(record.task_id) == record
 
 
+def test_an_end_is_recorded_whatever_its_text_is():
+    async def main():
+        async with AsyncTaskRegistry.open("memory:") as registry:
+            task = await registry.create(runtime="cli", task="x", run_id="r")
+            await registry.record_progress(task.task_id, "3 \0 10" * 5000)
+            (ended,) = await registry.run("r").finish("failed", error="\ud800" * 70_000)
+            assert ended.progress_summary.startswith("3 \ufffd 103")
+            assert ended.error.startswith("\ufffd")
+            assert "bytes cut]" in ended.error
+            again = await registry.finish(task.task_id, "failed", error="\ud800" * 70_000)
+            assert again == ended
+
+    asyncio.run(main())
+
+
 def test_coroutines_share_commits_and_none_runs_on_the_loops_thread():
     store = SlowStore()
 

@@ -33,6 +33,17 @@ def test_cancel(invoke: Invoke, registry: TaskRegistry) -> None:
     assert invoke("cancel", "nothing").status == 1
 
 
+@pytest.mark.parametrize("reason", [b"caf\xe9", b"x" * 100_000 + b"end", "é\n".encode() * 30_000])
+def test_no_reason_prevents_a_cancel(cli: CLI, registry: TaskRegistry, reason: bytes) -> None:
+    for _ in range(2):
+        result = cli("cancel", "a", "--reason", os.fsdecode(reason))
+        assert (result.returncode, result.stderr) == (0, b"")
+    record = cli.json("show", "a")
+    assert (record["status"], record["revision"]) == ("cancelled", 2)
+    assert record["error"][:3] == reason.decode(errors="replace")[:3]
+    assert record["error"][-2:] == reason.decode(errors="replace")[-2:]
+
+
 def test_an_ended_task_is_not_cancelled(invoke: Invoke, registry: TaskRegistry, url: str) -> None:
     with TaskRegistry.open(url) as opened:
         opened.finish("a", "succeeded")

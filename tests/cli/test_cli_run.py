@@ -298,3 +298,11 @@ def test_commands_on_postgresql(postgres_url: str) -> None:
     assert cli.json("compact")["compacted"]
     assert cli.json("verify")["ok"]
     assert cli.json("db", "check")["ok"]
+
+
+def test_a_command_whose_name_is_longer_than_an_error(cli: CLI) -> None:
+    assert cli("run", "--", "x" * 100_000).returncode == 126
+    task = cli.only_task()
+    assert (task["status"], task["error"][:12]) == ("failed", "cannot run x")
+    assert "bytes cut]" in task["error"]
+    assert task["error"].endswith("File name too long")

@@ -111,6 +111,44 @@ def test_times_before_creation_are_raised_to_it(registry):
     assert (task.started_at, task.ended_at, task.cleanup_after) == (EPOCH_MS + 5_000,) * 3
 
 
+DIRTY = {
+    "NUL": "the parser stopped at '\0'",
+    "broken UTF-8": b"caf\xe9".decode("utf-8", "surrogateescape"),
+    "long": "Traceback\n" + "\U0001f389" * 20_000 + "\nValueError: \ud800",
+}
+
+
+@pytest.mark.parametrize("text", DIRTY.values(), ids=DIRTY)
+def test_an_end_is_recorded_whatever_its_text_is(open_ledger, text):
+    registry = open_ledger()
+    ended = []
+    for verb, arguments, texts in (
+        ("finish", ("failed",), {"error": text, "summary": text}),
+        ("cancel", (text,), {}),
+        ("mark_lost", (), {"error": text}),
+    ):
+        task = registry.create(runtime="cli", task="x", status="running", run_id=verb)
+        registry.record_progress(task.task_id, text)
+        with registry.batch():
+            getattr(registry.run(verb), verb)(*arguments, **texts)
+        seq = registry.seq
+        record = getattr(registry, verb)(task.task_id, *arguments, **texts)
+        assert (record.is_terminal, registry.seq) == (True, seq)  # a repeat writes nothing
+        ended.append(record)
+    task_id = ended[-1].task_id
+    ended[-1] = registry.recover(task_id, "timed_out", error=text, summary=text)
+    assert registry.recover(task_id, "timed_out", error=text) == ended[-1]
+    registry.close()
+    reopened = open_ledger()
+    for record in ended:
+        found = reopened.get(record.task_id)
+        assert found == record
+        assert found.error[:8] == text[:8].replace("\0", "\ufffd").replace("\udce9", "\ufffd")
+        assert found.error.endswith(text[-2].replace("\0", "\ufffd") + found.error[-1])
+        assert "\ufffd" in found.error
+        assert "\ufffd" in found.progress_summary
+
+
 def test_an_unknown_task_is_not_found(registry):
     with pytest.raises(TaskNotFound):
         registry.get("nobody")

@@ -12,6 +12,9 @@ If the task's status does not allow the change, the mutation raises :class:`Inva
 mutation of a valid record returns a valid record, except that the new revision can exceed
 ``MAX_INT``.
 
+Errors, reasons and summaries are never refused for their content: a mutation cleans and cuts these
+texts, so that a task can always end.
+
 A time that is too early is raised to the earliest time that is possible, whether the clock went
 back or a caller gave the time: no task starts before its creation or ends before its start.  If
 these times of the record are in order, they are in order in the new record.
@@ -52,6 +55,8 @@ from taskstore.model.validation import (
     check_summary,
     check_text,
     check_time,
+    clean_summary,
+    clean_text,
     encode_metadata,
     plain_metadata,
 )
@@ -209,9 +214,7 @@ def start(*, started_at: int | None = None) -> Mutation:
 
 def progress(summary: str) -> Mutation:
     """Set the progress summary of an active task.  A repeat of the same summary changes nothing."""
-    folded = check_summary("progress_summary", summary)
-    if folded is None:
-        raise ValidationError("progress_summary", "must be text, not NoneType")
+    folded = clean_summary("progress_summary", summary)
 
     def noted(record: TaskRecord, now: int) -> TaskRecord:
         if record.status not in ACTIVE_STATUSES:
@@ -402,9 +405,9 @@ def _end_facts(
     """Return the checked facts of a task's end that are not ``None``, by field name."""
     facts: dict[str, Any] = {}
     if error is not None:
-        facts["error"] = check_text("error", error, ERROR_BYTES)
+        facts["error"] = clean_text("error", error, ERROR_BYTES)
     if summary is not None:
-        facts["terminal_summary"] = check_summary("terminal_summary", summary)
+        facts["terminal_summary"] = clean_summary("terminal_summary", summary)
     if outcome is not None:
         facts["terminal_outcome"] = check_enum("terminal_outcome", outcome, TerminalOutcome)
     if ended_at is not None:

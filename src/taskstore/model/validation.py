@@ -47,6 +47,8 @@ _RUNTIME = re.compile(r"[a-z][a-z0-9_.-]*\Z")
 _NOT_STRUCTURAL = bytes(set(range(256)) - set(b'"{}[]'))
 """All bytes except quotation marks and brackets, which alone determine the nesting of JSON."""
 _ARRAYS_AS_OBJECTS = bytes.maketrans(b"[]", b"{}")
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+"""The pattern of NUL and lone surrogates."""
 _Enum = TypeVar("_Enum", bound=StrEnum)
 
 
@@ -76,6 +78,40 @@ def check_text(field: str, value: object, limit: int) -> str:
     if "\0" in value:
         raise ValidationError(field, "contains a NUL character")
     return value
+
+
+def clean_text(field: str, value: object, limit: int) -> str:
+    """Return ``value`` as storable text of at most ``limit`` bytes of UTF-8.
+
+    The function serves texts whose content a caller does not control, such as error messages.
+    Each NUL and each lone surrogate becomes U+FFFD.  A text that is then over the limit keeps its
+    head and its tail: a mark such as ``…[4,096 bytes cut]…`` replaces the middle.  The result
+    depends only on the arguments, and a second call changes nothing.  Raises
+    :class:`ValidationError` only for a value that is not text.
+    """
+    if type(value) is not str:
+        if not isinstance(value, str):
+            raise ValidationError(field, f"must be text, not {type(value).__name__}")
+        value = str.__str__(value)
+    if value.isascii() and len(value) <= limit and "\0" not in value:
+        return value  # the common case
+    return _cut_middle(_UNSTORABLE.sub("\N{REPLACEMENT CHARACTER}", value), limit)
+
+
+def _cut_middle(text: str, limit: int) -> str:
+    encoded = text.encode()
+    size = len(encoded)
+    if size <= limit:
+        return text
+    room = limit - len(_cut_mark(size).encode())  # no mark is longer than the mark of the whole
+    # ``ignore`` drops the part of a code point at the cut.
+    head = encoded[: room - room // 2].decode(errors="ignore")
+    tail = encoded[size - room // 2 :].decode(errors="ignore")
+    return head + _cut_mark(size - len(head.encode()) - len(tail.encode())) + tail
+
+
+def _cut_mark(size: int) -> str:
+    return f"…[{size:,} bytes cut]…"
 
 
 def check_key(field: str, value: object) -> str:
@@ -275,17 +311,19 @@ def exceeds_depth(encoded: bytes, depth: int) -> bool:
     return b"{}" in brackets or brackets.count(b"{") > depth
 
 
-def check_summary(field: str, value: object) -> str | None:
-    """Return the text with each run of white space as one space, at most 4,096 bytes; or
-    ``None``."""
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise ValidationError(field, f"must be text, not {type(value).__name__}")
-    folded = " ".join(value.split())
-    if folded.isascii() and len(folded) <= SUMMARY_BYTES and "\0" not in folded:
-        return folded
+def check_summary(field: str, value: object) -> str:
+    """Return the text with each run of white space as one space, at most 4,096 bytes."""
+    folded = " ".join(value.split()) if isinstance(value, str) else value
     return check_text(field, folded, SUMMARY_BYTES)
+
+
+def clean_summary(field: str, value: object) -> str:
+    """Return the text with each run of white space as one space, cleaned by :func:`clean_text`."""
+    if isinstance(value, str):
+        value = " ".join(value.split())
+        if value.isascii() and len(value) <= SUMMARY_BYTES and "\0" not in value:
+            return value  # the common case
+    return clean_text(field, value, SUMMARY_BYTES)
 
 
 CHECKS: dict[str, Callable[[str, object], Any]] = {

@@ -249,7 +249,8 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> RecordT:
         """Set the progress summary of an active task; each run of white space becomes one space.
 
-        A repeat of the same summary writes nothing.  The errors are as in :meth:`mark_running`.
+        The text is cleaned and cut as in :meth:`finish`.  A repeat of the same summary
+        writes nothing.  The errors are as in :meth:`mark_running`.
         """
         return self._mutate(
             task_id, lifecycle.progress(summary), if_revision, fence, ACTIVE_STATUSES
@@ -270,7 +271,9 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         """End a task with the status succeeded, failed, timed_out, cancelled or lost.
 
         ``error`` is free text, ``summary`` is one line, ``outcome`` is succeeded or
-        blocked, and ``ended_at`` is in Unix milliseconds (default now).  This verb cannot
+        blocked, and ``ended_at`` is in Unix milliseconds (default now).  No text is refused
+        for its content: NUL and lone surrogates become U+FFFD, and a text that is too long
+        loses its middle, with a mark such as ``…[4,096 bytes cut]…``.  This verb cannot
         change a final status, except ``succeeded`` to failed, timed_out or cancelled.  A
         repeat of the same call writes nothing.  The errors are as in
         :meth:`mark_running`.
@@ -290,7 +293,8 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> RecordT:
         """Mark an active task as lost: its outcome is unknown.
 
-        A lost task is returned unchanged.  The errors are as in :meth:`mark_running`.
+        ``error`` is as in :meth:`finish`.  A lost task is returned unchanged.  The errors
+        are as in :meth:`mark_running`.
         """
         return self._mutate(
             task_id, lifecycle.lose(error=error), if_revision, fence, ACTIVE_STATUSES
@@ -329,8 +333,8 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> RecordT:
         """End an active task as cancelled; ``reason`` becomes its error.
 
-        A cancelled task is returned unchanged.  The errors are as in
-        :meth:`mark_running`.
+        ``reason`` is as ``error`` in :meth:`finish`.  A cancelled task is returned
+        unchanged.  The errors are as in :meth:`mark_running`.
         """
         return self._mutate(task_id, lifecycle.cancel(reason), if_revision, fence, ACTIVE_STATUSES)
 
