@@ -11,6 +11,7 @@ from taskstore.model.records import (
     TERMINAL_STATUSES,
     DeliveryContext,
     DeliveryStatus,
+    NotifyPolicy,
     ScopeKind,
     TaskStatus,
 )
@@ -46,6 +47,41 @@ def test_a_new_session_task(owner):
         record = new(owner_key="o")
     assert record.scope_kind is ScopeKind.SESSION
     assert record.delivery_status is DeliveryStatus.PENDING
+
+
+PENDING, NOT_APPLICABLE = DeliveryStatus.PENDING, DeliveryStatus.NOT_APPLICABLE
+
+
+@pytest.mark.parametrize(
+    ("fields", "delivery"),
+    [
+        ({}, NOT_APPLICABLE),
+        ({"owner_key": "o"}, PENDING),
+        ({"owner_key": "o", "notify_policy": "done_only"}, PENDING),
+        ({"owner_key": "o", "notify_policy": "state_changes"}, PENDING),
+        ({"owner_key": "o", "notify_policy": "silent"}, NOT_APPLICABLE),
+        ({"owner_key": "o", "notify_policy": NotifyPolicy.SILENT}, NOT_APPLICABLE),
+        (
+            {"owner_key": "o", "requester_session_key": "s", "notify_policy": "silent"},
+            NOT_APPLICABLE,
+        ),
+        ({"requester_session_key": "s", "scope_kind": "system"}, PENDING),
+        (
+            {"requester_session_key": "s", "scope_kind": "system", "notify_policy": "silent"},
+            NOT_APPLICABLE,
+        ),
+        ({"notify_policy": "state_changes"}, NOT_APPLICABLE),
+        # A status that the caller gives is kept.
+        ({"owner_key": "o", "notify_policy": "silent", "delivery_status": "pending"}, PENDING),
+        ({"owner_key": "o", "delivery_status": "not_applicable"}, NOT_APPLICABLE),
+        ({"delivery_status": "pending"}, PENDING),
+    ],
+)
+def test_a_delivery_is_pending_only_if_somebody_is_to_be_told(fields, delivery):
+    for status in ("queued", "running"):
+        record = new(**fields, status=status)
+        assert record.delivery_status is delivery
+        assert (record.scope_kind is ScopeKind.SESSION) == ("owner_key" in fields)
 
 
 def test_a_new_running_task_has_started():
@@ -171,3 +207,22 @@ def test_attach_does_not_change_an_ended_task(status):
 def test_attach_without_new_fields_changes_nothing():
     existing = new(run_id="r")
     assert lifecycle.fill_missing(existing, new(run_id="r", task_id="other")) is existing
+
+
+def test_a_requester_that_is_filled_in_is_to_be_told():
+    scope = {"run_id": "r", "scope_kind": "system"}
+    asked = new(**scope, requester_session_key="s")
+    filled = lifecycle.fill_missing(new(**scope), asked)
+    assert (filled.requester_session_key, filled.delivery_status) == ("s", PENDING)
+    assert lifecycle.fill_missing(filled, asked) is filled
+    # The policy of the first call decides, and so does a delivery that has begun.
+    silent = new(**scope, notify_policy="silent")
+    assert lifecycle.fill_missing(silent, asked).delivery_status is NOT_APPLICABLE
+    delivered = new(**scope, delivery_status="delivered")
+    assert lifecycle.fill_missing(delivered, asked).delivery_status is DeliveryStatus.DELIVERED
+    silent_asked = new(**scope, requester_session_key="s", notify_policy="silent")
+    assert lifecycle.fill_missing(new(**scope), silent_asked).delivery_status is PENDING
+    # A second addressee changes nothing.
+    owned = new(run_id="r", owner_key="o", delivery_status="not_applicable")
+    asked = new(run_id="r", owner_key="o", requester_session_key="s")
+    assert lifecycle.fill_missing(owned, asked).delivery_status is NOT_APPLICABLE

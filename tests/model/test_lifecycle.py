@@ -12,6 +12,7 @@ from taskstore.model.lifecycle import RETENTION_MS
 from taskstore.model.records import (
     ACTIVE_STATUSES,
     TERMINAL_STATUSES,
+    DeliveryStatus,
     NotifyPolicy,
     TaskStatus,
     TerminalOutcome,
@@ -260,6 +261,52 @@ def test_delivered_notes_the_event():
         == record.last_event_at
     )
     assert lifecycle.set_delivery_status("failed")(record, NOW).last_notified_event_at is None
+
+
+@pytest.mark.parametrize("status", TaskStatus)
+@pytest.mark.parametrize("addressee", ["owner_key", "requester_session_key"])
+def test_a_silent_task_has_no_pending_delivery(status, addressee):
+    record = in_status(status, **{addressee: "o"}, delivery_status=DeliveryStatus.PENDING)
+    silent = lifecycle.set_notify_policy("silent")(record, NOW)
+    assert (silent.notify_policy, silent.delivery_status) == ("silent", "not_applicable")
+    assert silent.revision == record.revision + 1
+    assert lifecycle.set_notify_policy("silent")(silent, NOW) is silent
+    for policy in ("done_only", "state_changes"):
+        loud = lifecycle.set_notify_policy(policy)(silent, NOW)
+        assert (loud.notify_policy, loud.delivery_status) == (policy, "pending")
+        assert lifecycle.set_notify_policy(policy)(loud, NOW) is loud
+    if not record.is_terminal:
+        assert lifecycle.finish("failed")(silent, NOW).delivery_status == "not_applicable"
+
+
+def test_the_policy_of_a_task_without_an_addressee_changes_no_delivery():
+    record = in_status(S.RUNNING)
+    for policy in ("silent", "done_only", "state_changes"):
+        record = lifecycle.set_notify_policy(policy)(record, NOW)
+        assert (record.notify_policy, record.delivery_status) == (policy, "not_applicable")
+
+
+@pytest.mark.parametrize("delivery", DeliveryStatus)
+def test_a_policy_changes_only_a_delivery_that_has_not_begun(delivery):
+    loud = in_status(S.RUNNING, owner_key="o", delivery_status=delivery)
+    silent = lifecycle.set_notify_policy("silent")(loud, NOW)
+    expected = "not_applicable" if delivery is DeliveryStatus.PENDING else delivery
+    assert silent.delivery_status == expected
+    # Another policy that tells somebody is no reason for a delivery.
+    assert lifecycle.set_notify_policy("state_changes")(loud, NOW).delivery_status == delivery
+
+
+def test_a_stored_silent_task_with_a_pending_delivery_is_read_as_it_is():
+    stored = in_status(
+        S.RUNNING,
+        owner_key="o",
+        notify_policy=NotifyPolicy.SILENT,
+        delivery_status=DeliveryStatus.PENDING,
+    )
+    assert lifecycle.set_notify_policy("silent")(stored, NOW) is stored
+    for verb in ("progress", "finish_failed", "cancel"):
+        assert VERBS[verb](stored).delivery_status is DeliveryStatus.PENDING
+    assert lifecycle.set_notify_policy("done_only")(stored, NOW).delivery_status == "pending"
 
 
 def test_metadata_merges_at_the_top():

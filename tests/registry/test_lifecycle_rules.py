@@ -103,6 +103,22 @@ def test_a_lost_task_is_corrected_by_recover_alone(registry):
         registry.recover(task.task_id, "failed")
 
 
+def test_only_a_delivery_to_somebody_is_pending(open_ledger):
+    registry = open_ledger()
+    loud = registry.create(runtime="cli", task="x", owner_key="o", run_id="loud")
+    silent = registry.create(runtime="cli", task="x", owner_key="o", notify_policy="silent")
+    nobody = registry.create(runtime="cli", task="x")
+    registry.finish(silent.task_id, "succeeded")
+    assert [r.task_id for r in registry.list(delivery_status="pending")] == [loud.task_id]
+    (silenced,) = registry.run("loud").set_notify_policy("silent")
+    assert silenced.delivery_status == "not_applicable"
+    registry.set_notify_policy(silent.task_id, "state_changes")
+    registry.set_notify_policy(nobody.task_id, "state_changes")
+    registry.close()
+    pending = open_ledger().list(delivery_status="pending")
+    assert [record.task_id for record in pending] == [silent.task_id]
+
+
 def test_times_before_creation_are_raised_to_it(registry):
     task = registry.create(runtime="cli", task="x", created_at=EPOCH_MS + 5_000)
     task = registry.mark_running(task.task_id, started_at=EPOCH_MS + 1_000)

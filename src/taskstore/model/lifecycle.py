@@ -70,7 +70,8 @@ RETENTION_MS = 7 * 24 * 60 * 60 * 1000
 _MAY_REPLACE_SUCCESS = frozenset({TaskStatus.FAILED, TaskStatus.TIMED_OUT, TaskStatus.CANCELLED})
 
 # Module constants avoid the member lookup that an enum does at each access.
-_RUNNING, _SESSION, _PENDING = TaskStatus.RUNNING, ScopeKind.SESSION, DeliveryStatus.PENDING
+_RUNNING, _SESSION, _SILENT = TaskStatus.RUNNING, ScopeKind.SESSION, NotifyPolicy.SILENT
+_PENDING, _NOT_APPLICABLE = DeliveryStatus.PENDING, DeliveryStatus.NOT_APPLICABLE
 
 _INITIAL_STATUSES = {str(status): status for status in TaskStatus if not status.is_terminal}
 """The allowed statuses of a new task, by name."""
@@ -126,7 +127,8 @@ def new_record(
     event_at = max(now, created_at)
     if "owner_key" in given or "requester_session_key" in given:
         given.setdefault("scope_kind", _SESSION)
-        given.setdefault("delivery_status", _PENDING)
+        if given.get("notify_policy") is not _SILENT:
+            given.setdefault("delivery_status", _PENDING)
     if state is _RUNNING:
         given.setdefault("started_at", event_at)
     for name in ("started_at", "cleanup_after"):
@@ -185,6 +187,11 @@ def fill_missing(existing: TaskRecord, asked: TaskRecord) -> TaskRecord:
     }
     if "cleanup_after" in filled:
         filled["cleanup_after"] = max(filled["cleanup_after"], existing.created_at)
+    is_first_addressee = not _has_addressee(existing) and (
+        "owner_key" in filled or "requester_session_key" in filled
+    )
+    if is_first_addressee and existing.notify_policy is not _SILENT:
+        filled["delivery_status"] = _pending_if_none(existing.delivery_status)
     if existing.metadata_json == NO_METADATA and asked.metadata_json != NO_METADATA:
         filled["metadata_json"] = asked.metadata_json
     return replace(existing, revision=existing.revision + 1, **filled) if filled else existing
@@ -348,9 +355,31 @@ def set_delivery_status(status: str, *, last_notified_event_at: int | None = Non
 
 
 def set_notify_policy(policy: str) -> Mutation:
-    """Set the policy that selects the events that the owner is notified of."""
+    """Set the policy that selects the events that the owner is notified of.
+
+    If nobody is to be told any more, a pending delivery becomes ``not_applicable``; if somebody
+    is to be told again, this delivery becomes pending again.
+    """
     chosen = check_enum("notify_policy", policy, NotifyPolicy)
-    return lambda record, _now: _with_fields(record, notify_policy=chosen)
+
+    def chose(record: TaskRecord, _now: int) -> TaskRecord:
+        delivery = record.delivery_status
+        if _has_addressee(record) and (chosen is _SILENT) != (record.notify_policy is _SILENT):
+            if chosen is not _SILENT:
+                delivery = _pending_if_none(delivery)
+            elif delivery is _PENDING:
+                delivery = _NOT_APPLICABLE
+        return _with_fields(record, notify_policy=chosen, delivery_status=delivery)
+
+    return chose
+
+
+def _has_addressee(record: TaskRecord) -> bool:
+    return record.owner_key is not None or record.requester_session_key is not None
+
+
+def _pending_if_none(delivery: DeliveryStatus) -> DeliveryStatus:
+    return _PENDING if delivery is _NOT_APPLICABLE else delivery
 
 
 def set_cleanup_after(cleanup_after: int | None) -> Mutation:

@@ -364,6 +364,10 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> RecordT:
         """Set when the owner is notified: ``done_only``, ``state_changes`` or ``silent``.
 
+        If the task has an owner or a requester, ``silent`` changes the delivery status from
+        ``pending`` to ``not_applicable``, and a change from ``silent`` to another policy
+        changes ``not_applicable`` to ``pending``.
+
         This change is allowed on an ended task too.  Raises :class:`TaskNotFound` and
         :class:`ConflictError` as in :meth:`mark_running`.
         """
