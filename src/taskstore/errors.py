@@ -175,16 +175,22 @@ class StoreBusyError(TaskStoreError):
 
     A waiting writer does not get this error while other writers commit.  The call wrote
     nothing.  The same call can succeed later.  ``owners`` describes the lock owners that
-    the system reports (``tuple[str, ...]``).
+    the system reports (``tuple[str, ...]``).  The parameter ``holders`` is the earlier name of
+    ``owners``, for backends that still use this name.
     """
 
     retryable = True
 
     def __init__(
-        self, message: str, *, hint: str | None = None, owners: Iterable[str] = ()
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        owners: Iterable[str] = (),
+        holders: Iterable[str] = (),
     ) -> None:
         super().__init__(message, hint=hint)
-        self.owners = tuple(owners)
+        self.owners = (*owners, *holders)
 
 
 class StoreUnavailableError(TaskStoreError):
