@@ -154,7 +154,7 @@ class TaskRegistryStore(ABC):
         return commit
 
     def report(self) -> StoreReport:
-        """Return the report for the operator; never raise and never read the storage."""
+        """Return the report for the operator; never raise, and never read or lock stored data."""
         return StoreReport()
 
     def close(self) -> None:

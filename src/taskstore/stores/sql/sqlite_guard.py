@@ -1,19 +1,25 @@
-"""Detection of SQLite database files and logs that were removed, moved or replaced."""
+"""Detection of SQLite files and logs that are not what they seem."""
 
 from __future__ import annotations
 
 import os
+import re
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from taskstore.errors import StoreReplacedError, StoreUnavailableError
+from taskstore.errors import CorruptStoreError, StoreReplacedError, StoreUnavailableError
 
 _NO_INODE = (0, 0)
 
 _OPEN_LOG_QUERY = "SELECT count(*) FROM sqlite_master"
 """A minimal query.  A connection opens the write-ahead log at its first query."""
+
+_JOURNAL_MAGIC = b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7"
+"""The first bytes of a valid rollback journal.  Bytes 16 to 20 are the number of pages that the
+file had before the transaction (from SQLite's format)."""
 
 _MTIME_GRANULARITY_NS = 20_000_000
 """The largest interval in which two changes of a directory can get the same mtime."""
@@ -36,6 +42,83 @@ def _directory_state(directory: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return (status.st_mtime_ns, status.st_ino)
+
+
+_MOUNTS = Path("/proc/self/mountinfo")
+_ESCAPED = re.compile(rb"\\([0-7]{3})")
+"""Matches a space, tab, newline, backslash or # in a path of ``/proc/self/mountinfo``."""
+
+
+def other_name(path: str) -> str | None:
+    """Return why the file at a path can also have another path; ``None`` if no reason is known.
+
+    SQLite keeps the log of a file beside the path by which the file was opened.  Writers
+    that open one file by two paths use two logs, and overwrite each other's commits.
+    """
+    try:
+        links = os.stat(path).st_nlink  # noqa: PTH116 - as in inode_of
+    except OSError:
+        return None
+    if links > 1:
+        return f"{path} has {links} hard links"
+    try:
+        mounts = _MOUNTS.read_bytes().split(b"\n")[:-1]
+    except OSError:  # the system is not Linux
+        return None
+    # The device of a mounted file is the device of its directory, so only the list of mounts
+    # shows the mount.
+    points = [_ESCAPED.sub(_unescaped, line.split(b" ")[4]) for line in mounts]
+    return f"{path} is mounted as a single file" if os.fsencode(path) in points else None
+
+
+def _unescaped(code: re.Match[bytes]) -> bytes:
+    return bytes([int(code[1], 8)])
+
+
+def check_logs(path: Path, is_database: Callable[[], bool]) -> None:
+    """Raise :class:`~taskstore.CorruptStoreError` if a log with content lies beside a file that is
+    missing or empty, or for which ``is_database()`` is false.
+
+    Must be called before SQLite opens the file: SQLite removes a log that lies beside such a file.
+    """
+    # The log is checked before the file: a file whose log has content is never empty.
+    log = next(filter(_has_content, (f"{path}-wal", f"{path}-journal")), None)
+    if log is None:
+        return
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        state = "does not exist"
+    except OSError:
+        return  # the caller reports this error
+    else:
+        if not stat.S_ISREG(status.st_mode) or (status.st_size and is_database()):
+            return
+        state = "is not an SQLite database" if status.st_size else "is empty"
+    raise CorruptStoreError(
+        str(path),
+        f"the file {state}, but its log {log} contains changes that SQLite would remove",
+        hint=f"nothing was changed; copy all files whose names begin with {path} to a safe place; "
+        "if the file was moved, move it back beside its log; to restore a backup instead, first "
+        f"remove {log} and {path}-shm",
+    )
+
+
+def _has_content(log: str) -> bool:
+    """Return whether a write-ahead log is not empty, or a rollback journal belongs to a file that
+    had content."""
+    if not log.endswith("-journal"):
+        try:
+            return os.stat(log).st_size > 0  # noqa: PTH116 - as in inode_of
+        except OSError:
+            return False
+    try:
+        with open(log, "rb") as file:  # noqa: PTH123 - SQLite does not lock a journal
+            header = file.read(20)
+    except OSError:
+        return False
+    # The journal of a transaction that creates a database has the original size 0.
+    return header.startswith(_JOURNAL_MAGIC) and any(header[16:20])
 
 
 class FileGuard:

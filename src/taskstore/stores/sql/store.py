@@ -57,7 +57,9 @@ class SQLStore(TaskRegistryStore):
     true, a load raises :class:`~taskstore.CorruptStoreError` for the first record that cannot
     be decoded; otherwise every such record is quarantined.  If a database server is down, a call
     waits for up to ``reconnect_s`` seconds, and then raises
-    :class:`~taskstore.StoreUnavailableError`.
+    :class:`~taskstore.StoreUnavailableError`.  If the engine's database is an SQLite file that has
+    several hard links or is mounted as a single file, the store is opened for writing only with
+    ``links="allow"``.
     """
 
     def __init__(
@@ -69,11 +71,15 @@ class SQLStore(TaskRegistryStore):
         read_only: bool = False,
         strict: bool = False,
         reconnect_s: float = RECONNECT_S,
+        links: str = "refuse",
     ) -> None:
         _check_options(durability, migrate, reconnect_s)
+        if links not in ("refuse", "allow"):
+            raise ValidationError("links", f"must be 'refuse' or 'allow', not {links!r}")
         database = engine
         if not isinstance(database, Database):
             database = host_database(database, durability=durability, read_only=read_only)
+            database.links_allowed = links == "allow"
         super().__init__(read_only=database.read_only)
         self.durability = database.durability
         self.location = database.location
@@ -134,7 +140,7 @@ class SQLStore(TaskRegistryStore):
             if all(known.task_id != task_id for known in self._load_quarantined)
         )
         quarantined = (*self._load_quarantined, *queried, *self._trim_quarantined)
-        return StoreReport(quarantined, tuple(self._database.notices))
+        return StoreReport(quarantined, self._database.current_notices())
 
     def close(self) -> None:
         if not self._closed:

@@ -171,6 +171,8 @@ class Database:
     guard: Guard | None = None
     url = ""
     """The URL as the caller gave it, with the password; empty for a host's engine."""
+    links_allowed = False
+    """True if the caller allows that the file of the database has several names."""
     temp_dir: Path | None = None
     """The directory for temporary files; ``None`` for the system's directory."""
 
@@ -228,6 +230,10 @@ class Database:
         if text is not None and text not in self.notices:
             self.notices.append(text)
             log.warning("%s", text)
+
+    def current_notices(self) -> tuple[str, ...]:
+        """Return the notices so far, and the notices about the present state of the files."""
+        return tuple(self.notices)
 
     def cursor(self, raw: Any) -> Any:
         """Return a driver cursor that returns rows as tuples."""

@@ -23,13 +23,16 @@ from taskstore.errors import (
 )
 from taskstore.stores.common.locks import FairLock, lock_owners
 from taskstore.stores.sql import sqlite_library
-from taskstore.stores.sql.dialects.base import WRITE_LOCK_TIMEOUT_S, Database, Session
+from taskstore.stores.sql.dialects.base import WRITE_LOCK_TIMEOUT_S, Database, Session, log
 from taskstore.stores.sql.errors import ErrorKind, Translator, sqlite_error_kind
-from taskstore.stores.sql.sqlite_guard import FileGuard, ImmutableGuard
+from taskstore.stores.sql.sqlite_guard import FileGuard, ImmutableGuard, check_logs, other_name
 from taskstore.stores.sql.sqlite_library import library_notice, library_of, sqlite_module
 
 _WRITE_LOCK_BYTE = 120
 """The offset of the byte that a writer locks in the ``-shm`` file (from SQLite's format)."""
+
+_NOT_A_DATABASE = 26
+"""SQLite's primary result code for a file that is not a database."""
 
 _SYNCHRONOUS = {"full": "FULL", "process": "NORMAL"}
 """Maps each value of the option ``durability`` to a value of ``PRAGMA synchronous``."""
@@ -52,13 +55,16 @@ class SQLiteDatabase(Database):
 
     @classmethod
     def open(cls, url: str, *, durability: str, read_only: bool) -> SQLiteDatabase:
-        path, module = path_of(url), sqlite_module()
-        immutable = None
+        (path, links_allowed), module = path_of(url), sqlite_module()
+        check_logs(path, partial(is_database, module, path))
+        immutable, notice = None, None
         if read_only:
             with Translator(str(path), module.Error, sqlite_error_kind):
                 immutable = ImmutableGuard(path) if needs_immutable(module, path) else None
         else:
-            create_privately(path)
+            if not links_allowed:
+                refuse_other_name(str(path))
+            notice = create_privately(path)
         open_one = connection_factory(
             module,
             path,
@@ -82,7 +88,7 @@ class SQLiteDatabase(Database):
             poolclass=sa.QueuePool,
             isolation_level="AUTOCOMMIT",
         )
-        return cls(
+        database = cls(
             engine,
             owned=True,
             durability=durability,
@@ -90,6 +96,9 @@ class SQLiteDatabase(Database):
             files=files,
             immutable=immutable,
         )
+        database.links_allowed = links_allowed
+        database.add_notice(notice)
+        return database
 
     def __init__(
         self,
@@ -111,6 +120,7 @@ class SQLiteDatabase(Database):
         self._fair_lock: FairLock | None = None  # the fair lock is opened at the first contention
         self._contended_until = 0.0
         self._registered = False
+        self._other_name_logged = False
         module: Any = engine.dialect.loaded_dbapi
         self._library = library_of(module)
         if module.sqlite_version_info < (3, 35):
@@ -123,15 +133,20 @@ class SQLiteDatabase(Database):
     def _location(self) -> str:
         if self.owned:
             return str(self.engine.url.database)
-        translator = Translator(
-            str(self.engine.url.database), sa.exc.SQLAlchemyError, self.error_kind
-        )
+        name = str(self.engine.url.database)
+        translator = Translator(name, sa.exc.SQLAlchemyError, self.error_kind)
+        if name not in ("None", "") and not name.startswith((":memory:", "file:")):
+            self._check_logs(Path(os.path.realpath(name)))  # before the first connection
         with translator, self.engine.connect() as connection:
             files = connection.exec_driver_sql("PRAGMA database_list").all()
         path = next((row[2] for row in files if row[1] == "main"), "")
         if not path:
             raise ValidationError("engine", "has an in-memory database: use the URL 'memory:'")
+        self._check_logs(Path(path).resolve())
         return str(Path(path).resolve())
+
+    def _check_logs(self, path: Path) -> None:
+        check_logs(path, partial(is_database, self.engine.dialect.loaded_dbapi, path))
 
     def prepare(self, session: Session) -> None:
         [mode] = session.row("PRAGMA journal_mode")
@@ -217,11 +232,24 @@ class SQLiteDatabase(Database):
         )
 
     def register_open(self) -> None:
+        if not (self.owned or self.read_only or self.links_allowed):
+            refuse_other_name(self.location)
+        self.current_notices()  # logs what a report would say
         self._registered = True
         self.add_notice(sqlite_library.register_open(self.location, self._library))
         if self._file_guard is not None:
             with self.translator:
                 self._file_guard.start()
+
+    def current_notices(self) -> tuple[str, ...]:
+        reason = None if self.links_allowed else other_name(self.location)
+        if reason is None:
+            return super().current_notices()
+        notice = f"{reason}: {_OTHER_NAME_RISK}; {_other_name_hint(self.location)}"
+        if not self._other_name_logged:
+            self._other_name_logged = True
+            log.warning("%s", notice)
+        return (*super().current_notices(), notice)
 
     def close(self) -> None:
         super().close()
@@ -234,20 +262,51 @@ class SQLiteDatabase(Database):
             sqlite_library.register_close(self.location, self._library)
 
 
-def path_of(url: str) -> Path:
-    """Return the path of the file that an SQLite URL names; the path is not percent-decoded."""
-    rest = url.partition(":")[2]
+_OTHER_NAME_RISK = (
+    "SQLite keeps the log of a file beside the name by which the file was opened, so a writer that "
+    "opens another name loses committed tasks"
+)
+
+
+def _other_name_hint(path: str) -> str:
+    return (
+        "open the ledger by one path in every process: for a container, mount the directory "
+        f"{Path(path).parent} instead of the file, and remove other hard links; "
+        "if no process opens another name, 'links=allow' permits the names"
+    )
+
+
+def refuse_other_name(path: str) -> None:
+    """Raise :class:`~taskstore.StoreUnavailableError` if the file can also have another path."""
+    reason = other_name(path)
+    if reason is not None:
+        error = StoreUnavailableError(
+            f"{reason}, so it was not opened for writing: {_OTHER_NAME_RISK}",
+            hint=_other_name_hint(path),
+        )
+        error.retryable = False  # without a repair, the next call fails too
+        raise error
+
+
+def path_of(url: str) -> tuple[Path, bool]:
+    """Return the path of the file that an SQLite URL names, and whether the URL has the option
+    ``links=allow``.  The path is not percent-decoded."""
+    rest, question, options = url.partition(":")[2].partition("?")
     if rest in ("", "//", "///") or ":memory:" in rest:
         raise ValidationError(
             "url", "an in-memory SQLite database is not durable: use 'memory:' instead"
         )
-    if not rest.startswith("///") or "?" in rest:
-        raise ValidationError("url", f"{url!r} must be 'sqlite:///PATH' without options")
+    if not rest.startswith("///"):
+        raise ValidationError("url", f"{url!r} must be 'sqlite:///PATH'")
+    if question and options != "links=allow":
+        raise ValidationError(
+            "url", f"{options!r} is not an option of an SQLite URL; the only option is links=allow"
+        )
     path = rest[3:]
     if "\0" in path:
         raise ValidationError("url", "contains a NUL character")
     # Symbolic links are resolved, so that every store creates and locks the same file.
-    return Path(os.path.realpath(path))
+    return Path(os.path.realpath(path)), bool(question)
 
 
 _DECODE_TEXT = partial(str, encoding="utf-8", errors="surrogateescape")
@@ -270,8 +329,9 @@ def _write_pragmas(durability: str) -> tuple[str, ...]:
     return tuple(pragmas)
 
 
-def create_privately(path: Path) -> None:
+def create_privately(path: Path) -> str | None:
     """Create the database file if it does not exist.  Only its owner can read a new file.
+    Return a notice if the file exists and is empty.
 
     New directories get the mode 0700.  A new database file gets the mode 0600.  SQLite creates the
     ``-wal`` and ``-shm`` with the mode of the database file.  Existing files keep their modes.
@@ -289,11 +349,17 @@ def create_privately(path: Path) -> None:
             raise StoreUnavailableError(
                 f"{path} cannot be written: permission denied", hint="open the ledger read-only"
             ) from None
+        if not path.stat().st_size:
+            return (
+                f"{path} existed and was empty, so it is used as a new ledger; if it contained "
+                "tasks before, close the ledger and restore a backup"
+            )
     except OSError as error:
         raise StoreUnavailableError(
             f"{path} cannot be created: {error.strerror or error}",
             hint=f"check that {path.parent} is a directory and that you have write permission",
         ) from error
+    return None
 
 
 def connection_factory(
@@ -316,15 +382,34 @@ def connection_factory(
     return connect
 
 
+def is_database(module: Any, path: Path) -> bool:
+    """Return whether a file that is not empty has the header of an SQLite database.
+
+    SQLite itself reads the header, without locks or logs.  If this function opened and closed the
+    file, this process would lose the locks that SQLite has on the file.
+    """
+    connect = connection_factory(module, path, busy_timeout_s=0.0, read_only=True, immutable=True)
+    try:
+        connection = connect()
+        try:
+            connection.execute("PRAGMA schema_version").fetchall()
+        finally:
+            connection.close()
+    except module.DatabaseError as error:
+        return getattr(error, "sqlite_errorcode", 0) & 0xFF != _NOT_A_DATABASE
+    return True
+
+
 def wal_exists(path: Path) -> bool:
     """Return whether the database file has a write-ahead log."""
     return Path(f"{path}-wal").exists()
 
 
 def needs_immutable(module: Any, path: Path) -> bool:
-    """Return whether SQLite can read a file only with the option ``immutable=1``.
+    """Return whether SQLite must read a file with the option ``immutable=1``.
 
-    Raises :class:`~taskstore.StoreUnavailableError` if one of these is true: (a) the file does
+    Without this option, SQLite cannot read a file in a directory that is not writable, and removes
+    a log that lies beside an empty file.  Raises :class:`~taskstore.StoreUnavailableError` if one of these is true: (a) the file does
     not exist; (b) the file is not readable by this user; (c) the file has a ``-wal`` but no
     ``-shm``, and this user is not allowed to create the ``-shm``.
     """
@@ -339,6 +424,8 @@ def needs_immutable(module: Any, path: Path) -> bool:
         raise StoreUnavailableError(f"{path} is not a regular file")
     if not os.access(path, os.R_OK):
         raise StoreUnavailableError(f"{path} cannot be read: permission denied")
+    if not status.st_size:
+        return True
     connection = None
     try:
         connection = connection_factory(
