@@ -61,6 +61,14 @@ def compact(
             "--erase-deleted", help="Keep no history; this erases the text of deleted tasks."
         ),
     ] = False,
+    vacuum: Annotated[
+        bool,
+        typer.Option(
+            "--vacuum",
+            help="First rebuild an SQLite file so that it can shrink. Close the ledger in every "
+            "other process; the directory needs free space for twice the content.",
+        ),
+    ] = False,
     as_json: AsJson = False,
     url: Url = None,
 ) -> None:
@@ -72,11 +80,13 @@ def compact(
         policy = replace(policy, history_s=keep_days * 86400, history_entries=0)
     if not if_due:
         policy = policy.forced()
-    with ledger.open_existing(url_of(ctx, url)) as store:
+    where = url_of(ctx, url)
+    rebuilt = _vacuum(where, as_json=as_json) if vacuum else {}
+    with ledger.open_existing(where) as store:
         report = compact_store(store, policy, erase_deleted=erase_deleted)
         render.print_report(store)
     if as_json:
-        render.print_json(asdict(report))
+        render.print_json(asdict(report) | rebuilt)
     elif report.compacted:
         render.print_line(
             f"compacted at seq {report.seq} ({report.reason}): {report.records} records in the "
@@ -87,6 +97,20 @@ def compact(
         render.print_line(
             f"nothing to do: {report.reason}; the journal begins at seq {report.floor}"
         )
+
+
+def _vacuum(url: str, *, as_json: bool) -> dict[str, Any]:
+    """Rebuild an SQLite file; return the result for JSON, or print the result."""
+    ledger.open_reader(url).close()  # an unknown backend or a missing ledger raises here
+    from taskstore.stores.sql import vacuum
+
+    done = vacuum(url)
+    if not as_json:
+        render.print_line(
+            f"rebuilt the file: {done.before_bytes:,} bytes before, {done.after_bytes:,} bytes "
+            f"after; this needed up to {done.needed_bytes:,} free bytes beside the file"
+        )
+    return {"vacuum": done._asdict()}
 
 
 def verify(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> int:

@@ -97,8 +97,11 @@ _COMMAND_LENGTH = 80
 _SENSITIVE = re.compile(r"^--?[^=]+=|://|^--?(pass|pw|token|secret|key)", re.IGNORECASE)
 
 
-def lock_owners(path: str | Path, *, byte: int | None = None) -> tuple[str, ...]:
+def lock_owners(
+    path: str | Path, *, byte: int | None = None, shared: bool = False
+) -> tuple[str, ...]:
     """Describe the processes that own an exclusive lock on a file, or on one ``byte`` of a file.
+    If ``shared`` is true, the result also contains the owners of shared locks.
 
     The result is also empty if one of these is true: (a) the system is not Linux; (b) the file
     system reports other inode numbers; (c) the owner runs on another machine or in another
@@ -113,7 +116,9 @@ def lock_owners(path: str | Path, *, byte: int | None = None) -> tuple[str, ...]
     pids = set()
     for line in lines:
         fields = line.split()
-        if len(fields) != _LOCK_FIELD_COUNT or fields[3] != "WRITE" or not fields[4].isdigit():
+        if len(fields) != _LOCK_FIELD_COUNT or not fields[4].isdigit():
+            continue
+        if fields[3] != "WRITE" and not shared:
             continue
         major, minor, inode = fields[5].split(":")
         first, last = int(fields[6]), float("inf" if fields[7] == "EOF" else fields[7])

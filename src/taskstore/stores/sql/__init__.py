@@ -1,5 +1,6 @@
 """The SQL store: SQLite, PostgreSQL and MariaDB, through SQLAlchemy Core."""
 
-from taskstore.stores.sql.store import SQLStore, open_sql
+from taskstore.stores.sql.dialects.base import VacuumReport
+from taskstore.stores.sql.store import SQLStore, open_sql, vacuum
 
-__all__ = ["SQLStore", "open_sql"]
+__all__ = ["SQLStore", "VacuumReport", "open_sql", "vacuum"]

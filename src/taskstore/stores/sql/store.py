@@ -10,21 +10,26 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from taskstore.errors import CorruptStoreError, CursorExpiredError, ValidationError
+from taskstore.errors import (
+    CorruptStoreError,
+    CursorExpiredError,
+    UnsupportedError,
+    ValidationError,
+)
 from taskstore.model.compaction_policy import CompactionPolicy, CompactionReport
 from taskstore.model.journal import Change, Commit, JournalEntry, Quarantined, Snapshot
 from taskstore.model.query import Page, TaskQuery
 from taskstore.model.records import MAX_INT, TaskRecord
 from taskstore.model.validation import check_key
 from taskstore.store.interface import StoreReport, TaskRegistryStore, VerifyReport
-from taskstore.store.opening import check_options
+from taskstore.store.opening import check_options, redacted, scheme_of
 from taskstore.stores.common.change_feed import IDLE_TIMEOUT_S, ChangeFeed, PollingWatcher, Watcher
 from taskstore.stores.common.integrity import IntegrityCheck
 from taskstore.stores.common.retry import RECONNECT_S
 from taskstore.stores.sql import compaction, snapshots
 from taskstore.stores.sql.commits import commit
 from taskstore.stores.sql.dialects import Database, host_database, open_database
-from taskstore.stores.sql.dialects.base import Session
+from taskstore.stores.sql.dialects.base import Session, VacuumReport
 from taskstore.stores.sql.migrate import ensure_schema
 from taskstore.stores.sql.query import run_query
 from taskstore.stores.sql.rows import QUARANTINED_CHECKSUM, Head, TaskRow, entry_of, record_of
@@ -259,6 +264,26 @@ def open_sql(
     _check_options(durability, migrate, reconnect_s)
     database = open_database(url, durability=durability, read_only=read_only)
     return SQLStore(database, migrate=migrate, strict=strict, reconnect_s=reconnect_s)
+
+
+def vacuum(url: str) -> VacuumReport:
+    """Rebuild the file of an SQLite ledger without free pages, so that compactions can shrink it.
+
+    Only a file whose ``PRAGMA auto_vacuum`` is 0 needs this, and only once; new files do not.
+    Raises :class:`~taskstore.StoreBusyError` if another process or store has the ledger open,
+    :class:`~taskstore.StoreUnavailableError` if the directory of the file has too little free
+    space, and :class:`~taskstore.UnsupportedError` for another database; nothing is changed
+    then.  If the process is killed, the ledger stays as it was or is rebuilt.
+    """
+    dialect = Database.dialects.get(scheme_of(url).partition("+")[0])
+    if dialect is None:
+        raise UnsupportedError(
+            f"{redacted(url)}: only an SQLite file can be rebuilt",
+            hint="a JSON ledger gives space back at each compaction",
+        )
+    if dialect.space_hint is None:
+        open_sql(url, migrate="never", read_only=True).close()  # the file must contain a ledger
+    return dialect.vacuum(url)
 
 
 def _check_options(durability: str, migrate: str, reconnect_s: float) -> None:

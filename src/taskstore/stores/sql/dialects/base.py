@@ -7,14 +7,14 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.sql.expression import Executable
 
-from taskstore.errors import StoreUnavailableError, ValidationError
-from taskstore.store.opening import scheme_of
+from taskstore.errors import StoreUnavailableError, UnsupportedError, ValidationError
+from taskstore.store.opening import redacted, scheme_of
 from taskstore.stores.sql.errors import ErrorKind, Translator
 from taskstore.stores.sql.rows import ClaimedSeqs
 from taskstore.stores.sql.statements import BATCH_SIZES, Statements
@@ -129,6 +129,15 @@ class Session:
         return str(compiled), tuple(values[name] for name in compiled.positiontup or ())
 
 
+class VacuumReport(NamedTuple):
+    """The result of a vacuum: the free space in bytes that the vacuum needed beside the file, and
+    the size of the file before and after."""
+
+    needed_bytes: int
+    before_bytes: int
+    after_bytes: int
+
+
 class Guard(Protocol):
     """Detects that an open file was moved, removed, replaced or changed."""
 
@@ -161,6 +170,8 @@ class Database:
     """The statements that begin a read-only transaction in which all reads see the same state."""
     begin_schema: ClassVar[tuple[str, ...]] = ("BEGIN",)
     """The statements that begin a transaction in which no other process can change the schema."""
+    space_hint: ClassVar[str | None] = None
+    """How an operator gives the free space of the tables back to the file system."""
     ddl_autocommits: ClassVar[bool] = False
     """True if each DDL statement commits by itself.  After a killed migration, the
     effects of its completed statements remain."""
@@ -300,6 +311,24 @@ class Database:
 
     def check_integrity(self, connection: sa.Connection) -> None:
         """Raise :class:`~taskstore.CorruptStoreError` if the database file is damaged."""
+
+    def free_pages(self, session: Session) -> int:
+        """Return the number of unused pages that taskstore can remove from the database file."""
+        del session
+        return 0
+
+    def release_pages(self, session: Session) -> None:
+        """Remove some unused pages from the database file, in a small write transaction."""
+
+    def shorten_files(self, session: Session) -> None:
+        """Give the space of the removed pages back to the file system."""
+
+    @classmethod
+    def vacuum(cls, url: str) -> VacuumReport:
+        """Rebuild the database file of a ledger that no other connection uses."""
+        raise UnsupportedError(
+            f"{redacted(url)}: only an SQLite file can be rebuilt", hint=cls.space_hint
+        )
 
     def scrub_deleted(self, session: Session) -> None:
         """Erase deleted bytes that are still in the files of the database."""

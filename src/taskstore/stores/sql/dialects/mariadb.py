@@ -135,6 +135,7 @@ class MariaDBDatabase(Database):
 
     names = ("mysql", "mariadb")
     extra = "mysql"
+    space_hint = "run OPTIMIZE TABLE for the tables of the ledger"
     driver = "pymysql"
     sa_dialect = _Dialect(paramstyle="format")
     statements = MariaDBStatements

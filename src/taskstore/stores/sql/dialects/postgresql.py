@@ -88,6 +88,7 @@ class PostgreSQLDatabase(Database):
 
     names = ("postgresql",)
     extra = "postgres"
+    space_hint = "the owner of the tables can run VACUUM FULL in the database"
     driver = "psycopg"
     statements = PostgreSQLStatements
     sql: PostgreSQLStatements

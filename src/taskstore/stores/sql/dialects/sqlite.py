@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,9 +23,15 @@ from taskstore.errors import (
     StoreUnavailableError,
     ValidationError,
 )
-from taskstore.stores.common.locks import FairLock, lock_owners
+from taskstore.stores.common.locks import FairLock, describe_owners, lock_owners
 from taskstore.stores.sql import sqlite_library
-from taskstore.stores.sql.dialects.base import WRITE_LOCK_TIMEOUT_S, Database, Session, log
+from taskstore.stores.sql.dialects.base import (
+    WRITE_LOCK_TIMEOUT_S,
+    Database,
+    Session,
+    VacuumReport,
+    log,
+)
 from taskstore.stores.sql.errors import ErrorKind, Translator, sqlite_error_kind
 from taskstore.stores.sql.sqlite_guard import FileGuard, ImmutableGuard, check_logs, other_name
 from taskstore.stores.sql.sqlite_library import library_notice, library_of, sqlite_module
@@ -36,6 +44,15 @@ _NOT_A_DATABASE = 26
 
 _SYNCHRONOUS = {"full": "FULL", "process": "NORMAL"}
 """Maps each value of the option ``durability`` to a value of ``PRAGMA synchronous``."""
+
+_INCREMENTAL = 2
+"""The value of ``PRAGMA auto_vacuum`` for a file from which free pages can be removed."""
+
+_PAGES_PER_STEP = 256
+"""The maximum number of free pages that one transaction removes from the file."""
+
+_SPACE_FACTOR = 1.05
+"""By how much a file that can shrink, and a log with its pages, are larger than the pages."""
 
 _CONTENTION_S = 1.0
 """How long writers use the fair lock after the most recent contention, in seconds."""
@@ -148,6 +165,12 @@ class SQLiteDatabase(Database):
     def _check_logs(self, path: Path) -> None:
         check_logs(path, partial(is_database, self.engine.dialect.loaded_dbapi, path))
 
+    def lock_schema(self, connection: sa.Connection) -> None:
+        if not connection.exec_driver_sql("PRAGMA page_count").scalar():
+            # The mode must be set before the first table; otherwise only a vacuum changes it.
+            connection.exec_driver_sql("PRAGMA auto_vacuum = INCREMENTAL")
+        super().lock_schema(connection)
+
     def prepare(self, session: Session) -> None:
         [mode] = session.row("PRAGMA journal_mode")
         if self.owned and not self.read_only and mode != "wal":
@@ -213,6 +236,41 @@ class SQLiteDatabase(Database):
         result = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
         if result != "ok":
             raise CorruptStoreError(self.location, f"the database is malformed: {result}")
+
+    def free_pages(self, session: Session) -> int:
+        [mode] = session.row("PRAGMA auto_vacuum")
+        return session.row("PRAGMA freelist_count")[0] if mode == _INCREMENTAL else 0
+
+    def release_pages(self, session: Session) -> None:
+        for _ in range(min(_PAGES_PER_STEP, self.free_pages(session))):
+            # With SQLite before 3.41, the driver stops after one page, whatever the argument.
+            session.rows("PRAGMA incremental_vacuum(1)")
+
+    def shorten_files(self, session: Session) -> None:
+        # SQLite shortens the file at a checkpoint.  A passive checkpoint waits for no lock.
+        session.rows("PRAGMA wal_checkpoint(PASSIVE)")
+
+    @classmethod
+    def vacuum(cls, url: str) -> VacuumReport:
+        (path, links_allowed), module = path_of(url), sqlite_module()
+        check_logs(path, partial(is_database, module, path))
+        if not links_allowed:
+            refuse_other_name(str(path))
+        library, before = library_of(module), path.stat().st_size
+        other_library = sqlite_library.register_open(str(path), library)
+        connect = connection_factory(
+            module, path, busy_timeout_s=1.0, read_only=False, immutable=False
+        )
+        try:
+            translator = Translator(str(path), module.Error, sqlite_error_kind)
+            with translator, closing(connect()) as raw:
+                if other_library or not _lock_file(raw):
+                    raise _open_elsewhere(path)
+                needed = _check_space(raw, path)
+                _rebuild(raw, module, Path(f"{path}-vacuum"))
+        finally:
+            sqlite_library.register_close(str(path), library)
+        return VacuumReport(needed, before, path.stat().st_size)
 
     def scrub_deleted(self, session: Session) -> None:
         # secure_delete overwrites deleted bytes in the file, but the write-ahead log keeps earlier
@@ -400,6 +458,78 @@ def is_database(module: Any, path: Path) -> bool:
     return True
 
 
+def _lock_file(raw: Any) -> bool:
+    """Lock the file exclusively until the connection is closed; return false if another
+    connection has the file open."""
+    for pragma in _write_pragmas("full"):
+        raw.execute(pragma)
+    raw.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
+    try:
+        raw.execute("BEGIN EXCLUSIVE")
+    except raw.Error as error:
+        if sqlite_error_kind(error) is not ErrorKind.LOCK_TIMEOUT:
+            raise
+        return False
+    raw.execute("COMMIT")
+    return True
+
+
+def _open_elsewhere(path: Path) -> StoreBusyError:
+    owners = lock_owners(path, shared=True)
+    return StoreBusyError(
+        f"{path} is open elsewhere, so it cannot be rebuilt ({describe_owners(owners)})",
+        hint="nothing was changed; stop every process that has the ledger open, then try again",
+        owners=owners,
+    )
+
+
+def _check_space(raw: Any, path: Path) -> int:
+    """Return how many free bytes a vacuum needs beside the file; raise
+    :class:`~taskstore.StoreUnavailableError` if there are fewer."""
+    [pages], [unused], [page_size], [mode] = (
+        raw.execute(f"PRAGMA {name}").fetchone()
+        for name in ("page_count", "freelist_count", "page_size", "journal_mode")
+    )
+    # The copy, and the log of the transaction that writes the copy back: a write-ahead log has the
+    # new pages, a rollback journal has the old pages.
+    log_pages = pages - unused if mode == "wal" else pages
+    needed = int((pages - unused + log_pages) * page_size * _SPACE_FACTOR)
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise StoreUnavailableError(
+            f"{path}: a vacuum needs {needed:,} free bytes in {path.parent}, but only {free:,} "
+            "bytes are free",
+            hint="nothing was changed; free some space, or first compact without a vacuum, "
+            "then try again",
+        )
+    return needed
+
+
+def _rebuild(raw: Any, module: Any, copy: Path) -> None:
+    """Write the content to a copy without free pages, and copy the content back in one
+    transaction.
+
+    SQLite's own VACUUM of a file makes its copy in the system's directory for temporary files,
+    which can be in memory and then too small.
+    """
+    try:
+        copy.unlink(missing_ok=True)  # a killed process can have left its copy
+        os.close(os.open(copy, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        raw.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        raw.execute("VACUUM INTO ?", (os.fspath(copy),))
+        with closing(module.connect(os.fspath(copy))) as source:
+            source.backup(raw)
+        raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    except OSError as error:
+        raise StoreUnavailableError(
+            f"{copy} cannot be created: {error.strerror or error}",
+            hint="nothing was changed; check that the directory can be written",
+        ) from error
+    finally:
+        with suppress(OSError):
+            copy.unlink(missing_ok=True)
+
+
 def wal_exists(path: Path) -> bool:
     """Return whether the database file has a write-ahead log."""
     return Path(f"{path}-wal").exists()
@@ -409,7 +539,9 @@ def needs_immutable(module: Any, path: Path) -> bool:
     """Return whether SQLite must read a file with the option ``immutable=1``.
 
     Without this option, SQLite cannot read a file in a directory that is not writable, and removes
-    a log that lies beside an empty file.  Raises :class:`~taskstore.StoreUnavailableError` if one of these is true: (a) the file does
+    a log that lies beside an empty file.
+
+    Raises :class:`~taskstore.StoreUnavailableError` if one of these is true: (a) the file does
     not exist; (b) the file is not readable by this user; (c) the file has a ``-wal`` but no
     ``-shm``, and this user is not allowed to create the ``-shm``.
     """
