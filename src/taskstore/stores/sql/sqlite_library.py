@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import platform
 import sqlite3
+import sys
 import threading
 from collections import Counter
 from types import ModuleType
@@ -11,8 +14,13 @@ from typing import Any
 
 WAL_RESET_WARNING = (
     "SQLite {version} (module {module}) has the WAL-reset bug, which can corrupt a database when "
-    "several connections write and checkpoint; install pysqlite3, or use Python with SQLite 3.51.3"
+    "several connections write and checkpoint; {hint}"
 )
+
+_WHEELS = {("linux", "x86_64"), ("darwin", "arm64")}
+"""The platforms for which pysqlite3 has wheels."""
+
+_MODULE_HINT = "pass module=pysqlite3.dbapi2 to create_engine"
 
 
 def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
@@ -30,12 +38,39 @@ def sqlite_module() -> ModuleType:
         return sqlite3.dbapi2
 
 
-def library_notice(module: Any) -> str | None:
-    """Return a warning if the SQLite of this module has the WAL-reset bug; else ``None``."""
+def library_notice(module: Any, *, owned: bool) -> str | None:
+    """Return a warning if the SQLite of this module has the WAL-reset bug; else ``None``.
+    ``owned`` says whether taskstore chose the module."""
     if not has_wal_reset_bug(module.sqlite_version_info):
         return None
-    name = module.__name__.split(".")[0]
-    return WAL_RESET_WARNING.format(version=module.sqlite_version, module=name)
+    return WAL_RESET_WARNING.format(
+        version=module.sqlite_version,
+        module=library_of(module),
+        hint=library_hint(module, owned=owned),
+    )
+
+
+def library_hint(module: Any, *, owned: bool) -> str:
+    """Return what this user can do here to replace the SQLite library of ``module``."""
+    try:
+        installed = importlib.import_module("pysqlite3.dbapi2")
+    except ImportError:
+        installed = None
+    passes_module = "" if owned or library_of(module) == "pysqlite3" else f", and {_MODULE_HINT}"
+    if installed is not None and not has_wal_reset_bug(installed.sqlite_version_info):
+        return f"pysqlite3 with SQLite {installed.sqlite_version} is installed: {_MODULE_HINT}"
+    machine = platform.machine()
+    if (sys.platform, machine) not in _WHEELS:
+        return (
+            "use a Python with SQLite 3.51.3 or later, or let only one process write "
+            f"(pysqlite3 has no wheels for {sys.platform} on {machine})"
+        )
+    if installed is None and importlib.util.find_spec("pysqlite3") is not None:
+        return (
+            "pysqlite3 is installed but cannot be imported: run "
+            f"'pip install --force-reinstall pysqlite3'{passes_module}"
+        )
+    return f"run 'pip install --upgrade pysqlite3'{passes_module}"
 
 
 _open_files_lock = threading.Lock()
@@ -55,10 +90,13 @@ def register_open(path: str, library: str) -> str | None:
         _open_files[path, library] += 1
     if not others:
         return None
+    # An engine without module= uses the library of Python.
+    ours = library_of(sqlite_module())
+    hint = f"with module={ours}.dbapi2" if ours == "pysqlite3" else "without module="
     return (
         f"{path} is open in this process through two SQLite libraries, {library} and "
         f"{', '.join(others)}: if one library closes the file, the other loses its file "
-        "locks, and committed data can be lost; use the same engine or the same module= for both"
+        f"locks, and committed data can be lost; create every engine for this file {hint}"
     )
 
 

@@ -34,7 +34,12 @@ from taskstore.stores.sql.dialects.base import (
 )
 from taskstore.stores.sql.errors import ErrorKind, Translator, sqlite_error_kind
 from taskstore.stores.sql.sqlite_guard import FileGuard, ImmutableGuard, check_logs, other_name
-from taskstore.stores.sql.sqlite_library import library_notice, library_of, sqlite_module
+from taskstore.stores.sql.sqlite_library import (
+    library_hint,
+    library_notice,
+    library_of,
+    sqlite_module,
+)
 
 _WRITE_LOCK_BYTE = 120
 """The offset of the byte that a writer locks in the ``-shm`` file (from SQLite's format)."""
@@ -143,9 +148,9 @@ class SQLiteDatabase(Database):
         if module.sqlite_version_info < (3, 35):
             raise StoreUnavailableError(
                 f"SQLite {module.sqlite_version} is too old: taskstore needs 3.35 or later",
-                hint="install pysqlite3",
+                hint=library_hint(module, owned=owned),
             )
-        self.add_notice(library_notice(module))
+        self.add_notice(library_notice(module, owned=owned))
 
     def _location(self) -> str:
         if self.owned:
@@ -181,11 +186,17 @@ class SQLiteDatabase(Database):
         if mode != "wal" and self._immutable_guard is None:
             self.add_notice(
                 f"{self.location} has the journal mode {mode} instead of wal, so readers and "
-                "writers block each other"
-                + ("" if self.owned else "; the owner of the engine can set the mode wal")
+                f"writers block each other; {self._journal_mode_hint()}"
             )
         if self._file_guard is not None:
             self._file_guard.record_logs()  # the new journal mode can have created -wal and -shm
+
+    def _journal_mode_hint(self) -> str:
+        if not self.owned:
+            return "run PRAGMA journal_mode = WAL once on a connection of the engine"
+        if self.read_only:
+            return "open the ledger once for writing, which sets the mode wal"
+        return "move the ledger to a local file system"
 
     def configure_writer(self, session: Session) -> None:
         # SQLite's busy handler sleeps up to 0.1 s between attempts, and other writers can take the
