@@ -8,13 +8,13 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
 from taskstore.cli import change, db, demo, maintain, read, run
 from taskstore.cli.ledger import URL_VARIABLE, Misuse
-from taskstore.cli.render import print_note
+from taskstore.cli.render import OutputError, output_errors, print_line, print_note
 from taskstore.errors import (
     BackendNotFoundError,
     CursorExpiredError,
@@ -72,7 +72,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        sys.stdout.write(f"taskstore {version('taskstore')}\n")
+        print_line(f"taskstore {version('taskstore')}")
         raise typer.Exit
 
 
@@ -111,15 +111,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.addHandler(logging.NullHandler())
     try:
         status = _invoke(sys.argv[1:] if argv is None else list(argv))
-        sys.stdout.flush()
+        with output_errors():
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of the output closed the pipe.  The null device replaces the pipe, because
-        # Python would otherwise print an error at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of the output closed the pipe.
+        _discard_output(sys.stdout, sys.stderr)
         return BROKEN_PIPE
+    except OutputError as error:
+        _discard_output(sys.stdout)
+        print_error(str(error))
+        return ERROR
     return status
+
+
+def _discard_output(*streams: TextIO) -> None:
+    """Replace the files of streams by the null device.
+
+    Python would otherwise try to write the rest of the output at exit, and print an error.
+    """
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def _invoke(arguments: list[str]) -> int:
@@ -132,7 +147,7 @@ def _invoke(arguments: list[str]) -> int:
         return done.exit_code
     except typer.Abort:
         return FAILED
-    except BrokenPipeError:
+    except (BrokenPipeError, OutputError):
         raise
     except TaskStoreError as error:
         print_error(str(error))

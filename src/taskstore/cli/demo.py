@@ -31,6 +31,9 @@ TASKSTORE = (sys.executable, "-m", "taskstore")
 NO_CHANGE_TIMEOUT_S = 90.0
 """The demo fails if the ledger records no change for this many seconds."""
 
+_CHILD_VARIABLES = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+"""The environment variables of the started commands, whose output the demo reads as UTF-8."""
+
 PRIMES = """
 import itertools
 found = 0
@@ -252,7 +255,7 @@ def _start(url: str, *words: str, stdout: Any, stderr: Any) -> subprocess.Popen[
     """Start a taskstore command in a new process, and return the process."""
     return subprocess.Popen(  # noqa: S603 (a command of taskstore)
         [*TASKSTORE, *words],
-        env={**os.environ, URL_VARIABLE: url, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, URL_VARIABLE: url, **_CHILD_VARIABLES},
         stdin=subprocess.DEVNULL,
         stdout=stdout,
         stderr=stderr,

@@ -18,6 +18,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from taskstore.cli import render
 from taskstore.errors import TaskNotFound, TaskStoreError
 from taskstore.model.query import SESSION_KEY, Page, Summary, TaskQuery, evaluate
 from taskstore.model.records import ACTIVE_STATUSES, MIN_UNIX_MS, TaskRecord
@@ -43,7 +44,7 @@ Url = Annotated[
         show_default=False,
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", callback=render.prepare_json)]
 Token = Annotated[
     str,
     typer.Argument(metavar="TOKEN", help="A task id, run id or session key.", show_default=False),

@@ -287,7 +287,8 @@ def changes(
             members = _entry_members(entry)
             render.print_line(render.to_json(members) if as_json else _change_line(entry))
             if follow:
-                sys.stdout.flush()
+                with render.output_errors():
+                    sys.stdout.flush()
 
 
 def _entries(

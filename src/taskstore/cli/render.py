@@ -2,18 +2,24 @@
 
 Text in a ledger is untrusted.  Rich does not interpret this text as markup, and
 control characters are printed as escape sequences.
+
+JSON is UTF-8 (RFC 8259), whatever the locale is.  If standard output has another encoding,
+JSON is printed in ASCII, with escape sequences for all other characters.
 """
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import re
 import sys
 import time
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import msgspec
 from msgspec.structs import asdict
@@ -40,7 +46,10 @@ STYLES = {
 }
 _CONTROL_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _JOINERS = "\u200c\u200d"  # harmless characters, which occur in Persian words and emoji
-_UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
+_UNSAFE_IN_JSON = re.compile(
+    "[\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
+)
+_NOT_ASCII = re.compile("[^\x00-\x7e]")
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
 _YEAR_10000_MS = 253_402_300_800_000
 
@@ -122,11 +131,42 @@ def record_members(record: TaskRecord) -> dict[str, Any]:
     return members
 
 
+class OutputError(Exception):
+    """Standard output cannot be written, for example because its disk is full."""
+
+
+def prepare_json(wanted: bool) -> bool:
+    """Prepare standard output for JSON if the option ``--json`` is given.
+
+    If the encoding of standard output is not UTF-8, :func:`to_json` uses only ASCII
+    characters.  The stream must then encode them as ASCII, because an encoding such as UTF-16
+    would write other bytes.
+    """
+    stream = sys.stdout
+    if wanted and isinstance(stream, io.TextIOWrapper) and not _is_utf8(stream):
+        stream.reconfigure(encoding="ascii")
+    return wanted
+
+
+def _is_utf8(stream: TextIO) -> bool:
+    """Return whether a stream accepts all text and writes it as UTF-8 without a byte order mark."""
+    return stream.encoding is None or codecs.lookup(stream.encoding).name == "utf-8"
+
+
 def to_json(value: object, *, indent: int | None = None) -> str:
-    """Return JSON that is safe to print: control characters are escaped."""
+    """Return JSON that is safe to print: control characters are escaped.
+
+    A lone surrogate, as in the name of a file that is not UTF-8, becomes U+FFFD, because many
+    JSON readers refuse lone surrogates.
+    """
     text = json.dumps(value, ensure_ascii=False, indent=indent)
-    # Control characters occur only in JSON strings, where a \u escape is equivalent.
-    return _UNSAFE_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    # These characters occur only in JSON strings, where an escape sequence is equivalent.
+    return (_UNSAFE_IN_JSON if _is_utf8(sys.stdout) else _NOT_ASCII).sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    char = match[0]
+    return "\\ufffd" if "\ud800" <= char <= "\udfff" else json.dumps(char)[1:-1]
 
 
 def print_json(value: object) -> None:
@@ -136,12 +176,28 @@ def print_json(value: object) -> None:
 
 def print_line(text: str = "") -> None:
     """Print one line to standard output without changing the line."""
-    sys.stdout.write(text + "\n")
+    with output_errors():
+        sys.stdout.write(text + "\n")
+
+
+@contextmanager
+def output_errors() -> Iterator[None]:
+    """Raise :class:`OutputError` if standard output cannot be written.
+
+    If the reader of a pipe has ended, the error stays a ``BrokenPipeError``.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"the output cannot be written: {error.strerror or error}") from error
 
 
 def print_note(text: str) -> None:
     """Print a note for the operator on standard error."""
-    sys.stdout.flush()
+    with output_errors():
+        sys.stdout.flush()
     sys.stderr.write(f"taskstore: {escape_controls(text)}\n")
     sys.stderr.flush()
 
