@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated, TextIO
@@ -182,9 +183,13 @@ def exit_status_of(error: TaskStoreError) -> int:
 
 
 def print_error(text: str) -> None:
-    """Print an error and its hint on standard error, in one line."""
+    """Print an error and its hint on standard error, in one line, without passwords.
+
+    Each word is redacted by itself: a message can contain several URLs, and :func:`redacted`
+    takes all text from a colon to an ``@`` for a password.
+    """
     with contextlib.suppress(OSError):
-        print_note(redacted(text))
+        print_note(re.sub(r"\S+", lambda word: redacted(word[0]), text))
 
 
 def _prepare_streams() -> None:

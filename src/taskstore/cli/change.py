@@ -40,7 +40,7 @@ def cancel(
 ) -> None:
     """Record a task as cancelled. This stops no process: the runner must check the record."""
     with ledger.open_existing(url_of(ctx, url)) as store:
-        task_id = find_one(store, token, status=ACTIVE_STATUSES).task_id
+        task_id = find_one(ctx, store, token, status=ACTIVE_STATUSES).task_id
         record = change(store, task_id, lifecycle.cancel(reason))
     render.print_line(f"cancelled {render.escape_controls(record.task_id)}")
     process = _process_hint(record)
@@ -59,7 +59,9 @@ def notify(
 ) -> None:
     """Set the events that the owner of a task is notified of."""
     with ledger.open_existing(url_of(ctx, url)) as store:
-        record = change(store, find_one(store, token).task_id, lifecycle.set_notify_policy(policy))
+        record = change(
+            store, find_one(ctx, store, token).task_id, lifecycle.set_notify_policy(policy)
+        )
     task_id = render.escape_controls(record.task_id)
     render.print_line(f"the notify policy of {task_id} is {record.notify_policy}")
 
@@ -73,7 +75,7 @@ def delete(
 ) -> None:
     """Delete a task's record. The text stays in the journal until compaction trims the entries."""
     with ledger.open_existing(url_of(ctx, url)) as store:
-        record = find_one(store, token)
+        record = find_one(ctx, store, token)
         if not yes:
             confirm(f"Delete {record.task_id} ({record.status}: {render.title_of(record)})?")
         remove(store, record.task_id)
@@ -123,7 +125,9 @@ def _retry_conflicts(attempt: Callable[[], _T]) -> _T:
     return attempt()
 
 
-def find_one(store: TaskRegistryStore, token: str, **preferred: Any) -> TaskRecord:
+def find_one(
+    ctx: typer.Context, store: TaskRegistryStore, token: str, **preferred: Any
+) -> TaskRecord:
     """Return the record of the task that a token names.
 
     If a token names several tasks, exactly one of these tasks must have the
@@ -138,7 +142,8 @@ def find_one(store: TaskRegistryStore, token: str, **preferred: Any) -> TaskReco
         if len(matching) == 1:
             return matching[0]
     raise Misuse(
-        f"{token!r} names several tasks; give the id of one task", hint=match.list_command(token)
+        f"{token!r} names several tasks; give the id of one task",
+        hint=ledger.next_command(ctx, *match.list_words(token)),
     )
 
 

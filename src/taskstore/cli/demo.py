@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -14,16 +13,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
-from urllib.parse import quote
 
 import typer
 
 from taskstore.cli import ledger, render
 from taskstore.cli.change import is_alive
-from taskstore.cli.ledger import URL_VARIABLE, Misuse, Url
+from taskstore.cli.ledger import URL_VARIABLE, Misuse, Url, url_option
 from taskstore.model.records import TaskRecord
 from taskstore.registry import history
-from taskstore.store.opening import open_store, redacted
+from taskstore.store.opening import open_store, password_note, redacted, shell_command
 
 TASKSTORE = (sys.executable, "-m", "taskstore")
 """The words that start the command line of taskstore in a new process."""
@@ -43,14 +41,6 @@ for number in itertools.count(2):
         if found % 2000 == 0:
             print(f"{found} primes found, the last is {number}", flush=True)
 """
-
-NEXT_STEPS = f"""\
-The ledger is {{url}}. Next steps:
-  export {URL_VARIABLE}={{quoted}}
-  taskstore list
-  taskstore show {{lost}}
-  taskstore changes --follow &
-  taskstore run --label mine -- ls -l"""
 
 
 class Job(NamedTuple):
@@ -76,6 +66,7 @@ class DemoFailed(Exception):
 
 
 def demo(
+    ctx: typer.Context,
     *,
     directory: Annotated[
         Path | None,
@@ -98,7 +89,7 @@ def demo(
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     if any(root.iterdir()):
         raise Misuse(f"--dir {root} is not empty")
-    url = f"sqlite:///{quote((root / 'tasks.db').as_posix())}" if url is None else url
+    url = url_option(ctx, url) or f"sqlite:///{(root / 'tasks.db').as_posix()}"
     demo_jobs = jobs(root)
     started = time.monotonic()
     try:
@@ -111,9 +102,21 @@ def demo(
         render.print_note(f"DEMO FAILED: {error}; all files are kept in {root}")
         return 1
     _print_heading(f"All checks passed in {time.monotonic() - started:.1f}s")
-    quoted = shlex.quote(redacted(url))
-    render.print_line(NEXT_STEPS.format(url=redacted(url), quoted=quoted, lost=ids[ORPHANED]))
+    _print_next_steps(url, ids[ORPHANED])
     return 0
+
+
+def _print_next_steps(url: str, lost_id: str) -> None:
+    note = password_note(url)
+    render.print_line(f"Next steps{f'; {note}' if note else ''}:")
+    for words in (
+        ("list",),
+        ("show", lost_id),
+        ("changes", "--follow"),
+        ("run", "--label", "mine", "--", "ls", "-l"),
+    ):
+        render.print_line(f"  {shell_command(*words, url=url)}")
+    render.print_line(f"If you set {URL_VARIABLE} to this URL, the commands do not need --url.")
 
 
 def jobs(root: Path) -> list[Job]:
@@ -269,7 +272,7 @@ def _query(url: str, *words: str) -> Any:
 def _run_and_print(url: str, *words: str, last: int | None = None) -> None:
     """Run a command; print the command and its output; ``last`` limits the printed lines."""
     tail = "" if last is None else f" | tail -n {last}"
-    render.print_line(f"$ taskstore {shlex.join(words)}{tail}")
+    render.print_line(f"$ {shell_command(*words, url=url)}{tail}")
     for line in _run(url, *words).splitlines()[-(last or 0) :]:
         render.print_line(render.escape_controls(line.expandtabs(2)))
 

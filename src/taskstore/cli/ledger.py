@@ -10,7 +10,6 @@ writers.
 from __future__ import annotations
 
 import re
-import shlex
 import time
 from collections import Counter
 from datetime import UTC, datetime
@@ -23,7 +22,7 @@ from taskstore.errors import TaskNotFound, TaskStoreError
 from taskstore.model.query import SESSION_KEY, Page, Summary, TaskQuery, evaluate
 from taskstore.model.records import ACTIVE_STATUSES, MIN_UNIX_MS, TaskRecord
 from taskstore.store.interface import SupportsQuery, TaskRegistryStore
-from taskstore.store.opening import default_url, open_store
+from taskstore.store.opening import default_url, open_store, password_note, shell_command
 
 URL_VARIABLE = "TASKSTORE_URL"
 """The environment variable whose value is the ledger's URL if ``--url`` is missing."""
@@ -55,11 +54,59 @@ class Misuse(TaskStoreError):
     """Wrong usage of a command; the message gives the reason, ``hint`` shows correct usage."""
 
 
+class LedgerURL(NamedTuple):
+    """The URL of the ledger of a command; ``given_by`` is ``option``, ``environment`` or
+    ``default``."""
+
+    url: str
+    given_by: str
+
+
+_LEDGER_URL = "taskstore.ledger_url"
+"""The key of a command's :class:`LedgerURL` in the ``meta`` of its Typer context."""
+
+
 def url_of(ctx: typer.Context, url: str | None) -> str:
     """Return the ledger's URL from ``--url``, else from the environment, else the default."""
+    found = _find_url(ctx, url)
+    ctx.meta[_LEDGER_URL] = found
+    return found.url
+
+
+def url_option(ctx: typer.Context, url: str | None) -> str | None:
+    """Return the value of ``--url``, before or after the command; ``None`` without the option."""
+    found = _find_url(ctx, url)
+    return found.url if found.given_by == "option" else None
+
+
+def _find_url(ctx: typer.Context, url: str | None) -> LedgerURL:
+    if url is not None:
+        return LedgerURL(url, "option")
+    root = ctx.find_root()
+    url = root.params.get("url")
     if url is None:
-        url = ctx.find_root().params.get("url")
-    return default_url() if url is None else url
+        return LedgerURL(default_url(), "default")
+    source = root.get_parameter_source("url")
+    from_environment = source is not None and source.name == "ENVIRONMENT"
+    return LedgerURL(url, "environment" if from_environment else "option")
+
+
+def ledger_url(ctx: typer.Context) -> LedgerURL | None:
+    """Return the URL that :func:`url_of` found for this command, if it has looked for one."""
+    found: LedgerURL | None = ctx.meta.get(_LEDGER_URL)
+    return found
+
+
+def next_command(ctx: typer.Context, *words: str) -> str:
+    """Return a ``taskstore`` command for the ledger of this command, quoted for the shell.
+
+    The command contains ``--url`` if this command got it.  A command without ``--url`` finds
+    the same ledger in the environment, or at the default place.
+    """
+    where = ledger_url(ctx)
+    url = where.url if where is not None and where.given_by == "option" else ""
+    note = password_note(url)
+    return shell_command(*words, url=url) + (f" ({note})" if note else "")
 
 
 def parse_duration(text: str) -> float:
@@ -142,10 +189,10 @@ class TokenMatch(NamedTuple):
     field: str
     ambiguous: bool
 
-    def list_command(self, token: str) -> str:
-        """Return the command that lists all tasks that the token names."""
+    def list_words(self, token: str) -> tuple[str, str]:
+        """Return the words of the command that lists all tasks that the token names."""
         option = "--run" if self.field == "run_id" else "--session"
-        return f"taskstore list {option} {shlex.quote(token)}"
+        return ("list", f"{option}={token}")
 
 
 def find(store: TaskRegistryStore, token: str) -> TokenMatch:

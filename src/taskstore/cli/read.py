@@ -6,7 +6,6 @@ load the whole ledger.
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -97,8 +96,8 @@ def list_tasks(
     else:
         render.print_note("no task matches the options")
     if page.next_cursor is not None:
-        next_options = ctx.params | {"after": page.next_cursor, "since": since}
-        render.print_note(f"more tasks match; next page: {_next_page_command(next_options)}")
+        words = _next_page_words(ctx.params | {"after": page.next_cursor, "since": since})
+        render.print_note(f"more tasks match; next page: {ledger.next_command(ctx, *words)}")
 
 
 def _table_row(record: TaskRecord) -> Sequence[str]:
@@ -122,14 +121,14 @@ def _list_line(record: TaskRecord) -> Sequence[str]:
     )
 
 
-def _next_page_command(options: dict[str, Any]) -> str:
-    """Return a command that lists the next page; omit the URL, which can have a password."""
-    words = ["taskstore", "list"]
+def _next_page_words(options: dict[str, Any]) -> list[str]:
+    """Return the words of the command that lists the next page, without the URL."""
+    words = ["list"]
     for name, value in options.items():
         if name not in ("url", "as_json"):
             values = value if isinstance(value, list | tuple) else (value,)
             words += [f"--{name}={item}" for item in values if item is not None]
-    return shlex.join(words)
+    return words
 
 
 def show(ctx: typer.Context, token: Token, *, as_json: AsJson = False, url: Url = None) -> None:
@@ -142,7 +141,8 @@ def show(ctx: typer.Context, token: Token, *, as_json: AsJson = False, url: Url 
         match = ledger.find(store, token)
     if match.ambiguous:
         render.print_note(
-            f"other tasks also match; to list all of them: {match.list_command(token)}"
+            "other tasks also match; to list all of them: "
+            f"{ledger.next_command(ctx, *match.list_words(token))}"
         )
     members = render.record_members(match.record)
     if as_json:

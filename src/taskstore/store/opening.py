@@ -9,6 +9,7 @@ The built-in backends are declared in the same way.
 from __future__ import annotations
 
 import re
+import shlex
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -31,6 +32,39 @@ _PASSWORD_OPTION = re.compile(r"([?&][^=&\s]*passw[^=&\s]*=)[^&\s]*", re.IGNOREC
 def redacted(url: str) -> str:
     """Return a URL with its password replaced by ``***``, for messages and logs."""
     return _PASSWORD_OPTION.sub(r"\1***", _PASSWORD.sub(r"\1:***@", url))
+
+
+def shell_command(*words: str, url: str = "") -> str:
+    """Return a ``taskstore`` command, quoted for a POSIX shell; ``url`` becomes its ``--url``.
+
+    A password in ``url`` is replaced by ``***``.  The user must replace the stars, and
+    :func:`password_note` says so.  In the words of ``taskstore run``, the option precedes ``--``.
+    """
+    end = words.index("--") if "--" in words else len(words)
+    options = ("--url", redacted(url)) if url else ()
+    return " ".join(map(_shell_word, ("taskstore", *words[:end], *options, *words[end:])))
+
+
+def password_note(url: str) -> str:
+    """Return what a user must do with a command of :func:`shell_command`, or an empty text."""
+    return "" if redacted(url) == url else "put the password in place of ***"
+
+
+def _shell_word(word: str) -> str:
+    """Quote a word for a shell; a message can contain the result on one line.
+
+    Messages escape characters that cannot be printed, so the result contains none of them:
+    ``$'…'`` quotes them as the octal numbers of their bytes.
+    """
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = (
+        char
+        if char.isprintable() and char not in "\\'"
+        else "".join(f"\\{byte:03o}" for byte in char.encode("utf-8", "surrogateescape"))
+        for char in word
+    )
+    return f"$'{''.join(escaped)}'"
 
 
 def scheme_of(url: str) -> str:

@@ -22,6 +22,7 @@ from taskstore.errors import (
     StoreUnavailableError,
     TaskStoreError,
 )
+from taskstore.store.opening import password_note, shell_command
 from taskstore.stores.common.retry import FailureKind
 
 
@@ -252,7 +253,9 @@ class Translator:
                 )
             case ErrorKind.INTEGRITY:
                 return CorruptStoreError(
-                    where, f"a row violates a constraint: {text}", hint="run 'taskstore verify'"
+                    where,
+                    f"a row violates a constraint: {text}",
+                    hint=f"run: {command_for(where, 'verify')}",
                 )
             case _:
                 return StoreUnavailableError(f"{where} cannot be used: {text}")
@@ -267,6 +270,13 @@ class Translator:
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text or type(error).__name__
+
+
+def command_for(location: str, *words: str) -> str:
+    """Return a ``taskstore`` command for the ledger at a URL or at the path of an SQLite file."""
+    url = location if "://" in location else f"sqlite:///{location}"
+    note = password_note(url)
+    return shell_command(*words, url=url) + (f"; {note}" if note else "")
 
 
 def _encodings_of(secret: str | None) -> tuple[str, ...]:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import sqlalchemy as sa
 
 from taskstore.errors import SchemaMismatchError, TaskStoreError, ValidationError
-from taskstore.store.opening import redacted
 from taskstore.stores.common.retry import CircuitBreaker, RetryPolicy
 from taskstore.stores.sql.dialects import Database, host_database, open_database
+from taskstore.stores.sql.errors import command_for
 from taskstore.stores.sql.tables import (
     COMMENT_PREFIX,
     ONLY_ON,
@@ -169,8 +169,8 @@ def ensure_schema(database: Database, migrate: str) -> None:
     if fresh and migrate == "auto" and not database.read_only:
         _upgrade(database, "head")
         return
-    needed, url = SCHEMA_REVISIONS[-1], redacted(database.url or location)
-    hint = f"run: taskstore db upgrade --url {url}"
+    needed = SCHEMA_REVISIONS[-1]
+    hint = f"run: {command_for(database.url or location, 'db', 'upgrade')}"
     missing = ", ".join(sorted(TABLES - state.tables))
     if fresh:
         problem = "contains an incomplete ledger" if unfinished else "contains no ledger"
