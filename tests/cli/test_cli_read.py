@@ -155,6 +155,23 @@ def test_log_reports_a_trimmed_history(invoke: Invoke, ids: dict[str, str], url:
     assert invoke("log", ids["done"], "--json").json["complete"] is False
 
 
+@pytest.mark.parametrize("command", [["compact", "--erase-deleted"], ["compact", "--keep-days=0"]])
+def test_log_of_a_task_without_history_shows_the_record(
+    invoke: Invoke, ids: dict[str, str], command: list[str]
+) -> None:
+    assert invoke(*command).status == 0
+    result = invoke("log", ids["done"])
+    assert result.status == 0
+    assert "compaction removed the history of this task; history is kept from seq 9" in result.err
+    assert {tuple(line[:3]) for line in result.lines} == {("-", "-", "3")}
+    assert ["status", "-", "succeeded"] in [line[3:] for line in result.lines]
+    assert ["terminal_summary", "-", "made"] in [line[3:] for line in result.lines]
+    document = invoke("log", ids["done"], "--json").json
+    assert (document["complete"], document["kept_from"], document["entries"]) == (False, 9, [])
+    assert document["record"] == invoke("show", ids["done"], "--json").json
+    assert invoke("log", ids["gone"]).status == 1
+
+
 def test_summary(invoke: Invoke, ids: dict[str, str]) -> None:
     counted = invoke("summary", "--json").json
     assert (counted["total"], counted["active"]) == (3, 2)

@@ -165,29 +165,45 @@ def log(ctx: typer.Context, token: Token, *, as_json: AsJson = False, url: Url =
     """Show a task's history: the changed fields of each revision.
 
     For a deleted task, TOKEN must be the task id. The command prints one line per changed
-    field: seq, time, revision, field, before, after.
+    field: seq, time, revision, field, before, after. If no history of the task is kept, the
+    command prints the fields of the record, without seq and time. --json prints one object
+    with task_id, complete, kept_from (the seq from which history is kept), record (null for a
+    deleted task) and entries.
     """
     with open_for_reading(ctx, url) as store:
-        history.require_journal(store, "log")
+        journal = history.require_journal(store, "log")
         try:
-            task_id = ledger.find(store, token).record.task_id
+            record: TaskRecord | None = ledger.find(store, token).record
         except TaskNotFound:
-            task_id = token
+            record = None
+        task_id = token if record is None else record.task_id
         entries = history.history(store, task_id)
-    if not entries:
+        kept_from = journal.floor()
+    if not entries and record is None:
         raise TaskNotFound(token)
-    if entries[0].revision > 1:
-        render.print_note(f"compaction removed the history before revision {entries[0].revision}")
+    first = entries[0].revision if entries else None
+    if first != 1:
+        before = "of this task" if first is None else f"before revision {first}"
+        render.print_note(
+            f"compaction removed the history {before}; history is kept from seq {kept_from} on"
+        )
     steps = [
         (entry, changed_fields(before, entry))
         for before, entry in zip([None, *entries], entries, strict=False)
     ]
     if as_json:
-        members = [_entry_members(entry) | {"changed": changed} for entry, changed in steps]
-        complete = entries[0].revision == 1
-        render.print_json({"task_id": task_id, "complete": complete, "entries": members})
+        members = {"task_id": task_id, "complete": first == 1, "kept_from": kept_from}
+        members["record"] = None if record is None else render.record_members(record)
+        members["entries"] = [
+            _entry_members(entry) | {"changed": changed} for entry, changed in steps
+        ]
+        render.print_json(members)
         return
+    rows: Iterator[Sequence[str]]
     rows = (row for entry, changed in steps for row in _log_rows(entry, changed))
+    if not entries and record is not None:
+        prefix = [render.EMPTY, render.EMPTY, str(record.revision)]
+        rows = _changed_rows(prefix, _changed_members({}, render.record_members(record)))
     if sys.stdout.isatty():
         _print_log(rows)
     else:
@@ -200,7 +216,8 @@ def _print_log(rows: Iterable[Sequence[str]]) -> None:
     for seq, at, revision, field, before, after in rows:
         if last_seq != seq:
             last_seq = seq
-            render.print_line(f"revision {revision}  {at}  seq {seq}")
+            when = "" if seq == render.EMPTY else f"  {at}  seq {seq}"
+            render.print_line(f"revision {revision}{when}")
         arrow = "" if before == render.EMPTY else f"{before} \N{RIGHTWARDS ARROW} "
         render.print_line(f"    {render.escape_controls(f'{field}: {arrow}{after}')}")
 
@@ -211,7 +228,10 @@ def changed_fields(before: JournalEntry | None, entry: JournalEntry) -> dict[str
     if entry.record is None:
         return {}
     old = {} if before is None or before.record is None else render.record_members(before.record)
-    new = render.record_members(entry.record)
+    return _changed_members(old, render.record_members(entry.record))
+
+
+def _changed_members(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any]]:
     return {
         name: [old.get(name), value]
         for name, value in new.items()
@@ -219,13 +239,17 @@ def changed_fields(before: JournalEntry | None, entry: JournalEntry) -> dict[str
     }
 
 
-def _log_rows(entry: JournalEntry, changed: dict[str, list[Any]]) -> Iterator[list[str]]:
+def _log_rows(entry: JournalEntry, changed: dict[str, list[Any]]) -> Iterator[Sequence[str]]:
     """Yield an output row for each changed field and metadata member of an entry."""
     prefix = [str(entry.seq), render.iso_time(entry.at, precise=True), str(entry.revision)]
     if entry.kind is EntryKind.DELETED:
         yield [*prefix, "deleted", render.EMPTY, render.EMPTY]
     elif entry.record is None:
         yield [*prefix, "quarantined", render.EMPTY, render.EMPTY]
+    yield from _changed_rows(prefix, changed)
+
+
+def _changed_rows(prefix: list[str], changed: dict[str, list[Any]]) -> Iterator[Sequence[str]]:
     for name, (old, new) in changed.items():
         if name != "metadata":
             yield [*prefix, name, _field_text(name, old), _field_text(name, new)]
