@@ -265,24 +265,33 @@ class BackendNotFoundError(TaskStoreError):
 class CursorExpiredError(TaskStoreError):
     """The journal cannot be read from the requested position.
 
-    ``after`` is the requested seq; ``floor`` is the first retained seq.  If ``replaced`` is
+    ``after`` is the requested seq; ``floor`` is the first retained seq.  ``head`` is the newest
+    seq, if the request was a seq beyond it.  If ``replaced`` is
     false, entries after ``after`` were trimmed.  If ``replaced`` is true, the requested
     position is beyond the head or belongs to another history: a backup was restored, or a
     standby took over without the newest commits.
     """
 
-    def __init__(self, after: int, floor: int, *, replaced: bool = False) -> None:
+    def __init__(
+        self, after: int, floor: int, *, replaced: bool = False, head: int | None = None
+    ) -> None:
         self.replaced = replaced
-        super().__init__(
-            f"the journal has no entry for the cursor at seq {after}: the seq is beyond the head, "
-            "a backup was restored, or a standby took over without the last commits"
-            if replaced
-            else f"the journal begins at seq {floor}: "
-            f"not all entries after seq {after} are retained",
-            hint="load the current snapshot and continue from the seq of the snapshot",
-        )
+        if head is not None:
+            message = f"seq {after} is beyond the head of the journal: the newest seq is {head}"
+        elif replaced:
+            message = (
+                f"the journal has no entry for the cursor at seq {after}: the cursor is not "
+                "complete, a backup was restored, or a standby took over without the last commits"
+            )
+        else:
+            message = (
+                f"the journal begins at seq {floor}: not all entries after seq {after} are retained"
+            )
+        hint = "load the current snapshot and continue from the seq of the snapshot"
+        super().__init__(message, hint=hint)
         self.after = after
         self.floor = floor
+        self.head = head
 
 
 class UnsupportedError(TaskStoreError):

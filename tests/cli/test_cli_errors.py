@@ -29,7 +29,7 @@ HOSTILE = (
             "no backend for the URL scheme 'foo' is installed; installed schemes: json:",
         ),
         (["list", "--url", "nothing"], 2, "is not a URL"),
-        (["list", "--after", "zzz"], 2, "after: is not the next_cursor of a page"),
+        (["list", "--after", "zzz"], 2, "after: 'zzz' is not the next_cursor of a page"),
         (["list", "--status", "done"], 2, "'done' is not one of"),
         (["list", "--since", "12"], 2, "add a unit: '12h'"),
         (["list", "--since", "1700000000"], 2, "in seconds, use 1700000000000"),

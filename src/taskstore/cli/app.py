@@ -9,17 +9,19 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 
 from taskstore.cli import change, db, demo, maintain, read, run
-from taskstore.cli.ledger import URL_VARIABLE, Misuse
+from taskstore.cli.ledger import URL_VARIABLE, Misuse, ledger_url
 from taskstore.cli.render import OutputError, output_errors, print_line, print_note
 from taskstore.errors import (
     BackendNotFoundError,
     CursorExpiredError,
     InvalidTransition,
+    SchemaMismatchError,
+    StoreUnavailableError,
     TaskNotFound,
     TaskStoreError,
     UnsupportedError,
@@ -140,6 +142,7 @@ def _discard_output(*streams: TextIO) -> None:
 
 def _invoke(arguments: list[str]) -> int:
     """Run one command; print an error on one line; return the exit status."""
+    ctx: Any = None  # the class of contexts depends on Typer's version
     try:
         command = typer.main.get_command(app)
         with command.make_context("taskstore", arguments) as ctx:
@@ -151,6 +154,7 @@ def _invoke(arguments: list[str]) -> int:
     except (BrokenPipeError, OutputError):
         raise
     except TaskStoreError as error:
+        _name_default_ledger(ctx, error)
         print_error(str(error))
         return exit_status_of(error)
     except OSError as error:
@@ -163,7 +167,9 @@ def _invoke(arguments: list[str]) -> int:
             if message := error.format_message():  # the message is empty if the help was printed
                 context = getattr(error, "ctx", None)
                 path = "taskstore" if context is None else context.command_path
-                print_error(f"{message.rstrip('.')} (see {path} --help)")
+                # Some versions of Typer validate with pydantic, which adds these words.
+                reason = message.replace(": Value error, ", ": ").rstrip(".")
+                print_error(f"{reason} (see {path} --help)")
             return USAGE
         if DEBUG_VARIABLE in os.environ:
             raise
@@ -171,6 +177,16 @@ def _invoke(arguments: list[str]) -> int:
         print_error(f"unexpected {type(error).__name__}: {error} ({report})")
         return ERROR
     return status if isinstance(status, int) else OK
+
+
+def _name_default_ledger(ctx: Any, error: TaskStoreError) -> None:
+    """Add to the hint of an error that the user has named no ledger, if this can be the cause."""
+    chosen = None if ctx is None else ledger_url(ctx)
+    if chosen is None or chosen.given_by != "default":
+        return
+    if isinstance(error, StoreUnavailableError | SchemaMismatchError):
+        text = f"this is the default ledger; name another ledger with --url or {URL_VARIABLE}"
+        error.hint = f"{error.hint}; {text}" if error.hint else text
 
 
 def exit_status_of(error: TaskStoreError) -> int:

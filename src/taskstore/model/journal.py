@@ -138,7 +138,11 @@ class Position(Struct, frozen=True, gc=False):
             return cls(check_int("after", cursor))
         seq, _, commit_id = check_text("after", cursor, KEY_BYTES).partition(":")
         if not (seq.isascii() and seq.isdecimal()):
-            raise ValidationError("after", f"must be a seq or a cursor, not {cursor!r}")
+            raise ValidationError(
+                "after",
+                "must be a seq such as 42, or the whole cursor of a journal entry such as "
+                f"42:0f1e2d…, not {cursor!r}",
+            )
         return cls(check_int("after", int(seq)), commit_id)
 
 

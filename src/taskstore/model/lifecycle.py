@@ -57,6 +57,7 @@ from taskstore.model.validation import (
     check_time,
     clean_summary,
     clean_text,
+    did_you_mean,
     encode_metadata,
     plain_metadata,
 )
@@ -111,10 +112,7 @@ def new_record(
             given["metadata_json"] = NO_METADATA if value is None else encode_metadata(value)
             continue
         if check is None:
-            known = name in TaskRecord.__struct_fields__
-            raise ValidationError(
-                str(name), "cannot be set on a new task" if known else "is not a field of a record"
-            )
+            raise _refused_field(name)
         if value is not None:
             given[name] = check(name, value)
     state = _INITIAL_STATUSES.get(status) if isinstance(status, str) else None
@@ -151,6 +149,14 @@ def new_record(
         # This code can change the frozen record, because no other code refers to the record yet.
         force_setattr(record, "run_digest", run_digest(record))
     return record
+
+
+def _refused_field(name: object) -> ValidationError:
+    """Return the error for a field that a caller cannot set on a new task."""
+    if name in TaskRecord.__struct_fields__:
+        return ValidationError(str(name), "cannot be set on a new task")
+    known = (*_CREATION_CHECKS, "metadata", "runtime", "task", "status", "task_id")
+    return ValidationError(str(name), f"is not a field of a record{did_you_mean(name, known)}")
 
 
 def run_digest(record: TaskRecord) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
@@ -27,7 +28,14 @@ from taskstore.model.records import (
     TaskRecord,
     TerminalOutcome,
 )
-from taskstore.model.validation import check_enum, check_int, check_key, check_text, check_time
+from taskstore.model.validation import (
+    check_enum,
+    check_int,
+    check_key,
+    check_text,
+    check_time,
+    did_you_mean,
+)
 
 SESSION_KEY = "session_key"
 """The filter that matches a record's child session or requester session; not a record field."""
@@ -37,6 +45,8 @@ _INT_FIELDS = frozenset({"revision", "created_at", *OPTIONAL_TIMES})
 _ENUMS: dict[str, type[StrEnum]] = {**ENUM_FIELDS, "terminal_outcome": TerminalOutcome}
 _FILTERS = _TEXT_FIELDS | _INT_FIELDS | _ENUMS.keys()
 _MAX_TEXT_BYTES = max(TEXT_LIMITS.values())
+
+_JOURNAL_POSITION = re.compile(r"[0-9]+(:[0-9a-f]*)?\Z")
 
 Cursor = tuple[int, str]
 """The sort key (created_at, task_id) of the last record of a page."""
@@ -205,13 +215,18 @@ def decode_cursor(cursor: str) -> Cursor:
             return key
     except (binascii.Error, ValueError):
         pass
-    raise ValidationError("after", "is not the next_cursor of a page")
+    reason = f"{cursor!r} is not the next_cursor of a page"
+    if _JOURNAL_POSITION.match(text):
+        reason += ", but a seq or a cursor of the journal, which only 'changes' takes"
+    raise ValidationError("after", reason)
 
 
 def _accepted_values(field: str, value: Any) -> frozenset[Any]:
     """Return the set of values that a filter accepts; check each value for the filter's field."""
     if field not in _FILTERS:
-        raise ValidationError(field, "is not a field that a query can filter by")
+        known = sorted(_FILTERS | {"since", "limit", "after"})
+        question = did_you_mean(field, known)
+        raise ValidationError(field, f"is not a field that a query can filter by{question}")
     is_many = isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
     return frozenset(_check_value(field, item) for item in (value if is_many else (value,)))
 

@@ -189,6 +189,24 @@ class TaskRecord(
     def __hash__(self) -> int:
         return hash((self.task_id, self.revision))
 
+    def __repr__(self) -> str:
+        """Return all fields; the JSON of metadata is shown as a value, if it can be decoded."""
+        shown = (
+            f"{name.removesuffix('_json')}={_readable(getattr(self, name))!r}"
+            for name in self.__struct_fields__
+        )
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _readable(value: object) -> object:
+    """Return the value of encoded JSON, or its bytes if they are damaged; else ``value``."""
+    if not isinstance(value, Raw):
+        return value
+    try:
+        return msgspec.json.decode(value)
+    except (ValueError, RecursionError):
+        return bytes(value)
+
 
 def _fields_of(annotation: object) -> tuple[str, ...]:
     """Return the names of the record fields that are declared with ``annotation``, in order."""

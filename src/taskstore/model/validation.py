@@ -5,9 +5,10 @@ All checks are in this module, so that every backend accepts the same records.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from enum import StrEnum
 from functools import partial
@@ -163,6 +164,12 @@ def check_seconds(field: str, value: object, minimum: float, maximum: float) -> 
     return value
 
 
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Return the question about the known name that resembles ``name``, or an empty text."""
+    similar = difflib.get_close_matches(str(name)[:KEY_BYTES], list(known), n=1)
+    return f"; did you mean {similar[0]!r}?" if similar else ""
+
+
 def check_enum(field: str, value: object, kind: type[_Enum]) -> _Enum:
     """Return ``value`` if it is a member of ``kind``, or the member whose text is ``value``."""
     if isinstance(value, kind):
@@ -181,9 +188,10 @@ def check_origin(field: str, value: object) -> DeliveryContext | None:
     if isinstance(value, Mapping):
         unknown = set(value) - set(DeliveryContext.__struct_fields__)
         if unknown:
+            names = sorted(map(str, unknown))
+            question = did_you_mean(names[0], DeliveryContext.__struct_fields__)
             raise ValidationError(
-                field,
-                f"contains {sorted(map(str, unknown))}, which are not fields of DeliveryContext",
+                field, f"contains {names}, which are not fields of DeliveryContext{question}"
             )
         value = DeliveryContext(**value)
     if value is None:

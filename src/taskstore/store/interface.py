@@ -325,7 +325,8 @@ def entries_after_position(
     except CursorExpiredError:
         return journal.read_journal(seq, limit)
     if not entries or (commit_id and entries[0].commit_id != commit_id):
-        raise CursorExpiredError(seq, journal.floor(), replaced=True)
+        head = None if commit_id else journal.head()
+        raise CursorExpiredError(seq, journal.floor(), replaced=True, head=head)
     return entries[1:]
 
 

@@ -8,8 +8,10 @@ The built-in backends are declared in the same way.
 
 from __future__ import annotations
 
+import difflib
 import re
 import shlex
+from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -21,6 +23,21 @@ ENTRY_POINT_GROUP = "taskstore.backends"
 
 DURABILITIES = ("full", "process")
 MIGRATE_MODES = ("auto", "never")
+
+_OTHER_NAMES = {
+    "postgres": "postgresql",
+    "pgsql": "postgresql",
+    "pg": "postgresql",
+    "psql": "postgresql",
+    "psycopg": "postgresql",
+    "maria": "mariadb",
+    "mysql": "mariadb",  # taskstore refuses a MySQL server
+    "sqlite3": "sqlite",
+    "pysqlite": "sqlite",
+    "mem": "memory",
+}
+"""Other names of databases, as in the URLs of other programs; the value is the scheme's first
+part."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 # As in SQLAlchemy, a password can contain slashes before the first @.  If there are several
@@ -76,7 +93,12 @@ def scheme_of(url: str) -> str:
         raise ValidationError("url", f"must be text, not {type(url).__name__}")
     match = _SCHEME.match(url)
     if match is None:
-        raise ValidationError("url", f"{redacted(url)!r} is not a URL such as 'sqlite:///tasks.db'")
+        is_path = url and url.isprintable() and not url.startswith(("//", " ", ":"))
+        scheme = "json" if url.endswith(("/", ".json")) else "sqlite"
+        question = f"; did you mean '{scheme}:///{redacted(url)}'?" if is_path else ""
+        raise ValidationError(
+            "url", f"{redacted(url)!r} is not a URL such as 'sqlite:///tasks.db'{question}"
+        )
     return match[1].lower()
 
 
@@ -132,9 +154,7 @@ def _load_opener(scheme: str) -> Any:
     backends = installed_backends()
     declared = backends.get(scheme)
     if not declared:
-        longer = sorted(name for name in backends if name.startswith(f"{scheme}+"))
-        hint = f"did you mean '{longer[0]}:'?" if longer else None
-        raise BackendNotFoundError(scheme, backends, hint=hint)
+        raise BackendNotFoundError(scheme, backends, hint=_similar_scheme(scheme, backends))
     if len(declared) > 1:
         packages = ", ".join(sorted(_package_of(entry) for entry in declared))
         raise TaskStoreError(
@@ -149,6 +169,17 @@ def _load_opener(scheme: str) -> Any:
             [name for name in backends if name != scheme],
             hint=f"the backend in {_package_of(declared[0])} cannot be imported: {error}",
         ) from error
+
+
+def _similar_scheme(scheme: str, known: Iterable[str]) -> str | None:
+    """Return the question about the installed scheme that the user probably means."""
+    if scheme in ("file", "jsonl", "dir"):
+        return "did you mean 'sqlite:///PATH', or 'json:///DIRECTORY'?"
+    name = scheme.partition("+")[0]
+    name = _OTHER_NAMES.get(name, name)
+    same = sorted(each for each in known if each.partition("+")[0] == name)
+    similar = same or difflib.get_close_matches(scheme, list(known), n=1)
+    return f"did you mean '{similar[0]}:'?" if similar else None
 
 
 def _package_of(entry: EntryPoint) -> str:
