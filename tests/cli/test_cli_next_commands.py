@@ -51,7 +51,7 @@ def test_the_next_page_is_of_the_same_ledger(invoke: Invoke, url: str, other: st
         registry.create(runtime="cli", task="the ledger in the environment")
     for words in (
         ["--url", other, "list", "--limit=1", "--owner", HOSTILE, "--status=queued"],
-        ["list", "--limit=1", f"--owner={HOSTILE}", "--since=1970-01-02", "--url", other],
+        ["list", "--limit=1", f"--owner={HOSTILE}", "--since=1970-01-01", "--url", other],
     ):
         first = invoke(*words)
         command, lines = printed_command(first.err), first.out.splitlines()
@@ -73,7 +73,7 @@ def test_a_url_of_the_environment_is_not_printed(invoke: Invoke, url: str) -> No
         for _ in range(2):
             registry.create(runtime="cli", task="x", run_id="r", label=str(_), owner_key="o")
     assert "--url" not in invoke("list", "--limit=1").err
-    assert invoke("show", "r").err.endswith("taskstore list --run=r\n")
+    assert invoke("show", "r").err.endswith("taskstore list --run r\n")
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,16 @@ from cli_process import CLI, Invoke
 
 from taskstore import (
     DeliveryContext,
+    Page,
     Snapshot,
+    StoreUnavailableError,
+    TaskQuery,
     TaskRecord,
     TaskRegistry,
     TaskRegistryStore,
     open_store,
 )
-from taskstore.cli import ledger, render
+from taskstore.cli import ledger, main, render
 from taskstore.testing import make_record
 
 T0 = 1_700_000_000_000
@@ -188,11 +193,20 @@ def test_summary(invoke: Invoke, ids: dict[str, str]) -> None:
     assert ["runtime", "subagent", "2"] in invoke("summary").lines
 
 
-def test_summary_counts_page_by_page(
-    invoke: Invoke, ids: dict[str, str], monkeypatch: pytest.MonkeyPatch
+def test_summary_of_a_store_that_cannot_count(
+    ids: dict[str, str], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ledger, "PAGE_RECORDS", 1)
-    assert invoke("summary", "--json").json["total"] == 3
+    with open_store(url) as store:
+        expected = store.summary()  # type: ignore[attr-defined]
+        monkeypatch.setattr(ledger, "SupportsSummary", SupportsUnknown)
+        assert ledger.count(store) == expected
+        monkeypatch.setattr(ledger, "SupportsQuery", SupportsUnknown)
+        assert ledger.count(store) == expected
+
+
+class SupportsUnknown:
+    """An ability that no store has."""
 
 
 def test_changes(invoke: Invoke, ids: dict[str, str]) -> None:
@@ -334,6 +348,63 @@ def test_the_memory_of_a_list_does_not_depend_on_the_size(tmp_path: Path, url: s
         assert len(listed) == 10
         peaks.append(int(peak))
     assert peaks[1] - peaks[0] < 10 * 1024, peaks
+
+
+def test_the_memory_of_json_does_not_depend_on_the_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The peak is that of one part of the page and of the output that is kept in memory."""
+    monkeypatch.setattr(render, "HELD_CHARACTERS", 10_000)
+    monkeypatch.setattr("taskstore.stores.sql.query.PAGE", 200)
+    monkeypatch.setattr(ledger, "PAGE_RECORDS", 200)
+    words = ("list", "--json", "--limit=100000")
+    peaks = []
+    for count in (400, 4_000):
+        where = f"sqlite:///{tmp_path}/{count}.db"
+        with TaskRegistry.open(where) as registry, registry.batch():
+            for number in range(count):
+                registry.create(runtime="cli", task=f"task {number}" * 10)
+        for _ in range(2):  # the first run imports modules
+            with (tmp_path / "out").open("w+") as out, contextlib.redirect_stdout(out):
+                tracemalloc.start()
+                assert main([*words, "--url", where]) == 0
+                peak = tracemalloc.get_traced_memory()[1]
+                tracemalloc.stop()
+                out.seek(0)
+                assert len(json.load(out)["tasks"]) == count
+        peaks.append(peak)
+    assert peaks[1] < peaks[0] + 300_000, peaks
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_that_is_written_in_parts(indent: int | None) -> None:
+    cases: list[dict[str, Any]] = [
+        {"tasks": [{"a": {"b": [1, {}]}, "c": []}, {}, "text\nline"], "next": None, "seq": 8},
+        {"id": "x", "record": {"a": {"b": []}}, "entries": [], "z": {}},
+        {"entries": [[]]},
+    ]
+    for case in cases:
+        members = ((k, iter(v) if isinstance(v, list) else v) for k, v in case.items())
+        assert (
+            "".join(render._json_chunks(members, indent)) == json.dumps(case, indent=indent) + "\n"
+        )
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+def test_an_error_in_the_middle_prints_no_part_of_a_document(
+    invoke: Invoke, ids: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = ledger.read_pages
+
+    def broken(store: TaskRegistryStore, query: TaskQuery) -> Iterator[Page]:
+        yield from read(store, query)
+        raise StoreUnavailableError("the disk is gone")
+
+    monkeypatch.setattr(ledger, "read_pages", broken)
+    for words in (["list"], ["list", "--json"]):
+        result = invoke(*words)
+        assert (result.status, result.out) == (3, "")
+        assert "the disk is gone" in result.err
 
 
 @pytest.mark.parametrize("url", ["sqlite"], indirect=True)

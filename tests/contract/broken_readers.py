@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 
 from broken_writers import Broken
 from msgspec.structs import replace
 
-from taskstore.errors import CursorExpiredError
+from taskstore.errors import CursorExpiredError, StoreBusyError
 from taskstore.model.journal import Commit, plan
-from taskstore.model.query import Page, decode_cursor, encode_cursor
+from taskstore.model.query import Page, Summary, decode_cursor, encode_cursor
 
 # -- journal ----------------------------------------------------------------
 
@@ -232,6 +233,96 @@ class ReturnsTheWrongSeq(Broken):
     def query(self, query):
         page = super().query(query)
         return Page(page, next_cursor=page.next_cursor, seq=max(page.seq - 1, 0))
+
+
+class ReadsEachPartAnew(Broken):
+    """Reads the parts of a page from different states of the ledger."""
+
+    def pages(self, query, page_records):
+        first = super().query(query)
+        read = 0
+        while True:
+            page = super().query(query)
+            records = page.records[read : read + page_records]
+            read += page_records
+            last = read >= len(page)
+            cursor = page.next_cursor if last else encode_cursor(records[-1].sort_key)
+            yield Page(records, next_cursor=cursor, seq=first.seq)
+            if last:
+                return
+
+
+class ForgetsTheCursorOfThePage(Broken):
+    def pages(self, query, page_records):
+        parts = list(super().pages(query, page_records))
+        parts[-1] = Page(parts[-1], seq=parts[-1].seq)
+        return iter(parts)
+
+
+class KeepsTheLockBetweenParts(Broken):
+    """A writer waits until a reader has read all parts, also if the reader has given up."""
+
+    reading = False
+
+    def pages(self, query, page_records):
+        self.reading = True
+        yield from super().pages(query, page_records)
+        self.reading = False
+
+    def apply(self, changes):
+        if self.reading:
+            raise StoreBusyError("a reader has not finished")
+        return super().apply(changes)
+
+
+class CountsDeletedTasks(Broken):
+    def summary(self):
+        counted = [entry.record for entry in self.storage.journal if entry.record is not None]
+        newest = {record.task_id: record for record in counted}
+        return Summary.count(newest.values(), self.storage.head)
+
+
+class CountsEveryRevision(Broken):
+    def summary(self):
+        counted = [entry.record for entry in self.storage.journal if entry.record is not None]
+        return Summary.count(counted, self.storage.head)
+
+
+class CountsQuarantined(Broken):
+    def summary(self):
+        found = super().summary()
+        return replace(found, total=found.total + len(self.storage.quarantined))
+
+
+class CountsAndReadsTheHeadSeparately(Broken):
+    def summary(self):
+        counted = super().summary()
+        time.sleep(0.0005)  # another thread can commit here
+        return replace(counted, seq=self.head())
+
+
+class FindsIdsIgnoringCase(Broken):
+    def find_ids(self, endings, limit, *, deleted=False):
+        ids = self._deleted_ids() if deleted else self.load_snapshot().records
+        wanted = tuple(ending.lower() for ending in endings if ending)
+        return sorted(i for i in ids if i.lower().endswith(wanted))[:limit]
+
+
+class TakesWildcardsInEndings(Broken):
+    def find_ids(self, endings, limit, *, deleted=False):
+        ids = self._deleted_ids() if deleted else self.load_snapshot().records
+        patterns = [
+            re.compile(".*" + re.escape(e).replace("%", ".*").replace("_", ".") + r"\Z", re.DOTALL)
+            for e in endings
+            if e
+        ]
+        return sorted(i for i in ids if any(p.match(i) for p in patterns))[:limit]
+
+
+class FindsDeletedIds(Broken):
+    def find_ids(self, endings, limit, *, deleted=False):
+        found = [*super().find_ids(endings, limit), *super().find_ids(endings, limit, deleted=True)]
+        return sorted(found)[:limit]
 
 
 class FiltersIgnoringCase(Broken):

@@ -14,9 +14,12 @@ from taskstore.store.interface import (
     SupportsCompaction,
     SupportsExclusive,
     SupportsHistory,
+    SupportsIdSearch,
     SupportsIntegrity,
     SupportsJournal,
+    SupportsPages,
     SupportsQuery,
+    SupportsSummary,
     TaskRegistryStore,
 )
 from taskstore.stores.memory import MemoryStore
@@ -126,7 +129,13 @@ def test_levels_and_their_abilities():
         SupportsExclusive,
         SupportsHistory,
         SupportsCompaction,
+        SupportsIdSearch,
+        SupportsPages,
         SupportsQuery,
+        SupportsSummary,
+        SupportsPages,
+        SupportsSummary,
+        SupportsIdSearch,
         SupportsIntegrity,
     }
     assert all(isinstance(MemoryStore(), ability) for ability in required)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, NamedTuple
 
@@ -19,9 +20,15 @@ import typer
 
 from taskstore.cli import render
 from taskstore.errors import TaskNotFound, TaskStoreError
-from taskstore.model.query import SESSION_KEY, Page, Summary, TaskQuery, evaluate
+from taskstore.model.query import SESSION_KEY, Page, Summary, TaskQuery, evaluate, ids_with_ending
 from taskstore.model.records import ACTIVE_STATUSES, MIN_UNIX_MS, TaskRecord
-from taskstore.store.interface import SupportsQuery, TaskRegistryStore
+from taskstore.store.interface import (
+    SupportsIdSearch,
+    SupportsPages,
+    SupportsQuery,
+    SupportsSummary,
+    TaskRegistryStore,
+)
 from taskstore.store.opening import default_url, open_store, password_note, shell_command
 
 URL_VARIABLE = "TASKSTORE_URL"
@@ -29,6 +36,18 @@ URL_VARIABLE = "TASKSTORE_URL"
 
 PAGE_RECORDS = 1000
 """The number of records per page when a command reads all records."""
+
+MIN_ENDING = 4
+"""The fewest characters of the end of a task id that name a task on the command line."""
+
+SHOWN_ENDING = 8
+"""The fewest characters of an id in a list, so that few ids of later tasks end alike."""
+
+MAX_CANDIDATES = 5
+"""The most ids that an error names as candidates."""
+
+MAX_SHORTENED = 1000
+"""The most ids of a list that are shortened, and the most other ids that may resemble them."""
 
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhdw])?\Z")
@@ -46,7 +65,11 @@ Url = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", callback=render.prepare_json)]
 Token = Annotated[
     str,
-    typer.Argument(metavar="TOKEN", help="A task id, run id or session key.", show_default=False),
+    typer.Argument(
+        metavar="TOKEN",
+        help="A task id, its last characters (at least four), a run id or a session key.",
+        show_default=False,
+    ),
 ]
 
 
@@ -189,18 +212,90 @@ class TokenMatch(NamedTuple):
     field: str
     ambiguous: bool
 
-    def list_words(self, token: str) -> tuple[str, str]:
+    def list_words(self, token: str) -> tuple[str, ...]:
         """Return the words of the command that lists all tasks that the token names."""
         option = "--run" if self.field == "run_id" else "--session"
-        return ("list", f"{option}={token}")
+        return ("list", f"{option}={token}") if token.startswith("-") else ("list", option, token)
 
 
 def find(store: TaskRegistryStore, token: str) -> TokenMatch:
+    """Return the task that a token names: see :func:`find_exactly`, else :func:`find_by_ending`.
+
+    If no task matches, the function raises :class:`~taskstore.TaskNotFound`.
+    """
+    match = find_exactly(store, token)
+    if match is not None:
+        return match
+    return TokenMatch(get(store, find_by_ending(store, token)), "task_id", ambiguous=False)
+
+
+def find_by_ending(store: TaskRegistryStore, token: str, *, deleted: bool = False) -> str:
+    """Return the only id of a stored (or deleted) task that ends with a token.
+
+    A token of fewer than :data:`MIN_ENDING` characters matches no id.  Raises
+    :class:`~taskstore.TaskNotFound` if no id matches, and :class:`Misuse` with the candidates
+    if several ids match.
+    """
+    if len(token) < MIN_ENDING:
+        error = TaskNotFound(token)
+        error.hint = f"the end of an id needs at least {MIN_ENDING} characters"
+        raise error
+    ids = _ids_with_ending(store, [token], MAX_CANDIDATES + 1, deleted=deleted)
+    if not ids:
+        raise TaskNotFound(token)
+    if len(ids) > 1:
+        shown = ", ".join(ids[:MAX_CANDIDATES])
+        more = " and others" if len(ids) > MAX_CANDIDATES else ""
+        raise Misuse(
+            f"several task ids end with {token!r}",
+            hint=f"give more characters; did you mean one of {shown}{more}?",
+        )
+    return ids[0]
+
+
+def short_ids(store: TaskRegistryStore, ids: Sequence[str]) -> dict[str, str]:
+    """Return the shortest ending of each id that names only this task on the command line.
+
+    An ending has at least :data:`SHOWN_ENDING` characters, if the id is that long, and does not
+    look like an option.  One search finds all ids that can have the same ending.
+    """
+    whole = {task_id: task_id for task_id in ids}
+    if len(ids) > MAX_SHORTENED:
+        return whole
+    limit = len(ids) + MAX_SHORTENED
+    similar = _ids_with_ending(store, {task_id[-SHOWN_ENDING:] for task_id in ids}, limit)
+    if len(similar) == limit:
+        return whole
+    short = {task_id: _shortest_ending(task_id, similar) for task_id in ids}
+    # A token that is a run id or a session key does not name the task whose id ends with it.
+    for field in ("run_id", SESSION_KEY):
+        filters: dict[str, Any] = {field: set(short.values())}
+        if run_query(store, TaskQuery(**filters, limit=1)):
+            return whole
+    return short
+
+
+def _shortest_ending(task_id: str, ids: Collection[str]) -> str:
+    for size in range(SHOWN_ENDING, len(task_id)):
+        ending = task_id[-size:]
+        if not ending.startswith("-") and sum(other.endswith(ending) for other in ids) == 1:
+            return ending
+    return task_id
+
+
+def _ids_with_ending(
+    store: TaskRegistryStore, endings: Collection[str], limit: int, *, deleted: bool = False
+) -> Sequence[str]:
+    if isinstance(store, SupportsIdSearch):
+        return store.find_ids(endings, limit, deleted=deleted)
+    return () if deleted else ids_with_ending(store.load_snapshot().records, endings, limit)
+
+
+def find_exactly(store: TaskRegistryStore, token: str) -> TokenMatch | None:
     """Return the task whose task id, else run id, else session key equals the token.
 
     If several tasks of a run or session match, the function returns the newest active
-    task, or the newest task if no task is active.  If no task matches, the function
-    raises :class:`~taskstore.TaskNotFound`.
+    task, or the newest task if no task is active.
     """
     for field in ("task_id", "run_id", SESSION_KEY):
         filters: dict[str, Any] = {field: token}
@@ -211,14 +306,33 @@ def find(store: TaskRegistryStore, token: str) -> TokenMatch:
             return TokenMatch(newest[0], field, ambiguous=False)
         active = run_query(store, TaskQuery(**filters, status=ACTIVE_STATUSES, limit=1))
         return TokenMatch((active or newest)[0], field, ambiguous=True)
-    raise TaskNotFound(token)
+    return None
+
+
+def read_pages(store: TaskRegistryStore, query: TaskQuery) -> Iterator[Page]:
+    """Yield a query's page in parts, all as of one seq; a store without this ability gives one
+    part.
+
+    The caller must read all parts without a pause, or close the iterator: a store can hold a
+    read transaction until then.
+    """
+    if isinstance(store, SupportsPages):
+        yield from store.pages(query, PAGE_RECORDS)
+    else:
+        yield run_query(store, query)
 
 
 def count(store: TaskRegistryStore) -> Summary:
-    """Return the number of tasks by status and by runtime; the query reads page by page.
+    """Return the number of tasks by status and by runtime.
 
-    Tasks created during the count are not included; ``seq`` is the head when the count starts.
+    If the store cannot count, queries read page by page; ``seq`` is then the head when the count
+    starts, and tasks created during the count are not included.
     """
+    if isinstance(store, SupportsSummary):
+        return store.summary()
+    if not isinstance(store, SupportsQuery):
+        snapshot = store.load_snapshot()
+        return Summary.count(snapshot.records.values(), snapshot.seq)
     statuses, runtimes = Counter[str](), Counter[str]()
     page = run_query(store, TaskQuery(limit=PAGE_RECORDS))
     seq = page.seq

@@ -26,9 +26,12 @@ from taskstore.store.interface import (
     SupportsCompaction,
     SupportsExclusive,
     SupportsHistory,
+    SupportsIdSearch,
     SupportsIntegrity,
     SupportsJournal,
+    SupportsPages,
     SupportsQuery,
+    SupportsSummary,
     TaskRegistryStore,
 )
 from taskstore.store.opening import redacted
@@ -38,6 +41,9 @@ ABILITIES: dict[str, type] = {
     "exclusive": SupportsExclusive,
     "history": SupportsHistory,
     "query": SupportsQuery,
+    "pages": SupportsPages,
+    "summary": SupportsSummary,
+    "ids": SupportsIdSearch,
     "compaction": SupportsCompaction,
     "integrity": SupportsIntegrity,
 }

@@ -18,7 +18,7 @@ from taskstore.cli import ledger, render
 from taskstore.cli.ledger import AsJson, Token, Url, parse_time, url_of
 from taskstore.errors import TaskNotFound
 from taskstore.model.journal import EntryKind, JournalEntry
-from taskstore.model.query import SESSION_KEY, TaskQuery
+from taskstore.model.query import SESSION_KEY, Page, TaskQuery
 from taskstore.model.records import TaskRecord, TaskStatus
 from taskstore.registry import history
 from taskstore.store.interface import TaskRegistryStore
@@ -68,7 +68,8 @@ def list_tasks(
 ) -> None:
     """List tasks, newest first.
 
-    On a terminal, the command prints a table. Otherwise it prints one tab-separated line
+    On a terminal, the command prints a table with the end of each task id, which is enough
+    to name the task in another command. Otherwise it prints one tab-separated line
     per task: id, status, runtime, owner, run, created, ended, label, task, latest
     message. Times are in UTC. --json prints one object with tasks, next_cursor and seq.
     """
@@ -82,28 +83,54 @@ def list_tasks(
     filters = {name: value for name, value in options.items() if value}
     query = TaskQuery(since=since, limit=limit, after=after, **filters)
     with open_for_reading(ctx, url) as store:
-        page = ledger.run_query(store, query)
-    if as_json:
-        records = [render.record_members(record) for record in page]
-        members = {"tasks": records, "next_cursor": page.next_cursor, "seq": page.seq}
-        render.print_json(members)
-        return
-    if not sys.stdout.isatty():
-        render.print_lines(map(_list_line, page))
-    elif page:
-        columns = ("TASK", "STATUS", "AGE", "TOOK", "WHAT")
-        render.print_table(columns, map(_table_row, page), stretch="WHAT")
-    else:
-        render.print_note("no task matches the options")
-    if page.next_cursor is not None:
-        words = _next_page_words(ctx.params | {"after": page.next_cursor, "since": since})
+        parts = _Parts(ledger.read_pages(store, query))
+        if as_json:
+            render.print_json_members(_list_members(parts))
+            return
+        if not sys.stdout.isatty():
+            render.print_lines(map(_list_line, parts))
+        else:
+            _print_list(store, list(parts))
+    if parts.next_cursor is not None:
+        words = _next_page_words(ctx.params | {"after": parts.next_cursor, "since": since})
         render.print_note(f"more tasks match; next page: {ledger.next_command(ctx, *words)}")
 
 
-def _table_row(record: TaskRecord) -> Sequence[str]:
+class _Parts:
+    """The records of the parts of a page; after the last part, the page's cursor and seq."""
+
+    def __init__(self, pages: Iterator[Page]) -> None:
+        self._pages = pages
+        self.next_cursor: str | None = None
+        self.seq = 0
+
+    def __iter__(self) -> Iterator[TaskRecord]:
+        for page in self._pages:
+            self.next_cursor, self.seq = page.next_cursor, page.seq
+            yield from page
+
+
+def _list_members(parts: _Parts) -> Iterator[tuple[str, object]]:
+    yield "tasks", map(render.record_members, parts)
+    yield "next_cursor", parts.next_cursor
+    yield "seq", parts.seq
+
+
+def _print_list(store: TaskRegistryStore, records: Sequence[TaskRecord]) -> None:
+    """Print a table of tasks on a terminal."""
+    if not records:
+        render.print_note("no task matches the options")
+        return
+    short = ledger.short_ids(store, [record.task_id for record in records])
+    columns = ("TASK", "STATUS", "AGE", "TOOK", "WHAT")
+    rows = ((short[record.task_id], *_table_cells(record)) for record in records)
+    render.print_table(columns, rows, stretch="WHAT")
+
+
+def _table_cells(record: TaskRecord) -> Sequence[str]:
     text = f"{render.title_of(record)}: {render.latest_message(record)}"
     age, run_time = render.age_of(record.created_at), render.run_time_of(record)
-    return (record.task_id, record.status, age, run_time, text)
+    return (record.status, age, run_time, text)
 
 
 def _list_line(record: TaskRecord) -> Sequence[str]:
@@ -164,19 +191,15 @@ def _field_text(name: str, value: Any) -> str:
 def log(ctx: typer.Context, token: Token, *, as_json: AsJson = False, url: Url = None) -> None:
     """Show a task's history: the changed fields of each revision.
 
-    For a deleted task, TOKEN must be the task id. The command prints one line per changed
-    field: seq, time, revision, field, before, after. If no history of the task is kept, the
-    command prints the fields of the record, without seq and time. --json prints one object
-    with task_id, complete, kept_from (the seq from which history is kept), record (null for a
-    deleted task) and entries.
+    For a deleted task, TOKEN must be the task id or its end. The command prints one line
+    per changed field: seq, time, revision, field, before, after. If no history of the task
+    is kept, the command prints the fields of the record, without seq and time. --json prints
+    one object with task_id, complete, kept_from (the seq from which history is kept), record
+    (null for a deleted task) and entries.
     """
     with open_for_reading(ctx, url) as store:
         journal = history.require_journal(store, "log")
-        try:
-            record: TaskRecord | None = ledger.find(store, token).record
-        except TaskNotFound:
-            record = None
-        task_id = token if record is None else record.task_id
+        task_id, record = _find_logged(store, token)
         entries = history.history(store, task_id)
         kept_from = journal.floor()
     if not entries and record is None:
@@ -187,17 +210,19 @@ def log(ctx: typer.Context, token: Token, *, as_json: AsJson = False, url: Url =
         render.print_note(
             f"compaction removed the history {before}; history is kept from seq {kept_from} on"
         )
-    steps = [
+    steps = (
         (entry, changed_fields(before, entry))
         for before, entry in zip([None, *entries], entries, strict=False)
-    ]
+    )
     if as_json:
-        members = {"task_id": task_id, "complete": first == 1, "kept_from": kept_from}
-        members["record"] = None if record is None else render.record_members(record)
-        members["entries"] = [
-            _entry_members(entry) | {"changed": changed} for entry, changed in steps
+        members: list[tuple[str, object]] = [
+            ("task_id", task_id),
+            ("complete", first == 1),
+            ("kept_from", kept_from),
+            ("record", None if record is None else render.record_members(record)),
+            ("entries", (_entry_members(e) | {"changed": changed} for e, changed in steps)),
         ]
-        render.print_json(members)
+        render.print_json_members(members)
         return
     rows: Iterator[Sequence[str]]
     rows = (row for entry, changed in steps for row in _log_rows(entry, changed))
@@ -208,6 +233,24 @@ def log(ctx: typer.Context, token: Token, *, as_json: AsJson = False, url: Url =
         _print_log(rows)
     else:
         render.print_lines(rows)
+
+
+def _find_logged(store: TaskRegistryStore, token: str) -> tuple[str, TaskRecord | None]:
+    """Return the id of a stored or deleted task, and the record of a stored task.
+
+    A whole id comes before the end of an id, and a stored task before a deleted task.
+    """
+    match = ledger.find_exactly(store, token)
+    if match is None and history.history(store, token):
+        return token, None
+    try:
+        record = (match or ledger.find(store, token)).record
+    except TaskNotFound as error:
+        try:
+            return ledger.find_by_ending(store, token, deleted=True), None
+        except TaskNotFound:
+            raise error from None
+    return record.task_id, record
 
 
 def _print_log(rows: Iterable[Sequence[str]]) -> None:

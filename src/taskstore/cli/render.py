@@ -13,10 +13,12 @@ import codecs
 import io
 import json
 import re
+import shutil
 import sys
+import tempfile
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO
@@ -44,6 +46,9 @@ STYLES = {
     "cancelled": "yellow",
     "lost": "magenta",
 }
+HELD_CHARACTERS = 1 << 20
+"""The size from which held output is in a temporary file."""
+
 _CONTROL_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _JOINERS = "\u200c\u200d"  # harmless characters, which occur in Persian words and emoji
 _UNSAFE_IN_JSON = re.compile(
@@ -174,6 +179,54 @@ def print_json(value: object) -> None:
     print_line(to_json(value, indent=2 if sys.stdout.isatty() else None))
 
 
+def print_json_members(members: Iterable[tuple[str, object]]) -> None:
+    """Print a JSON object like :func:`print_json`, but keep only one value in memory.
+
+    ``members`` yields names and values.  A value that is an iterator becomes an array, whose
+    items are encoded one by one.  ``members`` can read the store while it is iterated, because
+    the output is complete before the first byte is printed.
+    """
+    with held_output() as write:
+        for chunk in _json_chunks(members, 2 if sys.stdout.isatty() else None):
+            write(chunk)
+
+
+def _json_chunks(members: Iterable[tuple[str, object]], indent: int | None) -> Iterator[str]:
+    """Yield the text that ``json.dumps`` returns for an object with these members, and a
+    newline."""
+    outer, inner = ("\n  ", "\n    ") if indent else ("", "")
+    separator = "{" + outer
+    for name, value in members:
+        yield f"{separator}{to_json(name)}: "
+        separator = f",{outer or ' '}"
+        if not isinstance(value, Iterator):
+            yield to_json(value, indent=indent).replace("\n", "\n  ")
+            continue
+        before = f"[{inner}"
+        for item in value:
+            yield before + to_json(item, indent=indent).replace("\n", "\n    ")
+            before = f",{inner or ' '}"
+        yield "[]" if before.startswith("[") else f"{outer}]"
+    yield "\n}\n" if indent else "}\n"
+
+
+@contextmanager
+def held_output() -> Iterator[Callable[[str], object]]:
+    """Yield a function that collects output; print the output at the end of the ``with`` block.
+
+    A block that raises prints nothing, so a document is complete or absent.  A slow reader of
+    the output does not delay the block, so a read transaction is short.  If the output is
+    large, it is in a temporary file without a name.
+    """
+    with tempfile.SpooledTemporaryFile(
+        HELD_CHARACTERS, "w+", encoding="utf-8", errors="surrogatepass", newline=""
+    ) as held:
+        yield held.write
+        held.seek(0)
+        with output_errors():
+            shutil.copyfileobj(held, sys.stdout, 1 << 16)
+
+
 def print_line(text: str = "") -> None:
     """Print one line to standard output without changing the line."""
     with output_errors():
@@ -203,9 +256,10 @@ def print_note(text: str) -> None:
 
 
 def print_lines(rows: Iterable[Sequence[str]]) -> None:
-    """Print one line per row; tabs separate the columns."""
-    for row in rows:
-        print_line("\t".join(map(escape_controls, row)))
+    """Print one line per row; tabs separate the columns.  ``rows`` can read the store."""
+    with held_output() as write:
+        for row in rows:
+            write("\t".join(map(escape_controls, row)) + "\n")
 
 
 def print_result(

@@ -170,6 +170,15 @@ class Summary(Struct, frozen=True, kw_only=True):
             seq=seq,
         )
 
+    @classmethod
+    def count(cls, records: Iterable[TaskRecord], seq: int) -> Self:
+        """Return the summary that a store must return for these records."""
+        statuses, runtimes = Counter[str](), Counter[str]()
+        for record in records:
+            statuses[str(record.status)] += 1
+            runtimes[record.runtime] += 1
+        return cls.of(statuses, runtimes, seq)
+
 
 def page_of(newest_first: Iterator[TaskRecord], query: TaskQuery, seq: int) -> Page:
     """Return one page; ``newest_first`` yields the matching records after the query's cursor."""
@@ -185,15 +194,48 @@ def page_of(newest_first: Iterator[TaskRecord], query: TaskQuery, seq: int) -> P
 
 def evaluate(query: TaskQuery, records: Iterable[TaskRecord], seq: int) -> Page:
     """Return the page that a backend must return for a query; ``records`` can be in any order."""
+    return page_of(newest_first(query, records), query, seq)
+
+
+def newest_first(query: TaskQuery, records: Iterable[TaskRecord]) -> Iterator[TaskRecord]:
+    """Yield the records that match a query after its cursor, newest first, without a limit."""
     matching = sorted(
         (record for record in records if query.matches(record)),
         key=lambda record: record.sort_key,
         reverse=True,
     )
     cursor = query.cursor
-    return page_of(
-        (record for record in matching if cursor is None or record.sort_key < cursor), query, seq
-    )
+    return (record for record in matching if cursor is None or record.sort_key < cursor)
+
+
+def split_pages(
+    matching: Iterator[TaskRecord], query: TaskQuery, page_records: int, seq: int
+) -> Iterator[Page]:
+    """Yield the page of a query in parts of at most ``page_records`` records, at least one part.
+
+    ``matching`` yields the matching records after the query's cursor.  The function keeps
+    only one part and one more record in memory.
+    """
+    left = query.limit
+    following = next(matching, None)
+    while True:
+        size = page_records if left is None else min(page_records, left)
+        records: list[TaskRecord] = []
+        while following is not None and len(records) < size:
+            records.append(following)
+            following = next(matching, None)
+        left = None if left is None else left - len(records)
+        cursor = None if following is None else encode_cursor(records[-1].sort_key)
+        yield Page(records, next_cursor=cursor, seq=seq)
+        if following is None or left == 0:
+            return
+
+
+def ids_with_ending(ids: Iterable[str], endings: Collection[str], limit: int) -> list[str]:
+    """Return the first ``limit`` ids, in order, that end with one of ``endings``; an empty text
+    is the ending of no id."""
+    wanted = tuple(ending for ending in endings if ending)
+    return sorted(task_id for task_id in ids if task_id.endswith(wanted))[:limit]
 
 
 def encode_cursor(key: Cursor) -> str:

@@ -24,13 +24,17 @@ from taskstore.model.query import evaluate as evaluate
 from taskstore.model.query import page_of as page_of
 from taskstore.store.disk import SYSTEM as SYSTEM
 from taskstore.store.disk import Disk as Disk
+from taskstore.store.interface import LoadedRecordsStore as LoadedRecordsStore
 from taskstore.store.interface import StoreReport as StoreReport
 from taskstore.store.interface import SupportsCompaction as SupportsCompaction
 from taskstore.store.interface import SupportsExclusive as SupportsExclusive
 from taskstore.store.interface import SupportsHistory as SupportsHistory
+from taskstore.store.interface import SupportsIdSearch as SupportsIdSearch
 from taskstore.store.interface import SupportsIntegrity as SupportsIntegrity
 from taskstore.store.interface import SupportsJournal as SupportsJournal
+from taskstore.store.interface import SupportsPages as SupportsPages
 from taskstore.store.interface import SupportsQuery as SupportsQuery
+from taskstore.store.interface import SupportsSummary as SupportsSummary
 from taskstore.store.interface import TaskRegistryStore as TaskRegistryStore
 from taskstore.store.interface import VerifyReport as VerifyReport
 from taskstore.store.interface import base_not_found as base_not_found

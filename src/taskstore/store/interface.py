@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Protocol, Self, runtime_checkable
@@ -33,6 +33,7 @@ from taskstore.model.journal import (
     Change,
     ChangeSet,
     Commit,
+    EntryKind,
     JournalEntry,
     Position,
     Quarantined,
@@ -45,7 +46,15 @@ from taskstore.model.journal import (
     plan,
     quarantined_revisions,
 )
-from taskstore.model.query import Page, TaskQuery
+from taskstore.model.query import (
+    Page,
+    Summary,
+    TaskQuery,
+    evaluate,
+    ids_with_ending,
+    newest_first,
+    split_pages,
+)
 
 
 class StoreReport(Struct, frozen=True):
@@ -195,6 +204,45 @@ class TaskRegistryStore(ABC):
         return f"<{type(self).__name__} {self.location}>"
 
 
+class LoadedRecordsStore(TaskRegistryStore):
+    """A base class for a store that keeps or loads all records anyway.
+
+    The methods implement :class:`SupportsQuery`, :class:`SupportsPages`,
+    :class:`SupportsSummary` and :class:`SupportsIdSearch` on the result of ``load_snapshot``.
+    """
+
+    def query(self, query: TaskQuery) -> Page:
+        """Implement :meth:`SupportsQuery.query`."""
+        loaded = self.load_snapshot()
+        return evaluate(query, loaded.records.values(), loaded.seq)
+
+    def pages(self, query: TaskQuery, page_records: int) -> Iterator[Page]:
+        """Implement :meth:`SupportsPages.pages`."""
+        loaded = self.load_snapshot()
+        matching = newest_first(query, loaded.records.values())
+        return split_pages(matching, query, page_records, loaded.seq)
+
+    def summary(self) -> Summary:
+        """Implement :meth:`SupportsSummary.summary`."""
+        loaded = self.load_snapshot()
+        return Summary.count(loaded.records.values(), loaded.seq)
+
+    def find_ids(
+        self, endings: Collection[str], limit: int, *, deleted: bool = False
+    ) -> Sequence[str]:
+        """Implement :meth:`SupportsIdSearch.find_ids`."""
+        ids = self._deleted_ids() if deleted else self.load_snapshot().records
+        return ids_with_ending(ids, endings, limit)
+
+    def _deleted_ids(self) -> set[str]:
+        """Return the ids of the tasks whose deletion is in the journal."""
+        self._check_open()
+        if not isinstance(self, SupportsJournal):
+            return set()
+        entries = self.read_journal(self.floor() - 1, self.head())
+        return {entry.task_id for entry in entries if entry.kind is EntryKind.DELETED}
+
+
 @runtime_checkable
 class SupportsJournal(Protocol):
     """A store that keeps a journal, for history, change feeds and several processes."""
@@ -293,6 +341,53 @@ class SupportsQuery(Protocol):
         """Return one page of the matching records, newest first, as of the page's ``seq``.
 
         The page equals the result of ``taskstore.model.query.evaluate``.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsPages(Protocol):
+    """A store that answers a large query in parts, from one state of the ledger."""
+
+    def pages(self, query: TaskQuery, page_records: int) -> Iterator[Page]:
+        """Yield the page of a query in parts of at most ``page_records`` records, in order.
+
+        All parts show the records as of one ``seq``, even if other writers commit between two
+        steps of the iteration.  The parts together are the page that ``query`` returns, and the
+        last part has the ``next_cursor`` of this page.  There is at least one part, which can be
+        empty.  The memory use does not depend on the number of parts, except in a store that
+        keeps or loads all records anyway.  A store can hold a read transaction until the
+        iterator ends or is closed, so the caller must not pause the iteration.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsSummary(Protocol):
+    """A store that counts its tasks without reading every record."""
+
+    def summary(self) -> Summary:
+        """Return the number of records in total, by status and by runtime, as of its ``seq``.
+
+        The result equals the count of the records of ``load_snapshot``.  A quarantined record
+        of a saved snapshot is not counted.  A stored record that was damaged later can be
+        counted by the status and the runtime that are stored beside it.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsIdSearch(Protocol):
+    """A store that finds task ids by their endings without reading every record."""
+
+    def find_ids(
+        self, endings: Collection[str], limit: int, *, deleted: bool = False
+    ) -> Sequence[str]:
+        """Return the first ``limit`` task ids, in order, that end with one of ``endings``.
+
+        The ids are those of stored tasks; with ``deleted``, those of deleted tasks whose deletion
+        is in the journal.  Endings are compared exactly: case matters, and no character is a
+        wildcard.  An ending can be a whole id; an empty text is the ending of no id.
         """
         ...
 

@@ -34,9 +34,8 @@ from taskstore.model.journal import (
     quarantined_revisions,
     validated_snapshot,
 )
-from taskstore.model.query import Page, TaskQuery, evaluate
 from taskstore.model.records import DedupKey, TaskRecord
-from taskstore.store.interface import StoreReport, TaskRegistryStore, VerifyReport, check_base
+from taskstore.store.interface import LoadedRecordsStore, StoreReport, VerifyReport, check_base
 from taskstore.stores.common.compaction import CompactionPoint, CompactionSteps, Retained, compact
 from taskstore.stores.common.integrity import IntegrityCheck
 
@@ -64,7 +63,7 @@ class MemoryStorage:
         return self.head - len(self.journal) + 1
 
 
-class MemoryStore(TaskRegistryStore):
+class MemoryStore(LoadedRecordsStore):
     """A store in the memory of this process; the URL ``memory:`` opens an empty store."""
 
     durability = "none"
@@ -227,16 +226,11 @@ class MemoryStore(TaskRegistryStore):
         with self.storage.lock:
             self.storage.changed.notify_all()
 
-    # -- compaction, query, integrity -------------------------------------
+    # -- compaction, integrity -------------------------------------
 
     def compact(self, policy: CompactionPolicy) -> CompactionReport:
         self._check_writable()
         return compact(_Compaction(self.storage), policy, self.clock)
-
-    def query(self, query: TaskQuery) -> Page:
-        self._check_open()
-        with self.storage.lock:
-            return evaluate(query, self.storage.current.values(), self.storage.head)
 
     def verify(self) -> VerifyReport:
         self._check_open()

@@ -36,7 +36,12 @@ from taskstore.testing.contract.machine import (
     run_store_machine,
 )
 from taskstore.testing.contract.processes import ProcessesContract
-from taskstore.testing.contract.query import QueryContract
+from taskstore.testing.contract.query import (
+    IdSearchContract,
+    PagesContract,
+    QueryContract,
+    SummaryContract,
+)
 from taskstore.testing.contract.shared import SharedContract
 from taskstore.testing.contract.values import ValuesContract
 from taskstore.testing.factories import (
@@ -85,6 +90,9 @@ class StoreContract(
     JournalContract,
     CompactionContract,
     QueryContract,
+    PagesContract,
+    SummaryContract,
+    IdSearchContract,
     IntegrityContract,
     SharedContract,
     ExclusiveContract,

@@ -8,9 +8,12 @@ from taskstore.store.interface import (
     SupportsCompaction,
     SupportsExclusive,
     SupportsHistory,
+    SupportsIdSearch,
     SupportsIntegrity,
     SupportsJournal,
+    SupportsPages,
     SupportsQuery,
+    SupportsSummary,
     TaskRegistryStore,
 )
 
@@ -34,7 +37,10 @@ class FullStore(
     SupportsExclusive,
     SupportsHistory,
     SupportsCompaction,
+    SupportsPages,
     SupportsQuery,
+    SupportsSummary,
+    SupportsIdSearch,
     SupportsIntegrity,
 ):
     """The type of a store with every ability, for type checkers only.

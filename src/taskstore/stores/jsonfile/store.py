@@ -20,10 +20,9 @@ from taskstore.model.journal import (
     plan,
     validated_snapshot,
 )
-from taskstore.model.query import Page, TaskQuery, evaluate
 from taskstore.model.records import MAX_INT
 from taskstore.store.disk import SYSTEM, Disk
-from taskstore.store.interface import StoreReport, TaskRegistryStore, VerifyReport, check_base
+from taskstore.store.interface import LoadedRecordsStore, StoreReport, VerifyReport, check_base
 from taskstore.store.opening import check_options
 from taskstore.stores.common.change_feed import ChangeFeed, PollingWatcher, Watcher
 from taskstore.stores.common.compaction import compact
@@ -52,7 +51,7 @@ LONGEST_POLL_PAUSE_S = 0.025
 _T = TypeVar("_T")
 
 
-class JSONStore(TaskRegistryStore):
+class JSONStore(LoadedRecordsStore):
     """A ledger in a directory of JSON files, for any number of processes on one machine.
 
     ``path`` is the directory (``str`` or ``Path``); the store creates a missing
@@ -222,7 +221,7 @@ class JSONStore(TaskRegistryStore):
 
         return PollingWatcher(self.head, version, longest_pause_s=LONGEST_POLL_PAUSE_S)
 
-    # -- compaction, query, integrity -------------------------------------
+    # -- compaction, integrity -------------------------------------
 
     def compact(self, policy: CompactionPolicy) -> CompactionReport:
         steps = Compaction(self._require_writer(), erase=policy.erase_deleted)
@@ -231,10 +230,6 @@ class JSONStore(TaskRegistryStore):
                 return compact(steps, policy, self.clock)
         finally:
             self._quarantined = (*self._quarantined, *steps.superseded)
-
-    def query(self, query: TaskQuery) -> Page:
-        snapshot = self.load_snapshot()
-        return evaluate(query, snapshot.records.values(), snapshot.seq)
 
     def verify(self) -> VerifyReport:
         self._check_open()

@@ -7,26 +7,73 @@ authoritative and the columns that copy payload fields are not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import ColumnElement
 
-from taskstore.errors import CorruptStoreError
+from taskstore.errors import CorruptStoreError, ValidationError
 from taskstore.model.journal import Quarantined
-from taskstore.model.query import SESSION_KEY, Cursor, Page, TaskQuery, page_of
+from taskstore.model.query import (
+    SESSION_KEY,
+    Cursor,
+    Page,
+    Summary,
+    TaskQuery,
+    page_of,
+    split_pages,
+)
 from taskstore.model.records import ACTIVE_STATUSES, TaskRecord
-from taskstore.stores.sql.dialects.base import Session
-from taskstore.stores.sql.rows import TaskRow, record_of
+from taskstore.model.validation import check_key
+from taskstore.store.interface import TaskRegistryStore
+from taskstore.stores.sql.dialects.base import Database, Session
+from taskstore.stores.sql.rows import QUARANTINED_CHECKSUM, TaskRow, record_of
 from taskstore.stores.sql.statements import PAGE
-from taskstore.stores.sql.tables import ACTIVE, COPIED_COLUMNS, tasks, taskstore_head
+from taskstore.stores.sql.tables import ACTIVE, COPIED_COLUMNS, task_journal, tasks, taskstore_head
 from taskstore.stores.sql.transactions import Transactions
 
 MAX_FILTER_VALUES = 1000
 """The most values of a filter that becomes an SQL condition: servers limit parameters."""
 
 _SQL_FILTERS = frozenset({*COPIED_COLUMNS, "task_id", SESSION_KEY})
+
+
+class QueryStore(TaskRegistryStore):
+    """The methods of the SQL store that answer queries: an abstract base class."""
+
+    _transactions: Transactions
+    _query_quarantined: dict[str, Quarantined]
+    """The rows that queries could not decode, by task id."""
+
+    def query(self, query: TaskQuery) -> Page:
+        """Implement :meth:`taskstore.SupportsQuery.query`."""
+        self._check_open()
+        return run_query(self._transactions, query, self._query_quarantined)
+
+    def pages(self, query: TaskQuery, page_records: int) -> Iterator[Page]:
+        """Implement :meth:`taskstore.SupportsPages.pages`, in one read transaction."""
+        self._check_open()
+        return _read_pages(self._transactions, query, page_records, self._query_quarantined)
+
+    def summary(self) -> Summary:
+        """Implement :meth:`taskstore.SupportsSummary.summary`, with one statement."""
+        self._check_open()
+        return self._transactions.read(_count)
+
+    def find_ids(
+        self, endings: Collection[str], limit: int, *, deleted: bool = False
+    ) -> Sequence[str]:
+        """Implement :meth:`taskstore.SupportsIdSearch.find_ids`, with one statement that reads
+        only ids."""
+        self._check_open()
+        possible = [ending for ending in endings if _can_end_an_id(ending)]
+        if not possible:
+            return ()
+        statement = _ids_with_ending(self._transactions.database, possible, limit, deleted=deleted)
+        rows = self._transactions.read(lambda session: session.select(statement))
+        return tuple(row[0] for row in rows)
 
 
 def _is_sql_filter(field: str, wanted: frozenset[Any]) -> bool:
@@ -68,6 +115,30 @@ def _select_page(
 
 def _scan_pages(session: Session, query: TaskQuery, quarantined: dict[str, Quarantined]) -> Page:
     """Return one page; read rows in the caller's transaction until enough records match."""
+    seq, records = _matching(session, query, quarantined)
+    return page_of(records, query, seq)
+
+
+def _read_pages(
+    transactions: Transactions,
+    query: TaskQuery,
+    page_records: int,
+    quarantined: dict[str, Quarantined],
+) -> Iterator[Page]:
+    """Yield the page of a query in parts, which are read in one transaction."""
+    with (
+        transactions.database.translator,
+        transactions.reading(in_transaction=True) as session,
+    ):
+        seq, records = _matching(session, query, quarantined)
+        yield from split_pages(records, query, page_records, seq)
+
+
+def _matching(
+    session: Session, query: TaskQuery, quarantined: dict[str, Quarantined]
+) -> tuple[int, Iterator[TaskRecord]]:
+    """Return the head seq and the matching records after the cursor; the iterator reads the rows
+    in the caller's transaction, :data:`PAGE` at a time."""
     seq, rows = _fetch(session, query, query.cursor, PAGE)
 
     def matching(rows: list[TaskRow]) -> Iterator[TaskRecord]:
@@ -81,7 +152,57 @@ def _scan_pages(session: Session, query: TaskQuery, quarantined: dict[str, Quara
                 return
             _, rows = _fetch(session, query, _cursor_of(session, rows[-1]), PAGE)
 
-    return page_of(matching(rows), query, seq)
+    return seq, matching(rows)
+
+
+def _count(session: Session) -> Summary:
+    """Count the rows of ``tasks`` by status and runtime, and read the head, with one statement."""
+    counts = (
+        sa.select(tasks.c.status, tasks.c.runtime, sa.func.count().label("number"))
+        # A row with this checksum has no status and no runtime: its payload was quarantined.
+        .where(tasks.c.checksum != QUARANTINED_CHECKSUM)
+        .group_by(tasks.c.status, tasks.c.runtime)
+        .subquery("counts")
+    )
+    statement = sa.select(taskstore_head.c.head_seq, *counts.c).select_from(
+        taskstore_head.outerjoin(counts, sa.true())
+    )
+    rows = session.select(statement)
+    if not rows:
+        raise CorruptStoreError("taskstore_head", "the head row is missing")
+    statuses, runtimes = Counter[str](), Counter[str]()
+    for _, status, runtime, number in rows:
+        if number is not None:
+            statuses[status] += number
+            runtimes[runtime] += number
+    return Summary.of(statuses, runtimes, rows[0][0])
+
+
+def _can_end_an_id(ending: str) -> bool:
+    """Return whether an id can have this ending; some drivers do not accept other text."""
+    try:
+        return bool(check_key("task_id", ending))
+    except ValidationError:
+        return False
+
+
+def _ids_with_ending(
+    database: Database, endings: Collection[str], limit: int, *, deleted: bool
+) -> sa.Select[Any]:
+    column = task_journal.c.task_id if deleted else tasks.c.task_id
+    by_length: dict[int, set[str]] = {}
+    for ending in endings:
+        by_length.setdefault(len(ending), set()).add(ending)
+    conditions = (
+        database.ending(column, length).in_(sorted(wanted)) for length, wanted in by_length.items()
+    )
+    statement = sa.select(column).where(sa.or_(*conditions)).order_by(column).limit(limit)
+    if deleted:
+        floor = sa.select(taskstore_head.c.floor).scalar_subquery()
+        statement = statement.where(
+            task_journal.c.kind == "deleted", task_journal.c.seq >= floor
+        ).distinct()
+    return statement
 
 
 def _cursor_of(session: Session, row: TaskRow) -> Cursor:

@@ -18,10 +18,9 @@ from taskstore.errors import (
 )
 from taskstore.model.compaction_policy import CompactionPolicy, CompactionReport
 from taskstore.model.journal import Change, Commit, JournalEntry, Quarantined, Snapshot
-from taskstore.model.query import Page, TaskQuery
 from taskstore.model.records import MAX_INT, TaskRecord
 from taskstore.model.validation import check_key
-from taskstore.store.interface import StoreReport, TaskRegistryStore, VerifyReport
+from taskstore.store.interface import StoreReport, VerifyReport
 from taskstore.store.opening import check_options, redacted, scheme_of
 from taskstore.stores.common.change_feed import IDLE_TIMEOUT_S, ChangeFeed, PollingWatcher, Watcher
 from taskstore.stores.common.integrity import IntegrityCheck
@@ -31,7 +30,7 @@ from taskstore.stores.sql.commits import commit
 from taskstore.stores.sql.dialects import Database, host_database, open_database
 from taskstore.stores.sql.dialects.base import Session, VacuumReport
 from taskstore.stores.sql.migrate import ensure_schema
-from taskstore.stores.sql.query import run_query
+from taskstore.stores.sql.query import QueryStore
 from taskstore.stores.sql.rows import QUARANTINED_CHECKSUM, Head, TaskRow, entry_of, record_of
 from taskstore.stores.sql.snapshots import (
     read_head,
@@ -51,7 +50,7 @@ _WATCHERS: dict[str, Callable[[ConnectionPool, Callable[[], int]], Watcher]] = {
 """Maps a dialect to its watcher.  For a dialect without a watcher, the store polls the head."""
 
 
-class SQLStore(TaskRegistryStore):
+class SQLStore(QueryStore):
     """A ledger in the tables of an SQL database, opened on one engine.
 
     ``engine`` belongs to the host.  Each call acquires a connection, restores its settings
@@ -227,17 +226,13 @@ class SQLStore(TaskRegistryStore):
             errors=database.translator.errors,
         )
 
-    # -- compaction, query, integrity -------------------------------------
+    # -- compaction, integrity -------------------------------------
 
     def compact(self, policy: CompactionPolicy) -> CompactionReport:
         self._check_writable()
         return compaction.compact(
             self._transactions, policy, self.clock, self._trim_quarantined.append
         )
-
-    def query(self, query: TaskQuery) -> Page:
-        self._check_open()
-        return run_query(self._transactions, query, self._query_quarantined)
 
     def verify(self) -> VerifyReport:
         self._check_open()

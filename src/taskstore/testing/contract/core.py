@@ -22,9 +22,12 @@ from taskstore.model.records import TaskRecord, TaskStatus
 from taskstore.store.interface import (
     SupportsCompaction,
     SupportsHistory,
+    SupportsIdSearch,
     SupportsIntegrity,
     SupportsJournal,
+    SupportsPages,
     SupportsQuery,
+    SupportsSummary,
     TaskRegistryStore,
 )
 from taskstore.testing.contract.base import ContractBase, Ledger
@@ -359,6 +362,15 @@ def reads_of(store: TaskRegistryStore) -> list[Any]:
     if isinstance(store, SupportsQuery):
         querying: SupportsQuery = store
         calls.append(lambda: querying.query(TaskQuery(limit=1)))
+    if isinstance(store, SupportsPages):
+        paging: SupportsPages = store
+        calls.append(lambda: [*paging.pages(TaskQuery(), 1)])
+    if isinstance(store, SupportsSummary):
+        calls.append(store.summary)
+    if isinstance(store, SupportsIdSearch):
+        searching: SupportsIdSearch = store
+        calls.append(lambda: searching.find_ids(["first"], 1))
+        calls.append(lambda: searching.find_ids(["first"], 1, deleted=True))
     if isinstance(store, SupportsIntegrity):
         calls.append(store.verify)
     return calls

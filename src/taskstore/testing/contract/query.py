@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 import pytest
 
-from taskstore.model.query import Page, TaskQuery, evaluate
+from taskstore.model.journal import Quarantined, Snapshot
+from taskstore.model.query import Page, Summary, TaskQuery, evaluate
 from taskstore.model.records import (
     OPTIONAL_TIMES,
     DeliveryStatus,
@@ -17,7 +18,14 @@ from taskstore.model.records import (
     TaskStatus,
     TerminalOutcome,
 )
-from taskstore.store.interface import SupportsQuery, TaskRegistryStore
+from taskstore.store.interface import (
+    SupportsIdSearch,
+    SupportsJournal,
+    SupportsPages,
+    SupportsQuery,
+    SupportsSummary,
+    TaskRegistryStore,
+)
 from taskstore.testing.contract.base import ContractBase, Ledger
 from taskstore.testing.factories import EPOCH_MS, create, delete, make_put, play, update
 from taskstore.testing.types import FullStore
@@ -259,3 +267,154 @@ class QueryContract(ContractBase):
         for store in ledger.twice():
             check = QueryChecker(store)
             check(task_id=[*absent_ids, "task-07", "task-08", "task-09"], limit=2)
+
+
+class PagesContract(ContractBase):
+    """The guarantees of ``SupportsPages``."""
+
+    level = "query"
+    abilities: ClassVar[tuple[type, ...]] = (SupportsPages,)
+
+    @pytest.mark.parametrize("size", [1, 3, 14, 28, 1000])
+    def test_parts_of_a_page(self, ledger: Ledger, size: int) -> None:
+        """[5] The parts of a page together are the page, and the last part has its cursor."""
+        create_varied(ledger.store)
+        queries: list[dict[str, Any]] = [{}, {"limit": 1}, {"limit": 28}, {"limit": 9}]
+        queries += [{"status": list(TaskStatus)[:4], "limit": 5}, {"since": EPOCH_MS + 1}]
+        queries += [{"label": "no record has this"}, {"task": "a", "limit": 2}]
+        for store in ledger.twice():
+            checker = QueryChecker(store)
+            for filters in queries:
+                expected = checker.expected(**filters)
+                parts = list(store.pages(TaskQuery(**filters), size))
+                assert [record for part in parts for record in part] == list(expected)
+                assert len(parts) == max(1, -(-len(expected) // size))
+                assert all(len(part) == size for part in parts[:-1])
+                assert {part.seq for part in parts} == {expected.seq}
+                assert parts[-1].next_cursor == expected.next_cursor
+
+    def test_every_part_has_its_cursor(self, ledger: Ledger) -> None:
+        """[5] A query after the cursor of any part returns the records of the later parts."""
+        create_varied(ledger.store)
+        for store in ledger.twice():
+            parts = list(store.pages(TaskQuery(), 5))
+            for number, part in enumerate(parts[:-1], 1):
+                rest = next(store.pages(TaskQuery(after=part.next_cursor), 1000))
+                assert list(rest) == [record for later in parts[number:] for record in later]
+
+    def test_all_parts_are_of_one_moment(self, ledger: Ledger) -> None:
+        """[5] All parts show the records as of one seq, also if a commit comes in between."""
+        create_varied(ledger.store)
+        for store in ledger.twice():
+            expected = QueryChecker(store).expected()
+            writer = ledger.open()
+            found: list[TaskRecord] = []
+            for number, part in enumerate(store.pages(TaskQuery(), 5)):
+                assert part.seq == expected.seq
+                found += part
+                if number == 1:
+                    update(writer, expected[-1], label="changed in between")
+                    delete(writer, expected[-2], expected[0])
+                    create(writer, created_at=0)
+            assert found == list(expected)
+            QueryChecker(store)()
+
+    def test_parts_that_are_not_read(self, ledger: Ledger) -> None:
+        """[2] A reader that stops in between and closes the iterator holds up no writer."""
+        create_varied(ledger.store)
+        for store in ledger.twice():
+            parts = store.pages(TaskQuery(), 3)
+            next(parts)
+            parts.close()  # type: ignore[attr-defined]  # every iterator here is a generator
+            create(store)
+            QueryChecker(store)()
+
+
+class SummaryContract(ContractBase):
+    """The guarantees of ``SupportsSummary``."""
+
+    level = "query"
+    abilities: ClassVar[tuple[type, ...]] = (SupportsSummary,)
+
+    def test_the_summary_counts_the_records(self, ledger: Ledger) -> None:
+        """[5] The summary equals the count of the loaded records, as of the head."""
+        assert ledger.store.summary() == Summary.count((), 0)
+        create_varied(ledger.store)
+        record = create(ledger.store, status="queued", runtime="a-runtime")
+        for status in (TaskStatus.RUNNING, TaskStatus.FAILED):
+            for store in ledger.twice():
+                loaded = store.load_snapshot()
+                assert store.summary() == Summary.count(loaded.records.values(), loaded.seq)
+            record = update(ledger.store, record, status=status)
+        delete(ledger.store, record)
+        for store in ledger.twice():
+            loaded = store.load_snapshot()
+            counted = store.summary()
+            assert counted == Summary.count(loaded.records.values(), loaded.seq)
+            assert "a-runtime" not in counted.by_runtime
+
+    def test_the_summary_of_a_saved_snapshot(self, ledger: Ledger) -> None:
+        """[12] The summary does not count what a saved snapshot has quarantined."""
+        records = {put.task_id: put.record for put in (make_put() for _ in range(3))}
+        raw = b'{"v":"9.0","task_id":"from the future","revision":3}'
+        item = Quarantined(raw, "elsewhere", "from a newer version", "from the future", 3)
+        ledger.store.save_snapshot(Snapshot(7, records, EPOCH_MS, (item,)))
+        for store in ledger.twice():
+            assert store.summary() == Summary.count(records.values(), 7)
+
+
+_IDS = (
+    "01890000-0000-7000-8000-00000000abcd",
+    "01890000-0000-7000-8000-10000000abcd",
+    "01890000-0000-7000-8000-10000000ABCD",
+    "abcd",
+    "x_bcd",
+    "x%bcd",
+    "x\\bcd",
+    "xbcd",
+    "é",
+    "e\u0301",
+    "🎉 end",
+    "trailing ",
+)
+
+
+class IdSearchContract(ContractBase):
+    """The guarantees of ``SupportsIdSearch``."""
+
+    level = "query"
+    abilities: ClassVar[tuple[type, ...]] = (SupportsIdSearch,)
+
+    def test_ids_by_their_ending(self, ledger: Ledger) -> None:
+        """[11] Endings are compared exactly, character by character; nothing is a wildcard."""
+        ledger.store.apply([make_put(task_id=task_id) for task_id in _IDS])
+        cases: list[tuple[str, ...]]
+        cases = [(task_id[-size:],) for task_id in _IDS for size in (1, 2, 4, 5, 12, 40)]
+        cases += [("%bcd",), ("_bcd",), ("\\bcd",), ("%",), ("nobody",), ("",), ("y" * 300,)]
+        cases += [("\0",), ("\ud800",), ("trailing",), ("abcd", "🎉 end"), (), ("", "xbcd")]
+        for store in ledger.twice():
+            for endings in cases:
+                expected = [i for i in sorted(_IDS) if any(e and i.endswith(e) for e in endings)]
+                assert list(store.find_ids(endings, 100)) == expected, endings
+            assert (
+                list(store.find_ids(["bcd"], 3)) == [i for i in sorted(_IDS) if i[-3:] == "bcd"][:3]
+            )
+
+    def test_deleted_ids(self, ledger: Ledger) -> None:
+        """[3] An id is found either among the stored tasks or among the deleted tasks."""
+        kept, gone = create(ledger.store, task_id="kept-1234"), None
+        for store in ledger.twice():
+            gone = create(
+                store,
+                task_id=f"gone-{len(store.load_snapshot().records)}{store.load_snapshot().seq}-1234",
+            )
+            assert len(store.find_ids(["1234"], 9)) == 2
+            delete(store, update(store, gone))
+            assert list(store.find_ids(["1234"], 9)) == [kept.task_id]
+        if isinstance(ledger.store, SupportsJournal):
+            for store in ledger.twice():
+                deleted = store.find_ids(["1234"], 9, deleted=True)
+                assert len(deleted) == 2
+                assert gone is not None
+                assert gone.task_id in deleted
+                assert list(store.find_ids(["kept-1234"], 9, deleted=True)) == []

@@ -12,13 +12,14 @@ import pytest
 
 from taskstore.errors import Conflict, ConflictError, CursorExpiredError
 from taskstore.model.journal import Commit, Put, Snapshot, fold
-from taskstore.model.query import TaskQuery
+from taskstore.model.query import Summary, TaskQuery
 from taskstore.model.records import TaskRecord
 from taskstore.store.interface import (
     SupportsCompaction,
     SupportsIntegrity,
     SupportsJournal,
     SupportsQuery,
+    SupportsSummary,
 )
 from taskstore.testing.contract.base import ContractBase, Ledger, journal_of, needs
 from taskstore.testing.contract.compaction import TRIM, check_against_model
@@ -314,6 +315,17 @@ class SharedContract(ContractBase):
             entries = journal_of(store)
             for seq, records in dict(pages).items():
                 assert records == dict(fold(Snapshot(0), entries[:seq]).records), f"at seq {seq}"
+
+    @needs(SupportsSummary)
+    def test_a_summary_is_one_moment(self, ledger: Ledger) -> None:
+        """[5] A summary counts the records as of its seq, even while other threads write."""
+        counted: list[Summary] = []
+        self._read_while_writing(ledger, lambda store: counted.append(store.summary()))
+        for store in ledger.twice():
+            entries = journal_of(store)
+            for summary in {summary.seq: summary for summary in counted}.values():
+                records = fold(Snapshot(0), entries[: summary.seq]).records.values()
+                assert summary == Summary.count(records, summary.seq), f"at seq {summary.seq}"
 
     @needs(SupportsCompaction, SupportsIntegrity)
     def test_compacting_while_writing(self, ledger: Ledger) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import sqlalchemy as sa
+from sqlalchemy import ColumnElement
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.sql.expression import Executable
 
@@ -235,6 +236,11 @@ class Database:
     def error_kind(error: BaseException) -> ErrorKind:
         """Classify a driver's exception."""
         raise AssertionError(error)
+
+    @staticmethod
+    def ending(column: ColumnElement[str], length: int) -> ColumnElement[str]:
+        """Return the expression for the last ``length`` characters of a text column."""
+        return sa.func.right(column, length)
 
     def add_notice(self, text: str | None) -> None:
         """Add a notice to the store's list of notices, and log each notice once as a warning."""

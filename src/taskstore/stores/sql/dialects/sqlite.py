@@ -152,6 +152,10 @@ class SQLiteDatabase(Database):
             )
         self.add_notice(library_notice(module, owned=owned))
 
+    @staticmethod
+    def ending(column: sa.ColumnElement[str], length: int) -> sa.ColumnElement[str]:
+        return sa.func.substr(column, -length)
+
     def _location(self) -> str:
         if self.owned:
             return str(self.engine.url.database)
