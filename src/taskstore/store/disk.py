@@ -7,6 +7,11 @@ that a power loss can leave (``taskstore.testing.powerloss``).
 
 The first methods of :class:`Disk` are single system calls.  The methods after them combine
 several system calls.
+
+A new file gets the owner, the group and the mode of its *predecessor*: the file whose users must
+be able to use the new file.  A new file without a predecessor gets the owner and the group of its
+directory.  Only its owner can use such a file, and in a directory that a group can write, also the
+group.  A new file is accessible only to its creator until it has its final owner and group.
 """
 
 from __future__ import annotations
@@ -15,13 +20,18 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 TEMPORARY = ".tmp"
 """The suffix of the name of a file that is not complete yet."""
 
 _BUFFER = 1 << 20
+_READ_WRITE = 0o6
+_NOT_PERMITTED = (errno.EPERM, errno.EINVAL, errno.ENOTSUP)
+"""The errors of ``fchown`` if this process, or the file system, cannot set an owner or group."""
 
 
 class Disk:
@@ -79,6 +89,14 @@ class Disk:
         """Create a directory."""
         os.mkdir(path, mode)  # noqa: PTH102 - the plain system call
 
+    def chown(self, descriptor: int, uid: int, gid: int) -> None:
+        """Set the owner and the group of an open file; -1 changes nothing."""
+        os.fchown(descriptor, uid, gid)
+
+    def chmod(self, descriptor: int, mode: int) -> None:
+        """Set the mode of an open file."""
+        os.fchmod(descriptor, mode)
+
     # -- combined operations ------------------------------------------------
 
     def write_at(self, descriptor: int, data: bytes, offset: int) -> None:
@@ -90,13 +108,42 @@ class Disk:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             written += more
 
-    def write_new(self, path: Path, blocks: Iterable[bytes]) -> None:
-        """Create a file of mode 0600 and flush its bytes to disk; the file name is not durable yet.
+    def create(self, path: Path, predecessor: Path | None = None) -> int:
+        """Create a file for the users of ``predecessor``; return the descriptor, open for reading
+        and writing.
+
+        Raises ``FileExistsError`` if the file exists, and ``PermissionError`` if this process
+        cannot give the file to the users of ``predecessor``.
+        """
+        descriptor = self.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            self._hand_over(descriptor, path, _access_of(path, predecessor))
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.close(descriptor)
+            with contextlib.suppress(OSError):
+                self.unlink(path)
+            raise
+        return descriptor
+
+    def open_or_create(self, path: Path, predecessor: Path | None = None) -> int:
+        """Open a file for reading; create a missing file as :meth:`create` does."""
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                return self.open(path, os.O_RDONLY)
+            with contextlib.suppress(FileExistsError):  # another process created it
+                return self.create(path, predecessor)
+
+    def write_new(
+        self, path: Path, blocks: Iterable[bytes], predecessor: Path | None = None
+    ) -> None:
+        """Create a file as :meth:`create` does, and flush its bytes to disk; the file name is not
+        durable yet.
 
         Raises ``FileExistsError`` if the file exists.  If another error occurs, the
         method removes the file.
         """
-        descriptor = self.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        descriptor = self.create(path, predecessor)
         try:
             try:
                 self._write_blocks(descriptor, blocks)
@@ -107,6 +154,36 @@ class Disk:
             with contextlib.suppress(OSError):
                 self.unlink(path)
             raise
+
+    def _hand_over(self, descriptor: int, path: Path, wanted: _Access) -> None:
+        """Give a new file or directory its owner, its group and its mode."""
+        given = os.fstat(descriptor)
+        # Only root can set the owner.  A member of a group can set this group.
+        for uid in (wanted.uid, -1):
+            if (given.st_uid, given.st_gid) != (wanted.uid, wanted.gid):
+                try:
+                    self.chown(descriptor, uid, wanted.gid)
+                except OSError as error:
+                    if error.errno not in _NOT_PERMITTED:
+                        raise
+                given = os.fstat(descriptor)
+        mode = wanted.mode | given.st_mode & stat.S_ISGID
+        if given.st_gid != wanted.gid:
+            # The members of this group get only the access of all other users.
+            mode = mode & 0o707 | (mode & 0o007) << 3
+        if not wanted.is_satisfied(given, mode):
+            raise PermissionError(
+                errno.EPERM,
+                f"this process cannot create the file for the user {wanted.uid} and the group "
+                f"{wanted.gid}, who use the ledger",
+                str(path),
+            )
+        if stat.S_IMODE(given.st_mode) != mode:
+            try:
+                self.chmod(descriptor, mode)
+            except OSError as error:
+                if wanted.required or error.errno not in _NOT_PERMITTED:
+                    raise
 
     def _write_blocks(self, descriptor: int, blocks: Iterable[bytes]) -> None:
         offset, buffer = 0, bytearray()
@@ -119,15 +196,17 @@ class Disk:
         if buffer:
             self.write_at(descriptor, bytes(buffer), offset)
 
-    def write_temporary(self, path: Path, blocks: Iterable[bytes]) -> Path:
-        """Write a temporary file next to ``path``, flush the file to disk and return its path.
+    def write_temporary(
+        self, path: Path, blocks: Iterable[bytes], predecessor: Path | None = None
+    ) -> Path:
+        """Write a temporary file next to ``path`` with :meth:`write_new`; return its path.
 
         If the call fails, the method removes the temporary file.  The method replaces a
         temporary file that a killed process left.
         """
         temporary = path.with_name(path.name + TEMPORARY)
         self.remove_all([temporary])
-        self.write_new(temporary, blocks)
+        self.write_new(temporary, blocks, predecessor)
         return temporary
 
     def publish(self, temporary: Path, path: Path) -> None:
@@ -142,9 +221,10 @@ class Disk:
                 self.unlink(path)
 
     def make_directory(self, directory: Path) -> None:
-        """Durably create a directory and its missing parents with mode 0700.
+        """Durably create a directory and its missing parents, each for the users of its parent.
 
-        An existing directory does not change, but must be readable and writable.
+        Each new directory has mode 0700, or 2770 if a group can write its parent.  An existing
+        directory does not change, but must be readable and writable.
         """
         missing = []
         existing = directory
@@ -153,12 +233,57 @@ class Disk:
             existing = existing.parent
         for part in reversed(missing):
             with contextlib.suppress(FileExistsError):  # another process created it
-                self.mkdir(part)
+                self._make_one_directory(part)
             self.sync_directory(part.parent)
         if not directory.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))
         if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(directory))
+
+    def _make_one_directory(self, directory: Path) -> None:
+        self.mkdir(directory)
+        access = _access_of(directory, None)
+        mode = 0o2770 if access.mode & stat.S_IWGRP else 0o700
+        descriptor = self.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            self._hand_over(descriptor, directory, access._replace(mode=mode))
+        finally:
+            self.close(descriptor)
+
+
+class _Access(NamedTuple):
+    """The owner, the group and the mode that a new file should get.
+
+    ``required`` is true if these come from a predecessor, whose users must not lose their access.
+    """
+
+    uid: int
+    gid: int
+    mode: int
+    required: bool
+
+    def is_satisfied(self, given: os.stat_result, mode: int) -> bool:
+        """Return whether the users of the predecessor can read and write a file with this owner,
+        this group and this mode as they can read and write the predecessor."""
+        if not self.required:
+            return True
+        owner, group = self.mode >> 6 & _READ_WRITE, self.mode >> 3 & _READ_WRITE
+        others = mode & _READ_WRITE
+        if given.st_gid == self.gid:
+            # The owner of the predecessor uses the new file as a member of the group.
+            return given.st_uid == self.uid or not owner & ~(group | others)
+        return not group & ~others and (given.st_uid == self.uid or not owner & ~others)
+
+
+def _access_of(path: Path, predecessor: Path | None) -> _Access:
+    """Return the access of the predecessor, or of the directory if there is no predecessor."""
+    if predecessor is not None:
+        with contextlib.suppress(FileNotFoundError):
+            status = predecessor.stat()
+            return _Access(status.st_uid, status.st_gid, status.st_mode & 0o777, required=True)
+    status = path.parent.stat()
+    shared = status.st_mode & stat.S_IWGRP and not status.st_mode & stat.S_ISVTX
+    return _Access(status.st_uid, status.st_gid, 0o660 if shared else 0o600, required=False)
 
 
 SYSTEM = Disk()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import threading
@@ -148,3 +149,17 @@ def test_a_forked_child_that_closes_its_copy_does_not_leave_the_queue(path):
     held.close()
     held.close()
     assert attempts_of(held) == 1
+
+
+def test_a_removed_queue_file_is_replaced(path):
+    one, two = FairLock(path), FairLock(path)
+    assert not one.wait(lambda: False, 0.001)
+    path.unlink()
+    assert not two.wait(lambda: False, 0.001)
+    assert one.wait(lambda: True, 10)
+    assert os.path.samestat(os.fstat(one._descriptor), path.stat())
+    # The two waiters are in the same queue again.
+    fcntl.flock(two._descriptor, fcntl.LOCK_EX)
+    assert not one.wait(lambda: True, 0.001)
+    one.close()
+    two.close()

@@ -164,9 +164,9 @@ def test_a_missing_or_torn_synced_offset_is_not_used(both, directory, disk, harm
     create(other)
     harm(directory / "lock")
     create(store)
-    # An unreadable state is written first, with the pid.
-    steps = disk.steps if harm is torn else disk.steps[1:]
-    assert steps == NOT_SYNCED_BEFORE
+    # An unreadable state is written before the commit, with the pid.
+    rewritten = [] if harm is torn else ["record"]
+    assert disk.steps == ["sync", *rewritten, *SYNCED_BEFORE]
 
 
 def test_a_synced_offset_does_not_apply_to_a_new_segment(both, disk):

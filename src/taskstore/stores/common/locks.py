@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from taskstore.store.disk import SYSTEM
+
 QUEUE_TIMEOUT_S = 0.25
 """How long a waiter waits in the queue before it polls the lock directly, in seconds."""
 
@@ -30,14 +32,18 @@ _AGING_S = 0.003  # after this time, in seconds, a waiter polls twice as often a
 
 
 class FairLock:
-    """The queue of waiters for a lock, in the file ``path``; the first waiter creates this file.
+    """The queue of waiters for a lock, in the file ``path``; the first waiter creates this file for
+    the users of the file ``predecessor``.
 
-    Threads that share an instance must exclude each other by another lock.
+    Threads that share an instance must exclude each other by another lock.  If another program
+    removes the queue file, the waiters use a new file after a moment.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, predecessor: Path | None = None) -> None:
         self._path = os.fspath(path)  # a str is three times as fast as a Path
+        self._predecessor = predecessor
         self._descriptor = -1
+        self._check_at = 0.0
         # True if this waiter ignores the queue, because a stopped waiter is at the front.
         self._bypasses = False
 
@@ -49,6 +55,8 @@ class FairLock:
             return True
         try:
             started, waited, at_front = time.monotonic(), 0.0, False
+            if self._descriptor >= 0 and started >= self._check_at:
+                self._check_file(started)
             while True:
                 at_front = at_front or self._enter_queue()
                 self._bypasses = not at_front and (self._bypasses or waited > QUEUE_TIMEOUT_S)
@@ -74,12 +82,21 @@ class FairLock:
         if descriptor >= 0:
             os.close(descriptor)
 
+    def _check_file(self, now: float) -> None:
+        """Close the queue file if another program has removed or replaced it."""
+        self._check_at = now + QUEUE_TIMEOUT_S
+        try:
+            if os.path.samestat(os.stat(self._path), os.fstat(self._descriptor)):  # noqa: PTH116
+                return
+        except FileNotFoundError:
+            pass
+        self.close()
+
     def _enter_queue(self) -> bool:
         """Take the front of the queue; return false if another waiter is at the front."""
         try:
             if self._descriptor < 0:
-                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-                self._descriptor = os.open(self._path, flags, 0o600)
+                self._descriptor = SYSTEM.open_or_create(Path(self._path), self._predecessor)
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False

@@ -34,6 +34,7 @@ from taskstore.stores.jsonfile.layout import (
     open_snapshot,
     read_layout,
     read_snapshot_header,
+    snapshot_predecessor,
 )
 from taskstore.stores.jsonfile.lines import Entry, decode_entry
 from taskstore.stores.jsonfile.segments import CommitLocation, SegmentReader
@@ -56,6 +57,7 @@ class Compaction(CompactionSteps):
         self._writer = writer
         self._erase = erase
         self._layout = writer.layout
+        self._lock = writer.compact_lock()
 
     def stats(self, now: int) -> JournalStats:
         writer = self._writer
@@ -75,12 +77,14 @@ class Compaction(CompactionSteps):
                 oldest_at=first.line.at if first is not None else None,
             )
 
-    def lock(self) -> AbstractContextManager[None]:
-        return self._writer.compact_lock().held(COMPACT_LOCK_TIMEOUT_S, "another compactor")
+    def lock(self) -> AbstractContextManager[object]:
+        self._lock = self._writer.compact_lock()
+        return self._lock.held(COMPACT_LOCK_TIMEOUT_S, "another compactor")
 
     def begin(self) -> CompactionPoint:
         with self._writer.locked():
             layout = self._layout = self._writer.roll()
+            self._lock.extend(layout.segments[-1].path)
             seq, at = self._writer.end.seq, self._writer.end.at
         directory = layout.directory
         # The writer's layout can still contain snapshots that the previous compaction removed.
@@ -98,7 +102,7 @@ class Compaction(CompactionSteps):
         deleted = {task_id: seq for task_id, seq in merge.deleted.items() if seq >= floor}
         header = LedgerSnapshotHeader(point.seq, point.at, ledger, timeline, floor, deleted)
         blocks = codec.encode_snapshot_blocks(header, merge.payloads(), merge.quarantined())
-        disk.publish(disk.write_temporary(path, blocks), path)
+        disk.publish(disk.write_temporary(path, blocks, snapshot_predecessor(layout)), path)
         with self._writer.locked():
             self._writer.announce_floor(floor)
         self.superseded = merge.superseded

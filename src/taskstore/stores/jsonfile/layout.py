@@ -326,6 +326,20 @@ def snapshot_name(seq: int) -> str:
     return f"snapshot-{seq:020d}.json"
 
 
+def snapshot_predecessor(layout: Layout) -> Path:
+    """Return the file whose users must be able to use a new snapshot: the newest snapshot, or
+    without a snapshot the newest segment."""
+    if layout.newest is not None:
+        return layout.snapshot_path(layout.newest.seq)
+    return layout.segments[-1].path
+
+
+def newest_segment(directory: Path) -> Path | None:
+    """Return the path of the newest segment, or ``None`` if there is no segment."""
+    _, firsts = parse_file_names(os.listdir(directory))  # noqa: PTH208 - as in read_layout
+    return directory / segment_name(firsts[-1]) if firsts else None
+
+
 def parse_file_names(names: Iterable[str]) -> tuple[list[int], list[int]]:
     """Return the seqs of the snapshots and the first seqs of the segments, both ascending."""
     snapshots, segments = [], []
@@ -335,6 +349,15 @@ def parse_file_names(names: Iterable[str]) -> tuple[list[int], list[int]]:
         elif match := _SEGMENT.fullmatch(name):
             segments.append(int(match[1]))
     return sorted(snapshots), sorted(segments)
+
+
+def files_gone(directory: Path) -> StoreUnavailableError:
+    """Return the error for a ledger whose files were removed after it was opened."""
+    return StoreUnavailableError(
+        f"the files of the store {directory} are gone",
+        hint="restore the files; to begin an empty ledger instead, remove the file "
+        f"{LOCK_NAME!r} and open the store again",
+    )
 
 
 @contextmanager

@@ -1,12 +1,19 @@
 """Locks between processes with flock, and the writers' shared state.
 
-The file with the name ``lock`` also contains the line ``<pid> <generation> <synced> <synced>``.
+A writer owns the lock of the *directory*.  A compaction, and a replacement of the content, own
+the lock of the *segment that follows the newest snapshot*.  Nothing can remove or replace one of
+these two unnoticed: without the directory or the segment there is no ledger.  A lock on a file
+that only exists to be locked would not be safe, because a cleaner could remove the file while the
+lock is owned, and another process could then create and lock a new file.
+
+The file with the name ``lock`` contains the line ``<pid> <generation> <synced> <synced>``.
 ``pid`` is the process id of the last writer, for messages.  ``generation`` changes when the set
 of files changes or a segment is truncated: the lock owner makes ``generation`` odd before the
 change and even afterwards.  ``synced`` is an offset in the last segment: all bytes before the
 offset are flushed to disk, and the next writer need not flush them again.  The offset is
-written twice; if the two copies differ, the offset is unknown.  Only running processes use this
-line, so the line is never flushed to disk.
+written twice; if the two copies differ, the offset is unknown.  Only running processes use these
+values, so the line is never flushed to disk.  If the file was removed, the next writer creates a
+new file and reads the directory again.
 """
 
 from __future__ import annotations
@@ -19,17 +26,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from taskstore.errors import StoreBusyError
-from taskstore.store.disk import Disk
+from taskstore.errors import CorruptStoreError, StoreBusyError
+from taskstore.store.disk import TEMPORARY, Disk
 from taskstore.stores.common.locks import FairLock, describe_owners, describe_process, lock_owners
+from taskstore.stores.jsonfile.layout import (
+    COMPACT_LOCK_NAME,
+    LOCK_NAME,
+    files_gone,
+    newest_segment,
+    read_layout,
+    retry_while_changing,
+)
 
 _FIELD_COUNT = 4
 STATE_BYTES = 74
 """The length of the line in the lock file, in bytes."""
 
 
-class FileLock:
-    """An exclusive lock on one file, which is created with mode 0600.
+class PathLock:
+    """An exclusive ``flock`` on the file or directory that a path names.
 
     Two instances exclude each other, also within one process.  Threads that share an
     instance must exclude each other by another lock.
@@ -41,8 +56,6 @@ class FileLock:
         """The open file.  The lock owner calls ``fcntl.flock`` itself in a ``finally`` to release
         the lock: an interrupt could prevent a release method from running."""
         self._disk = disk
-        self.queue = FairLock(path.with_name(f"{path.name}.turn"))
-        """The queue of waiters; a waiter calls ``queue.wait(lock.try_acquire, timeout_s)``."""
         self._name = os.fspath(path)
         self._file_id = (0, 0)
 
@@ -60,13 +73,12 @@ class FileLock:
                 return False
             except FileNotFoundError:
                 pass
-            # The lock file was removed or replaced: its lock does not exclude users of a new file.
+            # The file was removed or replaced: its lock does not exclude users of a new file.
             self._close()
 
     def close(self) -> None:
-        """Close the lock file and the queue file.  This releases the lock, except in a forked
-        child, because the parent still has the files open.  A second call does nothing."""
-        self.queue.close()
+        """Close the file.  This releases the lock, except in a forked child, because the parent
+        still has the file open.  A second call does nothing."""
         self._close()
 
     def _close(self) -> None:
@@ -75,32 +87,100 @@ class FileLock:
             self._disk.close(descriptor)
 
     def _open(self) -> None:
-        self.descriptor = self._disk.open(self.path, os.O_RDWR | os.O_CREAT)
+        self.descriptor = self._open_path()
         status = os.fstat(self.descriptor)
         self._file_id = (status.st_ino, status.st_dev)
 
+    def _open_path(self) -> int:
+        return self._disk.open(self.path, os.O_RDONLY)
+
+
+class _CreatedLock(PathLock):
+    """A lock on a file that the first process creates for the users of the ledger."""
+
+    def _open_path(self) -> int:
+        return self._disk.open_or_create(self.path, newest_segment(self.path.parent))
+
+
+class CompactLock:
+    """The lock that excludes compactions and replacements of the content.
+
+    The owner first locks the file ``compact.lock``, which programs that copy the ledger lock too.
+    Then the owner locks the segment that follows the newest snapshot.  Only the owner publishes
+    snapshots; before it does so, it locks the segment that follows the new snapshot as well
+    (:meth:`extend`).  Therefore no other process can get the lock while this process owns it, even
+    if ``compact.lock`` was removed.
+    """
+
+    def __init__(self, directory: Path, disk: Disk) -> None:
+        self.directory = directory
+        self._disk = disk
+        self._file = _CreatedLock(directory / COMPACT_LOCK_NAME, disk)
+        self._segments: dict[Path, PathLock] = {}
+        self._busy_path = self._file.path
+        queue = directory / f"{COMPACT_LOCK_NAME}.turn"
+        self._queue = FairLock(queue, self._file.path)
+
+    def try_acquire(self) -> bool:
+        """Take the lock if it is free; return whether the lock was taken."""
+        self._busy_path = self._file.path
+        return self._file.try_acquire() and self._try_segment()
+
+    def _try_segment(self) -> bool:
+        while True:
+            path = self._segment_to_lock()
+            lock = self._segments.setdefault(path, PathLock(path, self._disk))
+            try:
+                if not lock.try_acquire():
+                    self._busy_path = path
+                    return False
+            except FileNotFoundError:
+                continue  # another owner has just removed the segment
+            if self._segment_to_lock() == path:
+                return True
+            # Another owner has just published a snapshot.
+            self._segments.pop(path).close()
+
+    def _segment_to_lock(self) -> Path:
+        layout = retry_while_changing(self.directory, lambda _: read_layout(self.directory))
+        if layout.is_empty:
+            raise files_gone(self.directory)
+        first = layout.after_newest().first
+        return next(segment.path for segment in layout.segments if segment.first == first)
+
+    def extend(self, path: Path) -> None:
+        """Lock the segment that will follow the new snapshot; requires the lock."""
+        if path not in self._segments:
+            lock = self._segments[path] = PathLock(path, self._disk)
+            if not lock.try_acquire():
+                raise busy_error(path, "another compactor", 0)
+
+    def close(self) -> None:
+        """Release the lock and close all files.  A second call does nothing."""
+        self._queue.close()
+        while self._segments:
+            self._segments.popitem()[1].close()
+        self._file.close()
+
     @contextmanager
-    def held(self, timeout_s: float, role: str) -> Iterator[None]:
-        """Take the lock, keep the lock during the body, then close the lock file.  If the lock
-        is not free in time, raises :class:`StoreBusyError`, which names ``role`` as the lock
-        owner."""
+    def held(self, timeout_s: float, role: str) -> Iterator[CompactLock]:
+        """Keep the lock during the body, then close the lock.  If the lock is not free in time,
+        raises :class:`StoreBusyError`, which names ``role`` as the lock owner."""
         try:
-            wait = self.queue.wait
+            wait = self._queue.wait
             if not (self.try_acquire() or (timeout_s > 0 and wait(self.try_acquire, timeout_s))):
-                raise busy_error(self.path, role, timeout_s)
-            yield
+                raise busy_error(self._busy_path, role, timeout_s)
+            yield self
         finally:
             # The release must not raise an error, because the work under the lock is complete.
             try:
-                if self.descriptor >= 0:
-                    fcntl.flock(self.descriptor, fcntl.LOCK_UN)
                 self.close()
             except OSError:
                 self.close()
 
 
-class WriteLock(FileLock):
-    """The lock of the directory's writers, with the state in the lock file.
+class WriteLock(PathLock):
+    """The lock of the directory's writers, and the state in the lock file.
 
     ``generation`` is the current generation of the files.  ``known_generation`` is the
     generation of the owner's layout; ``None`` if the layout can be outdated.  ``synced`` is the
@@ -108,8 +188,10 @@ class WriteLock(FileLock):
     if the offset is unknown.
     """
 
-    def __init__(self, path: Path, disk: Disk) -> None:
-        super().__init__(path, disk)
+    def __init__(self, directory: Path, disk: Disk) -> None:
+        super().__init__(directory, disk)
+        self.state_path = directory / LOCK_NAME
+        self.state_descriptor = -1
         self.generation = 0
         self.known_generation: int | None = None
         self.synced = 0
@@ -117,23 +199,106 @@ class WriteLock(FileLock):
         """The line most recently read or written.  The attributes are current while the lock file
         contains this line.
         """
+        self.queue = FairLock(directory / f"{LOCK_NAME}.turn", self.state_path)
+        """The queue of waiters; a waiter calls ``queue.wait(lock.try_acquire, timeout_s)``."""
+        self.mentions_ledger = False
+        """Whether the lock file says that the directory contained a ledger."""
         self._pid = os.getpid()
+        self._is_recorded = True
+        self._state_name = os.fspath(self.state_path)
+        self._state_id = (0, 0)
 
-    def _open(self) -> None:
+    def try_acquire(self) -> bool:
+        """Take the lock if it is free, and open the lock file; return whether the lock was
+        taken."""
+        while True:
+            if self.descriptor < 0:
+                self._open()
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                status = os.stat(self._name)  # noqa: PTH116 - takes half the time of Path.stat
+            except BlockingIOError:
+                return False
+            except FileNotFoundError:
+                pass
+            else:
+                if (status.st_ino, status.st_dev) == self._file_id:
+                    break
+            # The directory was moved, removed or replaced.
+            self._close()
+        try:
+            status = os.stat(self._state_name)  # noqa: PTH116 - as above
+            if (status.st_ino, status.st_dev) == self._state_id:
+                return True
+        except FileNotFoundError:
+            pass
+        return self._open_state()
+
+    def _open_path(self) -> int:
+        return self._disk.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def _open_state(self) -> bool:
+        """Open the lock file, or create it; return false if an older taskstore owns its lock.
+        Requires the lock."""
+        self._close_state()
         # A new lock file can belong to other journal files.
         self.state, self.known_generation = None, None
-        super()._open()
+        try:
+            self.state_descriptor = self._disk.open(self.state_path, os.O_RDWR)
+        except FileNotFoundError:
+            self._create_state()
+            self.state_descriptor = self._disk.open(self.state_path, os.O_RDWR)
+        status = os.fstat(self.state_descriptor)
+        self._state_id = (status.st_ino, status.st_dev)
+        try:
+            # taskstore 0.1.0 excludes other writers with an exclusive lock on this file.  It must
+            # not write while a later version has the ledger open.
+            fcntl.flock(self.state_descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._close_state()
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+            return False
+        return True
+
+    def _create_state(self) -> None:
+        # A process that is killed here leaves no lock file that other users cannot open.
+        temporary = self.state_path.with_name(LOCK_NAME + TEMPORARY)
+        self._disk.remove_all([temporary])
+        self._disk.close(self._disk.create(temporary, newest_segment(self.path)))
+        self._disk.rename(temporary, self.state_path)
+
+    def _close_state(self) -> None:
+        descriptor, self.state_descriptor = self.state_descriptor, -1
+        self._state_id = (0, 0)
+        if descriptor >= 0:
+            self._disk.close(descriptor)
+
+    def close(self) -> None:
+        """Close all files.  This releases the lock, except in a forked child, because the parent
+        still has the files open.  A second call does nothing."""
+        self.queue.close()
+        self._close_state()
+        self._close()
 
     def load_state(self, state: bytes) -> None:
-        """Set the attributes from the line of the lock file, and record this process as the
-        last writer.  Requires the lock."""
+        """Set the attributes from the line of the lock file.  Requires the lock."""
         pid, self.generation, self.synced = _parse(state)
         self.state = state
+        self.mentions_ledger = mentions_ledger(state)
+        self._is_recorded = pid == self._pid
         if pid == 0:
-            # A new lock file: its generation must differ from every earlier generation.
-            self.generation = time.time_ns() & ~1
-        if pid != self._pid:
+            # A new lock file: its generation must differ from every earlier generation, and is odd
+            # until the ledger is known to exist.
+            self.generation = time.time_ns() | 1
+
+    def confirm_state(self) -> None:
+        """Record that the files are complete, and that this process is the last writer.  Requires
+        the lock."""
+        if self.generation % 2:
+            self.bump_generation()
+        elif not self._is_recorded:
             self._write_state()
+        self.known_generation = self.generation
 
     def record_synced(self, offset: int) -> None:
         """Record that the last segment is flushed to disk up to ``offset``.  Requires the lock and
@@ -171,8 +336,8 @@ class WriteLock(FileLock):
             self.synced,
         )
         self.state = None
-        self._disk.pwrite(self.descriptor, state, 0)
-        self.state = state
+        self._disk.pwrite(self.state_descriptor, state, 0)
+        self.state, self._is_recorded = state, True
 
 
 def read_generation(path: Path) -> tuple[int, int] | None:
@@ -184,26 +349,57 @@ def read_generation(path: Path) -> tuple[int, int] | None:
         with path.open("rb", buffering=0) as file:
             pid, generation, _ = _parse(file.read(STATE_BYTES))
             inode = os.fstat(file.fileno()).st_ino
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         return None
     return (generation, inode) if pid and generation % 2 == 0 else None
 
 
+def check_not_removed(directory: Path) -> None:
+    """Raise :class:`CorruptStoreError` if the lock file of a directory without a ledger says that
+    the directory contained a ledger."""
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        if mentions_ledger((directory / LOCK_NAME).read_bytes()[:STATE_BYTES]):
+            raise removed_error(directory)
+
+
+def removed_error(directory: Path) -> CorruptStoreError:
+    """Return the error for a directory whose ledger was removed."""
+    return CorruptStoreError(
+        str(directory),
+        f"the file {LOCK_NAME!r} says that the directory contained a ledger, but the snapshots "
+        "and segments are gone",
+        hint="nothing was changed; restore the files from a backup, or remove "
+        f"{directory / LOCK_NAME} to begin an empty ledger",
+    )
+
+
 def busy_error(path: Path, role: str, waited_s: float) -> StoreBusyError:
-    """Return the error for a waiter that waited too long for the lock at ``path``."""
+    """Return the error for a waiter that waited too long for the lock of ``path``, a directory or a
+    file in the directory."""
     owners = lock_owners(path)
-    if not owners:
+    directory = path if path.is_dir() else path.parent
+    what = "the directory" if path == directory else f"the file {path.name!r}"
+    if not owners and path == directory:
         with contextlib.suppress(OSError):
-            pid, _, _ = _parse(path.read_bytes())
+            pid, _, _ = _parse((directory / LOCK_NAME).read_bytes())
             # The system does not report the owner; the last writer is the most likely owner.
             owners = (f"perhaps {describe_process(pid)}",) if pid else ()
     waited = f" for {waited_s:g} s" if waited_s else ""
     return StoreBusyError(
-        f"the store {path.parent} is busy: {role} has held the file {path.name!r}{waited}; "
+        f"the store {directory} is busy: {role} has locked {what}{waited}; "
         f"{describe_owners(owners)}",
         hint="try again; if this fails too, check what the lock owner is doing",
         owners=owners,
     )
+
+
+def mentions_ledger(state: bytes) -> bool:
+    """Return whether the line of a lock file says that the directory contained a ledger.
+
+    Every version of taskstore writes the pid and the generation first.
+    """
+    fields = state.split()[:2]
+    return len(fields) == 2 and all(field.isdigit() for field in fields) and int(fields[0]) > 0  # noqa: PLR2004
 
 
 def _parse(state: bytes) -> tuple[int, int, int]:

@@ -27,7 +27,7 @@ from taskstore.stores.jsonfile.layout import (
     retry_while_changing,
 )
 from taskstore.stores.jsonfile.lines import decode_commit, journal_entry, task_id_pattern
-from taskstore.stores.jsonfile.locks import read_generation
+from taskstore.stores.jsonfile.locks import check_not_removed, read_generation
 from taskstore.stores.jsonfile.segments import (
     CommitLocation,
     SegmentReader,
@@ -44,13 +44,17 @@ _seq_of = operator.attrgetter("seq")
 
 class Reader:
     """Reads the directory of one ledger, with a cache of journal positions.  Any number of threads
-    can use the reader."""
+    can use the reader.
 
-    def __init__(self, directory: Path, *, strict: bool) -> None:
+    ``ledger_found`` is true if the caller has already found a ledger in the directory.
+    """
+
+    def __init__(self, directory: Path, *, strict: bool, ledger_found: bool) -> None:
         self.directory = directory
         self.strict = strict
         self._lock = threading.Lock()
         self._layout: Layout | None = None
+        self._ledger_found = ledger_found
         self._generation: tuple[int, int] | None = None
         self._positions: list[JournalOffset] = []
 
@@ -75,9 +79,12 @@ class Reader:
             return known
         layout = read_layout(self.directory)
         if layout.is_empty:
+            if not self._ledger_found:
+                check_not_removed(self.directory)
             raise StoreUnavailableError(
                 f"there is no ledger in {self.directory}", hint="check the path"
             )
+        self._ledger_found = True
         with self._lock:
             if known is not None and not _keeps_positions(known, layout):
                 self._positions = []

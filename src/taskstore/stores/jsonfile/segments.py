@@ -106,11 +106,18 @@ def read_lines(
 
 
 def prepare_segment(
-    disk: Disk, path: Path, identity: Identity, *, at: int, base: bool = False
+    disk: Disk,
+    path: Path,
+    identity: Identity,
+    *,
+    at: int,
+    predecessor: Path | None,
+    base: bool = False,
 ) -> Path:
     """Write a new segment for ``path`` to a temporary file; return the temporary file's path."""
     first = int(path.stem.partition("-")[2])
-    return disk.write_temporary(path, [encode_header(identity, seq=first, at=at, base=base)])
+    header = encode_header(identity, seq=first, at=at, base=base)
+    return disk.write_temporary(path, [header], predecessor)
 
 
 def truncate_tail(disk: Disk, descriptor: int, path: Path, offset: int) -> str:
@@ -127,7 +134,7 @@ def truncate_tail(disk: Disk, descriptor: int, path: Path, offset: int) -> str:
     while kept.exists():
         count += 1
         kept = path.with_name(f"{path.name}.{offset}-{count}{TORN}")
-    disk.publish(disk.write_temporary(kept, [tail]), kept)
+    disk.publish(disk.write_temporary(kept, [tail], path), kept)
     disk.truncate(descriptor, offset)
     torn_line = torn_line_text(len(tail), offset)
     return f"{path}: {torn_line}; the line was removed, and its bytes are kept in {kept.name}"

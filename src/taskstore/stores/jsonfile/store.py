@@ -79,7 +79,7 @@ class JSONStore(LoadedRecordsStore):
         self.directory = Path(path).absolute()  # absolute, because the working directory can change
         self.location = str(path)
         self.strict = strict
-        self._reader = Reader(self.directory, strict=strict)
+        self._reader = Reader(self.directory, strict=strict, ledger_found=not read_only)
         self._writer: Writer | None = None
         self._quarantined: tuple[Quarantined, ...] = ()
         self._feed = ChangeFeed(self.head, self._start_watcher, self.location)
@@ -142,10 +142,10 @@ class JSONStore(LoadedRecordsStore):
                 for task_id in sorted(snapshot.records)
             ]
             with (
-                writer.compact_lock().held(writer.timeout_s, "a compactor"),
+                writer.compact_lock().held(writer.timeout_s, "a compactor") as lock,
                 writer.locked(indexed=False),
             ):
-                writer.replace(snapshot, payloads)
+                writer.replace(snapshot, payloads, lock)
         self._quarantined = snapshot.quarantined
         self._feed.announce(snapshot.seq)
 

@@ -31,21 +31,27 @@ from taskstore.store.disk import TEMPORARY, Disk
 from taskstore.stores.common.retry import Contention
 from taskstore.stores.jsonfile.index import Index, load
 from taskstore.stores.jsonfile.layout import (
-    COMPACT_LOCK_NAME,
-    LOCK_NAME,
     JournalOffset,
     Layout,
     LedgerSnapshotHeader,
     SegmentFile,
     check_newest,
+    files_gone,
     read_layout,
     retry_while_changing,
     segment_name,
     snapshot_name,
+    snapshot_predecessor,
     unavailable,
 )
 from taskstore.stores.jsonfile.lines import LINE_PREFIX_BYTES, Identity, encode_commit
-from taskstore.stores.jsonfile.locks import STATE_BYTES, FileLock, WriteLock, busy_error
+from taskstore.stores.jsonfile.locks import (
+    STATE_BYTES,
+    CompactLock,
+    WriteLock,
+    busy_error,
+    removed_error,
+)
 from taskstore.stores.jsonfile.segments import SegmentReader, prepare_segment, truncate_tail
 
 _REOPEN = "close the store and open it again"
@@ -70,7 +76,7 @@ class Writer:
         self.reserved = False
         """True if this thread owns the lock, and the next :meth:`locked` takes the lock over."""
         self.timeout_s = lock_timeout_s
-        self._lock = WriteLock(directory / LOCK_NAME, disk)
+        self._lock = WriteLock(directory, disk)
         self._fsync_commits = sync
         self._thread_lock = threading.RLock()
         self._locked = False
@@ -117,7 +123,7 @@ class Writer:
         try:
             if not lock.queue.wait(lock.try_acquire, self.timeout_s / 2):
                 self._wait_for_progress()
-            state = os.pread(lock.descriptor, STATE_BYTES, 0)
+            state = os.pread(lock.state_descriptor, STATE_BYTES, 0)
             if state != lock.state:
                 lock.load_state(state)
             grown = None
@@ -146,9 +152,9 @@ class Writer:
                 return
         raise busy_error(lock.path, "another writer", self.timeout_s)
 
-    def compact_lock(self) -> FileLock:
+    def compact_lock(self) -> CompactLock:
         """Return a new lock object that excludes compactions and replacements of the content."""
-        return FileLock(self.directory / COMPACT_LOCK_NAME, self.disk)
+        return CompactLock(self.directory, self.disk)
 
     def close(self) -> None:
         """Release all resources, after the current write."""
@@ -184,9 +190,7 @@ class Writer:
             # The index can contain an incomplete commit.
             self.index = self._lock.known_generation = None
             raise
-        if self._lock.generation % 2:
-            self._lock.bump_generation()
-        self._lock.known_generation = self._lock.generation
+        self._lock.confirm_state()
 
     def _read_commits(self, layout: Layout, *, indexed: bool) -> None:
         """Read the commits after the known end of the journal.  If this end or the index is not
@@ -220,15 +224,17 @@ class Writer:
         """Read the directory, and return its layout.  If there is no ledger, create a ledger; else
         remove leftover files."""
         layout = read_layout(self.directory)
-        if layout.is_empty and self.layout.segments:
-            reason = f"the files of the store {self.directory} are gone"
-            hint = "restore the files; to begin an empty ledger instead, open the store again"
-            raise StoreUnavailableError(reason, hint=hint)
         if not layout.is_empty:
             _remove_leftovers(layout, self.disk)
             return layout
+        if self.layout.segments:
+            raise files_gone(self.directory)
+        if self._lock.mentions_ledger:
+            raise removed_error(self.directory)
         path = self.directory / segment_name(1)
-        temporary = prepare_segment(self.disk, path, Identity(uuid.uuid4().hex, 1), at=0)
+        temporary = prepare_segment(
+            self.disk, path, Identity(uuid.uuid4().hex, 1), at=0, predecessor=None
+        )
         self.disk.publish(temporary, path)
         return read_layout(self.directory)
 
@@ -341,7 +347,10 @@ class Writer:
         lock."""
         if self.end.seq >= self.end.first:
             path = self.directory / segment_name(self.end.seq + 1)
-            temporary = prepare_segment(self.disk, path, self.layout.identity, at=self.end.at)
+            last = self.layout.segments[-1].path
+            temporary = prepare_segment(
+                self.disk, path, self.layout.identity, at=self.end.at, predecessor=last
+            )
             with self._disable_on_error("beginning a segment"), self._lock.changing():
                 # It is possible that another process has written without an fsync.  A torn line is
                 # allowed only in the last segment.
@@ -365,8 +374,9 @@ class Writer:
         if self.index is not None:
             self.index.forget_deletions(floor)
 
-    def replace(self, snapshot: Snapshot, payloads: Iterable[bytes]) -> None:
-        """Replace the whole content with a snapshot.  Requires the write and compaction locks."""
+    def replace(self, snapshot: Snapshot, payloads: Iterable[bytes], lock: CompactLock) -> None:
+        """Replace the whole content with a snapshot.  Requires the write lock and the compaction
+        lock ``lock``."""
         head, at = self.end.seq, max(snapshot.at, self.end.at)
         if head and snapshot.seq <= head:
             raise ConflictError([], f"the snapshot is at seq {snapshot.seq}, the head at {head}")
@@ -376,14 +386,18 @@ class Writer:
         floor, ledger, timeline = snapshot.seq + 1, identity.ledger, identity.timeline
         header = LedgerSnapshotHeader(snapshot.seq, at, ledger, timeline, floor)
         blocks = codec.encode_snapshot_blocks(header, payloads, snapshot.quarantined)
-        temporary = self.disk.write_temporary(path, blocks)
+        temporary = self.disk.write_temporary(path, blocks, snapshot_predecessor(self.layout))
         try:
             segment = self.directory / segment_name(snapshot.seq + 1)
-            prepared = prepare_segment(self.disk, segment, identity, at=at, base=True)
+            last = self.layout.segments[-1].path
+            prepared = prepare_segment(
+                self.disk, segment, identity, at=at, predecessor=last, base=True
+            )
             # The three attributes set here are invalid from here on, also after an interrupt.
             self.last_commit, self.index, self.preloaded = Position(0), None, None
             with self._disable_on_error("replacing the content"), self._lock.changing():
                 self.disk.publish(prepared, segment)
+                lock.extend(segment)
                 self.disk.publish(temporary, path)
                 layout = read_layout(self.directory)
                 self.disk.remove_all(layout.obsolete)
@@ -409,9 +423,13 @@ def _remove_leftovers(layout: Layout, disk: Disk) -> None:
     others = [path for path in leftovers if path.name.startswith("snapshot-")]
     if not others and not layout.obsolete:
         return
-    compact_lock = FileLock(layout.directory / COMPACT_LOCK_NAME, disk)
-    # A running compactor removes its own leftover files.
-    with contextlib.suppress(StoreBusyError), compact_lock.held(0, "a compactor"):
+    compact_lock = CompactLock(layout.directory, disk)
+    # A running compactor removes its own leftover files.  While another user creates the lock file,
+    # this user cannot open the lock file.
+    with (
+        contextlib.suppress(StoreBusyError, PermissionError),
+        compact_lock.held(0, "a compactor"),
+    ):
         # The floor comes from the header of the snapshot file, whose checksum is not yet verified.
         check_newest(layout)
         disk.remove_all([*layout.obsolete, *others])

@@ -24,8 +24,8 @@ from taskstore.testing.faults.injection import DELAY, Call, Fault, Inject, Injec
 
 _BY_PATH = ("link", "listdir", "mkdir", "open", "remove", "rename", "replace", "rmdir", "scandir",
             "stat", "truncate", "unlink")  # fmt: skip
-_BY_DESCRIPTOR = ("close", "fdatasync", "fstat", "fsync", "ftruncate", "pread", "pwrite", "read",
-                  "write", "writev")  # fmt: skip
+_BY_DESCRIPTOR = ("close", "fchmod", "fchown", "fdatasync", "fstat", "fsync", "ftruncate", "pread",
+                  "pwrite", "read", "write", "writev")  # fmt: skip
 _WRITES = ("pwrite", "write")
 _SYNCS = ("fdatasync", "fsync", "fcntl")
 _VARYING = re.compile(r"(?<=taskstore-contract-).*|[0-9]+")

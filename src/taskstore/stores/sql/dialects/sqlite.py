@@ -23,6 +23,7 @@ from taskstore.errors import (
     StoreUnavailableError,
     ValidationError,
 )
+from taskstore.store.disk import SYSTEM
 from taskstore.stores.common.locks import FairLock, describe_owners, lock_owners
 from taskstore.stores.sql import sqlite_library
 from taskstore.stores.sql.dialects.base import (
@@ -213,7 +214,7 @@ class SQLiteDatabase(Database):
         if time.monotonic() < self._contended_until or not self._begin(session):
             self._contended_until = time.monotonic() + _CONTENTION_S
             if self._fair_lock is None:
-                self._fair_lock = FairLock(Path(f"{self.location}-turn"))
+                self._fair_lock = FairLock(Path(f"{self.location}-turn"), Path(self.location))
             if not self._fair_lock.wait(partial(self._begin, session), WRITE_LOCK_TIMEOUT_S):
                 session.execute("BEGIN IMMEDIATE")
 
@@ -403,17 +404,16 @@ def _write_pragmas(durability: str) -> tuple[str, ...]:
 
 
 def create_privately(path: Path) -> str | None:
-    """Create the database file if it does not exist.  Only its owner can read a new file.
+    """Create the database file if it does not exist, for the users of its directory.
     Return a notice if the file exists and is empty.
 
-    New directories get the mode 0700.  A new database file gets the mode 0600.  SQLite creates the
-    ``-wal`` and ``-shm`` with the mode of the database file.  Existing files keep their modes.
+    Missing directories are created as well.  SQLite creates the ``-wal`` and ``-shm`` with the mode
+    of the database file.  Existing files keep their modes.
     """
     try:
-        missing = [parent for parent in path.parents if not parent.exists()]
-        for parent in reversed(missing):
-            parent.mkdir(mode=0o700, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        if not path.parent.exists():
+            SYSTEM.make_directory(path.parent)
+        SYSTEM.close(SYSTEM.create(path))
     except FileExistsError:
         if not path.is_file():
             kind = "a directory" if path.is_dir() else "not a regular file"
