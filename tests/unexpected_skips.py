@@ -2,8 +2,9 @@
 
 Use it with ``python -m pytest -p tests.unexpected_skips``.  A contract clause may skip
 if the store lacks an ability or a guarantee.  Outside of CI, a test may skip if no
-MariaDB or Redis server is there, or if it needs root.  A test of a full disk may skip if it cannot mount a
-file system; tests with file size limits cover the same errors.  No other test may skip.
+MariaDB or Redis server is there, or if it needs root.  A test of a full disk may skip if
+it cannot mount a file system; tests with file size limits cover the same errors.  No
+other test may skip.
 """
 
 import os

@@ -12,6 +12,7 @@ import fcntl
 import os
 import pickle
 from contextlib import contextmanager
+from functools import partial
 from types import MappingProxyType
 
 from taskstore.errors import CorruptStoreError
@@ -37,6 +38,7 @@ class LogStore(MemoryStore):
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         with self.locked():
             self.catch_up()
+        self._release_when_dropped(partial(os.close, self.descriptor))
 
     # -- the file -----------------------------------------------------------
 

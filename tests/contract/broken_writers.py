@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+import weakref
 from contextlib import nullcontext
 from types import MappingProxyType
 
@@ -258,6 +260,25 @@ class ReturnsAMutableMapping(Broken):
 class AnswersWhenClosed(Broken):
     def _check_open(self):
         pass
+
+
+class HoldsADescriptor(Broken):
+    """Closes its descriptor only in close()."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.descriptor = os.open(os.devnull, os.O_RDONLY)
+
+    def close(self):
+        if not self._closed:
+            os.close(self.descriptor)
+        super().close()
+
+
+class ReleasesWithoutAWarning(HoldsADescriptor):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self._finalizer = weakref.finalize(self, os.close, self.descriptor)
 
 
 class WritesWhenOpenedReadOnly(Broken):

@@ -57,6 +57,8 @@ CAUGHT = [
     (writers.ReturnsTheLiveMapping, "what_was_loaded_stays_as_it_was"),
     (writers.ReturnsAMutableMapping, "what_is_loaded_cannot_be_changed"),
     (writers.AnswersWhenClosed, "a_closed_store_refuses_every_call"),
+    (writers.HoldsADescriptor, "a_dropped_store_gives_its_descriptors_back"),
+    (writers.ReleasesWithoutAWarning, "a_dropped_store_gives_its_descriptors_back"),
     (writers.WritesWhenOpenedReadOnly, "read_only_reads_and_refuses_to_write"),
     (writers.TurnsAnEmptyStringIntoNull, "nasty_value_is_stored_exactly", ROWS["empty_key"]),
     (writers.TurnsAnEmptyStringIntoNull, "nasty_value_is_stored_exactly", ROWS["empty_error"]),

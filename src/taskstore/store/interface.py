@@ -13,8 +13,10 @@ The numbers in brackets refer to the invariants of ``docs/concepts.md``.
 from __future__ import annotations
 
 import os
+import warnings
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Protocol, Self, runtime_checkable
@@ -115,6 +117,7 @@ class TaskRegistryStore(ABC):
         self.read_only = read_only
         self._closed = False
         self._opened_by = os.getpid()
+        self._finalizer: weakref.finalize[..., TaskRegistryStore] | None = None
 
     @abstractmethod
     def load_snapshot(self) -> Snapshot:
@@ -172,8 +175,26 @@ class TaskRegistryStore(ABC):
 
         In a forked child, ``close`` releases no resources, because the locks, connections
         and threads belong to the parent process.
+
+        If the program drops the store without ``close``, the garbage collector releases the
+        resources.  If the store has open descriptors, the garbage collector also gives a
+        ``ResourceWarning``: see :meth:`_release_when_dropped`.
         """
         self._closed = True
+        if self._finalizer is not None:
+            self._finalizer.detach()
+
+    def _release_when_dropped(self, release: Callable[[], object]) -> None:
+        """Call ``release`` with a ``ResourceWarning`` if the store is dropped without ``close``.
+
+        A store with open descriptors calls this method at the end of its ``__init__``.
+        ``release`` must not refer to the store.  The garbage collector calls ``release`` at any
+        moment and in any thread, so ``release`` must not wait: not for another thread, not for a
+        server, and not for a lock that this thread can own at this moment.  In a forked child,
+        ``release`` is not called.
+        """
+        self._finalizer = weakref.finalize(self, _release_dropped, repr(self), os.getpid(), release)
+        self._finalizer.atexit = False  # the operating system releases everything at the exit
 
     @property
     def _in_forked_child(self) -> bool:
@@ -241,6 +262,14 @@ class LoadedRecordsStore(TaskRegistryStore):
             return set()
         entries = self.read_journal(self.floor() - 1, self.head())
         return {entry.task_id for entry in entries if entry.kind is EntryKind.DELETED}
+
+
+def _release_dropped(what: str, opened_by: int, release: Callable[[], object]) -> None:
+    if opened_by == os.getpid():
+        try:
+            release()
+        finally:
+            warnings.warn(f"{what} was dropped without close()", ResourceWarning, stacklevel=1)
 
 
 @runtime_checkable

@@ -79,6 +79,7 @@ class RedisStore(TaskRegistryStore):
         self._reader.known_commits.add(state.head, state.commit)
         self.durability = info.durability
         self._notices = info.notices(durability)
+        self._release_when_dropped(self._link.close)
 
     # -- content ------------------------------------------------------------------
 

@@ -100,6 +100,7 @@ class JSONStore(LoadedRecordsStore):
             except BaseException:
                 writer.close()
                 raise
+        self._release_when_dropped(writer.close)
 
     @property
     def identity(self) -> Identity:

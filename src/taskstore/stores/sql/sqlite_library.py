@@ -73,7 +73,8 @@ def library_hint(module: Any, *, owned: bool) -> str:
     return f"run 'pip install --upgrade pysqlite3'{passes_module}"
 
 
-_open_files_lock = threading.Lock()
+# A garbage collection can close a store while this thread owns the lock.
+_open_files_lock = threading.RLock()
 _open_files: Counter[tuple[str, str]] = Counter()
 """The number of stores in this process by path and SQLite library."""
 
@@ -86,7 +87,9 @@ def register_open(path: str, library: str) -> str | None:
     process also loses the locks of the other library.
     """
     with _open_files_lock:
-        others = sorted(name for other, name in _open_files if other == path and name != library)
+        others = sorted(
+            name for other, name in tuple(_open_files) if other == path and name != library
+        )
         _open_files[path, library] += 1
     if not others:
         return None

@@ -105,6 +105,7 @@ class SQLStore(QueryStore):
         except BaseException:
             self._transactions.close()
             raise
+        self._release_when_dropped(pool.discard)
 
     # -- the store interface ----------------------------------------------
 

@@ -126,6 +126,13 @@ class ConnectionPool:
             self.release(session)
         self._return_connection(None)
 
+    def discard(self) -> None:
+        """Close the pool without a statement on the write connection, because a server possibly
+        does not answer."""
+        if self.write_session is not None:
+            self.release(self.write_session, broken=True)
+        self.close()
+
     def _return_connection(self, connection: sa.Connection | None) -> None:
         try:
             if connection is not None:

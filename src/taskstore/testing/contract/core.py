@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import warnings
 from types import MappingProxyType
 from typing import Any
 
@@ -284,6 +287,32 @@ class CoreContract(ContractBase):
         with ledger.unchanged():
             ledger.open().close()
 
+    def test_a_dropped_store_gives_its_descriptors_back(self, ledger: Ledger) -> None:
+        """[4] If a program drops stores without close, no descriptor stays open; if a store had an
+        open descriptor, the garbage collector gives a ResourceWarning."""
+        play(ledger.store)
+
+        def descriptors_in_use(*, read_only: bool) -> int:
+            store = ledger.open_store(read_only=True) if read_only else ledger.open_store()
+            if not read_only:
+                create(store)
+            for call in reads_of(store):
+                call()
+            return open_descriptors()
+
+        with warnings.catch_warnings(record=True) as given:
+            warnings.simplefilter("always", ResourceWarning)
+            for read_only in (False, True):
+                descriptors_in_use(read_only=read_only)  # the first use can open files for ever
+                gc.collect()
+                given.clear()
+                before = open_descriptors()
+                highest = max(descriptors_in_use(read_only=read_only) for _ in range(5))
+                gc.collect()
+                assert open_descriptors() <= before
+                if highest > before:
+                    assert any(issubclass(item.category, ResourceWarning) for item in given)
+
     def test_a_store_is_a_context_manager(self, ledger: Ledger) -> None:
         """[4] The end of a with block closes the store; an exception in the block propagates."""
         with ledger.open() as store:
@@ -342,6 +371,11 @@ class CoreContract(ContractBase):
         for store in ledger.twice():
             loaded = store.load_snapshot()
             assert (loaded.seq, dict(loaded.records)) == (model.head, dict(model.records))
+
+
+def open_descriptors() -> int:
+    """Return the number of open file descriptors of this process."""
+    return len(os.listdir("/dev/fd"))  # noqa: PTH208 - only the number is needed
 
 
 def reads_of(store: TaskRegistryStore) -> list[Any]:

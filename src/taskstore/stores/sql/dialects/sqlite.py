@@ -411,27 +411,30 @@ def create_privately(path: Path) -> str | None:
     of the database file.  Existing files keep their modes.
     """
     try:
-        if not path.parent.exists():
-            SYSTEM.make_directory(path.parent)
-        SYSTEM.close(SYSTEM.create(path))
-    except FileExistsError:
-        if not path.is_file():
-            kind = "a directory" if path.is_dir() else "not a regular file"
-            raise StoreUnavailableError(f"{path} is {kind}, so it cannot be a database") from None
-        if not os.access(path, os.R_OK | os.W_OK):
-            raise StoreUnavailableError(
-                f"{path} cannot be written: permission denied", hint="open the ledger read-only"
-            ) from None
-        if not path.stat().st_size:
-            return (
-                f"{path} existed and was empty, so it is used as a new ledger; if it contained "
-                "tasks before, close the ledger and restore a backup"
-            )
+        if not path.exists():
+            if not path.parent.exists():
+                SYSTEM.make_directory(path.parent)
+            SYSTEM.close(SYSTEM.create(path))
+            return None
+    except FileExistsError:  # another process created the file
+        pass
     except OSError as error:
         raise StoreUnavailableError(
             f"{path} cannot be created: {error.strerror or error}",
             hint=f"check that {path.parent} is a directory and that you have write permission",
         ) from error
+    if not path.is_file():
+        kind = "a directory" if path.is_dir() else "not a regular file"
+        raise StoreUnavailableError(f"{path} is {kind}, so it cannot be a database")
+    if not os.access(path, os.R_OK | os.W_OK):
+        raise StoreUnavailableError(
+            f"{path} cannot be written: permission denied", hint="open the ledger read-only"
+        )
+    if not path.stat().st_size:
+        return (
+            f"{path} existed and was empty, so it is used as a new ledger; if it contained "
+            "tasks before, close the ledger and restore a backup"
+        )
     return None
 
 
