@@ -386,4 +386,7 @@ _HINTS = {
     errno.ENOSPC: "free space on the disk",
     errno.EDQUOT: "free space in the quota",
     errno.EIO: "check the disk",
+    # flock of the directory
+    errno.EBADF: "keep the ledger on a local disk: this file system cannot lock a directory",
+    errno.ENOLCK: "keep the ledger on a local disk: this file system cannot lock a directory",
 }
