@@ -13,11 +13,12 @@ from jsonfiles import FOLD, FOLD_AND_TRIM, child, names
 
 from taskstore import StoreBusyError
 from taskstore.model.journal import Snapshot
+from taskstore.store.disk import Disk
 from taskstore.stores.jsonfile import JSONStore
 from taskstore.testing.factories import create, make_record, update
 from taskstore.testing.threads import meanwhile
 
-LOCK_FILES = ("lock", "compact.lock", "lock.turn", "compact.lock.turn")
+LOCK_FILES = ("lock", "lock.tmp", "compact.lock", "lock.turn", "compact.lock.turn")
 WRITE = """
 with JSONStore(sys.argv[1], durability="process") as store:
     print("ready", flush=True)
@@ -231,6 +232,34 @@ def test_a_lone_commit_makes_few_system_calls(open_, monkeypatch):
     assert calls.count("flock") == 2
     assert sorted({*calls} - {"stat", "pread", "flock"}) == ["access", "fdatasync", "pwrite"]
     assert len(calls) <= 10
+
+
+class Cleaning(Disk):
+    """Removes the lock files before and after every operation that names a file."""
+
+    def __init__(self, directory):
+        self.directory = directory
+
+    def open(self, path, flags, mode=0o600):
+        remove_lock_files(self.directory)
+        descriptor = super().open(path, flags, mode)
+        remove_lock_files(self.directory)
+        return descriptor
+
+    def rename(self, old, new):
+        super().rename(old, new)
+        remove_lock_files(self.directory)
+
+
+def test_a_cleaner_that_is_always_faster_makes_no_writer_fail(directory, open_):
+    store = open_(disk=Cleaning(directory))
+    other = open_()
+    task = create(store)
+    for writer in (store, other) * 2:
+        remove_lock_files(directory)
+        task = update(writer, task)
+    assert store.verify().ok
+    assert open_().head() == 5
 
 
 def test_queue_files_are_not_needed(directory, open_):

@@ -28,7 +28,8 @@ class Steps(Disk):
 
     def open(self, path, flags, mode=0o600):
         descriptor = super().open(path, flags, mode)
-        (self._lock_files.add if path.name == "lock" else self._lock_files.discard)(descriptor)
+        is_lock = path.name in {"lock", "lock.tmp"}
+        (self._lock_files.add if is_lock else self._lock_files.discard)(descriptor)
         return descriptor
 
     def pwrite(self, descriptor, data, offset):
