@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable
 
 import psycopg
 import pymysql
 import pytest
+import sqlalchemy as sa
 from sqlkit import Spy, in_process, output_of
 
 from taskstore import StoreBusyError
 from taskstore.stores.common import retry
+from taskstore.stores.sql import SQLStore
 from taskstore.stores.sql.dialects import mariadb, postgresql, sqlite
 from taskstore.testing import make_put
 
@@ -70,6 +74,97 @@ def test_the_lock_owner_is_named(any_url, open_, hurried):
     output_of(holder)
     store.apply([make_put()])
     assert store.head() == 2
+
+
+def engine_of_a_patient_host(url: str, journal_mode: str = "wal") -> sa.Engine:
+    """An engine whose own lock timeouts are 1,000 s, or longer."""
+    options = {}
+    if "sqlite" in url:
+        options = {"module": sqlite.sqlite_module(), "connect_args": {"timeout": 1000}}
+    engine = sa.create_engine(url, pool_size=3, max_overflow=0, **options)
+
+    @sa.event.listens_for(engine, "connect")
+    def set_up(raw, _record):
+        cursor = raw.cursor()
+        if "sqlite" in url:
+            cursor.execute(f"PRAGMA journal_mode = {journal_mode}")
+        if "mariadb" in url:
+            cursor.execute("SET innodb_lock_wait_timeout = 1000, lock_wait_timeout = 1000")
+
+    return engine
+
+
+TIMEOUTS = {
+    "sqlite": "PRAGMA busy_timeout",
+    "postgresql": "SHOW lock_timeout",
+    "mariadb": "SELECT CONCAT(@@innodb_lock_wait_timeout, ',', @@lock_wait_timeout)",
+}
+
+
+def timeouts_of(engine: sa.Engine) -> set[object]:
+    """The lock timeouts of all connections in the pool."""
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(engine.connect()) for _ in range(3)]
+        query = TIMEOUTS[engine.dialect.name]
+        return {connection.exec_driver_sql(query).scalar() for connection in connections}
+
+
+def ended(call: Callable[[], object]) -> BaseException | None:
+    """Call in a thread; return the error, or ``None`` if the call waits for the host's timeout."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(UNHURRIED_S * 2)
+    return errors[0] if errors else None
+
+
+def test_the_lock_timeouts_of_a_host_are_not_added(any_url, open_, hurried):
+    open_(any_url).apply([make_put()])
+    engine = engine_of_a_patient_host(any_url)
+    own = timeouts_of(engine)
+    with SQLStore(engine) as store:
+        store.apply([make_put()])
+        assert timeouts_of(engine) == own
+        holder = in_process(HOLD, any_url)
+        assert holder.stdout.readline() == "held\n"
+        try:
+            assert isinstance(ended(lambda: store.apply([make_put()])), StoreBusyError)
+        finally:
+            holder.stdin.write("\n")
+            output_of(holder)
+        assert timeouts_of(engine) == own
+        store.apply([make_put()])
+        assert store.head() == 3
+    engine.dispose()
+
+
+@pytest.mark.parametrize("held", ["reader", "writer"])
+def test_a_host_without_wal_waits_for_its_readers_as_long(sqlite_path, hurried, held, monkeypatch):
+    monkeypatch.setattr(sqlite, "_BUSY_TIMEOUT_S", 0.2)
+    url = f"sqlite:///{sqlite_path}"
+    engine = engine_of_a_patient_host(url, "delete")
+    with SQLStore(engine) as store:
+        store.apply([make_put()])
+        with contextlib.closing(sqlite.sqlite_module().connect(sqlite_path)) as other:
+            other.isolation_level = None
+            other.execute("BEGIN" if held == "reader" else "BEGIN EXCLUSIVE")
+            other.execute("SELECT count(*) FROM tasks").fetchone()
+            assert isinstance(ended(lambda: store.apply([make_put()])), StoreBusyError)
+            if held == "writer":
+                assert isinstance(ended(store.head), StoreBusyError)
+                with pytest.raises(StoreBusyError):
+                    SQLStore(engine, migrate="never")
+        store.apply([make_put()])
+        assert store.head() == 2
+    assert timeouts_of(engine) == {1_000_000}
+    engine.dispose()
 
 
 def lock_trouble(url) -> Exception:

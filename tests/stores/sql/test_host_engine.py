@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from types import SimpleNamespace
 
 import pymysql
 import pysqlite3.dbapi2
@@ -173,6 +174,30 @@ def test_what_is_refused(tmp_path):
             SQLStore(engine)
     with pytest.raises(ValidationError, match="durability"):
         SQLStore(sqlite_engine(tmp_path / "x.db"), durability="most")
+
+
+def test_the_engine_of_an_asynchronous_driver_is_refused():
+    # SQLAlchemy's AsyncEngine has such an engine as its sync_engine.
+    engine = sa.create_engine("postgresql+psycopg_async://h/d")
+    with pytest.raises(ValidationError, match="sync_engine has the same driver"):
+        SQLStore(engine)
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("name", "driver", "told"),
+    [
+        ("sqlite", "aiosqlite", "create_engine('sqlite://...')"),
+        ("postgresql", "asyncpg", "create_engine('postgresql+psycopg://...')"),
+        ("mysql", "aiomysql", "create_engine('mysql+pymysql://...')"),
+    ],
+)
+def test_every_asynchronous_driver_is_told_what_to_pass(name, driver, told):
+    dialect = SimpleNamespace(name=name, driver=driver, is_async=True)
+    with pytest.raises(ValidationError, match=driver) as caught:
+        SQLStore(SimpleNamespace(dialect=dialect))
+    assert caught.value.field == "engine"
+    assert told in str(caught.value)
 
 
 def test_two_libraries_on_one_file_are_warned_about(sqlite_path, open_, caplog):

@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from taskstore.errors import SchemaMismatchError, TaskStoreError, ValidationError
 from taskstore.stores.common.retry import CircuitBreaker, RetryPolicy
 from taskstore.stores.sql.dialects import Database, host_database, open_database
+from taskstore.stores.sql.dialects.base import Session
 from taskstore.stores.sql.errors import command_for
 from taskstore.stores.sql.tables import (
     COMMENT_PREFIX,
@@ -282,7 +283,8 @@ def _connected(database: Database) -> Iterator[sa.Connection]:
     """
     with database.translator, database.engine.connect() as borrowed:
         plain = borrowed.execution_options(isolation_level="AUTOCOMMIT")
-        raw = plain.connection.driver_connection
+        raw: Any = plain.connection.driver_connection
+        session = Session(plain, raw, database.cursor(raw), database.sa_dialect)
         bare = sa.create_engine(
             database.engine.url,
             module=database.engine.dialect.loaded_dbapi,
@@ -290,9 +292,15 @@ def _connected(database: Database) -> Iterator[sa.Connection]:
             poolclass=sa.StaticPool,
             isolation_level="AUTOCOMMIT",
         )
-        with bare.connect() as connection:
-            database.check_server(connection)
-            yield connection
+        try:
+            if not database.owned:
+                database.configure_host(session)
+            with bare.connect() as connection:
+                database.check_server(connection)
+                yield connection
+        finally:
+            with suppress(*database.translator.errors):
+                session.restore_settings()
 
 
 @contextmanager

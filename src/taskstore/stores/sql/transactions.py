@@ -73,7 +73,10 @@ class ConnectionPool:
             if not database.owned:
                 connection = connection.execution_options(isolation_level="AUTOCOMMIT")
             raw = connection.connection.driver_connection
-            return Session(connection, raw, database.cursor(raw), database.sa_dialect)
+            session = Session(connection, raw, database.cursor(raw), database.sa_dialect)
+            if not database.owned:
+                database.configure_host(session)
+            return session
         except BaseException:
             self._return_connection(connection)
             raise
@@ -81,12 +84,18 @@ class ConnectionPool:
     def release(self, session: Session, *, broken: bool = False) -> None:
         """Return a connection to the engine; invalidate a ``broken`` connection.
 
-        If the connection is the write connection and is not broken, the pool keeps it.
+        If the connection is the write connection and is not broken, the pool keeps it.  The
+        settings of a host's connection are restored.
         """
         if session is self.write_session:
             if not broken:
                 return
             self.write_session = None
+        elif not broken:
+            try:
+                session.restore_settings()
+            except Exception:  # noqa: BLE001 - a broken driver can raise any error
+                broken = True
         if broken:
             with suppress(Exception):
                 session.connection.invalidate()
@@ -213,7 +222,7 @@ class Transactions:
             finally:
                 self._writing = False
             if session is not pool.write_session:
-                self._release(session)
+                pool.release(session)
 
     def run(self, work: Callable[[Session], _T]) -> _T:
         """Run ``work`` in one write transaction, and return its result.
@@ -288,7 +297,7 @@ class Transactions:
             try:
                 self.database.scrub_deleted(session)
             finally:
-                self._release(session)
+                self.pool.release(session)
 
     def _handle_commit_error(self, error: Exception) -> None:
         """Raise an error if the outcome of a failed COMMIT is unknown."""
@@ -378,7 +387,7 @@ class Transactions:
             return self.database.lock_owners(session)
         return None
 
-    # -- rollback and release ---------------------------------------------
+    # -- rollback ---------------------------------------------------------
 
     def _roll_back(self, session: Session, error: BaseException | None = None) -> None:
         """Roll back and release a connection.  Errors of the rollback are suppressed, because
@@ -405,16 +414,7 @@ class Transactions:
             if kind is not None and database.guard is not None:
                 database.guard.check_fully()
         finally:
-            self._release(session, broken=broken)
-
-    def _release(self, session: Session, *, broken: bool = False) -> None:
-        """Restore the settings of a host's connection, then release the connection."""
-        try:
-            if session is not self.pool.write_session and not broken:
-                session.restore_settings()
-        except Exception:  # noqa: BLE001 - a broken driver can raise any error
-            broken = True
-        self.pool.release(session, broken=broken)
+            self.pool.release(session, broken=broken)
 
     def close(self) -> None:
         """Wait until the current write has ended, then close the pool."""

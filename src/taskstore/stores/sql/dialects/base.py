@@ -100,6 +100,11 @@ class Session:
         rows = self.rows(sql, parameters)
         return rows[0] if rows else None
 
+    def restore_later(self, *statements: str) -> None:
+        """Add statements that restore settings; settings are restored in reverse order of the
+        calls."""
+        self.restore_statements = (*statements, *self.restore_statements)
+
     def restore_settings(self) -> None:
         """Restore the settings that taskstore changed on a host's connection."""
         for statement in self.restore_statements:
@@ -275,6 +280,9 @@ class Database:
     def prepare(self, session: Session) -> None:
         """Read and change the settings of the database; called after the schema check."""
 
+    def configure_host(self, session: Session) -> None:
+        """Limit the timeouts of a host's connection; called after the connection was acquired."""
+
     def configure_writer(self, session: Session) -> None:
         """Configure the write connection of an engine that taskstore owns."""
 
@@ -355,6 +363,8 @@ def host_database(engine: sa.Engine, *, durability: str, read_only: bool) -> Dat
 
     Raises :class:`~taskstore.ValidationError` for an unsupported engine.
     """
+    if getattr(getattr(engine, "dialect", None), "is_async", False):
+        raise _async_engine_error(engine)
     if not isinstance(engine, sa.Engine):
         raise ValidationError("engine", f"must be an Engine, not {type(engine).__name__}")
     dialect = Database.dialects.get(engine.dialect.name)
@@ -366,6 +376,20 @@ def host_database(engine: sa.Engine, *, durability: str, read_only: bool) -> Dat
         )
     _refuse_unescaped_at_sign("engine", engine.url)
     return dialect(engine, owned=False, durability=durability, read_only=read_only)
+
+
+def _async_engine_error(engine: Any) -> ValidationError:
+    """Return the error for an ``AsyncEngine``, or for the ``sync_engine`` of an ``AsyncEngine``."""
+    dialect = Database.dialects.get(engine.dialect.name)
+    # Only the default module of an SQLite engine, Python's sqlite3, is also the SQLite library of
+    # aiosqlite.  Two SQLite libraries on one file lose data.
+    scheme = engine.dialect.name + (f"+{dialect.driver}" if dialect and dialect.extra else "")
+    return ValidationError(
+        "engine",
+        f"has the asynchronous driver {engine.dialect.driver}, and its sync_engine has the same "
+        f"driver: pass sqlalchemy.create_engine('{scheme}://...'), a synchronous engine for the "
+        "same database (AsyncTaskRegistry calls it in a worker thread)",
+    )
 
 
 def open_database(url: str, *, durability: str = "full", read_only: bool = False) -> Database:

@@ -46,6 +46,12 @@ COLLATION = "utf8mb4_nopad_bin"
 _SQL_MODE = "SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'"
 """With this ``sql_mode``, a value that does not fit is an error, and the syntax is MariaDB's."""
 
+_READ_SESSION = "SELECT @@sql_mode, @@innodb_lock_wait_timeout, @@lock_wait_timeout"
+_RESTORE_SESSION = (
+    "SET SESSION sql_mode = '{}', innodb_lock_wait_timeout = {}, lock_wait_timeout = {}"
+)
+"""Reads and restores the settings of a host's connection that a write changes."""
+
 _SERVER_SETTINGS = """
 SELECT @@max_allowed_packet, @@innodb_flush_log_at_trx_commit, @@log_bin, @@sync_binlog"""
 
@@ -178,11 +184,7 @@ class MariaDBDatabase(Database):
                 cursor.execute("SELECT VERSION()")
                 check_version(cursor.fetchone()[0], database.location)
                 cursor.execute(f"SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED{access}")
-                cursor.execute(
-                    f"{_SQL_MODE}, innodb_lock_wait_timeout = {WRITE_LOCK_TIMEOUT_S}, "
-                    f"lock_wait_timeout = {LOCK_TIMEOUT_S}, "
-                    f"idle_transaction_timeout = {LOCK_TIMEOUT_S}"
-                )
+                cursor.execute(f"{_write_settings()}, idle_transaction_timeout = {LOCK_TIMEOUT_S}")
 
         return database
 
@@ -259,9 +261,8 @@ class MariaDBDatabase(Database):
         # began.  A read after the head row was locked therefore sees the newest commit.  At
         # REPEATABLE READ, the read would see the older state from before the wait for the lock.
         if not self.owned:
-            [mode] = session.row("SELECT @@sql_mode")
-            session.restore_statements = (f"SET SESSION sql_mode = '{mode}'",)
-            session.execute(_SQL_MODE)
+            session.restore_later(_RESTORE_SESSION.format(*session.row(_READ_SESSION)))
+            session.execute(_write_settings())
             session.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
         session.execute("START TRANSACTION")
 
@@ -320,6 +321,14 @@ class MariaDBDatabase(Database):
     def unlock_schema(self, connection: sa.Connection, *, done: bool) -> None:
         del done
         connection.exec_driver_sql(f"DO RELEASE_LOCK({_SCHEMA_LOCK})")
+
+
+def _write_settings() -> str:
+    """Return the statement for the settings of a session that writes."""
+    return (
+        f"{_SQL_MODE}, innodb_lock_wait_timeout = {WRITE_LOCK_TIMEOUT_S}, "
+        f"lock_wait_timeout = {LOCK_TIMEOUT_S}"
+    )
 
 
 def _max_row_size(row: tuple[Any, ...]) -> int:

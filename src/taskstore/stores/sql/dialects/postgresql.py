@@ -96,7 +96,12 @@ class PostgreSQLDatabase(Database):
     sa_dialect = PGDialect_psycopg(paramstyle="format")  # type: ignore[no-untyped-call]
     begin_read = ("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",)
     # The lock key is arbitrary ("task" in ASCII), but every process must use this key.
-    begin_schema = ("BEGIN", "SELECT pg_advisory_xact_lock(1952543595)")
+    begin_schema = (
+        "BEGIN",
+        # A host's connection waits without a timeout.
+        f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S}s'",
+        "SELECT pg_advisory_xact_lock(1952543595)",
+    )
     error_kind = staticmethod(postgresql_error_kind)
     _begin_write = "BEGIN ISOLATION LEVEL READ COMMITTED"
 
@@ -112,11 +117,7 @@ class PostgreSQLDatabase(Database):
             hide_parameters=True,
             connect_args={name: defaults[name] for name in defaults.keys() - url.query.keys()},
         )
-        settings = [
-            f"lock_timeout = '{WRITE_LOCK_TIMEOUT_S}s'",
-            f"idle_in_transaction_session_timeout = '{LOCK_TIMEOUT_S}s'",
-            "client_min_messages = warning",
-        ]
+        settings = list(_write_settings())
         if read_only:
             settings.append("default_transaction_read_only = on")
         database = cls(engine, owned=True, durability=durability, read_only=read_only)
@@ -154,10 +155,10 @@ class PostgreSQLDatabase(Database):
             wanted = "off"
         elif synchronous == "off":
             wanted = "on"
+        settings = [] if self.owned else list(_write_settings())
         if wanted != synchronous:
-            self._begin_write = (
-                f"{PostgreSQLDatabase._begin_write}; SET LOCAL synchronous_commit TO {wanted}"
-            )
+            settings.append(f"synchronous_commit = {wanted}")
+        self._begin_write = "; SET LOCAL ".join((PostgreSQLDatabase._begin_write, *settings))
         [fsync] = session.row("SHOW fsync")
         if fsync == "off" and not self.read_only:
             self.add_notice(
@@ -204,6 +205,16 @@ class PostgreSQLDatabase(Database):
             raise StoreUnavailableError(f"{self.location}: the connection is closed")
         if raw.info.transaction_status != 0:  # IDLE
             raw.execute("ROLLBACK")
+
+
+def _write_settings() -> tuple[str, ...]:
+    """Return the settings of a connection that writes."""
+    return (
+        f"lock_timeout = '{WRITE_LOCK_TIMEOUT_S}s'",
+        f"idle_in_transaction_session_timeout = '{LOCK_TIMEOUT_S}s'",
+        # A COMMIT that does not have the requested durability gives a warning.
+        "client_min_messages = warning",
+    )
 
 
 def _has_several_hosts(url: sa.URL) -> bool:

@@ -60,6 +60,9 @@ _PAGES_PER_STEP = 256
 _SPACE_FACTOR = 1.05
 """By how much a file that can shrink, and a log with its pages, are larger than the pages."""
 
+_BUSY_TIMEOUT_S = 5.0
+"""How long SQLite waits for a lock before the store retries, in seconds."""
+
 _CONTENTION_S = 1.0
 """How long writers use the fair lock after the most recent contention, in seconds."""
 
@@ -91,7 +94,7 @@ class SQLiteDatabase(Database):
         open_one = connection_factory(
             module,
             path,
-            busy_timeout_s=1.0 if read_only else 5.0,
+            busy_timeout_s=1.0 if read_only else _BUSY_TIMEOUT_S,
             read_only=read_only,
             immutable=immutable is not None,
         )
@@ -203,20 +206,29 @@ class SQLiteDatabase(Database):
             return "open the ledger once for writing, which sets the mode wal"
         return "move the ledger to a local file system"
 
+    def configure_host(self, session: Session) -> None:
+        # The store retries, so a long busy timeout of the host would only delay the StoreBusyError.
+        [timeout_ms] = session.row("PRAGMA busy_timeout")
+        if timeout_ms > _BUSY_TIMEOUT_S * 1000:
+            session.restore_later(f"PRAGMA busy_timeout = {timeout_ms}")
+            session.row(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_S * 1000:.0f}")
+
     def configure_writer(self, session: Session) -> None:
         # SQLite's busy handler sleeps up to 0.1 s between attempts, and other writers can take the
         # lock during such a sleep.
         session.rows("PRAGMA busy_timeout = 0")
 
     def begin_write(self, session: Session) -> None:
-        if not self.owned:
-            self._set_up_host(session)
+        host_timeout_ms = None if self.owned else self._set_up_host(session)
         if time.monotonic() < self._contended_until or not self._begin(session):
             self._contended_until = time.monotonic() + _CONTENTION_S
             if self._fair_lock is None:
                 self._fair_lock = FairLock(Path(f"{self.location}-turn"), Path(self.location))
             if not self._fair_lock.wait(partial(self._begin, session), WRITE_LOCK_TIMEOUT_S):
                 session.execute("BEGIN IMMEDIATE")
+        if host_timeout_ms is not None:
+            # With another journal mode than wal, COMMIT waits until the readers have finished.
+            session.row(f"PRAGMA busy_timeout = {host_timeout_ms}")
 
     def _begin(self, session: Session) -> bool:
         """Begin a write transaction; return whether the write lock was free."""
@@ -228,15 +240,20 @@ class SQLiteDatabase(Database):
             return False
         return True
 
-    def _set_up_host(self, session: Session) -> None:
+    def _set_up_host(self, session: Session) -> int:
+        """Configure a host's connection for a write; return its busy timeout in milliseconds."""
         [synchronous] = session.row("PRAGMA synchronous")
         [secure] = session.row("PRAGMA secure_delete")
-        session.restore_statements = (
+        [timeout_ms] = session.row("PRAGMA busy_timeout")
+        session.restore_later(
             f"PRAGMA synchronous = {synchronous}",
             f"PRAGMA secure_delete = {secure}",
+            f"PRAGMA busy_timeout = {timeout_ms}",
         )
         session.execute(f"PRAGMA synchronous = {_SYNCHRONOUS[self.durability]}")
         session.row("PRAGMA secure_delete = ON")
+        self.configure_writer(session)
+        return int(timeout_ms)
 
     def lock_owners(self, session: Session) -> Sequence[str]:
         del session
@@ -292,7 +309,7 @@ class SQLiteDatabase(Database):
         # secure_delete overwrites deleted bytes in the file, but the write-ahead log keeps earlier
         # page images until a checkpoint truncates it.
         [timeout_ms] = session.row("PRAGMA busy_timeout")
-        session.restore_statements = (f"PRAGMA busy_timeout = {timeout_ms}",)
+        session.restore_later(f"PRAGMA busy_timeout = {timeout_ms}")
         session.rows("PRAGMA busy_timeout = 100")
         started = time.monotonic()
         while time.monotonic() - started < self.erase_timeout_s:
