@@ -70,4 +70,4 @@ def _sync(path: Path) -> None:
 
 def open_msgpack(url: str, *, durability: str, migrate: str, read_only: bool) -> MsgpackStore:
     """Open ``msgpack:///relative/path`` or ``msgpack:////absolute/path``."""
-    return MsgpackStore(Path(url.partition(":///")[2]), read_only=read_only)
+    return MsgpackStore(taskstore.store.path_of(url), read_only=read_only)

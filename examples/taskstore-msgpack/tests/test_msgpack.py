@@ -16,6 +16,7 @@ from taskstore import (
     Snapshot,
     StoreUnavailableError,
     TaskRegistry,
+    ValidationError,
     open_store,
 )
 from taskstore.store import checksum, encode_record
@@ -168,3 +169,9 @@ def test_a_failed_sync(path: Path, monkeypatch: pytest.MonkeyPatch, synced: str)
 def test_the_module_has_at_most_sixty_lines() -> None:
     source = Path(taskstore_msgpack.__file__).read_text()
     assert sum(bool(line.strip()) for line in source.splitlines()) <= 60
+
+
+def test_an_option_of_the_url_is_refused(path: Path) -> None:
+    with pytest.raises(ValidationError, match="unknown option 'nonsense'"):
+        open_store(f"msgpack:///{path}?nonsense=1")
+    assert not path.exists()

@@ -9,10 +9,13 @@ The built-in backends are declared in the same way.
 from __future__ import annotations
 
 import difflib
+import inspect
+import os
 import re
 import shlex
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 from taskstore.errors import BackendNotFoundError, TaskStoreError, ValidationError
@@ -102,6 +105,21 @@ def scheme_of(url: str) -> str:
     return match[1].lower()
 
 
+def path_of(url: str) -> Path:
+    """Return the path in a URL ``SCHEME:///PATH`` of a backend that takes no options.
+
+    The path is not percent-decoded.  Raises :class:`~taskstore.ValidationError` for every other
+    URL.
+    """
+    path, _, options = url.partition(":///")[2].partition("?")
+    if options:
+        name = options.partition("=")[0]
+        raise ValidationError("url", f"has the unknown option {name!r}")
+    if not path or "\0" in path:
+        raise ValidationError("url", f"{redacted(url)!r} names no file: write 'SCHEME:///PATH'")
+    return Path(path)
+
+
 def installed_backends() -> dict[str, list[EntryPoint]]:
     """Return the declared backends by scheme; several packages can declare the same scheme."""
     backends: dict[str, list[EntryPoint]] = {}
@@ -135,10 +153,26 @@ def open_store(
     scheme = scheme_of(url)
     check_options(durability, migrate)
     opener = _load_opener(scheme)
+    _check_accepted(opener, scheme, options)
     store: TaskRegistryStore = opener(
         url, durability=durability, migrate=migrate, read_only=read_only, **options
     )
     return store
+
+
+def _check_accepted(opener: Any, scheme: str, options: Iterable[str]) -> None:
+    """Raise :class:`~taskstore.ValidationError` for an option that a backend does not have."""
+    if not options:
+        return
+    parameters = inspect.signature(opener).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return  # the backend itself checks the names
+    known = [item.name for item in parameters if item.kind is item.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            raise ValidationError(
+                name, f"the backend of {scheme!r} has no such option; options: {', '.join(known)}"
+            )
 
 
 def check_options(durability: str, migrate: str) -> None:
@@ -188,8 +222,21 @@ def _package_of(entry: EntryPoint) -> str:
 
 def default_url() -> str:
     """Return the URL of the default ledger: an SQLite file in the platform's user
-    state directory."""
+    state directory.
+
+    Raises :class:`~taskstore.ValidationError` if the user has no home directory.
+    """
     from platformdirs import user_state_path
 
-    path = user_state_path("taskstore", appauthor=False) / "tasks.db"
+    try:
+        path = user_state_path("taskstore", appauthor=False) / "tasks.db"
+    except RuntimeError:
+        path = Path()  # the user has no home directory
+    if not path.is_absolute():  # older versions of platformdirs return the path "~/..." then
+        raise ValidationError(
+            "url",
+            f"must be given: the user id {os.getuid()} of this process has no home directory for "
+            "a default ledger; name a ledger (on the command line, with --url or TASKSTORE_URL), "
+            "or set HOME",
+        )
     return f"sqlite:///{path.as_posix()}"

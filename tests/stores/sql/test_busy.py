@@ -116,7 +116,7 @@ def ended(call: Callable[[], object]) -> BaseException | None:
     def run() -> None:
         try:
             call()
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001 - the test checks the error
             errors.append(error)
 
     thread = threading.Thread(target=run, daemon=True)

@@ -37,6 +37,9 @@ class ErrorKind(Enum):
     """The connection broke or could not be opened."""
     STANDBY = "standby"
     """The server is read-only now.  A later attempt can find a server that accepts writes."""
+    POOLED = "pooled"
+    """A prepared statement belongs to another connection: a pooler shares the server's sessions.
+    Without prepared statements, the store can retry the transaction at once."""
     CORRUPT = "corrupt"
     """The database is damaged, or the file is not a database."""
     DISK_FULL = "disk full"
@@ -79,10 +82,12 @@ _SQLSTATES = {
     "22": ErrorKind.OTHER,
     "23": ErrorKind.INTEGRITY,
     "25006": ErrorKind.STANDBY,
+    "26000": ErrorKind.POOLED,
     "40001": ErrorKind.SERIALIZATION,
     "40P01": ErrorKind.SERIALIZATION,
     "40003": ErrorKind.CONNECTION_LOST,
     "42P01": ErrorKind.MISSING_SCHEMA,
+    "42P05": ErrorKind.POOLED,
     "42703": ErrorKind.MISSING_SCHEMA,
     "53100": ErrorKind.DISK_FULL,
     "55P03": ErrorKind.LOCK_TIMEOUT,
@@ -214,7 +219,7 @@ class Translator:
             return FailureKind.UNAVAILABLE
         if kind is ErrorKind.LOCK_TIMEOUT:
             return FailureKind.LOCK_TIMEOUT if self._waits else FailureKind.LOCK_BUSY
-        retryable = kind is ErrorKind.SERIALIZATION
+        retryable = kind in (ErrorKind.SERIALIZATION, ErrorKind.POOLED)
         return FailureKind.SERIALIZATION if retryable else FailureKind.PERMANENT
 
     def cause(self, error: BaseException) -> BaseException | None:

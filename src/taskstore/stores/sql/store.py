@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from taskstore.model.records import MAX_INT, TaskRecord
 from taskstore.model.validation import check_key
 from taskstore.store.interface import StoreReport, VerifyReport
 from taskstore.store.opening import check_options, redacted, scheme_of
-from taskstore.stores.common.change_feed import IDLE_TIMEOUT_S, ChangeFeed, PollingWatcher, Watcher
+from taskstore.stores.common.change_feed import IDLE_TIMEOUT_S, ChangeFeed
 from taskstore.stores.common.integrity import IntegrityCheck
 from taskstore.stores.common.retry import RECONNECT_S
 from taskstore.stores.sql import compaction, snapshots
@@ -41,13 +41,7 @@ from taskstore.stores.sql.snapshots import (
 from taskstore.stores.sql.statements import PAGE
 from taskstore.stores.sql.tables import COPIED_COLUMNS, task_journal, tasks
 from taskstore.stores.sql.transactions import ConnectionPool, Transactions
-from taskstore.stores.sql.watchers import DataVersionWatcher, ListeningWatcher
-
-_WATCHERS: dict[str, Callable[[ConnectionPool, Callable[[], int]], Watcher]] = {
-    "sqlite": DataVersionWatcher,
-    "postgresql": ListeningWatcher,
-}
-"""Maps a dialect to its watcher.  For a dialect without a watcher, the store polls the head."""
+from taskstore.stores.sql.watchers import start_watcher
 
 
 class SQLStore(QueryStore):
@@ -215,12 +209,9 @@ class SQLStore(QueryStore):
 
     def _new_feed(self) -> ChangeFeed:
         database = self._database
-        watcher = _WATCHERS.get(database.engine.dialect.name)
         return ChangeFeed(
             self.head,
-            partial(watcher, self._pool, self.head)
-            if watcher
-            else partial(PollingWatcher, self.head),
+            partial(start_watcher, self._pool, self.head),
             self.location,
             # While no call waits, the change feed must not keep a connection of a host's pool.
             idle_timeout_s=IDLE_TIMEOUT_S if database.owned else 0.0,

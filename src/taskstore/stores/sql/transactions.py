@@ -76,10 +76,10 @@ class ConnectionPool:
             session = Session(connection, raw, database.cursor(raw), database.sa_dialect)
             if not database.owned:
                 database.configure_host(session)
-            return session
         except BaseException:
             self._return_connection(connection)
             raise
+        return session
 
     def release(self, session: Session, *, broken: bool = False) -> None:
         """Return a connection to the engine; invalidate a ``broken`` connection.
@@ -393,8 +393,9 @@ class Transactions:
         """Roll back and release a connection.  Errors of the rollback are suppressed, because
         the caller raises ``error``.
 
-        A connection is discarded if its rollback fails, or if its server is unreachable, shuts
-        down or is not the primary.  If an SQLite file was replaced, the guard raises an error.
+        A connection is discarded if one of these is true: (a) its rollback fails; (b) its server
+        is unreachable, shuts down or is not the primary; (c) a pooler shares the server's session.
+        If an SQLite file was replaced, the guard raises an error.
         """
         database = self.database
         if isinstance(error, UnconfirmedCommitError):
@@ -402,7 +403,9 @@ class Transactions:
         kind = None
         if isinstance(error, database.translator.errors):
             kind = database.translator.error_kind(error)
-        broken = kind in UNREACHABLE
+        if kind is ErrorKind.POOLED:
+            database.set_pooled()
+        broken = kind in UNREACHABLE or kind is ErrorKind.POOLED
         try:
             if broken:
                 database.invalidate_connections()

@@ -14,7 +14,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from taskstore.stores.common.change_feed import PollingWatcher, WatcherBrokenError, polling_backoff
+from taskstore.stores.common.change_feed import (
+    PollingWatcher,
+    Watcher,
+    WatcherBrokenError,
+    polling_backoff,
+)
 from taskstore.stores.sql.rows import Head
 from taskstore.stores.sql.transactions import ConnectionPool
 
@@ -106,8 +111,9 @@ class ListeningWatcher:
                 self._notified_by_other = True
 
     def poll(self) -> int | None:
-        if self._generation != self._database.generation:
-            # After a failover, this connection can still listen on the old primary.
+        if self._generation != self._database.generation or self._database.pooled:
+            # After a failover, this connection can still listen on the old primary.  Behind a
+            # transaction pooler, LISTEN and the advisory lock belong to a shared session.
             raise WatcherBrokenError
         if not self._notified_by_other and time.monotonic() < self._next_poll_at:
             return None
@@ -171,3 +177,17 @@ class ListeningWatcher:
         self._wake_receiver.close()
         self._wake_sender.close()
         self._pool.release(self._session, broken=broken)
+
+
+_WATCHERS: dict[str, Callable[[ConnectionPool, Callable[[], int]], Watcher]] = {
+    "sqlite": DataVersionWatcher,
+    "postgresql": ListeningWatcher,
+}
+"""Maps a dialect to its watcher.  For a dialect without a watcher, the store polls the head."""
+
+
+def start_watcher(pool: ConnectionPool, head: Callable[[], int]) -> Watcher:
+    """Return a new watcher for the commits of other processes to a database."""
+    database = pool.database
+    watcher = None if database.pooled else _WATCHERS.get(database.engine.dialect.name)
+    return watcher(pool, head) if watcher else PollingWatcher(head)

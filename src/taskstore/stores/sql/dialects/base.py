@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
+import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from urllib.parse import parse_qsl
 
 import sqlalchemy as sa
 from sqlalchemy import ColumnElement
@@ -183,6 +186,10 @@ class Database:
     effects of its completed statements remain."""
     waits_for_locks: ClassVar[bool] = True
     """True if the database waits for a lock that is not free; if false, the store retries."""
+    pooled = False
+    """True if a pooler between the client and the server can give each transaction to another
+    server session.  The store then uses no state of a server session: no session settings, no
+    prepared statements, no LISTEN."""
     generation = 0
     """The number of possible failovers of the server since this object was created."""
     guard: Guard | None = None
@@ -216,7 +223,8 @@ class Database:
         """Return the database that a URL of this dialect names, with a new engine."""
         parsed = parse(url)
         try:
-            return cls.connect(parsed, durability=durability, read_only=read_only)
+            options = url_options(url, cls.url_options())
+            return cls.connect(parsed, options, durability=durability, read_only=read_only)
         except ImportError as error:
             raise StoreUnavailableError(
                 f"the driver of {parsed.drivername} is not installed: {error}",
@@ -224,9 +232,17 @@ class Database:
             ) from error
 
     @classmethod
-    def connect(cls, url: sa.URL, *, durability: str, read_only: bool) -> Database:
-        """Return the database of a server's URL, with a new engine."""
-        raise AssertionError(url, durability, read_only)
+    def url_options(cls) -> Mapping[str, URLOption]:
+        """Return the parsers of the options that a server's URL can have, by name."""
+        raise AssertionError
+
+    @classmethod
+    def connect(
+        cls, url: sa.URL, options: Mapping[str, Any], *, durability: str, read_only: bool
+    ) -> Database:
+        """Return the database of a server's URL, with a new engine.  ``options`` are the parsed
+        options of the URL."""
+        raise AssertionError(url, options, durability, read_only)
 
     def __init_subclass__(cls) -> None:
         Database.dialects.update(dict.fromkeys(cls.names, cls))
@@ -298,6 +314,9 @@ class Database:
     def commit(self, session: Session) -> None:
         """Commit the transaction; return when the commit has the requested durability."""
         session.cursor.execute("COMMIT")
+
+    def set_pooled(self) -> None:
+        """Use no state of a server session from now on: a transaction pooler was detected."""
 
     def invalidate_connections(self) -> None:
         """Discard the pooled connections of an owned engine after a possible failover."""
@@ -430,3 +449,109 @@ def parse(url: str) -> sa.URL:
 def _refuse_unescaped_at_sign(name: str, url: sa.URL) -> None:
     if "@" in (url.host or ""):
         raise ValidationError(name, "has an '@' in its user name or password: write '%40' instead")
+
+
+# -- the options of URLs ------------------------------------------------------
+
+URLOption = Callable[[str], Any]
+"""Parses the text of an option; raises :class:`ValueError` with the reason."""
+
+_OPTIONS = re.compile(r"[^:]+://(?:[^:/]*(?::[^@]*)?@)?[^?]*\?(.*)", re.DOTALL)
+"""Matches the options of a URL.  As in SQLAlchemy, a password can contain '/' and '?'."""
+
+_REFUSED_OPTION = re.compile(
+    "invalid|unrecognized configuration parameter|requires a value"
+    "|unknown (collation|character set)|can't be set",
+    re.IGNORECASE,
+)
+"""Matches the message of a driver or server that refuses an option."""
+
+_REPEATABLE = frozenset({"host", "port"})
+_BOOLEANS = {
+    **dict.fromkeys(("true", "yes", "on", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "0"), False),
+}
+
+
+def url_options(url: str, known: Mapping[str, URLOption]) -> dict[str, Any]:
+    """Return the parsed options of a server's URL.
+
+    Raises :class:`~taskstore.ValidationError` that names the option if an option is unknown,
+    repeated, empty or malformed.  The error does not show the value, which can be a secret.
+    """
+    match = _OPTIONS.match(url)
+    options: dict[str, Any] = {}
+    for name, text in parse_qsl(match[1] if match else "", keep_blank_values=True):
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            suggestion = f": did you mean {close[0]!r}?" if close else ""
+            raise ValidationError("url", f"has the unknown option {name!r}{suggestion}")
+        if name in options and name not in _REPEATABLE:
+            raise ValidationError("url", f"has the option {name!r} more than once")
+        if not text:
+            raise ValidationError("url", f"has no value for the option {name!r}")
+        try:
+            options[name] = known[name](text)
+        except ValueError as error:
+            raise ValidationError("url", f"has an invalid option {name!r}: {error}") from None
+    return options
+
+
+def integer_option(low: int = -(2**31), high: int = 2**31 - 1) -> URLOption:
+    """Return the parser of an option that is an integer from ``low`` to ``high``."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?[0-9]{1,10}", text) or not low <= int(text) <= high:
+            raise ValueError(f"must be an integer from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def boolean_option(text: str) -> bool:
+    """Parse an option that is true or false."""
+    value = _BOOLEANS.get(text.lower())
+    if value is None:
+        raise ValueError("must be 'true' or 'false'")
+    return value
+
+
+def require_user(url: sa.URL, default: object) -> None:
+    """Raise an error if neither the URL nor the driver's ``default`` names a user.
+
+    A process can have a user id that the system does not know, for example in a container.
+    """
+    if not (url.username or url.query.get("user") or default):
+        raise ValidationError(
+            "url",
+            f"names no user, and the system has no name for the user id {os.getuid()} of this "
+            "process: write the name of the database's user and '@' before the host",
+        )
+
+
+def check_driver_arguments(database: Database, url: sa.URL) -> None:
+    """Let the engine raise :class:`~taskstore.ValidationError` if the driver or the server refuses
+    an option.
+
+    Drivers check some options only when they connect.  They raise errors of Python, or errors that
+    look like the errors of an unreachable server.
+    """
+
+    @sa.event.listens_for(database.engine, "do_connect")
+    def connect(dialect: Dialect, _record: object, args: Any, arguments: Any) -> Any:
+        try:
+            return dialect.connect(*args, **arguments)
+        except database.translator.errors as error:
+            text = database.translator.text(error)
+            if _REFUSED_OPTION.search(text):
+                for name in url.query:
+                    if name in text or name == "options":
+                        reason = f"has an invalid option {name!r}: {text}"
+                        raise ValidationError("url", reason) from None
+            raise
+        except (OSError, TypeError, ValueError, LookupError) as error:
+            text = database.translator.text(error)
+            names = ", ".join(sorted(url.query))
+            raise ValidationError(
+                "url", f"has an option that the driver rejects (one of {names or 'none'}): {text}"
+            ) from None

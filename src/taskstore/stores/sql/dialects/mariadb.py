@@ -5,9 +5,9 @@ PyMySQL inserts the parameter values into the statement text, and the text must 
 
 from __future__ import annotations
 
-import inspect
+import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from typing import Any
 
@@ -24,7 +24,12 @@ from taskstore.stores.sql.dialects.base import (
     WRITE_LOCK_TIMEOUT_S,
     Database,
     Session,
+    URLOption,
+    boolean_option,
+    check_driver_arguments,
     flat_parameters,
+    integer_option,
+    require_user,
     row_groups,
 )
 from taskstore.stores.sql.errors import mariadb_error_kind
@@ -80,6 +85,68 @@ _MAX_ROW_BYTES = 16_000
 
 _DEFAULT_PACKET = 16 * 1024 * 1024
 _CLIENT_FOUND_ROWS = 2
+
+
+def _utf8mb4(text: str) -> str:
+    if text.lower() != "utf8mb4":
+        raise ValueError("must be 'utf8mb4'")
+    return text
+
+
+def _collation(text: str) -> str:
+    if not text.lower().startswith("utf8mb4_"):
+        raise ValueError("must be a collation of utf8mb4")
+    return text
+
+
+def _path(text: str) -> str:
+    if not os.access(text, os.R_OK):
+        raise ValueError("names a file that cannot be read")
+    return text
+
+
+_OPTIONS: dict[str, URLOption] = {
+    "charset": _utf8mb4,
+    "collation": _collation,
+    "port": integer_option(1, 65535),
+    "connect_timeout": integer_option(1, 31_536_000),
+    "read_timeout": integer_option(1),
+    "write_timeout": integer_option(1),
+    "max_allowed_packet": integer_option(1),
+    "client_flag": integer_option(0),
+    **dict.fromkeys(
+        (
+            "autocommit",
+            "binary_prefix",
+            "local_infile",
+            "ssl_check_hostname",
+            "ssl_disabled",
+            "ssl_verify_cert",
+            "ssl_verify_identity",
+            "use_unicode",
+        ),
+        boolean_option,
+    ),
+    **dict.fromkeys(("read_default_file", "ssl_ca", "ssl_capath", "ssl_cert", "ssl_key"), _path),
+    **dict.fromkeys(
+        (
+            "bind_address",
+            "database",
+            "host",
+            "init_command",
+            "password",
+            "program_name",
+            "read_default_group",
+            "sql_mode",
+            "ssl_cipher",
+            "ssl_key_password",
+            "unix_socket",
+            "user",
+        ),
+        str,
+    ),
+}
+"""The options of PyMySQL that a URL can have, and the two ``ssl_`` options that SQLAlchemy adds."""
 
 
 class _Dialect(MariaDBDialect, MySQLDialect_pymysql):
@@ -156,26 +223,34 @@ class MariaDBDatabase(Database):
     _max_packet = _DEFAULT_PACKET
 
     @classmethod
-    def connect(cls, url: sa.URL, *, durability: str, read_only: bool) -> MariaDBDatabase:
+    def url_options(cls) -> Mapping[str, URLOption]:
+        return _OPTIONS
+
+    @classmethod
+    def connect(
+        cls, url: sa.URL, options: Mapping[str, Any], *, durability: str, read_only: bool
+    ) -> MariaDBDatabase:
+        from pymysql import connections
+
         if not url.database:
             raise ValidationError("url", "names no database: write its name after the host")
+        if "read_default_file" not in options:
+            require_user(url, connections.DEFAULT_USER)
         defaults = {"charset": "utf8mb4", "connect_timeout": 10, "program_name": "taskstore"}
-        if url.query.get("charset", "utf8mb4") != "utf8mb4":
-            raise ValidationError("url", "has an option charset whose value is not 'utf8mb4'")
-        try:
-            engine = sa.create_engine(
-                url,
-                isolation_level="AUTOCOMMIT",
-                hide_parameters=True,
-                # The store ends each transaction itself, so the pool needs no rollback.
-                pool_reset_on_return=None,
-                connect_args={name: defaults[name] for name in defaults.keys() - url.query.keys()},
-            )
-        except (TypeError, ValueError):
-            # Raised from None, because the cause can contain the URL with the password.
-            raise ValidationError("url", "has an option that the driver rejects") from None
-        _refuse_unknown_options(engine, url)
+        typed = {name: value for name, value in options.items() if not isinstance(value, str)}
+        engine = sa.create_engine(
+            url.difference_update_query(typed),
+            isolation_level="AUTOCOMMIT",
+            hide_parameters=True,
+            # The store ends each transaction itself, so the pool needs no rollback.
+            pool_reset_on_return=None,
+            connect_args={
+                **{name: defaults[name] for name in defaults.keys() - url.query.keys()},
+                **typed,
+            },
+        )
         database = cls(engine, owned=True, durability=durability, read_only=read_only)
+        check_driver_arguments(database, url)
         access = ", READ ONLY" if read_only else ""
 
         @event.listens_for(engine, "connect")
@@ -350,12 +425,3 @@ def check_version(version: str, location: str) -> None:
         f"{location}: the server is {version}, which {problem}",
         hint=f"use MariaDB {needed} or later",
     )
-
-
-def _refuse_unknown_options(engine: sa.Engine, url: sa.URL) -> None:
-    """Raise an error if the URL has options that the driver does not know."""
-    from pymysql.connections import Connection
-
-    _, options = engine.dialect.create_connect_args(url)
-    if unknown := options.keys() - inspect.signature(Connection).parameters.keys():
-        raise ValidationError("url", f"has an option that PyMySQL does not know: {min(unknown)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,15 +10,21 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 
-from taskstore.errors import StoreUnavailableError
+from taskstore.errors import StoreUnavailableError, ValidationError
 from taskstore.stores.sql.dialects.base import (
     LOCK_TIMEOUT_S,
     WRITE_LOCK_TIMEOUT_S,
     Database,
     Session,
+    URLOption,
+    check_driver_arguments,
+    integer_option,
+    require_user,
 )
 from taskstore.stores.sql.errors import postgresql_error_kind
+from taskstore.stores.sql.rows import ClaimedSeqs
 from taskstore.stores.sql.statements import Statements
+from taskstore.stores.sql.tables import SCHEMA_EPOCH
 
 _CHANNEL = "taskstore_"
 _LISTENER_KEY = "hashtextextended({}, 0)"
@@ -48,14 +54,14 @@ class PostgreSQLStatements(Statements):
 
     @cached_property
     def claim(self) -> str:
-        """Return the claim statement.  The result of this statement has a fifth column, which
-        callers ignore."""
+        """Return the claim statement.  The result of this statement has two columns more: the
+        notification, which callers ignore, and the id of the server process."""
         channel = f"'{_CHANNEL}' || taskstore_head.ledger_id"
         notification: sa.ColumnElement[Any] = sa.literal_column(
             f"CASE WHEN pg_try_advisory_xact_lock({_LISTENER_KEY.format(channel)}) THEN NULL "
             f"ELSE CAST(pg_notify({channel}, '') AS text) END"
         )
-        return self._claim_returning(notification)
+        return self._claim_returning(notification, sa.func.pg_backend_pid())
 
     lock_as_listener = f"SELECT pg_try_advisory_lock_shared({_LISTENER_KEY.format('%s')})"
     """Takes a listener's shared advisory lock; writers then send notifications.  The parameter is
@@ -83,6 +89,46 @@ _CONNECT_DEFAULTS: dict[str, object] = {
 """Connection options of the driver; options in the URL override them."""
 
 
+_BEGIN_WRITE = "BEGIN ISOLATION LEVEL READ COMMITTED"
+
+_AUTOMATIC = -1
+"""The prepare threshold if the URL does not have one: prepare unless there is a pooler."""
+
+
+def _prepare_threshold(text: str) -> int | None:
+    """Parse the number of executions before a statement is prepared; ``None`` for never."""
+    if text.lower() in ("0", "none"):
+        return None
+    try:
+        return int(integer_option(1)(text))
+    except ValueError:
+        raise ValueError("must be '0' or 'none' (prepare nothing), or a positive integer") from None
+
+
+def _utf8(text: str) -> str:
+    if text.lower().replace("-", "") != "utf8":
+        raise ValueError("must be 'utf8'")
+    return text
+
+
+_OPTIONS: dict[str, URLOption] = {
+    "prepare_threshold": _prepare_threshold,
+    "client_encoding": _utf8,
+    **dict.fromkeys(
+        (
+            "connect_timeout",
+            "keepalives",
+            "keepalives_idle",
+            "keepalives_interval",
+            "keepalives_count",
+            "tcp_user_timeout",
+        ),
+        integer_option(),
+    ),
+}
+"""The options of a URL that libpq does not know, or that libpq does not check in every case."""
+
+
 class PostgreSQLDatabase(Database):
     """A PostgreSQL database."""
 
@@ -103,30 +149,58 @@ class PostgreSQLDatabase(Database):
         "SELECT pg_advisory_xact_lock(1952543595)",
     )
     error_kind = staticmethod(postgresql_error_kind)
-    _begin_write = "BEGIN ISOLATION LEVEL READ COMMITTED"
+    _begin_write = _BEGIN_WRITE
+    _synchronous_commit: tuple[str, ...] = ()
+
+    _prepares = True
+    """False if no statement is prepared, because prepared statements belong to a session."""
 
     @classmethod
-    def connect(cls, url: sa.URL, *, durability: str, read_only: bool) -> PostgreSQLDatabase:
+    def url_options(cls) -> Mapping[str, URLOption]:
+        from psycopg import pq
+
+        names = (option.keyword.decode() for option in pq.Conninfo.get_defaults())
+        return {**dict.fromkeys(names, str), **_OPTIONS}
+
+    @classmethod
+    def connect(
+        cls, url: sa.URL, options: Mapping[str, Any], *, durability: str, read_only: bool
+    ) -> PostgreSQLDatabase:
+        from psycopg import pq
+
         defaults = {**_CONNECT_DEFAULTS}
         if _has_several_hosts(url):
             defaults["target_session_attrs"] = "read-write"
-        engine = sa.create_engine(
-            url,
-            isolation_level="AUTOCOMMIT",
-            client_encoding="utf8",
-            hide_parameters=True,
-            connect_args={name: defaults[name] for name in defaults.keys() - url.query.keys()},
-        )
-        settings = list(_write_settings())
-        if read_only:
-            settings.append("default_transaction_read_only = on")
+        arguments = {name: defaults[name] for name in defaults.keys() - url.query.keys()}
+        threshold = options.get("prepare_threshold", _AUTOMATIC)
+        if threshold is not _AUTOMATIC:
+            arguments["prepare_threshold"] = threshold
+        url = url.difference_update_query(["prepare_threshold"])
+        if "service" not in options:
+            [user] = [item.val for item in pq.Conninfo.get_defaults() if item.keyword == b"user"]
+            require_user(url, user)
+        try:
+            engine = sa.create_engine(
+                url,
+                isolation_level="AUTOCOMMIT",
+                client_encoding="utf8",
+                hide_parameters=True,
+                connect_args=arguments,
+            )
+        except (sa.exc.ArgumentError, ValueError) as error:
+            raise ValidationError("url", f"has an invalid option 'host': {error}") from None
         database = cls(engine, owned=True, durability=durability, read_only=read_only)
+        if threshold is None:
+            database.set_pooled()
+        check_driver_arguments(database, url)
 
         @event.listens_for(engine, "connect")
         def configure(raw: Any, record: Any) -> None:
             record.info["generation"] = database.generation
-            for setting in settings:
-                raw.execute(f"SET {setting}")
+            if database.is_pooled(raw):
+                database.set_pooled(prepares=threshold is not _AUTOMATIC)
+            if not database.pooled:
+                raw.execute("; ".join(f"SET {setting}" for setting in _write_settings()))
             raw.commit()
 
         @event.listens_for(engine, "checkout")
@@ -136,9 +210,26 @@ class PostgreSQLDatabase(Database):
 
         return database
 
+    def is_pooled(self, raw: Any) -> bool:
+        """Return whether a pooler is between this connection and the server.
+
+        A pooler gives each client a process id of its own for cancel requests.
+        """
+        [pid] = raw.execute("SELECT pg_backend_pid()").fetchone()
+        return bool(pid != raw.info.backend_pid)
+
+    def set_pooled(self, *, prepares: bool = False) -> None:
+        """If ``prepares`` is true, prepare statements nevertheless: the pooler supports this."""
+        self.pooled, self._prepares = True, prepares and self._prepares
+        self._set_begin_write()
+
     def cursor(self, raw: Any) -> Any:
         from psycopg.rows import tuple_row
 
+        if not self._prepares:
+            # The connection of a host keeps this setting: a statement that the host itself
+            # prepares would fail behind the pooler too.
+            raw.prepare_threshold = None
         # With binary results, the server does not encode bytes in hexadecimal.
         return raw.cursor(binary=True, row_factory=tuple_row)
 
@@ -155,19 +246,36 @@ class PostgreSQLDatabase(Database):
             wanted = "off"
         elif synchronous == "off":
             wanted = "on"
-        settings = [] if self.owned else list(_write_settings())
         if wanted != synchronous:
-            settings.append(f"synchronous_commit = {wanted}")
-        self._begin_write = "; SET LOCAL ".join((PostgreSQLDatabase._begin_write, *settings))
+            self._synchronous_commit = (f"synchronous_commit = {wanted}",)
+        if not self.owned and self.is_pooled(session.raw):
+            self.set_pooled()
+        self._set_begin_write()
         [fsync] = session.row("SHOW fsync")
         if fsync == "off" and not self.read_only:
             self.add_notice(
                 f"{self.location}: the server runs with fsync=off, so no commit survives power loss"
             )
 
+    def _set_begin_write(self) -> None:
+        """Set the statements that begin a write transaction.  Sessions that other programs use
+        keep their settings: the statements change the settings only for the transaction."""
+        shared = self.pooled or not self.owned
+        settings = (*(_write_settings() if shared else ()), *self._synchronous_commit)
+        self._begin_write = "; SET LOCAL ".join((_BEGIN_WRITE, *settings))
+
     def begin_write(self, session: Session) -> None:
         # The text can contain two statements, for one round trip; such a text cannot be prepared.
         session.raw.execute(self._begin_write, prepare=False)
+
+    def claim_seqs(self, session: Session, count: int, now: int, base: int) -> ClaimedSeqs | None:
+        rows = session.rows(self.sql.claim, (count, now, now, SCHEMA_EPOCH, base))
+        if rows and not self.pooled and rows[0][-1] != session.raw.info.backend_pid:
+            # The transaction runs in another session than the connection began with.  There, the
+            # prepared statements of this connection can be those of another connection.
+            dbapi: Any = self.engine.dialect.loaded_dbapi
+            raise dbapi.errors.InvalidSqlStatementName("the server process has changed")
+        return ClaimedSeqs(*rows[0][:4]) if rows else None
 
     def lock_owners(self, session: Session) -> Sequence[str]:
         return [
