@@ -28,7 +28,8 @@ def _url() -> str:
     return url
 
 
-def _run(dialect: str, **target: object) -> None:
+def _run(dialect: str, schema: str | None = None, **target: object) -> None:
+    """Run the migrations; a script for an offline database uses ``schema``."""
     context.configure(
         **alembic_options(dialect),
         # In SQLite, ALTER TABLE often requires a copy of the table.
@@ -36,6 +37,9 @@ def _run(dialect: str, **target: object) -> None:
         **target,  # type: ignore[arg-type]
     )
     with context.begin_transaction():
+        if schema is not None:
+            quoted = schema.replace('"', '""')
+            context.execute(f'SET LOCAL search_path TO "{quoted}"')
         context.run_migrations()
 
 
@@ -48,7 +52,9 @@ given = config.attributes.get("connection")
 if given is not None:
     _run_on(given)
 elif context.is_offline_mode():
-    _run(make_url(_url()).get_backend_name(), url=_url(), literal_binds=True)
+    schema = make_url(_url()).query.get("schema")
+    assert schema is None or isinstance(schema, str)
+    _run(make_url(_url()).get_backend_name(), schema, url=_url(), literal_binds=True)
 else:
     with locked_url(_url()) as locked:
         _run_on(locked)

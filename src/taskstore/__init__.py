@@ -69,6 +69,27 @@ from taskstore.store.opening import open_store
 
 __version__ = "0.1.0"
 
+
+def alembic_include_object(
+    item: object,
+    name: str | None,
+    type_: str,
+    reflected: bool,  # noqa: FBT001 - Alembic passes the arguments by position
+    compare_to: object | None,
+) -> bool:
+    """Return false for the tables of a ledger and their indexes, and true for everything else.
+
+    A program that keeps a ledger in its own database passes this function as ``include_object``
+    to ``context.configure`` in its ``env.py``.  Otherwise ``alembic revision --autogenerate``
+    writes a migration that drops the ledger.  The columns decide: a table of the program that only
+    has the name of a table of taskstore is included.
+    """
+    from taskstore.stores.sql.tables import is_own
+
+    del name, type_, reflected, compare_to
+    return not is_own(item)
+
+
 __all__ = [
     "BackendNotFoundError",
     "Change",
@@ -129,6 +150,7 @@ __all__ = [
     "Upserted",
     "ValidationError",
     "VerifyReport",
+    "alembic_include_object",
     "compact",
     "fold",
     "open_store",

@@ -45,7 +45,7 @@ def test_a_ledger_on_one_of_two_hosts(two_hosts):
             assert "s3cret" not in text
     listed = cli("--url", two_hosts, "list", "--json")
     assert [found["task_id"] for found in json.loads(listed.stdout)["tasks"]] == [task.task_id]
-    engine = migrate.engine_for_url(two_hosts)
+    engine = migrate.database_for_url(two_hosts).engine
     assert migrate.check(engine) == []
     migrate.downgrade(engine, "base", allow_data_loss=True)
     migrate.upgrade(engine)

@@ -17,7 +17,7 @@ from taskstore.errors import BackendNotFoundError, ValidationError
 from taskstore.store.opening import installed_backends, redacted, scheme_of
 
 if TYPE_CHECKING:
-    from sqlalchemy import Engine
+    from taskstore.stores.sql.dialects import Database
 
 app = typer.Typer(help="Manage the schema of an SQL ledger.", no_args_is_help=True)
 
@@ -34,10 +34,10 @@ def upgrade(
     """Upgrade the schema to a revision. A missing ledger is created."""
     from taskstore.stores.sql import migrate
 
-    with _engine(sql_url_of(ctx, url)) as engine:
-        before = migrate.current(engine)
-        migrate.upgrade(engine, revision)
-        _print_move(before, migrate.current(engine))
+    with _database(sql_url_of(ctx, url)) as database:
+        before = migrate.current(database)
+        migrate.upgrade(database, revision)
+        _print_move(before, migrate.current(database))
 
 
 @app.command()
@@ -59,17 +59,17 @@ def downgrade(
     from taskstore.stores.sql import migrate
 
     where = sql_url_of(ctx, url)
-    with _engine(where, read_only=True) as engine:
-        before = migrate.current(engine)
+    with _database(where, read_only=True) as database:
+        before = migrate.current(database)
     if before is None:
         raise Misuse("there is no ledger to downgrade")
-    with _engine(where) as engine:
+    with _database(where) as database:
         target = _previous_revision(before) if revision is None else revision
         try:
-            migrate.downgrade(engine, target, allow_data_loss=yes)
+            migrate.downgrade(database, target, allow_data_loss=yes)
         except ValidationError as error:
             raise Misuse(error.reason, hint="confirm with --yes") from error
-        _print_move(before, migrate.current(engine))
+        _print_move(before, migrate.current(database))
 
 
 @app.command()
@@ -78,8 +78,8 @@ def current(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> 
     from taskstore.stores.sql import migrate
     from taskstore.stores.sql.tables import SCHEMA_REVISIONS
 
-    with _engine(sql_url_of(ctx, url), read_only=True) as engine:
-        revision = migrate.current(engine)
+    with _database(sql_url_of(ctx, url), read_only=True) as database:
+        revision = migrate.current(database)
     head = SCHEMA_REVISIONS[-1]
     if as_json:
         render.print_json({"revision": revision, "head": head})
@@ -94,8 +94,8 @@ def history(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> 
 
     current_revision = None
     if url is not None:
-        with _engine(sql_url_of(ctx, url), read_only=True) as engine:
-            current_revision = migrate.current(engine)
+        with _database(sql_url_of(ctx, url), read_only=True) as database:
+            current_revision = migrate.current(database)
     revisions = migrate.history()
     members = [{"revision": name, "description": text} for name, text in revisions]
     rows = ((name, "current" if name == current_revision else "", text) for name, text in revisions)
@@ -108,9 +108,9 @@ def check(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> in
     """Compare the ledger's schema with the schema that this version declares."""
     from taskstore.stores.sql import migrate
 
-    with _engine(sql_url_of(ctx, url), read_only=True) as engine:
-        problems = migrate.check(engine)
-        revision = migrate.current(engine)
+    with _database(sql_url_of(ctx, url), read_only=True) as database:
+        problems = migrate.check(database)
+        revision = migrate.current(database)
     members = {"ok": not problems, "revision": revision, "problems": problems}
     text = "" if problems else f"the schema is as declared, at revision {revision}"
     return render.print_check(as_json, members, text)
@@ -129,19 +129,19 @@ def sql_url_of(ctx: typer.Context, url: str | None) -> str:
 
 
 @contextmanager
-def _engine(url: str, *, read_only: bool = False) -> Iterator[Engine]:
-    """Yield an SQLAlchemy engine for the ledger; raise Alembic errors as :class:`Misuse`."""
+def _database(url: str, *, read_only: bool = False) -> Iterator[Database]:
+    """Yield the database of the ledger; raise Alembic errors as :class:`Misuse`."""
     from alembic.util import CommandError
 
     from taskstore.stores.sql import migrate
 
-    engine = migrate.engine_for_url(url, read_only=read_only)
+    database = migrate.database_for_url(url, read_only=read_only)
     try:
-        yield engine
+        yield database
     except CommandError as error:
         raise Misuse(str(error)) from error
     finally:
-        engine.dispose()
+        database.close()
 
 
 def _previous_revision(revision: str) -> str:

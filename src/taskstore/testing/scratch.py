@@ -80,12 +80,10 @@ def postgresql(url: str) -> Iterator[OpenStore]:
     """Yield a callable that opens a ledger in a new schema of the database at ``url``."""
     name = _new_name()
     with _server(url) as (parsed, execute):
-        execute(f"CREATE SCHEMA {name}")
         try:
-            options = f"{parsed.query.get('options', '')} -csearch_path={name}".strip()
-            yield opener(_rendered(parsed.update_query_dict({"options": options})))
+            yield opener(_rendered(parsed.update_query_dict({"schema": name})))
         finally:
-            execute(f"DROP SCHEMA {name} CASCADE")
+            execute(f"DROP SCHEMA IF EXISTS {name} CASCADE")
 
 
 @contextmanager
@@ -113,11 +111,13 @@ def _server(url: str) -> Iterator[tuple[sqlalchemy.URL, Callable[[str], object]]
     """Yield the parsed URL and a function that executes one statement on the server."""
     import sqlalchemy as sa
 
-    engine = sa.create_engine(url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
+    from taskstore.stores.sql.dialects import open_database
+
+    database = open_database(url)
 
     def execute(statement: str) -> None:
         try:
-            with engine.connect() as connection:
+            with database.engine.connect() as connection:
                 connection.exec_driver_sql(statement)
         except sa.exc.SQLAlchemyError as error:
             reason = str(getattr(error, "orig", None) or type(error).__name__).strip()
@@ -127,6 +127,6 @@ def _server(url: str) -> Iterator[tuple[sqlalchemy.URL, Callable[[str], object]]
             ) from None
 
     try:
-        yield engine.url, execute
+        yield sa.make_url(url), execute
     finally:
-        engine.dispose()
+        database.close()

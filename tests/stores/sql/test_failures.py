@@ -460,7 +460,7 @@ def test_a_password_with_special_characters_gets_in(postgres_server, open_):
     store.close()
     from taskstore.stores.sql import migrate
 
-    engine = migrate.engine_for_url(told)
+    engine = migrate.database_for_url(told).engine
     assert migrate.check(engine) == []
     migrate.downgrade(engine, "base", allow_data_loss=True)
     migrate.upgrade(engine)

@@ -358,7 +358,7 @@ def test_which_servers_serve(version, problem):
 
 def test_reading_makes_no_transaction_that_writes(mariadb_url):
     open_store(mariadb_url).close()
-    engine = migrate.engine_for_url(mariadb_url, read_only=True)
+    engine = migrate.database_for_url(mariadb_url, read_only=True).engine
     with engine.connect() as connection, pytest.raises(sa.exc.OperationalError, match="READ ONLY"):
         connection.exec_driver_sql("UPDATE taskstore_head SET floor = 1")
     engine.dispose()

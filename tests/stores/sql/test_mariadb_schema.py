@@ -34,7 +34,7 @@ def url(mariadb_server) -> str:
 
 @pytest.fixture
 def engine(url) -> Iterator[sa.Engine]:
-    engine = migrate.engine_for_url(url)
+    engine = migrate.database_for_url(url).engine
     yield engine
     engine.dispose()
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def engine(empty_url):
-    engine = migrate.engine_for_url(empty_url)
+    engine = migrate.database_for_url(empty_url).engine
     yield engine
     engine.dispose()
 
@@ -85,7 +85,7 @@ def test_base_drops_everything_only_if_allowed(empty_url, open_):
     store = open_(empty_url)
     create(store)
     store.close()
-    engine = migrate.engine_for_url(empty_url)
+    engine = migrate.database_for_url(empty_url).engine
     with pytest.raises(ValidationError, match="would drop every record"):
         migrate.downgrade(engine, "base")
     assert tables_of(engine) > TABLES
@@ -193,7 +193,7 @@ def test_an_epoch_raised_under_a_writer_stops_its_next_write(empty_url, open_):
 
 
 def test_foreign_tables_with_the_names_of_a_ledger(empty_url, open_):
-    engine = migrate.engine_for_url(empty_url)
+    engine = migrate.database_for_url(empty_url).engine
     with engine.begin() as connection:
         connection.execute(sa.text("CREATE TABLE tasks (id INTEGER)"))
     with pytest.raises(SchemaMismatchError, match=r"did not create \(tasks\)"):

@@ -10,7 +10,7 @@ from sqlkit import in_process, output_of
 
 from taskstore.errors import StoreReplacedError
 from taskstore.stores.sql.dialects.sqlite import connection_factory
-from taskstore.stores.sql.migrate import engine_for_url, upgrade
+from taskstore.stores.sql.migrate import database_for_url, upgrade
 from taskstore.stores.sql.sqlite_guard import FileGuard
 from taskstore.stores.sql.sqlite_library import sqlite_module
 
@@ -159,7 +159,7 @@ def test_an_engine_that_is_disposed_of_leaves_nothing_open_and_can_be_used_again
         links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
         return [link for link in links if str(link.readlink()).startswith(str(sqlite_path))]
 
-    engine = engine_for_url(f"sqlite:///{sqlite_path}")
+    engine = database_for_url(f"sqlite:///{sqlite_path}").engine
     for _ in range(2):
         upgrade(engine)
         with engine.connect() as connection:

@@ -26,6 +26,7 @@ from taskstore.stores.sql.tables import (
     SCHEMA_EPOCH,
     SCHEMA_REVISIONS,
     TABLES,
+    VERSION_TABLE,
     metadata,
     task_journal,
     tasks,
@@ -36,10 +37,6 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 log = logging.getLogger("taskstore")
-
-VERSION_TABLE = "taskstore_alembic_version"
-"""The table where Alembic stores the revision of taskstore's schema.  Migrations of a host use
-another version table."""
 
 _version = sa.Table(VERSION_TABLE, sa.MetaData(), sa.Column("version_num", sa.String(32)))
 
@@ -71,25 +68,30 @@ def history() -> list[tuple[str, str]]:
     return [(script.revision, script.doc) for script in scripts]
 
 
-def engine_for_url(url: str, *, read_only: bool = False) -> sa.Engine:
-    """Return an engine for the functions of this module, configured like the engine of a store."""
-    return open_database(url, read_only=read_only).engine
+def database_for_url(url: str, *, read_only: bool = False) -> Database:
+    """Return the database of a URL for the functions of this module; the caller closes it."""
+    return open_database(url, read_only=read_only)
 
 
-def current(engine: sa.Engine) -> str | None:
-    """Return the revision of a database; ``None`` if the database contains no ledger."""
-    with _database(engine) as database, _connected(database) as connection:
+def current(engine: sa.Engine | Database, *, schema: str | None = None) -> str | None:
+    """Return the revision of a database; ``None`` if the database contains no ledger.
+
+    If ``schema`` is given, the functions of this module use the ledger in this schema.
+    """
+    with _database(engine, schema) as database, _reading(database) as connection:
         return _state(connection).revision
 
 
-def upgrade(engine: sa.Engine, revision: str = "head") -> None:
+def upgrade(
+    engine: sa.Engine | Database, revision: str = "head", *, schema: str | None = None
+) -> None:
     """Upgrade a database to a revision, under the schema lock.  The upgrade is one
-    transaction if the database has transactional DDL.
+    transaction if the database has transactional DDL.  A ``schema`` that does not exist is created.
 
     If two processes upgrade one database, the second process waits for the schema lock, and then
     changes nothing.
     """
-    with _database(engine) as database:
+    with _database(engine, schema) as database:
         _upgrade(database, revision)
 
 
@@ -97,10 +99,17 @@ def _upgrade(database: Database, revision: str) -> None:
     from alembic import command
 
     with _locked(database) as connection:
+        database.create_schema(connection)
         command.upgrade(_config(connection), revision)
 
 
-def downgrade(engine: sa.Engine, revision: str, *, allow_data_loss: bool = False) -> None:
+def downgrade(
+    engine: sa.Engine | Database,
+    revision: str,
+    *,
+    allow_data_loss: bool = False,
+    schema: str | None = None,
+) -> None:
     """Downgrade a database to a revision; ``"base"`` drops all tables of the ledger.
 
     Raises :class:`~taskstore.ValidationError` if ``allow_data_loss`` is false and
@@ -108,18 +117,18 @@ def downgrade(engine: sa.Engine, revision: str, *, allow_data_loss: bool = False
     """
     from alembic import command
 
-    with _database(engine) as database, _locked(database) as connection:
+    with _database(engine, schema) as database, _locked(database) as connection:
         if revision == "base" and not allow_data_loss:
             _check_no_data_loss(connection)
         command.downgrade(_config(connection), revision)
 
 
-def check(engine: sa.Engine) -> list[str]:
+def check(engine: sa.Engine | Database, *, schema: str | None = None) -> list[str]:
     """Return the differences of a database from the declared schema, one text for each."""
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
-    with _database(engine) as database, _connected(database) as connection:
+    with _database(engine, schema) as database, _reading(database) as connection:
         context = MigrationContext.configure(
             connection, opts=alembic_options(connection.dialect.name)
         )
@@ -160,7 +169,7 @@ def ensure_schema(database: Database, migrate: str) -> None:
     the actual revision, the required revision, and the command to run.
     """
     location = database.location
-    with _connected(database) as connection:
+    with _reading(database) as connection:
         state = _state(connection)
         unfinished = _is_unfinished(connection, state)
         if state.revision is None and state.tables and not unfinished:
@@ -265,9 +274,12 @@ def _check_no_data_loss(connection: sa.Connection) -> None:
 
 
 @contextmanager
-def _database(engine: sa.Engine) -> Iterator[Database]:
+def _database(engine: sa.Engine | Database, schema: str | None) -> Iterator[Database]:
     """Return the database of an engine; the end of the ``with`` block does not close the engine."""
-    database = host_database(engine, durability="full", read_only=False)
+    if isinstance(engine, Database):
+        yield engine
+        return
+    database = host_database(engine, schema=schema)
     try:
         yield database
     finally:
@@ -283,12 +295,11 @@ def _connected(database: Database) -> Iterator[sa.Connection]:
     """
     with database.translator, database.engine.connect() as borrowed:
         plain = borrowed.execution_options(isolation_level="AUTOCOMMIT")
-        raw: Any = plain.connection.driver_connection
-        session = Session(plain, raw, database.cursor(raw), database.sa_dialect)
+        session = Session(plain, database)
         bare = sa.create_engine(
             database.engine.url,
             module=database.engine.dialect.loaded_dbapi,
-            creator=lambda: raw,
+            creator=lambda: session.raw,
             poolclass=sa.StaticPool,
             isolation_level="AUTOCOMMIT",
         )
@@ -301,6 +312,24 @@ def _connected(database: Database) -> Iterator[sa.Connection]:
         finally:
             with suppress(*database.translator.errors):
                 session.restore_settings()
+
+
+@contextmanager
+def _reading(database: Database) -> Iterator[sa.Connection]:
+    """Open a connection as :func:`_connected`; names without a schema refer to the database's
+    ``schema`` if it has one."""
+    with _connected(database) as connection:
+        if database.schema is None:
+            yield connection
+            return
+        # One transaction: the search path must end with it, and a pooler gives the next
+        # transaction to another session.
+        connection.exec_driver_sql("BEGIN")
+        try:
+            database.use_schema(connection)
+            yield connection
+        finally:
+            connection.exec_driver_sql("ROLLBACK")
 
 
 @contextmanager

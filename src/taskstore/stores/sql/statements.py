@@ -19,6 +19,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import ColumnElement, bindparam
 from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import Executable, FromClause
 
 from taskstore.stores.sql.tables import (
@@ -49,11 +50,26 @@ UPDATE_ORDER = (*_ALWAYS_UPDATED, "task_id", "base", *RARELY_UPDATED)
 """The order of the parameters of one row in ``update_tasks`` and ``update_tasks_wide``."""
 
 
-class Statements:
-    """The compiled statements of one dialect; each statement is a ``str``."""
+def compile_for(
+    dialect: Dialect, schema: str | None, statement: Executable, **options: Any
+) -> SQLCompiler:
+    """Compile a Core statement; qualify the tables of the ledger with ``schema`` if it is given."""
+    if schema is not None:
+        options.update(schema_translate_map={None: schema}, render_schema_translate=True)
+    # The type Executable has no method compile, but every statement of taskstore has one.
+    compiled: SQLCompiler = statement.compile(dialect=dialect, **options)  # type: ignore[attr-defined]
+    return compiled
 
-    def __init__(self, dialect: Dialect) -> None:
+
+class Statements:
+    """The compiled statements of one dialect; each statement is a ``str``.
+
+    The statements qualify the tables with ``schema`` if it is given.
+    """
+
+    def __init__(self, dialect: Dialect, schema: str | None = None) -> None:
         self._dialect = dialect
+        self._schema = schema
         # Each of these functions returns the statement for a row count, compiled at the first call.
         self.insert_tasks = cache(self._insert_tasks)
         self.update_tasks = cache(self._update_tasks)
@@ -64,8 +80,7 @@ class Statements:
         self.insert_journal = self.insert[task_journal]
 
     def _compile(self, statement: Executable, *order: str) -> str:
-        # The type Executable has no method compile, but every statement here has one.
-        compiled = statement.compile(dialect=self._dialect)  # type: ignore[attr-defined]
+        compiled = compile_for(self._dialect, self._schema, statement)
         actual = tuple(compiled.positiontup or ())
         if actual != order:
             raise AssertionError(f"the parameters are {actual}, but must be {order}: {compiled}")

@@ -53,7 +53,9 @@ class SQLStore(QueryStore):
     ``taskstore.open_store``, which creates an engine for the store and passes a ``Database``
     instead; ``durability`` and ``read_only`` then come from the ``Database``.  If ``strict`` is
     true, a load raises :class:`~taskstore.CorruptStoreError` for the first record that cannot
-    be decoded; otherwise every such record is quarantined.  If a database server is down, a call
+    be decoded; otherwise every such record is quarantined.  On PostgreSQL, ``schema`` names the
+    schema for the tables of the ledger; the default is the first schema of the search path.  A
+    missing schema is created together with the tables.  If a database server is down, a call
     waits for up to ``reconnect_s`` seconds, and then raises
     :class:`~taskstore.StoreUnavailableError`.  If the engine's database is an SQLite file that has
     several hard links or is mounted as a single file, the store is opened for writing only with
@@ -70,13 +72,16 @@ class SQLStore(QueryStore):
         strict: bool = False,
         reconnect_s: float = RECONNECT_S,
         links: str = "refuse",
+        schema: str | None = None,
     ) -> None:
         _check_options(durability, migrate, reconnect_s)
         if links not in ("refuse", "allow"):
             raise ValidationError("links", f"must be 'refuse' or 'allow', not {links!r}")
         database = engine
         if not isinstance(database, Database):
-            database = host_database(database, durability=durability, read_only=read_only)
+            database = host_database(
+                database, durability=durability, read_only=read_only, schema=schema
+            )
             database.links_allowed = links == "allow"
         super().__init__(read_only=database.read_only)
         self.durability = database.durability

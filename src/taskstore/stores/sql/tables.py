@@ -205,3 +205,26 @@ other writers out."""
 
 TABLES = frozenset(metadata.tables)
 """The names of all tables of a ledger."""
+
+VERSION_TABLE = "taskstore_alembic_version"
+"""The table where Alembic stores the revision of taskstore's schema.  Migrations of a host use
+another version table."""
+
+
+def is_own(item: object) -> bool:
+    """Return whether a table, or an object of a table, belongs to taskstore.
+
+    A table belongs to taskstore if it has the name and all columns of a table of a ledger.  A
+    host's table with the same name, in this or another schema, has other columns.
+    """
+    table = item if isinstance(item, Table) else getattr(item, "table", None)
+    if not isinstance(table, Table):
+        return False
+    names = {column.name for column in table.columns}
+    if table.name == VERSION_TABLE:
+        return names == {"version_num"}
+    declared = metadata.tables.get(table.name)
+    if declared is not None:
+        return names >= {column.name for column in declared.columns}
+    # A newer version of taskstore can have made further tables.
+    return (table.comment or "").startswith(COMMENT_PREFIX)

@@ -72,8 +72,7 @@ class ConnectionPool:
             connection = database.engine.connect()
             if not database.owned:
                 connection = connection.execution_options(isolation_level="AUTOCOMMIT")
-            raw = connection.connection.driver_connection
-            session = Session(connection, raw, database.cursor(raw), database.sa_dialect)
+            session = Session(connection, database)
             if not database.owned:
                 database.configure_host(session)
         except BaseException:

@@ -21,7 +21,7 @@ from taskstore.errors import StoreUnavailableError, UnsupportedError, Validation
 from taskstore.store.opening import redacted, scheme_of
 from taskstore.stores.sql.errors import ErrorKind, Translator
 from taskstore.stores.sql.rows import ClaimedSeqs
-from taskstore.stores.sql.statements import BATCH_SIZES, Statements
+from taskstore.stores.sql.statements import BATCH_SIZES, Statements, compile_for
 from taskstore.stores.sql.tables import SCHEMA_EPOCH
 
 log = logging.getLogger("taskstore")
@@ -71,13 +71,14 @@ class Session:
     ``restore_statements`` are the SQL statements that restore a host's connection after use.
     """
 
-    __slots__ = ("_dialect", "connection", "cursor", "raw", "restore_statements")
+    __slots__ = ("_dialect", "_schema", "connection", "cursor", "raw", "restore_statements")
 
-    def __init__(self, connection: sa.Connection, raw: Any, cursor: Any, dialect: Dialect) -> None:
+    def __init__(self, connection: sa.Connection, database: Database) -> None:
         self.connection = connection
-        self.raw = raw
-        self.cursor = cursor
-        self._dialect = dialect
+        self.raw: Any = connection.connection.driver_connection
+        self.cursor = database.cursor(self.raw)
+        self._dialect = database.sa_dialect
+        self._schema = database.schema
         self.restore_statements: tuple[str, ...] = ()
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> None:
@@ -130,9 +131,8 @@ class Session:
         return rows[0][0] if rows else None
 
     def _compiled(self, statement: Executable) -> tuple[str, tuple[Any, ...]]:
-        # Every statement here has a method compile, but the type Executable does not declare it.
-        compiled = statement.compile(  # type: ignore[attr-defined]
-            dialect=self._dialect, compile_kwargs={"render_postcompile": True}
+        compiled = compile_for(
+            self._dialect, self._schema, statement, compile_kwargs={"render_postcompile": True}
         )
         values = compiled.params
         return str(compiled), tuple(values[name] for name in compiled.positiontup or ())
@@ -174,7 +174,9 @@ class Database:
     sa_dialect: ClassVar[Dialect]
     statements: ClassVar[type[Statements]] = Statements
     sql: Statements
-    """The compiled statements, shared by all databases of the dialect."""
+    """The compiled statements.  All databases of the dialect without a ``schema`` share them."""
+    has_schemas: ClassVar[bool] = False
+    """True if a database has schemas, so that a ledger can have its tables in one of them."""
     begin_read: ClassVar[tuple[str, ...]] = ("BEGIN",)
     """The statements that begin a read-only transaction in which all reads see the same state."""
     begin_schema: ClassVar[tuple[str, ...]] = ("BEGIN",)
@@ -201,12 +203,21 @@ class Database:
     """The directory for temporary files; ``None`` for the system's directory."""
 
     def __init__(
-        self, engine: sa.Engine, *, owned: bool, durability: str = "full", read_only: bool = False
+        self,
+        engine: sa.Engine,
+        *,
+        owned: bool,
+        durability: str = "full",
+        read_only: bool = False,
+        schema: str | None = None,
     ) -> None:
         self.engine = engine
         self.owned = owned
         self.durability = durability
         self.read_only = read_only
+        self.schema = schema
+        if schema is not None:
+            self.sql = self.statements(self.sa_dialect, schema)
         self.notices: list[str] = []
         self.location = self._location()
         dbapi: Any = engine.dialect.loaded_dbapi
@@ -251,6 +262,8 @@ class Database:
     def _location(self) -> str:
         url = self.engine.url
         options = {name: url.query[name] for name in _LOCATION_OPTIONS if name in url.query}
+        if self.schema is not None:
+            options["schema"] = self.schema
         return url.set(query=options).render_as_string(hide_password=True)
 
     @staticmethod
@@ -279,6 +292,12 @@ class Database:
 
     def check_server(self, connection: sa.Connection) -> None:
         """Raise an error if the server or a host's connection has unsupported settings."""
+
+    def use_schema(self, connection: sa.Connection) -> None:
+        """Let names without a schema refer to ``schema``, until the transaction ends."""
+
+    def create_schema(self, connection: sa.Connection) -> None:
+        """Create ``schema`` in the database if it does not exist."""
 
     def lock_schema(self, connection: sa.Connection) -> None:
         """Take the schema lock; other processes wait until :meth:`unlock_schema`."""
@@ -377,10 +396,16 @@ def _password(url: sa.URL) -> str | None:
     return str(password) if password else None
 
 
-def host_database(engine: sa.Engine, *, durability: str, read_only: bool) -> Database:
+def host_database(
+    engine: sa.Engine,
+    *,
+    durability: str = "full",
+    read_only: bool = False,
+    schema: str | None = None,
+) -> Database:
     """Return the database of an engine that belongs to the host.
 
-    Raises :class:`~taskstore.ValidationError` for an unsupported engine.
+    Raises :class:`~taskstore.ValidationError` for an unsupported engine or schema.
     """
     if getattr(getattr(engine, "dialect", None), "is_async", False):
         raise _async_engine_error(engine)
@@ -394,7 +419,19 @@ def host_database(engine: sa.Engine, *, durability: str, read_only: bool) -> Dat
             f"uses {engine.dialect.name}+{engine.dialect.driver}; supported engines: {known}",
         )
     _refuse_unescaped_at_sign("engine", engine.url)
-    return dialect(engine, owned=False, durability=durability, read_only=read_only)
+    if schema is None:
+        return dialect(engine, owned=False, durability=durability, read_only=read_only)
+    if not dialect.has_schemas:
+        raise ValidationError(
+            "schema",
+            f"is not possible: a database of {engine.dialect.name} has no schemas; "
+            "use another database for the ledger",
+        )
+    try:
+        schema = schema_option(schema)
+    except ValueError as error:
+        raise ValidationError("schema", str(error)) from None
+    return dialect(engine, owned=False, durability=durability, read_only=read_only, schema=schema)
 
 
 def _async_engine_error(engine: Any) -> ValidationError:
@@ -466,6 +503,9 @@ _REFUSED_OPTION = re.compile(
 )
 """Matches the message of a driver or server that refuses an option."""
 
+_MAX_NAME_BYTES = 63
+"""The longest name in PostgreSQL, which cuts longer names."""
+
 _REPEATABLE = frozenset({"host", "port"})
 _BOOLEANS = {
     **dict.fromkeys(("true", "yes", "on", "1"), True),
@@ -506,6 +546,17 @@ def integer_option(low: int = -(2**31), high: int = 2**31 - 1) -> URLOption:
         return int(text)
 
     return parse
+
+
+def schema_option(text: object) -> str:
+    """Parse the name of a schema."""
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ValueError("must be the name of a schema, as text")
+    if len(text.encode("utf-8", "surrogatepass")) > _MAX_NAME_BYTES or not text.isprintable():
+        raise ValueError(f"must be printable text of at most {_MAX_NAME_BYTES} bytes")
+    if text.startswith("pg_") or text == "information_schema":
+        raise ValueError("must not be a schema of the database system")
+    return text
 
 
 def boolean_option(text: str) -> bool:

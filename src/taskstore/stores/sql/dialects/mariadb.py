@@ -93,6 +93,10 @@ def _utf8mb4(text: str) -> str:
     return text
 
 
+def _no_schema(_text: str) -> str:
+    raise ValueError("a database of MariaDB has no schemas; name another database in the URL")
+
+
 def _collation(text: str) -> str:
     if not text.lower().startswith("utf8mb4_"):
         raise ValueError("must be a collation of utf8mb4")
@@ -106,6 +110,7 @@ def _path(text: str) -> str:
 
 
 _OPTIONS: dict[str, URLOption] = {
+    "schema": _no_schema,
     "charset": _utf8mb4,
     "collation": _collation,
     "port": integer_option(1, 65535),

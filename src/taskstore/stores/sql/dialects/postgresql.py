@@ -20,6 +20,7 @@ from taskstore.stores.sql.dialects.base import (
     check_driver_arguments,
     integer_option,
     require_user,
+    schema_option,
 )
 from taskstore.stores.sql.errors import postgresql_error_kind
 from taskstore.stores.sql.rows import ClaimedSeqs
@@ -33,7 +34,7 @@ _LOCK_OWNERS = """
 SELECT DISTINCT held.pid, activity.application_name, host(activity.client_addr), activity.state,
     extract(epoch FROM clock_timestamp() - activity.xact_start)::int
 FROM pg_locks AS held LEFT JOIN pg_stat_activity AS activity ON activity.pid = held.pid
-WHERE held.relation = 'taskstore_head'::regclass AND held.granted
+WHERE held.relation = %s::regclass AND held.granted
     AND held.database = (SELECT oid FROM pg_database WHERE datname = current_database())
     AND held.mode <> 'AccessShareLock' AND held.pid <> pg_backend_pid()
     AND NOT EXISTS (SELECT FROM pg_locks AS wait WHERE wait.pid = held.pid AND NOT wait.granted)
@@ -113,6 +114,7 @@ def _utf8(text: str) -> str:
 
 _OPTIONS: dict[str, URLOption] = {
     "prepare_threshold": _prepare_threshold,
+    "schema": schema_option,
     "client_encoding": _utf8,
     **dict.fromkeys(
         (
@@ -136,18 +138,13 @@ class PostgreSQLDatabase(Database):
     extra = "postgres"
     space_hint = "the owner of the tables can run VACUUM FULL in the database"
     driver = "psycopg"
+    has_schemas = True
     statements = PostgreSQLStatements
     sql: PostgreSQLStatements
     # The constructors of SQLAlchemy's dialects have no type annotations.
     sa_dialect = PGDialect_psycopg(paramstyle="format")  # type: ignore[no-untyped-call]
     begin_read = ("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",)
     # The lock key is arbitrary ("task" in ASCII), but every process must use this key.
-    begin_schema = (
-        "BEGIN",
-        # A host's connection waits without a timeout.
-        f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S}s'",
-        "SELECT pg_advisory_xact_lock(1952543595)",
-    )
     error_kind = staticmethod(postgresql_error_kind)
     _begin_write = _BEGIN_WRITE
     _synchronous_commit: tuple[str, ...] = ()
@@ -175,7 +172,7 @@ class PostgreSQLDatabase(Database):
         threshold = options.get("prepare_threshold", _AUTOMATIC)
         if threshold is not _AUTOMATIC:
             arguments["prepare_threshold"] = threshold
-        url = url.difference_update_query(["prepare_threshold"])
+        url = url.difference_update_query(["prepare_threshold", "schema"])
         if "service" not in options:
             [user] = [item.val for item in pq.Conninfo.get_defaults() if item.keyword == b"user"]
             require_user(url, user)
@@ -189,7 +186,13 @@ class PostgreSQLDatabase(Database):
             )
         except (sa.exc.ArgumentError, ValueError) as error:
             raise ValidationError("url", f"has an invalid option 'host': {error}") from None
-        database = cls(engine, owned=True, durability=durability, read_only=read_only)
+        database = cls(
+            engine,
+            owned=True,
+            durability=durability,
+            read_only=read_only,
+            schema=options.get("schema"),
+        )
         if threshold is None:
             database.set_pooled()
         check_driver_arguments(database, url)
@@ -282,8 +285,39 @@ class PostgreSQLDatabase(Database):
             f"server process {pid}, {name or 'unnamed'} at {host or 'this machine'}, "
             f"{state or 'in an unknown state'}"
             + (f", in a transaction for {seconds} s" if seconds is not None else "")
-            for pid, name, host, state, seconds in session.rows(_LOCK_OWNERS)
+            for pid, name, host, state, seconds in session.rows(_LOCK_OWNERS, (self._head_table(),))
         ]
+
+    def _head_table(self) -> str:
+        return f"{_quoted(self.schema)}.taskstore_head" if self.schema else "taskstore_head"
+
+    def use_schema(self, connection: sa.Connection) -> None:
+        if self.schema is not None:
+            path = sa.func.set_config("search_path", _quoted(self.schema), sa.true())
+            connection.execute(sa.select(path))
+
+    def create_schema(self, connection: sa.Connection) -> None:
+        if self.schema is None or sa.inspect(connection).has_schema(self.schema):
+            return
+        try:
+            connection.execute(sa.schema.CreateSchema(self.schema))
+        except sa.exc.ProgrammingError as error:
+            raise StoreUnavailableError(
+                f"{self.location}: the schema does not exist and cannot be created: "
+                f"{self.translator.text(error)}",
+                hint=f"let an administrator run: CREATE SCHEMA {_quoted(self.schema)} "
+                "AUTHORIZATION ..., with the name of this user",
+            ) from self.translator.cause(error)
+
+    def lock_schema(self, connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN")
+        # A host's connection waits without a timeout.
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S}s'")
+        self.use_schema(connection)
+        # Ledgers in two schemas do not wait for each other.
+        name = sa.func.coalesce(self.schema, sa.func.current_schema(), "")
+        key = sa.func.hashtextextended(sa.literal("taskstore.").concat(name), 0)
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(key)))
 
     def commit(self, session: Session) -> None:
         warnings: list[str] = []
@@ -323,6 +357,11 @@ def _write_settings() -> tuple[str, ...]:
         # A COMMIT that does not have the requested durability gives a warning.
         "client_min_messages = warning",
     )
+
+
+def _quoted(name: str) -> str:
+    """Return a name as an identifier of SQL."""
+    return '"' + name.replace('"', '""') + '"'
 
 
 def _has_several_hosts(url: sa.URL) -> bool:
