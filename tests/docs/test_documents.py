@@ -9,9 +9,10 @@ import re
 from pathlib import Path
 
 import pytest
-from doc_blocks import DOCUMENTS, ROOT, BlockRunner, blocks_of
+from doc_blocks import DOCUMENTS, ROOT, Block, BlockRunner, blocks_of
 
 import taskstore
+from taskstore.testing.servers import PostgresServer
 
 LANGUAGES = {"", "python", "console", "sh", "text", "toml", "json", "sql", "ini"}
 NOT_RUN = 3
@@ -28,9 +29,25 @@ def test_the_blocks_of_a_document(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TASKSTORE_URL", raising=False)
+    monkeypatch.delenv("DATABASE_URL", raising=False)
     runner = BlockRunner()
     for block in blocks_of(path):
         runner.run(block)
+
+
+def test_a_program_with_its_own_postgresql_database(
+    postgres_server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATABASE_URL", postgres_server.new_database())
+    runner = BlockRunner()
+    for block in blocks_of(ROOT / "docs" / "in-your-own-database.md"):
+        runner.run(block)
+    in_schema = (
+        "console",
+        "$ python app_with_schema.py\n...0001 []\n$ alembic check\n...No new...\n",
+    )
+    runner.run(Block(ROOT / "docs", 1, *in_schema, "", ""))
 
 
 def test_few_blocks_are_skipped() -> None:

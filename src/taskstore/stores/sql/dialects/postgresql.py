@@ -144,11 +144,9 @@ class PostgreSQLDatabase(Database):
     # The constructors of SQLAlchemy's dialects have no type annotations.
     sa_dialect = PGDialect_psycopg(paramstyle="format")  # type: ignore[no-untyped-call]
     begin_read = ("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",)
-    # The lock key is arbitrary ("task" in ASCII), but every process must use this key.
     error_kind = staticmethod(postgresql_error_kind)
     _begin_write = _BEGIN_WRITE
     _synchronous_commit: tuple[str, ...] = ()
-
     _prepares = True
     """False if no statement is prepared, because prepared statements belong to a session."""
 
@@ -196,22 +194,25 @@ class PostgreSQLDatabase(Database):
         if threshold is None:
             database.set_pooled()
         check_driver_arguments(database, url)
+        database._configure_connections(prepares=threshold is not _AUTOMATIC)
+        return database
 
-        @event.listens_for(engine, "connect")
+    def _configure_connections(self, *, prepares: bool) -> None:
+        """Configure each new connection of an owned engine; see :meth:`set_pooled`."""
+
+        @event.listens_for(self.engine, "connect")
         def configure(raw: Any, record: Any) -> None:
-            record.info["generation"] = database.generation
-            if database.is_pooled(raw):
-                database.set_pooled(prepares=threshold is not _AUTOMATIC)
-            if not database.pooled:
+            record.info["generation"] = self.generation
+            if self.is_pooled(raw):
+                self.set_pooled(prepares=prepares)
+            if not self.pooled:
                 raw.execute("; ".join(f"SET {setting}" for setting in _write_settings()))
             raw.commit()
 
-        @event.listens_for(engine, "checkout")
+        @event.listens_for(self.engine, "checkout")
         def discard_old(_raw: object, record: Any, _proxy: object) -> None:
-            if record.info["generation"] != database.generation:
+            if record.info["generation"] != self.generation:
                 raise sa.exc.DisconnectionError  # the pool makes a new connection
-
-        return database
 
     def is_pooled(self, raw: Any) -> bool:
         """Return whether a pooler is between this connection and the server.
