@@ -10,7 +10,7 @@ from itertools import count
 
 import pytest
 
-from taskstore.model.ids import UUIDv7, new_task_id, system_clock
+from taskstore.model.ids import UUIDv7, is_seal_broken, new_commit_id, new_task_id, system_clock
 
 FORM = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\Z")
 
@@ -85,3 +85,20 @@ def test_ids_increase_in_every_thread():
 def test_two_sources_do_not_make_the_same_ids():
     one, two = UUIDv7(lambda: 1), UUIDv7(lambda: 1)
     assert not {one() for _ in range(100)} & {two() for _ in range(100)}
+
+
+def test_a_sealed_commit_id_matches_only_its_time():
+    at = 1_700_000_000_000
+    commit_id = new_commit_id(at)
+    assert len(commit_id) == 30
+    assert not is_seal_broken(commit_id, at)
+    assert is_seal_broken(commit_id, at + 1)
+    for index, char in enumerate(commit_id):
+        other = "0" if char != "0" else "1"
+        assert is_seal_broken(commit_id[:index] + other + commit_id[index + 1 :], at)
+    assert is_seal_broken("\udcff" + commit_id[1:], at)
+
+
+def test_an_unsealed_commit_id_is_not_checked():
+    assert len(new_commit_id()) == 32
+    assert not is_seal_broken(new_commit_id(), 0)

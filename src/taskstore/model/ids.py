@@ -11,6 +11,7 @@ import os
 import secrets
 import threading
 import time
+import zlib
 from collections.abc import Callable
 
 Clock = Callable[[], int]
@@ -73,6 +74,30 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=new_task_id.reset_lock)
 
 
-def new_commit_id() -> str:
-    """Return a new unique commit id: 32 random hexadecimal digits."""
-    return secrets.token_hex(16)
+_RANDOM_DIGITS = 22
+_SEALED_DIGITS = _RANDOM_DIGITS + 8
+
+
+def new_commit_id(at: int | None = None) -> str:
+    """Return a new unique commit id: 32 random hexadecimal digits.
+
+    If the commit time ``at`` (Unix milliseconds) is given, the id is sealed: it has 22 random
+    digits, and 8 digits that are the CRC-32 of these digits and the time.  A store whose own
+    checksums do not cover the commit id and the time uses sealed ids, so that its ``verify`` can
+    detect damage of either.
+    """
+    if at is None:
+        return secrets.token_hex(16)
+    digits = secrets.token_hex(_RANDOM_DIGITS // 2)
+    return f"{digits}{zlib.crc32(f'{digits} {at}'.encode()):08x}"
+
+
+def is_seal_broken(commit_id: str, at: int) -> bool:
+    """Return whether a sealed commit id does not match the commit time.
+
+    A sealed id is recognized by its length, so the result for an unsealed id is false.
+    """
+    if len(commit_id) != _SEALED_DIGITS:
+        return False
+    digits, seal = commit_id[:_RANDOM_DIGITS], commit_id[_RANDOM_DIGITS:]
+    return seal != f"{zlib.crc32(f'{digits} {at}'.encode(errors='replace')):08x}"

@@ -427,7 +427,14 @@ class SupportsIntegrity(Protocol):
 
     def verify(self) -> VerifyReport:
         """Check contiguity, checksums and revisions, and compare the stored records with the fold
-        of the journal [5].  The method writes nothing.  Its memory use can grow with the ledger."""
+        of the journal [5].
+
+        The method also compares every index, and every stored copy of a value, with the records
+        and entries, so that opening or this method detects each damage that changes the result of
+        a lookup, a query or a read of the journal.  The report lists at most 100 problems, and
+        the number of further problems.  The method writes nothing and takes no write lock.  Its
+        memory use can grow with the ledger.
+        """
         ...
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from taskstore.errors import CorruptStoreError
 from taskstore.model.journal import EntryKind, JournalEntry, Snapshot
@@ -44,6 +44,7 @@ class IntegrityCheck:
         self._ahead = sorted((seq for seq in snapshots if seq >= self.seq), reverse=True)
         self._deleted: set[str] = set()
         self._at = self._entries = 0
+        self._entry_seq = 0
 
     def journal(
         self, entries: Iterable[JournalEntry | CorruptStoreError], head: int | None = None
@@ -54,6 +55,11 @@ class IntegrityCheck:
         ``entries`` contains an error in place of entries that could not be read.  ``head`` is the
         expected seq of the newest entry, for a store that keeps the head outside the journal.
         """
+        self.problems += [
+            f"{name} is below the floor {self.seq + 1}"
+            for seq, name in self._snapshots.items()
+            if seq < self.seq
+        ]
         if not self.complete and self.seq not in self._snapshots:
             self.problems.append(f"there is no snapshot at seq {self.seq}, before the floor")
         self._compare_snapshots()
@@ -106,7 +112,8 @@ class IntegrityCheck:
             self.problems.append(f"{where}: a change after its deletion")
         elif before_is_known and entry.revision != before + 1:
             self.problems.append(f"{where}: revision {entry.revision} follows revision {before}")
-        self.seq, self._at = entry.seq, entry.at
+        self.seq = self._entry_seq = entry.seq
+        self._at = entry.at
         self._entries += 1
         record = entry.record
         if entry.kind is EntryKind.DELETED:
@@ -137,15 +144,32 @@ class IntegrityCheck:
             if keys:
                 shown = ", ".join(sorted(map(repr, keys))[:MAX_TASKS_NAMED])
                 self.problems.append(f"{name} {difference} ({len(keys)}): {shown}")
-        if not self.complete and snapshot.seq == self.seq:
-            self.content, self.complete = stored, True
+        if snapshot.seq == self.seq:
+            self._compare_times(name, snapshot.at)
+            if not self.complete:
+                self.content, self.complete = stored, True
+
+    def _compare_times(self, name: str, at: int) -> None:
+        """Compare the time of a snapshot with the time of the entry at the same seq.  If this entry
+        was trimmed, the time of the snapshot is the earliest time of the next entry."""
+        if self._entries and self._entry_seq == self.seq and at != self._at:
+            self.problems.append(
+                f"{name} has the time {at}, but the entry at seq {self.seq} has the time {self._at}"
+            )
+        elif at < self._at:
+            self.problems.append(f"{name}: the time goes back from {self._at} to {at}")
+        self._at = max(self._at, at)
 
     def report(self) -> VerifyReport:
         """Return the report of the check; it lists at most ``MAX_PROBLEMS`` problems."""
-        shown, more = self.problems[:MAX_PROBLEMS], len(self.problems) - MAX_PROBLEMS
-        if more > 0:
-            shown.append(f"and {more} more problems")
-        return VerifyReport(self.seq, len(self.content), self._entries, tuple(shown))
+        return VerifyReport(self.seq, len(self.content), self._entries, listed(self.problems))
+
+
+def listed(problems: Sequence[str]) -> tuple[str, ...]:
+    """Return the first ``MAX_PROBLEMS`` problems, and the number of further problems as text."""
+    more = len(problems) - MAX_PROBLEMS
+    further = [f"and {more} more problems"] if more > 0 else []
+    return (*problems[:MAX_PROBLEMS], *further)
 
 
 def _content_of(snapshot: Snapshot) -> Content:

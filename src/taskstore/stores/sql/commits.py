@@ -45,7 +45,7 @@ from taskstore.store.interface import base_not_found
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.dialects.base import Session, flat_parameters, row_groups
 from taskstore.stores.sql.errors import ErrorKind
-from taskstore.stores.sql.rows import ClaimedSeqs, Head
+from taskstore.stores.sql.rows import ClaimedSeqs, Head, damaged_head
 from taskstore.stores.sql.statements import RARELY_UPDATED
 from taskstore.stores.sql.tables import (
     COPIED_COLUMNS,
@@ -74,22 +74,20 @@ class EncodedBatch:
 
     def __init__(self, changes: Sequence[Change]) -> None:
         self.steps = plan(changes)
-        self.commit_id = commit_id = new_commit_id()
-        self.entries: list[tuple[Any, ...]] = []
-        """The rows of ``task_journal`` for the batch, without the columns seq and time."""
+        self.entries: list[tuple[tuple[Any, ...], tuple[Any, ...]]] = []
+        """The rows of ``task_journal`` for the batch, without the columns seq and at, each in two
+        parts: the columns before and after the commit id."""
         encoded: dict[str, tuple[bytes, int]] = {}
         for change in changes:
-            entry: tuple[Any, ...]
             if isinstance(change, Put):
                 record = change.record
                 task_id, revision = record.task_id, record.revision
                 payload = encode_record(record)
                 check = checksum(payload)
                 encoded[task_id] = (payload, check)
-                entry = ("upserted", task_id, revision, commit_id, payload, check)
+                self.entries.append((("upserted", task_id, revision), (payload, check)))
             else:
-                entry = ("deleted", change.task_id, change.revision, commit_id, None, None)
-            self.entries.append(entry)
+                self.entries.append((("deleted", change.task_id, change.revision), (None, None)))
         self.deletes: list[tuple[str, int]] = []
         self.updates: list[tuple[Any, ...]] = []
         self.inserts: list[tuple[Any, ...]] = []
@@ -132,12 +130,23 @@ def commit(transactions: Transactions, changes: Sequence[Change], clock: Clock) 
                 claimed = database.claim_seqs(tx, count, clock(), base.seq)
                 if claimed is None:
                     raise schema_epoch_error(database, tx)
+                if (
+                    not type(claimed.head_seq)
+                    is type(claimed.last_at)
+                    is type(claimed.floor)
+                    is int
+                ):
+                    raise damaged_head()
                 first, at = claimed.head_seq - count + 1, claimed.last_at
-                committed = Commit(first, claimed.head_seq, at, batch.commit_id)
+                commit_id = new_commit_id(at)
+                committed = Commit(first, claimed.head_seq, at, commit_id)
                 if not _has_base(base, claimed):
                     raise base_not_found(base)
                 _write(database, tx, batch, claimed.floor)
-                rows = [(seq, at, *entry) for seq, entry in enumerate(batch.entries, first)]
+                rows = [
+                    (seq, at, *entry, commit_id, *stored)
+                    for seq, (entry, stored) in enumerate(batch.entries, first)
+                ]
                 for group in database.row_groups(rows):
                     tx.execute(database.sql.insert_journal(len(group)), flat_parameters(group))
                 return committed

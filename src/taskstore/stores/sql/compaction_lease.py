@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from taskstore.errors import OutcomeUnknownError, StoreBusyError, StoreUnavailableError
 from taskstore.model.ids import system_clock
 from taskstore.stores.sql.dialects.base import Session
+from taskstore.stores.sql.rows import damaged_head
 from taskstore.stores.sql.tables import taskstore_head
 from taskstore.stores.sql.transactions import Transactions
 
@@ -92,6 +93,8 @@ class CompactionLease:
         was acquired."""
         lease = taskstore_head.c
         owner = tx.scalar(sa.select(lease.lease_owner))
+        if not isinstance(owner, str | None):
+            raise damaged_head()
         free = sa.or_(lease.lease_owner.is_(None), lease.lease_until < system_clock())
         if owner is not None and (owner == self._owner or _is_dead(owner)):
             # If the previous owner is alive, the next step of its compaction fails: each step

@@ -49,12 +49,16 @@ class ErrorKind(Enum):
     READ_ONLY = "read-only"
     """The database refuses writes."""
     MISSING_SCHEMA = "missing schema"
-    """A table or column is missing."""
+    """A table, column or index is missing."""
     INTEGRITY = "integrity"
     """A constraint was violated."""
     OTHER = "other"
     """Any other error."""
 
+
+_DAMAGE = (UnicodeError, MemoryError, OverflowError)
+"""The exceptions that a driver or a decoder raises for a damaged value, in addition to the driver's
+own exceptions: text that is not UTF-8, a length or a number that is too large."""
 
 UNREACHABLE = frozenset({ErrorKind.CONNECTION_LOST, ErrorKind.STANDBY})
 """The kinds of errors after which a later attempt on a new connection can succeed."""
@@ -65,10 +69,17 @@ _SQLITE_CODES = {
     8: ErrorKind.READ_ONLY,
     11: ErrorKind.CORRUPT,
     13: ErrorKind.DISK_FULL,
+    # SQLITE_TOOBIG: taskstore writes no value that is too long, so the stored length is wrong.
+    18: ErrorKind.CORRUPT,
     19: ErrorKind.INTEGRITY,
+    24: ErrorKind.CORRUPT,
     26: ErrorKind.CORRUPT,
 }
 """Maps each primary result code of SQLite to a kind."""
+
+_SQLITE_DAMAGE = ("malformed", "unsupported file format")
+"""The first words of SQLite's messages about a damaged header or a damaged schema that have the
+result code SQLITE_ERROR."""
 
 _SQLITE_FSYNC_ERRORS = {10, 10 | (4 << 8), 10 | (5 << 8)}
 """SQLITE_IOERR_FSYNC, SQLITE_IOERR_DIR_FSYNC, and SQLITE_IOERR.  pysqlite3 reports
@@ -110,7 +121,7 @@ _MARIADB_NUMBERS = {
     ErrorKind.CORRUPT: {1033, 1034, 1035, 1194, 1195, 1712, 1877, 1932},
     ErrorKind.DISK_FULL: {1021, 1041, 1114},
     ErrorKind.READ_ONLY: {1142, 1290, 1792, 1836},
-    ErrorKind.MISSING_SCHEMA: {1054, 1146},
+    ErrorKind.MISSING_SCHEMA: {1054, 1146, 1176},
     ErrorKind.INTEGRITY: {1022, 1048, 1062, 1169, 1557, 1586, 4025},
 }  # fmt: skip
 """Maps each error number of the MariaDB server and of PyMySQL to a kind."""
@@ -126,14 +137,18 @@ def driver_error(error: BaseException) -> BaseException:
 def sqlite_error_kind(error: BaseException) -> ErrorKind:
     """Classify an exception of an SQLite module by its result code."""
     code: int | None = getattr(driver_error(error), "sqlite_errorcode", None)
+    message = str(driver_error(error))
     if code is None:
-        return ErrorKind.OTHER
+        undecodable = message.startswith("Could not decode to UTF-8")
+        return ErrorKind.CORRUPT if undecodable else ErrorKind.OTHER
     if code in _SQLITE_FSYNC_ERRORS:
         return ErrorKind.FSYNC_FAILED
     if code == _SQLITE_WRITE_ERROR:
         return ErrorKind.DISK_FULL
-    if code & 0xFF == 1 and "no such" in str(driver_error(error)):
+    if code & 0xFF == 1 and "no such" in message:
         return ErrorKind.MISSING_SCHEMA
+    if code & 0xFF == 1 and message.startswith(_SQLITE_DAMAGE):
+        return ErrorKind.CORRUPT
     return _SQLITE_CODES.get(code & 0xFF, ErrorKind.OTHER)
 
 
@@ -184,12 +199,7 @@ class Translator:
     ) -> None:
         self.location = location
         self._waits = waits
-        # Messages and values from a damaged database can contain invalid UTF-8.
-        self.errors: tuple[type[Exception], ...] = (
-            driver,
-            sa.exc.SQLAlchemyError,
-            UnicodeDecodeError,
-        )
+        self.errors: tuple[type[Exception], ...] = (driver, sa.exc.SQLAlchemyError, *_DAMAGE)
         self._error_kind = error_kind
         self._secrets = _encodings_of(secret)
 
@@ -207,8 +217,7 @@ class Translator:
 
     def error_kind(self, error: BaseException) -> ErrorKind:
         """Classify an exception of the driver."""
-        damaged = isinstance(error, UnicodeDecodeError)
-        return ErrorKind.CORRUPT if damaged else self._error_kind(error)
+        return ErrorKind.CORRUPT if isinstance(error, _DAMAGE) else self._error_kind(error)
 
     def failure_kind(self, error: BaseException) -> FailureKind:
         """Return the kind of failure, which decides whether and how the store retries."""
@@ -254,7 +263,7 @@ class Translator:
                 )
             case ErrorKind.MISSING_SCHEMA:
                 return SchemaMismatchError(
-                    f"{where}: a table or column is missing: {text}", found=None, needed=None
+                    f"{where}: a table, column or index is missing: {text}", found=None, needed=None
                 )
             case ErrorKind.INTEGRITY:
                 return CorruptStoreError(
@@ -271,6 +280,13 @@ class Translator:
         message = str(cause)
         if isinstance(cause, UnicodeDecodeError):
             message = f"text is not UTF-8: {cause.object.decode('utf-8', 'replace')}"
+        elif isinstance(cause, MemoryError):
+            message = (
+                "the memory was not enough for a stored value: its stored length is damaged, or "
+                "the memory of this process is too small"
+            )
+        elif isinstance(cause, _DAMAGE):
+            message = f"a stored value is damaged: {cause}"
         text = " ".join(message.split())
         for secret in self._secrets:
             text = text.replace(secret, "***")

@@ -75,8 +75,41 @@ class TaskRow(NamedTuple):
     checksum: int
 
 
-def damage_of(payload: bytes, stored: int | None) -> str | None:
+def head_of(row: Sequence[Any]) -> Head:
+    """Return the head row, or raise :class:`CorruptStoreError` for a value of a wrong type."""
+    head = Head(*row)
+    if not (
+        all(type(value) is int for value in (head.timeline, *head[3:7]))
+        and isinstance(head.ledger_id, str)
+        and isinstance(head.lease_owner, str | None)
+        and isinstance(head.lease_until, int | None)
+    ):
+        raise damaged_head()
+    return head
+
+
+def damaged_head() -> CorruptStoreError:
+    """Return the error for a head row that contains a value of a wrong type."""
+    return CorruptStoreError(
+        "taskstore_head",
+        "the head row contains a value of a wrong type",
+        hint="run 'taskstore verify' on a copy, and restore a backup",
+    )
+
+
+def snapshot_row_of(row: Sequence[Any]) -> SnapshotRow:
+    """Return a row of ``task_snapshots``, or raise :class:`CorruptStoreError` for a value of a
+    wrong type."""
+    if not all(type(value) is int for value in row):
+        reason = "a row contains a value of a wrong type"
+        raise CorruptStoreError(f"task_snapshots, seq {row[0]}", reason)
+    return SnapshotRow(*row)
+
+
+def damage_of(payload: bytes | None, stored: int | None) -> str | None:
     """Return a description of the damage if the checksum is wrong; ``None`` if it is right."""
+    if payload is None:
+        return "the payload is missing"
     actual = checksum(payload)
     return None if actual == stored else f"its checksum is {actual}, but {stored} is stored"
 
@@ -111,6 +144,10 @@ def entry_of(row: Sequence[Any], where: str) -> JournalEntry:
     If the payload cannot be decoded, the field ``quarantined`` of the entry contains its bytes.
     """
     seq, at, kind, task_id, revision, commit_id, payload, stored = row
+    if not (
+        type(seq) is type(at) is type(revision) is int and type(task_id) is type(commit_id) is str
+    ):
+        raise CorruptStoreError(where, "an entry has a value of a wrong type", offset=seq)
     if kind == "deleted":
         return JournalEntry(seq, at, EntryKind.DELETED, task_id, revision, None, commit_id)
     if kind != "upserted":
@@ -139,7 +176,9 @@ def as_bytes(value: object) -> bytes:
         return value
     if isinstance(value, str):
         return value.encode("utf-8", "surrogateescape")
-    return b"" if value is None else bytes(value)  # type: ignore[call-overload]  # or raises
+    if isinstance(value, (bytearray, memoryview)):
+        return bytes(value)
+    return b"" if value is None else str(value).encode()
 
 
 def quarantined_row(item: Quarantined) -> tuple[Any, ...] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -23,10 +23,13 @@ from taskstore.stores.sql.rows import (
     Head,
     SnapshotRow,
     TaskRow,
+    as_bytes,
     damage_of,
+    head_of,
     quarantined_line,
     quarantined_row,
     record_of,
+    snapshot_row_of,
 )
 from taskstore.stores.sql.statements import PAGE, Statements
 from taskstore.stores.sql.tables import (
@@ -50,7 +53,7 @@ def read_head(session: Session, sql: Statements, *, lock: bool = False) -> Head:
     row = session.row(sql.lock_head if lock else sql.head)
     if row is None:
         raise CorruptStoreError("taskstore_head", "the head row is missing")
-    return Head(*row)
+    return head_of(row)
 
 
 def scan_tasks(session: Session, sql: Statements) -> Iterator[TaskRow]:
@@ -65,18 +68,31 @@ def _task_pages(session: Session, sql: Statements) -> Iterator[Iterable[TaskRow]
         yield map(TaskRow._make, rows)
         if len(rows) < PAGE:
             return
-        after = rows[-1][0]
+        after = next_key(rows, after, "tasks")
+
+
+def next_key(rows: Sequence[Sequence[Any]], after: Any, table: str) -> Any:
+    """Return the key of the last row of a page, so that the next page begins after this key.
+
+    Raises :class:`~taskstore.CorruptStoreError` if this key is not greater than ``after``: on a
+    damaged index, a scan could otherwise run forever.
+    """
+    key = rows[-1][0]
+    if type(key) is not type(after) or not key > after:
+        raise CorruptStoreError(table, f"the rows after {after!r} are not in order of the key")
+    return key
 
 
 def quarantined_rows(session: Session, sql: Statements) -> Iterator[tuple[int, Quarantined]]:
     """Yield the row id and the quarantined payload of every row of ``task_set_aside``."""
-    for number, payload, stored in session.rows(sql.read_quarantined):
+    for number, value, stored in session.rows(sql.read_quarantined):
         where = f"task_set_aside, row {number}"
+        payload = as_bytes(value)
         damage = damage_of(payload, stored)
         try:
             check_nesting(payload)
             item = msgspec.json.decode(payload, type=Quarantined)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             damage = damage or str(error)
         yield number, item if damage is None else Quarantined(payload, where, damage)
 
@@ -89,7 +105,7 @@ def read_quarantined(session: Session, sql: Statements) -> list[Quarantined]:
 def read_snapshot_rows(session: Session) -> list[SnapshotRow]:
     """Return the rows of ``task_snapshots``, oldest snapshot first."""
     rows = session.select(sa.select(task_snapshots).order_by(task_snapshots.c.seq))
-    return [SnapshotRow(*row) for row in rows]
+    return [snapshot_row_of(row) for row in rows]
 
 
 def newest_snapshot_row(session: Session, at: int) -> SnapshotRow | None:
@@ -134,20 +150,21 @@ def read_published(session: Session, sql: Statements, row: SnapshotRow, location
 def _read_chunks(
     session: Session, sql: Statements, snapshot: SnapshotRow, location: str
 ) -> Iterator[TaskRecord | Quarantined]:
-    actual = 0
+    actual = SnapshotRow(snapshot.seq, snapshot.at)
     for number in range(snapshot.chunks):
         where = f"{location}: task_snapshot_chunks, seq {snapshot.seq}, chunk {number}"
         row = session.row(sql.read_chunk, (snapshot.seq, number))
         damage = "the chunk is missing" if row is None else damage_of(row[0], row[1])
         if damage is not None:
             raise CorruptStoreError(where, damage)
-        actual = zlib.crc32(row[0], actual)
+        actual = with_chunk(actual, row[0])
         yield from read_lines(row[0], where)
-    if actual != snapshot.checksum:
-        raise CorruptStoreError(
-            f"{location}: task_snapshots, seq {snapshot.seq}",
-            f"the checksum of the chunks is {actual}, but {snapshot.checksum} is stored",
-        )
+    for name, found, stored in zip(SnapshotRow._fields, actual, snapshot, strict=True):
+        if found != stored:
+            raise CorruptStoreError(
+                f"{location}: task_snapshots, seq {snapshot.seq}",
+                f"the {name} of the chunks is {found}, but {stored} is stored",
+            )
 
 
 def save(transactions: Transactions, snapshot: Snapshot) -> None:
@@ -237,7 +254,7 @@ def read_lines(data: bytes, where: str) -> Iterator[TaskRecord | Quarantined]:
             try:
                 check_nesting(line)
                 yield msgspec.json.decode(line[1:], type=Quarantined)
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise CorruptStoreError(where, f"a line cannot be decoded: {error}") from error
         elif line:
             yield decode_or_quarantine(line, where)

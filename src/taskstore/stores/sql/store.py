@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import sqlalchemy as sa
 
@@ -18,29 +17,21 @@ from taskstore.errors import (
 )
 from taskstore.model.compaction_policy import CompactionPolicy, CompactionReport
 from taskstore.model.journal import Change, Commit, JournalEntry, Quarantined, Snapshot
-from taskstore.model.records import MAX_INT, TaskRecord
+from taskstore.model.records import MAX_INT
 from taskstore.model.validation import check_key
 from taskstore.store.interface import StoreReport, VerifyReport
 from taskstore.store.opening import check_options, redacted, scheme_of
 from taskstore.stores.common.change_feed import IDLE_TIMEOUT_S, ChangeFeed
-from taskstore.stores.common.integrity import IntegrityCheck
 from taskstore.stores.common.retry import RECONNECT_S
 from taskstore.stores.sql import compaction, snapshots
 from taskstore.stores.sql.commits import commit
 from taskstore.stores.sql.dialects import Database, host_database, open_database
-from taskstore.stores.sql.dialects.base import Session, VacuumReport
+from taskstore.stores.sql.dialects.base import VacuumReport
 from taskstore.stores.sql.migrate import ensure_schema
 from taskstore.stores.sql.query import QueryStore
-from taskstore.stores.sql.rows import QUARANTINED_CHECKSUM, Head, TaskRow, entry_of, record_of
-from taskstore.stores.sql.snapshots import (
-    read_head,
-    read_published,
-    read_quarantined,
-    read_snapshot_rows,
-)
-from taskstore.stores.sql.statements import PAGE
-from taskstore.stores.sql.tables import COPIED_COLUMNS, task_journal, tasks
+from taskstore.stores.sql.rows import Head, damaged_head, entry_of
 from taskstore.stores.sql.transactions import ConnectionPool, Transactions
+from taskstore.stores.sql.verify import verify
 from taskstore.stores.sql.watchers import start_watcher
 
 
@@ -178,6 +169,8 @@ class SQLStore(QueryStore):
         if not rows:
             raise CorruptStoreError(self.location, "the head row is missing")
         floor, head = rows[0][:2]
+        if not type(floor) is type(head) is int:
+            raise damaged_head()
         if after < floor - 1:
             raise CursorExpiredError(after, floor)
         entries = tuple(entry_of(row[2:], self.location) for row in rows if row[2] is not None)
@@ -284,80 +277,3 @@ def _check_options(durability: str, migrate: str, reconnect_s: float) -> None:
         raise ValidationError(
             "reconnect_s", f"must be a number of seconds, 0 or more, not {reconnect_s!r}"
         )
-
-
-def verify(transactions: Transactions) -> VerifyReport:
-    """Verify the tables in one read transaction; see ``SupportsIntegrity.verify``."""
-    return transactions.read(
-        lambda session: _TableCheck(session, transactions.database).verify(), in_transaction=True
-    )
-
-
-class _TableCheck:
-    """Checks the tables, the checksums of rows, and the columns that copy payload fields."""
-
-    def __init__(self, session: Session, database: Database) -> None:
-        self._session = session
-        self._sql = database.sql
-        self._location = database.location
-        self._snapshot_rows = {row.seq: row for row in read_snapshot_rows(session)}
-        self._head = read_head(session, self._sql)
-        labels = {seq: f"the snapshot at seq {seq}" for seq in self._snapshot_rows}
-        self._check = IntegrityCheck(self._head.floor, labels, self._snapshot)
-
-    def verify(self) -> VerifyReport:
-        self._check.journal(self._entries(), self._head.head_seq)
-        self._check.compare("the table tasks", self._current())
-        return self._check.report()
-
-    def _snapshot(self, seq: int) -> Snapshot:
-        return read_published(self._session, self._sql, self._snapshot_rows[seq], self._location)
-
-    def _rows(self, table: sa.Table, after: int | str) -> Iterator[Sequence[Any]]:
-        """Yield the rows of a table in order of the primary key, which is the first column."""
-        (key,) = table.primary_key
-        while True:
-            page = sa.select(table).where(key > after).order_by(key).limit(PAGE)
-            rows = self._session.select(page)
-            yield from rows
-            if len(rows) < PAGE:
-                return
-            after = rows[-1][0]
-
-    def _entries(self) -> Iterator[JournalEntry | CorruptStoreError]:
-        for row in self._rows(task_journal, self._head.floor - 1):
-            try:
-                entry = entry_of(row, f"{self._location}: task_journal")
-            except CorruptStoreError as error:
-                yield error
-                continue
-            if entry.quarantined is not None:
-                self._check.problems.append(
-                    f"{entry.quarantined.where}: {entry.quarantined.reason}"
-                )
-            yield entry
-
-    def _current(self) -> Snapshot:
-        """Return the current records; compare each record with the columns of its row."""
-        records: dict[str, TaskRecord] = {}
-        quarantined = read_quarantined(self._session, self._sql)
-        damaged = [item for item in quarantined if item.where.startswith("task_set_aside")]
-        names = [column.key for column in tasks.columns]
-        for row in self._rows(tasks, ""):
-            columns = dict(zip(names, row, strict=True))
-            found = record_of(TaskRow(*map(columns.__getitem__, TaskRow._fields)))
-            if isinstance(found, Quarantined):
-                quarantined.append(found)
-                # If save_snapshot wrote a quarantined payload to the row, the row is not damaged.
-                if columns["checksum"] != QUARANTINED_CHECKSUM:
-                    damaged.append(found)
-                continue
-            records[found.task_id] = found
-            for name in ("revision", *COPIED_COLUMNS):
-                if columns[name] != getattr(found, name):
-                    self._check.problems.append(
-                        f"the column {name} of task {found.task_id!r} differs from the payload"
-                    )
-        for item in damaged:
-            self._check.problems.append(f"{item.where}: {item.reason}")
-        return Snapshot(self._head.head_seq, records, quarantined=tuple(quarantined))

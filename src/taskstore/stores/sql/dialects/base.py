@@ -42,6 +42,9 @@ _SEVERAL_HOSTS = re.compile(r"@[^/?@]*,[^/?@]*(/|\?|$)")
 
 _Row = TypeVar("_Row")
 
+Digest = tuple[Any, Any]
+"""The number of rows, and the sum of the hashes of their indexed columns."""
+
 
 def row_groups(rows: Sequence[_Row]) -> Sequence[Sequence[_Row]]:
     """Split rows into groups; for the size of each group, a compiled statement exists."""
@@ -382,6 +385,20 @@ class Database:
             f"{redacted(url)}: only an SQLite file can be rebuilt", hint=cls.space_hint
         )
 
+    def engine_problems(self, session: Session) -> list[str]:
+        """Return the problems that the engine's own integrity check finds; takes no write lock."""
+        del session
+        return []
+
+    def index_digests(self, session: Session, index: sa.Index) -> tuple[Digest, Digest] | None:
+        """Return the digest of the rows that an index gives, and of the rows of its table that
+        belong in the index.  Returns ``None`` if :meth:`engine_problems` compares the indexes.
+
+        Called in a read transaction; the method can change the settings of this transaction.
+        """
+        del session, index
+        return None
+
     def scrub_deleted(self, session: Session) -> None:
         """Erase deleted bytes that are still in the files of the database."""
 
@@ -389,6 +406,12 @@ class Database:
         """Dispose of the engine if taskstore owns the engine."""
         if self.owned:
             self.engine.dispose()
+
+
+def indexed_columns(index: sa.Index) -> list[sa.Column[Any]]:
+    """Return the columns of an index, and the columns of the primary key of its table."""
+    assert index.table is not None
+    return list(dict.fromkeys([*index.columns, *index.table.primary_key]))
 
 
 def _password(url: sa.URL) -> str | None:

@@ -15,9 +15,11 @@ from taskstore.stores.sql.dialects.base import (
     LOCK_TIMEOUT_S,
     WRITE_LOCK_TIMEOUT_S,
     Database,
+    Digest,
     Session,
     URLOption,
     check_driver_arguments,
+    indexed_columns,
     integer_option,
     require_user,
     schema_option,
@@ -25,7 +27,7 @@ from taskstore.stores.sql.dialects.base import (
 from taskstore.stores.sql.errors import postgresql_error_kind
 from taskstore.stores.sql.rows import ClaimedSeqs
 from taskstore.stores.sql.statements import Statements
-from taskstore.stores.sql.tables import SCHEMA_EPOCH
+from taskstore.stores.sql.tables import ONLY_ON, SCHEMA_EPOCH
 
 _CHANNEL = "taskstore_"
 _LISTENER_KEY = "hashtextextended({}, 0)"
@@ -129,6 +131,12 @@ _OPTIONS: dict[str, URLOption] = {
     ),
 }
 """The options of a URL that libpq does not know, or that libpq does not check in every case."""
+
+
+_BY_INDEX = (("seqscan", "bitmapscan", "sort", "incremental_sort"), ("indexscan", "indexonlyscan"))
+_BY_TABLE = (("indexscan", "indexonlyscan", "bitmapscan"), ("seqscan", "sort"))
+"""The planner settings to switch off and on, so that a query in the order of an index reads this
+index, or reads the whole table."""
 
 
 class PostgreSQLDatabase(Database):
@@ -280,6 +288,26 @@ class PostgreSQLDatabase(Database):
             dbapi: Any = self.engine.dialect.loaded_dbapi
             raise dbapi.errors.InvalidSqlStatementName("the server process has changed")
         return ClaimedSeqs(*rows[0][:4]) if rows else None
+
+    def index_digests(self, session: Session, index: sa.Index) -> tuple[Digest, Digest] | None:
+        if self.names[0] not in ONLY_ON.get(str(index.name), self.names):
+            return None
+        columns = indexed_columns(index)
+        condition = index.dialect_options["postgresql"]["where"]
+        rows = sa.select(*columns).order_by(*columns).offset(sa.literal_column("0"))
+        if condition is not None:
+            rows = rows.where(condition)
+        indexed = rows.subquery("indexed")
+        # The 64-bit hash of the text of a whole row.
+        row = sa.cast(sa.literal_column(indexed.name), sa.Text)
+        hashed = sa.func.hashtextextended(row, sa.literal_column("0"))
+        digest = sa.select(sa.func.count(), sa.func.sum(hashed)).select_from(indexed)
+        found = []
+        for off, on in (_BY_INDEX, _BY_TABLE):
+            for name in (*off, *on):
+                session.execute(f"SET LOCAL enable_{name} = {'off' if name in off else 'on'}")
+            found.append(tuple(session.select(digest)[0]))
+        return found[0], found[1]
 
     def lock_owners(self, session: Session) -> Sequence[str]:
         return [

@@ -7,7 +7,7 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from taskstore.errors import (
     ValidationError,
 )
 from taskstore.store.disk import SYSTEM
+from taskstore.stores.common.integrity import MAX_PROBLEMS
 from taskstore.stores.common.locks import FairLock, describe_owners, lock_owners
 from taskstore.stores.sql import sqlite_library
 from taskstore.stores.sql.dialects.base import (
@@ -41,6 +42,7 @@ from taskstore.stores.sql.sqlite_library import (
     library_of,
     sqlite_module,
 )
+from taskstore.stores.sql.tables import ONLY_ON, metadata
 
 _WRITE_LOCK_BYTE = 120
 """The offset of the byte that a writer locks in the ``-shm`` file (from SQLite's format)."""
@@ -305,6 +307,16 @@ class SQLiteDatabase(Database):
             sqlite_library.register_close(str(path), library)
         return VacuumReport(needed, before, path.stat().st_size)
 
+    def engine_problems(self, session: Session) -> list[str]:
+        # The check compares every index with its table, but by the declarations in the schema.
+        problems = [*_schema_problems(session)]
+        rows = session.rows(f"PRAGMA integrity_check({MAX_PROBLEMS})")
+        if rows != [("ok",)]:
+            problems += [
+                f"SQLite's integrity check: {' '.join(str(row[0]).split())}" for row in rows
+            ]
+        return problems
+
     def scrub_deleted(self, session: Session) -> None:
         # secure_delete overwrites deleted bytes in the file, but the write-ahead log keeps earlier
         # page images until a checkpoint truncates it.
@@ -351,6 +363,45 @@ class SQLiteDatabase(Database):
         if self._registered:
             self._registered = False
             sqlite_library.register_close(self.location, self._library)
+
+
+def _schema_problems(session: Session) -> Iterator[str]:
+    """Yield the differences of the declared columns and indexes from the tables of a ledger."""
+    for table in metadata.sorted_tables:
+        # The key of the column in the primary key counts from 1.
+        keys = {column: number for number, column in enumerate(table.primary_key, 1)}
+        found = {row[1]: row[2:6] for row in session.rows(f"PRAGMA table_info({table.name})")}
+        for column in table.columns:
+            declared = column.type.compile(dialect=SQLiteDatabase.sa_dialect)
+            expected = (declared, int(not column.nullable), None, keys.get(column, 0))
+            if found.get(column.name) != expected:
+                yield f"the declaration of the column {column.name} of {table.name} is damaged"
+        for index in table.indexes:
+            if "sqlite" in ONLY_ON.get(str(index.name), {"sqlite"}):
+                yield from _index_problems(session, index)
+
+
+def _index_problems(session: Session, index: sa.Index) -> Iterator[str]:
+    assert index.table is not None
+    listed = session.rows(f"PRAGMA index_list({index.table.name})")
+    unique = [row[2] for row in listed if row[1] == index.name]
+    if not unique:
+        yield f"the index {index.name} is missing"
+        return
+    # Each row: the rank in the index, the number and the name of the column, whether the order is
+    # descending, the collation, whether the column is part of the key.
+    rows = session.rows(f"PRAGMA index_xinfo({index.name})")
+    columns = [row[2:5] for row in rows if row[5]]
+    query = "SELECT sql FROM sqlite_master WHERE type = 'index' AND name = ?"
+    stored = " ".join(str(session.row(query, (index.name,))[0]).split())
+    condition = index.dialect_options["sqlite"]["where"]
+    expected = [(column.name, 0, "BINARY") for column in index.columns]
+    if (unique, columns, stored.partition(" WHERE ")[2]) != (
+        [int(index.unique)],
+        expected,
+        "" if condition is None else condition.text,
+    ):
+        yield f"the declaration of the index {index.name} is damaged"
 
 
 _OTHER_NAME_RISK = (

@@ -1,0 +1,181 @@
+"""The integrity check of the tables: engine, schema, rows, columns, indexes.
+
+The check runs in one read transaction and takes no write lock.  The engine's own check runs before
+the read transaction, because on MariaDB it would end the transaction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from msgspec.structs import replace
+
+from taskstore.errors import CorruptStoreError
+from taskstore.model.ids import is_seal_broken
+from taskstore.model.journal import JournalEntry, Quarantined, Snapshot
+from taskstore.model.records import TaskRecord
+from taskstore.store.interface import VerifyReport
+from taskstore.stores.common.integrity import IntegrityCheck, listed
+from taskstore.stores.sql.dialects import Database
+from taskstore.stores.sql.dialects.base import Session
+from taskstore.stores.sql.errors import ErrorKind
+from taskstore.stores.sql.rows import (
+    QUARANTINED_CHECKSUM,
+    Head,
+    TaskRow,
+    entry_of,
+    record_of,
+)
+from taskstore.stores.sql.snapshots import (
+    next_key,
+    read_head,
+    read_published,
+    read_quarantined,
+    read_snapshot_rows,
+)
+from taskstore.stores.sql.statements import PAGE
+from taskstore.stores.sql.tables import COPIED_COLUMNS, metadata, task_journal, tasks
+from taskstore.stores.sql.transactions import Transactions
+
+_DAMAGE = frozenset({ErrorKind.CORRUPT, ErrorKind.MISSING_SCHEMA})
+"""The kinds of driver errors that the check reports as a problem and does not raise."""
+
+
+def verify(transactions: Transactions) -> VerifyReport:
+    """Verify the database; see ``SupportsIntegrity.verify``."""
+    database = transactions.database
+    problems: list[str] = []
+    _collect(database, problems, lambda: transactions.read(database.engine_problems))
+    return transactions.read(
+        lambda session: _DatabaseCheck(session, database, problems).run(), in_transaction=True
+    )
+
+
+def _collect(database: Database, problems: list[str], step: Callable[[], Iterable[str]]) -> bool:
+    """Add the problems of a step to ``problems``; return whether a next step can run.
+
+    If damage stops the step, this damage is the last problem of the step.  After an error of the
+    driver, the transaction is possibly aborted, so no next step can run.
+    """
+    try:
+        problems += step()
+    except CorruptStoreError as error:
+        problems.append(str(error))
+    except database.translator.errors as error:
+        if database.translator.error_kind(error) not in _DAMAGE:
+            raise
+        problems.append(str(database.translator.translate(error)))
+        return False
+    return True
+
+
+class _DatabaseCheck:
+    """Checks the rows, the columns that copy payload fields, and the indexes.
+
+    ``problems`` contains the problems that the engine's own check has found.
+    """
+
+    def __init__(self, session: Session, database: Database, problems: list[str]) -> None:
+        self._session = session
+        self._database = database
+        self._sql = database.sql
+        self._location = database.location
+        self._problems = [*problems]
+        self._report = VerifyReport(0, 0, 0)
+
+    def run(self) -> VerifyReport:
+        """Return the report of all steps."""
+        for step in (self._check_content, self._check_indexes):
+            if not _collect(self._database, self._problems, step):
+                break
+        return replace(self._report, problems=listed(self._problems))
+
+    # -- content ------------------------------------------------------------
+
+    def _check_content(self) -> Iterator[str]:
+        head = read_head(self._session, self._sql)
+        rows = {row.seq: row for row in read_snapshot_rows(self._session)}
+        labels = {seq: f"the snapshot at seq {seq}" for seq in rows}
+
+        def read(seq: int) -> Snapshot:
+            return read_published(self._session, self._sql, rows[seq], self._location)
+
+        check = IntegrityCheck(head.floor, labels, read)
+        try:
+            check.journal(self._entries(check, head.floor), head.head_seq)
+            check.compare("the table tasks", self._current(check, head))
+        finally:
+            self._report = check.report()
+            self._problems += check.problems
+        return iter(())
+
+    def _rows(self, table: sa.Table, after: int | str) -> Iterator[Sequence[Any]]:
+        """Yield the rows of a table in order of the primary key, which is the first column."""
+        (key,) = table.primary_key
+        while True:
+            page = sa.select(table).where(key > after).order_by(key).limit(PAGE)
+            rows = self._session.select(page)
+            yield from rows
+            if len(rows) < PAGE:
+                return
+            after = next_key(rows, after, table.name)
+
+    def _entries(
+        self, check: IntegrityCheck, floor: int
+    ) -> Iterator[JournalEntry | CorruptStoreError]:
+        for row in self._rows(task_journal, floor - 1):
+            try:
+                entry = entry_of(row, f"{self._location}: task_journal")
+            except CorruptStoreError as error:
+                yield error
+                continue
+            if entry.quarantined is not None:
+                check.problems.append(f"{entry.quarantined.where}: {entry.quarantined.reason}")
+            if is_seal_broken(entry.commit_id, entry.at):
+                check.problems.append(
+                    f"task_journal, seq {entry.seq}: the commit id {entry.commit_id!r} does not "
+                    f"match the time {entry.at}"
+                )
+            yield entry
+
+    def _current(self, check: IntegrityCheck, head: Head) -> Snapshot:
+        """Return the current records; compare each record with the columns of its row."""
+        records: dict[str, TaskRecord] = {}
+        quarantined = read_quarantined(self._session, self._sql)
+        damaged = [item for item in quarantined if item.where.startswith("task_set_aside")]
+        names = [column.key for column in tasks.columns]
+        for row in self._rows(tasks, ""):
+            columns = dict(zip(names, row, strict=True))
+            found = record_of(TaskRow(*map(columns.__getitem__, TaskRow._fields)))
+            if isinstance(found, Quarantined):
+                quarantined.append(found)
+                # If save_snapshot wrote a quarantined payload to the row, the row is not damaged.
+                if columns["checksum"] != QUARANTINED_CHECKSUM:
+                    damaged.append(found)
+                continue
+            records[found.task_id] = found
+            for name in ("revision", *COPIED_COLUMNS):
+                if columns[name] != getattr(found, name):
+                    check.problems.append(
+                        f"the column {name} of task {found.task_id!r} differs from the payload"
+                    )
+        check.problems += [f"{item.where}: {item.reason}" for item in damaged]
+        return Snapshot(head.head_seq, records, head.last_at, tuple(quarantined))
+
+    # -- indexes ------------------------------------------------------------
+
+    def _check_indexes(self) -> Iterator[str]:
+        for table in metadata.sorted_tables:
+            for index in sorted(table.indexes, key=lambda index: str(index.name)):
+                digests = self._database.index_digests(self._session, index)
+                if digests is None or digests[0] == digests[1]:
+                    continue
+                (given, _), (stored, _) = digests
+                difference = (
+                    f"gives {given} of {stored} rows"
+                    if given != stored
+                    else f"gives other values than the {stored} rows"
+                )
+                yield f"the index {index.name} {difference} of the table {table.name}: rebuild it"
