@@ -17,10 +17,11 @@ from taskstore.model.journal import (
     JournalEntry,
     Quarantined,
     Snapshot,
+    dedup_key,
     plan,
     validated_snapshot,
 )
-from taskstore.model.records import MAX_INT
+from taskstore.model.records import MAX_INT, TaskRecord
 from taskstore.store.disk import SYSTEM, Disk
 from taskstore.store.interface import LoadedRecordsStore, StoreReport, VerifyReport, check_base
 from taskstore.store.opening import check_options
@@ -28,7 +29,7 @@ from taskstore.stores.common.change_feed import ChangeFeed, PollingWatcher, Watc
 from taskstore.stores.common.compaction import compact
 from taskstore.stores.common.integrity import MAX_TASKS_NAMED, IntegrityCheck
 from taskstore.stores.jsonfile.compaction import Compaction
-from taskstore.stores.jsonfile.index import Index, load
+from taskstore.stores.jsonfile.index import Index, decode_stub, load
 from taskstore.stores.jsonfile.layout import (
     Layout,
     read_layout,
@@ -328,9 +329,15 @@ def _compare_index(writer: Writer, check: IntegrityCheck) -> None:
     end, index = writer.end, writer.index
     if index is None or end.seq != check.seq:
         return
-    revisions = dict(index.revisions)
-    stored = {key: revision for key, (revision, _) in check.content.items() if type(key) is str}
-    if writer.end == end and revisions != stored:
-        wrong = {task_id for task_id, _ in revisions.items() ^ stored.items()}
-        shown = sorted(wrong)[:MAX_TASKS_NAMED]
-        check.problems.append(f"the writer's index is wrong for the tasks {shown}")
+    found: set[tuple[str, object]] = {*index.revisions.items()}
+    found |= {(task_id, key) for key, task_id in index.by_dedup_key.items()}
+    stored: set[tuple[str, object]] = set()
+    for task_id, (revision, record) in check.content.items():
+        if isinstance(task_id, str):
+            stored.add((task_id, revision))
+            key = dedup_key(record if isinstance(record, TaskRecord) else decode_stub(record))
+            stored |= {(task_id, key)} if key is not None else set()
+    if writer.end == end and found != stored:
+        wrong = {task_id for task_id, _ in found ^ stored}
+        shown = ", ".join(sorted(map(repr, wrong))[:MAX_TASKS_NAMED])
+        check.problems.append(f"the writer's index is wrong for tasks ({len(wrong)}): {shown}")
