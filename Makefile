@@ -7,7 +7,8 @@
 #     make coverage        the suite, and the lines of each file that it does not reach
 #     make soak            kill 1,000 writers of each durable backend (ROUNDS=...), and
 #                          servers (FAILOVERS=...); inject every fault at every step; simulate
-#                          power losses (POWER_STATES=...): half an hour on two cores
+#                          power losses (POWER_STATES=...); change 2,000 bytes of closed ledgers
+#                          (BYTE_FLIPS=...): an hour on two cores
 #     make bench           run the benchmarks (see benchmarks/README.md)
 #     make PYTHON=python3.13 VENV=.venv-3.13 test
 
@@ -19,6 +20,7 @@ PARALLEL ?= -n 3 --dist loadfile
 ROUNDS ?= 1000
 FAILOVERS ?= 20
 POWER_STATES ?= 300
+BYTE_FLIPS ?= 2000
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check
@@ -63,7 +65,7 @@ coverage: $(dev)
 
 soak: $(dev)
 	TASKSTORE_KILL_ROUNDS=$(ROUNDS) TASKSTORE_FAILOVERS=$(FAILOVERS) TASKSTORE_FAULT_STEPS=0 \
-	  TASKSTORE_POWER_STATES=$(POWER_STATES) \
+	  TASKSTORE_POWER_STATES=$(POWER_STATES) TASKSTORE_BYTE_FLIPS=$(BYTE_FLIPS) \
 	  $(python) -m pytest -n 3 --dist load tests/crash $(PYTEST_ARGS)
 
 bench: $(dev)
