@@ -346,6 +346,11 @@ class ReportsProblemsInASoundLedger(Broken):
         return replace(report, problems=("nothing in particular",) if report.entries else ())
 
 
+class VerifyFindsNothing(Broken):
+    def verify(self):
+        return replace(super().verify(), problems=())
+
+
 class VerifyCountsWrong(Broken):
     def verify(self):
         return replace(super().verify(), records=0)

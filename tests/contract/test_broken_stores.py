@@ -8,6 +8,7 @@ import broken_readers as readers
 import broken_writers as writers
 import pytest
 from hypothesis import Phase, settings
+from msgspec.structs import replace
 
 from taskstore.stores.memory import MemoryStorage
 from taskstore.testing import NASTY, Ledger, StoreContract
@@ -153,6 +154,22 @@ def test_the_clause_catches_the_fault(case, monkeypatch):
     assert not isinstance(caught.value, TypeError | NameError | AttributeError), (
         "an unrelated error"
     )
+
+
+@pytest.mark.parametrize("store_class", [writers.Broken, readers.VerifyFindsNothing])
+def test_the_clause_about_damage_catches_the_fault(store_class):
+    storage = MemoryStorage()
+    ledger = Ledger(lambda *, read_only=False: store_class(storage, read_only=read_only))
+
+    def damage(task_id):
+        storage.current[task_id] = replace(storage.current[task_id], task="damaged")
+
+    clause = StoreContract().test_a_damaged_record_is_found
+    if store_class is writers.Broken:
+        clause(ledger, damage)
+        return
+    with pytest.raises(AssertionError, match="no problem in a damaged ledger"):
+        clause(ledger, damage)
 
 
 FOUND_BY_THE_MACHINE = [

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+from side_door import change_owner
 
 from taskstore.store.opening import open_store
 from taskstore.testing import OpenStore, StoreContract
@@ -20,6 +23,11 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestSQLiteStore(StoreContract):
+    @pytest.fixture
+    def damage(self, tmp_path: Path, migrated: Path) -> Callable[[str], object]:
+        """Change a column that queries use."""
+        return partial(change_owner, f"sqlite:///{tmp_path / migrated.name}")
+
     @pytest.fixture
     def make_store(self, tmp_path: Path, migrated: Path) -> OpenStore:
         path = shutil.copy(migrated, tmp_path)

@@ -1,9 +1,13 @@
-"""Integrity clauses: verify finds no problem in an undamaged ledger."""
+"""Integrity clauses: verify finds damage, and no problem in an undamaged ledger."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
+import pytest
+
+from taskstore.errors import CorruptStoreError
 from taskstore.model.journal import Snapshot
 from taskstore.store.interface import SupportsCompaction, SupportsIntegrity
 from taskstore.testing.contract.base import ContractBase, Ledger, needs
@@ -12,10 +16,40 @@ from taskstore.testing.factories import EPOCH_MS, Model, delete, make_record, pl
 
 
 class IntegrityContract(ContractBase):
-    """The guarantees of ``SupportsIntegrity``; no clause here checks a damaged ledger."""
+    """The guarantees of ``SupportsIntegrity``."""
 
     level = "integrity"
     abilities: ClassVar[tuple[type, ...]] = (SupportsIntegrity,)
+
+    @pytest.fixture
+    def damage(self) -> Callable[[str], object] | None:
+        """Return a callable that changes the stored record of a task without the store.
+
+        The callable gets a task id, while no instance of the ledger is open.  It must change what
+        a lookup or a query of this task returns.  Without this fixture, the clause about damage is
+        skipped.
+        """
+        return None
+
+    @needs(SupportsCompaction)
+    def test_a_damaged_record_is_found(
+        self, ledger: Ledger, damage: Callable[[str], object] | None
+    ) -> None:
+        """[5] Opening or verify detects a record that was changed without the store."""
+        if damage is None:
+            pytest.skip("the store has no fixture damage")
+        model = play(ledger.store)
+        model.trim(ledger.store.compact(FOLD).floor)
+        play(ledger.store, model)
+        task_id = min(model.records)
+        ledger.close()
+        damage(task_id)
+        try:
+            report = ledger.store.verify()
+        except CorruptStoreError:
+            return
+        assert report.problems, "verify finds no problem in a damaged ledger"
+        assert not report.ok
 
     def test_an_empty_ledger_is_whole(self, ledger: Ledger) -> None:
         """[5] verify finds no problem in an empty ledger."""
