@@ -10,7 +10,7 @@ from broken_writers import Broken
 from msgspec.structs import replace
 
 from taskstore.errors import CursorExpiredError, StoreBusyError
-from taskstore.model.journal import Commit, plan
+from taskstore.model.journal import Commit, Position, plan
 from taskstore.model.query import Page, Summary, decode_cursor, encode_cursor
 
 # -- journal ----------------------------------------------------------------
@@ -132,6 +132,11 @@ class ReusesSeqsAfterTrimming(Broken):
             self.storage.head = 0
             self.storage.snapshots = {}
         return report
+
+
+class ForgetsTheCommitBeforeTheFloor(Broken):
+    def floor_position(self):
+        return Position(super().floor_position().seq)
 
 
 class LosesTheLastEntryAtCompaction(Broken):

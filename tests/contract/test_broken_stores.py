@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from taskstore.stores.memory import MemoryStorage
 from taskstore.testing import NASTY, Ledger, StoreContract
-from taskstore.testing.contract.compaction import FOLD
+from taskstore.testing.contract.compaction import FOLD, TRIM
 from taskstore.testing.contract.machine import MACHINE_SETTINGS, run_store_machine
 
 ROWS = {row.name: row for row in NASTY}
@@ -87,6 +87,7 @@ CAUGHT = [
     (readers.RejectsLongTimeouts, "any_timeout", 10.0**9),
     (readers.ReturnsHistoryOfSimilarIds, "history_of_one_task"),
     (readers.ReusesSeqsAfterTrimming, "seqs_are_not_given_again"),
+    (readers.ForgetsTheCommitBeforeTheFloor, "another_history_before_the_floor", TRIM),
     (readers.LosesTheLastEntryAtCompaction, "folding_changes_no_answer"),
     (readers.LosesTheLastEntryAtCompaction, "life_goes_on", FOLD),
     (readers.DropsRetainedSnapshots, "history_by_entries"),

@@ -12,6 +12,7 @@ import pytest
 from backups import DirectoryBackup, MemoryBackup, ServerBackup, SQLiteBackup
 
 from taskstore import (
+    CompactionPolicy,
     CursorExpiredError,
     InvalidTransition,
     Restored,
@@ -236,3 +237,23 @@ def test_a_position_whose_entry_was_trimmed_is_accepted(open_ledger):
     registry.refresh()
     assert registry.record_progress(task.task_id, "on").revision == 2
     assert registry.seq == 6
+
+
+def test_a_cursor_of_another_history_before_the_floor(open_ledger):
+    """After a compaction without history no entry is left whose commit id could be compared."""
+    registry = open_ledger()
+    for number in range(3):
+        registry.create(runtime="cli", task=str(number))
+    last = list(registry.changes())[-1]
+    registry.store.compact(CompactionPolicy(history_s=0, history_entries=0).forced())
+    foreign = f"{last.seq}:{'0' * 32}"
+    for reader in (registry, open_ledger()):
+        assert list(reader.changes(after=last.cursor)) == []
+        with pytest.raises(CursorExpiredError) as caught:
+            reader.changes(after=foreign)
+        assert caught.value.replaced
+    added = registry.create(runtime="cli", task="later")
+    for reader in (registry, open_ledger()):
+        assert [entry.task_id for entry in reader.changes(after=last.cursor)] == [added.task_id]
+        with pytest.raises(CursorExpiredError):
+            reader.changes(after=foreign)

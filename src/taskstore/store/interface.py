@@ -316,6 +316,20 @@ class SupportsJournal(Protocol):
 
 
 @runtime_checkable
+class SupportsFloorPosition(Protocol):
+    """A store with a journal that remembers the commit before its first retained entry."""
+
+    def floor_position(self) -> Position:
+        """Return the position directly before the first retained entry.
+
+        The seq of the position is floor - 1.  Its commit id is the id of the commit that
+        contained the trimmed entry at this seq.  The commit id is empty if no entry was
+        trimmed, or if :meth:`~TaskRegistryStore.save_snapshot` set the floor.
+        """
+        ...
+
+
+@runtime_checkable
 class SupportsExclusive(Protocol):
     """A store in which one writer can read and decide while all other writers wait."""
 
@@ -446,7 +460,7 @@ def entries_after_position(
     Raises :class:`~taskstore.CursorExpiredError` in two cases: (a) entries after the
     position were trimmed; (b) the commit of the position is not in the journal at the
     position's seq.  If the entry at the position was trimmed, but no later entry was
-    trimmed, the commit id is not checked.
+    trimmed, the commit id is compared with ``floor_position`` of the store.
     """
     seq, commit_id = position.seq, position.commit_id
     if not seq:
@@ -454,7 +468,12 @@ def entries_after_position(
     try:
         entries = journal.read_journal(seq - 1, limit + 1)
     except CursorExpiredError:
-        return journal.read_journal(seq, limit)
+        entries = journal.read_journal(seq, limit)
+        if commit_id and isinstance(journal, SupportsFloorPosition):
+            before = journal.floor_position()
+            if before.seq > seq or before.commit_id not in ("", commit_id):
+                raise CursorExpiredError(seq, before.seq + 1, replaced=before.seq == seq) from None
+        return entries
     if not entries or (commit_id and entries[0].commit_id != commit_id):
         head = None if commit_id else journal.head()
         raise CursorExpiredError(seq, journal.floor(), replaced=True, head=head)
@@ -468,6 +487,9 @@ def commit_id_at(journal: SupportsJournal, seq: int) -> str:
     try:
         entries = journal.read_journal(seq - 1, 1)
     except CursorExpiredError:
+        if isinstance(journal, SupportsFloorPosition):
+            before = journal.floor_position()
+            return before.commit_id if before.seq == seq else ""
         return ""
     return entries[0].commit_id if entries and entries[0].seq == seq else ""
 

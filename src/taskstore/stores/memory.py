@@ -24,6 +24,7 @@ from taskstore.model.journal import (
     Commit,
     EntryKind,
     JournalEntry,
+    Position,
     Quarantined,
     Snapshot,
     Step,
@@ -53,6 +54,8 @@ class MemoryStorage:
         self.head = 0
         self.last_at = 0
         self.journal: list[JournalEntry] = []
+        # The commit id of the newest trimmed entry; empty if unknown.
+        self.floor_commit_id = ""
         self.deleted: set[str] = set()
         self.snapshots: dict[int, Snapshot] = {}
         self.quarantined: tuple[Quarantined, ...] = ()
@@ -104,6 +107,7 @@ class MemoryStore(LoadedRecordsStore):
                 if (key := dedup_key(record)) is not None
             }
             storage.journal = []
+            storage.floor_commit_id = ""
             storage.deleted = set()
             storage.snapshots = {snapshot.seq: snapshot}
             storage.quarantined = snapshot.quarantined
@@ -191,6 +195,11 @@ class MemoryStore(LoadedRecordsStore):
     def floor(self) -> int:
         self._check_open()
         return self.storage.floor
+
+    def floor_position(self) -> Position:
+        self._check_open()
+        with self.storage.lock:
+            return Position(self.storage.floor - 1, self.storage.floor_commit_id)
 
     def read_journal(self, after: int, limit: int) -> Sequence[JournalEntry]:
         self._check_open()
@@ -282,6 +291,8 @@ class _Compaction(CompactionSteps):
         storage = self._storage
         trimmed = storage.journal[: retained.floor - point.floor]
         storage.journal = storage.journal[retained.floor - point.floor :]
+        if trimmed:
+            storage.floor_commit_id = trimmed[-1].commit_id
         storage.deleted -= {e.task_id for e in trimmed if e.kind is EntryKind.DELETED}
         storage.snapshots = {seq: storage.snapshots[seq] for seq in retained.seqs}
 

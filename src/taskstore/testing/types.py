@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 from taskstore.store.interface import (
     SupportsCompaction,
     SupportsExclusive,
+    SupportsFloorPosition,
     SupportsHistory,
     SupportsIdSearch,
     SupportsIntegrity,
@@ -34,6 +35,7 @@ class OpenStore(Protocol):
 class FullStore(
     TaskRegistryStore,
     SupportsJournal,
+    SupportsFloorPosition,
     SupportsExclusive,
     SupportsHistory,
     SupportsCompaction,

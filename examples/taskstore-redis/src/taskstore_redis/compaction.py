@@ -96,7 +96,7 @@ class Compactor:
         kept, floor = policy.retained(snapshots, head=seq, floor=before, now=now)
         self._step(
             "publish",
-            self._keys.named("head", "lease", "cut", "saved", "snapshots", "staging"),
+            self._keys.named("head", "lease", "cut", "saved", "snapshots", "staging", "journal"),
             self._keys.snapshot(""),
             *(seq, at, records, chunks, floor),
             *sorted(kept),

@@ -6,7 +6,8 @@ on a cluster all keys of one ledger are in one slot, as scripts require.
 ===============  =======  =====================================================
 key              type     what
 ===============  =======  =====================================================
-head             hash     ledger, timeline, head, floor, at, commit, format
+head             hash     ledger, timeline, head, floor, at, commit, format, base (the
+                          commit id of the trimmed entry at floor - 1)
 rows             hash     task id → image of its record
 facts            hash     task id → its fields that scripts need (common.lua)
 index            zset     members in the order of bytes, all of score 0: letter
@@ -100,6 +101,8 @@ class State(NamedTuple):
     floor: int
     at: int
     commit: str
+    base: str = ""
+    """The id of the commit at floor - 1, if it is known."""
 
     @property
     def identity(self) -> tuple[bytes, int]:
@@ -109,7 +112,7 @@ class State(NamedTuple):
 
 def state_of(reply: Sequence[Any]) -> State:
     """The state in a reply; that of an empty ledger if ``head`` does not exist."""
-    ledger, timeline, head, floor, at, commit = reply[:6]
+    ledger, timeline, head, floor, at, commit, _, base = reply[:8]
     return State(
         ledger or b"",
         int(timeline or 0),
@@ -117,6 +120,7 @@ def state_of(reply: Sequence[Any]) -> State:
         int(floor or 1),
         int(at or 0),
         (commit or b"").decode(),
+        (base or b"").decode(),
     )
 
 

@@ -156,7 +156,7 @@ class Reader:
 
     def state(self) -> State:
         """The current state of the ledger."""
-        fields = ("ledger", "timeline", "head", "floor", "at", "commit", "format")
+        fields = ("ledger", "timeline", "head", "floor", "at", "commit", "format", "base")
         return self.checked(self.link.call("HMGET", self.keys["head"], *fields))
 
     def checked(self, reply: Sequence[Any]) -> State:

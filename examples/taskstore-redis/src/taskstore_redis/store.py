@@ -21,6 +21,8 @@ from taskstore import (
     VerifyReport,
 )
 
+from taskstore.store import Position
+
 from taskstore_redis import querying
 from taskstore_redis.compaction import Compactor
 from taskstore_redis.layout import Keys
@@ -114,6 +116,11 @@ class RedisStore(TaskRegistryStore):
     def floor(self) -> int:
         self._check_open()
         return self._reader.state().floor
+
+    def floor_position(self) -> Position:
+        self._check_open()
+        state = self._reader.state()
+        return Position(state.floor - 1, state.base)
 
     def read_journal(self, after: int, limit: int) -> Sequence[JournalEntry]:
         self._check_open()

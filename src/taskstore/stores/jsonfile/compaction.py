@@ -100,7 +100,9 @@ class Compaction(CompactionSteps):
         path = layout.snapshot_path(point.seq)
         ledger, timeline = layout.identity.ledger, layout.identity.timeline
         deleted = {task_id: seq for task_id, seq in merge.deleted.items() if seq >= floor}
-        header = LedgerSnapshotHeader(point.seq, point.at, ledger, timeline, floor, deleted)
+        header = LedgerSnapshotHeader(
+            point.seq, point.at, ledger, timeline, floor, deleted, merge.commit_id
+        )
         blocks = codec.encode_snapshot_blocks(header, merge.payloads(), merge.quarantined())
         disk.publish(disk.write_temporary(path, blocks, snapshot_predecessor(layout)), path)
         with self._writer.locked():
@@ -154,6 +156,8 @@ class Merge:
 
     def __init__(self, layout: Layout, seq: int, floor: int) -> None:
         self.count = 0
+        self.commit_id = "" if layout.newest is None else layout.newest.commit
+        """The id of the newest commit."""
         self.deleted: dict[str, int] = {}
         self._layout = layout
         self._floor = floor
@@ -176,6 +180,8 @@ class Merge:
     def _add_commit(self, location: CommitLocation, where: str) -> None:
         newest = self._layout.newest
         since_newest = newest is None or location.line.seq > newest.seq
+        if since_newest:
+            self.commit_id = location.line.commit
         start = 0
         for seq, entry in enumerate(location.line.entries, location.line.seq):
             task_id = entry.task_id

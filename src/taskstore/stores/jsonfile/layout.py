@@ -25,7 +25,7 @@ from msgspec import field
 
 from taskstore.errors import CorruptStoreError, StoreUnavailableError
 from taskstore.model import codec
-from taskstore.model.journal import Snapshot
+from taskstore.model.journal import Position, Snapshot
 from taskstore.stores.common.retry import Backoff
 from taskstore.stores.jsonfile.lines import LINE_PREFIX_BYTES, Identity, decode_header, is_intact
 
@@ -47,13 +47,15 @@ class LedgerSnapshotHeader(codec.SnapshotHeader, frozen=True):
     """The first line of a snapshot file: the common header, and the fields of this store.
 
     ``deleted`` has the deletions that are still in the journal before the snapshot.  It maps each
-    deleted task id to a seq of the commit that deleted the task.
+    deleted task id to a seq of the commit that deleted the task.  ``commit`` is the id of the
+    commit at ``seq`` (empty if unknown).
     """
 
     ledger: str
     timeline: int
     floor: int
     deleted: dict[str, int] = field(default_factory=dict)
+    commit: str = ""
 
 
 class SegmentFile(NamedTuple):
@@ -248,6 +250,18 @@ def read_snapshot_header(directory: Path, seq: int) -> LedgerSnapshotHeader:
             )
             raise CorruptStoreError(path, reason)
         return reader.header
+
+
+def floor_position(layout: Layout) -> Position:
+    """Return the position directly before the first valid entry; the snapshot at the seq of this
+    position contains the commit id."""
+    seq = layout.floor - 1
+    if not seq:
+        return Position(0)
+    newest = layout.newest
+    if newest is None or newest.seq != seq:
+        newest = read_snapshot_header(layout.directory, seq)
+    return Position(seq, newest.commit)
 
 
 def check_newest(layout: Layout) -> None:

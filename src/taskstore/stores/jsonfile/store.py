@@ -15,6 +15,7 @@ from taskstore.model.journal import (
     ChangeSet,
     Commit,
     JournalEntry,
+    Position,
     Quarantined,
     Snapshot,
     dedup_key,
@@ -32,6 +33,7 @@ from taskstore.stores.jsonfile.compaction import Compaction
 from taskstore.stores.jsonfile.index import Index, decode_stub, load
 from taskstore.stores.jsonfile.layout import (
     Layout,
+    floor_position,
     read_layout,
     read_snapshot,
     retry_while_changing,
@@ -198,6 +200,9 @@ class JSONStore(LoadedRecordsStore):
 
     def floor(self) -> int:
         return self._read(lambda layout: layout.floor)
+
+    def floor_position(self) -> Position:
+        return self._read(floor_position)
 
     def read_journal(self, after: int, limit: int) -> Sequence[JournalEntry]:
         return self._read(lambda layout: self._reader.read(layout, after, limit))

@@ -181,7 +181,8 @@ def schema_epoch_error(database: Database, tx: Session) -> SchemaMismatchError:
 def _has_base(base: Position, claimed: ClaimedSeqs) -> bool:
     """Return whether the journal contains the base position of the changes.
 
-    A base position just before the floor is accepted, although the entry at its seq was trimmed.
+    The trim of the entry just before the floor keeps its commit id.  If this commit id is unknown,
+    because a saved snapshot set the floor, a base position just before the floor is accepted.
     """
     if claimed.base is None:
         return base.seq in (0, claimed.floor - 1)

@@ -68,6 +68,15 @@ ENTRIES_PER_STEP = 1000
 """The maximum number of journal entries that one transaction reads or deletes."""
 CHUNKS_PER_STEP = 8
 """The maximum number of chunks of a dropped snapshot that one transaction deletes."""
+TRIMMED_REVISION = 0
+"""The revision in the row of the trimmed entry at floor - 1; every other entry has a higher one."""
+_TRIMMED_ENTRY = {
+    "kind": "deleted",  # the only kind without a payload, also for earlier versions of taskstore
+    "task_id": "",
+    "revision": TRIMMED_REVISION,
+    "payload": None,
+    "checksum": None,
+}
 MAX_NAMED = 3
 """The maximum number of task ids in one error message."""
 
@@ -273,6 +282,7 @@ class TrimPlan(NamedTuple):
 
     end: int
     """The seq of the first entry that is not trimmed."""
+    floor: int
     obsolete_ids: Sequence[int]
     """The ids of rows in ``task_set_aside`` for tasks that the trimmed entries delete."""
     quarantined: Sequence[Quarantined]
@@ -287,8 +297,10 @@ def plan_trim(session: Session, sql: Statements, limit: int) -> TrimPlan | None:
     Entries below the floor do not change, so this function needs no lock.
     """
     floor = read_head(session, sql).floor
-    low = session.scalar(sa.select(sa.func.min(task_journal.c.seq)))
-    if low is None or low >= floor:
+    trimmed = (task_journal.c.seq == floor - 1) & (task_journal.c.revision == TRIMMED_REVISION)
+    rest = sa.select(task_journal.c.seq).where(task_journal.c.seq < floor, ~trimmed)
+    low = session.scalar(rest.order_by(task_journal.c.seq).limit(1))
+    if low is None:
         return None
     end = min(floor, low + limit)
     ids, last_id = _quarantined_ids(session, sql)
@@ -302,13 +314,14 @@ def plan_trim(session: Session, sql: Statements, limit: int) -> TrimPlan | None:
         item = _quarantine_entry(row)
         if item is not None and not _is_deleted_or_stored(session, row):
             quarantined.append(item)
-    return TrimPlan(end, obsolete_ids, quarantined, last_id)
+    return TrimPlan(end, floor, obsolete_ids, quarantined, last_id)
 
 
 def trim_entries(tx: Session, database: Database, plan: TrimPlan) -> None:
     """Delete the entries of a plan, and store the quarantined payloads of the plan.
 
-    The function is idempotent: a repeated call first deletes the rows with ids above ``last_id``,
+    The row of the entry at floor - 1 stays without its content: its commit id shows whether a
+    cursor at this seq belongs to this history.  The function is idempotent: a repeated call first deletes the rows with ids above ``last_id``,
     which the earlier call inserted.
     """
     row_id = task_set_aside.c.id
@@ -319,7 +332,10 @@ def trim_entries(tx: Session, database: Database, plan: TrimPlan) -> None:
         payloads = enumerate(map(msgspec.json.encode, plan.quarantined), plan.last_id + 1)
         rows = [(number, payload, checksum(payload)) for number, payload in payloads]
         insert(tx, database, task_set_aside, rows)
-    tx.execute_core(sa.delete(task_journal).where(task_journal.c.seq < plan.end))
+    seq, last = task_journal.c.seq, plan.floor - 1
+    tx.execute_core(sa.delete(task_journal).where(seq < plan.end, seq != last))
+    if plan.end == plan.floor:
+        tx.execute_core(sa.update(task_journal).where(seq == last).values(_TRIMMED_ENTRY))
 
 
 def _quarantine_entry(row: Any) -> Quarantined | None:

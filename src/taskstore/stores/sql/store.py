@@ -16,7 +16,14 @@ from taskstore.errors import (
     ValidationError,
 )
 from taskstore.model.compaction_policy import CompactionPolicy, CompactionReport
-from taskstore.model.journal import Change, Commit, JournalEntry, Quarantined, Snapshot
+from taskstore.model.journal import (
+    Change,
+    Commit,
+    JournalEntry,
+    Position,
+    Quarantined,
+    Snapshot,
+)
 from taskstore.model.records import MAX_INT
 from taskstore.model.validation import check_key
 from taskstore.store.interface import StoreReport, VerifyReport
@@ -159,6 +166,10 @@ class SQLStore(QueryStore):
         self._check_open()
         sql = self._database.sql
         return self._transactions.read(lambda session: snapshots.read_head(session, sql))
+
+    def floor_position(self) -> Position:
+        self._check_open()
+        return self._transactions.read(snapshots.floor_position)
 
     def read_journal(self, after: int, limit: int) -> Sequence[JournalEntry]:
         self._check_open()

@@ -143,8 +143,9 @@ task_journal = Table(
     Column("checksum", BigInteger),
     comment=f"{COMMENT_PREFIX}one row per committed change",
 )
-"""One row per committed change; ``payload`` is null for a deletion.  A row whose seq is below the
-floor remains from an incomplete trim; readers ignore this row."""
+"""One row per committed change; ``payload`` is null for a deletion.  Readers ignore the rows whose
+seq is below the floor: the rows that an incomplete trim left, and the row at floor - 1, which keeps
+only its commit id and time."""
 
 Index("ix_task_journal_task", task_journal.c.task_id, task_journal.c.seq)
 

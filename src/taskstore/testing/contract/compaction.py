@@ -6,18 +6,20 @@ from typing import ClassVar
 
 import pytest
 
-from taskstore.errors import CursorExpiredError
+from taskstore.errors import ConflictError, CursorExpiredError
 from taskstore.model.compaction_policy import CompactionPolicy, CompactionReport
-from taskstore.model.journal import Quarantined, Snapshot
+from taskstore.model.journal import ChangeSet, Position, Quarantined, Snapshot
 from taskstore.model.query import TaskQuery
 from taskstore.store.interface import (
     SupportsCompaction,
+    SupportsFloorPosition,
     SupportsHistory,
     SupportsIntegrity,
     SupportsJournal,
     SupportsQuery,
+    entries_after_position,
 )
-from taskstore.testing.contract.base import ContractBase, Ledger, as_of, journal_of
+from taskstore.testing.contract.base import ContractBase, Ledger, as_of, journal_of, needs
 from taskstore.testing.contract.journal import entry_fields
 from taskstore.testing.factories import (
     EPOCH_MS,
@@ -169,6 +171,33 @@ class CompactionContract(ContractBase):
             assert store.load_snapshot().seq == head
             assert dict(store.load_snapshot().records) == {}
         assert ledger.store.apply([make_put()]).first_seq == head + 1
+
+    @needs(SupportsFloorPosition)
+    @pytest.mark.parametrize("policy", [TRIM, ERASE], ids=["trim", "erase"])
+    def test_another_history_before_the_floor(
+        self, ledger: Ledger, policy: CompactionPolicy
+    ) -> None:
+        """[2] At floor - 1, a position of another history is refused, also if no entry is left."""
+        for _ in range(2):
+            ledger.store.apply([make_put(), make_put()])
+            commit = ledger.store.apply([make_put(), make_put()])
+            if not commit.commit_id:
+                pytest.skip("the store keeps no commit ids")
+            ledger.store.compact(policy)
+            here = Position(commit.last_seq, commit.commit_id)
+            elsewhere = Position(commit.last_seq, "of another history")
+            entries = 0
+            for store in ledger.twice():
+                assert store.floor_position() == here
+                for _ in range(2):
+                    assert len(entries_after_position(store, here, 10)) == entries
+                    with pytest.raises(CursorExpiredError) as caught:
+                        entries_after_position(store, elsewhere, 10)
+                    assert (caught.value.replaced, caught.value.floor) == (True, here.seq + 1)
+                    with pytest.raises(ConflictError):
+                        store.apply(ChangeSet([make_put()], elsewhere))
+                    store.apply(ChangeSet([make_put()], here))
+                    entries += 1
 
     def test_times_do_not_go_back(self, ledger: Ledger) -> None:
         """[2] Commit times do not decrease after all entries are trimmed."""

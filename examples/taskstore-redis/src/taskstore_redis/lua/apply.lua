@@ -47,7 +47,8 @@ end
 local head, floor, last_at = tonumber(known[3] or 0), tonumber(known[4] or 1), known[5] or '0'
 if BASE ~= '0' then
   local entry = redis.call('XRANGE', JOURNAL, BASE .. '-0', BASE .. '-0')[1]
-  if not entry and tonumber(BASE) ~= floor - 1 or entry and entry[2][4] ~= BASE_COMMIT then
+  local before = tonumber(BASE) == floor - 1 and (known[8] or BASE_COMMIT)
+  if (entry and entry[2][4] or before) ~= BASE_COMMIT then
     return {'elsewhere'}
   end
 end

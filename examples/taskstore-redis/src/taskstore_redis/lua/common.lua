@@ -52,9 +52,11 @@ local function item(id, revision, image)
   return struct.pack('>I2I8I4', #id, tonumber(revision), #image) .. id .. image
 end
 
--- ledger, timeline, head, floor, time and id of the last commit, format
+-- ledger, timeline, head, floor, time and id of the last commit, format, id of the
+-- commit at floor - 1
 local function state(key)
-  return redis.call('HMGET', key, 'ledger', 'timeline', 'head', 'floor', 'at', 'commit', 'format')
+  return redis.call('HMGET', key, 'ledger', 'timeline', 'head', 'floor', 'at', 'commit', 'format',
+    'base')
 end
 
 -- Renew the lease; returns whether the caller owns it.

@@ -1,8 +1,8 @@
 -- Publish the copied snapshot, drop the snapshots that are not kept, and move
--- the floor.  KEYS: head, lease, cut, saved, snapshots, staging.
+-- the floor.  KEYS: head, lease, cut, saved, snapshots, staging, journal.
 -- ARGV: token, duration of the lease in ms, prefix of snapshot keys, seq, at,
 -- records, chunks, floor; then the seqs of the kept snapshots.
-local HEAD, LEASE, CUT, SAVED, SNAPSHOTS, STAGING = unpack(KEYS)
+local HEAD, LEASE, CUT, SAVED, SNAPSHOTS, STAGING, JOURNAL = unpack(KEYS)
 local TOKEN, MS, PREFIX, SEQ, AT, RECORDS, CHUNKS, FLOOR = unpack(ARGV, 1, 8)
 local value = AT .. '\0' .. RECORDS .. '\0' .. CHUNKS .. '\0' .. TOKEN
 if not renew(LEASE, TOKEN, MS) then
@@ -30,6 +30,12 @@ redis.call('HSET', SNAPSHOTS, SEQ, value)
 redis.call('HDEL', STAGING, TOKEN)
 redis.call('UNLINK', CUT)
 if redis.call('EXISTS', HEAD) == 1 then
+  -- The commit id of the entry at floor - 1 shows whether a cursor at this seq is of this history.
+  local before = digits(tonumber(FLOOR) - 1) .. '-0'
+  local entry = redis.call('XRANGE', JOURNAL, before, before)[1]
+  if entry then
+    redis.call('HSET', HEAD, 'base', entry[2][4])
+  end
   redis.call('HSET', HEAD, 'floor', FLOOR)
 end
 return {'ok'}

@@ -37,6 +37,7 @@ end
 redis.call('HSET', SNAPSHOTS, SEQ, AT .. '\0' .. RECORDS .. '\0' .. CHUNKS .. '\0' .. TOKEN)
 redis.call('HDEL', STAGING, TOKEN)
 local at = tonumber(AT) > tonumber(known[5] or 0) and AT or known[5] or '0'
+redis.call('HDEL', HEAD, 'base')
 redis.call('HSET', HEAD, 'format', FORMAT, 'ledger', known[1] or LEDGER,
   'timeline', digits(tonumber(known[2] or 0) + 1), 'head', SEQ,
   'floor', digits(tonumber(SEQ) + 1), 'at', at, 'commit', TOKEN)
