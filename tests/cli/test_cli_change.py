@@ -12,7 +12,8 @@ from cli_process import CLI, Invoke
 from msgspec.structs import replace
 
 from taskstore import ConflictError, TaskRecord, TaskRegistry
-from taskstore.cli import change, ledger, maintain
+from taskstore.cli import change, ledger, maintain, render
+from taskstore.model.ids import system_clock
 
 
 @pytest.fixture
@@ -128,6 +129,73 @@ def test_compact(invoke: Invoke, registry: TaskRegistry) -> None:
     assert (report["records"], report["trimmed"], report["floor"]) == (2, 4, 5)
     assert "history is kept from seq 5" in invoke("log", "b").err
     assert [line[0] for line in invoke("list").lines] == ["c", "b"]
+
+
+@pytest.fixture
+def month(url: str) -> list[int]:
+    """A ledger with three entries on each of thirty days until now; the time of each day."""
+    days = [system_clock() - 60_000 - (29 - day) * 86_400_000 for day in range(30)]
+    now = [days[0]]
+    with TaskRegistry.open(url, clock=lambda: now[0]) as opened:
+        for now[0] in days:
+            for _ in range(3):
+                opened.create(runtime="cli", task="x" * 20_000)
+    return days
+
+
+def test_compact_keeps_what_was_asked_for(invoke: Invoke, month: list[int]) -> None:
+    report = invoke("compact", "--keep-days", "14", "--json").json
+    assert (report["compacted"], report["floor"], report["trimmed"]) == (True, 49, 48)
+    assert report["floor_at"] == month[15]
+    assert "14 days" in report["floor_reason"]
+    # There is no new entry, but more history to trim.
+    out = invoke("compact", "--keep-days", "7").out
+    assert "21 entries trimmed" in out
+    assert (
+        f"seq 70, to changes after {render.iso_time(month[22])}: the entries of the last 7" in out
+    )
+    assert invoke("compact", "--keep-entries", "10").out.endswith("newest 10 entries are kept\n")
+    assert (
+        invoke("compact", "--keep-days", "2", "--keep-entries", "3", "--json").json["floor"] == 85
+    )
+    report = invoke("compact", "--keep-days", "30", "--keep-bytes", "50KiB", "--json").json
+    assert (report["floor"], report["trimmed"]) == (89, 4)
+    assert "50 KiB" in report["floor_reason"]
+    again = invoke("compact", "--keep-days", "30", "--keep-bytes", "50KiB").out
+    assert again.startswith("nothing to do: there is no new entry, and no more history to trim\n")
+    assert invoke("compact", "--keep-days", "0", "--json").json["floor"] == 91
+    assert invoke("compact", "--keep-days", "0").status == 0
+    assert invoke("verify").status == 0
+    assert invoke("summary", "--json").json["total"] == 90
+
+
+def test_compact_if_due_counts_bytes(invoke: Invoke, month: list[int]) -> None:
+    assert invoke("compact", "--if-due", "--keep-days", "60", "--json").json["floor"] == 1
+    report = invoke("compact", "--if-due", "--keep-bytes", "1MB", "--json").json
+    assert report["compacted"]
+    assert 40 < report["floor"] <= 49
+    assert not invoke("compact", "--if-due", "--keep-bytes", "1MB", "--json").json["compacted"]
+
+
+@pytest.mark.parametrize("size", ["", "MiB", "1.5", "-3", "5 parsecs", "1e9"])
+def test_what_is_not_a_size(invoke: Invoke, registry: TaskRegistry, size: str) -> None:
+    result = invoke("compact", f"--keep-bytes={size}")
+    assert result.status == (0 if size == "1.5" else 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("0", 0),
+        ("100", 100),
+        ("2k", 2000),
+        ("1KiB", 1024),
+        ("1.5 mb", 1_500_000),
+        ("3GiB", 3 << 30),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert maintain.parse_size(text) == size
 
 
 def test_erased_text_is_in_no_file(invoke: Invoke, url: str, tmp_path: Path) -> None:

@@ -33,6 +33,11 @@ class ExposesSeqsOutOfOrder(Broken):
         return tuple(visible[after : after + limit])
 
 
+class HidesAWrongClock(Broken):
+    def report(self):
+        return replace(super().report(), notices=())
+
+
 class IgnoresTheLimit(Broken):
     def read_journal(self, after, limit):
         return super().read_journal(after, 10**9)
@@ -137,6 +142,44 @@ class ReusesSeqsAfterTrimming(Broken):
 class ForgetsTheCommitBeforeTheFloor(Broken):
     def floor_position(self):
         return Position(super().floor_position().seq)
+
+
+class NeedsASnapshotToTrim(Broken):
+    def compact(self, policy):
+        if not self.storage.snapshots:
+            policy = replace(policy, history_entries=10**9)
+        return super().compact(policy)
+
+
+class LosesARecordBeforeTheFloor(Broken):
+    def compact(self, policy):
+        report = super().compact(policy)
+        for seq, snapshot in self.storage.snapshots.items():
+            if seq != report.seq:
+                fewer = dict(list(snapshot.records.items())[1:])
+                self.storage.snapshots[seq] = replace(snapshot, records=fewer)
+        return report
+
+
+class DropsQuarantinedBeforeTheFloor(Broken):
+    def compact(self, policy):
+        report = super().compact(policy)
+        for seq, snapshot in self.storage.snapshots.items():
+            if seq != report.seq:
+                self.storage.snapshots[seq] = replace(snapshot, quarantined=())
+        return report
+
+
+class IgnoresTheSizeOfHistory(Broken):
+    def compact(self, policy):
+        return super().compact(replace(policy, history_bytes=10**15))
+
+
+class KeepsWhatIsLaterThanTheClock(Broken):
+    def compact(self, policy):
+        if policy.history_s and self.storage.last_at > self.clock():
+            policy = replace(policy, history_entries=10**9)
+        return super().compact(policy)
 
 
 class LosesTheLastEntryAtCompaction(Broken):

@@ -46,6 +46,13 @@ def test_due_by_age():
     assert policy.due(stats(now=now, oldest_at=now + 5)) is None
 
 
+def test_due_by_all_history():
+    policy = CompactionPolicy(history_bytes=2 << 20)
+    assert policy.due(stats(entries=0, history_bytes=2 << 20)) is None
+    assert "2 MiB" in policy.due(stats(entries=0, history_bytes=(2 << 20) + 1))
+    assert CompactionPolicy().history_bytes == 1 << 30
+
+
 def test_due_by_force():
     assert CompactionPolicy(force=True).due(stats()) == "compaction was forced"
     assert CompactionPolicy().forced().due(stats()) == "compaction was forced"
@@ -93,6 +100,21 @@ def test_no_history_at_all():
         frozenset({9}),
         10,
     )
+
+
+def test_snapshots_later_than_the_clock_have_no_age():
+    hour = HOUR_S * 1000
+    policy = CompactionPolicy(history_entries=100, history_s=HOUR_S, keep_snapshots=1)
+    late = snapshots((100, 99 * hour), (200, 99 * hour))
+    assert policy.retained(late, head=200, floor=1, now=5)[1] == 101
+    # Clocks of two hosts can differ a little.
+    near = snapshots((100, hour), (200, hour))
+    assert policy.retained(near, head=200, floor=1, now=5)[1] == 1
+    # What is younger than the window keeps everything after it.
+    mixed = snapshots((50, 4), (100, 99 * hour), (200, 99 * hour))
+    assert policy.retained(mixed, head=200, floor=1, now=5)[1] == 1
+    no_times = CompactionPolicy(history_entries=100, history_s=0, keep_snapshots=1)
+    assert no_times.retained(near, head=200, floor=1, now=5)[1] == 101
 
 
 def test_at_least_one_snapshot_is_retained():

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskstore.model.compaction_policy import CompactionPolicy, SnapshotInfo
+from taskstore.model.ids import CLOCK_TOLERANCE_MS
 
 POLICIES = st.builds(
     CompactionPolicy,
@@ -91,3 +92,40 @@ def test_no_history_means_none(traffic):
     policy = CompactionPolicy(history_entries=0, history_s=0, keep_snapshots=1)
     for head, _, _, floor, _, kept in compactions(policy, traffic):
         assert (kept, floor) == ({head}, head + 1)
+
+
+NOW = 1_700_000_000_000
+TIMES = st.lists(
+    st.sampled_from(
+        [NOW - 10**10, NOW - 10**7, NOW - 10, NOW, NOW + 1000, NOW + 10**7, NOW + 10**11]
+    ),
+    max_size=40,
+).map(sorted)
+
+
+@given(POLICIES, TIMES, st.sampled_from([0, 7]))
+def test_what_is_trimmable(policy, times, before):
+    """Entry by entry: the newest entries and the young ones stay, with everything after them."""
+    floor, head = before + 1, before + len(times)
+    entries = dict(enumerate(times, floor))
+    seq, reason = policy.trimmable(head=head, floor=floor, now=NOW, at=entries.__getitem__)
+    assert floor - 1 <= seq <= head
+    assert reason
+
+    def stays(seq):
+        at = entries[seq]
+        has_age = at <= NOW + CLOCK_TOLERANCE_MS
+        young = policy.history_s > 0 and has_age and at > NOW - policy.history_s * 1000
+        return young or seq > head - policy.history_entries
+
+    assert not any(stays(each) for each in range(floor, seq + 1))
+    assert seq == head or stays(seq + 1)
+
+
+@given(POLICIES, TRAFFIC)
+def test_the_snapshot_before_the_floor_is_never_thinned_out(policy, traffic):
+    for head, now, _, floor, snapshots, kept in compactions(policy, traffic):
+        if floor > 1 and not policy.erase_deleted:
+            assert floor - 1 in policy.thinned(snapshots, floor - 1, now=now)
+            assert policy.thinned(snapshots, floor - 1, now=now) == kept
+        assert head in kept

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from taskstore import CompactionPolicy, Compactor
+from taskstore.aio import AsyncTaskRegistry
+from taskstore.testing.threads import TIMEOUT_S
 
 POLICY = CompactionPolicy(min_entries=10, ratio=0.5, history_entries=5, history_s=0)
 
@@ -26,18 +30,85 @@ def test_it_compacts_after_enough_entries(open_ledger):
     assert open_ledger().summary().total == 49
 
 
-def test_it_asks_the_store_when_a_ledger_is_opened(open_ledger):
+def test_it_finds_the_backlog_when_it_is_attached(open_ledger):
     with open_ledger() as registry:
         for n in range(20):
             registry.create(runtime="cli", task=str(n))
     registry = open_ledger()
-    compactor = Compactor(registry.store, POLICY)
-    registry.hooks.add(compactor)
-    task = registry.create(runtime="cli", task="x")
-    compactor.close()
+    with Compactor(registry.store, POLICY) as compactor:
+        registry.hooks.add(compactor)
+        assert compactor.wait(TIMEOUT_S)
+        assert compactor.runs == 1
+        assert registry.store.floor() == 16
+        registry.create(runtime="cli", task="x")
+    assert (compactor.runs, compactor.failures) == (1, 0)
+
+
+def test_it_counts_across_restarts(open_ledger):
+    compacted = []
+    for _ in range(12):
+        with open_ledger() as registry, Compactor(registry.store, POLICY) as compactor:
+            registry.hooks.add(compactor)
+            for _ in range(2):
+                task = registry.create(runtime="cli", task="x")
+                registry.delete(task.task_id)
+                assert compactor.wait(TIMEOUT_S)
+        compacted.append(compactor.runs)
+    # 48 entries, and the compaction is due after each tenth.
+    assert sum(compacted) == 4
+    assert max(compacted) == 1
+
+
+def test_it_does_not_ask_again_until_the_count_says_so(open_ledger, monkeypatch):
+    registry = open_ledger()
+    for n in range(15):
+        registry.create(runtime="cli", task=str(n))
+    asked = []
+    compact = registry.store.compact
+    monkeypatch.setattr(
+        registry.store, "compact", lambda policy: asked.append(policy) or compact(policy)
+    )
+    # Due only at one entry for each of the records, of which this compactor saw none.
+    policy = CompactionPolicy(min_entries=10, ratio=2)
+    with Compactor(registry.store, policy) as compactor:
+        registry.hooks.add(compactor)
+        assert compactor.wait(TIMEOUT_S)
+        for n in range(10):
+            registry.create(runtime="cli", task=str(n))
+            assert compactor.wait(TIMEOUT_S)
+    assert len(asked) == 1
     assert compactor.runs == 0
-    registry.mark_running(task.task_id)
-    assert compactor.runs == 0
+
+
+def test_it_compacts_when_history_is_too_large(open_ledger):
+    registry = open_ledger()
+    with Compactor(registry.store, CompactionPolicy(history_bytes=100_000)) as compactor:
+        registry.hooks.add(compactor)
+        task = registry.create(runtime="cli", task="x" * 20_000, status="running")
+        for n in range(12):
+            registry.record_progress(task.task_id, str(n))
+            assert compactor.wait(TIMEOUT_S)
+    assert compactor.runs >= 2
+    assert compactor.failures == 0
+    head, floor = registry.store.head(), registry.store.floor()
+    assert (head - floor + 1) * 20_000 <= 120_000
+    assert registry.store.verify().problems == ()
+
+
+def test_the_recipe_for_asyncio(ledger_url):
+    async def main():
+        async with AsyncTaskRegistry.open(ledger_url) as registry:
+            for n in range(20):
+                await registry.create(runtime="cli", task=str(n))
+            async with Compactor(registry.store, POLICY) as compactor:
+                registry.hooks.add(compactor)
+                for n in range(30):
+                    await registry.create(runtime="cli", task=str(n))
+                    assert await asyncio.to_thread(compactor.wait, TIMEOUT_S)
+            assert compactor.runs >= 2
+            assert compactor.failures == 0
+
+    asyncio.run(main())
 
 
 def test_a_closed_compactor_starts_nothing(open_ledger):

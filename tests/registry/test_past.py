@@ -115,6 +115,26 @@ def test_as_of_a_time(open_ledger, ticker):
         registry.as_of(datetime(2024, 1, 1))  # noqa: DTZ001
 
 
+def test_as_of_a_time_while_a_clock_was_wrong(open_ledger):
+    """After one commit ten years ahead, all commits have its time: some times have no answer."""
+    right, day = 1_700_000_000_000, 86_400_000
+    now = right
+    registry = open_ledger(clock=lambda: now)
+    registry.create(runtime="cli", task="before")
+    now = right + 3650 * day
+    registry.create(runtime="cli", task="ahead")
+    now = right + 30 * day
+    registry.create(runtime="cli", task="after")
+    assert registry.as_of(right).seq == 1
+    for moment in (right + 1, right + 29 * day, now):
+        with pytest.raises(ValidationError, match="from seq 2 on are later than the clock"):
+            registry.as_of(moment)
+    assert len(registry.as_of(3).records) == 3
+    assert registry.as_of(right + 3650 * day).seq == 3
+    now = right + 3650 * day
+    assert registry.as_of(right + 29 * day).seq == 1
+
+
 def test_compaction_moves_only_the_floor(registry):
     lived(registry)
     kept = registry.create(runtime="cli", task="y")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import tempfile
 from contextlib import redirect_stdout
 from importlib.metadata import EntryPoint
@@ -19,7 +20,7 @@ from taskstore.cli import ledger, render
 from taskstore.cli.ledger import AsJson, Misuse, Url, url_of
 from taskstore.cli.read import open_for_reading
 from taskstore.errors import UnsupportedError
-from taskstore.model.compaction_policy import CompactionPolicy
+from taskstore.model.compaction_policy import CompactionPolicy, CompactionReport
 from taskstore.registry.compactor import compact as compact_store
 from taskstore.store import opening
 from taskstore.store.interface import (
@@ -49,6 +50,19 @@ ABILITIES: dict[str, type] = {
 }
 
 
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\Z", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Return the number of bytes that a size such as ``500MiB``, ``2GB`` or ``1000`` names."""
+    match = _SIZE.match(text.strip())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not a size: write for example 500MiB, 2GB or 100000")
+    number, unit, binary = match.groups()
+    base = 1024 if binary else 1000
+    return int(float(number) * base ** "_KMGT".index(unit.upper() or "_"))
+
+
 def compact(
     ctx: typer.Context,
     *,
@@ -59,6 +73,21 @@ def compact(
         float | None,
         typer.Option(
             min=0, help="Days of history to keep. Default: 7 days and at least 10,000 entries."
+        ),
+    ] = None,
+    keep_entries: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Entries to keep. With --keep-days, the option that keeps more counts."
+        ),
+    ] = None,
+    keep_bytes: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_size,
+            metavar="SIZE",
+            help="The most bytes of entries to keep, for example 500MiB, whatever the other "
+            "options keep. Default: 1GiB.",
         ),
     ] = None,
     erase_deleted: Annotated[
@@ -78,12 +107,11 @@ def compact(
     as_json: AsJson = False,
     url: Url = None,
 ) -> None:
-    """Fold the journal into a snapshot, and trim the entries that are too old to keep."""
-    if erase_deleted and (if_due or keep_days is not None):
-        raise Misuse("--erase-deleted cannot be combined with --if-due or --keep-days")
-    policy = CompactionPolicy()
-    if keep_days is not None:
-        policy = replace(policy, history_s=keep_days * 86400, history_entries=0)
+    """Fold the journal into a snapshot, and trim the entries that are not to be kept."""
+    keep = (keep_days, keep_entries, keep_bytes)
+    if erase_deleted and (if_due or any(value is not None for value in keep)):
+        raise Misuse("--erase-deleted cannot be combined with --if-due or a --keep option")
+    policy = _policy_of(*keep)
     if not if_due:
         policy = policy.forced()
     where = url_of(ctx, url)
@@ -92,17 +120,45 @@ def compact(
         report = compact_store(store, policy, erase_deleted=erase_deleted)
         render.print_report(store)
     if as_json:
-        render.print_json(asdict(report) | rebuilt)
-    elif report.compacted:
+        members = {name: value for name, value in asdict(report).items() if name != "stats"}
+        render.print_json(members | rebuilt)
+    else:
+        _print_compaction(report)
+
+
+def _policy_of(
+    keep_days: float | None, keep_entries: int | None, keep_bytes: int | None
+) -> CompactionPolicy:
+    """Return the policy that the options of ``compact`` describe."""
+    policy = CompactionPolicy()
+    if keep_days is not None or keep_entries is not None:
+        days, entries = keep_days or 0, keep_entries or 0
+        policy = replace(policy, history_s=days * 86400, history_entries=entries)
+    if keep_bytes is not None:
+        policy = replace(policy, history_bytes=keep_bytes)
+    return policy
+
+
+def _print_compaction(report: CompactionReport) -> None:
+    """Print what a compaction did, and how far history reaches now."""
+    if report.compacted:
         render.print_line(
             f"compacted at seq {report.seq} ({report.reason}): {report.records} records in the "
-            f"snapshot, {report.trimmed} entries trimmed, the journal begins at seq "
-            f"{report.floor}, {report.duration_s:.2f}s"
+            f"snapshot, {report.trimmed} entries trimmed, {report.duration_s:.2f}s"
         )
     else:
-        render.print_line(
-            f"nothing to do: {report.reason}; the journal begins at seq {report.floor}"
-        )
+        render.print_line(f"nothing to do: {report.reason}")
+    render.print_line(_history_of(report))
+
+
+def _history_of(report: CompactionReport) -> str:
+    """Return the sentence that says from when on the ledger has history, and why."""
+    reach = f"history reaches back to seq {report.floor}"
+    if report.floor == 1:
+        reach = "history reaches back to the first entry"
+    elif report.floor_at is not None:
+        reach += f", to changes after {render.iso_time(report.floor_at)}"
+    return f"{reach}: {report.floor_reason}" if report.floor_reason else reach
 
 
 def _vacuum(url: str, *, as_json: bool) -> dict[str, Any]:

@@ -6,11 +6,17 @@ to retain.  The methods of a policy are pure functions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Self
 
 from msgspec import Struct
 from msgspec.structs import replace
+
+from taskstore.model.ids import CLOCK_TOLERANCE_MS
+from taskstore.model.records import TaskRecord
+
+_DAY_S = 24 * 60 * 60
 
 
 class SnapshotInfo(NamedTuple):
@@ -20,6 +26,13 @@ class SnapshotInfo(NamedTuple):
     at: int
 
 
+class HistoryLimit(NamedTuple):
+    """The highest seq that a compaction trims, and the reason why it trims no later entry."""
+
+    seq: int
+    reason: str
+
+
 class JournalStats(Struct, frozen=True, kw_only=True):
     """The statistics of a journal that a policy needs to decide whether compaction is due.
 
@@ -27,7 +40,9 @@ class JournalStats(Struct, frozen=True, kw_only=True):
     in bytes of the entries after the newest snapshot (0 if unknown).  ``oldest_at`` is the time of
     the oldest entry after the newest snapshot (Unix ms).  ``records`` is the number of live
     records.  ``now`` is the current time (Unix ms).  ``newest`` is the seq of the newest snapshot
-    (0 if there is no snapshot).  ``floor`` is the first retained seq.
+    (0 if there is no snapshot).  ``floor`` is the first retained seq.  ``history_bytes`` is the
+    size in bytes of all retained entries (0 if unknown); a store can stop counting when the size
+    exceeds the policy's ``history_bytes``.
     """
 
     entries: int
@@ -37,6 +52,7 @@ class JournalStats(Struct, frozen=True, kw_only=True):
     oldest_at: int | None = None
     newest: int = 0
     floor: int = 1
+    history_bytes: int = 0
 
 
 class CompactionPolicy(Struct, frozen=True, kw_only=True):
@@ -51,13 +67,21 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
       these entries when the store is opened.
     - The oldest entry is at least ``max_age_s`` seconds old.  Because of this condition, an
       idle ledger is compacted too and does not keep deleted text for ever.
-    - ``force`` is set and there is at least one entry.
+    - All retained entries together have more than ``history_bytes`` bytes.
+    - ``force`` is set, and there is at least one entry, or history that can be trimmed.
 
     Compaction *retains* the newest ``history_s`` seconds of history or the newest
-    ``history_entries`` entries, whichever is more.  With the defaults, a follower can pause for a
-    weekend and then continue.  Compaction also retains the newest ``keep_snapshots`` snapshots,
-    because the newest snapshot can be damaged.  With ``erase_deleted``, compaction is always due
-    and retains only the new snapshot: the ledger's files then contain no text of deleted tasks.
+    ``history_entries`` entries, whichever is more, but never more than ``history_bytes`` bytes of
+    entries.  With the defaults, a follower can pause for a weekend and then continue.  The bytes
+    of snapshots do not count: their size depends on the live records, not on the history.
+
+    If the time of an entry is more than an hour after ``now``, a clock was wrong.  Such an entry
+    has no age: only ``history_entries`` and ``history_bytes`` limit how long it is retained.  With
+    ``history_s=0``, times have no effect.
+
+    Compaction also retains the newest ``keep_snapshots`` snapshots, because the newest snapshot
+    can be damaged.  With ``erase_deleted``, compaction is always due and retains only the new
+    snapshot: the ledger's files then contain no text of deleted tasks.
     """
 
     min_entries: int = 10_000
@@ -66,6 +90,7 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
     max_age_s: float = 24 * 60 * 60
     history_s: float = 7 * 24 * 60 * 60
     history_entries: int = 10_000
+    history_bytes: int = 1024 * 1024 * 1024
     keep_snapshots: int = 2
     force: bool = False
     erase_deleted: bool = False
@@ -79,6 +104,8 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
         not due."""
         if self.erase_deleted:
             return "deleted records must be erased"
+        if stats.history_bytes > self.history_bytes:
+            return f"more than {_size(self.history_bytes)} of history"
         if stats.entries == 0:
             return None
         if self.force:
@@ -91,11 +118,39 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
             return f"entries older than {self.max_age_s:g} s"
         return None
 
+    def trimmable(
+        self, *, head: int, floor: int, now: int, at: Callable[[int], int]
+    ) -> HistoryLimit:
+        """Return up to which entry ``history_s`` and ``history_entries`` allow a trim.
+
+        ``at`` returns the time of the entry at a seq; times never decrease from entry to entry.
+        The result is at least ``floor`` - 1 and at most ``head``.  While an entry within the
+        window of ``history_s`` exists, no later entry can be trimmed.
+        """
+        last = head - self.history_entries
+        if last < floor:
+            return HistoryLimit(floor - 1, f"the newest {self.history_entries:,} entries are kept")
+        if self.history_s > 0:
+            seqs = range(floor, last + 1)
+            old = floor - 1 + bisect_right(seqs, now - self.history_s * 1000, key=at)
+            if old < last and not self._has_no_age(at(old + 1), now):
+                return HistoryLimit(
+                    old, f"the entries of the last {_duration(self.history_s)} are kept"
+                )
+        if not self.history_entries:
+            return HistoryLimit(last, "no history is kept")
+        return HistoryLimit(last, f"the newest {self.history_entries:,} entries are kept")
+
+    def size_limit(self, seq: int) -> HistoryLimit:
+        """Return the limit at ``seq`` that results from ``history_bytes``."""
+        return HistoryLimit(seq, f"at most {_size(self.history_bytes)} of entries are kept")
+
     def retained(
         self, snapshots: Sequence[SnapshotInfo], *, head: int, floor: int, now: int
     ) -> tuple[frozenset[int], int]:
         """Return the seqs of the snapshots to retain, and the new floor.
 
+        This method is for stores that can move the floor only to a stored snapshot.
         ``snapshots`` lists the stored snapshots in ascending order of seq, including the new
         snapshot.  The new floor is never below ``floor``.  The snapshot directly before the new
         floor is always retained, so that the records at every later seq can be computed.
@@ -103,19 +158,34 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
         if self.erase_deleted:
             newest = snapshots[-1].seq
             return frozenset({newest}), newest + 1
+        oldest = floor - 1
+        for snapshot in snapshots:
+            if snapshot.seq > head - self.history_entries or self._is_in_window(snapshot.at, now):
+                break
+            oldest = max(oldest, snapshot.seq)
+        return self.thinned(snapshots, oldest, now=now), oldest + 1
+
+    def _is_in_window(self, at: int, now: int) -> bool:
+        """Return whether ``history_s`` retains an entry of this time."""
+        if self.history_s <= 0 or self._has_no_age(at, now):
+            return False
+        return at > now - self.history_s * 1000
+
+    @staticmethod
+    def _has_no_age(at: int, now: int) -> bool:
+        return at > now + CLOCK_TOLERANCE_MS
+
+    def thinned(
+        self, snapshots: Sequence[SnapshotInfo], oldest: int, *, now: int
+    ) -> frozenset[int]:
+        """Return the seqs of the snapshots to retain, if ``oldest`` + 1 is the new floor."""
+        if self.erase_deleted:
+            return frozenset({snapshots[-1].seq})
         window_ms = self.history_s * 1000
-        outside_window = [
-            snapshot
-            for snapshot in snapshots
-            if snapshot.seq >= floor - 1
-            and head - snapshot.seq >= self.history_entries
-            and snapshot.at <= now - window_ms
-        ]
-        oldest = outside_window[-1].seq if outside_window else floor - 1
         retained = {snapshot.seq for snapshot in snapshots[-max(self.keep_snapshots, 1) :]}
-        # Some snapshots after the oldest snapshot are retained, so that a later compaction
-        # can raise the floor to one of these snapshots.  The distance between two of these
-        # snapshots is at least a quarter of the history window, which limits their number.
+        # Some snapshots after the oldest snapshot are retained, so that the records at a seq can
+        # be computed from few entries.  The distance between two of these snapshots is at least
+        # a quarter of the history window, which limits their number.
         last = SnapshotInfo(oldest, 0)
         for snapshot in snapshots:
             if snapshot.seq == oldest:
@@ -124,21 +194,25 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
             elif (
                 snapshot.seq > oldest
                 and snapshot.seq - last.seq >= self.history_entries / 4
-                and snapshot.at - last.at >= window_ms / 4
+                and (snapshot.at - last.at >= window_ms / 4 or self._has_no_age(snapshot.at, now))
             ):
                 retained.add(snapshot.seq)
                 last = snapshot
-        return frozenset(seq for seq in retained if seq >= oldest), oldest + 1
+        return frozenset(seq for seq in retained if seq >= oldest)
 
 
 class CompactionReport(Struct, frozen=True, kw_only=True):
     """The result of a compaction.
 
-    ``compacted`` says whether compaction was due.  ``reason`` says why compaction was due or not
-    due.  ``seq`` is the seq of the new snapshot.  ``records`` is the number of records in the new
-    snapshot, including quarantined records.  ``floor`` is the first retained seq.  ``trimmed`` is
-    the number of trimmed journal entries.  ``snapshots`` contains the seqs of the retained
-    snapshots.  ``duration_s`` is the duration of the compaction.
+    ``compacted`` says whether a compaction was made.  ``reason`` says why, or why not.  ``seq`` is
+    the seq of the newest snapshot.  ``records`` is the number of records in this snapshot,
+    including quarantined records; if nothing was compacted, it is the number of live records.
+    ``floor`` is the first retained seq.  ``floor_at`` is the earliest time at which the records
+    are still known: the time of the commit at ``floor`` - 1 (Unix ms), or ``None`` if no entry was
+    trimmed or the time was not read.  ``floor_reason`` says why no later entry was trimmed (empty
+    if unknown).  ``trimmed`` is the number of trimmed journal entries.  ``snapshots`` contains the
+    seqs of the retained snapshots.  ``duration_s`` is the duration of the compaction.  ``stats``
+    are the statistics from which the policy decided (``None`` if the store does not report them).
     """
 
     compacted: bool
@@ -149,3 +223,32 @@ class CompactionReport(Struct, frozen=True, kw_only=True):
     trimmed: int = 0
     snapshots: tuple[int, ...] = ()
     duration_s: float = 0.0
+    floor_at: int | None = None
+    floor_reason: str = ""
+    stats: JournalStats | None = None
+
+
+def approximate_size(record: TaskRecord | None) -> int:
+    """Return about how many bytes the entry of a change takes, without encoding the record."""
+    if record is None:
+        return _ENTRY_BYTES
+    texts = (record.task, record.error, record.progress_summary, record.terminal_summary)
+    size = _ENTRY_BYTES + len(bytes(record.metadata_json))
+    for text in texts:
+        size += len(text) if text else 0
+    return size
+
+
+_ENTRY_BYTES = 400
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / _DAY_S:g} days" if seconds >= _DAY_S else f"{seconds:g} seconds"
+
+
+def _size(size: int) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if size % 1024 or not size:
+            return f"{size:,} {unit}"
+        size //= 1024
+    return f"{size:,} GiB"

@@ -17,6 +17,10 @@ from collections.abc import Callable
 Clock = Callable[[], int]
 """A function that returns the current time in Unix milliseconds, UTC."""
 
+CLOCK_TOLERANCE_MS = 60 * 60 * 1000
+"""How far the clocks of two hosts can differ, in ms.  A time that is later than the clock by more
+than this time comes from a clock that was wrong."""
+
 _RANDOM_BITS = 74
 _LOWER_62 = (1 << 62) - 1
 _RANDOM_BYTES = 9

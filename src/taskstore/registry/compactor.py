@@ -9,8 +9,13 @@ from typing import Self
 from msgspec.structs import replace
 
 from taskstore.errors import StoreBusyError, StoreClosedError, UnsupportedError
-from taskstore.model.compaction_policy import CompactionPolicy, CompactionReport, JournalStats
-from taskstore.registry.hooks import Deleted, Event, Restored
+from taskstore.model.compaction_policy import (
+    CompactionPolicy,
+    CompactionReport,
+    JournalStats,
+    approximate_size,
+)
+from taskstore.registry.hooks import Deleted, Event, Restored, Upserted
 from taskstore.store.interface import SupportsCompaction, TaskRegistryStore
 
 logger = logging.getLogger("taskstore.compaction")
@@ -39,12 +44,14 @@ def compact(
 class Compactor:
     """A hook that compacts a store in its own thread when compaction is due.
 
-    Add the compactor with ``registry.hooks.add(Compactor(registry.store))``.  The compactor
-    counts events, and asks the policy whether compaction is due.  The compactor does not
-    block writers.  ``runs`` counts completed compactions, ``failures`` counts failed
-    compactions.  A failure is logged, and the compactor tries again when compaction is next
-    due.  ``last_report`` is the newest :class:`CompactionReport` or ``None``.  Close the
-    compactor before the store.
+    Add the compactor with ``registry.hooks.add(Compactor(registry.store))``.  A new compactor
+    asks the store at once whether compaction is due, so it also finds the entries that were
+    committed earlier.  Later the compactor counts events from the newest snapshot on, and asks the
+    store again when the count shows that compaction is due.  The compactor does not block
+    writers.  ``runs`` counts completed compactions, ``failures`` counts failed compactions.  A
+    failure is logged, and the compactor tries again after ``min_entries`` more events.
+    ``last_report`` is the newest :class:`CompactionReport` or ``None``.  Close the compactor
+    before the store; ``async with`` closes it without blocking the event loop.
     """
 
     def __init__(self, store: TaskRegistryStore, policy: CompactionPolicy | None = None) -> None:
@@ -55,35 +62,50 @@ class Compactor:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._entries = 0
-        self._records = 0
+        # The journal at the newest report; the events since this report are counted separately.
+        self._known = JournalStats(entries=0, records=0, now=0)
+        self._created = 0
+        self._bytes = 0
         self._oldest_at: int | None = None
+        # The lowest seq whose event can start a compaction.
+        self._not_before = 0
+        self._seq = 0
         self.runs = 0
         self.failures = 0
         self.last_report: CompactionReport | None = None
+        with self._lock:
+            self._start()
 
     def __call__(self, event: Event) -> None:
         """Count an event, and start a compaction if compaction is due."""
         with self._lock:
+            self._seq = event.seq
             if isinstance(event, Restored):
-                # The store itself counts the entries since its newest snapshot.
-                self._records = event.count
+                # The content can be another: the store counts the entries anew.
+                self._not_before = 0
                 self._start()
                 return
-            self._entries += 1
             self._oldest_at = self._oldest_at or event.at
             if isinstance(event, Deleted):
-                self._records -= 1
-            elif event.previous is None:
-                self._records += 1
-            stats = JournalStats(
-                entries=self._entries,
-                records=max(self._records, 0),
-                now=event.at,
-                oldest_at=self._oldest_at,
-            )
-            if self._policy.due(stats) is not None:
+                self._created -= 1
+                self._bytes += approximate_size(None)
+            else:
+                self._created += event.previous is None
+                self._bytes += approximate_size(event.record)
+            if event.seq >= self._not_before and self._policy.due(self._stats(event)) is not None:
                 self._start()
+
+    def _stats(self, event: Upserted | Deleted) -> JournalStats:
+        """Return the known statistics plus the counted events."""
+        known = self._known
+        return JournalStats(
+            entries=max(event.seq - known.newest, 0),
+            records=max(known.records + self._created, 0),
+            now=event.at,
+            oldest_at=known.oldest_at or self._oldest_at,
+            newest=known.newest,
+            history_bytes=known.history_bytes + self._bytes,
+        )
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait at most ``timeout_s`` seconds for a running compaction; return false on a
@@ -106,18 +128,26 @@ class Compactor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        import asyncio  # programs without an event loop do not need this module
+
+        await asyncio.to_thread(self.close)
+
     def _start(self) -> None:
         if self._closed or (self._thread is not None and self._thread.is_alive()):
             return
-        self._entries = 0
+        self._created = self._bytes = 0
         self._oldest_at = None
         self._thread = threading.Thread(target=self._run, name="taskstore-compactor", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
+        report = None
         try:
-            self.last_report = compact(self._store, self._policy)
-            self.runs += self.last_report.compacted
+            report = compact(self._store, self._policy)
         except StoreBusyError:
             logger.info("skipped compaction of %s: another compactor runs", self._store.location)
         except StoreClosedError:
@@ -125,3 +155,21 @@ class Compactor:
         except Exception:
             self.failures += 1
             logger.exception("compaction of %s failed", self._store.location)
+        with self._lock:
+            if report is None or (report.stats is None and not report.compacted):
+                # The store did not say how many entries there are.
+                self._not_before = self._seq + self._policy.min_entries
+            if report is not None:
+                self.last_report = report
+                self.runs += report.compacted
+                self._known = self._stats_after(report)
+
+    def _stats_after(self, report: CompactionReport) -> JournalStats:
+        """Return the statistics of the journal after a compaction."""
+        stats = report.stats
+        if stats is not None and not report.compacted:
+            return stats
+        size = 0 if stats is None else min(stats.history_bytes, self._policy.history_bytes)
+        return JournalStats(
+            entries=0, records=report.records, now=0, newest=report.seq, history_bytes=size
+        )

@@ -12,6 +12,7 @@ from datetime import datetime
 from itertools import takewhile
 
 from taskstore.errors import CursorExpiredError, UnsupportedError, ValidationError
+from taskstore.model.ids import CLOCK_TOLERANCE_MS
 from taskstore.model.journal import JournalEntry, Position, Snapshot, fold
 from taskstore.model.records import MIN_UNIX_MS
 from taskstore.model.validation import check_int, check_seconds
@@ -133,7 +134,8 @@ def as_of(store: TaskRegistryStore, moment: int | datetime) -> Snapshot:
 
     ``moment`` is a seq, a time as Unix milliseconds (from 10**11 on), or an aware
     :class:`datetime.datetime`.  Raises :class:`CursorExpiredError` for a seq below
-    floor - 1 or a time before this seq.  Raises :class:`ValidationError` for a seq beyond the head.
+    floor - 1 or a time before this seq.  Raises :class:`ValidationError` for a seq beyond the head,
+    and for a time at which entries can have been committed whose time comes from a wrong clock.
     """
     journal = require_journal(store, "as_of")
     at_time = _unix_ms(moment)
@@ -142,7 +144,7 @@ def as_of(store: TaskRegistryStore, moment: int | datetime) -> Snapshot:
         try:
             with gc_paused():
                 if at_time is not None:
-                    return _as_of_time(journal, at_time)
+                    return _as_of_time(journal, at_time, store.clock())
                 return _as_of_seq(journal, check_int("as_of", moment))
         except CursorExpiredError:
             # Retry if a compaction has trimmed the journal between two reads.
@@ -164,16 +166,24 @@ def _as_of_seq(journal: SupportsJournal, seq: int) -> Snapshot:
     return fold(base, entries)
 
 
-def _as_of_time(journal: SupportsJournal, at: int) -> Snapshot:
+def _as_of_time(journal: SupportsJournal, at: int, now: int) -> Snapshot:
     # Commit times never decrease, so the entries up to a time are a prefix of the journal.
     base = _base_snapshot(journal, journal.floor() - 1)
     if base.at > at:
         raise CursorExpiredError(base.seq - 1, base.seq + 1)
-    seq = base.seq
+    seq, last_at = base.seq, base.at
     for entry in entries_after(journal, base.seq):
         if entry.at > at:
+            # The true time of an entry that is later than the clock can be before or after ``at``.
+            if entry.at > now + CLOCK_TOLERANCE_MS and last_at < at <= now:
+                raise ValidationError(
+                    "as_of",
+                    f"the times of the entries from seq {entry.seq} on are later than the clock, "
+                    "so they do not tell which of them were committed before the given time; "
+                    f"pass a seq, {seq} or higher",
+                )
             break
-        seq = entry.seq
+        seq, last_at = entry.seq, entry.at
     return _as_of_seq(journal, seq)
 
 

@@ -40,5 +40,6 @@ from taskstore.store.interface import TaskRegistryStore as TaskRegistryStore
 from taskstore.store.interface import VerifyReport as VerifyReport
 from taskstore.store.interface import base_not_found as base_not_found
 from taskstore.store.interface import check_base as check_base
+from taskstore.store.interface import clock_notices as clock_notices
 from taskstore.store.opening import path_of as path_of
 from taskstore.store.opening import redacted as redacted

@@ -30,7 +30,7 @@ from taskstore.errors import (
     StoreClosedError,
 )
 from taskstore.model.compaction_policy import CompactionPolicy, CompactionReport
-from taskstore.model.ids import Clock, system_clock
+from taskstore.model.ids import CLOCK_TOLERANCE_MS, Clock, system_clock
 from taskstore.model.journal import (
     Change,
     ChangeSet,
@@ -109,8 +109,9 @@ class TaskRegistryStore(ABC):
 
     unsupported_guarantees: Mapping[str, str] = MappingProxyType({})
     """The guarantees that this store does not give, each with the reason: ``processes``
-    (several processes on one storage) and ``crash-safe`` (a kill of the writer at any
-    instruction is safe).  The contract suite skips each clause that needs an unsupported
+    (several processes on one storage), ``crash-safe`` (a kill of the writer at any
+    instruction is safe) and ``exact-history`` (compaction trims exactly the history that the
+    policy does not retain).  The contract suite skips each clause that needs an unsupported
     guarantee, and reports the reason."""
 
     def __init__(self, *, read_only: bool = False) -> None:
@@ -166,7 +167,12 @@ class TaskRegistryStore(ABC):
         return commit
 
     def report(self) -> StoreReport:
-        """Return the report for the operator; never raise, and never read or lock stored data."""
+        """Return the report for the operator; never raise, and never read or lock
+        stored data.
+
+        As long as the time of the last known commit is more than an hour later than the clock, the
+        notices of a store with a journal tell this; see :func:`clock_notices`.
+        """
         return StoreReport()
 
     def close(self) -> None:
@@ -505,6 +511,26 @@ def check_base(journal: SupportsJournal, changes: Sequence[Change]) -> None:
             entries_after_position(journal, changes.base, 0)
         except CursorExpiredError as error:
             raise base_not_found(changes.base) from error
+
+
+def clock_notices(last_at: int, clock: Clock) -> tuple[str, ...]:
+    """Return the notice that the time of the last commit is later than the clock, if it is.
+
+    ``last_at`` is the time of the last commit (Unix milliseconds, 0 if unknown)."""
+    try:
+        now = clock()
+    except Exception:  # noqa: BLE001 (a report never raises, whatever the host's clock raises)
+        return ()
+    if last_at <= now + CLOCK_TOLERANCE_MS:
+        return ()
+    hours = (last_at - now) / 3_600_000
+    notice = (
+        f"the time of the last commit is {hours:,.1f} hours later than the clock of this machine, "
+        "so a clock is or was wrong: until the clock reaches this time, all commits get this time, "
+        "compaction keeps them by number and size instead of age, and as_of needs a seq; check the "
+        "clocks of all machines that write to the ledger"
+    )
+    return (notice,)
 
 
 def base_not_found(position: Position) -> ConflictError:

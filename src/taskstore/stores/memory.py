@@ -17,6 +17,7 @@ from taskstore.model.compaction_policy import (
     CompactionReport,
     JournalStats,
     SnapshotInfo,
+    approximate_size,
 )
 from taskstore.model.ids import new_commit_id
 from taskstore.model.journal import (
@@ -31,13 +32,26 @@ from taskstore.model.journal import (
     dedup_key,
     entries_of,
     find_conflicts,
+    fold,
     plan,
     quarantined_revisions,
     validated_snapshot,
 )
 from taskstore.model.records import DedupKey, TaskRecord
-from taskstore.store.interface import LoadedRecordsStore, StoreReport, VerifyReport, check_base
-from taskstore.stores.common.compaction import CompactionPoint, CompactionSteps, Retained, compact
+from taskstore.store.interface import (
+    LoadedRecordsStore,
+    StoreReport,
+    VerifyReport,
+    check_base,
+    clock_notices,
+)
+from taskstore.stores.common.compaction import (
+    CompactionPoint,
+    CompactionSteps,
+    EntryCommit,
+    Retained,
+    compact,
+)
 from taskstore.stores.common.integrity import IntegrityCheck
 
 
@@ -184,7 +198,8 @@ class MemoryStore(LoadedRecordsStore):
 
     def report(self) -> StoreReport:
         notice = "the ledger is in memory and is lost when the process ends"
-        return StoreReport(self.storage.quarantined, (notice,))
+        notices = (notice, *clock_notices(self.storage.last_at, self.clock))
+        return StoreReport(self.storage.quarantined, notices)
 
     # -- journal ----------------------------------------------------------
 
@@ -258,7 +273,8 @@ class _Compaction(CompactionSteps):
     def __init__(self, storage: MemoryStorage) -> None:
         self._storage = storage
 
-    def stats(self, now: int) -> JournalStats:
+    def stats(self, now: int, most_bytes: int) -> JournalStats:
+        del most_bytes
         storage = self._storage
         newest = max(storage.snapshots, default=0)
         since = storage.journal[max(newest - (storage.floor - 1), 0) :]
@@ -269,6 +285,7 @@ class _Compaction(CompactionSteps):
             entries=storage.head - newest,
             records=len(storage.current),
             oldest_at=since[0].at if since else None,
+            history_bytes=sum(approximate_size(entry.record) for entry in list(storage.journal)),
         )
 
     def lock(self) -> AbstractContextManager[object]:
@@ -280,9 +297,27 @@ class _Compaction(CompactionSteps):
         snapshots = tuple(SnapshotInfo(seq, storage.snapshots[seq].at) for seq in seqs)
         return CompactionPoint(storage.head, storage.last_at, storage.floor, snapshots)
 
+    def commit_of(self, seq: int) -> EntryCommit:
+        entry = self._storage.journal[seq - self._storage.floor]
+        return EntryCommit(entry.at, entry.commit_id)
+
+    def seq_within(self, size: int, head: int) -> int:
+        storage, left = self._storage, size
+        for entry in reversed(storage.journal[: head - storage.floor + 1]):
+            left -= approximate_size(entry.record)
+            if left < 0:
+                return entry.seq
+        return storage.floor - 1
+
     def publish(self, point: CompactionPoint, retained: Retained) -> int:
-        del retained  # the floor is computed from the journal, which trim() shortens
+        # The floor is computed from the journal, which trim() shortens.
         storage = self._storage
+        base = retained.base
+        if base is not None:
+            earlier = [seq for seq in storage.snapshots if seq < base.seq]
+            start = storage.snapshots[max(earlier)] if earlier else Snapshot(0)
+            entries = storage.journal[start.seq + 1 - point.floor : base.seq + 1 - point.floor]
+            storage.snapshots[base.seq] = fold(start, entries)
         snapshot = Snapshot(storage.head, storage.current, storage.last_at, storage.quarantined)
         storage.snapshots[point.seq] = snapshot
         return len(snapshot.records) + len(snapshot.quarantined)

@@ -24,7 +24,7 @@ pytest.register_assert_rewrite("taskstore.testing.contract", "taskstore.testing.
 
 from taskstore.testing.contract.apply import ApplyContract
 from taskstore.testing.contract.base import ContractBase, Ledger, as_of, needs
-from taskstore.testing.contract.compaction import CompactionContract
+from taskstore.testing.contract.compaction import CompactionContract, RetentionContract
 from taskstore.testing.contract.core import CoreContract
 from taskstore.testing.contract.crash import CrashContract
 from taskstore.testing.contract.exclusive import ExclusiveContract
@@ -89,6 +89,7 @@ class StoreContract(
     ValuesContract,
     JournalContract,
     CompactionContract,
+    RetentionContract,
     QueryContract,
     PagesContract,
     SummaryContract,

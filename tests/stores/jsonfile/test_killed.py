@@ -23,6 +23,9 @@ from taskstore.model.journal import Snapshot
 from taskstore.stores.jsonfile import JSONStore
 from taskstore.testing.factories import create, delete, make_put, make_record, next_of, update
 
+PART = CompactionPolicy(force=True, history_s=0, history_entries=3)
+"""A policy that moves the floor to seq 4 of the ledger, where no segment begins."""
+
 STEPS = {"open", "os.rename", "os.remove", "os.truncate", "os.mkdir"}
 
 
@@ -135,8 +138,8 @@ def test_replacing_the_content(ledger, fast_path):
 
 @pytest.mark.parametrize(
     "policy",
-    [FOLD, FOLD_AND_TRIM, CompactionPolicy(erase_deleted=True)],
-    ids=["fold", "trim", "erase"],
+    [FOLD, FOLD_AND_TRIM, PART, CompactionPolicy(erase_deleted=True)],
+    ids=["fold", "trim", "part", "erase"],
 )
 def test_compacting(policy, ledger, fast_path):
     before, entries = content(ledger), history(ledger)
@@ -160,7 +163,7 @@ def test_compacting(policy, ledger, fast_path):
             assert (len(segments(directory)), len(snapshots(directory))) == (1, 1)
     assert step > 15
     assert floors == sorted(floors)
-    assert floors[-1] == (1 if policy is FOLD else 7)
+    assert floors[-1] == (1 if policy is FOLD else 4 if policy is PART else 7)
 
 
 def test_opening_for_the_first_time(fast_path):

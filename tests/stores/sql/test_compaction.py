@@ -11,6 +11,7 @@ from sqlkit import in_process
 
 from taskstore.errors import StoreBusyError
 from taskstore.model.compaction_policy import CompactionPolicy
+from taskstore.model.ids import system_clock
 from taskstore.model.journal import Put, fold
 from taskstore.stores.sql import compaction, snapshots
 from taskstore.stores.sql.dialects import open_database
@@ -146,10 +147,18 @@ def test_one_compactor_at_a_time(store, url, open_, monkeypatch):
 
 def test_a_dead_compactors_lease_runs_out(store, url):
     fill(store)
-    run(url, "UPDATE taskstore_head SET lease_owner = 'dead', lease_until = 99999999999999")
+    until = system_clock() + 1_000_000
+    run(url, f"UPDATE taskstore_head SET lease_owner = 'dead', lease_until = {until}")
     with pytest.raises(StoreBusyError):
         store.compact(ALL)
     run(url, "UPDATE taskstore_head SET lease_until = 1")
+    assert store.compact(ALL).compacted
+
+
+def test_a_lease_from_a_wrong_clock_is_not_waited_for(store, url):
+    fill(store)
+    until = system_clock() + 3650 * 86_400_000
+    run(url, f"UPDATE taskstore_head SET lease_owner = 'dead', lease_until = {until}")
     assert store.compact(ALL).compacted
 
 
@@ -204,16 +213,18 @@ def run(self, work):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, work)
 compaction.CompactionLease.run = run
-policy = CompactionPolicy(force=True, history_s=0, history_entries=0, keep_snapshots=1)
+entries = int(sys.argv[3])
+policy = CompactionPolicy(force=True, history_s=0, history_entries=entries, keep_snapshots=1)
 open_store(sys.argv[1]).compact(policy)
 """
 
 
+@pytest.mark.parametrize("entries", [0, 30])
 @pytest.mark.parametrize("steps", [0, 1, 3, 9, 10, 11, 14, 20])
-def test_killed_at_any_step_it_changed_no_answer(store, url, small_steps, steps):
+def test_killed_at_any_step_it_changed_no_answer(store, url, small_steps, steps, entries):
     fill(store)
     before = store.load_snapshot()
-    process = in_process(KILLED, url, steps)
+    process = in_process(KILLED, url, steps, entries)
     process.communicate(timeout=60)
     assert process.returncode == -9
     assert store.load_snapshot() == before
@@ -228,7 +239,7 @@ def test_killed_at_any_step_it_changed_no_answer(store, url, small_steps, steps)
     create(store)
     assert store.compact(ALL).compacted
     assert store.verify().ok
-    assert count(url, "task_journal") == 0
+    assert count(url, "task_journal") == 1  # the row that keeps the commit id
     assert count(url, "task_snapshots") == 1
     assert count(url, "task_snapshot_chunks") == 7
 

@@ -86,10 +86,19 @@ class Compactor:
             records=inputs.records,
             now=now,
             oldest_at=inputs.oldest_at,
+            newest=newest,
+            floor=before,
         )
         reason = policy.due(stats)
         if reason is None:
-            return CompactionReport(compacted=False, reason="not due", seq=newest, floor=before)
+            return CompactionReport(
+                compacted=False,
+                reason="not due",
+                seq=newest,
+                floor=before,
+                records=inputs.records,
+                stats=stats,
+            )
         seq, at, records, chunks = self._copy()
         snapshots = [SnapshotInfo(old.seq, old.at) for old in inputs.snapshots if old.seq != seq]
         snapshots.append(SnapshotInfo(seq, at))
@@ -111,6 +120,7 @@ class Compactor:
             trimmed=floor - before,
             snapshots=tuple(each.seq for each in snapshots if each.seq in kept),
             duration_s=time.monotonic() - started,
+            stats=stats,
         )
 
     # -- steps ----------------------------------------------------------------------

@@ -153,6 +153,8 @@ class Reader:
         self.keys = keys
         self.location = location
         self.known_commits = KnownCommits()
+        self.last_at = 0
+        """The time of the last known commit."""
 
     def state(self) -> State:
         """The current state of the ledger."""
@@ -163,7 +165,9 @@ class Reader:
         """The state in a reply; raises :class:`~taskstore.SchemaMismatchError`."""
         if reply[2] is not None and reply[6] != FORMAT:
             raise wrong_format(self.location, reply[6])
-        return state_of(reply)
+        state = state_of(reply)
+        self.last_at = state.at
+        return state
 
     # -- records ------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from types import MappingProxyType
 
 from taskstore import (
     Change,
@@ -20,8 +21,7 @@ from taskstore import (
     ValidationError,
     VerifyReport,
 )
-
-from taskstore.store import Position
+from taskstore.store import Position, clock_notices
 
 from taskstore_redis import querying
 from taskstore_redis.compaction import Compactor
@@ -53,8 +53,13 @@ class RedisStore(TaskRegistryStore):
     :class:`~taskstore.CursorExpiredError` for readers that continue from them,
     so that a registry reloads, and adds a notice.  When the writing process
     dies, no acknowledged change is lost on any server.  So the contract's
-    *crash-safe* level passes, and the store declares no unsupported guarantee.
+    *crash-safe* level passes.  A compaction can move the floor only to the seq of
+    an earlier compaction, so the store does not guarantee *exact-history*.
     """
+
+    unsupported_guarantees = MappingProxyType(
+        {"exact-history": "the floor moves only to the snapshots of earlier compactions"}
+    )
 
     def __init__(
         self,
@@ -100,7 +105,9 @@ class RedisStore(TaskRegistryStore):
         return self._writer.commit(changes, self.clock)
 
     def report(self) -> StoreReport:
-        return StoreReport(self._quarantined, (*self._notices, *self._reader.known_commits.notices))
+        notices = (*self._notices, *self._reader.known_commits.notices)
+        late = clock_notices(self._reader.last_at, self.clock)
+        return StoreReport(self._quarantined, (*notices, *late))
 
     def close(self) -> None:
         if not self._closed:

@@ -4,22 +4,34 @@ A store implements each step in :class:`CompactionSteps`; this module fixes thei
 order and applies the policy.  If the process is killed between two steps, the ledger stays intact.
 A published snapshot is complete, and after a snapshot is published, no reader uses the entries that
 will be trimmed.
+
+The new floor follows exactly the entry that the policy names; a store makes the snapshot that it
+needs there.  A commit is trimmed as a whole or not at all.
 """
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from taskstore.model.compaction_policy import (
     CompactionPolicy,
     CompactionReport,
+    HistoryLimit,
     JournalStats,
     SnapshotInfo,
 )
 from taskstore.model.ids import Clock
+
+
+class EntryCommit(NamedTuple):
+    """The time (Unix milliseconds) and the id of the commit that contains an entry."""
+
+    at: int
+    commit_id: str
 
 
 class CompactionPoint(NamedTuple):
@@ -33,18 +45,25 @@ class CompactionPoint(NamedTuple):
 
 
 class Retained(NamedTuple):
-    """The floor after the compaction, and the seqs of all retained snapshots (also the new one)."""
+    """The floor after the compaction, and the seqs of all retained snapshots (also the new one).
+
+    ``base`` is the snapshot directly before the floor that the store must make, ``None`` if there
+    is such a snapshot or no entry is trimmed.
+    """
 
     seqs: frozenset[int]
     floor: int
+    base: SnapshotInfo | None = None
 
 
 class CompactionSteps(ABC):
     """The steps of a compaction, implemented by one store."""
 
     @abstractmethod
-    def stats(self, now: int) -> JournalStats:
-        """Return the size of the journal, without taking the compaction lock."""
+    def stats(self, now: int, most_bytes: int) -> JournalStats:
+        """Return the size of the journal, without taking the compaction lock.
+
+        ``history_bytes`` is exact up to ``most_bytes``; above, any larger number will do."""
 
     @abstractmethod
     def lock(self) -> AbstractContextManager[object]:
@@ -55,8 +74,21 @@ class CompactionSteps(ABC):
         """Return the compaction point; the journal entries up to its commit no longer change."""
 
     @abstractmethod
+    def commit_of(self, seq: int) -> EntryCommit:
+        """Return the time and the id of the commit that contains a retained entry."""
+
+    @abstractmethod
+    def seq_within(self, size: int, head: int) -> int:
+        """Return the lowest seq, at least floor - 1, after which the entries up to ``head`` have
+        at most ``size`` bytes."""
+
+    @abstractmethod
     def publish(self, point: CompactionPoint, retained: Retained) -> int:
-        """Write the snapshot and move the floor; return the number of records in the snapshot."""
+        """Write the snapshots and move the floor; return the number of records in the new
+        snapshot.
+
+        If ``retained.base`` is set, the store also makes this snapshot: from the newest snapshot
+        before it, or from the empty ledger, and the entries after that snapshot."""
 
     @abstractmethod
     def trim(self, point: CompactionPoint, retained: Retained) -> None:
@@ -66,15 +98,28 @@ class CompactionSteps(ABC):
 def compact(steps: CompactionSteps, policy: CompactionPolicy, clock: Clock) -> CompactionReport:
     """Implement :meth:`taskstore.SupportsCompaction.compact`."""
     started = time.monotonic()
-    stats = steps.stats(clock())
+    stats = steps.stats(clock(), policy.history_bytes)
     reason = policy.due(stats)
-    if reason is None:
-        return CompactionReport(
-            compacted=False, reason="not due", seq=stats.newest, floor=stats.floor
-        )
+    if reason is None and not (policy.force and stats.newest):
+        return _nothing_done(stats, "not due")
     with steps.lock():
+        if reason is None:
+            # There is no entry after the newest snapshot, but there can be history to trim.
+            stats = steps.stats(clock(), policy.history_bytes)
+            limit = _limit_of(steps, policy, stats, stats.newest + stats.entries, stats.floor)
+            if not stats.entries and limit.seq < stats.floor:
+                return _nothing_done(stats, _NOTHING_NEW, limit.reason)
+            reason = "compaction was forced"
         point = steps.begin()
-        retained = _retained(policy, point, clock())
+        limit = _limit_of(steps, policy, stats, point.seq, point.floor)
+        snapshots = _snapshots(steps, point, limit.seq)
+        base = next((s for s in snapshots if s.seq == limit.seq), None)
+        made = {snapshot.seq for snapshot in point.snapshots} | {point.seq}
+        retained = Retained(
+            policy.thinned(snapshots, limit.seq, now=clock()),
+            limit.seq + 1,
+            base if base is not None and base.seq not in made else None,
+        )
         records = steps.publish(point, retained)
         steps.trim(point, retained)
     return CompactionReport(
@@ -86,12 +131,71 @@ def compact(steps: CompactionSteps, policy: CompactionPolicy, clock: Clock) -> C
         trimmed=retained.floor - point.floor,
         snapshots=tuple(sorted(retained.seqs)),
         duration_s=time.monotonic() - started,
+        floor_at=base.at if base is not None else None,
+        floor_reason=limit.reason,
+        stats=stats,
     )
 
 
-def _retained(policy: CompactionPolicy, point: CompactionPoint, now: int) -> Retained:
-    """Return the snapshots to retain (including the new snapshot) and the floor that results."""
-    snapshots = [snapshot for snapshot in point.snapshots if snapshot.seq != point.seq]
-    snapshots.append(SnapshotInfo(point.seq, point.at))
-    kept, floor = policy.retained(snapshots, head=point.seq, floor=point.floor, now=now)
-    return Retained(kept & {snapshot.seq for snapshot in snapshots}, floor)
+_NOTHING_NEW = "there is no new entry, and no more history to trim"
+
+
+def _nothing_done(stats: JournalStats, reason: str, floor_reason: str = "") -> CompactionReport:
+    return CompactionReport(
+        compacted=False,
+        reason=reason,
+        seq=stats.newest,
+        floor=stats.floor,
+        records=stats.records,
+        floor_reason=floor_reason,
+        stats=stats,
+    )
+
+
+def _limit_of(
+    steps: CompactionSteps, policy: CompactionPolicy, stats: JournalStats, head: int, floor: int
+) -> HistoryLimit:
+    """Return up to which entry the compaction trims: the end of a commit, or ``floor`` - 1."""
+    if policy.erase_deleted:
+        return HistoryLimit(head, "deleted records were erased, with all history")
+    seqs = range(floor, head + 1)
+    limit = policy.trimmable(
+        head=head, floor=floor, now=stats.now, at=lambda seq: steps.commit_of(seq).at
+    )
+    if limit.seq in seqs[:-1]:
+        # Entries of one commit have the same time, but ``history_entries`` can divide a commit.
+        limit = limit._replace(seq=_last_whole_commit(steps, seqs, limit.seq))
+    if stats.history_bytes > policy.history_bytes:
+        first = steps.seq_within(policy.history_bytes, head)
+        if first > limit.seq:
+            limit = policy.size_limit(_end_of_commit(steps, seqs, first))
+    return limit
+
+
+def _last_whole_commit(steps: CompactionSteps, seqs: range, seq: int) -> int:
+    """Return the seq of the last commit in ``seqs`` that ends at or before ``seq``."""
+    commit_id = steps.commit_of(seq + 1).commit_id
+    if not commit_id or steps.commit_of(seq).commit_id != commit_id:
+        return seq
+    earlier = range(seqs.start, seq)
+    same = bisect_left(earlier, x=True, key=lambda s: steps.commit_of(s).commit_id == commit_id)
+    return seqs.start + same - 1
+
+
+def _end_of_commit(steps: CompactionSteps, seqs: range, seq: int) -> int:
+    """Return the seq of the last entry of the commit that contains ``seq``."""
+    commit_id = steps.commit_of(seq).commit_id
+    later = range(seq + 1, seqs.stop)
+    if not commit_id:
+        return seq
+    other = bisect_left(later, x=True, key=lambda s: steps.commit_of(s).commit_id != commit_id)
+    return seq + other
+
+
+def _snapshots(steps: CompactionSteps, point: CompactionPoint, oldest: int) -> list[SnapshotInfo]:
+    """Return the published snapshots, the new snapshot and the one at ``oldest``, ascending."""
+    snapshots = {snapshot.seq: snapshot for snapshot in point.snapshots}
+    snapshots[point.seq] = SnapshotInfo(point.seq, point.at)
+    if oldest >= point.floor and oldest not in snapshots:
+        snapshots[oldest] = SnapshotInfo(oldest, steps.commit_of(oldest).at)
+    return [snapshots[seq] for seq in sorted(snapshots)]

@@ -7,6 +7,11 @@ each task in the journal; only keys are in memory.  The compactor publishes the 
 N.  The publication moves the floor, because the snapshot's header declares the new floor.  The
 compactor takes the write lock again to show other processes that the floor has moved.  Finally, the
 compactor removes the files below the floor, oldest first.
+
+If no snapshot is directly before the new floor, the compactor makes this snapshot too.  If no
+segment begins at the new floor, the compactor copies the end of a segment to a new segment that is
+marked ``base``.  Such a segment is live only if it begins at the floor, so the copied entries are
+never live twice.
 """
 
 from __future__ import annotations
@@ -25,7 +30,12 @@ from taskstore.model import codec
 from taskstore.model.chunked import chunked_sort
 from taskstore.model.compaction_policy import JournalStats, SnapshotInfo
 from taskstore.model.journal import EntryKind, Quarantined
-from taskstore.stores.common.compaction import CompactionPoint, CompactionSteps, Retained
+from taskstore.stores.common.compaction import (
+    CompactionPoint,
+    CompactionSteps,
+    EntryCommit,
+    Retained,
+)
 from taskstore.stores.jsonfile.index import decode_stub
 from taskstore.stores.jsonfile.layout import (
     TORN,
@@ -34,9 +44,11 @@ from taskstore.stores.jsonfile.layout import (
     open_snapshot,
     read_layout,
     read_snapshot_header,
+    segment_name,
     snapshot_predecessor,
 )
-from taskstore.stores.jsonfile.lines import Entry, decode_entry
+from taskstore.stores.jsonfile.lines import Entry, decode_entry, encode_header
+from taskstore.stores.jsonfile.reading import Reader
 from taskstore.stores.jsonfile.segments import CommitLocation, SegmentReader
 from taskstore.stores.jsonfile.writing import Writer
 
@@ -52,29 +64,35 @@ class Compaction(CompactionSteps):
     ``superseded`` are the quarantined payloads of trimmed entries.
     """
 
-    def __init__(self, writer: Writer, *, erase: bool) -> None:
+    def __init__(self, writer: Writer, reader: Reader, *, erase: bool) -> None:
         self.superseded: list[Quarantined] = []
         self._writer = writer
+        self._reader = reader
         self._erase = erase
         self._layout = writer.layout
         self._lock = writer.compact_lock()
 
-    def stats(self, now: int) -> JournalStats:
+    def stats(self, now: int, most_bytes: int) -> JournalStats:
+        del most_bytes
         writer = self._writer
         with writer.locked():
             assert writer.index is not None
             layout = writer.layout
             newest = layout.newest.seq if layout.newest is not None else 0
-            since = [segment for segment in layout.segments if segment.first > newest]
-            first = next(iter(SegmentReader(layout, layout.after_newest())), None)
+            sizes = {
+                segment.first: segment.path.stat().st_size - segment.start
+                for segment in layout.segments
+            }
+            oldest = next(iter(SegmentReader(layout, layout.after_newest())), None)
             return JournalStats(
                 now=now,
                 newest=newest,
                 floor=layout.floor,
                 entries=writer.end.seq - newest,
                 records=len(writer.index.revisions),
-                bytes=sum(segment.path.stat().st_size - segment.start for segment in since),
-                oldest_at=first.line.at if first is not None else None,
+                bytes=sum(size for first, size in sizes.items() if first > newest),
+                history_bytes=sum(sizes.values()),
+                oldest_at=oldest.line.at if oldest is not None else None,
             )
 
     def lock(self) -> AbstractContextManager[object]:
@@ -94,21 +112,96 @@ class Compaction(CompactionSteps):
         )
         return CompactionPoint(seq, at, layout.floor, snapshots)
 
+    def commit_of(self, seq: int) -> EntryCommit:
+        line = self._reader.with_layout(lambda layout: self._reader.commit_of(layout, seq))
+        return EntryCommit(line.at, line.commit)
+
+    def seq_within(self, size: int, head: int) -> int:
+        layout, left = self._layout, size
+        for segment in reversed(layout.segments):
+            if segment.first > head:
+                continue
+            end = segment.path.stat().st_size
+            left -= end - segment.start
+            if left < 0:
+                for location in SegmentReader(layout, layout.start_of(segment)).commits_in(segment):
+                    if location.offset + len(location.raw) - segment.start >= -left:
+                        return location.line.last
+        return layout.floor - 1
+
     def publish(self, point: CompactionPoint, retained: Retained) -> int:
         layout, floor, disk = self._layout, retained.floor, self._writer.disk
+        # All files are written before the first is published: versions of taskstore that do not
+        # know the rule for a copied segment can read the directory until then.
+        segments, snapshots = [], []
+        if retained.base is not None:
+            segments = self._write_base_segment(retained.base)
+            snapshots = [self._write_base_snapshot(point, retained.base)]
         merge = Merge(layout, point.seq, floor)
-        path = layout.snapshot_path(point.seq)
-        ledger, timeline = layout.identity.ledger, layout.identity.timeline
-        deleted = {task_id: seq for task_id, seq in merge.deleted.items() if seq >= floor}
-        header = LedgerSnapshotHeader(
-            point.seq, point.at, ledger, timeline, floor, deleted, merge.commit_id
+        snapshots.append(
+            self._write_snapshot(merge, layout, SnapshotInfo(point.seq, point.at), floor)
         )
-        blocks = codec.encode_snapshot_blocks(header, merge.payloads(), merge.quarantined())
-        disk.publish(disk.write_temporary(path, blocks, snapshot_predecessor(layout)), path)
+        for temporary, path in segments:
+            disk.publish(temporary, path)
+        if retained.base is not None:
+            # Until the last rename, this segment can follow the newest snapshot.
+            self._lock.extend(layout.directory / segment_name(floor))
+        for temporary, path in snapshots:
+            disk.publish(temporary, path)
         with self._writer.locked():
             self._writer.announce_floor(floor)
         self.superseded = merge.superseded
         return merge.count
+
+    def _write_base_segment(self, base: SnapshotInfo) -> list[tuple[Path, Path]]:
+        """Write the segment that begins at the new floor; return the temporary and the final path.
+        Return nothing if the segment exists."""
+        floor = base.seq + 1
+        source = self._layout.segment_start(floor)
+        if source.first == floor:
+            return []
+        directory = self._layout.directory
+        path, predecessor = (directory / segment_name(first) for first in (floor, source.first))
+        # While a compaction runs, writers remove temporary files only if their names begin as
+        # those of segments do.
+        temporary = self._writer.disk.write_temporary(
+            path.with_name(f"snapshot-{path.name}"), self._copied_segment(base), predecessor
+        )
+        return [(temporary, path)]
+
+    def _write_base_snapshot(self, point: CompactionPoint, base: SnapshotInfo) -> tuple[Path, Path]:
+        """Write the snapshot directly before the new floor; return the temporary and the final
+        path."""
+        layout = self._layout
+        older = [snapshot.seq for snapshot in point.snapshots if snapshot.seq < base.seq]
+        newest = read_snapshot_header(layout.directory, older[-1]) if older else None
+        before = layout._replace(newest=newest)
+        floor = base.seq + 1
+        return self._write_snapshot(Merge(before, base.seq, floor), before, base, floor)
+
+    def _copied_segment(self, base: SnapshotInfo) -> Iterator[bytes]:
+        """Yield the blocks of a segment with the commits after ``base`` of one older segment."""
+        layout = self._layout
+        yield encode_header(layout.identity, seq=base.seq + 1, at=base.at, base=True)
+        start = layout.segment_start(base.seq + 1)
+        [segment] = (segment for segment in layout.segments if segment.first == start.first)
+        for location in SegmentReader(layout, start).commits_in(segment):
+            if location.line.seq > base.seq:
+                yield location.raw
+
+    def _write_snapshot(
+        self, merge: Merge, layout: Layout, info: SnapshotInfo, floor: int
+    ) -> tuple[Path, Path]:
+        """Write a snapshot to a temporary file; return the temporary and the final path."""
+        path = layout.snapshot_path(info.seq)
+        ledger, timeline = layout.identity.ledger, layout.identity.timeline
+        deleted = {task_id: seq for task_id, seq in merge.deleted.items() if seq >= floor}
+        header = LedgerSnapshotHeader(
+            info.seq, info.at, ledger, timeline, floor, deleted, merge.commit_id
+        )
+        blocks = codec.encode_snapshot_blocks(header, merge.payloads(), merge.quarantined())
+        predecessor = snapshot_predecessor(self._layout)
+        return self._writer.disk.write_temporary(path, blocks, predecessor), path
 
     def trim(self, point: CompactionPoint, retained: Retained) -> None:
         layout = self._layout

@@ -2,8 +2,8 @@
 
 - The newest snapshot has the highest seq; its header declares the floor.  Publishing
   a snapshot moves the floor.  Files below the floor are obsolete and are removed later.
-- A segment marked ``base`` is live only if the snapshot before the segment exists, because the
-  segment is created first, and the published snapshot then replaces the content.
+- A segment marked ``base`` is live only if it begins at the floor and the snapshot before it
+  exists.  The segment is created first; a published snapshot then moves the floor to it.
 - The live files must belong to one ledger without gaps between seqs; else the store is corrupt.
 
 A published file was written as ``*.tmp`` and flushed to disk before its rename, and the
@@ -182,7 +182,8 @@ def read_layout(directory: Path) -> Layout:
     for first in firsts:
         if first >= declared:
             segment = _read_segment(directory / segment_name(first), first)
-            unpublished = segment.base and first > 1 and first - 1 not in snapshots
+            begins_at_floor = first == declared and (first == 1 or first - 1 in snapshots)
+            unpublished = segment.base and not begins_at_floor
             (abandoned if unpublished else segments).append(segment)
     obsolete = (
         *(segment.path for segment in abandoned),

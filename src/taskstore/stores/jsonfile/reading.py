@@ -16,7 +16,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from taskstore.errors import CursorExpiredError, StoreUnavailableError, TaskStoreError
+from taskstore.errors import (
+    CorruptStoreError,
+    CursorExpiredError,
+    StoreUnavailableError,
+    TaskStoreError,
+)
 from taskstore.model.journal import JournalEntry
 from taskstore.model.records import MAX_INT
 from taskstore.stores.jsonfile.layout import (
@@ -26,7 +31,12 @@ from taskstore.stores.jsonfile.layout import (
     read_layout,
     retry_while_changing,
 )
-from taskstore.stores.jsonfile.lines import decode_commit, journal_entry, task_id_pattern
+from taskstore.stores.jsonfile.lines import (
+    Line,
+    decode_commit,
+    journal_entry,
+    task_id_pattern,
+)
 from taskstore.stores.jsonfile.locks import check_not_removed, read_generation
 from taskstore.stores.jsonfile.segments import (
     CommitLocation,
@@ -169,6 +179,15 @@ class Reader:
         # The next call can begin at the last entry of this page.
         self._cache(before, position)
         return tuple(entries)
+
+    def commit_of(self, layout: Layout, seq: int) -> Line:
+        """Return the commit that contains an entry from the floor to the head."""
+        reader = SegmentReader(layout, self._nearest_position(layout, seq - 1))
+        for location in reader:
+            self._cache_sparsely(location, reader.position)
+            if location.line.last >= seq:
+                return location.line
+        raise CorruptStoreError(str(self.directory), f"the entry with seq {seq} is missing")
 
     def history(self, layout: Layout, task_id: str) -> Sequence[JournalEntry]:
         """Return the journal entries of one task; decode only lines that contain the task id."""

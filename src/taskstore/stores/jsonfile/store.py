@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,7 +25,13 @@ from taskstore.model.journal import (
 )
 from taskstore.model.records import MAX_INT, TaskRecord
 from taskstore.store.disk import SYSTEM, Disk
-from taskstore.store.interface import LoadedRecordsStore, StoreReport, VerifyReport, check_base
+from taskstore.store.interface import (
+    LoadedRecordsStore,
+    StoreReport,
+    VerifyReport,
+    check_base,
+    clock_notices,
+)
 from taskstore.store.opening import check_options
 from taskstore.stores.common.change_feed import ChangeFeed, PollingWatcher, Watcher
 from taskstore.stores.common.compaction import compact
@@ -85,7 +92,11 @@ class JSONStore(LoadedRecordsStore):
         self._reader = Reader(self.directory, strict=strict, ledger_found=not read_only)
         self._writer: Writer | None = None
         self._quarantined: tuple[Quarantined, ...] = ()
-        self._feed = ChangeFeed(self.head, self._start_watcher, self.location)
+        # The time of the last commit at the newest load.
+        self._loaded_at = 0
+        self._feed = ChangeFeed(
+            self.head, partial(_start_watcher, self._reader, self.head), self.location
+        )
         with translate_os_errors(self.directory):
             if read_only:
                 self._reader.with_layout(lambda layout: layout)
@@ -134,7 +145,7 @@ class JSONStore(LoadedRecordsStore):
             return snapshot
 
         snapshot = self._read(work)
-        self._quarantined = snapshot.quarantined
+        self._quarantined, self._loaded_at = snapshot.quarantined, snapshot.at
         return snapshot
 
     def save_snapshot(self, snapshot: Snapshot) -> None:
@@ -182,6 +193,8 @@ class JSONStore(LoadedRecordsStore):
     def report(self) -> StoreReport:
         notices: list[str | None] = [] if self._writer is None else [*self._writer.notices]
         notices.append(self._reader.missing_history)
+        written_at = 0 if self._writer is None else self._writer.end.at
+        notices += clock_notices(max(written_at, self._loaded_at), self.clock)
         if self.read_only:
             notices.append(self._reader.torn_line_notice())
         return StoreReport(self._quarantined, tuple(filter(None, notices)))
@@ -221,17 +234,10 @@ class JSONStore(LoadedRecordsStore):
         self._check_open()
         return self._feed.wait_for(after, timeout)
 
-    def _start_watcher(self) -> Watcher:
-        def version() -> object:
-            with translate_os_errors(self.directory):
-                return self._reader.version()
-
-        return PollingWatcher(self.head, version, longest_pause_s=LONGEST_POLL_PAUSE_S)
-
     # -- compaction, integrity -------------------------------------
 
     def compact(self, policy: CompactionPolicy) -> CompactionReport:
-        steps = Compaction(self._require_writer(), erase=policy.erase_deleted)
+        steps = Compaction(self._require_writer(), self._reader, erase=policy.erase_deleted)
         try:
             with translate_os_errors(self.directory):
                 return compact(steps, policy, self.clock)
@@ -242,6 +248,14 @@ class JSONStore(LoadedRecordsStore):
         self._check_open()
         with translate_os_errors(self.directory):
             return verify(self.directory, self._writer)
+
+
+def _start_watcher(reader: Reader, head: Callable[[], int]) -> Watcher:
+    def version() -> object:
+        with translate_os_errors(reader.directory):
+            return reader.version()
+
+    return PollingWatcher(head, version, longest_pause_s=LONGEST_POLL_PAUSE_S)
 
 
 def open_json(

@@ -17,6 +17,7 @@ record.  If a trimmed entry cannot be decoded, compaction keeps the bytes of the
 
 from __future__ import annotations
 
+import heapq
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ import msgspec
 import sqlalchemy as sa
 
 from taskstore.errors import CorruptStoreError, StoreUnavailableError
-from taskstore.model.codec import checksum
+from taskstore.model.codec import checksum, encode_record
 from taskstore.model.compaction_policy import (
     CompactionPolicy,
     CompactionReport,
@@ -35,9 +36,14 @@ from taskstore.model.compaction_policy import (
     SnapshotInfo,
 )
 from taskstore.model.ids import Clock
-from taskstore.model.journal import Quarantined
+from taskstore.model.journal import EntryKind, Quarantined
 from taskstore.stores.common import compaction
-from taskstore.stores.common.compaction import CompactionPoint, CompactionSteps, Retained
+from taskstore.stores.common.compaction import (
+    CompactionPoint,
+    CompactionSteps,
+    EntryCommit,
+    Retained,
+)
 from taskstore.stores.sql.compaction_lease import CompactionLease
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.dialects.base import Session
@@ -47,7 +53,9 @@ from taskstore.stores.sql.snapshots import (
     insert,
     newest_snapshot_row,
     quarantined_rows,
+    read_chunk,
     read_head,
+    read_lines,
     read_quarantined,
     read_snapshot_rows,
     scan_tasks,
@@ -66,6 +74,10 @@ from taskstore.stores.sql.transactions import Transactions
 
 ENTRIES_PER_STEP = 1000
 """The maximum number of journal entries that one transaction reads or deletes."""
+ROWS_PER_STEP = 64
+"""The maximum number of payloads that one read transaction reads."""
+SIZES_PER_STEP = 10_000
+"""The maximum number of entries whose sizes one read transaction adds."""
 CHUNKS_PER_STEP = 8
 """The maximum number of chunks of a dropped snapshot that one transaction deletes."""
 TRIMMED_REVISION = 0
@@ -116,8 +128,11 @@ class SQLCompactionSteps(CompactionSteps):
         self._snapshot_row = SnapshotRow(0, 0)
         self._chunk_sizes: list[int] = []
 
-    def stats(self, now: int) -> JournalStats:
-        return self._transactions.read(partial(self._stats, now=now), in_transaction=True)
+    def stats(self, now: int, most_bytes: int) -> JournalStats:
+        stats = self._transactions.read(partial(self._stats, now=now), in_transaction=True)
+        head = stats.newest + stats.entries
+        _, size = self._measure(most_bytes, stats.floor, head)
+        return msgspec.structs.replace(stats, history_bytes=size)
 
     def _stats(self, session: Session, now: int) -> JournalStats:
         head = read_head(session, self._sql)
@@ -149,40 +164,95 @@ class SQLCompactionSteps(CompactionSteps):
         self._buffer.seek(0)
         self._buffer.truncate()
         head = read_head(session, self._sql)
-        row = SnapshotRow(head.head_seq, head.last_at)
+        published = read_snapshot_rows(session)
+        row = next((row for row in published if row.seq == head.head_seq), None)
         self._chunk_sizes = []
-        for chunk in chunks_of(self._lines(session)):
-            row = with_chunk(row, chunk)
-            self._chunk_sizes.append(len(chunk))
-            self._buffer.write(chunk)
-        self._buffer.flush()
+        if row is None:
+            row = SnapshotRow(head.head_seq, head.last_at)
+            for chunk in chunks_of(self._lines(session)):
+                row = with_chunk(row, chunk)
+                self._chunk_sizes.append(len(chunk))
+                self._buffer.write(chunk)
+            self._buffer.flush()
         self._snapshot_row = row
-        snapshots = tuple(SnapshotInfo(row.seq, row.at) for row in read_snapshot_rows(session))
+        snapshots = tuple(SnapshotInfo(row.seq, row.at) for row in published)
         return CompactionPoint(head.head_seq, head.last_at, head.floor, snapshots)
 
     def _lines(self, session: Session) -> Iterator[bytes]:
         yield from map(line_of, scan_tasks(session, self._sql))
         yield from map(quarantined_line, read_quarantined(session, self._sql))
 
+    def commit_of(self, seq: int) -> EntryCommit:
+        entry = task_journal.c
+        query = sa.select(entry.at, entry.commit_id).where(entry.seq == seq)
+        rows = self._transactions.read(lambda session: session.select(query))
+        if not rows:
+            raise CorruptStoreError(f"{self._location}: task_journal", f"seq {seq} is missing")
+        return EntryCommit(*rows[0])
+
+    def seq_within(self, size: int, head: int) -> int:
+        floor = self._transactions.read(partial(read_head, sql=self._sql)).floor
+        return self._measure(size, floor, head)[0]
+
+    def _measure(self, most_bytes: int, floor: int, head: int) -> tuple[int, int]:
+        """Add the sizes of the entries from the head backwards, in small transactions.
+
+        Return the lowest seq after which the entries have at most ``most_bytes``, and the size of
+        all entries (if it exceeds ``most_bytes``, of the entries from this seq on).
+        """
+        total, high = 0, head
+        while high >= floor:
+            low = max(high - SIZES_PER_STEP, floor - 1)
+            size = self._transactions.read(partial(_size_of_entries, low=low, high=high))
+            if total + size > most_bytes:
+                for seq, entry_size in self._transactions.read(
+                    partial(_sizes_of_entries, low=low, high=high)
+                ):
+                    total += entry_size
+                    if total > most_bytes:
+                        return seq, total
+            total, high = total + size, low
+        return floor - 1, total
+
     def publish(self, point: CompactionPoint, retained: Retained) -> int:
         self._transactions.read(
             lambda session: check_rows_exist(session, point.floor, retained.floor, self._location)
         )
+        if retained.base is not None:
+            self._write_base(retained.base)
         if point.seq not in [snapshot.seq for snapshot in point.snapshots]:
             self._write_chunks(point.seq)
-            same = task_snapshots.c.seq == point.seq
-            self._lease.run(partial(self._replace_row, task_snapshots, same, self._snapshot_row))
+            self._write_row(self._snapshot_row)
         self._move_floor(retained)
         return self._snapshot_row.records + self._snapshot_row.quarantined
 
+    def _write_base(self, base: SnapshotInfo) -> None:
+        """Publish a snapshot at an earlier seq, made from an older snapshot and the journal.
+
+        The rows that this method reads do not change while the lease is held, so it reads them in
+        small transactions.
+        """
+        older = self._transactions.read(partial(newest_snapshot_row, at=base.seq))
+        row = SnapshotRow(base.seq, base.at)
+        for chunk in chunks_of(EarlierSnapshot(self._transactions, older, base.seq).lines()):
+            self._write_chunk(base.seq, row.chunks, chunk)
+            row = with_chunk(row, chunk)
+        self._write_row(row)
+
     def _write_chunks(self, seq: int) -> None:
-        chunks = task_snapshot_chunks.c
         self._buffer.seek(0)
         for number, size in enumerate(self._chunk_sizes):
-            chunk = self._buffer.read(size)
-            same = sa.and_(chunks.seq == seq, chunks.chunk == number)
-            row = (seq, number, chunk, checksum(chunk))
-            self._lease.run(partial(self._replace_row, task_snapshot_chunks, same, row))
+            self._write_chunk(seq, number, self._buffer.read(size))
+
+    def _write_chunk(self, seq: int, number: int, chunk: bytes) -> None:
+        chunks = task_snapshot_chunks.c
+        same = sa.and_(chunks.seq == seq, chunks.chunk == number)
+        row = (seq, number, chunk, checksum(chunk))
+        self._lease.run(partial(self._replace_row, task_snapshot_chunks, same, row))
+
+    def _write_row(self, row: SnapshotRow) -> None:
+        same = task_snapshots.c.seq == row.seq
+        self._lease.run(partial(self._replace_row, task_snapshots, same, row))
 
     def _replace_row(
         self, table: sa.Table, same: sa.ColumnElement[bool], row: tuple[Any, ...], tx: Session
@@ -222,6 +292,104 @@ class SQLCompactionSteps(CompactionSteps):
             self._lease.run(partial(trim_entries, database=database, plan=plan))
             for item in plan.quarantined:
                 self._on_quarantined(item)
+
+
+def _size_of_entries(session: Session, low: int, high: int) -> int:
+    seq = task_journal.c.seq
+    total = sa.select(sa.func.sum(sa.func.length(task_journal.c.payload)))
+    return int(session.scalar(total.where(seq > low, seq <= high)) or 0)
+
+
+def _sizes_of_entries(session: Session, low: int, high: int) -> list[tuple[int, int]]:
+    """Return the seq and the size of each entry, newest first."""
+    seq, size = task_journal.c.seq, sa.func.length(task_journal.c.payload)
+    rows = session.select(sa.select(seq, size).where(seq > low, seq <= high).order_by(seq.desc()))
+    return [(seq, size or 0) for seq, size in rows]
+
+
+class EarlierSnapshot:
+    """The snapshot lines at ``seq``: an older snapshot, with the later entries applied.
+
+    If ``older`` is ``None``, the entries are applied to an empty ledger.  The result equals
+    :func:`taskstore.fold`.  Only task ids and quarantined payloads are in memory, and some rows.
+    """
+
+    def __init__(self, transactions: Transactions, older: SnapshotRow | None, seq: int) -> None:
+        self._transactions = transactions
+        self._older = older
+        self._seq = seq
+        self._kinds: dict[str, EntryKind] = {}
+        """The kind of the newest entry of each task."""
+        self._older_quarantined: list[Quarantined] = []
+        self._quarantined: list[Quarantined] = []
+
+    def lines(self) -> Iterator[bytes]:
+        """Yield the lines of the snapshot, in order of task_id; quarantined payloads come last."""
+        previous = None
+        # If both have a line for a task, the line from the journal comes first.
+        for task_id, _, line in heapq.merge(self._journal_lines(), self._older_lines()):
+            if task_id != previous and line:
+                yield line
+            previous = task_id
+        for item in self._older_quarantined:
+            kind = self._kinds.get(item.task_id) if item.task_id is not None else None
+            if kind is None or not item.is_obsoleted_by(item.task_id or "", kind):
+                yield quarantined_line(item)
+        yield from map(quarantined_line, self._quarantined)
+
+    def _older_lines(self) -> Iterator[tuple[str, int, bytes]]:
+        """Yield the task id and the line of each record of the older snapshot."""
+        older, database = self._older, self._transactions.database
+        if older is None:
+            return
+        for number in range(older.chunks):
+            where = f"{database.location}: task_snapshot_chunks, seq {older.seq}"
+            chunk = self._transactions.read(
+                partial(
+                    read_chunk,
+                    sql=database.sql,
+                    snapshot=older,
+                    number=number,
+                    location=database.location,
+                )
+            )
+            for item in read_lines(chunk, where):
+                if isinstance(item, Quarantined):
+                    self._older_quarantined.append(item)
+                else:
+                    yield item.task_id, 1, encode_record(item)
+
+    def _journal_lines(self) -> Iterator[tuple[str, int, bytes]]:
+        """Yield the task id and the newest line of each task in the journal; the line is empty if
+        the task was deleted, or if its payload cannot be decoded."""
+        after = ""
+        while seqs := self._transactions.read(partial(self._newest_seqs, after=after)):
+            for start in range(0, len(seqs), ROWS_PER_STEP):
+                named = task_journal.c.seq.in_(seqs[start : start + ROWS_PER_STEP])
+                query = sa.select(*ENTRY_COLUMNS).where(named).order_by(task_journal.c.task_id)
+                for row in self._transactions.read(partial(_select, query=query)):
+                    entry = entry_of(row, "task_journal")
+                    after = entry.task_id
+                    self._kinds[after] = entry.kind
+                    if entry.quarantined is not None:
+                        self._quarantined.append(entry.quarantined)
+                    yield after, 0, b"" if entry.record is None else encode_record(entry.record)
+
+    def _newest_seqs(self, session: Session, after: str) -> list[int]:
+        """Return the seqs of the newest entries of some tasks, in order of task_id."""
+        entry = task_journal.c
+        first = 0 if self._older is None else self._older.seq
+        newest = (
+            sa.select(sa.func.max(entry.seq))
+            .where(entry.seq > first, entry.seq <= self._seq, entry.task_id > after)
+            .group_by(entry.task_id)
+            .order_by(entry.task_id)
+        )
+        return [seq for (seq,) in session.select(newest.limit(ENTRIES_PER_STEP))]
+
+
+def _select(session: Session, query: sa.Select[Any]) -> Sequence[Any]:
+    return session.select(query)
 
 
 def _delete_chunks(tx: Session) -> bool:
@@ -321,8 +489,8 @@ def trim_entries(tx: Session, database: Database, plan: TrimPlan) -> None:
     """Delete the entries of a plan, and store the quarantined payloads of the plan.
 
     The row of the entry at floor - 1 stays without its content: its commit id shows whether a
-    cursor at this seq belongs to this history.  The function is idempotent: a repeated call first deletes the rows with ids above ``last_id``,
-    which the earlier call inserted.
+    cursor at this seq belongs to this history.  The function is idempotent: a repeated call first
+    deletes the rows with ids above ``last_id``, which the earlier call inserted.
     """
     row_id = task_set_aside.c.id
     if plan.obsolete_ids:

@@ -15,7 +15,7 @@ from typing import TypeVar
 import sqlalchemy as sa
 
 from taskstore.errors import OutcomeUnknownError, StoreBusyError, StoreUnavailableError
-from taskstore.model.ids import system_clock
+from taskstore.model.ids import CLOCK_TOLERANCE_MS, system_clock
 from taskstore.stores.sql.dialects.base import Session
 from taskstore.stores.sql.rows import damaged_head
 from taskstore.stores.sql.tables import taskstore_head
@@ -95,7 +95,13 @@ class CompactionLease:
         owner = tx.scalar(sa.select(lease.lease_owner))
         if not isinstance(owner, str | None):
             raise damaged_head()
-        free = sa.or_(lease.lease_owner.is_(None), lease.lease_until < system_clock())
+        now = system_clock()
+        free = sa.or_(
+            lease.lease_owner.is_(None),
+            lease.lease_until < now,
+            # Such a lease was acquired with a wrong clock, and would never expire.
+            lease.lease_until > now + LEASE_MS + CLOCK_TOLERANCE_MS,
+        )
         if owner is not None and (owner == self._owner or _is_dead(owner)):
             # If the previous owner is alive, the next step of its compaction fails: each step
             # checks the lease.

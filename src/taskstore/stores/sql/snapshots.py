@@ -167,19 +167,32 @@ def _read_chunks(
 ) -> Iterator[TaskRecord | Quarantined]:
     actual = SnapshotRow(snapshot.seq, snapshot.at)
     for number in range(snapshot.chunks):
-        where = f"{location}: task_snapshot_chunks, seq {snapshot.seq}, chunk {number}"
-        row = session.row(sql.read_chunk, (snapshot.seq, number))
-        damage = "the chunk is missing" if row is None else damage_of(row[0], row[1])
-        if damage is not None:
-            raise CorruptStoreError(where, damage)
-        actual = with_chunk(actual, row[0])
-        yield from read_lines(row[0], where)
+        chunk = read_chunk(session, sql, snapshot, number, location)
+        actual = with_chunk(actual, chunk)
+        yield from read_lines(chunk, _chunk_name(location, snapshot, number))
     for name, found, stored in zip(SnapshotRow._fields, actual, snapshot, strict=True):
         if found != stored:
             raise CorruptStoreError(
                 f"{location}: task_snapshots, seq {snapshot.seq}",
                 f"the {name} of the chunks is {found}, but {stored} is stored",
             )
+
+
+def read_chunk(
+    session: Session, sql: Statements, snapshot: SnapshotRow, number: int, location: str
+) -> bytes:
+    """Return one chunk of a published snapshot; raise :class:`~taskstore.CorruptStoreError` if the
+    chunk is missing or damaged."""
+    row = session.row(sql.read_chunk, (snapshot.seq, number))
+    damage = "the chunk is missing" if row is None else damage_of(row[0], row[1])
+    if damage is not None:
+        raise CorruptStoreError(_chunk_name(location, snapshot, number), damage)
+    chunk: bytes = row[0]
+    return chunk
+
+
+def _chunk_name(location: str, snapshot: SnapshotRow, number: int) -> str:
+    return f"{location}: task_snapshot_chunks, seq {snapshot.seq}, chunk {number}"
 
 
 def save(transactions: Transactions, snapshot: Snapshot) -> None:

@@ -26,7 +26,7 @@ from taskstore.model.journal import (
 )
 from taskstore.model.records import MAX_INT
 from taskstore.model.validation import check_key
-from taskstore.store.interface import StoreReport, VerifyReport
+from taskstore.store.interface import StoreReport, VerifyReport, clock_notices
 from taskstore.store.opening import check_options, redacted, scheme_of
 from taskstore.stores.common.change_feed import IDLE_TIMEOUT_S, ChangeFeed
 from taskstore.stores.common.retry import RECONNECT_S
@@ -88,6 +88,8 @@ class SQLStore(QueryStore):
         self._database = database
         pool = ConnectionPool(database)
         self._transactions = Transactions(pool, reconnect_s)
+        # The time of the last commit that this store knows.
+        self._last_at = 0
         self._load_quarantined: tuple[Quarantined, ...] = ()
         self._query_quarantined: dict[str, Quarantined] = {}
         self._trim_quarantined: list[Quarantined] = []
@@ -109,7 +111,7 @@ class SQLStore(QueryStore):
     def load_snapshot(self) -> Snapshot:
         self._check_open()
         loaded = snapshots.load(self._transactions)
-        self._load_quarantined = loaded.quarantined
+        self._load_quarantined, self._last_at = loaded.quarantined, loaded.at
         self._query_quarantined, self._trim_quarantined = {}, []
         if self._strict and loaded.quarantined:
             first = loaded.quarantined[0]
@@ -125,6 +127,7 @@ class SQLStore(QueryStore):
     def apply(self, changes: Sequence[Change]) -> Commit:
         self._check_writable()
         committed = commit(self._transactions, changes, self.clock)
+        self._last_at = committed.at
         if self._feed is not None and self._feed.waiters:
             self._feed.announce(committed.last_seq)
         return committed
@@ -142,7 +145,8 @@ class SQLStore(QueryStore):
             if all(known.task_id != task_id for known in self._load_quarantined)
         )
         quarantined = (*self._load_quarantined, *queried, *self._trim_quarantined)
-        return StoreReport(quarantined, self._database.current_notices())
+        notices = (*self._database.current_notices(), *clock_notices(self._last_at, self.clock))
+        return StoreReport(quarantined, notices)
 
     def close(self) -> None:
         if not self._closed:
@@ -165,7 +169,9 @@ class SQLStore(QueryStore):
     def _head(self) -> Head:
         self._check_open()
         sql = self._database.sql
-        return self._transactions.read(lambda session: snapshots.read_head(session, sql))
+        head = self._transactions.read(lambda session: snapshots.read_head(session, sql))
+        self._last_at = head.last_at
+        return head
 
     def floor_position(self) -> Position:
         self._check_open()
@@ -231,6 +237,7 @@ class SQLStore(QueryStore):
 
     def compact(self, policy: CompactionPolicy) -> CompactionReport:
         self._check_writable()
+        self._head()  # a store that only compacts has not read the time of the last commit yet
         return compaction.compact(
             self._transactions, policy, self.clock, self._trim_quarantined.append
         )

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import ClassVar
 
 import pytest
 
 from taskstore.errors import ConflictError, CursorExpiredError
 from taskstore.model.compaction_policy import CompactionPolicy, CompactionReport
-from taskstore.model.journal import ChangeSet, Position, Quarantined, Snapshot
+from taskstore.model.journal import (
+    Change,
+    ChangeSet,
+    Position,
+    Quarantined,
+    Remove,
+    Snapshot,
+)
 from taskstore.model.query import TaskQuery
 from taskstore.store.interface import (
     SupportsCompaction,
@@ -393,3 +401,133 @@ class CompactionContract(ContractBase):
         model.trim(model.head + 1)
         for store in ledger.twice():
             check_against_model(store, model)
+
+
+DAY_MS = 24 * HOUR_MS
+
+
+def floors_between_commits(store: FullStore) -> list[int]:
+    """Return the floors that trim no commit in part, ascending."""
+    entries = journal_of(store)
+    floors = [store.floor()]
+    for before, entry in pairwise(entries):
+        if not entry.commit_id or entry.commit_id != before.commit_id:
+            floors.append(entry.seq)
+    return [*floors, store.head() + 1]
+
+
+class RetentionContract(ContractBase):
+    """Compaction trims exactly the history that the policy does not retain."""
+
+    level = "compaction"
+    abilities: ClassVar[tuple[type, ...]] = (SupportsJournal, SupportsCompaction)
+    promise: ClassVar[str | None] = "exact-history"
+
+    def test_the_history_that_was_asked_for(self, ledger: Ledger) -> None:
+        """[7] The floor follows the policy, even if no snapshot is at this seq."""
+        model, starts = Model(), []
+        for day in range(12):
+            store = ledger.reopened() if day == 6 else ledger.store
+            store.clock = lambda day=day: EPOCH_MS + day * DAY_MS  # type: ignore[misc]
+            starts.append(model.head + 1)
+            play(store, model)
+        for days in (9, 4, 1):
+            store = ledger.store
+            store.clock = lambda: EPOCH_MS + 11 * DAY_MS + HOUR_MS
+            report = store.compact(
+                CompactionPolicy(force=True, history_s=days * 86400, history_entries=0)
+            )
+            assert report.compacted, report
+            assert report.floor == starts[12 - days]
+            assert report.floor_reason
+            assert report.floor_at == EPOCH_MS + (11 - days) * DAY_MS
+            model.trim(report.floor)
+            for store in ledger.twice():
+                check_against_model(store, model)
+                assert len(read_retained(store, report)) == len(report.snapshots)
+        for compacted in (True, False):
+            report = ledger.store.compact(TRIM)
+            assert (report.compacted, report.floor) == (compacted, model.head + 1)
+            model.trim(report.floor)
+            check_against_model(ledger.reopened(), model)
+
+    @pytest.mark.parametrize("first", ["fold", "nothing"])
+    def test_every_number_of_entries(self, ledger: Ledger, first: str) -> None:
+        """[7] Of ``history_entries`` entries, at least these and only whole commits are kept."""
+        model = play(ledger.store)
+        if first == "fold":
+            ledger.store.compact(FOLD)
+        play(ledger.store, model)
+        floors = floors_between_commits(ledger.store)
+        for entries in range(model.head, -1, -3):
+            policy = CompactionPolicy(force=True, history_s=0, history_entries=entries)
+            report = ledger.store.compact(policy)
+            assert report.floor == max(
+                floor for floor in floors if model.head + 1 - floor >= entries
+            )
+            model.trim(report.floor)
+            for store in ledger.twice():
+                check_against_model(store, model)
+        play(ledger.store, model)
+        check_against_model(ledger.reopened(), model)
+
+    def test_what_was_set_aside_before_the_floor(self, ledger: Ledger) -> None:
+        """[12] A snapshot at an earlier seq keeps the bytes of quarantined records."""
+        raw = b'{"v":"9.0","task_id":"future"}'
+        changed = Quarantined(b"damaged", "elsewhere", "damaged", "changed", 3)
+        quarantined = Quarantined(raw, "elsewhere", "format 9", "future", 3)
+        ledger.store.save_snapshot(Snapshot(1, {}, EPOCH_MS, (quarantined, changed)))
+        ledger.store.apply([Remove("changed", 4)])
+        for _ in range(6):
+            create(ledger.store)
+        policy = CompactionPolicy(force=True, history_s=0, history_entries=3)
+        report = ledger.store.compact(policy)
+        assert report.floor == 6
+        for store in ledger.twice():
+            assert [item.raw for item in store.load_snapshot().quarantined] == [raw]
+            kept = store.read_snapshot(5)
+            assert kept is not None
+            assert (kept.seq, [item.raw for item in kept.quarantined]) == (5, [raw])
+            assert len(kept.records) == 3
+
+    def test_history_by_bytes(self, ledger: Ledger) -> None:
+        """[7] ``history_bytes`` limits the history, also within the other limits."""
+        policy = CompactionPolicy(history_bytes=100_000, keep_snapshots=1)
+        model = Model()
+        for _ in range(2):
+            for _ in range(8):
+                changes: list[Change] = [make_put(task="x" * 19_000)]
+                ledger.reopened().apply(changes)
+                model.commit(changes)
+            report = ledger.store.compact(policy)
+            assert report.compacted
+            assert model.head + 1 - report.floor in (4, 5)
+            model.trim(report.floor)
+            for store in ledger.twice():
+                check_against_model(store, model)
+                assert not store.compact(policy).compacted
+        report = ledger.store.compact(CompactionPolicy(history_bytes=10))
+        assert report.floor == model.head + 1
+
+    def test_entries_later_than_the_clock(self, ledger: Ledger) -> None:
+        """[7] After a commit with a clock far ahead, the default policy trims by entries."""
+        now = EPOCH_MS
+        store = ledger.store
+        store.clock = lambda: now
+        create(store)
+        store.clock = lambda: now + 3650 * DAY_MS
+        create(store)
+        store.clock = lambda: now
+        for _ in range(11):
+            store.apply([make_put(task="t") for _ in range(1000)])
+        policy = CompactionPolicy(force=True)
+        # The first entry has the right time: history_s keeps it and all later entries.
+        assert store.compact(policy).floor == 1
+        store.clock = lambda: now + 30 * DAY_MS
+        create(store)
+        assert store.compact(policy).floor in (1003, 1004)  # the end of a commit, if there are ids
+        create(store)
+        report = store.compact(TRIM)
+        assert report.floor == report.seq + 1
+        for reader in ledger.twice():
+            assert len(reader.load_snapshot().records) == 11_004

@@ -147,6 +147,26 @@ class JournalContract(ContractBase):
             assert times == sorted(times)
             assert len(times) == 10
 
+    def test_a_clock_far_ahead_is_reported(self, ledger: Ledger) -> None:
+        """[2] As long as the last commit is over an hour later than the clock, report() tells."""
+
+        def tells(store: FullStore, ahead_ms: int) -> bool:
+            store.clock = lambda: EPOCH_MS - ahead_ms
+            return any("later than the clock" in notice for notice in store.report().notices)
+
+        ledger.store.clock = lambda: EPOCH_MS
+        create(ledger.store)
+        for store in ledger.twice():
+            store.load_snapshot()
+            for hours, told in ((0.0, False), (1.0, False), (1.01, True), (90_000.0, True)):
+                assert tells(store, int(hours * 3_600_000)) is told
+            create(store)  # gets the time of the commit before
+            assert tells(store, 7_200_000)
+            assert not tells(store, -1000)
+        reader = ledger.open(read_only=True)
+        reader.load_snapshot()
+        assert tells(reader, 7_200_000)
+
     @pytest.mark.parametrize("limit", [1, 2, 3, 7, 1000])
     def test_paging_reads_everything_once(self, ledger: Ledger, limit: int) -> None:
         """[2] A reader of successive journal pages gets each entry once, in order."""
