@@ -2,7 +2,8 @@
 
 Several writers change the same tasks and record each acknowledged change.
 :func:`check_ledger` then reads the journal.  Each acknowledged change must be in the
-journal exactly once, at the acknowledged revision, and must have changed no other field.
+journal exactly once, at the acknowledged revision.  A change of the progress must leave the
+metadata unchanged, and a change of the metadata must leave the progress unchanged.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@
 
 Each process has its own registry.  All processes change the same tasks; a process changes
 the progress and the metadata alternately.  Each change contains the name of the writer and
-a counter.  Rounds with one writing process alternate with rounds in which all processes
-write, so that all latencies are measured at about the same time.  After the rounds,
-:mod:`taskstore.testing.crash.acknowledged` compares the acknowledged changes with the
-journal, the records and the record cache of every process.
+a counter.  Rounds in which one process writes alternate with rounds in which all processes
+write.  The latencies of both kinds of rounds are thus measured at about the same time.  After
+the rounds, :mod:`taskstore.testing.crash.acknowledged` compares the acknowledged changes with
+the journal, the records and the record cache of every process.
 
 The command prints latencies in milliseconds.  The exit status is 1 if a latency exceeds a
 limit or the comparison finds a problem.
@@ -112,7 +112,7 @@ def percentile(times: Sequence[float], share: float) -> float:
 
 
 class Worker:
-    """A forked process with its own registry that serves requests."""
+    """A forked process that has its own registry and serves requests."""
 
     def __init__(self, work: Callable[[IO[bytes], Report], None], others: Sequence[Worker]) -> None:
         reading, self._requests = os.pipe()

@@ -33,13 +33,13 @@ from taskstore.testing.crash.processes import Child, Report
 from taskstore.testing.factories import make_record
 
 READY = "ready"
-"""The first report of a writer, which the writer sends when the ledger is open."""
+"""The first report of a writer; the writer sends this report when the ledger is open."""
 
 BATCH_SIZE = 5
 """The number of tasks that a writer creates in one batch."""
 
 MAX_TASKS = 60
-"""If the ledger has more tasks than this, a writer deletes tasks to keep rounds short."""
+"""If the ledger has more tasks than ``MAX_TASKS``, a writer deletes tasks to keep rounds short."""
 
 FREQUENT_COMPACTION = CompactionPolicy(
     min_entries=10, ratio=0.1, history_s=0, history_entries=20, keep_snapshots=1
@@ -50,12 +50,12 @@ _PAGE_ENTRIES = 1000
 
 
 class KillHarness:
-    """Repeatedly starts a writer on the ledger at ``url``, kills it, and checks the ledger.
+    """Repeatedly starts a writer on the ledger at ``url``, kills the writer, and checks the ledger.
 
     The store must keep a journal.  ``kills`` counts the killed writers; ``acknowledged``
     counts the acknowledged changes.  Three lists have one sentence for each problem.
-    ``lost`` lists lost changes.  ``half_applied`` lists changes that are partly or
-    unexpectedly stored.  ``damage`` lists problems that ``verify`` found.
+    ``lost`` lists lost changes.  ``half_applied`` lists commits that are stored only in part,
+    and changes that are stored unexpectedly.  ``damage`` lists problems that ``verify`` found.
     """
 
     def __init__(self, url: str, seed: int = 0) -> None:
@@ -130,7 +130,7 @@ class KillHarness:
                 self._revisions[task_id] = int(revision)
 
     def _check_unacknowledged(self, tail: Sequence[JournalEntry]) -> None:
-        """Check that there are no unacknowledged entries, or that they form one complete commit."""
+        """Check that the unacknowledged entries, if there are any, form one complete commit."""
         complete = len(tail) in (0, 1, BATCH_SIZE)
         if not complete or len({entry.commit_id for entry in tail}) > 1:
             self.half_applied.append(

@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import Any, Self
 
 Report = Callable[[str], None]
-"""A function that sends one line to the parent and returns when the pipe has the line."""
+"""Sends one line to the parent process; the function returns when the line is in the pipe."""
 
 Work = Callable[[Report], None]
 """The function that a child runs; the child fails if the function raises an exception."""
@@ -59,7 +59,8 @@ class Child:
     def __init__(self, work: Work) -> None:
         reading, writing = os.pipe()
         with warnings.catch_warnings():
-            # Python warns about a fork in a process with threads; the child uses none of the locks.
+            # Python warns about a fork in a process with threads, because another thread can hold
+            # a lock during the fork.  The child uses no such lock.
             warnings.simplefilter("ignore", DeprecationWarning)
             self.pid = os.fork()
         if self.pid == 0:
@@ -79,7 +80,8 @@ class Child:
     def finish(self) -> list[str]:
         """Wait until the child ends; return the reported lines that :meth:`line` did not return.
 
-        Raises :class:`AssertionError` with the child's traceback if the child raised.
+        If the child raised an exception, this method raises :class:`AssertionError` with the
+        traceback of the child.
         """
         with self._reports:
             lines = self._reports.read().splitlines()
@@ -91,7 +93,7 @@ class Child:
 
 
 def run_processes(works: Sequence[Work]) -> list[list[str]]:
-    """Run all jobs at the same time, each in its own process; return the lines of each job.
+    """Run ``works`` at the same time, each in its own process; return the lines of each process.
 
     The call waits for the processes in the order of ``works``.  If a process fails, the
     remaining processes are killed and the call raises the error of the failed process.
@@ -121,7 +123,7 @@ def run_processes(works: Sequence[Work]) -> list[list[str]]:
 
 
 def _run(work: Work, writing: int) -> None:
-    """Run the job in the child; end the child without running the parent's exit handlers."""
+    """Run ``work`` in the child; end the child without running the parent's exit handlers."""
 
     def report(line: str) -> None:
         os.write(writing, f"{line}\n".encode())
@@ -178,11 +180,11 @@ class KillAt(_CallProfiler):
 
 
 class RandomPauses(_CallProfiler):
-    """Pauses this process after random calls that make data durable or use a file lock.
+    """Pauses this process, at random, after calls that make data durable or use a file lock.
 
     Without pauses, a process releases a lock and acquires it again within microseconds.
-    A defective store that releases the lock between its comparison and its write would
-    then pass the tests.
+    A defective store that releases the lock after it compared the revisions and before it
+    writes the change would then pass the tests.
     """
 
     PROBABILITY = 1 / 8

@@ -147,7 +147,10 @@ class PostgresNode:
         self.replicate_from("")
 
     def replicate_from(self, conninfo: str) -> None:
-        """Set the primary of this standby (none if ``conninfo`` is empty); wait for the effect."""
+        """Set the primary of this standby, and wait until the change takes effect.
+
+        If ``conninfo`` is empty, the standby has no primary.
+        """
         self.execute(f"ALTER SYSTEM SET primary_conninfo = {_quoted(conninfo)}")
         self.execute("SELECT pg_reload_conf()")
         self._wait_until(
@@ -264,7 +267,10 @@ def _binaries() -> Path:
 
 
 def _system_user(directory: Path) -> int | None:
-    """As root, make another user the directory's owner and return the user id, else ``None``."""
+    """Make a user other than root the owner of ``directory``; return the id of this user.
+
+    If this process does not run as root, change nothing and return ``None``.
+    """
     if os.geteuid() != 0:
         return None
     utils, binaries = pgserver().utils, _binaries()
@@ -281,8 +287,8 @@ def _system_user(directory: Path) -> int | None:
 def _free_port() -> int:
     """Return a port that no process listens on and that is below the ephemeral ports.
 
-    If the server's port were ephemeral, a client that retries while the server is down
-    could get the same port as its own local port, and would connect to itself.
+    If the server's port were ephemeral, a client that retries while the server is down could
+    get the server's port as its own local port.  The client would then connect to itself.
     """
     while True:
         port = random.randrange(15000, 32000)  # noqa: S311 - not a secret
