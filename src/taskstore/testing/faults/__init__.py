@@ -5,10 +5,12 @@
 :func:`run_matrix` runs scenarios (create, batch, compact, open and more) with a
 :class:`~taskstore.TaskRegistry`, records each call of the store to its storage
 as a step, and injects every fault before and after each step.  Each scenario call under a
-fault must succeed or raise a ``TaskStoreError``.  The change of the call must be stored
-completely or not at all, as the result of the call says.  After the fault, the registry's
-memory and the hooks must have the same records as a newly opened store instance.  The next
-write must succeed, at the latest after a reopen.  :func:`render` returns a table of results.
+fault must succeed or raise a ``TaskStoreError``.  If the call succeeds, its whole change must
+be stored.  If the call raises an error other than ``OutcomeUnknownError``, its change must not
+be stored.  After ``OutcomeUnknownError``, the change can be stored as a whole or not at all.
+After the fault, the registry's memory and the hooks must have the same records as a newly
+opened store instance.  The next write must succeed, at the latest after the ledger has been
+reopened.  :func:`render` returns a table of results.
 """
 
 from __future__ import annotations

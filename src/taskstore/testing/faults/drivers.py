@@ -182,11 +182,11 @@ class _Server(ABC):
 
     @abstractmethod
     def _connect_refused(self) -> None:
-        """Connect to a port without a server, so that the driver raises its error."""
+        """Connect to a port without a server; the driver then raises its connection error."""
 
     @abstractmethod
     def _ping(self, connection: Any) -> None:
-        """Run a statement on a connection, which must fail if the connection is terminated."""
+        """Run a statement; the statement must fail if the connection is terminated."""
 
     def _server_error(self, name: str) -> Inject:
         def inject(step: Step, _call: Call, _arguments: tuple[Any, ...]) -> Any:
@@ -210,7 +210,7 @@ class _Server(ABC):
         raise AssertionError("the connection was not terminated")
 
     def close(self) -> None:
-        """Close the second connection, which terminated connections of the store."""
+        """Close the second connection, which was used to terminate connections of the store."""
         if self._admin is not None:
             with suppress(Exception):
                 self._admin.close()

@@ -1,4 +1,4 @@
-"""A wrapper for any store that injects faults at method calls.
+"""A store that wraps another store and injects faults at method calls.
 
 :class:`FaultyStore` wraps a store of any kind.  Each method call is a step.  A fault is
 an error that a store is allowed to raise.  The wrapper raises the error either before it

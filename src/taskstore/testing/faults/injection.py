@@ -1,4 +1,4 @@
-"""The injection point: it records storage calls and injects faults.
+"""The injection point, which records storage calls and injects faults.
 
 A *step* is one call of a store to its storage: a system call, a statement on a
 driver's cursor, or a call of a store method.  The interceptors (``files.py``,
@@ -21,7 +21,7 @@ DELAY_S = 0.002
 """How long the delay fault delays a step, in seconds."""
 
 HOLD_S = 0.004
-"""The delay of the first step, in seconds; meanwhile the other concurrent callers queue up."""
+"""The delay of the first step, in seconds; during this delay, the other callers form a queue."""
 
 
 class Step(NamedTuple):
@@ -69,7 +69,7 @@ class Fault(NamedTuple):
     ``persistent`` is true, the fault repeats at every later step that ``applies_to``
     selects, until the call of the store ends.  ``fails_sync`` selects the steps that
     flush data to disk.  If one of these steps fails, the call of the store must fail, and
-    the store instance must refuse further writes unless the file was new [4].
+    the store instance must refuse further writes, unless the step flushes a new file [4].
     """
 
     name: str
@@ -123,7 +123,10 @@ class InjectionPoint:
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:
-        """Neither record nor fail the calls of this thread while the ``with`` body runs."""
+        """While the ``with`` body runs, do not record or fail the calls of this thread.
+
+        Other threads are not affected.
+        """
         before = getattr(self._bypass, "on", False)
         self._bypass.on = True
         try:

@@ -64,7 +64,7 @@ class Layer(NamedTuple):
 
 @contextmanager
 def layer_of(url: str, injection: InjectionPoint) -> Iterator[Layer]:
-    """Yield the layer for a URL; intercept driver calls and file calls in the ``with`` body."""
+    """Yield the layer for a URL; intercept driver or file calls while the ``with`` body runs."""
     scheme, rest = scheme_of(url), url.partition(":")[2]
     driver_class = _DRIVERS.get(scheme.partition("+")[0])
     if driver_class is not None:
@@ -128,7 +128,10 @@ def run_matrix(
 
 
 class _ScenarioRunner:
-    """Runs one scenario once per fault and step; ``new_ledger`` selects a new ledger each time."""
+    """Runs one scenario once per fault and step.
+
+    If ``new_ledger`` of the scenario is true, each run starts on a new ledger.
+    """
 
     def __init__(
         self,
@@ -236,7 +239,7 @@ def _title(fault: Fault | None) -> tuple[str, str]:
 
 
 def _call_all(operations: Sequence[Operation]) -> list[Outcome]:
-    """Return the outcomes of the operations; each of several operations has its own thread."""
+    """Call the operations and return the outcomes; several operations run in separate threads."""
     if len(operations) == 1:
         return [_call(operations[0])]
     outcomes = [Outcome(AssertionError("hung")) for _ in operations]

@@ -94,7 +94,10 @@ def _is_directory(path: Any) -> bool:
 def write_again(
     harness: Harness, operations: Sequence[Operation], after: State
 ) -> tuple[bool, list[str]]:
-    """Write again; if the store refuses, reopen the ledger; return (was refused, problems)."""
+    """Write again after a fault; return whether the store refused the write, and the problems.
+
+    If the store refuses the write, reopen the ledger.
+    """
     refuses, problems = False, []
     error = _write_error(harness)
     if error is not None:
