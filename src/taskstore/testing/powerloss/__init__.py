@@ -1,8 +1,9 @@
 """Power loss tests for file-based stores: possible crash states and their checks.
 
 A store that changes its files through a :class:`~taskstore.store.disk.Disk` can run on a
-recorded disk.  From the recorded file operations, :func:`survey` builds the states that a
-power loss can leave at any moment, and opens the ledger in each state::
+disk that records all file operations.  From the recorded operations, :func:`survey` builds
+the crash states: the files that a power loss at any moment can leave.  Then :func:`survey`
+opens the ledger in each crash state::
 
     def open_on(directory, disk, *, read_only):
         return MyStore(directory, disk=disk, read_only=read_only)
@@ -12,7 +13,7 @@ power loss can leave at any moment, and opens the ledger in each state::
     assert not result.problems
 
 :mod:`~taskstore.testing.powerloss.model` defines the crash states, and
-:mod:`~taskstore.testing.powerloss.expected` checks each state.
+:mod:`~taskstore.testing.powerloss.expected` checks each crash state.
 ``python -m taskstore.testing.powerloss`` checks the JSON and SQLite stores.
 """
 

@@ -1,4 +1,4 @@
-"""Check the JSON store and the SQLite store against power loss, and print the counts."""
+"""Test the JSON and SQLite stores with simulated power losses; print the results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The allowed content of a ledger after a power loss, and its check."""
+"""The allowed content of a ledger after a power loss, and the check of a ledger."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LIMIT = 1_000_000
 
 
 class OpenOn(Protocol):
-    """Opens the ledger in a directory with a store that changes its files through ``disk``."""
+    """Opens the ledger in a directory; the store must change its files through ``disk``."""
 
     def __call__(self, directory: Path, disk: Disk, *, read_only: bool) -> TaskRegistryStore:
         """Return a newly opened store."""
@@ -50,7 +50,7 @@ class Expected(Struct, frozen=True, eq=False):
 
 
 class Actual(NamedTuple):
-    """The content of a ledger that a store returns."""
+    """The content of a ledger, as a store returns it."""
 
     head: int
     records: Mapping[str, TaskRecord]
@@ -85,8 +85,8 @@ class Actual(NamedTuple):
 def check(open_on: OpenOn, directory: Path, allowed: Sequence[Expected]) -> str | None:
     """Check that a ledger has allowed content and accepts a write; return a problem or ``None``.
 
-    A read-only instance reads first; then a writing instance reads and commits;
-    then a read-only instance reads again.
+    First, a read-only store reads the ledger; then a writing store reads the ledger and
+    commits; then a read-only store reads the ledger again.
     """
     try:
         actual = _read(open_on, directory)
@@ -119,7 +119,7 @@ def check(open_on: OpenOn, directory: Path, allowed: Sequence[Expected]) -> str 
 
 
 def _read(open_on: OpenOn, directory: Path) -> Actual | None:
-    """Return the content that a read-only instance reads; ``None`` if there is no ledger."""
+    """Return the content that a read-only store reads, or ``None`` if there is no ledger."""
     try:
         store = open_on(directory, SYSTEM, read_only=True)
     except StoreUnavailableError:

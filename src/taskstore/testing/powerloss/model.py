@@ -4,10 +4,10 @@ After a power loss, only data that an fsync flushed to disk is certain to be pre
 
 - ``fsync`` or ``fdatasync`` of a file makes its bytes and its length durable, but not its
   name.  ``fsync`` of a directory makes the names in the directory durable, but not the
-  content of the files.  (POSIX guarantees no more.  The Linux manual page of ``fsync(2)``
-  warns that after an fsync of a file, the name of the file can still be missing.)
+  content of the files.  (POSIX makes no other guarantee.  The Linux manual page of
+  ``fsync(2)`` warns that after an fsync of a file, the name of the file can still be missing.)
 - Each change that no fsync flushed can be present or missing, in any combination, because
-  the kernel writes changed pages to disk at any time, and drives reorder writes.
+  the kernel writes changed memory pages to disk at any time, and drives reorder writes.
 
 So a power loss at any moment has these possible results:
 
@@ -17,28 +17,29 @@ So a power loss at any moment has these possible results:
   boundary, and a later block can be present while an earlier block is missing.
 - The **length** of a file is one of these: (a) the length at the latest fsync; (b) the
   length after a write or truncation since this fsync; (c) a 512-byte boundary that a write
-  since this fsync crossed.  If a byte below this length was not written to disk, it is
+  since this fsync crossed.  A byte below this length that was not written to disk is
   zero, as on ext4 (``ordered``), XFS and btrfs.  File systems that show old bytes of other
   files in a block (ext4 with ``data=writeback``) are outside the model.
-- Any subset of the changes of **names** in a directory (creation, renaming, removal) is
+- Any subset of the changes of **names** in a directory (creation, renaming, removal) can be
   present.  ext4 and XFS journal the changes of names in order, so only the most recent
   changes can be missing.  At an fsync, btrfs logs only the file of the fsync, so a later
   change can be present without an earlier change.  The model covers ext4, XFS and btrfs,
-  because it allows any subset of the changes to be present.  A rename is atomic: the file
+  because the model allows any subset of the changes.  A rename is atomic: the renamed file
   always has exactly one of the two names.
 
 If an fsync of a file fails and a later fsync succeeds, the model treats all earlier
-writes as durable, although Linux can have dropped their pages.  After a failed fsync, a
-store must not rely on earlier writes, but the model cannot detect a store that does so.
+writes as durable, although Linux can have dropped the data of these writes.  After a failed
+fsync, a store must not rely on earlier writes, but the model cannot detect a store that
+relies on them.
 
 Pillai and others, "All File Systems Are Not Created Equal" (OSDI 2014), list the
-behaviour of several file systems.  The model allows more states than any file system in
-this list, so the model can require an fsync that a certain file system does not need.
+behaviour of several file systems.  The model allows more crash states than any of these
+file systems, so the model can require an fsync that a certain file system does not need.
 
 A crash state is one combination of block contents, file lengths and names.  If a crash
 point has few combinations, all combinations are built.  Otherwise a sample is built: the
 combination with all changes missing, the combination with all changes present, variants
-of these two that differ in one choice, and random combinations with a fixed seed.
+of these two combinations that differ in one choice, and random combinations with a fixed seed.
 """
 
 from __future__ import annotations
@@ -76,11 +77,11 @@ image after this fsync, and the most recent images."""
 _ROOT = 1
 
 Tree = dict[str, bytes | None]
-"""Maps each path, in path order, to the content of the file; ``None`` for a directory."""
+"""Maps each path, in path order, to the content of the file; maps a directory to ``None``."""
 
 
 class CrashState(NamedTuple):
-    """One state that a power loss can leave: the files, and a text with the missing changes."""
+    """One result of a power loss: the files, and a text that names the missing changes."""
 
     tree: Tree
     missing: str
@@ -99,8 +100,9 @@ class CrashPoint(NamedTuple):
     """A power loss right after operation ``number`` (from 1) of the recorded trace.
 
     ``expected`` is the allowed content that the workload recorded most recently before
-    the power loss.  ``possible`` counts the states that the model allows.  ``states`` yields
-    the states to check: all possible states if ``exhaustive`` is true, otherwise a sample.
+    the power loss.  ``possible`` counts the crash states that the model allows.  ``states``
+    yields the crash states to check: all possible crash states if ``exhaustive`` is true,
+    otherwise a sample.
     """
 
     number: int
@@ -169,7 +171,7 @@ class _File:
         return [len(self.lengths), *changed] if changed or len(self.lengths) > 1 else []
 
     def past_choices(self) -> Iterator[list[int]]:
-        """For each image of the file since its latest fsync, yield the choices that give it."""
+        """For each image of the file since its latest fsync, yield the choices for this image."""
         for image in self.past:
             wanted = [_block(image, number) for number in self.blocks]
             with suppress(ValueError):  # its length or a block image is not kept
@@ -219,7 +221,7 @@ class _Directory:
         self.pending = []
 
     def axes(self) -> list[int]:
-        """Return 2 for each pending change of a name, because it can be applied or missing."""
+        """Return 2 for each pending change of a name: the change can be applied or missing."""
         return [2] * len(self.pending)
 
     def names(self, choice: Sequence[int]) -> dict[str, int]:
@@ -259,9 +261,10 @@ class Model:
         self._nodes: dict[int, _File | _Directory] = {_ROOT: _Directory()}
 
     def crash_points(self, trace: Sequence[Operation]) -> Iterator[CrashPoint]:
-        """Yield the crash points in order.  Read all states of a point before the next point.
+        """Yield the crash points in order.
 
-        An fsync adds no possible state, so there is no crash point right after an fsync.
+        Read all states of a crash point before you request the next crash point.  An fsync
+        adds no possible crash state, so there is no crash point right after an fsync.
         """
         expected: object = None
         for number, operation in enumerate(trace, 1):
@@ -307,7 +310,7 @@ class Model:
         return CrashPoint(number, expected, possible, exhaustive, states())
 
     def _sample(self, axes: Sequence[int], nodes: Sequence[int]) -> Iterator[Sequence[int]]:
-        """Yield the combinations that most likely break a store, and some random combinations."""
+        """Yield the combinations that are most likely to break a store, and random combinations."""
         old, new = [0] * len(axes), [size - 1 for size in axes]
         chosen = [old, new, *self._past_states(new, nodes)][: self._max_states // 3]
         for base, share in ((new, 0.7), (old, 0.85)):
@@ -324,7 +327,7 @@ class Model:
             yield [self._rng.randrange(size) for size in axes]
 
     def _past_states(self, new: list[int], nodes: Sequence[int]) -> Iterator[list[int]]:
-        """Yield choices that give one file an earlier image, and all other files the newest."""
+        """Yield choices: one file gets an earlier image, all other files get the newest image."""
         begin = 0
         for number in nodes:
             node = self._nodes[number]

@@ -20,7 +20,7 @@ from taskstore.store.disk import Disk
 
 
 class Created(Struct, frozen=True):
-    """A directory got a name for a new file or, if ``is_directory``, a new directory."""
+    """A file, or a directory if ``is_directory`` is true, was created in a directory."""
 
     directory: int
     name: str
@@ -164,7 +164,7 @@ CallSite = tuple[str, int]
 """A source file and a line number."""
 
 Omits = Callable[[str, CallSite], bool]
-"""A function of an operation and a call site; returns whether to omit the fsync."""
+"""A function that takes an operation and a call site, and returns whether to omit the fsync."""
 
 
 class RecordedDisk(Disk):

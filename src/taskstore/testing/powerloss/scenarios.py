@@ -13,10 +13,10 @@ from taskstore.testing.powerloss.recorder import Failpoint, KilledError
 from taskstore.testing.powerloss.workload import KEEP_ALL, Workload
 
 TRIM = CompactionPolicy(force=True, history_s=0, history_entries=0, keep_snapshots=1)
-"""A policy that keeps no history."""
+"""A compaction policy that keeps no history."""
 
 ERASE = CompactionPolicy(erase_deleted=True)
-"""A policy that keeps no history and no bytes of deleted records."""
+"""A compaction policy that keeps no history and no bytes of deleted records."""
 
 LONG = "x" * 3_000
 """A text that makes a commit several blocks long."""
@@ -40,7 +40,7 @@ def kill(step: str, *, after: int = 0, written: int = 0) -> Failpoint:
 
 
 def growth(workload: Workload) -> None:
-    """A second process creates a ledger after a kill, and commits small and large batches."""
+    """After a process is killed, a second process creates a ledger and commits several batches."""
     workload.killed_opening(kill("rename"))
     store = new_ledger(workload)
     workload.apply(store, *(Put(make_record(label=f"{number}")) for number in range(8)))
@@ -89,7 +89,7 @@ def failing_steps(workload: Workload) -> None:
 
 
 def killed_in_commit(workload: Workload) -> None:
-    """A process is killed during a commit; then a running or a new process commits."""
+    """A process is killed during a commit; then another running process or a new one commits."""
     witness = new_ledger(workload)
     for failpoint in (kill("sync_data"), kill("pwrite", written=800), kill("pwrite")):
         store = workload.open()
@@ -118,7 +118,7 @@ def alternating_writers(workload: Workload) -> None:
 
 
 def killed_in_recovery(workload: Workload) -> None:
-    """A process is killed while it recovers from a kill; then a running process commits."""
+    """A process is killed while it recovers from a kill; then another running process commits."""
     witness, store = new_ledger(workload), workload.open()
     workload.apply(store, change(workload, error=LONG), failpoint=kill("pwrite", written=2_000))
     workload.killed_opening(kill("sync_data"))

@@ -1,7 +1,7 @@
 """Power loss on an SQLite file in WAL mode: the crash states of SQLite's protocol.
 
 The file operations of SQLite cannot be recorded.  Instead, a writer process pauses after
-each acknowledged commit, and its database and WAL are copied.  The writer is killed during
+each acknowledged commit, and the database and the WAL are copied.  The writer is killed during
 its final commit.  A power loss can lose only changes that were made since the most recent
 copy.  The fsyncs of SQLite determine which of these changes are on disk (``wal.c``, https://www.sqlite.org/wal.html
 and atomiccommit.html, ``synchronous=FULL``):
@@ -11,8 +11,8 @@ and atomiccommit.html, ``synchronous=FULL``):
   zeros or garbage; the checksums of the WAL must detect every bad block.  The WAL can have
   its old length or any greater length.
 - When all frames are copied to the database, the next writer restarts the WAL: it writes a
-  new WAL header, and flushes the header to disk before it writes frames.  So the WAL is
-  the old WAL, or it has the new header and any part of the new frames.
+  new WAL header, and flushes the header to disk before it writes frames.  So after a power
+  loss, the WAL is the old WAL, or has the new header and any part of the new frames.
 - A checkpoint flushes the WAL to disk, writes pages to the database and flushes the
   database.  A writer can restart the WAL only after this checkpoint.  So if the database
   has changed, the whole WAL is on disk, and each block of the database is old or new.
@@ -75,7 +75,10 @@ class Files(NamedTuple):
 
 
 class CrashState(NamedTuple):
-    """The files that a power loss can leave, their kind, and a text with the missing blocks."""
+    """The files that a power loss can leave.
+
+    ``kind`` says which writes are present, and ``missing`` names the missing blocks.
+    """
 
     files: Files
     kind: str
@@ -83,7 +86,7 @@ class CrashState(NamedTuple):
 
 
 class SQLiteSurvey(Struct):
-    """The result: counts of commits and of opened states of each kind, and the problems."""
+    """The result of a survey: counts of commits and opened crash states, and the problems."""
 
     commits: int = 0
     killed: int = 0
@@ -107,8 +110,8 @@ def crash_states(
 
     ``before`` or ``after`` can be the files that a killed writer left.  ``rng`` draws at
     most ``max_states`` states of the WAL, and at most ``max_states`` states of the
-    database.  In each of these states, only one changed block is missing, only one is
-    present, a prefix of the changed blocks is present, or a random subset is present.
+    database.  In each of these states, the present blocks are all changed blocks except one,
+    only one changed block, a prefix of the changed blocks, or a random subset.
     """
     yield CrashState(after, "all writes")
     if after.wal != before.wal:
@@ -130,7 +133,7 @@ def crash_states(
 def _mixed(
     old: bytes, new: bytes, max_states: int, rng: random.Random, *, garbage: bool = False
 ) -> Iterator[tuple[bytes, str]]:
-    """Yield (file image with blocks of ``old`` and ``new``, text with the missing blocks).
+    """Yield mixtures of blocks of ``old`` and ``new``, each with a text about missing blocks.
 
     ``new`` must not be shorter than ``old``.
     """
@@ -224,7 +227,7 @@ def survey_sqlite(
 
 
 def check_files(files: Files, allowed: Sequence[Expected]) -> str | None:
-    """Open the ledger that ``files`` contains; return a problem, or ``None`` if it is valid."""
+    """Open the ledger in ``files``; return a problem, or ``None`` if the ledger is valid."""
     with fast_directory() as directory:
         files.write(directory / NAME)
         return check(open_sqlite, directory, allowed)

@@ -1,4 +1,4 @@
-"""The survey: it runs scenarios and checks each of their crash states."""
+"""The survey, which runs scenarios and checks each of their crash states."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from taskstore.testing.powerloss.scenarios import SCENARIOS
 from taskstore.testing.powerloss.workload import Workload
 
 MAX_STATES = 32
-"""The default maximum number of states that are opened per crash point."""
+"""The default maximum number of crash states that are opened per crash point."""
 
 _STEPS = (
     *("open", "close", "pwrite", "truncate", "rename", "unlink", "mkdir"),
@@ -41,10 +41,10 @@ class Survey(Struct, kw_only=True):
     """The result of a survey: counts, and the problems.
 
     ``crash_points`` counts the simulated power losses, and ``exhaustive`` counts the
-    power losses for which every state was built.  ``possible`` counts the states that the
-    model allows, ``built`` counts the built states, and ``opened`` counts the distinct
-    states that were opened.  ``steps`` counts the file operations of the workloads by
-    name, and ``sites`` counts these operations by call site.
+    power losses for which every crash state was built.  ``possible`` counts the crash states
+    that the model allows, ``built`` counts the built crash states, and ``opened`` counts the
+    distinct crash states that were opened.  ``steps`` counts the file operations of the
+    workloads by name, and ``sites`` counts these operations by call site.
     """
 
     steps: Counter[str] = field(default_factory=Counter)
@@ -88,11 +88,10 @@ def survey(
 ) -> Survey:
     """Check the crash states of a file-based store, and return the counts and problems.
 
-    ``open_on`` opens the store; each of ``scenarios`` runs on a new ledger.  If a crash
-    point has more than ``max_states`` states, a sample of ``max_states`` states is drawn
-    with ``seed``.  If ``stop`` is true, the survey ends at the first problem.  ``omits``
-    selects fsyncs that are omitted, so that a test can show that each fsync is needed
-    (:meth:`Recorder.disk`).
+    ``open_on`` opens the store; each of ``scenarios`` runs on a new ledger.  If a crash point
+    has more than ``max_states`` crash states, a sample of ``max_states`` of them is drawn with
+    ``seed``.  If ``stop`` is true, the survey ends at the first problem.  ``omits`` selects
+    fsyncs to omit (see :meth:`Recorder.disk`), so that a test can show that each fsync is needed.
     """
     started = time.monotonic()
     result = Survey()
@@ -159,7 +158,7 @@ def _states(
 
 
 def build(state: CrashState, directory: Path) -> None:
-    """Write the files of a state to a new directory."""
+    """Write the files of a crash state to a new directory."""
     directory.mkdir()
     for path, data in state.tree.items():
         if data is None:

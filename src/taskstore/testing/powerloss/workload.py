@@ -23,7 +23,7 @@ from taskstore.testing.powerloss.recorder import (
 )
 
 KEEP_ALL = CompactionPolicy(force=True)
-"""A policy that keeps all history; all other policies of a workload keep no history."""
+"""A compaction policy that keeps all history; all other policies here keep no history."""
 
 
 class Workload:
@@ -63,7 +63,7 @@ class Workload:
         self._allow(self._current)
 
     def observe(self, store: TaskRegistryStore) -> None:
-        """Read the ledger after a kill, and make the content that is present the current content.
+        """Read the ledger after a kill; the content that is read becomes the current content.
 
         A power loss can still lose a change that was read, but not an acknowledged change.
         """
