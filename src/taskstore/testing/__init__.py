@@ -10,7 +10,7 @@ A backend author subclasses :class:`StoreContract` and overrides one fixture::
 Each call of the callable that the fixture returns opens the same storage again.  If a
 clause needs an ability that the store lacks, pytest skips the clause, and the skip message
 names the ability.  The numbers in brackets in the docstrings of the clauses are the numbers of
-the invariants in ``docs/concepts.md``.
+the promises in ``docs/concepts.md``.
 
 The suite needs the extra ``testing``: ``pip install 'taskstore[testing]'``.
 """
@@ -101,4 +101,4 @@ class StoreContract(
     CrashContract,
     ModelContract,
 ):
-    """All clauses of the contract.  Subclass it and override ``make_store``."""
+    """All clauses of the contract.  Subclass this class and override ``make_store``."""

@@ -20,11 +20,11 @@ EPOCH_MS = 1_700_000_000_000
 
 
 def make_record(**fields: Any) -> TaskRecord:
-    """Return a queued system task of revision 1 with a new id; ``fields`` replace the defaults.
+    """Return a record at revision 1: a queued task that has a new id and no owner.
 
-    ``metadata`` can be a mapping.  If ``run_id`` is given without ``run_digest``, this
-    function computes ``run_digest``.  This function does not validate the record; ``Put``
-    validates the record.
+    ``fields`` replace these defaults.  ``metadata`` can be a mapping.  If ``run_id`` is given
+    without ``run_digest``, this function computes ``run_digest``.  This function does not
+    validate the record; ``Put`` validates the record.
     """
     metadata = fields.pop("metadata", None)
     if metadata is not None:
@@ -106,7 +106,7 @@ class Model:
         return {entry[2] for entry in self.entries if entry[1] is EntryKind.DELETED}
 
     def accepts(self, changes: list[Change], *, remembers_deletions: bool = True) -> bool:
-        """Return true if no revision, deletion or dedup key of a batch causes a conflict [3]."""
+        """Return whether a batch has no conflict of revisions, deleted tasks or dedup keys [3]."""
         records = dict(self.records)
         deleted_ids = self.deleted if remembers_deletions else set()
         for change in changes:

