@@ -31,10 +31,10 @@ from taskstore.model.validation import READABLE_VERSION, exceeds_depth
 UPCASTERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "1.0": lambda members: {**members, "v": "1.1"},
 }
-"""Maps a version to the function that converts a payload and its ``v`` to the next version."""
+"""Maps a format version to the function that converts a payload to the next format version."""
 
 SNAPSHOT_FORMAT = "taskstore-snapshot/1"
-"""The format that :func:`encode_snapshot` writes."""
+"""The name of the format that :func:`encode_snapshot` writes."""
 
 _T = TypeVar("_T")
 _FORMAT_PREFIX = b'{"format":"%s",' % SNAPSHOT_FORMAT.encode()
@@ -105,7 +105,7 @@ def _copy_metadata(encoded: Raw, where: str) -> Raw:
 
 
 def _decode_other_version(payload: bytes, where: str) -> TaskRecord:
-    """Decode a payload of another version; raise :class:`CorruptStoreError` if it is damaged."""
+    """Decode a payload of another version; raise :class:`CorruptStoreError` if decoding fails."""
     try:
         check_nesting(payload)
         members = msgspec.json.decode(payload)
@@ -134,7 +134,7 @@ def _decode_other_version(payload: bytes, where: str) -> TaskRecord:
 
 
 def decode_or_quarantine(payload: bytes, where: str) -> TaskRecord | Quarantined:
-    """Return the record of a payload; a :class:`Quarantined` if the payload does not decode."""
+    """Return the record of a payload, or a :class:`Quarantined` if the payload does not decode."""
     try:
         return decode_record(payload, where)
     except CorruptStoreError as error:
@@ -206,7 +206,7 @@ def _blocks(
 
 
 def _lines(values: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the lines of a JSON array with one value per line; a block contains up to 256 lines."""
+    """Yield the lines of a JSON array, one value per line, in blocks of up to 256 lines."""
     values = iter(values)
     block = list(islice(values, _BLOCK_LINES))
     while block:

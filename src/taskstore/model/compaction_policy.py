@@ -34,7 +34,7 @@ class HistoryLimit(NamedTuple):
 
 
 class JournalStats(Struct, frozen=True, kw_only=True):
-    """The statistics of a journal that a policy needs to decide whether compaction is due.
+    """The journal statistics from which a policy decides whether compaction is due.
 
     ``entries`` is the number of journal entries after the newest snapshot.  ``bytes`` is the size
     in bytes of the entries after the newest snapshot (0 if unknown).  ``oldest_at`` is the time of
@@ -61,8 +61,8 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
     Compaction is *due* if one of these conditions is true.  In the conditions, "entries"
     are the journal entries after the newest snapshot.
 
-    - There are at least ``min_entries`` entries, and at least ``ratio`` entries per live
-      record.  This condition keeps the amortized cost of snapshots per change constant.
+    - There are at least ``min_entries`` entries, and at least ``ratio`` entries per record of
+      the ledger.  This condition keeps the amortized cost of snapshots per change constant.
     - The entries have at least ``max_bytes`` bytes in total.  The JSON store reads all
       these entries when the store is opened.
     - The oldest entry is at least ``max_age_s`` seconds old.  Because of this condition, an

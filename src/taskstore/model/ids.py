@@ -2,7 +2,7 @@
 
 All times are integer Unix milliseconds in UTC.  Task ids are UUIDv7 (RFC 9562)
 and strictly increase within a process, so that a database inserts new ids at the
-end of a B-tree and not in random pages.
+end of a B-tree and not at random places.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class UUIDv7:
 
     The generator uses method 2 of RFC 9562, section 6.2.  If the clock has not advanced by
     a millisecond since the previous id, the generator adds a random step to the 74 random
-    bits of that id.  The step comes from the operating system's random source, so that a
-    forked child does not repeat its parent's ids.
+    bits of the previous id.  The step comes from the operating system's random source, so
+    that a forked child does not repeat its parent's ids.
     """
 
     def __init__(self, clock: Clock = system_clock) -> None:

@@ -1,8 +1,9 @@
 """Changes, commits, journal entries, snapshots, and pure functions for these values.
 
 A store commits a batch of changes as journal entries with contiguous seqs.  :func:`fold`
-applies entries to a snapshot and returns a newer snapshot.  A store uses the functions of
-this module, or a test compares the results of the store with the results of the functions.
+applies entries to a snapshot and returns a newer snapshot.  Some stores call the functions of
+this module.  For all other stores, a test compares the results of the store with the results
+of these functions.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _UPSERTED, _DELETED = EntryKind.UPSERTED, EntryKind.DELETED
 
 
 class Put(Struct, frozen=True, gc=False):
-    """A change that stores a record.  The record's revision is the stored revision + 1.
+    """A change that stores a record.  The record's revision is the task's stored revision + 1.
 
     A record with revision 1 creates the task.  The constructor validates the record, so a
     store never gets an invalid record.
@@ -128,9 +129,9 @@ class Position(Struct, frozen=True, gc=False):
 
     @classmethod
     def of(cls, cursor: object) -> Self:
-        """Return the position that ``cursor`` gives: as a seq, as text, or as a :class:`Position`.
+        """Return ``cursor`` as a position; ``cursor`` is a seq, a text or a :class:`Position`.
 
-        Raises :class:`ValidationError` for any other value.
+        Raises :class:`ValidationError` for any other value of ``cursor``.
         """
         if isinstance(cursor, cls):
             return cursor
@@ -233,7 +234,7 @@ _EMPTY: Mapping[str, TaskRecord] = MappingProxyType({})
 
 
 class Snapshot(Struct, frozen=True):
-    """Every live record as of one seq.
+    """All records as of one seq.
 
     ``records`` maps task_id to record and is immutable: the constructor copies the given
     mapping.  ``at`` is the time of the commit at ``seq`` (Unix milliseconds, 0 before the
@@ -353,7 +354,7 @@ def find_conflicts(
     deleted: Container[str],
     ids_by_key: Mapping[DedupKey, str],
 ) -> list[Conflict]:
-    """Return the conflicts between the steps and the stored state; empty if all steps apply.
+    """Return the conflicts between the steps and the stored tasks; empty if all steps apply.
 
     ``revisions`` maps the id of each stored task to its revision (0 if the record
     cannot be decoded and its revision is unknown).  ``deleted`` contains the ids of

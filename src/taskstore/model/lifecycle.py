@@ -99,7 +99,7 @@ _FILLABLE = frozenset(OPTIONAL_KEYS) - {"run_id", "run_digest", "lease_token"} |
 def new_record(
     *, now: int, task_id: str, runtime: str, task: str, status: str, fields: Mapping[str, Any]
 ) -> TaskRecord:
-    """Return revision 1 of a task.
+    """Return the record of a new task, at revision 1.
 
     ``fields`` maps the names of further record fields to their values; ``now`` is in Unix
     milliseconds.  Raises :class:`ValidationError` for an invalid value and for a field that
@@ -260,7 +260,7 @@ def finish(
     """
     end = check_enum("status", status, TaskStatus)
     if not end.is_terminal:
-        raise ValidationError("status", f"must be a terminal status, not {end}")
+        raise ValidationError("status", f"must be a final status, not {end}")
     given = _end_facts(error, summary, outcome, ended_at)
 
     def finished(record: TaskRecord, now: int) -> TaskRecord:
@@ -307,7 +307,7 @@ def recover(
     outcome: str | None = None,
     ended_at: int | None = None,
 ) -> Mutation:
-    """Change a lost task to its actual status: any active or terminal status except ``lost``."""
+    """Change a lost task to its actual status: any active or final status except ``lost``."""
     state = check_enum("status", status, TaskStatus)
     if state is TaskStatus.LOST:
         raise ValidationError(

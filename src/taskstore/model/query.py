@@ -1,4 +1,4 @@
-"""Queries over records: filters, newest-first order, keyset cursors.
+"""Queries over records: filters, newest-first order, keyset pagination.
 
 :func:`evaluate` defines the correct result of every query.  An index or an SQL query must
 return the same result, but faster.
@@ -53,8 +53,8 @@ Cursor = tuple[int, str]
 
 
 class TaskQuery:
-    """A query: filters, a limit and a cursor.  Results are newest first by (created_at,
-    task_id).
+    """A query: filters, a limit and the cursor of a page.  Results are newest first by
+    (created_at, task_id).
 
     ``filters`` maps record field names (except ``metadata`` and ``requester_origin``) to
     values.  The filter ``session_key`` matches the child session or the requester session.
@@ -91,7 +91,7 @@ class TaskQuery:
         ]
 
     def matches(self, record: TaskRecord) -> bool:
-        """Return whether a record matches the filters and ``since``; the cursor is ignored."""
+        """Return whether a record matches the filters and ``since``; ``after`` is ignored."""
         if self.since is not None and record.created_at < self.since:
             return False
         return all(predicate(record) for predicate in self._predicates)
@@ -107,10 +107,10 @@ class TaskQuery:
 
 
 class Page(Sequence[TaskRecord]):
-    """One page of records, newest first.
+    """One page of the result of a query: records, newest first.
 
-    ``next_cursor`` (``str``) is the argument ``after`` for the next page, or ``None`` on
-    the last page.  The page shows the records as of ``seq``.
+    ``next_cursor`` (``str``) is the argument ``after`` of the query for the next page, or
+    ``None`` on the last page.  The page shows the records as of ``seq``.
     """
 
     __slots__ = ("next_cursor", "records", "seq")
@@ -146,8 +146,8 @@ class Page(Sequence[TaskRecord]):
 class Summary(Struct, frozen=True, kw_only=True):
     """The number of tasks in total, by status and by runtime.
 
-    ``total`` counts all records; ``by_status`` and ``by_runtime`` map the names that occur
-    to their counts; the counts are as of ``seq``.
+    ``total`` counts all records.  ``by_status`` and ``by_runtime`` map each status or runtime
+    that occurs to the number of its tasks.  The counts are as of ``seq``.
     """
 
     total: int
@@ -181,7 +181,10 @@ class Summary(Struct, frozen=True, kw_only=True):
 
 
 def page_of(newest_first: Iterator[TaskRecord], query: TaskQuery, seq: int) -> Page:
-    """Return one page; ``newest_first`` yields the matching records after the query's cursor."""
+    """Return one result page; ``newest_first`` yields the matching records after ``query.after``.
+
+    ``query.after`` is the cursor of the previous page.
+    """
     if query.limit is None:
         return Page(newest_first, seq=seq)
     records: list[TaskRecord] = []

@@ -1,6 +1,6 @@
 """The task record: the immutable state of one task at one revision.
 
-:mod:`taskstore.model.validation` checks the values of a record against these limits.
+:mod:`taskstore.model.validation` checks the fields of a record against the limits in this module.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ seconds, or a seq.  Stored records can contain earlier times."""
 
 
 class TaskStatus(StrEnum):
-    """The lifecycle state of a task."""
+    """The lifecycle status of a task."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -59,7 +59,7 @@ TERMINAL_STATUSES = frozenset(TaskStatus) - ACTIVE_STATUSES
 
 
 class DeliveryStatus(StrEnum):
-    """The state of the delivery of a task's result to the requester."""
+    """The status of the delivery of a task's result to the requester."""
 
     PENDING = "pending"
     DELIVERED = "delivered"
@@ -110,7 +110,7 @@ NO_METADATA = Raw(b"{}")
 
 DedupKey = tuple[str, str]
 """``(run_id, run_digest)``: the id of a task's run and the digest of the task's run scope.
-At most one task of a ledger has a given dedup key, which makes ``create`` idempotent."""
+At most one task of a ledger has a given dedup key, so ``create`` is idempotent."""
 
 FORMAT_VERSION = "1.1"
 """Version of the encoded record: ``major.minor``, the first member of each payload."""

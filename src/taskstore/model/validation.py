@@ -56,10 +56,10 @@ _Enum = TypeVar("_Enum", bound=StrEnum)
 def check_text(field: str, value: object, limit: int) -> str:
     """Return ``value`` if it is storable text of at most ``limit`` bytes of UTF-8.
 
-    A subclass of ``str`` is converted to ``str``, which encoders and drivers require.  Raises
-    :class:`ValidationError` for a value of another type, and for text that contains NUL (which
-    PostgreSQL cannot store), contains a lone surrogate (which UTF-8 cannot encode), or is over the
-    limit.
+    An instance of a subclass of ``str`` is converted to ``str``, because encoders and drivers
+    require ``str``.  Raises :class:`ValidationError` for a value of another type, and for text
+    that contains NUL (which PostgreSQL cannot store), contains a lone surrogate (which UTF-8
+    cannot encode), or is over the limit.
     """
     if type(value) is not str:
         if not isinstance(value, str):
