@@ -141,7 +141,7 @@ class AsyncTaskRegistry(RegistryBase):
         try:
             store = await asyncio.shield(opening)
         except asyncio.CancelledError:
-            # The thread still opens the store: this store must be closed.
+            # The thread opens the store in spite of the cancellation, so the store must be closed.
             opening.add_done_callback(_close_abandoned)
             raise
         try:
@@ -216,7 +216,7 @@ class AsyncTaskRegistry(RegistryBase):
     # -- the journal ------------------------------------------------------------
 
     async def refresh(self) -> int:
-        """Apply the commits of other processes to memory; returns the last seq in memory."""
+        """Apply the commits of other processes to memory; return the newest seq in memory."""
         self._check_open()
         await self._in_thread(self._committer.refresh)
         return self._cache.seq
@@ -224,10 +224,11 @@ class AsyncTaskRegistry(RegistryBase):
     async def changes(
         self, after: int | str = 0, wait: float | None = None
     ) -> AsyncIterator[JournalEntry]:
-        """Yield the journal entries after a seq, or an entry's ``cursor``, up to the head.
+        """Yield the journal entries after ``after``, up to the head.
 
-        With ``wait``, the iterator ends after ``wait`` seconds without an entry.  The first
-        step of the iteration raises the errors of :meth:`taskstore.TaskRegistry.changes`.
+        ``after`` is a seq or the ``cursor`` of an entry.  With ``wait``, the iterator waits for
+        new entries and ends after ``wait`` seconds without a new entry.  The first step of the
+        iteration raises the errors of :meth:`taskstore.TaskRegistry.changes`.
         """
         self._check_open()
         journal = history.require_journal(self._store, "changes")
@@ -282,7 +283,7 @@ class AsyncTaskRegistry(RegistryBase):
             self._closed = True
             closed = StoreClosedError(f"the registry over {self._store.location} is closed")
             self._commit_waiter.close(closed)
-            # A cancellation cannot interrupt ``_shut_down``, because it runs in a thread.
+            # A cancellation cannot interrupt ``_shut_down``, which runs in a thread.
             self._closing = self._loop.run_in_executor(self._threads, self._shut_down)
             self._closing.add_done_callback(self._stop_threads)
         await asyncio.shield(self._closing)
@@ -325,8 +326,8 @@ class AsyncTaskRegistry(RegistryBase):
             with self._cache.lock:
                 return batch.add(operation)
         if asyncio.get_running_loop() is not self._loop:
-            # This error is raised before the commit: only the registry's event loop can wait for
-            # it.
+            # This error is raised before the commit, because only the registry's event loop can
+            # wait for the commit.
             raise TaskStoreError(
                 f"the registry over {self._store.location} belongs to another event loop",
                 hint="open a registry in each event loop",
@@ -424,7 +425,7 @@ class RegistryOpener(Coroutine[Any, Any, R], AbstractAsyncContextManager[R]):
         return self._opening.__await__()
 
     def send(self, value: Any) -> Any:
-        """Resume the coroutine that opens the registry with a value."""
+        """Send a value to the coroutine that opens the registry."""
         return self._opening.send(value)
 
     def throw(self, *error: Any) -> Any:
