@@ -1,7 +1,8 @@
 """The memory store, the reference implementation of the store contract.
 
-The memory store meets every guarantee of the interface except durability: the ledger is lost when
-the process ends.  Instances of the store that share a :class:`MemoryStorage` share one ledger.
+The memory store meets every guarantee of the interface with two exceptions: the ledger is lost
+when the process ends, and other processes cannot use the ledger.  Instances of the store that
+share a :class:`MemoryStorage` share one ledger.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class MemoryStorage:
 
     def __init__(self) -> None:
         # Methods acquire the lock directly and not through the condition, because an interrupt
-        # (Ctrl+C) cannot stop the acquisition of the lock half-way.
+        # (Ctrl+C) cannot stop a direct acquisition half-way.
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.current: dict[str, TaskRecord] = {}

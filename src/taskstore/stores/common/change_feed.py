@@ -23,8 +23,8 @@ from taskstore.errors import StoreClosedError, StoreUnavailableError
 from taskstore.stores.common.retry import Backoff
 
 IDLE_TIMEOUT_S = 2.0
-"""How long the thread runs without a waiter, in seconds.  If a caller repeats short waits, the feed
-therefore does not start a new watcher for each wait."""
+"""How long the watching thread runs without a waiter, in seconds.  If a caller repeats short waits,
+the feed therefore does not start a new watcher for each wait."""
 
 RETRY_S = 5.0
 """After a watcher failed, how long the feed polls the head before it starts a new watcher, in s."""
@@ -69,7 +69,7 @@ class Watcher(Protocol):
 
 
 def polling_backoff(longest_s: float = LONGEST_POLL_PAUSE_S) -> Backoff:
-    """Return the pauses between polls: each is about half the time since the newest commit."""
+    """Return the pauses between polls: a pause is about half the time since the newest commit."""
     return Backoff(0.001, longest_s, growth=1.5)
 
 
@@ -119,7 +119,7 @@ cannot damage it."""
 class ChangeFeed:
     """The waiting calls of one store (``waiters``), and the thread that wakes them.
 
-    ``head`` returns the head, and retries and raises as the store does; ``start_watcher``
+    ``head`` returns the head, with the retries and errors of the store.  ``start_watcher``
     returns a new watcher.  If ``start_watcher`` or the watcher raises
     :class:`WatcherBrokenError` or one of ``errors``, the feed polls the head for a while.  The
     thread ends after ``idle_timeout_s`` seconds without a waiter.

@@ -67,11 +67,11 @@ class CompactionSteps(ABC):
 
     @abstractmethod
     def lock(self) -> AbstractContextManager[object]:
-        """Take the compaction lock, or raise :class:`~taskstore.StoreBusyError` if it is owned."""
+        """Take the compaction lock if it is free, else raise :class:`~taskstore.StoreBusyError`."""
 
     @abstractmethod
     def begin(self) -> CompactionPoint:
-        """Return the compaction point; the journal entries up to its commit no longer change."""
+        """Return the compaction point; the journal entries up to this point no longer change."""
 
     @abstractmethod
     def commit_of(self, seq: int) -> EntryCommit:

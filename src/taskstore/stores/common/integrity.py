@@ -26,8 +26,8 @@ class IntegrityCheck:
     reads the snapshot at a seq.  The store calls :meth:`journal`, then :meth:`compare` with the
     current records, then :meth:`report`.
 
-    After a gap in the journal, the check treats the state of each task as unknown until the
-    next entry of the task or the next snapshot.  Each damage is therefore reported only once.
+    After a gap in the journal, the check treats each task as unknown until the next entry of
+    the task or the next snapshot.  Each damage is therefore reported only once.
     ``content`` is the known content as of ``seq``.  ``complete`` is true if ``content`` covers
     every task.  ``problems`` has one text for each problem found.
     """

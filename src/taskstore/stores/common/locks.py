@@ -1,6 +1,6 @@
 """File locks between processes: the fair lock, and the lock owners.
 
-A process that polls a lock often finds it taken, because the process that released the lock
+If a process polls a lock, the lock is usually taken, because the process that released the lock
 takes the lock again at once.  If a few writers are busy, a waiter can starve.
 :class:`FairLock` prevents starvation with a queue: a waiter polls the lock only while the
 waiter owns ``flock`` on a second file, the queue file.  The other waiters poll the queue file.
@@ -120,9 +120,9 @@ def lock_owners(
     """Describe the processes that own an exclusive lock on a file, or on one ``byte`` of a file.
     If ``shared`` is true, the result also contains the owners of shared locks.
 
-    The result is also empty if one of these is true: (a) the system is not Linux; (b) the file
-    system reports other inode numbers; (c) the owner runs on another machine or in another
-    container.
+    The result is empty if no process owns such a lock, or if one of these conditions is true:
+    (a) the operating system is not Linux; (b) the file system reports other inode numbers than
+    ``/proc/locks``; (c) the owner runs on another machine or in another container.
     """
     try:
         status = os.stat(path)  # noqa: PTH116 - a locked file must not be opened

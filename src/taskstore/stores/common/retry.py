@@ -10,7 +10,7 @@ This module does not retry conflicts between writers (:class:`~taskstore.Conflic
 If an attempt fails with a storage error that a retry can resolve, the :class:`Attempt` sleeps
 and suppresses the error, so that the loop continues.  If a retry cannot resolve the storage
 error, or the retry timeout has expired, the :class:`Attempt` raises the store's own error.  The
-:class:`Attempt` does not catch errors that are not storage errors.
+:class:`Attempt` catches only storage errors.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Backoff:
         self._next_s = first_s
 
     def next_s(self) -> float:
-        """Return the next pause in seconds: a random part, at least half, of the nominal pause."""
+        """Return the next pause in seconds: at random from 50 to 100 % of the nominal pause."""
         pause = self._next_s
         self._next_s = min(self._growth * pause, self._longest_s)
         return random.uniform(pause / 2, pause)  # noqa: S311 - jitter is no secret
@@ -102,7 +102,7 @@ class CircuitBreaker:
         with self._lock:
             began, failed = self.outage or (now, now)
             if attempted_at - failed > max(self._timeout_s, PROBE_INTERVAL_S):
-                began = now  # after so long without a failure, a new outage begins
+                began = now  # a failure after a long time without failures begins a new outage
             self.outage, self._message = (began, now), message
             return now - began >= self._timeout_s
 
@@ -136,7 +136,7 @@ class Contention:
 
 
 class FailureKind(Enum):
-    """The kind of a storage error: it decides whether and how the call is retried."""
+    """The kind of a storage error; the kind decides whether and how the call is retried."""
 
     PERMANENT = "permanent"
     """A retry would fail in the same way."""
@@ -198,8 +198,9 @@ class RetryPolicy:
     def attempts(self, *, reads_back: bool = False) -> Iterator[Attempt]:
         """Return the attempts of one call; an attempt raises its error if a retry is not allowed.
 
-        If ``reads_back`` is false, an unconfirmed COMMIT is retried like any other work.  If it is
-        true, the caller checks :attr:`Attempt.unconfirmed` and reads the outcome back.
+        If ``reads_back`` is false, an unconfirmed COMMIT is retried like any other work.  If
+        ``reads_back`` is true, the caller checks :attr:`Attempt.unconfirmed` and reads from the
+        database whether the COMMIT succeeded.
         """
         return repeat(Attempt(self, reads_back))
 
