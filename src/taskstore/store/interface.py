@@ -7,7 +7,7 @@ To write a store, subclass :class:`TaskRegistryStore`, implement ``load_snapshot
 beyond ``load_snapshot`` and ``save_snapshot`` is optional; each ``Supports…`` protocol defines the
 methods of one ability.
 
-The numbers in brackets refer to the invariants of ``docs/concepts.md``.
+The numbers in brackets are the numbers of the promises in ``docs/concepts.md``.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class TaskRegistryStore(ABC):
 
     @abstractmethod
     def load_snapshot(self) -> Snapshot:
-        """Return every live record as of the current head [5].
+        """Return all records as of the current head [5].
 
         A new store returns ``Snapshot(0, {})``.  Records that cannot be decoded are
         in the snapshot's ``quarantined`` [12].  Raises
@@ -143,9 +143,9 @@ class TaskRegistryStore(ABC):
         """Commit a batch of changes atomically: all of them or none [3].
 
         Each change of the batch gets the next seq, in the order of the batch.  A change to
-        revision r + 1 applies only if revision r is stored.  A change to revision 1 applies
-        only if the task is not stored, the journal contains no deletion of its id, and no
-        other task has its dedup key (run_id, run_digest).  If a change does not apply,
+        revision r + 1 applies only if the task's stored revision is r.  A change to revision 1
+        applies only if the task is not stored, the journal contains no deletion of its id, and
+        no other task has its dedup key (run_id, run_digest).  If a change does not apply,
         :class:`~taskstore.ConflictError` names every conflicting task, nothing is written
         and no seq is used.  The commit is durable when the method returns [4].  Raises
         :class:`~taskstore.ValidationError`, before any write, for an invalid batch.
@@ -501,10 +501,10 @@ def commit_id_at(journal: SupportsJournal, seq: int) -> str:
 
 
 def check_base(journal: SupportsJournal, changes: Sequence[Change]) -> None:
-    """Raise :class:`~taskstore.ConflictError` unless the base position is in the journal.
+    """Raise :class:`~taskstore.ConflictError` if the base position is not in the journal.
 
-    Only a :class:`ChangeSet` has a base position.  A store calls this function while it
-    holds its writer lock, or has its own faster check.
+    Only a :class:`ChangeSet` has a base position.  A store calls this function while the
+    store holds its writer lock, or has its own faster check.
     """
     if isinstance(changes, ChangeSet) and changes.base.seq:
         try:
