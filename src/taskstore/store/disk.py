@@ -117,7 +117,7 @@ class Disk:
         """
         descriptor = self.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
-            self._hand_over(descriptor, path, _access_of(path, predecessor))
+            _hand_over(self, descriptor, path, _access_of(path, predecessor))
         except BaseException:
             with contextlib.suppress(OSError):
                 self.close(descriptor)
@@ -146,7 +146,7 @@ class Disk:
         descriptor = self.create(path, predecessor)
         try:
             try:
-                self._write_blocks(descriptor, blocks)
+                _write_blocks(self, descriptor, blocks)
                 self.sync_file(descriptor)
             finally:
                 self.close(descriptor)
@@ -154,47 +154,6 @@ class Disk:
             with contextlib.suppress(OSError):
                 self.unlink(path)
             raise
-
-    def _hand_over(self, descriptor: int, path: Path, wanted: _Access) -> None:
-        """Give a new file or directory its owner, its group and its mode."""
-        given = os.fstat(descriptor)
-        # Only root can set the owner.  A member of a group can set this group.
-        for uid in (wanted.uid, -1):
-            if (given.st_uid, given.st_gid) != (wanted.uid, wanted.gid):
-                try:
-                    self.chown(descriptor, uid, wanted.gid)
-                except OSError as error:
-                    if error.errno not in _NOT_PERMITTED:
-                        raise
-                given = os.fstat(descriptor)
-        mode = wanted.mode | given.st_mode & stat.S_ISGID
-        if given.st_gid != wanted.gid:
-            # The members of this group get only the access of all other users.
-            mode = mode & 0o707 | (mode & 0o007) << 3
-        if not wanted.is_satisfied(given, mode):
-            raise PermissionError(
-                errno.EPERM,
-                f"this process cannot create the file for the user {wanted.uid} and the group "
-                f"{wanted.gid}, who use the ledger",
-                str(path),
-            )
-        if stat.S_IMODE(given.st_mode) != mode:
-            try:
-                self.chmod(descriptor, mode)
-            except OSError as error:
-                if wanted.required or error.errno not in _NOT_PERMITTED:
-                    raise
-
-    def _write_blocks(self, descriptor: int, blocks: Iterable[bytes]) -> None:
-        offset, buffer = 0, bytearray()
-        for block in blocks:
-            buffer += block
-            if len(buffer) >= _BUFFER:
-                self.write_at(descriptor, bytes(buffer), offset)
-                offset += len(buffer)
-                buffer.clear()
-        if buffer:
-            self.write_at(descriptor, bytes(buffer), offset)
 
     def write_temporary(
         self, path: Path, blocks: Iterable[bytes], predecessor: Path | None = None
@@ -233,22 +192,66 @@ class Disk:
             existing = existing.parent
         for part in reversed(missing):
             with contextlib.suppress(FileExistsError):  # another process created it
-                self._make_one_directory(part)
+                _make_one_directory(self, part)
             self.sync_directory(part.parent)
         if not directory.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))
         if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(directory))
 
-    def _make_one_directory(self, directory: Path) -> None:
-        self.mkdir(directory)
-        access = _access_of(directory, None)
-        mode = 0o2770 if access.mode & stat.S_IWGRP else 0o700
-        descriptor = self.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+
+def _hand_over(disk: Disk, descriptor: int, path: Path, wanted: _Access) -> None:
+    """Give a new file or directory its owner, its group and its mode."""
+    given = os.fstat(descriptor)
+    # Only root can set the owner.  A member of a group can set this group.
+    for uid in (wanted.uid, -1):
+        if (given.st_uid, given.st_gid) != (wanted.uid, wanted.gid):
+            try:
+                disk.chown(descriptor, uid, wanted.gid)
+            except OSError as error:
+                if error.errno not in _NOT_PERMITTED:
+                    raise
+            given = os.fstat(descriptor)
+    mode = wanted.mode | given.st_mode & stat.S_ISGID
+    if given.st_gid != wanted.gid:
+        # The members of this group get only the access of all other users.
+        mode = mode & 0o707 | (mode & 0o007) << 3
+    if not wanted.is_satisfied(given, mode):
+        raise PermissionError(
+            errno.EPERM,
+            f"this process cannot create the file for the user {wanted.uid} and the group "
+            f"{wanted.gid}, who use the ledger",
+            str(path),
+        )
+    if stat.S_IMODE(given.st_mode) != mode:
         try:
-            self._hand_over(descriptor, directory, access._replace(mode=mode))
-        finally:
-            self.close(descriptor)
+            disk.chmod(descriptor, mode)
+        except OSError as error:
+            if wanted.required or error.errno not in _NOT_PERMITTED:
+                raise
+
+
+def _write_blocks(disk: Disk, descriptor: int, blocks: Iterable[bytes]) -> None:
+    offset, buffer = 0, bytearray()
+    for block in blocks:
+        buffer += block
+        if len(buffer) >= _BUFFER:
+            disk.write_at(descriptor, bytes(buffer), offset)
+            offset += len(buffer)
+            buffer.clear()
+    if buffer:
+        disk.write_at(descriptor, bytes(buffer), offset)
+
+
+def _make_one_directory(disk: Disk, directory: Path) -> None:
+    disk.mkdir(directory)
+    access = _access_of(directory, None)
+    mode = 0o2770 if access.mode & stat.S_IWGRP else 0o700
+    descriptor = disk.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        _hand_over(disk, descriptor, directory, access._replace(mode=mode))
+    finally:
+        disk.close(descriptor)
 
 
 class _Access(NamedTuple):
