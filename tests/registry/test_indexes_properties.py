@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskstore.model.chunked import CHUNK_ITEMS, chunked_sort
 from taskstore.model.journal import JournalEntry, Snapshot, dedup_key
-from taskstore.model.query import TaskQuery, evaluate
+from taskstore.model.query import CHUNK_ITEMS, TaskQuery, chunked_sort, evaluate
 from taskstore.registry.cache import RecordCache
 from taskstore.registry.indexes import INDEXED, Indexes
 from taskstore.testing import make_record

@@ -111,9 +111,7 @@ def compact(
     keep = (keep_days, keep_entries, keep_bytes)
     if erase_deleted and (if_due or any(value is not None for value in keep)):
         raise Misuse("--erase-deleted cannot be combined with --if-due or a --keep option")
-    policy = _policy_of(*keep)
-    if not if_due:
-        policy = policy.forced()
+    policy = _policy_of(*keep, forced=not if_due)
     where = url_of(ctx, url)
     rebuilt = _vacuum(where, as_json=as_json) if vacuum else {}
     with ledger.open_existing(where) as store:
@@ -127,7 +125,7 @@ def compact(
 
 
 def _policy_of(
-    keep_days: float | None, keep_entries: int | None, keep_bytes: int | None
+    keep_days: float | None, keep_entries: int | None, keep_bytes: int | None, *, forced: bool
 ) -> CompactionPolicy:
     """Return the policy that the options of ``compact`` describe."""
     policy = CompactionPolicy()
@@ -136,7 +134,7 @@ def _policy_of(
         policy = replace(policy, history_s=days * 86400, history_entries=entries)
     if keep_bytes is not None:
         policy = replace(policy, history_bytes=keep_bytes)
-    return policy
+    return policy.forced() if forced else policy
 
 
 def _print_compaction(report: CompactionReport) -> None:

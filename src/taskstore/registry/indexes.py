@@ -9,13 +9,14 @@ dictionaries again.  An index contains a list only for a value that several task
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from operator import attrgetter
 from types import MappingProxyType
+from typing import Any
 
 from msgspec.structs import astuple
 
-from taskstore.model.chunked import CHUNK_ITEMS, chunked_sort, clear_in_chunks
+from taskstore.model.query import CHUNK_ITEMS, chunked_sort
 from taskstore.model.records import OPTIONAL_KEYS, TaskRecord
 
 Key = tuple[int, str]
@@ -84,10 +85,10 @@ class Indexes:
 
     def clear(self) -> None:
         """Remove all records in small steps, so that other threads run between the steps."""
-        clear_in_chunks(self.records)
-        clear_in_chunks(self.by_dedup_key)
+        _clear_stepwise(self.records)
+        _clear_stepwise(self.by_dedup_key)
         for index in self._by_field.values():
-            clear_in_chunks(index)
+            _clear_stepwise(index)
         while self.keys:
             del self.keys[-1000:]
 
@@ -157,3 +158,9 @@ def _remove_sorted(keys: list[Key], key: Key) -> None:
     position = bisect_left(keys, key)
     if position < len(keys) and keys[position] == key:
         del keys[position]
+
+
+def _clear_stepwise(mapping: MutableMapping[Any, Any]) -> None:
+    """Remove all items from a mapping, one at a time."""
+    while mapping:
+        mapping.popitem()

@@ -310,7 +310,7 @@ def test_erased_bytes_are_not_in_the_files(sqlite_path, open_, size):
 def test_a_reader_that_keeps_the_log_is_named(sqlite_path, open_, monkeypatch):
     url = f"sqlite:///{sqlite_path}"
     store = open_(url)
-    monkeypatch.setattr(type(store._database), "erase_timeout_s", 0.2)
+    monkeypatch.setattr(type(store._database.maintenance), "erase_timeout_s", 0.2)
     create(store)
     reader = in_process(
         """

@@ -27,9 +27,9 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from taskstore.model import codec
-from taskstore.model.chunked import chunked_sort
 from taskstore.model.compaction_policy import JournalStats, SnapshotInfo
 from taskstore.model.journal import EntryKind, Quarantined
+from taskstore.model.query import chunked_sort
 from taskstore.stores.common.compaction import (
     CompactionPoint,
     CompactionSteps,

@@ -130,12 +130,7 @@ def commit(transactions: Transactions, changes: Sequence[Change], clock: Clock) 
                 claimed = database.claim_seqs(tx, count, clock(), base.seq)
                 if claimed is None:
                     raise schema_epoch_error(database, tx)
-                if (
-                    not type(claimed.head_seq)
-                    is type(claimed.last_at)
-                    is type(claimed.floor)
-                    is int
-                ):
+                if {type(claimed.head_seq), type(claimed.last_at), type(claimed.floor)} != {int}:
                     raise damaged_head()
                 first, at = claimed.head_seq - count + 1, claimed.last_at
                 commit_id = new_commit_id(at)

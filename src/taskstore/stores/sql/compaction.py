@@ -276,10 +276,10 @@ class SQLCompactionSteps(CompactionSteps):
     def trim(self, point: CompactionPoint, retained: Retained) -> None:
         del point, retained  # after _move_floor, readers ignore the rows deleted here
         self._delete_leftovers()
-        database, transactions = self._transactions.database, self._transactions
-        while transactions.read(database.free_pages):
-            self._lease.run(database.release_pages)
-        transactions.read(database.shorten_files)
+        transactions, maintenance = self._transactions, self._transactions.database.maintenance
+        while transactions.read(maintenance.free_pages):
+            self._lease.run(maintenance.release_pages)
+        transactions.read(maintenance.shorten_files)
 
     def _delete_leftovers(self) -> None:
         """Delete the rows that readers ignore, in small transactions: entries below the floor,

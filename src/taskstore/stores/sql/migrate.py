@@ -180,7 +180,7 @@ def ensure_schema(database: Database, migrate: str) -> None:
         _upgrade(database, "head")
         return
     needed = SCHEMA_REVISIONS[-1]
-    hint = f"run: {command_for(database.url or location, 'db', 'upgrade')}"
+    hint = None
     missing = ", ".join(sorted(TABLES - state.tables))
     if fresh:
         problem = "contains an incomplete ledger" if unfinished else "contains no ledger"
@@ -206,6 +206,8 @@ def ensure_schema(database: Database, migrate: str) -> None:
                 "compatible with this version of taskstore"
             )
         return
+    if hint is None:
+        hint = f"run: {command_for(database.url or location, 'db', 'upgrade')}"
     raise SchemaMismatchError(
         f"{location} {problem}", found=state.revision, needed=needed, hint=hint
     )

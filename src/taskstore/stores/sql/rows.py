@@ -79,7 +79,7 @@ def head_of(row: Sequence[Any]) -> Head:
     """Return the head row, or raise :class:`CorruptStoreError` for a value of a wrong type."""
     head = Head(*row)
     if not (
-        all(type(value) is int for value in (head.timeline, *head[3:7]))
+        {*map(type, (head.timeline, *head[3:7]))} == {int}
         and isinstance(head.ledger_id, str)
         and isinstance(head.lease_owner, str | None)
         and isinstance(head.lease_until, int | None)

@@ -294,7 +294,7 @@ class Transactions:
         with self._lock, self.database.translator:
             session = self.pool.acquire()
             try:
-                self.database.scrub_deleted(session)
+                self.database.maintenance.scrub_deleted(session)
             finally:
                 self.pool.release(session)
 

@@ -47,7 +47,7 @@ def verify(transactions: Transactions) -> VerifyReport:
     """Verify the database; see ``SupportsIntegrity.verify``."""
     database = transactions.database
     problems: list[str] = []
-    _collect(database, problems, lambda: transactions.read(database.engine_problems))
+    _collect(database, problems, lambda: transactions.read(database.maintenance.engine_problems))
     return transactions.read(
         lambda session: _DatabaseCheck(session, database, problems).run(), in_transaction=True
     )
@@ -169,7 +169,7 @@ class _DatabaseCheck:
     def _check_indexes(self) -> Iterator[str]:
         for table in metadata.sorted_tables:
             for index in sorted(table.indexes, key=lambda index: str(index.name)):
-                digests = self._database.index_digests(self._session, index)
+                digests = self._database.maintenance.index_digests(self._session, index)
                 if digests is None or digests[0] == digests[1]:
                     continue
                 (given, _), (stored, _) = digests

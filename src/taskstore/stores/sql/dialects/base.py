@@ -74,14 +74,13 @@ class Session:
     ``restore_statements`` are the SQL statements that restore a host's connection after use.
     """
 
-    __slots__ = ("_dialect", "_schema", "connection", "cursor", "raw", "restore_statements")
+    __slots__ = ("connection", "cursor", "database", "raw", "restore_statements")
 
     def __init__(self, connection: sa.Connection, database: Database) -> None:
         self.connection = connection
         self.raw: Any = connection.connection.driver_connection
         self.cursor = database.cursor(self.raw)
-        self._dialect = database.sa_dialect
-        self._schema = database.schema
+        self.database = database
         self.restore_statements: tuple[str, ...] = ()
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> None:
@@ -135,7 +134,10 @@ class Session:
 
     def _compiled(self, statement: Executable) -> tuple[str, tuple[Any, ...]]:
         compiled = compile_for(
-            self._dialect, self._schema, statement, compile_kwargs={"render_postcompile": True}
+            self.database.sa_dialect,
+            self.database.schema,
+            statement,
+            compile_kwargs={"render_postcompile": True},
         )
         values = compiled.params
         return str(compiled), tuple(values[name] for name in compiled.positiontup or ())
@@ -163,6 +165,41 @@ class Guard(Protocol):
         """Check the files even in cases in which :meth:`check` skips the files."""
 
 
+class Maintenance:
+    """What keeps the files and indexes of a database of one dialect in order.
+
+    An instance has no state: each method gets a session of the database.
+    """
+
+    def free_pages(self, session: Session) -> int:
+        """Return the number of unused pages that taskstore can remove from the database file."""
+        del session
+        return 0
+
+    def release_pages(self, session: Session) -> None:
+        """Remove some unused pages from the database file, in a small write transaction."""
+
+    def shorten_files(self, session: Session) -> None:
+        """Give the space of the removed pages back to the file system."""
+
+    def engine_problems(self, session: Session) -> list[str]:
+        """Return the problems that the engine's own integrity check finds; takes no write lock."""
+        del session
+        return []
+
+    def index_digests(self, session: Session, index: sa.Index) -> tuple[Digest, Digest] | None:
+        """Return the digest of the rows that an index gives, and of the rows of its table that
+        belong in the index.  Returns ``None`` if :meth:`engine_problems` compares the indexes.
+
+        Called in a read transaction; the method can change the settings of this transaction.
+        """
+        del session, index
+        return None
+
+    def scrub_deleted(self, session: Session) -> None:
+        """Erase deleted bytes that are still in the files of the database."""
+
+
 class Database:
     """One database.  ``owned`` is true if taskstore made the engine, false for a host's engine."""
 
@@ -184,6 +221,7 @@ class Database:
     """The statements that begin a read-only transaction in which all reads see the same state."""
     begin_schema: ClassVar[tuple[str, ...]] = ("BEGIN",)
     """The statements that begin a transaction in which no other process can change the schema."""
+    maintenance: ClassVar[Maintenance] = Maintenance()
     space_hint: ClassVar[str | None] = None
     """How an operator gives the free space of the tables back to the file system."""
     ddl_autocommits: ClassVar[bool] = False
@@ -367,40 +405,12 @@ class Database:
     def check_integrity(self, connection: sa.Connection) -> None:
         """Raise :class:`~taskstore.CorruptStoreError` if the database file is damaged."""
 
-    def free_pages(self, session: Session) -> int:
-        """Return the number of unused pages that taskstore can remove from the database file."""
-        del session
-        return 0
-
-    def release_pages(self, session: Session) -> None:
-        """Remove some unused pages from the database file, in a small write transaction."""
-
-    def shorten_files(self, session: Session) -> None:
-        """Give the space of the removed pages back to the file system."""
-
     @classmethod
     def vacuum(cls, url: str) -> VacuumReport:
         """Rebuild the database file of a ledger that no other connection uses."""
         raise UnsupportedError(
             f"{redacted(url)}: only an SQLite file can be rebuilt", hint=cls.space_hint
         )
-
-    def engine_problems(self, session: Session) -> list[str]:
-        """Return the problems that the engine's own integrity check finds; takes no write lock."""
-        del session
-        return []
-
-    def index_digests(self, session: Session, index: sa.Index) -> tuple[Digest, Digest] | None:
-        """Return the digest of the rows that an index gives, and of the rows of its table that
-        belong in the index.  Returns ``None`` if :meth:`engine_problems` compares the indexes.
-
-        Called in a read transaction; the method can change the settings of this transaction.
-        """
-        del session, index
-        return None
-
-    def scrub_deleted(self, session: Session) -> None:
-        """Erase deleted bytes that are still in the files of the database."""
 
     def close(self) -> None:
         """Dispose of the engine if taskstore owns the engine."""

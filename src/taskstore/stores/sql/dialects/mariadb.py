@@ -24,6 +24,7 @@ from taskstore.stores.sql.dialects.base import (
     WRITE_LOCK_TIMEOUT_S,
     Database,
     Digest,
+    Maintenance,
     Session,
     URLOption,
     boolean_option,
@@ -210,10 +211,43 @@ class MariaDBStatements(Statements):
         return self._compile(sa.select(*CLAIM_COLUMNS), "base")
 
 
+class MariaDBMaintenance(Maintenance):
+    """The maintenance of a MariaDB database."""
+
+    def engine_problems(self, session: Session) -> list[str]:
+        names = ", ".join(table.name for table in metadata.sorted_tables)
+        # Without QUICK, the check would block writers.  QUICK counts the rows of each index.
+        rows = session.rows(f"CHECK TABLE {names} QUICK")
+        return [
+            f"the check of the table {table}: {kind}: {text}"
+            for table, _, kind, text in rows
+            if kind.lower() in ("error", "warning") or (kind == "status" and text != "OK")
+        ]
+
+    def index_digests(self, session: Session, index: sa.Index) -> tuple[Digest, Digest] | None:
+        names = session.database.names
+        if names[0] not in ONLY_ON.get(str(index.name), names):
+            return None
+        assert index.table is not None
+        # The values are hashed in hexadecimal, in which no value contains a comma or a minus sign.
+        values = [
+            sa.func.ifnull(sa.func.hex(column), sa.literal_column("'-'"))
+            for column in indexed_columns(index)
+        ]
+        hashed = sa.func.crc32(sa.func.concat_ws(sa.literal_column("','"), *values))
+        digest = sa.select(sa.func.count(), sa.func.sum(hashed)).select_from(index.table)
+        by_index, by_table = (
+            tuple(session.select(digest.with_hint(index.table, f"FORCE INDEX ({name})"))[0])
+            for name in (index.name, "PRIMARY")
+        )
+        return by_index, by_table
+
+
 class MariaDBDatabase(Database):
     """A MariaDB database."""
 
     names = ("mysql", "mariadb")
+    maintenance = MariaDBMaintenance()
     extra = "mysql"
     space_hint = "run OPTIMIZE TABLE for the tables of the ledger"
     driver = "pymysql"
@@ -391,35 +425,6 @@ class MariaDBDatabase(Database):
             half = len(rows) // 2
             yield from self._split_to_packets(rows[:half])
             yield from self._split_to_packets(rows[half:])
-
-    # -- integrity ---------------------------------------------------------------
-
-    def engine_problems(self, session: Session) -> list[str]:
-        names = ", ".join(table.name for table in metadata.sorted_tables)
-        # Without QUICK, the check would block writers.  QUICK counts the rows of each index.
-        rows = session.rows(f"CHECK TABLE {names} QUICK")
-        return [
-            f"the check of the table {table}: {kind}: {text}"
-            for table, _, kind, text in rows
-            if kind.lower() in ("error", "warning") or (kind == "status" and text != "OK")
-        ]
-
-    def index_digests(self, session: Session, index: sa.Index) -> tuple[Digest, Digest] | None:
-        if self.names[0] not in ONLY_ON.get(str(index.name), self.names):
-            return None
-        assert index.table is not None
-        # The values are hashed in hexadecimal, in which no value contains a comma or a minus sign.
-        values = [
-            sa.func.ifnull(sa.func.hex(column), sa.literal_column("'-'"))
-            for column in indexed_columns(index)
-        ]
-        hashed = sa.func.crc32(sa.func.concat_ws(sa.literal_column("','"), *values))
-        digest = sa.select(sa.func.count(), sa.func.sum(hashed)).select_from(index.table)
-        by_index, by_table = (
-            tuple(session.select(digest.with_hint(index.table, f"FORCE INDEX ({name})"))[0])
-            for name in (index.name, "PRIMARY")
-        )
-        return by_index, by_table
 
     # -- the schema ------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from taskstore.stores.sql.dialects.base import (
     WRITE_LOCK_TIMEOUT_S,
     Database,
     Digest,
+    Maintenance,
     Session,
     URLOption,
     check_driver_arguments,
@@ -139,10 +140,36 @@ _BY_TABLE = (("indexscan", "indexonlyscan", "bitmapscan"), ("seqscan", "sort"))
 index, or reads the whole table."""
 
 
+class PostgreSQLMaintenance(Maintenance):
+    """The maintenance of a PostgreSQL database."""
+
+    def index_digests(self, session: Session, index: sa.Index) -> tuple[Digest, Digest] | None:
+        names = session.database.names
+        if names[0] not in ONLY_ON.get(str(index.name), names):
+            return None
+        columns = indexed_columns(index)
+        condition = index.dialect_options["postgresql"]["where"]
+        rows = sa.select(*columns).order_by(*columns).offset(sa.literal_column("0"))
+        if condition is not None:
+            rows = rows.where(condition)
+        indexed = rows.subquery("indexed")
+        # The 64-bit hash of the text of a whole row.
+        row = sa.cast(sa.literal_column(indexed.name), sa.Text)
+        hashed = sa.func.hashtextextended(row, sa.literal_column("0"))
+        digest = sa.select(sa.func.count(), sa.func.sum(hashed)).select_from(indexed)
+        found = []
+        for off, on in (_BY_INDEX, _BY_TABLE):
+            for name in (*off, *on):
+                session.execute(f"SET LOCAL enable_{name} = {'off' if name in off else 'on'}")
+            found.append(tuple(session.select(digest)[0]))
+        return found[0], found[1]
+
+
 class PostgreSQLDatabase(Database):
     """A PostgreSQL database."""
 
     names = ("postgresql",)
+    maintenance = PostgreSQLMaintenance()
     extra = "postgres"
     space_hint = "the owner of the tables can run VACUUM FULL in the database"
     driver = "psycopg"
@@ -288,26 +315,6 @@ class PostgreSQLDatabase(Database):
             dbapi: Any = self.engine.dialect.loaded_dbapi
             raise dbapi.errors.InvalidSqlStatementName("the server process has changed")
         return ClaimedSeqs(*rows[0][:4]) if rows else None
-
-    def index_digests(self, session: Session, index: sa.Index) -> tuple[Digest, Digest] | None:
-        if self.names[0] not in ONLY_ON.get(str(index.name), self.names):
-            return None
-        columns = indexed_columns(index)
-        condition = index.dialect_options["postgresql"]["where"]
-        rows = sa.select(*columns).order_by(*columns).offset(sa.literal_column("0"))
-        if condition is not None:
-            rows = rows.where(condition)
-        indexed = rows.subquery("indexed")
-        # The 64-bit hash of the text of a whole row.
-        row = sa.cast(sa.literal_column(indexed.name), sa.Text)
-        hashed = sa.func.hashtextextended(row, sa.literal_column("0"))
-        digest = sa.select(sa.func.count(), sa.func.sum(hashed)).select_from(indexed)
-        found = []
-        for off, on in (_BY_INDEX, _BY_TABLE):
-            for name in (*off, *on):
-                session.execute(f"SET LOCAL enable_{name} = {'off' if name in off else 'on'}")
-            found.append(tuple(session.select(digest)[0]))
-        return found[0], found[1]
 
     def lock_owners(self, session: Session) -> Sequence[str]:
         return [

@@ -30,6 +30,7 @@ from taskstore.stores.sql import sqlite_library
 from taskstore.stores.sql.dialects.base import (
     WRITE_LOCK_TIMEOUT_S,
     Database,
+    Maintenance,
     Session,
     VacuumReport,
     log,
@@ -69,16 +70,62 @@ _CONTENTION_S = 1.0
 """How long writers use the fair lock after the most recent contention, in seconds."""
 
 
+class SQLiteMaintenance(Maintenance):
+    """The maintenance of an SQLite file."""
+
+    erase_timeout_s: ClassVar[float] = 10.0
+    """How long :meth:`scrub_deleted` waits until readers release the log, in seconds."""
+
+    def free_pages(self, session: Session) -> int:
+        [mode] = session.row("PRAGMA auto_vacuum")
+        return session.row("PRAGMA freelist_count")[0] if mode == _INCREMENTAL else 0
+
+    def release_pages(self, session: Session) -> None:
+        for _ in range(min(_PAGES_PER_STEP, self.free_pages(session))):
+            # With SQLite before 3.41, the driver stops after one page, whatever the argument.
+            session.rows("PRAGMA incremental_vacuum(1)")
+
+    def shorten_files(self, session: Session) -> None:
+        # SQLite shortens the file at a checkpoint.  A passive checkpoint waits for no lock.
+        session.rows("PRAGMA wal_checkpoint(PASSIVE)")
+
+    def engine_problems(self, session: Session) -> list[str]:
+        # The check compares every index with its table, but by the declarations in the schema.
+        problems = [*_schema_problems(session)]
+        rows = session.rows(f"PRAGMA integrity_check({MAX_PROBLEMS})")
+        if rows != [("ok",)]:
+            problems += [
+                f"SQLite's integrity check: {' '.join(str(row[0]).split())}" for row in rows
+            ]
+        return problems
+
+    def scrub_deleted(self, session: Session) -> None:
+        # secure_delete overwrites deleted bytes in the file, but the write-ahead log keeps earlier
+        # page images until a checkpoint truncates it.
+        [timeout_ms] = session.row("PRAGMA busy_timeout")
+        session.restore_later(f"PRAGMA busy_timeout = {timeout_ms}")
+        session.rows("PRAGMA busy_timeout = 100")
+        started = time.monotonic()
+        while time.monotonic() - started < self.erase_timeout_s:
+            busy, *_rest = session.row("PRAGMA wal_checkpoint(TRUNCATE)")
+            if not busy:
+                return
+        raise StoreBusyError(
+            f"{session.database.location}: deleted records were erased from the database, but not "
+            "from its write-ahead log, because readers still use the log",
+            hint="when the readers have finished, compact with erase_deleted again",
+        )
+
+
 class SQLiteDatabase(Database):
     """A database in an SQLite file."""
 
     names = ("sqlite",)
+    maintenance = SQLiteMaintenance()
     driver = "pysqlite"
     sa_dialect = SQLiteDialect_pysqlite(paramstyle="qmark")
     begin_schema = ("BEGIN IMMEDIATE",)
     waits_for_locks = False
-    erase_timeout_s: ClassVar[float] = 10.0
-    """How long :meth:`erase` waits until readers release the write-ahead log, in seconds."""
     error_kind = staticmethod(sqlite_error_kind)
 
     @classmethod
@@ -272,19 +319,6 @@ class SQLiteDatabase(Database):
         if result != "ok":
             raise CorruptStoreError(self.location, f"the database is malformed: {result}")
 
-    def free_pages(self, session: Session) -> int:
-        [mode] = session.row("PRAGMA auto_vacuum")
-        return session.row("PRAGMA freelist_count")[0] if mode == _INCREMENTAL else 0
-
-    def release_pages(self, session: Session) -> None:
-        for _ in range(min(_PAGES_PER_STEP, self.free_pages(session))):
-            # With SQLite before 3.41, the driver stops after one page, whatever the argument.
-            session.rows("PRAGMA incremental_vacuum(1)")
-
-    def shorten_files(self, session: Session) -> None:
-        # SQLite shortens the file at a checkpoint.  A passive checkpoint waits for no lock.
-        session.rows("PRAGMA wal_checkpoint(PASSIVE)")
-
     @classmethod
     def vacuum(cls, url: str) -> VacuumReport:
         (path, links_allowed), module = path_of(url), sqlite_module()
@@ -306,33 +340,6 @@ class SQLiteDatabase(Database):
         finally:
             sqlite_library.register_close(str(path), library)
         return VacuumReport(needed, before, path.stat().st_size)
-
-    def engine_problems(self, session: Session) -> list[str]:
-        # The check compares every index with its table, but by the declarations in the schema.
-        problems = [*_schema_problems(session)]
-        rows = session.rows(f"PRAGMA integrity_check({MAX_PROBLEMS})")
-        if rows != [("ok",)]:
-            problems += [
-                f"SQLite's integrity check: {' '.join(str(row[0]).split())}" for row in rows
-            ]
-        return problems
-
-    def scrub_deleted(self, session: Session) -> None:
-        # secure_delete overwrites deleted bytes in the file, but the write-ahead log keeps earlier
-        # page images until a checkpoint truncates it.
-        [timeout_ms] = session.row("PRAGMA busy_timeout")
-        session.restore_later(f"PRAGMA busy_timeout = {timeout_ms}")
-        session.rows("PRAGMA busy_timeout = 100")
-        started = time.monotonic()
-        while time.monotonic() - started < self.erase_timeout_s:
-            busy, *_rest = session.row("PRAGMA wal_checkpoint(TRUNCATE)")
-            if not busy:
-                return
-        raise StoreBusyError(
-            f"{self.location}: deleted records were erased from the database, but not from its "
-            "write-ahead log, because readers still use the log",
-            hint="when the readers have finished, compact with erase_deleted again",
-        )
 
     def register_open(self) -> None:
         if not (self.owned or self.read_only or self.links_allowed):
