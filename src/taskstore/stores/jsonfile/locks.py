@@ -246,7 +246,7 @@ class WriteLock(PathLock):
         try:
             self.state_descriptor = self._disk.open(self.state_path, os.O_RDWR)
         except FileNotFoundError:
-            self.state_descriptor = self._create_state()
+            self._create_state()
         status = os.fstat(self.state_descriptor)
         self._state_id = (status.st_ino, status.st_dev)
         try:
@@ -259,19 +259,14 @@ class WriteLock(PathLock):
             return False
         return True
 
-    def _create_state(self) -> int:
+    def _create_state(self) -> None:
         # A process that is killed here leaves no lock file that other users cannot open.
         temporary = self.state_path.with_name(LOCK_NAME + TEMPORARY)
         self._disk.remove_all([temporary])
-        descriptor = self._disk.create(temporary, newest_segment(self.path))
-        try:
-            # If a cleaner has just removed the new file, the next writer creates another one.
-            with contextlib.suppress(FileNotFoundError):
-                self._disk.rename(temporary, self.state_path)
-        except BaseException:
-            self._disk.close(descriptor)
-            raise
-        return descriptor
+        self.state_descriptor = self._disk.create(temporary, newest_segment(self.path))
+        # If a cleaner has just removed the new file, the next writer creates another one.
+        with contextlib.suppress(FileNotFoundError):
+            self._disk.rename(temporary, self.state_path)
 
     def _close_state(self) -> None:
         descriptor, self.state_descriptor = self.state_descriptor, -1

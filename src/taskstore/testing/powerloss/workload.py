@@ -144,6 +144,7 @@ class Workload:
             change()
         except KilledError:
             self._disks[id(store)].close_all()
+            store.close()  # the disk of a killed process ignores this call
         except OutcomeUnknownError:
             assert failpoint is not None, "a change failed without a failpoint"
         except (TaskStoreError, KeyboardInterrupt):
