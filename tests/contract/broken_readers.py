@@ -10,7 +10,7 @@ from broken_writers import Broken
 from msgspec.structs import replace
 
 from taskstore.errors import CursorExpiredError, StoreBusyError
-from taskstore.model.journal import Commit, Position, plan
+from taskstore.model.journal import Commit, plan
 from taskstore.model.query import Page, Summary, decode_cursor, encode_cursor
 
 # -- journal ----------------------------------------------------------------
@@ -140,8 +140,8 @@ class ReusesSeqsAfterTrimming(Broken):
 
 
 class ForgetsTheCommitBeforeTheFloor(Broken):
-    def floor_position(self):
-        return Position(super().floor_position().seq)
+    def commit_id(self, seq):
+        return super().commit_id(seq) if seq >= self.floor() else ""
 
 
 class NeedsASnapshotToTrim(Broken):

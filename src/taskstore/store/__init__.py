@@ -26,9 +26,9 @@ from taskstore.store.disk import SYSTEM as SYSTEM
 from taskstore.store.disk import Disk as Disk
 from taskstore.store.interface import LoadedRecordsStore as LoadedRecordsStore
 from taskstore.store.interface import StoreReport as StoreReport
+from taskstore.store.interface import SupportsCommitIds as SupportsCommitIds
 from taskstore.store.interface import SupportsCompaction as SupportsCompaction
 from taskstore.store.interface import SupportsExclusive as SupportsExclusive
-from taskstore.store.interface import SupportsFloorPosition as SupportsFloorPosition
 from taskstore.store.interface import SupportsHistory as SupportsHistory
 from taskstore.store.interface import SupportsIdSearch as SupportsIdSearch
 from taskstore.store.interface import SupportsIntegrity as SupportsIntegrity

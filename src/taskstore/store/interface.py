@@ -322,15 +322,15 @@ class SupportsJournal(Protocol):
 
 
 @runtime_checkable
-class SupportsFloorPosition(Protocol):
-    """A store with a journal that remembers the commit before its first retained entry."""
+class SupportsCommitIds(Protocol):
+    """A store with a journal that finds commit ids, also that of the newest trimmed entry."""
 
-    def floor_position(self) -> Position:
-        """Return the position directly before the first retained entry.
+    def commit_id(self, seq: int) -> str:
+        """Return the id of the commit that contains the entry ``seq``.
 
-        The seq of the position is floor - 1.  Its commit id is the id of the commit that
-        contained the trimmed entry at this seq.  The commit id is empty if no entry was
-        trimmed, or if :meth:`~TaskRegistryStore.save_snapshot` set the floor.
+        The store knows the ids from seq floor - 1 on: a trim keeps the commit id of the newest
+        trimmed entry.  If :meth:`~TaskRegistryStore.save_snapshot` set the floor, the id at
+        floor - 1 is unknown.  The result is empty if the id is unknown or there is no such entry.
         """
         ...
 
@@ -466,20 +466,19 @@ def entries_after_position(
     Raises :class:`~taskstore.CursorExpiredError` in two cases: (a) entries after the
     position were trimmed; (b) the commit of the position is not in the journal at the
     position's seq.  If the entry at the position was trimmed, but no later entry was
-    trimmed, the commit id is compared with ``floor_position`` of the store.
+    trimmed, the commit id is compared with ``commit_id`` of the store.
     """
     seq, commit_id = position.seq, position.commit_id
     if not seq:
         return journal.read_journal(0, limit)
     try:
         entries = journal.read_journal(seq - 1, limit + 1)
-    except CursorExpiredError:
-        entries = journal.read_journal(seq, limit)
-        if commit_id and isinstance(journal, SupportsFloorPosition):
-            before = journal.floor_position()
-            if before.seq > seq or before.commit_id not in ("", commit_id):
-                raise CursorExpiredError(seq, before.seq + 1, replaced=before.seq == seq) from None
-        return entries
+    except CursorExpiredError as error:
+        # The id is read first: if a trim removes it meanwhile, the read of the entries raises.
+        known = journal.commit_id(seq) if isinstance(journal, SupportsCommitIds) else ""
+        if known and commit_id not in ("", known):
+            raise CursorExpiredError(seq, error.floor, replaced=True) from None
+        return journal.read_journal(seq, limit)
     if not entries or (commit_id and entries[0].commit_id != commit_id):
         head = None if commit_id else journal.head()
         raise CursorExpiredError(seq, journal.floor(), replaced=True, head=head)
@@ -490,12 +489,11 @@ def commit_id_at(journal: SupportsJournal, seq: int) -> str:
     """Return the id of the commit that contains the entry ``seq``; empty if the id is unknown."""
     if not seq:
         return ""
+    if isinstance(journal, SupportsCommitIds):
+        return journal.commit_id(seq)
     try:
         entries = journal.read_journal(seq - 1, 1)
     except CursorExpiredError:
-        if isinstance(journal, SupportsFloorPosition):
-            before = journal.floor_position()
-            return before.commit_id if before.seq == seq else ""
         return ""
     return entries[0].commit_id if entries and entries[0].seq == seq else ""
 

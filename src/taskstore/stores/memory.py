@@ -26,7 +26,6 @@ from taskstore.model.journal import (
     Commit,
     EntryKind,
     JournalEntry,
-    Position,
     Quarantined,
     Snapshot,
     Step,
@@ -212,10 +211,13 @@ class MemoryStore(LoadedRecordsStore):
         self._check_open()
         return self.storage.floor
 
-    def floor_position(self) -> Position:
+    def commit_id(self, seq: int) -> str:
         self._check_open()
-        with self.storage.lock:
-            return Position(self.storage.floor - 1, self.storage.floor_commit_id)
+        storage = self.storage
+        with storage.lock:
+            if storage.floor <= seq <= storage.head:
+                return storage.journal[seq - storage.floor].commit_id
+            return storage.floor_commit_id if seq == storage.floor - 1 else ""
 
     def read_journal(self, after: int, limit: int) -> Sequence[JournalEntry]:
         self._check_open()

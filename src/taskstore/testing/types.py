@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 from taskstore.store.interface import (
+    SupportsCommitIds,
     SupportsCompaction,
     SupportsExclusive,
-    SupportsFloorPosition,
     SupportsHistory,
     SupportsIdSearch,
     SupportsIntegrity,
@@ -35,7 +35,7 @@ class OpenStore(Protocol):
 class FullStore(
     TaskRegistryStore,
     SupportsJournal,
-    SupportsFloorPosition,
+    SupportsCommitIds,
     SupportsExclusive,
     SupportsHistory,
     SupportsCompaction,

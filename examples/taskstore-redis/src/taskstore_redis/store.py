@@ -11,6 +11,7 @@ from taskstore import (
     Commit,
     CompactionPolicy,
     CompactionReport,
+    CursorExpiredError,
     JournalEntry,
     Page,
     Quarantined,
@@ -21,7 +22,7 @@ from taskstore import (
     ValidationError,
     VerifyReport,
 )
-from taskstore.store import Position, clock_notices
+from taskstore.store import clock_notices
 
 from taskstore_redis import querying
 from taskstore_redis.compaction import Compactor
@@ -124,10 +125,16 @@ class RedisStore(TaskRegistryStore):
         self._check_open()
         return self._reader.state().floor
 
-    def floor_position(self) -> Position:
+    def commit_id(self, seq: int) -> str:
         self._check_open()
         state = self._reader.state()
-        return Position(state.floor - 1, state.base)
+        if seq == state.floor - 1:
+            return state.base
+        try:
+            entries = self._reader.journal(seq - 1, 1)
+        except CursorExpiredError:
+            return ""
+        return entries[0].commit_id if entries else ""
 
     def read_journal(self, after: int, limit: int) -> Sequence[JournalEntry]:
         self._check_open()

@@ -25,7 +25,7 @@ from msgspec import field
 
 from taskstore.errors import CorruptStoreError, StoreUnavailableError
 from taskstore.model import codec
-from taskstore.model.journal import Position, Snapshot
+from taskstore.model.journal import Snapshot
 from taskstore.stores.common.retry import Backoff
 from taskstore.stores.jsonfile.lines import LINE_PREFIX_BYTES, Identity, decode_header, is_intact
 
@@ -253,16 +253,16 @@ def read_snapshot_header(directory: Path, seq: int) -> LedgerSnapshotHeader:
         return reader.header
 
 
-def floor_position(layout: Layout) -> Position:
-    """Return the position directly before the first valid entry; the snapshot at the seq of this
-    position contains the commit id."""
+def commit_id_before_floor(layout: Layout) -> str:
+    """Return the id of the commit at floor - 1; the header of the snapshot at this seq has the
+    id."""
     seq = layout.floor - 1
     if not seq:
-        return Position(0)
+        return ""
     newest = layout.newest
     if newest is None or newest.seq != seq:
         newest = read_snapshot_header(layout.directory, seq)
-    return Position(seq, newest.commit)
+    return newest.commit
 
 
 def check_newest(layout: Layout) -> None:

@@ -28,6 +28,7 @@ from taskstore.stores.jsonfile.layout import (
     LOCK_NAME,
     JournalOffset,
     Layout,
+    commit_id_before_floor,
     read_layout,
     retry_while_changing,
 )
@@ -188,6 +189,15 @@ class Reader:
             if location.line.last >= seq:
                 return location.line
         raise CorruptStoreError(str(self.directory), f"the entry with seq {seq} is missing")
+
+    def commit_id(self, layout: Layout, seq: int) -> str:
+        """Return the id of the commit that contains an entry, or the entry at floor - 1; empty if
+        the id is unknown or there is no such entry."""
+        if seq == layout.floor - 1:
+            return commit_id_before_floor(layout)
+        if not layout.floor <= seq <= self.end(layout).seq:
+            return ""
+        return self.commit_of(layout, seq).commit
 
     def history(self, layout: Layout, task_id: str) -> Sequence[JournalEntry]:
         """Return the journal entries of one task; decode only lines that contain the task id."""

@@ -16,7 +16,6 @@ from taskstore.model.journal import (
     ChangeSet,
     Commit,
     JournalEntry,
-    Position,
     Quarantined,
     Snapshot,
     dedup_key,
@@ -40,7 +39,6 @@ from taskstore.stores.jsonfile.compaction import Compaction
 from taskstore.stores.jsonfile.index import Index, decode_stub, load
 from taskstore.stores.jsonfile.layout import (
     Layout,
-    floor_position,
     read_layout,
     read_snapshot,
     retry_while_changing,
@@ -214,8 +212,8 @@ class JSONStore(LoadedRecordsStore):
     def floor(self) -> int:
         return self._read(lambda layout: layout.floor)
 
-    def floor_position(self) -> Position:
-        return self._read(floor_position)
+    def commit_id(self, seq: int) -> str:
+        return self._read(lambda layout: self._reader.commit_id(layout, seq))
 
     def read_journal(self, after: int, limit: int) -> Sequence[JournalEntry]:
         return self._read(lambda layout: self._reader.read(layout, after, limit))

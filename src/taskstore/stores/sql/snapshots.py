@@ -14,7 +14,6 @@ import sqlalchemy as sa
 from taskstore.errors import ConflictError, CorruptStoreError
 from taskstore.model.codec import check_nesting, checksum, decode_or_quarantine, encode_record
 from taskstore.model.journal import (
-    Position,
     Quarantined,
     Snapshot,
     snapshot_of,
@@ -60,15 +59,6 @@ def read_head(session: Session, sql: Statements, *, lock: bool = False) -> Head:
     if row is None:
         raise CorruptStoreError("taskstore_head", "the head row is missing")
     return head_of(row)
-
-
-def floor_position(session: Session) -> Position:
-    """Return the position directly before the first retained entry."""
-    head, entry = taskstore_head.c, task_journal.c
-    before = head.floor - 1
-    commit_id = sa.select(entry.commit_id).where(entry.seq == before).scalar_subquery()
-    [(seq, found)] = session.select(sa.select(before, commit_id).where(head.id == 1))
-    return Position(seq, found or "")
 
 
 def scan_tasks(session: Session, sql: Statements) -> Iterator[TaskRow]:

@@ -243,6 +243,18 @@ class Statements:
         )
 
     @cached_property
+    def commit_id(self) -> str:
+        """Read the commit id of the entry at a seq, at least floor - 1; no row if there is none."""
+        entry = task_journal.c
+        floor = sa.select(taskstore_head.c.floor).scalar_subquery()
+        return self._compile(
+            sa.select(entry.commit_id)
+            .where(entry.seq == bindparam("seq", type_=sa.BigInteger))
+            .where(entry.seq + sa.literal_column("1") >= floor),
+            "seq",
+        )
+
+    @cached_property
     def read_history(self) -> str:
         """Read the entries of one task that are not trimmed, oldest first."""
         entry = task_journal.c

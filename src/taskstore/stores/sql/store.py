@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import methodcaller
 
 import sqlalchemy as sa
 
@@ -20,7 +21,6 @@ from taskstore.model.journal import (
     Change,
     Commit,
     JournalEntry,
-    Position,
     Quarantined,
     Snapshot,
 )
@@ -169,13 +169,15 @@ class SQLStore(QueryStore):
     def _head(self) -> Head:
         self._check_open()
         sql = self._database.sql
-        head = self._transactions.read(lambda session: snapshots.read_head(session, sql))
+        head = self._transactions.read(partial(snapshots.read_head, sql=sql))
         self._last_at = head.last_at
         return head
 
-    def floor_position(self) -> Position:
+    def commit_id(self, seq: int) -> str:
         self._check_open()
-        return self._transactions.read(snapshots.floor_position)
+        sql, at = self._database.sql.commit_id, min(seq, MAX_INT)
+        row = self._transactions.read(methodcaller("row", sql, (at,)))
+        return "" if row is None else str(row[0])
 
     def read_journal(self, after: int, limit: int) -> Sequence[JournalEntry]:
         self._check_open()

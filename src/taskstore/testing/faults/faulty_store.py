@@ -15,7 +15,7 @@ from taskstore.model.journal import Change, Commit, Snapshot
 from taskstore.store.interface import StoreReport, TaskRegistryStore
 from taskstore.testing.faults.injection import DELAY, Call, Fault, Inject, InjectionPoint, Step
 
-_ABILITIES = ("compact", "exclusive", "floor", "floor_position", "head", "query", "read_history",
+_ABILITIES = ("compact", "exclusive", "commit_id", "floor", "head", "query", "read_history",
               "read_journal", "read_snapshot", "verify", "wait_for")  # fmt: skip
 
 
