@@ -297,23 +297,25 @@ def _connected(database: Database) -> Iterator[sa.Connection]:
     """
     with database.translator, database.engine.connect() as borrowed:
         plain = borrowed.execution_options(isolation_level="AUTOCOMMIT")
-        session = Session(plain, database)
+        raw = plain.connection.driver_connection
+        host = None if database.owned else Session(plain, database)
         bare = sa.create_engine(
             database.engine.url,
             module=database.engine.dialect.loaded_dbapi,
-            creator=lambda: session.raw,
+            creator=lambda: raw,
             poolclass=sa.StaticPool,
             isolation_level="AUTOCOMMIT",
         )
         try:
-            if not database.owned:
-                database.configure_host(session)
+            if host is not None:
+                database.configure_host(host)
             with bare.connect() as connection:
                 database.check_server(connection)
                 yield connection
         finally:
-            with suppress(*database.translator.errors):
-                session.restore_settings()
+            if host is not None:
+                with suppress(*database.translator.errors):
+                    host.restore_settings()
 
 
 @contextmanager
