@@ -15,7 +15,10 @@ from taskstore.testing.powerloss.workload import KEEP_ALL, Workload
 TRIM = CompactionPolicy(force=True, history_s=0, history_entries=0, keep_snapshots=1)
 """A compaction policy that keeps no history."""
 
-ERASE = CompactionPolicy(erase_deleted=True)
+TRIM_PART = CompactionPolicy(force=True, history_s=0, history_entries=2, keep_snapshots=1)
+"""A compaction policy that keeps two entries."""
+
+ERASE = CompactionPolicy(erase_deleted=True, history_entries=0)
 """A compaction policy that keeps no history and no bytes of deleted records."""
 
 LONG = "x" * 3_000
@@ -138,6 +141,20 @@ def killed_in_compaction(workload: Workload) -> None:
     store.close()
 
 
+def partial_trim(workload: Workload) -> None:
+    """Compactions trim a part of the history; some of their processes are killed."""
+    store = new_ledger(workload)
+    failpoints = [kill("rename", after=number) for number in range(3)]
+    for failpoint in (*failpoints, kill("unlink"), None):
+        for number in range(3):
+            workload.apply(store, change(workload, label=f"before a compaction {number}"))
+        workload.compact(store, TRIM_PART, failpoint=failpoint)
+        if failpoint is not None:
+            store = workload.open()
+    workload.apply(store, change(workload, label="after a part was trimmed"))
+    store.close()
+
+
 def erasure(workload: Workload) -> None:
     """A compaction erases the text of a deleted task."""
     store = new_ledger(workload)
@@ -164,6 +181,6 @@ def replacement(workload: Workload) -> None:
 
 SCENARIOS = (
     *(growth, two_processes, alternating_writers, failing_steps, killed_in_commit),
-    *(killed_in_recovery, killed_in_compaction, erasure, replacement),
+    *(killed_in_recovery, killed_in_compaction, partial_trim, erasure, replacement),
 )
 """The scenarios for any file-based store."""

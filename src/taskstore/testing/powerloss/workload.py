@@ -23,7 +23,7 @@ from taskstore.testing.powerloss.recorder import (
 )
 
 KEEP_ALL = CompactionPolicy(force=True)
-"""A compaction policy that keeps all history; all other policies here keep no history."""
+"""A compaction policy that keeps all history."""
 
 
 class Workload:
@@ -116,15 +116,19 @@ class Workload:
         erases: tuple[bytes, ...] = (),
         failpoint: Failpoint | None = None,
     ) -> None:
-        """Compact if the store supports compaction; ``policy`` keeps all or no history.
+        """Compact if the store supports compaction.
 
-        After the compaction, no file is allowed to contain a byte string of ``erases``.
+        ``policy`` is ``KEEP_ALL``, or keeps exactly ``policy.history_entries`` entries.  These
+        must be whole commits.  After the compaction, no file is allowed to contain a byte string
+        of ``erases``.
         """
         if not isinstance(store, SupportsCompaction):
             return
         after = self._copy()
         if policy is not KEEP_ALL:
-            after.trim(after.head + 1)
+            if policy.history_entries and "exact-history" in store.unsupported_guarantees:
+                return
+            after.trim(after.head + 1 - policy.history_entries)
         self._run(store, after, lambda: store.compact(policy), failpoint, erases=erases)
 
     def _run(
