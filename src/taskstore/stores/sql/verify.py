@@ -6,7 +6,7 @@ the read transaction, because on MariaDB it would end the transaction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -47,20 +47,24 @@ def verify(transactions: Transactions) -> VerifyReport:
     """Verify the database; see ``SupportsIntegrity.verify``."""
     database = transactions.database
     problems: list[str] = []
-    _collect(database, problems, lambda: transactions.read(database.maintenance.engine_problems))
+    _run(
+        lambda: problems.extend(transactions.read(database.maintenance.engine_problems)),
+        problems,
+        database,
+    )
     return transactions.read(
         lambda session: _DatabaseCheck(session, database, problems).run(), in_transaction=True
     )
 
 
-def _collect(database: Database, problems: list[str], step: Callable[[], Iterable[str]]) -> bool:
-    """Add the problems of a step to ``problems``; return whether a next step can run.
+def _run(step: Callable[[], object], problems: list[str], database: Database) -> bool:
+    """Run a step, and return whether a next step can run.
 
-    If damage stops the step, this damage is the last problem of the step.  After an error of the
-    driver, the transaction is possibly aborted, so no next step can run.
+    If damage stops the step, the damage is added to ``problems``.  After an error of the driver,
+    the transaction is possibly aborted, so no next step can run.
     """
     try:
-        problems += step()
+        step()
     except CorruptStoreError as error:
         problems.append(str(error))
     except database.translator.errors as error:
@@ -88,16 +92,20 @@ class _DatabaseCheck:
     def run(self) -> VerifyReport:
         """Return the report of all steps."""
         for step in (self._check_content, self._check_indexes):
-            if not _collect(self._database, self._problems, step):
+            if not _run(step, self._problems, self._database):
                 break
         return replace(self._report, problems=listed(self._problems))
 
     # -- content ------------------------------------------------------------
 
-    def _check_content(self) -> Iterator[str]:
+    def _check_content(self) -> None:
         head = read_head(self._session, self._sql)
         rows = {row.seq: row for row in read_snapshot_rows(self._session)}
         labels = {seq: f"the snapshot at seq {seq}" for seq in rows}
+        # Compaction raises the floor and drops older snapshots in one transaction.
+        self._problems += [
+            f"{labels[seq]} is below the floor {head.floor}" for seq in rows if seq < head.floor - 1
+        ]
 
         def read(seq: int) -> Snapshot:
             return read_published(self._session, self._sql, rows[seq], self._location)
@@ -109,7 +117,6 @@ class _DatabaseCheck:
         finally:
             self._report = check.report()
             self._problems += check.problems
-        return iter(())
 
     def _rows(self, table: sa.Table, after: int | str) -> Iterator[Sequence[Any]]:
         """Yield the rows of a table in order of the primary key, which is the first column."""
@@ -166,7 +173,7 @@ class _DatabaseCheck:
 
     # -- indexes ------------------------------------------------------------
 
-    def _check_indexes(self) -> Iterator[str]:
+    def _check_indexes(self) -> None:
         for table in metadata.sorted_tables:
             for index in sorted(table.indexes, key=lambda index: str(index.name)):
                 digests = self._database.maintenance.index_digests(self._session, index)
@@ -178,4 +185,6 @@ class _DatabaseCheck:
                     if given != stored
                     else f"gives other values than the {stored} rows"
                 )
-                yield f"the index {index.name} {difference} of the table {table.name}: rebuild it"
+                self._problems.append(
+                    f"the index {index.name} {difference} of the table {table.name}: rebuild it"
+                )
