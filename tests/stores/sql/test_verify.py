@@ -21,6 +21,7 @@ from taskstore.stores.sql.tables import ONLY_ON, metadata
 from taskstore.testing.factories import create, make_put, update
 
 KEEP = CompactionPolicy(force=True, history_s=10**9)
+ERASE = CompactionPolicy(erase_deleted=True)
 
 
 def run(url: str, *statements: str) -> None:
@@ -207,6 +208,29 @@ def test_a_snapshot_below_the_floor_is_a_problem(filled, url):
     filled.compact(KEEP)
     run(url, "UPDATE taskstore_head SET floor = 8")
     assert "the snapshot at seq 3 is below the floor 8" in problems_of(filled)
+
+
+@pytest.mark.parametrize(
+    ("statement", "problem"),
+    [
+        ("UPDATE task_journal SET at = at - 1 WHERE seq = 7", "seq 7: the commit id"),
+        ("UPDATE task_journal SET commit_id = replace(commit_id, 'a', 'b')", "seq 7: the commit"),
+        ("UPDATE task_journal SET revision = 1 WHERE seq = 7", "row of the trimmed entry"),
+        ("UPDATE task_journal SET task_id = 'x' WHERE seq = 7", "row of the trimmed entry"),
+        ("UPDATE task_journal SET kind = 'deletee' WHERE seq = 7", "unknown kind"),
+        ("UPDATE task_snapshots SET at = at + 1", "the snapshot at seq 7 has the time"),
+    ],
+)
+def test_the_row_before_the_floor_is_checked(statement, problem, filled, url):
+    # The replacement must change the commit id.
+    create(filled)
+    while "a" not in filled.read_journal(filled.head() - 1, 1)[0].commit_id:
+        create(filled)
+    seq = filled.head()
+    filled.compact(ERASE)
+    assert filled.verify().problems == ()
+    run(url, statement.replace("7", str(seq)))
+    assert problem.replace("7", str(seq)) in problems_of(filled)
 
 
 def test_at_most_100_problems_are_listed(store, url):

@@ -82,13 +82,15 @@ CHUNKS_PER_STEP = 8
 """The maximum number of chunks of a dropped snapshot that one transaction deletes."""
 TRIMMED_REVISION = 0
 """The revision in the row of the trimmed entry at floor - 1; every other entry has a higher one."""
-_TRIMMED_ENTRY = {
+TRIMMED_ENTRY = {
     "kind": "deleted",  # the only kind without a payload, also for earlier versions of taskstore
     "task_id": "",
     "revision": TRIMMED_REVISION,
     "payload": None,
     "checksum": None,
 }
+"""The values in the row of the trimmed entry at floor - 1.  This row keeps only its seq, its time
+and its commit id."""
 MAX_NAMED = 3
 """The maximum number of task ids in one error message."""
 
@@ -503,7 +505,7 @@ def trim_entries(tx: Session, database: Database, plan: TrimPlan) -> None:
     seq, last = task_journal.c.seq, plan.floor - 1
     tx.execute_core(sa.delete(task_journal).where(seq < plan.end, seq != last))
     if plan.end == plan.floor:
-        tx.execute_core(sa.update(task_journal).where(seq == last).values(_TRIMMED_ENTRY))
+        tx.execute_core(sa.update(task_journal).where(seq == last).values(TRIMMED_ENTRY))
 
 
 def _quarantine_entry(row: Any) -> Quarantined | None:

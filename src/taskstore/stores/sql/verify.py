@@ -18,6 +18,7 @@ from taskstore.model.journal import JournalEntry, Quarantined, Snapshot
 from taskstore.model.records import TaskRecord
 from taskstore.store.interface import VerifyReport
 from taskstore.stores.common.integrity import IntegrityCheck, listed
+from taskstore.stores.sql.compaction import TRIMMED_ENTRY, TRIMMED_REVISION
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.dialects.base import Session
 from taskstore.stores.sql.errors import ErrorKind
@@ -75,6 +76,14 @@ def _run(step: Callable[[], object], problems: list[str], database: Database) ->
     return True
 
 
+def _seal_problems(entry: JournalEntry) -> list[str]:
+    """Return the problem of an entry whose commit id does not match its time, if there is one."""
+    where, commit_id = f"task_journal, seq {entry.seq}", entry.commit_id
+    broken = is_seal_broken(commit_id, entry.at)
+    problem = f"{where}: the commit id {commit_id!r} does not match the time {entry.at}"
+    return [problem] if broken else []
+
+
 class _DatabaseCheck:
     """Checks the rows, the columns that copy payload fields, and the indexes.
 
@@ -91,7 +100,7 @@ class _DatabaseCheck:
 
     def run(self) -> VerifyReport:
         """Return the report of all steps."""
-        for step in (self._check_content, self._check_indexes):
+        for step in (self._check_content, self._check_floor, self._check_indexes):
             if not _run(step, self._problems, self._database):
                 break
         return replace(self._report, problems=listed(self._problems))
@@ -140,11 +149,7 @@ class _DatabaseCheck:
                 continue
             if entry.quarantined is not None:
                 check.problems.append(f"{entry.quarantined.where}: {entry.quarantined.reason}")
-            if is_seal_broken(entry.commit_id, entry.at):
-                check.problems.append(
-                    f"task_journal, seq {entry.seq}: the commit id {entry.commit_id!r} does not "
-                    f"match the time {entry.at}"
-                )
+            check.problems += _seal_problems(entry)
             yield entry
 
     def _current(self, check: IntegrityCheck, head: Head) -> Snapshot:
@@ -170,6 +175,26 @@ class _DatabaseCheck:
                     )
         check.problems += [f"{item.where}: {item.reason}" for item in damaged]
         return Snapshot(head.head_seq, records, head.last_at, tuple(quarantined))
+
+    def _check_floor(self) -> None:
+        """Check the row of the entry at floor - 1.  A trim keeps this row for its commit id."""
+        seq = read_head(self._session, self._sql).floor - 1
+        where = f"task_journal, seq {seq}"
+        for row in self._session.select(sa.select(task_journal).where(task_journal.c.seq == seq)):
+            entry = entry_of(row, f"{self._location}: {where}")
+            self._problems += _seal_problems(entry)
+            values = {column.key: row[n] for n, column in enumerate(task_journal.columns)}
+            is_trimmed = {values[name] == value for name, value in TRIMMED_ENTRY.items()}
+            # If the trim was interrupted, the row still contains the whole entry.
+            whole = bool(entry.task_id) and entry.revision > TRIMMED_REVISION
+            if not whole and is_trimmed != {True}:
+                self._problems.append(f"{where}: the row of the trimmed entry is damaged")
+            for snapshot in read_snapshot_rows(self._session):
+                if snapshot.seq == seq and snapshot.at != entry.at:
+                    self._problems.append(
+                        f"the snapshot at seq {seq} has the time {snapshot.at}, but the entry at "
+                        f"seq {seq} has the time {entry.at}"
+                    )
 
     # -- indexes ------------------------------------------------------------
 
