@@ -1,8 +1,8 @@
 """The record cache, its lookups, its replication, and the staging of changes.
 
-:class:`Lookups` is the only interface by which the registry looks records up.
-:class:`RecordCache` answers lookups from indexes over committed records.  :class:`Staging`
-answers lookups from other lookups (the base) with uncommitted changes applied.
+:class:`Lookups` is the only interface by which the registry looks records up.  :class:`RecordCache`
+answers lookups from indexes over committed records.  :class:`Staging` answers lookups as if
+uncommitted changes were already applied to another ``Lookups`` object, its base.
 :class:`ReplicatedCache` follows the journal of one store.
 """
 
@@ -50,8 +50,8 @@ from taskstore.store.interface import (
 logger = logging.getLogger("taskstore")
 
 PAGE_ENTRIES = 1000
-"""The number of journal entries that are read and applied at a time.  A commit with more
-entries becomes visible in parts, so that lookups wait only while one part is applied."""
+"""The number of journal entries that are read and applied at a time.  A commit with more entries
+becomes visible in parts: a lookup waits at most while one part is applied."""
 
 
 class Lookups(ABC):
@@ -65,7 +65,8 @@ class Lookups(ABC):
 
     @abstractmethod
     def select(self, query: TaskQuery) -> Iterator[TaskRecord]:
-        """Yield the records that match after the query's cursor, newest first, without a limit."""
+        """Yield the records after the query's cursor that match the query, newest first, without a
+        limit."""
 
     @abstractmethod
     def by_dedup_key(self, key: DedupKey) -> TaskRecord | None:
@@ -87,7 +88,8 @@ class Lookups(ABC):
         return self._newest_preferring_active(run_id=run_id)
 
     def find(self, token: str) -> TaskRecord | None:
-        """Return the task with id ``token``, else a task of this run or session, else ``None``."""
+        """Return the task with the id ``token``, else a task with this run id or session, else
+        ``None``."""
         return (
             self.get(token)
             or self._newest_preferring_active(run_id=token)
@@ -121,11 +123,12 @@ class Lookups(ABC):
 
 
 class RecordCache(Lookups):
-    """The committed records, up to the last applied journal entry.
+    """The committed records as of the last applied journal entry.
 
     ``position`` is the position of the last applied entry.  If an interrupt leaves the indexes
     incomplete, ``interrupted`` is true until the next load.  A thread that changes the cache must
-    hold the registry's commit lock; a thread that uses the indexes must hold ``lock``.
+    hold the registry's commit lock; a thread that uses the indexes must hold the ``lock`` of the
+    cache.
     """
 
     def __init__(self) -> None:
@@ -148,8 +151,8 @@ class RecordCache(Lookups):
         """Replace all records with the records of a snapshot; ``commit_id`` is the id of
         the commit at the snapshot's seq (empty if unknown).
 
-        Lookups see the old records until the new records are indexed, because the lock is
-        held only while the indexes are exchanged.
+        Lookups see the old records until the new records are indexed.  The method holds ``lock``
+        only for the exchange of the indexes, so lookups do not wait for the indexing.
         """
         indexes = Indexes(snapshot.records)
         with self.lock:
@@ -180,7 +183,8 @@ class RecordCache(Lookups):
         )
 
     def select(self, query: TaskQuery) -> Iterator[TaskRecord]:
-        """Yield the matching records, newest first, from the smallest index with all matches."""
+        """Yield the matching records, newest first.  To find them, read the smallest index that
+        contains all of them."""
         last: Key | None = None
         for key in self._candidates(query):
             if query.since is not None and key[0] < query.since:
@@ -193,7 +197,8 @@ class RecordCache(Lookups):
                     yield record
 
     def _candidates(self, query: TaskQuery) -> Iterator[Key]:
-        """Return the sort keys of records that can match after the cursor, newest first."""
+        """Return the sort keys, newest first, of the records after the cursor that possibly
+        match."""
         best: list[Sequence[Key]] = [self._indexes.keys]
         for field, wanted in query.where.items():
             lists = self._index_lists(field, wanted)
@@ -207,8 +212,8 @@ class RecordCache(Lookups):
         return before[0] if len(before) == 1 else heapq.merge(*before, reverse=True)
 
     def _index_lists(self, field: str, wanted: Iterable[object]) -> list[Sequence[Key]] | None:
-        """Return lists with the sort keys of all records that have one of the wanted values;
-        ``None`` if the indexes do not contain the field, or the value ``None`` is wanted."""
+        """Return lists with the sort keys of all records that have one of the wanted values.
+        Return ``None`` if the field is not indexed, or if ``None`` is one of the wanted values."""
         if field == SESSION_KEY:
             fields: tuple[str, ...] = ("child_session_key", "requester_session_key")
         elif field in INDEXED:
@@ -223,10 +228,10 @@ class RecordCache(Lookups):
 class ReplicatedCache(RecordCache):
     """The record cache of one store: it applies local commits and the commits of other writers.
 
-    The caller of a method that changes the cache must hold the commit lock.  Events are
-    queued in the order of the journal, and delivered after the commit lock is released.
-    ``stale`` is true if the cache can differ from the store in an unknown way: the next
-    commit or refresh then loads all records anew.
+    The caller of a method that changes the cache must hold the commit lock.  Events are queued in
+    the order of the journal, and delivered after the commit lock is released.  If ``stale`` is
+    true, the cache can differ from the store in an unknown way, and the next commit or refresh
+    loads all records anew.
     """
 
     def __init__(self, store: TaskRegistryStore, hooks: Hooks) -> None:
@@ -259,7 +264,8 @@ class ReplicatedCache(RecordCache):
             self._catch_up_journal(self._store)
 
     def catch_up(self, *, reload: bool = False) -> bool:
-        """Bring the cache up to date with the store; returns whether the cache was outdated."""
+        """Bring the cache up to date with the store; return whether the cache was outdated
+        before."""
         if isinstance(self._store, SupportsJournal):
             return self._catch_up_journal(self._store)
         if reload:
@@ -300,7 +306,8 @@ class ReplicatedCache(RecordCache):
             self._apply_entries(entries[start : start + PAGE_ENTRIES], local=True)
 
     def _catch_up_before(self, commit: Commit) -> bool:
-        """Apply the commits before the local commit; return whether ``commit`` was applied too."""
+        """Apply the commits before the local commit; return whether the local commit was applied
+        too."""
         before = commit.first_seq - 1
         try:
             if isinstance(self._store, SupportsJournal) and self.position.seq < before:
@@ -318,8 +325,8 @@ class ReplicatedCache(RecordCache):
     def _catch_up_journal(self, store: SupportsJournal) -> bool:
         """Apply all new journal entries; returns whether there were new entries.
 
-        If the journal does not contain ``position``, all records are loaded anew:
-        entries of another history must not be applied to the current records.
+        If the journal does not contain ``position``, all records are loaded anew, because entries
+        of another history must not be applied to the current records.
         """
         try:
             return bool(self.apply_remote(store))
@@ -328,8 +335,8 @@ class ReplicatedCache(RecordCache):
             return True
 
     def _apply_entries(self, entries: Iterable[JournalEntry], *, local: bool) -> None:
-        """Apply entries in one step: a lookup sees all or none of the entries.  Queue their
-        events."""
+        """Apply entries in one step: a lookup sees all or none of the entries.  Then queue the
+        events of the entries."""
         events: list[Event] = []
         with self.lock:
             for entry in entries:
@@ -350,9 +357,9 @@ class ReplicatedCache(RecordCache):
 class Staging(Lookups):
     """The lookups of ``base`` with uncommitted (staged) changes applied.
 
-    ``changes`` are the staged changes for the store, in order.  ``unverified`` is true
-    after an operation that staged nothing: the store checks no revision for this operation,
-    and cannot detect that the cache is outdated.
+    ``changes`` lists the staged changes for the store, in order.  ``unverified`` is true after an
+    operation that left a record unchanged.  For this record the store checks no revision, so the
+    store cannot detect that the cache is outdated.
     """
 
     __slots__ = ("_base", "_by_dedup_key", "_overlay", "changes", "unverified")
@@ -365,7 +372,8 @@ class Staging(Lookups):
         self.unverified = False
 
     def get(self, task_id: str) -> TaskRecord | None:
-        """Return the task's record with the staged changes applied; ``None`` if there is none."""
+        """Return the task's record with the staged changes applied; ``None`` if there is no
+        record."""
         overlay = self._overlay
         return overlay[task_id] if task_id in overlay else self._base.get(task_id)
 
@@ -378,7 +386,8 @@ class Staging(Lookups):
         return record if record is None else self.get(record.task_id)
 
     def select(self, query: TaskQuery) -> Iterator[TaskRecord]:
-        """Yield the records that match with the staged changes applied, newest first."""
+        """Yield the matching records, newest first; the staged changes are applied before the
+        match."""
         if not self._overlay:
             return self._base.select(query)
         overlay, cursor = self._overlay, query.cursor
@@ -397,7 +406,8 @@ class Staging(Lookups):
         return heapq.merge(base, staged, key=lambda record: record.sort_key, reverse=True)
 
     def summary(self) -> Summary:
-        """Return the number of records, with the staged changes applied."""
+        """Return the number of records, by status and by runtime, with the staged changes
+        applied."""
         base = self._base.summary()
         statuses, runtimes = Counter(base.by_status), Counter(base.by_runtime)
         for task_id, after in self._overlay.items():
@@ -421,7 +431,8 @@ class Staging(Lookups):
         return record
 
     def update(self, before: TaskRecord, after: TaskRecord) -> TaskRecord:
-        """Stage the next revision of a record; stage nothing if ``after is before``."""
+        """Stage the next revision, ``after``, of the record ``before``; if ``after is before``,
+        stage nothing."""
         if after is before:
             self.unverified = True
             return before
@@ -466,8 +477,8 @@ def _backwards(keys: Sequence[Key], end: int) -> Iterator[Key]:
 
 
 def _whole_commits(page: Sequence[JournalEntry]) -> Sequence[JournalEntry]:
-    """Return a page without its last commit, which can be incomplete; if the page contains only one
-    commit, return the whole page."""
+    """Return a page without the entries of its last commit, because this commit can be incomplete.
+    If the page contains only one commit, return the whole page."""
     last = page[-1].commit_id
     end = next((n for n in range(len(page), 0, -1) if page[n - 1].commit_id != last), 0)
     return page[:end] or page
@@ -481,9 +492,9 @@ _gc_disabled = False
 def gc_paused() -> Iterator[None]:
     """Pause Python's garbage collector in the body of a ``with`` that creates many records.
 
-    Records cannot form cycles, and each full collection blocks every thread.
-    A pause that begins during another pause has no effect: only the first pause disables
-    the collector, and enables the collector at its end.
+    Records cannot form cycles, and each full collection blocks every thread.  A pause that begins
+    during another pause has no effect.  Only the first pause disables the collector; at the end of
+    the first pause, the collector is enabled again.
     """
     global _gc_disabled  # noqa: PLW0603 - there is one collector per process
     first = _pause_lock.acquire(blocking=False)
@@ -501,7 +512,8 @@ def gc_paused() -> Iterator[None]:
 
 
 def end_gc_pause_after_fork() -> None:
-    """End a gc pause in a forked child, where the thread that began the pause does not exist."""
+    """End a gc pause in a forked child; the thread that began the pause exists only in the
+    parent."""
     global _pause_lock, _gc_disabled  # noqa: PLW0603
     _pause_lock = threading.Lock()
     if _gc_disabled:

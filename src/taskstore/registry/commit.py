@@ -5,8 +5,9 @@ thread.  While a commit is in progress, the requests of other callers wait in a 
 After the commit, a writer thread commits all queued requests as one group.
 
 An operation is a function that uses a :class:`~taskstore.registry.cache.Staging`: it looks records
-up and stages changes.  An operation has no state, so the committer can run the operation again over
-newer records after a conflict.  All operations of a batch are committed as one operation.
+up and stages changes.  An operation keeps no data between two runs.  After a conflict, the
+committer can therefore run the operation again over newer records.  All operations of a batch are
+committed as one operation.
 
 If the outcome of a commit is unknown, the caller gets an :class:`OutcomeUnknownError`, and all
 records are loaded into memory anew before the next commit.  If the connection is lost during a
@@ -56,15 +57,17 @@ MAX_ATTEMPTS = 64
 """The maximum number of attempts to commit one request if other writers commit first."""
 
 MAX_GROUP_ATTEMPTS = 4
-"""The maximum number of attempts to commit a group of requests before each is committed alone."""
+"""The maximum number of attempts to commit a group of requests before each request is committed
+alone."""
 
 CONTENTION_S = 1.0
-"""For this many seconds after a conflict, each commit takes the store's exclusive lock."""
+"""How long after a conflict each commit takes the store's exclusive lock, in seconds."""
 
 MIN_BACKOFF_S = 0.0005
 MAX_BACKOFF_S = 0.01
-"""The backoff after a conflict, in seconds, on a store without
-:class:`~taskstore.SupportsExclusive`; the backoff doubles with each attempt up to the maximum."""
+"""The maximum backoff after a conflict, in seconds, on a store without
+:class:`~taskstore.SupportsExclusive`.  The backoff begins at ``MIN_BACKOFF_S`` and doubles with
+each attempt up to this maximum."""
 
 IDLE_TIMEOUT_S = 5.0
 """How long the writer thread waits for another request before it ends, in seconds."""
@@ -80,7 +83,8 @@ _NO_CONTENTION: AbstractContextManager[AbstractSet[str]] = nullcontext(frozenset
 
 
 class Request(Struct, Generic[T]):
-    """The operation of one caller, and the result or error that the commit sets."""
+    """The operation of one caller, and its result or error.  The commit sets the result or
+    error."""
 
     operation: Operation[T]
     result: Any = None
@@ -127,7 +131,8 @@ class CommitQueue:
     def put(
         self, operation: Operation[T], on_done: Callable[[], object]
     ) -> tuple[QueuedRequest[T], bool]:
-        """Queue an operation; return its request, and whether to start the writer thread.
+        """Queue an operation; return its request, and whether the caller must start the writer
+        thread.
 
         Raises :class:`~taskstore.StoreClosedError` after :meth:`close`.
         """
@@ -141,10 +146,11 @@ class CommitQueue:
         return request, start
 
     def take(self, idle_s: float) -> list[QueuedRequest[Any]]:
-        """Wait for requests; start and return all queued requests.
+        """Wait until a request is queued; mark all queued requests as started, and return the
+        requests.
 
-        Returns an empty list if no request came for ``idle_s`` seconds, or if the queue is
-        closed: the writer thread must then end.
+        Returns an empty list if no request came for ``idle_s`` seconds, or if the queue is closed.
+        After an empty list, the writer thread must end.
         """
         while True:
             try:
@@ -173,7 +179,8 @@ class CommitQueue:
             request.on_done()
 
     def close(self) -> None:
-        """Refuse new requests; the writer thread ends after the queued requests are done."""
+        """Refuse new requests.  The writer thread ends when all queued requests have a result or an
+        error."""
         with self._lock:
             self._closed = True
             if self._has_writer:
@@ -183,8 +190,8 @@ class CommitQueue:
 def wait(request: QueuedRequest[T], done: threading.Lock) -> None:
     """Wait until the lock ``done`` is released: the request then has a result or an error.
 
-    If the caller is interrupted, a request that has not started is withdrawn.  The
-    caller waits briefly for a request that has started, because most commits end soon.
+    If an interrupt ends the wait, a request that has not started is withdrawn.  If the request has
+    started, the interrupted caller waits briefly for the commit, because most commits end soon.
     """
     try:
         done.acquire()
@@ -229,7 +236,7 @@ class Committer:
     # -- callers --------------------------------------------------------------
 
     def commit(self, operation: Operation[T]) -> T:
-        """Commit an operation, in this thread or in the writer thread; deliver events."""
+        """Commit an operation, in this thread or in the writer thread; then deliver the events."""
         if self._store.read_only:
             self.check_writable()
         try:
@@ -261,9 +268,9 @@ class Committer:
     ) -> QueuedRequest[T]:
         """Queue an operation for the writer thread, which calls ``on_done`` after the commit.
 
-        The caller of ``submit`` must deliver the events.  If no thread can be started, the
-        request fails with a :class:`TaskStoreError`; with ``commit_without_thread`` the
-        calling thread commits the request instead.
+        The caller of ``submit`` must deliver the events.  If no thread can be started, the effect
+        depends on ``commit_without_thread``.  If it is true, the calling thread commits the
+        request; otherwise the request fails with a :class:`TaskStoreError`.
         """
         self.check_writable()
         request, start = self._queue.put(operation, on_done)
@@ -295,7 +302,7 @@ class Committer:
     # -- the commit lock --------------------------------------------------------
 
     def _with_lock(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Take the commit lock, and call ``work``, which can change the cache."""
+        """Take the commit lock, and call ``work``; ``work`` is allowed to change the cache."""
         with self._lock:
             if self._locked:
                 raise TaskStoreError(
@@ -345,7 +352,7 @@ class Committer:
                 self._commit_group((request,))
 
     def _commit_requests(self, requests: Sequence[Request[Any]]) -> None:
-        """Commit requests together, in order; retry while other writers commit first.
+        """Commit requests together, in order; if another writer commits first, retry.
 
         A request that fails stages nothing.  If a request fails or changes nothing, the cache
         catches up with the store; if the cache was outdated, all requests are staged
@@ -390,7 +397,8 @@ class Committer:
         )
 
     def _catch_up(self, *, single: bool) -> bool:
-        """Bring the cache up to date with the store; returns whether the cache was outdated."""
+        """Bring the cache up to date with the store; return whether the cache was outdated
+        before."""
         try:
             return self._cache.catch_up()
         except TaskStoreError as error:
@@ -404,7 +412,8 @@ class Committer:
 
     def _stage(self, requests: Sequence[Request[Any]], staging: Staging) -> bool:
         """Run requests in order; each request sees the staged changes of the earlier requests.
-        Returns true if a result or error is unverified because the cache was possibly outdated."""
+        Returns true if a result or error is unverified, that is, possibly wrong because the cache
+        was possibly outdated."""
         unverified = False
         for request in requests:
             savepoint = len(staging.changes)
@@ -425,10 +434,10 @@ class Committer:
     def _exclusive(self) -> Iterator[AbstractSet[str]]:
         """Take the store's exclusive lock until the local commit, and catch up with the store.
 
-        No other writer can commit between the catch-up and the local commit, so all
-        contending writers make progress in turn.  Without contention the exclusive lock is
-        not taken: a writer then waits only while another writer commits.  Yields the ids of
-        tasks that other writers changed.
+        No other writer can commit between the catch-up and the local commit, so all contending
+        writers make progress in turn.  Without contention, commits do not use this method and do
+        not take the exclusive lock.  A writer then waits only while another writer commits.  Yields
+        the ids of the tasks that other writers changed before the catch-up.
         """
         store = self._store
         remote_ids: AbstractSet[str] = frozenset()
@@ -449,8 +458,9 @@ def _fail(requests: Sequence[Request[Any]], error: BaseException) -> None:
 class Batch:
     """The operations in one ``with registry.batch()`` body, and their staged changes.
 
-    ``closed`` is set at the end of the ``with`` body.  If an asyncio task that the body
-    started runs longer than the body, the task commits its later changes itself.
+    ``closed`` is set at the end of the ``with`` body.  If the body started an asyncio task that
+    runs longer than the body, the changes that this asyncio task makes later are committed without
+    the batch.
     """
 
     def __init__(self, base: Lookups) -> None:
@@ -460,7 +470,8 @@ class Batch:
         self.closed = False
 
     def add(self, operation: Operation[T]) -> T:
-        """Run an operation, return its provisional result; if it raises, discard its changes."""
+        """Run an operation and return its provisional result.  If the operation raises an error,
+        discard its changes."""
         savepoint = len(self.staging.changes)
         try:
             result = operation(self.staging)

@@ -44,14 +44,14 @@ def compact(
 class Compactor:
     """A hook that compacts a store in its own thread when compaction is due.
 
-    Add the compactor with ``registry.hooks.add(Compactor(registry.store))``.  A new compactor
-    asks the store at once whether compaction is due, so it also finds the entries that were
-    committed earlier.  Later the compactor counts events from the newest snapshot on, and asks the
-    store again when the count shows that compaction is due.  The compactor does not block
-    writers.  ``runs`` counts completed compactions, ``failures`` counts failed compactions.  A
-    failure is logged, and the compactor tries again after ``min_entries`` more events.
-    ``last_report`` is the newest :class:`CompactionReport` or ``None``.  Close the compactor
-    before the store; ``async with`` closes it without blocking the event loop.
+    Add the compactor with ``registry.hooks.add(Compactor(registry.store))``.  A new compactor asks
+    the store at once whether compaction is due, so the entries that were committed earlier count
+    too.  Later the compactor counts the events after the newest snapshot.  When the count shows
+    that compaction is due, the compactor asks the store again.  The compactor does not block
+    writers.  ``runs`` is the number of completed compactions, and ``failures`` is the number of
+    failed compactions.  A failure is logged, and the compactor tries again after ``min_entries``
+    more events.  ``last_report`` is the newest :class:`CompactionReport` or ``None``.  Close the
+    compactor before the store; ``async with`` closes the compactor without blocking the event loop.
     """
 
     def __init__(self, store: TaskRegistryStore, policy: CompactionPolicy | None = None) -> None:
@@ -96,7 +96,7 @@ class Compactor:
                 self._start()
 
     def _stats(self, event: Upserted | Deleted) -> JournalStats:
-        """Return the known statistics plus the counted events."""
+        """Return the last statistics from the store, with the counted events added."""
         known = self._known
         return JournalStats(
             entries=max(event.seq - known.newest, 0),

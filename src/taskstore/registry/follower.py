@@ -18,8 +18,9 @@ from taskstore.store.interface import SupportsJournal
 logger = logging.getLogger("taskstore")
 
 POLL_INTERVAL_S = 0.5
-"""How long the follower waits for a commit before it refreshes without a commit, in
-seconds.  A refresh detects that another history has replaced the journal."""
+"""The longest wait of the follower for a commit, in seconds.  Even if no commit comes, the follower
+then refreshes the memory, because a refresh detects that another history has replaced the
+journal."""
 
 LOCAL_COMMIT_S = 0.001
 """How long the follower waits for a local commit to reach memory, in seconds."""
@@ -29,15 +30,16 @@ LOCAL_WRITES_PAUSE_S = 0.005
 
 MIN_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 5.0
-"""The backoff while the store cannot be read, in seconds; the backoff doubles up to the maximum."""
+"""The maximum backoff while the store cannot be read, in seconds.  The backoff begins at
+``MIN_BACKOFF_S`` and doubles up to this maximum."""
 
 STOP_TIMEOUT_S = 5.0
 """How long :meth:`Follower.stop` waits for the thread to end, in seconds."""
 
 
 class Follower:
-    """The thread that :meth:`taskstore.TaskRegistry.follow` starts; ``stop()`` or the end
-    of a ``with`` ends the thread.
+    """The thread that :meth:`taskstore.TaskRegistry.follow` starts.  ``stop()``, or the end of a
+    ``with`` block, ends the thread.
 
     If the store cannot be read, the follower logs the error once and retries.
     """
@@ -94,7 +96,7 @@ class Follower:
                 backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
 
     def _wait_for_commit(self) -> None:
-        """Return after a possible commit of another process, or after the poll interval."""
+        """Wait until another process has possibly committed, or the poll interval has passed."""
         while not self._stopped.is_set():
             seq = self._seq()
             if not self._journal.wait_for(seq, POLL_INTERVAL_S):

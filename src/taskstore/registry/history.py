@@ -34,7 +34,8 @@ MAX_WAIT_S = 10.0**9
 
 
 def require_journal(store: TaskRegistryStore, wanted: str) -> SupportsJournal:
-    """Return the store typed as ``SupportsJournal``, or raise :class:`UnsupportedError`."""
+    """Return the store as a ``SupportsJournal``; raise :class:`UnsupportedError` if it has no
+    journal."""
     if not isinstance(store, SupportsJournal):
         raise UnsupportedError(f"{wanted} needs a journal, but {store!r} has no journal")
     return store
@@ -50,9 +51,9 @@ def entries_after(store: SupportsJournal, after: int) -> Iterator[JournalEntry]:
 class JournalReader:
     """Reads a journal from a cursor, page by page, and detects a replaced journal.
 
-    ``after`` is a seq or the ``cursor`` of an entry.  The reader skips no entry: it
-    raises :class:`CursorExpiredError` if the next entries were trimmed, or if the
-    journal does not contain the position.
+    ``after`` is a seq or the ``cursor`` of an entry.  The reader skips no entry: if the next
+    entries were trimmed, or the journal does not contain the position, the reader raises
+    :class:`CursorExpiredError`.
     """
 
     def __init__(self, journal: SupportsJournal, after: int | str | Position) -> None:
@@ -70,7 +71,8 @@ class JournalReader:
             self.position = Position(seq, commit_id_at(self._journal, seq))
 
     def next_page(self) -> Sequence[JournalEntry]:
-        """Return the entries after the position; an empty sequence if there are none yet."""
+        """Return the entries after the position; return an empty sequence if no such entry exists
+        yet."""
         if not self.position.commit_id:
             self.check()
         entries = entries_after_position(self._journal, self.position, PAGE_ENTRIES)
@@ -87,7 +89,8 @@ def changes(
 ) -> Iterator[JournalEntry]:
     """Yield entries after a cursor; end at the head or after ``wait`` seconds without an entry.
 
-    ``check`` is called before each step; an error that ``check`` raises ends the iteration.
+    If ``wait`` is ``None``, the iteration ends at the head.  ``check`` is called before each step;
+    an error that ``check`` raises ends the iteration.
     """
     journal = require_journal(store, "changes")
     reader = JournalReader(journal, after)
@@ -133,9 +136,10 @@ def as_of(store: TaskRegistryStore, moment: int | datetime) -> Snapshot:
     """Return all records as of a seq or time.
 
     ``moment`` is a seq, a time as Unix milliseconds (from 10**11 on), or an aware
-    :class:`datetime.datetime`.  Raises :class:`CursorExpiredError` for a seq below
-    floor - 1 or a time before this seq.  Raises :class:`ValidationError` for a seq beyond the head,
-    and for a time at which entries can have been committed whose time comes from a wrong clock.
+    :class:`datetime.datetime`.  Raises :class:`CursorExpiredError` for a seq below floor - 1, and
+    for a time before the commit at floor - 1.  Raises :class:`ValidationError` for a seq beyond the
+    head.  The same error is raised for a time if a wrong clock set the times of later entries, and
+    some of these entries were possibly committed before the given time.
     """
     journal = require_journal(store, "as_of")
     at_time = _unix_ms(moment)
@@ -188,8 +192,8 @@ def _as_of_time(journal: SupportsJournal, at: int, now: int) -> Snapshot:
 
 
 def _base_snapshot(journal: SupportsJournal, seq: int) -> Snapshot:
-    """Return the newest snapshot at or before ``seq``; an empty snapshot if there is no
-    snapshot and no entry was trimmed."""
+    """Return the newest snapshot at or before ``seq``.  If there is no such snapshot and no entry
+    was trimmed, return an empty snapshot."""
     floor = journal.floor()
     if seq < floor - 1:
         raise CursorExpiredError(seq, floor)

@@ -3,7 +3,8 @@
 Hooks are called after the commit, outside the commit lock, one event at a time and in the order of
 the journal.  An exception in a hook is logged and counted; the exception does not undo the commit,
 and the other hooks are still called.  If a hook raises an interrupt, for example ``SystemExit``,
-the interrupt is raised again after all hooks were called with the event.
+all other hooks are still called with the event; then the interrupt is raised in the thread that
+delivers the event.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ DRAIN_TIMEOUT_S = 5.0
 class Restored(Struct, frozen=True):
     """The registry loaded all its records; this event is sent for an empty store too.
 
-    ``seq`` is the seq of the loaded snapshot, ``count`` the number of records
-    and ``records`` an immutable mapping of task_id to record.
+    ``seq`` is the seq of the loaded snapshot, ``count`` is the number of records, and ``records``
+    is an immutable mapping from task_id to record.
     """
 
     kind: ClassVar[str] = "restored"
@@ -43,8 +44,8 @@ class Restored(Struct, frozen=True):
 class Upserted(Struct, frozen=True, gc=False):
     """A task was created (``previous`` is ``None``) or changed.
 
-    ``at`` is the time of the commit (Unix milliseconds).  ``local`` is true if
-    this registry made the change, false if another writer made it.
+    ``at`` is the time of the commit (Unix milliseconds).  ``local`` is true if this registry made
+    the change, and false if another writer made the change.
     """
 
     kind: ClassVar[str] = "upserted"
@@ -59,8 +60,8 @@ class Upserted(Struct, frozen=True, gc=False):
 class Deleted(Struct, frozen=True, gc=False):
     """A task was deleted; ``previous`` is its last record, if known.
 
-    ``at`` is the time of the commit (Unix milliseconds).  ``local`` is true if
-    this registry made the change, false if another writer made it.
+    ``at`` is the time of the commit (Unix milliseconds).  ``local`` is true if this registry made
+    the change, and false if another writer made the change.
     """
 
     kind: ClassVar[str] = "deleted"
@@ -82,9 +83,9 @@ Hook = Callable[[Event], object]
 class Hooks:
     """The hooks of one registry, and the queue of undelivered events.
 
-    ``events`` are the events that at least one hook has not received.  ``errors`` counts
-    the hook calls that raised.  An interrupt (an error that is not an ``Exception``) is
-    raised in the delivering thread, unless ``raise_interrupts`` is false.
+    ``events`` are the events that at least one hook has not received.  ``errors`` is the number of
+    hook calls that raised an error.  An interrupt (an error that is not an ``Exception``) is raised
+    again in the thread that delivers the event, unless ``raise_interrupts`` is false.
     """
 
     def __init__(self, hooks: Iterable[Hook] = (), *, raise_interrupts: bool = True) -> None:
@@ -127,8 +128,8 @@ class Hooks:
     def deliver(self) -> None:
         """Deliver all queued events, unless another call is delivering events.
 
-        The caller must not hold the commit lock.  If a hook changes the registry, the
-        nested ``deliver`` returns at once; the new event is delivered after the current event.
+        The caller must not hold the commit lock.  If a hook changes a task, the nested call of
+        ``deliver`` returns at once; the event of this change is delivered after the current event.
         """
         me = threading.get_ident()
         # After a delivery the loop checks for events again.  It is possible that another call
@@ -163,8 +164,8 @@ class Hooks:
             time.sleep(0.001)
 
     def _deliver_first(self) -> None:
-        """Call all hooks with the first queued event; if an earlier delivery of the event
-        was interrupted, call only the remaining hooks."""
+        """Call all hooks with the first queued event.  If an earlier delivery of this event was
+        interrupted, call only the hooks that were not yet called."""
         event, interrupt = self.events[0], None
         if self._remaining is None:
             self._remaining = iter(self.registered.values())

@@ -1,9 +1,9 @@
 """The indexes over the records in memory.
 
-A full garbage collection blocks every thread while the collector visits all tracked
-objects.  The indexes therefore contain records and strings, which the collector does not
-track.  The indexes contain no dictionaries of tuples, because the collector can track such
-dictionaries again.  An index contains a list only for a value that several tasks share.
+A full garbage collection blocks every thread while the collector visits all tracked objects.  The
+indexes therefore contain records and strings, which the collector does not track.  The indexes
+contain no dictionaries of tuples, because the collector can begin to track a dictionary with
+tuples.  An index contains a list only for a value that several tasks share.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ Key = tuple[int, str]
 """The sort key of a record: (created_at, task_id)."""
 
 _FieldIndex = dict[object, str | list[Key]]
-"""The index of one field: maps a value to the id of its only task, or to its tasks' sort keys."""
+"""The index of one field.  A value that only one task has is mapped to the id of this task; a value
+that several tasks have is mapped to the sort keys of these tasks."""
 
 INDEXED = ("status", "runtime", *sorted({*OPTIONAL_KEYS} - {"run_digest", "lease_token"}))
 """The names of the indexed record fields."""
@@ -39,9 +40,9 @@ _NO_RECORDS: Mapping[str, TaskRecord] = MappingProxyType({})
 class Indexes:
     """The records by id, their sort keys, and an index of each indexed field.
 
-    Only one thread at a time is allowed to use the indexes.  ``keys`` are the sort keys
-    of all records, in order.  ``by_dedup_key`` maps a dedup key to its task id; the two
-    parts of a dedup key are joined by NUL, which neither part contains.
+    Only one thread at a time is allowed to use the indexes.  ``keys`` are the sort keys of all
+    records, in order.  ``by_dedup_key`` maps a dedup key to its task id; the two parts of a dedup
+    key are joined by a NUL character; neither part contains NUL.
     """
 
     def __init__(self, records: Mapping[str, TaskRecord] = _NO_RECORDS) -> None:
@@ -128,7 +129,8 @@ class Indexes:
         self._add_key(((index, after) for index, _, after in changed), key)
 
     def _add_key(self, targets: Iterable[tuple[_FieldIndex, str | None]], key: Key) -> None:
-        """Add a sort key to the entry of each (index, value) pair; ``None`` is not indexed."""
+        """For each pair (index, value), add a sort key to the index under the value, except if the
+        value is ``None``."""
         for index, value in targets:
             if value is None:
                 continue

@@ -114,19 +114,20 @@ class RegistryBase(ABC):
             return lookups.summary()
 
     def _with_commit_id(self, after: int | str) -> int | str | Position:
-        """Return the position of the last entry in memory if ``after`` is its seq, else
-        ``after``."""
+        """If ``after`` is the seq of the last entry in memory, return the position of this entry,
+        else ``after``."""
         position = self._cache.position
         return position if type(after) is int and after == position.seq else after
 
     @abstractmethod
     def _lookups(self) -> Lookups:
-        """Return the object that answers lookups of the caller: the staging of the caller's
-        open batch, or the record cache if the caller has no open batch."""
+        """Return the object that answers lookups of the caller.  If the caller has an open batch,
+        this object is the staging of the batch, otherwise the record cache."""
 
     @contextmanager
     def _locked_lookups(self) -> Iterator[Lookups]:
-        """Yield the object that answers lookups of the caller, while the cache is locked."""
+        """Lock the cache during the ``with`` body; yield the object that answers lookups of the
+        caller."""
         self._check_open()
         if self._cache.interrupted:
             self._reload()
@@ -163,7 +164,7 @@ class RegistryBase(ABC):
         """Finish commits and events in progress, stop the follower, and close the store if the
         registry opened the store.
 
-        In a forked child this method does nothing: all work in progress belongs to the
+        In a forked child this method does nothing, because all work in progress belongs to the
         parent.
         """
         if self._opened_by != os.getpid():
@@ -192,13 +193,13 @@ class RegistryBase(ABC):
 class TaskRegistry(RegistryBase, Verbs[TaskRecord, bool, str]):
     """The tasks of one ledger, with lifecycle rules, lookups and hooks, on top of one store.
 
-    Several threads can use one registry.  The store commits a change first, then memory
-    is updated, then the hooks are called.  A change that fails has no effect.  Lookups
-    read from memory.
+    Several threads can use one registry.  First the store commits a change, then the records in
+    memory are updated, then the hooks are called.  A change that fails has no effect.  Lookups read
+    from memory.
 
-    The constructor takes a ``store`` that the caller closes; :meth:`open`
-    opens a store that the registry closes.  ``hooks`` are callables that take
-    an event, ``clock`` returns Unix milliseconds.
+    The constructor takes a ``store`` that the caller closes; :meth:`open` opens a store that the
+    registry closes.  ``hooks`` are callables that take an event, and ``clock`` is a callable that
+    returns Unix milliseconds.
     """
 
     def __init__(
@@ -280,16 +281,17 @@ class TaskRegistry(RegistryBase, Verbs[TaskRecord, bool, str]):
     ) -> RunScope[list[TaskRecord]]:
         """Return the verbs for all tasks of a run.
 
-        ``runtime`` and ``session_key`` (the child's session) select some of the tasks.  If the
-        selected tasks differ in runtime, scope kind, owner or child session, the verbs change no
-        task.
+        If ``runtime`` or ``session_key`` (the child's session) is given, the verbs change only the
+        matching tasks of the run.  If the selected tasks differ in runtime, scope kind, owner or
+        child session, the verbs change no task.
         """
         return RunScope(RunSelector(run_id, runtime, session_key), self._now, self._commit_run)
 
     # -- the journal --------------------------------------------------------
 
     def changes(self, after: int | str = 0, wait: float | None = None) -> Iterator[JournalEntry]:
-        """Yield the journal entries after a seq, or an entry's ``cursor``, up to the head.
+        """Yield the journal entries after ``after``, up to the head.  ``after`` is a seq, or the
+        ``cursor`` of an entry.
 
         With ``wait``, the iterator waits for new entries, and ends after ``wait`` seconds
         without an entry.  Raises :class:`CursorExpiredError`, even during a wait, if the
@@ -313,10 +315,10 @@ class TaskRegistry(RegistryBase, Verbs[TaskRecord, bool, str]):
     def as_of(self, moment: int | datetime) -> Snapshot:
         """Return all records as of a seq or time.
 
-        ``moment`` is a seq from floor - 1 to the head, a time in Unix milliseconds (10**11
-        or later), or an aware datetime.  Raises :class:`CursorExpiredError` for a seq below
-        floor - 1 or an earlier time, :class:`ValidationError` for a seq beyond the head,
-        and :class:`UnsupportedError` for a store without a journal.
+        ``moment`` is a seq from floor - 1 to the head, a time in Unix milliseconds (10**11 or
+        later), or an aware datetime.  Raises :class:`CursorExpiredError` for a seq below floor - 1
+        or a time before the commit at floor - 1, :class:`ValidationError` for a seq beyond the
+        head, and :class:`UnsupportedError` for a store without a journal.
         """
         self._check_open()
         return history.as_of(self._store, moment)
@@ -324,7 +326,8 @@ class TaskRegistry(RegistryBase, Verbs[TaskRecord, bool, str]):
     # -- other processes, and closing -------------------------------------
 
     def refresh(self) -> int:
-        """Apply the commits of other processes to memory; returns the last seq in memory.
+        """Apply the commits of other processes to the records in memory; return the last seq in
+        memory.
 
         Hooks receive the events of the applied commits with ``local`` false.  If the store
         has no journal, all records are loaded anew.
@@ -341,23 +344,22 @@ class TaskRegistry(RegistryBase, Verbs[TaskRecord, bool, str]):
     def follow(self) -> Follower:
         """Start a background thread that applies the commits of other processes.
 
-        The follower applies a commit to memory as soon as the store reports the commit,
-        and calls the hooks with ``local`` false.  The follower ends after ``stop()``, at
-        the end of a ``with``, or when the registry is closed.  A second call of
-        ``follow`` returns the running follower.  Raises :class:`UnsupportedError`
-        for a store without a journal.
+        The follower applies a commit to memory as soon as the store reports the commit, and calls
+        the hooks with ``local`` false.  The follower ends after a call of its ``stop()``, at the
+        end of a ``with`` block over the follower, or when the registry is closed.  A second call of
+        ``follow`` returns the running follower.  Raises :class:`UnsupportedError` for a store
+        without a journal.
         """
         return self._start_follower(Follower)
 
     def close(self) -> None:
         """Close the registry, and the store if :meth:`open` opened the store.
 
-        Returns when all changes in progress are committed and their events are delivered.
-        Repeated calls are allowed; a repeated call completes an interrupted close.  A hook
-        that waits for ``close`` delays ``close`` by up to five seconds.  A signal handler
-        must not call ``close``, because ``close`` can wait for the call that the handler
-        interrupted.  If ``close`` detects that it interrupted another call, it raises
-        :class:`TaskStoreError`.
+        Returns when all changes in progress are committed and their events are delivered.  Repeated
+        calls are allowed; a repeated call completes an interrupted close.  If a hook waits for
+        ``close``, the call of ``close`` takes up to five seconds longer.  A signal handler must not
+        call ``close``, because ``close`` can wait for the call that the handler interrupted.  If
+        ``close`` detects that it interrupted another call, it raises :class:`TaskStoreError`.
         """
         with self._follower_lock:
             self._closed = True

@@ -67,8 +67,8 @@ class CreateTask(Struct, frozen=True):
 class ChangeTask(Struct, frozen=True):
     """Apply a mutation to a task; ``now`` is the current time (Unix milliseconds).
 
-    If ``if_revision`` is given, the task must have this revision.  If ``fence`` is given, it must
-    be the token of the task's lease.  A run scope changes only tasks whose status is in
+    If ``if_revision`` is given, the task must have this revision.  If ``fence`` is given, ``fence``
+    must be the token of the task's lease.  A run scope changes only tasks whose status is in
     ``statuses``.
     """
 
@@ -132,7 +132,7 @@ TaskOperation = CreateTask | ChangeTask | DeleteTask
 
 
 class RunSelector(Struct, frozen=True):
-    """The id of a run, and filters that select some tasks of the run."""
+    """The id of a run, and optional filters by which only some tasks of the run are selected."""
 
     run_id: str
     runtime: str | None
@@ -247,7 +247,8 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         if_revision: int | None = None,
         fence: str | None = None,
     ) -> RecordT:
-        """Set the progress summary of an active task; each run of white space becomes one space.
+        """Set the progress summary of an active task; each sequence of white space becomes one
+        space.
 
         The text is cleaned and cut as in :meth:`finish`.  A repeat of the same summary
         writes nothing.  The errors are as in :meth:`mark_running`.
@@ -270,13 +271,12 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> RecordT:
         """End a task with the status succeeded, failed, timed_out, cancelled or lost.
 
-        ``error`` is free text, ``summary`` is one line, ``outcome`` is succeeded or
-        blocked, and ``ended_at`` is in Unix milliseconds (default now).  No text is refused
-        for its content: NUL and lone surrogates become U+FFFD, and a text that is too long
-        loses its middle, with a mark such as ``…[4,096 bytes cut]…``.  This verb cannot
-        change a final status, except ``succeeded`` to failed, timed_out or cancelled.  A
-        repeat of the same call writes nothing.  The errors are as in
-        :meth:`mark_running`.
+        ``error`` is free text, ``summary`` is one line, ``outcome`` is succeeded or blocked, and
+        ``ended_at`` is in Unix milliseconds (default now).  No text is refused for its content: NUL
+        and lone surrogates become U+FFFD, and a text that is too long loses its middle, with a mark
+        such as ``…[4,096 bytes cut]…``.  This verb cannot change a final status, with one
+        exception: the verb can change ``succeeded`` to failed, timed_out or cancelled.  A repeat of
+        the same call writes nothing.  The errors are as in :meth:`mark_running`.
         """
         mutation = lifecycle.finish(
             status, error=error, summary=summary, outcome=outcome, ended_at=ended_at
@@ -314,9 +314,10 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> RecordT:
         """Correct the status of a lost task to an active status or to its actual final status.
 
-        The parameters ``error`` to ``ended_at`` are as in :meth:`finish`, and are allowed only if
-        ``status`` is a final status.  The errors are as in :meth:`mark_running`.  Raises
-        :class:`InvalidTransition` if the task neither is lost nor already has ``status``.
+        The parameters from ``error`` to ``ended_at`` have the same meaning as in :meth:`finish`.
+        These parameters are allowed only if ``status`` is a final status.  The errors are as in
+        :meth:`mark_running`.  Raises :class:`InvalidTransition` if the task is not lost, unless the
+        task already has ``status``.
         """
         mutation = lifecycle.recover(
             status, error=error, summary=summary, outcome=outcome, ended_at=ended_at
@@ -331,7 +332,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
         if_revision: int | None = None,
         fence: str | None = None,
     ) -> RecordT:
-        """End an active task as cancelled; ``reason`` becomes its error.
+        """End an active task as cancelled; ``reason`` becomes the error of the task.
 
         ``reason`` is as ``error`` in :meth:`finish`.  A cancelled task is returned
         unchanged.  The errors are as in :meth:`mark_running`.
@@ -349,10 +350,9 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> RecordT:
         """Set the delivery status: whether the requester has received the task's result.
 
-        The status ``delivered`` also sets ``last_notified_event_at`` (Unix milliseconds),
-        by default to the time of the task's last event.  This change is allowed on an ended
-        task too.  Raises :class:`TaskNotFound` and :class:`ConflictError` as in
-        :meth:`mark_running`.
+        The status ``delivered`` also sets ``last_notified_event_at`` (Unix milliseconds), by
+        default to the time of the task's last event.  The verb is allowed on an ended task too.
+        Raises :class:`TaskNotFound` and :class:`ConflictError` as in :meth:`mark_running`.
         """
         mutation = lifecycle.set_delivery_status(
             status, last_notified_event_at=last_notified_event_at
@@ -362,13 +362,14 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     def set_notify_policy(
         self, task_id: str, policy: str, *, if_revision: int | None = None, fence: str | None = None
     ) -> RecordT:
-        """Set when the owner is notified: ``done_only``, ``state_changes`` or ``silent``.
+        """Set the notify policy, that is, when the owner is notified: ``done_only``,
+        ``state_changes`` or ``silent``.
 
         If the task has an owner or a requester, ``silent`` changes the delivery status from
         ``pending`` to ``not_applicable``, and a change from ``silent`` to another policy
         changes ``not_applicable`` to ``pending``.
 
-        This change is allowed on an ended task too.  Raises :class:`TaskNotFound` and
+        The verb is allowed on an ended task too.  Raises :class:`TaskNotFound` and
         :class:`ConflictError` as in :meth:`mark_running`.
         """
         return self._mutate(task_id, lifecycle.set_notify_policy(policy), if_revision, fence)
@@ -383,7 +384,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> RecordT:
         """Set the time after which removal of the record is allowed (Unix ms; ``None``: never).
 
-        This change is allowed on an ended task too.  Raises :class:`TaskNotFound` and
+        The verb is allowed on an ended task too.  Raises :class:`TaskNotFound` and
         :class:`ConflictError` as in :meth:`mark_running`.
         """
         return self._mutate(task_id, lifecycle.set_cleanup_after(cleanup_after), if_revision, fence)
@@ -398,7 +399,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> RecordT:
         """Set the flow to which the task belongs; ``None`` means no flow.
 
-        This change is allowed on an ended task too.  Raises :class:`TaskNotFound` and
+        The verb is allowed on an ended task too.  Raises :class:`TaskNotFound` and
         :class:`ConflictError` as in :meth:`mark_running`.
         """
         return self._mutate(task_id, lifecycle.link_flow(parent_flow_id), if_revision, fence)
@@ -413,7 +414,7 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> RecordT:
         """Merge a mapping into the task's metadata, key by key at the top level.
 
-        This change is allowed on an ended task too.  Raises :class:`TaskNotFound` and
+        The verb is allowed on an ended task too.  Raises :class:`TaskNotFound` and
         :class:`ConflictError` as in :meth:`mark_running`.
         """
         return self._mutate(task_id, lifecycle.merge_metadata(changes), if_revision, fence)
@@ -477,11 +478,10 @@ class Verbs(ABC, Generic[RecordT, FlagT, TokenT]):
     ) -> TokenT:
         """Take the lease of an active task for ``lease_s`` seconds; returns the lease token.
 
-        Pass this token as ``fence`` to :meth:`renew_lease` and to the other verbs.  If
-        ``fence`` is the token of the current lease, the new lease replaces the current
-        lease.  A caller can thus give the task to another worker.  Raises
-        :class:`ConflictError` if the task has another lease that has not expired.  Other
-        errors are as in :meth:`mark_running`.
+        Pass this token as ``fence`` to :meth:`renew_lease` and to the other verbs.  If ``fence`` is
+        the token of the current lease, the new lease replaces the current lease.  In this way a
+        caller can give the task to another worker.  Raises :class:`ConflictError` if the task has
+        another lease that has not expired.  Other errors are as in :meth:`mark_running`.
         """
         _check_arguments(task_id, if_revision, fence)
         token = new_task_id()
@@ -564,9 +564,9 @@ def _run_verb(
 class RunScope(Generic[RecordsT]):
     """The verbs of the registry; each verb changes every task of a run in one commit.
 
-    Each verb returns the changed records, oldest first, or no records if the run is unknown
-    or ambiguous.  A verb skips tasks whose status does not allow the verb (mostly ended
-    tasks).  The tasks that are not skipped must have the given ``fence`` and
+    Each verb returns the changed records, oldest first, or no records if the run is unknown or
+    ambiguous.  A verb skips each task with a status that does not allow the verb; most skipped
+    tasks have ended.  The tasks that are not skipped must have the given ``fence`` and
     ``if_revision``; otherwise the verb raises :class:`ConflictError` and writes nothing.
     ``delete`` returns the deleted records.
     """
@@ -577,7 +577,8 @@ class RunScope(Generic[RecordsT]):
         now: Clock,
         commit: Callable[[RunSelector, Callable[[], TaskOperation]], RecordsT],
     ) -> None:
-        """``commit(run, make_operation)`` commits the result of ``make_operation()`` for a run."""
+        """``commit`` is called as ``commit(run, make_operation)``; it must call
+        ``make_operation()`` and commit the returned operation for all tasks of the run."""
         check_key("run_id", run.run_id)
         self._run = run
         self._factory = OperationFactory(now)

@@ -1,17 +1,18 @@
 """The file operations that change a ledger stored in files.
 
-A store that keeps files uses one :class:`Disk` to create, change, flush, rename or remove
-files.  The store reads files directly.  A test replaces the :class:`Disk` to count the
-operations, to make an operation fail, or to record all operations and build the states
-that a power loss can leave (``taskstore.testing.powerloss``).
+A store that keeps files uses one :class:`Disk` to create, change, flush, rename or remove files.
+The store reads files directly.  A test replaces the :class:`Disk` for one of three purposes: to
+count the operations; to make an operation fail; or to record all operations and build the directory
+contents that a power loss can leave (``taskstore.testing.powerloss``).
 
-The first methods of :class:`Disk` are single system calls.  The methods after them combine
-several system calls.
+The first methods of :class:`Disk` are single system calls.  The other methods of :class:`Disk`
+combine several system calls.
 
-A new file gets the owner, the group and the mode of its *predecessor*: the file whose users must
-be able to use the new file.  A new file without a predecessor gets the owner and the group of its
-directory.  Only its owner can use such a file, and in a directory that a group can write, also the
-group.  A new file is accessible only to its creator until it has its final owner and group.
+A new file gets the owner, the group and the mode of its *predecessor*: the file whose users must be
+able to use the new file.  A new file without a predecessor gets the owner and the group of its
+directory.  Only the owner can use a file without a predecessor; if a group can write the directory,
+this group can use the file too.  Until a new file has its final owner and group, only its creator
+can use the file.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 TEMPORARY = ".tmp"
-"""The suffix of the name of a file that is not complete yet."""
+"""The suffix of the name of a file that is not yet complete."""
 
 _BUFFER = 1 << 20
 _READ_WRITE = 0o6
@@ -48,7 +49,8 @@ class Disk:
         os.close(descriptor)
 
     def pwrite(self, descriptor: int, data: bytes | memoryview, offset: int) -> int:
-        """Write at an offset; return the number of written bytes, which can be less than all."""
+        """Write at an offset; return the number of written bytes, which can be less than the data
+        has."""
         return os.pwrite(descriptor, data, offset)
 
     def truncate(self, descriptor: int, size: int) -> None:
@@ -90,7 +92,8 @@ class Disk:
         os.mkdir(path, mode)  # noqa: PTH102 - the plain system call
 
     def chown(self, descriptor: int, uid: int, gid: int) -> None:
-        """Set the owner and the group of an open file; -1 changes nothing."""
+        """Set the owner and the group of an open file; the value -1 leaves the owner or group as it
+        is."""
         os.fchown(descriptor, uid, gid)
 
     def chmod(self, descriptor: int, mode: int) -> None:
@@ -158,7 +161,8 @@ class Disk:
     def write_temporary(
         self, path: Path, blocks: Iterable[bytes], predecessor: Path | None = None
     ) -> Path:
-        """Write a temporary file next to ``path`` with :meth:`write_new`; return its path.
+        """Write a temporary file next to ``path`` with :meth:`write_new`; return the temporary
+        path.
 
         If the call fails, the method removes the temporary file.  The method replaces a
         temporary file that a killed process left.
@@ -180,10 +184,12 @@ class Disk:
                 self.unlink(path)
 
     def make_directory(self, directory: Path) -> None:
-        """Durably create a directory and its missing parents, each for the users of its parent.
+        """Durably create a directory and its missing parents; each new directory gets the owner and
+        the group of its own parent.
 
-        Each new directory has mode 0700, or 2770 if a group can write its parent.  An existing
-        directory does not change, but must be readable and writable.
+        Each new directory has mode 0700, or 2770 if a group can write its parent.  The method does
+        not change an existing directory, but raises an error if this process cannot read or write
+        the directory.
         """
         missing = []
         existing = directory
@@ -201,7 +207,7 @@ class Disk:
 
 
 def _hand_over(disk: Disk, descriptor: int, path: Path, wanted: _Access) -> None:
-    """Give a new file or directory its owner, its group and its mode."""
+    """Set the owner, the group and the mode of a new file or directory."""
     given = os.fstat(descriptor)
     # Only root can set the owner.  A member of a group can set this group.
     for uid in (wanted.uid, -1):
@@ -257,7 +263,8 @@ def _make_one_directory(disk: Disk, directory: Path) -> None:
 class _Access(NamedTuple):
     """The owner, the group and the mode that a new file should get.
 
-    ``required`` is true if these come from a predecessor, whose users must not lose their access.
+    ``required`` is true if the three values come from a predecessor.  The users of the predecessor
+    must then be able to use the new file.
     """
 
     uid: int
@@ -266,8 +273,10 @@ class _Access(NamedTuple):
     required: bool
 
     def is_satisfied(self, given: os.stat_result, mode: int) -> bool:
-        """Return whether the users of the predecessor can read and write a file with this owner,
-        this group and this mode as they can read and write the predecessor."""
+        """Return whether the new file gives the users of the predecessor enough access.  ``given``
+        has the owner and the group of the new file; ``mode`` is the mode of the new file.  The
+        owner and the group of the predecessor must be able to read and write the new file as they
+        can read and write the predecessor."""
         if not self.required:
             return True
         owner, group = self.mode >> 6 & _READ_WRITE, self.mode >> 3 & _READ_WRITE
@@ -279,7 +288,8 @@ class _Access(NamedTuple):
 
 
 def _access_of(path: Path, predecessor: Path | None) -> _Access:
-    """Return the access of the predecessor, or of the directory if there is no predecessor."""
+    """Return the access that a new file should get: from its predecessor, or else from its
+    directory."""
     if predecessor is not None:
         with contextlib.suppress(FileNotFoundError):
             status = predecessor.stat()

@@ -62,8 +62,8 @@ from taskstore.model.query import (
 class StoreReport(Struct, frozen=True):
     """The facts that a store reports to its operator.
 
-    ``quarantined`` lists the records that the last load could not decode [12].  ``notices``
-    are sentences about the store, for example that a torn line was truncated, that the
+    ``quarantined`` lists the records that the last load could not decode [12].  ``notices`` are
+    sentences about the store.  For example, a notice says that a torn line was truncated, that the
     SQLite library has a known bug, or that the server decides the durability.
     """
 
@@ -92,20 +92,21 @@ class VerifyReport(Struct, frozen=True):
 class TaskRegistryStore(ABC):
     """The durable side of a ledger: one open instance of a backend.
 
-    Several threads can use one instance at once, but the registry never calls :meth:`apply`
-    from two threads at a time.  A store that implements only the two abstract methods
-    supports one process.
+    Several threads can use one instance at once, but the registry never calls :meth:`apply` from
+    two threads at a time.  A store that implements only the two abstract methods supports the use
+    by one process only.
     """
 
     clock: Clock = staticmethod(system_clock)
-    """The source of commit times; a registry that gets a ``clock`` argument replaces it."""
+    """The function that returns commit times.  A registry with a ``clock`` argument replaces this
+    function by the argument."""
 
     location: str = ""
-    """The path of the storage, or its URL without the password, for messages."""
+    """The path of the storage, or the URL of the storage without the password; used in messages."""
 
     durability: str = "full"
-    """The failure that an acknowledged change survives [4]: power loss (``full``), or a kill of
-    the writer (``process``)."""
+    """The worst failure that an acknowledged change survives [4]: ``full`` means power loss,
+    ``process`` means a kill of the writer."""
 
     unsupported_guarantees: Mapping[str, str] = MappingProxyType({})
     """The guarantees that this store does not give, each with the reason: ``processes``
@@ -150,9 +151,9 @@ class TaskRegistryStore(ABC):
         and no seq is used.  The commit is durable when the method returns [4].  Raises
         :class:`~taskstore.ValidationError`, before any write, for an invalid batch.
 
-        If ``changes`` is a :class:`~taskstore.ChangeSet`, a store that keeps commit ids
-        raises :class:`~taskstore.ConflictError` if the store's journal does not contain the
-        commit at the base position of the change set.
+        A store that keeps commit ids also checks the base position of a
+        :class:`~taskstore.ChangeSet`.  If the store's journal does not contain the commit at the
+        base position, the store raises :class:`~taskstore.ConflictError`.
 
         Note for implementers: the default implementation of ``apply`` loads and saves the
         whole ledger.  The default implementation is correct but slow, and only one process
@@ -167,11 +168,11 @@ class TaskRegistryStore(ABC):
         return commit
 
     def report(self) -> StoreReport:
-        """Return the report for the operator; never raise, and never read or lock
-        stored data.
+        """Return the report for the operator; never raise an error, and never read or lock stored
+        data.
 
-        As long as the time of the last known commit is more than an hour later than the clock, the
-        notices of a store with a journal tell this; see :func:`clock_notices`.
+        A store with a journal must give a notice if the time of the last known commit is more than
+        an hour later than the clock; :func:`clock_notices` returns this notice.
         """
         return StoreReport()
 
@@ -183,21 +184,21 @@ class TaskRegistryStore(ABC):
         and threads belong to the parent process.
 
         If the program drops the store without ``close``, the garbage collector releases the
-        resources.  If the store has open descriptors, the garbage collector also gives a
-        ``ResourceWarning``: see :meth:`_release_when_dropped`.
+        resources.  If the dropped store has open descriptors, a ``ResourceWarning`` is given too:
+        see :meth:`_release_when_dropped`.
         """
         self._closed = True
         if self._finalizer is not None:
             self._finalizer.detach()
 
     def _release_when_dropped(self, release: Callable[[], object]) -> None:
-        """Call ``release`` with a ``ResourceWarning`` if the store is dropped without ``close``.
+        """If the store is dropped without ``close``, call ``release`` and give a
+        ``ResourceWarning``.
 
-        A store with open descriptors calls this method at the end of its ``__init__``.
-        ``release`` must not refer to the store.  The garbage collector calls ``release`` at any
-        moment and in any thread, so ``release`` must not wait: not for another thread, not for a
-        server, and not for a lock that this thread can own at this moment.  In a forked child,
-        ``release`` is not called.
+        A store with open descriptors calls this method at the end of its ``__init__``.  ``release``
+        must not refer to the store.  The garbage collector calls ``release`` at any moment and in
+        any thread, so ``release`` must not wait for another thread, for a server, or for a lock
+        that the same thread possibly owns already.  In a forked child, ``release`` is not called.
         """
         self._finalizer = weakref.finalize(self, _release_dropped, repr(self), os.getpid(), release)
         self._finalizer.atexit = False  # the operating system releases everything at the exit
@@ -232,7 +233,8 @@ class TaskRegistryStore(ABC):
 
 
 class LoadedRecordsStore(TaskRegistryStore):
-    """A base class for a store that keeps or loads all records anyway.
+    """A base class for a store that keeps all records in memory, or loads all records for each
+    query.
 
     The methods implement :class:`SupportsQuery`, :class:`SupportsPages`,
     :class:`SupportsSummary` and :class:`SupportsIdSearch` on the result of ``load_snapshot``.
@@ -310,20 +312,20 @@ class SupportsJournal(Protocol):
     def wait_for(self, after: int, timeout: float) -> bool:
         """Wait until the head exceeds ``after``, at most ``timeout`` seconds.
 
-        Returns whether the head exceeds ``after``.  The result includes commits of every
-        process; ``timeout`` can be 0 or several years.  An implementation must not miss a
-        commit: it starts its notification source, then reads the head, then waits.  An
-        implementation must not spin: a waiting thread and its helper thread use almost no
-        CPU time.  Any number of threads can wait, and waiting threads must not block other
-        calls.  :meth:`~TaskRegistryStore.close` ends every wait at once: each waiting call
-        raises :class:`~taskstore.StoreClosedError`.
+        Returns whether the head exceeds ``after``.  Commits of every process count.  ``timeout``
+        can be any time from 0 to several years.  An implementation must not miss a commit: it
+        starts its notification source, then reads the head, then waits.  An implementation must not
+        spin: a waiting thread and its helper thread use almost no CPU time.  Any number of threads
+        can wait, and waiting threads must not block other calls.  :meth:`~TaskRegistryStore.close`
+        ends every wait at once: each waiting call raises :class:`~taskstore.StoreClosedError`.
         """
         ...
 
 
 @runtime_checkable
 class SupportsCommitIds(Protocol):
-    """A store with a journal that finds commit ids, also that of the newest trimmed entry."""
+    """A store with a journal that finds the commit id of an entry, even of the newest trimmed
+    entry."""
 
     def commit_id(self, seq: int) -> str:
         """Return the id of the commit that contains the entry ``seq``.
@@ -342,15 +344,15 @@ class SupportsExclusive(Protocol):
     def exclusive(self) -> AbstractContextManager[None]:
         """Hold the writer lock until the first ``apply`` or the end of the ``with`` body.
 
-        While the lock is held, ``apply`` of every other instance on the same storage, in
-        any process, waits for the lock as it waits for another commit.  In the ``with``
-        body, ``read_journal`` returns all committed entries to the calling thread, and no
-        other instance commits before the ``apply`` in the body.  The context manager itself
-        writes nothing, even after an exception.  At the end of the ``with`` body the lock
-        is always released, even without an ``apply``.  The ``with`` body must be short, and
-        is allowed to read and to call ``apply`` once.  Raises
-        :class:`~taskstore.StoreBusyError` if another writer holds the lock longer than the
-        timeout, and :class:`~taskstore.ReadOnlyError` if the store is read-only.
+        While the lock is held, a call of ``apply`` on any other instance with the same storage, in
+        any process, waits for the lock.  This wait is the same as the wait for another commit.  In
+        the ``with`` body, ``read_journal`` returns all committed entries to the calling thread, and
+        no other instance commits before the ``apply`` in the body.  The context manager itself
+        writes nothing, even after an exception.  At the end of the ``with`` body the lock is always
+        released, even without an ``apply``.  The ``with`` body must be short, and is allowed to
+        read and to call ``apply`` once.  Raises :class:`~taskstore.StoreBusyError` if another
+        writer holds the lock longer than the timeout, and :class:`~taskstore.ReadOnlyError` if the
+        store is read-only.
         """
         ...
 
@@ -396,17 +398,18 @@ class SupportsQuery(Protocol):
 
 @runtime_checkable
 class SupportsPages(Protocol):
-    """A store that answers a large query in parts, from one state of the ledger."""
+    """A store that answers a large query in parts; all parts show the records as of the same
+    seq."""
 
     def pages(self, query: TaskQuery, page_records: int) -> Iterator[Page]:
         """Yield the page of a query in parts of at most ``page_records`` records, in order.
 
-        All parts show the records as of one ``seq``, even if other writers commit between two
-        steps of the iteration.  The parts together are the page that ``query`` returns, and the
-        last part has the ``next_cursor`` of this page.  There is at least one part, which can be
-        empty.  The memory use does not depend on the number of parts, except in a store that
-        keeps or loads all records anyway.  A store can hold a read transaction until the
-        iterator ends or is closed, so the caller must not pause the iteration.
+        All parts show the records as of one ``seq``, even if other writers commit between two steps
+        of the iteration.  The parts together are the page that ``query`` returns, and the last part
+        has the ``next_cursor`` of this page.  There is at least one part, which can be empty.  The
+        memory use does not depend on the number of parts.  The exception is a store that keeps all
+        records in memory, or loads all records for each query.  A store can hold a read transaction
+        until the iterator ends or is closed, so the caller must not pause the iteration.
         """
         ...
 
@@ -416,11 +419,12 @@ class SupportsSummary(Protocol):
     """A store that counts its tasks without reading every record."""
 
     def summary(self) -> Summary:
-        """Return the number of records in total, by status and by runtime, as of its ``seq``.
+        """Return the number of records in total, by status and by runtime, as of the summary's
+        ``seq``.
 
-        The result equals the count of the records of ``load_snapshot``.  A quarantined record
-        of a saved snapshot is not counted.  A stored record that was damaged later can be
-        counted by the status and the runtime that are stored beside it.
+        The result equals the count of the records of ``load_snapshot``.  A quarantined record of a
+        saved snapshot is not counted.  A stored record that was damaged later can be counted by the
+        status and the runtime that are stored beside the record.
         """
         ...
 
@@ -434,9 +438,10 @@ class SupportsIdSearch(Protocol):
     ) -> Sequence[str]:
         """Return the first ``limit`` task ids, in order, that end with one of ``endings``.
 
-        The ids are those of stored tasks; with ``deleted``, those of deleted tasks whose deletion
-        is in the journal.  Endings are compared exactly: case matters, and no character is a
-        wildcard.  An ending can be a whole id; an empty text is the ending of no id.
+        If ``deleted`` is false, the method searches the ids of stored tasks.  If ``deleted`` is
+        true, the method searches instead the ids of deleted tasks whose deletion is in the journal.
+        Endings are compared exactly: case matters, and no character is a wildcard.  An ending can
+        be a whole id; an empty text is the ending of no id.
         """
         ...
 
@@ -449,11 +454,11 @@ class SupportsIntegrity(Protocol):
         """Check contiguity, checksums and revisions, and compare the stored records with the fold
         of the journal [5].
 
-        The method also compares every index, and every stored copy of a value, with the records
-        and entries, so that opening or this method detects each damage that changes the result of
-        a lookup, a query or a read of the journal.  The report lists at most 100 problems, and
-        the number of further problems.  The method writes nothing and takes no write lock.  Its
-        memory use can grow with the ledger.
+        The method also compares every index, and every stored copy of a value, with the records and
+        entries.  Each damage that changes the result of a lookup, a query or a read of the journal
+        must be detected, either by this method or when the store is opened.  The report lists at
+        most 100 problems, and the number of further problems.  The method writes nothing and takes
+        no write lock.  The memory use of the method can grow with the ledger.
         """
         ...
 
@@ -463,10 +468,10 @@ def entries_after_position(
 ) -> Sequence[JournalEntry]:
     """Return at most ``limit`` entries after a position.
 
-    Raises :class:`~taskstore.CursorExpiredError` in two cases: (a) entries after the
-    position were trimmed; (b) the commit of the position is not in the journal at the
-    position's seq.  If the entry at the position was trimmed, but no later entry was
-    trimmed, the commit id is compared with ``commit_id`` of the store.
+    Raises :class:`~taskstore.CursorExpiredError` in two cases: (a) entries after the position were
+    trimmed; (b) the commit of the position is not in the journal at the position's seq.  If the
+    entry at the position was trimmed, but no later entry was trimmed, the commit id of the position
+    is compared with the result of the store's ``commit_id``.
     """
     seq, commit_id = position.seq, position.commit_id
     if not seq:
@@ -501,8 +506,8 @@ def commit_id_at(journal: SupportsJournal, seq: int) -> str:
 def check_base(journal: SupportsJournal, changes: Sequence[Change]) -> None:
     """Raise :class:`~taskstore.ConflictError` if the base position is not in the journal.
 
-    Only a :class:`ChangeSet` has a base position.  A store calls this function while the
-    store holds its writer lock, or has its own faster check.
+    Only a :class:`ChangeSet` has a base position.  A store calls this function while the store
+    holds its writer lock.  A store with its own, faster check does not need this function.
     """
     if isinstance(changes, ChangeSet) and changes.base.seq:
         try:
@@ -512,7 +517,8 @@ def check_base(journal: SupportsJournal, changes: Sequence[Change]) -> None:
 
 
 def clock_notices(last_at: int, clock: Clock) -> tuple[str, ...]:
-    """Return the notice that the time of the last commit is later than the clock, if it is.
+    """If the time of the last commit is over an hour later than the clock, return a notice about
+    it.
 
     ``last_at`` is the time of the last commit (Unix milliseconds, 0 if unknown)."""
     try:
@@ -541,7 +547,8 @@ def base_not_found(position: Position) -> ConflictError:
 
 
 def forked_error(what: str) -> StoreClosedError:
-    """Return the error for a use of ``what`` in a forked child of the process that opened it."""
+    """Return the error for the use of ``what`` in a forked child, after the parent opened
+    ``what``."""
     return StoreClosedError(
         f"{what} was opened before the process forked",
         hint="open a separate instance in each process",

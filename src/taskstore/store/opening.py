@@ -39,8 +39,8 @@ _OTHER_NAMES = {
     "pysqlite": "sqlite",
     "mem": "memory",
 }
-"""Other names of databases, as in the URLs of other programs; the value is the scheme's first
-part."""
+"""Maps other names of databases, as used in the URLs of other programs, to the first part of the
+taskstore scheme."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 # As in SQLAlchemy, a password can contain slashes before the first @.  If there are several
@@ -55,10 +55,12 @@ def redacted(url: str) -> str:
 
 
 def shell_command(*words: str, url: str = "") -> str:
-    """Return a ``taskstore`` command, quoted for a POSIX shell; ``url`` becomes its ``--url``.
+    """Return a ``taskstore`` command, quoted for a POSIX shell, with ``url`` as the option
+    ``--url``.
 
     A password in ``url`` is replaced by ``***``.  The user must replace the stars, and
-    :func:`password_note` says so.  In the words of ``taskstore run``, the option precedes ``--``.
+    :func:`password_note` says so.  If ``words`` contains ``--`` (as for ``taskstore run``), the
+    option ``--url`` is placed before ``--``.
     """
     end = words.index("--") if "--" in words else len(words)
     options = ("--url", redacted(url)) if url else ()
@@ -66,15 +68,16 @@ def shell_command(*words: str, url: str = "") -> str:
 
 
 def password_note(url: str) -> str:
-    """Return what a user must do with a command of :func:`shell_command`, or an empty text."""
+    """Return a note that tells the user to put the password in place of the stars in a command of
+    :func:`shell_command`; return an empty text if the URL has no password."""
     return "" if redacted(url) == url else "put the password in place of ***"
 
 
 def _shell_word(word: str) -> str:
-    """Quote a word for a shell; a message can contain the result on one line.
+    """Quote a word for a shell; the result is one line of printable characters.
 
-    Messages escape characters that cannot be printed, so the result contains none of them:
-    ``$'…'`` quotes them as the octal numbers of their bytes.
+    A message would escape a character that cannot be printed, and the command would change.  In
+    ``$'…'``, the octal numbers of its bytes therefore stand for such a character.
     """
     if word.isprintable():
         return shlex.quote(word)
@@ -176,7 +179,7 @@ def _check_accepted(opener: Any, scheme: str, options: Iterable[str]) -> None:
 
 
 def check_options(durability: str, migrate: str) -> None:
-    """Raise :class:`~taskstore.ValidationError` for an unknown value of these options."""
+    """Raise :class:`~taskstore.ValidationError` if one of the two options has an unknown value."""
     if durability not in DURABILITIES:
         raise ValidationError("durability", f"must be one of {DURABILITIES}, not {durability!r}")
     if migrate not in MIGRATE_MODES:
@@ -206,7 +209,7 @@ def _load_opener(scheme: str) -> Any:
 
 
 def _similar_scheme(scheme: str, known: Iterable[str]) -> str | None:
-    """Return the question about the installed scheme that the user probably means."""
+    """Return a question that names the scheme that the user probably means."""
     if scheme in ("file", "jsonl", "dir"):
         return "did you mean 'sqlite:///PATH', or 'json:///DIRECTORY'?"
     name = scheme.partition("+")[0]

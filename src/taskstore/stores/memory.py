@@ -1,8 +1,8 @@
 """The memory store, the reference implementation of the store contract.
 
-The memory store meets every guarantee of the interface with two exceptions: the ledger is lost
-when the process ends, and other processes cannot use the ledger.  Instances of the store that
-share a :class:`MemoryStorage` share one ledger.
+The memory store gives every guarantee of the interface, with two exceptions: the ledger is lost
+when the process ends, and other processes cannot use the ledger.  Several :class:`MemoryStore`
+instances with the same :class:`MemoryStorage` use the same ledger.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """The change feed: threads wait for commits of other processes.
 
-A :class:`ChangeFeed` implements ``wait_for`` for a store.  While a call of ``wait_for`` waits,
-one thread of the feed polls for the commits of other processes through a :class:`Watcher`, and
-wakes the waiters, for example followers.  After each commit of the store itself, the store calls
+A :class:`ChangeFeed` implements ``wait_for`` for a store.  A call of ``wait_for`` that waits is a
+waiter.  While there are waiters, one thread of the feed uses a :class:`Watcher` to poll for the
+commits of other processes, and wakes the waiters.  After each of its own commits, the store calls
 :meth:`ChangeFeed.announce`, which wakes the waiters at once.
 
-No commit is missed.  A waiter registers before it reads the head, and the thread starts its watcher
-before it reads the head.  The read of the head sees every commit before the read; the watcher sees
-every commit after the read.
+The feed misses no commit.  A waiter registers before the waiter reads the head, and the thread
+starts its watcher before the thread reads the head.  The read of the head finds every commit before
+the read; the watcher finds every commit after the read.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from taskstore.errors import StoreClosedError, StoreUnavailableError
 from taskstore.stores.common.retry import Backoff
 
 IDLE_TIMEOUT_S = 2.0
-"""How long the watching thread runs without a waiter, in seconds.  If a caller repeats short waits,
-the feed therefore does not start a new watcher for each wait."""
+"""How long the watching thread runs without a waiter, in seconds.  Because of this time, a caller
+that repeats short waits does not cause a new watcher for each wait."""
 
 RETRY_S = 5.0
-"""After a watcher failed, how long the feed polls the head before it starts a new watcher, in s."""
+"""How long the feed polls the head after a watcher has failed, in seconds.  Then the feed starts a
+new watcher."""
 
 CLOSE_TIMEOUT_S = 1.0
 """How long :meth:`ChangeFeed.close` waits for the thread to close its watcher, in seconds."""
@@ -39,7 +40,8 @@ LONGEST_POLL_PAUSE_S = 0.06
 
 
 class WatcherBrokenError(Exception):
-    """Raised if a watcher cannot start or has failed; the feed then polls the head for a while."""
+    """The error of a watcher that cannot start or has failed; the feed then polls the head for a
+    while."""
 
 
 class Watcher(Protocol):
@@ -47,7 +49,7 @@ class Watcher(Protocol):
     call ``wake``."""
 
     def poll(self) -> int | None:
-        """Return the head if it has possibly changed since the previous poll, else ``None``.
+        """Return the head if the head has possibly changed since the previous poll, else ``None``.
 
         The first poll returns the head.  A poll that returns ``None`` must be cheap.
         """
@@ -58,18 +60,19 @@ class Watcher(Protocol):
         ...
 
     def wake(self) -> None:
-        """End the current :meth:`pause`.  If no pause is active, end the next pause.  Never blocks,
-        never raises."""
+        """End the current :meth:`pause`.  If no pause is active, end the next pause.  This method
+        never blocks and never raises an error."""
         ...
 
     def close(self, *, broken: bool) -> None:
-        """Release all resources; if ``broken`` is true, another watcher must not reuse these
-        resources.  Never raises."""
+        """Release all resources.  If ``broken`` is true, another watcher must not reuse these
+        resources.  This method never raises an error."""
         ...
 
 
 def polling_backoff(longest_s: float = LONGEST_POLL_PAUSE_S) -> Backoff:
-    """Return the pauses between polls: a pause is about half the time since the newest commit."""
+    """Return the growing pauses between polls: each pause is about half the time since the newest
+    commit."""
     return Backoff(0.001, longest_s, growth=1.5)
 
 
@@ -112,17 +115,17 @@ class PollingWatcher:
 
 _Waiter: TypeAlias = "SimpleQueue[BaseException | None]"
 """The queue of one waiting call.  The call returns when its queue receives ``None``, and raises the
-error when its queue receives an error.  This queue type is written in C, so that an interrupt
-cannot damage it."""
+error when its queue receives an error.  The queue type is written in C; therefore an interrupt
+cannot damage the queue."""
 
 
 class ChangeFeed:
     """The waiting calls of one store (``waiters``), and the thread that wakes them.
 
-    ``head`` returns the head, with the retries and errors of the store.  ``start_watcher``
-    returns a new watcher.  If ``start_watcher`` or the watcher raises
-    :class:`WatcherBrokenError` or one of ``errors``, the feed polls the head for a while.  The
-    thread ends after ``idle_timeout_s`` seconds without a waiter.
+    ``head`` is a function that returns the head; the function retries and raises errors as other
+    calls of the store do.  ``start_watcher`` returns a new watcher.  If ``start_watcher`` or the
+    watcher raises :class:`WatcherBrokenError` or one of ``errors``, the feed polls the head for a
+    while.  The thread ends after ``idle_timeout_s`` seconds without a waiter.
     """
 
     def __init__(
@@ -174,7 +177,8 @@ class ChangeFeed:
             del error  # the error refers to this frame: ``del`` ends the reference cycle
 
     def announce(self, seq: int) -> None:
-        """Wake each waiter whose ``after`` is below ``seq``, the newest committed seq.
+        """Wake each call of :meth:`wait_for` that waits with an ``after`` below ``seq``, the newest
+        committed seq.
 
         A store does not need to call this method while ``waiters`` is empty.
         """
@@ -236,7 +240,8 @@ class ChangeFeed:
                 self._fail_waiters(error)
 
     def _keep_thread(self) -> bool:
-        """Return whether this thread must continue; if not, the next waiter starts a new thread."""
+        """Return whether this thread must continue.  If the result is false, this thread ends, and
+        the next waiter starts a new thread."""
         with self._lock:
             # If the caller that started this thread was interrupted, ``self._thread`` can be unset.
             me = threading.current_thread()

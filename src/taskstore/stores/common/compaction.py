@@ -1,12 +1,12 @@
 """The steps of a compaction, in the same order for every store.
 
-A store implements each step in :class:`CompactionSteps`; this module fixes their
-order and applies the policy.  If the process is killed between two steps, the ledger stays intact.
-A published snapshot is complete, and after a snapshot is published, no reader uses the entries that
-will be trimmed.
+A store implements each step in :class:`CompactionSteps`; this module fixes the order of the steps
+and applies the policy.  If the process is killed between two steps, the ledger stays intact.  Every
+published snapshot is complete.  After the new snapshot is published, no reader uses the entries
+that will be trimmed.
 
-The new floor follows exactly the entry that the policy names; a store makes the snapshot that it
-needs there.  A commit is trimmed as a whole or not at all.
+The new floor follows exactly the last entry that the policy trims; if there is no snapshot at this
+entry, the store makes one.  A commit is trimmed as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -45,10 +45,12 @@ class CompactionPoint(NamedTuple):
 
 
 class Retained(NamedTuple):
-    """The floor after the compaction, and the seqs of all retained snapshots (also the new one).
+    """The floor after the compaction, and the seqs of all retained snapshots, including the new
+    one.
 
-    ``base`` is the snapshot directly before the floor that the store must make, ``None`` if there
-    is such a snapshot or no entry is trimmed.
+    ``base`` describes the snapshot directly before the floor if the store must make this snapshot.
+    ``base`` is ``None`` if this snapshot already exists, is the new snapshot, or is not needed
+    because no entry is trimmed.
     """
 
     seqs: frozenset[int]
@@ -63,7 +65,8 @@ class CompactionSteps(ABC):
     def stats(self, now: int, most_bytes: int) -> JournalStats:
         """Return the size of the journal, without taking the compaction lock.
 
-        ``history_bytes`` is exact up to ``most_bytes``; above, any larger number will do."""
+        If the history has at most ``most_bytes`` bytes, ``history_bytes`` is exact; otherwise
+        ``history_bytes`` is any number above ``most_bytes``."""
 
     @abstractmethod
     def lock(self) -> AbstractContextManager[object]:
@@ -71,7 +74,8 @@ class CompactionSteps(ABC):
 
     @abstractmethod
     def begin(self) -> CompactionPoint:
-        """Return the compaction point; the journal entries up to this point no longer change."""
+        """Return the compaction point; after the call, no journal entry up to this point
+        changes."""
 
     @abstractmethod
     def commit_of(self, seq: int) -> EntryCommit:
@@ -79,16 +83,17 @@ class CompactionSteps(ABC):
 
     @abstractmethod
     def seq_within(self, size: int, head: int) -> int:
-        """Return the lowest seq, at least floor - 1, after which the entries up to ``head`` have
-        at most ``size`` bytes."""
+        """Return the lowest seq S from floor - 1 on for which the entries from S + 1 to ``head``
+        have at most ``size`` bytes."""
 
     @abstractmethod
     def publish(self, point: CompactionPoint, retained: Retained) -> int:
         """Write the snapshots and move the floor; return the number of records in the new
         snapshot.
 
-        If ``retained.base`` is set, the store also makes this snapshot: from the newest snapshot
-        before it, or from the empty ledger, and the entries after that snapshot."""
+        If ``retained.base`` is set, the store also makes the snapshot that ``retained.base``
+        describes.  The store makes it from an older snapshot (the newest one before
+        ``retained.base``, or the empty ledger) and the entries after this older snapshot."""
 
     @abstractmethod
     def trim(self, point: CompactionPoint, retained: Retained) -> None:
@@ -155,7 +160,8 @@ def _nothing_done(stats: JournalStats, reason: str, floor_reason: str = "") -> C
 def _limit_of(
     steps: CompactionSteps, policy: CompactionPolicy, stats: JournalStats, head: int, floor: int
 ) -> HistoryLimit:
-    """Return up to which entry the compaction trims: the end of a commit, or ``floor`` - 1."""
+    """Return the last entry to trim, always the last entry of a commit; ``floor`` - 1 means:
+    none."""
     if policy.erase_deleted:
         return HistoryLimit(head, "deleted records were erased, with all history")
     seqs = range(floor, head + 1)
@@ -173,7 +179,8 @@ def _limit_of(
 
 
 def _last_whole_commit(steps: CompactionSteps, seqs: range, seq: int) -> int:
-    """Return the seq of the last commit in ``seqs`` that ends at or before ``seq``."""
+    """Return the last seq at or before ``seq`` at which a commit ends; ``seqs.start`` - 1 if none
+    ends."""
     commit_id = steps.commit_of(seq + 1).commit_id
     if not commit_id or steps.commit_of(seq).commit_id != commit_id:
         return seq
@@ -193,7 +200,8 @@ def _end_of_commit(steps: CompactionSteps, seqs: range, seq: int) -> int:
 
 
 def _snapshots(steps: CompactionSteps, point: CompactionPoint, oldest: int) -> list[SnapshotInfo]:
-    """Return the published snapshots, the new snapshot and the one at ``oldest``, ascending."""
+    """Return the published snapshots, the new snapshot and a snapshot at seq ``oldest``,
+    ascending."""
     snapshots = {snapshot.seq: snapshot for snapshot in point.snapshots}
     snapshots[point.seq] = SnapshotInfo(point.seq, point.at)
     if oldest >= point.floor and oldest not in snapshots:

@@ -15,16 +15,17 @@ MAX_TASKS_NAMED = 3
 """The maximum number of tasks that one problem names."""
 
 Content = dict[str | bytes, tuple[int, TaskRecord | bytes]]
-"""Maps each task id to the revision (0 if unknown) and the record.  A record that does not decode
-is kept as bytes.  If its task id is unknown, these bytes are also the key."""
+"""Maps each task id to the revision (0 if unknown) and the record.  For a record that does not
+decode, the value has the record's bytes.  If the task id of such a record is unknown, the bytes are
+also the key."""
 
 
 class IntegrityCheck:
     """Replays a ledger's journal from the floor, and compares the result with stored content.
 
-    ``snapshots`` maps the seq of each retained snapshot to the name of the snapshot; ``read``
-    reads the snapshot at a seq.  The store calls :meth:`journal`, then :meth:`compare` with the
-    current records, then :meth:`report`.
+    ``snapshots`` maps the seq of each retained snapshot to a name for problem texts; ``read`` is a
+    function that reads the snapshot at a seq.  The store calls :meth:`journal`, then
+    :meth:`compare` with the current records, then :meth:`report`.
 
     After a gap in the journal, the check treats each task as unknown until the next entry of
     the task or the next snapshot.  Each damage is therefore reported only once.
@@ -52,8 +53,9 @@ class IntegrityCheck:
         """Check the entries from the floor on, in order, and compare each snapshot with the
         replayed content at the snapshot's seq.
 
-        ``entries`` contains an error in place of entries that could not be read.  ``head`` is the
-        expected seq of the newest entry, for a store that keeps the head outside the journal.
+        In ``entries``, an error stands for the entries that could not be read.  A store that keeps
+        the head outside the journal passes this value as ``head``, the expected seq of the newest
+        entry.
         """
         if not self.complete and self.seq not in self._snapshots:
             self.problems.append(f"there is no snapshot at seq {self.seq}, before the floor")
@@ -77,14 +79,14 @@ class IntegrityCheck:
         self.problems += [f"{self._snapshots[seq]} is ahead of head {last}" for seq in self._ahead]
 
     def _skip_gap(self, problem: str, seq: int) -> None:
-        """Record ``problem``, and continue the replay after ``seq`` with unknown content."""
+        """Record ``problem``, and continue the replay after ``seq`` as if no task were known."""
         if problem:
             self.problems.append(problem)
         self.content, self.complete, self.seq = {}, False, seq
         self._compare_snapshots()
 
     def _compare_snapshots(self) -> None:
-        """Compare each snapshot up to the current seq of the replay with the known content."""
+        """Compare each snapshot that the replay has reached with the known content."""
         while self._ahead and self._ahead[-1] <= self.seq:
             seq = self._ahead.pop()
             try:
@@ -145,8 +147,8 @@ class IntegrityCheck:
                 self.content, self.complete = stored, True
 
     def _compare_times(self, name: str, at: int) -> None:
-        """Compare the time of a snapshot with the time of the entry at the same seq.  If this entry
-        was trimmed, the time of the snapshot is the earliest time of the next entry."""
+        """Compare the time of a snapshot with the time of the entry at the same seq.  If the entry
+        was trimmed, the next entry must not have an earlier time than the snapshot."""
         if self._entries and self._entry_seq == self.seq and at != self._at:
             self.problems.append(
                 f"{name} has the time {at}, but the entry at seq {self.seq} has the time {self._at}"
@@ -161,7 +163,8 @@ class IntegrityCheck:
 
 
 def listed(problems: Sequence[str]) -> tuple[str, ...]:
-    """Return the first ``MAX_PROBLEMS`` problems, and the number of further problems as text."""
+    """Return the first ``MAX_PROBLEMS`` problems; a last text tells how many further problems
+    exist."""
     more = len(problems) - MAX_PROBLEMS
     further = [f"and {more} more problems"] if more > 0 else []
     return (*problems[:MAX_PROBLEMS], *further)

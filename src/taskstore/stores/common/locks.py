@@ -1,12 +1,12 @@
 """File locks between processes: the fair lock, and the lock owners.
 
-If a process polls a lock, the lock is usually taken, because the process that released the lock
-takes the lock again at once.  If a few writers are busy, a waiter can starve.
-:class:`FairLock` prevents starvation with a queue: a waiter polls the lock only while the
-waiter owns ``flock`` on a second file, the queue file.  The other waiters poll the queue file.
-A process that has just released the lock and needs it again polls the queue file too.  The
-queue only orders the waiters; it protects no data.  If a waiter is killed, it leaves the queue; if
-a waiter is stopped, the other waiters bypass it.
+A process that only polls a lock seldom gets the lock, because the process that released the lock
+often takes the lock again at once.  While a few writers are busy, a waiting process can starve.
+:class:`FairLock` prevents starvation with a queue: a waiter polls the lock only while the waiter
+owns ``flock`` on a second file, the queue file.  The other waiters poll the queue file.  A process
+that has just released the lock and needs the lock again polls the queue file too.  The queue only
+orders the waiters; the queue protects no data.  A killed waiter leaves the queue.  If a waiter is
+stopped, the other waiters bypass this waiter.
 
 :func:`lock_owners` asks the operating system which processes own a lock.
 """
@@ -32,11 +32,11 @@ _AGING_S = 0.003  # after this time, in seconds, a waiter polls twice as often a
 
 
 class FairLock:
-    """The queue of waiters for a lock, in the file ``path``; the first waiter creates this file for
-    the users of the file ``predecessor``.
+    """The queue of waiters for a lock; the file ``path`` is the queue file.  The first waiter
+    creates the queue file for the users of the file ``predecessor``.
 
     Threads that share an instance must exclude each other by another lock.  If another program
-    removes the queue file, the waiters use a new file after a moment.
+    removes the queue file, the waiters detect the removal after a moment, and use a new file.
     """
 
     def __init__(self, path: Path, predecessor: Path | None = None) -> None:
@@ -83,7 +83,7 @@ class FairLock:
             os.close(descriptor)
 
     def _check_file(self, now: float) -> None:
-        """Close the queue file if another program has removed or replaced it."""
+        """Close the queue file if another program has removed or replaced the file at this path."""
         self._check_at = now + QUEUE_TIMEOUT_S
         try:
             if os.path.samestat(os.stat(self._path), os.fstat(self._descriptor)):  # noqa: PTH116
@@ -93,7 +93,8 @@ class FairLock:
         self.close()
 
     def _enter_queue(self) -> bool:
-        """Take the front of the queue; return false if another waiter is at the front."""
+        """Become the first waiter in the queue; return false if another process is the first
+        waiter."""
         try:
             if self._descriptor < 0:
                 self._descriptor = SYSTEM.open_or_create(Path(self._path), self._predecessor)
@@ -107,8 +108,8 @@ class FairLock:
 
 _LOCKS = Path("/proc/locks")
 _LOCK_FIELD_COUNT = 8
-"""The number of fields in a line of ``/proc/locks`` for a granted lock; a line for a waiter has one
-field more."""
+"""The number of fields in a line of ``/proc/locks`` for a granted lock.  The line of a process that
+waits has one field more."""
 _COMMAND_WORDS = 4
 _COMMAND_LENGTH = 80
 _SENSITIVE = re.compile(r"^--?[^=]+=|://|^--?(pass|pw|token|secret|key)", re.IGNORECASE)
@@ -154,7 +155,8 @@ def describe_process(pid: int) -> str:
 
 
 def command_of(pid: int) -> str:
-    """Return the first words of a process's command line, up to a word that is possibly secret."""
+    """Return the first words of a process's command line; stop before a word that is possibly
+    secret."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:

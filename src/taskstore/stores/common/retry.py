@@ -1,16 +1,16 @@
 """The retry policy for storage errors: backoff, circuit breaker, contention.
 
-This module does not retry conflicts between writers (:class:`~taskstore.ConflictError`);
-``registry/commit.py`` retries them.  The SQL store runs each call in a loop of attempts::
+Conflicts between writers (:class:`~taskstore.ConflictError`) are retried in ``registry/commit.py``,
+not in this module.  The SQL store runs each call in a loop of attempts::
 
     for attempt in policy.attempts():
         with attempt:
             return work()
 
-If an attempt fails with a storage error that a retry can resolve, the :class:`Attempt` sleeps
-and suppresses the error, so that the loop continues.  If a retry cannot resolve the storage
-error, or the retry timeout has expired, the :class:`Attempt` raises the store's own error.  The
-:class:`Attempt` catches only storage errors.
+If an attempt fails with a storage error that a retry can resolve, the :class:`Attempt` sleeps and
+suppresses the error; the loop then continues.  If a retry cannot resolve the storage error, or the
+retry timeout has expired, the :class:`Attempt` translates the driver's error and raises the store's
+own error.  The :class:`Attempt` catches only storage errors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ BUSY_TIMEOUT_S = 30.0
 RECONNECT_S = 30.0
 """How long a server can be unavailable before calls raise an error, in seconds."""
 PROBE_INTERVAL_S = 0.25
-"""After the retry timeout, the interval between two attempts to reach a server, in seconds."""
+"""Once the retry timeout has expired, the interval between two attempts to reach a server, in
+seconds."""
 
 
 class Backoff:
@@ -49,7 +50,8 @@ class Backoff:
         self._next_s = first_s
 
     def next_s(self) -> float:
-        """Return the next pause in seconds: at random from 50 to 100 % of the nominal pause."""
+        """Return the next pause in seconds: a random value from 50 to 100 % of the nominal
+        pause."""
         pause = self._next_s
         self._next_s = min(self._growth * pause, self._longest_s)
         return random.uniform(pause / 2, pause)  # noqa: S311 - jitter is no secret
@@ -67,9 +69,10 @@ class CircuitBreaker:
     """The state of a server's outage, shared by all calls of a store.
 
     During an outage, a call retries until ``timeout_s`` seconds after the first failure of the
-    outage, even if the call started later than this failure.  If a call first had to wait for
-    another call, it therefore does not wait for the full timeout again.  While the circuit is
-    open, calls fail without an attempt to connect, because an attempt can take seconds.
+    outage, even if the call started later than this failure.  A call that first had to wait for
+    another call therefore does not wait for the full timeout again.  After the timeout the circuit
+    is open: for ``PROBE_INTERVAL_S`` seconds after each failed attempt, calls fail without an
+    attempt to connect, because an attempt can take seconds.
     """
 
     def __init__(self, location: str, timeout_s: float) -> None:
@@ -107,7 +110,7 @@ class CircuitBreaker:
             return now - began >= self._timeout_s
 
     def close(self) -> None:
-        """Record that the server has answered: the outage, if there was one, has ended."""
+        """Record that the server has answered.  If there was an outage, the outage has ended."""
         with self._lock:
             self.outage = None
 
@@ -126,7 +129,8 @@ class Contention:
     def made_progress(self) -> bool:
         """Return whether another writer has committed since the previous call of this method.
 
-        The first call of this method returns true, so that the caller waits for one more timeout.
+        If the position cannot be read, the result is false.  Otherwise the first call returns true:
+        the caller then waits for one more timeout.
         """
         position = self._position()
         if position is None:
@@ -136,16 +140,18 @@ class Contention:
 
 
 class FailureKind(Enum):
-    """The kind of a storage error; the kind decides whether and how the call is retried."""
+    """The kind of a storage error.  The kind decides whether, and how often, the call is
+    retried."""
 
     PERMANENT = "permanent"
     """A retry would fail in the same way."""
     LOCK_BUSY = "lock busy"
-    """Another process owns a lock that has no queue of waiters: retry soon and often."""
+    """Another process owns a lock that has no queue of waiters: the call must be retried soon and
+    often."""
     LOCK_TIMEOUT = "lock timeout"
     """The server waited for a lock until the server's own lock timeout expired."""
     SERIALIZATION = "serialization"
-    """A deadlock or serialization failure: run the transaction again."""
+    """A deadlock or serialization failure: the transaction must run again."""
     UNAVAILABLE = "unavailable"
     """The server does not answer, or accepts no writes."""
 
@@ -155,7 +161,7 @@ class UnconfirmedCommitError(Exception):
 
 
 class ErrorTranslation(Protocol):
-    """How a store classifies and translates the errors of its driver."""
+    """The functions by which a store classifies and translates the errors of its driver."""
 
     errors: tuple[type[Exception], ...]
     """The exception types of the driver."""
@@ -174,10 +180,10 @@ class ErrorTranslation(Protocol):
 
 
 class RetryPolicy:
-    """Decides whether and for how long the calls of one store are retried.
+    """Decides whether the calls of one store are retried, and for how long.
 
-    All calls share the retry timeout of a server outage.  A write that waits for other writers
-    is retried as long as they make progress.  ``position`` has the same meaning as in
+    All calls share the retry timeout of a server outage.  A write that waits for other writers is
+    retried as long as the other writers make progress.  ``position`` has the same meaning as in
     :class:`Contention`; ``owners`` returns the lock owners, or ``None`` if the lock owners are
     unknown.
     """
@@ -196,11 +202,11 @@ class RetryPolicy:
         self.owners = owners
 
     def attempts(self, *, reads_back: bool = False) -> Iterator[Attempt]:
-        """Return the attempts of one call; an attempt raises its error if a retry is not allowed.
+        """Return the attempts of one call; an attempt raises an error if a retry is not allowed.
 
         If ``reads_back`` is false, an unconfirmed COMMIT is retried like any other work.  If
-        ``reads_back`` is true, the caller checks :attr:`Attempt.unconfirmed` and reads from the
-        database whether the COMMIT succeeded.
+        ``reads_back`` is true, the caller must check :attr:`Attempt.unconfirmed`; if this is true,
+        the caller must read from the database whether the COMMIT succeeded.
         """
         return repeat(Attempt(self, reads_back))
 
@@ -227,7 +233,7 @@ class Attempt:
         self._backoff: Backoff | None = None
         self._contention: Contention | None = None
         self.unconfirmed = False
-        """True if the most recent attempt sent a COMMIT that the server did not answer."""
+        """True if the most recent attempt sent a COMMIT and received no answer from the server."""
 
     def __enter__(self) -> None:
         self.unconfirmed = False

@@ -1,17 +1,18 @@
 """Compaction: fold the journal into a snapshot, publish the snapshot, trim.
 
-The compactor takes the write lock twice, each time for a short time.  First the compactor
-begins a new segment at seq N + 1; after that, the files with entries up to seq N do not change.
-Then the compactor reads the old snapshot as a stream and merges it with the newest payload of
-each task in the journal; only keys are in memory.  The compactor publishes the snapshot at seq
-N.  The publication moves the floor, because the snapshot's header declares the new floor.  The
-compactor takes the write lock again to show other processes that the floor has moved.  Finally, the
-compactor removes the files below the floor, oldest first.
+The compactor takes the write lock twice, each time for a short time.  First the compactor begins a
+new segment at seq N + 1; after that, the files with entries up to seq N do not change.  Then the
+compactor reads the old snapshot as a stream and merges this snapshot with the newest payload of
+each task in the journal.  The merge keeps only keys in memory.  The compactor publishes the
+snapshot at seq N.  The publication moves the floor, because the snapshot's header declares the new
+floor.  The compactor takes the write lock again to show other processes that the floor has moved.
+Finally, the compactor removes the files below the floor, oldest first.
 
-If no snapshot is directly before the new floor, the compactor makes this snapshot too.  If no
-segment begins at the new floor, the compactor copies the end of a segment to a new segment that is
-marked ``base``.  Such a segment is live only if it begins at the floor, so the copied entries are
-never live twice.
+If there is no snapshot at the seq directly before the new floor, the compactor also makes a
+snapshot at this seq.  If no segment begins at the new floor, the floor is in the middle of a
+segment.  The compactor then copies the end of this segment to a new segment that is marked
+``base``.  A segment marked ``base`` is live only if it begins at the floor.  Therefore an entry and
+its copy are never live at the same time.
 """
 
 from __future__ import annotations
@@ -54,14 +55,14 @@ from taskstore.stores.jsonfile.writing import Writer
 
 COMPACT_LOCK_TIMEOUT_S = 5.0
 """How long a compaction waits for the compaction lock, in seconds.  A writer that removes leftover
-files takes the same lock."""
+files takes the compaction lock too."""
 
 
 class Compaction(CompactionSteps):
-    """The steps of one compaction.  If ``erase`` is true, the compaction also removes the saved
-    torn lines.
+    """The steps of one compaction.  If ``erase`` is true, the compaction also removes the files
+    with saved torn lines.
 
-    ``superseded`` are the quarantined payloads of trimmed entries.
+    ``superseded`` lists the quarantined payloads of trimmed entries.
     """
 
     def __init__(self, writer: Writer, reader: Reader, *, erase: bool) -> None:
@@ -154,8 +155,8 @@ class Compaction(CompactionSteps):
         return merge.count
 
     def _write_base_segment(self, base: SnapshotInfo) -> list[tuple[Path, Path]]:
-        """Write the segment that begins at the new floor; return the temporary and the final path.
-        Return nothing if the segment exists."""
+        """Write the segment that begins at the new floor.  Return a list with its temporary and its
+        final path; the list is empty if the segment exists."""
         floor = base.seq + 1
         source = self._layout.segment_start(floor)
         if source.first == floor:
@@ -170,7 +171,7 @@ class Compaction(CompactionSteps):
         return [(temporary, path)]
 
     def _write_base_snapshot(self, point: CompactionPoint, base: SnapshotInfo) -> tuple[Path, Path]:
-        """Write the snapshot directly before the new floor; return the temporary and the final
+        """Write the snapshot directly before the new floor; return its temporary and its final
         path."""
         layout = self._layout
         older = [snapshot.seq for snapshot in point.snapshots if snapshot.seq < base.seq]
@@ -180,7 +181,8 @@ class Compaction(CompactionSteps):
         return self._write_snapshot(Merge(before, base.seq, floor), before, base, floor)
 
     def _copied_segment(self, base: SnapshotInfo) -> Iterator[bytes]:
-        """Yield the blocks of a segment with the commits after ``base`` of one older segment."""
+        """Yield a new segment in blocks: a header, then the commits after ``base`` from one older
+        segment."""
         layout = self._layout
         yield encode_header(layout.identity, seq=base.seq + 1, at=base.at, base=True)
         start = layout.segment_start(base.seq + 1)
@@ -192,7 +194,7 @@ class Compaction(CompactionSteps):
     def _write_snapshot(
         self, merge: Merge, layout: Layout, info: SnapshotInfo, floor: int
     ) -> tuple[Path, Path]:
-        """Write a snapshot to a temporary file; return the temporary and the final path."""
+        """Write a snapshot to a temporary file; return its temporary and its final path."""
         path = layout.snapshot_path(info.seq)
         ledger, timeline = layout.identity.ledger, layout.identity.timeline
         deleted = {task_id: seq for task_id, seq in merge.deleted.items() if seq >= floor}
@@ -220,8 +222,8 @@ class Compaction(CompactionSteps):
 
 
 class _PayloadLocation(Struct, frozen=True, gc=False):
-    """The location of a task's newest payload.  There are many instances; the garbage collector
-    does not track them."""
+    """The location of a task's newest payload.  A merge creates many instances of this class; the
+    garbage collector does not track these instances."""
 
     segment: int
     offset: int
@@ -229,7 +231,8 @@ class _PayloadLocation(Struct, frozen=True, gc=False):
 
 
 def _quarantine_damaged(entry: Entry, where: str) -> Quarantined | None:
-    """Return an entry's payload if it is undecodable or of another change, else ``None``."""
+    """Return an entry's payload if it does not decode or belongs to another change, else
+    ``None``."""
     item = decode_entry(entry, where, strict=False)
     if isinstance(item, Quarantined):
         return item
@@ -242,9 +245,10 @@ def _quarantine_damaged(entry: Entry, where: str) -> Quarantined | None:
 class Merge:
     """The newest snapshot merged with the newest payload of each task in the journal up to ``seq``.
 
-    Only keys are in memory.  A payload without readable keys is quarantined; every
-    other payload is copied as bytes, even if it does not decode.  ``superseded`` are the
-    undecodable payloads of entries below ``floor`` whose tasks have later entries [12].
+    The merge keeps only keys in memory.  A payload without readable keys is quarantined; every
+    other payload is copied as bytes, even if the payload does not decode.  ``superseded`` lists
+    payloads that do not decode: a payload is in the list if its entry is below ``floor`` and its
+    task has a later entry [12].
     """
 
     def __init__(self, layout: Layout, seq: int, floor: int) -> None:
@@ -255,9 +259,11 @@ class Merge:
         self._layout = layout
         self._floor = floor
         self._last_states: dict[str, _PayloadLocation | Quarantined | None] = {}
-        """Maps task ids to the newest payload in the journal; ``None`` if the task was deleted."""
+        """Maps each task id in the journal to the task's newest payload, or ``None`` for a deleted
+        task."""
         self._damaged: dict[str, Quarantined] = {}
-        """Maps each task id to its newest payload below the floor that does not decode."""
+        """Maps a task id to the payload of the task's newest entry so far, if this entry is below
+        the floor and the payload does not decode."""
         self._superseded: dict[str, list[Quarantined]] = {}
         self._unidentified: list[Quarantined] = []
         if layout.newest is not None:
@@ -305,7 +311,7 @@ class Merge:
                 start += len(payload)
 
     def payloads(self) -> Iterator[bytes]:
-        """Yield the live payloads in order of task_id."""
+        """Yield the payloads of all current records, in order of task_id."""
         for _, payload in heapq.merge(self._snapshot_payloads(), self._journal_payloads()):
             self.count += 1
             yield payload
@@ -331,7 +337,8 @@ class Merge:
             yield item
 
     def _snapshot_payloads(self) -> Iterator[tuple[str, bytes]]:
-        """Yield task id and payload of each task in the old snapshot that has no journal entry."""
+        """Yield id and payload of each task that is in the old snapshot and has no later journal
+        entry."""
         layout = self._layout
         if layout.newest is None:
             return

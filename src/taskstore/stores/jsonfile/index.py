@@ -1,6 +1,6 @@
 """The writer's index: revisions, dedup keys and deletions, without the records.
 
-:func:`load`, which loads the records, also fills the index.
+The function :func:`load` loads the records and can fill an index at the same time.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ def decode_stub(payload: bytes | Raw) -> RecordStub | None:
 class Index:
     """The stored revision of each task, the task of each dedup key, and the deletions.
 
-    ``revisions`` includes quarantined tasks, with 0 for an unknown revision.
-    ``deleted`` maps each deleted task id to a seq of the commit that deleted it.
+    ``revisions`` maps each task id to the stored revision; a quarantined task with an unknown
+    revision has 0.  ``deleted`` maps each deleted task id to a seq of the commit that deleted the
+    task.
     """
 
     def __init__(self) -> None:
@@ -104,7 +105,7 @@ class Index:
                     self._dedup_keys[step.task_id] = key
 
     def forget_deletions(self, floor: int) -> None:
-        """Forget the deletions below ``floor``, which are no longer in the journal."""
+        """Forget the deletions before seq ``floor``, because these are no longer in the journal."""
         for task_id in [task_id for task_id, seq in self.deleted.items() if seq < floor]:
             del self.deleted[task_id]
 
@@ -127,8 +128,8 @@ def load(
     """Return the current records (the newest snapshot folded with the journal), and the position of
     the journal's end.
 
-    Only the newest entry of each task is decoded.  ``index``, if given, must be empty; the keys of
-    all tasks are added to ``index``.
+    Only the newest entry of each task is decoded.  If ``index`` is given, it must be empty; the
+    function adds the keys of all tasks to it.
     """
     records: dict[str, TaskRecord] = {}
     quarantined: list[Quarantined] = []

@@ -1,10 +1,12 @@
 """The files of the directory: their names, the live files, OS errors.
 
-- The newest snapshot has the highest seq; its header declares the floor.  Publishing
-  a snapshot moves the floor.  Files below the floor are obsolete and are removed later.
+- The newest snapshot has the highest seq; its header declares the floor.  Publishing a snapshot
+  moves the floor.  Files below the floor are obsolete and are removed later.
 - A segment marked ``base`` is live only if it begins at the floor and the snapshot before it
-  exists.  The segment is created first; a published snapshot then moves the floor to it.
-- The live files must belong to one ledger without gaps between seqs; else the store is corrupt.
+  exists.  A writer first creates the segment, and then publishes a snapshot that moves the floor to
+  the start of the segment.
+- All live files must belong to one ledger, and their seqs must have no gap; otherwise the store is
+  corrupt.
 
 A published file was written as ``*.tmp`` and flushed to disk before its rename, and the
 directory is flushed to disk after the rename.  A crash therefore leaves either the old file or the
@@ -46,9 +48,9 @@ _BUFFER = 1 << 20
 class LedgerSnapshotHeader(codec.SnapshotHeader, frozen=True):
     """The first line of a snapshot file: the common header, and the fields of this store.
 
-    ``deleted`` has the deletions that are still in the journal before the snapshot.  It maps each
-    deleted task id to a seq of the commit that deleted the task.  ``commit`` is the id of the
-    commit at ``seq`` (empty if unknown).
+    ``deleted`` maps the id of each deleted task to a seq of the commit that deleted the task.
+    ``deleted`` contains only the deletions before the snapshot that are still in the journal.
+    ``commit`` is the id of the commit at ``seq`` (empty if unknown).
     """
 
     ledger: str
@@ -91,9 +93,9 @@ class JournalOffset(NamedTuple):
 class Layout(NamedTuple):
     """The live files of a ledger, as found by one reading of the directory.
 
-    ``segments`` and ``snapshots`` (seqs) are ascending.  ``obsolete`` has the files to remove,
-    in order of removal.  ``missing_history`` is a notice that the floor is higher than the declared
-    floor, because segments are missing.
+    ``segments`` and the seqs in ``snapshots`` are ascending.  ``obsolete`` lists the files to
+    remove, in order of removal.  If missing segments make the floor higher than the newest snapshot
+    declares, ``missing_history`` is a notice about the missing seqs.
     """
 
     directory: Path
@@ -149,8 +151,9 @@ class Layout(NamedTuple):
 def retry_while_changing(directory: Path, work: Callable[[int], _T]) -> _T:
     """Call ``work(1)``, ``work(2)`` and so on, until a call succeeds; return its result.
 
-    A compactor removes files while readers use them, and a file that another process is
-    changing can seem damaged.  In these two cases ``work`` is called again, a few times at most.
+    A call can fail because a compactor has removed a file, or because a file seems damaged while
+    another process changes the file.  In these two cases ``work`` is called again, a few times at
+    most.
     """
     attempt = damaged = 0
     backoff = Backoff(_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S)
@@ -171,7 +174,7 @@ def retry_while_changing(directory: Path, work: Callable[[int], _T]) -> _T:
 def read_layout(directory: Path) -> Layout:
     """Return the live files of a directory.
 
-    Raises :class:`CorruptStoreError` if the files are not one ledger, and ``OSError`` if the
+    Raises :class:`CorruptStoreError` if the files do not form one ledger, and ``OSError`` if the
     directory cannot be read or another process removes a file during the call.
     """
     snapshots, firsts = parse_file_names(os.listdir(directory))  # noqa: PTH208 - twice as fast
@@ -254,8 +257,8 @@ def read_snapshot_header(directory: Path, seq: int) -> LedgerSnapshotHeader:
 
 
 def commit_id_before_floor(layout: Layout) -> str:
-    """Return the id of the commit at floor - 1; the header of the snapshot at this seq has the
-    id."""
+    """Return the id of the commit at floor - 1, read from the header of the snapshot at this
+    seq."""
     seq = layout.floor - 1
     if not seq:
         return ""
@@ -280,8 +283,8 @@ def read_snapshot(layout: Layout, seq: int, *, strict: bool) -> Snapshot:
 
 
 def _damaged_hint(directory: Path, seq: int) -> str | None:
-    """Return a hint that says how to read the ledger without its newest snapshot; ``None`` if this
-    is impossible."""
+    """Return a hint that says how to read the ledger without its newest snapshot; return ``None``
+    if the ledger cannot be read without this snapshot."""
     snapshots, segments = parse_file_names(entry.name for entry in directory.iterdir())
     is_newest = snapshots[-1:] == [seq]
     for older in (*reversed(snapshots[:-1]), 0) if is_newest else ():
@@ -342,8 +345,9 @@ def snapshot_name(seq: int) -> str:
 
 
 def snapshot_predecessor(layout: Layout) -> Path:
-    """Return the file whose users must be able to use a new snapshot: the newest snapshot, or
-    without a snapshot the newest segment."""
+    """Return the predecessor of a new snapshot: the file whose users must be able to use the new
+    snapshot.  The predecessor is the newest snapshot, or the newest segment if there is no
+    snapshot."""
     if layout.newest is not None:
         return layout.snapshot_path(layout.newest.seq)
     return layout.segments[-1].path
@@ -385,7 +389,7 @@ def translate_os_errors(directory: Path) -> Iterator[None]:
 
 
 def unavailable(directory: Path, error: OSError) -> StoreUnavailableError:
-    """Return the store error for an error of the operating system."""
+    """Return the :class:`StoreUnavailableError` for an error of the operating system."""
     return StoreUnavailableError(
         f"the store {directory} cannot be used: {error}", hint=_HINTS.get(error.errno or 0)
     )

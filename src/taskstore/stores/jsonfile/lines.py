@@ -1,7 +1,7 @@
 """The lines of a segment: a header, then one commit per line.
 
-A line is ``{"crc":"xxxxxxxx",…}`` and a newline; the CRC-32 covers the bytes between
-the first comma and the newline.  If bytes do not match their checksum, they are not a line.
+A line is ``{"crc":"xxxxxxxx",…}`` and a newline; the CRC-32 covers the bytes between the first
+comma and the newline.  Bytes that do not match their checksum do not count as a line.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ class Identity(Struct, frozen=True):
 class Header(Struct, frozen=True):
     """The first line of a segment.
 
-    ``seq`` is the first seq of the segment, ``at`` is the time of the entry before
-    the segment (Unix milliseconds).  ``base`` is true if the segment does not continue an earlier
-    segment, but continues a snapshot that replaced the whole content.
+    ``seq`` is the first seq of the segment.  ``at`` is the time of the entry before the segment
+    (Unix milliseconds).  ``base`` is false if the segment continues an earlier segment.  ``base``
+    is true in two cases: (a) the segment continues a snapshot that replaced the whole content; (b)
+    a compaction copied the end of an earlier segment to this segment.
     """
 
     format: str
@@ -49,7 +50,7 @@ class Header(Struct, frozen=True):
 
 
 class Entry(Struct, frozen=True, gc=False):
-    """One change of a commit; ``record`` is the payload; it is empty for a deletion."""
+    """One change of a commit; ``record`` is the payload, which is empty for a deletion."""
 
     kind: EntryKind
     task_id: str
@@ -157,12 +158,13 @@ def decode_commit(line: bytes, where: str, offset: int) -> Line:
 
 
 def task_id_pattern(task_id: str) -> bytes:
-    """Return a byte string that is in every line that has an entry of the task."""
+    """Return a byte string that every line with an entry of the task contains."""
     return b'"task_id":%b' % _encoder.encode(task_id)
 
 
 def journal_entry(line: Line, index: int, where: str, *, strict: bool) -> JournalEntry:
-    """Return the journal entry at ``index`` of a commit; ``strict`` as in :func:`decode_entry`."""
+    """Return the journal entry at ``index`` of a commit.  ``strict`` has the meaning described at
+    :func:`decode_entry`."""
     entry = line.entries[index]
     record, quarantined = None, None
     if entry.kind is EntryKind.UPSERTED:
@@ -184,8 +186,9 @@ def journal_entry(line: Line, index: int, where: str, *, strict: bool) -> Journa
 
 
 def decode_entry(entry: Entry, where: str, *, strict: bool) -> TaskRecord | Quarantined:
-    """Return the record of an entry.  If the payload does not decode, raise
-    :class:`CorruptStoreError` if ``strict`` is true, else return the quarantined payload."""
+    """Return the record of an entry.  If the payload does not decode, the result depends on
+    ``strict``: if ``strict`` is true, raise :class:`CorruptStoreError`; otherwise return the
+    quarantined payload."""
     if strict:
         return codec.decode_record(bytes(entry.record), where)
     item = codec.decode_or_quarantine(bytes(entry.record), where)

@@ -1,19 +1,19 @@
 """Locks between processes with flock, and the writers' shared state.
 
-A writer owns the lock of the *directory*.  A compaction, and a replacement of the content, own
-the lock of the *segment that follows the newest snapshot*.  Nothing can remove or replace one of
-these two unnoticed: without the directory or the segment there is no ledger.  A lock on a file
-that only exists to be locked would not be safe, because a cleaner could remove the file while the
-lock is owned, and another process could then create and lock a new file.
+A writer locks the *directory*.  A compaction or a replacement of the content locks the *segment
+that follows the newest snapshot*.  No program can remove or replace the directory or this segment
+unnoticed, because there is no ledger without them.  A file that exists only to be locked would not
+be safe: a cleaner could remove the file while a process owns the lock, and another process could
+then create a new file and lock the new file.
 
-The file with the name ``lock`` contains the line ``<pid> <generation> <synced> <synced>``.
-``pid`` is the process id of the last writer, for messages.  ``generation`` changes when the set
-of files changes or a segment is truncated: the lock owner makes ``generation`` odd before the
-change and even afterwards.  ``synced`` is an offset in the last segment: all bytes before the
-offset are flushed to disk, and the next writer need not flush them again.  The offset is
-written twice; if the two copies differ, the offset is unknown.  Only running processes use these
-values, so the line is never flushed to disk.  If the file was removed, the next writer creates a
-new file and reads the directory again.
+The file with the name ``lock`` contains the line ``<pid> <generation> <synced> <synced>``.  ``pid``
+is the process id of the last writer, for messages.  ``generation`` is a number that rises when the
+set of files changes or a segment is truncated: the lock owner makes ``generation`` odd before the
+operation and even after the operation.  ``synced`` is an offset in the last segment: all bytes
+before the offset are flushed to disk, and the next writer does not have to flush these bytes again.
+The line contains the offset twice; if the two copies differ, the offset is unknown.  Only running
+processes use these values, so the line is never flushed to disk.  If the file ``lock`` was removed,
+the next writer creates a new file ``lock`` and reads the directory again.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ class PathLock:
     def __init__(self, path: Path, disk: Disk) -> None:
         self.path = path
         self.descriptor = -1
-        """The open file.  The lock owner calls ``fcntl.flock`` itself in a ``finally`` to release
-        the lock: an interrupt could prevent a release method from running."""
+        """The open file.  To release the lock, the lock owner calls ``fcntl.flock`` directly in a
+        ``finally`` block.  A release method would not be safe, because an interrupt could prevent
+        the method from running."""
         self._disk = disk
         self._name = os.fspath(path)
         self._file_id = (0, 0)
@@ -77,8 +78,8 @@ class PathLock:
             self._close()
 
     def close(self) -> None:
-        """Close the file.  This releases the lock, except in a forked child, because the parent
-        still has the file open.  A second call does nothing."""
+        """Close the file.  The closing releases the lock.  In a forked child the lock is not
+        released, because the parent still has the file open.  A second call does nothing."""
         self._close()
 
     def _close(self) -> None:
@@ -96,7 +97,8 @@ class PathLock:
 
 
 class _CreatedLock(PathLock):
-    """A lock on a file that the first process creates for the users of the ledger."""
+    """A lock on a file.  The first process that takes the lock creates the file, for all users of
+    the ledger."""
 
     def _open_path(self) -> int:
         return self._disk.open_or_create(self.path, newest_segment(self.path.parent))
@@ -105,11 +107,11 @@ class _CreatedLock(PathLock):
 class CompactLock:
     """The lock that excludes compactions and replacements of the content.
 
-    The owner first locks the file ``compact.lock``, which programs that copy the ledger lock too.
-    Then the owner locks the segment that follows the newest snapshot.  Only the owner publishes
-    snapshots; before it does so, it locks the segment that follows the new snapshot as well
-    (:meth:`extend`).  Therefore no other process can get the lock while this process owns it, even
-    if ``compact.lock`` was removed.
+    The owner first locks the file ``compact.lock``.  A program that copies the ledger locks this
+    file too.  Then the owner locks the segment that follows the newest snapshot.  Only the owner
+    publishes snapshots.  Before the owner publishes a snapshot, the owner also locks the segment
+    that will follow the new snapshot (:meth:`extend`).  Therefore no other process can take the
+    compaction lock at the same time, even if ``compact.lock`` was removed.
     """
 
     def __init__(self, directory: Path, disk: Disk) -> None:
@@ -149,7 +151,8 @@ class CompactLock:
         return next(segment.path for segment in layout.segments if segment.first == first)
 
     def extend(self, path: Path) -> None:
-        """Lock the segment that will follow the new snapshot; requires the lock."""
+        """Lock the segment that will follow the new snapshot.  The caller must own the compaction
+        lock."""
         if path not in self._segments:
             lock = self._segments[path] = PathLock(path, self._disk)
             if not lock.try_acquire():
@@ -164,8 +167,9 @@ class CompactLock:
 
     @contextmanager
     def held(self, timeout_s: float, role: str) -> Iterator[CompactLock]:
-        """Keep the lock during the body, then close the lock.  If the lock is not free in time,
-        raises :class:`StoreBusyError`, which names ``role`` as the lock owner."""
+        """Own the compaction lock during the ``with`` body, then close the lock.  If the lock is
+        not free within ``timeout_s`` seconds, raises :class:`StoreBusyError`; the message calls the
+        lock owner ``role``."""
         try:
             wait = self._queue.wait
             if not (self.try_acquire() or (timeout_s > 0 and wait(self.try_acquire, timeout_s))):
@@ -180,12 +184,12 @@ class CompactLock:
 
 
 class WriteLock(PathLock):
-    """The lock of the directory's writers, and the state in the lock file.
+    """The write lock of the ledger (a lock on the directory), and the values in the lock file.
 
-    ``generation`` is the current generation of the files.  ``known_generation`` is the
-    generation of the owner's layout; ``None`` if the layout can be outdated.  ``synced`` is the
-    offset in the last segment up to which all bytes are flushed to disk in this generation; 0
-    if the offset is unknown.
+    ``generation`` is the current generation of the files.  ``known_generation`` is the generation
+    in which the owner's layout was read; ``None`` if the layout can be outdated.  ``synced`` is an
+    offset in the last segment: in this generation, all bytes before the offset are flushed to disk.
+    ``synced`` is 0 if the offset is unknown.
     """
 
     def __init__(self, directory: Path, disk: Disk) -> None:
@@ -196,8 +200,8 @@ class WriteLock(PathLock):
         self.known_generation: int | None = None
         self.synced = 0
         self.state: bytes | None = None
-        """The line most recently read or written.  The attributes are current while the lock file
-        contains this line.
+        """The line of the lock file that was most recently read or written.  The attributes of this
+        object are current as long as the lock file contains this line.
         """
         self.queue = FairLock(directory / f"{LOCK_NAME}.turn", self.state_path)
         """The queue of waiters; a waiter calls ``queue.wait(lock.try_acquire, timeout_s)``."""
@@ -238,8 +242,8 @@ class WriteLock(PathLock):
         return self._disk.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
 
     def _open_state(self) -> bool:
-        """Open the lock file, or create it; return false if an older taskstore owns its lock.
-        Requires the lock."""
+        """Open the lock file, or create it.  Return false if a process with an older version of
+        taskstore owns the lock of this file.  The caller must own the write lock."""
         self._close_state()
         # A new lock file can belong to other journal files.
         self.state, self.known_generation = None, None
@@ -275,14 +279,15 @@ class WriteLock(PathLock):
             self._disk.close(descriptor)
 
     def close(self) -> None:
-        """Close all files.  This releases the lock, except in a forked child, because the parent
-        still has the files open.  A second call does nothing."""
+        """Close all files.  The closing releases the lock.  In a forked child the lock is not
+        released, because the parent still has the files open.  A second call does nothing."""
         self.queue.close()
         self._close_state()
         self._close()
 
     def load_state(self, state: bytes) -> None:
-        """Set the attributes from the line of the lock file.  Requires the lock."""
+        """Set the attributes from the line of the lock file.  The caller must own the write
+        lock."""
         pid, self.generation, self.synced = _parse(state)
         self.state = state
         self.mentions_ledger = mentions_ledger(state)
@@ -293,8 +298,8 @@ class WriteLock(PathLock):
             self.generation = time.time_ns() | 1
 
     def confirm_state(self) -> None:
-        """Record that the files are complete, and that this process is the last writer.  Requires
-        the lock."""
+        """Record that the files are complete, and that this process is the last writer.  The caller
+        must own the write lock."""
         if self.generation % 2:
             self.bump_generation()
         elif not self._is_recorded:
@@ -302,19 +307,20 @@ class WriteLock(PathLock):
         self.known_generation = self.generation
 
     def record_synced(self, offset: int) -> None:
-        """Record that the last segment is flushed to disk up to ``offset``.  Requires the lock and
-        the completed fsync.  Never raises: if the offset is not recorded, the next writer flushes
-        the bytes again."""
+        """Record that the last segment is flushed to disk up to ``offset``.  The caller must own
+        the write lock, and must have completed the fsync.  This method raises no ``OSError``: if
+        the offset cannot be recorded, the next writer flushes the bytes again."""
         self.synced = offset
         with contextlib.suppress(OSError):
             self._write_state()
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Mark the set of files as changing while the ``with`` block runs.  Requires the lock.
+        """Mark the set of files as changing while the ``with`` body runs.  The caller must own the
+        write lock.
 
-        If the body raises, the generation stays odd.  The next writer then reads the directory
-        again and removes leftover files.
+        If the body raises an error, the generation stays odd.  The next writer then reads the
+        directory again and removes leftover files.
         """
         self.generation += 1 + self.generation % 2
         self.synced = 0
@@ -323,7 +329,8 @@ class WriteLock(PathLock):
         self.bump_generation()
 
     def bump_generation(self) -> None:
-        """Show other processes that the set of files has changed.  Requires the lock."""
+        """Show other processes that the set of files has changed.  The caller must own the write
+        lock."""
         self.generation += 2 - self.generation % 2
         self.synced = 0
         self._write_state()
@@ -342,9 +349,10 @@ class WriteLock(PathLock):
 
 
 def read_generation(path: Path) -> tuple[int, int] | None:
-    """Return the generation and the inode of the lock file; takes no lock.
+    """Return the generation in the lock file, and the inode of the lock file; take no lock.
 
-    Returns ``None`` if the generation is unknown, or odd because of a change in progress.
+    Returns ``None`` if the generation is unknown, or if the generation is odd because another
+    process is changing the set of files.
     """
     try:
         with path.open("rb", buffering=0) as file:
@@ -356,7 +364,7 @@ def read_generation(path: Path) -> tuple[int, int] | None:
 
 
 def check_not_removed(directory: Path) -> None:
-    """Raise :class:`CorruptStoreError` if the lock file of a directory without a ledger says that
+    """Raise :class:`CorruptStoreError` for a directory without a ledger if its lock file says that
     the directory contained a ledger."""
     with contextlib.suppress(FileNotFoundError, PermissionError):
         if mentions_ledger((directory / LOCK_NAME).read_bytes()[:STATE_BYTES]):
@@ -397,7 +405,8 @@ def busy_error(path: Path, role: str, waited_s: float) -> StoreBusyError:
 def mentions_ledger(state: bytes) -> bool:
     """Return whether the line of a lock file says that the directory contained a ledger.
 
-    Every version of taskstore writes the pid and the generation first.
+    The function reads only the pid and the generation, because every version of taskstore writes
+    these two values first.
     """
     fields = state.split()[:2]
     return len(fields) == 2 and all(field.isdigit() for field in fields) and int(fields[0]) > 0  # noqa: PLR2004

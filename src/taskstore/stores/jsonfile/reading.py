@@ -1,8 +1,8 @@
 """The lock-free reader, which is consistent while other processes change files.
 
-The reader reads the directory once, and again only when the generation in the lock
-file has changed.  If a file disappears or seems damaged, another process is possibly changing the
-files, so the reader retries the read a few times.
+The reader lists the directory once.  The reader lists the directory again only when the generation
+in the lock file has changed or is unknown.  If a file disappears or seems damaged, another process
+is possibly changing the files.  In this case the reader retries the read a few times.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ _seq_of = operator.attrgetter("seq")
 
 
 class Reader:
-    """Reads the directory of one ledger, with a cache of journal positions.  Any number of threads
-    can use the reader.
+    """Reads the files of one ledger, and caches journal positions.  Any number of threads can use
+    the reader.
 
     ``ledger_found`` is true if the caller has already found a ledger in the directory.
     """
@@ -70,7 +70,8 @@ class Reader:
         self._positions: list[JournalOffset] = []
 
     def with_layout(self, work: Callable[[Layout], _T]) -> _T:
-        """Return ``work(layout)``; while files change, call ``work`` again with a new layout."""
+        """Return ``work(layout)``; if files change during the call, call ``work`` with a new
+        layout."""
 
         def attempt(number: int) -> _T:
             if number > 1:
@@ -104,7 +105,8 @@ class Reader:
 
     def version(self) -> tuple[object, ...]:
         """Return a value that changes with every commit: the generation of the files, and the inode
-        and the size of the last segment.  Reads one small file and calls ``stat`` once."""
+        and the size of the last segment.  The method is cheap: it reads one small file and calls
+        ``stat`` once."""
         known = self._layout
         generation = read_generation(self.directory / LOCK_NAME)
         if known is None:
@@ -117,7 +119,8 @@ class Reader:
 
     @property
     def missing_history(self) -> str | None:
-        """Return the notice about missing segments from the newest reading of the directory."""
+        """Return the notice about missing segments that the most recent listing of the directory
+        gave."""
         layout = self._layout
         return layout.missing_history if layout is not None else None
 
@@ -143,7 +146,8 @@ class Reader:
         return reader.position
 
     def torn_line_notice(self) -> str | None:
-        """Return a notice about bytes after the last commit; ``None`` if there are no bytes."""
+        """Return a notice about the bytes after the last commit; ``None`` if there are no such
+        bytes."""
 
         def check(layout: Layout) -> str | None:
             offset, path = self.end(layout).offset, layout.segments[-1].path
@@ -182,7 +186,8 @@ class Reader:
         return tuple(entries)
 
     def commit_of(self, layout: Layout, seq: int) -> Line:
-        """Return the commit that contains an entry from the floor to the head."""
+        """Return the commit that contains the entry at ``seq``, a seq from the floor to the
+        head."""
         reader = SegmentReader(layout, self._nearest_position(layout, seq - 1))
         for location in reader:
             self._cache_sparsely(location, reader.position)
@@ -191,8 +196,8 @@ class Reader:
         raise CorruptStoreError(str(self.directory), f"the entry with seq {seq} is missing")
 
     def commit_id(self, layout: Layout, seq: int) -> str:
-        """Return the id of the commit that contains an entry, or the entry at floor - 1; empty if
-        the id is unknown or there is no such entry."""
+        """Return the id of the commit that contains the entry at ``seq``, a retained entry or the
+        entry at floor - 1.  Return an empty text if the id is unknown or there is no such entry."""
         if seq == layout.floor - 1:
             return commit_id_before_floor(layout)
         if not layout.floor <= seq <= self.end(layout).seq:
@@ -216,7 +221,7 @@ class Reader:
         return tuple(entries)
 
     def _nearest_position(self, layout: Layout, after: int) -> JournalOffset:
-        """Return the known journal position that is nearest to a seq, at or before the seq."""
+        """Return the last known journal position that is at or before the seq ``after``."""
         start = layout.segment_start(after + 1)
         with self._lock:
             index = bisect.bisect_right(self._positions, after, key=_seq_of)
@@ -226,7 +231,7 @@ class Reader:
         return cached if live and cached.first >= start.first and cached.seq >= start.seq else start
 
     def _cache_sparsely(self, location: CommitLocation, end: JournalOffset) -> None:
-        """Cache the position after a commit, for about one commit per interval of bytes."""
+        """Cache the position after a commit, but only one position per interval of bytes."""
         if location.offset // _POSITION_INTERVAL_BYTES != end.offset // _POSITION_INTERVAL_BYTES:
             self._cache(end)
 

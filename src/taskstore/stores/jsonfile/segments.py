@@ -36,11 +36,13 @@ class CommitLocation(NamedTuple):
 
 
 class SegmentReader:
-    """The commits after a journal offset, in its segment and in all later segments.
+    """The commits after a journal position, in the segment of the position and in all later
+    segments.
 
-    During iteration, ``position`` is right after the commit most recently yielded.  The
-    iteration ends at the end of the last segment; a torn line at this end is ignored.  If any other
-    bytes are not the next commit, the iteration raises :class:`CorruptStoreError`.
+    During an iteration, ``position`` is directly after the commit that was yielded most recently.
+    The iteration ends at the end of the last segment; a torn line at this end is ignored.  If the
+    reader finds other bytes in place of the next commit, the iteration raises
+    :class:`CorruptStoreError`.
     """
 
     def __init__(self, layout: Layout, position: JournalOffset) -> None:
@@ -85,10 +87,11 @@ class SegmentReader:
 def read_lines(
     segment: SegmentFile, offset: int, *, last: bool, containing: bytes = b""
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield the offset and the bytes of each line from ``offset`` on that contains ``containing``.
+    """Yield offset and bytes of each line from ``offset`` on that contains the bytes
+    ``containing``.
 
-    A torn line at the end of the last segment is ignored.  If any other line does not match its
-    checksum, the function raises :class:`CorruptStoreError`.
+    A torn line at the end of the last segment is ignored.  If any other line that contains
+    ``containing`` does not match its checksum, the function raises :class:`CorruptStoreError`.
     """
     with segment.path.open("rb", buffering=_BUFFER) as file:
         file.seek(offset)
@@ -114,7 +117,7 @@ def prepare_segment(
     predecessor: Path | None,
     base: bool = False,
 ) -> Path:
-    """Write a new segment for ``path`` to a temporary file; return the temporary file's path."""
+    """Write a new, empty segment to a temporary file for ``path``; return the temporary path."""
     first = int(path.stem.partition("-")[2])
     header = encode_header(identity, seq=first, at=at, base=base)
     return disk.write_temporary(path, [header], predecessor)
@@ -141,7 +144,7 @@ def truncate_tail(disk: Disk, descriptor: int, path: Path, offset: int) -> str:
 
 
 def torn_line_text(size: int, offset: int) -> str:
-    """Return the description of bytes at the end of the last segment that are not a commit."""
+    """Return a text that describes a torn line at the end of the last segment."""
     return (
         f"the last line ({size} bytes at offset {offset}) was not completely written, "
         "or was damaged afterwards"

@@ -51,10 +51,10 @@ from taskstore.stores.jsonfile.segments import SegmentReader
 from taskstore.stores.jsonfile.writing import Writer
 
 LOCK_TIMEOUT_S = 30.0
-"""The default timeout of a write that waits for other writers, in seconds."""
+"""How long a write waits by default for other writers that make no progress, in seconds."""
 
 LONGEST_POLL_PAUSE_S = 0.025
-"""The longest pause between two polls of the files while a call waits, in seconds."""
+"""While a call waits for a commit, the longest pause between two polls of the files, in seconds."""
 
 _T = TypeVar("_T")
 
@@ -294,10 +294,11 @@ def _path_of(url: str) -> Path:
 
 
 def verify(directory: Path, writer: Writer | None) -> VerifyReport:
-    """Return a report on the files of a directory and the index of the writer, if one is given.
+    """Check the files of a directory and, if ``writer`` is given, the writer's index; return a
+    report.
 
-    If a check finds problems, the function checks again, because files have possibly changed during
-    the check.
+    If the first check finds problems, the function checks a second time, because other processes
+    have possibly changed files during the first check.
     """
     report = retry_while_changing(directory, lambda _: _verify(directory, writer))
     if report.ok:
@@ -323,7 +324,7 @@ def _verify(directory: Path, writer: Writer | None) -> VerifyReport:
 
 
 def _entries(layout: Layout) -> Iterator[JournalEntry | CorruptStoreError]:
-    """Yield the journal entries, and an error for each gap and each unreadable part."""
+    """Yield the journal entries; in place of each gap and each unreadable part, yield an error."""
     seq = layout.floor - 1
     for segment in layout.segments:
         if segment.first > seq + 1:
@@ -342,7 +343,7 @@ def _entries(layout: Layout) -> Iterator[JournalEntry | CorruptStoreError]:
 
 
 def _compare_index(writer: Writer, check: IntegrityCheck) -> None:
-    """Compare the writer's index with the checked content if the seqs of these two are equal."""
+    """Compare the writer's index with the checked content, if both are as of the same seq."""
     end, index = writer.end, writer.index
     if index is None or end.seq != check.seq:
         return

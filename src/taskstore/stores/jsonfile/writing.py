@@ -1,8 +1,8 @@
 """The writer: take the lock, catch up, check for conflicts, append.
 
 Between two commits the writer keeps the position of the journal's end, and the index as of this
-position.  Every change runs inside :meth:`Writer.locked`, which takes the lock and brings this
-position and the index up to date.
+position.  Every operation that changes files runs inside :meth:`Writer.locked`.  This method takes
+the lock, and brings the position and the index up to date.
 """
 
 from __future__ import annotations
@@ -69,12 +69,14 @@ class Writer:
         self.last_commit = Position(0)
         """The position of the newest known commit; the seq is 0 if no commit is known."""
         self.index: Index | None = None
-        """``None`` before the first commit, or if the index is possibly wrong; the next commit
-        rebuilds the index."""
+        """The index of the ledger.  It is ``None`` before the first commit, and also if the index
+        is possibly wrong; the next commit then rebuilds the index."""
         self.preloaded: tuple[Index, JournalOffset] | None = None
-        """The index and the journal's end from a load, for a commit while ``index`` is ``None``."""
+        """The index and the end of the journal that a load has found.  The next commit uses these
+        two values if ``index`` is ``None``."""
         self.reserved = False
-        """True if this thread owns the lock, and the next :meth:`locked` takes the lock over."""
+        """True if this thread already owns the lock, and the next call of :meth:`locked` must use
+        this lock."""
         self.timeout_s = lock_timeout_s
         self._lock = WriteLock(directory, disk)
         self._fsync_commits = sync
@@ -89,10 +91,10 @@ class Writer:
 
     @contextmanager
     def locked(self, *, indexed: bool = True) -> Iterator[None]:
-        """Take the thread lock and the process lock, and read new commits; then the body runs.
+        """Take the thread lock and the write lock, and read new commits; then the body runs.
 
-        A nested call of the same thread (from a signal handler) raises :class:`StoreBusyError`,
-        unless ``reserved`` is true.
+        A nested call of the same thread, for example from a signal handler, raises
+        :class:`StoreBusyError`, unless ``reserved`` is true.
         """
         # An interrupt arrives at the start of a Python function or after a call.  Therefore no call
         # is allowed between acquiring a lock and the block that releases this lock.
@@ -116,7 +118,7 @@ class Writer:
                     self._lock.close()  # closing the file also releases the lock
 
     def _acquire(self, *, indexed: bool) -> None:
-        """Take the process lock, and read new commits up to the end of the journal."""
+        """Take the write lock, and read new commits up to the end of the journal."""
         if self._refusal is not None:
             raise StoreUnavailableError(self._refusal, hint=_REOPEN)
         lock = self._lock
@@ -145,7 +147,7 @@ class Writer:
             raise unavailable(self.directory, error) from error
 
     def _wait_for_progress(self) -> None:
-        """Wait for the lock as long as the other writers make progress."""
+        """Wait for the write lock as long as the other writers make progress."""
         lock, contention = self._lock, Contention(partial(_progress_marker, self.directory))
         while self.timeout_s > 0 and contention.made_progress():
             if lock.queue.wait(lock.try_acquire, self.timeout_s / 2):
@@ -153,11 +155,12 @@ class Writer:
         raise busy_error(lock.path, "another writer", self.timeout_s)
 
     def compact_lock(self) -> CompactLock:
-        """Return a new lock object that excludes compactions and replacements of the content."""
+        """Return a new lock object; its owner excludes compactions and replacements of the
+        content."""
         return CompactLock(self.directory, self.disk)
 
     def close(self) -> None:
-        """Release all resources, after the current write."""
+        """Wait until the current write has ended, and release all resources."""
         with self._thread_lock:
             self._refusal = f"the store {self.directory} is closed"
             self._close_segment()
@@ -166,8 +169,8 @@ class Writer:
     # -- catching up --------------------------------------------------------
 
     def _catch_up(self, *, only_grown: bool, indexed: bool) -> None:
-        """Read the commits of other processes.  ``only_grown`` is true if the last segment has
-        grown and the other files have not changed."""
+        """Read the commits of other processes.  ``only_grown`` must be true only if the last
+        segment has grown and the other files have not changed."""
         # Until this call succeeds, the layout, the end and the index can be outdated.
         self._lock.known_generation = None
         if indexed and self.index is None and self.preloaded is not None:
@@ -193,8 +196,9 @@ class Writer:
         self._lock.confirm_state()
 
     def _read_commits(self, layout: Layout, *, indexed: bool) -> None:
-        """Read the commits after the known end of the journal.  If this end or the index is not
-        valid, read all commits; if ``indexed`` is false, read only the last segment instead."""
+        """Read the commits after the known end of the journal.  If the known end or the index is
+        not valid, the commits to read depend on ``indexed``: if ``indexed`` is true, read all
+        commits; otherwise read only the last segment."""
         last_commit = Position(0)
         if self.index is not None and layout.holds(self.end):
             index, start, last_commit = self.index, self.end, self.last_commit
@@ -221,8 +225,8 @@ class Writer:
         self.last_commit = last_commit
 
     def _read_or_create(self) -> Layout:
-        """Read the directory, and return its layout.  If there is no ledger, create a ledger; else
-        remove leftover files."""
+        """Read the directory, and return its layout.  If the directory contains no ledger, create a
+        ledger; otherwise remove leftover files."""
         layout = read_layout(self.directory)
         if not layout.is_empty:
             _remove_leftovers(layout, self.disk)
@@ -247,8 +251,9 @@ class Writer:
     def _sync_segment(self) -> None:
         """Flush to disk (fsync) the lines that other processes have appended or truncated.
 
-        It is possible that another process died between its write and its fsync.  Once this writer
-        has appended a line, a torn line before the new line would be corruption.
+        Another process has possibly died between its write and its fsync.  Without this flush, a
+        power loss could leave a torn line before the next line of this writer, and the segment
+        would be corrupt.
         """
         try:
             self.disk.sync_data(self._descriptor)
@@ -273,7 +278,8 @@ class Writer:
     # -- changing -----------------------------------------------------------
 
     def commit(self, steps: Sequence[Step], count: int, entries: bytes, clock: Clock) -> Commit:
-        """Check ``count`` changes for conflicts and append them as one line.  Requires the lock."""
+        """Check ``count`` changes for conflicts, and append the changes as one line.  The caller
+        must own the write lock."""
         index, start = self.index, self.end
         assert index is not None
         conflicts = find_conflicts(steps, index.revisions, index.deleted, index.by_dedup_key)
@@ -313,7 +319,8 @@ class Writer:
         return commit
 
     def _undo_append(self, error: BaseException, *, written: bool) -> None:
-        """Remove a failed line; refuse further writes if the content of the disk is unknown."""
+        """Remove the line of a failed commit.  Refuse further writes if the content of the disk is
+        unknown."""
         syncing = written and isinstance(error, OSError)
         operation = "flushing a commit to disk" if syncing else "undoing a commit"
         try:
@@ -332,7 +339,8 @@ class Writer:
 
     @contextmanager
     def _disable_on_error(self, operation: str) -> Iterator[None]:
-        """Refuse further writes if the body raises, because only a reopen checks the files."""
+        """If the body raises an error, refuse further writes, because only a reopen checks the
+        files."""
         try:
             yield
         except BaseException as error:
@@ -343,8 +351,8 @@ class Writer:
             raise
 
     def roll(self) -> Layout:
-        """Begin a new segment unless the newest segment is empty; return the layout.  Requires the
-        lock."""
+        """Begin a new segment, unless the newest segment is empty; return the layout.  The caller
+        must own the write lock."""
         if self.end.seq >= self.end.first:
             path = self.directory / segment_name(self.end.seq + 1)
             last = self.layout.segments[-1].path
@@ -360,7 +368,7 @@ class Writer:
         return self.layout
 
     def _switch_to(self, path: Path) -> None:
-        """Continue at the start of the newest segment, which is empty."""
+        """Make the new, empty segment at ``path`` the segment to which the writer appends."""
         self.layout = read_layout(self.directory)
         last = self.layout.segments[-1]
         assert last.path == path, "a new segment is the last segment"
@@ -368,15 +376,16 @@ class Writer:
         self.end = self.layout.start_of(last)
 
     def announce_floor(self, floor: int) -> None:
-        """Show other processes that a compaction has moved the floor.  Requires the lock."""
+        """Show other processes that a compaction has moved the floor.  The caller must own the
+        write lock."""
         self._lock.bump_generation()
         self.layout = read_layout(self.directory)
         if self.index is not None:
             self.index.forget_deletions(floor)
 
     def replace(self, snapshot: Snapshot, payloads: Iterable[bytes], lock: CompactLock) -> None:
-        """Replace the whole content with a snapshot.  Requires the write lock and the compaction
-        lock ``lock``."""
+        """Replace the whole content with a snapshot.  The caller must own the write lock, and the
+        compaction lock ``lock``."""
         head, at = self.end.seq, max(snapshot.at, self.end.at)
         if head and snapshot.seq <= head:
             raise ConflictError([], f"the snapshot is at seq {snapshot.seq}, the head at {head}")
