@@ -7,10 +7,10 @@ A backend author subclasses :class:`StoreContract` and overrides one fixture::
         def make_store(self, tmp_path):
             return lambda *, read_only=False: MyStore(tmp_path / "ledger", read_only=read_only)
 
-Each call of the callable that the fixture returns opens the same storage again.  If a
-clause needs an ability that the store lacks, pytest skips the clause, and the skip message
-names the ability.  The numbers in brackets in the docstrings of the clauses are the numbers of
-the promises in ``docs/concepts.md``.
+The fixture returns a callable.  Each call of the callable opens a new store on the same storage.
+If a clause needs an ability that the store lacks, pytest skips the clause, and the skip message
+names the ability.  The docstring of each clause begins with numbers in brackets: the numbers of the
+promises in ``docs/concepts.md`` that the clause proves.
 
 The suite needs the extra ``testing``: ``pip install 'taskstore[testing]'``.
 """

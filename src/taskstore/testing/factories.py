@@ -53,7 +53,7 @@ def make_put(**fields: Any) -> Put:
 
 
 def next_of(record: TaskRecord, **fields: Any) -> Put:
-    """Return a change that stores ``record`` with new ``fields`` as the next revision."""
+    """Return a Put of the next revision of ``record``; ``fields`` replace fields of ``record``."""
     return Put(replace(record, **{"revision": record.revision + 1, **fields}))
 
 

@@ -1,12 +1,12 @@
 """New, empty ledgers for tests, on the backend of any URL.
 
-To support test ledgers, a backend declares an entry point in the group
-``taskstore.scratch``; the name of the entry point is the URL scheme of the backend.  The
-entry point is a callable that takes a URL and returns a context manager.  The context
-manager yields a callable that opens the new ledger and takes the same arguments as the
-callable that ``make_store`` returns.  On exit, the context manager removes the ledger.  If a
-backend has no such entry point, a URL with only a scheme and a path denotes a file or
-directory; the new ledger is then created in a temporary directory next to that path.
+To support test ledgers, a backend declares an entry point in the group ``taskstore.scratch``; the
+name of the entry point is the URL scheme of the backend.  The entry point is a callable that takes
+a URL and returns a context manager.  The context manager yields a callable that opens the new
+ledger and takes the same arguments as the callable that ``make_store`` returns.  On exit, the
+context manager removes the ledger.  If a backend has no such entry point, the URL must have only a
+scheme and the path of a file or directory.  :func:`scratch` then creates a temporary directory next
+to that path, and the new ledger in the temporary directory.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def scratch(url: str) -> AbstractContextManager[OpenStore]:
 
 @contextmanager
 def _in_temporary_directory(scheme: str, path: Path) -> Iterator[OpenStore]:
-    """Yield a callable that opens a ledger in a temporary directory in a parent of ``path``."""
+    """Yield a callable that opens a ledger in a new temporary directory.  The temporary
+    directory is in the nearest existing parent directory of ``path``."""
     parent = next(folder for folder in path.absolute().parents if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix="taskstore-contract-", dir=parent) as directory:
         yield opener(f"{scheme}:///{directory}/ledger")
@@ -69,7 +70,7 @@ def opener(url: str) -> partial[TaskRegistryStore]:
 
 @contextmanager
 def memory(url: str) -> Iterator[OpenStore]:
-    """Yield a callable that opens a ledger in memory; all opened instances share the ledger."""
+    """Yield a callable; each call opens one more store instance on the same ledger in memory."""
     del url
     storage = MemoryStorage()
     yield lambda *, read_only=False: MemoryStore(storage, read_only=read_only)

@@ -218,10 +218,10 @@ class PostgresServer(DatabaseServer):
 class MariaDBServer(DatabaseServer):
     """A MariaDB server: a running server, or a server that :meth:`start` starts.
 
-    If a server on port 3306 accepts root without a password, that server is used;
-    otherwise :meth:`start` starts the installed ``mariadbd``.  The names of the created databases
-    are unique; :meth:`stop` drops these databases.  ``private=True`` always starts a
-    new process, for tests that stop the server or configure it with ``options``.
+    If a server on port 3306 accepts root without a password, that server is used; otherwise
+    :meth:`start` starts the installed ``mariadbd``.  The names of the created databases are unique;
+    :meth:`stop` drops these databases.  ``private=True`` always starts a new server process, for
+    tests that stop the server or pass ``options`` to the server.
     """
 
     def __init__(self, *options: str, private: bool = False) -> None:

@@ -43,7 +43,7 @@ def times() -> st.SearchStrategy[int]:
 
 
 def metadata() -> st.SearchStrategy[dict[str, Any]]:
-    """Return a strategy for valid metadata, which is a JSON object."""
+    """Return a strategy for valid metadata, as JSON objects."""
     leaves = (
         st.none()
         | st.booleans()

@@ -21,7 +21,7 @@ class TestStore(StoreContract):
 
     @pytest.fixture
     def make_store(self, request: pytest.FixtureRequest) -> Iterator[OpenStore]:
-        """Yield a callable that opens the new ledger of the current clause."""
+        """Yield a callable that opens a store on the new, empty ledger of the current clause."""
         url = request.config.getoption("taskstore_url")
         if url is None:
             pytest.exit("no backend is given: add --taskstore-url URL", returncode=4)

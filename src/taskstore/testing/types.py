@@ -28,7 +28,7 @@ class OpenStore(Protocol):
     """
 
     def __call__(self, *, read_only: bool = False) -> TaskRegistryStore:
-        """Return another store instance that is open on the storage under test."""
+        """Open the storage under test again, and return the new store instance."""
         ...
 
 

@@ -48,7 +48,7 @@ class _StrSubclass(str):
 
 
 def _distinct(name: str, value: str | None, twin: str | None) -> list[Nasty]:
-    """Return a nasty label; also return a nasty task id if neither text is empty."""
+    """Return a nasty label, and if ``value`` and ``twin`` are not empty, also a nasty task id."""
     rows = [Nasty(name, {"label": value}, {"label": twin})]
     if value and twin:
         rows.append(Nasty(f"{name}_id", {"task_id": value}, {"task_id": twin}))

@@ -26,7 +26,7 @@ from taskstore.testing.factories import (
 
 
 def conflicts_of(store: TaskRegistryStore, *changes: Change) -> set[Conflict]:
-    """Apply the changes, which must conflict, and return the conflicts of the ConflictError."""
+    """Check that the changes raise ConflictError, and return the conflicts of this error."""
     with pytest.raises(ConflictError) as caught:
         store.apply(changes)
     assert len(set(caught.value.conflicts)) == len(caught.value.conflicts)
@@ -39,7 +39,7 @@ def records_of(store: TaskRegistryStore) -> dict[str, TaskRecord]:
 
 
 class ApplyContract(ContractBase):
-    """A commit gets contiguous seqs, compares revisions and is atomic."""
+    """``apply`` assigns contiguous seqs, compares revisions, and commits a batch atomically."""
 
     # -- seqs and times ---------------------------------------------------
 
@@ -61,7 +61,7 @@ class ApplyContract(ContractBase):
         assert ledger.store.apply([make_put()]).first_seq == 2
 
     def test_the_time_is_the_clocks(self, ledger: Ledger) -> None:
-        """[2] The time of a commit is the time of the store's clock."""
+        """[2] A commit gets its time from the clock of the store."""
         before = system_clock()
         commit = ledger.store.apply([make_put()])
         assert before <= commit.at <= system_clock()
@@ -80,7 +80,8 @@ class ApplyContract(ContractBase):
             assert store.apply([make_put()]).at == EPOCH_MS
 
     def test_the_time_never_goes_back_over_a_save(self, ledger: Ledger) -> None:
-        """[2] If a saved snapshot has an earlier time, later commit times do not decrease."""
+        """[2] If a saved snapshot has an earlier time than the last commit, the times of later
+        commits still do not decrease."""
         ledger.store.clock = lambda: EPOCH_MS
         ledger.store.apply([make_put()])
         ledger.store.save_snapshot(Snapshot(9, {}, EPOCH_MS - 5000))
@@ -91,14 +92,14 @@ class ApplyContract(ContractBase):
     # -- compare and set --------------------------------------------------
 
     def test_create_over_existing(self, ledger: Ledger) -> None:
-        """[3] A change to revision 1 applies only if the task does not exist."""
+        """[3] If a task exists, a Put of a record at revision 1 conflicts."""
         record = update(ledger.store, create(ledger.store))
         with ledger.unchanged():
             conflicts = conflicts_of(ledger.store, make_put(task_id=record.task_id))
             assert conflicts == {Conflict(record.task_id, 0, 2)}
 
     def test_update_of_absent(self, ledger: Ledger) -> None:
-        """[3] A change to a revision above 1 applies only if the previous revision is stored."""
+        """[3] If a task does not exist, a Put of a record at a revision above 1 conflicts."""
         create(ledger.store)
         with ledger.unchanged():
             conflicts = conflicts_of(ledger.store, make_put(task_id="absent", revision=5))
@@ -106,7 +107,7 @@ class ApplyContract(ContractBase):
 
     @pytest.mark.parametrize("revision", [1, 2, 3, 5, 6, 99])
     def test_stale_and_skipped_revisions(self, ledger: Ledger, revision: int) -> None:
-        """[3] If revision r is stored, only a change to revision r + 1 does not conflict."""
+        """[3] If revision r is stored, a Put of any revision except r + 1 conflicts."""
         record = create(ledger.store, task_id="task")
         for _ in range(2):
             record = update(ledger.store, record)
@@ -141,7 +142,7 @@ class ApplyContract(ContractBase):
 
     @needs(SupportsJournal)
     def test_a_deleted_task_stays_deleted(self, ledger: Ledger) -> None:
-        """[3] While the journal contains the deletion of a task, no change to this task applies."""
+        """[3] While the journal contains a task's deletion, every change to this task conflicts."""
         record = create(ledger.store, task_id="gone")
         delete(ledger.store, record)
         changes = (make_put(task_id="gone"), next_of(record), Remove("gone", 2), Remove("gone", 3))
@@ -215,7 +216,7 @@ class ApplyContract(ContractBase):
             }
 
     def test_change_and_deletion_in_one_batch(self, ledger: Ledger) -> None:
-        """[3] A batch can change and then delete the same task; each change takes a seq."""
+        """[3] A batch can update and then delete the same task; each of the two takes a seq."""
         old, new = create(ledger.store), make_record()
         changed = next_of(old, label="last words")
         commit = ledger.store.apply(
@@ -287,7 +288,7 @@ class ApplyContract(ContractBase):
             del store
 
     def test_another_scope_of_the_same_run(self, ledger: Ledger) -> None:
-        """[3] Two tasks can share a run_id or a run_digest, but not the pair of both."""
+        """[3] Two tasks can have the same run_id or the same run_digest, but not both."""
         one = create(ledger.store, run_id="run-1", run_digest="a" * 32)
         two = create(ledger.store, run_id="run-1", run_digest="b" * 32)
         three = create(ledger.store, run_id="run-2", run_digest="a" * 32)
@@ -315,7 +316,7 @@ class ApplyContract(ContractBase):
             assert caught.value.conflicts[0].existing_task_id == existing.task_id
 
     def test_deletion_frees_the_booking(self, ledger: Ledger) -> None:
-        """[3] After a deletion, the dedup key is free, even for later changes of the same batch."""
+        """[3] If a task is deleted, another task can use its dedup key, even in the same batch."""
         existing = create(ledger.store, run_id="run-1")
         delete(ledger.store, existing)
         second = create(ledger.store, run_id="run-1")

@@ -42,7 +42,7 @@ def needs(*abilities: type) -> Callable[[Clause], Clause]:
 
 
 class StoreState(NamedTuple):
-    """The full content of a store, so that a clause can compare two states."""
+    """The full content of a store, as a value; a clause compares two such values."""
 
     seq: int
     at: int
@@ -54,7 +54,7 @@ class StoreState(NamedTuple):
 
 
 def state_of(store: TaskRegistryStore) -> StoreState:
-    """Return the full content of a store, which must not change during the call."""
+    """Return the full content of a store; no commit may happen during the call."""
     loaded = store.load_snapshot()
     head = floor = None
     journal: tuple[JournalEntry, ...] = ()
@@ -67,7 +67,8 @@ def state_of(store: TaskRegistryStore) -> StoreState:
 
 
 def as_of(store: FullStore, seq: int) -> Snapshot:
-    """Return a snapshot with the records as of a seq, folded from an earlier snapshot."""
+    """Read the newest snapshot at or before ``seq``, fold the entries up to ``seq`` into this
+    snapshot, and return the result."""
     base = store.read_snapshot(seq)
     if base is None:
         assert store.floor() == 1, (
@@ -85,7 +86,7 @@ def journal_of(store: FullStore) -> list[JournalEntry]:
 
 
 class Ledger:
-    """The storage under test and the instances that a clause opened on it."""
+    """The storage under test, and the store instances that a clause opened on this storage."""
 
     def __init__(self, open_store: OpenStore) -> None:
         self._open_store = open_store
@@ -101,11 +102,11 @@ class Ledger:
 
     @property
     def open_store(self) -> OpenStore:
-        """The callable that ``make_store`` returned; the clause must close the opened stores."""
+        """The callable that ``make_store`` returned; the caller must close each opened store."""
         return self._open_store
 
     def open(self, *, read_only: bool = False) -> FullStore:
-        """Open one more instance on the same storage; :meth:`close` closes the instance."""
+        """Open one more store instance on the same storage; :meth:`close` closes the instance."""
         store = self._open_store(read_only=True) if read_only else self._open_store()
         if not isinstance(store, TaskRegistryStore):
             pytest.fail(
@@ -116,10 +117,10 @@ class Ledger:
         return cast("FullStore", store)
 
     def reopened(self) -> FullStore:
-        """Close every instance, as at the end of a process, and open the storage again.
+        """Close every store instance, as at the end of a process, and open a new instance.
 
-        Storage in memory belongs to the callable that ``make_store`` returned, so the data
-        remains after all instances are closed.
+        If the storage is in memory, the callable that ``make_store`` returned keeps the storage, so
+        closing all store instances loses no data.
         """
         self.close()
         return self.store
@@ -131,21 +132,21 @@ class Ledger:
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Check that the ``with`` block changes no content, even after the storage is reopened."""
+        """Check that the ``with`` block changes no content of the store, even after a reopen."""
         before = state_of(self.store)
         yield
         for store in self.twice():
             assert state_of(store) == before
 
     def close(self) -> None:
-        """Close every instance that was opened."""
+        """Close every store instance that :meth:`open` opened."""
         self._store = None
         while self._opened:
             self._opened.pop().close()
 
 
 class ContractBase:
-    """The fixtures of all clauses; backend authors must subclass only ``StoreContract``.
+    """The fixtures of all clauses.  To test a backend, subclass ``StoreContract`` instead.
 
     ``level`` is the contract level of the clauses in a class.  If the store lacks
     one of ``abilities``, all clauses of the class are skipped.
@@ -164,7 +165,7 @@ class ContractBase:
 
     @pytest.fixture
     def ledger(self, request: pytest.FixtureRequest, make_store: OpenStore) -> Iterator[Ledger]:
-        """Yield the :class:`Ledger` of the storage under test, which is empty."""
+        """Yield the :class:`Ledger` of the storage under test; the storage is empty."""
         if not callable(make_store):
             pytest.fail(MISSING_FIXTURE.format(name=type(self).__name__), pytrace=False)
         ledger = Ledger(make_store)

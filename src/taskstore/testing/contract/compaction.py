@@ -1,4 +1,4 @@
-"""Compaction clauses: unchanged results of reads, the retention policy, and seqs."""
+"""Compaction clauses: what a compaction keeps, and what it removes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ TRIM = CompactionPolicy(force=True, history_entries=0, history_s=0, keep_snapsho
 """A policy that forces a new snapshot and trims all journal entries."""
 
 ERASE = CompactionPolicy(erase_deleted=True)
-"""A policy that erases deleted tasks, so that only the live records remain."""
+"""A policy that erases all deleted tasks; only the live records remain."""
 
 HOUR_MS = 3_600_000
 
@@ -91,7 +91,7 @@ def check_against_model(store: FullStore, model: Model) -> None:
 
 
 class CompactionContract(ContractBase):
-    """The guarantees of ``SupportsCompaction``; the clauses also read the journal."""
+    """The guarantees of ``SupportsCompaction``; the store must also support ``SupportsJournal``."""
 
     level = "compaction"
     abilities: ClassVar[tuple[type, ...]] = (SupportsJournal, SupportsCompaction)
@@ -185,7 +185,8 @@ class CompactionContract(ContractBase):
     def test_another_history_before_the_floor(
         self, ledger: Ledger, policy: CompactionPolicy
     ) -> None:
-        """[2] At floor - 1, a position of another history is refused, also if no entry is left."""
+        """[2] A position at floor - 1 is refused if its commit id belongs to another history,
+        even if the journal has no entry."""
         for _ in range(2):
             ledger.store.apply([make_put(), make_put()])
             commit = ledger.store.apply([make_put(), make_put()])
@@ -229,7 +230,7 @@ class CompactionContract(ContractBase):
         create(ledger.store, task_id="gone", run_id="run-1")
 
     def test_deleted_text_is_erased(self, ledger: Ledger) -> None:
-        """[7] After erase_deleted no entry and no snapshot contains a deleted task."""
+        """[7] If compaction erases deleted tasks, no entry and no snapshot has a deleted task."""
         create(ledger.store, task_id="stays")
         secret = create(ledger.store, task_id="secret", task="a secret")
         ledger.store.compact(FOLD)
@@ -250,7 +251,7 @@ class CompactionContract(ContractBase):
     # -- policy -----------------------------------------------------------
 
     def test_due_by_entries(self, ledger: Ledger) -> None:
-        """[7] The policy's min_entries counts the entries since the newest snapshot."""
+        """[7] With min_entries=3, compaction is due three entries after the newest snapshot."""
         policy = CompactionPolicy(min_entries=3, ratio=0)
         for _ in range(2):
             for due in (False, False, True):
@@ -258,7 +259,7 @@ class CompactionContract(ContractBase):
                 assert ledger.store.compact(policy).compacted is due
 
     def test_due_by_ratio(self, ledger: Ledger) -> None:
-        """[7] The policy's ratio is compared with the number of entries per live record."""
+        """[7] With ratio=2, compaction is due when there are two entries per live record."""
         policy = CompactionPolicy(min_entries=1, ratio=2)
         record = create(ledger.store)
         for store in ledger.twice():
@@ -267,7 +268,7 @@ class CompactionContract(ContractBase):
         assert ledger.reopened().compact(policy).compacted
 
     def test_due_by_age(self, ledger: Ledger) -> None:
-        """[7] Compaction is due if, by the store clock, the oldest entry is max_age_s old."""
+        """[7] Compaction is due when the store's clock is max_age_s after the oldest entry."""
         ledger.store.clock = lambda: EPOCH_MS
         create(ledger.store)
         for age_ms, due in ((0, False), (HOUR_MS - 1, False), (HOUR_MS, True)):
@@ -276,7 +277,7 @@ class CompactionContract(ContractBase):
             assert store.compact(CompactionPolicy(max_age_s=3600)).compacted is due
 
     def test_history_by_entries(self, ledger: Ledger) -> None:
-        """[7] The new floor follows a snapshot; at least history_entries entries are kept."""
+        """[7] At least history_entries entries are kept; a snapshot exists at floor - 1."""
         policy = CompactionPolicy(force=True, history_entries=4, history_s=0, keep_snapshots=1)
         model, floors = Model(), []
         for _ in range(5):
@@ -292,7 +293,7 @@ class CompactionContract(ContractBase):
         assert floors == [1, 1, 3, 5, 7]
 
     def test_history_by_age(self, ledger: Ledger) -> None:
-        """[7] Only entries that are older than history_s, by the store's clock, are trimmed."""
+        """[7] An entry is trimmed only if the store's clock is at least history_s after it."""
         policy = CompactionPolicy(force=True, history_entries=0, history_s=3600, keep_snapshots=1)
         model, floors = Model(), []
         for hours in (0.0, 0.5, 1.0, 1.5, 9.0):
@@ -308,7 +309,7 @@ class CompactionContract(ContractBase):
         assert floors == [1, 1, 2, 3, 5]
 
     def test_snapshots_that_are_kept(self, ledger: Ledger) -> None:
-        """[7] The report lists the newest keep_snapshots snapshots; all listed are readable."""
+        """[7] The report lists at least the newest keep_snapshots snapshots; all can be read."""
         model = Model()
         policy = CompactionPolicy(force=True, keep_snapshots=3)
         for count in range(1, 6):
@@ -322,7 +323,7 @@ class CompactionContract(ContractBase):
                 check_against_model(store, model)
 
     def test_one_run_right_after_another(self, ledger: Ledger) -> None:
-        """[7] A compaction succeeds right after another compaction that dropped data."""
+        """[7] If a compaction dropped data, a second compaction right after it succeeds too."""
         policy = CompactionPolicy(force=True, history_entries=0, keep_snapshots=1)
         model = Model()
         for last in (FOLD, policy, ERASE, ERASE, TRIM):
@@ -334,7 +335,7 @@ class CompactionContract(ContractBase):
                 check_against_model(store, model)
 
     def test_the_newest_snapshot_before(self, ledger: Ledger) -> None:
-        """[5] read_snapshot returns the newest snapshot at or before the seq."""
+        """[5] read_snapshot returns the newest snapshot at or before the given seq."""
         create(ledger.store)
         first = ledger.store.compact(FOLD).seq
         create(ledger.store)
@@ -352,7 +353,7 @@ class CompactionContract(ContractBase):
                     assert snapshot.seq == expected_seq
 
     def test_snapshots_know_their_time(self, ledger: Ledger) -> None:
-        """[5] The time of a snapshot at seq n is the time of the commit of seq n."""
+        """[5] A snapshot at seq n has the time of the commit that contains seq n."""
         ledger.store.clock = lambda: EPOCH_MS
         create(ledger.store)
         ledger.store.clock = lambda: EPOCH_MS + HOUR_MS
@@ -363,7 +364,7 @@ class CompactionContract(ContractBase):
             assert snapshot.at == EPOCH_MS
 
     def test_compaction_after_save(self, ledger: Ledger) -> None:
-        """[7] A compaction can start from a snapshot of save_snapshot() or of a compaction."""
+        """[7] A compaction works after save_snapshot(), and after another compaction."""
         record = make_record()
         ledger.store.save_snapshot(Snapshot(10, {record.task_id: record}, EPOCH_MS))
         assert not ledger.store.compact(FOLD).compacted
@@ -391,7 +392,7 @@ class CompactionContract(ContractBase):
                 assert [item.raw for item in kept.quarantined] == [raw]
 
     def test_many_records(self, ledger: Ledger) -> None:
-        """[7] A snapshot larger than one block or chunk is complete."""
+        """[7] A snapshot of three thousand records (more than one block or chunk) is complete."""
         puts = [make_put(task_id=f"task-{n:05}", label=f"L{n}") for n in range(3000)]
         model = Model()
         for start in range(0, 3000, 1000):
@@ -408,7 +409,7 @@ DAY_MS = 24 * HOUR_MS
 
 
 def floors_between_commits(store: FullStore) -> list[int]:
-    """Return the floors that trim no commit in part, ascending."""
+    """Return, in ascending order, each possible floor that does not split a commit."""
     entries = journal_of(store)
     floors = [store.floor()]
     for before, entry in pairwise(entries):
@@ -425,7 +426,7 @@ class RetentionContract(ContractBase):
     promise: ClassVar[str | None] = "exact-history"
 
     def test_the_history_that_was_asked_for(self, ledger: Ledger) -> None:
-        """[7] The floor follows the policy, even if no snapshot is at this seq."""
+        """[7] The policy alone decides the floor, even if no snapshot existed at floor - 1."""
         model, starts = Model(), []
         for day in range(12):
             store = ledger.reopened() if day == 6 else ledger.store
@@ -454,7 +455,7 @@ class RetentionContract(ContractBase):
 
     @pytest.mark.parametrize("first", ["fold", "nothing"])
     def test_every_number_of_entries(self, ledger: Ledger, first: str) -> None:
-        """[7] Of ``history_entries`` entries, at least these and only whole commits are kept."""
+        """[7] Compaction keeps the fewest whole commits with at least history_entries entries."""
         model = play(ledger.store)
         if first == "fold":
             ledger.store.compact(FOLD)
@@ -473,7 +474,7 @@ class RetentionContract(ContractBase):
         check_against_model(ledger.reopened(), model)
 
     def test_what_was_set_aside_before_the_floor(self, ledger: Ledger) -> None:
-        """[12] A snapshot at an earlier seq keeps the bytes of quarantined records."""
+        """[12] The snapshot at floor - 1 contains the bytes of the quarantined records."""
         raw = b'{"v":"9.0","task_id":"future"}'
         changed = Quarantined(b"damaged", "elsewhere", "damaged", "changed", 3)
         quarantined = Quarantined(raw, "elsewhere", "format 9", "future", 3)
@@ -492,7 +493,7 @@ class RetentionContract(ContractBase):
             assert len(kept.records) == 3
 
     def test_history_by_bytes(self, ledger: Ledger) -> None:
-        """[7] ``history_bytes`` limits the history, also within the other limits."""
+        """[7] The kept entries never exceed history_bytes, even if other limits would keep more."""
         policy = CompactionPolicy(history_bytes=100_000, keep_snapshots=1)
         model = Model()
         for _ in range(2):
@@ -511,7 +512,7 @@ class RetentionContract(ContractBase):
         assert report.floor == model.head + 1
 
     def test_entries_later_than_the_clock(self, ledger: Ledger) -> None:
-        """[7] After a commit with a clock far ahead, the default policy trims by entries."""
+        """[7] If entries are far later than the clock, history_entries decides what is trimmed."""
         now = EPOCH_MS
         store = ledger.store
         store.clock = lambda: now

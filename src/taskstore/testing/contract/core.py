@@ -78,7 +78,8 @@ class CoreContract(ContractBase):
             assert dict(loaded.records) == dict(model.records)
 
     def test_records_are_the_same_bytes(self, ledger: Ledger) -> None:
-        """[5] Loaded records encode to the written bytes and have enum members in enum fields."""
+        """[5] A loaded record has the same encoded bytes as the written record, and its enum
+        fields have enum members."""
         record = create(ledger.store, status="running", metadata={"b": 1, "a": [True, None, 2.5]})
         for store in ledger.twice():
             (loaded,) = store.load_snapshot().records.values()
@@ -105,7 +106,7 @@ class CoreContract(ContractBase):
 
     @pytest.mark.parametrize("seq", [0, 1, 1000])
     def test_save_on_a_new_store(self, ledger: Ledger, seq: int) -> None:
-        """[5] A new store accepts a snapshot of any seq; the head is then that seq."""
+        """[5] A new store accepts a snapshot at any seq; the head becomes the snapshot's seq."""
         records = [make_record(), make_record(status=TaskStatus.FAILED, revision=7)]
         ledger.store.save_snapshot(snapshot_of(seq, *records))
         for store in ledger.twice():
@@ -182,7 +183,7 @@ class CoreContract(ContractBase):
             ledger.store.save_snapshot(snapshot_of(1, *twins))
 
     def test_save_replaces_the_bookings(self, ledger: Ledger) -> None:
-        """[3] After save, a creation conflicts only with the dedup keys of the saved records."""
+        """[3] After a snapshot is saved, only the dedup keys of its records cause conflicts."""
         create(ledger.store, run_id="run-1")
         existing = make_record(run_id="run-2")
         ledger.store.save_snapshot(snapshot_of(10, existing))
@@ -223,7 +224,7 @@ class CoreContract(ContractBase):
     # -- immutable results ------------------------------------------------
 
     def test_a_mapping_handed_over_is_copied(self, ledger: Ledger) -> None:
-        """[10] If the caller changes a saved mapping, the store's content does not change."""
+        """[10] If the caller changes a saved mapping, the store keeps the content of the save."""
         record, other = make_record(), make_record()
         records = {record.task_id: record}
         snapshot = Snapshot(1, records, EPOCH_MS)
@@ -288,8 +289,8 @@ class CoreContract(ContractBase):
             ledger.open().close()
 
     def test_a_dropped_store_gives_its_descriptors_back(self, ledger: Ledger) -> None:
-        """[4] If a program drops stores without close, no descriptor stays open; if a store had an
-        open descriptor, the garbage collector gives a ResourceWarning."""
+        """[4] If a program drops a store without close, no descriptor stays open.  If the store
+        had an open descriptor, the garbage collector gives a ResourceWarning."""
         play(ledger.store)
 
         def descriptors_in_use(*, read_only: bool) -> int:
@@ -346,7 +347,7 @@ class CoreContract(ContractBase):
                 call()
 
     def test_report_never_raises(self, ledger: Ledger) -> None:
-        """[12] report() lists the quarantined records and never raises, even before a load."""
+        """[12] report() lists the quarantined records and never fails, even before a load."""
         assert ledger.store.report().quarantined == ()
         play(ledger.store)
         for store in ledger.twice():
@@ -379,7 +380,7 @@ def open_descriptors() -> int:
 
 
 def reads_of(store: TaskRegistryStore) -> list[Any]:
-    """Return a callable without arguments for each read operation that a store supports."""
+    """Return one callable per read operation of a store; the callables take no arguments."""
     calls: list[Any] = [store.load_snapshot]
     if isinstance(store, SupportsJournal):
         journal: SupportsJournal = store
@@ -411,7 +412,7 @@ def reads_of(store: TaskRegistryStore) -> list[Any]:
 
 
 def writes_of(store: TaskRegistryStore) -> list[Any]:
-    """Return a callable without arguments for each write operation that a store supports."""
+    """Return one callable per write operation of a store; the callables take no arguments."""
     record = make_record()
     calls: list[Any] = [
         lambda: store.apply([make_put()]),
@@ -426,5 +427,5 @@ def writes_of(store: TaskRegistryStore) -> list[Any]:
 
 
 def calls_of(store: TaskRegistryStore) -> list[Any]:
-    """Return a callable without arguments for each read and write of a store."""
+    """Return one callable per read or write operation of a store; all take no arguments."""
     return [*reads_of(store), *writes_of(store)]

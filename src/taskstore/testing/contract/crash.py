@@ -31,7 +31,7 @@ RANDOM_KILLS = 8
 """The number of times that a writer is killed at a random time."""
 
 KILL_POINTS = 30
-"""The approximate number of durable calls before and after which a writer is killed."""
+"""The approximate number of durable calls at which a writer is killed: before or after the call."""
 
 MAX_RUN_S = 0.15
 
@@ -61,7 +61,7 @@ class CrashContract(ContractBase):
             pytest.skip("this platform cannot fork")
 
     def test_killed_at_random(self, ledger: Ledger) -> None:
-        """[4] [7] A kill at a random time loses no acknowledged commit, also during compaction."""
+        """[4] [7] A random kill, even during a compaction, loses no acknowledged commit."""
         rng = random.Random(4)  # noqa: S311 - times, not secrets
         for _ in range(RANDOM_KILLS):
             operations = plan_operations(ledger.store, repeat=80)

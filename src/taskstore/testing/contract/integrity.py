@@ -25,9 +25,9 @@ class IntegrityContract(ContractBase):
     def damage(self) -> Callable[[str], object] | None:
         """Return a callable that changes the stored record of a task without the store.
 
-        The callable gets a task id, while no instance of the ledger is open.  It must change what
-        a lookup or a query of this task returns.  Without this fixture, the clause about damage is
-        skipped.
+        A clause calls the callable with a task id, while no store instance is open.  After the
+        call, a lookup or a query of this task must return another result.  If a subclass does not
+        override this fixture, pytest skips the clause about damage.
         """
         return None
 
@@ -35,7 +35,7 @@ class IntegrityContract(ContractBase):
     def test_a_damaged_record_is_found(
         self, ledger: Ledger, damage: Callable[[str], object] | None
     ) -> None:
-        """[5] Opening or verify detects a record that was changed without the store."""
+        """[5] If a record is changed without the store, opening or verify finds the damage."""
         if damage is None:
             pytest.skip("the store has no fixture damage")
         model = play(ledger.store)

@@ -96,7 +96,8 @@ class JournalContract(ContractBase):
     def test_changes_over_another_history(self, ledger: Ledger) -> None:
         """[3] A batch raises ConflictError if the journal does not contain its base position.
 
-        After a restore from a backup, the same revision of a task can be a different record.
+        After a restore from a backup, a revision of a task can be a different record than before
+        the restore.
         """
         first = ledger.store.apply([make_put(), make_put()])
         last = ledger.store.apply([make_put()])
@@ -125,7 +126,8 @@ class JournalContract(ContractBase):
             assert store.head() == head + 5
 
     def test_changes_over_what_was_trimmed(self, ledger: Ledger) -> None:
-        """[3] A batch conflicts if its base position is below floor - 1, but not at floor - 1."""
+        """[3] A batch conflicts if its base position is below floor - 1.  At floor - 1, the
+        batch does not conflict."""
         seq = 0
         for store in ledger.twice():
             store.apply([make_put(), make_put()])
@@ -148,7 +150,7 @@ class JournalContract(ContractBase):
             assert len(times) == 10
 
     def test_a_clock_far_ahead_is_reported(self, ledger: Ledger) -> None:
-        """[2] As long as the last commit is over an hour later than the clock, report() tells."""
+        """[2] If the last commit is over an hour later than the clock, report() has a notice."""
 
         def tells(store: FullStore, ahead_ms: int) -> bool:
             store.clock = lambda: EPOCH_MS - ahead_ms

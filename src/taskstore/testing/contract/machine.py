@@ -81,7 +81,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        """Remove the records of the previous sequence and continue from the ledger's head."""
+        """Remove the records that the previous sequence of operations left in the ledger."""
         loaded = self.store.load_snapshot()
         if loaded.seq:
             loaded = Snapshot(loaded.seq + 1)
@@ -122,7 +122,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(task_id=_task_ids, revision=st.integers(1, 5))
     def put_any_revision(self, task_id: str, revision: int) -> None:
-        """Store a record at any revision, so that the change can conflict."""
+        """Store a record at any revision; the store can refuse the change as a conflict."""
         stored = self.model.records.get(task_id)
         # A task keeps its dedup key in every revision.
         run, run_digest = (stored.run_id, stored.run_digest) if stored else (None, None)
@@ -137,7 +137,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(task_id=_task_ids, revision=st.integers(2, 5))
     def remove_any_revision(self, task_id: str, revision: int) -> None:
-        """Delete a task at any revision, so that the deletion can conflict."""
+        """Delete a task at any revision; the store can refuse the deletion as a conflict."""
         self._apply(Remove(task_id, revision))
 
     @rule(
@@ -148,7 +148,7 @@ class StoreMachine(RuleBasedStateMachine):
         )
     )
     def batch(self, steps: list[tuple[str, str | None, dict[str, Any], str]]) -> None:
-        """Apply several changes as one batch; later changes of a task follow earlier changes."""
+        """Apply one batch of several changes; a batch can change the same task several times."""
         records: dict[str, TaskRecord | None] = dict(self.model.records)
         changes: list[Change] = []
         for task_id, run, fields, verb in steps:
@@ -191,7 +191,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def reopen(self) -> None:
-        """Close every instance and open the storage again."""
+        """Close every store instance and open the storage again."""
         while self.instances:
             self.instances.pop().close()
         self.instances = [self._open()]
@@ -214,7 +214,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_same_records(self) -> None:
-        """Check that every instance loads the records of the model."""
+        """Check that every store instance loads the records of the model."""
         for store in self.instances:
             loaded = store.load_snapshot()
             assert (loaded.seq, dict(loaded.records)) == (
@@ -234,7 +234,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(back=st.integers(0, 8))
     def read_at_seq(self, back: int) -> None:
-        """Check the records as of a seq at or below the head; below the floor, expect an error."""
+        """Check the records as of a seq, or check that reading a trimmed seq raises an error."""
         seq = self.model.head - back
         if not self.journalled or seq < 0:
             return

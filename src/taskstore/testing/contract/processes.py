@@ -92,7 +92,7 @@ class ProcessesContract(ContractBase):
             check_journal(store)
 
     def test_a_reading_process_sees_no_gap(self, ledger: Ledger) -> None:
-        """[2] A process that reads seq n can read every earlier seq while others write."""
+        """[2] While others write, a process that has read seq n can read every earlier seq."""
         ledger.close()
 
         def write(report: Report) -> None:

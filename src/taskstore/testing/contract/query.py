@@ -51,7 +51,7 @@ _TIME_VALUES = (None, 0, EPOCH_MS, EPOCH_MS + 1, 2**53 - 1)
 
 
 def varied_fields(count: int) -> list[dict[str, Any]]:
-    """Return fields of records with various values for every filter and equal sort keys."""
+    """Return the fields of ``count`` records: values for every filter, and some equal sort keys."""
     rows = []
     for n in range(count):
         row: dict[str, Any] = {"task_id": f"task-{(n * 7) % count:02}", "owner_key": f"o{n % 3}"}
@@ -277,7 +277,7 @@ class PagesContract(ContractBase):
 
     @pytest.mark.parametrize("size", [1, 3, 14, 28, 1000])
     def test_parts_of_a_page(self, ledger: Ledger, size: int) -> None:
-        """[5] The parts of a page together are the page, and the last part has its cursor."""
+        """[5] The parts together are the page; the last part has the next_cursor of the page."""
         create_varied(ledger.store)
         queries: list[dict[str, Any]] = [{}, {"limit": 1}, {"limit": 28}, {"limit": 9}]
         queries += [{"status": list(TaskStatus)[:4], "limit": 5}, {"since": EPOCH_MS + 1}]
@@ -303,7 +303,7 @@ class PagesContract(ContractBase):
                 assert list(rest) == [record for later in parts[number:] for record in later]
 
     def test_all_parts_are_of_one_moment(self, ledger: Ledger) -> None:
-        """[5] All parts show the records as of one seq, also if a commit comes in between."""
+        """[5] All parts show the records as of one seq, even if a commit happens meanwhile."""
         create_varied(ledger.store)
         for store in ledger.twice():
             expected = QueryChecker(store).expected()
@@ -320,7 +320,7 @@ class PagesContract(ContractBase):
             QueryChecker(store)()
 
     def test_parts_that_are_not_read(self, ledger: Ledger) -> None:
-        """[2] A reader that stops in between and closes the iterator holds up no writer."""
+        """[2] If a reader closes the iterator before the last part, no writer has to wait."""
         create_varied(ledger.store)
         for store in ledger.twice():
             parts = store.pages(TaskQuery(), 3)
@@ -337,7 +337,7 @@ class SummaryContract(ContractBase):
     abilities: ClassVar[tuple[type, ...]] = (SupportsSummary,)
 
     def test_the_summary_counts_the_records(self, ledger: Ledger) -> None:
-        """[5] The summary equals the count of the loaded records, as of the head."""
+        """[5] The summary has the same counts and the same seq as the loaded records."""
         assert ledger.store.summary() == Summary.count((), 0)
         create_varied(ledger.store)
         record = create(ledger.store, status="queued", runtime="a-runtime")
@@ -354,7 +354,7 @@ class SummaryContract(ContractBase):
             assert "a-runtime" not in counted.by_runtime
 
     def test_the_summary_of_a_saved_snapshot(self, ledger: Ledger) -> None:
-        """[12] The summary does not count what a saved snapshot has quarantined."""
+        """[12] The summary does not count the quarantined records of a saved snapshot."""
         records = {put.task_id: put.record for put in (make_put() for _ in range(3))}
         raw = b'{"v":"9.0","task_id":"from the future","revision":3}'
         item = Quarantined(raw, "elsewhere", "from a newer version", "from the future", 3)
@@ -386,7 +386,7 @@ class IdSearchContract(ContractBase):
     abilities: ClassVar[tuple[type, ...]] = (SupportsIdSearch,)
 
     def test_ids_by_their_ending(self, ledger: Ledger) -> None:
-        """[11] Endings are compared exactly, character by character; nothing is a wildcard."""
+        """[11] Endings of ids are compared exactly, and no character is a wildcard."""
         ledger.store.apply([make_put(task_id=task_id) for task_id in _IDS])
         cases: list[tuple[str, ...]]
         cases = [(task_id[-size:],) for task_id in _IDS for size in (1, 2, 4, 5, 12, 40)]
@@ -401,7 +401,7 @@ class IdSearchContract(ContractBase):
             )
 
     def test_deleted_ids(self, ledger: Ledger) -> None:
-        """[3] An id is found either among the stored tasks or among the deleted tasks."""
+        """[3] A search finds the ids of stored tasks; with deleted=True, those of deleted tasks."""
         kept, gone = create(ledger.store, task_id="kept-1234"), None
         for store in ledger.twice():
             gone = create(

@@ -46,7 +46,7 @@ COMMITS = 12
 
 
 def increment(store: FullStore, task_id: str, times: int) -> None:
-    """Update a task ``times`` times; each commit also creates a task."""
+    """Update a task ``times`` times; each of these commits also creates another task."""
     done = 0
     while done < times:
         record = store.load_snapshot().records[task_id]
@@ -70,7 +70,7 @@ def check_journal(store: FullStore, base: Snapshot | None = None) -> None:
 
 
 class SharedContract(ContractBase):
-    """Clauses for several instances; skipped for a store without a journal."""
+    """Clauses for several store instances on one storage; the store must keep a journal."""
 
     level = "shared"
     abilities: ClassVar[tuple[type, ...]] = (SupportsJournal,)
@@ -205,7 +205,7 @@ class SharedContract(ContractBase):
             assert store.load_snapshot().records[record.task_id].revision == 3
 
     def test_no_commit_is_missed(self, ledger: Ledger) -> None:
-        """[2] wait_for misses no commit that happens just before, at or just after its start."""
+        """[2] wait_for misses no commit, even if the commit happens just as wait_for starts."""
         waiting, writing = ledger.open(), ledger.open()
         record = create(ledger.store)
         start = time.monotonic()
@@ -258,7 +258,8 @@ class SharedContract(ContractBase):
                 assert entries[commit.first_seq].at == commit.at
 
     def test_one_of_many_gets_the_booking(self, ledger: Ledger) -> None:
-        """[3] If threads create the same run, all errors name the only task that was created."""
+        """[3] If several threads create the same run, only one task is created, and each
+        ConflictError names this task."""
         for attempt in range(3):
             created: list[str] = []
             reported: list[str | None] = []
@@ -360,7 +361,7 @@ class SharedContract(ContractBase):
             check_journal(store, base)
 
     def _read_while_writing(self, ledger: Ledger, read: Callable[[FullStore], object]) -> None:
-        """Commit on one instance; meanwhile three threads read on this and another instance."""
+        """Commit on one store instance while threads read on the same and on a second instance."""
         writer, other = ledger.store, ledger.open()
         done = threading.Event()
 

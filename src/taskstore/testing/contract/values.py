@@ -22,7 +22,7 @@ from taskstore.testing.values import REFUSED, STORED, Nasty
 
 
 def record_of(fields: dict[str, Any]) -> TaskRecord:
-    """Return a record with these fields; ``Put`` validates the record."""
+    """Return a valid record with these fields; invalid fields raise ``ValidationError``."""
     return Put(make_record(**fields)).record
 
 
@@ -60,7 +60,8 @@ def check_query(store: FullStore, row: Nasty, record: TaskRecord, twin: TaskReco
 
 
 class ValuesContract(ContractBase):
-    """Clauses that store or refuse each nasty value of ``taskstore.testing.values``."""
+    """The clauses about the nasty values of ``taskstore.testing.values``: the store keeps each
+    value exactly, or refuses the value."""
 
     @pytest.mark.parametrize("row", STORED, ids=lambda row: row.name)
     def test_nasty_value_is_stored_exactly(self, ledger: Ledger, row: Nasty) -> None:
@@ -122,7 +123,7 @@ class ValuesContract(ContractBase):
             assert root_of(caught.value.field) == row.refused
 
     def test_all_nasty_values_together(self, ledger: Ledger) -> None:
-        """[11] A batch of records stores every nasty value, each in its own record."""
+        """[11] One batch can store all nasty values, each value in its own record."""
         rows = [fields for row in STORED for fields in (row.fields, row.twin) if fields is not None]
         records: dict[str, TaskRecord] = {}
         runs: set[str | None] = {None}

@@ -40,10 +40,10 @@ def check_ledger(
     changes: Iterable[AcknowledgedChange],
     caches: Iterable[Mapping[str, int]] = (),
 ) -> list[str]:
-    """Compare ``changes`` with the journal entries after seq ``after``; return the problems.
+    """Compare ``changes`` with the journal entries above seq ``after``; return the problems.
 
-    All tasks were created after seq ``after``, and only ``changes`` changed the tasks.  Each
-    item of ``caches`` maps task ids to the revisions in the record cache of one process.
+    The creations of all tasks have seqs above ``after``, and only ``changes`` changed the tasks.
+    Each item of ``caches`` maps task ids to the revisions in the record cache of one process.
     """
     problems: list[str] = []
     acknowledged: dict[tuple[str, int], AcknowledgedChange | None] = {}

@@ -4,12 +4,12 @@
 
     python -m taskstore.testing.crash.hammer URL [--processes 4 --tasks 5 --changes 500]
 
-Each process has its own registry.  All processes change the same tasks; a process changes
-the progress and the metadata alternately.  Each change contains the name of the writer and
-a counter.  Rounds in which one process writes alternate with rounds in which all processes
-write.  The latencies of both kinds of rounds are thus measured at about the same time.  After
-the rounds, :mod:`taskstore.testing.crash.acknowledged` compares the acknowledged changes with
-the journal, the records and the record cache of every process.
+Each process has its own registry.  All processes change the same tasks; a process changes the
+progress and the metadata alternately.  Each change contains the name of the writer and a counter.
+Rounds in which one process writes alternate with rounds in which all processes write.  Because the
+rounds alternate, the latencies of both kinds of rounds are measured at about the same time.  After
+the rounds, :mod:`taskstore.testing.crash.acknowledged` compares the acknowledged changes with the
+journal, the records and the record cache of every process.
 
 The command prints latencies in milliseconds.  The exit status is 1 if a latency exceeds a
 limit or the comparison finds a problem.

@@ -1,7 +1,7 @@
 """Forked child processes that report lines and that a test can kill.
 
-A forked process can call the callable that ``make_store`` returned; a new interpreter
-cannot.  A store must not be open during a fork, so the caller closes every store first.
+A forked process can call the callable that ``make_store`` returned; a new interpreter cannot.  A
+store must not be open during a fork, so a test closes every store before it starts a child.
 """
 
 from __future__ import annotations
@@ -182,9 +182,9 @@ class KillAt(_CallProfiler):
 class RandomPauses(_CallProfiler):
     """Pauses this process, at random, after calls that make data durable or use a file lock.
 
-    Without pauses, a process releases a lock and acquires it again within microseconds.
-    A defective store that releases the lock after it compared the revisions and before it
-    writes the change would then pass the tests.
+    Without pauses, a process releases a lock and acquires it again within microseconds.  Without
+    pauses, the tests would therefore pass a defective store that releases the lock between the
+    comparison of the revisions and the write of the change.
     """
 
     PROBABILITY = 1 / 8

@@ -69,7 +69,7 @@ class PostgresNode:
     # -- start and stop -------------------------------------------------------
 
     def start(self) -> Self:
-        """Start a new, stopped or killed server; return when the server accepts connections."""
+        """Start the server, even after a stop or a kill; return when it accepts connections."""
         self._configure(f"port = {self.port}")
         with (self.directory / "log").open("ab") as log:
             self._process = subprocess.Popen(  # noqa: S603 - a program found by this module
@@ -100,7 +100,7 @@ class PostgresNode:
         self._wait_until(lambda: not any(map(_is_alive, children)), "die")
 
     def stop(self, mode: str = "fast") -> None:
-        """Stop the server; in mode ``immediate`` the server does not write all data to disk."""
+        """Stop the server; mode ``immediate`` stops it before all data is written to disk."""
         if self._process is not None:
             self._process.send_signal(
                 {"fast": signal.SIGINT, "immediate": signal.SIGQUIT, "smart": signal.SIGTERM}[mode]
@@ -122,7 +122,8 @@ class PostgresNode:
     def standby(self, *, synchronous: bool = True) -> PostgresNode:
         """Create and start a standby of this server.
 
-        If ``synchronous`` is true, a commit returns after the standby wrote the commit to disk.
+        If ``synchronous`` is true, a commit returns only after the standby wrote the commit to
+        disk.
         """
         node = PostgresNode()
         self._standbys.append(node)
@@ -143,7 +144,7 @@ class PostgresNode:
         return node
 
     def stop_replication(self) -> None:
-        """Stop the replication to this standby, which then gets no later commit of the primary."""
+        """Stop the replication to this standby; the standby gets no later commit of the primary."""
         self.replicate_from("")
 
     def replicate_from(self, conninfo: str) -> None:

@@ -3,14 +3,14 @@
     python -m taskstore.testing.faults URL
 
 :func:`run_matrix` runs scenarios (create, batch, compact, open and more) with a
-:class:`~taskstore.TaskRegistry`, records each call of the store to its storage
-as a step, and injects every fault before and after each step.  Each scenario call under a
-fault must succeed or raise a ``TaskStoreError``.  If the call succeeds, its whole change must
-be stored.  If the call raises an error other than ``OutcomeUnknownError``, its change must not
-be stored.  After ``OutcomeUnknownError``, the change can be stored as a whole or not at all.
-After the fault, the registry's memory and the hooks must have the same records as a newly
-opened store instance.  The next write must succeed, at the latest after the ledger has been
-reopened.  :func:`render` returns a table of results.
+:class:`~taskstore.TaskRegistry`.  Each call of the store to its storage is a step.  The function
+records the steps, and injects every fault before and after each step.  Each scenario call under a
+fault must succeed or raise a ``TaskStoreError``.  If the call succeeds, its whole change must be
+stored.  If the call raises an error other than ``OutcomeUnknownError``, its change must not be
+stored.  After ``OutcomeUnknownError``, the change can be stored as a whole or not at all.  After
+the fault, the registry's memory and the hooks must have the records that a newly opened store
+instance returns.  The next write must succeed, either at once or after the ledger is reopened.
+:func:`render` returns a table of results.
 """
 
 from __future__ import annotations

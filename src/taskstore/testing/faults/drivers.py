@@ -1,12 +1,11 @@
 """Database faults at every SQL statement and every new connection of a driver.
 
-The injected errors are real where possible.  A PostgreSQL or MariaDB server raises each
-error itself, so the error class, the error code and the transaction state are real.  To
-simulate a lost connection, a second connection terminates the connection of the store.
-To simulate a lost response, the connection is terminated after the statement has run; the
-store gets the driver's error for the terminated connection.  SQLite cannot raise errors
-on request, so this module builds SQLite errors from the codes and texts of the SQLite
-library.
+Where possible, the injected errors are real errors of the database.  A PostgreSQL or MariaDB server
+raises each error itself, so the error class, the error code and the transaction state are real.  To
+simulate a lost connection, a second connection terminates the connection of the store.  To simulate
+a lost response, the connection is terminated after the statement has run; the store gets the
+driver's error for the terminated connection.  SQLite cannot raise errors on request, so this module
+builds SQLite errors from the codes and texts of the SQLite library.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def _commit(step: Step) -> bool:
 
 @contextmanager
 def short_timeouts() -> Iterator[None]:
-    """Shorten the timeouts of stores, so that calls under a persistent fault end before 30 s."""
+    """Shorten the timeouts of stores: a call under a persistent fault must end within 30 s."""
     from taskstore.stores.common import retry
     from taskstore.stores.sql import open_sql
     from taskstore.stores.sql.dialects import base, sqlite

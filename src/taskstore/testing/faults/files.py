@@ -29,7 +29,7 @@ _BY_DESCRIPTOR = ("close", "fchmod", "fchown", "fdatasync", "fstat", "fsync", "f
 _WRITES = ("pwrite", "write")
 _SYNCS = ("fdatasync", "fsync", "fcntl")
 _VARYING = re.compile(r"(?<=taskstore-contract-).*|[0-9]+")
-"""Matches the parts of a file name that vary between runs."""
+"""Matches the parts of a file name that are different in each run."""
 
 _READ_BUFFER = io.DEFAULT_BUFFER_SIZE
 

@@ -50,7 +50,7 @@ class RecordingHook:
 
 
 class State(NamedTuple):
-    """The stored content of a ledger, as a store instance without cached data reads it."""
+    """The stored content of a ledger, read by a store instance that has no cached data."""
 
     snapshot: Snapshot
     entries: Mapping[int, JournalEntry]
@@ -72,10 +72,9 @@ def _read(store: TaskRegistryStore, *, verify: bool) -> State:
 class Harness:
     """One ledger, a registry on this ledger, and the events that the registry's hook received.
 
-    Each call of ``open_store`` opens the ledger with a new store instance.  ``wrap``
-    wraps the store instance that the registry uses.  If ``caches_reads`` is true, a
-    store instance caches the data that it read, so each read of the stored state
-    opens a new instance.
+    Each call of ``open_store`` opens the ledger with a new store instance.  ``wrap`` wraps the
+    store instance that the registry uses.  If ``caches_reads`` is true, a store instance caches the
+    data that the instance read, so :meth:`read_stored` opens a new instance for each read.
     """
 
     def __init__(

@@ -1,10 +1,9 @@
 """The injection point, which records storage calls and injects faults.
 
-A *step* is one call of a store to its storage: a system call, a statement on a
-driver's cursor, or a call of a store method.  The interceptors (``files.py``,
-``drivers.py``, ``faulty_store.py``) pass each step to
-:meth:`InjectionPoint.run_step`.  An active injection point records the steps
-and can inject one fault at the step with a given number.
+A *step* is one call of a store to its storage: a system call, a statement on a driver's cursor, or
+a call of a store method.  The interceptors (``files.py``, ``drivers.py``, ``faulty_store.py``) pass
+each step to :meth:`InjectionPoint.run_step`.  An active injection point records the steps, and can
+inject one fault at a step that the test selects by its number.
 """
 
 from __future__ import annotations
@@ -25,10 +24,11 @@ HOLD_S = 0.004
 
 
 class Step(NamedTuple):
-    """One storage call: its name, a detail (the same in every run), and its path or connection.
+    """One storage call: the name of the call, a detail, and the path or connection.
 
-    ``is_new`` is true if the store method that is running created the file ``resource``.
-    If an fsync of a new file fails, the store can discard the file.
+    ``detail`` is the same in every run.  ``is_new`` is true if the file ``resource`` was created by
+    the store method that is running.  If an fsync of a new file fails, the store is allowed to
+    discard the file.
     """
 
     name: str
@@ -65,11 +65,11 @@ def always(_: Step) -> bool:
 class Fault(NamedTuple):
     """One way in which a step can fail.
 
-    ``applies_to`` selects the steps at which the fault can happen.  If
-    ``persistent`` is true, the fault repeats at every later step that ``applies_to``
-    selects, until the call of the store ends.  ``fails_sync`` selects the steps that
-    flush data to disk.  If one of these steps fails, the call of the store must fail, and
-    the store instance must refuse further writes, unless the step flushes a new file [4].
+    ``applies_to`` selects the steps at which the fault can happen.  If ``persistent`` is true, the
+    fault repeats at every later step that ``applies_to`` selects, until the call of the store ends.
+    ``fails_sync`` selects the steps that flush data to disk.  If one of these steps fails, the call
+    of the store must fail [4].  The store instance must also refuse further writes, except if the
+    failed step flushes a new file.
     """
 
     name: str
@@ -123,7 +123,7 @@ class InjectionPoint:
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:
-        """While the ``with`` body runs, do not record or fail the calls of this thread.
+        """While the ``with`` body runs, calls of this thread are not recorded and get no fault.
 
         Other threads are not affected.
         """

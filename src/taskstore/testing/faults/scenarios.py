@@ -49,10 +49,10 @@ class Operation(NamedTuple):
 class Scenario(NamedTuple):
     """A name, and a function that returns the operations to run under a fault.
 
-    ``prepare`` runs without faults and returns the operations.  If there are several
-    operations, each operation runs in its own thread.  If ``stale`` is true, the scenario
-    changes the ledger without its registry, so a check must first refresh the registry.  If
-    ``new_ledger`` is true, every run starts on storage without a ledger.
+    ``prepare`` runs without faults and returns the operations.  If there are several operations,
+    each operation runs in its own thread.  If ``stale`` is true, the scenario changes the ledger
+    without the registry under test, so a check must first refresh this registry.  If ``new_ledger``
+    is true, every run starts on storage without a ledger.
     """
 
     name: str

@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
 def check_callers(
     operations: Sequence[Operation], outcomes: Sequence[Outcome], before: State, after: State
 ) -> list[str]:
-    """Return the problems: wrong outcomes, and changes that none of the operations made."""
+    """Return the problems: wrong outcomes of calls, and changes that no call made."""
     problems = []
     for operation, outcome in zip(operations, outcomes, strict=True):
         effect = operation.effect(after.snapshot.records)

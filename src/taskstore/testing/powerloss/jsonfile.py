@@ -34,7 +34,7 @@ def torn_line(workload: Workload) -> None:
 
 
 def unsynced_writer(workload: Workload) -> None:
-    """A writer that makes no fsync does not make the commits of another writer less durable."""
+    """If one writer makes fsyncs, its commits are durable even if another writer makes no fsync."""
     store, other = new_ledger(workload), workload.open(open_unsynced)
     workload.apply(other, change(workload, error=LONG), durable=False)
     workload.compact(other, KEEP_ALL)

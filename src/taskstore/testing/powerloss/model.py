@@ -15,31 +15,31 @@ So a power loss at any moment has these possible results:
   the file, or after any later write.  A drive writes a block completely or not at all
   (SQLite relies on the same property).  A write of several blocks can be torn at any block
   boundary, and a later block can be present while an earlier block is missing.
-- The **length** of a file is one of these: (a) the length at the latest fsync; (b) the
-  length after a write or truncation since this fsync; (c) a 512-byte boundary that a write
-  since this fsync crossed.  A byte below this length that was not written to disk is
-  zero, as on ext4 (``ordered``), XFS and btrfs.  File systems that show old bytes of other
-  files in a block (ext4 with ``data=writeback``) are outside the model.
+- The **length** of a file is one of these: (a) the length at the latest fsync; (b) the length after
+  a write or truncation since this fsync; (c) a 512-byte boundary that a write since this fsync
+  crossed.  If a byte below this length was not written to disk, the byte is zero, as on ext4
+  (``ordered``), XFS and btrfs.  The model does not cover file systems that show old bytes of other
+  files in a block (ext4 with ``data=writeback``).
 - Any subset of the changes of **names** in a directory (creation, renaming, removal) can be
-  present.  ext4 and XFS journal the changes of names in order, so only the most recent
-  changes can be missing.  At an fsync, btrfs logs only the file of the fsync, so a later
-  change can be present without an earlier change.  The model covers ext4, XFS and btrfs,
-  because the model allows any subset of the changes.  A rename is atomic: the renamed file
-  always has exactly one of the two names.
+  present.  ext4 and XFS journal the changes of names in order, so only the most recent changes can
+  be missing.  When a program makes an fsync of a file, btrfs logs only the changes of this file, so
+  a later change of a name can be present without an earlier change.  The model covers ext4, XFS and
+  btrfs, because the model allows any subset of the changes of names.  A rename is atomic: the
+  renamed file always has exactly one of the two names.
 
-If an fsync of a file fails and a later fsync succeeds, the model treats all earlier
-writes as durable, although Linux can have dropped the data of these writes.  After a failed
-fsync, a store must not rely on earlier writes, but the model cannot detect a store that
-relies on them.
+If an fsync of a file fails and a later fsync succeeds, the model treats all earlier writes as
+durable, although Linux can have dropped the data of these writes.  After a failed fsync, a store
+must not rely on the writes before this fsync.  The model cannot detect a store that breaks this
+rule.
 
-Pillai and others, "All File Systems Are Not Created Equal" (OSDI 2014), list the
-behaviour of several file systems.  The model allows more crash states than any of these
-file systems, so the model can require an fsync that a certain file system does not need.
+Pillai and others, "All File Systems Are Not Created Equal" (OSDI 2014), list the behaviour of
+several file systems.  The model allows more crash states than any of these file systems.  Therefore
+a store can need an fsync in the model that the store does not need on a certain file system.
 
-A crash state is one combination of block contents, file lengths and names.  If a crash
-point has few combinations, all combinations are built.  Otherwise a sample is built: the
-combination with all changes missing, the combination with all changes present, variants
-of these two combinations that differ in one choice, and random combinations with a fixed seed.
+A crash state is one combination of block contents, file lengths and names.  If a crash point has
+few combinations, the model builds all combinations.  Otherwise the model builds a sample: the
+combination with all changes missing, the combination with all changes present, variants of these
+two combinations that differ in one choice, and random combinations with a fixed seed.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ _PAST_IMAGES = 8
 """How many earlier images of a file, since its latest fsync, the model keeps."""
 
 IMAGES = 4
-"""How many images of a block the model keeps: the image at the latest fsync, the first
-image after this fsync, and the most recent images."""
+"""The number of images of a block that the model keeps: the image at the latest fsync of the
+file, the first image after this fsync, and the most recent images."""
 
 _ROOT = 1
 
@@ -81,7 +81,7 @@ Tree = dict[str, bytes | None]
 
 
 class CrashState(NamedTuple):
-    """One result of a power loss: the files, and a text that names the missing changes."""
+    """The files after a power loss, and a text that names the missing changes."""
 
     tree: Tree
     missing: str
@@ -166,12 +166,12 @@ class _File:
                 self.blocks.pop(number, None)
 
     def axes(self) -> list[int]:
-        """Return the number of possible lengths, then the number of images of each block."""
+        """Return the numbers of choices: of lengths, then of images for each changed block."""
         changed = [len(images) for images in self.blocks.values()]
         return [len(self.lengths), *changed] if changed or len(self.lengths) > 1 else []
 
     def past_choices(self) -> Iterator[list[int]]:
-        """For each image of the file since its latest fsync, yield the choices for this image."""
+        """Yield, for each kept image since the latest fsync, the choices that build this image."""
         for image in self.past:
             wanted = [_block(image, number) for number in self.blocks]
             with suppress(ValueError):  # its length or a block image is not kept
@@ -327,7 +327,7 @@ class Model:
             yield [self._rng.randrange(size) for size in axes]
 
     def _past_states(self, new: list[int], nodes: Sequence[int]) -> Iterator[list[int]]:
-        """Yield choices: one file gets an earlier image, all other files get the newest image."""
+        """Yield combinations: one file has an earlier image, all other files have the newest."""
         begin = 0
         for number in nodes:
             node = self._nodes[number]

@@ -1,7 +1,7 @@
 """The recorder: a real disk whose operations are recorded in a trace.
 
-The trace identifies files and directories by node number, not by name, because a rename
-can give a name to another file, and an fsync applies to a file, not to a name.
+The trace identifies files and directories by node numbers, not by names.  A rename can give the
+same name to another file, and an fsync applies to a file, not to a name.
 """
 
 from __future__ import annotations
@@ -86,10 +86,11 @@ class KilledError(BaseException):
 
 
 class Failpoint(Struct):
-    """Makes the operation ``step`` of a disk raise ``error``; the first ``after`` calls succeed.
+    """Makes a disk operation raise ``error``; ``step`` is the name of the operation.
 
-    A failing write first writes ``written`` bytes.  If ``error`` is a :class:`KilledError`,
-    later operations of the same process have no effect, as after a kill of the process.
+    The first ``after`` calls of the operation succeed, and the next call fails.  A write that fails
+    first writes ``written`` bytes.  If ``error`` is a :class:`KilledError`, later operations of the
+    same process have no effect, as after a kill of the process.
     """
 
     step: str
@@ -99,7 +100,7 @@ class Failpoint(Struct):
 
 
 class Recorder:
-    """Records the operations on the files below ``root``, which must be an empty directory.
+    """Records the operations on the files below ``root``; at first, ``root`` must be empty.
 
     Each process of the workload has its own disk from :meth:`disk`.  ``trace`` has
     the operations in order.  ``steps`` counts the operations by the method names of
@@ -130,7 +131,7 @@ class Recorder:
         return RecordedDisk(self, omits or (lambda *_: False))
 
     def expect(self, allowed: object) -> None:
-        """Record the content that a power loss is allowed to leave from now on."""
+        """Record the content that a power loss after this trace position is allowed to leave."""
         with self.lock:
             self.trace.append(Expects(allowed))
 
@@ -154,7 +155,7 @@ class Recorder:
         return self._nodes[status.st_dev, status.st_ino]
 
     def directory(self, path: Path) -> int:
-        """Return the node number of the root or of a directory below it."""
+        """Return the node number of the root directory or of a directory below the root."""
         if not path.is_relative_to(self.root):
             raise ValueError(f"{path} is not below {self.root}")
         return self.node(path.stat())

@@ -33,12 +33,12 @@ def new_ledger(workload: Workload) -> TaskRegistryStore:
 
 
 def change(workload: Workload, **fields: object) -> Change:
-    """Return a change to the next revision of the task with the lowest revision."""
+    """Return a Put of the next revision of a task, namely the task with the lowest revision."""
     return next_of(min(workload.records.values(), key=lambda record: record.revision), **fields)
 
 
 def kill(step: str, *, after: int = 0, written: int = 0) -> Failpoint:
-    """Return a failpoint that kills the process at ``step``; the first ``after`` calls succeed."""
+    """Return a failpoint that kills the process at call ``after`` + 1 of the operation ``step``."""
     return Failpoint(step, KilledError(), after, written)
 
 
@@ -92,7 +92,7 @@ def failing_steps(workload: Workload) -> None:
 
 
 def killed_in_commit(workload: Workload) -> None:
-    """A process is killed during a commit; then another running process or a new one commits."""
+    """A process is killed during a commit; then an older process or a new process commits."""
     witness = new_ledger(workload)
     for failpoint in (kill("sync_data"), kill("pwrite", written=800), kill("pwrite")):
         store = workload.open()
@@ -109,7 +109,8 @@ def killed_in_commit(workload: Workload) -> None:
 
 
 def alternating_writers(workload: Workload) -> None:
-    """Two writers rely on each other's fsyncs in turn; one writer is killed before its fsync."""
+    """Two writers commit in turn, and each writer relies on the fsyncs of the other.  Then one
+    writer is killed before its fsync."""
     store, other = new_ledger(workload), workload.open()
     for _ in range(2):
         workload.apply(other, change(workload, label="by the other"))
@@ -121,7 +122,7 @@ def alternating_writers(workload: Workload) -> None:
 
 
 def killed_in_recovery(workload: Workload) -> None:
-    """A process is killed while it recovers from a kill; then another running process commits."""
+    """A process is killed during the recovery from a kill; then an older process commits."""
     witness, store = new_ledger(workload), workload.open()
     workload.apply(store, change(workload, error=LONG), failpoint=kill("pwrite", written=2_000))
     workload.killed_opening(kill("sync_data"))
@@ -142,7 +143,7 @@ def killed_in_compaction(workload: Workload) -> None:
 
 
 def partial_trim(workload: Workload) -> None:
-    """Compactions trim a part of the history; some of their processes are killed."""
+    """Compactions trim a part of the history; the process is killed during some compactions."""
     store = new_ledger(workload)
     failpoints = [kill("rename", after=number) for number in range(3)]
     for failpoint in (*failpoints, kill("unlink"), None):

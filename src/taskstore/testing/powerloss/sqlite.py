@@ -10,16 +10,17 @@ and atomiccommit.html, ``synchronous=FULL``):
   Before this fsync, each 512-byte block of the frames can be present, missing, torn,
   zeros or garbage; the checksums of the WAL must detect every bad block.  The WAL can have
   its old length or any greater length.
-- When all frames are copied to the database, the next writer restarts the WAL: it writes a
-  new WAL header, and flushes the header to disk before it writes frames.  So after a power
-  loss, the WAL is the old WAL, or has the new header and any part of the new frames.
-- A checkpoint flushes the WAL to disk, writes pages to the database and flushes the
-  database.  A writer can restart the WAL only after this checkpoint.  So if the database
-  has changed, the whole WAL is on disk, and each block of the database is old or new.
-- The shared memory (``-shm``) is always lost; SQLite rebuilds it from the WAL.
+- When all frames are copied to the database, the next writer restarts the WAL: the writer writes a
+  new WAL header, and flushes the header to disk before the first new frame.  So after a power loss,
+  the WAL is the old WAL, or has the new header and any part of the new frames.
+- A checkpoint flushes the WAL to disk, writes pages to the database and flushes the database.  A
+  writer can restart the WAL only after this checkpoint.  So if the database has changed since the
+  copy, the whole WAL is on disk, and each block of the database has the old or the new content.
+- A power loss always loses the shared memory (``-shm``); SQLite rebuilds this file from the WAL.
 
-This model is valid only for a single writer whose commits, except the final commit, are
-acknowledged.  A reader must not be open, because it can prevent a checkpoint from completing.
+This model is valid only for a single writer.  All commits of the writer except the final commit
+must be acknowledged.  No reader may have the database open, because a reader can prevent the end of
+a checkpoint.
 """
 
 from __future__ import annotations
@@ -108,10 +109,10 @@ def crash_states(
 ) -> Iterator[CrashState]:
     """Yield states that a power loss can leave between two acknowledged commits.
 
-    ``before`` or ``after`` can be the files that a killed writer left.  ``rng`` draws at
-    most ``max_states`` states of the WAL, and at most ``max_states`` states of the
-    database.  In each of these states, the present blocks are all changed blocks except one,
-    only one changed block, a prefix of the changed blocks, or a random subset.
+    ``before`` or ``after`` can be the files that a killed writer left.  ``rng`` draws at most
+    ``max_states`` states of the WAL, and at most ``max_states`` states of the database.  In each of
+    these states, the blocks on disk are one of these sets: all changed blocks except one; only one
+    changed block; a prefix of the changed blocks; a random subset.
     """
     yield CrashState(after, "all writes")
     if after.wal != before.wal:
@@ -133,7 +134,7 @@ def crash_states(
 def _mixed(
     old: bytes, new: bytes, max_states: int, rng: random.Random, *, garbage: bool = False
 ) -> Iterator[tuple[bytes, str]]:
-    """Yield mixtures of blocks of ``old`` and ``new``, each with a text about missing blocks.
+    """Yield mixtures of blocks of ``old`` and ``new``, each with a text that lists missing blocks.
 
     ``new`` must not be shorter than ``old``.
     """

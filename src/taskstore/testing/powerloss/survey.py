@@ -88,10 +88,11 @@ def survey(
 ) -> Survey:
     """Check the crash states of a file-based store, and return the counts and problems.
 
-    ``open_on`` opens the store; each of ``scenarios`` runs on a new ledger.  If a crash point
-    has more than ``max_states`` crash states, a sample of ``max_states`` of them is drawn with
-    ``seed``.  If ``stop`` is true, the survey ends at the first problem.  ``omits`` selects
-    fsyncs to omit (see :meth:`Recorder.disk`), so that a test can show that each fsync is needed.
+    ``open_on`` opens the store; each of ``scenarios`` runs on a new ledger.  If a crash point has
+    more than ``max_states`` crash states, the survey opens a sample of ``max_states`` crash states;
+    ``seed`` determines the sample.  If ``stop`` is true, the survey ends at the first problem.
+    ``omits`` selects fsyncs to omit (see :meth:`Recorder.disk`); with this parameter, a test shows
+    that each fsync is needed.
     """
     started = time.monotonic()
     result = Survey()
@@ -169,7 +170,7 @@ def build(state: CrashState, directory: Path) -> None:
 
 @contextlib.contextmanager
 def fast_directory() -> Iterator[Path]:
-    """Yield a temporary directory, in memory if possible, because no real fsync is needed."""
+    """Yield a temporary directory, in memory if possible; a survey needs no real fsync."""
     memory = Path("/dev/shm")  # noqa: S108 - only a parent of the temporary directory
     parent = memory if os.access(memory, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="taskstore-power-", dir=parent) as directory:

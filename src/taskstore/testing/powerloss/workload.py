@@ -63,9 +63,10 @@ class Workload:
         self._allow(self._current)
 
     def observe(self, store: TaskRegistryStore) -> None:
-        """Read the ledger after a kill; the content that is read becomes the current content.
+        """Read the ledger after a kill; the workload continues with the content that it read.
 
-        A power loss can still lose a change that was read, but not an acknowledged change.
+        After this call, a power loss can still lose an unacknowledged change that was read, but no
+        acknowledged change.
         """
         actual = Actual.of(store)
         matching = [expected for expected in self._allowed if actual.matches(expected)]
@@ -118,9 +119,9 @@ class Workload:
     ) -> None:
         """Compact if the store supports compaction.
 
-        ``policy`` is ``KEEP_ALL``, or keeps exactly ``policy.history_entries`` entries.  These
-        must be whole commits.  After the compaction, no file is allowed to contain a byte string
-        of ``erases``.
+        ``policy`` must be ``KEEP_ALL``, or a policy that keeps exactly ``policy.history_entries``
+        entries; the kept entries must be whole commits.  After the compaction, no file is allowed
+        to contain a byte string of ``erases``.
         """
         if not isinstance(store, SupportsCompaction):
             return
