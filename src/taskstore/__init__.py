@@ -79,10 +79,11 @@ def alembic_include_object(
 ) -> bool:
     """Return false for the tables of a ledger and their indexes, and true for everything else.
 
-    A program that keeps a ledger in its own database passes this function as ``include_object``
-    to ``context.configure`` in its ``env.py``.  Otherwise ``alembic revision --autogenerate``
-    writes a migration that drops the ledger.  The columns decide: a table of the program that only
-    has the name of a table of taskstore is included.
+    A program that keeps a ledger in its own database passes this function as ``include_object`` to
+    ``context.configure`` in its ``env.py``.  Without this function, ``alembic revision
+    --autogenerate`` writes a migration that drops the ledger.  The function also compares columns:
+    if a table of the program has only its name in common with a table of a ledger, the function
+    returns true for this table.
     """
     from taskstore.stores.sql.tables import is_own
 

@@ -136,10 +136,10 @@ class Conflict(NamedTuple):
 class ConflictError(TaskStoreError):
     """Another writer changed the data first; this call wrote nothing.
 
-    ``conflicts`` is a tuple of :class:`Conflict`.  The tuple is empty if the conflict is
-    not about single tasks: for example, ``save_snapshot`` got a seq that does not exceed
-    the head, or the changes are based on another history.  The error is not ``retryable``
-    if a fence is not valid or a task was deleted, because every retry fails.
+    ``conflicts`` is a tuple of :class:`Conflict`.  The tuple is empty if the conflict is not about
+    single tasks: for example, ``save_snapshot`` got a seq that does not exceed the head, or the
+    changes are based on another history.  If a fence is not valid or a task was deleted, every
+    retry fails, and ``retryable`` is false.
     """
 
     retryable = True
@@ -265,11 +265,11 @@ class BackendNotFoundError(TaskStoreError):
 class CursorExpiredError(TaskStoreError):
     """The journal cannot be read from the requested position.
 
-    ``after`` is the requested seq; ``floor`` is the first retained seq.  ``head`` is the newest
-    seq, if the request was a seq beyond it.  If ``replaced`` is
-    false, entries after ``after`` were trimmed.  If ``replaced`` is true, the requested
-    position is beyond the head or belongs to another history: a backup was restored, or a
-    standby took over without the newest commits.
+    ``after`` is the requested seq; ``floor`` is the first retained seq.  If the caller requested a
+    seq (not a cursor) beyond the head, ``head`` is the newest seq; otherwise ``head`` is ``None``.
+    If ``replaced`` is false, entries after ``after`` were trimmed.  If ``replaced`` is true, the
+    requested position is beyond the head or belongs to another history: a backup was restored, or
+    a standby took over without the newest commits.
     """
 
     def __init__(

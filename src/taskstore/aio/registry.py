@@ -54,7 +54,7 @@ T = TypeVar("T")
 R = TypeVar("R", bound="AsyncTaskRegistry")
 
 POLL_INTERVAL_S = 2.0
-"""The interval at which ``changes()`` reads the journal if no commit is reported, in seconds."""
+"""The interval, in seconds, at which ``changes()`` reads the journal if no commit is reported."""
 
 _batches: ContextVar[Mapping[int, Batch]] = ContextVar("taskstore-batches")
 """The open batches of the current asyncio task, by ``id()`` of the registry."""
@@ -85,9 +85,10 @@ class AsyncTaskRegistry(RegistryBase):
     def __init__(
         self, store: TaskRegistryStore, *, hooks: Iterable[Hook] = (), clock: Clock | None = None
     ) -> None:
-        """Create a registry over a store that the caller closes; ``async with`` loads the records.
+        """Create a registry over a store; the caller closes the store.
 
-        :meth:`open` and :meth:`over` return a loaded registry.
+        ``async with`` loads the records.  :meth:`open` and :meth:`over` return a registry that has
+        loaded the records.
         """
         if clock is not None:
             store.clock = clock
@@ -118,7 +119,8 @@ class AsyncTaskRegistry(RegistryBase):
     ) -> RegistryOpener[Self]:
         """Open the ledger at a URL and load it: see :meth:`taskstore.TaskRegistry.open`.
 
-        ``await`` the result, or use it in an ``async with``, which also closes the registry.
+        Use ``await`` to get the registry, or ``async with`` to get the registry and to close it at
+        the end of the block.
         """
         make_store = functools.partial(
             open_store,
@@ -267,18 +269,20 @@ class AsyncTaskRegistry(RegistryBase):
     def follow(self) -> AsyncFollower:
         """Start a follower: see :meth:`taskstore.TaskRegistry.follow`.
 
-        The follower's thread calls the hooks for commits of other processes.  The end of an
-        ``async with`` ends the follower, and waits for the thread.  ``stop()`` ends the
-        follower without waiting for the thread.
+        The follower's thread calls the hooks for commits of other processes.  At the end of an
+        ``async with`` block, the follower ends, and the block waits for the follower's thread.
+        ``stop()`` ends the follower and does not wait for the thread.
         """
         return self._start_follower(AsyncFollower)
 
     # -- closing ------------------------------------------------------------------
 
     async def close(self) -> None:
-        """Commit changes in progress, then close the registry, and the store if
-        :meth:`open` opened the store.  Repeated calls are allowed.  If a call is cancelled,
-        closing continues in the background."""
+        """Commit the changes in progress, then close the registry.
+
+        If :meth:`open` opened the store, the call also closes the store.  Repeated calls are
+        allowed.  If a call is cancelled, the registry is closed in the background.
+        """
         if self._closing is None:
             self._closed = True
             closed = StoreClosedError(f"the registry over {self._store.location} is closed")
@@ -312,7 +316,8 @@ class AsyncTaskRegistry(RegistryBase):
         return None if batch is None or batch.closed else batch
 
     def _reload(self) -> None:
-        """Do nothing: a lookup must not wait for the store.  The next change reloads memory."""
+        """Do nothing: a lookup must not wait for the store.  The next change reloads the records
+        from the store."""
 
     def _lookups(self) -> Lookups:
         batch = self._batch
@@ -368,7 +373,8 @@ class AsyncTaskRegistry(RegistryBase):
         self._deliver_events(done)
 
     def _deliver_events(self, done: Sequence[asyncio.Future[None]]) -> None:
-        """Deliver all events in the hook thread, then resume the coroutines of ``done``."""
+        """Deliver all events in the hook thread, then resume the coroutines that wait for
+        ``done``."""
         self._delivering = True
 
         def delivered(_: object) -> None:
@@ -400,8 +406,10 @@ def _close_abandoned(opening: asyncio.Future[TaskRegistryStore]) -> None:
 
 
 class AsyncFollower(Follower):
-    """A follower that does not block the event loop: the end of an ``async with`` waits for
-    the follower's thread, ``stop()`` does not wait."""
+    """A follower that does not block the event loop.
+
+    The end of an ``async with`` block waits for the follower's thread; :meth:`stop` does not wait.
+    """
 
     def stop(self) -> None:
         """Ask the thread to end.  Repeated calls, and calls from a hook, are allowed."""
@@ -447,7 +455,7 @@ class RegistryOpener(Coroutine[Any, Any, R], AbstractAsyncContextManager[R]):
 class CommitWaiter:
     """The coroutines of one event loop that wait for commits of one journal.
 
-    While a coroutine waits, a thread waits for the next commit, in short slices.
+    While a coroutine waits, a thread waits for the next commit, for a short time in each call.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -459,7 +467,8 @@ class CommitWaiter:
         self._closed: Exception | None = None
 
     async def wait_for(self, journal: SupportsJournal, after: int, seconds: float) -> bool:
-        """Wait until the head exceeds ``after``, at most ``seconds``; return false on a timeout."""
+        """Wait at most ``seconds`` until the head exceeds ``after``; return false after a
+        timeout."""
         if self._closed is not None:
             raise self._closed
         if self._poller is None:
@@ -510,6 +519,6 @@ class CommitWaiter:
 
 
 def _next_head(journal: SupportsJournal, head: int) -> int:
-    """Wait at most one slice until the journal's head exceeds ``head``; return the new head."""
+    """Wait a short time until the journal's head exceeds ``head``; return the current head."""
     journal.wait_for(head, history.WAIT_SLICE_S)
     return journal.head()

@@ -30,7 +30,8 @@ from taskstore.errors import (
 from taskstore.store.opening import redacted
 
 OK, FAILED, USAGE, ERROR = 0, 1, 2, 3
-"""The exit statuses for success, a failed check or request, wrong usage, a store error."""
+"""The exit statuses for success, for a failed check or request, for wrong usage and for a store
+error."""
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 DEBUG_VARIABLE = "TASKSTORE_DEBUG"
@@ -130,9 +131,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _discard_output(*streams: TextIO) -> None:
-    """Replace the files of streams by the null device.
+    """Redirect the output streams to the null device.
 
-    Python would otherwise try to write the rest of the output at exit, and print an error.
+    Without this redirection, Python would try to write the rest of the output at exit, and print
+    an error.
     """
     null = os.open(os.devnull, os.O_WRONLY)
     for stream in streams:
@@ -180,7 +182,11 @@ def _invoke(arguments: list[str]) -> int:
 
 
 def _name_default_ledger(ctx: Any, error: TaskStoreError) -> None:
-    """Add to the hint of an error that the user has named no ledger, if this can be the cause."""
+    """If the choice of the default ledger can be the cause of an error, say so in the error's
+    hint.
+
+    The command uses the default ledger if the user has named no ledger.
+    """
     chosen = None if ctx is None else ledger_url(ctx)
     if chosen is None or chosen.given_by != "default":
         return
@@ -202,14 +208,14 @@ def print_error(text: str) -> None:
     """Print an error and its hint on standard error, in one line, without passwords.
 
     Each word is redacted by itself: a message can contain several URLs, and :func:`redacted`
-    takes all text from a colon to an ``@`` for a password.
+    treats all text from a colon to an ``@`` as a password.
     """
     with contextlib.suppress(OSError):
         print_note(re.sub(r"\S+", lambda word: redacted(word[0]), text))
 
 
 def _prepare_streams() -> None:
-    """Open file descriptors 0, 1 and 2 if closed; let the output streams accept any text.
+    """Open file descriptors 0, 1 and 2 if they are closed; let the output streams accept any text.
 
     If descriptor 1 or 2 stayed closed, the next opened file (for example the database)
     would get the number 1 or 2, and printed output would be written into this file.

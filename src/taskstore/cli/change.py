@@ -91,8 +91,9 @@ def change(
 ) -> TaskRecord:
     """Apply ``mutation``, a pure function, to one record; store and return the new record.
 
-    If ``known`` is given, the first attempt uses this record and does not read the record.
-    After a conflict with another writer, ``mutation`` runs again on the current record.
+    If ``known`` is given, the first attempt uses ``known`` as the current record and does not read
+    the store.  After a conflict with another writer, ``mutation`` runs again on the current
+    record.
     """
 
     def attempt() -> TaskRecord:

@@ -1,8 +1,8 @@
 """The child process that runs a command: its output and its signals.
 
-The command runs in a session of its own, so that one signal reaches the command and its
-child processes.  The command has ended when the command has exited and no process has
-the command's output open.  A shell uses the same rule for a pipeline.
+The command runs in a session of its own, so that one signal reaches the command and its child
+processes.  The command counts as ended when the command has exited and no process has the
+command's output open.  A shell uses the same rule for a pipeline.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """The signals that ``taskstore run`` forwards to the command."""
 
 TIMEOUT, CLOSED = 0, 255
-"""Queue items for an expired timeout and a closed stream; no signal has these numbers."""
+"""Items of a :class:`SignalQueue` for an expired timeout and for a closed stream; no signal has
+these numbers."""
 
 MAX_WAIT_S = 3600.0
 """The longest single wait for an item of a :class:`SignalQueue`, in seconds."""
@@ -34,7 +35,7 @@ KILL_TIMEOUT_S = 2.0
 """The maximum wait for the end of a process after SIGKILL, in seconds."""
 
 POLL_S = 0.2
-"""The interval, in seconds, of the checks whether a process group has ended."""
+"""The interval between two checks whether a process group has ended, in seconds."""
 
 MAX_LINE_BYTES = 4 * SUMMARY_BYTES
 """The size to which an output line is truncated before colours are removed."""
@@ -75,7 +76,9 @@ class SignalQueue:
 
 @contextlib.contextmanager
 def forwarded_signals() -> Iterator[SignalQueue]:
-    """Put numbers of received signals into a queue; a signal that was ignored stays ignored.
+    """Yield a queue that gets the number of each received signal.
+
+    A signal that this process ignores stays ignored.
 
     A Python signal handler runs only when the main thread executes bytecode.  If
     a signal arrives just before the main thread waits, or in another thread, the
@@ -100,7 +103,8 @@ def forwarded_signals() -> Iterator[SignalQueue]:
 def running_child(
     argv: Sequence[str], queue: SignalQueue, on_line: Callable[[str], object]
 ) -> Iterator[Child]:
-    """Start a command and yield it as a child; kill a running command at the block's end.
+    """Start a command and yield its :class:`Child`; at the block's end, kill a command that still
+    runs.
 
     When output arrives, another thread calls ``on_line`` with a summary of the newest line.
     """
@@ -192,8 +196,8 @@ class Child:
 def _copy_stream(
     source: IO[bytes], sink: int, queue: SignalQueue, on_line: Callable[[str], object]
 ) -> None:
-    """Copy the source to the sink as data arrives.  If the sink is closed, close the source.
-    The command then gets SIGPIPE at a write, as it would without ``taskstore run``."""
+    """Copy the source to the sink as data arrives.  If the sink is closed, close the source.  The
+    command then gets SIGPIPE when the command writes, as it would without ``taskstore run``."""
     last = LastLine()
     with source, contextlib.suppress(OSError):
         while chunk := source.read(CHUNK_BYTES):
@@ -225,7 +229,7 @@ def summarize_line(line: bytes) -> str:
 class LastLine:
     """Finds the newest line of a byte stream; a line ends at a newline or carriage return.
 
-    The memory use is bounded, also for very long lines.
+    The memory use is bounded, even for very long lines.
     """
 
     def __init__(self) -> None:
@@ -242,5 +246,6 @@ class LastLine:
         return None
 
     def close(self) -> str | None:
-        """Return a summary of the incomplete line at the stream's end, or ``None`` without text."""
+        """Return a summary of the incomplete line at the stream's end; ``None`` if it has no
+        text."""
         return summarize_line(self._partial) or None

@@ -145,7 +145,7 @@ def _database(url: str, *, read_only: bool = False) -> Iterator[Database]:
 
 
 def _previous_revision(revision: str) -> str:
-    """Return the schema revision before the given revision, or ``"base"`` before the first."""
+    """Return the schema revision before the given revision; ``"base"`` for the first revision."""
     from taskstore.stores.sql import migrate
 
     names = [name for name, _ in migrate.history()] + ["base"]

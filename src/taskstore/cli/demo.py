@@ -137,7 +137,8 @@ def jobs(root: Path) -> list[Job]:
 
 
 def _record(url: str, root: Path, demo_jobs: Sequence[Job]) -> dict[str, str]:
-    """Run the jobs concurrently and record them; return the task id of each label."""
+    """Run and record the jobs concurrently; return a dict that maps each job's label to its task
+    id."""
     with open_store(url) as store:
         head = history.require_journal(store, "the demo").head()
     _print_heading(f"{len(demo_jobs)} commands, recorded concurrently in {redacted(url)}")
@@ -270,7 +271,7 @@ def _query(url: str, *words: str) -> Any:
 
 
 def _run_and_print(url: str, *words: str, last: int | None = None) -> None:
-    """Run a command; print the command and its output; ``last`` limits the printed lines."""
+    """Run a command; print the command and its output, or only the ``last`` lines of the output."""
     tail = "" if last is None else f" | tail -n {last}"
     render.print_line(f"$ {shell_command(*words, url=url)}{tail}")
     for line in _run(url, *words).splitlines()[-(last or 0) :]:

@@ -1,4 +1,4 @@
-"""Common options of the commands, and access to single records of a ledger.
+"""Common options of the commands, and access to a ledger's single records.
 
 A command reads or changes a few records and ends, so it uses the store directly.
 A :class:`~taskstore.TaskRegistry` would first load the whole ledger, which takes
@@ -38,16 +38,18 @@ PAGE_RECORDS = 1000
 """The number of records per page when a command reads all records."""
 
 MIN_ENDING = 4
-"""The fewest characters of the end of a task id that name a task on the command line."""
+"""The minimum length of an ending of a task id that names the task on the command line."""
 
 SHOWN_ENDING = 8
-"""The fewest characters of an id in a list, so that few ids of later tasks end alike."""
+"""The minimum length of a shortened task id in a list.  With this length, few ids of later tasks
+have the same ending."""
 
 MAX_CANDIDATES = 5
-"""The most ids that an error names as candidates."""
+"""The maximum number of task ids that an error names as candidates."""
 
 MAX_SHORTENED = 1000
-"""The most ids of a list that are shortened, and the most other ids that may resemble them."""
+"""A list shows whole task ids if the list has more ids than this number, or if at least this
+number of other ids have the same endings."""
 
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhdw])?\Z")
@@ -74,12 +76,15 @@ Token = Annotated[
 
 
 class Misuse(TaskStoreError):
-    """Wrong usage of a command; the message gives the reason, ``hint`` shows correct usage."""
+    """Wrong usage of a command; the message gives the reason, and ``hint`` shows the correct
+    usage."""
 
 
 class LedgerURL(NamedTuple):
-    """The URL of the ledger of a command; ``given_by`` is ``option``, ``environment`` or
-    ``default``."""
+    """The URL of the ledger that a command uses.
+
+    ``given_by`` says where the command found the URL: ``option``, ``environment`` or ``default``.
+    """
 
     url: str
     given_by: str
@@ -97,7 +102,10 @@ def url_of(ctx: typer.Context, url: str | None) -> str:
 
 
 def url_option(ctx: typer.Context, url: str | None) -> str | None:
-    """Return the value of ``--url``, before or after the command; ``None`` without the option."""
+    """Return the value of the option ``--url``, or ``None`` if the option is missing.
+
+    The option can stand before or after the name of the command.
+    """
     found = _find_url(ctx, url)
     return found.url if found.given_by == "option" else None
 
@@ -115,7 +123,8 @@ def _find_url(ctx: typer.Context, url: str | None) -> LedgerURL:
 
 
 def ledger_url(ctx: typer.Context) -> LedgerURL | None:
-    """Return the URL that :func:`url_of` found for this command, if it has looked for one."""
+    """Return the URL that :func:`url_of` found for this command; ``None`` before a call of
+    ``url_of``."""
     found: LedgerURL | None = ctx.meta.get(_LEDGER_URL)
     return found
 
@@ -123,8 +132,9 @@ def ledger_url(ctx: typer.Context) -> LedgerURL | None:
 def next_command(ctx: typer.Context, *words: str) -> str:
     """Return a ``taskstore`` command for the ledger of this command, quoted for the shell.
 
-    The command contains ``--url`` if this command got it.  A command without ``--url`` finds
-    the same ledger in the environment, or at the default place.
+    If the user gave ``--url`` to this command, the returned command contains ``--url``.
+    Otherwise, the returned command finds the same ledger by the environment variable, or uses the
+    same default ledger.
     """
     where = ledger_url(ctx)
     url = where.url if where is not None and where.given_by == "option" else ""
@@ -190,7 +200,10 @@ def open_existing(url: str) -> TaskRegistryStore:
 
 
 def run_query(store: TaskRegistryStore, query: TaskQuery) -> Page:
-    """Return a query's page; without query support, load a snapshot and evaluate the query."""
+    """Return the page of a query.
+
+    If the store does not support queries, the function loads a snapshot and evaluates the query.
+    """
     if isinstance(store, SupportsQuery):
         return store.query(query)
     snapshot = store.load_snapshot()
@@ -219,9 +232,11 @@ class TokenMatch(NamedTuple):
 
 
 def find(store: TaskRegistryStore, token: str) -> TokenMatch:
-    """Return the task that a token names: see :func:`find_exactly`, else :func:`find_by_ending`.
+    """Return the task that a token names.
 
-    If no task matches, the function raises :class:`~taskstore.TaskNotFound`.
+    The function first calls :func:`find_exactly`.  If no task matches, the function calls
+    :func:`find_by_ending`.  If neither function finds a task, the call raises
+    :class:`~taskstore.TaskNotFound`.
     """
     match = find_exactly(store, token)
     if match is not None:
@@ -230,11 +245,12 @@ def find(store: TaskRegistryStore, token: str) -> TokenMatch:
 
 
 def find_by_ending(store: TaskRegistryStore, token: str, *, deleted: bool = False) -> str:
-    """Return the only id of a stored (or deleted) task that ends with a token.
+    """Return the id of the only task whose id ends with a token.
 
-    A token of fewer than :data:`MIN_ENDING` characters matches no id.  Raises
-    :class:`~taskstore.TaskNotFound` if no id matches, and :class:`Misuse` with the candidates
-    if several ids match.
+    The function searches the stored tasks, or with ``deleted`` the deleted tasks.  A token of
+    fewer than :data:`MIN_ENDING` characters matches no id.  Raises
+    :class:`~taskstore.TaskNotFound` if no id matches, and :class:`Misuse` with the candidates if
+    several ids match.
     """
     if len(token) < MIN_ENDING:
         error = TaskNotFound(token)
@@ -254,10 +270,10 @@ def find_by_ending(store: TaskRegistryStore, token: str, *, deleted: bool = Fals
 
 
 def short_ids(store: TaskRegistryStore, ids: Sequence[str]) -> dict[str, str]:
-    """Return the shortest ending of each id that names only this task on the command line.
+    """Return, for each id, its shortest ending that names only this task on the command line.
 
-    An ending has at least :data:`SHOWN_ENDING` characters, if the id is that long, and does not
-    look like an option.  One search finds all ids that can have the same ending.
+    An ending does not begin with ``-``, and has at least :data:`SHOWN_ENDING` characters if the id
+    is that long.  One search in the store finds all ids that can have one of these endings.
     """
     whole = {task_id: task_id for task_id in ids}
     if len(ids) > MAX_SHORTENED:
@@ -310,11 +326,12 @@ def find_exactly(store: TaskRegistryStore, token: str) -> TokenMatch | None:
 
 
 def read_pages(store: TaskRegistryStore, query: TaskQuery) -> Iterator[Page]:
-    """Yield a query's page in parts, all as of one seq; a store without this ability gives one
-    part.
+    """Yield the page of a query in parts, all as of one seq.
 
-    The caller must read all parts without a pause, or close the iterator: a store can hold a
-    read transaction until then.
+    If the store cannot return a page in parts, the function yields one part.
+
+    The caller must read all parts without a pause, or close the iterator, because a store can keep
+    a read transaction open until then.
     """
     if isinstance(store, SupportsPages):
         yield from store.pages(query, PAGE_RECORDS)
@@ -325,8 +342,9 @@ def read_pages(store: TaskRegistryStore, query: TaskQuery) -> Iterator[Page]:
 def count(store: TaskRegistryStore) -> Summary:
     """Return the number of tasks by status and by runtime.
 
-    If the store cannot count, queries read page by page; ``seq`` is then the head when the count
-    starts, and tasks created during the count are not included.
+    If the store supports queries but cannot count, the function queries all records page by page.
+    ``seq`` is then the head at the start of the count, and tasks created during the count are not
+    included.
     """
     if isinstance(store, SupportsSummary):
         return store.summary()

@@ -138,7 +138,7 @@ def _policy_of(
 
 
 def _print_compaction(report: CompactionReport) -> None:
-    """Print what a compaction did, and how far history reaches now."""
+    """Print what a compaction did, and where the ledger's history begins."""
     if report.compacted:
         render.print_line(
             f"compacted at seq {report.seq} ({report.reason}): {report.records} records in the "
@@ -150,7 +150,7 @@ def _print_compaction(report: CompactionReport) -> None:
 
 
 def _history_of(report: CompactionReport) -> str:
-    """Return the sentence that says from when on the ledger has history, and why."""
+    """Return the sentence that says where the ledger's history begins, and why it begins there."""
     reach = f"history reaches back to seq {report.floor}"
     if report.floor == 1:
         reach = "history reaches back to the first entry"
@@ -227,7 +227,10 @@ def _describe(entry: EntryPoint) -> dict[str, Any]:
 
 
 def _abilities(opener: Any) -> list[str] | None:
-    """Return the abilities of the class in ``opener``'s return annotation, else ``None``."""
+    """Return the abilities of the store class that ``opener`` is annotated to return.
+
+    Returns ``None`` if the annotation is not a class, or is the base class of all stores.
+    """
     returned = get_type_hints(opener).get("return")
     if not isinstance(returned, type) or returned is TaskRegistryStore:
         return None

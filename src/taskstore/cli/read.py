@@ -68,10 +68,11 @@ def list_tasks(
 ) -> None:
     """List tasks, newest first.
 
-    On a terminal, the command prints a table with the end of each task id, which is enough
-    to name the task in another command. Otherwise it prints one tab-separated line
-    per task: id, status, runtime, owner, run, created, ended, label, task, latest
-    message. Times are in UTC. --json prints one object with tasks, next_cursor and seq.
+    On a terminal, the command prints a table. The table shows only the end of each task id; this
+    end is enough to name the task in another command. If the output is not a terminal, the command
+    prints one tab-separated line per task: id, status, runtime, owner, run, created, ended, label,
+    task, latest message. Times are in UTC. --json prints one object with tasks, next_cursor and
+    seq.
     """
     options: dict[str, Any] = {
         "status": status,
@@ -97,7 +98,10 @@ def list_tasks(
 
 
 class _Parts:
-    """The records of the parts of a page; after the last part, the page's cursor and seq."""
+    """An iterable of the records in all parts of a page.
+
+    After the iteration, ``next_cursor`` and ``seq`` are those of the page.
+    """
 
     def __init__(self, pages: Iterator[Page]) -> None:
         self._pages = pages
@@ -236,9 +240,10 @@ def log(ctx: typer.Context, token: Token, *, as_json: AsJson = False, url: Url =
 
 
 def _find_logged(store: TaskRegistryStore, token: str) -> tuple[str, TaskRecord | None]:
-    """Return the id of a stored or deleted task, and the record of a stored task.
+    """Return the id of the task that a token names, and its record (``None`` for a deleted task).
 
-    A whole id comes before the end of an id, and a stored task before a deleted task.
+    A match of a whole id takes precedence over a match of the end of an id.  A stored task takes
+    precedence over a deleted task.
     """
     match = ledger.find_exactly(store, token)
     if match is None and history.history(store, token):

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 EMPTY = "-"
-"""The text in a table column if the field is not set."""
+"""The text that a table shows for a field that is not set."""
 
 STYLES = {
     "queued": "cyan",
@@ -47,7 +47,7 @@ STYLES = {
     "lost": "magenta",
 }
 HELD_CHARACTERS = 1 << 20
-"""The size from which held output is in a temporary file."""
+"""The size from which :func:`held_output` keeps its output in a temporary file."""
 
 _CONTROL_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _JOINERS = "\u200c\u200d"  # harmless characters, which occur in Persian words and emoji
@@ -91,7 +91,8 @@ def age_of(at: int) -> str:
 
 
 def run_time_of(record: TaskRecord) -> str:
-    """Return the run time of an ended task as text, if the record contains the run time."""
+    """Return how long an ended task ran, as text; ``EMPTY`` if the record does not show the
+    time."""
     if record.started_at is None or record.ended_at is None:
         return EMPTY
     if record.ended_at < record.started_at:  # possible only for a record of another program
@@ -143,9 +144,9 @@ class OutputError(Exception):
 def prepare_json(wanted: bool) -> bool:
     """Prepare standard output for JSON if the option ``--json`` is given.
 
-    If the encoding of standard output is not UTF-8, :func:`to_json` uses only ASCII
-    characters.  The stream must then encode them as ASCII, because an encoding such as UTF-16
-    would write other bytes.
+    If the encoding of standard output is not UTF-8, :func:`to_json` uses only ASCII characters.
+    The stream must then encode these characters as ASCII, because an encoding such as UTF-16 would
+    write other bytes.
     """
     stream = sys.stdout
     if wanted and isinstance(stream, io.TextIOWrapper) and not _is_utf8(stream):
@@ -182,9 +183,9 @@ def print_json(value: object) -> None:
 def print_json_members(members: Iterable[tuple[str, object]]) -> None:
     """Print a JSON object like :func:`print_json`, but keep only one value in memory.
 
-    ``members`` yields names and values.  A value that is an iterator becomes an array, whose
-    items are encoded one by one.  ``members`` can read the store while it is iterated, because
-    the output is complete before the first byte is printed.
+    ``members`` yields names and values.  A value that is an iterator becomes an array, whose items
+    are encoded one by one.  The iteration over ``members`` can read the store, because the output
+    is complete before the first byte is printed.
     """
     with held_output() as write:
         for chunk in _json_chunks(members, 2 if sys.stdout.isatty() else None):
@@ -192,7 +193,7 @@ def print_json_members(members: Iterable[tuple[str, object]]) -> None:
 
 
 def _json_chunks(members: Iterable[tuple[str, object]], indent: int | None) -> Iterator[str]:
-    """Yield the text that ``json.dumps`` returns for an object with these members, and a
+    """Yield the text that ``json.dumps`` returns for an object with these members; end with a
     newline."""
     outer, inner = ("\n  ", "\n    ") if indent else ("", "")
     separator = "{" + outer
@@ -214,9 +215,9 @@ def _json_chunks(members: Iterable[tuple[str, object]], indent: int | None) -> I
 def held_output() -> Iterator[Callable[[str], object]]:
     """Yield a function that collects output; print the output at the end of the ``with`` block.
 
-    A block that raises prints nothing, so a document is complete or absent.  A slow reader of
-    the output does not delay the block, so a read transaction is short.  If the output is
-    large, it is in a temporary file without a name.
+    If the block raises an error, nothing is printed, so a printed document is always complete.  A
+    slow reader of the output does not delay the block, so a read transaction in the block is
+    short.  Large output is kept in a temporary file without a name.
     """
     with tempfile.SpooledTemporaryFile(
         HELD_CHARACTERS, "w+", encoding="utf-8", errors="surrogatepass", newline=""
@@ -256,7 +257,8 @@ def print_note(text: str) -> None:
 
 
 def print_lines(rows: Iterable[Sequence[str]]) -> None:
-    """Print one line per row; tabs separate the columns.  ``rows`` can read the store."""
+    """Print one line per row; tabs separate the columns.  The iteration over ``rows`` can read the
+    store."""
     with held_output() as write:
         for row in rows:
             write("\t".join(map(escape_controls, row)) + "\n")

@@ -29,22 +29,24 @@ from taskstore.store.opening import open_store
 
 RUNTIME = "cli"
 TIMED_OUT, NOT_EXECUTABLE, NOT_FOUND, SIGNAL_BASE = 124, 126, 127, 128
-"""The exit statuses of timeout(1) and the shell; 128 + n means a kill by signal n."""
+"""The exit statuses that timeout(1) and the shell use; 128 + n means that signal n killed the
+command."""
 
 GRACE_S = 10.0
-"""The default time from the signal that stops a command to SIGKILL, in seconds."""
+"""The default time between the signal that asks a command to stop and SIGKILL, in seconds."""
 
 PROGRESS_INTERVAL_S = 1.0
-"""The minimum interval between two recorded progress changes."""
+"""The minimum interval between two recorded progress changes, in seconds."""
 
 RETRY_TIMEOUT_S = 5.0
-"""The maximum time for retries to record the final status after store errors, in seconds."""
+"""How long ``taskstore run`` retries to record the final status after store errors, in seconds."""
 
 RETRY_INTERVAL_S = 0.2
 """The interval between two retries to record the final status, in seconds."""
 
 STORE_TIMEOUT_S = 45.0
-"""The maximum wait for the final status to be stored, above a store's lock timeout of 30 s."""
+"""The maximum wait, in seconds, until the final status is stored.  This wait is longer than the
+lock timeout of a store (30 s)."""
 
 
 class CommandResult(NamedTuple):
@@ -98,14 +100,14 @@ def run(
 ) -> int:
     """Run a command and record it as a task.
 
-    The output is copied unchanged; the last line becomes the task's progress. The command
-    writes to pipes and has no controlling terminal. The command has ended when it has
-    exited and no process has its output open, as in a pipeline. The exit status is the
-    exit status of the command. The exit status is 128+n if signal n killed the command,
-    124 if the command exceeded the timeout, and 126 or 127 if the command cannot be
-    started. If the task cannot be recorded, the command is not started (exit status 3).
-    Later store errors are printed and do not stop the command. Ctrl-C, SIGTERM and
-    SIGHUP are forwarded to the command; a second signal kills the command.
+    The output is copied unchanged; the last line becomes the task's progress. The command writes
+    to pipes and has no controlling terminal. The command counts as ended when it has exited and no
+    process has its output open; a shell uses the same rule for a pipeline. The exit status is the
+    exit status of the command. The exit status is 128+n if signal n killed the command, 124 if the
+    command exceeded the timeout, and 126 or 127 if the command cannot be started. If the task
+    cannot be recorded, the command is not started (exit status 3). Later store errors are printed
+    and do not stop the command. Ctrl-C, SIGTERM and SIGHUP are forwarded to the command; a second
+    signal kills the command.
     """
     fields = {
         "label": label,
@@ -204,7 +206,10 @@ def result_of(returncode: int, cause: int | None, timeout_s: float) -> CommandRe
 
 
 def _create(store: TaskRegistryStore, record: TaskRecord) -> bool:
-    """Record the task and return true; if its run is recorded, print a note and return false."""
+    """Record the task and return true.
+
+    If the run of the task is already recorded, print a note and return false.
+    """
     try:
         store.apply([Put(record)])
     except ConflictError as error:
@@ -242,7 +247,8 @@ def _warn_if_unrecorded(recorder: Recorder, result: CommandResult) -> None:
 def _open_id_file(path: Path | None) -> TextIO | None:
     """Return the open file for the task id, or ``None`` if ``path`` is ``None``.
 
-    The file is opened before the task is recorded, so that an error has no side effect.
+    The file is opened before the task is recorded: if the file cannot be opened, no task is
+    recorded.
     """
     if path is None:
         return None

@@ -1,12 +1,12 @@
 """The encoding of records and snapshots as JSON.
 
-A payload is a record that is encoded as a JSON object.  The first member is the format
-version, ``{"v":"1.1","task_id":…}``; a field that has its default value is omitted.
-Payloads of the current version, and older payloads that only lack optional fields, are
-decoded directly into a :class:`TaskRecord`.  A payload that cannot be decoded directly
-takes longer to decode.  Upcasters convert a payload of an older version.  A payload of a
-newer minor version can have unknown members; the record keeps these members, and
-:func:`encode_record` writes them back.  A payload of a newer major version is refused.
+A payload is a record that is encoded as a JSON object.  The first member is the format version,
+``{"v":"1.1","task_id":…}``; a field that has its default value is omitted.  A payload of the
+current version is decoded directly into a :class:`TaskRecord`, and so is an older payload that
+only lacks optional fields.  A payload that cannot be decoded directly takes longer to decode.
+Upcasters convert a payload of an older version.  A payload of a newer minor version can have
+unknown members; the record keeps these members, and :func:`encode_record` writes them back.  A
+payload of a newer major version is refused.
 
 Version 1.1 added the optional fields ``lease_until`` and ``lease_token``.
 """
@@ -142,7 +142,8 @@ def decode_or_quarantine(payload: bytes, where: str) -> TaskRecord | Quarantined
 
 
 def quarantine(payload: bytes, where: str, reason: str) -> Quarantined:
-    """Return a payload as a :class:`Quarantined`; the task id and revision are set if readable."""
+    """Return a payload as a :class:`Quarantined`, with its task id and revision if these can be
+    read."""
     task_id = revision = None
     try:
         check_nesting(payload)

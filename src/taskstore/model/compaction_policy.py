@@ -68,16 +68,18 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
     - The oldest entry is at least ``max_age_s`` seconds old.  Because of this condition, an
       idle ledger is compacted too and does not keep deleted text for ever.
     - All retained entries together have more than ``history_bytes`` bytes.
-    - ``force`` is set, and there is at least one entry, or history that can be trimmed.
+    - ``force`` is set, and the ledger has at least one such entry, or has history that can be
+      trimmed.
 
     Compaction *retains* the newest ``history_s`` seconds of history or the newest
     ``history_entries`` entries, whichever is more, but never more than ``history_bytes`` bytes of
     entries.  With the defaults, a follower can pause for a weekend and then continue.  The bytes
-    of snapshots do not count: their size depends on the live records, not on the history.
+    of snapshots do not count toward ``history_bytes``: the size of a snapshot depends on the live
+    records, not on the history.
 
     If the time of an entry is more than an hour after ``now``, a clock was wrong.  Such an entry
-    has no age: only ``history_entries`` and ``history_bytes`` limit how long it is retained.  With
-    ``history_s=0``, times have no effect.
+    has no age: only ``history_entries`` and ``history_bytes`` limit how long it is retained.  If
+    ``history_s`` is 0, the times of entries have no effect on what compaction retains.
 
     Compaction also retains the newest ``keep_snapshots`` snapshots, because the newest snapshot
     can be damaged.  With ``erase_deleted``, compaction is always due and retains only the new
@@ -121,11 +123,12 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
     def trimmable(
         self, *, head: int, floor: int, now: int, at: Callable[[int], int]
     ) -> HistoryLimit:
-        """Return up to which entry ``history_s`` and ``history_entries`` allow a trim.
+        """Return the last entry that ``history_s`` and ``history_entries`` allow a compaction to
+        trim.
 
         ``at`` returns the time of the entry at a seq; times never decrease from entry to entry.
-        The result is at least ``floor`` - 1 and at most ``head``.  While an entry within the
-        window of ``history_s`` exists, no later entry can be trimmed.
+        The seq in the result is at least ``floor`` - 1 and at most ``head``.  While an entry
+        within the window of ``history_s`` exists, no later entry can be trimmed.
         """
         last = head - self.history_entries
         if last < floor:
@@ -142,7 +145,7 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
         return HistoryLimit(last, f"the newest {self.history_entries:,} entries are kept")
 
     def size_limit(self, seq: int) -> HistoryLimit:
-        """Return the limit at ``seq`` that results from ``history_bytes``."""
+        """Return a :class:`HistoryLimit` at ``seq``, with ``history_bytes`` as its reason."""
         return HistoryLimit(seq, f"at most {_size(self.history_bytes)} of entries are kept")
 
     def retained(
@@ -166,7 +169,7 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
         return self.thinned(snapshots, oldest, now=now), oldest + 1
 
     def _is_in_window(self, at: int, now: int) -> bool:
-        """Return whether ``history_s`` retains an entry of this time."""
+        """Return whether ``history_s`` retains an entry with the time ``at``."""
         if self.history_s <= 0 or self._has_no_age(at, now):
             return False
         return at > now - self.history_s * 1000
@@ -178,7 +181,7 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
     def thinned(
         self, snapshots: Sequence[SnapshotInfo], oldest: int, *, now: int
     ) -> frozenset[int]:
-        """Return the seqs of the snapshots to retain, if ``oldest`` + 1 is the new floor."""
+        """Return the seqs of the snapshots to retain if the new floor is ``oldest`` + 1."""
         if self.erase_deleted:
             return frozenset({snapshots[-1].seq})
         window_ms = self.history_s * 1000
@@ -204,15 +207,16 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
 class CompactionReport(Struct, frozen=True, kw_only=True):
     """The result of a compaction.
 
-    ``compacted`` says whether a compaction was made.  ``reason`` says why, or why not.  ``seq`` is
-    the seq of the newest snapshot.  ``records`` is the number of records in this snapshot,
-    including quarantined records; if nothing was compacted, it is the number of live records.
-    ``floor`` is the first retained seq.  ``floor_at`` is the earliest time at which the records
-    are still known: the time of the commit at ``floor`` - 1 (Unix ms), or ``None`` if no entry was
-    trimmed or the time was not read.  ``floor_reason`` says why no later entry was trimmed (empty
-    if unknown).  ``trimmed`` is the number of trimmed journal entries.  ``snapshots`` contains the
-    seqs of the retained snapshots.  ``duration_s`` is the duration of the compaction.  ``stats``
-    are the statistics from which the policy decided (``None`` if the store does not report them).
+    ``compacted`` says whether a compaction was made.  ``reason`` says why a compaction was made,
+    or why not.  ``seq`` is the seq of the newest snapshot.  ``records`` is the number of records
+    in the newest snapshot, including quarantined records; if no compaction was made, ``records``
+    is the number of live records.  ``floor`` is the first retained seq.  ``floor_at`` is the time
+    of the commit at ``floor`` - 1 (Unix ms), the earliest time at which the records are still
+    known.  ``floor_at`` is ``None`` if no entry was trimmed or the time was not read.
+    ``floor_reason`` says why no later entry was trimmed (empty if unknown).  ``trimmed`` is the
+    number of trimmed journal entries.  ``snapshots`` contains the seqs of the retained snapshots.
+    ``duration_s`` is the duration of the compaction.  ``stats`` are the statistics from which the
+    policy decided (``None`` if the store does not report them).
     """
 
     compacted: bool
@@ -229,7 +233,8 @@ class CompactionReport(Struct, frozen=True, kw_only=True):
 
 
 def approximate_size(record: TaskRecord | None) -> int:
-    """Return about how many bytes the entry of a change takes, without encoding the record."""
+    """Return the approximate size in bytes of a change's journal entry, without encoding the
+    record."""
     if record is None:
         return _ENTRY_BYTES
     texts = (record.task, record.error, record.progress_summary, record.terminal_summary)

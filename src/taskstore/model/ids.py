@@ -18,8 +18,8 @@ Clock = Callable[[], int]
 """A function that returns the current time in Unix milliseconds, UTC."""
 
 CLOCK_TOLERANCE_MS = 60 * 60 * 1000
-"""How far the clocks of two hosts can differ, in ms.  A time that is later than the clock by more
-than this time comes from a clock that was wrong."""
+"""How far the clocks of two hosts can differ, in ms.  If a stored time is later than the clock by
+more than this difference, the stored time comes from a clock that was wrong."""
 
 _RANDOM_BITS = 74
 _LOWER_62 = (1 << 62) - 1
@@ -87,8 +87,8 @@ def new_commit_id(at: int | None = None) -> str:
 
     If the commit time ``at`` (Unix milliseconds) is given, the id is sealed: it has 22 random
     digits, and 8 digits that are the CRC-32 of these digits and the time.  A store whose own
-    checksums do not cover the commit id and the time uses sealed ids, so that its ``verify`` can
-    detect damage of either.
+    checksums do not cover the commit id and the time uses sealed ids, so that the store's
+    ``verify`` can detect damage of the commit id or of the time.
     """
     if at is None:
         return secrets.token_hex(16)

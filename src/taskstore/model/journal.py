@@ -166,8 +166,8 @@ class ChangeSet(list[Change]):
 class Commit(Struct, frozen=True, gc=False):
     """The seqs of the first and the last change of a commit, the commit time and the commit id.
 
-    ``at`` is the commit time in Unix milliseconds UTC and never less than the time of the
-    previous commit.  ``commit_id`` is unique (empty if the store keeps no commit ids).
+    ``at`` is the commit time in Unix milliseconds UTC and never less than the time of the previous
+    commit.  ``commit_id`` is unique, or empty if the store keeps no commit ids.
     """
 
     first_seq: int
@@ -179,10 +179,10 @@ class Commit(Struct, frozen=True, gc=False):
 class Quarantined(Struct, frozen=True, gc=False):
     """A stored record that cannot be decoded, kept as its raw bytes.
 
-    ``where`` is the location of the record.  ``reason`` says why the record cannot be
-    decoded (``str``).  ``task_id`` and ``revision`` are ``None`` if unknown.
-    ``superseded`` is true if the task was changed after this record.  A superseded record
-    does not occupy the task's id, and is dropped when the task is deleted.
+    ``where`` is the location of the record.  ``reason`` says why the record cannot be decoded
+    (``str``).  ``task_id`` and ``revision`` are ``None`` if unknown.  ``superseded`` is true if a
+    later change of the task has replaced this record.  A superseded record does not occupy the
+    task's id, and is dropped when the task is deleted.
     """
 
     raw: bytes
@@ -194,12 +194,12 @@ class Quarantined(Struct, frozen=True, gc=False):
 
     @property
     def occupied_task_id(self) -> str | None:
-        """The id of the task whose current record is quarantined; ``None`` if unknown or
-        superseded."""
+        """The id of the task whose current record is this quarantined record; ``None`` if the id
+        is unknown or the record is superseded."""
         return None if self.superseded else self.task_id
 
     def is_obsoleted_by(self, task_id: str, kind: EntryKind) -> bool:
-        """Return whether a later entry of the given kind and task id makes this record obsolete.
+        """Return whether a later entry with the given task id and kind makes this record obsolete.
 
         Only a deletion of the same task makes a superseded record obsolete.
         """
@@ -422,8 +422,11 @@ def fold(snapshot: Snapshot, entries: Iterable[JournalEntry]) -> Snapshot:
 
 
 def quarantined_revisions(quarantined: Iterable[Quarantined]) -> dict[str, int]:
-    """Return a dict that maps the id of each task whose current record is quarantined to
-    the revision of this record (0 if the revision is unknown)."""
+    """Return the revision of each quarantined record that is the current record of a task, by task
+    id.
+
+    The revision is 0 if it is unknown.
+    """
     return {
         item.occupied_task_id: item.revision or 0
         for item in quarantined

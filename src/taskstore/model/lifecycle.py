@@ -15,9 +15,10 @@ mutation of a valid record returns a valid record, except that the new revision 
 Errors, reasons and summaries are never refused for their content: a mutation cleans and cuts these
 texts, so that a task can always end.
 
-A time that is too early is raised to the earliest time that is possible, whether the clock went
-back or a caller gave the time: no task starts before its creation or ends before its start.  If
-these times of the record are in order, they are in order in the new record.
+A time that is too early is replaced by the earliest possible time: no task starts before its
+creation or ends before its start.  The rule applies if the clock went back, and if a caller gave
+the time.  If the creation, start and end of the old record are in this order, they are in this
+order in the new record.
 
 The status, times, error and outcome of an ended task are final, with two exceptions:
 :func:`finish` can correct ``succeeded`` to failed, timed_out or cancelled, and only
@@ -255,8 +256,9 @@ def finish(
     """End an active task, or correct ``succeeded`` to failed, timed_out or cancelled.
 
     If the task already has ``status`` and the given facts (error, summary, outcome, end time), the
-    mutation returns the record unchanged.  If the task already has ``status`` but other facts, the
-    mutation raises :class:`InvalidTransition`, because these facts are final.
+    mutation returns the record unchanged.  If the task already has ``status`` but a given fact
+    differs from the record, the mutation raises :class:`InvalidTransition`, because the facts in
+    the record are final.
     """
     end = check_enum("status", status, TaskStatus)
     if not end.is_terminal:
@@ -278,8 +280,8 @@ def finish(
 
 
 def lose(*, error: str | None = None) -> Mutation:
-    """Record that the outcome of an active task is unknown.  If the task is already lost,
-    the mutation returns the task unchanged."""
+    """Record that the outcome of an active task is unknown.  If the task is already lost, the
+    mutation returns the record unchanged."""
     return _end_active(TaskStatus.LOST, _end_facts(error, None, None, None), "mark it lost")
 
 
@@ -363,8 +365,9 @@ def set_delivery_status(status: str, *, last_notified_event_at: int | None = Non
 def set_notify_policy(policy: str) -> Mutation:
     """Set the policy that selects the events that the owner is notified of.
 
-    If nobody is to be told any more, a pending delivery becomes ``not_applicable``; if somebody
-    is to be told again, this delivery becomes pending again.
+    If the task has an owner or a requester and becomes silent, the delivery status changes from
+    ``pending`` to ``not_applicable``.  If such a task is no longer silent, the delivery status
+    changes from ``not_applicable`` to ``pending``.
     """
     chosen = check_enum("notify_policy", policy, NotifyPolicy)
 
@@ -469,7 +472,8 @@ def _without_end(record: TaskRecord) -> TaskRecord:
 
 
 def _check_repeat(record: TaskRecord, attempted: str, facts: Mapping[str, Any]) -> TaskRecord:
-    """Return the record if it has the given facts; raise :class:`InvalidTransition` otherwise."""
+    """Return the record if its fields equal the given facts; otherwise raise
+    :class:`InvalidTransition`."""
     for name, value in facts.items():
         stored = getattr(record, name)
         if stored != value and not (name == "ended_at" and stored == _end_time(record, value)):

@@ -235,7 +235,9 @@ def chunked_sort(items: Iterable[_T]) -> list[_T]:
 def split_pages(
     matching: Iterator[TaskRecord], query: TaskQuery, page_records: int, seq: int
 ) -> Iterator[Page]:
-    """Yield the page of a query in parts of at most ``page_records`` records, at least one part.
+    """Yield the page of a query in parts of at most ``page_records`` records.
+
+    The function yields at least one part, even if no record matches.
 
     ``matching`` yields the matching records after the query's cursor.  The function keeps
     only one part and one more record in memory.
@@ -256,8 +258,10 @@ def split_pages(
 
 
 def ids_with_ending(ids: Iterable[str], endings: Collection[str], limit: int) -> list[str]:
-    """Return the first ``limit`` ids, in order, that end with one of ``endings``; an empty text
-    is the ending of no id."""
+    """Return, in ascending order, the first ``limit`` ids that end with one of ``endings``.
+
+    An empty text in ``endings`` matches no id.
+    """
     wanted = tuple(ending for ending in endings if ending)
     return sorted(task_id for task_id in ids if task_id.endswith(wanted))[:limit]
 

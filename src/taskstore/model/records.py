@@ -190,7 +190,8 @@ class TaskRecord(
         return hash((self.task_id, self.revision))
 
     def __repr__(self) -> str:
-        """Return all fields; the JSON of metadata is shown as a value, if it can be decoded."""
+        """Return a text with all fields; metadata is shown as a decoded value if it can be
+        decoded."""
         shown = (
             f"{name.removesuffix('_json')}={_readable(getattr(self, name))!r}"
             for name in self.__struct_fields__
@@ -199,7 +200,10 @@ class TaskRecord(
 
 
 def _readable(value: object) -> object:
-    """Return the value of encoded JSON, or its bytes if they are damaged; else ``value``."""
+    """Return the decoded value if ``value`` is encoded JSON; return any other ``value`` unchanged.
+
+    If the encoded JSON is damaged, the function returns its bytes.
+    """
     if not isinstance(value, Raw):
         return value
     try:

@@ -46,7 +46,8 @@ READABLE_VERSION = re.compile(rf"{FORMAT_VERSION.partition('.')[0]}\.[0-9]+\Z")
 """The pattern of the record format versions that can be decoded."""
 _RUNTIME = re.compile(r"[a-z][a-z0-9_.-]*\Z")
 _NOT_STRUCTURAL = bytes(set(range(256)) - set(b'"{}[]'))
-"""All bytes except quotation marks and brackets, which alone determine the nesting of JSON."""
+"""All bytes except quotation marks and brackets: these characters alone determine the nesting of
+JSON."""
 _ARRAYS_AS_OBJECTS = bytes.maketrans(b"[]", b"{}")
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 """The pattern of NUL and lone surrogates."""
@@ -140,7 +141,8 @@ def check_int(field: str, value: object, minimum: int = 0) -> int:
 def check_time(field: str, value: object) -> int:
     """Return ``value`` if it is a time that a caller can give: Unix ms from 10**11 on.
 
-    The limit reveals a time in seconds.  The times of a stored record have no such limit.
+    The limit detects a time that was given in seconds by mistake.  The times of a stored record
+    have no such limit.
     """
     if type(value) is not int:
         raise ValidationError(
@@ -165,7 +167,10 @@ def check_seconds(field: str, value: object, minimum: float, maximum: float) -> 
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """Return the question about the known name that resembles ``name``, or an empty text."""
+    """Return a question that proposes the known name most similar to ``name``.
+
+    The function returns an empty text if no known name is similar.
+    """
     similar = difflib.get_close_matches(str(name)[:KEY_BYTES], list(known), n=1)
     return f"; did you mean {similar[0]!r}?" if similar else ""
 
