@@ -1,4 +1,4 @@
-"""The contract suite, and tests of the file, its damage and its directory."""
+"""The contract suite, and tests of the file and its directory."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_file_that_cannot_be_created(path: Path, monkeypatch: pytest.MonkeyPat
 
 @contextmanager
 def not_writable(directory: Path) -> Iterator[None]:
-    """Make a directory read-only; a root process runs as another user meanwhile."""
+    """Make a directory read-only; in the ``with`` block, a root process runs as another user."""
     is_root = os.geteuid() == 0
     directory.chmod(0o555)
     if is_root:

@@ -1,4 +1,4 @@
-"""Fixtures: a Redis server, running already or started for the tests, and stores on it."""
+"""Fixtures: a Redis server, found or started, and its stores."""
 
 from __future__ import annotations
 

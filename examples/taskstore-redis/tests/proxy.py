@@ -11,7 +11,8 @@ from taskstore_redis.scripts import script
 
 
 class Proxy:
-    """Forwards to a server; ``faults`` lists the faults of the next requests for one script.
+    """Forwards requests to a server; ``faults`` lists the faults of the next requests for one
+    script.
 
     ``lose_request``: break the connection and drop the request.
     ``lose_answer``: forward the request, and break the connection before the answer.
@@ -80,7 +81,7 @@ class Proxy:
             self._held.pop()()
 
     def close(self) -> None:
-        """Break all connections, and accept no more."""
+        """Break all connections, and accept no new connection."""
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()

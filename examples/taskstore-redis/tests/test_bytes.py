@@ -1,4 +1,4 @@
-"""Edge cases of Lua and Redis: bytes, large numbers, large batches, special names."""
+"""Edge cases of Lua and Redis: bytes, numbers, large batches, special names."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_payloads_are_stored_byte_for_byte(make_store: OpenStore, client: redis.
 
 
 def test_special_texts_in_every_key(make_store: OpenStore) -> None:
-    """Facts and index keep special texts apart."""
+    """Facts and index keep values apart even if the values contain special texts."""
     with make_store() as store:
         puts = [
             make_put(

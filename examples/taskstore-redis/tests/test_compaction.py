@@ -98,11 +98,12 @@ def test_a_snapshot_is_of_one_seq_despite_concurrent_commits(
 
 
 class KilledError(BaseException):
-    """Simulates SIGKILL: no code of the store runs after it."""
+    """Simulates SIGKILL: no command of the store succeeds after this error."""
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, number: int, *, after: bool) -> Callable[[], None]:
-    """Fail all commands from the n-th on, before or after it is sent; returns the undo."""
+    """Fail the n-th command, before or after it is sent, and all later commands; returns the
+    undo."""
     count = 0
     run, run_once, call = Link.run, Link.run_once, Link.call
 
@@ -182,7 +183,7 @@ def test_a_save_killed_at_every_step(
     *,
     after: bool,
 ) -> None:
-    """[5] The content is the old or the new one; a later compaction deletes staged keys."""
+    """[5] The content is the old or the new content; a later compaction deletes the staged keys."""
     for number in range(1, 100):
         with make_store() as store:
             empty = Snapshot(store.head() + 1)
@@ -244,7 +245,7 @@ def test_a_saved_snapshot_ends_a_compaction(
 def test_writers_stop_saving_records_for_a_dead_compactor(
     make_store: OpenStore, monkeypatch: pytest.MonkeyPatch, client: redis.Redis, namespace: str
 ) -> None:
-    """Otherwise ``saved`` would grow until the next compaction."""
+    """If writers did not stop, the key ``saved`` would grow until the next compaction."""
     prefix = f"{{{namespace}}}:"
     with make_store() as store, make_store() as writer:
         records = [create(store, created_at=n) for n in range(9)]
@@ -284,7 +285,7 @@ def test_records_saved_for_a_dead_compactor_are_not_copied(
 def test_an_id_is_free_once_the_floor_has_passed_its_deletion(
     make_store: OpenStore, monkeypatch: pytest.MonkeyPatch, client: redis.Redis, namespace: str
 ) -> None:
-    """[3] Also if the compactor was killed before it trimmed."""
+    """[3] The id is free even if the compactor was killed before it trimmed."""
     with make_store() as store:
         delete(store, create(store, task_id="again"))
         trim = Compactor._trim

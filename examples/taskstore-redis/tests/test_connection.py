@@ -70,7 +70,8 @@ def test_the_outcome_that_is_read_back_is_right(proxy: Proxy, url: str) -> None:
 
 
 def test_a_late_command_has_no_effect(proxy: Proxy, url: str) -> None:
-    """The server receives the first command after the store voided it and sent a second."""
+    """The server receives the first command after the store voided its id and sent a second
+    command."""
     with open_redis(url_through(proxy, url)) as store, open_redis(url) as witness:
         record = create(store)
         proxy.faults.append("hold")
@@ -85,7 +86,7 @@ def test_a_late_command_has_no_effect(proxy: Proxy, url: str) -> None:
 
 
 def test_a_late_creation_has_no_effect(proxy: Proxy, url: str) -> None:
-    """No revision conflicts with it: only the void key prevents a second commit."""
+    """No revision conflicts with the late command: only the void key prevents a second commit."""
     with open_redis(url_through(proxy, url)) as store, open_redis(url) as witness:
         proxy.faults.append("hold")
         record = create(store)

@@ -14,7 +14,7 @@ class TestRedisStore(StoreContract):
 
 @pytest.mark.usefixtures("small_steps")
 class TestRedisStoreInSmallSteps(StoreContract):
-    """The same with pages and chunks of two records, to test their boundaries."""
+    """The contract suite with pages and chunks of two records, to test their boundaries."""
 
     test_many_records = None  # its pages are full with the default limits
 

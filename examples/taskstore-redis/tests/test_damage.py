@@ -49,7 +49,7 @@ def keys(client: redis.Redis, namespace: str) -> RawKeys:
     "damage", ["flipped bit", "cut", "empty", "another version", "another task"]
 )
 def test_a_damaged_row_is_quarantined(make_store: OpenStore, keys: RawKeys, damage: str) -> None:
-    """[12] It keeps its bytes, id and revision, until a change replaces it."""
+    """[12] The damaged row keeps its bytes, id and revision until a change replaces the row."""
     with make_store() as store:
         good = create(store, task_id="good", label="x")
         bad = update(store, create(store, task_id="bad", label="x"))
@@ -87,7 +87,7 @@ def test_a_damaged_row_is_quarantined(make_store: OpenStore, keys: RawKeys, dama
 
 @pytest.mark.parametrize("removed", [False, True], ids=["updated", "removed"])
 def test_a_change_over_a_quarantined_record(make_store: OpenStore, *, removed: bool) -> None:
-    """[12] A change over the revision of a saved quarantined record replaces it."""
+    """[12] A change replaces a saved quarantined record if the change has the next revision."""
     future = [
         Quarantined(
             f'{{"v":"9.{n}","task_id":"future"}}'.encode(), "elsewhere", "format 9", "future", 3
@@ -114,7 +114,8 @@ def test_a_change_over_a_quarantined_record(make_store: OpenStore, *, removed: b
 
 
 def test_a_damaged_entry_is_quarantined(make_store: OpenStore, keys: RawKeys) -> None:
-    """[12] The journal continues after it; history and change feed have its bytes."""
+    """[12] The journal continues after the damaged entry; history and change feed have its
+    bytes."""
     with make_store() as store:
         record = create(store, task_id="task")
         second = update(store, record, label="second")
@@ -189,7 +190,7 @@ def test_a_snapshot_with_a_missing_or_damaged_chunk(
 
 @pytest.mark.parametrize("key", KEYS)
 def test_a_key_of_another_type(make_store: OpenStore, keys: RawKeys, key: str) -> None:
-    """Nothing is written: a script must detect it before its first write."""
+    """Nothing is written: a script must detect the wrong type before its first write."""
     with make_store() as store:
         record = create(store, run_id="run")
         gone = create(store)
@@ -213,7 +214,7 @@ def _dump(keys: RawKeys, name: bytes) -> object:
 
 
 def test_a_head_that_was_evicted(make_store: OpenStore, keys: RawKeys) -> None:
-    """[2] A new ledger would start at seq 1 and give acknowledged seqs twice."""
+    """[2] A new ledger that starts at seq 1 would give acknowledged seqs a second time."""
     with make_store() as store:
         create(store)
         keys("DEL", "head")

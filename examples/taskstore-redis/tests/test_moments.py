@@ -28,7 +28,7 @@ QUERIES: list[dict[str, Any]] = [
 
 
 class ConcurrentWriter:
-    """Commits a few changes between two pages, to a store and to a model."""
+    """Between two pages, commits a few changes to a store and to a model."""
 
     def __init__(self, store: RedisStore, seed: int) -> None:
         self.store = store
@@ -68,7 +68,8 @@ class ConcurrentWriter:
 
 @pytest.fixture
 def make_reader(make_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that returns a store, and a writer that commits after each page it reads."""
+    """A function that returns a store, and a writer that commits after each page that the store
+    reads."""
     stores: list[Any] = []
 
     def make(seed: int) -> tuple[RedisStore, ConcurrentWriter]:
@@ -95,7 +96,7 @@ def make_reader(make_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.usefixtures("small_steps")
 def test_a_page_is_of_its_seq(make_reader: Any, seed: int, *, compacts: bool) -> None:
-    """[5] Records, revisions, order and cursor are those of the seq."""
+    """[5] Records, revisions, order and cursor of a page are those of the page's seq."""
     store, writer = make_reader(seed)
     writer.compacts = compacts
     for filters in QUERIES * 2:

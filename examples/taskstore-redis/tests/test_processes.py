@@ -98,7 +98,7 @@ def test_killed_while_compacting(url: str, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_at_any_moment(url: str, seed: int) -> None:
-    """[4] The kill harness of taskstore.testing, with a compactor that runs all the time."""
+    """[4] The kill harness of taskstore.testing finds no problem while a compactor runs."""
     rng = random.Random(seed)
     for _ in range(2):
         assert kill_round(url, after_s=rng.uniform(0.05, 0.5), seed=seed) == []

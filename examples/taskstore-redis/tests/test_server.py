@@ -41,7 +41,8 @@ ALWAYS = ("--appendonly", "yes", "--appendfsync", "always")
 def test_durability_is_that_of_the_server(
     start_server: StartServer, options: tuple[str, ...], durability: str, words: str
 ) -> None:
-    """[4] ``durability`` is the actual one; a notice says if a stronger one was requested."""
+    """[4] ``durability`` is the actual durability; a notice says if a stronger durability was
+    requested."""
     server = start_server(*options)
     for requested in ("full", "process"):
         with open_store(server.url(), durability=requested) as store:
@@ -155,7 +156,8 @@ def test_the_ledger_survives_the_servers_death(start_server: StartServer) -> Non
 
 
 def test_a_server_that_lost_commits(start_server: StartServer) -> None:
-    """[2] Lost seqs are given again: readers that knew them raise, and a registry reloads."""
+    """[2] The server gives lost seqs again: readers that knew them get an error; a registry
+    reloads."""
     server = start_server("--save", "", "--appendonly", "no")
     restored: list[int] = []
 

@@ -1,18 +1,17 @@
-"""Compaction: copy the records of one seq into a snapshot, publish it, trim.
+"""Compaction: copy all records into a snapshot, publish it, trim the journal.
 
-The server copies one chunk per call; no record passes through this process.
-Writers continue meanwhile.  The key *cut* has the seq of the snapshot and the
-position of the copy in the index.  Before a writer changes a record that is
-not copied yet, it appends the old record to *saved* (apply.lua).  So the
-snapshot is of exactly one seq, each record is copied once, and *saved*
-contains only the records that changed meanwhile.
+The server copies one chunk of records per call; no record passes through this process.  Writers
+continue during the copy.  The key *cut* contains the seq of the snapshot and the position that the
+copy has reached in the index.  Before a writer changes a record that is not copied yet, the writer
+appends the old record to the key *saved* (see apply.lua).  Therefore the snapshot contains the
+records as of exactly one seq, each record is copied once, and *saved* contains only records that
+changed during the copy.
 
-A lease excludes other compactors.  It expires, each step renews it, and each
-step fails if another compactor owns it.  The lease names a connection that its
-owner keeps open: when this connection has ended, the owner is dead, and another
-compactor takes the lease at once.  A killed compactor leaves a *cut*, which the
-next writer removes, and staged chunks and untrimmed entries, which the next
-compaction removes.
+A lease excludes other compactors.  The lease expires, but each step of a compaction renews the
+lease.  A step fails if another compactor owns the lease.  The lease names a connection that its
+owner keeps open: when this connection has ended, the owner is dead, and another compactor takes
+the lease at once.  A killed compactor leaves a *cut*, staged chunks and untrimmed entries.  The
+next writer removes the *cut*, and the next compaction removes the chunks and the entries.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ LEASE_MS = 5000
 """How long a lease lasts after the last step of its owner, in milliseconds."""
 LEASE_ATTEMPTS = 3
 LEASE_RETRY_S = 0.02
-"""The attempts to acquire the lease, and the seconds between them: the server may
-not have noticed yet that the owner's connection ended."""
+"""The number of attempts to acquire the lease, and the seconds between two attempts: the server
+may not have noticed yet that the owner's connection has ended."""
 STEP_ROWS = 64
 STEP_BYTES = 256 * 1024
-"""The limits of one step (its last record may exceed the byte limit): about half
-a millisecond of the server's time, during which writers wait."""
+"""The limits of one step in records and bytes; the last record of a step may exceed the byte
+limit.  A step takes about half a millisecond of the server's time, during which writers wait."""
 STEP_ENTRIES = 500
 """The number of entries that one step trims."""
 
@@ -157,7 +156,8 @@ class Compactor:
         )
 
     def _copy(self) -> tuple[int, int, int, int]:
-        """Copy all records; returns the snapshot's seq, time, number of records and of chunks."""
+        """Copy all records; returns the snapshot's seq and time, and its numbers of records and
+        chunks."""
         snapshot = self._keys.snapshot(self._token)
         cut = self._step(
             "cut",
@@ -170,7 +170,7 @@ class Compactor:
                 return int(cut[1]), int(cut[2]), int(reply[1]), int(reply[2])
 
     def _trim(self) -> None:
-        """Remove the entries and deletions before the floor."""
+        """Remove the journal entries and the deletions before the floor."""
         keys = self._keys.named("head", "lease", "journal", "deleted")
         while self._step("trim", keys, STEP_ENTRIES)[0] != b"done":
             pass

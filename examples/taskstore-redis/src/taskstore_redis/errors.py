@@ -1,6 +1,6 @@
 """Translation of driver errors to errors of taskstore.
 
-No message contains the password of the URL; a cause that contains it is dropped.
+No message contains the password of the URL; a cause that contains the password is dropped.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ REFUSED = (exceptions.AuthenticationError, exceptions.AuthorizationError)
 """The server refused the login: a retry cannot succeed."""
 
 NETWORK = (exceptions.ConnectionError, exceptions.TimeoutError, OSError)
-"""The connection broke, or cannot be made."""
+"""A connection broke, or cannot be made."""
 
 NOT_EXECUTED = (exceptions.BusyLoadingError, exceptions.MaxConnectionsError)
-"""Network errors by class, but the server answered, or no command was sent: it was not run."""
+"""Network errors by class, after which the command was not run: the server answered with a
+refusal, or no command was sent."""
 
 _REPLY_CODES = {
     exceptions.OutOfMemoryError: "OOM",
@@ -36,7 +37,7 @@ _REPLY_CODES = {
     exceptions.MasterDownError: "MASTERDOWN",
     exceptions.ClusterDownError: "CLUSTERDOWN",
 }
-"""The first word of the answers that redis-py turns into a class of its own."""
+"""The first word of each answer for which redis-py has an error class of its own."""
 
 _MEANINGS = {
     "OOM": ("has no memory left for writes", "give it more memory, or compact the ledger"),
@@ -54,7 +55,7 @@ _MEANINGS = {
         "grant the user ~{NAMESPACE}:* +@all -@dangerous +info +config|get +client|list",
     ),
 }
-"""The meaning and the hint for an answer, by its first word."""
+"""The meaning of an answer and the hint for the user, by the first word of the answer."""
 
 
 class Translator:
@@ -65,7 +66,7 @@ class Translator:
         self._secrets = {password, quote(password, safe="")} if password else set()
 
     def __call__(self, error: BaseException) -> TaskStoreError:
-        """The taskstore error for a driver error, when nothing was written."""
+        """The taskstore error for a driver error after which nothing was written."""
         text, where = self.text(error), self.location
         if isinstance(error, REFUSED):
             return StoreUnavailableError(

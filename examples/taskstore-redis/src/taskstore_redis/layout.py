@@ -13,9 +13,10 @@ facts            hash     task id → its fields that scripts need (common.lua)
 index            zset     members in the order of bytes, all of score 0: letter
                           of a field, NUL, value, NUL, created_at, task id
 bookings         hash     dedup key (run id, NUL, run digest) → task id
-journal          stream   an entry per change, its id is ``<seq>-0``
-commits          stream   the last thousand or so, by the seq of their last entry
-deleted          zset     task id, the seq of its deletion as its score
+journal          stream   one entry per change; the id of an entry is ``<seq>-0``
+commits          stream   about the last thousand commits; the id of a commit is
+                          ``<seq>-0``, with the seq of its last entry
+deleted          zset     task ids; the score of a task id is the seq of the deletion
 aside            hash     number → quarantined value of a saved snapshot, as JSON
 aside_ids        hash     task id → revision and numbers of quarantined values
 snapshots        hash     seq → at, records, chunks and token of a snapshot
@@ -27,7 +28,7 @@ cut, saved                the progress of a compaction; see compaction.py
 void:COMMIT      string   a commit id that must not be committed; expires
 ===============  =======  =====================================================
 
-An *image* is the CRC-32 of a payload as eight hexadecimal digits, and the payload.
+An *image* is the CRC-32 of a payload as eight hexadecimal digits, followed by the payload.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Keys:
         return self.prefix + name.encode()
 
     def named(self, *names: str) -> list[bytes]:
-        """The keys of several names."""
+        """The keys with the given names."""
         return [self[name] for name in names]
 
     def staged(self, token: str) -> list[bytes]:
@@ -111,7 +112,7 @@ class State(NamedTuple):
 
 
 def state_of(reply: Sequence[Any]) -> State:
-    """The state in a reply; that of an empty ledger if ``head`` does not exist."""
+    """The state in a reply; if ``head`` does not exist, the state of an empty ledger."""
     ledger, timeline, head, floor, at, commit, _, base = reply[:8]
     return State(
         ledger or b"",
@@ -128,7 +129,7 @@ def state_of(reply: Sequence[Any]) -> State:
 
 
 def facts_of(record: TaskRecord) -> bytes:
-    """The facts of a record without its last seq; the script puts this seq in front."""
+    """The facts of a record without the last seq; the script puts the last seq in front."""
     return b"\0".join(
         (
             b"%d" % record.revision,
@@ -144,7 +145,7 @@ def _fact(value: str | None) -> bytes:
 
 
 def time_key(time: int) -> bytes:
-    """A time as 16 digits, so that the order of bytes is the order of time."""
+    """A time as 16 digits: the byte order of two such texts is the order of the two times."""
     return b"%0*d" % (TIME_DIGITS, time)
 
 
@@ -165,12 +166,12 @@ def revision_in(facts: bytes | None) -> int | None:
 
 
 def image_of(payload: bytes) -> bytes:
-    """The checksum of a payload, and the payload."""
+    """The image of a payload: its checksum, followed by the payload."""
     return b"%08x" % checksum(payload) + payload
 
 
 def damage_of(image: bytes) -> str | None:
-    """Return how the checksum of an image is wrong, or ``None`` if it is right."""
+    """Return a text about the wrong checksum of an image; ``None`` if the checksum is right."""
     actual = b"%08x" % checksum(image[CRC_DIGITS:])
     stored = image[:CRC_DIGITS]
     if actual == stored:
@@ -181,10 +182,9 @@ def damage_of(image: bytes) -> str | None:
 def record_of(
     image: bytes, where: str, task_id: str, revision: int | None
 ) -> TaskRecord | Quarantined:
-    """The record of an image, or its bytes if the image is damaged.
+    """The record of an image, or a ``Quarantined`` if the image is damaged.
 
-    An image of another task or revision is damaged, too: two rows must not
-    become one record.
+    An image of another task or revision counts as damaged: two rows must not become one record.
     """
     payload, damage = image[CRC_DIGITS:], damage_of(image)
     if damage is None:
@@ -210,12 +210,12 @@ class RawEntry(NamedTuple):
     task_id: str
     revision: int
     previous_seq: int
-    """The seq of the previous entry of the same task, 0 if there is none."""
+    """The seq of the previous entry of the same task; 0 if the task has no previous entry."""
     image: bytes
 
 
 def raw_entry(reply: Sequence[Any], location: str) -> RawEntry:
-    """One entry of an XRANGE reply; raises :class:`~taskstore.CorruptStoreError`."""
+    """One entry of an XRANGE reply; raises :class:`~taskstore.CorruptStoreError` for damage."""
     try:
         name, fields = reply
         values = dict(zip(fields[::2], fields[1::2], strict=True))
@@ -236,7 +236,8 @@ def raw_entry(reply: Sequence[Any], location: str) -> RawEntry:
 
 
 def entry_of(raw: RawEntry, location: str) -> JournalEntry:
-    """The decoded entry; an upsert that does not decode has its bytes in ``quarantined``."""
+    """The decoded entry; if the record of an upsert does not decode, ``quarantined`` has its
+    bytes."""
     if raw.kind == _DELETED:
         record, quarantined, kind = None, None, EntryKind.DELETED
     elif raw.kind == _UPSERTED:

@@ -1,7 +1,7 @@
 """The connections to the server: pools, retries, translated errors.
 
-Answers are bytes and lists.  The retries of redis-py are off: redis-py cannot
-know which commands must not be sent twice.
+Answers are bytes and lists.  The retries of redis-py are disabled, because redis-py cannot know
+which commands are safe to send twice.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ RETRY_TIMEOUT_S = 5.0
 BLOCK_S = 2.0
 """How long one XREAD blocks, in seconds."""
 MAX_CONNECTIONS = 10_000
-"""More than the threads that use the store at once: a pool must not refuse a connection."""
+"""The maximum number of connections of a pool.  This number is larger than the number of
+threads that use the store at once, because a pool must not refuse a connection."""
 
 _T = TypeVar("_T")
 
@@ -39,8 +40,8 @@ class AnswerLostError(Exception):
 class Link:
     """The connections of one store to its server.
 
-    ``timeout_s`` is the timeout of an answer, in seconds.  Methods raise
-    errors of taskstore in place of those of the driver.
+    ``timeout_s`` is the number of seconds to wait for an answer of the server.  Methods raise
+    errors of taskstore instead of the driver's errors.
     """
 
     def __init__(self, target: Target, timeout_s: float) -> None:
@@ -71,7 +72,7 @@ class Link:
     def call(self, *command: Any) -> Any:
         """Send a command that may be sent twice, and return its answer.
 
-        A broken connection is retried for ``RETRY_TIMEOUT_S``.
+        If the connection breaks, the command is retried for ``RETRY_TIMEOUT_S`` seconds.
         """
         return self._translated(lambda: self._retry(lambda: self._exchange(self._pool, command)))
 
@@ -90,14 +91,15 @@ class Link:
     def run_once(self, name: str, keys: Sequence[bytes], *arguments: Any) -> Any:
         """Run a script that must not be run twice.
 
-        Raises :class:`AnswerLostError` if it was sent and no answer was received.
+        Raises :class:`AnswerLostError` if the script was sent and no answer was received.
         """
         return self._translated(
             lambda: self._run(script(name), keys, arguments, self._exchange_once)
         )
 
     def wait(self, stream: bytes, after: int, timeout_s: float) -> bool:
-        """Wait for an entry after ``<after>-0`` in a stream; returns whether one exists."""
+        """Wait for an entry after ``<after>-0`` in a stream; returns whether such an entry
+        exists."""
         milliseconds = max(1, int(min(timeout_s, BLOCK_S) * 1000))
         command = ("XREAD", "COUNT", 1, "BLOCK", milliseconds, "STREAMS", stream, f"{after}-0")
         return bool(
@@ -108,7 +110,7 @@ class Link:
 
     @contextmanager
     def held_connection(self) -> Iterator[int]:
-        """Keep a connection open while the caller owns a lease; yields its id.
+        """Keep a connection open while the caller owns a lease; yields the id of the connection.
 
         If the caller dies, the server closes the connection: see :meth:`is_disconnected`.
         """

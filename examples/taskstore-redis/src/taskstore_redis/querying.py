@@ -33,7 +33,7 @@ _PREFERRED = (
 
 
 def ranges_of(query: TaskQuery) -> list[Range]:
-    """The ranges of the index that contain all possible matches."""
+    """The ranges of the index that together contain all possible matches of a query."""
     if any(not wanted for wanted in query.where.values()):
         return []
     prefixes = [ALL]
@@ -54,7 +54,7 @@ def ranges_of(query: TaskQuery) -> list[Range]:
 
 
 class Search:
-    """One attempt at one query: several ranges merged, newest rows first."""
+    """One attempt at one query: reads the rows of several index ranges, merged, newest first."""
 
     def __init__(self, reader: Reader, query: TaskQuery, pages: Pages) -> None:
         self._reader = reader
@@ -63,7 +63,8 @@ class Search:
         self.scans = 0
 
     def page(self) -> Page:
-        """Return the page; raises :class:`InconsistentPagesError` if it is not of one seq."""
+        """Return the page; raises :class:`InconsistentPagesError` if the rows are not of one
+        seq."""
         query, wanted = self._query, None if self._query.limit is None else self._query.limit + 1
         ranges = ranges_of(query)
         scan = self._scan(ranges, wanted)
@@ -84,7 +85,7 @@ class Search:
     def _caught_up(
         self, scan: Scan, matches: list[TaskRecord], lower_bound: bytes, wanted: int | None
     ) -> Page:
-        """Apply the entries that were committed since the first page to the matches.
+        """Apply later entries to the matches: the entries committed after the first page was read.
 
         Rows with a smaller sort key than ``lower_bound`` were not read.
         """
@@ -103,7 +104,10 @@ class Search:
         return page
 
     def _scan(self, ranges: list[Range], wanted: int | None = None) -> Scan:
-        """Read a page of each range, with at most ``wanted`` rows where one filter is enough."""
+        """Read a page of each range.
+
+        If the query has at most one filter, each page has at most ``wanted`` rows.
+        """
         self.scans += 1
         pages = self._pages
         if wanted is not None and pages.rows and len(self._query.where) <= 1:
@@ -119,7 +123,7 @@ class Search:
             yield next(duplicates)
 
     def _rows(self, range_: Range, page: tuple[bool, list[Row]]) -> Iterator[Row]:
-        """The rows of one range; reads one page at a time."""
+        """Yield the rows of one range; read one page at a time."""
         more, rows = page
         while True:
             yield from rows
@@ -130,7 +134,7 @@ class Search:
 
 
 def run_query(reader: Reader, query: TaskQuery) -> Page:
-    """Answer a query as :func:`taskstore.store.evaluate` would over all records."""
+    """Return the page that :func:`taskstore.store.evaluate` would return for all records."""
     ids = query.where.get("task_id")
     if ids is not None and len(ids) <= MAX_IDS:
         return _by_id(reader, query, sorted(ids - {None}))

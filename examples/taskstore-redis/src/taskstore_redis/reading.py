@@ -1,9 +1,9 @@
 """The reader: all records as of one seq, the journal, snapshots.
 
-A large ledger is read in pages, so that no call blocks the server for long.
-Writers continue meanwhile.  Their commits are in the journal: the entries after
-the first page, folded over all pages, give the records as of the last entry,
-whichever of these commits each page already contains.
+A large ledger is read in pages, so that no call blocks the server for long.  Writers continue
+during the read, and their commits are in the journal.  The journal entries after the first page,
+folded over the records of all pages, give the records as of the last entry.  The fold is correct
+even if a page already contains some of these commits.
 """
 
 from __future__ import annotations
@@ -46,12 +46,14 @@ from taskstore_redis.link import Link
 
 PAGE_ROWS = 256
 PAGE_BYTES = 1024 * 1024
-"""The limits of a page; its last record may exceed the byte limit."""
+"""The limits of a page in records and bytes; the last record of a page may exceed the byte
+limit."""
 JOURNAL_PAGE = 200
 HISTORY_PAGE = 100
 PAGE_GROWTH = 16
 PAGE_ATTEMPTS = 4
-"""If the journal between pages is trimmed, pages grow; the last attempt is one page."""
+"""If the journal is trimmed between two pages, the next attempt reads larger pages; the last
+attempt reads one page."""
 
 _MAX_KNOWN_COMMITS = 256
 _MAX_NOTICES = 3
@@ -62,7 +64,7 @@ class InconsistentPagesError(Exception):
 
 
 class Row(NamedTuple):
-    """A record as stored in Redis; ``sort_key`` orders the index: created_at, task id."""
+    """A record as stored in Redis; ``sort_key`` (created_at and task id) orders the index."""
 
     sort_key: bytes
     facts: bytes | None
@@ -81,14 +83,14 @@ EVERYTHING = Range(ALL, b"[" + ALL, b"(" + ALL + b":")
 
 
 class Pages(NamedTuple):
-    """The limits of a page in rows and bytes; 0 is no limit."""
+    """The limits of a page in rows and bytes; 0 means that there is no limit."""
 
     rows: int
     size: int
 
     @classmethod
     def attempts(cls) -> Iterator[Pages]:
-        """Growing page limits; the last one is no limit."""
+        """Yield growing page limits; the last item has no limit."""
         rows, size = PAGE_ROWS, PAGE_BYTES
         for _ in range(PAGE_ATTEMPTS - 1):
             yield cls(rows, size)
@@ -102,14 +104,14 @@ class Scan(NamedTuple):
     state: State
     quarantined: list[bytes]
     pages: list[tuple[bool, list[Row]]]
-    """For each range: whether there may be more rows, and the rows."""
+    """For each range: whether more rows may follow, and the rows of the page."""
 
 
 class KnownCommits:
-    """The commit ids that this instance knows at some seqs.
+    """The ids of commits that this store instance has seen, by seq.
 
-    A server that restarts without its last writes gives their seqs again.
-    The commit id shows this to a reader that continues from one of these seqs.
+    If a server restarts without its last writes, the server gives their seqs to new commits.  A
+    reader that continues from such a seq detects the loss by the commit id.
     """
 
     def __init__(self) -> None:
@@ -119,7 +121,7 @@ class KnownCommits:
         self.notices: list[str] = []
 
     def add(self, seq: int, commit_id: str) -> None:
-        """Remember that the entry at ``seq`` is of this commit."""
+        """Remember that the entry at ``seq`` belongs to this commit."""
         with self._lock:
             self.newest_seq = max(self.newest_seq, seq)
             self._commits[seq] = commit_id
@@ -128,12 +130,13 @@ class KnownCommits:
                 self._commits.popitem(last=False)
 
     def commit_at(self, seq: int) -> str:
-        """The known commit id at ``seq``, or ``""``."""
+        """The known commit id at ``seq``, or ``""`` if no commit id is known."""
         with self._lock:
             return self._commits.get(seq, "")
 
     def mark_lost(self, seq: int, head: int) -> None:
-        """Add a notice: the server, at ``head``, no longer has the known commit at ``seq``.
+        """Add a notice: the server has lost the known commit at ``seq``.  ``head`` is the
+        server's head.
 
         The commit id is kept, because other readers may continue from ``seq`` too.
         """
@@ -162,7 +165,8 @@ class Reader:
         return self.checked(self.link.call("HMGET", self.keys["head"], *fields))
 
     def checked(self, reply: Sequence[Any]) -> State:
-        """The state in a reply; raises :class:`~taskstore.SchemaMismatchError`."""
+        """The state in a reply; raises :class:`~taskstore.SchemaMismatchError` for another
+        layout."""
         if reply[2] is not None and reply[6] != FORMAT:
             raise wrong_format(self.location, reply[6])
         state = state_of(reply)
@@ -200,7 +204,10 @@ class Reader:
         return Scan(self.checked(reply[0]), reply[1], result)
 
     def decoded(self, row: Row) -> TaskRecord | Quarantined | None:
-        """The record of a row, or its bytes; ``None`` if the index has it and ``rows`` has not."""
+        """The record of a row, or a ``Quarantined`` if the row is damaged.
+
+        Returns ``None`` if the index contains the task and the key ``rows`` does not.
+        """
         if row.image is None:
             return None
         task_id = id_in_sort_key(row.sort_key)
@@ -240,7 +247,11 @@ class Reader:
         return fold(snapshot, self.since(start))
 
     def since(self, start: State) -> list[JournalEntry]:
-        """The entries after a state; raises :class:`InconsistentPagesError` if any is trimmed."""
+        """The entries after a state.
+
+        Raises :class:`InconsistentPagesError` if one of these entries was trimmed, or the ledger
+        was replaced.
+        """
         entries: list[JournalEntry] = []
         after = start.head
         while True:
@@ -364,7 +375,8 @@ class Reader:
         ]
 
     def items(self, published: PublishedSnapshot) -> Iterator[tuple[str, int, bytes]]:
-        """Task id, revision and image of each record of a snapshot; reads one chunk at a time."""
+        """Yield task id, revision and image of each record of a snapshot; read one chunk at a
+        time."""
         key = self.keys.snapshot(published.token)
         for number in range(published.chunks):
             where = f"{self.location}: the snapshot at seq {published.seq}, chunk {number}"

@@ -19,9 +19,10 @@ _SCAN_COUNT = 1000
 
 @contextmanager
 def scratch(url: str) -> Iterator[OpenStore]:
-    """Yield a function that opens a new ledger on the server of ``url``; delete it at the end.
+    """Yield a function that opens a new ledger on the server of ``url``; delete the ledger at the
+    end.
 
-    The namespace of ``url`` is not changed.
+    The keys in the namespace of ``url`` do not change.
     """
     target = replace(parse(url), namespace=f"taskstore-contract-{uuid.uuid4().hex}")
 

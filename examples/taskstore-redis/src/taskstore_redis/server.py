@@ -31,7 +31,7 @@ class ServerInfo(Struct, frozen=True, kw_only=True):
 
     @property
     def durability(self) -> str:
-        """The actual durability: ``full`` (power loss) or ``process``."""
+        """The actual durability: ``full`` (changes survive power loss) or ``process``."""
         return "full" if self.appendonly and self.appendfsync == "always" else "process"
 
     def notices(self, requested: str) -> tuple[str, ...]:
@@ -91,7 +91,8 @@ class ServerInfo(Struct, frozen=True, kw_only=True):
 
 
 def read_server_info(link: Link) -> ServerInfo:
-    """Query the server; raises :class:`~taskstore.StoreUnavailableError` if it is too old."""
+    """Query the server; raises :class:`~taskstore.StoreUnavailableError` if the server is too
+    old."""
     info = _info(link)
     version = tuple(int(part) for part in re.findall(r"\d+", info.get("redis_version", "")))
     if version and version[: len(MIN_VERSION)] < MIN_VERSION:

@@ -40,22 +40,22 @@ TIMEOUT_S = 10.0
 class RedisStore(TaskRegistryStore):
     """A ledger on a Redis server (6.2 or newer), in its own namespace.
 
-    Any number of instances, processes and machines may share the ledger: a
-    commit is one script, and the server runs one script at a time.
-    ``timeout_s`` is the timeout of an answer, in seconds.
+    Any number of store instances, in any number of processes and machines, may share the ledger: a
+    commit is one script, and the server runs one script at a time.  ``timeout_s`` is the number of
+    seconds to wait for an answer of the server.
 
-    **The server's configuration decides what an acknowledged change survives.**
-    ``durability`` is the actual durability, whatever was requested: ``full``
-    with ``appendonly yes`` and ``appendfsync always``, else ``process``.  The
-    first of ``report().notices`` describes it.  Only with ``full`` do the
-    invariants 2 and 4 hold when the server dies.  Another server may restart
-    without its last second, or its last hours, and then gives acknowledged
-    seqs to other changes.  An instance that read the lost commits raises
-    :class:`~taskstore.CursorExpiredError` for readers that continue from them,
-    so that a registry reloads, and adds a notice.  When the writing process
-    dies, no acknowledged change is lost on any server.  So the contract's
-    *crash-safe* level passes.  A compaction can move the floor only to the seq of
-    an earlier compaction, so the store does not guarantee *exact-history*.
+    **The server's configuration decides what an acknowledged change survives.** ``durability`` is
+    the actual durability, which can differ from the requested durability: ``full`` if the server
+    has ``appendonly yes`` and ``appendfsync always``, otherwise ``process``.  The first of
+    ``report().notices`` describes the actual durability.  If the server dies, the invariants 2 and
+    4 hold only with ``full``.  A server with ``process`` may restart without the changes of its
+    last second, or of its last hours.  The server then gives acknowledged seqs to other changes.
+    If a store instance has read the lost commits, the instance adds a notice, and raises
+    :class:`~taskstore.CursorExpiredError` for readers that continue from these commits, so that a
+    registry reloads its records.  If the writing process dies, no acknowledged change is lost,
+    whatever the server's configuration is.  Therefore the *crash-safe* level of the contract
+    passes.  A compaction can move the floor only to the seq of an earlier compaction, so the store
+    does not guarantee *exact-history*.
     """
 
     unsupported_guarantees = MappingProxyType(
@@ -186,9 +186,8 @@ def open_redis(
 ) -> RedisStore:
     """Open ``redis://[user:password@]host[:port][/db][?namespace=NAME]``.
 
-    ``rediss:`` is the same over TLS.  The default namespace is ``taskstore``.
-    User and password are percent-decoded.  The first commit creates the keys,
-    so ``migrate`` has no effect.
+    A URL with ``rediss:`` uses TLS.  The default namespace is ``taskstore``.  User and password are
+    percent-decoded.  ``migrate`` has no effect, because the first commit creates the keys.
     """
     del migrate
     return RedisStore(parse(url), durability=durability, read_only=read_only, timeout_s=timeout_s)

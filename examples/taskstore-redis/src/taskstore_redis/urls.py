@@ -16,7 +16,7 @@ NAMESPACE_BYTES = 200
 
 
 class Target(Struct, frozen=True):
-    """A server, a database on it, and the namespace, with which all keys begin."""
+    """A server, a database on the server, and the namespace with which all keys begin."""
 
     host: str
     port: int
@@ -38,7 +38,7 @@ class Target(Struct, frozen=True):
 
 
 def parse(url: str) -> Target:
-    """Parse a URL; raises :class:`~taskstore.ValidationError`, without the password."""
+    """Parse a URL; raises :class:`~taskstore.ValidationError`, whose message shows no password."""
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -68,7 +68,7 @@ def parse(url: str) -> Target:
 
 
 def check_namespace(namespace: Any) -> str:
-    """Return the namespace if it may stand between the braces of a hash tag."""
+    """Return the namespace if it is valid text between the braces of a hash tag."""
     if not isinstance(namespace, str) or not namespace:
         raise ValidationError("namespace", "must be text, and not empty")
     try:

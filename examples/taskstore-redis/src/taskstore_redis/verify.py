@@ -1,7 +1,7 @@
-"""Verification of a ledger: journal, snapshots, rows, index and dedup keys must agree.
+"""Verification: a ledger's journal, snapshots, rows, index and dedup keys must agree.
 
-Writers continue meanwhile.  A task that changes while the rows are read is not
-compared with its row; its entries in the journal are checked.
+Writers continue during the verification.  If a task changes while the rows are read, the
+verification does not compare the row of the task, but checks the task's journal entries.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from taskstore_redis.reading import (
 )
 
 ATTEMPTS = 5
-"""The number of attempts, if a compaction or a saved snapshot removes what is being read."""
+"""The maximum number of attempts.  An attempt fails if a compaction or a saved snapshot removes
+data that the attempt reads."""
 
 _MAX_NAMED_TASKS = 3
 
 Content = dict[str, tuple[int, bytes]]
-"""Revision and image by task id."""
+"""Maps a task id to the revision and the image of the record."""
 
 
 def verify(reader: Reader) -> VerifyReport:
@@ -62,8 +63,11 @@ def verify(reader: Reader) -> VerifyReport:
 
 
 class _Verification:
-    """One pass: the snapshot at floor - 1, with the journal applied to it, must equal
-    each later snapshot at its seq, and the rows at the end."""
+    """One attempt to verify a ledger.
+
+    The attempt applies the journal to the snapshot at floor - 1.  The result must equal each later
+    snapshot at the seq of that snapshot.  The final result must equal the rows.
+    """
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
@@ -309,7 +313,8 @@ class _Verification:
 
 
 def _facts(row: Row) -> list[bytes]:
-    """The parts of a row's facts after its last seq; empty if damaged (see common.lua)."""
+    """The parts of a row's facts after the last seq; empty if the facts are damaged (see
+    common.lua)."""
     parts = (row.facts or b"").split(b"\0")[1:]
     return parts if len(parts) == 3 + len(INDEXED) else []
 

@@ -1,8 +1,8 @@
 """The writer: commits, and replacement of the whole content.
 
-One script runs a whole commit, so a commit is atomic.  If the answer is lost,
-a second script looks up the outcome.  If the commit is missing, that script
-also voids it: a command that the server receives later has no effect.
+One script runs a whole commit, so a commit is atomic.  If the answer of this script is lost, a
+second script looks up the outcome of the commit.  If the commit is missing, the second script also
+voids the commit id: if the server receives the lost command later, the command has no effect.
 """
 
 from __future__ import annotations
@@ -46,16 +46,18 @@ from taskstore_redis.link import AnswerLostError
 from taskstore_redis.reading import Reader, wrong_format
 
 COMMIT_ATTEMPTS = 4
-"""The number of attempts to commit, if each connection breaks and no attempt commits."""
+"""The maximum number of attempts to commit.  A new attempt follows if the connection broke and
+nothing was committed."""
 VOID_MS = 24 * 60 * 60 * 1000
 """How long a void key exists, in milliseconds."""
 STAGING_TIMEOUT_MS = 10 * 60 * 1000
 """How long staged content may be idle before a compaction removes it, in milliseconds."""
 STAGE_ROWS = 64
 STAGE_BYTES = 256 * 1024
-"""The limits of one staged chunk; its last record may exceed the byte limit."""
+"""The limits of one staged chunk in records and bytes; the last record of a chunk may exceed the
+byte limit."""
 MAX_BATCH_BYTES = 256 * 1024 * 1024
-"""The largest commit: well below the server's limit for one command."""
+"""The size of the largest commit in bytes, well below the server's limit for one command."""
 
 APPLY_KEYS = (
     "head", "rows", "facts", "index", "bookings", "journal", "commits", "deleted", "aside",
@@ -134,7 +136,8 @@ class Writer:
         raise self._reply_error(reply)
 
     def _send_with_retry(self, send: Callable[[str], Any]) -> tuple[str, Any]:
-        """Send a commit until its outcome is known; returns its id and the script's reply."""
+        """Send a commit until its outcome is known; returns the commit id and the script's
+        reply."""
         lost: AnswerLostError | None = None
         for _ in range(COMMIT_ATTEMPTS):
             commit_id = new_commit_id()
@@ -240,7 +243,8 @@ class Writer:
         )
 
     def _stage(self, token: str, snapshot: Snapshot) -> int | None:
-        """Stage the content; returns its number of chunks, or ``None`` if it was removed."""
+        """Stage the content; returns the number of chunks, or ``None`` if the staged content was
+        removed."""
         staging, snap = self._keys["staging"], self._keys.snapshot(token)
         staged = self._keys.staged(token)
         seconds = int(self._link.call("TIME")[0])
@@ -271,7 +275,7 @@ class Writer:
         return chunks
 
     def discard_staged(self, token: str) -> None:
-        """Delete the staged content of a token, unless it was published."""
+        """Delete the content that was staged under a token, unless the content was published."""
         keys = [self._keys["staging"], *self._keys.staged(token), self._keys.snapshot(token)]
         self._link.run("forget", keys, token)
 
@@ -283,7 +287,7 @@ class Writer:
 
 
 def _chunks_of(snapshot: Snapshot) -> Iterator[list[Any]]:
-    """The records in chunks: a flat list of id, facts and image of each record."""
+    """Yield the records in chunks; a chunk is a flat list of id, facts and image of each record."""
     rows: list[Any] = []
     size = 0
     for task_id in sorted(snapshot.records):
@@ -306,7 +310,11 @@ def _behind_head(snapshot: Snapshot, head: int) -> ConflictError:
 
 
 def _conflicts(steps: Sequence[Step], facts: Sequence[Any]) -> list[Conflict]:
-    """The conflicts in a reply: step number, stored revision, deleted, owner of the dedup key."""
+    """The conflicts in a reply.
+
+    The reply has four values per conflict: the number of the step, the stored revision, whether
+    the task was deleted, and the id of the task that has the dedup key.
+    """
     conflicts = []
     rest = iter(facts)
     while fields := tuple(islice(rest, 4)):
