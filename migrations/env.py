@@ -1,8 +1,12 @@
-"""Alembic's environment: for the package, and for manual use in a checkout.
+"""Alembic's environment script, for the package and for the ``alembic`` command.
 
-The package passes a connection with an open transaction and the schema lock.
-In manual use, the URL is the first of ``-x url=…``, ``TASKSTORE_URL`` and
-``sqlalchemy.url`` in ``alembic.ini``.
+When the package runs a migration, the package passes a connection that owns the schema lock.
+Except on MariaDB, this connection has an open transaction.
+
+When the ``alembic`` command runs a migration in a checkout, this script opens the database itself.
+The URL is the value of the option ``-x url=…``.  Without this option, the URL is the value of the
+environment variable ``TASKSTORE_URL``.  Without this variable too, the URL is ``sqlalchemy.url`` in
+``alembic.ini``.
 """
 
 from __future__ import annotations
@@ -29,7 +33,10 @@ def _url() -> str:
 
 
 def _run(dialect: str, schema: str | None = None, **target: object) -> None:
-    """Run the migrations; a script for an offline database uses ``schema``."""
+    """Run the migrations, or write them as an SQL script in Alembic's offline mode.
+
+    In the offline mode, ``schema`` names the PostgreSQL schema for the tables.
+    """
     context.configure(
         **alembic_options(dialect),
         # In SQLite, ALTER TABLE often requires a copy of the table.

@@ -52,10 +52,10 @@ def _present(column: str) -> dict[str, Any]:
 
 
 def _commits_by_itself() -> bool:
-    """Return whether each DDL statement commits by itself.
+    """Return whether the database commits each DDL statement separately.
 
-    If so, the statements are idempotent, so that a second run completes a killed
-    migration.
+    On such a database, the statements of this migration are idempotent.  After a killed migration,
+    a second run therefore completes the tables.
     """
     return op.get_context().dialect.name in ("mysql", "mariadb")
 

@@ -1,15 +1,17 @@
 """The commit of a batch of changes in one transaction.
 
-The transaction claims seqs on the head row.  The lock of the head row keeps other writers out.
-The transaction then deletes tasks (which frees their dedup keys), updates tasks, inserts tasks
-and inserts journal entries.  A statement on ``tasks`` skips each row that does not meet the
-preconditions of its change.  If a statement affects fewer rows than expected, there is a conflict.
+The transaction first updates the head row: the update assigns the seqs of the new entries.  Until
+the transaction ends, the lock of the head row keeps other writers out.  The transaction then
+deletes tasks (which frees their dedup keys), updates tasks, inserts tasks and inserts journal
+entries.  If a row of ``tasks`` does not meet the preconditions of a change, the statement skips
+this row.  If the statements affect fewer rows than expected, the transaction is rolled back, and
+:func:`commit` looks for conflicts.
 
-If the answer to COMMIT is lost, the attempt ends with ``UnconfirmedCommitError``,
-and ``Transactions.read_back_commit`` locks the head row and looks for the commit id in the
-journal.  If the journal contains the commit id, :func:`commit` returns this commit; otherwise
-:func:`commit` retries the batch of changes.  If the server stays unreachable, :func:`commit`
-raises :class:`~taskstore.OutcomeUnknownError`.
+If the answer to COMMIT is lost, the attempt ends with ``UnconfirmedCommitError``.  In this case,
+:func:`commit` calls ``Transactions.read_back_commit``, which locks the head row and looks for the
+commit id in the journal.  If the journal contains the commit id, :func:`commit` returns the commit.
+If the journal does not contain the commit id, :func:`commit` retries the batch of changes.  If the
+server stays unreachable, :func:`commit` raises :class:`~taskstore.OutcomeUnknownError`.
 """
 
 from __future__ import annotations
@@ -66,17 +68,21 @@ _rarely_updated = attrgetter(*RARELY_UPDATED)
 
 
 class _RowMismatch(Exception):
-    """Raised if a row does not match the batch; the caller rolls back and finds the conflicts."""
+    """Raised if a stored row does not match a change of the batch.
+
+    The transaction is then rolled back, and :func:`commit` looks for the conflicts.
+    """
 
 
 class EncodedBatch:
-    """The encoded rows of a batch of changes, one list for each statement."""
+    """The encoded rows of a batch of changes, in one list for each kind of statement."""
 
     def __init__(self, changes: Sequence[Change]) -> None:
         self.steps = plan(changes)
         self.entries: list[tuple[tuple[Any, ...], tuple[Any, ...]]] = []
-        """The rows of ``task_journal`` for the batch, without the columns seq and at, each in two
-        parts: the columns before and after the commit id."""
+        """The rows of ``task_journal`` for the batch.  Each row is a pair of tuples: the columns
+        from ``kind`` to ``revision``, and the columns ``payload`` and ``checksum``.  :func:`commit`
+        adds the columns ``seq``, ``at`` and ``commit_id``."""
         encoded: dict[str, tuple[bytes, int]] = {}
         for change in changes:
             if isinstance(change, Put):
@@ -160,8 +166,10 @@ def commit(transactions: Transactions, changes: Sequence[Change], clock: Clock) 
 
 
 def schema_epoch_error(database: Database, tx: Session) -> SchemaMismatchError:
-    """Return the error for a claim that updated no row, because the schema epoch of the ledger
-    is too high for this version of taskstore."""
+    """Return the error for a ledger whose schema epoch is too high for this version of taskstore.
+
+    In such a ledger, a claim of seqs updates no row.
+    """
     row = tx.row(database.sql.head)
     epoch = None if row is None else Head(*row).schema_epoch
     return SchemaMismatchError(
@@ -176,8 +184,9 @@ def schema_epoch_error(database: Database, tx: Session) -> SchemaMismatchError:
 def _has_base(base: Position, claimed: ClaimedSeqs) -> bool:
     """Return whether the journal contains the base position of the changes.
 
-    The trim of the entry just before the floor keeps its commit id.  If this commit id is unknown,
-    because a saved snapshot set the floor, a base position just before the floor is accepted.
+    If a compaction set the floor, the row at floor - 1 keeps the commit id of the trimmed entry.
+    If a saved snapshot set the floor, there is no row at floor - 1 and no commit id to compare.
+    The function then accepts every base position at floor - 1.
     """
     if claimed.base is None:
         return base.seq in (0, claimed.floor - 1)
@@ -187,7 +196,7 @@ def _has_base(base: Position, claimed: ClaimedSeqs) -> bool:
 def _write(database: Database, tx: Session, batch: EncodedBatch, floor: int) -> None:
     """Write the changes of the batch to the table ``tasks``.
 
-    Raises :class:`_RowMismatch` if a row does not match the batch.
+    Raises :class:`_RowMismatch` if a stored row does not match a change of the batch.
     """
     sql = database.sql
     touched = 0
@@ -217,7 +226,10 @@ def _write(database: Database, tx: Session, batch: EncodedBatch, floor: int) -> 
 
 
 def _is_committed(database: Database, expected: Commit, tx: Session) -> bool:
-    """Return whether the journal contains ``expected``, a commit whose COMMIT got no answer."""
+    """Return whether the journal contains the commit ``expected``.
+
+    The answer to the COMMIT statement of this commit was lost.
+    """
     entry = task_journal.c
     commit_id = tx.scalar(sa.select(entry.commit_id).where(entry.seq == expected.first_seq))
     if commit_id is None and expected.first_seq < Head(*tx.row(database.sql.head)).floor:
@@ -230,7 +242,7 @@ def _is_committed(database: Database, expected: Commit, tx: Session) -> bool:
 
 
 def conflicts_of(steps: Sequence[Step], tx: Session) -> list[Conflict]:
-    """Lock the head row, and return the conflicts of the staged steps with the stored rows."""
+    """Lock the head row, and return the conflicts between the steps of a batch and stored rows."""
     head = taskstore_head.c
     floor = tx.scalar(sa.select(head.floor).where(head.id == 1).with_for_update())
     revisions: dict[str, int] = {}

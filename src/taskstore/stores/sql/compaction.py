@@ -1,18 +1,18 @@
 """Compaction publishes a snapshot, moves the floor, and trims the journal.
 
-No step locks the head row for longer than one small transaction.  One read
-transaction copies the rows to a temporary file, and small transactions write
-the copied rows to the database.  One read transaction for the whole compaction would
-block SQLite's checkpoints and PostgreSQL's vacuum.  A long read transaction would also
-need a second connection, but a host's pool can be limited to one connection.
+No step locks the head row for longer than one small transaction.  One read transaction copies the
+rows of the tasks to a temporary file.  When this read transaction has ended, small transactions
+write the copied rows to the database.  A read transaction that stayed open for the whole compaction
+would block SQLite's checkpoints and PostgreSQL's vacuum.  The writes would also need a second
+connection beside this read transaction, but a host's pool can be limited to one connection.
 
 A lease in the head row keeps other compactors out.  Every write transaction of the compaction
-renews the lease, and fails if another compactor has taken over the lease.  A compactor that was
-suspended for too long therefore changes nothing when it resumes.
+renews the lease, and fails if another compactor has taken over the lease.  If a compactor was
+suspended and has lost the lease, the compactor therefore changes nothing when it resumes.
 
-If the row of a task is missing, compaction fails, so that it does not trim the only copy of the
-record.  If a trimmed entry cannot be decoded, compaction keeps the bytes of the entry in
-``task_set_aside`` [12].
+If the journal contains the only copy of a record because the task has no row in ``tasks``,
+compaction fails and does not trim the journal.  If a trimmed entry cannot be decoded, compaction
+keeps the bytes of the entry in ``task_set_aside`` [12].
 """
 
 from __future__ import annotations
@@ -77,11 +77,12 @@ ENTRIES_PER_STEP = 1000
 ROWS_PER_STEP = 64
 """The maximum number of payloads that one read transaction reads."""
 SIZES_PER_STEP = 10_000
-"""The maximum number of entries whose sizes one read transaction adds."""
+"""The maximum number of entries whose sizes one read transaction adds up."""
 CHUNKS_PER_STEP = 8
 """The maximum number of chunks of a dropped snapshot that one transaction deletes."""
 TRIMMED_REVISION = 0
-"""The revision in the row of the trimmed entry at floor - 1; every other entry has a higher one."""
+"""The revision that a trim writes to the row at floor - 1.  Every other entry has a higher
+revision."""
 TRIMMED_ENTRY = {
     "kind": "deleted",  # the only kind without a payload, also for earlier versions of taskstore
     "task_id": "",
@@ -89,8 +90,8 @@ TRIMMED_ENTRY = {
     "payload": None,
     "checksum": None,
 }
-"""The values in the row of the trimmed entry at floor - 1.  This row keeps only its seq, its time
-and its commit id."""
+"""The values that a trim writes to the row at floor - 1.  This row keeps only its seq, its time and
+its commit id."""
 MAX_NAMED = 3
 """The maximum number of task ids in one error message."""
 
@@ -162,7 +163,7 @@ class SQLCompactionSteps(CompactionSteps):
         return self._transactions.read(self._begin, in_transaction=True)
 
     def _begin(self, session: Session) -> CompactionPoint:
-        """Copy the new snapshot's lines to the temporary file; return the compaction point."""
+        """Copy the lines of the new snapshot to the temporary file; return the compaction point."""
         self._buffer.seek(0)
         self._buffer.truncate()
         head = read_head(session, self._sql)
@@ -197,10 +198,12 @@ class SQLCompactionSteps(CompactionSteps):
         return self._measure(size, floor, head)[0]
 
     def _measure(self, most_bytes: int, floor: int, head: int) -> tuple[int, int]:
-        """Add the sizes of the entries from the head backwards, in small transactions.
+        """Add up the sizes of the entries from ``head`` back to ``floor``, in small transactions.
 
-        Return the lowest seq after which the entries have at most ``most_bytes``, and the size of
-        all entries (if it exceeds ``most_bytes``, of the entries from this seq on).
+        Return a seq and a size in bytes.  The returned seq is the lowest seq after which all
+        entries together have at most ``most_bytes`` bytes.  If all entries have at most
+        ``most_bytes`` bytes, the returned size is the size of all entries.  Otherwise, the returned
+        size is the size of the entries from the returned seq on.
         """
         total, high = 0, head
         while high >= floor:
@@ -231,8 +234,8 @@ class SQLCompactionSteps(CompactionSteps):
     def _write_base(self, base: SnapshotInfo) -> None:
         """Publish a snapshot at an earlier seq, made from an older snapshot and the journal.
 
-        The rows that this method reads do not change while the lease is held, so it reads them in
-        small transactions.
+        While this compaction holds the lease, nothing changes the rows that this method reads.  The
+        method therefore reads these rows in several small transactions.
         """
         older = self._transactions.read(partial(newest_snapshot_row, at=base.seq))
         row = SnapshotRow(base.seq, base.at)
@@ -265,8 +268,11 @@ class SQLCompactionSteps(CompactionSteps):
         insert(tx, self._transactions.database, table, [row])
 
     def _move_floor(self, retained: Retained) -> None:
-        """Move the floor and drop snapshots, in one transaction.  Readers then ignore the rows that
-        the next step of the compaction deletes."""
+        """Move the floor and drop the snapshots that are not retained, in one transaction.
+
+        After this transaction, readers ignore the rows that the next step of the compaction
+        deletes.
+        """
         dropped = task_snapshots.c.seq.not_in(sorted(retained.seqs))
 
         def work(tx: Session) -> None:
@@ -303,17 +309,18 @@ def _size_of_entries(session: Session, low: int, high: int) -> int:
 
 
 def _sizes_of_entries(session: Session, low: int, high: int) -> list[tuple[int, int]]:
-    """Return the seq and the size of each entry, newest first."""
+    """Return the seq and the size of each entry after ``low`` up to ``high``, newest first."""
     seq, size = task_journal.c.seq, sa.func.length(task_journal.c.payload)
     rows = session.select(sa.select(seq, size).where(seq > low, seq <= high).order_by(seq.desc()))
     return [(seq, size or 0) for seq, size in rows]
 
 
 class EarlierSnapshot:
-    """The snapshot lines at ``seq``: an older snapshot, with the later entries applied.
+    """Computes the lines of the snapshot at ``seq`` from an older snapshot and the later entries.
 
-    If ``older`` is ``None``, the entries are applied to an empty ledger.  The result equals
-    :func:`taskstore.fold`.  Only task ids and quarantined payloads are in memory, and some rows.
+    If ``older`` is ``None``, the entries are applied to an empty ledger.  The result equals the
+    result of :func:`taskstore.fold`.  The memory contains all task ids and all quarantined
+    payloads, but only some rows at a time.
     """
 
     def __init__(self, transactions: Transactions, older: SnapshotRow | None, seq: int) -> None:
@@ -362,8 +369,11 @@ class EarlierSnapshot:
                     yield item.task_id, 1, encode_record(item)
 
     def _journal_lines(self) -> Iterator[tuple[str, int, bytes]]:
-        """Yield the task id and the newest line of each task in the journal; the line is empty if
-        the task was deleted, or if its payload cannot be decoded."""
+        """Yield the id of each task in the journal, and the line for the newest entry of the task.
+
+        The line is empty if this entry deletes the task, or if the payload of this entry cannot be
+        decoded.
+        """
         after = ""
         while seqs := self._transactions.read(partial(self._newest_seqs, after=after)):
             for start in range(0, len(seqs), ROWS_PER_STEP):
@@ -378,7 +388,8 @@ class EarlierSnapshot:
                     yield after, 0, b"" if entry.record is None else encode_record(entry.record)
 
     def _newest_seqs(self, session: Session, after: str) -> list[int]:
-        """Return the seqs of the newest entries of some tasks, in order of task_id."""
+        """Return the seq of the newest entry of each of the next tasks after the task id ``after``,
+        in order of task_id."""
         entry = task_journal.c
         first = 0 if self._older is None else self._older.seq
         newest = (
@@ -395,7 +406,8 @@ def _select(session: Session, query: sa.Select[Any]) -> Sequence[Any]:
 
 
 def _delete_chunks(tx: Session) -> bool:
-    """Delete some chunks of a dropped or unpublished snapshot; return whether there was a chunk."""
+    """Delete some chunks of a dropped or unpublished snapshot; return whether such a chunk
+    existed."""
     seq, chunk = task_snapshot_chunks.c.seq, task_snapshot_chunks.c.chunk
     orphaned = ~sa.exists().where(task_snapshots.c.seq == seq)
     rows = tx.select(sa.select(seq, chunk).where(orphaned).order_by(seq, chunk).limit(1))
@@ -407,7 +419,10 @@ def _delete_chunks(tx: Session) -> bool:
 
 @contextmanager
 def _temporary_file(database: Database) -> Iterator[IO[bytes]]:
-    """Open a temporary file without a name, in the database's ``temp_dir`` or the system's."""
+    """Open a temporary file without a name in the database's ``temp_dir``.
+
+    If ``temp_dir`` is ``None``, the file is in the system's directory for temporary files.
+    """
     directory = database.temp_dir or tempfile.gettempdir()
     try:
         with tempfile.TemporaryFile(dir=directory) as file:
@@ -426,8 +441,8 @@ def _temporary_file(database: Database) -> Iterator[IO[bytes]]:
 def check_rows_exist(session: Session, low: int, high: int, location: str) -> None:
     """Check that no entry in ``[low, high)`` contains the only copy of a record.
 
-    Raises :class:`~taskstore.CorruptStoreError` if a task has no row, unless the newest entry of
-    the task is a deletion or is not in this range.
+    Raises :class:`~taskstore.CorruptStoreError` if the newest entry of a task is in this range and
+    is not a deletion, but the table ``tasks`` has no row for this task.
     """
     entry, later = task_journal.c, task_journal.alias("later")
     lost = (
@@ -448,13 +463,15 @@ def check_rows_exist(session: Session, low: int, high: int, location: str) -> No
 
 
 class TrimPlan(NamedTuple):
-    """The next entries to trim, and the changes to ``task_set_aside`` in the same transaction."""
+    """The next entries to trim, and the rows of ``task_set_aside`` to delete and to insert in the
+    same transaction."""
 
     end: int
     """The seq of the first entry that is not trimmed."""
     floor: int
     obsolete_ids: Sequence[int]
-    """The ids of rows in ``task_set_aside`` for tasks that the trimmed entries delete."""
+    """The row ids of the ``task_set_aside`` rows to delete: trimmed entries delete the tasks of
+    these rows."""
     quarantined: Sequence[Quarantined]
     """The payloads of the trimmed entries that cannot be decoded and have no other copy."""
     last_id: int
@@ -462,7 +479,8 @@ class TrimPlan(NamedTuple):
 
 
 def plan_trim(session: Session, sql: Statements, limit: int) -> TrimPlan | None:
-    """Return the plan for the next ``limit`` seqs below the floor; ``None`` if there is no entry.
+    """Return the plan for the next ``limit`` seqs below the floor; ``None`` if no entry is to be
+    trimmed.
 
     Entries below the floor do not change, so this function needs no lock.
     """
@@ -490,9 +508,10 @@ def plan_trim(session: Session, sql: Statements, limit: int) -> TrimPlan | None:
 def trim_entries(tx: Session, database: Database, plan: TrimPlan) -> None:
     """Delete the entries of a plan, and store the quarantined payloads of the plan.
 
-    The row of the entry at floor - 1 stays without its content: its commit id shows whether a
-    cursor at this seq belongs to this history.  The function is idempotent: a repeated call first
-    deletes the rows with ids above ``last_id``, which the earlier call inserted.
+    The function does not delete the row at floor - 1, but clears its content except the commit id
+    and the time.  This commit id shows whether a cursor at floor - 1 belongs to the history of this
+    ledger.  The function is idempotent: a repeated call first deletes the rows of
+    ``task_set_aside`` with ids above ``last_id``, which the earlier call inserted.
     """
     row_id = task_set_aside.c.id
     if plan.obsolete_ids:
@@ -524,8 +543,11 @@ def _quarantine_entry(row: Any) -> Quarantined | None:
 
 
 def _is_deleted_or_stored(session: Session, row: Any) -> bool:
-    """Return whether a trim is allowed to drop the payload of an entry: a later entry deletes the
-    task, or the row of the task in ``tasks`` has the same bytes."""
+    """Return whether a trim is allowed to drop the payload of an entry.
+
+    A trim is allowed to drop the payload if a later entry deletes the task, or if the row of the
+    task in ``tasks`` has the same bytes.
+    """
     seq, _, _, task_id, revision, _, payload, _ = row
     entry = task_journal.c
     deletion = sa.select(entry.seq).where(
@@ -540,8 +562,8 @@ def _is_deleted_or_stored(session: Session, row: Any) -> bool:
 
 
 def _quarantined_ids(session: Session, sql: Statements) -> tuple[dict[str, list[int]], int]:
-    """Return the row ids of the superseded payloads in ``task_set_aside`` by task id, and the
-    highest row id in this table."""
+    """Return the row ids of the superseded payloads in ``task_set_aside``, grouped by task id, and
+    the highest row id in this table."""
     ids: dict[str, list[int]] = {}
     last = 0
     for last, item in quarantined_rows(session, sql):

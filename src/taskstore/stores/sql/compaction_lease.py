@@ -1,4 +1,4 @@
-"""The lease of the process that compacts a ledger, stored in the head row."""
+"""The lease for a compaction, stored in the head row."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _set_owner(owner: str | None, where: sa.ColumnElement[bool]) -> sa.Update:
 
 
 def _machine_id() -> str:
-    """Return 8 hexadecimal digits that identify this machine and its namespace of process ids."""
+    """Return 8 hexadecimal digits that identify this machine and the process-id namespace."""
     try:
         namespace = Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
@@ -127,8 +127,10 @@ _MACHINE_ID = _machine_id()
 
 
 def _is_dead(owner: str) -> bool:
-    """Return whether the process of a lease owner has ended.  An owner in this process
-    counts as dead if its compaction has ended."""
+    """Return whether the process of a lease owner has ended.
+
+    If the owner is a compaction in this process, return whether that compaction has ended.
+    """
     if not owner.startswith(_MACHINE_ID):
         return False
     try:

@@ -36,7 +36,8 @@ class ErrorKind(Enum):
     CONNECTION_LOST = "connection lost"
     """The connection broke or could not be opened."""
     STANDBY = "standby"
-    """The server is read-only now.  A later attempt can find a server that accepts writes."""
+    """The server accepts no writes at present.  A later attempt can find a server that accepts
+    writes."""
     POOLED = "pooled"
     """A prepared statement belongs to another connection: a pooler shares the server's sessions.
     Without prepared statements, the store can retry the transaction at once."""
@@ -82,8 +83,9 @@ _SQLITE_DAMAGE = ("malformed", "unsupported file format")
 result code SQLITE_ERROR."""
 
 _SQLITE_FSYNC_ERRORS = {10, 10 | (4 << 8), 10 | (5 << 8)}
-"""SQLITE_IOERR_FSYNC, SQLITE_IOERR_DIR_FSYNC, and SQLITE_IOERR.  pysqlite3 reports
-SQLITE_IOERR for every I/O error, so SQLITE_IOERR at a COMMIT must count as a failed fsync."""
+"""The result codes that can mean a failed fsync: SQLITE_IOERR_FSYNC, SQLITE_IOERR_DIR_FSYNC and
+SQLITE_IOERR.  pysqlite3 reports SQLITE_IOERR for every I/O error, so SQLITE_IOERR at a COMMIT must
+count as a failed fsync."""
 
 _SQLITE_WRITE_ERROR = 10 | (3 << 8)
 """SQLITE_IOERR_WRITE: writing a page to the log failed, and SQLite rolls the transaction back."""
@@ -124,7 +126,7 @@ _MARIADB_NUMBERS = {
     ErrorKind.MISSING_SCHEMA: {1054, 1146, 1176},
     ErrorKind.INTEGRITY: {1022, 1048, 1062, 1169, 1557, 1586, 4025},
 }  # fmt: skip
-"""Maps each error number of the MariaDB server and of PyMySQL to a kind."""
+"""Maps each kind to the error numbers of the MariaDB server and of PyMySQL."""
 
 
 def driver_error(error: BaseException) -> BaseException:
@@ -180,7 +182,7 @@ def mariadb_error_kind(error: BaseException) -> ErrorKind:
 
 
 class Translator:
-    """Translates the driver errors of one database; a reusable context manager.
+    """Translates the driver errors of one database; an instance is a reusable context manager.
 
     ``location`` names the database and contains no password; ``secret`` is the
     password.  ``error_kind`` classifies the exceptions of the dialect's driver.  ``driver`` is
@@ -232,7 +234,8 @@ class Translator:
         return FailureKind.SERIALIZATION if retryable else FailureKind.PERMANENT
 
     def cause(self, error: BaseException) -> BaseException | None:
-        """Return the driver's exception, or ``None`` if its text contains the password."""
+        """Return the driver's exception, or ``None`` if the exception's text contains the
+        password."""
         cause = driver_error(error)
         message = str(cause)
         return None if any(secret in message for secret in self._secrets) else cause

@@ -1,4 +1,4 @@
-"""The schema of a database: its current state, the required state, and migrations.
+"""The schema of a database: its current state, required state, and migrations.
 
 Only the migrations create tables; ``metadata.create_all`` is never used.  If a ledger has
 the required schema, Alembic is not imported.
@@ -69,7 +69,10 @@ def history() -> list[tuple[str, str]]:
 
 
 def database_for_url(url: str, *, read_only: bool = False) -> Database:
-    """Return the database of a URL for the functions of this module; the caller closes it."""
+    """Return the database of a URL, for the functions of this module.
+
+    The caller must close the database.
+    """
     return open_database(url, read_only=read_only)
 
 
@@ -88,8 +91,8 @@ def upgrade(
     """Upgrade a database to a revision, under the schema lock.  The upgrade is one
     transaction if the database has transactional DDL.  A ``schema`` that does not exist is created.
 
-    If two processes upgrade one database, the second process waits for the schema lock, and then
-    changes nothing.
+    If two processes upgrade one database at the same time, the second process waits for the schema
+    lock, and then changes nothing.
     """
     with _database(engine, schema) as database:
         _upgrade(database, revision)
@@ -124,7 +127,8 @@ def downgrade(
 
 
 def check(engine: sa.Engine | Database, *, schema: str | None = None) -> list[str]:
-    """Return the differences of a database from the declared schema, one text for each."""
+    """Return the differences between a database and the declared schema, one text per
+    difference."""
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
@@ -164,9 +168,10 @@ def alembic_options(dialect: str) -> dict[str, Any]:
 def ensure_schema(database: Database, migrate: str) -> None:
     """Ensure that a database has the schema that this version requires.
 
-    If ``migrate`` is ``"auto"`` and the database contains no ledger, create the schema.
-    Otherwise, do not change the database.  Raises :class:`~taskstore.SchemaMismatchError` with
-    the actual revision, the required revision, and the command to run.
+    If ``migrate`` is ``"auto"`` and the database contains no ledger, create the schema.  Otherwise,
+    do not change the database.  If the database then does not have the required schema, raises
+    :class:`~taskstore.SchemaMismatchError` with the actual revision, the required revision, and the
+    command to run.
     """
     location = database.location
     with _reading(database) as connection:
@@ -224,9 +229,10 @@ def _state(connection: sa.Connection) -> SchemaState:
 
 
 def check_no_foreign_tables(connection: sa.Connection) -> None:
-    """Check for ``env.py`` that taskstore created every existing table of a ledger.
+    """Check that every table with the name of a ledger's table was created by taskstore.
 
-    Raises :class:`~taskstore.SchemaMismatchError` if another program created a table.
+    ``env.py`` calls this function.  Raises :class:`~taskstore.SchemaMismatchError` if another
+    program created such a table.
     """
     state = _state(connection)
     if state.revision is None and state.tables and not _is_unfinished(connection, state):
@@ -247,7 +253,7 @@ def _foreign_tables_error(location: str, state: SchemaState) -> SchemaMismatchEr
 
 def _is_unfinished(connection: sa.Connection, state: SchemaState) -> bool:
     """Return whether the first migration is still running or was killed.  In these two cases,
-    taskstore created all existing tables, and they are empty."""
+    taskstore created all existing tables, and the tables contain no tasks and no history."""
     kind = Database.dialects[connection.dialect.name]
     if state.revision is not None or not state.tables or not kind.ddl_autocommits:
         return False
@@ -292,8 +298,8 @@ def _database(engine: sa.Engine | Database, schema: str | None) -> Iterator[Data
 def _connected(database: Database) -> Iterator[sa.Connection]:
     """Open a connection in the driver's autocommit mode; driver errors in the body are translated.
 
-    The connection comes from the engine, but the engine's event listeners do not run for
-    this connection, because the listeners of a host can begin transactions.
+    The connection comes from the engine, but the engine's event listeners do not run for this
+    connection: the listeners of a host's engine can begin transactions.
     """
     with database.translator, database.engine.connect() as borrowed:
         plain = borrowed.execution_options(isolation_level="AUTOCOMMIT")
@@ -320,8 +326,10 @@ def _connected(database: Database) -> Iterator[sa.Connection]:
 
 @contextmanager
 def _reading(database: Database) -> Iterator[sa.Connection]:
-    """Open a connection as :func:`_connected`; names without a schema refer to the database's
-    ``schema`` if it has one."""
+    """Open a connection in the same way as :func:`_connected`.
+
+    If the database has a ``schema``, table names without a schema refer to this schema.
+    """
     with _connected(database) as connection:
         if database.schema is None:
             yield connection
@@ -376,8 +384,8 @@ def _describe(item: Any) -> str:
 
 @contextmanager
 def locked_url(url: str) -> Iterator[sa.Connection]:
-    """Open a connection for ``env.py`` in a source checkout.  The connection owns the schema lock,
-    and commits at the end of the ``with`` block."""
+    """Open a connection for ``env.py`` in a source checkout.  The connection owns the schema lock.
+    The schema changes are committed at the end of the ``with`` block."""
     database = open_database(url)
     try:
         with _locked(database) as connection:

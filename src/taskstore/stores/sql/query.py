@@ -35,13 +35,14 @@ from taskstore.stores.sql.tables import ACTIVE, COPIED_COLUMNS, task_journal, ta
 from taskstore.stores.sql.transactions import Transactions
 
 MAX_FILTER_VALUES = 1000
-"""The most values of a filter that becomes an SQL condition: servers limit parameters."""
+"""The maximum number of values in a filter that becomes an SQL condition.  A filter with more
+values does not become an SQL condition, because servers limit the number of parameters."""
 
 _SQL_FILTERS = frozenset({*COPIED_COLUMNS, "task_id", SESSION_KEY})
 
 
 class QueryStore(TaskRegistryStore):
-    """The methods of the SQL store that answer queries: an abstract base class."""
+    """An abstract base class of the SQL store, with the methods that answer queries."""
 
     _transactions: Transactions
     _query_quarantined: dict[str, Quarantined]
@@ -77,14 +78,17 @@ class QueryStore(TaskRegistryStore):
 
 
 def _is_sql_filter(field: str, wanted: frozenset[Any]) -> bool:
-    """Return whether a filter becomes an SQL condition.  Records are tested with every filter."""
+    """Return whether a filter becomes an SQL condition.
+
+    The decoded records are tested with every filter, even if the filter became an SQL condition.
+    """
     return field in _SQL_FILTERS and len(wanted) <= MAX_FILTER_VALUES
 
 
 def run_query(
     transactions: Transactions, query: TaskQuery, quarantined: dict[str, Quarantined]
 ) -> Page:
-    """Return the same page that ``taskstore.model.query.evaluate`` returns for all records.
+    """Return the page that ``taskstore.model.query.evaluate`` returns for all records of a ledger.
 
     If a row cannot be decoded, the function adds its payload to ``quarantined``, by task id.
     """
@@ -125,7 +129,10 @@ def _read_pages(
     page_records: int,
     quarantined: dict[str, Quarantined],
 ) -> Iterator[Page]:
-    """Yield the page of a query in parts, which are read in one transaction."""
+    """Yield the page of a query in parts of at most ``page_records`` records.
+
+    One transaction reads all parts.
+    """
     with (
         transactions.database.translator,
         transactions.reading(in_transaction=True) as session,
@@ -137,8 +144,10 @@ def _read_pages(
 def _matching(
     session: Session, query: TaskQuery, quarantined: dict[str, Quarantined]
 ) -> tuple[int, Iterator[TaskRecord]]:
-    """Return the head seq and the matching records after the cursor; the iterator reads the rows
-    in the caller's transaction, :data:`PAGE` at a time."""
+    """Return the head seq, and an iterator over the matching records after the cursor.
+
+    The iterator reads the rows in the caller's transaction, :data:`PAGE` rows per statement.
+    """
     seq, rows = _fetch(session, query, query.cursor, PAGE)
 
     def matching(rows: list[TaskRow]) -> Iterator[TaskRecord]:
@@ -179,7 +188,10 @@ def _count(session: Session) -> Summary:
 
 
 def _can_end_an_id(ending: str) -> bool:
-    """Return whether an id can have this ending; some drivers do not accept other text."""
+    """Return whether a task id can end with ``ending``.
+
+    Some drivers do not accept a text that cannot be a part of a task id.
+    """
     try:
         return bool(check_key("task_id", ending))
     except ValidationError:
@@ -206,7 +218,10 @@ def _ids_with_ending(
 
 
 def _cursor_of(session: Session, row: TaskRow) -> Cursor:
-    """Return the cursor of a row, read from the columns, because the payload can be damaged."""
+    """Return the cursor of a row.
+
+    The function reads the cursor from the columns, because the payload can be damaged.
+    """
     created_at = sa.select(tasks.c.created_at).where(tasks.c.task_id == row.task_id)
     return (session.scalar(created_at), row.task_id)
 

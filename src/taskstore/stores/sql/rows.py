@@ -1,4 +1,4 @@
-"""Pure functions that decode table rows to records, journal entries and quarantined bytes."""
+"""Pure functions that decode rows to records, entries and quarantined bytes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from taskstore.model.records import TaskRecord
 from taskstore.model.validation import check_int, check_key
 
 QUARANTINED_CHECKSUM = -1
-"""The checksum of a row of ``tasks`` whose payload was quarantined in a saved snapshot.
-No payload has this checksum, so a row with this checksum is never decoded as a record."""
+"""The checksum in a row of ``tasks`` that stores a quarantined payload of a saved snapshot.  No
+payload has this checksum, so a row with this checksum is never decoded as a record."""
 
 QUARANTINED_PREFIX = b"!"
 """The first byte of a snapshot line that contains a quarantined payload."""
@@ -67,7 +67,7 @@ class SnapshotRow(NamedTuple):
 
 
 class TaskRow(NamedTuple):
-    """The columns of a row of ``tasks`` that a scan or a query reads."""
+    """A row of ``tasks``, with only those columns that a scan or a query reads."""
 
     task_id: str
     revision: int
@@ -107,7 +107,8 @@ def snapshot_row_of(row: Sequence[Any]) -> SnapshotRow:
 
 
 def damage_of(payload: bytes | None, stored: int | None) -> str | None:
-    """Return a description of the damage if the checksum is wrong; ``None`` if it is right."""
+    """Return a description of the damage if the payload is missing or the checksum is wrong; return
+    ``None`` if the checksum is right."""
     if payload is None:
         return "the payload is missing"
     actual = checksum(payload)
@@ -117,8 +118,8 @@ def damage_of(payload: bytes | None, stored: int | None) -> str | None:
 def record_of(row: TaskRow) -> TaskRecord | Quarantined:
     """Return the record of a row of ``tasks``, or the quarantined bytes if the row is damaged.
 
-    A row is also damaged if its payload belongs to another task, because two rows must
-    not have the same record.
+    A row also counts as damaged if its payload belongs to another task, because two rows must not
+    have the same record.
     """
     where = f"tasks, row {row.task_id!r}"
     payload = row.payload if isinstance(row.payload, bytes) else as_bytes(row.payload)
@@ -139,9 +140,10 @@ def record_of(row: TaskRow) -> TaskRecord | Quarantined:
 
 
 def entry_of(row: Sequence[Any], where: str) -> JournalEntry:
-    """Return the journal entry of a row, whose values are in order of the table's columns.
+    """Return the journal entry of a row of ``task_journal``.
 
-    If the payload cannot be decoded, the field ``quarantined`` of the entry contains its bytes.
+    The values of ``row`` are in the order of the table's columns.  If the payload cannot be
+    decoded, the field ``quarantined`` of the entry contains the bytes of the payload.
     """
     seq, at, kind, task_id, revision, commit_id, payload, stored = row
     if not (
@@ -171,7 +173,7 @@ def entry_of(row: Sequence[Any], where: str) -> JournalEntry:
 
 
 def as_bytes(value: object) -> bytes:
-    """Return a column value as bytes; another program can have stored a value of another type."""
+    """Return a column value as bytes, even if another program stored a value of another type."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, str):
@@ -194,9 +196,10 @@ def quarantined_row(item: Quarantined) -> tuple[Any, ...] | None:
 
 
 def line_of(row: TaskRow) -> bytes:
-    """Return a row's snapshot line: the payload, or :func:`quarantined_line` for a damaged row.
+    """Return the snapshot line of a row: the payload, or :func:`quarantined_line` of a damaged row.
 
-    If the checksum is right and the payload contains no newline, the payload is not decoded.
+    The payload is not decoded if the checksum is right, and the payload begins with ``{`` and
+    contains no newline.
     """
     payload = as_bytes(row.payload)
     if damage_of(payload, row.checksum) is None and payload[:1] == b"{" and b"\n" not in payload:

@@ -1,4 +1,4 @@
-"""Functions that load all rows, read published snapshots, and replace a ledger's content."""
+"""Functions that load rows, read published snapshots, and replace a ledger's content."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _task_pages(session: Session, sql: Statements) -> Iterator[Iterable[TaskRow]
 
 
 def next_key(rows: Sequence[Sequence[Any]], after: Any, table: str) -> Any:
-    """Return the key of the last row of a page, so that the next page begins after this key.
+    """Return the key of the last row of ``rows``; the next read of a scan begins after this key.
 
     Raises :class:`~taskstore.CorruptStoreError` if this key is not greater than ``after``: on a
     damaged index, a scan could otherwise run forever.
@@ -236,7 +236,8 @@ def _replace_content(tx: Session, database: Database, snapshot: Snapshot, head: 
 
 
 def _insert_content(session: Session, database: Database, snapshot: Snapshot) -> Iterator[bytes]:
-    """Insert the rows of a snapshot, and yield the snapshot lines."""
+    """Insert the records and the quarantined payloads of a snapshot, and yield the snapshot
+    lines."""
     for ids in row_groups(sorted(snapshot.records)):
         group = [
             (snapshot.records[task_id], encode_record(snapshot.records[task_id])) for task_id in ids

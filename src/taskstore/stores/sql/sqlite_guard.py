@@ -1,4 +1,4 @@
-"""Detection of SQLite files and logs that are not what they seem."""
+"""Detection of replaced SQLite files, orphaned logs, and files with several paths."""
 
 from __future__ import annotations
 
@@ -46,11 +46,12 @@ def _directory_state(directory: str) -> tuple[int, int] | None:
 
 _MOUNTS = Path("/proc/self/mountinfo")
 _ESCAPED = re.compile(rb"\\([0-7]{3})")
-"""Matches a space, tab, newline, backslash or # in a path of ``/proc/self/mountinfo``."""
+"""Matches the octal code of an escaped character in a path of ``/proc/self/mountinfo``: a space, a
+tab, a newline, a backslash or ``#``."""
 
 
 def other_name(path: str) -> str | None:
-    """Return why the file at a path can also have another path; ``None`` if no reason is known.
+    """Return the reason why a file can also have another path; ``None`` if no reason is known.
 
     SQLite keeps the log of a file beside the path by which the file was opened.  Writers
     that open one file by two paths use two logs, and overwrite each other's commits.
@@ -79,7 +80,8 @@ def check_logs(path: Path, is_database: Callable[[], bool]) -> None:
     """Raise :class:`~taskstore.CorruptStoreError` if a log with content lies beside a file that is
     missing or empty, or for which ``is_database()`` is false.
 
-    Must be called before SQLite opens the file: SQLite removes a log that lies beside such a file.
+    The function must be called before SQLite opens the file, because SQLite removes a log that lies
+    beside such a file.
     """
     # The log is checked before the file: a file whose log has content is never empty.
     log = next(filter(_has_content, (f"{path}-wal", f"{path}-journal")), None)
@@ -105,8 +107,11 @@ def check_logs(path: Path, is_database: Callable[[], bool]) -> None:
 
 
 def _has_content(log: str) -> bool:
-    """Return whether a write-ahead log is not empty, or a rollback journal belongs to a file that
-    had content."""
+    """Return whether a log has content.
+
+    A write-ahead log has content if it is not empty.  A rollback journal has content if its
+    database file was not empty before the transaction.
+    """
     if not log.endswith("-journal"):
         try:
             return os.stat(log).st_size > 0  # noqa: PTH116 - as in inode_of
@@ -124,11 +129,12 @@ def _has_content(log: str) -> bool:
 class FileGuard:
     """Raises an error if a database file was moved, removed or replaced after it was opened.
 
-    Commits to an unlinked file or log are lost when the last process that has it open closes
-    it.  The store therefore checks the directory's mtime before each commit and after each
-    read.  If a program creates, removes or replaces a file in the directory, the mtime changes;
-    the guard checks the files only after the mtime has changed.  The guard calls only ``os.stat``:
-    if this process opened and closed the database file outside SQLite, SQLite would lose its locks.
+    If an open database file or an open log is unlinked, its commits are lost when the last process
+    closes this file or log.  The store therefore checks the directory's mtime before each commit
+    and after each read.  If a program creates, removes or replaces a file in the directory, the
+    mtime changes; the guard checks the files only after the mtime has changed.  The guard calls
+    only ``os.stat``: if this process opened and closed the database file outside SQLite, SQLite
+    would lose its locks.
 
     The guard keeps one connection, the anchor, open from the start.  Only the guard runs
     statements on the anchor.  While the anchor is open, SQLite does not remove the open
@@ -202,8 +208,11 @@ class FileGuard:
         self._check_files(_directory_state(self._directory))
 
     def _check_files(self, state: tuple[int, int] | None) -> None:
-        """Check the files.  ``state`` is the directory's state before this check, so that
-        the next check detects every later change."""
+        """Check the files.
+
+        The caller must read ``state``, the directory's mtime and inode, before this check.  The
+        next check can then detect every change that was made after ``state`` was read.
+        """
         files = () if self._replaced else ((self._path, self._inode), *self._logs.items())
         for name, inode in files:
             try:

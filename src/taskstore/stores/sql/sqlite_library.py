@@ -24,7 +24,11 @@ _MODULE_HINT = "pass module=pysqlite3.dbapi2 to create_engine"
 
 
 def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
-    """Return whether this version of SQLite can corrupt a WAL database (3.7.0 to 3.51.2)."""
+    """Return whether a version of SQLite has the bug that can corrupt a database in WAL mode.
+
+    The versions 3.7.0 to 3.51.2 have the bug, except 3.44.6 and later 3.44 versions, and 3.50.7 and
+    later 3.50 versions.
+    """
     if (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45):
         return False
     return (3, 7, 0) <= version < (3, 51, 3)
@@ -39,7 +43,7 @@ def sqlite_module() -> ModuleType:
 
 
 def library_notice(module: Any, *, owned: bool) -> str | None:
-    """Return a warning if the SQLite of this module has the WAL-reset bug; else ``None``.
+    """Return a warning if the SQLite library of ``module`` has the WAL-reset bug; else ``None``.
     ``owned`` says whether taskstore chose the module."""
     if not has_wal_reset_bug(module.sqlite_version_info):
         return None
@@ -51,7 +55,7 @@ def library_notice(module: Any, *, owned: bool) -> str | None:
 
 
 def library_hint(module: Any, *, owned: bool) -> str:
-    """Return what this user can do here to replace the SQLite library of ``module``."""
+    """Return a hint: how to replace the SQLite library of ``module`` on this platform."""
     try:
         installed = importlib.import_module("pysqlite3.dbapi2")
     except ImportError:
@@ -76,12 +80,12 @@ def library_hint(module: Any, *, owned: bool) -> str:
 # A garbage collection can close a store while this thread owns the lock.
 _open_files_lock = threading.RLock()
 _open_files: Counter[tuple[str, str]] = Counter()
-"""The number of stores in this process by path and SQLite library."""
+"""The number of open stores in this process, by path of the file and name of the SQLite library."""
 
 
 def register_open(path: str, library: str) -> str | None:
-    """Count a store that opens a file.  Return a warning if another SQLite library in this process
-    has the file open, else ``None``.
+    """Add a store that opens a file to the count of open stores.  Return a warning if another
+    SQLite library in this process has the file open, else ``None``.
 
     POSIX file locks belong to the process: when one library closes a file, the
     process also loses the locks of the other library.
@@ -104,7 +108,7 @@ def register_open(path: str, library: str) -> str | None:
 
 
 def register_close(path: str, library: str) -> None:
-    """Count a store that has closed a file."""
+    """Remove a store that has closed a file from the count of open stores."""
     with _open_files_lock:
         _open_files[path, library] -= 1
         if _open_files[path, library] <= 0:

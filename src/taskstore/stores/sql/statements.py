@@ -1,13 +1,13 @@
 """The frequent SQL statements, each compiled once per dialect.
 
-A commit runs SQL text on the driver's cursor.  If each commit built and compiled Core
-statements, the compilation would take several times as long as the work of the database.  Every
-statement has positional parameters.  The order of the parameters is declared next to the
-statement, and checked when the statement is compiled.
+To commit a batch of changes, the store runs SQL text on the driver's cursor.  If each commit built
+and compiled SQLAlchemy Core statements, the compilation would take several times as long as the
+work of the database.  Every statement has positional parameters.  The order of the parameters is
+declared next to the statement, and checked when the statement is compiled.
 
-A statement for several rows exists only for a few row counts (``BATCH_SIZES``).
-Therefore a batch of changes needs few driver calls, and drivers and servers keep few prepared
-statements.
+A statement for several rows exists only for a few row counts (``BATCH_SIZES``).  Statements for
+several rows keep the number of driver calls for a batch of changes low.  With only a few row
+counts, drivers and servers keep few prepared statements.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class Statements:
         self.update_tasks_wide = cache(self._update_tasks_wide)
         self.delete_tasks = cache(self._delete_tasks)
         self.insert = {table: cache(partial(self._insert, table)) for table in _INSERTABLE}
-        """Maps each table to an INSERT without preconditions; parameters are in column order."""
+        """Maps each table to the function that returns an INSERT without preconditions for a row
+        count.  The parameters are in the order of the columns."""
         self.insert_journal = self.insert[task_journal]
 
     def _compile(self, statement: Executable, *order: str) -> str:
@@ -90,8 +91,9 @@ class Statements:
 
     @cached_property
     def claim(self) -> str:
-        """Claims ``count`` seqs; the result is (head_seq, last_at, floor) after the claim, and the
-        commit id of the entry at seq ``base``.
+        """Claim ``count`` seqs; read the head row, and the commit id of the entry at seq ``base``.
+
+        The result row is (head_seq, last_at, floor, commit id), with the values after the claim.
 
         If the schema epoch is too high, the statement updates nothing and returns no row.
         """
@@ -114,13 +116,14 @@ class Statements:
     # -- tasks ------------------------------------------------------------
 
     def _parameter_table(self, columns: Sequence[sa.Column[Any]], count: int) -> FromClause:
-        """Return a table named ``new`` with ``count`` rows, whose values are parameters."""
+        """Return a table named ``new`` with ``count`` rows; each value in the table is a
+        parameter."""
         names = [sa.column(col.key, col.type) for col in columns]
         data = [tuple(parameters(columns, row).values()) for row in range(count)]
         return sa.values(*names, name="new").data(data).cte("new")
 
     def _insert_tasks(self, count: int) -> str:
-        """Inserts the tasks whose dedup key is free and whose task id is neither used nor deleted.
+        """Insert the tasks whose dedup key is free and whose task id is neither used nor deleted.
 
         The parameters are ``count`` rows in the order of the columns of ``tasks``, then the
         floor.  The head row is locked, so no other writer can take a free task id or dedup key.
@@ -149,10 +152,13 @@ class Statements:
         return self._compile(statement, *_names(tasks.columns, count), "floor")
 
     def _update_tasks(self, count: int) -> str:
-        """Updates the tasks that have the revision ``base`` and whose rarely updated columns do not
-        change.  The database then does not need to update a full index.
+        """Update each task at the revision ``base`` if no rarely updated column would change.
 
-        Parameters: ``count`` rows of :data:`UPDATE_ORDER`.
+        If the new value of a column in :data:`RARELY_UPDATED` differs from the stored value, the
+        statement skips the task.  The statement does not set these columns, so the database does
+        not need to update a full index (an index that is not partial).
+
+        The parameters are ``count`` rows, each in the order of :data:`UPDATE_ORDER`.
         """
         columns = _update_columns()
         # The most frequent update changes one row, and does not need a table of parameters.
@@ -163,9 +169,9 @@ class Statements:
         )
 
     def _update_tasks_wide(self, count: int) -> str:
-        """Updates the tasks that have the revision ``base``, including the rarely updated columns.
+        """Update each task at the revision ``base``, including the rarely updated columns.
 
-        Parameters: ``count`` rows of :data:`UPDATE_ORDER`.
+        The parameters are ``count`` rows, each in the order of :data:`UPDATE_ORDER`.
         """
         columns = _update_columns()
         statement = self._update(
@@ -186,7 +192,10 @@ class Statements:
         return same
 
     def _delete_tasks(self, count: int) -> str:
-        """Delete tasks.  Parameters: (task_id, revision) of each of ``count`` tasks."""
+        """Delete each given task if the stored revision is the given revision.
+
+        The parameters are the task id and the revision of each of ``count`` tasks.
+        """
         columns = (tasks.c.task_id, tasks.c.revision)
         terms = [
             sa.and_(*(tasks.c[name] == value for name, value in parameters(columns, row).items()))
@@ -219,10 +228,10 @@ class Statements:
 
     @cached_property
     def read_journal(self) -> str:
-        """Reads the floor, the head and the entry, in one row for each entry in a range of seqs.
+        """Read the entries in a range of seqs; each row also contains the floor and the head.
 
-        If the range has no entry, reads one row with the floor, the head and nulls.
-        The parameters are the seq before the range, and the highest seq of the range.
+        If the range has no entry, the result is one row with the floor, the head and nulls.  The
+        parameters are the seq before the range, and the highest seq of the range.
         """
         head, entry = taskstore_head.c, task_journal.c
         joined = taskstore_head.outerjoin(
@@ -244,7 +253,11 @@ class Statements:
 
     @cached_property
     def commit_id(self) -> str:
-        """Read the commit id of the entry at a seq, at least floor - 1; no row if there is none."""
+        """Read the commit id of the entry at a seq.
+
+        The result has no row if the seq is below floor - 1, or if the journal has no entry at this
+        seq.
+        """
         entry = task_journal.c
         floor = sa.select(taskstore_head.c.floor).scalar_subquery()
         return self._compile(
@@ -271,7 +284,10 @@ class Statements:
 
     @cached_property
     def read_chunk(self) -> str:
-        """Read (payload, checksum) of one chunk.  Parameters: snapshot seq, chunk number."""
+        """Read (payload, checksum) of one chunk.
+
+        The parameters are the seq of the snapshot and the number of the chunk.
+        """
         chunks = task_snapshot_chunks.c
         return self._compile(
             sa.select(stored_bytes(chunks.payload), chunks.checksum).where(
@@ -324,7 +340,7 @@ CLAIM_COLUMNS: tuple[ColumnElement[Any], ...] = (
 ENTRY_COLUMNS: tuple[ColumnElement[Any], ...] = tuple(
     stored_bytes(col) if col is task_journal.c.payload else col for col in task_journal.columns
 )
-"""The columns of a journal entry, in the order of the table ``task_journal``."""
+"""The columns of a journal entry, in the order of the columns of ``task_journal``."""
 
 
 def _update_columns() -> list[sa.Column[Any]]:

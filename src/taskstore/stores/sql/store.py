@@ -45,19 +45,18 @@ from taskstore.stores.sql.watchers import start_watcher
 class SQLStore(QueryStore):
     """A ledger in the tables of an SQL database, opened on one engine.
 
-    ``engine`` belongs to the host.  Each call acquires a connection, restores its settings
-    after use and releases it.  :meth:`close` does not dispose of the engine.  The engine's pool
-    must have a connection for every calling thread.  To open a URL, call
-    ``taskstore.open_store``, which creates an engine for the store and passes a ``Database``
-    instead; ``durability`` and ``read_only`` then come from the ``Database``.  If ``strict`` is
-    true, a load raises :class:`~taskstore.CorruptStoreError` for the first record that cannot
-    be decoded; otherwise every such record is quarantined.  On PostgreSQL, ``schema`` names the
-    schema for the tables of the ledger; the default is the first schema of the search path.  A
-    missing schema is created together with the tables.  If a database server is down, a call
-    waits for up to ``reconnect_s`` seconds, and then raises
-    :class:`~taskstore.StoreUnavailableError`.  If the engine's database is an SQLite file that has
-    several hard links or is mounted as a single file, the store is opened for writing only with
-    ``links="allow"``.
+    ``engine`` belongs to the host.  Each call acquires a connection, restores its settings after
+    use and releases it.  :meth:`close` does not dispose of the engine.  The engine's pool must have
+    a connection for every calling thread.  To open a URL, call ``taskstore.open_store``.  For a
+    URL, taskstore creates an engine of its own and passes a ``Database`` as ``engine``; the
+    ``Database`` then determines ``durability`` and ``read_only``.  If ``strict`` is true, a load
+    raises :class:`~taskstore.CorruptStoreError` for the first record that cannot be decoded;
+    otherwise every such record is quarantined.  On PostgreSQL, ``schema`` names the schema for the
+    tables of the ledger; the default is the first schema of the search path.  A missing schema is
+    created together with the tables.  If a database server is down, a call waits for up to
+    ``reconnect_s`` seconds, and then raises :class:`~taskstore.StoreUnavailableError`.  If the
+    engine's database is an SQLite file that has several hard links or is mounted as a single file,
+    the store is opened for writing only with ``links="allow"``.
     """
 
     def __init__(
@@ -272,13 +271,16 @@ def open_sql(
 
 
 def vacuum(url: str) -> VacuumReport:
-    """Rebuild the file of an SQLite ledger without free pages, so that compactions can shrink it.
+    """Rebuild the file of an SQLite ledger without free pages; compactions can shrink the new file.
 
-    Only a file whose ``PRAGMA auto_vacuum`` is 0 needs this, and only once; new files do not.
-    Raises :class:`~taskstore.StoreBusyError` if another process or store has the ledger open,
-    :class:`~taskstore.StoreUnavailableError` if the directory of the file has too little free
-    space, and :class:`~taskstore.UnsupportedError` for another database; nothing is changed
-    then.  If the process is killed, the ledger stays as it was or is rebuilt.
+    A file needs this rebuild only once, and only if its ``PRAGMA auto_vacuum`` is 0.  New files do
+    not need the rebuild.
+
+    Raises :class:`~taskstore.StoreBusyError` if another process or store has the ledger open.
+    Raises :class:`~taskstore.StoreUnavailableError` if the directory of the file has too little
+    free space.  Raises :class:`~taskstore.UnsupportedError` if the ledger is not in an SQLite file.
+    Each of these errors leaves the ledger unchanged.  If the process is killed, the file is either
+    unchanged or completely rebuilt.
     """
     dialect = Database.dialects.get(scheme_of(url).partition("+")[0])
     if dialect is None:

@@ -7,8 +7,9 @@ Keys are text of at most 255 bytes, compared byte by byte: ids that differ only 
 case or trailing spaces are different in every locale [11].  Each database has its own syntax for a
 comparison byte by byte.  All times are Unix milliseconds.
 
-The column ``booking`` (key ``run_digest``) and the table ``task_set_aside``
-(quarantined records) keep their names on disk until the next format.
+Two names on disk differ from the words of the code.  The column ``booking`` contains the
+``run_digest``, and the table ``task_set_aside`` contains quarantined records.  Both names stay on
+disk until the next format.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql
 
 SCHEMA_REVISIONS = ("0001",)
-"""The revisions of the known migrations, oldest first.  This version requires the newest
-revision."""
+"""The revisions of the known migrations, oldest first.  This version of taskstore requires the
+newest revision."""
 
 SCHEMA_EPOCH = 1
-"""The newest schema epoch that this version can work with."""
+"""The newest schema epoch that this version of taskstore can work with."""
 
 COMMENT_PREFIX = "taskstore: "
 """The prefix of the comment on every table of taskstore.  On databases that commit each schema
@@ -42,7 +43,8 @@ change separately, a killed migration can leave tables behind.  The prefix disti
 tables from another program's tables with the same names."""
 
 ACTIVE = "status IN ('queued', 'running')"
-"""The predicate of the partial index of active tasks; a query must contain this text to use it."""
+"""The predicate of the partial index of active tasks; a query must contain this text to use this
+index."""
 
 metadata = MetaData(
     naming_convention={"pk": "pk_%(table_name)s", "ck": "ck_%(table_name)s_%(constraint_name)s"}
@@ -68,8 +70,11 @@ def _blob() -> LargeBinary:
 
 
 def _seq() -> BigInteger:
-    """Return the type of a seq that is a primary key: INTEGER on SQLite, which then stores the rows
-    in key order."""
+    """Return the type of a seq that is a primary key.
+
+    On SQLite, the type is INTEGER: with this type, SQLite stores the rows in the order of the
+    key.
+    """
     return BigInteger().with_variant(Integer(), "sqlite")
 
 
@@ -92,12 +97,14 @@ tasks = Table(
     Column("checksum", BigInteger, nullable=False),
     comment=f"{COMMENT_PREFIX}one row per live task",
 )
-"""One row per live task.  ``payload`` is authoritative.  The columns ``created_at`` to
-``parent_flow_id`` copy payload fields, so that a query can filter by them.  No full index contains
-a column that changes often, except that on MariaDB one full index contains the status."""
+"""One row per live task.  Records are decoded from ``payload`` only.  The columns ``created_at`` to
+``parent_flow_id`` copy payload fields, so that a query can filter by them.  An index that is not
+partial contains no column that changes often, with one exception: on MariaDB, an index that is not
+partial contains the status."""
 
 COPIED_COLUMNS = tuple(column.key for column in tasks.columns)[2:-2]
-"""The columns of ``tasks`` that copy the payload field of the same name (by column key)."""
+"""The keys of the columns of ``tasks`` that copy a payload field.  The field has the same name as
+the key of the column."""
 
 
 def _not_null(column: str) -> dict[str, Any]:
@@ -144,8 +151,8 @@ task_journal = Table(
     comment=f"{COMMENT_PREFIX}one row per committed change",
 )
 """One row per committed change; ``payload`` is null for a deletion.  Readers ignore the rows whose
-seq is below the floor: the rows that an incomplete trim left, and the row at floor - 1, which keeps
-only its commit id and time."""
+seq is below the floor.  These are the rows that an incomplete trim left, and the row at floor - 1.
+The row at floor - 1 keeps only its commit id and its time."""
 
 Index("ix_task_journal_task", task_journal.c.task_id, task_journal.c.seq)
 
@@ -183,8 +190,8 @@ task_set_aside = Table(
     Column("checksum", BigInteger, nullable=False),
     comment=f"{COMMENT_PREFIX}what came in and does not decode",
 )
-"""Quarantined payloads [12] that cannot be rows of ``tasks``: payloads of a saved snapshot
-without a usable task id, and payloads of trimmed journal entries."""
+"""Quarantined payloads [12] that cannot be rows of ``tasks``.  Some of these payloads come from a
+saved snapshot, and have no usable task id.  The others come from trimmed journal entries."""
 
 taskstore_head = Table(
     "taskstore_head",
@@ -201,8 +208,8 @@ taskstore_head = Table(
     CheckConstraint("id = 1", name="one_row"),
     comment=f"{COMMENT_PREFIX}the one row that every commit updates first",
 )
-"""The row that every commit updates first.  The update assigns seqs; the lock of the head row keeps
-other writers out."""
+"""The table with only one row, the head row, which every commit updates first.  The update assigns
+seqs; the lock of the head row keeps other writers out."""
 
 TABLES = frozenset(metadata.tables)
 """The names of all tables of a ledger."""
@@ -213,7 +220,7 @@ another version table."""
 
 
 def is_own(item: object) -> bool:
-    """Return whether a table, or an object of a table, belongs to taskstore.
+    """Return whether a table, or an object of a table such as an index, belongs to taskstore.
 
     A table belongs to taskstore if it has the name and all columns of a table of a ledger.  A
     host's table with the same name, in this or another schema, has other columns.

@@ -8,11 +8,11 @@ The caller runs the ``with`` statement in a retry loop, so the body can run seve
         with attempt, transactions.write() as tx:
             return tx.row(...)
 
-If the answer to COMMIT is lost, the attempt ends with ``UnconfirmedCommitError``, and
-:meth:`Transactions.read_back_commit` locks the head row and looks for the commit id in the journal.
-If the journal contains the commit id, the caller returns this commit; otherwise the caller retries
-the batch of changes.  If the server stays unreachable, ``read_back_commit`` raises
-:class:`~taskstore.OutcomeUnknownError`.
+If the answer to COMMIT is lost, the attempt ends with ``UnconfirmedCommitError``.  The caller of
+the transaction then calls :meth:`Transactions.read_back_commit`, which locks the head row and looks
+for the commit id in the journal.  If the journal contains the commit id, the caller returns the
+commit.  If the journal does not contain the commit id, the caller retries the batch of changes.  If
+the server stays unreachable, ``read_back_commit`` raises :class:`~taskstore.OutcomeUnknownError`.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class ConnectionPool:
     def release(self, session: Session, *, broken: bool = False) -> None:
         """Return a connection to the engine; invalidate a ``broken`` connection.
 
-        If the connection is the write connection and is not broken, the pool keeps it.  The
-        settings of a host's connection are restored.
+        If the connection is the write connection and is not broken, the pool keeps it.  Before the
+        method returns a host's connection, it restores the connection's settings.
         """
         if session is self.write_session:
             if not broken:
@@ -135,7 +135,7 @@ class ConnectionPool:
         self._return_connection(None)
 
     def discard(self) -> None:
-        """Close the pool without a statement on the write connection, because a server possibly
+        """Close the pool without running a statement on the write connection: the server possibly
         does not answer."""
         if self.write_session is not None:
             self.release(self.write_session, broken=True)
@@ -178,7 +178,7 @@ class Transactions:
         self.attempts = writes.attempts
         """Returns the attempts of a write; see :meth:`RetryPolicy.attempts`.
 
-        Without ``reads_back``, the body of an attempt must be idempotent.
+        If ``reads_back`` is false, the body of an attempt must be idempotent.
         """
         self._lock = threading.RLock()
         self._writing = False
@@ -192,9 +192,11 @@ class Transactions:
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """Open a write transaction for a ``with`` block: commit it at the end of the block, or roll
-        it back if the block raises.  Inside :meth:`exclusive`, the first call uses the transaction
-        that ``exclusive`` began.
+        """Open a write transaction for a ``with`` block.
+
+        The transaction is committed at the end of the block, or rolled back if the block raises an
+        error.  Inside :meth:`exclusive`, the first call uses the transaction that ``exclusive``
+        began.
         """
         pool, database = self.pool, self.database
         with self._lock:
@@ -234,7 +236,7 @@ class Transactions:
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def read_back_commit(self, is_committed: Callable[[Session], bool]) -> bool:
-        """Return whether a COMMIT whose answer was lost has taken effect.
+        """Return whether a COMMIT has taken effect; the answer to this COMMIT was lost.
 
         ``is_committed`` reads in a transaction that has locked the head row.  The lock of the
         head row proves that the transaction of the lost connection has ended and that no writer
@@ -328,7 +330,7 @@ class Transactions:
     # -- reads ------------------------------------------------------------
 
     def read(self, work: Callable[[Session], _T], *, in_transaction: bool = False) -> _T:
-        """Return the result of ``work``, called with a connection.  If ``in_transaction`` is true,
+        """Call ``work`` with a connection, and return the result.  If ``in_transaction`` is true,
         ``work`` runs in one read transaction.
 
         Driver errors are translated, and a read on a lost connection is retried.  If
@@ -355,8 +357,8 @@ class Transactions:
 
     @contextmanager
     def reading(self, *, in_transaction: bool = False) -> Iterator[Session]:
-        """Acquire a connection for reads.  If ``in_transaction`` is true, the body is one
-        transaction."""
+        """Acquire a connection for reads.  If ``in_transaction`` is true, the body of the ``with``
+        statement is one read transaction."""
         session = self.pool.acquire()
         try:
             if in_transaction:

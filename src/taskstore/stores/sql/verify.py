@@ -1,7 +1,7 @@
 """The integrity check of the tables: engine, schema, rows, columns, indexes.
 
 The check runs in one read transaction and takes no write lock.  The engine's own check runs before
-the read transaction, because on MariaDB it would end the transaction.
+the read transaction, because on MariaDB the engine's check would end the read transaction.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def verify(transactions: Transactions) -> VerifyReport:
 
 
 def _run(step: Callable[[], object], problems: list[str], database: Database) -> bool:
-    """Run a step, and return whether a next step can run.
+    """Run one step of the check, and return whether the next step can run.
 
     If damage stops the step, the damage is added to ``problems``.  After an error of the driver,
-    the transaction is possibly aborted, so no next step can run.
+    the read transaction is possibly aborted, so no further step can run.
     """
     try:
         step()
@@ -77,7 +77,7 @@ def _run(step: Callable[[], object], problems: list[str], database: Database) ->
 
 
 def _seal_problems(entry: JournalEntry) -> list[str]:
-    """Return the problem of an entry whose commit id does not match its time, if there is one."""
+    """Return one problem if the commit id of an entry does not match the entry's time, or none."""
     where, commit_id = f"task_journal, seq {entry.seq}", entry.commit_id
     broken = is_seal_broken(commit_id, entry.at)
     problem = f"{where}: the commit id {commit_id!r} does not match the time {entry.at}"
@@ -153,7 +153,8 @@ class _DatabaseCheck:
             yield entry
 
     def _current(self, check: IntegrityCheck, head: Head) -> Snapshot:
-        """Return the current records; compare each record with the columns of its row."""
+        """Return the rows of ``tasks`` as a snapshot; compare each record with the columns of its
+        row."""
         records: dict[str, TaskRecord] = {}
         quarantined = read_quarantined(self._session, self._sql)
         damaged = [item for item in quarantined if item.where.startswith("task_set_aside")]
@@ -177,7 +178,8 @@ class _DatabaseCheck:
         return Snapshot(head.head_seq, records, head.last_at, tuple(quarantined))
 
     def _check_floor(self) -> None:
-        """Check the row of the entry at floor - 1.  A trim keeps this row for its commit id."""
+        """Check the row of the entry at floor - 1.  A trim keeps this row, because the commit id of
+        this row is still needed."""
         seq = read_head(self._session, self._sql).floor - 1
         where = f"task_journal, seq {seq}"
         for row in self._session.select(sa.select(task_journal).where(task_journal.c.seq == seq)):

@@ -1,4 +1,4 @@
-"""The watchers of SQLite and PostgreSQL for commits of other processes.
+"""Watchers that notice commits of other processes, for SQLite and PostgreSQL.
 
 When another process commits, a watcher wakes the store's change feed.  The change
 feed then wakes followers and waiting calls.  For every other dialect, the store
@@ -24,8 +24,9 @@ from taskstore.stores.sql.rows import Head
 from taskstore.stores.sql.transactions import ConnectionPool
 
 SAFETY_POLL_S = 1.0
-"""The interval in seconds at which the watcher polls even without a notification.  Some
-connection poolers drop notifications, and older versions of taskstore send none."""
+"""The interval in seconds at which a PostgreSQL watcher polls the head even without a notification.
+Some connection poolers drop notifications, and older versions of taskstore send no
+notifications."""
 
 SQLITE_POLL_PAUSE_S = 0.025
 """The longest pause between two polls of an SQLite file, in seconds."""
@@ -55,10 +56,11 @@ class DataVersionWatcher(PollingWatcher):
 class ListeningWatcher:
     """Receives PostgreSQL notifications of commits.
 
-    A watcher that listens owns an advisory lock.  Writers send notifications only while a
-    watcher owns the advisory lock: see ``PostgreSQLStatements``.  A writer that began its
-    transaction before the watcher got the advisory lock sends no notification.  The watcher
-    therefore polls the head until it owns the advisory lock, and then polls once more.
+    Until a watcher owns an advisory lock, the watcher tries to acquire this lock at each poll.
+    Writers send notifications only while a watcher owns the advisory lock: see
+    ``PostgreSQLStatements``.  A writer that began its transaction before the watcher got the
+    advisory lock sends no notification.  The watcher therefore polls the head until it owns the
+    advisory lock, and then polls once more.
     """
 
     def __init__(self, pool: ConnectionPool, head: Callable[[], int]) -> None:
@@ -187,7 +189,7 @@ _WATCHERS: dict[str, Callable[[ConnectionPool, Callable[[], int]], Watcher]] = {
 
 
 def start_watcher(pool: ConnectionPool, head: Callable[[], int]) -> Watcher:
-    """Return a new watcher for the commits of other processes to a database."""
+    """Return a new watcher that notices commits of other processes to a database."""
     database = pool.database
     watcher = None if database.pooled else _WATCHERS.get(database.engine.dialect.name)
     return watcher(pool, head) if watcher else PollingWatcher(head)

@@ -43,11 +43,12 @@ _SEVERAL_HOSTS = re.compile(r"@[^/?@]*,[^/?@]*(/|\?|$)")
 _Row = TypeVar("_Row")
 
 Digest = tuple[Any, Any]
-"""The number of rows, and the sum of the hashes of their indexed columns."""
+"""A digest of some rows: the number of the rows, and the sum of the hashes of the indexed
+columns."""
 
 
 def row_groups(rows: Sequence[_Row]) -> Sequence[Sequence[_Row]]:
-    """Split rows into groups; for the size of each group, a compiled statement exists."""
+    """Split rows into groups; the size of each group is one of ``BATCH_SIZES``."""
     if len(rows) == 1:
         return (rows,)
     groups: list[Sequence[_Row]] = []
@@ -68,10 +69,10 @@ def flat_parameters(rows: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
 class Session:
     """One connection in the driver's autocommit mode, and its driver cursor.
 
-    All statements, including Core statements, run on this cursor.  Statements do not run
-    through SQLAlchemy, because a host's engine can have listeners that begin a
-    transaction when SQLAlchemy begins one.
-    ``restore_statements`` are the SQL statements that restore a host's connection after use.
+    All statements, including Core statements, run on this cursor.  Statements do not run through
+    SQLAlchemy, because a host's engine can have listeners that begin a transaction of their own
+    when SQLAlchemy begins a transaction.  ``restore_statements`` are the SQL statements that
+    restore a host's connection after use.
     """
 
     __slots__ = ("connection", "cursor", "database", "raw", "restore_statements")
@@ -97,7 +98,11 @@ class Session:
         return count
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
-        """Return all rows of a query.  SQLite keeps its read lock until the last row is fetched."""
+        """Return all rows of a query.
+
+        All rows are fetched at once, because SQLite keeps the read lock until the last row is
+        fetched.
+        """
         self.cursor.execute(sql, parameters)
         return list(self.cursor.fetchall())
 
@@ -107,8 +112,10 @@ class Session:
         return rows[0] if rows else None
 
     def restore_later(self, *statements: str) -> None:
-        """Add statements that restore settings; settings are restored in reverse order of the
-        calls."""
+        """Add statements that restore settings when the connection is released.
+
+        The statements of the most recent call run first.
+        """
         self.restore_statements = (*statements, *self.restore_statements)
 
     def restore_settings(self) -> None:
@@ -144,8 +151,8 @@ class Session:
 
 
 class VacuumReport(NamedTuple):
-    """The result of a vacuum: the free space in bytes that the vacuum needed beside the file, and
-    the size of the file before and after."""
+    """The result of a vacuum, in bytes: the free space that the vacuum needed beside the file, the
+    size of the file before the vacuum, and the size of the file after the vacuum."""
 
     needed_bytes: int
     before_bytes: int
@@ -153,7 +160,7 @@ class VacuumReport(NamedTuple):
 
 
 class Guard(Protocol):
-    """Detects that an open file was moved, removed, replaced or changed."""
+    """Detects that an open database file was moved, removed, replaced or changed."""
 
     def check(self) -> None:
         """Raise :class:`~taskstore.StoreUnavailableError` if the file has changed.
@@ -162,13 +169,13 @@ class Guard(Protocol):
         """
 
     def check_fully(self) -> None:
-        """Check the files even in cases in which :meth:`check` skips the files."""
+        """Check the files in every case; :meth:`check` can skip the files to save time."""
 
 
 class Maintenance:
-    """What keeps the files and indexes of a database of one dialect in order.
+    """Maintains the files, and checks the indexes, of the databases of one dialect.
 
-    An instance has no state: each method gets a session of the database.
+    An instance stores nothing about a database: each method gets a session of the database.
     """
 
     def free_pages(self, session: Session) -> int:
@@ -183,15 +190,22 @@ class Maintenance:
         """Give the space of the removed pages back to the file system."""
 
     def engine_problems(self, session: Session) -> list[str]:
-        """Return the problems that the engine's own integrity check finds; takes no write lock."""
+        """Return the problems that the engine's own integrity check finds.
+
+        The check takes no write lock.
+        """
         del session
         return []
 
     def index_digests(self, session: Session, index: sa.Index) -> tuple[Digest, Digest] | None:
-        """Return the digest of the rows that an index gives, and of the rows of its table that
-        belong in the index.  Returns ``None`` if :meth:`engine_problems` compares the indexes.
+        """Return two digests: the digest of the rows that a read of an index gives, and the digest
+        of the rows of the table that the index must contain.
 
-        Called in a read transaction; the method can change the settings of this transaction.
+        Returns ``None`` if :meth:`engine_problems` already compares each index with the table, or
+        if this dialect does not have the index.
+
+        The caller has begun a read transaction.  The method can change the settings of this
+        transaction.
         """
         del session, index
         return None
@@ -201,38 +215,42 @@ class Maintenance:
 
 
 class Database:
-    """One database.  ``owned`` is true if taskstore made the engine, false for a host's engine."""
+    """One database.  ``owned`` is true if taskstore made the engine, and false if a host did."""
 
     names: ClassVar[tuple[str, ...]]
     """The names that SQLAlchemy uses for this dialect."""
     dialects: ClassVar[dict[str, type[Database]]] = {}
-    """Maps each SQLAlchemy name of a dialect to its class."""
+    """Maps each name that SQLAlchemy uses for a dialect to the :class:`Database` subclass of the
+    dialect."""
     extra: ClassVar[str] = ""
-    """The name of taskstore's extra that installs the driver; empty if there is none."""
+    """The name of taskstore's extra that installs the driver; empty if the driver needs no
+    extra."""
     driver: ClassVar[str]
     """The driver for which the statements are compiled."""
     sa_dialect: ClassVar[Dialect]
     statements: ClassVar[type[Statements]] = Statements
     sql: Statements
-    """The compiled statements.  All databases of the dialect without a ``schema`` share them."""
+    """The compiled statements.  All databases of the dialect that have no ``schema`` share this
+    instance."""
     has_schemas: ClassVar[bool] = False
-    """True if a database has schemas, so that a ledger can have its tables in one of them."""
+    """True if a database of this dialect has schemas: the caller can choose the schema for the
+    tables."""
     begin_read: ClassVar[tuple[str, ...]] = ("BEGIN",)
-    """The statements that begin a read-only transaction in which all reads see the same state."""
+    """The statements that begin a read-only transaction in which all reads see the same commits."""
     begin_schema: ClassVar[tuple[str, ...]] = ("BEGIN",)
     """The statements that begin a transaction in which no other process can change the schema."""
     maintenance: ClassVar[Maintenance] = Maintenance()
     space_hint: ClassVar[str | None] = None
-    """How an operator gives the free space of the tables back to the file system."""
+    """A hint for the operator: how to give the free space of the tables back to the file system."""
     ddl_autocommits: ClassVar[bool] = False
-    """True if each DDL statement commits by itself.  After a killed migration, the
-    effects of its completed statements remain."""
+    """True if the database commits each DDL statement separately.  On such a database, a killed
+    migration leaves the effects of the completed statements behind."""
     waits_for_locks: ClassVar[bool] = True
-    """True if the database waits for a lock that is not free; if false, the store retries."""
+    """True if the database itself waits until a lock is free; if false, the store retries."""
     pooled = False
-    """True if a pooler between the client and the server can give each transaction to another
-    server session.  The store then uses no state of a server session: no session settings, no
-    prepared statements, no LISTEN."""
+    """True if a pooler between the client and the server can run each transaction of a connection
+    in another server session.  If true, the store does not rely on a server session: the store uses
+    no session settings, no prepared statements and no LISTEN."""
     generation = 0
     """The number of possible failovers of the server since this object was created."""
     guard: Guard | None = None
@@ -285,7 +303,7 @@ class Database:
 
     @classmethod
     def url_options(cls) -> Mapping[str, URLOption]:
-        """Return the parsers of the options that a server's URL can have, by name."""
+        """Return the parser of each option that a server's URL can have, by option name."""
         raise AssertionError
 
     @classmethod
@@ -324,7 +342,7 @@ class Database:
             log.warning("%s", text)
 
     def current_notices(self) -> tuple[str, ...]:
-        """Return the notices so far, and the notices about the present state of the files."""
+        """Return the added notices, and notices about the files as they are at this moment."""
         return tuple(self.notices)
 
     def cursor(self, raw: Any) -> Any:
@@ -335,29 +353,41 @@ class Database:
         """Raise an error if the server or a host's connection has unsupported settings."""
 
     def use_schema(self, connection: sa.Connection) -> None:
-        """Let names without a schema refer to ``schema``, until the transaction ends."""
+        """Until the transaction ends, let table names without a schema refer to ``schema``."""
 
     def create_schema(self, connection: sa.Connection) -> None:
         """Create ``schema`` in the database if it does not exist."""
 
     def lock_schema(self, connection: sa.Connection) -> None:
-        """Take the schema lock; other processes wait until :meth:`unlock_schema`."""
+        """Take the schema lock.
+
+        Other processes that take the schema lock wait until :meth:`unlock_schema` is called.
+        """
         for statement in self.begin_schema:
             connection.exec_driver_sql(statement)
 
     def unlock_schema(self, connection: sa.Connection, *, done: bool) -> None:
-        """Commit the schema changes and release the schema lock; if ``done`` is false, roll back
-        the changes if possible."""
+        """Commit the schema changes and release the schema lock.
+
+        If ``done`` is false, roll back the schema changes instead, except in a database that
+        commits each DDL statement separately.
+        """
         connection.exec_driver_sql("COMMIT" if done else "ROLLBACK")
 
     def register_open(self) -> None:
-        """Register a store that opens the database; called before the store's first connection."""
+        """Register a store that opens the database.
+
+        The store calls this method before it opens its first connection.
+        """
 
     def prepare(self, session: Session) -> None:
-        """Read and change the settings of the database; called after the schema check."""
+        """Read and change the settings of the database.
+
+        The store calls this method after the store has checked the schema.
+        """
 
     def configure_host(self, session: Session) -> None:
-        """Limit the timeouts of a host's connection; called after the connection was acquired."""
+        """Limit the timeouts of a host's connection that was just acquired."""
 
     def configure_writer(self, session: Session) -> None:
         """Configure the write connection of an engine that taskstore owns."""
@@ -376,7 +406,7 @@ class Database:
         session.cursor.execute("COMMIT")
 
     def set_pooled(self) -> None:
-        """Use no state of a server session from now on: a transaction pooler was detected."""
+        """Stop relying on server sessions, because a pooler was detected; see :attr:`pooled`."""
 
     def invalidate_connections(self) -> None:
         """Discard the pooled connections of an owned engine after a possible failover."""
@@ -388,14 +418,17 @@ class Database:
     def claim_seqs(self, session: Session, count: int, now: int, base: int) -> ClaimedSeqs | None:
         """Claim seqs under the lock of the head row, and read the id of the commit at seq ``base``.
 
-        Returns ``None`` if the schema epoch is too new for this version to write.
+        Returns ``None`` if the schema epoch is too new for a write by this version of taskstore.
         """
         rows = session.rows(self.sql.claim, (count, now, now, SCHEMA_EPOCH, base))
         return ClaimedSeqs(*rows[0][:4]) if rows else None
 
     def insert(self, session: Session, rows: Sequence[tuple[Any, ...]], floor: int) -> int:
-        """Insert each task of ``rows`` (a group of :meth:`row_groups`) if its id and dedup key
-        are free and the id was not deleted since ``floor``; return the number of new rows."""
+        """Insert tasks (``rows`` is a group of :meth:`row_groups`); return the number of new rows.
+
+        A task is inserted only if its id and its dedup key are free, and if the journal contains no
+        deletion of its id at or after the seq ``floor``.
+        """
         parameters = (*flat_parameters(rows), floor)
         return session.execute_dml(self.sql.insert_tasks(len(rows)), parameters)
 
@@ -407,7 +440,7 @@ class Database:
 
     @classmethod
     def vacuum(cls, url: str) -> VacuumReport:
-        """Rebuild the database file of a ledger that no other connection uses."""
+        """Rebuild the database file of a ledger; no other connection may have the file open."""
         raise UnsupportedError(
             f"{redacted(url)}: only an SQLite file can be rebuilt", hint=cls.space_hint
         )
@@ -482,7 +515,8 @@ def _async_engine_error(engine: Any) -> ValidationError:
 
 
 def open_database(url: str, *, durability: str = "full", read_only: bool = False) -> Database:
-    """Return the database of a URL.  If an SQLite file is missing, create a private file.
+    """Return the database of a URL.  If the URL names an SQLite file that does not exist, and
+    ``read_only`` is false, the function creates the file.
 
     Raises :class:`~taskstore.ValidationError` for an unsupported URL, and
     :class:`~taskstore.StoreUnavailableError` for an unusable path.
@@ -497,7 +531,10 @@ def open_database(url: str, *, durability: str = "full", read_only: bool = False
 
 
 def parse(url: str) -> sa.URL:
-    """Parse the URL of a server; raise :class:`~taskstore.ValidationError` for all other URLs."""
+    """Parse the URL of a database server.
+
+    Raises :class:`~taskstore.ValidationError` for every other URL.
+    """
     try:
         parsed = sa.make_url(url)
         dialect = Database.dialects.get(parsed.get_backend_name())
@@ -537,7 +574,7 @@ _REFUSED_OPTION = re.compile(
 """Matches the message of a driver or server that refuses an option."""
 
 _MAX_NAME_BYTES = 63
-"""The longest name in PostgreSQL, which cuts longer names."""
+"""The maximum length of a name in PostgreSQL, in bytes.  PostgreSQL truncates longer names."""
 
 _REPEATABLE = frozenset({"host", "port"})
 _BOOLEANS = {
@@ -549,8 +586,9 @@ _BOOLEANS = {
 def url_options(url: str, known: Mapping[str, URLOption]) -> dict[str, Any]:
     """Return the parsed options of a server's URL.
 
-    Raises :class:`~taskstore.ValidationError` that names the option if an option is unknown,
-    repeated, empty or malformed.  The error does not show the value, which can be a secret.
+    If an option is unknown, repeated, empty or malformed, raises a
+    :class:`~taskstore.ValidationError` that names the option.  The error does not show the value of
+    the option, because the value can be a secret.
     """
     match = _OPTIONS.match(url)
     options: dict[str, Any] = {}
@@ -603,7 +641,8 @@ def boolean_option(text: str) -> bool:
 def require_user(url: sa.URL, default: object) -> None:
     """Raise an error if neither the URL nor the driver's ``default`` names a user.
 
-    A process can have a user id that the system does not know, for example in a container.
+    The driver has no default if the system has no name for the user id of the process, for example
+    in a container.
     """
     if not (url.username or url.query.get("user") or default):
         raise ValidationError(
@@ -614,11 +653,11 @@ def require_user(url: sa.URL, default: object) -> None:
 
 
 def check_driver_arguments(database: Database, url: sa.URL) -> None:
-    """Let the engine raise :class:`~taskstore.ValidationError` if the driver or the server refuses
-    an option.
+    """Make the engine raise :class:`~taskstore.ValidationError` if the driver or the server refuses
+    an option of the URL.
 
-    Drivers check some options only when they connect.  They raise errors of Python, or errors that
-    look like the errors of an unreachable server.
+    Drivers check some options only when they connect.  For a refused option, drivers raise built-in
+    errors of Python, or errors that look like the errors of an unreachable server.
     """
 
     @sa.event.listens_for(database.engine, "do_connect")

@@ -1,6 +1,7 @@
 """The MariaDB dialect, through PyMySQL.
 
-PyMySQL inserts the parameter values into the statement text, and the text must fit into one packet.
+PyMySQL inserts the parameter values into the text of a statement.  This text must fit into one
+network packet.
 """
 
 from __future__ import annotations
@@ -49,16 +50,19 @@ MIN_VERSION = (10, 6)
 """The first MariaDB version in which CREATE TABLE is atomic."""
 
 COLLATION = "utf8mb4_nopad_bin"
-"""The collation that ``tables.py`` uses; it orders by code point and compares trailing spaces."""
+"""The collation that ``tables.py`` uses; it orders texts by code point, and trailing spaces count
+in comparisons."""
 
 _SQL_MODE = "SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'"
-"""With this ``sql_mode``, a value that does not fit is an error, and the syntax is MariaDB's."""
+"""With this ``sql_mode``, the server raises an error if a value does not fit into its column, and
+uses MariaDB's own syntax."""
 
 _READ_SESSION = "SELECT @@sql_mode, @@innodb_lock_wait_timeout, @@lock_wait_timeout"
 _RESTORE_SESSION = (
     "SET SESSION sql_mode = '{}', innodb_lock_wait_timeout = {}, lock_wait_timeout = {}"
 )
-"""Reads and restores the settings of a host's connection that a write changes."""
+"""``_READ_SESSION`` reads the settings that a write changes on a host's connection, and
+``_RESTORE_SESSION`` restores these settings."""
 
 _SERVER_SETTINGS = """
 SELECT @@max_allowed_packet, @@innodb_flush_log_at_trx_commit, @@log_bin, @@sync_binlog"""
@@ -78,13 +82,13 @@ WHERE conn.db = DATABASE() AND conn.id <> CONNECTION_ID()
 the privilege PROCESS."""
 
 _INCOMPATIBLE_SQL_MODES = {"EMPTY_STRING_IS_NULL", "ORACLE"}
-"""The store refuses these values of ``sql_mode``, because they change the meaning of statements,
-and a read transaction does not set ``sql_mode``."""
+"""The values of ``sql_mode`` with which the store refuses a host's engine.  These values change the
+meaning of statements, and a read transaction does not set ``sql_mode``."""
 
 _SCHEMA_LOCK = "CONCAT('taskstore.', MD5(DATABASE()))"
 
 _MAX_ROW_BYTES = 16_000
-"""The largest size of a row in a statement text, without the payload, in bytes."""
+"""The maximum number of bytes that a row without its payload needs in the text of a statement."""
 
 _DEFAULT_PACKET = 16 * 1024 * 1024
 _CLIENT_FOUND_ROWS = 2
@@ -202,12 +206,14 @@ class MariaDBStatements(Statements):
 
     @cached_property
     def claim(self) -> str:
-        """Return the statement that claims ``count`` seqs unless the schema epoch is too new."""
+        """Return the statement that claims ``count`` seqs; no row changes if the schema epoch is
+        too new."""
         return self._compile(advance_head(), "count", "now", "now", "epoch")
 
     @cached_property
     def claimed(self) -> str:
-        """Return the query for the claimed head row and the id of the commit at seq ``base``."""
+        """Return the query that reads the head row after a claim, and the id of the commit at
+        ``base``."""
         return self._compile(sa.select(*CLAIM_COLUMNS), "base")
 
 
@@ -357,7 +363,8 @@ class MariaDBDatabase(Database):
             self.add_notice(self._durability_notice(int(flush), int(sync) if binary_log else 1))
 
     def _durability_notice(self, flush: int, sync: int) -> str | None:
-        """Return a notice if the server can lose commits with these settings; else ``None``."""
+        """Return a notice if the server can lose commits with the settings ``flush`` and ``sync``;
+        otherwise ``None``."""
         settings = f"innodb_flush_log_at_trx_commit={flush}"
         if flush not in (1, 3):
             lost = "power loss" if flush == 2 else "a server crash"  # noqa: PLR2004 - MariaDB's
@@ -411,7 +418,10 @@ class MariaDBDatabase(Database):
     def _split_to_packets(
         self, rows: Sequence[tuple[Any, ...]]
     ) -> Iterator[Sequence[tuple[Any, ...]]]:
-        """Halve a group of rows until each part fits into a packet; sizes stay powers of two."""
+        """Halve a group of rows until each part fits into one packet; yield the parts.
+
+        The number of rows in each part remains a power of two.
+        """
         size = sum(map(_max_row_size, rows))
         if size <= self._max_packet:
             yield rows
@@ -440,7 +450,7 @@ class MariaDBDatabase(Database):
 
 
 def _write_settings() -> str:
-    """Return the statement for the settings of a session that writes."""
+    """Return the statement that sets the settings of a session for writes."""
     return (
         f"{_SQL_MODE}, innodb_lock_wait_timeout = {WRITE_LOCK_TIMEOUT_S}, "
         f"lock_wait_timeout = {LOCK_TIMEOUT_S}"
@@ -448,7 +458,10 @@ def _write_settings() -> str:
 
 
 def _max_row_size(row: tuple[Any, ...]) -> int:
-    """Return the largest size of a row as text, at two characters for each payload byte."""
+    """Return the maximum size of a row in the text of a statement.
+
+    In the text, a byte of the payload can need two characters.
+    """
     return _MAX_ROW_BYTES + sum(2 * len(value) for value in row if isinstance(value, bytes))
 
 

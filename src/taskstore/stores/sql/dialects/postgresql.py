@@ -46,20 +46,23 @@ WHERE held.relation = %s::regclass AND held.granted
 
 
 class PostgreSQLStatements(Statements):
-    """The statements of PostgreSQL.  If there is a listener, a claim also sends a NOTIFY.
+    """The statements of PostgreSQL.  If there is a listener, the claim of seqs also sends a NOTIFY.
 
-    A transaction with a NOTIFY owns a server-wide lock while the server flushes its COMMIT
-    to disk.  A ledger without listeners avoids this cost.  Each listener owns a shared advisory
-    lock, and a claim tries to take this lock exclusively.  If the claim gets the advisory lock,
-    there is no listener.  The claiming transaction then owns the advisory lock until the
-    transaction ends.  A new listener can get the advisory lock only after this end, and then reads
-    the head.
+    A transaction with a NOTIFY owns a server-wide lock while the server flushes its COMMIT to disk.
+    A ledger without listeners avoids this cost.  Each listener owns a shared advisory lock, and a
+    claim tries to take this lock exclusively.  If the claim gets the advisory lock, there is no
+    listener.  The claiming transaction then owns the advisory lock until the transaction ends.  A
+    new listener can get the advisory lock only after this transaction has ended.  After the
+    listener has got the advisory lock, the listener reads the head.
     """
 
     @cached_property
     def claim(self) -> str:
-        """Return the claim statement.  The result of this statement has two columns more: the
-        notification, which callers ignore, and the id of the server process."""
+        """Return the statement that claims seqs.
+
+        The result has two columns more than in other dialects: the notification, which callers
+        ignore, and the id of the server process.
+        """
         channel = f"'{_CHANNEL}' || taskstore_head.ledger_id"
         notification: sa.ColumnElement[Any] = sa.literal_column(
             f"CASE WHEN pg_try_advisory_xact_lock({_LISTENER_KEY.format(channel)}) THEN NULL "
@@ -68,10 +71,10 @@ class PostgreSQLStatements(Statements):
         return self._claim_returning(notification, sa.func.pg_backend_pid())
 
     lock_as_listener = f"SELECT pg_try_advisory_lock_shared({_LISTENER_KEY.format('%s')})"
-    """Takes a listener's shared advisory lock; writers then send notifications.  The parameter is
-    the channel."""
+    """Takes a listener's shared advisory lock.  While a listener owns this lock, writers send
+    notifications.  The parameter is the name of the channel."""
     unlock_as_listener = f"SELECT pg_advisory_unlock_shared({_LISTENER_KEY.format('%s')})"
-    """Releases a listener's shared advisory lock.  The parameter is the channel."""
+    """Releases a listener's shared advisory lock.  The parameter is the name of the channel."""
 
     @staticmethod
     def channel_of(ledger_id: str) -> str:
@@ -90,17 +93,22 @@ _CONNECT_DEFAULTS: dict[str, object] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 25_000,
 }
-"""Connection options of the driver; options in the URL override them."""
+"""Default values for connection options of the driver.  An option in the URL overrides its
+default."""
 
 
 _BEGIN_WRITE = "BEGIN ISOLATION LEVEL READ COMMITTED"
 
 _AUTOMATIC = -1
-"""The prepare threshold if the URL does not have one: prepare unless there is a pooler."""
+"""Means that the URL has no prepare threshold: statements are prepared unless there is a pooler."""
 
 
 def _prepare_threshold(text: str) -> int | None:
-    """Parse the number of executions before a statement is prepared; ``None`` for never."""
+    """Parse the option ``prepare_threshold``: the number of executions before a statement is
+    prepared.
+
+    Returns ``None`` if statements are never prepared.
+    """
     if text.lower() in ("0", "none"):
         return None
     try:
@@ -136,8 +144,9 @@ _OPTIONS: dict[str, URLOption] = {
 
 _BY_INDEX = (("seqscan", "bitmapscan", "sort", "incremental_sort"), ("indexscan", "indexonlyscan"))
 _BY_TABLE = (("indexscan", "indexonlyscan", "bitmapscan"), ("seqscan", "sort"))
-"""The planner settings to switch off and on, so that a query in the order of an index reads this
-index, or reads the whole table."""
+"""The planner settings to switch off, and the planner settings to switch on.  With ``_BY_INDEX``, a
+query in the order of an index reads this index.  With ``_BY_TABLE``, the query reads the whole
+table."""
 
 
 class PostgreSQLMaintenance(Maintenance):
@@ -183,7 +192,8 @@ class PostgreSQLDatabase(Database):
     _begin_write = _BEGIN_WRITE
     _synchronous_commit: tuple[str, ...] = ()
     _prepares = True
-    """False if no statement is prepared, because prepared statements belong to a session."""
+    """False if the driver must not prepare statements: each prepared statement belongs to one
+    server session."""
 
     @classmethod
     def url_options(cls) -> Mapping[str, URLOption]:
@@ -233,7 +243,10 @@ class PostgreSQLDatabase(Database):
         return database
 
     def _configure_connections(self, *, prepares: bool) -> None:
-        """Configure each new connection of an owned engine; see :meth:`set_pooled`."""
+        """Configure each new connection of an owned engine.
+
+        If a pooler is detected, ``prepares`` is passed to :meth:`set_pooled`.
+        """
 
         @event.listens_for(self.engine, "connect")
         def configure(raw: Any, record: Any) -> None:
@@ -252,13 +265,18 @@ class PostgreSQLDatabase(Database):
     def is_pooled(self, raw: Any) -> bool:
         """Return whether a pooler is between this connection and the server.
 
-        A pooler gives each client a process id of its own for cancel requests.
+        For cancel requests, a pooler gives each client a process id that is not the id of a server
+        process.
         """
         [pid] = raw.execute("SELECT pg_backend_pid()").fetchone()
         return bool(pid != raw.info.backend_pid)
 
     def set_pooled(self, *, prepares: bool = False) -> None:
-        """If ``prepares`` is true, prepare statements nevertheless: the pooler supports this."""
+        """Stop relying on server sessions, because a pooler was detected; see :attr:`pooled`.
+
+        If ``prepares`` is true, the driver still prepares statements: the pooler supports prepared
+        statements.
+        """
         self.pooled, self._prepares = True, prepares and self._prepares
         self._set_begin_write()
 
@@ -297,8 +315,11 @@ class PostgreSQLDatabase(Database):
             )
 
     def _set_begin_write(self) -> None:
-        """Set the statements that begin a write transaction.  Sessions that other programs use
-        keep their settings: the statements change the settings only for the transaction."""
+        """Choose the statements that begin a write transaction.
+
+        If other programs can use the same session, the statements change settings only for the
+        transaction, so that the session keeps its own settings.
+        """
         shared = self.pooled or not self.owned
         settings = (*(_write_settings() if shared else ()), *self._synchronous_commit)
         self._begin_write = "; SET LOCAL ".join((_BEGIN_WRITE, *settings))
@@ -386,7 +407,7 @@ class PostgreSQLDatabase(Database):
 
 
 def _write_settings() -> tuple[str, ...]:
-    """Return the settings of a connection that writes."""
+    """Return the settings of a connection for writes."""
     return (
         f"lock_timeout = '{WRITE_LOCK_TIMEOUT_S}s'",
         f"idle_in_transaction_session_timeout = '{LOCK_TIMEOUT_S}s'",
@@ -396,7 +417,7 @@ def _write_settings() -> tuple[str, ...]:
 
 
 def _quoted(name: str) -> str:
-    """Return a name as an identifier of SQL."""
+    """Return a name as a quoted SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
 
 

@@ -61,7 +61,7 @@ _PAGES_PER_STEP = 256
 """The maximum number of free pages that one transaction removes from the file."""
 
 _SPACE_FACTOR = 1.05
-"""By how much a file that can shrink, and a log with its pages, are larger than the pages."""
+"""The assumed size of a file that can shrink, or of a log, divided by the size of its pages."""
 
 _BUSY_TIMEOUT_S = 5.0
 """How long SQLite waits for a lock before the store retries, in seconds."""
@@ -280,7 +280,7 @@ class SQLiteDatabase(Database):
             session.row(f"PRAGMA busy_timeout = {host_timeout_ms}")
 
     def _begin(self, session: Session) -> bool:
-        """Begin a write transaction; return whether the write lock was free."""
+        """Begin a write transaction if the write lock is free; return whether the lock was free."""
         try:
             session.cursor.execute("BEGIN IMMEDIATE")
         except self.translator.errors as error:
@@ -290,7 +290,8 @@ class SQLiteDatabase(Database):
         return True
 
     def _set_up_host(self, session: Session) -> int:
-        """Configure a host's connection for a write; return its busy timeout in milliseconds."""
+        """Configure a host's connection for a write; return the host's busy timeout in
+        milliseconds."""
         [synchronous] = session.row("PRAGMA synchronous")
         [secure] = session.row("PRAGMA secure_delete")
         [timeout_ms] = session.row("PRAGMA busy_timeout")
@@ -373,7 +374,7 @@ class SQLiteDatabase(Database):
 
 
 def _schema_problems(session: Session) -> Iterator[str]:
-    """Yield the differences of the declared columns and indexes from the tables of a ledger."""
+    """Yield the differences between the declared columns and indexes and the tables of a ledger."""
     for table in metadata.sorted_tables:
         # The key of the column in the primary key counts from 1.
         keys = {column: number for number, column in enumerate(table.primary_key, 1)}
@@ -479,11 +480,12 @@ def _write_pragmas(durability: str) -> tuple[str, ...]:
 
 
 def create_privately(path: Path) -> str | None:
-    """Create the database file if it does not exist, for the users of its directory.
-    Return a notice if the file exists and is empty.
+    """Create the database file if it does not exist; return a notice if the file exists and is
+    empty.
 
-    Missing directories are created as well.  SQLite creates the ``-wal`` and ``-shm`` with the mode
-    of the database file.  Existing files keep their modes.
+    The new file has the same users as its directory.  Missing directories are created as well.
+    SQLite creates the ``-wal`` and ``-shm`` with the mode of the database file.  Existing files
+    keep their modes.
     """
     try:
         if not path.exists():
@@ -578,7 +580,7 @@ def _open_elsewhere(path: Path) -> StoreBusyError:
 
 def _check_space(raw: Any, path: Path) -> int:
     """Return how many free bytes a vacuum needs beside the file; raise
-    :class:`~taskstore.StoreUnavailableError` if there are fewer."""
+    :class:`~taskstore.StoreUnavailableError` if fewer bytes are free."""
     [pages], [unused], [page_size], [mode] = (
         raw.execute(f"PRAGMA {name}").fetchone()
         for name in ("page_count", "freelist_count", "page_size", "journal_mode")
@@ -599,11 +601,11 @@ def _check_space(raw: Any, path: Path) -> int:
 
 
 def _rebuild(raw: Any, module: Any, copy: Path) -> None:
-    """Write the content to a copy without free pages, and copy the content back in one
-    transaction.
+    """Write the content of the database to a copy without free pages, and write the copy back in
+    one transaction.
 
-    SQLite's own VACUUM of a file makes its copy in the system's directory for temporary files,
-    which can be in memory and then too small.
+    SQLite's own VACUUM makes its copy in the system's directory for temporary files.  If this
+    directory is in memory, it can be too small for the copy.
     """
     try:
         copy.unlink(missing_ok=True)  # a killed process can have left its copy
@@ -631,8 +633,9 @@ def wal_exists(path: Path) -> bool:
 def needs_immutable(module: Any, path: Path) -> bool:
     """Return whether SQLite must read a file with the option ``immutable=1``.
 
-    Without this option, SQLite cannot read a file in a directory that is not writable, and removes
-    a log that lies beside an empty file.
+    The option is necessary in two cases.  If the directory of the file is not writable, SQLite
+    cannot read the file without this option.  If the file is empty and a log lies beside the file,
+    SQLite removes the log without this option.
 
     Raises :class:`~taskstore.StoreUnavailableError` if one of these is true: (a) the file does
     not exist; (b) the file is not readable by this user; (c) the file has a ``-wal`` but no
