@@ -364,8 +364,8 @@ def read_generation(path: Path) -> tuple[int, int] | None:
 
 
 def check_not_removed(directory: Path) -> None:
-    """Raise :class:`CorruptStoreError` for a directory without a ledger if its lock file says that
-    the directory contained a ledger."""
+    """Raise :class:`CorruptStoreError` if the lock file in a directory says that the directory once
+    contained a ledger.  The caller has found that the directory contains no ledger now."""
     with contextlib.suppress(FileNotFoundError, PermissionError):
         if mentions_ledger((directory / LOCK_NAME).read_bytes()[:STATE_BYTES]):
             raise removed_error(directory)

@@ -231,7 +231,10 @@ class Reader:
         return cached if live and cached.first >= start.first and cached.seq >= start.seq else start
 
     def _cache_sparsely(self, location: CommitLocation, end: JournalOffset) -> None:
-        """Cache the position after a commit, but only one position per interval of bytes."""
+        """Cache ``end``, the byte offset at which a commit ends.
+
+        The cache gets at most one offset for each ``_POSITION_INTERVAL_BYTES`` of a segment.
+        """
         if location.offset // _POSITION_INTERVAL_BYTES != end.offset // _POSITION_INTERVAL_BYTES:
             self._cache(end)
 
