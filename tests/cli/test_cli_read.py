@@ -373,7 +373,8 @@ def test_the_memory_of_json_does_not_depend_on_the_size(
                 out.seek(0)
                 assert len(json.load(out)["tasks"]) == count
         peaks.append(peak)
-    assert peaks[1] < peaks[0] + 300_000, peaks
+    # All records of the larger ledger, as JSON and as objects, take several megabytes.
+    assert peaks[1] < peaks[0] + 1_000_000, peaks
 
 
 @pytest.mark.parametrize("indent", [None, 2])

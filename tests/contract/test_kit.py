@@ -11,6 +11,7 @@ import pytest
 
 from taskstore.model.journal import Snapshot
 from taskstore.store.interface import (
+    SupportsCommitIds,
     SupportsCompaction,
     SupportsExclusive,
     SupportsHistory,
@@ -128,14 +129,12 @@ def test_levels_and_their_abilities():
         SupportsJournal,
         SupportsExclusive,
         SupportsHistory,
+        SupportsCommitIds,
         SupportsCompaction,
         SupportsIdSearch,
         SupportsPages,
         SupportsQuery,
         SupportsSummary,
-        SupportsPages,
-        SupportsSummary,
-        SupportsIdSearch,
         SupportsIntegrity,
     }
     assert all(isinstance(MemoryStore(), ability) for ability in required)
@@ -163,6 +162,8 @@ def test_every_clause_reads_again_after_reopening():
         "test_another_process_ends_the_wait",
         "test_many_random_lives",
         "test_a_reading_process_sees_no_gap",
+        "test_a_dropped_store_gives_its_descriptors_back",
+        "test_a_damaged_record_is_found",
     }
     not_reopened = []
     for cls in StoreContract.__mro__:

@@ -6,6 +6,7 @@ import dis
 import fcntl
 import gc
 import math
+import os
 import sys
 import threading
 from itertools import pairwise
@@ -118,8 +119,11 @@ def check_no_foreign_tables(path):
     if not path.exists():
         return  # the memory of this process
     if path.is_dir():
-        with (path / "lock").open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        directory = os.open(path, os.O_RDONLY)  # the writers lock the directory
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.close(directory)
     else:
         connection = sqlite_module().connect(path, timeout=0, isolation_level=None)
         connection.execute("BEGIN IMMEDIATE")

@@ -177,6 +177,6 @@ def test_a_garbage_collection_at_any_moment_is_safe(tmp_path):
     with resource_warnings() as given, sqlite_library._open_files_lock:
         gc.collect()
         assert dropped() is None
-    assert len(given) == 1
+    assert len([item for item in given if str(tmp_path) in str(item.message)]) == 1
     with open_store(url) as again:
         assert again.report().notices == ()

@@ -216,7 +216,8 @@ def test_a_log_without_its_index_names_the_directory(shut):
 import os, sys
 from taskstore import open_store
 from taskstore.testing.factories import create
-create(open_store(sys.argv[1]))
+store = open_store(sys.argv[1])
+create(store)
 os._exit(0)
 """
     output_of(in_process(script, f"sqlite:///{shut}"))

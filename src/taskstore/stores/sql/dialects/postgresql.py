@@ -322,7 +322,8 @@ class PostgreSQLDatabase(Database):
         """
         shared = self.pooled or not self.owned
         settings = (*(_write_settings() if shared else ()), *self._synchronous_commit)
-        self._begin_write = "; SET LOCAL ".join((_BEGIN_WRITE, *settings))
+        begin = f"{_BEGIN_WRITE} READ ONLY" if self.read_only else _BEGIN_WRITE
+        self._begin_write = "; SET LOCAL ".join((begin, *settings))
 
     def begin_write(self, session: Session) -> None:
         # The text can contain two statements, for one round trip; such a text cannot be prepared.
