@@ -190,7 +190,8 @@ def _count(session: Session) -> Summary:
 def _can_end_an_id(ending: str) -> bool:
     """Return whether a task id can end with ``ending``.
 
-    Some drivers do not accept a text that cannot be a part of a task id.
+    No task id contains certain characters, for example NUL.  Some drivers raise an error for a
+    text with such a character, so the store does not send the text to the driver.
     """
     try:
         return bool(check_key("task_id", ending))

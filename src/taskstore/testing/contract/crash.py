@@ -31,7 +31,7 @@ RANDOM_KILLS = 8
 """The number of times that a writer is killed at a random time."""
 
 KILL_POINTS = 30
-"""The approximate number of durable calls at which a writer is killed: before or after the call."""
+"""The approximate number of calls at which a writer is killed.  Each call can make data durable."""
 
 MAX_RUN_S = 0.15
 
@@ -92,7 +92,8 @@ class CrashContract(ContractBase):
 
     @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
     def test_killed_at_every_step(self, ledger: Ledger, after: bool) -> None:  # noqa: FBT001 - a parameter
-        """[4] [7] A kill before or after any durable call loses no acknowledged commit."""
+        """[4] [7] If a writer is killed before or after a call that can make data durable (such as
+        ``fsync`` or ``rename``), no acknowledged commit is lost."""
         ledger.store.apply([Put(make_record(label="there from the beginning"))])
         steps = self._count_steps(ledger)
         stride = max(1, steps // KILL_POINTS)
@@ -111,7 +112,7 @@ class CrashContract(ContractBase):
             check_after_kill(ledger, before, operations, child.finish()[1:])
 
     def _count_steps(self, ledger: Ledger) -> int:
-        """Run the planned operations in a child; return the number of durable calls."""
+        """Run the planned operations in a child; return how many calls can make data durable."""
         operations = plan_operations(ledger.store)
         before = dict(ledger.store.load_snapshot().records)
         ledger.close()
