@@ -34,7 +34,9 @@ GROUP = "taskstore.scratch"
 
 
 def scratch(url: str) -> AbstractContextManager[OpenStore]:
-    """Create a new, empty ledger on the backend of ``url``; data at ``url`` is not changed.
+    """Create a new, empty ledger at a URL of its own, on the same server or disk as ``url``.
+
+    The call does not change the data at ``url``.
 
     Raises :class:`~taskstore.BackendNotFoundError` for an unknown scheme and
     :class:`~taskstore.UnsupportedError` for a backend that cannot create test ledgers.

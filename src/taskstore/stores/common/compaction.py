@@ -160,8 +160,8 @@ def _nothing_done(stats: JournalStats, reason: str, floor_reason: str = "") -> C
 def _limit_of(
     steps: CompactionSteps, policy: CompactionPolicy, stats: JournalStats, head: int, floor: int
 ) -> HistoryLimit:
-    """Return the last entry to trim, always the last entry of a commit; ``floor`` - 1 means:
-    none."""
+    """Return the seq of the last entry to trim.  This entry is always the last one of its commit.
+    If no entry is to be trimmed, return ``floor`` - 1."""
     if policy.erase_deleted:
         return HistoryLimit(head, "deleted records were erased, with all history")
     seqs = range(floor, head + 1)

@@ -626,7 +626,7 @@ def schema_option(text: object) -> str:
     if len(text.encode("utf-8", "surrogatepass")) > _MAX_NAME_BYTES or not text.isprintable():
         raise ValueError(f"must be printable text of at most {_MAX_NAME_BYTES} bytes")
     if text.startswith("pg_") or text == "information_schema":
-        raise ValueError("must not be a schema of the database system")
+        raise ValueError("must not be a system schema, which the database keeps for itself")
     return text
 
 
