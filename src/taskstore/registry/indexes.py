@@ -1,9 +1,9 @@
 """The indexes over the records in memory.
 
-A full garbage collection blocks every thread while the collector visits all tracked objects.  The
-indexes therefore contain records and strings, which the collector does not track.  The indexes
-contain no dictionaries of tuples, because the collector can begin to track a dictionary with
-tuples.  An index contains a list only for a value that several tasks share.
+A full garbage collection blocks every thread while Python's garbage collector visits all tracked
+objects.  The indexes therefore contain records and strings, which the garbage collector does not
+track.  No index is a dictionary whose values are tuples, because the garbage collector can begin to
+track such a dictionary.  An index contains a list only for a value that several tasks share.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Types of the contract suite: the store opener and a full store."""
+"""Types of the contract suite: a store's opener, a store with all abilities."""
 
 from __future__ import annotations
 

@@ -413,7 +413,8 @@ def mentions_ledger(state: bytes) -> bool:
 
 
 def _parse(state: bytes) -> tuple[int, int, int]:
-    """Return the pid, the generation and the synced offset in a line; 0 for each unknown value."""
+    """Parse a line of the lock file: return its pid, generation and synced offset, each 0 if the
+    line does not contain it."""
     fields = state.split()
     if len(fields) != _FIELD_COUNT or not all(field.isdigit() for field in fields):
         return 0, 0, 0
