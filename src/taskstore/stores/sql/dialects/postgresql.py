@@ -335,7 +335,9 @@ class PostgreSQLDatabase(Database):
             # The transaction runs in another session than the connection began with.  There, the
             # prepared statements of this connection can be those of another connection.
             dbapi: Any = self.engine.dialect.loaded_dbapi
-            raise dbapi.errors.InvalidSqlStatementName("this connection is served by another PostgreSQL process than before")
+            raise dbapi.errors.InvalidSqlStatementName(
+                "this connection is served by another PostgreSQL process than before"
+            )
         return ClaimedSeqs(*rows[0][:4]) if rows else None
 
     def lock_owners(self, session: Session) -> Sequence[str]:
