@@ -294,6 +294,9 @@ class CoreContract(ContractBase):
         """[4] If a program drops a store without close, no descriptor stays open.  If the store
         had an open descriptor, the garbage collector gives a ResourceWarning."""
         play(ledger.store)
+        # While a connection has a lock on an SQLite file, SQLite keeps the descriptors of all
+        # closed connections to this file open.
+        ledger.close()
 
         def descriptors_in_use(*, read_only: bool) -> int:
             store = ledger.open_store(read_only=True) if read_only else ledger.open_store()
