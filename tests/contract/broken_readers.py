@@ -6,7 +6,7 @@ import re
 import threading
 import time
 
-from broken_writers import Broken
+from broken_writers import Broken, let_another_commit
 from msgspec.structs import replace
 
 from taskstore.errors import CursorExpiredError, StoreBusyError
@@ -91,7 +91,7 @@ class MissesACommitBeforeTheWait(Broken):
     def wait_for(self, after, timeout):
         self._check_open()
         if self.storage.head <= after and timeout:
-            time.sleep(0.002)
+            let_another_commit(self.storage)
             with self.storage.changed:
                 self.storage.changed.wait(min(timeout, 1000))
         return self.storage.head > after
@@ -345,7 +345,7 @@ class CountsQuarantined(Broken):
 class CountsAndReadsTheHeadSeparately(Broken):
     def summary(self):
         counted = super().summary()
-        time.sleep(0.0005)  # another thread can commit here
+        let_another_commit(self.storage)
         return replace(counted, seq=self.head())
 
 

@@ -22,6 +22,14 @@ class Broken(MemoryStore):
     """The correct store; each subclass adds one defect."""
 
 
+def let_another_commit(storage, within_s=0.05):
+    """Return after the next commit of another thread, or after ``within_s`` seconds."""
+    head = storage.head
+    deadline = time.monotonic() + within_s
+    while storage.head == head and time.monotonic() < deadline:
+        time.sleep(0.0002)
+
+
 def rewrite_records(store, **fields):
     """Change fields of every stored record without a commit."""
     storage = store.storage
@@ -87,7 +95,7 @@ class IgnoresTheExpectedRevision(Broken):
 class ComparesOutsideTheTransaction(Broken):
     def apply(self, changes):
         self._check(plan(changes))
-        time.sleep(0.001)
+        let_another_commit(self.storage)
         with self.storage.changed:
             self._check = lambda steps: None
             try:
@@ -239,7 +247,7 @@ class LoadsHeadAndRecordsSeparately(Broken):
     def load_snapshot(self):
         self._check_open()
         head = self.storage.head
-        time.sleep(0.001)
+        let_another_commit(self.storage)
         return replace(super().load_snapshot(), seq=head)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import ClassVar
 
 import pytest
@@ -297,10 +297,9 @@ class SharedContract(ContractBase):
         loaded: list[Snapshot] = []
         self._read_while_writing(ledger, lambda store: loaded.append(store.load_snapshot()))
         for store in ledger.twice():
-            entries = journal_of(store)
-            for snapshot in {snapshot.seq: snapshot for snapshot in loaded}.values():
-                expected = fold(Snapshot(0), entries[: snapshot.seq])
-                assert dict(snapshot.records) == dict(expected.records), f"at seq {snapshot.seq}"
+            records_at = _records_at(store)
+            for snapshot in loaded:
+                assert dict(snapshot.records) == records_at(snapshot.seq), f"at seq {snapshot.seq}"
 
     @needs(SupportsQuery)
     def test_a_page_is_one_moment(self, ledger: Ledger) -> None:
@@ -313,9 +312,9 @@ class SharedContract(ContractBase):
 
         self._read_while_writing(ledger, read)
         for store in ledger.twice():
-            entries = journal_of(store)
-            for seq, records in dict(pages).items():
-                assert records == dict(fold(Snapshot(0), entries[:seq]).records), f"at seq {seq}"
+            records_at = _records_at(store)
+            for seq, records in pages:
+                assert records == records_at(seq), f"at seq {seq}"
 
     @needs(SupportsSummary)
     def test_a_summary_is_one_moment(self, ledger: Ledger) -> None:
@@ -323,10 +322,10 @@ class SharedContract(ContractBase):
         counted: list[Summary] = []
         self._read_while_writing(ledger, lambda store: counted.append(store.summary()))
         for store in ledger.twice():
-            entries = journal_of(store)
-            for summary in {summary.seq: summary for summary in counted}.values():
-                records = fold(Snapshot(0), entries[: summary.seq]).records.values()
-                assert summary == Summary.count(records, summary.seq), f"at seq {summary.seq}"
+            records_at = _records_at(store)
+            for summary in counted:
+                expected = Summary.count(records_at(summary.seq).values(), summary.seq)
+                assert summary == expected, f"at seq {summary.seq}"
 
     @needs(SupportsCompaction, SupportsIntegrity)
     def test_compacting_while_writing(self, ledger: Ledger) -> None:
@@ -361,14 +360,20 @@ class SharedContract(ContractBase):
             check_journal(store, base)
 
     def _read_while_writing(self, ledger: Ledger, read: Callable[[FullStore], object]) -> None:
-        """Commit on one store instance while threads read on the same and on a second instance."""
+        """Commit on one store instance while threads read on the same and on a second instance.
+
+        The commits go on until every thread has read a few times, also on a busy machine.
+        """
         writer, other = ledger.store, ledger.open()
         done = threading.Event()
+        reads = [0, 0, 0]
 
         def write() -> None:
             try:
                 records: list[TaskRecord] = []
-                for n in range(40):
+                for n in range(40 * COMMITS):
+                    if n >= 40 and min(reads) >= 10:
+                        break
                     new = make_record(task_id=f"task-{n % 7}-{n}")
                     writer.apply(
                         [make_put(), *map(next_of, records), make_put(task_id=new.task_id)]
@@ -377,17 +382,25 @@ class SharedContract(ContractBase):
             finally:
                 done.set()
 
-        def read_repeatedly(store: FullStore) -> None:
+        def read_repeatedly(reader: int, store: FullStore) -> None:
             while not done.is_set():
                 read(store)
+                reads[reader] += 1
             read(store)
 
-        run_together(
-            write,
-            lambda: read_repeatedly(other),
-            lambda: read_repeatedly(other),
-            lambda: read_repeatedly(writer),
-        )
+        readers = enumerate((other, other, writer))
+        run_together(write, *(partial(read_repeatedly, *reader) for reader in readers))
+
+
+def _records_at(store: FullStore) -> Callable[[int], dict[str, TaskRecord]]:
+    """Return a function that gives the records as of a seq, by folding the journal."""
+    entries = journal_of(store)
+
+    @cache
+    def records_at(seq: int) -> dict[str, TaskRecord]:
+        return dict(fold(Snapshot(0), entries[:seq]).records)
+
+    return records_at
 
 
 def _read_journal(store: FullStore) -> None:
