@@ -103,7 +103,12 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
 
     def due(self, stats: JournalStats) -> str | None:
         """Return the reason (``str``) why compaction is due, or ``None`` if compaction is
-        not due."""
+        not due.
+
+        The statistics do not say whether history can be trimmed.  If ``force`` is set and there are
+        no entries, the method therefore returns ``None``, and the caller must look for history that
+        can be trimmed.
+        """
         if self.erase_deleted:
             return "deleted records must be erased"
         if stats.history_bytes > self.history_bytes:

@@ -367,8 +367,11 @@ def test_a_running_compactor_keeps_its_temporary_file(directory, open_):
     assert lock.try_acquire()
     temporary = directory / "snapshot-00000000000000000001.json.tmp"
     temporary.write_bytes(b"half")
+    segment = directory / "journal-00000000000000000009.jsonl.tmp"
+    segment.write_bytes(b"half")
     open_()
     assert temporary.exists()
+    assert not segment.exists()  # compactors make segments only under the write lock
     lock.close()
     open_()
     assert not temporary.exists()

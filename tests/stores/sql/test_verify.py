@@ -16,6 +16,7 @@ from taskstore.model.compaction_policy import CompactionPolicy
 from taskstore.model.journal import ChangeSet, Position
 from taskstore.model.query import TaskQuery
 from taskstore.model.records import TaskRecord
+from taskstore.stores.sql import SQLStore
 from taskstore.stores.sql.dialects import MariaDBDatabase, open_database
 from taskstore.stores.sql.dialects.base import Session
 from taskstore.stores.sql.tables import ONLY_ON, metadata, tasks
@@ -72,7 +73,7 @@ def index_names(dialect: str) -> list[str]:
     )
 
 
-@pytest.mark.parametrize("name", index_names("postgresql"))
+@pytest.mark.parametrize("name", [*index_names("postgresql"), "pk_tasks", "pk_task_journal"])
 def test_a_row_that_an_index_does_not_give_on_postgresql(name, postgres_url, open_):
     with open_(postgres_url) as store:
         create(store, owner_key="me")
@@ -135,6 +136,10 @@ def test_every_index_of_a_server_is_read(dialect, request, open_, monkeypatch):
         monkeypatch.setattr(Session, "select", explain)
         assert store.verify().problems == ()
     names = index_names(dialect)
+    if dialect == "postgresql":
+        names += [f"pk_{name}" for name in metadata.tables]
+        # One pass over the index, and one pass over the table; no pass keeps the rows.
+        assert [plan for plan in plans if "Sort" in plan] == []
     assert len(plans) == 2 * len(names)
     assert [name for name in names if not any(name in plan for plan in plans[::2])] == []
     assert not any(name in plan for name in names for plan in plans[1::2])
@@ -150,6 +155,207 @@ def test_a_missing_index_is_a_problem_on_mariadb(mariadb_url, open_):
         finally:  # other tests use the same tables
             run(mariadb_url, str(CreateIndex(index).compile(dialect=MariaDBDatabase.sa_dialect)))
         assert problems_of(store) == ""
+
+
+# -- declarations -----------------------------------------------------------
+
+BOOKING = "the index uq_tasks_booking of the table tasks"
+OWNER = "the index ix_tasks_owner of the table tasks"
+VALID = "UPDATE pg_index SET indisvalid = {} WHERE indexrelid = 'uq_tasks_booking'::regclass"
+PG_BOOKING = (
+    "CREATE UNIQUE INDEX uq_tasks_booking ON tasks (run_id, booking) WHERE run_id IS NOT NULL"
+)
+PG_OWNER = "CREATE INDEX ix_tasks_owner ON tasks (owner_key, created_at, task_id)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "restore", "problem"),
+    [
+        (["DROP INDEX ix_tasks_owner"], [PG_OWNER], f"{OWNER} is missing"),
+        (
+            [
+                "DROP INDEX ix_tasks_owner",
+                "CREATE INDEX ix_tasks_owner ON tasks (owner_key, created_at DESC, task_id)",
+            ],
+            ["DROP INDEX ix_tasks_owner", PG_OWNER],
+            f"{OWNER} is (owner_key, created_at DESC, task_id), but must be (owner_key, created_at",
+        ),
+        (
+            [
+                "DROP INDEX ix_tasks_owner",
+                'CREATE INDEX ix_tasks_owner ON tasks (owner_key COLLATE "default", created_at)',
+            ],
+            ["DROP INDEX ix_tasks_owner", PG_OWNER],
+            f"{OWNER} is (owner_key COLLATE default, created_at)",
+        ),
+        (
+            ["DROP INDEX uq_tasks_booking", PG_BOOKING.replace("UNIQUE ", "")],
+            ["DROP INDEX uq_tasks_booking", PG_BOOKING],
+            f"{BOOKING} is (run_id, booking) WHERE run_id IS NOT NULL, but must be UNIQUE (run_id",
+        ),
+        (
+            ["DROP INDEX uq_tasks_booking", f"{PG_BOOKING} AND run_id <> 'x'"],
+            ["DROP INDEX uq_tasks_booking", PG_BOOKING],
+            f"{BOOKING} is UNIQUE (run_id, booking) WHERE ..., but",
+        ),
+        (
+            ["DROP INDEX uq_tasks_booking", PG_BOOKING.partition(" WHERE")[0]],
+            ["DROP INDEX uq_tasks_booking", PG_BOOKING],
+            f"{BOOKING} is UNIQUE (run_id, booking), but",
+        ),
+        (
+            [VALID.format("false")],
+            [VALID.format("true")],
+            f"{BOOKING} is UNIQUE (run_id, booking, invalid)",
+        ),
+        (
+            ["ALTER TABLE tasks DROP CONSTRAINT pk_tasks"],
+            ["ALTER TABLE tasks ADD CONSTRAINT pk_tasks PRIMARY KEY (task_id)"],
+            "the primary key of the table tasks is missing: it must be UNIQUE (task_id)",
+        ),
+        (
+            ["ALTER TABLE tasks ALTER task_id TYPE varchar(255)"],
+            ['ALTER TABLE tasks ALTER task_id TYPE varchar(255) COLLATE "C"'],
+            "the column task_id of the table tasks is VARCHAR(255) COLLATE default NOT NULL, but",
+        ),
+        (
+            ["ALTER TABLE tasks ALTER revision TYPE integer"],
+            ["ALTER TABLE tasks ALTER revision TYPE bigint"],
+            "the column revision of the table tasks is INTEGER NOT NULL, but must be BIGINT NOT",
+        ),
+        (
+            ["ALTER TABLE tasks ALTER status DROP NOT NULL"],
+            ["ALTER TABLE tasks ALTER status SET NOT NULL"],
+            "the column status of the table tasks is VARCHAR(32) COLLATE C, but",
+        ),
+    ],
+)
+def test_a_changed_declaration_on_postgresql(changes, restore, problem, postgres_url, open_):
+    check_changed_declaration(postgres_url, changes, restore, problem, open_)
+
+
+def column(name: str, type_: str) -> str:
+    charset = "CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin"
+    return f"ALTER TABLE tasks MODIFY {name} {type_} {charset}"
+
+
+def index(columns: str, kind: str = "INDEX", name: str = "ix_tasks_owner") -> str:
+    return f"ALTER TABLE tasks DROP INDEX {name}, ADD {kind} {name} ({columns})"
+
+
+MARIADB_OWNER = index("owner_key, created_at, task_id")
+MARIADB_BOOKING = index("run_id, booking", "UNIQUE INDEX", "uq_tasks_booking")
+TASK_ID = column("task_id", "VARCHAR(255)") + " NOT NULL"
+
+
+@pytest.mark.parametrize(
+    ("change", "restore", "problem"),
+    [
+        (
+            "DROP INDEX ix_tasks_owner ON tasks",
+            "CREATE INDEX ix_tasks_owner ON tasks (owner_key, created_at, task_id)",
+            f"{OWNER} is missing",
+        ),
+        (
+            index("run_id, booking", name="uq_tasks_booking"),
+            MARIADB_BOOKING,
+            f"{BOOKING} is (run_id, booking), but must be UNIQUE (run_id, booking)",
+        ),
+        (
+            index("run_id(10), booking", "UNIQUE INDEX", "uq_tasks_booking"),
+            MARIADB_BOOKING,
+            f"{BOOKING} is UNIQUE (run_id(10), booking), but",
+        ),
+        (index("owner_key, task_id"), MARIADB_OWNER, f"{OWNER} is (owner_key, task_id), but"),
+        (
+            "ALTER TABLE tasks ALTER INDEX ix_tasks_owner IGNORED",
+            "ALTER TABLE tasks ALTER INDEX ix_tasks_owner NOT IGNORED",
+            f"{OWNER} is (owner_key, created_at, task_id, ignored)",
+        ),
+        (
+            "ALTER TABLE tasks DROP PRIMARY KEY",
+            "ALTER TABLE tasks ADD PRIMARY KEY (task_id)",
+            "the primary key of the table tasks is missing",
+        ),
+        # Equal to the default of the table, and without the collation in SHOW CREATE TABLE.
+        (
+            TASK_ID.replace("nopad_bin", "general_ci"),
+            TASK_ID,
+            "VARCHAR(255) COLLATE utf8mb4_general_ci NOT NULL, but must be VARCHAR(255)",
+        ),
+        (TASK_ID.replace("nopad_bin", "bin"), TASK_ID, "VARCHAR(255) COLLATE utf8mb4_bin NOT NULL"),
+        (
+            column("run_id", "VARCHAR(255)").replace("nopad_bin", "general_nopad_ci"),
+            column("run_id", "VARCHAR(255)"),
+            "the column run_id of the table tasks is VARCHAR(255) COLLATE utf8mb4_",
+        ),
+        (column("owner_key", "VARCHAR(100)"), column("owner_key", "VARCHAR(255)"), "VARCHAR(100)"),
+        (
+            "ALTER TABLE tasks MODIFY revision INT UNSIGNED NOT NULL",
+            "ALTER TABLE tasks MODIFY revision BIGINT NOT NULL",
+            "the column revision of the table tasks is INTEGER UNSIGNED NOT NULL, but",
+        ),
+        (
+            "ALTER TABLE tasks MODIFY payload BLOB NOT NULL",
+            "ALTER TABLE tasks MODIFY payload MEDIUMBLOB NOT NULL",
+            "the column payload of the table tasks is BLOB NOT NULL, but must be MEDIUMBLOB NOT",
+        ),
+    ],
+)
+def test_a_changed_declaration_on_mariadb(change, restore, problem, mariadb_url, open_):
+    check_changed_declaration(mariadb_url, [change], [restore], problem, open_)
+
+
+def check_changed_declaration(
+    url: str, changes: list[str], restore: list[str], problem: str, open_: Callable[..., Any]
+) -> None:
+    with open_(url) as store:
+        create(store, owner_key="me", run_id="run", run_digest="digest")
+        assert store.verify().problems == ()
+    run(url, *changes)
+    try:
+        with open_(url) as store:
+            assert problem in problems_of(store)
+    finally:  # other tests use the same tables
+        run(url, *restore)
+    with open_(url) as store:
+        assert store.verify().problems == ()
+
+
+@pytest.mark.parametrize("schema", [None, 'a "ledger"'])
+def test_a_host_keeps_tables_and_indexes_beside_the_ledger_on_postgresql(schema, postgres_server):
+    engine = sa.create_engine(postgres_server.new_database())
+    with engine.begin() as connection:
+        connection.exec_driver_sql('CREATE TABLE "Tasks" (task_id int PRIMARY KEY, title text)')
+        if schema is not None:
+            connection.exec_driver_sql("CREATE TABLE tasks (task_id int, owner_key text)")
+            connection.exec_driver_sql("CREATE INDEX ix_tasks_owner ON tasks (task_id)")
+    with SQLStore(engine, schema=schema) as store:
+        create(store, owner_key="me")
+        name = "tasks" if schema is None else '"a ""ledger""".tasks'
+        with engine.begin() as connection:
+            connection.exec_driver_sql(f"CREATE INDEX of_the_host ON {name} (revision)")
+            connection.exec_driver_sql(f"ALTER TABLE {name} ADD of_the_host int")
+        assert store.verify().problems == ()
+        with store.exclusive():
+            assert store.verify().problems == ()
+    engine.dispose()
+
+
+def test_a_host_keeps_tables_and_indexes_beside_the_ledger_on_mariadb(mariadb_server):
+    engine = sa.create_engine(mariadb_server.new_database())
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE `Tasks` (task_id int PRIMARY KEY, owner_key text)")
+        connection.exec_driver_sql("CREATE INDEX ix_tasks_owner ON `Tasks` (task_id)")
+    with SQLStore(engine) as store:
+        create(store, owner_key="me")
+        with engine.begin() as connection:
+            connection.exec_driver_sql("CREATE INDEX of_the_host ON tasks (revision)")
+            connection.exec_driver_sql("ALTER TABLE tasks ADD of_the_host int")
+        assert store.verify().problems == ()
+        with store.exclusive():
+            assert store.verify().problems == ()
+    engine.dispose()
 
 
 @pytest.mark.parametrize(

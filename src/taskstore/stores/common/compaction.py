@@ -70,7 +70,12 @@ class CompactionSteps(ABC):
 
     @abstractmethod
     def lock(self) -> AbstractContextManager[object]:
-        """Take the compaction lock if it is free, else raise :class:`~taskstore.StoreBusyError`."""
+        """Take the compaction lock; raise :class:`~taskstore.StoreBusyError` if another compactor
+        owns it.
+
+        If the store also takes the compaction lock for short work of a writer, this method waits
+        for some seconds before it raises the error.
+        """
 
     @abstractmethod
     def begin(self) -> CompactionPoint:

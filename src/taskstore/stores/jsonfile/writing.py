@@ -426,7 +426,12 @@ def _progress_marker(directory: Path) -> object:
 
 
 def _remove_leftovers(layout: Layout, disk: Disk) -> None:
-    """Remove the files that killed writers and compactors left, unless a compactor runs."""
+    """Remove leftover files of killed processes.  The caller must own the write lock.
+
+    Only an owner of the write lock makes temporary segments, so each temporary segment is a
+    leftover file.  The other files possibly belong to a running compactor, so the function removes
+    the other files only if no compactor runs.
+    """
     leftovers = list(layout.directory.glob(f"*{TEMPORARY}"))
     disk.remove_all(path for path in leftovers if path.name.startswith("journal-"))
     others = [path for path in leftovers if path.name.startswith("snapshot-")]

@@ -1,4 +1,4 @@
-"""The integrity check of the tables: engine, schema, rows, columns, indexes.
+"""The integrity check of the tables: engine, declarations, rows, columns, indexes.
 
 The check runs in one read transaction and takes no write lock.  The engine's own check runs before
 the read transaction, because on MariaDB the engine's check would end the read transaction.
@@ -6,6 +6,7 @@ the read transaction, because on MariaDB the engine's check would end the read t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,12 @@ from taskstore.store.interface import VerifyReport
 from taskstore.stores.common.integrity import IntegrityCheck, listed
 from taskstore.stores.sql.compaction import TRIMMED_ENTRY, TRIMMED_REVISION
 from taskstore.stores.sql.dialects import Database
-from taskstore.stores.sql.dialects.base import Session
+from taskstore.stores.sql.dialects.base import (
+    Declarations,
+    Session,
+    column_declaration,
+    index_declaration,
+)
 from taskstore.stores.sql.errors import ErrorKind
 from taskstore.stores.sql.rows import (
     QUARANTINED_CHECKSUM,
@@ -37,7 +43,7 @@ from taskstore.stores.sql.snapshots import (
     read_snapshot_rows,
 )
 from taskstore.stores.sql.statements import PAGE
-from taskstore.stores.sql.tables import COPIED_COLUMNS, metadata, task_journal, tasks
+from taskstore.stores.sql.tables import COPIED_COLUMNS, ONLY_ON, metadata, task_journal, tasks
 from taskstore.stores.sql.transactions import Transactions
 
 _DAMAGE = frozenset({ErrorKind.CORRUPT, ErrorKind.MISSING_SCHEMA})
@@ -84,8 +90,46 @@ def _seal_problems(entry: JournalEntry) -> list[str]:
     return [problem] if broken else []
 
 
+def _expected_declarations(database: Database) -> Declarations:
+    """Return the declarations of all columns and indexes that a ledger needs on a dialect."""
+    dialect, names = database.sa_dialect, database.names
+    expected: Declarations = {}
+    for table in metadata.sorted_tables:
+        key = ", ".join(column.name for column in table.primary_key)
+        expected |= [index_declaration(table.name, "", key, unique=True)]
+        for column in table.columns:
+            kind = re.split(" CHARACTER SET | COLLATE ", column.type.compile(dialect))[0]
+            collation = getattr(column.type.dialect_impl(dialect), "collation", None)
+            nullable = bool(column.nullable)
+            item = column_declaration(table.name, column.name, kind, collation, nullable=nullable)
+            expected |= [item]
+        for index in table.indexes:
+            if names[0] in ONLY_ON.get(str(index.name), names):
+                columns = ", ".join(column.name for column in index.columns)
+                where = index.dialect_kwargs.get(f"{names[0]}_where")
+                expected |= [
+                    index_declaration(
+                        table.name,
+                        str(index.name),
+                        columns,
+                        unique=bool(index.unique),
+                        condition=None if where is None else where.text,
+                    )
+                ]
+    return expected
+
+
+def _primary_key_index(table: sa.Table) -> sa.Index:
+    """Return the index of the primary key of a copy of a table.
+
+    An index object is added to the indexes of its table, so the table itself must not be used.
+    """
+    copy = table.to_metadata(sa.MetaData())
+    return sa.Index(str(table.primary_key.name), *copy.primary_key)
+
+
 class _DatabaseCheck:
-    """Checks the rows, the columns that copy payload fields, and the indexes.
+    """Checks the declarations, the rows, the columns that copy payload fields, and the indexes.
 
     ``problems`` contains the problems that the engine's own check has found.
     """
@@ -100,10 +144,32 @@ class _DatabaseCheck:
 
     def run(self) -> VerifyReport:
         """Return the report of all steps."""
-        for step in (self._check_content, self._check_floor, self._check_indexes):
+        for step in (
+            self._check_declarations,
+            self._check_content,
+            self._check_floor,
+            self._check_indexes,
+        ):
             if not _run(step, self._problems, self._database):
                 break
         return replace(self._report, problems=listed(self._problems))
+
+    # -- declarations -------------------------------------------------------
+
+    def _check_declarations(self) -> None:
+        """Compare the declarations in the database with the declarations that a ledger needs.
+
+        Further columns and indexes are no problem: a newer version of taskstore or the host can
+        have added them.
+        """
+        found = self._database.maintenance.declarations(self._session)
+        if found is None:
+            return
+        for name, expected in _expected_declarations(self._database).items():
+            if name not in found:
+                self._problems.append(f"{name} is missing: it must be {expected}")
+            elif found[name] != expected:
+                self._problems.append(f"{name} is {found[name]}, but must be {expected}")
 
     # -- content ------------------------------------------------------------
 
@@ -201,9 +267,13 @@ class _DatabaseCheck:
     # -- indexes ------------------------------------------------------------
 
     def _check_indexes(self) -> None:
+        maintenance = self._database.maintenance
         for table in metadata.sorted_tables:
-            for index in sorted(table.indexes, key=lambda index: str(index.name)):
-                digests = self._database.maintenance.index_digests(self._session, index)
+            indexes = sorted(table.indexes, key=lambda index: str(index.name))
+            if maintenance.has_primary_key_index:
+                indexes.append(_primary_key_index(table))
+            for index in indexes:
+                digests = maintenance.index_digests(self._session, index)
                 if digests is None or digests[0] == digests[1]:
                     continue
                 (given, _), (stored, _) = digests

@@ -179,15 +179,21 @@ class RecordedDisk(Disk):
         self.failpoint: Failpoint | None = None
 
     def _begin(self, step: str) -> None:
+        failpoint = self._count(step)
+        if failpoint is not None:
+            self._fail(failpoint)
+
+    def _count(self, step: str) -> Failpoint | None:
+        """Count a call of an operation; return the failpoint if this call must fail."""
         if self._killed:
             raise KilledError
         self._recorder.steps[step] += 1
         self._recorder.sites[step, *_call_site()] += 1
-        if self.failpoint is not None and self.failpoint.step == step:
-            if self.failpoint.after:
-                self.failpoint.after -= 1
-            elif step != "pwrite":
-                self._fail(self.failpoint)
+        failpoint = self.failpoint
+        if failpoint is None or failpoint.step != step:
+            return None
+        failpoint.after -= 1
+        return failpoint if failpoint.after < 0 else None
 
     def _fail(self, failpoint: Failpoint) -> None:
         self.failpoint = None
@@ -223,17 +229,15 @@ class RecordedDisk(Disk):
 
     def pwrite(self, descriptor: int, data: bytes | memoryview, offset: int) -> int:
         with self._recorder.lock:
-            self._begin("pwrite")
-            failpoint = self.failpoint
-            fails = failpoint is not None and failpoint.step == "pwrite" and not failpoint.after
-            if failpoint is not None and fails:
+            failpoint = self._count("pwrite")
+            if failpoint is not None:
                 data = data[: failpoint.written]
             written = super().pwrite(descriptor, data, offset) if data else 0
             if written:
                 self._recorder.record(
                     Written(self._files[descriptor], offset, bytes(data[:written]))
                 )
-            if failpoint is not None and fails:
+            if failpoint is not None:
                 self._fail(failpoint)
             return written
 

@@ -46,6 +46,10 @@ Digest = tuple[Any, Any]
 """A digest of some rows: the number of the rows, and the sum of the hashes of the indexed
 columns."""
 
+Declarations = dict[str, str]
+"""Maps each column and each index, for example ``the index ix_tasks_owner of the table tasks``, to
+its declaration, for example ``(owner_key, created_at, task_id)``."""
+
 
 def row_groups(rows: Sequence[_Row]) -> Sequence[Sequence[_Row]]:
     """Split rows into groups; the size of each group is one of ``BATCH_SIZES``."""
@@ -178,6 +182,10 @@ class Maintenance:
     An instance stores nothing about a database: each method gets a session of the database.
     """
 
+    has_primary_key_index: ClassVar[bool] = False
+    """True if the index of a primary key is separate from the rows of its table, so that
+    :meth:`index_digests` can compare the two."""
+
     def free_pages(self, session: Session) -> int:
         """Return the number of unused pages that taskstore can remove from the database file."""
         del session
@@ -196,6 +204,15 @@ class Maintenance:
         """
         del session
         return []
+
+    def declarations(self, session: Session) -> Declarations | None:
+        """Return the declarations of all columns and indexes that the tables of the ledger have in
+        the database.
+
+        Returns ``None`` if :meth:`engine_problems` already compares the declarations.
+        """
+        del session
+        return None
 
     def index_digests(self, session: Session, index: sa.Index) -> tuple[Digest, Digest] | None:
         """Return two digests: the digest of the rows that a read of an index gives, and the digest
@@ -455,6 +472,33 @@ def indexed_columns(index: sa.Index) -> list[sa.Column[Any]]:
     """Return the columns of an index, and the columns of the primary key of its table."""
     assert index.table is not None
     return list(dict.fromkeys([*index.columns, *index.table.primary_key]))
+
+
+def column_declaration(
+    table: str, name: str, type_: str, collation: str | None, *, nullable: bool
+) -> tuple[str, str]:
+    """Return the item of ``Declarations`` for a column.  ``type_`` has SQLAlchemy's spelling."""
+    words = [type_, f"COLLATE {collation}" if collation else "", "" if nullable else "NOT NULL"]
+    return f"the column {name} of the table {table}", " ".join(filter(None, words))
+
+
+def index_declaration(
+    table: str, name: str, columns: str, *, unique: bool, condition: str | None = None
+) -> tuple[str, str]:
+    """Return the item of ``Declarations`` for an index.  The name of a primary key is empty.
+
+    A server writes a condition in its own words.  Therefore the item contains the text of a
+    condition only if the condition is ``COLUMN IS NOT NULL``, and ``...`` for another condition.
+    """
+    title = f"the index {name}" if name else "the primary key"
+    words = [f"UNIQUE ({columns})" if unique else f"({columns})"]
+    if condition is not None:
+        match = _NOT_NULL.fullmatch(condition)
+        words.append(f"WHERE {match[1] if match else '...'}")
+    return f"{title} of the table {table}", " ".join(words)
+
+
+_NOT_NULL = re.compile(r"\(?(\w+ IS NOT NULL)\)?")
 
 
 def _password(url: sa.URL) -> str | None:

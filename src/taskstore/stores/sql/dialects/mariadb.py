@@ -24,13 +24,16 @@ from taskstore.stores.sql.dialects.base import (
     LOCK_TIMEOUT_S,
     WRITE_LOCK_TIMEOUT_S,
     Database,
+    Declarations,
     Digest,
     Maintenance,
     Session,
     URLOption,
     boolean_option,
     check_driver_arguments,
+    column_declaration,
     flat_parameters,
+    index_declaration,
     indexed_columns,
     integer_option,
     require_user,
@@ -80,6 +83,33 @@ WHERE conn.db = DATABASE() AND conn.id <> CONNECTION_ID()
 """
 """Selects the connections that own row locks in the database and wait for no lock.  The query needs
 the privilege PROCESS."""
+
+_COLUMNS = """
+SELECT table_name, column_name, column_type, collation_name, is_nullable = 'YES'
+FROM information_schema.columns WHERE table_schema = DATABASE() AND table_name = %s
+"""
+"""Selects the table, the name, the type, the collation and the nullability of each column of a
+table."""
+
+_INDEXES = """
+SELECT table_name, IF(index_name = 'PRIMARY', '', index_name),
+    CONCAT(
+        GROUP_CONCAT(
+            column_name, IFNULL(CONCAT('(', sub_part, ')'), ''), IF(collation = 'D', ' DESC', '')
+            ORDER BY seq_in_index SEPARATOR ', '
+        ),
+        IF(ignored = 'YES', ', ignored', '')
+    ),
+    non_unique = 0
+FROM information_schema.statistics WHERE table_schema = DATABASE() AND table_name = %s
+GROUP BY table_name, index_name, non_unique, ignored
+"""
+"""Selects the table, the name, the columns and the uniqueness of each index of a table.  The name
+of a primary key is empty.  The columns contain the length of a prefix, a descending order, and the
+mark of an index that the server does not use."""
+
+_WIDTH = re.compile(r"(?<=INT)\(\d+\)")
+"""Matches the display width of an integer type, which does not limit its values."""
 
 _INCOMPATIBLE_SQL_MODES = {"EMPTY_STRING_IS_NULL", "ORACLE"}
 """The values of ``sql_mode`` with which the store refuses a host's engine.  These values change the
@@ -229,6 +259,19 @@ class MariaDBMaintenance(Maintenance):
             for table, _, kind, text in rows
             if kind.lower() in ("error", "warning") or (kind == "status" and text != "OK")
         ]
+
+    def declarations(self, session: Session) -> Declarations:
+        found: Declarations = {}
+        for table in metadata.sorted_tables:
+            found |= (
+                column_declaration(of, column, _spelled(kind), collation, nullable=bool(nullable))
+                for of, column, kind, collation, nullable in session.rows(_COLUMNS, (table.name,))
+            )
+            found |= (
+                index_declaration(of, index, columns, unique=bool(unique))
+                for of, index, columns, unique in session.rows(_INDEXES, (table.name,))
+            )
+        return found
 
     def index_digests(self, session: Session, index: sa.Index) -> tuple[Digest, Digest] | None:
         names = session.database.names
@@ -455,6 +498,11 @@ def _write_settings() -> str:
         f"{_SQL_MODE}, innodb_lock_wait_timeout = {WRITE_LOCK_TIMEOUT_S}, "
         f"lock_wait_timeout = {LOCK_TIMEOUT_S}"
     )
+
+
+def _spelled(column_type: str) -> str:
+    """Return SQLAlchemy's spelling of the type of a column."""
+    return re.sub(r"^INT\b", "INTEGER", _WIDTH.sub("", column_type.upper()))
 
 
 def _max_row_size(row: tuple[Any, ...]) -> int:

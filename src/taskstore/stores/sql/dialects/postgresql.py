@@ -9,17 +9,21 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+from sqlalchemy.sql.expression import Executable
 
 from taskstore.errors import StoreUnavailableError, ValidationError
 from taskstore.stores.sql.dialects.base import (
     LOCK_TIMEOUT_S,
     WRITE_LOCK_TIMEOUT_S,
     Database,
+    Declarations,
     Digest,
     Maintenance,
     Session,
     URLOption,
     check_driver_arguments,
+    column_declaration,
+    index_declaration,
     indexed_columns,
     integer_option,
     require_user,
@@ -28,7 +32,7 @@ from taskstore.stores.sql.dialects.base import (
 from taskstore.stores.sql.errors import postgresql_error_kind
 from taskstore.stores.sql.rows import ClaimedSeqs
 from taskstore.stores.sql.statements import Statements
-from taskstore.stores.sql.tables import ONLY_ON, SCHEMA_EPOCH
+from taskstore.stores.sql.tables import ONLY_ON, SCHEMA_EPOCH, metadata
 
 _CHANNEL = "taskstore_"
 _LISTENER_KEY = "hashtextextended({}, 0)"
@@ -43,6 +47,39 @@ WHERE held.relation = %s::regclass AND held.granted
     AND NOT EXISTS (SELECT FROM pg_locks AS wait WHERE wait.pid = held.pid AND NOT wait.granted)
 """
 """Selects server processes that own a row or table lock on the head table and wait for no lock."""
+
+_COLUMNS = """
+SELECT class.relname::text, attr.attname::text, format_type(attr.atttypid, attr.atttypmod),
+    coll.collname::text, NOT attr.attnotnull
+FROM pg_attribute AS attr JOIN pg_class AS class ON class.oid = attr.attrelid
+LEFT JOIN pg_collation AS coll ON coll.oid = attr.attcollation
+WHERE attr.attrelid = to_regclass(%s) AND attr.attnum > 0 AND NOT attr.attisdropped
+"""
+"""Selects the table, the name, the type, the collation and the nullability of each column of a
+table."""
+
+_INDEXES = """
+SELECT class.relname::text, CASE WHEN item.indisprimary THEN '' ELSE index.relname::text END,
+    key.columns || CASE WHEN item.indisvalid AND item.indisready THEN '' ELSE ', invalid' END,
+    item.indisunique, pg_get_expr(item.indpred, item.indrelid)
+FROM pg_index AS item JOIN pg_class AS class ON class.oid = item.indrelid
+JOIN pg_class AS index ON index.oid = item.indexrelid
+CROSS JOIN LATERAL (
+    SELECT string_agg(
+        coalesce(attr.attname::text, 'an expression')
+        || coalesce(' COLLATE ' || coll.collname::text, '')
+        || CASE WHEN item.indoption[n] <> 0 THEN ' DESC' ELSE '' END, ', ' ORDER BY n
+    )
+    FROM generate_series(0, item.indnkeyatts - 1) AS n LEFT JOIN pg_attribute AS attr
+        ON attr.attrelid = item.indrelid AND attr.attnum = item.indkey[n]
+    LEFT JOIN pg_collation AS coll
+        ON coll.oid = item.indcollation[n] AND coll.oid <> attr.attcollation
+) AS key (columns)
+WHERE item.indrelid = to_regclass(%s)
+"""
+"""Selects the table, the name, the columns, the uniqueness and the condition of each index of a
+table.  The name of a primary key is empty.  A collation or an order that is not the default is part
+of the columns, and so is the mark of an index that the server does not use."""
 
 
 class PostgreSQLStatements(Statements):
@@ -143,7 +180,7 @@ _OPTIONS: dict[str, URLOption] = {
 
 
 _BY_INDEX = (("seqscan", "bitmapscan", "sort", "incremental_sort"), ("indexscan", "indexonlyscan"))
-_BY_TABLE = (("indexscan", "indexonlyscan", "bitmapscan"), ("seqscan", "sort"))
+_BY_TABLE = (("indexscan", "indexonlyscan", "bitmapscan"), ("seqscan",))
 """The planner settings to switch off, and the planner settings to switch on.  With ``_BY_INDEX``, a
 query in the order of an index reads this index.  With ``_BY_TABLE``, the query reads the whole
 table."""
@@ -152,26 +189,46 @@ table."""
 class PostgreSQLMaintenance(Maintenance):
     """The maintenance of a PostgreSQL database."""
 
+    has_primary_key_index = True
+
+    def declarations(self, session: Session) -> Declarations:
+        found: Declarations = {}
+        for table in metadata.sorted_tables:
+            name = (_qualified(table.name, session.database.schema),)
+            found |= (
+                column_declaration(of, column, _spelled(kind), collation, nullable=nullable)
+                for of, column, kind, collation, nullable in session.rows(_COLUMNS, name)
+            )
+            found |= (
+                index_declaration(of, index, columns, unique=unique, condition=condition)
+                for of, index, columns, unique, condition in session.rows(_INDEXES, name)
+            )
+        return found
+
     def index_digests(self, session: Session, index: sa.Index) -> tuple[Digest, Digest] | None:
         names = session.database.names
         if names[0] not in ONLY_ON.get(str(index.name), names):
             return None
-        columns = indexed_columns(index)
         condition = index.dialect_options["postgresql"]["where"]
-        rows = sa.select(*columns).order_by(*columns).offset(sa.literal_column("0"))
+        rows = sa.select(*indexed_columns(index)).offset(sa.literal_column("0"))
         if condition is not None:
             rows = rows.where(condition)
-        indexed = rows.subquery("indexed")
-        # The 64-bit hash of the text of a whole row.
-        row = sa.cast(sa.literal_column(indexed.name), sa.Text)
-        hashed = sa.func.hashtextextended(row, sa.literal_column("0"))
-        digest = sa.select(sa.func.count(), sa.func.sum(hashed)).select_from(indexed)
         found = []
-        for off, on in (_BY_INDEX, _BY_TABLE):
+        # Each query reads the rows in the order in which they are stored, so no query sorts them.
+        for (off, on), query in ((_BY_INDEX, rows.order_by(*index.columns)), (_BY_TABLE, rows)):
             for name in (*off, *on):
                 session.execute(f"SET LOCAL enable_{name} = {'off' if name in off else 'on'}")
-            found.append(tuple(session.select(digest)[0]))
+            found.append(tuple(session.select(_digest_of(query))[0]))
         return found[0], found[1]
+
+
+def _digest_of(rows: sa.Select[Any]) -> Executable:
+    """Return the query for the digest of the rows of a query."""
+    indexed = rows.subquery("indexed")
+    # The 64-bit hash of the text of a whole row.
+    row = sa.cast(sa.literal_column(indexed.name), sa.Text)
+    hashed = sa.func.hashtextextended(row, sa.literal_column("0"))
+    return sa.select(sa.func.count(), sa.func.sum(hashed)).select_from(indexed)
 
 
 class PostgreSQLDatabase(Database):
@@ -349,7 +406,7 @@ class PostgreSQLDatabase(Database):
         ]
 
     def _head_table(self) -> str:
-        return f"{_quoted(self.schema)}.taskstore_head" if self.schema else "taskstore_head"
+        return _qualified("taskstore_head", self.schema)
 
     def use_schema(self, connection: sa.Connection) -> None:
         if self.schema is not None:
@@ -422,6 +479,15 @@ def _write_settings() -> tuple[str, ...]:
 def _quoted(name: str) -> str:
     """Return a name as a quoted SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
+
+
+def _spelled(column_type: str) -> str:
+    """Return SQLAlchemy's spelling of the type of a column."""
+    return column_type.upper().replace("CHARACTER VARYING", "VARCHAR")
+
+
+def _qualified(table: str, schema: str | None) -> str:
+    return table if schema is None else f"{_quoted(schema)}.{table}"
 
 
 def _has_several_hosts(url: sa.URL) -> bool:
