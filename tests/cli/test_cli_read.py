@@ -15,7 +15,6 @@ from typing import Any
 
 import pysqlite3
 import pytest
-import sqlalchemy
 from cli_process import CLI, Invoke
 
 from taskstore import (
@@ -286,19 +285,6 @@ def test_a_store_without_queries_is_queried_over_its_snapshot(
 
 
 # -- SQL only ---------------------------------------------------------------
-
-
-@pytest.fixture
-def statements(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Every statement that reaches SQLite."""
-    collected: list[str] = []
-
-    def trace(connection: Any, _: object) -> None:
-        connection.set_trace_callback(collected.append)
-
-    sqlalchemy.event.listen(sqlalchemy.Pool, "connect", trace)
-    yield collected
-    sqlalchemy.event.remove(sqlalchemy.Pool, "connect", trace)
 
 
 @pytest.mark.parametrize("url", ["sqlite"], indirect=True)
