@@ -286,6 +286,7 @@ def test_check_reports_a_schema_difference(
 def test_db_history(invoke: Invoke, registry: TaskRegistry, url: str) -> None:
     assert invoke("db", "history").lines[-1][:2] == ["0001", ""]
     assert invoke("db", "history", "--url", url).lines[-1][:2] == ["0001", "current"]
+    assert invoke("--url", url, "db", "history").lines[-1][:2] == ["0001", "current"]
     assert invoke("db", "history", "--json").json["revisions"][-1]["revision"] == "0001"
 
 
@@ -296,3 +297,20 @@ def test_db_is_for_sql(invoke: Invoke, tmp_path: Path) -> None:
         assert "is not an SQL ledger" in result.err
     assert invoke("db", "upgrade", "9999").status == 2
     assert invoke("db", "check", "--url", "foo:x").status == 2
+
+
+def test_db_tells_that_the_file_has_a_second_name(
+    invoke: Invoke, registry: TaskRegistry, url: str, tmp_path: Path
+) -> None:
+    assert invoke("db", "current").err == ""
+    (tmp_path / "second.db").hardlink_to(tmp_path / "tasks.db")
+    note = invoke("summary").err
+    assert note.startswith("taskstore: note: ")
+    for command in ("current", "check"):
+        result = invoke("db", command)
+        assert (result.status, result.err) == (0, note)
+    assert invoke("db", "history", "--url", url).err == note
+    assert invoke("db", "history").err == ""  # without --url, the command opens no ledger
+    assert invoke("db", "current", "--url", f"{url}?links=allow").err == ""
+    allowed = invoke("db", "upgrade", "--url", f"{url}?links=allow")
+    assert (allowed.status, allowed.err) == (0, "")
