@@ -177,7 +177,7 @@ def test_compact_if_due_counts_bytes(invoke: Invoke, month: list[int]) -> None:
     assert not invoke("compact", "--if-due", "--keep-bytes", "1MB", "--json").json["compacted"]
 
 
-@pytest.mark.parametrize("size", ["", "MiB", "1.5", "-3", "5 parsecs", "1e9"])
+@pytest.mark.parametrize("size", ["", "MiB", "1.5", "-3", "5 parsecs", "1e9", "9" * 400])
 def test_what_is_not_a_size(invoke: Invoke, registry: TaskRegistry, size: str) -> None:
     result = invoke("compact", f"--keep-bytes={size}")
     assert result.status == (0 if size == "1.5" else 2)
