@@ -169,6 +169,32 @@ def test_compact_keeps_what_was_asked_for(invoke: Invoke, month: list[int]) -> N
     assert invoke("summary", "--json").json["total"] == 90
 
 
+def test_a_report_says_that_an_earlier_compaction_trimmed(
+    invoke: Invoke, month: list[int], url: str
+) -> None:
+    earlier = "an earlier compaction trimmed the older entries"
+    report = invoke("compact", "--keep-days", "60", "--json").json
+    assert report["floor_reason"] == "the entries of the last 60 days are kept"
+    report = invoke("compact", "--keep-days", "2", "--json").json
+    assert (report["floor"], report["floor_reason"]) == (
+        85,
+        "the entries of the last 2 days are kept",
+    )
+    for keep in (["--keep-days", "14"], ["--keep-entries", "50"], []):
+        out = invoke("compact", *keep).out
+        assert out.startswith("nothing to do: ")
+        assert out.endswith(f"history reaches back to seq 85: {earlier}\n")
+    with TaskRegistry.open(url) as opened:
+        opened.create(runtime="cli", task="x")
+    report = invoke("compact", "--json").json
+    assert (report["compacted"], report["floor_reason"]) == (True, earlier)
+    report = invoke("compact", "--keep-days", "0", "--json").json
+    assert (report["floor"], report["floor_reason"]) == (92, "no history is kept")
+    assert invoke("compact", "--keep-days", "0").out.endswith(f"seq 92: {earlier}\n")
+    erased = invoke("compact", "--erase-deleted", "--json").json
+    assert erased["floor_reason"] == "deleted records were erased, with all history"
+
+
 def test_compact_if_due_counts_bytes(invoke: Invoke, month: list[int]) -> None:
     assert invoke("compact", "--if-due", "--keep-days", "60", "--json").json["floor"] == 1
     report = invoke("compact", "--if-due", "--keep-bytes", "1MB", "--json").json

@@ -153,17 +153,18 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
         The seq in the result is at least ``floor`` - 1 and at most ``head``.  While an entry
         within the window of ``history_s`` exists, no later entry can be trimmed.
         """
+        reason = "no history is kept"
+        if self.history_entries:
+            reason = f"the newest {self.history_entries:,} entries are kept"
         last = head - self.history_entries
         if last < floor:
-            return HistoryLimit(floor - 1, f"the newest {self.history_entries:,} entries are kept")
+            return HistoryLimit(floor - 1, reason)
         if self.history_s > 0:
             seqs = range(floor, last + 1)
             old = floor - 1 + bisect_right(seqs, now - self.history_s * 1000, key=at)
             if old < last and not self._has_no_age(at(old + 1), now):
                 return HistoryLimit(old, _window(self.history_s))
-        if not self.history_entries:
-            return HistoryLimit(last, "no history is kept")
-        return HistoryLimit(last, f"the newest {self.history_entries:,} entries are kept")
+        return HistoryLimit(last, reason)
 
     def size_limit(self, seq: int) -> HistoryLimit:
         """Return a :class:`HistoryLimit` at ``seq``, with ``history_bytes`` as its reason."""
