@@ -56,12 +56,7 @@ class CompactionLease:
         _local_owners.add(self._owner)
         busy = False
         try:
-            if not self._transactions.run(self._acquire):
-                raise StoreBusyError(
-                    f"{self._location} is being compacted by another process",
-                    hint="try again later; the lease of a killed process expires within "
-                    f"{LEASE_MS // 1000} s",
-                )
+            self._acquire()
             yield
         except StoreBusyError:
             busy = True
@@ -99,7 +94,15 @@ class CompactionLease:
         time.sleep(min(time.monotonic() - started, MAX_PAUSE_S))
         return result
 
-    def _acquire(self, tx: Session) -> bool:
+    def _acquire(self) -> None:
+        if not self._transactions.run(self._try_acquire):
+            raise StoreBusyError(
+                f"{self._location} is being compacted by another process",
+                hint="try again later; the lease of a killed process expires within "
+                f"{LEASE_MS // 1000} s",
+            )
+
+    def _try_acquire(self, tx: Session) -> bool:
         """Acquire the lease if it is free, expired or owned by a dead process; return whether it
         was acquired."""
         lease = taskstore_head.c
