@@ -321,7 +321,9 @@ def test_db_is_for_sql(invoke: Invoke, tmp_path: Path) -> None:
         result = invoke("db", command, "--url", f"json:///{tmp_path}/x")
         assert result.status == 2
         assert "is not an SQL ledger" in result.err
-    assert invoke("db", "upgrade", "9999").status == 2
+    unknown = invoke("db", "upgrade", "9999")
+    assert unknown.status == 2
+    assert "'taskstore db history' lists the revisions" in unknown.err
     assert invoke("db", "check", "--url", "foo:x").status == 2
 
 

@@ -284,6 +284,19 @@ def test_a_store_without_queries_is_queried_over_its_snapshot(
         assert invoke(*words).status == 2
 
 
+@pytest.mark.parametrize("option", ["--runtime", "--owner", "--session", "--run"])
+def test_an_empty_filter_does_not_list_everything(
+    invoke: Invoke, ids: dict[str, str], option: str
+) -> None:
+    result = invoke("list", option, "")
+    assert (result.status, result.out) == (0, "")
+
+
+def test_an_age_of_any_length(invoke: Invoke, ids: dict[str, str]) -> None:
+    everything = invoke("list").lines
+    assert invoke("list", "--since", f"{'9' * 400}d").lines == everything != []
+
+
 # -- SQL only ---------------------------------------------------------------
 
 

@@ -142,7 +142,7 @@ def _database(url: str, *, read_only: bool = False, notices: bool = True) -> Ite
         try:
             yield database
         except CommandError as error:
-            raise Misuse(str(error)) from error
+            raise Misuse(str(error), hint="'taskstore db history' lists the revisions") from error
         finally:
             if notices:
                 render.print_notices(database.current_notices())
