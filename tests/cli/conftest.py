@@ -5,8 +5,10 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sqlalchemy
 from cli_process import CLI, Invoke, Result
 
 from taskstore.cli import main
@@ -49,3 +51,16 @@ def invoke(url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         return Result(status, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def statements() -> Iterator[list[str]]:
+    """Every statement that reaches SQLite."""
+    collected: list[str] = []
+
+    def trace(connection: Any, _: object) -> None:
+        connection.set_trace_callback(collected.append)
+
+    sqlalchemy.event.listen(sqlalchemy.Pool, "connect", trace)
+    yield collected
+    sqlalchemy.event.remove(sqlalchemy.Pool, "connect", trace)

@@ -169,6 +169,32 @@ def test_compact_keeps_what_was_asked_for(invoke: Invoke, month: list[int]) -> N
     assert invoke("summary", "--json").json["total"] == 90
 
 
+def test_a_report_says_that_an_earlier_compaction_trimmed(
+    invoke: Invoke, month: list[int], url: str
+) -> None:
+    earlier = "an earlier compaction trimmed the older entries"
+    report = invoke("compact", "--keep-days", "60", "--json").json
+    assert report["floor_reason"] == "the entries of the last 60 days are kept"
+    report = invoke("compact", "--keep-days", "2", "--json").json
+    assert (report["floor"], report["floor_reason"]) == (
+        85,
+        "the entries of the last 2 days are kept",
+    )
+    for keep in (["--keep-days", "14"], ["--keep-entries", "50"], []):
+        out = invoke("compact", *keep).out
+        assert out.startswith("nothing to do: ")
+        assert out.endswith(f"history reaches back to seq 85: {earlier}\n")
+    with TaskRegistry.open(url) as opened:
+        opened.create(runtime="cli", task="x")
+    report = invoke("compact", "--json").json
+    assert (report["compacted"], report["floor_reason"]) == (True, earlier)
+    report = invoke("compact", "--keep-days", "0", "--json").json
+    assert (report["floor"], report["floor_reason"]) == (92, "no history is kept")
+    assert invoke("compact", "--keep-days", "0").out.endswith(f"seq 92: {earlier}\n")
+    erased = invoke("compact", "--erase-deleted", "--json").json
+    assert erased["floor_reason"] == "deleted records were erased, with all history"
+
+
 def test_compact_if_due_counts_bytes(invoke: Invoke, month: list[int]) -> None:
     assert invoke("compact", "--if-due", "--keep-days", "60", "--json").json["floor"] == 1
     report = invoke("compact", "--if-due", "--keep-bytes", "1MB", "--json").json
@@ -177,7 +203,7 @@ def test_compact_if_due_counts_bytes(invoke: Invoke, month: list[int]) -> None:
     assert not invoke("compact", "--if-due", "--keep-bytes", "1MB", "--json").json["compacted"]
 
 
-@pytest.mark.parametrize("size", ["", "MiB", "1.5", "-3", "5 parsecs", "1e9"])
+@pytest.mark.parametrize("size", ["", "MiB", "1.5", "-3", "5 parsecs", "1e9", "9" * 400])
 def test_what_is_not_a_size(invoke: Invoke, registry: TaskRegistry, size: str) -> None:
     result = invoke("compact", f"--keep-bytes={size}")
     assert result.status == (0 if size == "1.5" else 2)
@@ -286,6 +312,7 @@ def test_check_reports_a_schema_difference(
 def test_db_history(invoke: Invoke, registry: TaskRegistry, url: str) -> None:
     assert invoke("db", "history").lines[-1][:2] == ["0001", ""]
     assert invoke("db", "history", "--url", url).lines[-1][:2] == ["0001", "current"]
+    assert invoke("--url", url, "db", "history").lines[-1][:2] == ["0001", "current"]
     assert invoke("db", "history", "--json").json["revisions"][-1]["revision"] == "0001"
 
 
@@ -294,5 +321,24 @@ def test_db_is_for_sql(invoke: Invoke, tmp_path: Path) -> None:
         result = invoke("db", command, "--url", f"json:///{tmp_path}/x")
         assert result.status == 2
         assert "is not an SQL ledger" in result.err
-    assert invoke("db", "upgrade", "9999").status == 2
+    unknown = invoke("db", "upgrade", "9999")
+    assert unknown.status == 2
+    assert "'taskstore db history' lists the revisions" in unknown.err
     assert invoke("db", "check", "--url", "foo:x").status == 2
+
+
+def test_db_tells_that_the_file_has_a_second_name(
+    invoke: Invoke, registry: TaskRegistry, url: str, tmp_path: Path
+) -> None:
+    assert invoke("db", "current").err == ""
+    (tmp_path / "second.db").hardlink_to(tmp_path / "tasks.db")
+    note = invoke("summary").err
+    assert note.startswith("taskstore: note: ")
+    for command in ("current", "check"):
+        result = invoke("db", command)
+        assert (result.status, result.err) == (0, note)
+    assert invoke("db", "history", "--url", url).err == note
+    assert invoke("db", "history").err == ""  # without --url, the command opens no ledger
+    assert invoke("db", "current", "--url", f"{url}?links=allow").err == ""
+    allowed = invoke("db", "upgrade", "--url", f"{url}?links=allow")
+    assert (allowed.status, allowed.err) == (0, "")

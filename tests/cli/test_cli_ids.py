@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import sqlalchemy
 from cli_process import CLI, Invoke
 from test_cli_errors import on_a_terminal
 
@@ -96,19 +94,6 @@ def test_ids_that_all_end_alike_are_shown_whole(url: str) -> None:
 
 
 # -- SQL only ---------------------------------------------------------------
-
-
-@pytest.fixture
-def statements() -> Iterator[list[str]]:
-    """Every statement that reaches SQLite."""
-    collected: list[str] = []
-
-    def trace(connection: Any, _: object) -> None:
-        connection.set_trace_callback(collected.append)
-
-    sqlalchemy.event.listen(sqlalchemy.Pool, "connect", trace)
-    yield collected
-    sqlalchemy.event.remove(sqlalchemy.Pool, "connect", trace)
 
 
 @pytest.mark.parametrize("url", ["sqlite"], indirect=True)

@@ -15,7 +15,6 @@ from typing import Any
 
 import pysqlite3
 import pytest
-import sqlalchemy
 from cli_process import CLI, Invoke
 
 from taskstore import (
@@ -285,20 +284,20 @@ def test_a_store_without_queries_is_queried_over_its_snapshot(
         assert invoke(*words).status == 2
 
 
+@pytest.mark.parametrize("option", ["--runtime", "--owner", "--session", "--run"])
+def test_an_empty_filter_does_not_list_everything(
+    invoke: Invoke, ids: dict[str, str], option: str
+) -> None:
+    result = invoke("list", option, "")
+    assert (result.status, result.out) == (0, "")
+
+
+def test_an_age_of_any_length(invoke: Invoke, ids: dict[str, str]) -> None:
+    everything = invoke("list").lines
+    assert invoke("list", "--since", f"{'9' * 400}d").lines == everything != []
+
+
 # -- SQL only ---------------------------------------------------------------
-
-
-@pytest.fixture
-def statements(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Every statement that reaches SQLite."""
-    collected: list[str] = []
-
-    def trace(connection: Any, _: object) -> None:
-        connection.set_trace_callback(collected.append)
-
-    sqlalchemy.event.listen(sqlalchemy.Pool, "connect", trace)
-    yield collected
-    sqlalchemy.event.remove(sqlalchemy.Pool, "connect", trace)
 
 
 @pytest.mark.parametrize("url", ["sqlite"], indirect=True)

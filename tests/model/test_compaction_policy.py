@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import math
 
+import pytest
+from msgspec.structs import replace
+
+from taskstore.errors import ValidationError
 from taskstore.model.compaction_policy import CompactionPolicy, JournalStats, SnapshotInfo
 
 HOUR_S = 3600
@@ -58,6 +62,41 @@ def test_due_by_force():
     assert CompactionPolicy().forced().due(stats()) == "compaction was forced"
     assert CompactionPolicy(min_entries=5).forced() == CompactionPolicy(min_entries=5, force=True)
     assert "erased" in CompactionPolicy(erase_deleted=True).due(stats(entries=0))
+
+
+COUNTS = ("min_entries", "max_bytes", "history_entries", "history_bytes", "keep_snapshots")
+SECONDS = ("max_age_s", "history_s")
+
+
+@pytest.mark.parametrize("field", [*COUNTS, *SECONDS, "ratio"])
+@pytest.mark.parametrize("value", [-1, -0.5, math.nan, -math.inf, "1", None, True, 1j, [1]])
+def test_a_limit_that_is_not_a_number_from_zero_on_is_refused(field, value):
+    with pytest.raises(ValidationError) as caught:
+        CompactionPolicy(**{field: value})
+    assert caught.value.field == field
+    with pytest.raises(ValidationError, match=field):
+        replace(CompactionPolicy(), **{field: value})
+
+
+@pytest.mark.parametrize("field", [*COUNTS, "ratio"])
+def test_only_a_number_of_seconds_can_be_infinite(field):
+    with pytest.raises(ValidationError, match=field):
+        CompactionPolicy(**{field: math.inf})
+
+
+@pytest.mark.parametrize("field", COUNTS)
+def test_a_count_is_an_integer_of_any_size(field):
+    assert getattr(CompactionPolicy(**{field: 2**63}), field) == 2**63
+    with pytest.raises(ValidationError, match="must be an integer"):
+        CompactionPolicy(**{field: 1e4})
+
+
+def test_infinite_seconds_never_end():
+    policy = CompactionPolicy(max_age_s=math.inf, history_s=math.inf, history_entries=1)
+    assert policy.due(stats(now=10**15, oldest_at=0)) is None
+    limit = policy.trimmable(head=9, floor=1, now=10**15, at=lambda seq: seq)
+    assert limit == (0, "entries of any age are kept")
+    assert policy.retained(snapshots((5, 0), (9, 1)), head=9, floor=1, now=10**15)[1] == 1
 
 
 def snapshots(*pairs):

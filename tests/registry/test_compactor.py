@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
-from taskstore import CompactionPolicy, Compactor
+import pytest
+
+from taskstore import CompactionPolicy, Compactor, ReadOnlyError
 from taskstore.aio import AsyncTaskRegistry
 from taskstore.testing.threads import TIMEOUT_S
 
@@ -119,3 +122,14 @@ def test_a_closed_compactor_starts_nothing(open_ledger):
     registry.create(runtime="cli", task="x")
     assert compactor.wait()
     assert compactor.runs == 0
+
+
+def test_a_read_only_store_is_refused_at_once(open_ledger, caplog):
+    open_ledger().create(runtime="cli", task="x")
+    reader = open_ledger(read_only=True)
+    caplog.clear()
+    with caplog.at_level(logging.DEBUG), pytest.raises(ReadOnlyError) as caught:
+        Compactor(reader.store, POLICY)
+    assert reader.store.location in str(caught.value)
+    assert "opened for writing" in caught.value.hint
+    assert caplog.messages == []

@@ -298,3 +298,63 @@ def test_the_queue_file_of_sqlite_belongs_to_the_users(base):
     os.close(ready)
     os.close(go)
     assert access_of(queue) == (SERVICE, SERVICE, 0o600)
+
+
+def refusal(url, work):
+    """The error of a colleague who calls ``work`` with the URL."""
+
+    def attempt(report):
+        os.setgroups([TEAM])
+        os.setgid(COLLEAGUE)
+        os.setuid(COLLEAGUE)
+        with pytest.raises(StoreUnavailableError) as caught:
+            work(url)
+        report(str(caught.value))
+
+    [error] = Child(attempt).finish()
+    return error
+
+
+def compact_fully(url):
+    with open_store(url) as store:
+        store.compact(TRIM)
+
+
+def read(url):
+    open_store(url, read_only=True).close()
+
+
+def test_a_sticky_directory_is_named_to_the_second_user(base, scheme):
+    home = home_of(base, 0, TEAM, 0o3770)
+    url = url_of(scheme, home)
+    run_as(SERVICE, lambda: write(url), groups=[TEAM])
+    file = home / ("ledger" if scheme == "json" else "t.db")
+    for work in (write, read):
+        error = refusal(url, work)
+        assert f"{file} belongs to user {SERVICE}" in error
+        assert f"this process runs as user {COLLEAGUE}" in error
+        assert f"{home} is sticky" in error
+        assert f"chmod -t {home}" in error
+        assert "read-only" not in error
+    home.chmod(0o2770)
+    assert "sticky" not in refusal(url, write)
+
+
+def test_a_file_that_a_sticky_directory_keeps_is_named(base):
+    home = home_of(base, 0, TEAM, 0o2770)
+    url = f"json:///{home}"
+    run_as(SERVICE, lambda: write(url), groups=[TEAM])
+    home.chmod(0o3770)
+    run_as(COLLEAGUE, lambda: write(url), groups=[TEAM])
+    error = refusal(url, compact_fully)
+    [segment, _] = sorted(home.glob("journal-*"))
+    assert f"{segment} belongs to user {SERVICE}" in error
+    assert f"chmod -t {home}" in error
+
+
+def test_a_directory_for_everybody_stays_sticky(base, scheme):
+    home = home_of(base, 0, 0, 0o1777)
+    run_as(SERVICE, lambda: write(url_of(scheme, home)))
+    error = refusal(url_of(scheme, home), write)
+    assert f"belongs to user {SERVICE}" in error
+    assert "chmod" not in error

@@ -6,13 +6,13 @@ Only these commands and the creation of a new ledger change a schema.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from taskstore.cli import render
-from taskstore.cli.ledger import AsJson, Misuse, Url, url_of
+from taskstore.cli.ledger import AsJson, Misuse, Url, url_of, url_option
 from taskstore.errors import BackendNotFoundError, ValidationError
 from taskstore.store.opening import installed_backends, redacted, scheme_of
 
@@ -59,7 +59,7 @@ def downgrade(
     from taskstore.stores.sql import migrate
 
     where = sql_url_of(ctx, url)
-    with _database(where, read_only=True) as database:
+    with _database(where, read_only=True, notices=False) as database:
         before = migrate.current(database)
     if before is None:
         raise Misuse("there is no ledger to downgrade")
@@ -93,7 +93,7 @@ def history(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> 
     from taskstore.stores.sql import migrate
 
     current_revision = None
-    if url is not None:
+    if url_option(ctx, url) is not None:
         with _database(sql_url_of(ctx, url), read_only=True) as database:
             current_revision = migrate.current(database)
     revisions = migrate.history()
@@ -129,19 +129,23 @@ def sql_url_of(ctx: typer.Context, url: str | None) -> str:
 
 
 @contextmanager
-def _database(url: str, *, read_only: bool = False) -> Iterator[Database]:
-    """Yield the database of the ledger; raise Alembic errors as :class:`Misuse`."""
+def _database(url: str, *, read_only: bool = False, notices: bool = True) -> Iterator[Database]:
+    """Yield the database of the ledger; raise Alembic errors as :class:`Misuse`.
+
+    If ``notices`` is true, the notices of the database are printed after the command.
+    """
     from alembic.util import CommandError
 
     from taskstore.stores.sql import migrate
 
-    database = migrate.database_for_url(url, read_only=read_only)
-    try:
-        yield database
-    except CommandError as error:
-        raise Misuse(str(error)) from error
-    finally:
-        database.close()
+    with closing(migrate.database_for_url(url, read_only=read_only)) as database:
+        try:
+            yield database
+        except CommandError as error:
+            raise Misuse(str(error), hint="'taskstore db history' lists the revisions") from error
+        finally:
+            if notices:
+                render.print_notices(database.current_notices())
 
 
 def _previous_revision(revision: str) -> str:

@@ -176,7 +176,8 @@ def parse_time(text: str) -> int:
             raise typer.BadParameter(f"{text!r} is not a time in Unix milliseconds; {advice}")
         return given
     if _DURATION.match(text):
-        at = time.time_ns() // 1_000_000 - round(parse_duration(text) * 1000)
+        age_s = min(parse_duration(text), time.time())
+        at = time.time_ns() // 1_000_000 - round(age_s * 1000)
         return at if at >= MIN_UNIX_MS else 0
     try:
         parsed = datetime.fromisoformat(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -60,7 +61,10 @@ def parse_size(text: str) -> int:
         raise typer.BadParameter(f"{text!r} is not a size: write for example 500MiB, 2GB or 100000")
     number, unit, binary = match.groups()
     base = 1024 if binary else 1000
-    return int(float(number) * base ** "_KMGT".index(unit.upper() or "_"))
+    size = float(number) * base ** "_KMGT".index(unit.upper() or "_")
+    if size == math.inf:
+        raise typer.BadParameter(f"a size of {len(text)} characters is too large")
+    return int(size)
 
 
 def compact(

@@ -81,7 +81,8 @@ def list_tasks(
         SESSION_KEY: session,
         "run_id": run,
     }
-    filters = {name: value for name, value in options.items() if value}
+    # An empty text is a filter too: in a script, it is often a variable that is not set.
+    filters = {name: value for name, value in options.items() if value or value == ""}
     query = TaskQuery(since=since, limit=limit, after=after, **filters)
     with open_for_reading(ctx, url) as store:
         parts = _Parts(ledger.read_pages(store, query))

@@ -345,5 +345,10 @@ def print_report(store: TaskRegistryStore) -> None:
         if item.superseded:
             name = f"an earlier revision of {name}"
         print_note(f"quarantined: {name} in {item.where}: {item.reason}; the stored bytes are kept")
-    for notice in report.notices:
+    print_notices(report.notices)
+
+
+def print_notices(notices: Iterable[str]) -> None:
+    """Print notices of a store or a database on standard error."""
+    for notice in notices:
         print_note(f"note: {notice}")

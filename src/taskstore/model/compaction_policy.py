@@ -6,6 +6,7 @@ to retain.  The methods of a policy are pure functions.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Self
@@ -13,10 +14,14 @@ from typing import NamedTuple, Self
 from msgspec import Struct
 from msgspec.structs import replace
 
+from taskstore.errors import ValidationError
 from taskstore.model.ids import CLOCK_TOLERANCE_MS
 from taskstore.model.records import TaskRecord
+from taskstore.model.validation import check_seconds
 
 _DAY_S = 24 * 60 * 60
+_COUNTS = ("min_entries", "max_bytes", "history_entries", "history_bytes", "keep_snapshots")
+"""The fields of a :class:`CompactionPolicy` that are integers."""
 
 
 class SnapshotInfo(NamedTuple):
@@ -84,6 +89,9 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
     Compaction also retains the newest ``keep_snapshots`` snapshots, because the newest snapshot
     can be damaged.  With ``erase_deleted``, compaction is always due and retains only the new
     snapshot: the ledger's files then contain no text of deleted tasks.
+
+    Every limit is a number from 0 on; ``max_age_s`` and ``history_s`` can be infinite.  Another
+    value raises :class:`~taskstore.ValidationError`.
     """
 
     min_entries: int = 10_000
@@ -96,6 +104,21 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
     keep_snapshots: int = 2
     force: bool = False
     erase_deleted: bool = False
+
+    def __post_init__(self) -> None:
+        for field in _COUNTS:
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValidationError(field, f"must be an integer, not {_shown(value)}")
+            if value < 0:
+                raise ValidationError(field, f"must be 0 or more, not {value}")
+        check_seconds("max_age_s", self.max_age_s, 0, math.inf)
+        check_seconds("history_s", self.history_s, 0, math.inf)
+        ratio: object = self.ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float):
+            raise ValidationError("ratio", f"must be a number, not {_shown(ratio)}")
+        if not 0 <= ratio < math.inf:
+            raise ValidationError("ratio", f"must be a finite number from 0 on, not {ratio}")
 
     def forced(self) -> Self:
         """Return a copy of this policy with ``force`` set."""
@@ -135,19 +158,18 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
         The seq in the result is at least ``floor`` - 1 and at most ``head``.  While an entry
         within the window of ``history_s`` exists, no later entry can be trimmed.
         """
+        reason = "no history is kept"
+        if self.history_entries:
+            reason = f"the newest {self.history_entries:,} entries are kept"
         last = head - self.history_entries
         if last < floor:
-            return HistoryLimit(floor - 1, f"the newest {self.history_entries:,} entries are kept")
+            return HistoryLimit(floor - 1, reason)
         if self.history_s > 0:
             seqs = range(floor, last + 1)
             old = floor - 1 + bisect_right(seqs, now - self.history_s * 1000, key=at)
             if old < last and not self._has_no_age(at(old + 1), now):
-                return HistoryLimit(
-                    old, f"the entries of the last {_duration(self.history_s)} are kept"
-                )
-        if not self.history_entries:
-            return HistoryLimit(last, "no history is kept")
-        return HistoryLimit(last, f"the newest {self.history_entries:,} entries are kept")
+                return HistoryLimit(old, _window(self.history_s))
+        return HistoryLimit(last, reason)
 
     def size_limit(self, seq: int) -> HistoryLimit:
         """Return a :class:`HistoryLimit` at ``seq``, with ``history_bytes`` as its reason."""
@@ -252,8 +274,18 @@ def approximate_size(record: TaskRecord | None) -> int:
 _ENTRY_BYTES = 400
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds / _DAY_S:g} days" if seconds >= _DAY_S else f"{seconds:g} seconds"
+def _window(seconds: float) -> str:
+    """Return the reason why the entries of the last ``seconds`` seconds are not trimmed."""
+    if seconds == math.inf:
+        return "entries of any age are kept"
+    duration = f"{seconds / _DAY_S:g} days" if seconds >= _DAY_S else f"{seconds:g} seconds"
+    return f"the entries of the last {duration} are kept"
+
+
+def _shown(value: object) -> str:
+    """Return a number as it is, and any other value as the name of its type."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return f"{value}" if number else type(value).__name__
 
 
 def _size(size: int) -> str:

@@ -8,7 +8,7 @@ from typing import Self
 
 from msgspec.structs import replace
 
-from taskstore.errors import StoreBusyError, StoreClosedError, UnsupportedError
+from taskstore.errors import ReadOnlyError, StoreBusyError, StoreClosedError, UnsupportedError
 from taskstore.model.compaction_policy import (
     CompactionPolicy,
     CompactionReport,
@@ -52,11 +52,19 @@ class Compactor:
     failed compactions.  A failure is logged, and the compactor tries again after ``min_entries``
     more events.  ``last_report`` is the newest :class:`CompactionReport` or ``None``.  Close the
     compactor before the store; ``async with`` closes the compactor without blocking the event loop.
+
+    The constructor raises :class:`~taskstore.UnsupportedError` for a store without compaction, and
+    :class:`~taskstore.ReadOnlyError` for a store that was opened read-only.
     """
 
     def __init__(self, store: TaskRegistryStore, policy: CompactionPolicy | None = None) -> None:
         if not isinstance(store, SupportsCompaction):
             raise UnsupportedError(f"{store!r} does not support compaction")
+        if store.read_only:
+            raise ReadOnlyError(
+                f"cannot compact {store.location}: this store was opened read-only",
+                hint="attach the compactor to a store that is opened for writing",
+            )
         self._store = store
         self._policy = policy or CompactionPolicy()
         self._lock = threading.Lock()

@@ -21,6 +21,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shlex
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -204,6 +205,27 @@ class Disk:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))
         if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(directory))
+
+
+def permission_hint(path: Path) -> str:
+    """Return a hint for a user who has no permission to use ``path``, a file or directory of a
+    ledger."""
+    hint = "check the owners and modes of the directory and its files"
+    with contextlib.suppress(OSError):
+        status = path.stat()
+        hint += (
+            f": {path} belongs to user {status.st_uid} and has mode "
+            f"{stat.S_IMODE(status.st_mode):04o}, and this process runs as user {os.geteuid()}"
+        )
+        mode = path.parent.stat().st_mode
+        # A directory that everybody can write, such as /tmp, must be sticky.
+        if mode & stat.S_ISVTX and mode & stat.S_IWGRP and not mode & stat.S_IWOTH:
+            hint += (
+                f"; {path.parent} is sticky, so the users of its group cannot replace each "
+                f"other's files: run 'chmod -t {shlex.quote(str(path.parent))}', and let the "
+                "group read and write the files of the ledger"
+            )
+    return hint
 
 
 def _hand_over(disk: Disk, descriptor: int, path: Path, wanted: _Access) -> None:

@@ -7,8 +7,10 @@ import sys
 import time
 
 import pytest
+from jsonfiles import FOLD
 
 from taskstore import StoreBusyError
+from taskstore.stores.common.locks import FairLock
 from taskstore.stores.jsonfile import JSONStore
 from taskstore.testing import make_put
 from taskstore.testing.crash.processes import Child
@@ -59,3 +61,23 @@ def test_a_writer_waits_while_other_writers_make_progress(tmp_path, monkeypatch)
         monkeypatch.setattr(queue, "wait", late)
         store.apply([make_put()])
         assert store.head() == other.head() > 2
+
+
+def test_a_compaction_waits_as_long_as_a_write(tmp_path, monkeypatch):
+    with JSONStore(tmp_path) as other, JSONStore(tmp_path, lock_timeout_s=0.05) as store:
+        store.apply([make_put()])
+        waits = []
+        wait = FairLock.wait
+
+        def counted(queue, attempt, timeout_s):
+            waits.append(timeout_s)
+            return wait(queue, attempt, timeout_s)
+
+        monkeypatch.setattr(FairLock, "wait", counted)
+        for call in (lambda: store.apply([make_put()]), lambda: store.compact(FOLD)):
+            with other.exclusive():
+                waits.clear()
+                with pytest.raises(StoreBusyError):
+                    call()
+            assert sum(waits) == 0.05
+        assert store.compact(FOLD).compacted

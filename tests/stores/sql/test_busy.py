@@ -14,9 +14,10 @@ import pytest
 import sqlalchemy as sa
 from sqlkit import Spy, in_process, output_of
 
-from taskstore import StoreBusyError
+from taskstore import CompactionPolicy, StoreBusyError
 from taskstore.stores.common import retry
 from taskstore.stores.sql import SQLStore
+from taskstore.stores.sql.compaction import SQLCompactionSteps
 from taskstore.stores.sql.dialects import mariadb, postgresql, sqlite
 from taskstore.testing import make_put
 
@@ -218,3 +219,53 @@ def test_without_progress_the_caller_gets_an_error(any_url, open_, hurried):
     assert time.monotonic() - started < UNHURRIED_S / 2
     assert locked.tries >= 2
     assert store.head() == 0
+
+
+def count_waits(store, monkeypatch) -> list[None]:
+    """Return a list that gets an item for each write that begins, with a timeout of its own."""
+    begun, attempts = [], store._transactions.attempts
+
+    def counted(**options):
+        begun.append(None)
+        return attempts(**options)
+
+    monkeypatch.setattr(store._transactions, "attempts", counted)
+    return begun
+
+
+@pytest.mark.parametrize("step", ["the first", "a later"])
+def test_a_compaction_waits_once_for_a_foreign_lock(any_url, open_, hurried, monkeypatch, step):
+    store = open_(any_url)
+    for _ in range(3):
+        store.apply([make_put()])
+    begun = count_waits(store, monkeypatch)
+    holders = []
+
+    def hold() -> None:
+        holders.append(in_process(HOLD, any_url))
+        assert holders[0].stdout.readline() == "held\n"
+        begun.clear()
+
+    if step == "the first":
+        hold()
+    else:
+        begin = SQLCompactionSteps.begin
+
+        def begin_and_hold(steps):
+            point = begin(steps)
+            hold()
+            return point
+
+        monkeypatch.setattr(SQLCompactionSteps, "begin", begin_and_hold)
+    policy = CompactionPolicy(force=True)
+    try:
+        with pytest.raises(StoreBusyError):
+            store.compact(policy)
+        assert len(begun) == 1
+    finally:
+        holders[0].stdin.write("\n")
+        output_of(holders[0])
+    monkeypatch.undo()
+    # This process takes over the lease of its failed compaction at once.
+    assert store.compact(policy).compacted
+    assert store.verify().problems == ()

@@ -180,6 +180,8 @@ def _limit_of(
         first = steps.seq_within(policy.history_bytes, head)
         if first > limit.seq:
             limit = policy.size_limit(_end_of_commit(steps, seqs, first))
+    if limit.seq < floor and floor > 1:
+        limit = limit._replace(reason="an earlier compaction trimmed the older entries")
     return limit
 
 

@@ -28,6 +28,7 @@ from msgspec import field
 from taskstore.errors import CorruptStoreError, StoreUnavailableError
 from taskstore.model import codec
 from taskstore.model.journal import Snapshot
+from taskstore.store.disk import permission_hint
 from taskstore.stores.common.retry import Backoff
 from taskstore.stores.jsonfile.lines import LINE_PREFIX_BYTES, Identity, decode_header, is_intact
 
@@ -390,17 +391,17 @@ def translate_os_errors(directory: Path) -> Iterator[None]:
 
 def unavailable(directory: Path, error: OSError) -> StoreUnavailableError:
     """Return the :class:`StoreUnavailableError` for an error of the operating system."""
-    return StoreUnavailableError(
-        f"the store {directory} cannot be used: {error}", hint=_HINTS.get(error.errno or 0)
-    )
+    hint = _HINTS.get(error.errno or 0)
+    if error.errno in (errno.EACCES, errno.EPERM):
+        path = error.filename
+        hint = permission_hint(Path(path) if isinstance(path, str) else directory)
+    return StoreUnavailableError(f"the store {directory} cannot be used: {error}", hint=hint)
 
 
 _HINTS = {
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "the path must be a directory",
     errno.EEXIST: "the path must be a directory",
-    errno.EACCES: "check the owners and modes of the directory and its files",
-    errno.EPERM: "check the owners and modes of the directory and its files",
     errno.EROFS: "open the store read-only",
     errno.ENOSPC: "free space on the disk",
     errno.EDQUOT: "free space in the quota",

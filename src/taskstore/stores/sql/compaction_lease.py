@@ -48,24 +48,30 @@ class CompactionLease:
         """Acquire the lease if it is free or expired, or if its owner is dead; release it at
         the end of the ``with`` block.
 
-        Raises :class:`~taskstore.StoreBusyError` if the lease cannot be acquired.
+        Raises :class:`~taskstore.StoreBusyError` if the lease cannot be acquired.  If the block
+        raises this error, the lease is not released: the compaction has already waited for a lock
+        of another program, and would wait for the same lock once more.  This process can acquire
+        the lease again at once; other processes must wait until the lease expires.
         """
         _local_owners.add(self._owner)
+        busy = False
         try:
-            if not self._transactions.run(self._acquire):
-                raise StoreBusyError(
-                    f"{self._location} is being compacted by another process",
-                    hint="try again later; the lease of a killed process expires within "
-                    f"{LEASE_MS // 1000} s",
-                )
+            self._acquire()
             yield
+        except StoreBusyError:
+            busy = True
+            raise
         finally:
             try:
                 # If the release fails, other processes must wait until the lease expires.
                 with suppress(StoreBusyError, StoreUnavailableError, OutcomeUnknownError):
-                    self._transactions.run(lambda tx: tx.execute_core(_set_owner(None, self._own)))
+                    if not busy:
+                        self._transactions.run(self._release)
             finally:
                 _local_owners.discard(self._owner)
+
+    def _release(self, tx: Session) -> None:
+        tx.execute_core(_set_owner(None, self._own))
 
     def run(self, work: Callable[[Session], _T]) -> _T:
         """Run ``work`` in one small write transaction that also renews the lease.
@@ -88,7 +94,15 @@ class CompactionLease:
         time.sleep(min(time.monotonic() - started, MAX_PAUSE_S))
         return result
 
-    def _acquire(self, tx: Session) -> bool:
+    def _acquire(self) -> None:
+        if not self._transactions.run(self._try_acquire):
+            raise StoreBusyError(
+                f"{self._location} is being compacted by another process",
+                hint="try again later; the lease of a killed process expires within "
+                f"{LEASE_MS // 1000} s",
+            )
+
+    def _try_acquire(self, tx: Session) -> bool:
         """Acquire the lease if it is free, expired or owned by a dead process; return whether it
         was acquired."""
         lease = taskstore_head.c

@@ -23,7 +23,7 @@ from taskstore.errors import (
     StoreUnavailableError,
     ValidationError,
 )
-from taskstore.store.disk import SYSTEM
+from taskstore.store.disk import SYSTEM, permission_hint
 from taskstore.stores.common.integrity import MAX_PROBLEMS
 from taskstore.stores.common.locks import FairLock, describe_owners, lock_owners
 from taskstore.stores.sql import sqlite_library
@@ -504,9 +504,10 @@ def create_privately(path: Path) -> str | None:
         kind = "a directory" if path.is_dir() else "not a regular file"
         raise StoreUnavailableError(f"{path} is {kind}, so it cannot be a database")
     if not os.access(path, os.R_OK | os.W_OK):
-        raise StoreUnavailableError(
-            f"{path} cannot be written: permission denied", hint="open the ledger read-only"
-        )
+        hint = permission_hint(path)
+        if os.access(path, os.R_OK):
+            hint = f"open the ledger read-only, or {hint}"
+        raise StoreUnavailableError(f"{path} cannot be written: permission denied", hint=hint)
     if not path.stat().st_size:
         return (
             f"{path} existed and was empty, so it is used as a new ledger; if it contained "
@@ -651,7 +652,9 @@ def needs_immutable(module: Any, path: Path) -> bool:
     if not stat.S_ISREG(status.st_mode):
         raise StoreUnavailableError(f"{path} is not a regular file")
     if not os.access(path, os.R_OK):
-        raise StoreUnavailableError(f"{path} cannot be read: permission denied")
+        raise StoreUnavailableError(
+            f"{path} cannot be read: permission denied", hint=permission_hint(path)
+        )
     if not status.st_size:
         return True
     connection = None
