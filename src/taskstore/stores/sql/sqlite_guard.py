@@ -35,8 +35,8 @@ a commit), salts."""
 
 _FILE_MAGIC = b"SQLite format 3\0"
 _FILE_HEADER = struct.Struct("> 16s H 6x I I 60x I 4x")
-"""The header of a database file: magic, page size, change counter, number of pages, and the change counter
-for which the number of pages is valid."""
+"""The header of a database file: magic, page size, change counter, number of pages, and the change
+counter for which the number of pages is valid."""
 
 _LOCK_OFFSET = 0x40000000
 """The offset of the bytes that SQLite locks.  No content is ever written to the page at this
