@@ -24,6 +24,7 @@ from taskstore.errors import (
     ValidationError,
 )
 from taskstore.store.disk import SYSTEM
+from taskstore.store.opening import redacted
 from taskstore.stores.common.integrity import MAX_PROBLEMS
 from taskstore.stores.common.locks import FairLock, describe_owners, lock_owners
 from taskstore.stores.sql import sqlite_library
@@ -461,10 +462,11 @@ def path_of(url: str) -> tuple[Path, bool]:
             "url", "an in-memory SQLite database is not durable: use 'memory:' instead"
         )
     if not rest.startswith("///"):
-        raise ValidationError("url", f"{url!r} must be 'sqlite:///PATH'")
+        raise ValidationError("url", f"{redacted(url)!r} must be 'sqlite:///PATH'")
     if question and options != "links=allow":
+        shown = redacted(f"?{options}")[1:]
         raise ValidationError(
-            "url", f"{options!r} is not an option of an SQLite URL; the only option is links=allow"
+            "url", f"{shown!r} is not an option of an SQLite URL; the only option is links=allow"
         )
     path = rest[3:]
     if "\0" in path:
