@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from taskstore.cli.app import main
 from taskstore.errors import BackendNotFoundError, ValidationError
 from taskstore.store.opening import installed_backends, open_store, redacted, scheme_of
 from taskstore.stores.memory import MemoryStore
@@ -42,6 +43,7 @@ def test_passwords_are_not_shown(url, shown):
         ("SQLite:///x", "sqlite"),
         ("postgresql+psycopg://h/d", "postgresql+psycopg"),
         ("a.b-c+d1:x", "a.b-c+d1"),
+        ("postgresql+psycopg_async://h/d", "postgresql+psycopg_async"),
     ],
 )
 def test_scheme(url, scheme):
@@ -95,6 +97,40 @@ def test_a_scheme_without_its_driver_gets_a_hint():
         open_store("postgresql://ann:secret@host/db")
     assert "did you mean 'postgresql+psycopg:'" in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+def test_a_scheme_with_an_underscore_is_not_a_path():
+    with pytest.raises(BackendNotFoundError, match="did you mean 'postgresql") as caught:
+        open_store("postgresql+psycopg_async://ann:secret@host/db")
+    assert caught.value.scheme == "postgresql+psycopg_async"
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "//ann:secret@host/x",
+        "//ann:se/cret?secret@host/x",
+        "//ann:secret@host/x?nonsense=1",
+        "///x?password=secret",
+        "///x?nonsense=1&password=secret",
+        "//host?password=secret",
+    ],
+)
+@pytest.mark.parametrize("scheme", ["sqlite", "json", "memory", "SQLite"])
+def test_urls_without_a_server_show_no_password(scheme, rest, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    url = f"{scheme}:{rest}"
+    for call in (open_store, lambda url: open_store(url, read_only=True)):
+        with pytest.raises(ValidationError) as caught:
+            call(url)
+        assert "secret" not in repr(caught.value) + str(caught.value)
+    for words in ("list", "verify", "compact --vacuum", "db current", "run -- true"):
+        command, *arguments = words.split()
+        assert main([command, "--url", url, *arguments]) != 0
+        shown = capsys.readouterr()
+        assert "secret" not in shown.out + shown.err, words
+    assert list(tmp_path.iterdir()) == []
 
 
 class FakeDist:

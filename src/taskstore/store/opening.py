@@ -42,7 +42,8 @@ _OTHER_NAMES = {
 """Maps other names of databases, as used in the URLs of other programs, to the first part of the
 taskstore scheme."""
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+# SQLAlchemy has drivers with an underscore in their names, such as psycopg_async.
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+._-]*):")
 # As in SQLAlchemy, a password can contain slashes before the first @.  If there are several
 # @ before the path, the password ends at the last of these, otherwise at the first @.
 _PASSWORD = re.compile(r"(?<=://)([^:/?#\s]*):[^@]*@(?:[^/?#\s]*@)?")

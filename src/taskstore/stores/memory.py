@@ -45,6 +45,7 @@ from taskstore.store.interface import (
     check_base,
     clock_notices,
 )
+from taskstore.store.opening import redacted
 from taskstore.stores.common.compaction import (
     CompactionPoint,
     CompactionSteps,
@@ -341,5 +342,7 @@ def open_memory(
     """Open a memory store with an empty ledger.  Each call opens a separate ledger."""
     del durability, migrate  # the store flushes nothing to disk and has no schema
     if url.lower() not in ("memory:", "memory://"):
-        raise ValidationError("url", f"a memory store has no name: use 'memory:', not {url!r}")
+        raise ValidationError(
+            "url", f"a memory store has no name: use 'memory:', not {redacted(url)!r}"
+        )
     return MemoryStore(read_only=read_only)

@@ -31,7 +31,7 @@ from taskstore.store.interface import (
     check_base,
     clock_notices,
 )
-from taskstore.store.opening import check_options
+from taskstore.store.opening import check_options, redacted
 from taskstore.stores.common.change_feed import ChangeFeed, PollingWatcher, Watcher
 from taskstore.stores.common.compaction import compact
 from taskstore.stores.common.integrity import MAX_TASKS_NAMED, IntegrityCheck
@@ -283,13 +283,17 @@ def _path_of(url: str) -> Path:
     scheme, _, rest = url.partition(":")
     if scheme.lower() != "json" or not rest.startswith("///"):
         raise ValidationError(
-            "url", f"{url!r} must have the form 'json:///relative/dir' or 'json:////absolute/dir'"
+            "url",
+            f"{redacted(url)!r} must have the form 'json:///relative/dir' or "
+            "'json:////absolute/dir'",
         )
     if "?" in rest:
-        raise ValidationError("url", f"{url!r} has a query, but a JSON store takes no options")
+        raise ValidationError(
+            "url", f"{redacted(url)!r} has a query, but a JSON store takes no options"
+        )
     path = rest.removeprefix("///")
     if not path or "\0" in path:
-        raise ValidationError("url", f"{url!r} does not name a directory")
+        raise ValidationError("url", f"{redacted(url)!r} does not name a directory")
     return Path(path)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
+from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote, quote_plus
 
@@ -24,6 +25,7 @@ from taskstore.errors import (
 )
 from taskstore.store.opening import password_note, shell_command
 from taskstore.stores.common.retry import FailureKind
+from taskstore.stores.sql.sqlite_guard import WAS_CUT, lacks_pages
 
 
 class ErrorKind(Enum):
@@ -81,6 +83,11 @@ _SQLITE_CODES = {
 _SQLITE_DAMAGE = ("malformed", "unsupported file format")
 """The first words of SQLite's messages about a damaged header or a damaged schema that have the
 result code SQLITE_ERROR."""
+
+_CUT_HINT = (
+    "nothing was changed; copy the file to a safe place, then put the complete file or a backup in "
+    "its place"
+)
 
 _SQLITE_FSYNC_ERRORS = {10, 10 | (4 << 8), 10 | (5 << 8)}
 """The result codes that can mean a failed fsync: SQLITE_IOERR_FSYNC, SQLITE_IOERR_DIR_FSYNC and
@@ -252,7 +259,9 @@ class Translator:
             case ErrorKind.LOCK_TIMEOUT | ErrorKind.SERIALIZATION:
                 return StoreBusyError(f"{where} is locked by another writer: {text}")
             case ErrorKind.CORRUPT:
-                return CorruptStoreError(where, text)
+                cut = self._error_kind is sqlite_error_kind and lacks_pages(Path(where))
+                reason, hint = (f"the file {WAS_CUT}", _CUT_HINT) if cut else (text, None)
+                return CorruptStoreError(where, reason, hint=hint)
             case ErrorKind.DISK_FULL:
                 return StoreUnavailableError(
                     f"{where}: the disk is full or a size limit is reached: {text}",

@@ -1,12 +1,14 @@
-"""Detection of replaced SQLite files, orphaned logs, and files with several paths."""
+"""Detection of cut and replaced SQLite files, orphaned logs, files with several paths."""
 
 from __future__ import annotations
 
 import os
 import re
 import stat
+import struct
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +22,28 @@ _OPEN_LOG_QUERY = "SELECT count(*) FROM sqlite_master"
 _JOURNAL_MAGIC = b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7"
 """The first bytes of a valid rollback journal.  Bytes 16 to 20 are the number of pages that the
 file had before the transaction (from SQLite's format)."""
+
+_WAL_MAGIC = (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")
+"""The first bytes of a write-ahead log: one value for each byte order of its checksums."""
+
+_WAL_HEADER = struct.Struct("> 4s 4x I 4x 8s 8x")
+"""The header of a write-ahead log: magic, page size, salts."""
+
+_WAL_FRAME = struct.Struct("> I I 8s 8x")
+"""The header of a frame: page number, number of pages after the commit (0 if the frame does not end
+a commit), salts."""
+
+_FILE_MAGIC = b"SQLite format 3\0"
+_FILE_HEADER = struct.Struct("> 16s H 6x I I 60x I 4x")
+"""The header of a database file: magic, page size, change counter, number of pages, and the change
+counter for which the number of pages is valid."""
+
+_LOCK_OFFSET = 0x40000000
+"""The offset of the bytes that SQLite locks.  No content is ever written to the page at this
+offset."""
+
+WAS_CUT = "was cut: its last pages are missing"
+"""The state of a file for which :func:`lacks_pages` is true."""
 
 _MTIME_GRANULARITY_NS = 20_000_000
 """The largest interval in which two changes of a directory can get the same mtime."""
@@ -76,17 +100,18 @@ def _unescaped(code: re.Match[bytes]) -> bytes:
     return bytes([int(code[1], 8)])
 
 
-def check_logs(path: Path, is_database: Callable[[], bool]) -> None:
+def check_logs(path: Path, problem_of: Callable[[], str | None]) -> None:
     """Raise :class:`~taskstore.CorruptStoreError` if a log with content lies beside a file that is
-    missing or empty, or for which ``is_database()`` is false.
+    missing or empty, or with which ``problem_of()`` finds a problem.
 
     The function must be called before SQLite opens the file, because SQLite removes a log that lies
-    beside such a file.
+    beside such a file, or writes the log into the file and then removes the log.
     """
     # The log is checked before the file: a file whose log has content is never empty.
     log = next(filter(_has_content, (f"{path}-wal", f"{path}-journal")), None)
     if log is None:
         return
+    state: str | None
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -94,15 +119,17 @@ def check_logs(path: Path, is_database: Callable[[], bool]) -> None:
     except OSError:
         return  # the caller reports this error
     else:
-        if not stat.S_ISREG(status.st_mode) or (status.st_size and is_database()):
+        if not stat.S_ISREG(status.st_mode):
             return
-        state = "is not an SQLite database" if status.st_size else "is empty"
+        state = problem_of() if status.st_size else "is empty"
+    if state is None:
+        return
     raise CorruptStoreError(
         str(path),
         f"the file {state}, but its log {log} contains changes that SQLite would remove",
         hint=f"nothing was changed; copy all files whose names begin with {path} to a safe place; "
-        "if the file was moved, move it back beside its log; to restore a backup instead, first "
-        f"remove {log} and {path}-shm",
+        "if the complete file is in another place, move it back beside its log; to restore a "
+        f"backup instead, first remove {log} and {path}-shm",
     )
 
 
@@ -112,18 +139,116 @@ def _has_content(log: str) -> bool:
     A write-ahead log has content if it is not empty.  A rollback journal has content if its
     database file was not empty before the transaction.
     """
-    if not log.endswith("-journal"):
-        try:
-            return os.stat(log).st_size > 0  # noqa: PTH116 - as in inode_of
-        except OSError:
-            return False
+    if log.endswith("-journal"):
+        return _original_pages(log) > 0
     try:
-        with open(log, "rb") as file:  # noqa: PTH123 - SQLite does not lock a journal
-            header = file.read(20)
+        return os.stat(log).st_size > 0  # noqa: PTH116 - as in inode_of
     except OSError:
         return False
-    # The journal of a transaction that creates a database has the original size 0.
-    return header.startswith(_JOURNAL_MAGIC) and any(header[16:20])
+
+
+def _original_pages(journal: str) -> int:
+    """Return the number of pages that a file had before the transaction of its rollback journal;
+    0 if the journal has no valid header.
+
+    The journal of a transaction that creates a database has the original size 0.
+    """
+    try:
+        with open(journal, "rb") as file:  # noqa: PTH123 - SQLite does not lock a journal
+            header = file.read(20)
+    except OSError:
+        return 0
+    return int.from_bytes(header[16:20]) if header.startswith(_JOURNAL_MAGIC) else 0
+
+
+def lacks_pages(path: Path) -> bool:
+    """Return whether a file was cut: the file and its log together have fewer pages than the header
+    of the file counts.
+
+    A crash can leave a file that is shorter than its header says: a checkpoint writes the first
+    page before it writes the last pages.  SQLite then reads the last pages from the log, so such a
+    file was not cut.  The function can be called while this process has the file open.
+    """
+    try:
+        header = _read_header(path)
+        if len(header) < _FILE_HEADER.size:
+            return False  # the number of pages is unknown
+        magic, page_size, change_counter, pages, valid_for = _FILE_HEADER.unpack(header)
+        page_size = 65536 if page_size == 1 else page_size
+        if magic != _FILE_MAGIC or change_counter != valid_for or not page_size:
+            return False
+        logged, pages_after = _logged_pages(f"{path}-wal", page_size)
+        restored, pages_before = _journal_pages(f"{path}-journal", page_size)
+        # The size is read after the log: a log loses its content only when the file is complete.
+        complete = path.stat().st_size // page_size
+        if _read_header(path) != header:
+            return False  # a checkpoint or a commit changes the file now
+    except OSError:
+        return False
+    # A commit in the log can have made the database smaller, and so can a rollback.
+    needed = min(pages, pages_after or pages, pages_before or pages)
+    logged.add(_LOCK_OFFSET // page_size + 1)
+    missing = (page for page in range(complete + 1, needed + 1) if page not in logged)
+    return next(islice(missing, restored, None), None) is not None
+
+
+def _read_header(path: Path) -> bytes:
+    """Return the header of a database file; fewer bytes if the file is shorter than a header.
+
+    If this process opened the file and closed it again, the process would lose the locks that
+    SQLite has on the file.  If the process has the file open, the function therefore reads through
+    the descriptor that is open.
+    """
+    file_id = inode_of(str(path))
+    for entry in Path("/dev/fd").iterdir():
+        descriptor = int(entry.name)
+        try:
+            status = os.fstat(descriptor)
+        except OSError:
+            continue  # the descriptor was closed after it was listed
+        if (status.st_ino, status.st_dev) == file_id:
+            return os.pread(descriptor, _FILE_HEADER.size, 0)
+    with path.open("rb") as file:
+        return file.read(_FILE_HEADER.size)
+
+
+def _logged_pages(log: str, page_size: int) -> tuple[set[int], int]:
+    """Return the numbers of the pages in the commits of a write-ahead log, and the number of pages
+    of the database after the last commit; 0 if the log has no commit."""
+    committed: set[int] = set()
+    transaction: set[int] = set()
+    pages = 0
+    try:
+        file = open(log, "rb")  # noqa: PTH123, SIM115 - SQLite locks the -shm instead of the log
+    except FileNotFoundError:
+        return committed, pages
+    with file:
+        header = file.read(_WAL_HEADER.size)
+        if len(header) < _WAL_HEADER.size:
+            return committed, pages
+        magic, logged_page_size, salts = _WAL_HEADER.unpack(header)
+        if magic not in _WAL_MAGIC or logged_page_size != page_size:
+            return committed, pages
+        frame_size = _WAL_FRAME.size + page_size
+        size = os.fstat(file.fileno()).st_size
+        for offset in range(_WAL_HEADER.size, size - frame_size + 1, frame_size):
+            frame = os.pread(file.fileno(), _WAL_FRAME.size, offset)
+            page, pages_after, frame_salts = _WAL_FRAME.unpack(frame)
+            if not page or frame_salts != salts:
+                break  # the other frames are from an earlier use of the log
+            transaction.add(page)
+            if pages_after:
+                committed |= transaction
+                transaction.clear()
+                pages = pages_after
+    return committed, pages
+
+
+def _journal_pages(journal: str, page_size: int) -> tuple[int, int]:
+    """Return the largest number of pages that a rollback journal can contain, and the number of
+    pages of the database before the transaction; 0 and 0 if the journal has no content."""
+    pages = _original_pages(journal)
+    return (os.stat(journal).st_size // page_size if pages else 0), pages  # noqa: PTH116
 
 
 class FileGuard:

@@ -669,6 +669,8 @@ def schema_option(text: object) -> str:
         raise ValueError("must be the name of a schema, as text")
     if len(text.encode("utf-8", "surrogatepass")) > _MAX_NAME_BYTES or not text.isprintable():
         raise ValueError(f"must be printable text of at most {_MAX_NAME_BYTES} bytes")
+    if text == "$user":
+        raise ValueError("must not be '$user', which PostgreSQL replaces by the name of the user")
     if text.startswith("pg_") or text == "information_schema":
         raise ValueError("must not be a system schema, which the database keeps for itself")
     return text

@@ -39,7 +39,7 @@ from taskstore.stores.sql.dialects.base import (
     require_user,
     row_groups,
 )
-from taskstore.stores.sql.errors import mariadb_error_kind
+from taskstore.stores.sql.errors import UNREACHABLE, mariadb_error_kind
 from taskstore.stores.sql.rows import ClaimedSeqs
 from taskstore.stores.sql.statements import (
     CLAIM_COLUMNS,
@@ -130,6 +130,12 @@ def _utf8mb4(text: str) -> str:
     return text
 
 
+def _true(text: str) -> bool:
+    if not boolean_option(text):
+        raise ValueError("must be 'true': the store reads text, not bytes")
+    return True
+
+
 def _no_schema(_text: str) -> str:
     raise ValueError("a database of MariaDB has no schemas; name another database in the URL")
 
@@ -156,6 +162,7 @@ _OPTIONS: dict[str, URLOption] = {
     "write_timeout": integer_option(1),
     "max_allowed_packet": integer_option(1),
     "client_flag": integer_option(0),
+    "use_unicode": _true,
     **dict.fromkeys(
         (
             "autocommit",
@@ -165,7 +172,6 @@ _OPTIONS: dict[str, URLOption] = {
             "ssl_disabled",
             "ssl_verify_cert",
             "ssl_verify_identity",
-            "use_unicode",
         ),
         boolean_option,
     ),
@@ -329,7 +335,7 @@ class MariaDBDatabase(Database):
         defaults = {"charset": "utf8mb4", "connect_timeout": 10, "program_name": "taskstore"}
         typed = {name: value for name, value in options.items() if not isinstance(value, str)}
         engine = sa.create_engine(
-            url.difference_update_query(typed),
+            url.difference_update_query([*typed, "init_command"]),
             isolation_level="AUTOCOMMIT",
             hide_parameters=True,
             # The store ends each transaction itself, so the pool needs no rollback.
@@ -346,12 +352,31 @@ class MariaDBDatabase(Database):
         @event.listens_for(engine, "connect")
         def configure(raw: Any, _record: object) -> None:
             with raw.cursor() as cursor:
+                if "init_command" in options:
+                    database.run_init_command(cursor, options["init_command"])
                 cursor.execute("SELECT VERSION()")
                 check_version(cursor.fetchone()[0], database.location)
                 cursor.execute(f"SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED{access}")
                 cursor.execute(f"{_write_settings()}, idle_transaction_timeout = {LOCK_TIMEOUT_S}")
 
         return database
+
+    def run_init_command(self, cursor: Any, command: str) -> None:
+        """Execute the option ``init_command`` on a new connection.
+
+        PyMySQL would execute the command while it connects, and its error would not say that the
+        option is the cause.  Raises :class:`~taskstore.ValidationError` if the server refuses the
+        command.
+        """
+        try:
+            cursor.execute(command)
+        except self.translator.errors as error:
+            if self.translator.error_kind(error) in UNREACHABLE:
+                raise
+            text = self.translator.text(error)
+            raise ValidationError(
+                "url", f"has an option 'init_command' that the server refuses: {text}"
+            ) from None
 
     def cursor(self, raw: Any) -> Any:
         from pymysql.cursors import Cursor
@@ -372,7 +397,12 @@ class MariaDBDatabase(Database):
             )
 
     def _check_host_engine(self, connection: sa.Connection) -> None:
-        check_version(connection.exec_driver_sql("SELECT VERSION()").scalar_one(), self.location)
+        version = connection.exec_driver_sql("SELECT VERSION()").scalar_one()
+        if not isinstance(version, str):
+            raise ValidationError(
+                "engine", "has use_unicode=0, so it reads bytes instead of text: remove the option"
+            )
+        check_version(version, self.location)
         *charsets, mode = connection.exec_driver_sql(_HOST_SETTINGS).one()
         if set(charsets) != {"utf8mb4"}:
             raise ValidationError(

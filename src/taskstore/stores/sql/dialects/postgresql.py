@@ -160,7 +160,15 @@ def _utf8(text: str) -> str:
     return text
 
 
+def _ports(text: str) -> str:
+    """Check the ports of one or several hosts.  An empty port is the default port."""
+    for port in filter(None, map(str.strip, text.split(","))):
+        integer_option(1, 65535)(port)
+    return text
+
+
 _OPTIONS: dict[str, URLOption] = {
+    "port": _ports,
     "prepare_threshold": _prepare_threshold,
     "schema": schema_option,
     "client_encoding": _utf8,

@@ -24,6 +24,7 @@ from taskstore.errors import (
     ValidationError,
 )
 from taskstore.store.disk import SYSTEM, permission_hint
+from taskstore.store.opening import redacted
 from taskstore.stores.common.integrity import MAX_PROBLEMS
 from taskstore.stores.common.locks import FairLock, describe_owners, lock_owners
 from taskstore.stores.sql import sqlite_library
@@ -36,7 +37,14 @@ from taskstore.stores.sql.dialects.base import (
     log,
 )
 from taskstore.stores.sql.errors import ErrorKind, Translator, sqlite_error_kind
-from taskstore.stores.sql.sqlite_guard import FileGuard, ImmutableGuard, check_logs, other_name
+from taskstore.stores.sql.sqlite_guard import (
+    WAS_CUT,
+    FileGuard,
+    ImmutableGuard,
+    check_logs,
+    lacks_pages,
+    other_name,
+)
 from taskstore.stores.sql.sqlite_library import (
     library_hint,
     library_notice,
@@ -48,8 +56,15 @@ from taskstore.stores.sql.tables import ONLY_ON, metadata
 _WRITE_LOCK_BYTE = 120
 """The offset of the byte that a writer locks in the ``-shm`` file (from SQLite's format)."""
 
+_CORRUPT = 11
+"""SQLite's primary result code for damage: for example, the file has fewer pages than its header
+says."""
+
 _NOT_A_DATABASE = 26
 """SQLite's primary result code for a file that is not a database."""
+
+_SIZE_PRAGMAS = ("page_count", "page_size")
+"""The product of the values of these pragmas is the size of a complete file, in bytes."""
 
 _SYNCHRONOUS = {"full": "FULL", "process": "NORMAL"}
 """Maps each value of the option ``durability`` to a value of ``PRAGMA synchronous``."""
@@ -131,7 +146,7 @@ class SQLiteDatabase(Database):
     @classmethod
     def open(cls, url: str, *, durability: str, read_only: bool) -> SQLiteDatabase:
         (path, links_allowed), module = path_of(url), sqlite_module()
-        check_logs(path, partial(is_database, module, path))
+        check_logs(path, partial(file_problem, module, path))
         immutable, notice = None, None
         if read_only:
             with Translator(str(path), module.Error, sqlite_error_kind):
@@ -225,7 +240,7 @@ class SQLiteDatabase(Database):
         return str(Path(path).resolve())
 
     def _check_logs(self, path: Path) -> None:
-        check_logs(path, partial(is_database, self.engine.dialect.loaded_dbapi, path))
+        check_logs(path, partial(file_problem, self.engine.dialect.loaded_dbapi, path))
 
     def lock_schema(self, connection: sa.Connection) -> None:
         if not connection.exec_driver_sql("PRAGMA page_count").scalar():
@@ -323,7 +338,7 @@ class SQLiteDatabase(Database):
     @classmethod
     def vacuum(cls, url: str) -> VacuumReport:
         (path, links_allowed), module = path_of(url), sqlite_module()
-        check_logs(path, partial(is_database, module, path))
+        check_logs(path, partial(file_problem, module, path))
         if not links_allowed:
             refuse_other_name(str(path))
         library, before = library_of(module), path.stat().st_size
@@ -447,10 +462,11 @@ def path_of(url: str) -> tuple[Path, bool]:
             "url", "an in-memory SQLite database is not durable: use 'memory:' instead"
         )
     if not rest.startswith("///"):
-        raise ValidationError("url", f"{url!r} must be 'sqlite:///PATH'")
+        raise ValidationError("url", f"{redacted(url)!r} must be 'sqlite:///PATH'")
     if question and options != "links=allow":
+        shown = redacted(f"?{options}")[1:]
         raise ValidationError(
-            "url", f"{options!r} is not an option of an SQLite URL; the only option is links=allow"
+            "url", f"{shown!r} is not an option of an SQLite URL; the only option is links=allow"
         )
     path = rest[3:]
     if "\0" in path:
@@ -536,22 +552,26 @@ def connection_factory(
     return connect
 
 
-def is_database(module: Any, path: Path) -> bool:
-    """Return whether a file that is not empty has the header of an SQLite database.
+def file_problem(module: Any, path: Path) -> str | None:
+    """Return why SQLite must not open a file that is not empty beside a log with content; ``None``
+    if SQLite can open the file.
 
     SQLite itself reads the header, without locks or logs.  If this function opened and closed the
     file, this process would lose the locks that SQLite has on the file.
     """
     connect = connection_factory(module, path, busy_timeout_s=0.0, read_only=True, immutable=True)
     try:
-        connection = connect()
-        try:
-            connection.execute("PRAGMA schema_version").fetchall()
-        finally:
-            connection.close()
+        with closing(connect()) as connection:
+            [pages], [page_size] = (
+                connection.execute(f"PRAGMA {name}").fetchone() for name in _SIZE_PRAGMAS
+            )
+        suspect = pages * page_size > path.stat().st_size
     except module.DatabaseError as error:
-        return getattr(error, "sqlite_errorcode", 0) & 0xFF != _NOT_A_DATABASE
-    return True
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code == _NOT_A_DATABASE:
+            return "is not an SQLite database"
+        suspect = code == _CORRUPT
+    return WAS_CUT if suspect and lacks_pages(path) else None
 
 
 def _lock_file(raw: Any) -> bool:
