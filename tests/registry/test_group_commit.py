@@ -373,24 +373,24 @@ def test_without_a_writer_thread_callers_commit_themselves(monkeypatch):
 
 def test_a_request_after_the_writer_ends_starts_another_writer():
     queue = CommitQueue()
-    first, start = queue.put(lambda _: 1, lambda: None)
+    first, start = queue.put(None, lambda _: 1, lambda: None)
     assert start
     assert queue.take(0) == [first]
-    second, start = queue.put(lambda _: 2, lambda: None)
+    second, start = queue.put(None, lambda _: 2, lambda: None)
     assert not start, "the writer thread looks once more before it ends"
     assert queue.take(0) == [second]
     assert queue.take(0) == []
-    _, start = queue.put(lambda _: 3, lambda: None)
+    _, start = queue.put(None, lambda _: 3, lambda: None)
     assert start
     assert queue.busy
 
 
 def test_closing_ends_the_writer_after_the_queued_requests():
     queue = CommitQueue()
-    ticket, _ = queue.put(lambda _: None, lambda: None)
+    ticket, _ = queue.put(None, lambda _: None, lambda: None)
     queue.close()
     with pytest.raises(StoreClosedError):
-        queue.put(lambda _: None, lambda: None)
+        queue.put(None, lambda _: None, lambda: None)
     assert queue.take(60) == [ticket]
     assert queue.take(60) == []
 

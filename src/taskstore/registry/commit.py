@@ -104,6 +104,7 @@ class QueuedRequest(Request[T], Generic[T], kw_only=True):
     The writer thread calls ``on_done`` when the result or error is set.
     """
 
+    committer: Committer
     on_done: Callable[[], object]
     # This lock is acquired once and never released.  Either the writer thread acquires the lock and
     # starts the request, or the caller acquires the lock and withdraws the request.
@@ -129,14 +130,16 @@ class CommitQueue:
         self._closed = False
 
     def put(
-        self, operation: Operation[T], on_done: Callable[[], object]
+        self, committer: Committer, operation: Operation[T], on_done: Callable[[], object]
     ) -> tuple[QueuedRequest[T], bool]:
         """Queue an operation; return its request, and whether the caller must start the writer
         thread.
 
         Raises :class:`~taskstore.StoreClosedError` after :meth:`close`.
         """
-        request = QueuedRequest(operation, on_done=on_done, claim=threading.Lock())
+        request = QueuedRequest(
+            operation, committer=committer, on_done=on_done, claim=threading.Lock()
+        )
         with self._lock:
             if self._closed:
                 raise StoreClosedError("the registry is closed")
@@ -177,6 +180,10 @@ class CommitQueue:
             self.busy = not self._requests.empty()
         for request in requests:
             request.on_done()
+
+    def wake(self) -> None:
+        """End the writer thread if no request is queued; can be called by a garbage collection."""
+        self._requests.put(None)
 
     def close(self) -> None:
         """Refuse new requests.  The writer thread ends when all queued requests have a result or an
@@ -273,13 +280,15 @@ class Committer:
         request; otherwise the request fails with a :class:`TaskStoreError`.
         """
         self.check_writable()
-        request, start = self._queue.put(operation, on_done)
+        request, start = self._queue.put(self, operation, on_done)
         if start:
-            writer = threading.Thread(target=self._run_writer, name="taskstore-writer", daemon=True)
+            writer = threading.Thread(
+                target=self._run_writer, args=(self._queue,), name="taskstore-writer", daemon=True
+            )
             try:
                 writer.start()
             except RuntimeError:  # the system cannot create another thread
-                self._run_writer(0.0, fail=not commit_without_thread)
+                self._run_writer(self._queue, 0.0, fail=not commit_without_thread)
             else:
                 self._writer = writer
         return request
@@ -321,21 +330,34 @@ class Committer:
             finally:
                 self._locked = self._committing = False
 
-    def _run_writer(self, idle_s: float | None = None, *, fail: bool = False) -> None:
-        """Commit groups of requests in the writer thread until the idle timeout or ``close()``."""
-        while requests := self._queue.take(IDLE_TIMEOUT_S if idle_s is None else idle_s):
-            try:
-                if fail:
-                    raise TaskStoreError(  # noqa: TRY301
-                        "cannot start a thread to commit this change: nothing was written",
-                        hint="raise the thread limit or end other threads, then retry",
-                    )
-                self._with_lock(self._commit_group, requests)
-            except Exception as error:  # noqa: BLE001 (raised in the callers' threads)
-                _fail(requests, error)
-            except BaseException:  # noqa: BLE001 (later callers need this thread)
-                _fail(requests, OutcomeUnknownError("the writer was interrupted during a commit"))
-            self._queue.finish(requests)
+    def _commit_taken(self, requests: Sequence[QueuedRequest[Any]], *, fail: bool) -> None:
+        """Commit the requests that the writer thread took from the queue."""
+        try:
+            if fail:
+                raise TaskStoreError(  # noqa: TRY301
+                    "cannot start a thread to commit this change: nothing was written",
+                    hint="raise the thread limit or end other threads, then retry",
+                )
+            self._with_lock(self._commit_group, requests)
+        except Exception as error:  # noqa: BLE001 (raised in the callers' threads)
+            _fail(requests, error)
+        except BaseException:  # noqa: BLE001 (later callers need this thread)
+            _fail(requests, OutcomeUnknownError("the writer was interrupted during a commit"))
+        self._queue.finish(requests)
+
+    @staticmethod
+    def _run_writer(queue: CommitQueue, idle_s: float | None = None, *, fail: bool = False) -> None:
+        """Commit groups of requests in the writer thread until the idle timeout or ``close()``.
+
+        While the thread waits, the thread refers to the queue only.  Therefore a registry that the
+        program drops is collected at once.
+        """
+        while requests := queue.take(IDLE_TIMEOUT_S if idle_s is None else idle_s):
+            requests[0].committer._commit_taken(requests, fail=fail)  # noqa: SLF001 - same class
+            del requests
+
+    def __del__(self) -> None:
+        self._queue.wake()
 
     # -- the commit ---------------------------------------------------------------
 
