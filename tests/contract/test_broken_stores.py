@@ -153,6 +153,7 @@ def name_of(case):
 def test_the_clause_catches_the_fault(case, monkeypatch):
     store_class, *clause = case
     run(writers.Broken, *clause)
+    monkeypatch.setattr("taskstore.testing.contract.core.IDLE_S", 0.5)
     monkeypatch.setattr("taskstore.testing.contract.exclusive.BLOCKED_S", 10.0)
     monkeypatch.setattr("taskstore.testing.contract.journal.TIMEOUT_S", 0.5)
     monkeypatch.setattr("taskstore.testing.contract.shared.TIMEOUT_S", 0.5)

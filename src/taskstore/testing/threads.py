@@ -57,13 +57,18 @@ def meanwhile(job: Callable[[], object]) -> Iterator[None]:
 
 
 def until(condition: Callable[[], object], within_s: float = TIMEOUT_S) -> None:
-    """Call ``condition`` repeatedly until the result is true; fail after ``within_s`` seconds."""
+    """Call ``condition`` repeatedly until the result is true; fail after ``within_s`` seconds.
+
+    The pauses grow from 2 ms to 50 ms, so that a long wait leaves the processor to others.
+    """
     deadline = time.monotonic() + within_s
+    pause_s = 0.002
     while not condition():
         assert time.monotonic() < deadline, (
             f"the condition did not become true within {within_s:g} s"
         )
-        time.sleep(0.002)
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 1.5, 0.05)
 
 
 def retry_while_busy(operation: Callable[[], object], attempts: int = 20) -> None:

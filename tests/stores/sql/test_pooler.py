@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 
@@ -14,7 +15,9 @@ from taskstore.stores.sql import SQLStore, open_sql
 from taskstore.stores.sql.migrate import upgrade
 from taskstore.testing import create, make_put
 
-OPTIONS = ("", "?prepare_threshold=0", "?prepare_threshold=none", "?prepare_threshold=None")
+OPTIONS = ("", "?prepare_threshold=0", "?prepare_threshold=none")
+WRITES = 7
+"""More than the 5 executions after which psycopg prepares a statement on the server."""
 KINDS = {
     "as in use": {},
     "one server connection": {"backends": 1},
@@ -41,15 +44,17 @@ def pooler(start_pooler) -> Pooler:
     return start_pooler()
 
 
-def write(registry: TaskRegistry, name: str, count: int = 12) -> None:
+def write(registry: TaskRegistry, name: str, count: int = WRITES) -> None:
     for number in range(count):
         task = registry.create(runtime="cli", task=f"{name} {number}", run_id=f"{name}-{number}")
         registry.mark_running(task.task_id)
         registry.finish(task.task_id, "succeeded")
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [*itertools.product(KINDS, OPTIONS), ("as in use", "?prepare_threshold=None")],
+)
 def test_two_writers_behind_a_pooler(postgres_url, start_pooler, kind, options):
     url = start_pooler(**KINDS[kind]).url(options)
     failed = []
@@ -71,12 +76,12 @@ def test_two_writers_behind_a_pooler(postgres_url, start_pooler, kind, options):
             thread.join()
     assert not failed
     with open_sql(postgres_url, read_only=True) as store:  # without the pooler
-        assert store.head() == 2 * 12 * 3
+        assert store.head() == 2 * WRITES * 3
         assert store.verify().ok
         records = store.load_snapshot().records.values()
         assert {record.status for record in records} == {"succeeded"}
         assert {record.run_id for record in records} == {
-            f"{name}-{number}" for name in ("one", "two") for number in range(12)
+            f"{name}-{number}" for name in ("one", "two") for number in range(WRITES)
         }
 
 

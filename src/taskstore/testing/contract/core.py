@@ -49,6 +49,9 @@ from taskstore.testing.factories import (
 )
 from taskstore.testing.threads import until
 
+IDLE_S = 20.0
+"""The maximum time, in seconds, that a thread of a dropped store keeps the store."""
+
 
 def snapshot_of(seq: int, *records: TaskRecord, at: int = EPOCH_MS) -> Snapshot:
     """Return a snapshot that has these records, at the given seq."""
@@ -315,7 +318,7 @@ class CoreContract(ContractBase):
                 before = open_descriptors()
                 highest = max(descriptors_in_use(read_only=read_only) for _ in range(5))
                 # A thread of the store keeps the store until the thread has been idle for a while.
-                until(partial(_descriptors_are_back, before), 20)
+                until(partial(_descriptors_are_back, before), IDLE_S)
                 if highest > before:
                     assert any(issubclass(item.category, ResourceWarning) for item in given)
 
