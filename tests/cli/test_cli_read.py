@@ -437,4 +437,4 @@ def test_a_run_time_is_never_negative(
     started_at: int | None, ended_at: int | None, text: str
 ) -> None:
     record = make_record(started_at=started_at, ended_at=ended_at)
-    assert render.run_time_of(record) == text
+    assert render.elapsed_of(record) == text

@@ -87,13 +87,13 @@ class Lookups(ABC):
         """Return the newest active task of a run, else the run's newest task, else ``None``."""
         return self._newest_preferring_active(run_id=run_id)
 
-    def find(self, token: str) -> TaskRecord | None:
-        """Return the task with the id ``token``, else a task with this run id or session, else
+    def find(self, reference: str) -> TaskRecord | None:
+        """Return the task with the id ``reference``, else a task with this run id or session, else
         ``None``."""
         return (
-            self.get(token)
-            or self._newest_preferring_active(run_id=token)
-            or self._newest_preferring_active(**{SESSION_KEY: token})
+            self.get(reference)
+            or self._newest_preferring_active(run_id=reference)
+            or self._newest_preferring_active(**{SESSION_KEY: reference})
         )
 
     def page(self, query: TaskQuery, seq: int) -> Page:

@@ -68,15 +68,15 @@ class RegistryBase(ABC):
         with self._locked_lookups() as lookups:
             return lookups.require(task_id)
 
-    def find(self, token: str) -> TaskRecord | None:
+    def find(self, reference: str) -> TaskRecord | None:
         """Return the task with this id, else a task of this run, else a task of this session.
 
         If a run or session has several tasks, returns the newest active task, else
         the newest task.  Returns ``None`` if no task matches.
         """
-        check_text("token", token, KEY_BYTES)
+        check_text("reference", reference, KEY_BYTES)
         with self._locked_lookups() as lookups:
-            return lookups.find(token)
+            return lookups.find(reference)
 
     def find_by_run(self, run_id: str) -> TaskRecord | None:
         """Return the newest active task of a run, else the run's newest task, else ``None``."""
