@@ -18,8 +18,8 @@ from taskstore.store.interface import (
     SupportsIdSearch,
     SupportsIntegrity,
     SupportsJournal,
-    SupportsPages,
     SupportsQuery,
+    SupportsStreaming,
     SupportsSummary,
     TaskRegistryStore,
 )
@@ -132,7 +132,7 @@ def test_levels_and_their_abilities():
         SupportsCommitIds,
         SupportsCompaction,
         SupportsIdSearch,
-        SupportsPages,
+        SupportsStreaming,
         SupportsQuery,
         SupportsSummary,
         SupportsIntegrity,

@@ -24,8 +24,8 @@ from taskstore.model.query import SESSION_KEY, Page, Summary, TaskQuery, evaluat
 from taskstore.model.records import ACTIVE_STATUSES, MIN_UNIX_MS, TaskRecord
 from taskstore.store.interface import (
     SupportsIdSearch,
-    SupportsPages,
     SupportsQuery,
+    SupportsStreaming,
     SupportsSummary,
     TaskRegistryStore,
 )
@@ -330,7 +330,7 @@ def find_exactly(store: TaskRegistryStore, reference: str) -> TaskMatch | None:
     return None
 
 
-def read_pages(store: TaskRegistryStore, query: TaskQuery) -> Iterator[Page]:
+def stream_query(store: TaskRegistryStore, query: TaskQuery) -> Iterator[Page]:
     """Yield the page of a query in parts, all as of one seq.
 
     If the store cannot return a page in parts, the function yields one part.
@@ -338,8 +338,8 @@ def read_pages(store: TaskRegistryStore, query: TaskQuery) -> Iterator[Page]:
     The caller must read all parts without a pause, or close the iterator, because a store can keep
     a read transaction open until then.
     """
-    if isinstance(store, SupportsPages):
-        yield from store.pages(query, PAGE_RECORDS)
+    if isinstance(store, SupportsStreaming):
+        yield from store.stream(query, PAGE_RECORDS)
     else:
         yield run_query(store, query)
 
@@ -355,7 +355,7 @@ def count(store: TaskRegistryStore) -> Summary:
         return store.summary()
     if not isinstance(store, SupportsQuery):
         snapshot = store.load_snapshot()
-        return Summary.count(snapshot.records.values(), snapshot.seq)
+        return Summary.from_records(snapshot.records.values(), snapshot.seq)
     statuses, runtimes = Counter[str](), Counter[str]()
     page = run_query(store, TaskQuery(limit=PAGE_RECORDS))
     seq = page.seq
@@ -363,5 +363,5 @@ def count(store: TaskRegistryStore) -> Summary:
         statuses.update(str(record.status) for record in page)
         runtimes.update(record.runtime for record in page)
         if page.next_cursor is None:
-            return Summary.of(statuses, runtimes, seq)
+            return Summary.from_counts(statuses, runtimes, seq)
         page = run_query(store, TaskQuery(limit=PAGE_RECORDS, after=page.next_cursor))

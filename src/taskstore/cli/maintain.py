@@ -31,8 +31,8 @@ from taskstore.store.interface import (
     SupportsIdSearch,
     SupportsIntegrity,
     SupportsJournal,
-    SupportsPages,
     SupportsQuery,
+    SupportsStreaming,
     SupportsSummary,
     TaskRegistryStore,
 )
@@ -43,7 +43,7 @@ ABILITIES: dict[str, type] = {
     "exclusive": SupportsExclusive,
     "history": SupportsHistory,
     "query": SupportsQuery,
-    "pages": SupportsPages,
+    "pages": SupportsStreaming,  # the name that ``backends`` prints does not change
     "summary": SupportsSummary,
     "ids": SupportsIdSearch,
     "compaction": SupportsCompaction,

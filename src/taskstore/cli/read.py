@@ -85,7 +85,7 @@ def list_tasks(
     filters = {name: value for name, value in options.items() if value or value == ""}
     query = TaskQuery(since=since, limit=limit, after=after, **filters)
     with open_for_reading(ctx, url) as store:
-        parts = _Parts(ledger.read_pages(store, query))
+        parts = _Parts(ledger.stream_query(store, query))
         if as_json:
             render.print_json_members(_list_members(parts))
             return
@@ -106,15 +106,15 @@ class _Parts:
     After the iteration, ``next_cursor`` and ``seq`` are those of the page.
     """
 
-    def __init__(self, pages: Iterator[Page]) -> None:
-        self._pages = pages
+    def __init__(self, parts: Iterator[Page]) -> None:
+        self._parts = parts
         self.next_cursor: str | None = None
         self.seq = 0
 
     def __iter__(self) -> Iterator[TaskRecord]:
-        for page in self._pages:
-            self.next_cursor, self.seq = page.next_cursor, page.seq
-            yield from page
+        for part in self._parts:
+            self.next_cursor, self.seq = part.next_cursor, part.seq
+            yield from part
 
 
 def _list_members(parts: _Parts) -> Iterator[tuple[str, object]]:

@@ -415,7 +415,7 @@ class Staging(Lookups):
                 if record is not None:
                     statuses[str(record.status)] += step
                     runtimes[record.runtime] += step
-        return Summary.of(+statuses, +runtimes, base.seq)
+        return Summary.from_counts(+statuses, +runtimes, base.seq)
 
     def create(self, record: TaskRecord, key: DedupKey | None) -> TaskRecord:
         """Stage a new task and its dedup key; raise :class:`ConflictError` if the id exists."""

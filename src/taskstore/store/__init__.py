@@ -33,8 +33,8 @@ from taskstore.store.interface import SupportsHistory as SupportsHistory
 from taskstore.store.interface import SupportsIdSearch as SupportsIdSearch
 from taskstore.store.interface import SupportsIntegrity as SupportsIntegrity
 from taskstore.store.interface import SupportsJournal as SupportsJournal
-from taskstore.store.interface import SupportsPages as SupportsPages
 from taskstore.store.interface import SupportsQuery as SupportsQuery
+from taskstore.store.interface import SupportsStreaming as SupportsStreaming
 from taskstore.store.interface import SupportsSummary as SupportsSummary
 from taskstore.store.interface import TaskRegistryStore as TaskRegistryStore
 from taskstore.store.interface import VerifyReport as VerifyReport

@@ -55,7 +55,7 @@ from taskstore.model.query import (
     evaluate,
     ids_with_ending,
     newest_first,
-    split_pages,
+    split_page,
 )
 
 
@@ -236,7 +236,7 @@ class LoadedRecordsStore(TaskRegistryStore):
     """A base class for a store that keeps all records in memory, or loads all records for each
     query.
 
-    The methods implement :class:`SupportsQuery`, :class:`SupportsPages`,
+    The methods implement :class:`SupportsQuery`, :class:`SupportsStreaming`,
     :class:`SupportsSummary` and :class:`SupportsIdSearch` on the result of ``load_snapshot``.
     """
 
@@ -245,16 +245,16 @@ class LoadedRecordsStore(TaskRegistryStore):
         loaded = self.load_snapshot()
         return evaluate(query, loaded.records.values(), loaded.seq)
 
-    def pages(self, query: TaskQuery, page_records: int) -> Iterator[Page]:
-        """Implement :meth:`SupportsPages.pages`."""
+    def stream(self, query: TaskQuery, batch_size: int) -> Iterator[Page]:
+        """Implement :meth:`SupportsStreaming.stream`."""
         loaded = self.load_snapshot()
         matching = newest_first(query, loaded.records.values())
-        return split_pages(matching, query, page_records, loaded.seq)
+        return split_page(matching, query, batch_size, loaded.seq)
 
     def summary(self) -> Summary:
         """Implement :meth:`SupportsSummary.summary`."""
         loaded = self.load_snapshot()
-        return Summary.count(loaded.records.values(), loaded.seq)
+        return Summary.from_records(loaded.records.values(), loaded.seq)
 
     def find_ids(
         self, endings: Collection[str], limit: int, *, deleted: bool = False
@@ -397,12 +397,12 @@ class SupportsQuery(Protocol):
 
 
 @runtime_checkable
-class SupportsPages(Protocol):
+class SupportsStreaming(Protocol):
     """A store that answers a large query in parts; all parts show the records as of the same
     seq."""
 
-    def pages(self, query: TaskQuery, page_records: int) -> Iterator[Page]:
-        """Yield the page of a query in parts of at most ``page_records`` records, in order.
+    def stream(self, query: TaskQuery, batch_size: int) -> Iterator[Page]:
+        """Yield the page of a query in parts of at most ``batch_size`` records, in order.
 
         All parts show the records as of one ``seq``, even if other writers commit between two steps
         of the iteration.  The parts together are the page that ``query`` returns, and the last part

@@ -23,7 +23,7 @@ from taskstore.model.query import (
     Summary,
     TaskQuery,
     page_of,
-    split_pages,
+    split_page,
 )
 from taskstore.model.records import ACTIVE_STATUSES, TaskRecord
 from taskstore.model.validation import check_key
@@ -53,10 +53,10 @@ class QueryStore(TaskRegistryStore):
         self._check_open()
         return run_query(self._transactions, query, self._query_quarantined)
 
-    def pages(self, query: TaskQuery, page_records: int) -> Iterator[Page]:
-        """Implement :meth:`taskstore.SupportsPages.pages`, in one read transaction."""
+    def stream(self, query: TaskQuery, batch_size: int) -> Iterator[Page]:
+        """Implement :meth:`taskstore.SupportsStreaming.stream`, in one read transaction."""
         self._check_open()
-        return _read_pages(self._transactions, query, page_records, self._query_quarantined)
+        return _stream(self._transactions, query, batch_size, self._query_quarantined)
 
     def summary(self) -> Summary:
         """Implement :meth:`taskstore.SupportsSummary.summary`, with one statement."""
@@ -98,7 +98,7 @@ def run_query(
         if page is not None:
             return page
     return transactions.read(
-        lambda session: _scan_pages(session, query, quarantined), in_transaction=True
+        lambda session: _scan_page(session, query, quarantined), in_transaction=True
     )
 
 
@@ -117,19 +117,19 @@ def _select_page(
     return page_of(iter(records), query, seq)
 
 
-def _scan_pages(session: Session, query: TaskQuery, quarantined: dict[str, Quarantined]) -> Page:
+def _scan_page(session: Session, query: TaskQuery, quarantined: dict[str, Quarantined]) -> Page:
     """Return one page; read rows in the caller's transaction until enough records match."""
     seq, records = _matching(session, query, quarantined)
     return page_of(records, query, seq)
 
 
-def _read_pages(
+def _stream(
     transactions: Transactions,
     query: TaskQuery,
-    page_records: int,
+    batch_size: int,
     quarantined: dict[str, Quarantined],
 ) -> Iterator[Page]:
-    """Yield the page of a query in parts of at most ``page_records`` records.
+    """Yield the page of a query in parts of at most ``batch_size`` records.
 
     One transaction reads all parts.
     """
@@ -138,7 +138,7 @@ def _read_pages(
         transactions.reading(in_transaction=True) as session,
     ):
         seq, records = _matching(session, query, quarantined)
-        yield from split_pages(records, query, page_records, seq)
+        yield from split_page(records, query, batch_size, seq)
 
 
 def _matching(
@@ -184,7 +184,7 @@ def _count(session: Session) -> Summary:
         if number is not None:
             statuses[status] += number
             runtimes[runtime] += number
-    return Summary.of(statuses, runtimes, rows[0][0])
+    return Summary.from_counts(statuses, runtimes, rows[0][0])
 
 
 def _can_end_an_id(ending: str) -> bool:

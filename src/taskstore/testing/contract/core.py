@@ -29,8 +29,8 @@ from taskstore.store.interface import (
     SupportsIdSearch,
     SupportsIntegrity,
     SupportsJournal,
-    SupportsPages,
     SupportsQuery,
+    SupportsStreaming,
     SupportsSummary,
     TaskRegistryStore,
 )
@@ -407,9 +407,9 @@ def reads_of(store: TaskRegistryStore) -> list[Any]:
     if isinstance(store, SupportsQuery):
         querying: SupportsQuery = store
         calls.append(lambda: querying.query(TaskQuery(limit=1)))
-    if isinstance(store, SupportsPages):
-        paging: SupportsPages = store
-        calls.append(lambda: [*paging.pages(TaskQuery(), 1)])
+    if isinstance(store, SupportsStreaming):
+        streaming: SupportsStreaming = store
+        calls.append(lambda: [*streaming.stream(TaskQuery(), 1)])
     if isinstance(store, SupportsSummary):
         calls.append(store.summary)
     if isinstance(store, SupportsIdSearch):

@@ -21,8 +21,8 @@ from taskstore.model.records import (
 from taskstore.store.interface import (
     SupportsIdSearch,
     SupportsJournal,
-    SupportsPages,
     SupportsQuery,
+    SupportsStreaming,
     SupportsSummary,
     TaskRegistryStore,
 )
@@ -269,11 +269,11 @@ class QueryContract(ContractBase):
             check(task_id=[*absent_ids, "task-07", "task-08", "task-09"], limit=2)
 
 
-class PagesContract(ContractBase):
-    """The guarantees of ``SupportsPages``."""
+class StreamingContract(ContractBase):
+    """The guarantees of ``SupportsStreaming``."""
 
     level = "query"
-    abilities: ClassVar[tuple[type, ...]] = (SupportsPages,)
+    abilities: ClassVar[tuple[type, ...]] = (SupportsStreaming,)
 
     @pytest.mark.parametrize("size", [1, 3, 14, 28, 1000])
     def test_parts_of_a_page(self, ledger: Ledger, size: int) -> None:
@@ -286,7 +286,7 @@ class PagesContract(ContractBase):
             checker = QueryChecker(store)
             for filters in queries:
                 expected = checker.expected(**filters)
-                parts = list(store.pages(TaskQuery(**filters), size))
+                parts = list(store.stream(TaskQuery(**filters), size))
                 assert [record for part in parts for record in part] == list(expected)
                 assert len(parts) == max(1, -(-len(expected) // size))
                 assert all(len(part) == size for part in parts[:-1])
@@ -297,9 +297,9 @@ class PagesContract(ContractBase):
         """[5] A query after the cursor of any part returns the records of the later parts."""
         create_varied(ledger.store)
         for store in ledger.twice():
-            parts = list(store.pages(TaskQuery(), 5))
+            parts = list(store.stream(TaskQuery(), 5))
             for number, part in enumerate(parts[:-1], 1):
-                rest = next(store.pages(TaskQuery(after=part.next_cursor), 1000))
+                rest = next(store.stream(TaskQuery(after=part.next_cursor), 1000))
                 assert list(rest) == [record for later in parts[number:] for record in later]
 
     def test_all_parts_are_of_one_moment(self, ledger: Ledger) -> None:
@@ -309,7 +309,7 @@ class PagesContract(ContractBase):
             expected = QueryChecker(store).expected()
             writer = ledger.open()
             found: list[TaskRecord] = []
-            for number, part in enumerate(store.pages(TaskQuery(), 5)):
+            for number, part in enumerate(store.stream(TaskQuery(), 5)):
                 assert part.seq == expected.seq
                 found += part
                 if number == 1:
@@ -323,7 +323,7 @@ class PagesContract(ContractBase):
         """[2] If a reader closes the iterator before the last part, no writer has to wait."""
         create_varied(ledger.store)
         for store in ledger.twice():
-            parts = store.pages(TaskQuery(), 3)
+            parts = store.stream(TaskQuery(), 3)
             next(parts)
             parts.close()  # type: ignore[attr-defined]  # every iterator here is a generator
             create(store)
@@ -338,19 +338,19 @@ class SummaryContract(ContractBase):
 
     def test_the_summary_counts_the_records(self, ledger: Ledger) -> None:
         """[5] The summary has the same counts and the same seq as the loaded records."""
-        assert ledger.store.summary() == Summary.count((), 0)
+        assert ledger.store.summary() == Summary.from_records((), 0)
         create_varied(ledger.store)
         record = create(ledger.store, status="queued", runtime="a-runtime")
         for status in (TaskStatus.RUNNING, TaskStatus.FAILED):
             for store in ledger.twice():
                 loaded = store.load_snapshot()
-                assert store.summary() == Summary.count(loaded.records.values(), loaded.seq)
+                assert store.summary() == Summary.from_records(loaded.records.values(), loaded.seq)
             record = update(ledger.store, record, status=status)
         delete(ledger.store, record)
         for store in ledger.twice():
             loaded = store.load_snapshot()
             counted = store.summary()
-            assert counted == Summary.count(loaded.records.values(), loaded.seq)
+            assert counted == Summary.from_records(loaded.records.values(), loaded.seq)
             assert "a-runtime" not in counted.by_runtime
 
     def test_the_summary_of_a_saved_snapshot(self, ledger: Ledger) -> None:
@@ -360,7 +360,7 @@ class SummaryContract(ContractBase):
         item = Quarantined(raw, "elsewhere", "from a newer version", "from the future", 3)
         ledger.store.save_snapshot(Snapshot(7, records, EPOCH_MS, (item,)))
         for store in ledger.twice():
-            assert store.summary() == Summary.count(records.values(), 7)
+            assert store.summary() == Summary.from_records(records.values(), 7)
 
 
 _IDS = (

@@ -324,7 +324,7 @@ class SharedContract(ContractBase):
         for store in ledger.twice():
             records_at = _records_at(store)
             for summary in counted:
-                expected = Summary.count(records_at(summary.seq).values(), summary.seq)
+                expected = Summary.from_records(records_at(summary.seq).values(), summary.seq)
                 assert summary == expected, f"at seq {summary.seq}"
 
     @needs(SupportsCompaction, SupportsIntegrity)
