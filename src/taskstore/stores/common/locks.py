@@ -33,15 +33,15 @@ _AGING_S = 0.003  # after this time, in seconds, a waiter polls twice as often a
 
 class FairLock:
     """The queue of waiters for a lock; the file ``path`` is the queue file.  The first waiter
-    creates the queue file for the users of the file ``predecessor``.
+    creates the queue file for the users of the file ``permissions_from``.
 
     Threads that share an instance must exclude each other by another lock.  If another program
     removes the queue file, the waiters detect the removal after a moment, and use a new file.
     """
 
-    def __init__(self, path: Path, predecessor: Path | None = None) -> None:
+    def __init__(self, path: Path, permissions_from: Path | None = None) -> None:
         self._path = os.fspath(path)  # a str is three times as fast as a Path
-        self._predecessor = predecessor
+        self._permissions_from = permissions_from
         self._descriptor = -1
         self._check_at = 0.0
         # True if this waiter ignores the queue, because a stopped waiter is at the front.
@@ -97,7 +97,7 @@ class FairLock:
         waiter."""
         try:
             if self._descriptor < 0:
-                self._descriptor = SYSTEM.open_or_create(Path(self._path), self._predecessor)
+                self._descriptor = SYSTEM.open_or_create(Path(self._path), self._permissions_from)
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False

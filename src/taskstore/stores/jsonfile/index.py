@@ -1,6 +1,6 @@
 """The writer's index: revisions, dedup keys and deletions, without the records.
 
-The function :func:`load` loads the records and can fill an index at the same time.
+The function :func:`load_records` loads the records and can fill an index at the same time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from taskstore.model.journal import EntryKind, Quarantined, Snapshot, Step, dedu
 from taskstore.model.records import FORMAT_VERSION, DedupKey, TaskRecord
 from taskstore.stores.jsonfile.layout import JournalOffset, Layout, read_snapshot
 from taskstore.stores.jsonfile.lines import Entry, Line, decode_entry
-from taskstore.stores.jsonfile.segments import SegmentReader
+from taskstore.stores.jsonfile.segments import CommitReader
 
 
 class RecordStub(Struct, frozen=True, gc=False):
@@ -122,7 +122,7 @@ class Index:
             del self.by_dedup_key[key]
 
 
-def load(
+def load_records(
     layout: Layout, *, strict: bool, index: Index | None = None
 ) -> tuple[Snapshot, JournalOffset]:
     """Return the current records (the newest snapshot folded with the journal), and the position of
@@ -133,13 +133,13 @@ def load(
     """
     records: dict[str, TaskRecord] = {}
     quarantined: list[Quarantined] = []
-    if layout.newest is not None:
-        newest = read_snapshot(layout, layout.newest.seq, strict=strict)
+    if layout.newest_snapshot is not None:
+        newest = read_snapshot(layout, layout.newest_snapshot.seq, strict=strict)
         records, quarantined = dict(newest.records), list(newest.quarantined)
         if index is not None:
-            index.deleted.update(layout.newest.deleted)
+            index.deleted.update(layout.newest_snapshot.deleted)
     last_entries: dict[str, tuple[Entry, str]] = {}
-    reader = SegmentReader(layout, layout.after_newest())
+    reader = CommitReader(layout, layout.after_newest_snapshot())
     for location in reader:
         where = location.where
         for entry in location.line.entries:

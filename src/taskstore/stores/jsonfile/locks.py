@@ -32,7 +32,7 @@ from taskstore.stores.common.locks import FairLock, describe_owners, describe_pr
 from taskstore.stores.jsonfile.layout import (
     COMPACT_LOCK_NAME,
     LOCK_NAME,
-    files_gone,
+    files_gone_error,
     newest_segment,
     read_layout,
     retry_while_changing,
@@ -146,8 +146,8 @@ class CompactLock:
     def _segment_to_lock(self) -> Path:
         layout = retry_while_changing(self.directory, lambda _: read_layout(self.directory))
         if layout.is_empty:
-            raise files_gone(self.directory)
-        first = layout.after_newest().first
+            raise files_gone_error(self.directory)
+        first = layout.after_newest_snapshot().first
         return next(segment.path for segment in layout.segments if segment.first == first)
 
     def extend(self, path: Path) -> None:

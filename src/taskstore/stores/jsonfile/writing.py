@@ -29,20 +29,20 @@ from taskstore.model.ids import Clock, new_commit_id
 from taskstore.model.journal import Commit, Position, Snapshot, Step, find_conflicts
 from taskstore.store.disk import TEMPORARY, Disk
 from taskstore.stores.common.retry import Contention
-from taskstore.stores.jsonfile.index import Index, load
+from taskstore.stores.jsonfile.index import Index, load_records
 from taskstore.stores.jsonfile.layout import (
     JournalOffset,
     Layout,
     LedgerSnapshotHeader,
     SegmentFile,
-    check_newest,
-    files_gone,
+    check_newest_snapshot,
+    files_gone_error,
+    permissions_source,
     read_layout,
     retry_while_changing,
     segment_name,
     snapshot_name,
-    snapshot_predecessor,
-    unavailable,
+    unavailable_error,
 )
 from taskstore.stores.jsonfile.lines import LINE_PREFIX_BYTES, Identity, encode_commit
 from taskstore.stores.jsonfile.locks import (
@@ -52,7 +52,7 @@ from taskstore.stores.jsonfile.locks import (
     busy_error,
     removed_error,
 )
-from taskstore.stores.jsonfile.segments import SegmentReader, prepare_segment, truncate_tail
+from taskstore.stores.jsonfile.segments import CommitReader, prepare_segment, truncate_tail
 
 _REOPEN = "close the store and open it again"
 
@@ -144,7 +144,7 @@ class Writer:
                 only_grown = grown is not None and grown > 0
                 self._catch_up(only_grown=only_grown, indexed=indexed)
         except OSError as error:
-            raise unavailable(self.directory, error) from error
+            raise unavailable_error(self.directory, error) from error
 
     def _wait_for_progress(self) -> None:
         """Wait for the write lock as long as the other writers make progress."""
@@ -200,16 +200,16 @@ class Writer:
         not valid, the commits to read depend on ``indexed``: if ``indexed`` is true, read all
         commits; otherwise read only the last segment."""
         last_commit = Position(0)
-        if self.index is not None and layout.holds(self.end):
+        if self.index is not None and layout.is_valid(self.end):
             index, start, last_commit = self.index, self.end, self.last_commit
         elif indexed:
             index = Index()
-            _, start = load(layout, strict=False, index=index)
+            _, start = load_records(layout, strict=False, index=index)
         else:
             index, start = None, layout.start_of(layout.segments[-1])
-        reader = SegmentReader(layout, start)
+        reader = CommitReader(layout, start)
         for location in reader:
-            last_commit = Position(location.line.last, location.line.commit)
+            last_commit = Position(location.line.last, location.line.commit_id)
             if index is not None:
                 index.replay(location.line)
         last = layout.segments[-1]
@@ -232,12 +232,12 @@ class Writer:
             _remove_leftovers(layout, self.disk)
             return layout
         if self.layout.segments:
-            raise files_gone(self.directory)
+            raise files_gone_error(self.directory)
         if self._lock.mentions_ledger:
             raise removed_error(self.directory)
         path = self.directory / segment_name(1)
         temporary = prepare_segment(
-            self.disk, path, Identity(uuid.uuid4().hex, 1), at=0, predecessor=None
+            self.disk, path, Identity(uuid.uuid4().hex, 1), at=0, permissions_from=None
         )
         self.disk.publish(temporary, path)
         return read_layout(self.directory)
@@ -357,7 +357,7 @@ class Writer:
             path = self.directory / segment_name(self.end.seq + 1)
             last = self.layout.segments[-1].path
             temporary = prepare_segment(
-                self.disk, path, self.layout.identity, at=self.end.at, predecessor=last
+                self.disk, path, self.layout.identity, at=self.end.at, permissions_from=last
             )
             with self._disable_on_error("beginning a segment"), self._lock.changing():
                 # It is possible that another process has written without an fsync.  A torn line is
@@ -395,12 +395,12 @@ class Writer:
         floor, ledger, timeline = snapshot.seq + 1, identity.ledger, identity.timeline
         header = LedgerSnapshotHeader(snapshot.seq, at, ledger, timeline, floor)
         blocks = codec.encode_snapshot_blocks(header, payloads, snapshot.quarantined)
-        temporary = self.disk.write_temporary(path, blocks, snapshot_predecessor(self.layout))
+        temporary = self.disk.write_temporary(path, blocks, permissions_source(self.layout))
         try:
             segment = self.directory / segment_name(snapshot.seq + 1)
             last = self.layout.segments[-1].path
             prepared = prepare_segment(
-                self.disk, segment, identity, at=at, predecessor=last, base=True
+                self.disk, segment, identity, at=at, permissions_from=last, starts_chain=True
             )
             # The three attributes set here are invalid from here on, also after an interrupt.
             self.last_commit, self.index, self.preloaded = Position(0), None, None
@@ -445,6 +445,6 @@ def _remove_leftovers(layout: Layout, disk: Disk) -> None:
         compact_lock.held(0, "a compactor"),
     ):
         # The floor comes from the header of the snapshot file, whose checksum is not yet verified.
-        check_newest(layout)
+        check_newest_snapshot(layout)
         disk.remove_all([*layout.obsolete, *others])
         disk.sync_directory(layout.directory)
