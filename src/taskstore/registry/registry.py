@@ -22,7 +22,7 @@ from taskstore.registry.commit import Batch, Committer, Operation
 from taskstore.registry.follower import Follower
 from taskstore.registry.hooks import Hook, Hooks
 from taskstore.registry.verbs import ChangeRun, RunScope, RunSelector, TaskOperation, Verbs
-from taskstore.store.interface import TaskRegistryStore, forked_error
+from taskstore.store.interface import TaskRegistryStore, used_after_fork_error
 from taskstore.store.opening import default_url, open_store
 
 T = TypeVar("T")
@@ -187,7 +187,7 @@ class RegistryBase(ABC):
         if self._closed:
             raise StoreClosedError(f"the registry over {self._store.location} is closed")
         if self._opened_by != os.getpid():
-            raise forked_error(f"the registry over {self._store.location}")
+            raise used_after_fork_error(f"the registry over {self._store.location}")
 
 
 class TaskRegistry(RegistryBase, Verbs[TaskRecord, bool, str]):

@@ -37,10 +37,10 @@ from taskstore.model.journal import (
     Commit,
     EntryKind,
     JournalEntry,
+    NetChange,
     Position,
     Quarantined,
     Snapshot,
-    Step,
     dedup_key,
     entries_of,
     find_conflicts,
@@ -160,9 +160,9 @@ class TaskRegistryStore(ABC):
         can use it safely.
         """
         self._check_writable()
-        steps = plan(changes)
+        net_changes = plan(changes)
         stored = self.load_snapshot()
-        check_steps(steps, stored)
+        check_net_changes(net_changes, stored)
         commit = Commit(stored.seq + 1, stored.seq + len(changes), max(self.clock(), stored.at))
         self.save_snapshot(fold(stored, entries_of(changes, commit)))
         return commit
@@ -212,7 +212,7 @@ class TaskRegistryStore(ABC):
         if self._closed:
             raise StoreClosedError(f"the store {self.location or type(self).__name__} is closed")
         if self._opened_by != os.getpid():
-            raise forked_error(f"the store {self.location or type(self).__name__}")
+            raise used_after_fork_error(f"the store {self.location or type(self).__name__}")
 
     def _check_writable(self) -> None:
         if self._closed or self._opened_by != os.getpid():
@@ -513,7 +513,7 @@ def check_base(journal: SupportsJournal, changes: Sequence[Change]) -> None:
         try:
             entries_after_position(journal, changes.base, 0)
         except CursorExpiredError as error:
-            raise base_not_found(changes.base) from error
+            raise base_not_found_error(changes.base) from error
 
 
 def clock_notices(last_at: int, clock: Clock) -> tuple[str, ...]:
@@ -537,7 +537,7 @@ def clock_notices(last_at: int, clock: Clock) -> tuple[str, ...]:
     return (notice,)
 
 
-def base_not_found(position: Position) -> ConflictError:
+def base_not_found_error(position: Position) -> ConflictError:
     """Return the error for changes whose base position is not in the journal."""
     return ConflictError(
         [],
@@ -546,7 +546,7 @@ def base_not_found(position: Position) -> ConflictError:
     )
 
 
-def forked_error(what: str) -> StoreClosedError:
+def used_after_fork_error(what: str) -> StoreClosedError:
     """Return the error for the use of ``what`` in a forked child, after the parent opened
     ``what``."""
     return StoreClosedError(
@@ -555,8 +555,9 @@ def forked_error(what: str) -> StoreClosedError:
     )
 
 
-def check_steps(steps: Sequence[Step], stored: Snapshot) -> None:
-    """Raise :class:`~taskstore.ConflictError` unless all steps apply to the snapshot ``stored``.
+def check_net_changes(net_changes: Sequence[NetChange], stored: Snapshot) -> None:
+    """Raise :class:`~taskstore.ConflictError` unless all net changes apply to the snapshot
+    ``stored``.
 
     This function is for stores without a journal, which do not know earlier deletions.
     """
@@ -567,6 +568,6 @@ def check_steps(steps: Sequence[Step], stored: Snapshot) -> None:
         for record in stored.records.values()
         if (key := dedup_key(record)) is not None
     }
-    conflicts = find_conflicts(steps, revisions, (), ids_by_key)
+    conflicts = find_conflicts(net_changes, revisions, (), ids_by_key)
     if conflicts:
         raise ConflictError(conflicts)

@@ -87,7 +87,7 @@ class Compaction(CompactionSteps):
             oldest = next(iter(CommitReader(layout, layout.after_newest_snapshot())), None)
             return JournalStats(
                 now=now,
-                newest=newest,
+                newest_snapshot_seq=newest,
                 floor=layout.floor,
                 entries=writer.end.seq - newest,
                 records=len(writer.index.revisions),
@@ -135,16 +135,16 @@ class Compaction(CompactionSteps):
         # All files are written before the first is published: versions of taskstore that do not
         # know the rule for a copied segment can read the directory until then.
         segments, snapshots = [], []
-        if retained.base is not None:
-            segments = self._write_base_segment(retained.base)
-            snapshots = [self._write_base_snapshot(point, retained.base)]
+        if retained.base_snapshot is not None:
+            segments = self._write_base_segment(retained.base_snapshot)
+            snapshots = [self._write_base_snapshot(point, retained.base_snapshot)]
         merge = Merge(layout, point.seq, floor)
         snapshots.append(
             self._write_snapshot(merge, layout, SnapshotInfo(point.seq, point.at), floor)
         )
         for temporary, path in segments:
             disk.publish(temporary, path)
-        if retained.base is not None:
+        if retained.base_snapshot is not None:
             # Until the last rename, this segment can follow the newest snapshot.
             self._lock.extend(layout.directory / segment_name(floor))
         for temporary, path in snapshots:

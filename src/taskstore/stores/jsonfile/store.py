@@ -165,13 +165,13 @@ class JSONStore(LoadedRecordsStore):
     def apply(self, changes: Sequence[Change]) -> Commit:
         self._check_open()
         writer = self._writer or self._require_writer()
-        steps = plan(changes)
+        net_changes = plan(changes)
         entries = encode_changes(changes)
         try:
             with writer.locked():
                 if isinstance(changes, ChangeSet) and changes.base != writer.last_commit:
                     check_base(self, changes)
-                commit = writer.commit(steps, len(changes), entries, self.clock)
+                commit = writer.commit(net_changes, len(changes), entries, self.clock)
         except OSError as error:
             raise unavailable_error(self.directory, error) from error
         if self._feed.waiters:

@@ -26,7 +26,7 @@ from taskstore.errors import (
 )
 from taskstore.model import codec
 from taskstore.model.ids import Clock, new_commit_id
-from taskstore.model.journal import Commit, Position, Snapshot, Step, find_conflicts
+from taskstore.model.journal import Commit, NetChange, Position, Snapshot, find_conflicts
 from taskstore.store.disk import TEMPORARY, Disk
 from taskstore.stores.common.retry import Contention
 from taskstore.stores.jsonfile.index import Index, load_records
@@ -277,18 +277,22 @@ class Writer:
 
     # -- changing -----------------------------------------------------------
 
-    def commit(self, steps: Sequence[Step], count: int, entries: bytes, clock: Clock) -> Commit:
+    def commit(
+        self, net_changes: Sequence[NetChange], count: int, entries: bytes, clock: Clock
+    ) -> Commit:
         """Check ``count`` changes for conflicts, and append the changes as one line.  The caller
         must own the write lock."""
         index, start = self.index, self.end
         assert index is not None
-        conflicts = find_conflicts(steps, index.revisions, index.deleted, index.by_dedup_key)
+        conflicts = find_conflicts(net_changes, index.revisions, index.deleted, index.by_dedup_key)
         if conflicts and any(conflict.deleted for conflict in conflicts):
             # Another process possibly trimmed the entry of the deletion from the journal.
             index.forget_deletions(
                 retry_while_changing(self.directory, lambda _: read_layout(self.directory).floor)
             )
-            conflicts = find_conflicts(steps, index.revisions, index.deleted, index.by_dedup_key)
+            conflicts = find_conflicts(
+                net_changes, index.revisions, index.deleted, index.by_dedup_key
+            )
         if conflicts:
             raise ConflictError(conflicts)
         seq = start.seq
@@ -306,7 +310,7 @@ class Writer:
         # The commit is complete.  After an interrupt from here on, the next commit rebuilds the
         # index.
         self.index = None
-        index.commit(steps, commit.first_seq)
+        index.commit(net_changes, commit.first_seq)
         offset = start.offset + len(line)
         prefix = line[:LINE_PREFIX_BYTES]
         self.end = JournalOffset(

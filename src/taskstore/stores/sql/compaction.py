@@ -133,7 +133,7 @@ class SQLCompactionSteps(CompactionSteps):
 
     def stats(self, now: int, most_bytes: int) -> JournalStats:
         stats = self._transactions.read(partial(self._stats, now=now), in_transaction=True)
-        head = stats.newest + stats.entries
+        head = stats.newest_snapshot_seq + stats.entries
         _, size = self._measure(most_bytes, stats.floor, head)
         return msgspec.structs.replace(stats, history_bytes=size)
 
@@ -144,7 +144,7 @@ class SQLCompactionSteps(CompactionSteps):
         first = max(newest + 1, head.floor)
         return JournalStats(
             now=now,
-            newest=newest,
+            newest_snapshot_seq=newest,
             floor=head.floor,
             entries=head.head_seq - newest,
             records=session.scalar(sa.select(sa.func.count()).select_from(tasks)),
@@ -223,15 +223,15 @@ class SQLCompactionSteps(CompactionSteps):
         self._transactions.read(
             lambda session: check_rows_exist(session, point.floor, retained.floor, self._location)
         )
-        if retained.base is not None:
-            self._write_base(retained.base)
+        if retained.base_snapshot is not None:
+            self._write_base_snapshot(retained.base_snapshot)
         if point.seq not in [snapshot.seq for snapshot in point.snapshots]:
             self._write_chunks(point.seq)
             self._write_row(self._snapshot_row)
         self._move_floor(retained)
         return self._snapshot_row.records + self._snapshot_row.quarantined
 
-    def _write_base(self, base: SnapshotInfo) -> None:
+    def _write_base_snapshot(self, base: SnapshotInfo) -> None:
         """Publish a snapshot at an earlier seq, made from an older snapshot and the journal.
 
         While this compaction holds the lease, nothing changes the rows that this method reads.  The

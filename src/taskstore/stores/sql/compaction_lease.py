@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from taskstore.errors import OutcomeUnknownError, StoreBusyError, StoreUnavailableError
 from taskstore.model.ids import CLOCK_TOLERANCE_MS, system_clock
 from taskstore.stores.sql.dialects.base import Session
-from taskstore.stores.sql.rows import damaged_head
+from taskstore.stores.sql.rows import damaged_head_error
 from taskstore.stores.sql.tables import taskstore_head
 from taskstore.stores.sql.transactions import Transactions
 
@@ -108,7 +108,7 @@ class CompactionLease:
         lease = taskstore_head.c
         owner = tx.scalar(sa.select(lease.lease_owner))
         if not isinstance(owner, str | None):
-            raise damaged_head()
+            raise damaged_head_error()
         now = system_clock()
         free = sa.or_(
             lease.lease_owner.is_(None),

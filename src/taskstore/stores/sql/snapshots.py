@@ -25,7 +25,7 @@ from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.dialects.base import Session, flat_parameters, row_groups
 from taskstore.stores.sql.rows import (
     QUARANTINED_PREFIX,
-    Head,
+    HeadRow,
     SnapshotRow,
     TaskRow,
     as_bytes,
@@ -53,7 +53,7 @@ longer than a chunk."""
 CHUNK_RECORDS = 1000
 
 
-def read_head(session: Session, sql: Statements, *, lock: bool = False) -> Head:
+def read_head(session: Session, sql: Statements, *, lock: bool = False) -> HeadRow:
     """Read the head row; if ``lock`` is true, lock the row against other writers."""
     row = session.row(sql.lock_head if lock else sql.head)
     if row is None:
@@ -213,7 +213,7 @@ def _is_saved(database: Database, seq: int, tx: Session) -> bool:
     return (head.head_seq, head.floor) == (seq, seq + 1)
 
 
-def _replace_content(tx: Session, database: Database, snapshot: Snapshot, head: Head) -> None:
+def _replace_content(tx: Session, database: Database, snapshot: Snapshot, head: HeadRow) -> None:
     for table in (tasks, task_journal, task_snapshot_chunks, task_snapshots, task_set_aside):
         tx.execute_core(sa.delete(table))
     row = SnapshotRow(snapshot.seq, snapshot.at)

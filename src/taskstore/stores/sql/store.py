@@ -36,7 +36,7 @@ from taskstore.stores.sql.dialects import Database, host_database, open_database
 from taskstore.stores.sql.dialects.base import VacuumReport
 from taskstore.stores.sql.migrate import ensure_schema
 from taskstore.stores.sql.query import QueryStore
-from taskstore.stores.sql.rows import Head, damaged_head, entry_of
+from taskstore.stores.sql.rows import HeadRow, damaged_head_error, entry_of
 from taskstore.stores.sql.transactions import ConnectionPool, Transactions
 from taskstore.stores.sql.verify import verify
 from taskstore.stores.sql.watchers import start_watcher
@@ -165,7 +165,7 @@ class SQLStore(QueryStore):
     def floor(self) -> int:
         return self._head().floor
 
-    def _head(self) -> Head:
+    def _head(self) -> HeadRow:
         self._check_open()
         sql = self._database.sql
         head = self._transactions.read(partial(snapshots.read_head, sql=sql))
@@ -188,7 +188,7 @@ class SQLStore(QueryStore):
             raise CorruptStoreError(self.location, "the head row is missing")
         floor, head = rows[0][:2]
         if not type(floor) is type(head) is int:
-            raise damaged_head()
+            raise damaged_head_error()
         if after < floor - 1:
             raise CursorExpiredError(after, floor)
         entries = tuple(entry_of(row[2:], self.location) for row in rows if row[2] is not None)

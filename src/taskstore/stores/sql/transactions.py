@@ -40,7 +40,7 @@ from taskstore.stores.common.retry import (
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.dialects.base import Session
 from taskstore.stores.sql.errors import UNREACHABLE, ErrorKind
-from taskstore.stores.sql.rows import Head
+from taskstore.stores.sql.rows import HeadRow
 
 _T = TypeVar("_T")
 
@@ -380,7 +380,7 @@ class Transactions:
     def _read_head(self) -> int | None:
         """Return the head seq, read without retries; ``None`` if the read fails."""
         with suppress(Exception), self.reading() as session:
-            return Head(*session.row(self.database.sql.head)).head_seq
+            return HeadRow(*session.row(self.database.sql.head)).head_seq
         return None
 
     def _read_lock_owners(self) -> Sequence[str] | None:

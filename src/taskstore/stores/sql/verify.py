@@ -30,7 +30,7 @@ from taskstore.stores.sql.dialects.base import (
 from taskstore.stores.sql.errors import ErrorKind
 from taskstore.stores.sql.rows import (
     QUARANTINED_CHECKSUM,
-    Head,
+    HeadRow,
     TaskRow,
     entry_of,
     record_of,
@@ -218,7 +218,7 @@ class _DatabaseCheck:
             check.problems += _seal_problems(entry)
             yield entry
 
-    def _current(self, check: IntegrityCheck, head: Head) -> Snapshot:
+    def _current(self, check: IntegrityCheck, head: HeadRow) -> Snapshot:
         """Return the rows of ``tasks`` as a snapshot; compare each record with the columns of its
         row."""
         records: dict[str, TaskRecord] = {}
