@@ -139,7 +139,7 @@ def test_memory_ahead_of_the_disk_is_detected(url):
 def test_missing_events_are_detected(url):
     def without_events(store, hooks):
         registry = TaskRegistry(store, hooks=hooks)
-        registry.hooks.emit = lambda events: None
+        registry.hooks.enqueue = lambda events: None
         return registry
 
     found = problems(run_matrix(url, scenarios=["create"], make_registry=without_events))

@@ -254,7 +254,7 @@ class ReplicatedCache(RecordCache):
                 commit_id = commit_id_at(store, snapshot.seq)
             self.reset(snapshot, commit_id)
         self.stale = False
-        self._hooks.emit([Restored(snapshot.seq, len(snapshot.records), snapshot.records)])
+        self._hooks.enqueue([Restored(snapshot.seq, len(snapshot.records), snapshot.records)])
 
     def refresh(self) -> None:
         """Apply the commits of other writers to the cache."""
@@ -351,7 +351,7 @@ class ReplicatedCache(RecordCache):
                 self.position = Position(seq, entry.commit_id)
         # If the cache is stale, the next load queues :class:`Restored` instead of these events.
         if self._hooks.registered and not self.stale:
-            self._hooks.emit(events)
+            self._hooks.enqueue(events)
 
 
 class Staging(Lookups):

@@ -45,7 +45,7 @@ from taskstore.model.journal import (
 from taskstore.model.records import DedupKey, TaskRecord
 from taskstore.store.interface import base_not_found_error
 from taskstore.stores.sql.dialects import Database
-from taskstore.stores.sql.dialects.base import Session, flat_parameters, row_groups
+from taskstore.stores.sql.dialects.base import DriverSession, flat_parameters, row_groups
 from taskstore.stores.sql.errors import ErrorKind
 from taskstore.stores.sql.rows import ClaimedSeqs, HeadRow, damaged_head_error
 from taskstore.stores.sql.statements import RARELY_UPDATED
@@ -168,7 +168,7 @@ def commit(transactions: Transactions, changes: Sequence[Change], clock: Clock) 
     raise AssertionError("the last attempt raises an error")
 
 
-def schema_epoch_error(database: Database, tx: Session) -> SchemaMismatchError:
+def schema_epoch_error(database: Database, tx: DriverSession) -> SchemaMismatchError:
     """Return the error for a ledger whose schema epoch is too high for this version of taskstore.
 
     In such a ledger, a claim of seqs updates no row.
@@ -196,7 +196,7 @@ def _has_base(base: Position, claimed: ClaimedSeqs) -> bool:
     return not base.commit_id or base.commit_id == claimed.base_commit_id
 
 
-def _write(database: Database, tx: Session, batch: EncodedBatch, floor: int) -> None:
+def _write(database: Database, tx: DriverSession, batch: EncodedBatch, floor: int) -> None:
     """Write the changes of the batch to the table ``tasks``.
 
     Raises :class:`_RowMismatch` if a stored row does not match a change of the batch.
@@ -228,7 +228,7 @@ def _write(database: Database, tx: Session, batch: EncodedBatch, floor: int) -> 
         raise _RowMismatch
 
 
-def _is_committed(database: Database, expected: Commit, tx: Session) -> bool:
+def _is_committed(database: Database, expected: Commit, tx: DriverSession) -> bool:
     """Return whether the journal contains the commit ``expected``.
 
     The answer to the COMMIT statement of this commit was lost.
@@ -244,7 +244,7 @@ def _is_committed(database: Database, expected: Commit, tx: Session) -> bool:
     return bool(commit_id == expected.commit_id)
 
 
-def conflicts_of(net_changes: Sequence[NetChange], tx: Session) -> list[Conflict]:
+def conflicts_of(net_changes: Sequence[NetChange], tx: DriverSession) -> list[Conflict]:
     """Lock the head row, and return the conflicts between the net changes of a batch and stored
     rows."""
     head = taskstore_head.c

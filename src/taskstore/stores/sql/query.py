@@ -28,7 +28,7 @@ from taskstore.model.query import (
 from taskstore.model.records import ACTIVE_STATUSES, TaskRecord
 from taskstore.model.validation import check_key
 from taskstore.store.interface import TaskRegistryStore
-from taskstore.stores.sql.dialects.base import Database, Session
+from taskstore.stores.sql.dialects.base import Database, DriverSession
 from taskstore.stores.sql.rows import QUARANTINED_CHECKSUM, TaskRow, record_of
 from taskstore.stores.sql.statements import PAGE
 from taskstore.stores.sql.tables import ACTIVE, COPIED_COLUMNS, task_journal, tasks, taskstore_head
@@ -103,7 +103,7 @@ def run_query(
 
 
 def _select_page(
-    session: Session, query: TaskQuery, quarantined: dict[str, Quarantined]
+    session: DriverSession, query: TaskQuery, quarantined: dict[str, Quarantined]
 ) -> Page | None:
     """Read one page with one statement.  Return ``None`` if a row cannot be decoded or does not
     match the query."""
@@ -117,7 +117,9 @@ def _select_page(
     return page_of(iter(records), query, seq)
 
 
-def _scan_page(session: Session, query: TaskQuery, quarantined: dict[str, Quarantined]) -> Page:
+def _scan_page(
+    session: DriverSession, query: TaskQuery, quarantined: dict[str, Quarantined]
+) -> Page:
     """Return one page; read rows in the caller's transaction until enough records match."""
     seq, records = _matching(session, query, quarantined)
     return page_of(records, query, seq)
@@ -142,7 +144,7 @@ def _stream(
 
 
 def _matching(
-    session: Session, query: TaskQuery, quarantined: dict[str, Quarantined]
+    session: DriverSession, query: TaskQuery, quarantined: dict[str, Quarantined]
 ) -> tuple[int, Iterator[TaskRecord]]:
     """Return the head seq, and an iterator over the matching records after the cursor.
 
@@ -164,7 +166,7 @@ def _matching(
     return seq, matching(rows)
 
 
-def _count(session: Session) -> Summary:
+def _count(session: DriverSession) -> Summary:
     """Count the rows of ``tasks`` by status and runtime, and read the head, with one statement."""
     counts = (
         sa.select(tasks.c.status, tasks.c.runtime, sa.func.count().label("number"))
@@ -207,7 +209,7 @@ def _ids_with_ending(
     for ending in endings:
         by_length.setdefault(len(ending), set()).add(ending)
     conditions = (
-        database.ending(column, length).in_(sorted(wanted)) for length, wanted in by_length.items()
+        database.suffix(column, length).in_(sorted(wanted)) for length, wanted in by_length.items()
     )
     statement = sa.select(column).where(sa.or_(*conditions)).order_by(column).limit(limit)
     if deleted:
@@ -218,7 +220,7 @@ def _ids_with_ending(
     return statement
 
 
-def _cursor_of(session: Session, row: TaskRow) -> Cursor:
+def _cursor_of(session: DriverSession, row: TaskRow) -> Cursor:
     """Return the cursor of a row.
 
     The function reads the cursor from the columns, because the payload can be damaged.
@@ -236,7 +238,7 @@ def _add_quarantined(
 
 
 def _fetch(
-    session: Session, query: TaskQuery, cursor: Cursor | None, limit: int
+    session: DriverSession, query: TaskQuery, cursor: Cursor | None, limit: int
 ) -> tuple[int, list[TaskRow]]:
     """Read the head seq and the next rows that meet the SQL conditions, with one statement."""
     candidates = (

@@ -32,7 +32,7 @@ from taskstore.stores.common.change_feed import IDLE_TIMEOUT_S, ChangeFeed
 from taskstore.stores.common.retry import RECONNECT_S
 from taskstore.stores.sql import compaction, snapshots
 from taskstore.stores.sql.commits import commit
-from taskstore.stores.sql.dialects import Database, host_database, open_database
+from taskstore.stores.sql.dialects import Database, database_for_engine, open_database
 from taskstore.stores.sql.dialects.base import VacuumReport
 from taskstore.stores.sql.migrate import ensure_schema
 from taskstore.stores.sql.query import QueryStore
@@ -76,7 +76,7 @@ class SQLStore(QueryStore):
             raise ValidationError("links", f"must be 'refuse' or 'allow', not {links!r}")
         database = engine
         if not isinstance(database, Database):
-            database = host_database(
+            database = database_for_engine(
                 database, durability=durability, read_only=read_only, schema=schema
             )
             database.links_allowed = links == "allow"
@@ -99,7 +99,7 @@ class SQLStore(QueryStore):
         try:
             database.register_open()
             ensure_schema(database, migrate)
-            self._transactions.read(database.prepare)
+            self._transactions.read(database.configure)
         except BaseException:
             self._transactions.close()
             raise

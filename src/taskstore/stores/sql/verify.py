@@ -23,7 +23,7 @@ from taskstore.stores.sql.compaction import TRIMMED_ENTRY, TRIMMED_REVISION
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.dialects.base import (
     Declarations,
-    Session,
+    DriverSession,
     column_declaration,
     index_declaration,
 )
@@ -134,7 +134,7 @@ class _DatabaseCheck:
     ``problems`` contains the problems that the engine's own check has found.
     """
 
-    def __init__(self, session: Session, database: Database, problems: list[str]) -> None:
+    def __init__(self, session: DriverSession, database: Database, problems: list[str]) -> None:
         self._session = session
         self._database = database
         self._sql = database.sql

@@ -31,8 +31,8 @@ from taskstore.stores.sql import sqlite_library
 from taskstore.stores.sql.dialects.base import (
     WRITE_LOCK_TIMEOUT_S,
     Database,
+    DriverSession,
     Maintenance,
-    Session,
     VacuumReport,
     log,
 )
@@ -91,20 +91,20 @@ class SQLiteMaintenance(Maintenance):
     erase_timeout_s: ClassVar[float] = 10.0
     """How long :meth:`scrub_deleted` waits until readers release the log, in seconds."""
 
-    def free_pages(self, session: Session) -> int:
+    def freelist_count(self, session: DriverSession) -> int:
         [mode] = session.row("PRAGMA auto_vacuum")
         return session.row("PRAGMA freelist_count")[0] if mode == _INCREMENTAL else 0
 
-    def release_pages(self, session: Session) -> None:
-        for _ in range(min(_PAGES_PER_STEP, self.free_pages(session))):
+    def release_pages(self, session: DriverSession) -> None:
+        for _ in range(min(_PAGES_PER_STEP, self.freelist_count(session))):
             # With SQLite before 3.41, the driver stops after one page, whatever the argument.
             session.rows("PRAGMA incremental_vacuum(1)")
 
-    def shorten_files(self, session: Session) -> None:
+    def shorten_files(self, session: DriverSession) -> None:
         # SQLite shortens the file at a checkpoint.  A passive checkpoint waits for no lock.
         session.rows("PRAGMA wal_checkpoint(PASSIVE)")
 
-    def engine_problems(self, session: Session) -> list[str]:
+    def engine_problems(self, session: DriverSession) -> list[str]:
         # The check compares every index with its table, but by the declarations in the schema.
         problems = [*_schema_problems(session)]
         rows = session.rows(f"PRAGMA integrity_check({MAX_PROBLEMS})")
@@ -114,7 +114,7 @@ class SQLiteMaintenance(Maintenance):
             ]
         return problems
 
-    def scrub_deleted(self, session: Session) -> None:
+    def scrub_deleted(self, session: DriverSession) -> None:
         # secure_delete overwrites deleted bytes in the file, but the write-ahead log keeps earlier
         # page images until a checkpoint truncates it.
         [timeout_ms] = session.row("PRAGMA busy_timeout")
@@ -221,7 +221,7 @@ class SQLiteDatabase(Database):
         self.add_notice(library_notice(module, owned=owned))
 
     @staticmethod
-    def ending(column: sa.ColumnElement[str], length: int) -> sa.ColumnElement[str]:
+    def suffix(column: sa.ColumnElement[str], length: int) -> sa.ColumnElement[str]:
         return sa.func.substr(column, -length)
 
     def _location(self) -> str:
@@ -248,7 +248,7 @@ class SQLiteDatabase(Database):
             connection.exec_driver_sql("PRAGMA auto_vacuum = INCREMENTAL")
         super().lock_schema(connection)
 
-    def prepare(self, session: Session) -> None:
+    def configure(self, session: DriverSession) -> None:
         [mode] = session.row("PRAGMA journal_mode")
         if self.owned and not self.read_only and mode != "wal":
             # A change of the file's journal mode needs exclusive access to the file.  The
@@ -270,19 +270,19 @@ class SQLiteDatabase(Database):
             return "open the ledger once for writing, which sets the mode wal"
         return "move the ledger to a local file system"
 
-    def configure_host(self, session: Session) -> None:
+    def configure_borrowed_connection(self, session: DriverSession) -> None:
         # The store retries, so a long busy timeout of the host would only delay the StoreBusyError.
         [timeout_ms] = session.row("PRAGMA busy_timeout")
         if timeout_ms > _BUSY_TIMEOUT_S * 1000:
             session.restore_later(f"PRAGMA busy_timeout = {timeout_ms}")
             session.row(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_S * 1000:.0f}")
 
-    def configure_writer(self, session: Session) -> None:
+    def configure_writer(self, session: DriverSession) -> None:
         # SQLite's busy handler sleeps up to 0.1 s between attempts, and other writers can take the
         # lock during such a sleep.
         session.rows("PRAGMA busy_timeout = 0")
 
-    def begin_write(self, session: Session) -> None:
+    def begin_write(self, session: DriverSession) -> None:
         host_timeout_ms = None if self.owned else self._set_up_host(session)
         if time.monotonic() < self._contended_until or not self._begin(session):
             self._contended_until = time.monotonic() + _CONTENTION_S
@@ -294,7 +294,7 @@ class SQLiteDatabase(Database):
             # With another journal mode than wal, COMMIT waits until the readers have finished.
             session.row(f"PRAGMA busy_timeout = {host_timeout_ms}")
 
-    def _begin(self, session: Session) -> bool:
+    def _begin(self, session: DriverSession) -> bool:
         """Begin a write transaction if the write lock is free; return whether the lock was free."""
         try:
             session.cursor.execute("BEGIN IMMEDIATE")
@@ -304,7 +304,7 @@ class SQLiteDatabase(Database):
             return False
         return True
 
-    def _set_up_host(self, session: Session) -> int:
+    def _set_up_host(self, session: DriverSession) -> int:
         """Configure a host's connection for a write; return the host's busy timeout in
         milliseconds."""
         [synchronous] = session.row("PRAGMA synchronous")
@@ -320,13 +320,13 @@ class SQLiteDatabase(Database):
         self.configure_writer(session)
         return int(timeout_ms)
 
-    def lock_owners(self, session: Session) -> Sequence[str]:
+    def lock_owners(self, session: DriverSession) -> Sequence[str]:
         del session
         # A writer locks a byte of the -shm file; without a -shm, it locks the database file.
         owners = lock_owners(f"{self.location}-shm", byte=_WRITE_LOCK_BYTE)
         return owners or lock_owners(self.location)
 
-    def rollback(self, session: Session) -> None:
+    def rollback(self, session: DriverSession) -> None:
         if session.raw.in_transaction:
             session.execute("ROLLBACK")
 
@@ -388,7 +388,7 @@ class SQLiteDatabase(Database):
             sqlite_library.register_close(self.location, self._library)
 
 
-def _schema_problems(session: Session) -> Iterator[str]:
+def _schema_problems(session: DriverSession) -> Iterator[str]:
     """Yield the differences between the declared columns and indexes and the tables of a ledger."""
     for table in metadata.sorted_tables:
         # The key of the column in the primary key counts from 1.
@@ -404,7 +404,7 @@ def _schema_problems(session: Session) -> Iterator[str]:
                 yield from _index_problems(session, index)
 
 
-def _index_problems(session: Session, index: sa.Index) -> Iterator[str]:
+def _index_problems(session: DriverSession, index: sa.Index) -> Iterator[str]:
     assert index.table is not None
     listed = session.rows(f"PRAGMA index_list({index.table.name})")
     unique = [row[2] for row in listed if row[1] == index.name]
