@@ -76,7 +76,7 @@ class Compaction(CompactionSteps):
     def stats(self, now: int, most_bytes: int) -> JournalStats:
         del most_bytes
         writer = self._writer
-        with writer.locked():
+        with writer.lock():
             assert writer.index is not None
             layout = writer.layout
             newest = layout.newest_snapshot.seq if layout.newest_snapshot is not None else 0
@@ -98,12 +98,12 @@ class Compaction(CompactionSteps):
 
     def lock(self) -> AbstractContextManager[object]:
         self._lock = self._writer.compact_lock()
-        return self._lock.held(COMPACT_LOCK_TIMEOUT_S, "another compactor")
+        return self._lock.hold(COMPACT_LOCK_TIMEOUT_S, "another compactor")
 
     def begin(self) -> CompactionPoint:
-        with self._writer.locked():
+        with self._writer.lock():
             layout = self._layout = self._writer.roll()
-            self._lock.extend(layout.segments[-1].path)
+            self._lock.lock_next_segment(layout.segments[-1].path)
             seq, at = self._writer.end.seq, self._writer.end.at
         directory = layout.directory
         # The writer's layout can still contain snapshots that the previous compaction removed.
@@ -146,10 +146,10 @@ class Compaction(CompactionSteps):
             disk.publish(temporary, path)
         if retained.base_snapshot is not None:
             # Until the last rename, this segment can follow the newest snapshot.
-            self._lock.extend(layout.directory / segment_name(floor))
+            self._lock.lock_next_segment(layout.directory / segment_name(floor))
         for temporary, path in snapshots:
             disk.publish(temporary, path)
-        with self._writer.locked():
+        with self._writer.lock():
             self._writer.announce_floor(floor)
         self.superseded = merge.superseded
         return merge.count

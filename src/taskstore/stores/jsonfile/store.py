@@ -107,7 +107,7 @@ class JSONStore(LoadedRecordsStore):
                 disk=disk,
             )
             try:
-                with writer.locked(indexed=False):
+                with writer.lock(indexed=False):
                     self._writer = writer
             except BaseException:
                 writer.close()
@@ -155,8 +155,8 @@ class JSONStore(LoadedRecordsStore):
                 for task_id in sorted(snapshot.records)
             ]
             with (
-                writer.compact_lock().held(writer.timeout_s, "a compactor") as lock,
-                writer.locked(indexed=False),
+                writer.compact_lock().hold(writer.timeout_s, "a compactor") as lock,
+                writer.lock(indexed=False),
             ):
                 writer.replace(snapshot, payloads, lock)
         self._quarantined = snapshot.quarantined
@@ -168,7 +168,7 @@ class JSONStore(LoadedRecordsStore):
         net_changes = plan(changes)
         entries = encode_changes(changes)
         try:
-            with writer.locked():
+            with writer.lock():
                 if isinstance(changes, ChangeSet) and changes.base != writer.last_commit:
                     check_base(self, changes)
                 commit = writer.commit(net_changes, len(changes), entries, self.clock)
@@ -181,7 +181,7 @@ class JSONStore(LoadedRecordsStore):
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         writer = self._require_writer()
-        with writer.locked():
+        with writer.lock():
             try:
                 writer.reserved = True
                 yield

@@ -1,7 +1,7 @@
 """The writer: take the lock, catch up, check for conflicts, append.
 
 Between two commits the writer keeps the position of the journal's end, and the index as of this
-position.  Every operation that changes files runs inside :meth:`Writer.locked`.  This method takes
+position.  Every operation that changes files runs inside :meth:`Writer.lock`.  This method takes
 the lock, and brings the position and the index up to date.
 """
 
@@ -75,7 +75,7 @@ class Writer:
         """The index and the end of the journal that a load has found.  The next commit uses these
         two values if ``index`` is ``None``."""
         self.reserved = False
-        """True if this thread already owns the lock, and the next call of :meth:`locked` must use
+        """True if this thread already owns the lock, and the next call of :meth:`lock` must use
         this lock."""
         self.timeout_s = lock_timeout_s
         self._lock = WriteLock(directory, disk)
@@ -90,7 +90,7 @@ class Writer:
     # -- the lock -----------------------------------------------------------
 
     @contextmanager
-    def locked(self, *, indexed: bool = True) -> Iterator[None]:
+    def lock(self, *, indexed: bool = True) -> Iterator[None]:
         """Take the thread lock and the write lock, and read new commits; then the body runs.
 
         A nested call of the same thread, for example from a signal handler, raises
@@ -123,7 +123,7 @@ class Writer:
             raise StoreUnavailableError(self._refusal, hint=_REOPEN)
         lock = self._lock
         try:
-            if not lock.queue.wait(lock.try_acquire, self.timeout_s / 2):
+            if not lock.queue.poll_in_turn(lock.try_acquire, self.timeout_s / 2):
                 self._wait_for_progress()
             state = os.pread(lock.state_descriptor, STATE_BYTES, 0)
             if state != lock.state:
@@ -150,7 +150,7 @@ class Writer:
         """Wait for the write lock as long as the other writers make progress."""
         lock, contention = self._lock, Contention(partial(_progress_marker, self.directory))
         while self.timeout_s > 0 and contention.made_progress():
-            if lock.queue.wait(lock.try_acquire, self.timeout_s / 2):
+            if lock.queue.poll_in_turn(lock.try_acquire, self.timeout_s / 2):
                 return
         raise busy_error(lock.path, "another writer", self.timeout_s)
 
@@ -410,7 +410,7 @@ class Writer:
             self.last_commit, self.index, self.preloaded = Position(0), None, None
             with self._disable_on_error("replacing the content"), self._lock.changing():
                 self.disk.publish(prepared, segment)
-                lock.extend(segment)
+                lock.lock_next_segment(segment)
                 self.disk.publish(temporary, path)
                 layout = read_layout(self.directory)
                 self.disk.remove_all(layout.obsolete)
@@ -446,7 +446,7 @@ def _remove_leftovers(layout: Layout, disk: Disk) -> None:
     # this user cannot open the lock file.
     with (
         contextlib.suppress(StoreBusyError, PermissionError),
-        compact_lock.held(0, "a compactor"),
+        compact_lock.hold(0, "a compactor"),
     ):
         # The floor comes from the header of the snapshot file, whose checksum is not yet verified.
         check_newest_snapshot(layout)

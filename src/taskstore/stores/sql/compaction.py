@@ -155,7 +155,7 @@ class SQLCompactionSteps(CompactionSteps):
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        with self._lease.held(), _temporary_file(self._transactions.database) as self._buffer:
+        with self._lease.hold(), _temporary_file(self._transactions.database) as self._buffer:
             yield
 
     def begin(self) -> CompactionPoint:

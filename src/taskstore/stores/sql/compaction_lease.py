@@ -44,7 +44,7 @@ class CompactionLease:
         self._own = taskstore_head.c.lease_owner == self._owner
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def hold(self) -> Iterator[None]:
         """Acquire the lease if it is free or expired, or if its owner is dead; release it at
         the end of the ``with`` block.
 

@@ -103,7 +103,7 @@ class SQLStore(QueryStore):
         except BaseException:
             self._transactions.close()
             raise
-        self._release_when_dropped(pool.discard)
+        self._release_when_dropped(pool.terminate)
 
     # -- the store interface ----------------------------------------------
 

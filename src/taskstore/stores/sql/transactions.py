@@ -134,7 +134,7 @@ class ConnectionPool:
             self.release(session)
         self._return_connection(None)
 
-    def discard(self) -> None:
+    def terminate(self) -> None:
         """Close the pool without running a statement on the write connection: the server possibly
         does not answer."""
         if self.write_session is not None:

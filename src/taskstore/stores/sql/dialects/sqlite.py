@@ -26,7 +26,7 @@ from taskstore.errors import (
 from taskstore.store.disk import SYSTEM, permission_hint
 from taskstore.store.opening import redacted
 from taskstore.stores.common.integrity import MAX_PROBLEMS
-from taskstore.stores.common.locks import FairLock, describe_owners, lock_owners
+from taskstore.stores.common.locks import LockQueue, describe_owners, lock_owners
 from taskstore.stores.sql import sqlite_library
 from taskstore.stores.sql.dialects.base import (
     WRITE_LOCK_TIMEOUT_S,
@@ -82,7 +82,7 @@ _BUSY_TIMEOUT_S = 5.0
 """How long SQLite waits for a lock before the store retries, in seconds."""
 
 _CONTENTION_S = 1.0
-"""How long writers use the fair lock after the most recent contention, in seconds."""
+"""How long writers use the lock queue after the most recent contention, in seconds."""
 
 
 class SQLiteMaintenance(Maintenance):
@@ -207,7 +207,7 @@ class SQLiteDatabase(Database):
         self.guard = immutable or files
         # The system's directory for temporary files can be in memory and then too small.
         self.temp_dir = Path(self.location).parent
-        self._fair_lock: FairLock | None = None  # the fair lock is opened at the first contention
+        self._lock_queue: LockQueue | None = None  # opened at the first contention
         self._contended_until = 0.0
         self._registered = False
         self._other_name_logged = False
@@ -286,9 +286,11 @@ class SQLiteDatabase(Database):
         host_timeout_ms = None if self.owned else self._set_up_host(session)
         if time.monotonic() < self._contended_until or not self._begin(session):
             self._contended_until = time.monotonic() + _CONTENTION_S
-            if self._fair_lock is None:
-                self._fair_lock = FairLock(Path(f"{self.location}-turn"), Path(self.location))
-            if not self._fair_lock.wait(partial(self._begin, session), WRITE_LOCK_TIMEOUT_S):
+            if self._lock_queue is None:
+                self._lock_queue = LockQueue(Path(f"{self.location}-turn"), Path(self.location))
+            if not self._lock_queue.poll_in_turn(
+                partial(self._begin, session), WRITE_LOCK_TIMEOUT_S
+            ):
                 session.execute("BEGIN IMMEDIATE")
         if host_timeout_ms is not None:
             # With another journal mode than wal, COMMIT waits until the readers have finished.
@@ -381,8 +383,8 @@ class SQLiteDatabase(Database):
         super().close()
         if self._file_guard is not None:
             self._file_guard.close()
-        if self._fair_lock is not None:
-            self._fair_lock.close()
+        if self._lock_queue is not None:
+            self._lock_queue.close()
         if self._registered:
             self._registered = False
             sqlite_library.register_close(self.location, self._library)
