@@ -41,9 +41,9 @@ from taskstore.stores.sql.sqlite_guard import (
     WAS_CUT,
     FileGuard,
     ImmutableGuard,
+    alias_reason,
     check_logs,
     lacks_pages,
-    other_name,
 )
 from taskstore.stores.sql.sqlite_library import (
     library_hint,
@@ -153,7 +153,7 @@ class SQLiteDatabase(Database):
                 immutable = ImmutableGuard(path) if needs_immutable(module, path) else None
         else:
             if not links_allowed:
-                refuse_other_name(str(path))
+                refuse_aliased_file(str(path))
             notice = create_privately(path)
         open_one = connection_factory(
             module,
@@ -210,7 +210,7 @@ class SQLiteDatabase(Database):
         self._lock_queue: LockQueue | None = None  # opened at the first contention
         self._contended_until = 0.0
         self._registered = False
-        self._other_name_logged = False
+        self._alias_logged = False
         module: Any = engine.dialect.loaded_dbapi
         self._library = library_of(module)
         if module.sqlite_version_info < (3, 35):
@@ -342,7 +342,7 @@ class SQLiteDatabase(Database):
         (path, links_allowed), module = path_of(url), sqlite_module()
         check_logs(path, partial(file_problem, module, path))
         if not links_allowed:
-            refuse_other_name(str(path))
+            refuse_aliased_file(str(path))
         library, before = library_of(module), path.stat().st_size
         other_library = sqlite_library.register_open(str(path), library)
         connect = connection_factory(
@@ -361,7 +361,7 @@ class SQLiteDatabase(Database):
 
     def register_open(self) -> None:
         if not (self.owned or self.read_only or self.links_allowed):
-            refuse_other_name(self.location)
+            refuse_aliased_file(self.location)
         self.current_notices()  # logs what a report would say
         self._registered = True
         self.add_notice(sqlite_library.register_open(self.location, self._library))
@@ -370,12 +370,12 @@ class SQLiteDatabase(Database):
                 self._file_guard.start()
 
     def current_notices(self) -> tuple[str, ...]:
-        reason = None if self.links_allowed else other_name(self.location)
+        reason = None if self.links_allowed else alias_reason(self.location)
         if reason is None:
             return super().current_notices()
-        notice = f"{reason}: {_OTHER_NAME_RISK}; {_other_name_hint(self.location)}"
-        if not self._other_name_logged:
-            self._other_name_logged = True
+        notice = f"{reason}: {_ALIAS_RISK}; {_alias_hint(self.location)}"
+        if not self._alias_logged:
+            self._alias_logged = True
             log.warning("%s", notice)
         return (*super().current_notices(), notice)
 
@@ -429,13 +429,13 @@ def _index_problems(session: DriverSession, index: sa.Index) -> Iterator[str]:
         yield f"the declaration of the index {index.name} is damaged"
 
 
-_OTHER_NAME_RISK = (
+_ALIAS_RISK = (
     "SQLite keeps the log of a file beside the name by which the file was opened, so a writer that "
     "opens another name loses committed tasks"
 )
 
 
-def _other_name_hint(path: str) -> str:
+def _alias_hint(path: str) -> str:
     return (
         "open the ledger by one path in every process: for a container, mount the directory "
         f"{Path(path).parent} instead of the file, and remove other hard links; "
@@ -443,13 +443,13 @@ def _other_name_hint(path: str) -> str:
     )
 
 
-def refuse_other_name(path: str) -> None:
+def refuse_aliased_file(path: str) -> None:
     """Raise :class:`~taskstore.StoreUnavailableError` if the file can also have another path."""
-    reason = other_name(path)
+    reason = alias_reason(path)
     if reason is not None:
         error = StoreUnavailableError(
-            f"{reason}, so it was not opened for writing: {_OTHER_NAME_RISK}",
-            hint=_other_name_hint(path),
+            f"{reason}, so it was not opened for writing: {_ALIAS_RISK}",
+            hint=_alias_hint(path),
         )
         error.retryable = False  # without a repair, the next call fails too
         raise error
