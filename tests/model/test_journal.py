@@ -65,7 +65,7 @@ def test_changes_are_frozen():
 # -- plan -------------------------------------------------------------------
 
 
-def test_a_plan_has_one_step_for_each_task():
+def test_a_plan_has_one_net_change_for_each_task():
     one, two = make_record(task_id="one", revision=4), make_record(task_id="two")
     changed = next_of(one, label="x")
     net_changes = plan([Put(one), Put(two), changed, removal_of(two)])
@@ -254,7 +254,7 @@ STORED = {"a": 3, "bad": 0}
         (make_put(task_id="new", run_id="r", run_digest="other"), None),
     ],
 )
-def test_conflicts_between_steps_and_stored_revisions(change, conflict):
+def test_conflicts_between_net_changes_and_stored_revisions(change, conflict):
     found = find_conflicts(plan([change]), STORED, {"gone"}, {("r", "k"): "a"})
     assert found == ([] if conflict is None else [conflict])
 
