@@ -16,7 +16,11 @@ import os
 from alembic import context
 from sqlalchemy import Connection, make_url
 
-from taskstore.stores.sql.migrate import alembic_options, check_no_foreign_tables, locked_url
+from taskstore.stores.sql.migrate import (
+    alembic_options,
+    check_table_owner,
+    connect_with_schema_lock,
+)
 
 config = context.config
 
@@ -51,7 +55,7 @@ def _run(dialect: str, schema: str | None = None, **target: object) -> None:
 
 
 def _run_on(connection: Connection) -> None:
-    check_no_foreign_tables(connection)
+    check_table_owner(connection)
     _run(connection.dialect.name, connection=connection)
 
 
@@ -63,5 +67,5 @@ elif context.is_offline_mode():
     assert schema is None or isinstance(schema, str)
     _run(make_url(_url()).get_backend_name(), schema, url=_url(), literal_binds=True)
 else:
-    with locked_url(_url()) as locked:
+    with connect_with_schema_lock(_url()) as locked:
         _run_on(locked)

@@ -54,8 +54,18 @@ def test_a_short_end_or_another_text_matches_nothing(invoke: Invoke, url: str) -
     short = invoke("show", "111")
     assert short.status == 1
     assert "the end of an id needs at least 4 characters" in short.err
-    for token in ("%1111", "____", "*111", "0189", "0189-aaaa", "upper", "1111 ", "a-11", "%bcd "):
-        assert invoke("show", token).status == 1, token
+    for reference in (
+        "%1111",
+        "____",
+        "*111",
+        "0189",
+        "0189-aaaa",
+        "upper",
+        "1111 ",
+        "a-11",
+        "%bcd ",
+    ):
+        assert invoke("show", reference).status == 1, reference
     assert invoke("show", "_bcd", "--json").json["task_id"] == "x_bcd"
     assert invoke("show", "%bcd", "--json").json["task_id"] == "x%bcd"
 
@@ -79,7 +89,7 @@ def test_a_list_shows_ends_that_work(cli: CLI, invoke: Invoke, url: str) -> None
     lines = on_a_terminal(cli, "list").splitlines()
     shown = {line.split()[0] for line in lines if "queued" in line}
     assert {"00000001", "00000002", "short", "12345678", "a-same-7654321"} <= shown
-    found = [invoke("show", "--json", "--", token).json["task_id"] for token in shown]
+    found = [invoke("show", "--json", "--", reference).json["task_id"] for reference in shown]
     assert sorted(found) == sorted([*ids, "with-run-12345678", "other"])
     create(url, "x", run_id="12345678", owner_key="o")
     shown = {line.split()[0] for line in on_a_terminal(cli, "list").splitlines()}

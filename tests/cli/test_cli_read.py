@@ -394,13 +394,13 @@ def test_json_that_is_written_in_parts(indent: int | None) -> None:
 def test_an_error_in_the_middle_prints_no_part_of_a_document(
     invoke: Invoke, ids: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = ledger.read_pages
+    read = ledger.stream_query
 
     def broken(store: TaskRegistryStore, query: TaskQuery) -> Iterator[Page]:
         yield from read(store, query)
         raise StoreUnavailableError("the disk is gone")
 
-    monkeypatch.setattr(ledger, "read_pages", broken)
+    monkeypatch.setattr(ledger, "stream_query", broken)
     for words in (["list"], ["list", "--json"]):
         result = invoke(*words)
         assert (result.status, result.out) == (3, "")
@@ -437,4 +437,4 @@ def test_a_run_time_is_never_negative(
     started_at: int | None, ended_at: int | None, text: str
 ) -> None:
     record = make_record(started_at=started_at, ended_at=ended_at)
-    assert render.run_time_of(record) == text
+    assert render.elapsed_of(record) == text

@@ -220,7 +220,7 @@ class ComparesBeforeLocking(LogStore):
         with self.locked():
             self.catch_up()
             self._check(plan(changes))
-        original, self._check = self._check, lambda steps: None
+        original, self._check = self._check, lambda net_changes: None
         try:
             return super().apply(changes)
         finally:
@@ -234,10 +234,10 @@ class ChecksDedupKeysInMemoryOnly(LogStore):
         keys_at_start = dict(self.storage.by_dedup_key)
         original = self._check
 
-        def check(steps):
+        def check(net_changes):
             dedup_keys, self.storage.by_dedup_key = self.storage.by_dedup_key, keys_at_start
             try:
-                original(steps)
+                original(net_changes)
             finally:
                 self.storage.by_dedup_key = dedup_keys
 

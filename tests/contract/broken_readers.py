@@ -286,13 +286,13 @@ class ReturnsTheWrongSeq(Broken):
 class ReadsEachPartAnew(Broken):
     """Reads the parts of a page from different states of the ledger."""
 
-    def pages(self, query, page_records):
+    def stream(self, query, batch_size):
         first = super().query(query)
         read = 0
         while True:
             page = super().query(query)
-            records = page.records[read : read + page_records]
-            read += page_records
+            records = page.records[read : read + batch_size]
+            read += batch_size
             last = read >= len(page)
             cursor = page.next_cursor if last else encode_cursor(records[-1].sort_key)
             yield Page(records, next_cursor=cursor, seq=first.seq)
@@ -301,8 +301,8 @@ class ReadsEachPartAnew(Broken):
 
 
 class ForgetsTheCursorOfThePage(Broken):
-    def pages(self, query, page_records):
-        parts = list(super().pages(query, page_records))
+    def stream(self, query, batch_size):
+        parts = list(super().stream(query, batch_size))
         parts[-1] = Page(parts[-1], seq=parts[-1].seq)
         return iter(parts)
 
@@ -312,9 +312,9 @@ class KeepsTheLockBetweenParts(Broken):
 
     reading = False
 
-    def pages(self, query, page_records):
+    def stream(self, query, batch_size):
         self.reading = True
-        yield from super().pages(query, page_records)
+        yield from super().stream(query, batch_size)
         self.reading = False
 
     def apply(self, changes):
@@ -327,13 +327,13 @@ class CountsDeletedTasks(Broken):
     def summary(self):
         counted = [entry.record for entry in self.storage.journal if entry.record is not None]
         newest = {record.task_id: record for record in counted}
-        return Summary.count(newest.values(), self.storage.head)
+        return Summary.from_records(newest.values(), self.storage.head)
 
 
 class CountsEveryRevision(Broken):
     def summary(self):
         counted = [entry.record for entry in self.storage.journal if entry.record is not None]
-        return Summary.count(counted, self.storage.head)
+        return Summary.from_records(counted, self.storage.head)
 
 
 class CountsQuarantined(Broken):

@@ -87,9 +87,9 @@ class AppliesPartOfABatch(Broken):
 
 
 class IgnoresTheExpectedRevision(Broken):
-    def _check(self, steps):
-        steps = [step for step in steps if not step.base]
-        super()._check(steps)
+    def _check(self, net_changes):
+        net_changes = [net for net in net_changes if not net.expected_revision]
+        super()._check(net_changes)
 
 
 class ComparesOutsideTheTransaction(Broken):
@@ -97,7 +97,7 @@ class ComparesOutsideTheTransaction(Broken):
         self._check(plan(changes))
         let_another_commit(self.storage)
         with self.storage.changed:
-            self._check = lambda steps: None
+            self._check = lambda net_changes: None
             try:
                 return super().apply(changes)
             finally:
@@ -121,50 +121,52 @@ class TakesASeqForARefusedBatch(Broken):
 
 
 class ForgetsDeletions(Broken):
-    def _check(self, steps):
+    def _check(self, net_changes):
         self.storage.deleted.clear()
-        super()._check(steps)
+        super()._check(net_changes)
 
 
 class ForgetsTasksOfOneBatch(Broken):
     def apply(self, changes):
-        steps = plan(changes)
+        net_changes = plan(changes)
         commit = super().apply(changes)
-        self.storage.deleted -= {s.task_id for s in steps if s.record is None and not s.base}
+        self.storage.deleted -= {
+            s.task_id for s in net_changes if s.record is None and not s.expected_revision
+        }
         return commit
 
 
 class ChecksDedupKeysPerInstance(Broken):
-    def _check(self, steps):
+    def _check(self, net_changes):
         shared, self.storage.by_dedup_key = (
             self.storage.by_dedup_key,
             vars(self).setdefault("own_keys", {}),
         )
-        super()._check(steps)
+        super()._check(net_changes)
         self.storage.by_dedup_key = shared
-        self.own_keys.update({s.new_dedup_key: s.task_id for s in steps if s.new_dedup_key})
+        self.own_keys.update({s.new_dedup_key: s.task_id for s in net_changes if s.new_dedup_key})
 
 
 class NeverFreesADedupKey(Broken):
-    def _write(self, step):
+    def _write(self, net):
         dedup_keys = dict(self.storage.by_dedup_key)
-        super()._write(step)
+        super()._write(net)
         self.storage.by_dedup_key = dedup_keys | self.storage.by_dedup_key
 
 
 class ComparesRunsIgnoringCase(Broken):
-    def _check(self, steps):
-        super()._check(steps)
+    def _check(self, net_changes):
+        super()._check(net_changes)
         runs = {run.lower() for run, _ in self.storage.by_dedup_key}
-        for step in steps:
-            if step.new_dedup_key and step.new_dedup_key[0].lower() in runs:
+        for net in net_changes:
+            if net.new_dedup_key and net.new_dedup_key[0].lower() in runs:
                 raise ConflictError([], "the dedup key is taken")
 
 
 class NamesOnlyTheFirstConflict(Broken):
-    def _check(self, steps):
+    def _check(self, net_changes):
         try:
-            super()._check(steps)
+            super()._check(net_changes)
         except ConflictError as conflict:
             raise ConflictError(conflict.conflicts[:1]) from None
 
@@ -349,8 +351,8 @@ class DropsTheUnknownFieldsOfANewerPayload(Rewrites):
 
 
 class MergesIdsThatDifferInCase(Broken):
-    def _write(self, step):
+    def _write(self, net):
         for task_id in list(self.storage.current):
-            if task_id.lower() == step.task_id.lower() and task_id != step.task_id:
+            if task_id.lower() == net.task_id.lower() and task_id != net.task_id:
                 del self.storage.current[task_id]
-        super()._write(step)
+        super()._write(net)

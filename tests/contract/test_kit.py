@@ -18,8 +18,8 @@ from taskstore.store.interface import (
     SupportsIdSearch,
     SupportsIntegrity,
     SupportsJournal,
-    SupportsPages,
     SupportsQuery,
+    SupportsStreaming,
     SupportsSummary,
     TaskRegistryStore,
 )
@@ -132,7 +132,7 @@ def test_levels_and_their_abilities():
         SupportsCommitIds,
         SupportsCompaction,
         SupportsIdSearch,
-        SupportsPages,
+        SupportsStreaming,
         SupportsQuery,
         SupportsSummary,
         SupportsIntegrity,
@@ -175,7 +175,9 @@ def test_every_clause_reads_again_after_reopening():
                 continue
             body = source[source.index(f"def {name}(") :]
             body = body[: body.find("\n    def ", 5)]
-            if not re.search(r"twice\(\)|reopened\(\)|unchanged\(\)|_read_while", body):
+            if not re.search(
+                r"before_and_after_reopen\(\)|reopened\(\)|unchanged\(\)|_read_while", body
+            ):
                 not_reopened.append(name)
     assert not_reopened == []
 

@@ -139,7 +139,7 @@ def test_memory_ahead_of_the_disk_is_detected(url):
 def test_missing_events_are_detected(url):
     def without_events(store, hooks):
         registry = TaskRegistry(store, hooks=hooks)
-        registry.hooks.emit = lambda events: None
+        registry.hooks.enqueue = lambda events: None
         return registry
 
     found = problems(run_matrix(url, scenarios=["create"], make_registry=without_events))
@@ -149,7 +149,7 @@ def test_missing_events_are_detected(url):
 def test_faults_of_any_store_are_injected_at_its_methods():
     cells = run_matrix("memory:")
     assert problems(cells) == []
-    outcomes = {(cell.step, cell.fault, cell.side): cell.outcome for cell in cells}
+    outcomes = {(cell.step, cell.fault, cell.timing): cell.outcome for cell in cells}
     assert outcomes["apply", "unavailable", "before"] == "StoreUnavailableError"
     assert outcomes["apply", "unknown", "after"] == "OutcomeUnknownError"
     assert outcomes["apply", "delay", ""] == "ok"

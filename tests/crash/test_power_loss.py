@@ -82,7 +82,7 @@ def test_every_call_of_the_disk_in_the_store_was_covered(result):
 
 
 def test_the_store_changes_files_only_through_the_disk():
-    """Otherwise the trace would be incomplete.  (The queue file of the fair lock is in another
+    """Otherwise the trace would be incomplete.  (The queue file of the lock is in another
     package; it is empty and no data depends on it.)"""
     changing = {"fsync", "fdatasync", "pwrite", "ftruncate", "rename", "unlink", "mkdir", "touch"}
     changing |= {

@@ -22,7 +22,7 @@ from taskstore.model.journal import (
     plan,
     validated_snapshot,
 )
-from taskstore.store.interface import check_steps
+from taskstore.store.interface import check_net_changes
 from taskstore.testing import make_put, make_record, next_of, removal_of
 
 
@@ -65,11 +65,11 @@ def test_changes_are_frozen():
 # -- plan -------------------------------------------------------------------
 
 
-def test_a_plan_has_one_step_for_each_task():
+def test_a_plan_has_one_net_change_for_each_task():
     one, two = make_record(task_id="one", revision=4), make_record(task_id="two")
     changed = next_of(one, label="x")
-    steps = plan([Put(one), Put(two), changed, removal_of(two)])
-    assert [(s.task_id, s.base, s.revision, s.record) for s in steps] == [
+    net_changes = plan([Put(one), Put(two), changed, removal_of(two)])
+    assert [(s.task_id, s.expected_revision, s.revision, s.record) for s in net_changes] == [
         ("one", 3, 5, changed.record),
         ("two", 0, 2, None),
     ]
@@ -210,12 +210,12 @@ def test_fold_keeps_quarantined_records():
 # -- checks of a store without a journal --------------------------------------
 
 
-def test_check_steps():
+def test_check_net_changes():
     one, other = make_record(task_id="one", revision=3), make_record(task_id="two", run_id="r")
     stored = Snapshot(9, {"one": one, "two": other}, 0, (Quarantined(b"?", "w", "r", "bad", 5),))
-    check_steps(plan([next_of(one), make_put(), removal_of(other)]), stored)
-    check_steps(plan([make_put(task_id="bad", revision=6)]), stored)
-    check_steps(plan([removal_of(other), make_put(run_id="r")]), stored)
+    check_net_changes(plan([next_of(one), make_put(), removal_of(other)]), stored)
+    check_net_changes(plan([make_put(task_id="bad", revision=6)]), stored)
+    check_net_changes(plan([removal_of(other), make_put(run_id="r")]), stored)
     wrong = [
         next_of(one, revision=3),
         Remove("absent", 4),
@@ -223,7 +223,7 @@ def test_check_steps():
         make_put(task_id="bad"),
     ]
     with pytest.raises(ConflictError) as caught:
-        check_steps(plan(wrong), stored)
+        check_net_changes(plan(wrong), stored)
     assert set(caught.value.conflicts) == {
         Conflict("one", 2, 3),
         Conflict("absent", 3, 0),
@@ -254,14 +254,14 @@ STORED = {"a": 3, "bad": 0}
         (make_put(task_id="new", run_id="r", run_digest="other"), None),
     ],
 )
-def test_conflicts_between_steps_and_stored_revisions(change, conflict):
+def test_conflicts_between_net_changes_and_stored_revisions(change, conflict):
     found = find_conflicts(plan([change]), STORED, {"gone"}, {("r", "k"): "a"})
     assert found == ([] if conflict is None else [conflict])
 
 
 def test_a_removal_frees_the_dedup_key():
-    steps = plan([make_put(task_id="new", run_id="r", run_digest="k"), Remove("a", 4)])
-    assert find_conflicts(steps, STORED, (), {("r", "k"): "a"}) == []
+    net_changes = plan([make_put(task_id="new", run_id="r", run_digest="k"), Remove("a", 4)])
+    assert find_conflicts(net_changes, STORED, (), {("r", "k"): "a"}) == []
 
 
 def test_a_superseded_image_is_dropped_with_its_task_only():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from taskstore.errors import ConflictError
 from taskstore.model.journal import Commit, Put, Remove, Snapshot, entries_of, fold, plan
-from taskstore.store.interface import check_steps
+from taskstore.store.interface import check_net_changes
 from taskstore.testing import Model, make_record
 
 IDS = st.sampled_from(["a", "A", "b", "c"])
@@ -76,9 +76,9 @@ def test_plan_and_check_accept_what_the_model_accepts(batches):
         accepted = model.accepts(changes, remembers_deletions=False)
         if not accepted:
             with pytest.raises(ConflictError):
-                check_steps(plan(changes), stored)
+                check_net_changes(plan(changes), stored)
             continue
-        check_steps(plan(changes), stored)
+        check_net_changes(plan(changes), stored)
         commit = Commit(model.head + 1, model.head + len(changes), 0)
         stored = fold(stored, entries_of(changes, commit))
         model.commit(changes)

@@ -314,7 +314,7 @@ def test_a_hook_that_exits_during_close_does_not_keep_the_store_open():
     registry = TaskRegistry(Recording())
     registry._owns_store = True
     registry._hooks.add(exiting([]))
-    registry._hooks.emit([Restored(0, 0, {})])
+    registry._hooks.enqueue([Restored(0, 0, {})])
     with pytest.raises(SystemExit):
         registry.close()
     assert closed == [True]

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from taskstore.cli import change, db, demo, maintain, read, run
-from taskstore.cli.ledger import URL_VARIABLE, Misuse, ledger_url
+from taskstore.cli.ledger import URL_VARIABLE, UsageError, ledger_url
 from taskstore.cli.render import OutputError, output_errors, print_line, print_note
 from taskstore.errors import (
     BackendNotFoundError,
@@ -199,7 +199,7 @@ def exit_status_of(error: TaskStoreError) -> int:
     """Return the exit status for an error of the store."""
     if isinstance(error, TaskNotFound | InvalidTransition | CursorExpiredError):
         return FAILED
-    if isinstance(error, Misuse | ValidationError | BackendNotFoundError | UnsupportedError):
+    if isinstance(error, UsageError | ValidationError | BackendNotFoundError | UnsupportedError):
         return USAGE
     return ERROR
 

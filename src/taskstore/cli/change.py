@@ -13,7 +13,7 @@ import typer
 from msgspec.structs import replace
 
 from taskstore.cli import ledger, render
-from taskstore.cli.ledger import Misuse, Token, Url, url_of
+from taskstore.cli.ledger import TaskReference, Url, UsageError, url_of
 from taskstore.errors import ConflictError
 from taskstore.model import lifecycle
 from taskstore.model.journal import Put, Remove
@@ -31,7 +31,7 @@ MAX_ATTEMPTS = 20
 
 def cancel(
     ctx: typer.Context,
-    token: Token,
+    reference: TaskReference,
     *,
     reason: Annotated[
         str | None, typer.Option(help="The reason, which becomes the task's error.")
@@ -40,7 +40,7 @@ def cancel(
 ) -> None:
     """Record a task as cancelled. This stops no process: the runner must check the record."""
     with ledger.open_existing(url_of(ctx, url)) as store:
-        task_id = find_one(ctx, store, token, status=ACTIVE_STATUSES).task_id
+        task_id = find_one(ctx, store, reference, status=ACTIVE_STATUSES).task_id
         record = change(store, task_id, lifecycle.cancel(reason))
     render.print_line(f"cancelled {render.escape_controls(record.task_id)}")
     process = _process_hint(record)
@@ -50,7 +50,7 @@ def cancel(
 
 def notify(
     ctx: typer.Context,
-    token: Token,
+    reference: TaskReference,
     policy: Annotated[
         NotifyPolicy, typer.Argument(help="The events that the owner is notified of.")
     ],
@@ -60,7 +60,7 @@ def notify(
     """Set the events that the owner of a task is notified of."""
     with ledger.open_existing(url_of(ctx, url)) as store:
         record = change(
-            store, find_one(ctx, store, token).task_id, lifecycle.set_notify_policy(policy)
+            store, find_one(ctx, store, reference).task_id, lifecycle.set_notify_policy(policy)
         )
     task_id = render.escape_controls(record.task_id)
     render.print_line(f"the notify policy of {task_id} is {record.notify_policy}")
@@ -68,14 +68,14 @@ def notify(
 
 def delete(
     ctx: typer.Context,
-    token: Token,
+    reference: TaskReference,
     *,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     url: Url = None,
 ) -> None:
     """Delete a task's record. The text stays in the journal until compaction trims the entries."""
     with ledger.open_existing(url_of(ctx, url)) as store:
-        record = find_one(ctx, store, token)
+        record = find_one(ctx, store, reference)
         if not yes:
             confirm(f"Delete {record.task_id} ({record.status}: {render.title_of(record)})?")
         remove(store, record.task_id)
@@ -127,31 +127,32 @@ def _retry_conflicts(attempt: Callable[[], _T]) -> _T:
 
 
 def find_one(
-    ctx: typer.Context, store: TaskRegistryStore, token: str, **preferred: Any
+    ctx: typer.Context, store: TaskRegistryStore, reference: str, **preferred: Any
 ) -> TaskRecord:
-    """Return the record of the task that a token names.
+    """Return the record of the task that a reference names.
 
-    If a token names several tasks, exactly one of these tasks must have the
-    preferred field values; otherwise the function raises :class:`Misuse`.
+    If a reference names several tasks, exactly one of these tasks must have the
+    preferred field values; otherwise the function raises :class:`UsageError`.
     """
-    match = ledger.find(store, token)
+    match = ledger.find(store, reference)
     if not match.ambiguous:
         return match.record
     if preferred:
-        preferred[match.field] = token
+        preferred[match.field] = reference
         matching = ledger.run_query(store, TaskQuery(**preferred, limit=2))
         if len(matching) == 1:
             return matching[0]
-    raise Misuse(
-        f"{token!r} names several tasks; give the id of one task",
-        hint=ledger.next_command(ctx, *match.list_words(token)),
+    raise UsageError(
+        f"{reference!r} names several tasks; give the id of one task",
+        hint=ledger.suggested_command(ctx, *match.list_arguments(reference)),
     )
 
 
 def confirm(question: str) -> None:
-    """Ask the user to confirm; if there is no terminal, raise :class:`Misuse` (use ``--yes``)."""
+    """Ask the user to confirm; if there is no terminal, raise :class:`UsageError` (use
+    ``--yes``)."""
     if not sys.stdin.isatty():
-        raise Misuse("there is no terminal to ask for confirmation", hint="confirm with --yes")
+        raise UsageError("there is no terminal to ask for confirmation", hint="confirm with --yes")
     typer.confirm(render.escape_controls(question), abort=True, err=True)
 
 

@@ -119,7 +119,7 @@ def running_child(
         yield child
     finally:
         if process.returncode is None:
-            child.send(signal.SIGKILL)
+            child.send_signal(signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(KILL_TIMEOUT_S)
 
@@ -158,18 +158,18 @@ class Child:
                 continue
             elif cause is None:
                 cause, deadline = item, time.monotonic() + grace_s
-                self.send(item or signal.SIGTERM)
+                self.send_signal(item or signal.SIGTERM)
             elif not killed:
                 killed, deadline = True, time.monotonic() + KILL_TIMEOUT_S
-                self.send(signal.SIGKILL)
+                self.send_signal(signal.SIGKILL)
             elif item == TIMEOUT:
                 break  # SIGKILL had no effect, or another session has the output open
         if cause is not None and not killed:
-            self.send(signal.SIGKILL)  # processes of the group can outlive the leader
+            self.send_signal(signal.SIGKILL)  # processes of the group can outlive the leader
         returncode = self._process.poll()
         return -signal.SIGKILL if returncode is None else returncode, cause
 
-    def send(self, number: int) -> None:
+    def send_signal(self, number: int) -> None:
         """Send a signal to the process group of the command.
 
         The kernel can reuse the group's number after the leader was reaped and all processes
@@ -189,7 +189,7 @@ class Child:
     def _group_is_gone(self) -> bool:
         """Return whether the leader was reaped and all processes of the group have ended."""
         if self._process.poll() is not None:
-            self.send(0)
+            self.send_signal(0)
         return self._gone
 
 

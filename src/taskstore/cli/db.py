@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from taskstore.cli import render
-from taskstore.cli.ledger import AsJson, Misuse, Url, url_of, url_option
+from taskstore.cli.ledger import AsJson, Url, UsageError, url_of, url_option
 from taskstore.errors import BackendNotFoundError, ValidationError
 from taskstore.store.opening import installed_backends, redacted, scheme_of
 
@@ -62,13 +62,13 @@ def downgrade(
     with _database(where, read_only=True, notices=False) as database:
         before = migrate.current(database)
     if before is None:
-        raise Misuse("there is no ledger to downgrade")
+        raise UsageError("there is no ledger to downgrade")
     with _database(where) as database:
         target = _previous_revision(before) if revision is None else revision
         try:
             migrate.downgrade(database, target, allow_data_loss=yes)
         except ValidationError as error:
-            raise Misuse(error.reason, hint="confirm with --yes") from error
+            raise UsageError(error.reason, hint="confirm with --yes") from error
         _print_move(before, migrate.current(database))
 
 
@@ -117,20 +117,20 @@ def check(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> in
 
 
 def sql_url_of(ctx: typer.Context, url: str | None) -> str:
-    """Return the ledger's URL; raise :class:`Misuse` if the ledger is not an SQL ledger."""
+    """Return the ledger's URL; raise :class:`UsageError` if the ledger is not an SQL ledger."""
     where = url_of(ctx, url)
     scheme = scheme_of(where)
     declared = installed_backends()
     if scheme not in declared:
         raise BackendNotFoundError(scheme, declared)
     if not declared[scheme][0].value.startswith(_SQL_ENTRY_PREFIX):
-        raise Misuse(f"{redacted(where)} is not an SQL ledger, so it has no schema")
+        raise UsageError(f"{redacted(where)} is not an SQL ledger, so it has no schema")
     return where
 
 
 @contextmanager
 def _database(url: str, *, read_only: bool = False, notices: bool = True) -> Iterator[Database]:
-    """Yield the database of the ledger; raise Alembic errors as :class:`Misuse`.
+    """Yield the database of the ledger; raise Alembic errors as :class:`UsageError`.
 
     If ``notices`` is true, the notices of the database are printed after the command.
     """
@@ -142,7 +142,9 @@ def _database(url: str, *, read_only: bool = False, notices: bool = True) -> Ite
         try:
             yield database
         except CommandError as error:
-            raise Misuse(str(error), hint="'taskstore db history' lists the revisions") from error
+            raise UsageError(
+                str(error), hint="'taskstore db history' lists the revisions"
+            ) from error
         finally:
             if notices:
                 render.print_notices(database.current_notices())
@@ -154,7 +156,7 @@ def _previous_revision(revision: str) -> str:
 
     names = [name for name, _ in migrate.history()] + ["base"]
     if revision not in names:
-        raise Misuse(f"revision {revision} is not one of {', '.join(names)}")
+        raise UsageError(f"revision {revision} is not one of {', '.join(names)}")
     return names[names.index(revision) + 1]
 
 

@@ -18,7 +18,7 @@ import typer
 
 from taskstore.cli import ledger, render
 from taskstore.cli.change import is_alive
-from taskstore.cli.ledger import URL_VARIABLE, Misuse, Url, url_option
+from taskstore.cli.ledger import URL_VARIABLE, Url, UsageError, url_option
 from taskstore.model.records import TaskRecord
 from taskstore.registry import history
 from taskstore.store.opening import open_store, password_note, redacted, shell_command
@@ -88,7 +88,7 @@ def demo(
     root = root.resolve()
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     if any(root.iterdir()):
-        raise Misuse(f"--dir {root} is not empty")
+        raise UsageError(f"--dir {root} is not empty")
     url = url_option(ctx, url) or f"sqlite:///{(root / 'tasks.db').as_posix()}"
     demo_jobs = jobs(root)
     started = time.monotonic()
@@ -180,7 +180,7 @@ def _watch(url: str, head: int, recorders: dict[str, subprocess.Popen[bytes]]) -
                 continue
             records[record.label] = record
             rows = (
-                (label, task.status, render.run_time_of(task), render.latest_message(task))
+                (label, task.status, render.elapsed_of(task), render.latest_message(task))
                 for label, task in records.items()
             )
             columns = ("COMMAND", "STATUS", "TOOK", "LATEST MESSAGE")

@@ -24,8 +24,8 @@ from taskstore.model.query import SESSION_KEY, Page, Summary, TaskQuery, evaluat
 from taskstore.model.records import ACTIVE_STATUSES, MIN_UNIX_MS, TaskRecord
 from taskstore.store.interface import (
     SupportsIdSearch,
-    SupportsPages,
     SupportsQuery,
+    SupportsStreaming,
     SupportsSummary,
     TaskRegistryStore,
 )
@@ -65,17 +65,17 @@ Url = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", callback=render.prepare_json)]
-Token = Annotated[
+TaskReference = Annotated[
     str,
     typer.Argument(
-        metavar="TOKEN",
+        metavar="TASK",
         help="A task id, its last characters (at least four), a run id or a session key.",
         show_default=False,
     ),
 ]
 
 
-class Misuse(TaskStoreError):
+class UsageError(TaskStoreError):
     """Wrong usage of a command; the message gives the reason, and ``hint`` shows the correct
     usage."""
 
@@ -129,7 +129,7 @@ def ledger_url(ctx: typer.Context) -> LedgerURL | None:
     return found
 
 
-def next_command(ctx: typer.Context, *words: str) -> str:
+def suggested_command(ctx: typer.Context, *arguments: str) -> str:
     """Return a ``taskstore`` command for the ledger of this command, quoted for the shell.
 
     If the user gave ``--url`` to this command, the returned command contains ``--url``.
@@ -139,7 +139,7 @@ def next_command(ctx: typer.Context, *words: str) -> str:
     where = ledger_url(ctx)
     url = where.url if where is not None and where.given_by == "option" else ""
     note = password_note(url)
-    return shell_command(*words, url=url) + (f" ({note})" if note else "")
+    return shell_command(*arguments, url=url) + (f" ({note})" if note else "")
 
 
 def parse_duration(text: str) -> float:
@@ -219,52 +219,56 @@ def get(store: TaskRegistryStore, task_id: str) -> TaskRecord:
     return page[0]
 
 
-class TokenMatch(NamedTuple):
-    """A record, the field that equals the token, and whether other records also match."""
+class TaskMatch(NamedTuple):
+    """A record, the field that equals the reference, and whether other records also match."""
 
     record: TaskRecord
     field: str
     ambiguous: bool
 
-    def list_words(self, token: str) -> tuple[str, ...]:
-        """Return the words of the command that lists all tasks that the token names."""
+    def list_arguments(self, reference: str) -> tuple[str, ...]:
+        """Return the arguments of the command that lists all tasks that the reference names."""
         option = "--run" if self.field == "run_id" else "--session"
-        return ("list", f"{option}={token}") if token.startswith("-") else ("list", option, token)
+        return (
+            ("list", f"{option}={reference}")
+            if reference.startswith("-")
+            else ("list", option, reference)
+        )
 
 
-def find(store: TaskRegistryStore, token: str) -> TokenMatch:
-    """Return the task that a token names.
+def find(store: TaskRegistryStore, reference: str) -> TaskMatch:
+    """Return the task that a reference names.
 
     The function first calls :func:`find_exactly`.  If no task matches, the function calls
     :func:`find_by_ending`.  If neither function finds a task, the call raises
     :class:`~taskstore.TaskNotFound`.
     """
-    match = find_exactly(store, token)
+    match = find_exactly(store, reference)
     if match is not None:
         return match
-    return TokenMatch(get(store, find_by_ending(store, token)), "task_id", ambiguous=False)
+    return TaskMatch(get(store, find_by_ending(store, reference)), "task_id", ambiguous=False)
 
 
-def find_by_ending(store: TaskRegistryStore, token: str, *, deleted: bool = False) -> str:
-    """Return the id of the only task whose id ends with a token.
+def find_by_ending(store: TaskRegistryStore, reference: str, *, deleted: bool = False) -> str:
+    """Return the id of the only task whose id ends with a reference.
 
-    The function searches the stored tasks, or with ``deleted`` the deleted tasks.  A token of
+    The function searches the stored tasks, or with ``deleted`` the deleted tasks.  A reference of
     fewer than :data:`MIN_ENDING` characters matches no id.  Raises
-    :class:`~taskstore.TaskNotFound` if no id matches, and :class:`Misuse` with the candidates if
-    several ids match.
+    :class:`~taskstore.TaskNotFound` if no id matches, and :class:`UsageError` with the candidates
+    if several ids match.
     """
-    if len(token) < MIN_ENDING:
-        error = TaskNotFound(token)
+    if len(reference) < MIN_ENDING:
+        error = TaskNotFound(reference)
         error.hint = f"the end of an id needs at least {MIN_ENDING} characters"
         raise error
-    ids = _ids_with_ending(store, [token], MAX_CANDIDATES + 1, deleted=deleted)
+    ids = _ids_with_ending(store, [reference], MAX_CANDIDATES + 1, deleted=deleted)
     if not ids:
-        raise TaskNotFound(token)
+        raise TaskNotFound(reference)
     if len(ids) > 1:
         shown = ", ".join(ids[:MAX_CANDIDATES])
         more = " and others" if len(ids) > MAX_CANDIDATES else ""
-        raise Misuse(
-            f"several task ids end with {token!r}",
+        raise UsageError(
+            f"several task ids end with {reference!r}",
             hint=f"give more characters; did you mean one of {shown}{more}?",
         )
     return ids[0]
@@ -284,7 +288,7 @@ def short_ids(store: TaskRegistryStore, ids: Sequence[str]) -> dict[str, str]:
     if len(similar) == limit:
         return whole
     short = {task_id: _shortest_ending(task_id, similar) for task_id in ids}
-    # A token that is a run id or a session key does not name the task whose id ends with it.
+    # A reference that is a run id or a session key does not name the task whose id ends with it.
     for field in ("run_id", SESSION_KEY):
         filters: dict[str, Any] = {field: set(short.values())}
         if run_query(store, TaskQuery(**filters, limit=1)):
@@ -308,25 +312,25 @@ def _ids_with_ending(
     return () if deleted else ids_with_ending(store.load_snapshot().records, endings, limit)
 
 
-def find_exactly(store: TaskRegistryStore, token: str) -> TokenMatch | None:
-    """Return the task whose task id, else run id, else session key equals the token.
+def find_exactly(store: TaskRegistryStore, reference: str) -> TaskMatch | None:
+    """Return the task whose task id, else run id, else session key equals the reference.
 
     If several tasks of a run or session match, the function returns the newest active
     task, or the newest task if no task is active.
     """
     for field in ("task_id", "run_id", SESSION_KEY):
-        filters: dict[str, Any] = {field: token}
+        filters: dict[str, Any] = {field: reference}
         newest = run_query(store, TaskQuery(**filters, limit=2))
         if not newest:
             continue
         if len(newest) == 1:
-            return TokenMatch(newest[0], field, ambiguous=False)
+            return TaskMatch(newest[0], field, ambiguous=False)
         active = run_query(store, TaskQuery(**filters, status=ACTIVE_STATUSES, limit=1))
-        return TokenMatch((active or newest)[0], field, ambiguous=True)
+        return TaskMatch((active or newest)[0], field, ambiguous=True)
     return None
 
 
-def read_pages(store: TaskRegistryStore, query: TaskQuery) -> Iterator[Page]:
+def stream_query(store: TaskRegistryStore, query: TaskQuery) -> Iterator[Page]:
     """Yield the page of a query in parts, all as of one seq.
 
     If the store cannot return a page in parts, the function yields one part.
@@ -334,8 +338,8 @@ def read_pages(store: TaskRegistryStore, query: TaskQuery) -> Iterator[Page]:
     The caller must read all parts without a pause, or close the iterator, because a store can keep
     a read transaction open until then.
     """
-    if isinstance(store, SupportsPages):
-        yield from store.pages(query, PAGE_RECORDS)
+    if isinstance(store, SupportsStreaming):
+        yield from store.stream(query, PAGE_RECORDS)
     else:
         yield run_query(store, query)
 
@@ -351,7 +355,7 @@ def count(store: TaskRegistryStore) -> Summary:
         return store.summary()
     if not isinstance(store, SupportsQuery):
         snapshot = store.load_snapshot()
-        return Summary.count(snapshot.records.values(), snapshot.seq)
+        return Summary.from_records(snapshot.records.values(), snapshot.seq)
     statuses, runtimes = Counter[str](), Counter[str]()
     page = run_query(store, TaskQuery(limit=PAGE_RECORDS))
     seq = page.seq
@@ -359,5 +363,5 @@ def count(store: TaskRegistryStore) -> Summary:
         statuses.update(str(record.status) for record in page)
         runtimes.update(record.runtime for record in page)
         if page.next_cursor is None:
-            return Summary.of(statuses, runtimes, seq)
+            return Summary.from_counts(statuses, runtimes, seq)
         page = run_query(store, TaskQuery(limit=PAGE_RECORDS, after=page.next_cursor))

@@ -18,7 +18,7 @@ import typer
 from msgspec.structs import asdict, replace
 
 from taskstore.cli import ledger, render
-from taskstore.cli.ledger import AsJson, Misuse, Url, url_of
+from taskstore.cli.ledger import AsJson, Url, UsageError, url_of
 from taskstore.cli.read import open_for_reading
 from taskstore.errors import UnsupportedError
 from taskstore.model.compaction_policy import CompactionPolicy, CompactionReport
@@ -31,8 +31,8 @@ from taskstore.store.interface import (
     SupportsIdSearch,
     SupportsIntegrity,
     SupportsJournal,
-    SupportsPages,
     SupportsQuery,
+    SupportsStreaming,
     SupportsSummary,
     TaskRegistryStore,
 )
@@ -43,7 +43,7 @@ ABILITIES: dict[str, type] = {
     "exclusive": SupportsExclusive,
     "history": SupportsHistory,
     "query": SupportsQuery,
-    "pages": SupportsPages,
+    "pages": SupportsStreaming,  # the name that ``backends`` prints does not change
     "summary": SupportsSummary,
     "ids": SupportsIdSearch,
     "compaction": SupportsCompaction,
@@ -114,7 +114,7 @@ def compact(
     """Fold the journal into a snapshot, and trim the entries that are not to be kept."""
     keep = (keep_days, keep_entries, keep_bytes)
     if erase_deleted and (if_due or any(value is not None for value in keep)):
-        raise Misuse("--erase-deleted cannot be combined with --if-due or a --keep option")
+        raise UsageError("--erase-deleted cannot be combined with --if-due or a --keep option")
     policy = _policy_of(*keep, forced=not if_due)
     where = url_of(ctx, url)
     rebuilt = _vacuum(where, as_json=as_json) if vacuum else {}

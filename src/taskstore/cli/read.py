@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from taskstore.cli import ledger, render
-from taskstore.cli.ledger import AsJson, Token, Url, parse_time, url_of
+from taskstore.cli.ledger import AsJson, TaskReference, Url, parse_time, url_of
 from taskstore.errors import TaskNotFound
 from taskstore.model.journal import EntryKind, JournalEntry
 from taskstore.model.query import SESSION_KEY, Page, TaskQuery
@@ -85,7 +85,7 @@ def list_tasks(
     filters = {name: value for name, value in options.items() if value or value == ""}
     query = TaskQuery(since=since, limit=limit, after=after, **filters)
     with open_for_reading(ctx, url) as store:
-        parts = _Parts(ledger.read_pages(store, query))
+        parts = _Parts(ledger.stream_query(store, query))
         if as_json:
             render.print_json_members(_list_members(parts))
             return
@@ -94,8 +94,10 @@ def list_tasks(
         else:
             _print_list(store, list(parts))
     if parts.next_cursor is not None:
-        words = _next_page_words(ctx.params | {"after": parts.next_cursor, "since": since})
-        render.print_note(f"more tasks match; next page: {ledger.next_command(ctx, *words)}")
+        arguments = _next_page_arguments(ctx.params | {"after": parts.next_cursor, "since": since})
+        render.print_note(
+            f"more tasks match; next page: {ledger.suggested_command(ctx, *arguments)}"
+        )
 
 
 class _Parts:
@@ -104,15 +106,15 @@ class _Parts:
     After the iteration, ``next_cursor`` and ``seq`` are those of the page.
     """
 
-    def __init__(self, pages: Iterator[Page]) -> None:
-        self._pages = pages
+    def __init__(self, parts: Iterator[Page]) -> None:
+        self._parts = parts
         self.next_cursor: str | None = None
         self.seq = 0
 
     def __iter__(self) -> Iterator[TaskRecord]:
-        for page in self._pages:
-            self.next_cursor, self.seq = page.next_cursor, page.seq
-            yield from page
+        for part in self._parts:
+            self.next_cursor, self.seq = part.next_cursor, part.seq
+            yield from part
 
 
 def _list_members(parts: _Parts) -> Iterator[tuple[str, object]]:
@@ -134,8 +136,8 @@ def _print_list(store: TaskRegistryStore, records: Sequence[TaskRecord]) -> None
 
 def _table_cells(record: TaskRecord) -> Sequence[str]:
     text = f"{render.title_of(record)}: {render.latest_message(record)}"
-    age, run_time = render.age_of(record.created_at), render.run_time_of(record)
-    return (record.status, age, run_time, text)
+    age, elapsed = render.age_of(record.created_at), render.elapsed_of(record)
+    return (record.status, age, elapsed, text)
 
 
 def _list_line(record: TaskRecord) -> Sequence[str]:
@@ -153,28 +155,30 @@ def _list_line(record: TaskRecord) -> Sequence[str]:
     )
 
 
-def _next_page_words(options: dict[str, Any]) -> list[str]:
-    """Return the words of the command that lists the next page, without the URL."""
-    words = ["list"]
+def _next_page_arguments(options: dict[str, Any]) -> list[str]:
+    """Return the arguments of the command that lists the next page, without the URL."""
+    arguments = ["list"]
     for name, value in options.items():
         if name not in ("url", "as_json"):
             values = value if isinstance(value, list | tuple) else (value,)
-            words += [f"--{name}={item}" for item in values if item is not None]
-    return words
+            arguments += [f"--{name}={item}" for item in values if item is not None]
+    return arguments
 
 
-def show(ctx: typer.Context, token: Token, *, as_json: AsJson = False, url: Url = None) -> None:
+def show(
+    ctx: typer.Context, reference: TaskReference, *, as_json: AsJson = False, url: Url = None
+) -> None:
     """Show all fields of one task.
 
     For a run or session, the command shows the newest active task, or the newest task if
     no task is active.
     """
     with open_for_reading(ctx, url) as store:
-        match = ledger.find(store, token)
+        match = ledger.find(store, reference)
     if match.ambiguous:
         render.print_note(
             "other tasks also match; to list all of them: "
-            f"{ledger.next_command(ctx, *match.list_words(token))}"
+            f"{ledger.suggested_command(ctx, *match.list_arguments(reference))}"
         )
     members = render.record_members(match.record)
     if as_json:
@@ -193,10 +197,12 @@ def _field_text(name: str, value: Any) -> str:
     return render.to_json(value) if isinstance(value, dict) else str(value)
 
 
-def log(ctx: typer.Context, token: Token, *, as_json: AsJson = False, url: Url = None) -> None:
+def log(
+    ctx: typer.Context, reference: TaskReference, *, as_json: AsJson = False, url: Url = None
+) -> None:
     """Show a task's history: the changed fields of each revision.
 
-    For a deleted task, TOKEN must be the task id or its end. The command prints one line
+    For a deleted task, TASK must be the task id or its end. The command prints one line
     per changed field: seq, time, revision, field, before, after. If no history of the task
     is kept, the command prints the fields of the record, without seq and time. --json prints
     one object with task_id, complete, kept_from (the seq from which history is kept), record
@@ -204,11 +210,11 @@ def log(ctx: typer.Context, token: Token, *, as_json: AsJson = False, url: Url =
     """
     with open_for_reading(ctx, url) as store:
         journal = history.require_journal(store, "log")
-        task_id, record = _find_logged(store, token)
+        task_id, record = _find_logged(store, reference)
         entries = history.history(store, task_id)
         kept_from = journal.floor()
     if not entries and record is None:
-        raise TaskNotFound(token)
+        raise TaskNotFound(reference)
     first = entries[0].revision if entries else None
     if first != 1:
         before = "of this task" if first is None else f"before revision {first}"
@@ -240,20 +246,21 @@ def log(ctx: typer.Context, token: Token, *, as_json: AsJson = False, url: Url =
         render.print_lines(rows)
 
 
-def _find_logged(store: TaskRegistryStore, token: str) -> tuple[str, TaskRecord | None]:
-    """Return the id of the task that a token names, and its record (``None`` for a deleted task).
+def _find_logged(store: TaskRegistryStore, reference: str) -> tuple[str, TaskRecord | None]:
+    """Return the id of the task that a reference names, and its record (``None`` for a deleted
+    task).
 
     A match of a whole id takes precedence over a match of the end of an id.  A stored task takes
     precedence over a deleted task.
     """
-    match = ledger.find_exactly(store, token)
-    if match is None and history.history(store, token):
-        return token, None
+    match = ledger.find_exactly(store, reference)
+    if match is None and history.history(store, reference):
+        return reference, None
     try:
-        record = (match or ledger.find(store, token)).record
+        record = (match or ledger.find(store, reference)).record
     except TaskNotFound as error:
         try:
-            return ledger.find_by_ending(store, token, deleted=True), None
+            return ledger.find_by_ending(store, reference, deleted=True), None
         except TaskNotFound:
             raise error from None
     return record.task_id, record

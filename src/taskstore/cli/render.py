@@ -90,7 +90,7 @@ def age_of(at: int) -> str:
     return f"{passed_s:.0f}s"
 
 
-def run_time_of(record: TaskRecord) -> str:
+def elapsed_of(record: TaskRecord) -> str:
     """Return how long an ended task ran, as text; ``EMPTY`` if the record does not show the
     time."""
     if record.started_at is None or record.ended_at is None:

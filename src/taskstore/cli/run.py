@@ -18,7 +18,7 @@ import typer
 
 from taskstore.cli import change, ledger, render
 from taskstore.cli.child import TIMEOUT, forwarded_signals, running_child
-from taskstore.cli.ledger import Misuse, Url, parse_duration, parse_positive_duration, url_of
+from taskstore.cli.ledger import Url, UsageError, parse_duration, parse_positive_duration, url_of
 from taskstore.errors import ConflictError, OutcomeUnknownError, TaskStoreError
 from taskstore.model import lifecycle
 from taskstore.model.ids import new_task_id, system_clock
@@ -255,7 +255,7 @@ def _open_id_file(path: Path | None) -> TextIO | None:
     try:
         return path.open("w", encoding="ascii")
     except OSError as error:
-        raise Misuse(f"--id-file {path}: {error.strerror}") from None
+        raise UsageError(f"--id-file {path}: {error.strerror}") from None
 
 
 def _as_utf8(word: str) -> str:

@@ -44,10 +44,10 @@ class JournalStats(Struct, frozen=True, kw_only=True):
     ``entries`` is the number of journal entries after the newest snapshot.  ``bytes`` is the size
     in bytes of the entries after the newest snapshot (0 if unknown).  ``oldest_at`` is the time of
     the oldest entry after the newest snapshot (Unix ms).  ``records`` is the number of live
-    records.  ``now`` is the current time (Unix ms).  ``newest`` is the seq of the newest snapshot
-    (0 if there is no snapshot).  ``floor`` is the first retained seq.  ``history_bytes`` is the
-    size in bytes of all retained entries (0 if unknown); a store can stop counting when the size
-    exceeds the policy's ``history_bytes``.
+    records.  ``now`` is the current time (Unix ms).  ``newest_snapshot_seq`` is the seq of the
+    newest snapshot (0 if there is no snapshot).  ``floor`` is the first retained seq.
+    ``history_bytes`` is the size in bytes of all retained entries (0 if unknown); a store can stop
+    counting when the size exceeds the policy's ``history_bytes``.
     """
 
     entries: int
@@ -55,7 +55,7 @@ class JournalStats(Struct, frozen=True, kw_only=True):
     now: int
     bytes: int = 0
     oldest_at: int | None = None
-    newest: int = 0
+    newest_snapshot_seq: int = 0
     floor: int = 1
     history_bytes: int = 0
 
@@ -171,7 +171,7 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
                 return HistoryLimit(old, _window(self.history_s))
         return HistoryLimit(last, reason)
 
-    def size_limit(self, seq: int) -> HistoryLimit:
+    def history_bytes_limit(self, seq: int) -> HistoryLimit:
         """Return a :class:`HistoryLimit` at ``seq``, with ``history_bytes`` as its reason."""
         return HistoryLimit(seq, f"at most {_size(self.history_bytes)} of entries are kept")
 

@@ -293,34 +293,34 @@ def validated_snapshot(snapshot: Snapshot) -> Snapshot:
     return Snapshot(snapshot.seq, MappingProxyType(records), snapshot.at, snapshot.quarantined)
 
 
-class Step(Struct, frozen=True, gc=False):
-    """The combined effect of all changes of a batch on one task.
+class NetChange(Struct, frozen=True, gc=False):
+    """The net effect of all changes of a batch on one task.
 
-    ``base`` is the required stored revision (0: the task must not exist).  ``record`` is the task's
-    record after the batch (``None``: the task is removed).  ``revision`` is the task's revision
-    after the batch.
+    ``expected_revision`` is the required stored revision (0: the task must not exist).  ``record``
+    is the task's record after the batch (``None``: the task is removed).  ``revision`` is the
+    task's revision after the batch.
     """
 
     task_id: str
-    base: int
+    expected_revision: int
     revision: int
     record: TaskRecord | None
 
     @property
     def new_dedup_key(self) -> DedupKey | None:
-        """The dedup key if this step creates a task with a dedup key, otherwise ``None``."""
-        return None if self.base else dedup_key(self.record)
+        """The dedup key if this net change creates a task with a dedup key, otherwise ``None``."""
+        return None if self.expected_revision else dedup_key(self.record)
 
 
-def plan(changes: Sequence[Change]) -> list[Step]:
-    """Return one :class:`Step` per task of a batch, in the order of each task's first change.
+def plan(changes: Sequence[Change]) -> list[NetChange]:
+    """Return one :class:`NetChange` per task of a batch, in the order of each task's first change.
 
     Raises :class:`ValidationError` for an empty batch or a value that is not a change,
     and :class:`ConflictError` if changes of the batch contradict each other.
     """
     if not changes:
         raise ValidationError("changes", "must not be empty")
-    steps: dict[str, Step] = {}
+    net_changes: dict[str, NetChange] = {}
     for change in changes:
         if isinstance(change, Put):
             record: TaskRecord | None = change.record
@@ -329,52 +329,57 @@ def plan(changes: Sequence[Change]) -> list[Step]:
             record, task_id, revision = None, change.task_id, change.revision
         else:
             raise ValidationError("changes", f"must be Put or Remove, not {type(change).__name__}")
-        before = steps.get(task_id)
+        before = net_changes.get(task_id)
         if before is None:
-            steps[task_id] = Step(task_id, revision - 1, revision, record)
+            net_changes[task_id] = NetChange(task_id, revision - 1, revision, record)
             continue
         if before.record is None:
             raise ConflictError([Conflict(task_id, revision - 1, 0, deleted=True)])
         if revision != before.revision + 1:
             raise ConflictError([Conflict(task_id, revision - 1, before.revision)])
-        steps[task_id] = Step(task_id, before.base, revision, record)
+        net_changes[task_id] = NetChange(task_id, before.expected_revision, revision, record)
     ids_by_key: dict[DedupKey, str] = {}
-    for step in steps.values() if len(steps) > 1 else ():
-        key = step.new_dedup_key
+    for net in net_changes.values() if len(net_changes) > 1 else ():
+        key = net.new_dedup_key
         if key is not None:
-            existing = ids_by_key.setdefault(key, step.task_id)
-            if existing != step.task_id:
-                raise ConflictError([Conflict(step.task_id, 0, 0, existing_task_id=existing)])
-    return list(steps.values())
+            existing = ids_by_key.setdefault(key, net.task_id)
+            if existing != net.task_id:
+                raise ConflictError([Conflict(net.task_id, 0, 0, existing_task_id=existing)])
+    return list(net_changes.values())
 
 
 def find_conflicts(
-    steps: Sequence[Step],
+    net_changes: Sequence[NetChange],
     revisions: Mapping[str, int],
     deleted: Container[str],
     ids_by_key: Mapping[DedupKey, str],
 ) -> list[Conflict]:
-    """Return the conflicts between the steps and the stored tasks; empty if all steps apply.
+    """Return the conflicts between the net changes and the stored tasks; empty if all net changes
+    apply.
 
     ``revisions`` maps the id of each stored task to its revision (0 if the record
     cannot be decoded and its revision is unknown).  ``deleted`` contains the ids of
     the tasks whose deletion is still in the journal.  ``ids_by_key`` maps a dedup key
-    to the id of its task.  A step that removes a task frees the task's dedup key.
+    to the id of its task.  A net change that removes a task frees the task's dedup key.
     """
     conflicts = []
-    for step in steps:
-        task_id = step.task_id
+    for net in net_changes:
+        task_id = net.task_id
         found = revisions.get(task_id)
-        if found != (step.base or None) or task_id in deleted:
+        if found != (net.expected_revision or None) or task_id in deleted:
             is_deleted = task_id in deleted
-            conflicts.append(Conflict(task_id, step.base, found or 0, deleted=is_deleted))
+            conflicts.append(
+                Conflict(task_id, net.expected_revision, found or 0, deleted=is_deleted)
+            )
             continue
-        key = dedup_key(step.record)
+        key = dedup_key(net.record)
         existing = None if key is None else ids_by_key.get(key)
         if existing in (None, task_id):
             continue
-        if existing not in {step.task_id for step in steps if step.record is None}:
-            conflicts.append(Conflict(task_id, step.base, found or 0, existing_task_id=existing))
+        if existing not in {net.task_id for net in net_changes if net.record is None}:
+            conflicts.append(
+                Conflict(task_id, net.expected_revision, found or 0, existing_task_id=existing)
+            )
     return conflicts
 
 

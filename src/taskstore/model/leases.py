@@ -29,19 +29,19 @@ MAX_LEASE_S = 366 * 24 * 3600.0
 """The maximum duration of a lease, in seconds."""
 
 
-def check_lease(lease_s: object) -> int:
+def lease_duration_ms(lease_s: object) -> int:
     """Convert the duration of a lease to ms; raise :class:`ValidationError` if it is invalid."""
     seconds = check_seconds("lease_s", lease_s, MIN_LEASE_S, MAX_LEASE_S)
     return check_int("lease_s", round(seconds * 1000), 1)
 
 
-def check_fence(fence: object) -> None:
+def validate_fence(fence: object) -> None:
     """Raise :class:`ValidationError` unless ``fence`` is a token or ``None`` (no fence)."""
     if fence is not None:
         check_key("fence", fence)
 
 
-def verify_fence(record: TaskRecord, fence: str | None) -> None:
+def require_fence(record: TaskRecord, fence: str | None) -> None:
     """Raise :class:`ConflictError` unless ``fence`` is ``None`` or the token of the task's lease.
 
     The token of an expired lease stays valid until another worker takes a lease on the task.
@@ -58,7 +58,7 @@ def take(token: str, lease_s: object, *, fence: str | None = None) -> Mutation:
     even before the current lease expires.  Otherwise the mutation raises
     :class:`ConflictError` if the task has a lease that has not expired.
     """
-    lease_ms = check_lease(lease_s)
+    lease_ms = lease_duration_ms(lease_s)
 
     def taken(record: TaskRecord, now: int) -> TaskRecord:
         if record.is_terminal:
@@ -74,7 +74,7 @@ def take(token: str, lease_s: object, *, fence: str | None = None) -> Mutation:
 
 def renew(lease_s: object) -> Mutation:
     """Extend a lease if at most half of ``lease_s`` is left; otherwise change nothing."""
-    lease_ms = check_lease(lease_s)
+    lease_ms = lease_duration_ms(lease_s)
 
     def renewed(record: TaskRecord, now: int) -> TaskRecord:
         if record.is_terminal:

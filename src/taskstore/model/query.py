@@ -166,7 +166,7 @@ class Summary(Struct, frozen=True, kw_only=True):
         return sum(self.by_status.get(status, 0) for status in ACTIVE_STATUSES)
 
     @classmethod
-    def of(cls, by_status: Counter[str], by_runtime: Counter[str], seq: int) -> Self:
+    def from_counts(cls, by_status: Counter[str], by_runtime: Counter[str], seq: int) -> Self:
         """Return a summary with the given counts, as of ``seq``."""
         return cls(
             total=by_status.total(),
@@ -176,13 +176,13 @@ class Summary(Struct, frozen=True, kw_only=True):
         )
 
     @classmethod
-    def count(cls, records: Iterable[TaskRecord], seq: int) -> Self:
+    def from_records(cls, records: Iterable[TaskRecord], seq: int) -> Self:
         """Return the summary that a store must return for these records."""
         statuses, runtimes = Counter[str](), Counter[str]()
         for record in records:
             statuses[str(record.status)] += 1
             runtimes[record.runtime] += 1
-        return cls.of(statuses, runtimes, seq)
+        return cls.from_counts(statuses, runtimes, seq)
 
 
 def page_of(newest_first: Iterator[TaskRecord], query: TaskQuery, seq: int) -> Page:
@@ -232,10 +232,10 @@ def chunked_sort(items: Iterable[_T]) -> list[_T]:
     return chunks[0] if chunks else []
 
 
-def split_pages(
-    matching: Iterator[TaskRecord], query: TaskQuery, page_records: int, seq: int
+def split_page(
+    matching: Iterator[TaskRecord], query: TaskQuery, batch_size: int, seq: int
 ) -> Iterator[Page]:
-    """Yield the page of a query in parts of at most ``page_records`` records.
+    """Yield the page of a query in parts of at most ``batch_size`` records.
 
     The function yields at least one part, even if no record matches.
 
@@ -245,7 +245,7 @@ def split_pages(
     left = query.limit
     following = next(matching, None)
     while True:
-        size = page_records if left is None else min(page_records, left)
+        size = batch_size if left is None else min(batch_size, left)
         records: list[TaskRecord] = []
         while following is not None and len(records) < size:
             records.append(following)

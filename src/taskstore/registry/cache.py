@@ -87,13 +87,13 @@ class Lookups(ABC):
         """Return the newest active task of a run, else the run's newest task, else ``None``."""
         return self._newest_preferring_active(run_id=run_id)
 
-    def find(self, token: str) -> TaskRecord | None:
-        """Return the task with the id ``token``, else a task with this run id or session, else
+    def find(self, reference: str) -> TaskRecord | None:
+        """Return the task with the id ``reference``, else a task with this run id or session, else
         ``None``."""
         return (
-            self.get(token)
-            or self._newest_preferring_active(run_id=token)
-            or self._newest_preferring_active(**{SESSION_KEY: token})
+            self.get(reference)
+            or self._newest_preferring_active(run_id=reference)
+            or self._newest_preferring_active(**{SESSION_KEY: reference})
         )
 
     def page(self, query: TaskQuery, seq: int) -> Page:
@@ -254,7 +254,7 @@ class ReplicatedCache(RecordCache):
                 commit_id = commit_id_at(store, snapshot.seq)
             self.reset(snapshot, commit_id)
         self.stale = False
-        self._hooks.emit([Restored(snapshot.seq, len(snapshot.records), snapshot.records)])
+        self._hooks.enqueue([Restored(snapshot.seq, len(snapshot.records), snapshot.records)])
 
     def refresh(self) -> None:
         """Apply the commits of other writers to the cache."""
@@ -351,7 +351,7 @@ class ReplicatedCache(RecordCache):
                 self.position = Position(seq, entry.commit_id)
         # If the cache is stale, the next load queues :class:`Restored` instead of these events.
         if self._hooks.registered and not self.stale:
-            self._hooks.emit(events)
+            self._hooks.enqueue(events)
 
 
 class Staging(Lookups):
@@ -415,7 +415,7 @@ class Staging(Lookups):
                 if record is not None:
                     statuses[str(record.status)] += step
                     runtimes[record.runtime] += step
-        return Summary.of(+statuses, +runtimes, base.seq)
+        return Summary.from_counts(+statuses, +runtimes, base.seq)
 
     def create(self, record: TaskRecord, key: DedupKey | None) -> TaskRecord:
         """Stage a new task and its dedup key; raise :class:`ConflictError` if the id exists."""

@@ -107,11 +107,11 @@ class Compactor:
         """Return the last statistics from the store, with the counted events added."""
         known = self._known
         return JournalStats(
-            entries=max(event.seq - known.newest, 0),
+            entries=max(event.seq - known.newest_snapshot_seq, 0),
             records=max(known.records + self._created, 0),
             now=event.at,
             oldest_at=known.oldest_at or self._oldest_at,
-            newest=known.newest,
+            newest_snapshot_seq=known.newest_snapshot_seq,
             history_bytes=known.history_bytes + self._bytes,
         )
 
@@ -179,5 +179,9 @@ class Compactor:
             return stats
         size = 0 if stats is None else min(stats.history_bytes, self._policy.history_bytes)
         return JournalStats(
-            entries=0, records=report.records, now=0, newest=report.seq, history_bytes=size
+            entries=0,
+            records=report.records,
+            now=0,
+            newest_snapshot_seq=report.seq,
+            history_bytes=size,
         )

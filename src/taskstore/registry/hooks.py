@@ -120,7 +120,7 @@ class Hooks:
 
         return remove
 
-    def emit(self, events: Iterable[Event]) -> None:
+    def enqueue(self, events: Iterable[Event]) -> None:
         """Queue events in the order of their seqs.  The caller must hold the commit lock."""
         if self.registered:
             self.events.extend(events)

@@ -22,7 +22,7 @@ from taskstore.registry.commit import Batch, Committer, Operation
 from taskstore.registry.follower import Follower
 from taskstore.registry.hooks import Hook, Hooks
 from taskstore.registry.verbs import ChangeRun, RunScope, RunSelector, TaskOperation, Verbs
-from taskstore.store.interface import TaskRegistryStore, forked_error
+from taskstore.store.interface import TaskRegistryStore, used_after_fork_error
 from taskstore.store.opening import default_url, open_store
 
 T = TypeVar("T")
@@ -68,15 +68,15 @@ class RegistryBase(ABC):
         with self._locked_lookups() as lookups:
             return lookups.require(task_id)
 
-    def find(self, token: str) -> TaskRecord | None:
+    def find(self, reference: str) -> TaskRecord | None:
         """Return the task with this id, else a task of this run, else a task of this session.
 
         If a run or session has several tasks, returns the newest active task, else
         the newest task.  Returns ``None`` if no task matches.
         """
-        check_text("token", token, KEY_BYTES)
+        check_text("reference", reference, KEY_BYTES)
         with self._locked_lookups() as lookups:
-            return lookups.find(token)
+            return lookups.find(reference)
 
     def find_by_run(self, run_id: str) -> TaskRecord | None:
         """Return the newest active task of a run, else the run's newest task, else ``None``."""
@@ -187,7 +187,7 @@ class RegistryBase(ABC):
         if self._closed:
             raise StoreClosedError(f"the registry over {self._store.location} is closed")
         if self._opened_by != os.getpid():
-            raise forked_error(f"the registry over {self._store.location}")
+            raise used_after_fork_error(f"the registry over {self._store.location}")
 
 
 class TaskRegistry(RegistryBase, Verbs[TaskRecord, bool, str]):

@@ -169,7 +169,7 @@ def _check_preconditions(record: TaskRecord, if_revision: int | None, fence: str
     """Raise :class:`ConflictError` unless the task has the given revision and lease token."""
     if if_revision is not None and record.revision != if_revision:
         raise ConflictError([Conflict(record.task_id, if_revision, record.revision)])
-    leases.verify_fence(record, fence)
+    leases.require_fence(record, fence)
 
 
 def _check_arguments(task_id: str, if_revision: int | None, fence: str | None) -> None:
@@ -177,7 +177,7 @@ def _check_arguments(task_id: str, if_revision: int | None, fence: str | None) -
     check_key("task_id", task_id)
     if if_revision is not None:
         check_int("if_revision", if_revision, 1)
-    leases.check_fence(fence)
+    leases.validate_fence(fence)
 
 
 # -- verbs --------------------------------------------------------------------

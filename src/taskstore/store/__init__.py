@@ -13,10 +13,10 @@ from taskstore.model.compaction_policy import SnapshotInfo as SnapshotInfo
 from taskstore.model.ids import Clock as Clock
 from taskstore.model.ids import new_commit_id as new_commit_id
 from taskstore.model.journal import ChangeSet as ChangeSet
+from taskstore.model.journal import NetChange as NetChange
 from taskstore.model.journal import Position as Position
 from taskstore.model.journal import Quarantined as Quarantined
 from taskstore.model.journal import Snapshot as Snapshot
-from taskstore.model.journal import Step as Step
 from taskstore.model.journal import plan as plan
 from taskstore.model.journal import validated_snapshot as validated_snapshot
 from taskstore.model.query import SESSION_KEY as SESSION_KEY
@@ -33,12 +33,12 @@ from taskstore.store.interface import SupportsHistory as SupportsHistory
 from taskstore.store.interface import SupportsIdSearch as SupportsIdSearch
 from taskstore.store.interface import SupportsIntegrity as SupportsIntegrity
 from taskstore.store.interface import SupportsJournal as SupportsJournal
-from taskstore.store.interface import SupportsPages as SupportsPages
 from taskstore.store.interface import SupportsQuery as SupportsQuery
+from taskstore.store.interface import SupportsStreaming as SupportsStreaming
 from taskstore.store.interface import SupportsSummary as SupportsSummary
 from taskstore.store.interface import TaskRegistryStore as TaskRegistryStore
 from taskstore.store.interface import VerifyReport as VerifyReport
-from taskstore.store.interface import base_not_found as base_not_found
+from taskstore.store.interface import base_not_found_error as base_not_found_error
 from taskstore.store.interface import check_base as check_base
 from taskstore.store.interface import clock_notices as clock_notices
 from taskstore.store.opening import path_of as path_of

@@ -8,11 +8,11 @@ contents that a power loss can leave (``taskstore.testing.powerloss``).
 The first methods of :class:`Disk` are single system calls.  The other methods of :class:`Disk`
 combine several system calls.
 
-A new file gets the owner, the group and the mode of its *predecessor*: the file whose users must be
-able to use the new file.  A new file without a predecessor gets the owner and the group of its
-directory.  Only the owner can use a file without a predecessor; if a group can write the directory,
-this group can use the file too.  Until a new file has its final owner and group, only its creator
-can use the file.
+A new file gets the owner, the group and the mode of the file ``permissions_from``, whose users must
+be able to use the new file.  Without ``permissions_from``, a new file gets the owner and the group
+of its directory.  Only the owner can then use the file; if a group can write the directory, this
+group can use the file too.  Until a new file has its final owner and group, only its creator can
+use the file.
 """
 
 from __future__ import annotations
@@ -112,16 +112,16 @@ class Disk:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             written += more
 
-    def create(self, path: Path, predecessor: Path | None = None) -> int:
-        """Create a file for the users of ``predecessor``; return the descriptor, open for reading
-        and writing.
+    def create(self, path: Path, permissions_from: Path | None = None) -> int:
+        """Create a file for the users of ``permissions_from``; return the descriptor, open for
+        reading and writing.
 
         Raises ``FileExistsError`` if the file exists, and ``PermissionError`` if this process
-        cannot give the file to the users of ``predecessor``.
+        cannot give the file to the users of ``permissions_from``.
         """
         descriptor = self.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
-            _hand_over(self, descriptor, path, _access_of(path, predecessor))
+            _hand_over(self, descriptor, path, _access_of(path, permissions_from))
         except BaseException:
             with contextlib.suppress(OSError):
                 self.close(descriptor)
@@ -130,16 +130,16 @@ class Disk:
             raise
         return descriptor
 
-    def open_or_create(self, path: Path, predecessor: Path | None = None) -> int:
+    def open_or_create(self, path: Path, permissions_from: Path | None = None) -> int:
         """Open a file for reading; create a missing file as :meth:`create` does."""
         while True:
             with contextlib.suppress(FileNotFoundError):
                 return self.open(path, os.O_RDONLY)
             with contextlib.suppress(FileExistsError):  # another process created it
-                return self.create(path, predecessor)
+                return self.create(path, permissions_from)
 
     def write_new(
-        self, path: Path, blocks: Iterable[bytes], predecessor: Path | None = None
+        self, path: Path, blocks: Iterable[bytes], permissions_from: Path | None = None
     ) -> None:
         """Create a file as :meth:`create` does, and flush its bytes to disk; the file name is not
         durable yet.
@@ -147,7 +147,7 @@ class Disk:
         Raises ``FileExistsError`` if the file exists.  If another error occurs, the
         method removes the file.
         """
-        descriptor = self.create(path, predecessor)
+        descriptor = self.create(path, permissions_from)
         try:
             try:
                 _write_blocks(self, descriptor, blocks)
@@ -160,7 +160,7 @@ class Disk:
             raise
 
     def write_temporary(
-        self, path: Path, blocks: Iterable[bytes], predecessor: Path | None = None
+        self, path: Path, blocks: Iterable[bytes], permissions_from: Path | None = None
     ) -> Path:
         """Write a temporary file next to ``path`` with :meth:`write_new`; return the temporary
         path.
@@ -170,7 +170,7 @@ class Disk:
         """
         temporary = path.with_name(path.name + TEMPORARY)
         self.remove_all([temporary])
-        self.write_new(temporary, blocks, predecessor)
+        self.write_new(temporary, blocks, permissions_from)
         return temporary
 
     def publish(self, temporary: Path, path: Path) -> None:
@@ -285,8 +285,8 @@ def _make_one_directory(disk: Disk, directory: Path) -> None:
 class _Access(NamedTuple):
     """The owner, the group and the mode that a new file should get.
 
-    ``required`` is true if the three values come from a predecessor.  The users of the predecessor
-    must then be able to use the new file.
+    ``required`` is true if the three values come from the file ``permissions_from``.  The users of
+    this file must then be able to use the new file.
     """
 
     uid: int
@@ -295,26 +295,26 @@ class _Access(NamedTuple):
     required: bool
 
     def is_satisfied(self, given: os.stat_result, mode: int) -> bool:
-        """Return whether the new file gives the users of the predecessor enough access.  ``given``
-        has the owner and the group of the new file; ``mode`` is the mode of the new file.  The
-        owner and the group of the predecessor must be able to read and write the new file as they
-        can read and write the predecessor."""
+        """Return whether the new file gives the users of ``permissions_from`` enough access.
+        ``given`` has the owner and the group of the new file; ``mode`` is the mode of the new file.
+        The owner and the group of ``permissions_from`` must be able to read and write the new file
+        as they can read and write ``permissions_from``."""
         if not self.required:
             return True
         owner, group = self.mode >> 6 & _READ_WRITE, self.mode >> 3 & _READ_WRITE
         others = mode & _READ_WRITE
         if given.st_gid == self.gid:
-            # The owner of the predecessor uses the new file as a member of the group.
+            # The owner of ``permissions_from`` uses the new file as a member of the group.
             return given.st_uid == self.uid or not owner & ~(group | others)
         return not group & ~others and (given.st_uid == self.uid or not owner & ~others)
 
 
-def _access_of(path: Path, predecessor: Path | None) -> _Access:
-    """Return the access that a new file should get: from its predecessor, or else from its
+def _access_of(path: Path, permissions_from: Path | None) -> _Access:
+    """Return the access that a new file should get: from ``permissions_from``, or else from its
     directory."""
-    if predecessor is not None:
+    if permissions_from is not None:
         with contextlib.suppress(FileNotFoundError):
-            status = predecessor.stat()
+            status = permissions_from.stat()
             return _Access(status.st_uid, status.st_gid, status.st_mode & 0o777, required=True)
     status = path.parent.stat()
     shared = status.st_mode & stat.S_IWGRP and not status.st_mode & stat.S_ISVTX

@@ -37,10 +37,10 @@ from taskstore.model.journal import (
     Commit,
     EntryKind,
     JournalEntry,
+    NetChange,
     Position,
     Quarantined,
     Snapshot,
-    Step,
     dedup_key,
     entries_of,
     find_conflicts,
@@ -55,7 +55,7 @@ from taskstore.model.query import (
     evaluate,
     ids_with_ending,
     newest_first,
-    split_pages,
+    split_page,
 )
 
 
@@ -160,9 +160,9 @@ class TaskRegistryStore(ABC):
         can use it safely.
         """
         self._check_writable()
-        steps = plan(changes)
+        net_changes = plan(changes)
         stored = self.load_snapshot()
-        check_steps(steps, stored)
+        check_net_changes(net_changes, stored)
         commit = Commit(stored.seq + 1, stored.seq + len(changes), max(self.clock(), stored.at))
         self.save_snapshot(fold(stored, entries_of(changes, commit)))
         return commit
@@ -212,7 +212,7 @@ class TaskRegistryStore(ABC):
         if self._closed:
             raise StoreClosedError(f"the store {self.location or type(self).__name__} is closed")
         if self._opened_by != os.getpid():
-            raise forked_error(f"the store {self.location or type(self).__name__}")
+            raise used_after_fork_error(f"the store {self.location or type(self).__name__}")
 
     def _check_writable(self) -> None:
         if self._closed or self._opened_by != os.getpid():
@@ -236,7 +236,7 @@ class LoadedRecordsStore(TaskRegistryStore):
     """A base class for a store that keeps all records in memory, or loads all records for each
     query.
 
-    The methods implement :class:`SupportsQuery`, :class:`SupportsPages`,
+    The methods implement :class:`SupportsQuery`, :class:`SupportsStreaming`,
     :class:`SupportsSummary` and :class:`SupportsIdSearch` on the result of ``load_snapshot``.
     """
 
@@ -245,16 +245,16 @@ class LoadedRecordsStore(TaskRegistryStore):
         loaded = self.load_snapshot()
         return evaluate(query, loaded.records.values(), loaded.seq)
 
-    def pages(self, query: TaskQuery, page_records: int) -> Iterator[Page]:
-        """Implement :meth:`SupportsPages.pages`."""
+    def stream(self, query: TaskQuery, batch_size: int) -> Iterator[Page]:
+        """Implement :meth:`SupportsStreaming.stream`."""
         loaded = self.load_snapshot()
         matching = newest_first(query, loaded.records.values())
-        return split_pages(matching, query, page_records, loaded.seq)
+        return split_page(matching, query, batch_size, loaded.seq)
 
     def summary(self) -> Summary:
         """Implement :meth:`SupportsSummary.summary`."""
         loaded = self.load_snapshot()
-        return Summary.count(loaded.records.values(), loaded.seq)
+        return Summary.from_records(loaded.records.values(), loaded.seq)
 
     def find_ids(
         self, endings: Collection[str], limit: int, *, deleted: bool = False
@@ -397,12 +397,12 @@ class SupportsQuery(Protocol):
 
 
 @runtime_checkable
-class SupportsPages(Protocol):
+class SupportsStreaming(Protocol):
     """A store that answers a large query in parts; all parts show the records as of the same
     seq."""
 
-    def pages(self, query: TaskQuery, page_records: int) -> Iterator[Page]:
-        """Yield the page of a query in parts of at most ``page_records`` records, in order.
+    def stream(self, query: TaskQuery, batch_size: int) -> Iterator[Page]:
+        """Yield the page of a query in parts of at most ``batch_size`` records, in order.
 
         All parts show the records as of one ``seq``, even if other writers commit between two steps
         of the iteration.  The parts together are the page that ``query`` returns, and the last part
@@ -513,7 +513,7 @@ def check_base(journal: SupportsJournal, changes: Sequence[Change]) -> None:
         try:
             entries_after_position(journal, changes.base, 0)
         except CursorExpiredError as error:
-            raise base_not_found(changes.base) from error
+            raise base_not_found_error(changes.base) from error
 
 
 def clock_notices(last_at: int, clock: Clock) -> tuple[str, ...]:
@@ -537,7 +537,7 @@ def clock_notices(last_at: int, clock: Clock) -> tuple[str, ...]:
     return (notice,)
 
 
-def base_not_found(position: Position) -> ConflictError:
+def base_not_found_error(position: Position) -> ConflictError:
     """Return the error for changes whose base position is not in the journal."""
     return ConflictError(
         [],
@@ -546,7 +546,7 @@ def base_not_found(position: Position) -> ConflictError:
     )
 
 
-def forked_error(what: str) -> StoreClosedError:
+def used_after_fork_error(what: str) -> StoreClosedError:
     """Return the error for the use of ``what`` in a forked child, after the parent opened
     ``what``."""
     return StoreClosedError(
@@ -555,8 +555,9 @@ def forked_error(what: str) -> StoreClosedError:
     )
 
 
-def check_steps(steps: Sequence[Step], stored: Snapshot) -> None:
-    """Raise :class:`~taskstore.ConflictError` unless all steps apply to the snapshot ``stored``.
+def check_net_changes(net_changes: Sequence[NetChange], stored: Snapshot) -> None:
+    """Raise :class:`~taskstore.ConflictError` unless all net changes apply to the snapshot
+    ``stored``.
 
     This function is for stores without a journal, which do not know earlier deletions.
     """
@@ -567,6 +568,6 @@ def check_steps(steps: Sequence[Step], stored: Snapshot) -> None:
         for record in stored.records.values()
         if (key := dedup_key(record)) is not None
     }
-    conflicts = find_conflicts(steps, revisions, (), ids_by_key)
+    conflicts = find_conflicts(net_changes, revisions, (), ids_by_key)
     if conflicts:
         raise ConflictError(conflicts)

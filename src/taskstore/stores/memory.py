@@ -26,9 +26,9 @@ from taskstore.model.journal import (
     Commit,
     EntryKind,
     JournalEntry,
+    NetChange,
     Quarantined,
     Snapshot,
-    Step,
     dedup_key,
     entries_of,
     find_conflicts,
@@ -130,29 +130,31 @@ class MemoryStore(LoadedRecordsStore):
 
     def apply(self, changes: Sequence[Change]) -> Commit:
         self._check_writable()
-        steps = plan(changes)
+        net_changes = plan(changes)
         storage = self.storage
         with storage.lock:
             check_base(self, changes)
-            self._check(steps)
+            self._check(net_changes)
             first = storage.head + 1
             at = max(self.clock(), storage.last_at)
             commit = Commit(first, storage.head + len(changes), at, new_commit_id())
             length = len(storage.journal)
             try:
-                self._commit(changes, steps, commit)
+                self._commit(changes, net_changes, commit)
             except BaseException:
                 # An interrupt stopped the commit half-way.  A second call of _commit completes it.
                 del storage.journal[length:]
-                self._commit(changes, steps, commit)
+                self._commit(changes, net_changes, commit)
                 raise
         return commit
 
-    def _commit(self, changes: Sequence[Change], steps: Sequence[Step], commit: Commit) -> None:
+    def _commit(
+        self, changes: Sequence[Change], net_changes: Sequence[NetChange], commit: Commit
+    ) -> None:
         storage = self.storage
         # Removals come first, because they release dedup keys that the puts can need.
-        for step in sorted(steps, key=lambda step: step.record is not None):
-            self._write(step)
+        for net in sorted(net_changes, key=lambda net: net.record is not None):
+            self._write(net)
         entries = entries_of(changes, commit)
         if storage.quarantined:
             storage.quarantined = tuple(
@@ -167,29 +169,29 @@ class MemoryStore(LoadedRecordsStore):
         storage.head, storage.last_at = commit.last_seq, commit.at
         storage.changed.notify_all()
 
-    def _check(self, steps: Sequence[Step]) -> None:
+    def _check(self, net_changes: Sequence[NetChange]) -> None:
         storage = self.storage
         revisions = quarantined_revisions(storage.quarantined)
-        for step in steps:
-            record = storage.current.get(step.task_id)
+        for net in net_changes:
+            record = storage.current.get(net.task_id)
             if record is not None:
-                revisions[step.task_id] = record.revision
-        conflicts = find_conflicts(steps, revisions, storage.deleted, storage.by_dedup_key)
+                revisions[net.task_id] = record.revision
+        conflicts = find_conflicts(net_changes, revisions, storage.deleted, storage.by_dedup_key)
         if conflicts:
             raise ConflictError(conflicts)
 
-    def _write(self, step: Step) -> None:
+    def _write(self, net: NetChange) -> None:
         storage = self.storage
-        if step.record is None:
-            removed = storage.current.pop(step.task_id, None)
+        if net.record is None:
+            removed = storage.current.pop(net.task_id, None)
             key = dedup_key(removed)
             if key is not None:
                 storage.by_dedup_key.pop(key, None)
             return
-        storage.current[step.task_id] = step.record
-        key = step.new_dedup_key
+        storage.current[net.task_id] = net.record
+        key = net.new_dedup_key
         if key is not None:
-            storage.by_dedup_key[key] = step.task_id
+            storage.by_dedup_key[key] = net.task_id
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -284,7 +286,7 @@ class _Compaction(CompactionSteps):
         since = storage.journal[max(newest - (storage.floor - 1), 0) :]
         return JournalStats(
             now=now,
-            newest=newest,
+            newest_snapshot_seq=newest,
             floor=storage.floor,
             entries=storage.head - newest,
             records=len(storage.current),
@@ -316,7 +318,7 @@ class _Compaction(CompactionSteps):
     def publish(self, point: CompactionPoint, retained: Retained) -> int:
         # The floor is computed from the journal, which trim() shortens.
         storage = self._storage
-        base = retained.base
+        base = retained.base_snapshot
         if base is not None:
             earlier = [seq for seq in storage.snapshots if seq < base.seq]
             start = storage.snapshots[max(earlier)] if earlier else Snapshot(0)

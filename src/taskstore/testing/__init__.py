@@ -38,8 +38,8 @@ from taskstore.testing.contract.machine import (
 from taskstore.testing.contract.processes import ProcessesContract
 from taskstore.testing.contract.query import (
     IdSearchContract,
-    PagesContract,
     QueryContract,
+    StreamingContract,
     SummaryContract,
 )
 from taskstore.testing.contract.shared import SharedContract
@@ -91,7 +91,7 @@ class StoreContract(
     CompactionContract,
     RetentionContract,
     QueryContract,
-    PagesContract,
+    StreamingContract,
     SummaryContract,
     IdSearchContract,
     IntegrityContract,

@@ -12,8 +12,8 @@ from taskstore.store.interface import (
     SupportsIdSearch,
     SupportsIntegrity,
     SupportsJournal,
-    SupportsPages,
     SupportsQuery,
+    SupportsStreaming,
     SupportsSummary,
     TaskRegistryStore,
 )
@@ -39,7 +39,7 @@ class FullStore(
     SupportsExclusive,
     SupportsHistory,
     SupportsCompaction,
-    SupportsPages,
+    SupportsStreaming,
     SupportsQuery,
     SupportsSummary,
     SupportsIdSearch,

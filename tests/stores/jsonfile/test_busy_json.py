@@ -10,7 +10,7 @@ import pytest
 from jsonfiles import FOLD
 
 from taskstore import StoreBusyError
-from taskstore.stores.common.locks import FairLock
+from taskstore.stores.common.locks import LockQueue
 from taskstore.stores.jsonfile import JSONStore
 from taskstore.testing import make_put
 from taskstore.testing.crash.processes import Child
@@ -21,7 +21,7 @@ def test_the_error_names_the_lock_owner(tmp_path):
 
     def hold(report):
         os.close(gone)  # so that the child ends with this process
-        with JSONStore(tmp_path) as store, store._writer.locked():
+        with JSONStore(tmp_path) as store, store._writer.lock():
             report("held")
             os.read(go, 1)
 
@@ -44,9 +44,9 @@ def test_the_error_names_the_lock_owner(tmp_path):
 def test_a_writer_waits_while_other_writers_make_progress(tmp_path, monkeypatch):
     with JSONStore(tmp_path) as other, JSONStore(tmp_path, lock_timeout_s=0.2) as store:
         queue = store._writer._lock.queue
-        wait = queue.wait
+        wait = queue.poll_in_turn
         with monkeypatch.context() as patch:
-            patch.setattr(queue, "wait", lambda attempt, timeout_s: False)
+            patch.setattr(queue, "poll_in_turn", lambda attempt, timeout_s: False)
             with pytest.raises(StoreBusyError):
                 store.apply([make_put()])
         until = time.monotonic() + 1
@@ -58,7 +58,7 @@ def test_a_writer_waits_while_other_writers_make_progress(tmp_path, monkeypatch)
             time.sleep(timeout_s)
             return False
 
-        monkeypatch.setattr(queue, "wait", late)
+        monkeypatch.setattr(queue, "poll_in_turn", late)
         store.apply([make_put()])
         assert store.head() == other.head() > 2
 
@@ -67,13 +67,13 @@ def test_a_compaction_waits_as_long_as_a_write(tmp_path, monkeypatch):
     with JSONStore(tmp_path) as other, JSONStore(tmp_path, lock_timeout_s=0.05) as store:
         store.apply([make_put()])
         waits = []
-        wait = FairLock.wait
+        wait = LockQueue.poll_in_turn
 
         def counted(queue, attempt, timeout_s):
             waits.append(timeout_s)
             return wait(queue, attempt, timeout_s)
 
-        monkeypatch.setattr(FairLock, "wait", counted)
+        monkeypatch.setattr(LockQueue, "poll_in_turn", counted)
         for call in (lambda: store.apply([make_put()]), lambda: store.compact(FOLD)):
             with other.exclusive():
                 waits.clear()

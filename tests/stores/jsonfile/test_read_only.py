@@ -57,7 +57,7 @@ def test_reading_changes_nothing(ledger, open_):
 
 def test_readers_and_writers_do_not_wait_for_each_other(ledger, open_):
     writer, reader = open_(), open_(read_only=True)
-    with writer._writer.locked():
+    with writer._writer.lock():
         started = time.monotonic()
         read_everything(open_(read_only=True))
         read_everything(reader)

@@ -104,7 +104,7 @@ def test_a_compactor_stays_alone_if_its_lock_file_is_removed(directory, open_, m
     monkeypatch.setattr("taskstore.stores.jsonfile.compaction.COMPACT_LOCK_TIMEOUT_S", 0.05)
     store, other = open_(), open_(lock_timeout_s=0.05)
     task = create(store)
-    with store._writer.compact_lock().held(0, "nobody"):
+    with store._writer.compact_lock().hold(0, "nobody"):
         temporary = directory / "snapshot-00000000000000000001.json.tmp"
         temporary.write_bytes(b"half")
         remove_lock_files(directory)

@@ -36,7 +36,7 @@ with JSONStore(sys.argv[1], durability="process") as store:
 """
 HOLD = """
 store = JSONStore(sys.argv[1])
-with store._writer.locked():
+with store._writer.lock():
     print("held", flush=True)
     sys.stdin.readline()
 """
@@ -293,7 +293,7 @@ def test_a_lock_file_that_was_removed_is_not_relied_on(directory, open_):
     task = create(one)
     (directory / "lock").unlink()
     newcomer = open_()
-    with newcomer._writer.locked(), pytest.raises(StoreBusyError):
+    with newcomer._writer.lock(), pytest.raises(StoreBusyError):
         update(one, task)
     for store in (one, two, newcomer):
         task = update(store, task)

@@ -16,7 +16,7 @@ from taskstore.cli.app import main
 from taskstore.errors import CorruptStoreError, SchemaMismatchError, TaskStoreError
 from taskstore.stores.sql import SQLStore
 from taskstore.stores.sql.dialects.sqlite import file_problem
-from taskstore.stores.sql.migrate import locked_url
+from taskstore.stores.sql.migrate import connect_with_schema_lock
 from taskstore.stores.sql.sqlite_guard import lacks_pages
 
 KILLED = """
@@ -124,7 +124,7 @@ def open_read_only(url):
 
 
 def open_with_alembic(url):
-    with locked_url(url):
+    with connect_with_schema_lock(url):
         pass
 
 

@@ -80,8 +80,8 @@ def test_the_server_orders_and_compares_keys_as_python_does(raw):
 
 def test_similar_dedup_keys_are_distinct(store):
     create(store, run_id="run", run_digest="b")
-    for run_id, booking in (("run ", "b"), ("RUN", "b"), ("run", "b "), ("run", "B")):
-        create(store, run_id=run_id, run_digest=booking)
+    for run_id, digest in (("run ", "b"), ("RUN", "b"), ("run", "b "), ("run", "B")):
+        create(store, run_id=run_id, run_digest=digest)
     with pytest.raises(TaskStoreError, match="has the same dedup key"):
         create(store, run_id="run", run_digest="b")
 

@@ -113,7 +113,7 @@ def test_a_commit_does_not_look_for_names(open_registry, monkeypatch):
     def looked(path):
         raise AssertionError(path)
 
-    monkeypatch.setattr(sqlite, "other_name", looked)
+    monkeypatch.setattr(sqlite, "alias_reason", looked)
     registry.create(runtime="cli", task="x")
     registry.list()
     compact(registry.store)

@@ -18,7 +18,7 @@ from taskstore.model.query import TaskQuery
 from taskstore.model.records import TaskRecord
 from taskstore.stores.sql import SQLStore
 from taskstore.stores.sql.dialects import MariaDBDatabase, open_database
-from taskstore.stores.sql.dialects.base import Session
+from taskstore.stores.sql.dialects.base import DriverSession
 from taskstore.stores.sql.tables import ONLY_ON, metadata, tasks
 from taskstore.testing.factories import create, make_put, update
 
@@ -122,9 +122,9 @@ def test_every_index_of_a_server_is_read(dialect, request, open_, monkeypatch):
     """The plan of each comparison names the index that it reads."""
     url = request.getfixturevalue({"postgresql": "postgres_url"}.get(dialect, "mariadb_url"))
     plans: list[str] = []
-    select = Session.select
+    select = DriverSession.select
 
-    def explain(session: Session, query: Any) -> Any:
+    def explain(session: DriverSession, query: Any) -> Any:
         statement, values = session._compiled(query)
         if "crc32" in statement or "hashtextextended" in statement:
             plans.append(str(session.rows(f"EXPLAIN {statement}", values)))
@@ -133,7 +133,7 @@ def test_every_index_of_a_server_is_read(dialect, request, open_, monkeypatch):
     with open_(url) as store:
         for _ in range(3):
             update(store, create(store, owner_key="me"), label="x")
-        monkeypatch.setattr(Session, "select", explain)
+        monkeypatch.setattr(DriverSession, "select", explain)
         assert store.verify().problems == ()
     names = index_names(dialect)
     if dialect == "postgresql":
@@ -510,7 +510,7 @@ def test_a_value_that_is_too_long_is_damage(store, monkeypatch):
             raise error
 
         with monkeypatch.context() as patched:
-            patched.setattr(Session, "rows", rows)
+            patched.setattr(DriverSession, "rows", rows)
             with pytest.raises(CorruptStoreError) as caught:
                 store.load_snapshot()
         assert caught.value.where == store.location

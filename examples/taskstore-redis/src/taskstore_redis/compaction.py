@@ -85,7 +85,7 @@ class Compactor:
             records=inputs.records,
             now=now,
             oldest_at=inputs.oldest_at,
-            newest=newest,
+            newest_snapshot_seq=newest,
             floor=before,
         )
         reason = policy.due(stats)

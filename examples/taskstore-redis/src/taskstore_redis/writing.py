@@ -32,9 +32,9 @@ from taskstore import (
 from taskstore.store import (
     ChangeSet,
     Clock,
+    NetChange,
     Position,
-    Step,
-    base_not_found,
+    base_not_found_error,
     encode_record,
     new_commit_id,
     plan,
@@ -69,7 +69,7 @@ class CommitRequest:
     """The arguments of ``apply.lua`` for a batch of changes."""
 
     def __init__(self, changes: Sequence[Change]) -> None:
-        self.steps = plan(changes)
+        self.net_changes = plan(changes)
         self.count = len(changes)
         base = changes.base if isinstance(changes, ChangeSet) else Position(0)
         self.base = base if base.commit_id else Position(0)
@@ -87,14 +87,14 @@ class CommitRequest:
                 "changes",
                 f"contain {size} bytes; on Redis, one commit takes {MAX_BATCH_BYTES} at most",
             )
-        for step in self.steps:
-            facts = b"" if step.record is None else facts_of(step.record)
-            self._arguments += (last[step.task_id], step.base, facts)
+        for net in self.net_changes:
+            facts = b"" if net.record is None else facts_of(net.record)
+            self._arguments += (last[net.task_id], net.expected_revision, facts)
 
     def arguments(self, commit_id: str, now: int) -> list[Any]:
         """Return the arguments of the script (see ``apply.lua``)."""
         ledger = secrets.token_hex(16)
-        counts = [self.count, len(self.steps)]
+        counts = [self.count, len(self.net_changes)]
         base = (self.base.seq, self.base.commit_id)
         return [FORMAT, commit_id, now, ledger, *counts, *base, *self._arguments]
 
@@ -126,9 +126,9 @@ class Writer:
                 self._reader.known_commits.add(last, commit_id)
                 return Commit(first, last, at, commit_id)
             case b"conflict":
-                raise ConflictError(_conflicts(request.steps, reply[1:]))
+                raise ConflictError(_conflicts(request.net_changes, reply[1:]))
             case b"elsewhere":
-                raise base_not_found(request.base)
+                raise base_not_found_error(request.base)
             case b"damaged":
                 task_id = reply[1].decode("utf-8", "replace")
                 where = f"{self._reader.location}: facts, field {task_id!r}"
@@ -309,21 +309,21 @@ def _behind_head(snapshot: Snapshot, head: int) -> ConflictError:
     return ConflictError([], f"the snapshot is at seq {snapshot.seq}, the head at {head}")
 
 
-def _conflicts(steps: Sequence[Step], facts: Sequence[Any]) -> list[Conflict]:
+def _conflicts(net_changes: Sequence[NetChange], facts: Sequence[Any]) -> list[Conflict]:
     """The conflicts in a reply.
 
-    The reply has four values per conflict: the number of the step, the stored revision, whether
-    the task was deleted, and the id of the task that has the dedup key.
+    The reply has four values per conflict: the number of the net change, the stored revision,
+    whether the task was deleted, and the id of the task that has the dedup key.
     """
     conflicts = []
     rest = iter(facts)
     while fields := tuple(islice(rest, 4)):
         number, stored, deleted, owner = fields
-        step = steps[int(number) - 1]
+        net = net_changes[int(number) - 1]
         conflicts.append(
             Conflict(
-                step.task_id,
-                step.base,
+                net.task_id,
+                net.expected_revision,
                 int(stored),
                 existing_task_id=owner.decode() if owner else None,
                 deleted=deleted == b"1",

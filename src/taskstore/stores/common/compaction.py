@@ -48,14 +48,14 @@ class Retained(NamedTuple):
     """The floor after the compaction, and the seqs of all retained snapshots, including the new
     one.
 
-    ``base`` describes the snapshot directly before the floor if the store must make this snapshot.
-    ``base`` is ``None`` if this snapshot already exists, is the new snapshot, or is not needed
-    because no entry is trimmed.
+    ``base_snapshot`` describes the snapshot directly before the floor if the store must make this
+    snapshot.  ``base_snapshot`` is ``None`` if this snapshot already exists, is the new snapshot,
+    or is not needed because no entry is trimmed.
     """
 
     seqs: frozenset[int]
     floor: int
-    base: SnapshotInfo | None = None
+    base_snapshot: SnapshotInfo | None = None
 
 
 class CompactionSteps(ABC):
@@ -96,9 +96,10 @@ class CompactionSteps(ABC):
         """Write the snapshots and move the floor; return the number of records in the new
         snapshot.
 
-        If ``retained.base`` is set, the store also makes the snapshot that ``retained.base``
-        describes.  The store makes it from an older snapshot (the newest one before
-        ``retained.base``, or the empty ledger) and the entries after this older snapshot."""
+        If ``retained.base_snapshot`` is set, the store also makes the snapshot that
+        ``retained.base_snapshot`` describes.  The store makes it from an older snapshot (the newest
+        one before ``retained.base_snapshot``, or the empty ledger) and the entries after this older
+        snapshot."""
 
     @abstractmethod
     def trim(self, point: CompactionPoint, retained: Retained) -> None:
@@ -110,13 +111,15 @@ def compact(steps: CompactionSteps, policy: CompactionPolicy, clock: Clock) -> C
     started = time.monotonic()
     stats = steps.stats(clock(), policy.history_bytes)
     reason = policy.due(stats)
-    if reason is None and not (policy.force and stats.newest):
+    if reason is None and not (policy.force and stats.newest_snapshot_seq):
         return _nothing_done(stats, "not due")
     with steps.lock():
         if reason is None:
             # There is no entry after the newest snapshot, but there can be history to trim.
             stats = steps.stats(clock(), policy.history_bytes)
-            limit = _limit_of(steps, policy, stats, stats.newest + stats.entries, stats.floor)
+            limit = _limit_of(
+                steps, policy, stats, stats.newest_snapshot_seq + stats.entries, stats.floor
+            )
             if not stats.entries and limit.seq < stats.floor:
                 return _nothing_done(stats, _NOTHING_NEW, limit.reason)
             reason = "compaction was forced"
@@ -154,7 +157,7 @@ def _nothing_done(stats: JournalStats, reason: str, floor_reason: str = "") -> C
     return CompactionReport(
         compacted=False,
         reason=reason,
-        seq=stats.newest,
+        seq=stats.newest_snapshot_seq,
         floor=stats.floor,
         records=stats.records,
         floor_reason=floor_reason,
@@ -179,7 +182,7 @@ def _limit_of(
     if stats.history_bytes > policy.history_bytes:
         first = steps.seq_within(policy.history_bytes, head)
         if first > limit.seq:
-            limit = policy.size_limit(_end_of_commit(steps, seqs, first))
+            limit = policy.history_bytes_limit(_end_of_commit(steps, seqs, first))
     if limit.seq < floor and floor > 1:
         limit = limit._replace(reason="an earlier compaction trimmed the older entries")
     return limit

@@ -1,8 +1,8 @@
-"""File locks between processes: the fair lock, and the lock owners.
+"""File locks between processes: the queue of waiters, and the lock owners.
 
 A process that only polls a lock seldom gets the lock, because the process that released the lock
 often takes the lock again at once.  While a few writers are busy, a waiting process can starve.
-:class:`FairLock` prevents starvation with a queue: a waiter polls the lock only while the waiter
+:class:`LockQueue` prevents starvation with a queue: a waiter polls the lock only while the waiter
 owns ``flock`` on a second file, the queue file.  The other waiters poll the queue file.  A process
 that has just released the lock and needs the lock again polls the queue file too.  The queue only
 orders the waiters; the queue protects no data.  A killed waiter leaves the queue.  If a waiter is
@@ -31,24 +31,26 @@ _LONGEST_PAUSE_S = 0.01
 _AGING_S = 0.003  # after this time, in seconds, a waiter polls twice as often as a new waiter
 
 
-class FairLock:
+class LockQueue:
     """The queue of waiters for a lock; the file ``path`` is the queue file.  The first waiter
-    creates the queue file for the users of the file ``predecessor``.
+    creates the queue file for the users of the file ``permissions_from``.
 
     Threads that share an instance must exclude each other by another lock.  If another program
     removes the queue file, the waiters detect the removal after a moment, and use a new file.
     """
 
-    def __init__(self, path: Path, predecessor: Path | None = None) -> None:
+    def __init__(self, path: Path, permissions_from: Path | None = None) -> None:
         self._path = os.fspath(path)  # a str is three times as fast as a Path
-        self._predecessor = predecessor
+        self._permissions_from = permissions_from
         self._descriptor = -1
         self._check_at = 0.0
         # True if this waiter ignores the queue, because a stopped waiter is at the front.
         self._bypasses = False
 
-    def wait(self, attempt: Callable[[], bool], timeout_s: float) -> bool:
-        """Return true as soon as ``attempt()`` returns true, or false after ``timeout_s``
+    def poll_in_turn(self, attempt: Callable[[], bool], timeout_s: float) -> bool:
+        """Call ``attempt()`` while this waiter is the first in the queue.
+
+        The method returns true as soon as ``attempt()`` returns true, or false after ``timeout_s``
         seconds."""
         # If the queue file does not exist, no process has ever waited for the lock.
         if self._descriptor < 0 and not os.access(self._path, os.F_OK) and attempt():
@@ -97,11 +99,11 @@ class FairLock:
         waiter."""
         try:
             if self._descriptor < 0:
-                self._descriptor = SYSTEM.open_or_create(Path(self._path), self._predecessor)
+                self._descriptor = SYSTEM.open_or_create(Path(self._path), self._permissions_from)
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        except OSError:  # the file system does not support flock: the lock is not fair
+        except OSError:  # the file system does not support flock: there is no queue
             return True
         return True
 

@@ -7,10 +7,10 @@ not in this module.  The SQL store runs each call in a loop of attempts::
         with attempt:
             return work()
 
-If an attempt fails with a storage error that a retry can resolve, the :class:`Attempt` sleeps and
-suppresses the error; the loop then continues.  If a retry cannot resolve the storage error, or the
-retry timeout has expired, the :class:`Attempt` translates the driver's error and raises the store's
-own error.  The :class:`Attempt` catches only storage errors.
+If an attempt fails with a storage error that a retry can resolve, the :class:`RetryState` sleeps
+and suppresses the error; the loop then continues.  If a retry cannot resolve the storage error, or
+the retry timeout has expired, the :class:`RetryState` translates the driver's error and raises the
+store's own error.  The :class:`RetryState` catches only storage errors.
 """
 
 from __future__ import annotations
@@ -201,14 +201,14 @@ class RetryPolicy:
         self.position = position
         self.owners = owners
 
-    def attempts(self, *, reads_back: bool = False) -> Iterator[Attempt]:
+    def attempts(self, *, reads_back: bool = False) -> Iterator[RetryState]:
         """Return the attempts of one call; an attempt raises an error if a retry is not allowed.
 
         If ``reads_back`` is false, an unconfirmed COMMIT is retried like any other work.  If
-        ``reads_back`` is true, the caller must check :attr:`Attempt.unconfirmed`; if this is true,
-        the caller must read from the database whether the COMMIT succeeded.
+        ``reads_back`` is true, the caller must check :attr:`RetryState.unconfirmed`; if this is
+        true, the caller must read from the database whether the COMMIT succeeded.
         """
-        return repeat(Attempt(self, reads_back))
+        return repeat(RetryState(self, reads_back))
 
     def raise_translated(self, error: BaseException) -> NoReturn:
         """Raise the store's own error for an error of the driver."""
@@ -223,8 +223,9 @@ class RetryPolicy:
         raise own from self.translation.cause(error)
 
 
-class Attempt:
-    """The attempts of one call: a context manager that is entered once for each attempt."""
+class RetryState:
+    """The state of all attempts of one call: a context manager that is entered once for each
+    attempt."""
 
     def __init__(self, policy: RetryPolicy, reads_back: bool) -> None:  # noqa: FBT001 - hot path
         self._policy = policy

@@ -10,9 +10,9 @@ Finally, the compactor removes the files below the floor, oldest first.
 
 If there is no snapshot at the seq directly before the new floor, the compactor also makes a
 snapshot at this seq.  If no segment begins at the new floor, the floor is in the middle of a
-segment.  The compactor then copies the end of this segment to a new segment that is marked
-``base``.  A segment marked ``base`` is live only if it begins at the floor.  Therefore an entry and
-its copy are never live at the same time.
+segment.  The compactor then copies the end of this segment to a new segment that starts a chain.
+A segment that starts a chain is live only if it begins at the floor.  Therefore an entry and its
+copy are never live at the same time.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from taskstore.stores.jsonfile.layout import (
     Layout,
     LedgerSnapshotHeader,
     open_snapshot,
+    permissions_source,
     read_layout,
     read_snapshot_header,
     segment_name,
-    snapshot_predecessor,
 )
 from taskstore.stores.jsonfile.lines import Entry, decode_entry, encode_header
 from taskstore.stores.jsonfile.reading import Reader
-from taskstore.stores.jsonfile.segments import CommitLocation, SegmentReader
+from taskstore.stores.jsonfile.segments import CommitReader, LocatedCommit
 from taskstore.stores.jsonfile.writing import Writer
 
 COMPACT_LOCK_TIMEOUT_S = 5.0
@@ -76,18 +76,18 @@ class Compaction(CompactionSteps):
     def stats(self, now: int, most_bytes: int) -> JournalStats:
         del most_bytes
         writer = self._writer
-        with writer.locked():
+        with writer.lock():
             assert writer.index is not None
             layout = writer.layout
-            newest = layout.newest.seq if layout.newest is not None else 0
+            newest = layout.newest_snapshot.seq if layout.newest_snapshot is not None else 0
             sizes = {
                 segment.first: segment.path.stat().st_size - segment.start
                 for segment in layout.segments
             }
-            oldest = next(iter(SegmentReader(layout, layout.after_newest())), None)
+            oldest = next(iter(CommitReader(layout, layout.after_newest_snapshot())), None)
             return JournalStats(
                 now=now,
-                newest=newest,
+                newest_snapshot_seq=newest,
                 floor=layout.floor,
                 entries=writer.end.seq - newest,
                 records=len(writer.index.revisions),
@@ -98,12 +98,12 @@ class Compaction(CompactionSteps):
 
     def lock(self) -> AbstractContextManager[object]:
         self._lock = self._writer.compact_lock()
-        return self._lock.held(COMPACT_LOCK_TIMEOUT_S, "another compactor")
+        return self._lock.hold(COMPACT_LOCK_TIMEOUT_S, "another compactor")
 
     def begin(self) -> CompactionPoint:
-        with self._writer.locked():
+        with self._writer.lock():
             layout = self._layout = self._writer.roll()
-            self._lock.extend(layout.segments[-1].path)
+            self._lock.lock_next_segment(layout.segments[-1].path)
             seq, at = self._writer.end.seq, self._writer.end.at
         directory = layout.directory
         # The writer's layout can still contain snapshots that the previous compaction removed.
@@ -115,7 +115,7 @@ class Compaction(CompactionSteps):
 
     def commit_of(self, seq: int) -> EntryCommit:
         line = self._reader.with_layout(lambda layout: self._reader.commit_of(layout, seq))
-        return EntryCommit(line.at, line.commit)
+        return EntryCommit(line.at, line.commit_id)
 
     def seq_within(self, size: int, head: int) -> int:
         layout, left = self._layout, size
@@ -125,7 +125,7 @@ class Compaction(CompactionSteps):
             end = segment.path.stat().st_size
             left -= end - segment.start
             if left < 0:
-                for location in SegmentReader(layout, layout.start_of(segment)).commits_in(segment):
+                for location in CommitReader(layout, layout.start_of(segment)).commits_in(segment):
                     if location.offset + len(location.raw) - segment.start >= -left:
                         return location.line.last
         return layout.floor - 1
@@ -135,21 +135,21 @@ class Compaction(CompactionSteps):
         # All files are written before the first is published: versions of taskstore that do not
         # know the rule for a copied segment can read the directory until then.
         segments, snapshots = [], []
-        if retained.base is not None:
-            segments = self._write_base_segment(retained.base)
-            snapshots = [self._write_base_snapshot(point, retained.base)]
+        if retained.base_snapshot is not None:
+            segments = self._write_base_segment(retained.base_snapshot)
+            snapshots = [self._write_base_snapshot(point, retained.base_snapshot)]
         merge = Merge(layout, point.seq, floor)
         snapshots.append(
             self._write_snapshot(merge, layout, SnapshotInfo(point.seq, point.at), floor)
         )
         for temporary, path in segments:
             disk.publish(temporary, path)
-        if retained.base is not None:
+        if retained.base_snapshot is not None:
             # Until the last rename, this segment can follow the newest snapshot.
-            self._lock.extend(layout.directory / segment_name(floor))
+            self._lock.lock_next_segment(layout.directory / segment_name(floor))
         for temporary, path in snapshots:
             disk.publish(temporary, path)
-        with self._writer.locked():
+        with self._writer.lock():
             self._writer.announce_floor(floor)
         self.superseded = merge.superseded
         return merge.count
@@ -162,11 +162,13 @@ class Compaction(CompactionSteps):
         if source.first == floor:
             return []
         directory = self._layout.directory
-        path, predecessor = (directory / segment_name(first) for first in (floor, source.first))
+        path, permissions_from = (
+            directory / segment_name(first) for first in (floor, source.first)
+        )
         # While a compaction runs, writers remove temporary files only if their names begin as
         # those of segments do.
         temporary = self._writer.disk.write_temporary(
-            path.with_name(f"snapshot-{path.name}"), self._copied_segment(base), predecessor
+            path.with_name(f"snapshot-{path.name}"), self._copied_segment(base), permissions_from
         )
         return [(temporary, path)]
 
@@ -176,7 +178,7 @@ class Compaction(CompactionSteps):
         layout = self._layout
         older = [snapshot.seq for snapshot in point.snapshots if snapshot.seq < base.seq]
         newest = read_snapshot_header(layout.directory, older[-1]) if older else None
-        before = layout._replace(newest=newest)
+        before = layout._replace(newest_snapshot=newest)
         floor = base.seq + 1
         return self._write_snapshot(Merge(before, base.seq, floor), before, base, floor)
 
@@ -184,10 +186,10 @@ class Compaction(CompactionSteps):
         """Yield a new segment in blocks: a header, then the commits after ``base`` from one older
         segment."""
         layout = self._layout
-        yield encode_header(layout.identity, seq=base.seq + 1, at=base.at, base=True)
+        yield encode_header(layout.identity, seq=base.seq + 1, at=base.at, starts_chain=True)
         start = layout.segment_start(base.seq + 1)
         [segment] = (segment for segment in layout.segments if segment.first == start.first)
-        for location in SegmentReader(layout, start).commits_in(segment):
+        for location in CommitReader(layout, start).commits_in(segment):
             if location.line.seq > base.seq:
                 yield location.raw
 
@@ -202,8 +204,8 @@ class Compaction(CompactionSteps):
             info.seq, info.at, ledger, timeline, floor, deleted, merge.commit_id
         )
         blocks = codec.encode_snapshot_blocks(header, merge.payloads(), merge.quarantined())
-        predecessor = snapshot_predecessor(self._layout)
-        return self._writer.disk.write_temporary(path, blocks, predecessor), path
+        permissions_from = permissions_source(self._layout)
+        return self._writer.disk.write_temporary(path, blocks, permissions_from), path
 
     def trim(self, point: CompactionPoint, retained: Retained) -> None:
         layout = self._layout
@@ -253,7 +255,7 @@ class Merge:
 
     def __init__(self, layout: Layout, seq: int, floor: int) -> None:
         self.count = 0
-        self.commit_id = "" if layout.newest is None else layout.newest.commit
+        self.commit_id = "" if layout.newest_snapshot is None else layout.newest_snapshot.commit_id
         """The id of the newest commit."""
         self.deleted: dict[str, int] = {}
         self._layout = layout
@@ -266,21 +268,21 @@ class Merge:
         the floor and the payload does not decode."""
         self._superseded: dict[str, list[Quarantined]] = {}
         self._unidentified: list[Quarantined] = []
-        if layout.newest is not None:
-            self.deleted.update(layout.newest.deleted)
+        if layout.newest_snapshot is not None:
+            self.deleted.update(layout.newest_snapshot.deleted)
         trims = floor > layout.floor
-        start = layout.segment_start(layout.floor) if trims else layout.after_newest()
-        for location in SegmentReader(layout, start):
+        start = layout.segment_start(layout.floor) if trims else layout.after_newest_snapshot()
+        for location in CommitReader(layout, start):
             if location.line.seq > seq:
                 break
             self._add_commit(location, location.where)
         self.superseded = [item for items in self._superseded.values() for item in items]
 
-    def _add_commit(self, location: CommitLocation, where: str) -> None:
-        newest = self._layout.newest
+    def _add_commit(self, location: LocatedCommit, where: str) -> None:
+        newest = self._layout.newest_snapshot
         since_newest = newest is None or location.line.seq > newest.seq
         if since_newest:
-            self.commit_id = location.line.commit
+            self.commit_id = location.line.commit_id
         start = 0
         for seq, entry in enumerate(location.line.entries, location.line.seq):
             task_id = entry.task_id
@@ -340,13 +342,13 @@ class Merge:
         """Yield id and payload of each task that is in the old snapshot and has no later journal
         entry."""
         layout = self._layout
-        if layout.newest is None:
+        if layout.newest_snapshot is None:
             return
-        with open_snapshot(layout.directory, layout.newest.seq) as reader:
+        with open_snapshot(layout.directory, layout.newest_snapshot.seq) as reader:
             for payload in reader:
                 keys = decode_stub(payload)
                 if keys is None:
-                    where = str(layout.snapshot_path(layout.newest.seq))
+                    where = str(layout.snapshot_path(layout.newest_snapshot.seq))
                     item = codec.quarantine(payload, where, "its task id cannot be read")
                     self._unidentified.append(item)
                 elif keys.task_id not in self._last_states:

@@ -1,6 +1,6 @@
 """The writer's index: revisions, dedup keys and deletions, without the records.
 
-The function :func:`load` loads the records and can fill an index at the same time.
+The function :func:`load_records` loads the records and can fill an index at the same time.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import msgspec
 from msgspec import Raw, Struct
 
 from taskstore.model import codec
-from taskstore.model.journal import EntryKind, Quarantined, Snapshot, Step, dedup_key
+from taskstore.model.journal import EntryKind, NetChange, Quarantined, Snapshot, dedup_key
 from taskstore.model.records import FORMAT_VERSION, DedupKey, TaskRecord
 from taskstore.stores.jsonfile.layout import JournalOffset, Layout, read_snapshot
 from taskstore.stores.jsonfile.lines import Entry, Line, decode_entry
-from taskstore.stores.jsonfile.segments import SegmentReader
+from taskstore.stores.jsonfile.segments import CommitReader
 
 
 class RecordStub(Struct, frozen=True, gc=False):
@@ -91,18 +91,18 @@ class Index:
                 if keys is not None:
                     self._add_dedup_key(dedup_key(keys), entry.task_id)
 
-    def commit(self, steps: Sequence[Step], seq: int) -> None:
+    def commit(self, net_changes: Sequence[NetChange], seq: int) -> None:
         """Add the changes of a commit of this writer; ``seq`` is the first seq of the commit."""
-        for step in steps:
-            if step.record is None:
-                self._remove(step.task_id, seq)
-        for step in steps:
-            if step.record is not None:
-                self.revisions[step.task_id] = step.revision
-                key = step.new_dedup_key
+        for net in net_changes:
+            if net.record is None:
+                self._remove(net.task_id, seq)
+        for net in net_changes:
+            if net.record is not None:
+                self.revisions[net.task_id] = net.revision
+                key = net.new_dedup_key
                 if key is not None:
-                    self.by_dedup_key[key] = step.task_id
-                    self._dedup_keys[step.task_id] = key
+                    self.by_dedup_key[key] = net.task_id
+                    self._dedup_keys[net.task_id] = key
 
     def forget_deletions(self, floor: int) -> None:
         """Forget the deletions before seq ``floor``, because these are no longer in the journal."""
@@ -122,7 +122,7 @@ class Index:
             del self.by_dedup_key[key]
 
 
-def load(
+def load_records(
     layout: Layout, *, strict: bool, index: Index | None = None
 ) -> tuple[Snapshot, JournalOffset]:
     """Return the current records (the newest snapshot folded with the journal), and the position of
@@ -133,13 +133,13 @@ def load(
     """
     records: dict[str, TaskRecord] = {}
     quarantined: list[Quarantined] = []
-    if layout.newest is not None:
-        newest = read_snapshot(layout, layout.newest.seq, strict=strict)
+    if layout.newest_snapshot is not None:
+        newest = read_snapshot(layout, layout.newest_snapshot.seq, strict=strict)
         records, quarantined = dict(newest.records), list(newest.quarantined)
         if index is not None:
-            index.deleted.update(layout.newest.deleted)
+            index.deleted.update(layout.newest_snapshot.deleted)
     last_entries: dict[str, tuple[Entry, str]] = {}
-    reader = SegmentReader(layout, layout.after_newest())
+    reader = CommitReader(layout, layout.after_newest_snapshot())
     for location in reader:
         where = location.where
         for entry in location.line.entries:

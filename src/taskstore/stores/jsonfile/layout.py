@@ -2,7 +2,7 @@
 
 - The newest snapshot has the highest seq; its header declares the floor.  Publishing a snapshot
   moves the floor.  Files below the floor are obsolete and are removed later.
-- A segment marked ``base`` is live only if it begins at the floor and the snapshot before it
+- A segment that starts a chain is live only if it begins at the floor and the snapshot before it
   exists.  A writer first creates the segment, and then publishes a snapshot that moves the floor to
   the start of the segment.
 - All live files must belong to one ledger, and their seqs must have no gap; otherwise the store is
@@ -51,14 +51,14 @@ class LedgerSnapshotHeader(codec.SnapshotHeader, frozen=True):
 
     ``deleted`` maps the id of each deleted task to a seq of the commit that deleted the task.
     ``deleted`` contains only the deletions before the snapshot that are still in the journal.
-    ``commit`` is the id of the commit at ``seq`` (empty if unknown).
+    ``commit_id`` is the id of the commit at ``seq`` (empty if unknown).
     """
 
     ledger: str
     timeline: int
     floor: int
     deleted: dict[str, int] = field(default_factory=dict)
-    commit: str = ""
+    commit_id: str = field(default="", name="commit")
 
 
 class SegmentFile(NamedTuple):
@@ -70,7 +70,7 @@ class SegmentFile(NamedTuple):
     start: int
     at: int
     identity: Identity
-    base: bool
+    starts_chain: bool
 
 
 class JournalOffset(NamedTuple):
@@ -102,7 +102,7 @@ class Layout(NamedTuple):
     directory: Path
     segments: tuple[SegmentFile, ...] = ()
     snapshots: tuple[int, ...] = ()
-    newest: LedgerSnapshotHeader | None = None
+    newest_snapshot: LedgerSnapshotHeader | None = None
     floor: int = 1
     obsolete: tuple[Path, ...] = ()
     missing_history: str | None = None
@@ -115,17 +115,19 @@ class Layout(NamedTuple):
     @property
     def identity(self) -> Identity:
         """Return the identity of the ledger."""
-        if self.newest is not None:
-            return Identity(self.newest.ledger, self.newest.timeline)
+        if self.newest_snapshot is not None:
+            return Identity(self.newest_snapshot.ledger, self.newest_snapshot.timeline)
         return self.segments[0].identity
 
     def snapshot_path(self, seq: int) -> Path:
         """Return the path of the snapshot at ``seq``."""
         return self.directory / snapshot_name(seq)
 
-    def after_newest(self) -> JournalOffset:
+    def after_newest_snapshot(self) -> JournalOffset:
         """Return the position right after the newest snapshot."""
-        return self.segment_start(self.newest.seq + 1 if self.newest is not None else 1)
+        return self.segment_start(
+            self.newest_snapshot.seq + 1 if self.newest_snapshot is not None else 1
+        )
 
     def start_of(self, segment: SegmentFile) -> JournalOffset:
         """Return the position before the first commit of a segment."""
@@ -133,7 +135,7 @@ class Layout(NamedTuple):
             segment.first, segment.first - 1, segment.at, segment.start, segment.inode
         )
 
-    def holds(self, position: JournalOffset) -> bool:
+    def is_valid(self, position: JournalOffset) -> bool:
         """Return whether a stored journal position is still valid."""
         for segment in self.segments:
             if (segment.first, segment.inode) == (position.first, position.inode):
@@ -187,7 +189,7 @@ def read_layout(directory: Path) -> Layout:
         if first >= declared:
             segment = _read_segment(directory / segment_name(first), first)
             begins_at_floor = first == declared and (first == 1 or first - 1 in snapshots)
-            unpublished = segment.base and not begins_at_floor
+            unpublished = segment.starts_chain and not begins_at_floor
             (abandoned if unpublished else segments).append(segment)
     obsolete = (
         *(segment.path for segment in abandoned),
@@ -201,7 +203,7 @@ def read_layout(directory: Path) -> Layout:
         directory,
         segments=tuple(segment for segment in segments if segment.first >= floor),
         snapshots=tuple(seq for seq in snapshots if seq >= floor - 1),
-        newest=newest,
+        newest_snapshot=newest,
         floor=floor,
         obsolete=obsolete,
         missing_history=f"the journal from seq {declared} to {floor - 1} is missing"
@@ -224,7 +226,7 @@ def _read_segment(path: Path, first: int) -> SegmentFile:
         reason = f"the header declares first seq {header.seq}, but the file name declares {first}"
         raise CorruptStoreError(str(path), reason, offset=0)
     identity = Identity(header.ledger, header.timeline)
-    return SegmentFile(first, path, inode, len(line), header.at, identity, header.base)
+    return SegmentFile(first, path, inode, len(line), header.at, identity, header.starts_chain)
 
 
 @contextmanager
@@ -263,16 +265,16 @@ def commit_id_before_floor(layout: Layout) -> str:
     seq = layout.floor - 1
     if not seq:
         return ""
-    newest = layout.newest
+    newest = layout.newest_snapshot
     if newest is None or newest.seq != seq:
         newest = read_snapshot_header(layout.directory, seq)
-    return newest.commit
+    return newest.commit_id
 
 
-def check_newest(layout: Layout) -> None:
+def check_newest_snapshot(layout: Layout) -> None:
     """Raise :class:`CorruptStoreError` unless the newest snapshot matches its checksum."""
-    if layout.newest is not None:
-        with open_snapshot(layout.directory, layout.newest.seq) as reader:
+    if layout.newest_snapshot is not None:
+        with open_snapshot(layout.directory, layout.newest_snapshot.seq) as reader:
             for _ in reader:
                 pass
 
@@ -329,8 +331,8 @@ def _check_one_ledger(layout: Layout) -> None:
                 offset=0,
                 hint="nothing was changed; move the files of the other ledger to another directory",
             )
-    if layout.newest is not None:
-        following = layout.directory / segment_name(layout.newest.seq + 1)
+    if layout.newest_snapshot is not None:
+        following = layout.directory / segment_name(layout.newest_snapshot.seq + 1)
         if following not in [segment.path for segment in layout.segments]:
             raise _missing(following)
 
@@ -345,12 +347,11 @@ def snapshot_name(seq: int) -> str:
     return f"snapshot-{seq:020d}.json"
 
 
-def snapshot_predecessor(layout: Layout) -> Path:
-    """Return the predecessor of a new snapshot: the file whose users must be able to use the new
-    snapshot.  The predecessor is the newest snapshot, or the newest segment if there is no
-    snapshot."""
-    if layout.newest is not None:
-        return layout.snapshot_path(layout.newest.seq)
+def permissions_source(layout: Layout) -> Path:
+    """Return the file whose users must be able to use a new snapshot: the newest snapshot, or the
+    newest segment if there is no snapshot."""
+    if layout.newest_snapshot is not None:
+        return layout.snapshot_path(layout.newest_snapshot.seq)
     return layout.segments[-1].path
 
 
@@ -371,7 +372,7 @@ def parse_file_names(names: Iterable[str]) -> tuple[list[int], list[int]]:
     return sorted(snapshots), sorted(segments)
 
 
-def files_gone(directory: Path) -> StoreUnavailableError:
+def files_gone_error(directory: Path) -> StoreUnavailableError:
     """Return the error for a ledger whose files were removed after it was opened."""
     return StoreUnavailableError(
         f"the files of the store {directory} are gone",
@@ -386,10 +387,10 @@ def translate_os_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise unavailable(directory, error) from error
+        raise unavailable_error(directory, error) from error
 
 
-def unavailable(directory: Path, error: OSError) -> StoreUnavailableError:
+def unavailable_error(directory: Path, error: OSError) -> StoreUnavailableError:
     """Return the :class:`StoreUnavailableError` for an error of the operating system."""
     hint = _HINTS.get(error.errno or 0)
     if error.errno in (errno.EACCES, errno.EPERM):

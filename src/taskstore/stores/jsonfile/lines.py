@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Sequence
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Raw, Struct, field
 
 from taskstore.errors import CorruptStoreError
 from taskstore.model import codec
@@ -36,9 +36,10 @@ class Header(Struct, frozen=True):
     """The first line of a segment.
 
     ``seq`` is the first seq of the segment.  ``at`` is the time of the entry before the segment
-    (Unix milliseconds).  ``base`` is false if the segment continues an earlier segment.  ``base``
-    is true in two cases: (a) the segment continues a snapshot that replaced the whole content; (b)
-    a compaction copied the end of an earlier segment to this segment.
+    (Unix milliseconds).  ``starts_chain`` (``base`` on disk) is false if the segment continues an
+    earlier segment.  ``starts_chain`` is true in two cases: (a) the segment continues a snapshot
+    that replaced the whole content; (b) a compaction copied the end of an earlier segment to this
+    segment.
     """
 
     format: str
@@ -46,7 +47,7 @@ class Header(Struct, frozen=True):
     timeline: int
     seq: int
     at: int
-    base: bool = False
+    starts_chain: bool = field(default=False, name="base")
 
 
 class Entry(Struct, frozen=True, gc=False):
@@ -61,7 +62,7 @@ class Entry(Struct, frozen=True, gc=False):
 class Line(Struct, frozen=True, gc=False):
     """One commit, whose first entry has the seq ``seq``."""
 
-    commit: str
+    commit_id: str = field(name="commit")
     seq: int
     at: int
     entries: list[Entry]
@@ -88,9 +89,9 @@ def is_intact(line: bytes) -> bool:
     )
 
 
-def encode_header(identity: Identity, *, seq: int, at: int, base: bool = False) -> bytes:
+def encode_header(identity: Identity, *, seq: int, at: int, starts_chain: bool = False) -> bytes:
     """Return the first line of a segment."""
-    header = Header(JOURNAL_FORMAT, identity.ledger, identity.timeline, seq, at, base)
+    header = Header(JOURNAL_FORMAT, identity.ledger, identity.timeline, seq, at, starts_chain)
     body = _encoder.encode(header)[1:]
     return b'{"crc":"%08x",%b\n' % (zlib.crc32(body), body)
 
@@ -180,7 +181,7 @@ def journal_entry(line: Line, index: int, where: str, *, strict: bool) -> Journa
         task_id=entry.task_id,
         revision=entry.revision,
         record=record,
-        commit_id=line.commit,
+        commit_id=line.commit_id,
         quarantined=quarantined,
     )
 

@@ -28,11 +28,11 @@ from pathlib import Path
 
 from taskstore.errors import CorruptStoreError, StoreBusyError
 from taskstore.store.disk import TEMPORARY, Disk
-from taskstore.stores.common.locks import FairLock, describe_owners, describe_process, lock_owners
+from taskstore.stores.common.locks import LockQueue, describe_owners, describe_process, lock_owners
 from taskstore.stores.jsonfile.layout import (
     COMPACT_LOCK_NAME,
     LOCK_NAME,
-    files_gone,
+    files_gone_error,
     newest_segment,
     read_layout,
     retry_while_changing,
@@ -110,8 +110,8 @@ class CompactLock:
     The owner first locks the file ``compact.lock``.  A program that copies the ledger locks this
     file too.  Then the owner locks the segment that follows the newest snapshot.  Only the owner
     publishes snapshots.  Before the owner publishes a snapshot, the owner also locks the segment
-    that will follow the new snapshot (:meth:`extend`).  Therefore no other process can take the
-    compaction lock at the same time, even if ``compact.lock`` was removed.
+    that will follow the new snapshot (:meth:`lock_next_segment`).  Therefore no other process can
+    take the compaction lock at the same time, even if ``compact.lock`` was removed.
     """
 
     def __init__(self, directory: Path, disk: Disk) -> None:
@@ -121,7 +121,7 @@ class CompactLock:
         self._segments: dict[Path, PathLock] = {}
         self._busy_path = self._file.path
         queue = directory / f"{COMPACT_LOCK_NAME}.turn"
-        self._queue = FairLock(queue, self._file.path)
+        self._queue = LockQueue(queue, self._file.path)
 
     def try_acquire(self) -> bool:
         """Take the lock if it is free; return whether the lock was taken."""
@@ -146,11 +146,11 @@ class CompactLock:
     def _segment_to_lock(self) -> Path:
         layout = retry_while_changing(self.directory, lambda _: read_layout(self.directory))
         if layout.is_empty:
-            raise files_gone(self.directory)
-        first = layout.after_newest().first
+            raise files_gone_error(self.directory)
+        first = layout.after_newest_snapshot().first
         return next(segment.path for segment in layout.segments if segment.first == first)
 
-    def extend(self, path: Path) -> None:
+    def lock_next_segment(self, path: Path) -> None:
         """Lock the segment that will follow the new snapshot.  The caller must own the compaction
         lock."""
         if path not in self._segments:
@@ -166,13 +166,13 @@ class CompactLock:
         self._file.close()
 
     @contextmanager
-    def held(self, timeout_s: float, role: str) -> Iterator[CompactLock]:
+    def hold(self, timeout_s: float, role: str) -> Iterator[CompactLock]:
         """Own the compaction lock during the ``with`` body, then close the lock.  If the lock is
         not free within ``timeout_s`` seconds, raises :class:`StoreBusyError`; the message calls the
         lock owner ``role``."""
         try:
-            wait = self._queue.wait
-            if not (self.try_acquire() or (timeout_s > 0 and wait(self.try_acquire, timeout_s))):
+            poll = self._queue.poll_in_turn
+            if not (self.try_acquire() or (timeout_s > 0 and poll(self.try_acquire, timeout_s))):
                 raise busy_error(self._busy_path, role, timeout_s)
             yield self
         finally:
@@ -203,8 +203,9 @@ class WriteLock(PathLock):
         """The line of the lock file that was most recently read or written.  The attributes of this
         object are current as long as the lock file contains this line.
         """
-        self.queue = FairLock(directory / f"{LOCK_NAME}.turn", self.state_path)
-        """The queue of waiters; a waiter calls ``queue.wait(lock.try_acquire, timeout_s)``."""
+        self.queue = LockQueue(directory / f"{LOCK_NAME}.turn", self.state_path)
+        """The queue of waiters; a waiter calls ``queue.poll_in_turn(lock.try_acquire,
+        timeout_s)``."""
         self.mentions_ledger = False
         """Whether the lock file says that the directory contained a ledger."""
         self._pid = os.getpid()

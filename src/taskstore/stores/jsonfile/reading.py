@@ -40,8 +40,8 @@ from taskstore.stores.jsonfile.lines import (
 )
 from taskstore.stores.jsonfile.locks import check_not_removed, read_generation
 from taskstore.stores.jsonfile.segments import (
-    CommitLocation,
-    SegmentReader,
+    CommitReader,
+    LocatedCommit,
     read_lines,
     torn_line_text,
 )
@@ -139,7 +139,7 @@ class Reader:
         if size < position.offset:
             self._clear()
             position = self._nearest_position(layout, MAX_INT)
-        reader = SegmentReader(layout, position)
+        reader = CommitReader(layout, position)
         for location in reader:
             self._cache_sparsely(location, reader.position)
         self._cache(reader.position)
@@ -170,7 +170,7 @@ class Reader:
         if limit <= 0:
             return ()
         before = position = self._nearest_position(layout, after)
-        reader = SegmentReader(layout, position)
+        reader = CommitReader(layout, position)
         for location in reader:
             before, position, line = position, reader.position, location.line
             self._cache_sparsely(location, position)
@@ -188,7 +188,7 @@ class Reader:
     def commit_of(self, layout: Layout, seq: int) -> Line:
         """Return the commit that contains the entry at ``seq``, a seq from the floor to the
         head."""
-        reader = SegmentReader(layout, self._nearest_position(layout, seq - 1))
+        reader = CommitReader(layout, self._nearest_position(layout, seq - 1))
         for location in reader:
             self._cache_sparsely(location, reader.position)
             if location.line.last >= seq:
@@ -202,7 +202,7 @@ class Reader:
             return commit_id_before_floor(layout)
         if not layout.floor <= seq <= self.end(layout).seq:
             return ""
-        return self.commit_of(layout, seq).commit
+        return self.commit_of(layout, seq).commit_id
 
     def history(self, layout: Layout, task_id: str) -> Sequence[JournalEntry]:
         """Return the journal entries of one task; decode only lines that contain the task id."""
@@ -212,7 +212,7 @@ class Reader:
             last = segment is layout.segments[-1]
             for offset, raw in read_lines(segment, segment.start, last=last, containing=pattern):
                 line = decode_commit(raw, str(segment.path), offset)
-                where = CommitLocation(segment, offset, raw, line).where
+                where = LocatedCommit(segment, offset, raw, line).where
                 entries += [
                     journal_entry(line, index, where, strict=self.strict)
                     for index, entry in enumerate(line.entries)
@@ -230,7 +230,7 @@ class Reader:
         # If the position is the end of a segment, the start of the next segment is equivalent.
         return cached if live and cached.first >= start.first and cached.seq >= start.seq else start
 
-    def _cache_sparsely(self, location: CommitLocation, end: JournalOffset) -> None:
+    def _cache_sparsely(self, location: LocatedCommit, end: JournalOffset) -> None:
         """Cache ``end``, the byte offset at which a commit ends.
 
         The cache gets at most one offset for each ``_POSITION_INTERVAL_BYTES`` of a segment.

@@ -21,7 +21,7 @@ from taskstore.stores.jsonfile.lines import (
 _BUFFER = 1 << 18
 
 
-class CommitLocation(NamedTuple):
+class LocatedCommit(NamedTuple):
     """A commit and its location; ``raw`` is the commit's line, at ``offset`` in ``segment``."""
 
     segment: SegmentFile
@@ -35,7 +35,7 @@ class CommitLocation(NamedTuple):
         return f"{self.segment.path} at offset {self.offset}"
 
 
-class SegmentReader:
+class CommitReader:
     """The commits after a journal position, in the segment of the position and in all later
     segments.
 
@@ -49,7 +49,7 @@ class SegmentReader:
         self.layout = layout
         self.position = position
 
-    def __iter__(self) -> Iterator[CommitLocation]:
+    def __iter__(self) -> Iterator[LocatedCommit]:
         for segment in self.layout.segments:
             if segment.first < self.position.first:
                 continue
@@ -69,7 +69,7 @@ class SegmentReader:
             )
         self.position = self.layout.start_of(segment)
 
-    def commits_in(self, segment: SegmentFile) -> Iterator[CommitLocation]:
+    def commits_in(self, segment: SegmentFile) -> Iterator[LocatedCommit]:
         """Yield the commits of ``segment`` after ``position``."""
         path, first, seq = str(segment.path), segment.first, self.position.seq
         last = segment is self.layout.segments[-1]
@@ -81,7 +81,7 @@ class SegmentReader:
             self.position = JournalOffset(
                 first, seq, line.at, end, segment.inode, offset, raw[:LINE_PREFIX_BYTES]
             )
-            yield CommitLocation(segment, offset, raw, line)
+            yield LocatedCommit(segment, offset, raw, line)
 
 
 def read_lines(
@@ -114,13 +114,13 @@ def prepare_segment(
     identity: Identity,
     *,
     at: int,
-    predecessor: Path | None,
-    base: bool = False,
+    permissions_from: Path | None,
+    starts_chain: bool = False,
 ) -> Path:
     """Write a new, empty segment to a temporary file for ``path``; return the temporary path."""
     first = int(path.stem.partition("-")[2])
-    header = encode_header(identity, seq=first, at=at, base=base)
-    return disk.write_temporary(path, [header], predecessor)
+    header = encode_header(identity, seq=first, at=at, starts_chain=starts_chain)
+    return disk.write_temporary(path, [header], permissions_from)
 
 
 def truncate_tail(disk: Disk, descriptor: int, path: Path, offset: int) -> str:

@@ -36,18 +36,18 @@ from taskstore.stores.common.change_feed import ChangeFeed, PollingWatcher, Watc
 from taskstore.stores.common.compaction import compact
 from taskstore.stores.common.integrity import MAX_TASKS_NAMED, IntegrityCheck
 from taskstore.stores.jsonfile.compaction import Compaction
-from taskstore.stores.jsonfile.index import Index, decode_stub, load
+from taskstore.stores.jsonfile.index import Index, decode_stub, load_records
 from taskstore.stores.jsonfile.layout import (
     Layout,
     read_layout,
     read_snapshot,
     retry_while_changing,
     translate_os_errors,
-    unavailable,
+    unavailable_error,
 )
 from taskstore.stores.jsonfile.lines import Identity, encode_changes, journal_entry
 from taskstore.stores.jsonfile.reading import Reader
-from taskstore.stores.jsonfile.segments import SegmentReader
+from taskstore.stores.jsonfile.segments import CommitReader
 from taskstore.stores.jsonfile.writing import Writer
 
 LOCK_TIMEOUT_S = 30.0
@@ -107,7 +107,7 @@ class JSONStore(LoadedRecordsStore):
                 disk=disk,
             )
             try:
-                with writer.locked(indexed=False):
+                with writer.lock(indexed=False):
                     self._writer = writer
             except BaseException:
                 writer.close()
@@ -136,9 +136,9 @@ class JSONStore(LoadedRecordsStore):
 
         def work(layout: Layout) -> Snapshot:
             if writer is None or writer.index is not None:
-                return load(layout, strict=self.strict)[0]
+                return load_records(layout, strict=self.strict)[0]
             index = Index()
-            snapshot, end = load(layout, strict=self.strict, index=index)
+            snapshot, end = load_records(layout, strict=self.strict, index=index)
             writer.preloaded = (index, end)
             return snapshot
 
@@ -155,8 +155,8 @@ class JSONStore(LoadedRecordsStore):
                 for task_id in sorted(snapshot.records)
             ]
             with (
-                writer.compact_lock().held(writer.timeout_s, "a compactor") as lock,
-                writer.locked(indexed=False),
+                writer.compact_lock().hold(writer.timeout_s, "a compactor") as lock,
+                writer.lock(indexed=False),
             ):
                 writer.replace(snapshot, payloads, lock)
         self._quarantined = snapshot.quarantined
@@ -165,15 +165,15 @@ class JSONStore(LoadedRecordsStore):
     def apply(self, changes: Sequence[Change]) -> Commit:
         self._check_open()
         writer = self._writer or self._require_writer()
-        steps = plan(changes)
+        net_changes = plan(changes)
         entries = encode_changes(changes)
         try:
-            with writer.locked():
+            with writer.lock():
                 if isinstance(changes, ChangeSet) and changes.base != writer.last_commit:
                     check_base(self, changes)
-                commit = writer.commit(steps, len(changes), entries, self.clock)
+                commit = writer.commit(net_changes, len(changes), entries, self.clock)
         except OSError as error:
-            raise unavailable(self.directory, error) from error
+            raise unavailable_error(self.directory, error) from error
         if self._feed.waiters:
             self._feed.announce(commit.last_seq)
         return commit
@@ -181,7 +181,7 @@ class JSONStore(LoadedRecordsStore):
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         writer = self._require_writer()
-        with writer.locked():
+        with writer.lock():
             try:
                 writer.reserved = True
                 yield
@@ -335,7 +335,7 @@ def _entries(layout: Layout) -> Iterator[JournalEntry | CorruptStoreError]:
             missing = f"from seq {seq + 1} to {segment.first - 1}"
             reason = f"the entries {missing} are missing before this segment"
             yield CorruptStoreError(str(segment.path), reason)
-        reader = SegmentReader(layout, layout.start_of(segment))
+        reader = CommitReader(layout, layout.start_of(segment))
         try:
             for location in reader.commits_in(segment):
                 for index in range(len(location.line.entries)):

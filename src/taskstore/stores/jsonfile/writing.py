@@ -1,7 +1,7 @@
 """The writer: take the lock, catch up, check for conflicts, append.
 
 Between two commits the writer keeps the position of the journal's end, and the index as of this
-position.  Every operation that changes files runs inside :meth:`Writer.locked`.  This method takes
+position.  Every operation that changes files runs inside :meth:`Writer.lock`.  This method takes
 the lock, and brings the position and the index up to date.
 """
 
@@ -26,23 +26,23 @@ from taskstore.errors import (
 )
 from taskstore.model import codec
 from taskstore.model.ids import Clock, new_commit_id
-from taskstore.model.journal import Commit, Position, Snapshot, Step, find_conflicts
+from taskstore.model.journal import Commit, NetChange, Position, Snapshot, find_conflicts
 from taskstore.store.disk import TEMPORARY, Disk
 from taskstore.stores.common.retry import Contention
-from taskstore.stores.jsonfile.index import Index, load
+from taskstore.stores.jsonfile.index import Index, load_records
 from taskstore.stores.jsonfile.layout import (
     JournalOffset,
     Layout,
     LedgerSnapshotHeader,
     SegmentFile,
-    check_newest,
-    files_gone,
+    check_newest_snapshot,
+    files_gone_error,
+    permissions_source,
     read_layout,
     retry_while_changing,
     segment_name,
     snapshot_name,
-    snapshot_predecessor,
-    unavailable,
+    unavailable_error,
 )
 from taskstore.stores.jsonfile.lines import LINE_PREFIX_BYTES, Identity, encode_commit
 from taskstore.stores.jsonfile.locks import (
@@ -52,7 +52,7 @@ from taskstore.stores.jsonfile.locks import (
     busy_error,
     removed_error,
 )
-from taskstore.stores.jsonfile.segments import SegmentReader, prepare_segment, truncate_tail
+from taskstore.stores.jsonfile.segments import CommitReader, prepare_segment, truncate_tail
 
 _REOPEN = "close the store and open it again"
 
@@ -75,7 +75,7 @@ class Writer:
         """The index and the end of the journal that a load has found.  The next commit uses these
         two values if ``index`` is ``None``."""
         self.reserved = False
-        """True if this thread already owns the lock, and the next call of :meth:`locked` must use
+        """True if this thread already owns the lock, and the next call of :meth:`lock` must use
         this lock."""
         self.timeout_s = lock_timeout_s
         self._lock = WriteLock(directory, disk)
@@ -90,7 +90,7 @@ class Writer:
     # -- the lock -----------------------------------------------------------
 
     @contextmanager
-    def locked(self, *, indexed: bool = True) -> Iterator[None]:
+    def lock(self, *, indexed: bool = True) -> Iterator[None]:
         """Take the thread lock and the write lock, and read new commits; then the body runs.
 
         A nested call of the same thread, for example from a signal handler, raises
@@ -123,7 +123,7 @@ class Writer:
             raise StoreUnavailableError(self._refusal, hint=_REOPEN)
         lock = self._lock
         try:
-            if not lock.queue.wait(lock.try_acquire, self.timeout_s / 2):
+            if not lock.queue.poll_in_turn(lock.try_acquire, self.timeout_s / 2):
                 self._wait_for_progress()
             state = os.pread(lock.state_descriptor, STATE_BYTES, 0)
             if state != lock.state:
@@ -144,13 +144,13 @@ class Writer:
                 only_grown = grown is not None and grown > 0
                 self._catch_up(only_grown=only_grown, indexed=indexed)
         except OSError as error:
-            raise unavailable(self.directory, error) from error
+            raise unavailable_error(self.directory, error) from error
 
     def _wait_for_progress(self) -> None:
         """Wait for the write lock as long as the other writers make progress."""
         lock, contention = self._lock, Contention(partial(_progress_marker, self.directory))
         while self.timeout_s > 0 and contention.made_progress():
-            if lock.queue.wait(lock.try_acquire, self.timeout_s / 2):
+            if lock.queue.poll_in_turn(lock.try_acquire, self.timeout_s / 2):
                 return
         raise busy_error(lock.path, "another writer", self.timeout_s)
 
@@ -200,16 +200,16 @@ class Writer:
         not valid, the commits to read depend on ``indexed``: if ``indexed`` is true, read all
         commits; otherwise read only the last segment."""
         last_commit = Position(0)
-        if self.index is not None and layout.holds(self.end):
+        if self.index is not None and layout.is_valid(self.end):
             index, start, last_commit = self.index, self.end, self.last_commit
         elif indexed:
             index = Index()
-            _, start = load(layout, strict=False, index=index)
+            _, start = load_records(layout, strict=False, index=index)
         else:
             index, start = None, layout.start_of(layout.segments[-1])
-        reader = SegmentReader(layout, start)
+        reader = CommitReader(layout, start)
         for location in reader:
-            last_commit = Position(location.line.last, location.line.commit)
+            last_commit = Position(location.line.last, location.line.commit_id)
             if index is not None:
                 index.replay(location.line)
         last = layout.segments[-1]
@@ -232,12 +232,12 @@ class Writer:
             _remove_leftovers(layout, self.disk)
             return layout
         if self.layout.segments:
-            raise files_gone(self.directory)
+            raise files_gone_error(self.directory)
         if self._lock.mentions_ledger:
             raise removed_error(self.directory)
         path = self.directory / segment_name(1)
         temporary = prepare_segment(
-            self.disk, path, Identity(uuid.uuid4().hex, 1), at=0, predecessor=None
+            self.disk, path, Identity(uuid.uuid4().hex, 1), at=0, permissions_from=None
         )
         self.disk.publish(temporary, path)
         return read_layout(self.directory)
@@ -277,18 +277,22 @@ class Writer:
 
     # -- changing -----------------------------------------------------------
 
-    def commit(self, steps: Sequence[Step], count: int, entries: bytes, clock: Clock) -> Commit:
+    def commit(
+        self, net_changes: Sequence[NetChange], count: int, entries: bytes, clock: Clock
+    ) -> Commit:
         """Check ``count`` changes for conflicts, and append the changes as one line.  The caller
         must own the write lock."""
         index, start = self.index, self.end
         assert index is not None
-        conflicts = find_conflicts(steps, index.revisions, index.deleted, index.by_dedup_key)
+        conflicts = find_conflicts(net_changes, index.revisions, index.deleted, index.by_dedup_key)
         if conflicts and any(conflict.deleted for conflict in conflicts):
             # Another process possibly trimmed the entry of the deletion from the journal.
             index.forget_deletions(
                 retry_while_changing(self.directory, lambda _: read_layout(self.directory).floor)
             )
-            conflicts = find_conflicts(steps, index.revisions, index.deleted, index.by_dedup_key)
+            conflicts = find_conflicts(
+                net_changes, index.revisions, index.deleted, index.by_dedup_key
+            )
         if conflicts:
             raise ConflictError(conflicts)
         seq = start.seq
@@ -306,7 +310,7 @@ class Writer:
         # The commit is complete.  After an interrupt from here on, the next commit rebuilds the
         # index.
         self.index = None
-        index.commit(steps, commit.first_seq)
+        index.commit(net_changes, commit.first_seq)
         offset = start.offset + len(line)
         prefix = line[:LINE_PREFIX_BYTES]
         self.end = JournalOffset(
@@ -357,7 +361,7 @@ class Writer:
             path = self.directory / segment_name(self.end.seq + 1)
             last = self.layout.segments[-1].path
             temporary = prepare_segment(
-                self.disk, path, self.layout.identity, at=self.end.at, predecessor=last
+                self.disk, path, self.layout.identity, at=self.end.at, permissions_from=last
             )
             with self._disable_on_error("beginning a segment"), self._lock.changing():
                 # It is possible that another process has written without an fsync.  A torn line is
@@ -395,18 +399,18 @@ class Writer:
         floor, ledger, timeline = snapshot.seq + 1, identity.ledger, identity.timeline
         header = LedgerSnapshotHeader(snapshot.seq, at, ledger, timeline, floor)
         blocks = codec.encode_snapshot_blocks(header, payloads, snapshot.quarantined)
-        temporary = self.disk.write_temporary(path, blocks, snapshot_predecessor(self.layout))
+        temporary = self.disk.write_temporary(path, blocks, permissions_source(self.layout))
         try:
             segment = self.directory / segment_name(snapshot.seq + 1)
             last = self.layout.segments[-1].path
             prepared = prepare_segment(
-                self.disk, segment, identity, at=at, predecessor=last, base=True
+                self.disk, segment, identity, at=at, permissions_from=last, starts_chain=True
             )
             # The three attributes set here are invalid from here on, also after an interrupt.
             self.last_commit, self.index, self.preloaded = Position(0), None, None
             with self._disable_on_error("replacing the content"), self._lock.changing():
                 self.disk.publish(prepared, segment)
-                lock.extend(segment)
+                lock.lock_next_segment(segment)
                 self.disk.publish(temporary, path)
                 layout = read_layout(self.directory)
                 self.disk.remove_all(layout.obsolete)
@@ -442,9 +446,9 @@ def _remove_leftovers(layout: Layout, disk: Disk) -> None:
     # this user cannot open the lock file.
     with (
         contextlib.suppress(StoreBusyError, PermissionError),
-        compact_lock.held(0, "a compactor"),
+        compact_lock.hold(0, "a compactor"),
     ):
         # The floor comes from the header of the snapshot file, whose checksum is not yet verified.
-        check_newest(layout)
+        check_newest_snapshot(layout)
         disk.remove_all([*layout.obsolete, *others])
         disk.sync_directory(layout.directory)

@@ -35,19 +35,19 @@ from taskstore.model.journal import (
     Change,
     ChangeSet,
     Commit,
+    NetChange,
     Position,
     Put,
-    Step,
     dedup_key,
     find_conflicts,
     plan,
 )
 from taskstore.model.records import DedupKey, TaskRecord
-from taskstore.store.interface import base_not_found
+from taskstore.store.interface import base_not_found_error
 from taskstore.stores.sql.dialects import Database
-from taskstore.stores.sql.dialects.base import Session, flat_parameters, row_groups
+from taskstore.stores.sql.dialects.base import DriverSession, flat_parameters, row_groups
 from taskstore.stores.sql.errors import ErrorKind
-from taskstore.stores.sql.rows import ClaimedSeqs, Head, damaged_head
+from taskstore.stores.sql.rows import ClaimedSeqs, HeadRow, damaged_head_error
 from taskstore.stores.sql.statements import RARELY_UPDATED
 from taskstore.stores.sql.tables import (
     COPIED_COLUMNS,
@@ -78,7 +78,7 @@ class EncodedBatch:
     """The encoded rows of a batch of changes, in one list for each kind of statement."""
 
     def __init__(self, changes: Sequence[Change]) -> None:
-        self.steps = plan(changes)
+        self.net_changes = plan(changes)
         self.entries: list[tuple[tuple[Any, ...], tuple[Any, ...]]] = []
         """The rows of ``task_journal`` for the batch.  Each row is a pair of tuples: the columns
         from ``kind`` to ``revision``, and the columns ``payload`` and ``checksum``.  :func:`commit`
@@ -97,18 +97,18 @@ class EncodedBatch:
         self.deletes: list[tuple[str, int]] = []
         self.updates: list[tuple[Any, ...]] = []
         self.inserts: list[tuple[Any, ...]] = []
-        self.transient: list[Step] = []
+        self.transient: list[NetChange] = []
         """The tasks that the batch both creates and deletes."""
-        for step in self.steps:
-            if step.record is None:
-                if step.base:
-                    self.deletes.append((step.task_id, step.base))
+        for net in self.net_changes:
+            if net.record is None:
+                if net.expected_revision:
+                    self.deletes.append((net.task_id, net.expected_revision))
                 else:
-                    self.transient.append(step)
-            elif step.base:
-                self.updates.append(update_parameters(step, step.record, *encoded[step.task_id]))
+                    self.transient.append(net)
+            elif net.expected_revision:
+                self.updates.append(update_parameters(net, net.record, *encoded[net.task_id]))
             else:
-                self.inserts.append(insert_values(step.record, *encoded[step.task_id]))
+                self.inserts.append(insert_values(net.record, *encoded[net.task_id]))
 
 
 def insert_values(record: TaskRecord, payload: bytes, check: int) -> tuple[Any, ...]:
@@ -117,12 +117,12 @@ def insert_values(record: TaskRecord, payload: bytes, check: int) -> tuple[Any, 
 
 
 def update_parameters(
-    step: Step, record: TaskRecord, payload: bytes, check: int
+    net: NetChange, record: TaskRecord, payload: bytes, check: int
 ) -> tuple[Any, ...]:
     """Return the parameters of an update of one task, in the order of ``UPDATE_ORDER``."""
     status = record.status.value
     rare = _rarely_updated(record)
-    return (record.revision, status, payload, check, step.task_id, step.base, *rare)
+    return (record.revision, status, payload, check, net.task_id, net.expected_revision, *rare)
 
 
 def commit(transactions: Transactions, changes: Sequence[Change], clock: Clock) -> Commit:
@@ -137,12 +137,12 @@ def commit(transactions: Transactions, changes: Sequence[Change], clock: Clock) 
                 if claimed is None:
                     raise schema_epoch_error(database, tx)
                 if {type(claimed.head_seq), type(claimed.last_at), type(claimed.floor)} != {int}:
-                    raise damaged_head()
+                    raise damaged_head_error()
                 first, at = claimed.head_seq - count + 1, claimed.last_at
                 commit_id = new_commit_id(at)
                 committed = Commit(first, claimed.head_seq, at, commit_id)
                 if not _has_base(base, claimed):
-                    raise base_not_found(base)
+                    raise base_not_found_error(base)
                 _write(database, tx, batch, claimed.floor)
                 rows = [
                     (seq, at, *entry, commit_id, *stored)
@@ -153,9 +153,12 @@ def commit(transactions: Transactions, changes: Sequence[Change], clock: Clock) 
                 return committed
         except _RowMismatch as mismatch:
             collisions += 1
-            conflicts = transactions.run(partial(conflicts_of, batch.steps))
+            conflicts = transactions.run(partial(conflicts_of, batch.net_changes))
             if not conflicts and collisions == _MAX_COLLISIONS:
-                conflicts = [Conflict(step.task_id, step.base, step.base) for step in batch.steps]
+                conflicts = [
+                    Conflict(net.task_id, net.expected_revision, net.expected_revision)
+                    for net in batch.net_changes
+                ]
             if conflicts:
                 raise ConflictError(conflicts) from mismatch.__cause__
         if attempt.unconfirmed and transactions.read_back_commit(
@@ -165,13 +168,13 @@ def commit(transactions: Transactions, changes: Sequence[Change], clock: Clock) 
     raise AssertionError("the last attempt raises an error")
 
 
-def schema_epoch_error(database: Database, tx: Session) -> SchemaMismatchError:
+def schema_epoch_error(database: Database, tx: DriverSession) -> SchemaMismatchError:
     """Return the error for a ledger whose schema epoch is too high for this version of taskstore.
 
     In such a ledger, a claim of seqs updates no row.
     """
     row = tx.row(database.sql.head)
-    epoch = None if row is None else Head(*row).schema_epoch
+    epoch = None if row is None else HeadRow(*row).schema_epoch
     return SchemaMismatchError(
         f"{database.location} has schema epoch {epoch}, but "
         f"this version of taskstore can write only up to schema epoch {SCHEMA_EPOCH}",
@@ -188,12 +191,12 @@ def _has_base(base: Position, claimed: ClaimedSeqs) -> bool:
     If a saved snapshot set the floor, there is no row at floor - 1 and no commit id to compare.
     The function then accepts every base position at floor - 1.
     """
-    if claimed.base is None:
+    if claimed.base_commit_id is None:
         return base.seq in (0, claimed.floor - 1)
-    return not base.commit_id or base.commit_id == claimed.base
+    return not base.commit_id or base.commit_id == claimed.base_commit_id
 
 
-def _write(database: Database, tx: Session, batch: EncodedBatch, floor: int) -> None:
+def _write(database: Database, tx: DriverSession, batch: EncodedBatch, floor: int) -> None:
     """Write the changes of the batch to the table ``tasks``.
 
     Raises :class:`_RowMismatch` if a stored row does not match a change of the batch.
@@ -219,20 +222,20 @@ def _write(database: Database, tx: Session, batch: EncodedBatch, floor: int) -> 
         if database.translator.error_kind(error) is ErrorKind.INTEGRITY:
             raise _RowMismatch from error
         raise
-    if touched != len(batch.steps) - len(batch.transient):
+    if touched != len(batch.net_changes) - len(batch.transient):
         raise _RowMismatch
     if batch.transient and conflicts_of(batch.transient, tx):
         raise _RowMismatch
 
 
-def _is_committed(database: Database, expected: Commit, tx: Session) -> bool:
+def _is_committed(database: Database, expected: Commit, tx: DriverSession) -> bool:
     """Return whether the journal contains the commit ``expected``.
 
     The answer to the COMMIT statement of this commit was lost.
     """
     entry = task_journal.c
     commit_id = tx.scalar(sa.select(entry.commit_id).where(entry.seq == expected.first_seq))
-    if commit_id is None and expected.first_seq < Head(*tx.row(database.sql.head)).floor:
+    if commit_id is None and expected.first_seq < HeadRow(*tx.row(database.sql.head)).floor:
         raise OutcomeUnknownError(
             f"{database.location}: the outcome of a commit is unknown: the connection broke, and "
             f"the journal was trimmed past seq {expected.first_seq}, the first seq of that commit",
@@ -241,13 +244,14 @@ def _is_committed(database: Database, expected: Commit, tx: Session) -> bool:
     return bool(commit_id == expected.commit_id)
 
 
-def conflicts_of(steps: Sequence[Step], tx: Session) -> list[Conflict]:
-    """Lock the head row, and return the conflicts between the steps of a batch and stored rows."""
+def conflicts_of(net_changes: Sequence[NetChange], tx: DriverSession) -> list[Conflict]:
+    """Lock the head row, and return the conflicts between the net changes of a batch and stored
+    rows."""
     head = taskstore_head.c
     floor = tx.scalar(sa.select(head.floor).where(head.id == 1).with_for_update())
     revisions: dict[str, int] = {}
     deleted: set[str] = set()
-    for group in row_groups([step.task_id for step in steps]):
+    for group in row_groups([net.task_id for net in net_changes]):
         existing = sa.select(tasks.c.task_id, tasks.c.revision).where(tasks.c.task_id.in_(group))
         revisions.update({row[0]: row[1] for row in tx.select(existing)})
         deletions = sa.select(task_journal.c.task_id).where(
@@ -256,7 +260,7 @@ def conflicts_of(steps: Sequence[Step], tx: Session) -> list[Conflict]:
             task_journal.c.seq >= floor,
         )
         deleted.update(row[0] for row in tx.select(deletions))
-    records = [step.record for step in steps if step.record is not None]
+    records = [net.record for net in net_changes if net.record is not None]
     owners: dict[DedupKey, str] = {}
     for keys in row_groups([key for record in records if (key := dedup_key(record)) is not None]):
         stored = sa.select(tasks.c.run_id, tasks.c.run_digest, tasks.c.task_id).where(
@@ -264,4 +268,4 @@ def conflicts_of(steps: Sequence[Step], tx: Session) -> list[Conflict]:
             tasks.c.run_digest.in_([run_digest for _, run_digest in keys]),
         )
         owners.update({(row[0], row[1]): row[2] for row in tx.select(stored)})
-    return find_conflicts(steps, revisions, deleted, owners)
+    return find_conflicts(net_changes, revisions, deleted, owners)

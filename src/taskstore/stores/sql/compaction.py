@@ -46,7 +46,7 @@ from taskstore.stores.common.compaction import (
 )
 from taskstore.stores.sql.compaction_lease import CompactionLease
 from taskstore.stores.sql.dialects import Database
-from taskstore.stores.sql.dialects.base import Session
+from taskstore.stores.sql.dialects.base import DriverSession
 from taskstore.stores.sql.rows import SnapshotRow, as_bytes, entry_of, line_of, quarantined_line
 from taskstore.stores.sql.snapshots import (
     chunks_of,
@@ -133,18 +133,18 @@ class SQLCompactionSteps(CompactionSteps):
 
     def stats(self, now: int, most_bytes: int) -> JournalStats:
         stats = self._transactions.read(partial(self._stats, now=now), in_transaction=True)
-        head = stats.newest + stats.entries
+        head = stats.newest_snapshot_seq + stats.entries
         _, size = self._measure(most_bytes, stats.floor, head)
         return msgspec.structs.replace(stats, history_bytes=size)
 
-    def _stats(self, session: Session, now: int) -> JournalStats:
+    def _stats(self, session: DriverSession, now: int) -> JournalStats:
         head = read_head(session, self._sql)
         row = newest_snapshot_row(session, head.head_seq)
         newest = 0 if row is None else row.seq
         first = max(newest + 1, head.floor)
         return JournalStats(
             now=now,
-            newest=newest,
+            newest_snapshot_seq=newest,
             floor=head.floor,
             entries=head.head_seq - newest,
             records=session.scalar(sa.select(sa.func.count()).select_from(tasks)),
@@ -155,14 +155,14 @@ class SQLCompactionSteps(CompactionSteps):
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        with self._lease.held(), _temporary_file(self._transactions.database) as self._buffer:
+        with self._lease.hold(), _temporary_file(self._transactions.database) as self._buffer:
             yield
 
     def begin(self) -> CompactionPoint:
         self._delete_leftovers()
         return self._transactions.read(self._begin, in_transaction=True)
 
-    def _begin(self, session: Session) -> CompactionPoint:
+    def _begin(self, session: DriverSession) -> CompactionPoint:
         """Copy the lines of the new snapshot to the temporary file; return the compaction point."""
         self._buffer.seek(0)
         self._buffer.truncate()
@@ -181,7 +181,7 @@ class SQLCompactionSteps(CompactionSteps):
         snapshots = tuple(SnapshotInfo(row.seq, row.at) for row in published)
         return CompactionPoint(head.head_seq, head.last_at, head.floor, snapshots)
 
-    def _lines(self, session: Session) -> Iterator[bytes]:
+    def _lines(self, session: DriverSession) -> Iterator[bytes]:
         yield from map(line_of, scan_tasks(session, self._sql))
         yield from map(quarantined_line, read_quarantined(session, self._sql))
 
@@ -223,15 +223,15 @@ class SQLCompactionSteps(CompactionSteps):
         self._transactions.read(
             lambda session: check_rows_exist(session, point.floor, retained.floor, self._location)
         )
-        if retained.base is not None:
-            self._write_base(retained.base)
+        if retained.base_snapshot is not None:
+            self._write_base_snapshot(retained.base_snapshot)
         if point.seq not in [snapshot.seq for snapshot in point.snapshots]:
             self._write_chunks(point.seq)
             self._write_row(self._snapshot_row)
         self._move_floor(retained)
         return self._snapshot_row.records + self._snapshot_row.quarantined
 
-    def _write_base(self, base: SnapshotInfo) -> None:
+    def _write_base_snapshot(self, base: SnapshotInfo) -> None:
         """Publish a snapshot at an earlier seq, made from an older snapshot and the journal.
 
         While this compaction holds the lease, nothing changes the rows that this method reads.  The
@@ -260,7 +260,7 @@ class SQLCompactionSteps(CompactionSteps):
         self._lease.run(partial(self._replace_row, task_snapshots, same, row))
 
     def _replace_row(
-        self, table: sa.Table, same: sa.ColumnElement[bool], row: tuple[Any, ...], tx: Session
+        self, table: sa.Table, same: sa.ColumnElement[bool], row: tuple[Any, ...], tx: DriverSession
     ) -> None:
         """Delete the row that matches ``same`` if it exists, and insert ``row``.  A repeated call
         has the same result."""
@@ -275,7 +275,7 @@ class SQLCompactionSteps(CompactionSteps):
         """
         dropped = task_snapshots.c.seq.not_in(sorted(retained.seqs))
 
-        def work(tx: Session) -> None:
+        def work(tx: DriverSession) -> None:
             tx.execute_core(sa.delete(task_snapshots).where(dropped))
             tx.execute_core(sa.update(taskstore_head).values(floor=retained.floor))
 
@@ -285,7 +285,7 @@ class SQLCompactionSteps(CompactionSteps):
         del point, retained  # after _move_floor, readers ignore the rows deleted here
         self._delete_leftovers()
         transactions, maintenance = self._transactions, self._transactions.database.maintenance
-        while transactions.read(maintenance.free_pages):
+        while transactions.read(maintenance.freelist_count):
             self._lease.run(maintenance.release_pages)
         transactions.read(maintenance.shorten_files)
 
@@ -302,13 +302,13 @@ class SQLCompactionSteps(CompactionSteps):
                 self._on_quarantined(item)
 
 
-def _size_of_entries(session: Session, low: int, high: int) -> int:
+def _size_of_entries(session: DriverSession, low: int, high: int) -> int:
     seq = task_journal.c.seq
     total = sa.select(sa.func.sum(sa.func.length(task_journal.c.payload)))
     return int(session.scalar(total.where(seq > low, seq <= high)) or 0)
 
 
-def _sizes_of_entries(session: Session, low: int, high: int) -> list[tuple[int, int]]:
+def _sizes_of_entries(session: DriverSession, low: int, high: int) -> list[tuple[int, int]]:
     """Return the seq and the size of each entry after ``low`` up to ``high``, newest first."""
     seq, size = task_journal.c.seq, sa.func.length(task_journal.c.payload)
     rows = session.select(sa.select(seq, size).where(seq > low, seq <= high).order_by(seq.desc()))
@@ -387,7 +387,7 @@ class EarlierSnapshot:
                         self._quarantined.append(entry.quarantined)
                     yield after, 0, b"" if entry.record is None else encode_record(entry.record)
 
-    def _newest_seqs(self, session: Session, after: str) -> list[int]:
+    def _newest_seqs(self, session: DriverSession, after: str) -> list[int]:
         """Return the seq of the newest entry of each of the next tasks after the task id ``after``,
         in order of task_id."""
         entry = task_journal.c
@@ -401,11 +401,11 @@ class EarlierSnapshot:
         return [seq for (seq,) in session.select(newest.limit(ENTRIES_PER_STEP))]
 
 
-def _select(session: Session, query: sa.Select[Any]) -> Sequence[Any]:
+def _select(session: DriverSession, query: sa.Select[Any]) -> Sequence[Any]:
     return session.select(query)
 
 
-def _delete_chunks(tx: Session) -> bool:
+def _delete_chunks(tx: DriverSession) -> bool:
     """Delete some chunks of a dropped or unpublished snapshot; return whether such a chunk
     existed."""
     seq, chunk = task_snapshot_chunks.c.seq, task_snapshot_chunks.c.chunk
@@ -438,7 +438,7 @@ def _temporary_file(database: Database) -> Iterator[IO[bytes]]:
 # -- trimming -----------------------------------------------------------------
 
 
-def check_rows_exist(session: Session, low: int, high: int, location: str) -> None:
+def check_rows_exist(session: DriverSession, low: int, high: int, location: str) -> None:
     """Check that no entry in ``[low, high)`` contains the only copy of a record.
 
     Raises :class:`~taskstore.CorruptStoreError` if the newest entry of a task is in this range and
@@ -478,7 +478,7 @@ class TrimPlan(NamedTuple):
     """The highest row id in ``task_set_aside`` before the trim."""
 
 
-def plan_trim(session: Session, sql: Statements, limit: int) -> TrimPlan | None:
+def plan_trim(session: DriverSession, sql: Statements, limit: int) -> TrimPlan | None:
     """Return the plan for the next ``limit`` seqs below the floor; ``None`` if no entry is to be
     trimmed.
 
@@ -505,7 +505,7 @@ def plan_trim(session: Session, sql: Statements, limit: int) -> TrimPlan | None:
     return TrimPlan(end, floor, obsolete_ids, quarantined, last_id)
 
 
-def trim_entries(tx: Session, database: Database, plan: TrimPlan) -> None:
+def trim_entries(tx: DriverSession, database: Database, plan: TrimPlan) -> None:
     """Delete the entries of a plan, and store the quarantined payloads of the plan.
 
     The function does not delete the row at floor - 1, but clears its content except the commit id
@@ -542,7 +542,7 @@ def _quarantine_entry(row: Any) -> Quarantined | None:
     return Quarantined(as_bytes(payload), where, reason, task_id, revision, superseded=True)
 
 
-def _is_deleted_or_stored(session: Session, row: Any) -> bool:
+def _is_deleted_or_stored(session: DriverSession, row: Any) -> bool:
     """Return whether a trim is allowed to drop the payload of an entry.
 
     A trim is allowed to drop the payload if a later entry deletes the task, or if the row of the
@@ -561,7 +561,7 @@ def _is_deleted_or_stored(session: Session, row: Any) -> bool:
     return [(number, as_bytes(data)) for number, data in stored] == [(revision, as_bytes(payload))]
 
 
-def _quarantined_ids(session: Session, sql: Statements) -> tuple[dict[str, list[int]], int]:
+def _quarantined_ids(session: DriverSession, sql: Statements) -> tuple[dict[str, list[int]], int]:
     """Return the row ids of the superseded payloads in ``task_set_aside``, grouped by task id, and
     the highest row id in this table."""
     ids: dict[str, list[int]] = {}

@@ -16,8 +16,8 @@ import sqlalchemy as sa
 
 from taskstore.errors import OutcomeUnknownError, StoreBusyError, StoreUnavailableError
 from taskstore.model.ids import CLOCK_TOLERANCE_MS, system_clock
-from taskstore.stores.sql.dialects.base import Session
-from taskstore.stores.sql.rows import damaged_head
+from taskstore.stores.sql.dialects.base import DriverSession
+from taskstore.stores.sql.rows import damaged_head_error
 from taskstore.stores.sql.tables import taskstore_head
 from taskstore.stores.sql.transactions import Transactions
 
@@ -44,7 +44,7 @@ class CompactionLease:
         self._own = taskstore_head.c.lease_owner == self._owner
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def hold(self) -> Iterator[None]:
         """Acquire the lease if it is free or expired, or if its owner is dead; release it at
         the end of the ``with`` block.
 
@@ -70,17 +70,17 @@ class CompactionLease:
             finally:
                 _local_owners.discard(self._owner)
 
-    def _release(self, tx: Session) -> None:
+    def _release(self, tx: DriverSession) -> None:
         tx.execute_core(_set_owner(None, self._own))
 
-    def run(self, work: Callable[[Session], _T]) -> _T:
+    def run(self, work: Callable[[DriverSession], _T]) -> _T:
         """Run ``work`` in one small write transaction that also renews the lease.
 
         ``work`` can run several times, so it must be idempotent.
         """
         started = time.monotonic()
 
-        def fenced(tx: Session) -> _T:
+        def fenced(tx: DriverSession) -> _T:
             if tx.execute_core(_set_owner(self._owner, self._own)) != 1:
                 raise StoreBusyError(
                     f"{self._location}: another process has taken over the compaction, or has "
@@ -102,13 +102,13 @@ class CompactionLease:
                 f"{LEASE_MS // 1000} s",
             )
 
-    def _try_acquire(self, tx: Session) -> bool:
+    def _try_acquire(self, tx: DriverSession) -> bool:
         """Acquire the lease if it is free, expired or owned by a dead process; return whether it
         was acquired."""
         lease = taskstore_head.c
         owner = tx.scalar(sa.select(lease.lease_owner))
         if not isinstance(owner, str | None):
-            raise damaged_head()
+            raise damaged_head_error()
         now = system_clock()
         free = sa.or_(
             lease.lease_owner.is_(None),

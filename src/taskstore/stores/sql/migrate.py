@@ -17,8 +17,8 @@ import sqlalchemy as sa
 
 from taskstore.errors import SchemaMismatchError, TaskStoreError, ValidationError
 from taskstore.stores.common.retry import CircuitBreaker, RetryPolicy
-from taskstore.stores.sql.dialects import Database, host_database, open_database
-from taskstore.stores.sql.dialects.base import Session
+from taskstore.stores.sql.dialects import Database, database_for_engine, open_database
+from taskstore.stores.sql.dialects.base import DriverSession
 from taskstore.stores.sql.errors import command_for
 from taskstore.stores.sql.tables import (
     COMMENT_PREFIX,
@@ -228,7 +228,7 @@ def _state(connection: sa.Connection) -> SchemaState:
     return SchemaState(revision, epoch, frozenset(names & TABLES))
 
 
-def check_no_foreign_tables(connection: sa.Connection) -> None:
+def check_table_owner(connection: sa.Connection) -> None:
     """Check that every table with the name of a ledger's table was created by taskstore.
 
     ``env.py`` calls this function.  Raises :class:`~taskstore.SchemaMismatchError` if another
@@ -287,7 +287,7 @@ def _database(engine: sa.Engine | Database, schema: str | None) -> Iterator[Data
     if isinstance(engine, Database):
         yield engine
         return
-    database = host_database(engine, schema=schema)
+    database = database_for_engine(engine, schema=schema)
     try:
         yield database
     finally:
@@ -304,7 +304,7 @@ def _connected(database: Database) -> Iterator[sa.Connection]:
     with database.translator, database.engine.connect() as borrowed:
         plain = borrowed.execution_options(isolation_level="AUTOCOMMIT")
         raw = plain.connection.driver_connection
-        host = None if database.owned else Session(plain, database)
+        host = None if database.owned else DriverSession(plain, database)
         bare = sa.create_engine(
             database.engine.url,
             module=database.engine.dialect.loaded_dbapi,
@@ -314,7 +314,7 @@ def _connected(database: Database) -> Iterator[sa.Connection]:
         )
         try:
             if host is not None:
-                database.configure_host(host)
+                database.configure_borrowed_connection(host)
             with bare.connect() as connection:
                 database.check_server(connection)
                 yield connection
@@ -383,7 +383,7 @@ def _describe(item: Any) -> str:
 
 
 @contextmanager
-def locked_url(url: str) -> Iterator[sa.Connection]:
+def connect_with_schema_lock(url: str) -> Iterator[sa.Connection]:
     """Open a connection for ``env.py`` in a source checkout.  The connection owns the schema lock.
     The schema changes are committed at the end of the ``with`` block."""
     database = open_database(url)

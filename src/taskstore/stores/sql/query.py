@@ -23,12 +23,12 @@ from taskstore.model.query import (
     Summary,
     TaskQuery,
     page_of,
-    split_pages,
+    split_page,
 )
 from taskstore.model.records import ACTIVE_STATUSES, TaskRecord
 from taskstore.model.validation import check_key
 from taskstore.store.interface import TaskRegistryStore
-from taskstore.stores.sql.dialects.base import Database, Session
+from taskstore.stores.sql.dialects.base import Database, DriverSession
 from taskstore.stores.sql.rows import QUARANTINED_CHECKSUM, TaskRow, record_of
 from taskstore.stores.sql.statements import PAGE
 from taskstore.stores.sql.tables import ACTIVE, COPIED_COLUMNS, task_journal, tasks, taskstore_head
@@ -53,10 +53,10 @@ class QueryStore(TaskRegistryStore):
         self._check_open()
         return run_query(self._transactions, query, self._query_quarantined)
 
-    def pages(self, query: TaskQuery, page_records: int) -> Iterator[Page]:
-        """Implement :meth:`taskstore.SupportsPages.pages`, in one read transaction."""
+    def stream(self, query: TaskQuery, batch_size: int) -> Iterator[Page]:
+        """Implement :meth:`taskstore.SupportsStreaming.stream`, in one read transaction."""
         self._check_open()
-        return _read_pages(self._transactions, query, page_records, self._query_quarantined)
+        return _stream(self._transactions, query, batch_size, self._query_quarantined)
 
     def summary(self) -> Summary:
         """Implement :meth:`taskstore.SupportsSummary.summary`, with one statement."""
@@ -98,12 +98,12 @@ def run_query(
         if page is not None:
             return page
     return transactions.read(
-        lambda session: _scan_pages(session, query, quarantined), in_transaction=True
+        lambda session: _scan_page(session, query, quarantined), in_transaction=True
     )
 
 
 def _select_page(
-    session: Session, query: TaskQuery, quarantined: dict[str, Quarantined]
+    session: DriverSession, query: TaskQuery, quarantined: dict[str, Quarantined]
 ) -> Page | None:
     """Read one page with one statement.  Return ``None`` if a row cannot be decoded or does not
     match the query."""
@@ -117,19 +117,21 @@ def _select_page(
     return page_of(iter(records), query, seq)
 
 
-def _scan_pages(session: Session, query: TaskQuery, quarantined: dict[str, Quarantined]) -> Page:
+def _scan_page(
+    session: DriverSession, query: TaskQuery, quarantined: dict[str, Quarantined]
+) -> Page:
     """Return one page; read rows in the caller's transaction until enough records match."""
     seq, records = _matching(session, query, quarantined)
     return page_of(records, query, seq)
 
 
-def _read_pages(
+def _stream(
     transactions: Transactions,
     query: TaskQuery,
-    page_records: int,
+    batch_size: int,
     quarantined: dict[str, Quarantined],
 ) -> Iterator[Page]:
-    """Yield the page of a query in parts of at most ``page_records`` records.
+    """Yield the page of a query in parts of at most ``batch_size`` records.
 
     One transaction reads all parts.
     """
@@ -138,11 +140,11 @@ def _read_pages(
         transactions.reading(in_transaction=True) as session,
     ):
         seq, records = _matching(session, query, quarantined)
-        yield from split_pages(records, query, page_records, seq)
+        yield from split_page(records, query, batch_size, seq)
 
 
 def _matching(
-    session: Session, query: TaskQuery, quarantined: dict[str, Quarantined]
+    session: DriverSession, query: TaskQuery, quarantined: dict[str, Quarantined]
 ) -> tuple[int, Iterator[TaskRecord]]:
     """Return the head seq, and an iterator over the matching records after the cursor.
 
@@ -164,7 +166,7 @@ def _matching(
     return seq, matching(rows)
 
 
-def _count(session: Session) -> Summary:
+def _count(session: DriverSession) -> Summary:
     """Count the rows of ``tasks`` by status and runtime, and read the head, with one statement."""
     counts = (
         sa.select(tasks.c.status, tasks.c.runtime, sa.func.count().label("number"))
@@ -184,7 +186,7 @@ def _count(session: Session) -> Summary:
         if number is not None:
             statuses[status] += number
             runtimes[runtime] += number
-    return Summary.of(statuses, runtimes, rows[0][0])
+    return Summary.from_counts(statuses, runtimes, rows[0][0])
 
 
 def _can_end_an_id(ending: str) -> bool:
@@ -207,7 +209,7 @@ def _ids_with_ending(
     for ending in endings:
         by_length.setdefault(len(ending), set()).add(ending)
     conditions = (
-        database.ending(column, length).in_(sorted(wanted)) for length, wanted in by_length.items()
+        database.suffix(column, length).in_(sorted(wanted)) for length, wanted in by_length.items()
     )
     statement = sa.select(column).where(sa.or_(*conditions)).order_by(column).limit(limit)
     if deleted:
@@ -218,7 +220,7 @@ def _ids_with_ending(
     return statement
 
 
-def _cursor_of(session: Session, row: TaskRow) -> Cursor:
+def _cursor_of(session: DriverSession, row: TaskRow) -> Cursor:
     """Return the cursor of a row.
 
     The function reads the cursor from the columns, because the payload can be damaged.
@@ -236,7 +238,7 @@ def _add_quarantined(
 
 
 def _fetch(
-    session: Session, query: TaskQuery, cursor: Cursor | None, limit: int
+    session: DriverSession, query: TaskQuery, cursor: Cursor | None, limit: int
 ) -> tuple[int, list[TaskRow]]:
     """Read the head seq and the next rows that meet the SQL conditions, with one statement."""
     candidates = (

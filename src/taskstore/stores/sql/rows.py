@@ -27,7 +27,7 @@ QUARANTINED_PREFIX = b"!"
 """The first byte of a snapshot line that contains a quarantined payload."""
 
 
-class Head(NamedTuple):
+class HeadRow(NamedTuple):
     """The head row; the fields are in the order of the table's columns."""
 
     id: int
@@ -44,14 +44,14 @@ class Head(NamedTuple):
 class ClaimedSeqs(NamedTuple):
     """The values of the head row after a claim of seqs, and the id of the base commit.
 
-    ``base`` is the commit id of the journal entry at the base seq; ``None`` if the
+    ``base_commit_id`` is the commit id of the journal entry at the base seq; ``None`` if the
     journal has no entry at that seq.
     """
 
     head_seq: int
     last_at: int
     floor: int
-    base: str | None
+    base_commit_id: str | None
 
 
 class SnapshotRow(NamedTuple):
@@ -75,20 +75,20 @@ class TaskRow(NamedTuple):
     checksum: int
 
 
-def head_of(row: Sequence[Any]) -> Head:
+def head_of(row: Sequence[Any]) -> HeadRow:
     """Return the head row, or raise :class:`CorruptStoreError` for a value of a wrong type."""
-    head = Head(*row)
+    head = HeadRow(*row)
     if not (
         {*map(type, (head.timeline, *head[3:7]))} == {int}
         and isinstance(head.ledger_id, str)
         and isinstance(head.lease_owner, str | None)
         and isinstance(head.lease_until, int | None)
     ):
-        raise damaged_head()
+        raise damaged_head_error()
     return head
 
 
-def damaged_head() -> CorruptStoreError:
+def damaged_head_error() -> CorruptStoreError:
     """Return the error for a head row that contains a value of a wrong type."""
     return CorruptStoreError(
         "taskstore_head",

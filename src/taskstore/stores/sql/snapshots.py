@@ -22,10 +22,10 @@ from taskstore.model.journal import (
 from taskstore.model.records import TaskRecord
 from taskstore.stores.sql.commits import insert_values, schema_epoch_error
 from taskstore.stores.sql.dialects import Database
-from taskstore.stores.sql.dialects.base import Session, flat_parameters, row_groups
+from taskstore.stores.sql.dialects.base import DriverSession, flat_parameters, row_groups
 from taskstore.stores.sql.rows import (
     QUARANTINED_PREFIX,
-    Head,
+    HeadRow,
     SnapshotRow,
     TaskRow,
     as_bytes,
@@ -53,7 +53,7 @@ longer than a chunk."""
 CHUNK_RECORDS = 1000
 
 
-def read_head(session: Session, sql: Statements, *, lock: bool = False) -> Head:
+def read_head(session: DriverSession, sql: Statements, *, lock: bool = False) -> HeadRow:
     """Read the head row; if ``lock`` is true, lock the row against other writers."""
     row = session.row(sql.lock_head if lock else sql.head)
     if row is None:
@@ -61,12 +61,12 @@ def read_head(session: Session, sql: Statements, *, lock: bool = False) -> Head:
     return head_of(row)
 
 
-def scan_tasks(session: Session, sql: Statements) -> Iterator[TaskRow]:
+def scan_tasks(session: DriverSession, sql: Statements) -> Iterator[TaskRow]:
     """Yield every row of ``tasks``, in order of task id."""
     return chain.from_iterable(_task_pages(session, sql))
 
 
-def _task_pages(session: Session, sql: Statements) -> Iterator[Iterable[TaskRow]]:
+def _task_pages(session: DriverSession, sql: Statements) -> Iterator[Iterable[TaskRow]]:
     after = ""
     while True:
         rows = session.rows(sql.scan_tasks, (after,))
@@ -88,7 +88,7 @@ def next_key(rows: Sequence[Sequence[Any]], after: Any, table: str) -> Any:
     return key
 
 
-def quarantined_rows(session: Session, sql: Statements) -> Iterator[tuple[int, Quarantined]]:
+def quarantined_rows(session: DriverSession, sql: Statements) -> Iterator[tuple[int, Quarantined]]:
     """Yield the row id and the quarantined payload of every row of ``task_set_aside``."""
     for number, value, stored in session.rows(sql.read_quarantined):
         where = f"task_set_aside, row {number}"
@@ -102,18 +102,18 @@ def quarantined_rows(session: Session, sql: Statements) -> Iterator[tuple[int, Q
         yield number, item if damage is None else Quarantined(payload, where, damage)
 
 
-def read_quarantined(session: Session, sql: Statements) -> list[Quarantined]:
+def read_quarantined(session: DriverSession, sql: Statements) -> list[Quarantined]:
     """Return the quarantined payloads of ``task_set_aside``."""
     return [item for _, item in quarantined_rows(session, sql)]
 
 
-def read_snapshot_rows(session: Session) -> list[SnapshotRow]:
+def read_snapshot_rows(session: DriverSession) -> list[SnapshotRow]:
     """Return the rows of ``task_snapshots``, oldest snapshot first."""
     rows = session.select(sa.select(task_snapshots).order_by(task_snapshots.c.seq))
     return [snapshot_row_of(row) for row in rows]
 
 
-def newest_snapshot_row(session: Session, at: int) -> SnapshotRow | None:
+def newest_snapshot_row(session: DriverSession, at: int) -> SnapshotRow | None:
     """Return the newest row of ``task_snapshots`` at or before a seq; ``None`` if there is none."""
     return next((row for row in reversed(read_snapshot_rows(session)) if row.seq <= at), None)
 
@@ -122,7 +122,7 @@ def load(transactions: Transactions) -> Snapshot:
     """Load every live record; the head and the rows are read in one transaction."""
     sql = transactions.database.sql
 
-    def work(session: Session) -> Snapshot:
+    def work(session: DriverSession) -> Snapshot:
         head = read_head(session, sql)
         quarantined = read_quarantined(session, sql)
         rows = map(record_of, scan_tasks(session, sql))
@@ -135,7 +135,7 @@ def read_snapshot(transactions: Transactions, at: int) -> Snapshot | None:
     """Return the newest published snapshot at or before a seq; ``None`` if there is no snapshot."""
     database = transactions.database
 
-    def work(session: Session) -> Snapshot | None:
+    def work(session: DriverSession) -> Snapshot | None:
         row = newest_snapshot_row(session, at)
         if row is None:
             return None
@@ -144,7 +144,9 @@ def read_snapshot(transactions: Transactions, at: int) -> Snapshot | None:
     return transactions.read(work, in_transaction=True)
 
 
-def read_published(session: Session, sql: Statements, row: SnapshotRow, location: str) -> Snapshot:
+def read_published(
+    session: DriverSession, sql: Statements, row: SnapshotRow, location: str
+) -> Snapshot:
     """Return the published snapshot that a row of ``task_snapshots`` describes.
 
     Raises :class:`~taskstore.CorruptStoreError` if a chunk is missing or damaged.
@@ -153,7 +155,7 @@ def read_published(session: Session, sql: Statements, row: SnapshotRow, location
 
 
 def _read_chunks(
-    session: Session, sql: Statements, snapshot: SnapshotRow, location: str
+    session: DriverSession, sql: Statements, snapshot: SnapshotRow, location: str
 ) -> Iterator[TaskRecord | Quarantined]:
     actual = SnapshotRow(snapshot.seq, snapshot.at)
     for number in range(snapshot.chunks):
@@ -169,7 +171,7 @@ def _read_chunks(
 
 
 def read_chunk(
-    session: Session, sql: Statements, snapshot: SnapshotRow, number: int, location: str
+    session: DriverSession, sql: Statements, snapshot: SnapshotRow, number: int, location: str
 ) -> bytes:
     """Return one chunk of a published snapshot; raise :class:`~taskstore.CorruptStoreError` if the
     chunk is missing or damaged."""
@@ -208,12 +210,14 @@ def save(transactions: Transactions, snapshot: Snapshot) -> None:
             return
 
 
-def _is_saved(database: Database, seq: int, tx: Session) -> bool:
+def _is_saved(database: Database, seq: int, tx: DriverSession) -> bool:
     head = read_head(tx, database.sql)
     return (head.head_seq, head.floor) == (seq, seq + 1)
 
 
-def _replace_content(tx: Session, database: Database, snapshot: Snapshot, head: Head) -> None:
+def _replace_content(
+    tx: DriverSession, database: Database, snapshot: Snapshot, head: HeadRow
+) -> None:
     for table in (tasks, task_journal, task_snapshot_chunks, task_snapshots, task_set_aside):
         tx.execute_core(sa.delete(table))
     row = SnapshotRow(snapshot.seq, snapshot.at)
@@ -235,7 +239,9 @@ def _replace_content(tx: Session, database: Database, snapshot: Snapshot, head: 
     )
 
 
-def _insert_content(session: Session, database: Database, snapshot: Snapshot) -> Iterator[bytes]:
+def _insert_content(
+    session: DriverSession, database: Database, snapshot: Snapshot
+) -> Iterator[bytes]:
     """Insert the records and the quarantined payloads of a snapshot, and yield the snapshot
     lines."""
     for ids in row_groups(sorted(snapshot.records)):
@@ -257,7 +263,7 @@ def _insert_content(session: Session, database: Database, snapshot: Snapshot) ->
         yield quarantined_line(item)
 
 
-def insert(session: Session, database: Database, table: sa.Table, rows: list[Any]) -> None:
+def insert(session: DriverSession, database: Database, table: sa.Table, rows: list[Any]) -> None:
     """Insert rows without preconditions; the values are in order of the table's columns."""
     for group in database.row_groups(rows):
         session.execute(database.sql.insert[table](len(group)), flat_parameters(group))

@@ -74,7 +74,7 @@ _ESCAPED = re.compile(rb"\\([0-7]{3})")
 tab, a newline, a backslash or ``#``."""
 
 
-def other_name(path: str) -> str | None:
+def alias_reason(path: str) -> str | None:
     """Return the reason why a file can also have another path; ``None`` if no reason is known.
 
     SQLite keeps the log of a file beside the path by which the file was opened.  Writers

@@ -32,11 +32,11 @@ from taskstore.stores.common.change_feed import IDLE_TIMEOUT_S, ChangeFeed
 from taskstore.stores.common.retry import RECONNECT_S
 from taskstore.stores.sql import compaction, snapshots
 from taskstore.stores.sql.commits import commit
-from taskstore.stores.sql.dialects import Database, host_database, open_database
+from taskstore.stores.sql.dialects import Database, database_for_engine, open_database
 from taskstore.stores.sql.dialects.base import VacuumReport
 from taskstore.stores.sql.migrate import ensure_schema
 from taskstore.stores.sql.query import QueryStore
-from taskstore.stores.sql.rows import Head, damaged_head, entry_of
+from taskstore.stores.sql.rows import HeadRow, damaged_head_error, entry_of
 from taskstore.stores.sql.transactions import ConnectionPool, Transactions
 from taskstore.stores.sql.verify import verify
 from taskstore.stores.sql.watchers import start_watcher
@@ -76,7 +76,7 @@ class SQLStore(QueryStore):
             raise ValidationError("links", f"must be 'refuse' or 'allow', not {links!r}")
         database = engine
         if not isinstance(database, Database):
-            database = host_database(
+            database = database_for_engine(
                 database, durability=durability, read_only=read_only, schema=schema
             )
             database.links_allowed = links == "allow"
@@ -99,11 +99,11 @@ class SQLStore(QueryStore):
         try:
             database.register_open()
             ensure_schema(database, migrate)
-            self._transactions.read(database.prepare)
+            self._transactions.read(database.configure)
         except BaseException:
             self._transactions.close()
             raise
-        self._release_when_dropped(pool.discard)
+        self._release_when_dropped(pool.terminate)
 
     # -- the store interface ----------------------------------------------
 
@@ -165,7 +165,7 @@ class SQLStore(QueryStore):
     def floor(self) -> int:
         return self._head().floor
 
-    def _head(self) -> Head:
+    def _head(self) -> HeadRow:
         self._check_open()
         sql = self._database.sql
         head = self._transactions.read(partial(snapshots.read_head, sql=sql))
@@ -188,7 +188,7 @@ class SQLStore(QueryStore):
             raise CorruptStoreError(self.location, "the head row is missing")
         floor, head = rows[0][:2]
         if not type(floor) is type(head) is int:
-            raise damaged_head()
+            raise damaged_head_error()
         if after < floor - 1:
             raise CursorExpiredError(after, floor)
         entries = tuple(entry_of(row[2:], self.location) for row in rows if row[2] is not None)

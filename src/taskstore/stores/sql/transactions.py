@@ -38,9 +38,9 @@ from taskstore.stores.common.retry import (
     UnconfirmedCommitError,
 )
 from taskstore.stores.sql.dialects import Database
-from taskstore.stores.sql.dialects.base import Session
+from taskstore.stores.sql.dialects.base import DriverSession
 from taskstore.stores.sql.errors import UNREACHABLE, ErrorKind
-from taskstore.stores.sql.rows import Head
+from taskstore.stores.sql.rows import HeadRow
 
 _T = TypeVar("_T")
 
@@ -54,13 +54,13 @@ class ConnectionPool:
 
     def __init__(self, database: Database) -> None:
         self.database = database
-        self.write_session: Session | None = None
+        self.write_session: DriverSession | None = None
         """The connection that the pool keeps for writes; ``None`` before the first write."""
         self._lock = threading.Lock()
         self._in_use = 0
         self._closed = False
 
-    def acquire(self) -> Session:
+    def acquire(self) -> DriverSession:
         """Return a connection; the caller must release the connection with :meth:`release`."""
         database = self.database
         with self._lock:
@@ -72,15 +72,15 @@ class ConnectionPool:
             connection = database.engine.connect()
             if not database.owned:
                 connection = connection.execution_options(isolation_level="AUTOCOMMIT")
-            session = Session(connection, database)
+            session = DriverSession(connection, database)
             if not database.owned:
-                database.configure_host(session)
+                database.configure_borrowed_connection(session)
         except BaseException:
             self._return_connection(connection)
             raise
         return session
 
-    def release(self, session: Session, *, broken: bool = False) -> None:
+    def release(self, session: DriverSession, *, broken: bool = False) -> None:
         """Return a connection to the engine; invalidate a ``broken`` connection.
 
         If the connection is the write connection and is not broken, the pool keeps it.  Before the
@@ -100,7 +100,7 @@ class ConnectionPool:
                 session.connection.invalidate()
         self._return_connection(session.connection)
 
-    def acquire_writer(self) -> Session:
+    def acquire_writer(self) -> DriverSession:
         """Return the connection for writes; the caller must release the connection with
         :meth:`release`.
 
@@ -134,7 +134,7 @@ class ConnectionPool:
             self.release(session)
         self._return_connection(None)
 
-    def discard(self) -> None:
+    def terminate(self) -> None:
         """Close the pool without running a statement on the write connection: the server possibly
         does not answer."""
         if self.write_session is not None:
@@ -184,14 +184,14 @@ class Transactions:
         self._writing = False
         # The open transaction of exclusive() until a write uses it, and the thread that called
         # exclusive().
-        self._exclusive_tx: Session | None = None
+        self._exclusive_tx: DriverSession | None = None
         self._tx_thread = 0
         self._refusal_reason: str | None = None
 
     # -- writes -----------------------------------------------------------
 
     @contextmanager
-    def write(self) -> Iterator[Session]:
+    def write(self) -> Iterator[DriverSession]:
         """Open a write transaction for a ``with`` block.
 
         The transaction is committed at the end of the block, or rolled back if the block raises an
@@ -225,7 +225,7 @@ class Transactions:
             if session is not pool.write_session:
                 pool.release(session)
 
-    def run(self, work: Callable[[Session], _T]) -> _T:
+    def run(self, work: Callable[[DriverSession], _T]) -> _T:
         """Run ``work`` in one write transaction, and return its result.
 
         ``work`` can run several times, so it must be idempotent.
@@ -235,7 +235,7 @@ class Transactions:
                 return work(tx)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def read_back_commit(self, is_committed: Callable[[Session], bool]) -> bool:
+    def read_back_commit(self, is_committed: Callable[[DriverSession], bool]) -> bool:
         """Return whether a COMMIT has taken effect; the answer to this COMMIT was lost.
 
         ``is_committed`` reads in a transaction that has locked the head row.  The lock of the
@@ -244,7 +244,7 @@ class Transactions:
         back.
         """
 
-        def work(tx: Session) -> bool:
+        def work(tx: DriverSession) -> bool:
             tx.rows(self.database.sql.lock_head)
             # After a restart, a primary can show commits that its standby does not have.
             # The COMMIT of this transaction waits until the standby has all earlier commits.
@@ -329,7 +329,7 @@ class Transactions:
 
     # -- reads ------------------------------------------------------------
 
-    def read(self, work: Callable[[Session], _T], *, in_transaction: bool = False) -> _T:
+    def read(self, work: Callable[[DriverSession], _T], *, in_transaction: bool = False) -> _T:
         """Call ``work`` with a connection, and return the result.  If ``in_transaction`` is true,
         ``work`` runs in one read transaction.
 
@@ -356,7 +356,7 @@ class Transactions:
         raise AssertionError("the last attempt raises an error")
 
     @contextmanager
-    def reading(self, *, in_transaction: bool = False) -> Iterator[Session]:
+    def reading(self, *, in_transaction: bool = False) -> Iterator[DriverSession]:
         """Acquire a connection for reads.  If ``in_transaction`` is true, the body of the ``with``
         statement is one read transaction."""
         session = self.pool.acquire()
@@ -380,7 +380,7 @@ class Transactions:
     def _read_head(self) -> int | None:
         """Return the head seq, read without retries; ``None`` if the read fails."""
         with suppress(Exception), self.reading() as session:
-            return Head(*session.row(self.database.sql.head)).head_seq
+            return HeadRow(*session.row(self.database.sql.head)).head_seq
         return None
 
     def _read_lock_owners(self) -> Sequence[str] | None:
@@ -390,7 +390,7 @@ class Transactions:
 
     # -- rollback ---------------------------------------------------------
 
-    def _roll_back(self, session: Session, error: BaseException | None = None) -> None:
+    def _roll_back(self, session: DriverSession, error: BaseException | None = None) -> None:
         """Roll back and release a connection.  Errors of the rollback are suppressed, because
         the caller raises ``error``.
 
@@ -405,7 +405,7 @@ class Transactions:
         if isinstance(error, database.translator.errors):
             kind = database.translator.error_kind(error)
         if kind is ErrorKind.POOLED:
-            database.set_pooled()
+            database.use_pooler()
         broken = kind in UNREACHABLE or kind is ErrorKind.POOLED
         try:
             if broken:

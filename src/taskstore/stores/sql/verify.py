@@ -23,14 +23,14 @@ from taskstore.stores.sql.compaction import TRIMMED_ENTRY, TRIMMED_REVISION
 from taskstore.stores.sql.dialects import Database
 from taskstore.stores.sql.dialects.base import (
     Declarations,
-    Session,
+    DriverSession,
     column_declaration,
     index_declaration,
 )
 from taskstore.stores.sql.errors import ErrorKind
 from taskstore.stores.sql.rows import (
     QUARANTINED_CHECKSUM,
-    Head,
+    HeadRow,
     TaskRow,
     entry_of,
     record_of,
@@ -134,7 +134,7 @@ class _DatabaseCheck:
     ``problems`` contains the problems that the engine's own check has found.
     """
 
-    def __init__(self, session: Session, database: Database, problems: list[str]) -> None:
+    def __init__(self, session: DriverSession, database: Database, problems: list[str]) -> None:
         self._session = session
         self._database = database
         self._sql = database.sql
@@ -218,7 +218,7 @@ class _DatabaseCheck:
             check.problems += _seal_problems(entry)
             yield entry
 
-    def _current(self, check: IntegrityCheck, head: Head) -> Snapshot:
+    def _current(self, check: IntegrityCheck, head: HeadRow) -> Snapshot:
         """Return the rows of ``tasks`` as a snapshot; compare each record with the columns of its
         row."""
         records: dict[str, TaskRecord] = {}

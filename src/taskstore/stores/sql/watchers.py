@@ -20,7 +20,7 @@ from taskstore.stores.common.change_feed import (
     WatcherBrokenError,
     polling_backoff,
 )
-from taskstore.stores.sql.rows import Head
+from taskstore.stores.sql.rows import HeadRow
 from taskstore.stores.sql.transactions import ConnectionPool
 
 SAFETY_POLL_S = 1.0
@@ -92,7 +92,7 @@ class ListeningWatcher:
         row = session.row(self._sql.head)
         if row is None:
             raise WatcherBrokenError
-        self._channel = self._sql.channel_of(Head(*row).ledger_id)
+        self._channel = self._sql.channel_of(HeadRow(*row).ledger_id)
         # psycopg can receive a notification together with the result of a statement, and drops this
         # notification if no handler is registered.
         session.raw.add_notify_handler(self._on_notify)
@@ -129,7 +129,7 @@ class ListeningWatcher:
         row = session.row(self._sql.head)
         if row is None:
             raise WatcherBrokenError
-        head = Head(*row).head_seq
+        head = HeadRow(*row).head_seq
         if self._last_head is not None and head != self._last_head:
             self._backoff.reset()
             # If the head changed without a notification, at least one writer does not send

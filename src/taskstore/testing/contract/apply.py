@@ -50,7 +50,7 @@ class ApplyContract(ContractBase):
             commit = ledger.reopened().apply([make_put() for _ in range(size)])
             assert (commit.first_seq, commit.last_seq) == (head + 1, head + size)
             head += size
-            for store in ledger.twice():
+            for store in ledger.before_and_after_reopen():
                 assert store.load_snapshot().seq == head
 
     def test_a_refused_batch_takes_no_seq(self, ledger: Ledger) -> None:
@@ -68,14 +68,14 @@ class ApplyContract(ContractBase):
         ledger.store.clock = lambda: before + 10**9
         commit = ledger.store.apply([make_put()])
         assert commit.at == before + 10**9
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert store.load_snapshot().at == commit.at
 
     def test_the_time_never_goes_back(self, ledger: Ledger) -> None:
         """[2] Commit times do not decrease when the clock steps back."""
         ledger.store.clock = lambda: EPOCH_MS
         assert ledger.store.apply([make_put()]).at == EPOCH_MS
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             store.clock = lambda: EPOCH_MS - 5000
             assert store.apply([make_put()]).at == EPOCH_MS
 
@@ -85,7 +85,7 @@ class ApplyContract(ContractBase):
         ledger.store.clock = lambda: EPOCH_MS
         ledger.store.apply([make_put()])
         ledger.store.save_snapshot(Snapshot(9, {}, EPOCH_MS - 5000))
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             store.clock = lambda: EPOCH_MS - 5000
             assert store.apply([make_put()]).at == EPOCH_MS
 
@@ -146,7 +146,7 @@ class ApplyContract(ContractBase):
         record = create(ledger.store, task_id="gone")
         delete(ledger.store, record)
         changes = (make_put(task_id="gone"), next_of(record), Remove("gone", 2), Remove("gone", 3))
-        for _ in ledger.twice():
+        for _ in ledger.before_and_after_reopen():
             for change in changes:
                 with ledger.unchanged():
                     conflicts = conflicts_of(ledger.store, change)
@@ -156,7 +156,7 @@ class ApplyContract(ContractBase):
     def test_what_came_and_went_in_one_batch_stays_deleted(self, ledger: Ledger) -> None:
         """[3] If a batch creates and deletes a task, a later creation of this task conflicts."""
         ledger.store.apply([make_put(task_id="gone"), Remove("gone", 2)])
-        for _ in ledger.twice():
+        for _ in ledger.before_and_after_reopen():
             with ledger.unchanged():
                 conflicts = conflicts_of(ledger.store, make_put(task_id="gone"))
                 assert conflicts == {Conflict("gone", 0, 0, deleted=True)}
@@ -178,7 +178,7 @@ class ApplyContract(ContractBase):
                 conflicts = conflicts_of(ledger.store, *valid[:index], conflicting, *valid[index:])
                 assert conflicts == {Conflict("absent", 2, 0)}
         ledger.store.apply(valid)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert len(records_of(store)) == 3
 
     def test_every_task_in_the_way_is_named(self, ledger: Ledger) -> None:
@@ -209,7 +209,7 @@ class ApplyContract(ContractBase):
         third = next_of(second.record, label="b", status=TaskStatus.RUNNING)
         commit = ledger.store.apply([second, Put(new), third, newer])
         assert commit.last_seq - commit.first_seq == 3
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert records_of(store) == {
                 first.task_id: third.record,
                 new.task_id: newer.record,
@@ -223,7 +223,7 @@ class ApplyContract(ContractBase):
             [changed, Put(new), removal_of(changed.record), removal_of(new)]
         )
         assert (commit.first_seq, commit.last_seq) == (2, 5)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert records_of(store) == {}
             assert store.load_snapshot().seq == 5
 
@@ -263,21 +263,21 @@ class ApplyContract(ContractBase):
         puts = [make_put(task_id=f"task-{n:04}", label="x" * (n % 50)) for n in range(1000)]
         commit = ledger.store.apply(puts)
         assert (commit.first_seq, commit.last_seq) == (1, 1000)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert records_of(store) == {put.task_id: put.record for put in puts}
         changes = [next_of(put.record, label="changed") for put in puts]
         with ledger.unchanged():
             assert conflicts_of(ledger.store, *changes, Remove("absent", 2))
         ledger.store.apply([*changes[:500], *(removal_of(put.record) for put in puts[500:])])
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert records_of(store) == {put.task_id: put.record for put in changes[:500]}
 
     # -- dedup keys -------------------------------------------------------
 
-    def test_a_run_is_booked_once(self, ledger: Ledger) -> None:
+    def test_a_dedup_key_creates_one_task(self, ledger: Ledger) -> None:
         """[3] If a creation repeats a dedup key, the ConflictError names the existing task."""
         existing = create(ledger.store, run_id="run-1", label="same")
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             with ledger.unchanged():
                 second = make_put(run_id="run-1", label="same")
                 conflicts = conflicts_of(ledger.store, second)
@@ -293,7 +293,7 @@ class ApplyContract(ContractBase):
         two = create(ledger.store, run_id="run-1", run_digest="b" * 32)
         three = create(ledger.store, run_id="run-2", run_digest="a" * 32)
         four, five = create(ledger.store), create(ledger.store)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert set(records_of(store)) == {r.task_id for r in (one, two, three, four, five)}
 
     def test_runs_that_differ_only_in_case_or_space(self, ledger: Ledger) -> None:
@@ -301,21 +301,21 @@ class ApplyContract(ContractBase):
         runs = ["run", "Run", "run ", " run", "rün", "ru\u0308n", "run\n"]
         for run_id in runs:
             create(ledger.store, run_id=run_id, run_digest="b" * 32)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert {record.run_id for record in records_of(store).values()} == set(runs)
             with pytest.raises(ConflictError):
                 create(store, run_id="Run", run_digest="b" * 32)
 
-    def test_an_update_keeps_the_booking(self, ledger: Ledger) -> None:
+    def test_an_update_keeps_the_dedup_key(self, ledger: Ledger) -> None:
         """[3] A task keeps its dedup key after an update and after the end of the task."""
         existing = create(ledger.store, run_id="run-1")
         existing = update(ledger.store, existing, status=TaskStatus.SUCCEEDED)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             with pytest.raises(ConflictError) as caught:
                 create(store, run_id="run-1")
             assert caught.value.conflicts[0].existing_task_id == existing.task_id
 
-    def test_deletion_frees_the_booking(self, ledger: Ledger) -> None:
+    def test_deletion_frees_the_dedup_key(self, ledger: Ledger) -> None:
         """[3] If a task is deleted, another task can use its dedup key, even in the same batch."""
         existing = create(ledger.store, run_id="run-1")
         delete(ledger.store, existing)
@@ -324,7 +324,7 @@ class ApplyContract(ContractBase):
         ledger.store.apply([removal_of(second), third])
         fourth = make_put(run_id="run-1")
         ledger.store.apply([fourth, removal_of(third.record)])
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert records_of(store) == {fourth.task_id: fourth.record}
             with pytest.raises(ConflictError):
                 create(store, run_id="run-1")

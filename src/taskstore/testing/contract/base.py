@@ -125,7 +125,7 @@ class Ledger:
         self.close()
         return self.store
 
-    def twice(self) -> Iterator[FullStore]:
+    def before_and_after_reopen(self) -> Iterator[FullStore]:
         """Yield the current store, then close the store and yield a newly opened store."""
         yield self.store
         yield self.reopened()
@@ -135,7 +135,7 @@ class Ledger:
         """Check that the ``with`` block changes no content of the store, even after a reopen."""
         before = state_of(self.store)
         yield
-        for store in self.twice():
+        for store in self.before_and_after_reopen():
             assert state_of(store) == before
 
     def close(self) -> None:
@@ -155,7 +155,7 @@ class ContractBase:
     is_taskstore_contract: ClassVar[bool] = True
     level: ClassVar[str] = "core"
     abilities: ClassVar[tuple[type, ...]] = ()
-    promise: ClassVar[str | None] = None
+    guarantee: ClassVar[str | None] = None
     """If ``store.unsupported_guarantees`` has this key, the clauses of the class are skipped."""
 
     @pytest.fixture
@@ -182,8 +182,7 @@ class ContractBase:
         missing = [ability.__name__ for ability in required if not isinstance(store, ability)]
         if missing:
             pytest.skip(f"the store has no {', '.join(missing)}")
-        promise: str | None = vars(contract).get("promise")
-        if promise is not None and promise in store.unsupported_guarantees:
-            pytest.skip(
-                f"the store does not guarantee {promise}: {store.unsupported_guarantees[promise]}"
-            )
+        guarantee: str | None = vars(contract).get("guarantee")
+        if guarantee is not None and guarantee in store.unsupported_guarantees:
+            reason = store.unsupported_guarantees[guarantee]
+            pytest.skip(f"the store does not guarantee {guarantee}: {reason}")

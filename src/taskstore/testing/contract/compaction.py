@@ -108,14 +108,14 @@ class CompactionContract(ContractBase):
     @pytest.mark.parametrize("policy", [FOLD, TRIM], ids=["fold", "trim"])
     def test_nothing_to_compact(self, ledger: Ledger, policy: CompactionPolicy) -> None:
         """[7] A forced compaction of an empty ledger does nothing."""
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert not store.compact(policy).compacted
             check_against_model(store, Model())
         assert ledger.store.apply([make_put()]).first_seq == 1
 
     def test_erasing_from_an_empty_ledger(self, ledger: Ledger) -> None:
         """[7] Compaction of an empty ledger with erase_deleted changes nothing."""
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             store.compact(ERASE)
             check_against_model(store, Model())
 
@@ -127,7 +127,7 @@ class CompactionContract(ContractBase):
         assert (report.seq, report.floor, report.trimmed) == (model.head, 1, 0)
         assert report.records == len(model.records)
         assert report.snapshots == (model.head,)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             check_against_model(store, model)
             (snapshot,) = read_retained(store, report)
             assert dict(snapshot.records) == dict(model.records)
@@ -140,7 +140,7 @@ class CompactionContract(ContractBase):
         assert (report.seq, report.floor) == (model.head, model.head + 1)
         assert (report.trimmed, report.snapshots) == (model.head, (model.head,))
         model.trim(model.head + 1)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             check_against_model(store, model)
             assert journal_of(store) == []
 
@@ -148,7 +148,7 @@ class CompactionContract(ContractBase):
         """[7] After a compaction, a second compaction is not due until the ledger changes."""
         model = play(ledger.store)
         ledger.store.compact(FOLD)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             report = store.compact(FOLD)
             assert not report.compacted
             assert (report.seq, report.floor) == (model.head, 1)
@@ -165,7 +165,7 @@ class CompactionContract(ContractBase):
             model.trim(report.floor)
             check_against_model(ledger.store, model)
             play(ledger.store, model)
-            for store in ledger.twice():
+            for store in ledger.before_and_after_reopen():
                 check_against_model(store, model)
 
     def test_seqs_are_not_given_again(self, ledger: Ledger) -> None:
@@ -174,7 +174,7 @@ class CompactionContract(ContractBase):
         delete(ledger.store, *model.records.values())
         head = ledger.store.head()
         ledger.store.compact(TRIM)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert (store.head(), store.floor()) == (head, head + 1)
             assert store.load_snapshot().seq == head
             assert dict(store.load_snapshot().records) == {}
@@ -196,7 +196,7 @@ class CompactionContract(ContractBase):
             here = Position(commit.last_seq, commit.commit_id)
             elsewhere = Position(commit.last_seq, "of another history")
             entries = 0
-            for store in ledger.twice():
+            for store in ledger.before_and_after_reopen():
                 assert store.commit_id(here.seq) == here.commit_id
                 assert store.commit_id(here.seq - 1) == store.commit_id(here.seq + 9) == ""
                 for _ in range(2):
@@ -214,7 +214,7 @@ class CompactionContract(ContractBase):
         ledger.store.clock = lambda: EPOCH_MS
         delete(ledger.store, create(ledger.store))
         ledger.store.compact(TRIM)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert store.load_snapshot().at == EPOCH_MS
             store.clock = lambda: EPOCH_MS - 5000
             assert store.apply([make_put()]).at == EPOCH_MS
@@ -225,7 +225,7 @@ class CompactionContract(ContractBase):
         record = create(ledger.store, task_id="gone", run_id="run-1")
         delete(ledger.store, record)
         ledger.store.compact(policy)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert dict(store.load_snapshot().records) == {}
         create(ledger.store, task_id="gone", run_id="run-1")
 
@@ -239,7 +239,7 @@ class CompactionContract(ContractBase):
         report = ledger.store.compact(ERASE)
         assert report.compacted
         assert (report.floor, report.snapshots) == (4, (3,))
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert journal_of(store) == []
             assert store.read_snapshot(2) is None
             kept = store.read_snapshot(3)
@@ -262,7 +262,7 @@ class CompactionContract(ContractBase):
         """[7] With ratio=2, compaction is due when there are two entries per live record."""
         policy = CompactionPolicy(min_entries=1, ratio=2)
         record = create(ledger.store)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert not store.compact(policy).compacted
         update(ledger.store, record)
         assert ledger.reopened().compact(policy).compacted
@@ -287,7 +287,7 @@ class CompactionContract(ContractBase):
             report = ledger.store.compact(policy)
             model.trim(report.floor)
             floors.append(report.floor)
-            for store in ledger.twice():
+            for store in ledger.before_and_after_reopen():
                 check_against_model(store, model)
                 assert len(read_retained(store, report)) == len(report.snapshots)
         assert floors == [1, 1, 3, 5, 7]
@@ -317,7 +317,7 @@ class CompactionContract(ContractBase):
             report = ledger.store.compact(policy)
             assert len(report.snapshots) >= min(count, 3)
             assert report.snapshots[-1] == model.head
-            for store in ledger.twice():
+            for store in ledger.before_and_after_reopen():
                 for snapshot in read_retained(store, report):
                     assert dict(snapshot.records) == model.states[snapshot.seq]
                 check_against_model(store, model)
@@ -331,7 +331,7 @@ class CompactionContract(ContractBase):
                 play(ledger.store, model)
                 model.trim(ledger.store.compact(policy).floor)
             model.trim(ledger.store.compact(last).floor)
-            for store in ledger.twice():
+            for store in ledger.before_and_after_reopen():
                 check_against_model(store, model)
 
     def test_the_newest_snapshot_before(self, ledger: Ledger) -> None:
@@ -343,7 +343,7 @@ class CompactionContract(ContractBase):
         second = ledger.store.compact(FOLD).seq
         assert (first, second) == (1, 3)
         expected = {0: None, 1: 1, 2: 1, 3: 3, 4: 3, 10**9: 3}
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             for seq, expected_seq in expected.items():
                 snapshot = store.read_snapshot(seq)
                 if expected_seq is None:
@@ -358,7 +358,7 @@ class CompactionContract(ContractBase):
         create(ledger.store)
         ledger.store.clock = lambda: EPOCH_MS + HOUR_MS
         ledger.store.compact(FOLD)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             snapshot = store.read_snapshot(1)
             assert snapshot is not None
             assert snapshot.at == EPOCH_MS
@@ -372,11 +372,11 @@ class CompactionContract(ContractBase):
         for policy in (FOLD, TRIM):
             report = ledger.store.compact(policy)
             model.trim(report.floor)
-            for store in ledger.twice():
+            for store in ledger.before_and_after_reopen():
                 check_against_model(store, model)
             play(ledger.store, model)
 
-    def test_what_was_set_aside_is_carried(self, ledger: Ledger) -> None:
+    def test_quarantined_records_are_carried(self, ledger: Ledger) -> None:
         """[12] A compaction never removes the bytes of a quarantined record."""
         raw = b'{"v":"9.0","task_id":"future"}'
         quarantined = Quarantined(raw, "elsewhere", "format 9", "future", 3)
@@ -385,7 +385,7 @@ class CompactionContract(ContractBase):
             create(ledger.store)
             report = ledger.store.compact(policy)
             assert report.compacted
-            for store in ledger.twice():
+            for store in ledger.before_and_after_reopen():
                 assert [item.raw for item in store.load_snapshot().quarantined] == [raw]
                 kept = store.read_snapshot(report.seq)
                 assert kept is not None
@@ -401,7 +401,7 @@ class CompactionContract(ContractBase):
         model.states = {model.head: dict(model.records)}
         ledger.store.compact(TRIM)
         model.trim(model.head + 1)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             check_against_model(store, model)
 
 
@@ -423,7 +423,7 @@ class RetentionContract(ContractBase):
 
     level = "compaction"
     abilities: ClassVar[tuple[type, ...]] = (SupportsJournal, SupportsCompaction)
-    promise: ClassVar[str | None] = "exact-history"
+    guarantee: ClassVar[str | None] = "exact-history"
 
     def test_the_history_that_was_asked_for(self, ledger: Ledger) -> None:
         """[7] The policy alone decides the floor, even if no snapshot existed at floor - 1."""
@@ -444,7 +444,7 @@ class RetentionContract(ContractBase):
             assert report.floor_reason
             assert report.floor_at == EPOCH_MS + (11 - days) * DAY_MS
             model.trim(report.floor)
-            for store in ledger.twice():
+            for store in ledger.before_and_after_reopen():
                 check_against_model(store, model)
                 assert len(read_retained(store, report)) == len(report.snapshots)
         for compacted in (True, False):
@@ -468,12 +468,12 @@ class RetentionContract(ContractBase):
                 floor for floor in floors if model.head + 1 - floor >= entries
             )
             model.trim(report.floor)
-            for store in ledger.twice():
+            for store in ledger.before_and_after_reopen():
                 check_against_model(store, model)
         play(ledger.store, model)
         check_against_model(ledger.reopened(), model)
 
-    def test_what_was_set_aside_before_the_floor(self, ledger: Ledger) -> None:
+    def test_quarantined_records_before_the_floor(self, ledger: Ledger) -> None:
         """[12] The snapshot at floor - 1 contains the bytes of the quarantined records."""
         raw = b'{"v":"9.0","task_id":"future"}'
         changed = Quarantined(b"damaged", "elsewhere", "damaged", "changed", 3)
@@ -485,7 +485,7 @@ class RetentionContract(ContractBase):
         policy = CompactionPolicy(force=True, history_s=0, history_entries=3)
         report = ledger.store.compact(policy)
         assert report.floor == 6
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert [item.raw for item in store.load_snapshot().quarantined] == [raw]
             kept = store.read_snapshot(5)
             assert kept is not None
@@ -505,7 +505,7 @@ class RetentionContract(ContractBase):
             assert report.compacted
             assert model.head + 1 - report.floor in (4, 5)
             model.trim(report.floor)
-            for store in ledger.twice():
+            for store in ledger.before_and_after_reopen():
                 check_against_model(store, model)
                 assert not store.compact(policy).compacted
         report = ledger.store.compact(CompactionPolicy(history_bytes=10))
@@ -531,5 +531,5 @@ class RetentionContract(ContractBase):
         create(store)
         report = store.compact(TRIM)
         assert report.floor == report.seq + 1
-        for reader in ledger.twice():
+        for reader in ledger.before_and_after_reopen():
             assert len(reader.load_snapshot().records) == 11_004

@@ -29,8 +29,8 @@ from taskstore.store.interface import (
     SupportsIdSearch,
     SupportsIntegrity,
     SupportsJournal,
-    SupportsPages,
     SupportsQuery,
+    SupportsStreaming,
     SupportsSummary,
     TaskRegistryStore,
 )
@@ -63,13 +63,13 @@ class CoreContract(ContractBase):
 
     def test_a_new_store_is_empty(self, ledger: Ledger) -> None:
         """[5] A new store has head 0 and no records."""
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert store.load_snapshot() == Snapshot(0)
 
     def test_every_call_opens_the_same_storage(self, ledger: Ledger) -> None:
         """[4] A record that one instance committed is visible to the next instance."""
         record = create(ledger.store)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert dict(store.load_snapshot().records) == {record.task_id: record}, (
                 "each call of the callable that make_store returns must open the same storage"
             )
@@ -77,7 +77,7 @@ class CoreContract(ContractBase):
     def test_records_are_what_was_written(self, ledger: Ledger) -> None:
         """[5] After each commit the store returns exactly the committed records."""
         model = play(ledger.store)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             loaded = store.load_snapshot()
             assert loaded.seq == model.head
             assert dict(loaded.records) == dict(model.records)
@@ -86,7 +86,7 @@ class CoreContract(ContractBase):
         """[5] A loaded record has the same encoded bytes as the written record, and its enum
         fields have enum members."""
         record = create(ledger.store, status="running", metadata={"b": 1, "a": [True, None, 2.5]})
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             (loaded,) = store.load_snapshot().records.values()
             assert encode_record(loaded) == encode_record(record)
             assert type(loaded.status) is TaskStatus
@@ -101,7 +101,7 @@ class CoreContract(ContractBase):
         changed = next_of(replace(record, revision=1), error="changed here")
         for change in (record, changed.record):
             ledger.store.apply([next_of(change, revision=change.revision)])
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             loaded = store.load_snapshot().records[record.task_id]
             assert loaded == changed.record
             assert b'"colour":["red",{"deep":1}]' in encode_record(loaded)
@@ -114,7 +114,7 @@ class CoreContract(ContractBase):
         """[5] A new store accepts a snapshot at any seq; the head becomes the snapshot's seq."""
         records = [make_record(), make_record(status=TaskStatus.FAILED, revision=7)]
         ledger.store.save_snapshot(snapshot_of(seq, *records))
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             loaded = store.load_snapshot()
             assert loaded.seq == seq
             assert dict(loaded.records) == {record.task_id: record for record in records}
@@ -127,7 +127,7 @@ class CoreContract(ContractBase):
         kept, changed = list(before.records.values())[:2]
         changed = replace(changed, revision=changed.revision + 5, label="saved")
         ledger.store.save_snapshot(snapshot_of(before.seq + 1, kept, changed))
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             loaded = store.load_snapshot()
             assert loaded.seq == before.seq + 1
             assert dict(loaded.records) == {kept.task_id: kept, changed.task_id: changed}
@@ -137,7 +137,7 @@ class CoreContract(ContractBase):
         """[2] Saving an empty snapshot removes all records and reuses no seq."""
         head = play(ledger.store).head
         ledger.store.save_snapshot(Snapshot(head + 1))
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert (store.load_snapshot().seq, dict(store.load_snapshot().records)) == (
                 head + 1,
                 {},
@@ -165,7 +165,7 @@ class CoreContract(ContractBase):
         commit = ledger.store.apply([next_of(record, label="on"), make_put()])
         assert (commit.first_seq, commit.last_seq) == (42, 43)
         assert commit.at >= later
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert store.load_snapshot().seq == 43
 
     def test_save_validates_every_record(self, ledger: Ledger) -> None:
@@ -181,18 +181,18 @@ class CoreContract(ContractBase):
         with ledger.unchanged(), pytest.raises(ValidationError):
             ledger.store.save_snapshot(Snapshot(1, {"other": make_record()}))
 
-    def test_save_refuses_a_run_booked_twice(self, ledger: Ledger) -> None:
+    def test_save_refuses_a_repeated_dedup_key(self, ledger: Ledger) -> None:
         """[11] Two records of a snapshot must not have the same dedup key."""
         twins = [make_record(run_id="run-1"), make_record(run_id="run-1")]
         with ledger.unchanged(), pytest.raises(ValidationError):
             ledger.store.save_snapshot(snapshot_of(1, *twins))
 
-    def test_save_replaces_the_bookings(self, ledger: Ledger) -> None:
+    def test_save_replaces_the_dedup_keys(self, ledger: Ledger) -> None:
         """[3] After a snapshot is saved, only the dedup keys of its records cause conflicts."""
         create(ledger.store, run_id="run-1")
         existing = make_record(run_id="run-2")
         ledger.store.save_snapshot(snapshot_of(10, existing))
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             with pytest.raises(ConflictError) as caught:
                 store.apply([make_put(run_id="run-2")])
             assert caught.value.conflicts[0].existing_task_id == existing.task_id
@@ -203,11 +203,11 @@ class CoreContract(ContractBase):
         record = create(ledger.store)
         delete(ledger.store, record)
         ledger.store.save_snapshot(Snapshot(10))
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert dict(store.load_snapshot().records) == {}
         create(ledger.store, task_id=record.task_id)
 
-    def test_what_was_set_aside_travels(self, ledger: Ledger) -> None:
+    def test_quarantined_records_travel(self, ledger: Ledger) -> None:
         """[12] The store keeps and reports the bytes of all quarantined records."""
         quarantined = (
             Quarantined(b'{"v":"9.0","task_id":"future"}', "elsewhere", "format 9", "future", 3),
@@ -217,7 +217,7 @@ class CoreContract(ContractBase):
         record = make_record()
         ledger.store.save_snapshot(Snapshot(1, {record.task_id: record}, EPOCH_MS, quarantined))
         create(ledger.store)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             loaded = store.load_snapshot()
             assert {item.raw for item in loaded.quarantined} == raw
             assert len(loaded.records) == 2
@@ -238,7 +238,7 @@ class CoreContract(ContractBase):
         view = dict(snapshot.records)
         ledger.store.save_snapshot(Snapshot(2, MappingProxyType(view), EPOCH_MS))
         view[other.task_id] = other
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert dict(store.load_snapshot().records) == {record.task_id: record}
             if isinstance(store, SupportsJournal):
                 kept = store.read_snapshot(2)
@@ -251,13 +251,13 @@ class CoreContract(ContractBase):
         expected = {changes[0].task_id: changes[0].record}
         ledger.store.apply(changes)
         changes.clear()
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert dict(store.load_snapshot().records) == expected
 
     def test_what_is_loaded_cannot_be_changed(self, ledger: Ledger) -> None:
         """[10] A loaded mapping cannot be changed, and each access to metadata returns a copy."""
         record = create(ledger.store, metadata={"list": [1]})
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             loaded = store.load_snapshot()
             with pytest.raises(TypeError):
                 loaded.records["x"] = record  # type: ignore[index]
@@ -269,7 +269,7 @@ class CoreContract(ContractBase):
     def test_what_was_loaded_stays_as_it_was(self, ledger: Ledger) -> None:
         """[10] A commit does not change a snapshot that was loaded before the commit."""
         record = create(ledger.store)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             loaded = store.load_snapshot()
             before = (loaded.seq, dict(loaded.records))
             record = update(store, record, label="later")
@@ -334,7 +334,7 @@ class CoreContract(ContractBase):
     def test_read_only_reads_and_refuses_to_write(self, ledger: Ledger) -> None:
         """[13] A read-only store performs every read; every write raises ReadOnlyError."""
         model = play(ledger.store)
-        for writer in ledger.twice():
+        for writer in ledger.before_and_after_reopen():
             with ledger.unchanged():
                 store = ledger.open(read_only=True)
                 assert store.read_only
@@ -358,7 +358,7 @@ class CoreContract(ContractBase):
         """[12] report() lists the quarantined records and never fails, even before a load."""
         assert ledger.store.report().quarantined == ()
         play(ledger.store)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert store.report().quarantined == ()
             store.load_snapshot()
             assert store.report().quarantined == ()
@@ -377,7 +377,7 @@ class CoreContract(ContractBase):
         model = Model()
         for _ in range(4):
             play(ledger.reopened(), model)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             loaded = store.load_snapshot()
             assert (loaded.seq, dict(loaded.records)) == (model.head, dict(model.records))
 
@@ -410,9 +410,9 @@ def reads_of(store: TaskRegistryStore) -> list[Any]:
     if isinstance(store, SupportsQuery):
         querying: SupportsQuery = store
         calls.append(lambda: querying.query(TaskQuery(limit=1)))
-    if isinstance(store, SupportsPages):
-        paging: SupportsPages = store
-        calls.append(lambda: [*paging.pages(TaskQuery(), 1)])
+    if isinstance(store, SupportsStreaming):
+        streaming: SupportsStreaming = store
+        calls.append(lambda: [*streaming.stream(TaskQuery(), 1)])
     if isinstance(store, SupportsSummary):
         calls.append(store.summary)
     if isinstance(store, SupportsIdSearch):

@@ -53,7 +53,7 @@ class CrashContract(ContractBase):
     """SIGKILL loses no acknowledged commit and leaves no commit half-applied."""
 
     level: ClassVar[str] = "crash-safe"
-    promise: ClassVar[str | None] = "crash-safe"
+    guarantee: ClassVar[str | None] = "crash-safe"
 
     @pytest.fixture(autouse=True)
     def _require_fork(self) -> None:
@@ -184,7 +184,7 @@ def check_after_kill(
     """Check that the ledger has every acknowledged operation and at most one more operation."""
     states = [before, *(operation.records for operation in operations)]
     acknowledged = int(reported[-1]) + 1 if reported else 0
-    for store in ledger.twice():
+    for store in ledger.before_and_after_reopen():
         records = dict(store.load_snapshot().records)
         assert records in states[acknowledged : acknowledged + 2], (
             f"{acknowledged} operations were acknowledged, "

@@ -42,7 +42,7 @@ class ExclusiveContract(ContractBase):
             assert not committed.wait(BLOCKED_S), "another writer committed in between"
             assert one.read_journal(0, 10)[-1].record == record
             assert one.apply([next_of(record)]).first_seq == 2
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             check_journal(store)
             assert store.head() == 3
 
@@ -80,6 +80,6 @@ class ExclusiveContract(ContractBase):
                     record, last_seq = change.record, commit.last_seq
 
         run_together(*(lambda store=store: increment(store) for store in stores))
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert store.load_snapshot().records[shared.task_id].revision == 1 + THREADS * COMMITS
             check_journal(store)

@@ -53,7 +53,7 @@ class IntegrityContract(ContractBase):
 
     def test_an_empty_ledger_is_whole(self, ledger: Ledger) -> None:
         """[5] verify finds no problem in an empty ledger."""
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             report = store.verify()
             assert (report.ok, report.problems) == (True, ())
             assert (report.seq, report.records, report.entries) == (0, 0, 0)
@@ -61,7 +61,7 @@ class IntegrityContract(ContractBase):
     def test_a_good_ledger_is_whole(self, ledger: Ledger) -> None:
         """[5] verify finds no problem in an undamaged ledger and counts the records and entries."""
         model = play(ledger.store)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             report = store.verify()
             assert report.problems == ()
             assert (report.seq, report.records) == (model.head, len(model.records))
@@ -82,7 +82,7 @@ class IntegrityContract(ContractBase):
         for policy in (FOLD, TRIM, FOLD, ERASE):
             play(ledger.store, model)
             model.trim(ledger.store.compact(policy).floor)
-            for store in ledger.twice():
+            for store in ledger.before_and_after_reopen():
                 report = store.verify()
                 assert report.problems == ()
                 assert (report.seq, report.entries) == (model.head, len(model.entries))
@@ -94,5 +94,5 @@ class IntegrityContract(ContractBase):
         ledger.store.save_snapshot(Snapshot(1000, {record.task_id: record}, EPOCH_MS))
         assert ledger.store.verify().problems == ()
         delete(ledger.store, record)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert store.verify().problems == ()

@@ -68,7 +68,7 @@ class JournalContract(ContractBase):
 
     def test_a_new_journal(self, ledger: Ledger) -> None:
         """[2] A new ledger has head 0, floor 1 and no entries."""
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert (store.head(), store.floor()) == (0, 1)
             assert list(store.read_journal(0, 10)) == []
             assert store.read_snapshot(0) in (None, Snapshot(0))
@@ -76,14 +76,14 @@ class JournalContract(ContractBase):
     def test_entries_are_what_was_committed(self, ledger: Ledger) -> None:
         """[2] Each entry has the seq, kind, revision and exact record of its change."""
         model = play(ledger.store)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert (store.head(), store.floor()) == (model.head, 1)
             assert [entry_fields(entry) for entry in journal_of(store)] == model.entries
 
     def test_entries_carry_their_commit(self, ledger: Ledger) -> None:
         """[2] Entries have the time and id of their commit, and commit ids are unique."""
         commits = [ledger.store.apply([make_put() for _ in range(size)]) for size in (1, 3, 2)]
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             entries = {entry.seq: entry for entry in journal_of(store)}
             for commit in commits:
                 for seq in range(commit.first_seq, commit.last_seq + 1):
@@ -103,7 +103,7 @@ class JournalContract(ContractBase):
         last = ledger.store.apply([make_put()])
         if not last.commit_id:
             pytest.skip("the store keeps no commit ids")
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             head = store.head()
             for base in (
                 Position(last.last_seq, first.commit_id),
@@ -129,7 +129,7 @@ class JournalContract(ContractBase):
         """[3] A batch conflicts if its base position is below floor - 1.  At floor - 1, the
         batch does not conflict."""
         seq = 0
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             store.apply([make_put(), make_put()])
             seq += 5
             store.save_snapshot(Snapshot(seq, store.load_snapshot().records))
@@ -140,11 +140,11 @@ class JournalContract(ContractBase):
 
     def test_times_never_go_back(self, ledger: Ledger) -> None:
         """[2] The times of journal entries do not decrease, even if the clock steps back."""
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             for step in (10, -7, 3, -(10**9), 0):
                 store.clock = lambda step=step: EPOCH_MS + step  # type: ignore[misc]
                 store.apply([make_put()])
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             times = [entry.at for entry in journal_of(store)]
             assert times == sorted(times)
             assert len(times) == 10
@@ -158,7 +158,7 @@ class JournalContract(ContractBase):
 
         ledger.store.clock = lambda: EPOCH_MS
         create(ledger.store)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             store.load_snapshot()
             for hours, told in ((0.0, False), (1.0, False), (1.01, True), (90_000.0, True)):
                 assert tells(store, int(hours * 3_600_000)) is told
@@ -173,7 +173,7 @@ class JournalContract(ContractBase):
     def test_paging_reads_everything_once(self, ledger: Ledger, limit: int) -> None:
         """[2] A reader of successive journal pages gets each entry once, in order."""
         model = play(ledger.store)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             after, entries = 0, []
             while page := store.read_journal(after, limit):
                 assert len(page) <= limit
@@ -185,7 +185,7 @@ class JournalContract(ContractBase):
     def test_reading_from_every_point(self, ledger: Ledger) -> None:
         """[2] read_journal returns the entries after any seq, even after a seq inside a batch."""
         model = play(ledger.store)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             for after in range(model.head + 1):
                 seqs = [entry.seq for entry in store.read_journal(after, 5)]
                 assert seqs == list(range(after + 1, min(after + 5, model.head) + 1))
@@ -193,14 +193,14 @@ class JournalContract(ContractBase):
     def test_reading_beyond_the_head(self, ledger: Ledger) -> None:
         """[2] If the given seq is not below the head, read_journal returns no entries."""
         head = play(ledger.store).head
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             for after in (head, head + 1, head + 1000, 2**53 - 1):
                 assert list(store.read_journal(after, 10)) == []
 
     def test_fold_gives_the_records_at_every_seq(self, ledger: Ledger) -> None:
         """[5] Snapshots and journal give the records as of every seq from floor - 1 to the head."""
         model = play(ledger.store)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             for seq, records in model.states.items():
                 assert dict(as_of(store, seq).records) == records, f"as of seq {seq}"
                 assert as_of(store, seq).seq == seq
@@ -211,7 +211,7 @@ class JournalContract(ContractBase):
         head = play(ledger.store).head
         record = make_record()
         ledger.store.save_snapshot(Snapshot(head + 10, {record.task_id: record}, EPOCH_MS))
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert (store.head(), store.floor()) == (head + 10, head + 11)
             assert journal_of(store) == []
             for after in (0, head, head + 9):
@@ -225,7 +225,7 @@ class JournalContract(ContractBase):
         record = make_record()
         ledger.store.save_snapshot(Snapshot(100, {record.task_id: record}, EPOCH_MS))
         model = play(ledger.store, Model(ledger.store.load_snapshot()))
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             kept = store.read_snapshot(100)
             assert kept is not None
             assert (kept.seq, dict(kept.records)) == (100, {record.task_id: record})
@@ -237,7 +237,7 @@ class JournalContract(ContractBase):
         """[2] read_journal raises CursorExpiredError if and only if the seq is below floor - 1."""
         ledger.store.save_snapshot(Snapshot(5))
         model = play(ledger.store, Model(Snapshot(5)))
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert len(store.read_journal(5, 1000)) == len(model.entries)
             for after in (4, 1, 0, -1):
                 with pytest.raises(CursorExpiredError):
@@ -248,14 +248,14 @@ class JournalContract(ContractBase):
         model = play(ledger.store)
         with ledger.unchanged(), pytest.raises(ConflictError):
             ledger.store.apply([make_put(), Remove("absent", 2)])
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert [entry_fields(entry) for entry in journal_of(store)] == model.entries
 
     def test_a_task_that_came_and_went(self, ledger: Ledger) -> None:
         """[2] If one batch creates and deletes a task, the journal contains both entries."""
         record = make_record()
         ledger.store.apply([Put(record), removal_of(record)])
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert [(e.seq, e.kind, e.record) for e in journal_of(store)] == [
                 (1, EntryKind.UPSERTED, record),
                 (2, EntryKind.DELETED, None),
@@ -264,7 +264,7 @@ class JournalContract(ContractBase):
     def test_entries_read_before_stay_as_they_were(self, ledger: Ledger) -> None:
         """[10] A commit does not change a journal page that was read before the commit."""
         play(ledger.store)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             page = store.read_journal(0, 1000)
             before = list(page)
             create(store)
@@ -280,7 +280,7 @@ class JournalContract(ContractBase):
         record = update(ledger.store, record, label="a")
         ledger.store.apply([next_of(record, label="b"), make_put(task_id="task ")])
         ledger.store.apply([Remove("task", 4)])
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             history = store.read_history("task")
             assert [entry.revision for entry in history] == [1, 2, 3, 4]
             assert list(history) == [e for e in journal_of(store) if e.task_id == "task"]
@@ -292,7 +292,7 @@ class JournalContract(ContractBase):
     def test_wait_for_what_is_there(self, ledger: Ledger) -> None:
         """[2] If the head is already above the given seq, wait_for returns True at once."""
         head = play(ledger.store).head
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             start = time.monotonic()
             assert store.wait_for(head - 1, TIMEOUT_S) is True
             assert store.wait_for(0, 0) is True
@@ -301,7 +301,7 @@ class JournalContract(ContractBase):
     def test_wait_for_what_does_not_come(self, ledger: Ledger) -> None:
         """[2] If no commit happens, wait_for returns False at the timeout and not earlier."""
         head = play(ledger.store).head
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert store.wait_for(head, 0) is False
             start = time.monotonic()
             assert store.wait_for(head, 0.2) is False
@@ -357,7 +357,7 @@ class JournalContract(ContractBase):
     def test_closing_ends_the_wait(self, ledger: Ledger) -> None:
         """[2] If a store is closed during wait_for, wait_for raises StoreClosedError at once."""
         create(ledger.store)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             start = time.monotonic()
             errors: list[StoreClosedError] = []
 
@@ -375,7 +375,7 @@ class JournalContract(ContractBase):
     def test_a_commit_ends_the_wait(self, ledger: Ledger) -> None:
         """[2] A commit by one thread wakes another thread that waits in wait_for."""
         record = create(ledger.store)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             check_commit_wakes(store, partial(update, store, record))
             record = store.load_snapshot().records[record.task_id]
         delete(ledger.store, record)

@@ -30,7 +30,7 @@ class ProcessesContract(ContractBase):
 
     level: ClassVar[str] = "shared"
     abilities: ClassVar[tuple[type, ...]] = (SupportsJournal,)
-    promise: ClassVar[str | None] = "processes"
+    guarantee: ClassVar[str | None] = "processes"
 
     @pytest.fixture(autouse=True)
     def _require_fork(self) -> None:
@@ -48,7 +48,7 @@ class ProcessesContract(ContractBase):
                     report(record.task_id)
 
         reported = _run_in_all(ledger, work)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert len(reported) == PROCESSES * COMMITS
             assert set(store.load_snapshot().records) == set(reported)
             check_journal(store)
@@ -64,7 +64,7 @@ class ProcessesContract(ContractBase):
             report("done")
 
         assert _run_in_all(ledger, work) == ["done"] * PROCESSES
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             records = store.load_snapshot().records
             for record in shared:
                 assert records[record.task_id].revision == 1 + PROCESSES * COMMITS
@@ -87,7 +87,7 @@ class ProcessesContract(ContractBase):
 
         reported = set(_run_in_all(ledger, work))
         assert len(reported) == RUNS
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert len(store.load_snapshot().records) == RUNS
             check_journal(store)
 

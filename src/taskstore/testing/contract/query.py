@@ -21,8 +21,8 @@ from taskstore.model.records import (
 from taskstore.store.interface import (
     SupportsIdSearch,
     SupportsJournal,
-    SupportsPages,
     SupportsQuery,
+    SupportsStreaming,
     SupportsSummary,
     TaskRegistryStore,
 )
@@ -117,7 +117,7 @@ class QueryContract(ContractBase):
 
     def test_an_empty_store(self, ledger: Ledger) -> None:
         """[5] A query on an empty store returns an empty page with seq 0."""
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             check = QueryChecker(store)
             page = check()
             assert (len(page), page.next_cursor, page.seq) == (0, None, 0)
@@ -126,7 +126,7 @@ class QueryContract(ContractBase):
     def test_everything_newest_first(self, ledger: Ledger) -> None:
         """[5] A query without filters returns all records, descending by (created_at, task_id)."""
         create_varied(ledger.store)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             check = QueryChecker(store)
             page = check()
             assert len(page) == 28
@@ -137,7 +137,7 @@ class QueryContract(ContractBase):
         """[11] With equal created_at, records are sorted by task_id in code point order."""
         ids = ["a", "B", "b", "A", "a ", "a-", "_a", "á", "é", "z", "Z", "10", "9", "🎉", "\uffff"]
         ledger.store.apply([make_put(task_id=task_id) for task_id in ids])
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             check = QueryChecker(store)
             assert [record.task_id for record in check()] == sorted(ids, reverse=True)
             found = [record.task_id for page in pages_of(store, limit=2) for record in page]
@@ -154,7 +154,7 @@ class QueryContract(ContractBase):
             values = list(_TEXT_VALUES)
         number = field in ("revision", "created_at", *OPTIONAL_TIMES)
         absent: Any = 77 if number else "no record has this"
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             check = QueryChecker(store)
             for value in values:
                 check(**{field: value})
@@ -170,7 +170,7 @@ class QueryContract(ContractBase):
     def test_filters_together(self, ledger: Ledger) -> None:
         """[5] A record must match all filters of a query."""
         create_varied(ledger.store)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             check = QueryChecker(store)
             for status in TaskStatus:
                 check(status=status, owner_key="o1")
@@ -183,7 +183,7 @@ class QueryContract(ContractBase):
     def test_since(self, ledger: Ledger) -> None:
         """[5] The filter "since" selects the records that were created at or after a time."""
         create_varied(ledger.store)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             check = QueryChecker(store)
             for since in (0, EPOCH_MS, EPOCH_MS + 1, EPOCH_MS + 5, EPOCH_MS + 6, 2**53 - 1):
                 check(since=since)
@@ -193,7 +193,7 @@ class QueryContract(ContractBase):
     def test_pages(self, ledger: Ledger, limit: int) -> None:
         """[5] Successive query pages contain each record once, even if created_at values repeat."""
         create_varied(ledger.store)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             for filters in ({}, {"status": list(TaskStatus)[:4]}, {"since": EPOCH_MS + 1}):
                 records = list(QueryChecker(store).expected(**filters))
                 found = list(pages_of(store, **filters, limit=limit))
@@ -204,7 +204,7 @@ class QueryContract(ContractBase):
     def test_every_cursor(self, ledger: Ledger) -> None:
         """[5] A query after any record's cursor returns all later records, up to the limit."""
         create_varied(ledger.store)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             check = QueryChecker(store)
             for page in pages_of(store, limit=1):
                 if page.next_cursor is not None:
@@ -217,7 +217,7 @@ class QueryContract(ContractBase):
         page = ledger.store.query(TaskQuery(limit=10))
         rest = list(ledger.store.query(TaskQuery(after=page.next_cursor)))
         delete(ledger.store, page[-1], rest[0])
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             check = QueryChecker(store)
             assert list(check(after=page.next_cursor)) == rest[1:]
 
@@ -227,14 +227,14 @@ class QueryContract(ContractBase):
         page = ledger.store.query(TaskQuery(limit=10))
         rest = list(ledger.store.query(TaskQuery(after=page.next_cursor)))
         create(ledger.store, created_at=EPOCH_MS + 10**6)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             check = QueryChecker(store)
             assert list(check(after=page.next_cursor)) == rest
 
     def test_the_seq_of_the_answer(self, ledger: Ledger) -> None:
         """[5] A query page has the records as of the seq of the page."""
         model = play(ledger.store)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert store.query(TaskQuery()).seq == model.head
             assert store.query(TaskQuery(limit=1, label="nobody")).seq == model.head
 
@@ -242,7 +242,7 @@ class QueryContract(ContractBase):
         """[5] After an update, a query finds the record by the new values only."""
         record = create(ledger.store, status="queued", label="old", error=None)
         update(ledger.store, record, status=TaskStatus.FAILED, label=None, error="e" * 60_000)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             check = QueryChecker(store)
             assert len(check(status="queued")) == 0
             assert len(check(label="old")) == 0
@@ -254,7 +254,7 @@ class QueryContract(ContractBase):
         """[11] Filters compare texts in full, even if only the last character differs."""
         long = "x" * 500_000
         one, two = create(ledger.store, task=long + "1"), create(ledger.store, task=long + "2")
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             check = QueryChecker(store)
             for record in (one, two):
                 assert [found.task_id for found in check(task=record.task)] == [record.task_id]
@@ -264,16 +264,16 @@ class QueryContract(ContractBase):
         """[5] A filter accepts more values than the parameter limit of an SQL statement."""
         create_varied(ledger.store)
         absent_ids = [f"nobody-{n}" for n in range(70_000)]
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             check = QueryChecker(store)
             check(task_id=[*absent_ids, "task-07", "task-08", "task-09"], limit=2)
 
 
-class PagesContract(ContractBase):
-    """The guarantees of ``SupportsPages``."""
+class StreamingContract(ContractBase):
+    """The guarantees of ``SupportsStreaming``."""
 
     level = "query"
-    abilities: ClassVar[tuple[type, ...]] = (SupportsPages,)
+    abilities: ClassVar[tuple[type, ...]] = (SupportsStreaming,)
 
     @pytest.mark.parametrize("size", [1, 3, 14, 28, 1000])
     def test_parts_of_a_page(self, ledger: Ledger, size: int) -> None:
@@ -282,11 +282,11 @@ class PagesContract(ContractBase):
         queries: list[dict[str, Any]] = [{}, {"limit": 1}, {"limit": 28}, {"limit": 9}]
         queries += [{"status": list(TaskStatus)[:4], "limit": 5}, {"since": EPOCH_MS + 1}]
         queries += [{"label": "no record has this"}, {"task": "a", "limit": 2}]
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             checker = QueryChecker(store)
             for filters in queries:
                 expected = checker.expected(**filters)
-                parts = list(store.pages(TaskQuery(**filters), size))
+                parts = list(store.stream(TaskQuery(**filters), size))
                 assert [record for part in parts for record in part] == list(expected)
                 assert len(parts) == max(1, -(-len(expected) // size))
                 assert all(len(part) == size for part in parts[:-1])
@@ -296,20 +296,20 @@ class PagesContract(ContractBase):
     def test_every_part_has_its_cursor(self, ledger: Ledger) -> None:
         """[5] A query after the cursor of any part returns the records of the later parts."""
         create_varied(ledger.store)
-        for store in ledger.twice():
-            parts = list(store.pages(TaskQuery(), 5))
+        for store in ledger.before_and_after_reopen():
+            parts = list(store.stream(TaskQuery(), 5))
             for number, part in enumerate(parts[:-1], 1):
-                rest = next(store.pages(TaskQuery(after=part.next_cursor), 1000))
+                rest = next(store.stream(TaskQuery(after=part.next_cursor), 1000))
                 assert list(rest) == [record for later in parts[number:] for record in later]
 
     def test_all_parts_are_of_one_moment(self, ledger: Ledger) -> None:
         """[5] All parts show the records as of one seq, even if a commit happens meanwhile."""
         create_varied(ledger.store)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             expected = QueryChecker(store).expected()
             writer = ledger.open()
             found: list[TaskRecord] = []
-            for number, part in enumerate(store.pages(TaskQuery(), 5)):
+            for number, part in enumerate(store.stream(TaskQuery(), 5)):
                 assert part.seq == expected.seq
                 found += part
                 if number == 1:
@@ -322,8 +322,8 @@ class PagesContract(ContractBase):
     def test_parts_that_are_not_read(self, ledger: Ledger) -> None:
         """[2] If a reader closes the iterator before the last part, no writer has to wait."""
         create_varied(ledger.store)
-        for store in ledger.twice():
-            parts = store.pages(TaskQuery(), 3)
+        for store in ledger.before_and_after_reopen():
+            parts = store.stream(TaskQuery(), 3)
             next(parts)
             parts.close()  # type: ignore[attr-defined]  # every iterator here is a generator
             create(store)
@@ -338,19 +338,19 @@ class SummaryContract(ContractBase):
 
     def test_the_summary_counts_the_records(self, ledger: Ledger) -> None:
         """[5] The summary has the same counts and the same seq as the loaded records."""
-        assert ledger.store.summary() == Summary.count((), 0)
+        assert ledger.store.summary() == Summary.from_records((), 0)
         create_varied(ledger.store)
         record = create(ledger.store, status="queued", runtime="a-runtime")
         for status in (TaskStatus.RUNNING, TaskStatus.FAILED):
-            for store in ledger.twice():
+            for store in ledger.before_and_after_reopen():
                 loaded = store.load_snapshot()
-                assert store.summary() == Summary.count(loaded.records.values(), loaded.seq)
+                assert store.summary() == Summary.from_records(loaded.records.values(), loaded.seq)
             record = update(ledger.store, record, status=status)
         delete(ledger.store, record)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             loaded = store.load_snapshot()
             counted = store.summary()
-            assert counted == Summary.count(loaded.records.values(), loaded.seq)
+            assert counted == Summary.from_records(loaded.records.values(), loaded.seq)
             assert "a-runtime" not in counted.by_runtime
 
     def test_the_summary_of_a_saved_snapshot(self, ledger: Ledger) -> None:
@@ -359,8 +359,8 @@ class SummaryContract(ContractBase):
         raw = b'{"v":"9.0","task_id":"from the future","revision":3}'
         item = Quarantined(raw, "elsewhere", "from a newer version", "from the future", 3)
         ledger.store.save_snapshot(Snapshot(7, records, EPOCH_MS, (item,)))
-        for store in ledger.twice():
-            assert store.summary() == Summary.count(records.values(), 7)
+        for store in ledger.before_and_after_reopen():
+            assert store.summary() == Summary.from_records(records.values(), 7)
 
 
 _IDS = (
@@ -392,7 +392,7 @@ class IdSearchContract(ContractBase):
         cases = [(task_id[-size:],) for task_id in _IDS for size in (1, 2, 4, 5, 12, 40)]
         cases += [("%bcd",), ("_bcd",), ("\\bcd",), ("%",), ("nobody",), ("",), ("y" * 300,)]
         cases += [("\0",), ("\ud800",), ("trailing",), ("abcd", "🎉 end"), (), ("", "xbcd")]
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             for endings in cases:
                 expected = [i for i in sorted(_IDS) if any(e and i.endswith(e) for e in endings)]
                 assert list(store.find_ids(endings, 100)) == expected, endings
@@ -403,7 +403,7 @@ class IdSearchContract(ContractBase):
     def test_deleted_ids(self, ledger: Ledger) -> None:
         """[3] A search finds the ids of stored tasks; with deleted=True, those of deleted tasks."""
         kept, gone = create(ledger.store, task_id="kept-1234"), None
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             gone = create(
                 store,
                 task_id=f"gone-{len(store.load_snapshot().records)}{store.load_snapshot().seq}-1234",
@@ -412,7 +412,7 @@ class IdSearchContract(ContractBase):
             delete(store, update(store, gone))
             assert list(store.find_ids(["1234"], 9)) == [kept.task_id]
         if isinstance(ledger.store, SupportsJournal):
-            for store in ledger.twice():
+            for store in ledger.before_and_after_reopen():
                 deleted = store.find_ids(["1234"], 9, deleted=True)
                 assert len(deleted) == 2
                 assert gone is not None

@@ -86,7 +86,7 @@ class SharedContract(ContractBase):
                 assert (loaded.seq, dict(loaded.records)) == (model.head, dict(model.records))
                 assert store.head() == model.head
                 assert len(journal_of(store)) == len(model.entries)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             check_against_model(store, model)
 
     def test_revisions_are_compared_across_instances(self, ledger: Ledger) -> None:
@@ -99,7 +99,7 @@ class SharedContract(ContractBase):
         assert caught.value.conflicts == (Conflict(record.task_id, 1, 2),)
         for turn in range(4):
             newer = update((ledger.store, ledger.open())[turn % 2], newer, label=f"{turn}")
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert store.load_snapshot().records[record.task_id] == newer
             check_journal(store)
 
@@ -114,10 +114,10 @@ class SharedContract(ContractBase):
             assert caught.value.conflicts == (
                 Conflict("gone", change.revision - 1, 0, deleted=True),
             )
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             check_journal(store)
 
-    def test_bookings_hold_across_instances(self, ledger: Ledger) -> None:
+    def test_dedup_keys_hold_across_instances(self, ledger: Ledger) -> None:
         """[3] If two instances use one dedup key, the ConflictError names the existing task."""
         one, two = ledger.store, ledger.open()
         existing = create(one, run_id="run-1")
@@ -129,7 +129,7 @@ class SharedContract(ContractBase):
         create(one, run_id="run-1")
         with pytest.raises(ConflictError):
             create(two, run_id="run-1")
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             check_journal(store)
 
     def test_times_do_not_go_back_across_instances(self, ledger: Ledger) -> None:
@@ -138,7 +138,7 @@ class SharedContract(ContractBase):
         one.clock, two.clock = lambda: EPOCH_MS, lambda: EPOCH_MS - 60_000
         assert one.apply([make_put()]).at == EPOCH_MS
         assert two.apply([make_put()]).at == EPOCH_MS
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert [entry.at for entry in journal_of(store)] == [EPOCH_MS, EPOCH_MS]
 
     def test_a_saved_snapshot_reaches_the_other(self, ledger: Ledger) -> None:
@@ -154,7 +154,7 @@ class SharedContract(ContractBase):
             one.save_snapshot(Snapshot(model.head + 5))
         assert one.apply([next_of(record)]).first_seq == model.head + 6
         assert two.head() == model.head + 6
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert [entry.seq for entry in journal_of(store)] == [model.head + 6]
 
     @needs(SupportsCompaction)
@@ -169,7 +169,7 @@ class SharedContract(ContractBase):
         check_against_model(one, model)
         model.trim(two.compact(TRIM).floor)
         check_against_model(one, model)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             check_against_model(store, model)
 
     def test_closing_one_leaves_the_other(self, ledger: Ledger) -> None:
@@ -180,7 +180,7 @@ class SharedContract(ContractBase):
         record = update(one, record)
         three.close()
         record = update(one, record)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert store.load_snapshot().records[record.task_id] == record
 
     def test_a_reader_follows_the_writer(self, ledger: Ledger) -> None:
@@ -192,7 +192,7 @@ class SharedContract(ContractBase):
             assert reader.head() == seq
             assert dict(reader.load_snapshot().records) == {record.task_id: record}
             assert [entry.seq for entry in reader.read_journal(seq - 1, 10)] == [seq]
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert store.head() == seq
 
     def test_waiting_for_the_other(self, ledger: Ledger) -> None:
@@ -201,7 +201,7 @@ class SharedContract(ContractBase):
         for other in (ledger.open(), ledger.open(read_only=True)):
             check_commit_wakes(other, partial(update, ledger.store, record))
             record = ledger.store.load_snapshot().records[record.task_id]
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert store.load_snapshot().records[record.task_id].revision == 3
 
     def test_no_commit_is_missed(self, ledger: Ledger) -> None:
@@ -223,7 +223,7 @@ class SharedContract(ContractBase):
                 gate.release()
                 assert waiting.wait_for(seq - 1, TIMEOUT_S) is True, f"wait_for missed seq {seq}"
         assert time.monotonic() - start < TIMEOUT_S / 2
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert store.head() == 1 + TURNS
 
     # -- threads ----------------------------------------------------------
@@ -233,7 +233,7 @@ class SharedContract(ContractBase):
         create(ledger.store, task_id="counter")
         stores = [ledger.open() for _ in range(THREADS)]
         run_together(*(partial(increment, store, "counter", COMMITS) for store in stores))
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert store.load_snapshot().records["counter"].revision == 1 + THREADS * COMMITS
             check_journal(store)
 
@@ -249,7 +249,7 @@ class SharedContract(ContractBase):
         run_together(*(partial(write, ledger.open()) for _ in range(THREADS)))
         seqs = [seq for c in commits for seq in range(c.first_seq, c.last_seq + 1)]
         assert sorted(seqs) == list(range(1, len(seqs) + 1))
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             check_journal(store)
             assert store.head() == len(seqs)
             entries = {entry.seq: entry for entry in journal_of(store)}
@@ -257,7 +257,7 @@ class SharedContract(ContractBase):
                 assert entries[commit.last_seq].commit_id == commit.commit_id
                 assert entries[commit.first_seq].at == commit.at
 
-    def test_one_of_many_gets_the_booking(self, ledger: Ledger) -> None:
+    def test_one_of_many_gets_the_dedup_key(self, ledger: Ledger) -> None:
         """[3] If several threads create the same run, only one task is created, and each
         ConflictError names this task."""
         for attempt in range(3):
@@ -285,7 +285,7 @@ class SharedContract(ContractBase):
             )
             assert len(created) == 1
             assert reported == created * (THREADS - 1)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             check_journal(store)
 
     def test_readers_see_no_gap(self, ledger: Ledger) -> None:
@@ -296,7 +296,7 @@ class SharedContract(ContractBase):
         """[5] A loaded snapshot has the records as of its seq, even while other threads write."""
         loaded: list[Snapshot] = []
         self._read_while_writing(ledger, lambda store: loaded.append(store.load_snapshot()))
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             records_at = _records_at(store)
             for snapshot in loaded:
                 assert dict(snapshot.records) == records_at(snapshot.seq), f"at seq {snapshot.seq}"
@@ -311,7 +311,7 @@ class SharedContract(ContractBase):
             pages.append((page.seq, {record.task_id: record for record in page}))
 
         self._read_while_writing(ledger, read)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             records_at = _records_at(store)
             for seq, records in pages:
                 assert records == records_at(seq), f"at seq {seq}"
@@ -321,10 +321,10 @@ class SharedContract(ContractBase):
         """[5] A summary counts the records as of its seq, even while other threads write."""
         counted: list[Summary] = []
         self._read_while_writing(ledger, lambda store: counted.append(store.summary()))
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             records_at = _records_at(store)
             for summary in counted:
-                expected = Summary.count(records_at(summary.seq).values(), summary.seq)
+                expected = Summary.from_records(records_at(summary.seq).values(), summary.seq)
                 assert summary == expected, f"at seq {summary.seq}"
 
     @needs(SupportsCompaction, SupportsIntegrity)
@@ -352,7 +352,7 @@ class SharedContract(ContractBase):
                 done.set()
 
         run_together(write, compact, read)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert store.head() == 1 + 2 * 2 * COMMITS
             assert store.load_snapshot().records["counter"].revision == 1 + 2 * COMMITS
             assert store.verify().problems == ()

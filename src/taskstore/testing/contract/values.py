@@ -78,7 +78,7 @@ class ValuesContract(ContractBase):
         expected[record.task_id] = changed
         if isinstance(ledger.store, SupportsCompaction):
             ledger.store.compact(FOLD)
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             self._check(store, expected)
             self._check_query(store, row, changed, twin)
         ledger.store.save_snapshot(Snapshot(1000, expected))
@@ -133,7 +133,7 @@ class ValuesContract(ContractBase):
                 records.setdefault(record.task_id, record)
             runs.add(record.run_id)
         ledger.store.apply([Put(record) for record in records.values()])
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert dict(store.load_snapshot().records) == records
 
     def test_every_field_at_once(self, ledger: Ledger) -> None:
@@ -157,5 +157,5 @@ class ValuesContract(ContractBase):
         record = record_of(full)
         play(ledger.store)
         ledger.store.apply([Put(record)])
-        for store in ledger.twice():
+        for store in ledger.before_and_after_reopen():
             assert identical(store.load_snapshot().records[record.task_id], record)

@@ -73,7 +73,7 @@ class Fault(NamedTuple):
     """
 
     name: str
-    side: str
+    timing: str
     inject: Inject
     applies_to: Callable[[Step], bool] = always
     fails_sync: Callable[[Step], bool] = never
@@ -96,7 +96,7 @@ class InjectionPoint:
         self.steps: list[Step] = []
         self.faulted: Step | None = None
         self.activation = 0
-        """How often :meth:`active` was called; a file created since the latest call is new."""
+        """How often :meth:`arm` was called; a file created since the latest call is new."""
         self.is_active = False
         self._lock = threading.Lock()
         self._bypass = threading.local()
@@ -105,7 +105,7 @@ class InjectionPoint:
         self._hold_s = 0.0
 
     @contextmanager
-    def active(
+    def arm(
         self, number: int = 0, fault: Fault | None = None, *, hold_s: float = 0.0
     ) -> Iterator[None]:
         """Record steps while the ``with`` body runs; inject ``fault`` at step ``number`` (from 1).
@@ -122,7 +122,7 @@ class InjectionPoint:
             self.is_active = False
 
     @contextmanager
-    def bypassed(self) -> Iterator[None]:
+    def bypass(self) -> Iterator[None]:
         """While the ``with`` body runs, calls of this thread are not recorded and get no fault.
 
         Other threads are not affected.
@@ -152,5 +152,5 @@ class InjectionPoint:
             time.sleep(self._hold_s)
         if fault is None:
             return call(*arguments)
-        with self.bypassed():  # calls within a step are not recorded as steps
+        with self.bypass():  # calls within a step are not recorded as steps
             return fault.inject(step, call, arguments)

@@ -45,7 +45,7 @@ class Cell(NamedTuple):
     number: int
     step: str
     fault: str
-    side: str
+    timing: str
     outcome: str
     problems: tuple[str, ...] = ()
 
@@ -196,7 +196,7 @@ class _ScenarioRunner:
             problem = f"the preparation after {self._last_fault} raised {error!r}"
             return Cell(scenario.name, number, "", *_title(fault), "", (problem,))
         hold_s = HOLD_S if len(operations) > 1 else 0.0
-        with self._injection.active(number, fault, hold_s=hold_s):
+        with self._injection.arm(number, fault, hold_s=hold_s):
             outcomes = _call_all(operations)
         faulted, later, refuses = self._injection.faulted, self._injection.steps[number:], False
         is_open = harness.registry is not None
@@ -235,7 +235,7 @@ EMPTY = State(Snapshot(0), {})
 
 
 def _title(fault: Fault | None) -> tuple[str, str]:
-    return (fault.name, fault.side) if fault is not None else ("", "")
+    return (fault.name, fault.timing) if fault is not None else ("", "")
 
 
 def _call_all(operations: Sequence[Operation]) -> list[Outcome]:

@@ -33,7 +33,7 @@ def render(cells: Sequence[Cell]) -> str:
         for cell in group:
             if cell.number:
                 row = rows.setdefault((cell.number, cell.step), {})
-                row.setdefault(cell.fault, {})[cell.side] = _short_outcome(cell)
+                row.setdefault(cell.fault, {})[cell.timing] = _short_outcome(cell)
         table = [(scenario, *columns)]
         for (number, step), row in sorted(rows.items()):
             outcomes = (_both_sides(row.get(column, {})) for column in columns)
@@ -50,7 +50,7 @@ def render(cells: Sequence[Cell]) -> str:
 def problems(cells: Sequence[Cell]) -> list[str]:
     """Return one line of text for each problem in the cells."""
     return [
-        f"WRONG: {cell.scenario}, {cell.fault} {cell.side} step {cell.number} ({cell.step}), "
+        f"WRONG: {cell.scenario}, {cell.fault} {cell.timing} step {cell.number} ({cell.step}), "
         f"the caller got {cell.outcome}: {problem}"
         for cell in cells
         for problem in cell.problems

@@ -1,8 +1,8 @@
--- Commit a batch: compare all steps, then write all changes or none.
+-- Commit a batch: compare all net changes, then write all changes or none.
 -- KEYS: see APPLY_KEYS in writing.py, then the void key.  ARGV: format, commit
--- id, now, ledger id, number of changes, number of steps, seq and commit id of
+-- id, now, ledger id, number of changes, number of net changes, seq and commit id of
 -- the base position (0: any); then task, kind, revision and image of each
--- change; then for each step the number of its task's last change, the
+-- change; then for each net change the number of its task's last change, the
 -- revision that must be stored, and the facts ('' for a removal).
 --
 -- Redis does not roll back a script that fails midway.  So the script reads
@@ -19,14 +19,14 @@ local function change(n)
   return unpack(ARGV, 9 + (n - 1) * 4, 12 + (n - 1) * 4)
 end
 
-local function step(n)
+local function net_change(n)
   local at = 8 + CHANGES * 4 + (n - 1) * 3
   local last = tonumber(ARGV[at + 1])
   local id, _, _, image = change(last)
   local facts = ARGV[at + 3]
   return {
     id = id,
-    base = ARGV[at + 2],
+    expected_revision = ARGV[at + 2],
     image = image,
     facts = facts,
     parts = facts ~= '' and split('0\0' .. facts) or nil,
@@ -67,16 +67,16 @@ if cut[1] and redis.call('GET', LEASE) ~= cut[1] then
   cut = {false}
 end
 
-local steps, removed, previous = {}, {}, {}
+local net_changes, removed, previous = {}, {}, {}
 for n = 1, STEPS do
-  steps[n] = step(n)
-  if not steps[n].parts then
-    removed[steps[n].id] = true
+  net_changes[n] = net_change(n)
+  if not net_changes[n].parts then
+    removed[net_changes[n].id] = true
   end
 end
 
 local conflicts = {'conflict'}
-for n, want in ipairs(steps) do
+for n, want in ipairs(net_changes) do
   local id = want.id
   local stored = redis.call('HGET', FACTS, id)
   local quarantined = any_quarantined and redis.call('HGET', ASIDE_IDS, id)
@@ -101,7 +101,7 @@ for n, want in ipairs(steps) do
       owner = nil
     end
   end
-  if revision ~= want.base or deleted or (quarantined and want.base == '0') then
+  if revision ~= want.expected_revision or deleted or (quarantined and want.expected_revision == '0') then
     for _, fact in ipairs({n, revision, deleted and '1' or '0', ''}) do
       conflicts[#conflicts + 1] = fact
     end
@@ -160,9 +160,9 @@ local function remove_stored(want)
   end
 end
 
--- All old index members and dedup keys are removed first: another step may use
+-- All old index members and dedup keys are removed first: another net change may use
 -- a removed dedup key.
-for _, want in ipairs(steps) do
+for _, want in ipairs(net_changes) do
   if want.stored then
     remove_stored(want)
   end
@@ -173,7 +173,7 @@ for _, want in ipairs(steps) do
     redis.call('HDEL', ASIDE_IDS, want.id)
   end
 end
-for _, want in ipairs(steps) do
+for _, want in ipairs(net_changes) do
   local id, parts = want.id, want.parts
   if parts then
     redis.call('HSET', ROWS, id, want.image)

@@ -9,7 +9,7 @@ a migration, and declare the URL schemes as entry points.  If the database can s
 add a watcher to ``watchers.py``.
 """
 
-from taskstore.stores.sql.dialects.base import Database, Guard, host_database, open_database
+from taskstore.stores.sql.dialects.base import Database, Guard, database_for_engine, open_database
 from taskstore.stores.sql.dialects.mariadb import MariaDBDatabase
 from taskstore.stores.sql.dialects.postgresql import PostgreSQLDatabase
 from taskstore.stores.sql.dialects.sqlite import SQLiteDatabase
@@ -20,6 +20,6 @@ __all__ = [
     "MariaDBDatabase",
     "PostgreSQLDatabase",
     "SQLiteDatabase",
-    "host_database",
+    "database_for_engine",
     "open_database",
 ]

@@ -70,7 +70,7 @@ def flat_parameters(rows: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
     return rows[0] if len(rows) == 1 else tuple(chain.from_iterable(rows))
 
 
-class Session:
+class DriverSession:
     """One connection in the driver's autocommit mode, and its driver cursor.
 
     All statements, including Core statements, run on this cursor.  Statements do not run through
@@ -186,18 +186,18 @@ class Maintenance:
     """True if the index of a primary key is separate from the rows of its table, so that
     :meth:`index_digests` can compare the two."""
 
-    def free_pages(self, session: Session) -> int:
+    def freelist_count(self, session: DriverSession) -> int:
         """Return the number of unused pages that taskstore can remove from the database file."""
         del session
         return 0
 
-    def release_pages(self, session: Session) -> None:
+    def release_pages(self, session: DriverSession) -> None:
         """Remove some unused pages from the database file, in a small write transaction."""
 
-    def shorten_files(self, session: Session) -> None:
+    def shorten_files(self, session: DriverSession) -> None:
         """Give the space of the removed pages back to the file system."""
 
-    def engine_problems(self, session: Session) -> list[str]:
+    def engine_problems(self, session: DriverSession) -> list[str]:
         """Return the problems that the engine's own integrity check finds.
 
         The check takes no write lock.
@@ -205,7 +205,7 @@ class Maintenance:
         del session
         return []
 
-    def declarations(self, session: Session) -> Declarations | None:
+    def declarations(self, session: DriverSession) -> Declarations | None:
         """Return the declarations of all columns and indexes that the tables of the ledger have in
         the database.
 
@@ -214,7 +214,9 @@ class Maintenance:
         del session
         return None
 
-    def index_digests(self, session: Session, index: sa.Index) -> tuple[Digest, Digest] | None:
+    def index_digests(
+        self, session: DriverSession, index: sa.Index
+    ) -> tuple[Digest, Digest] | None:
         """Return two digests: the digest of the rows that a read of an index gives, and the digest
         of the rows of the table that the index must contain.
 
@@ -227,7 +229,7 @@ class Maintenance:
         del session, index
         return None
 
-    def scrub_deleted(self, session: Session) -> None:
+    def scrub_deleted(self, session: DriverSession) -> None:
         """Erase deleted bytes that are still in the files of the database."""
 
 
@@ -348,7 +350,7 @@ class Database:
         raise AssertionError(error)
 
     @staticmethod
-    def ending(column: ColumnElement[str], length: int) -> ColumnElement[str]:
+    def suffix(column: ColumnElement[str], length: int) -> ColumnElement[str]:
         """Return the expression for the last ``length`` characters of a text column."""
         return sa.func.right(column, length)
 
@@ -397,42 +399,44 @@ class Database:
         The store calls this method before it opens its first connection.
         """
 
-    def prepare(self, session: Session) -> None:
+    def configure(self, session: DriverSession) -> None:
         """Read and change the settings of the database.
 
         The store calls this method after the store has checked the schema.
         """
 
-    def configure_host(self, session: Session) -> None:
+    def configure_borrowed_connection(self, session: DriverSession) -> None:
         """Limit the timeouts of a host's connection that was just acquired."""
 
-    def configure_writer(self, session: Session) -> None:
+    def configure_writer(self, session: DriverSession) -> None:
         """Configure the write connection of an engine that taskstore owns."""
 
-    def begin_write(self, session: Session) -> None:
+    def begin_write(self, session: DriverSession) -> None:
         """Begin a write transaction."""
         raise AssertionError(session)
 
-    def lock_owners(self, session: Session) -> Sequence[str]:
+    def lock_owners(self, session: DriverSession) -> Sequence[str]:
         """Return the known owners of the write lock; the query must not wait for a lock."""
         del session
         return ()
 
-    def commit(self, session: Session) -> None:
+    def commit(self, session: DriverSession) -> None:
         """Commit the transaction; return when the commit has the requested durability."""
         session.cursor.execute("COMMIT")
 
-    def set_pooled(self) -> None:
+    def use_pooler(self) -> None:
         """Stop relying on server sessions, because a pooler was detected; see :attr:`pooled`."""
 
     def invalidate_connections(self) -> None:
         """Discard the pooled connections of an owned engine after a possible failover."""
 
-    def rollback(self, session: Session) -> None:
+    def rollback(self, session: DriverSession) -> None:
         """Roll back the transaction if one is open; raise an error if the connection is broken."""
         raise AssertionError(session)
 
-    def claim_seqs(self, session: Session, count: int, now: int, base: int) -> ClaimedSeqs | None:
+    def claim_seqs(
+        self, session: DriverSession, count: int, now: int, base: int
+    ) -> ClaimedSeqs | None:
         """Claim seqs under the lock of the head row, and read the id of the commit at seq ``base``.
 
         Returns ``None`` if the schema epoch is too new for a write by this version of taskstore.
@@ -440,7 +444,7 @@ class Database:
         rows = session.rows(self.sql.claim, (count, now, now, SCHEMA_EPOCH, base))
         return ClaimedSeqs(*rows[0][:4]) if rows else None
 
-    def insert(self, session: Session, rows: Sequence[tuple[Any, ...]], floor: int) -> int:
+    def insert(self, session: DriverSession, rows: Sequence[tuple[Any, ...]], floor: int) -> int:
         """Insert tasks (``rows`` is a group of :meth:`row_groups`); return the number of new rows.
 
         A task is inserted only if its id and its dedup key are free, and if the journal contains no
@@ -506,7 +510,7 @@ def _password(url: sa.URL) -> str | None:
     return str(password) if password else None
 
 
-def host_database(
+def database_for_engine(
     engine: sa.Engine,
     *,
     durability: str = "full",

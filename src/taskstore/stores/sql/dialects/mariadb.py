@@ -26,8 +26,8 @@ from taskstore.stores.sql.dialects.base import (
     Database,
     Declarations,
     Digest,
+    DriverSession,
     Maintenance,
-    Session,
     URLOption,
     boolean_option,
     check_driver_arguments,
@@ -256,7 +256,7 @@ class MariaDBStatements(Statements):
 class MariaDBMaintenance(Maintenance):
     """The maintenance of a MariaDB database."""
 
-    def engine_problems(self, session: Session) -> list[str]:
+    def engine_problems(self, session: DriverSession) -> list[str]:
         names = ", ".join(table.name for table in metadata.sorted_tables)
         # Without QUICK, the check would block writers.  QUICK counts the rows of each index.
         rows = session.rows(f"CHECK TABLE {names} QUICK")
@@ -266,7 +266,7 @@ class MariaDBMaintenance(Maintenance):
             if kind.lower() in ("error", "warning") or (kind == "status" and text != "OK")
         ]
 
-    def declarations(self, session: Session) -> Declarations:
+    def declarations(self, session: DriverSession) -> Declarations:
         found: Declarations = {}
         for table in metadata.sorted_tables:
             found |= (
@@ -279,7 +279,9 @@ class MariaDBMaintenance(Maintenance):
             )
         return found
 
-    def index_digests(self, session: Session, index: sa.Index) -> tuple[Digest, Digest] | None:
+    def index_digests(
+        self, session: DriverSession, index: sa.Index
+    ) -> tuple[Digest, Digest] | None:
         names = session.database.names
         if names[0] not in ONLY_ON.get(str(index.name), names):
             return None
@@ -422,7 +424,7 @@ class MariaDBDatabase(Database):
                 "client_flag=CLIENT.FOUND_ROWS, which is SQLAlchemy's default",
             )
 
-    def prepare(self, session: Session) -> None:
+    def configure(self, session: DriverSession) -> None:
         packet, flush, binary_log, sync = session.row(_SERVER_SETTINGS)
         self._max_packet = int(packet)
         if self.read_only:
@@ -452,7 +454,7 @@ class MariaDBDatabase(Database):
 
     # -- transactions --------------------------------------------------------
 
-    def begin_write(self, session: Session) -> None:
+    def begin_write(self, session: DriverSession) -> None:
         # At READ COMMITTED, a statement reads the data that was committed when this statement
         # began.  A read after the head row was locked therefore sees the newest commit.  At
         # REPEATABLE READ, the read would see the older state from before the wait for the lock.
@@ -462,21 +464,23 @@ class MariaDBDatabase(Database):
             session.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
         session.execute("START TRANSACTION")
 
-    def lock_owners(self, session: Session) -> Sequence[str]:
+    def lock_owners(self, session: DriverSession) -> Sequence[str]:
         return [
             f"connection {number}, {user} at {host}, {command}, in a transaction for {seconds} s"
             for number, user, host, command, seconds in session.rows(_LOCK_OWNERS)
         ]
 
-    def rollback(self, session: Session) -> None:
+    def rollback(self, session: DriverSession) -> None:
         session.execute("ROLLBACK")
 
-    def claim_seqs(self, session: Session, count: int, now: int, base: int) -> ClaimedSeqs | None:
+    def claim_seqs(
+        self, session: DriverSession, count: int, now: int, base: int
+    ) -> ClaimedSeqs | None:
         if not session.execute_dml(self.sql.claim, (count, now, now, SCHEMA_EPOCH)):
             return None
         return ClaimedSeqs(*session.row(self.sql.claimed, (base,)))
 
-    def insert(self, session: Session, rows: Sequence[tuple[Any, ...]], floor: int) -> int:
+    def insert(self, session: DriverSession, rows: Sequence[tuple[Any, ...]], floor: int) -> int:
         # An existing id or dedup key violates a unique index; the caller handles the error.
         ids = [row[0] for row in rows]
         [deleted] = session.row(self.sql.count_deleted(len(ids)), (*ids, floor))

@@ -18,8 +18,8 @@ from taskstore.stores.sql.dialects.base import (
     Database,
     Declarations,
     Digest,
+    DriverSession,
     Maintenance,
-    Session,
     URLOption,
     check_driver_arguments,
     column_declaration,
@@ -199,7 +199,7 @@ class PostgreSQLMaintenance(Maintenance):
 
     has_primary_key_index = True
 
-    def declarations(self, session: Session) -> Declarations:
+    def declarations(self, session: DriverSession) -> Declarations:
         found: Declarations = {}
         for table in metadata.sorted_tables:
             name = (_qualified(table.name, session.database.schema),)
@@ -213,7 +213,9 @@ class PostgreSQLMaintenance(Maintenance):
             )
         return found
 
-    def index_digests(self, session: Session, index: sa.Index) -> tuple[Digest, Digest] | None:
+    def index_digests(
+        self, session: DriverSession, index: sa.Index
+    ) -> tuple[Digest, Digest] | None:
         names = session.database.names
         if names[0] not in ONLY_ON.get(str(index.name), names):
             return None
@@ -302,7 +304,7 @@ class PostgreSQLDatabase(Database):
             schema=options.get("schema"),
         )
         if threshold is None:
-            database.set_pooled()
+            database.use_pooler()
         check_driver_arguments(database, url)
         database._configure_connections(prepares=threshold is not _AUTOMATIC)
         return database
@@ -310,14 +312,14 @@ class PostgreSQLDatabase(Database):
     def _configure_connections(self, *, prepares: bool) -> None:
         """Configure each new connection of an owned engine.
 
-        If a pooler is detected, ``prepares`` is passed to :meth:`set_pooled`.
+        If a pooler is detected, ``prepares`` is passed to :meth:`use_pooler`.
         """
 
         @event.listens_for(self.engine, "connect")
         def configure(raw: Any, record: Any) -> None:
             record.info["generation"] = self.generation
-            if self.is_pooled(raw):
-                self.set_pooled(prepares=prepares)
+            if self.is_behind_pooler(raw):
+                self.use_pooler(prepares=prepares)
             if not self.pooled:
                 raw.execute("; ".join(f"SET {setting}" for setting in _write_settings()))
             raw.commit()
@@ -327,7 +329,7 @@ class PostgreSQLDatabase(Database):
             if record.info["generation"] != self.generation:
                 raise sa.exc.DisconnectionError  # the pool makes a new connection
 
-    def is_pooled(self, raw: Any) -> bool:
+    def is_behind_pooler(self, raw: Any) -> bool:
         """Return whether a pooler is between this connection and the server.
 
         For cancel requests, a pooler gives each client a process id that is not the id of a server
@@ -336,7 +338,7 @@ class PostgreSQLDatabase(Database):
         [pid] = raw.execute("SELECT pg_backend_pid()").fetchone()
         return bool(pid != raw.info.backend_pid)
 
-    def set_pooled(self, *, prepares: bool = False) -> None:
+    def use_pooler(self, *, prepares: bool = False) -> None:
         """Stop relying on server sessions, because a pooler was detected; see :attr:`pooled`.
 
         If ``prepares`` is true, the driver still prepares statements: the pooler supports prepared
@@ -355,7 +357,7 @@ class PostgreSQLDatabase(Database):
         # With binary results, the server does not encode bytes in hexadecimal.
         return raw.cursor(binary=True, row_factory=tuple_row)
 
-    def prepare(self, session: Session) -> None:
+    def configure(self, session: DriverSession) -> None:
         [encoding] = session.row("SHOW server_encoding")
         if encoding != "UTF8":
             raise StoreUnavailableError(
@@ -370,8 +372,8 @@ class PostgreSQLDatabase(Database):
             wanted = "on"
         if wanted != synchronous:
             self._synchronous_commit = (f"synchronous_commit = {wanted}",)
-        if not self.owned and self.is_pooled(session.raw):
-            self.set_pooled()
+        if not self.owned and self.is_behind_pooler(session.raw):
+            self.use_pooler()
         self._set_begin_write()
         [fsync] = session.row("SHOW fsync")
         if fsync == "off" and not self.read_only:
@@ -390,11 +392,13 @@ class PostgreSQLDatabase(Database):
         begin = f"{_BEGIN_WRITE} READ ONLY" if self.read_only else _BEGIN_WRITE
         self._begin_write = "; SET LOCAL ".join((begin, *settings))
 
-    def begin_write(self, session: Session) -> None:
+    def begin_write(self, session: DriverSession) -> None:
         # The text can contain two statements, for one round trip; such a text cannot be prepared.
         session.raw.execute(self._begin_write, prepare=False)
 
-    def claim_seqs(self, session: Session, count: int, now: int, base: int) -> ClaimedSeqs | None:
+    def claim_seqs(
+        self, session: DriverSession, count: int, now: int, base: int
+    ) -> ClaimedSeqs | None:
         rows = session.rows(self.sql.claim, (count, now, now, SCHEMA_EPOCH, base))
         if rows and not self.pooled and rows[0][-1] != session.raw.info.backend_pid:
             # The transaction runs in another session than the connection began with.  There, the
@@ -405,7 +409,7 @@ class PostgreSQLDatabase(Database):
             )
         return ClaimedSeqs(*rows[0][:4]) if rows else None
 
-    def lock_owners(self, session: Session) -> Sequence[str]:
+    def lock_owners(self, session: DriverSession) -> Sequence[str]:
         return [
             f"server process {pid}, {name or 'unnamed'} at {host or 'this machine'}, "
             f"{state or 'in an unknown state'}"
@@ -444,7 +448,7 @@ class PostgreSQLDatabase(Database):
         key = sa.func.hashtextextended(sa.literal("taskstore.").concat(name), 0)
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(key)))
 
-    def commit(self, session: Session) -> None:
+    def commit(self, session: DriverSession) -> None:
         warnings: list[str] = []
 
         def collect_warning(notice: Any) -> None:
@@ -466,7 +470,7 @@ class PostgreSQLDatabase(Database):
     def invalidate_connections(self) -> None:
         self.generation += 1
 
-    def rollback(self, session: Session) -> None:
+    def rollback(self, session: DriverSession) -> None:
         raw = session.raw
         if raw.closed:
             raise StoreUnavailableError(f"{self.location}: the connection is closed")

@@ -26,13 +26,13 @@ from taskstore.errors import (
 from taskstore.store.disk import SYSTEM, permission_hint
 from taskstore.store.opening import redacted
 from taskstore.stores.common.integrity import MAX_PROBLEMS
-from taskstore.stores.common.locks import FairLock, describe_owners, lock_owners
+from taskstore.stores.common.locks import LockQueue, describe_owners, lock_owners
 from taskstore.stores.sql import sqlite_library
 from taskstore.stores.sql.dialects.base import (
     WRITE_LOCK_TIMEOUT_S,
     Database,
+    DriverSession,
     Maintenance,
-    Session,
     VacuumReport,
     log,
 )
@@ -41,9 +41,9 @@ from taskstore.stores.sql.sqlite_guard import (
     WAS_CUT,
     FileGuard,
     ImmutableGuard,
+    alias_reason,
     check_logs,
     lacks_pages,
-    other_name,
 )
 from taskstore.stores.sql.sqlite_library import (
     library_hint,
@@ -82,7 +82,7 @@ _BUSY_TIMEOUT_S = 5.0
 """How long SQLite waits for a lock before the store retries, in seconds."""
 
 _CONTENTION_S = 1.0
-"""How long writers use the fair lock after the most recent contention, in seconds."""
+"""How long writers use the lock queue after the most recent contention, in seconds."""
 
 
 class SQLiteMaintenance(Maintenance):
@@ -91,20 +91,20 @@ class SQLiteMaintenance(Maintenance):
     erase_timeout_s: ClassVar[float] = 10.0
     """How long :meth:`scrub_deleted` waits until readers release the log, in seconds."""
 
-    def free_pages(self, session: Session) -> int:
+    def freelist_count(self, session: DriverSession) -> int:
         [mode] = session.row("PRAGMA auto_vacuum")
         return session.row("PRAGMA freelist_count")[0] if mode == _INCREMENTAL else 0
 
-    def release_pages(self, session: Session) -> None:
-        for _ in range(min(_PAGES_PER_STEP, self.free_pages(session))):
+    def release_pages(self, session: DriverSession) -> None:
+        for _ in range(min(_PAGES_PER_STEP, self.freelist_count(session))):
             # With SQLite before 3.41, the driver stops after one page, whatever the argument.
             session.rows("PRAGMA incremental_vacuum(1)")
 
-    def shorten_files(self, session: Session) -> None:
+    def shorten_files(self, session: DriverSession) -> None:
         # SQLite shortens the file at a checkpoint.  A passive checkpoint waits for no lock.
         session.rows("PRAGMA wal_checkpoint(PASSIVE)")
 
-    def engine_problems(self, session: Session) -> list[str]:
+    def engine_problems(self, session: DriverSession) -> list[str]:
         # The check compares every index with its table, but by the declarations in the schema.
         problems = [*_schema_problems(session)]
         rows = session.rows(f"PRAGMA integrity_check({MAX_PROBLEMS})")
@@ -114,7 +114,7 @@ class SQLiteMaintenance(Maintenance):
             ]
         return problems
 
-    def scrub_deleted(self, session: Session) -> None:
+    def scrub_deleted(self, session: DriverSession) -> None:
         # secure_delete overwrites deleted bytes in the file, but the write-ahead log keeps earlier
         # page images until a checkpoint truncates it.
         [timeout_ms] = session.row("PRAGMA busy_timeout")
@@ -153,7 +153,7 @@ class SQLiteDatabase(Database):
                 immutable = ImmutableGuard(path) if needs_immutable(module, path) else None
         else:
             if not links_allowed:
-                refuse_other_name(str(path))
+                refuse_aliased_file(str(path))
             notice = create_privately(path)
         open_one = connection_factory(
             module,
@@ -207,10 +207,10 @@ class SQLiteDatabase(Database):
         self.guard = immutable or files
         # The system's directory for temporary files can be in memory and then too small.
         self.temp_dir = Path(self.location).parent
-        self._fair_lock: FairLock | None = None  # the fair lock is opened at the first contention
+        self._lock_queue: LockQueue | None = None  # opened at the first contention
         self._contended_until = 0.0
         self._registered = False
-        self._other_name_logged = False
+        self._alias_logged = False
         module: Any = engine.dialect.loaded_dbapi
         self._library = library_of(module)
         if module.sqlite_version_info < (3, 35):
@@ -221,7 +221,7 @@ class SQLiteDatabase(Database):
         self.add_notice(library_notice(module, owned=owned))
 
     @staticmethod
-    def ending(column: sa.ColumnElement[str], length: int) -> sa.ColumnElement[str]:
+    def suffix(column: sa.ColumnElement[str], length: int) -> sa.ColumnElement[str]:
         return sa.func.substr(column, -length)
 
     def _location(self) -> str:
@@ -248,7 +248,7 @@ class SQLiteDatabase(Database):
             connection.exec_driver_sql("PRAGMA auto_vacuum = INCREMENTAL")
         super().lock_schema(connection)
 
-    def prepare(self, session: Session) -> None:
+    def configure(self, session: DriverSession) -> None:
         [mode] = session.row("PRAGMA journal_mode")
         if self.owned and not self.read_only and mode != "wal":
             # A change of the file's journal mode needs exclusive access to the file.  The
@@ -270,31 +270,33 @@ class SQLiteDatabase(Database):
             return "open the ledger once for writing, which sets the mode wal"
         return "move the ledger to a local file system"
 
-    def configure_host(self, session: Session) -> None:
+    def configure_borrowed_connection(self, session: DriverSession) -> None:
         # The store retries, so a long busy timeout of the host would only delay the StoreBusyError.
         [timeout_ms] = session.row("PRAGMA busy_timeout")
         if timeout_ms > _BUSY_TIMEOUT_S * 1000:
             session.restore_later(f"PRAGMA busy_timeout = {timeout_ms}")
             session.row(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_S * 1000:.0f}")
 
-    def configure_writer(self, session: Session) -> None:
+    def configure_writer(self, session: DriverSession) -> None:
         # SQLite's busy handler sleeps up to 0.1 s between attempts, and other writers can take the
         # lock during such a sleep.
         session.rows("PRAGMA busy_timeout = 0")
 
-    def begin_write(self, session: Session) -> None:
+    def begin_write(self, session: DriverSession) -> None:
         host_timeout_ms = None if self.owned else self._set_up_host(session)
         if time.monotonic() < self._contended_until or not self._begin(session):
             self._contended_until = time.monotonic() + _CONTENTION_S
-            if self._fair_lock is None:
-                self._fair_lock = FairLock(Path(f"{self.location}-turn"), Path(self.location))
-            if not self._fair_lock.wait(partial(self._begin, session), WRITE_LOCK_TIMEOUT_S):
+            if self._lock_queue is None:
+                self._lock_queue = LockQueue(Path(f"{self.location}-turn"), Path(self.location))
+            if not self._lock_queue.poll_in_turn(
+                partial(self._begin, session), WRITE_LOCK_TIMEOUT_S
+            ):
                 session.execute("BEGIN IMMEDIATE")
         if host_timeout_ms is not None:
             # With another journal mode than wal, COMMIT waits until the readers have finished.
             session.row(f"PRAGMA busy_timeout = {host_timeout_ms}")
 
-    def _begin(self, session: Session) -> bool:
+    def _begin(self, session: DriverSession) -> bool:
         """Begin a write transaction if the write lock is free; return whether the lock was free."""
         try:
             session.cursor.execute("BEGIN IMMEDIATE")
@@ -304,7 +306,7 @@ class SQLiteDatabase(Database):
             return False
         return True
 
-    def _set_up_host(self, session: Session) -> int:
+    def _set_up_host(self, session: DriverSession) -> int:
         """Configure a host's connection for a write; return the host's busy timeout in
         milliseconds."""
         [synchronous] = session.row("PRAGMA synchronous")
@@ -320,13 +322,13 @@ class SQLiteDatabase(Database):
         self.configure_writer(session)
         return int(timeout_ms)
 
-    def lock_owners(self, session: Session) -> Sequence[str]:
+    def lock_owners(self, session: DriverSession) -> Sequence[str]:
         del session
         # A writer locks a byte of the -shm file; without a -shm, it locks the database file.
         owners = lock_owners(f"{self.location}-shm", byte=_WRITE_LOCK_BYTE)
         return owners or lock_owners(self.location)
 
-    def rollback(self, session: Session) -> None:
+    def rollback(self, session: DriverSession) -> None:
         if session.raw.in_transaction:
             session.execute("ROLLBACK")
 
@@ -340,7 +342,7 @@ class SQLiteDatabase(Database):
         (path, links_allowed), module = path_of(url), sqlite_module()
         check_logs(path, partial(file_problem, module, path))
         if not links_allowed:
-            refuse_other_name(str(path))
+            refuse_aliased_file(str(path))
         library, before = library_of(module), path.stat().st_size
         other_library = sqlite_library.register_open(str(path), library)
         connect = connection_factory(
@@ -359,7 +361,7 @@ class SQLiteDatabase(Database):
 
     def register_open(self) -> None:
         if not (self.owned or self.read_only or self.links_allowed):
-            refuse_other_name(self.location)
+            refuse_aliased_file(self.location)
         self.current_notices()  # logs what a report would say
         self._registered = True
         self.add_notice(sqlite_library.register_open(self.location, self._library))
@@ -368,12 +370,12 @@ class SQLiteDatabase(Database):
                 self._file_guard.start()
 
     def current_notices(self) -> tuple[str, ...]:
-        reason = None if self.links_allowed else other_name(self.location)
+        reason = None if self.links_allowed else alias_reason(self.location)
         if reason is None:
             return super().current_notices()
-        notice = f"{reason}: {_OTHER_NAME_RISK}; {_other_name_hint(self.location)}"
-        if not self._other_name_logged:
-            self._other_name_logged = True
+        notice = f"{reason}: {_ALIAS_RISK}; {_alias_hint(self.location)}"
+        if not self._alias_logged:
+            self._alias_logged = True
             log.warning("%s", notice)
         return (*super().current_notices(), notice)
 
@@ -381,14 +383,14 @@ class SQLiteDatabase(Database):
         super().close()
         if self._file_guard is not None:
             self._file_guard.close()
-        if self._fair_lock is not None:
-            self._fair_lock.close()
+        if self._lock_queue is not None:
+            self._lock_queue.close()
         if self._registered:
             self._registered = False
             sqlite_library.register_close(self.location, self._library)
 
 
-def _schema_problems(session: Session) -> Iterator[str]:
+def _schema_problems(session: DriverSession) -> Iterator[str]:
     """Yield the differences between the declared columns and indexes and the tables of a ledger."""
     for table in metadata.sorted_tables:
         # The key of the column in the primary key counts from 1.
@@ -404,7 +406,7 @@ def _schema_problems(session: Session) -> Iterator[str]:
                 yield from _index_problems(session, index)
 
 
-def _index_problems(session: Session, index: sa.Index) -> Iterator[str]:
+def _index_problems(session: DriverSession, index: sa.Index) -> Iterator[str]:
     assert index.table is not None
     listed = session.rows(f"PRAGMA index_list({index.table.name})")
     unique = [row[2] for row in listed if row[1] == index.name]
@@ -427,13 +429,13 @@ def _index_problems(session: Session, index: sa.Index) -> Iterator[str]:
         yield f"the declaration of the index {index.name} is damaged"
 
 
-_OTHER_NAME_RISK = (
+_ALIAS_RISK = (
     "SQLite keeps the log of a file beside the name by which the file was opened, so a writer that "
     "opens another name loses committed tasks"
 )
 
 
-def _other_name_hint(path: str) -> str:
+def _alias_hint(path: str) -> str:
     return (
         "open the ledger by one path in every process: for a container, mount the directory "
         f"{Path(path).parent} instead of the file, and remove other hard links; "
@@ -441,13 +443,13 @@ def _other_name_hint(path: str) -> str:
     )
 
 
-def refuse_other_name(path: str) -> None:
+def refuse_aliased_file(path: str) -> None:
     """Raise :class:`~taskstore.StoreUnavailableError` if the file can also have another path."""
-    reason = other_name(path)
+    reason = alias_reason(path)
     if reason is not None:
         error = StoreUnavailableError(
-            f"{reason}, so it was not opened for writing: {_OTHER_NAME_RISK}",
-            hint=_other_name_hint(path),
+            f"{reason}, so it was not opened for writing: {_ALIAS_RISK}",
+            hint=_alias_hint(path),
         )
         error.retryable = False  # without a repair, the next call fails too
         raise error
