@@ -43,7 +43,7 @@ ABILITIES: dict[str, type] = {
     "exclusive": SupportsExclusive,
     "history": SupportsHistory,
     "query": SupportsQuery,
-    "pages": SupportsStreaming,  # the name that ``backends`` prints does not change
+    "streaming": SupportsStreaming,
     "summary": SupportsSummary,
     "ids": SupportsIdSearch,
     "compaction": SupportsCompaction,
