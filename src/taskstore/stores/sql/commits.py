@@ -165,7 +165,7 @@ def commit(transactions: Transactions, changes: Sequence[Change], clock: Clock) 
             partial(_is_committed, database, committed)
         ):
             return committed
-    raise AssertionError("the last attempt raises an error")
+    raise AssertionError("no attempt returned or raised an error")
 
 
 def schema_epoch_error(database: Database, tx: DriverSession) -> SchemaMismatchError:

@@ -283,8 +283,10 @@ class FileGuard:
         self._replaced = ""  # after a replacement, the replaced part: "file" or "log"
 
     def start(self) -> None:
-        """Open the anchor; must be called before any other connection is opened.  Raises the
-        driver's errors."""
+        """Open the anchor, the guard's own connection, before any other connection.
+
+        Raises the driver's errors.
+        """
         self._anchor = self.connect()
         self.record_logs()
 

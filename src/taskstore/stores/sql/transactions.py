@@ -353,7 +353,7 @@ class Transactions:
         for attempt in self._read_retry.attempts():
             with attempt, self.reading(in_transaction=in_transaction) as session:
                 return work(session)
-        raise AssertionError("the last attempt raises an error")
+        raise AssertionError("no attempt returned or raised an error")
 
     @contextmanager
     def reading(self, *, in_transaction: bool = False) -> Iterator[DriverSession]:

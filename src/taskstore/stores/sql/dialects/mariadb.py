@@ -224,8 +224,8 @@ class MariaDBStatements(Statements):
         return super()._update_tasks(1) if count == 1 else self._update_tasks_wide(count)
 
     def _count_deleted(self, count: int) -> str:
-        """Return a query that counts the deletions of ``count`` tasks since a seq.  The parameters
-        are the task ids, then the seq."""
+        """Return a query for the number of deletions since a seq, of ``count`` tasks together.  The
+        parameters are the task ids, then the seq."""
         entry, order = task_journal.c, [f"task_id_{row}" for row in range(count)]
         ids = [bindparam(name, type_=entry.task_id.type) for name in order]
         return self._compile(
