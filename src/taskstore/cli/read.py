@@ -203,10 +203,10 @@ def log(
     """Show a task's history: the changed fields of each revision.
 
     For a deleted task, TASK must be the task id or its last characters. The command
-    prints one line per changed field: seq, time, revision, field, before, after. If no history of the task
-    is kept, the command prints the fields of the record, without seq and time. --json prints
-    one object with task_id, complete, kept_from (the seq from which history is kept), record
-    (null for a deleted task) and entries.
+    prints one line per changed field: seq, time, revision, field, before, after. If no
+    history of the task is kept, the command prints the fields of the record, without seq
+    and time. --json prints one object with task_id, complete, kept_from (the seq from which
+    history is kept), record (null for a deleted task) and entries.
     """
     with open_for_reading(ctx, url) as store:
         journal = history.require_journal(store, "log")
