@@ -56,6 +56,14 @@ def write_text(path):
     path.write_text("hello\n")
 
 
+def cut_to_a_byte(path):
+    path.write_bytes(path.read_bytes()[:1])  # SQLite takes such a file for an empty one
+
+
+def cut_within_the_header(path):
+    path.write_bytes(path.read_bytes()[:99])
+
+
 def cut_to_a_part_of_the_header(path):
     path.write_bytes(path.read_bytes()[:20])
 
@@ -79,7 +87,9 @@ DAMAGES = [
     cut,
     zero,
     write_text,
+    cut_to_a_byte,
     cut_to_a_part_of_the_header,
+    cut_within_the_header,
     Path.unlink,
 ]
 
@@ -314,7 +324,7 @@ def test_a_damaged_number_of_pages_takes_no_time(crashed):
 
 
 @pytest.mark.parametrize("log", [None, b""])
-@pytest.mark.parametrize("damage", CUTS)
+@pytest.mark.parametrize("damage", [cut_within_the_header, *CUTS])
 def test_a_cut_file_without_a_log(sqlite_path, damage, log, capsys):
     output_of(in_process(CLOSED, f"sqlite:///{sqlite_path}"))
     damage(sqlite_path)
@@ -343,7 +353,7 @@ def test_it_is_refused_and_nothing_is_changed(crashed, damage):
         assert files_of(crashed) == before, number
 
 
-@pytest.mark.parametrize("damage", [cut, zero, *CUTS])
+@pytest.mark.parametrize("damage", [cut, cut_to_a_byte, cut_within_the_header, zero, *CUTS])
 def test_a_host_that_makes_its_own_connections(crashed, damage):
     damage(crashed)
     before = files_of(crashed)

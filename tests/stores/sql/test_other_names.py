@@ -159,6 +159,12 @@ def test_a_symbolic_link_is_no_second_name(ledger):
         assert one.store.report().notices == ()
 
 
+def test_a_directory_is_told_as_one(tmp_path):
+    for read_only, reason in ((False, "is a directory"), (True, "not a regular file")):
+        with pytest.raises(StoreUnavailableError, match=reason):
+            TaskRegistry.open(f"sqlite:///{tmp_path}", read_only=read_only)
+
+
 def test_a_system_without_a_list_of_mounts(ledger, tmp_path, monkeypatch):
     monkeypatch.setattr(sqlite_guard, "_MOUNTS", tmp_path / "missing")
     with TaskRegistry.open(f"sqlite:///{ledger}") as registry:

@@ -166,6 +166,18 @@ def test_a_damaged_chunk_is_named(store, url):
         store.read_snapshot(10)
 
 
+def test_a_chunk_without_a_number_stops_a_compaction(sqlite_path, open_):
+    url = f"sqlite:///{sqlite_path}"
+    store = open_(url)
+    create(store)
+    store.compact(ALL)
+    create(store)
+    run(url, "UPDATE task_snapshot_chunks SET chunk = x'fffe'")
+    run(url, "DELETE FROM task_snapshots")
+    with pytest.raises(CorruptStoreError, match="has the number"):
+        store.compact(ALL)
+
+
 def test_a_head_that_was_set_back_stops_writers(store, url):
     create(store)
     create(store)

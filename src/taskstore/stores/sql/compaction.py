@@ -412,6 +412,11 @@ def _delete_chunks(tx: DriverSession) -> bool:
     orphaned = ~sa.exists().where(task_snapshots.c.seq == seq)
     rows = tx.select(sa.select(seq, chunk).where(orphaned).order_by(seq, chunk).limit(1))
     for orphan, first in rows:
+        if not isinstance(first, int):
+            raise CorruptStoreError(
+                "task_snapshot_chunks",
+                f"a chunk of the snapshot {orphan!r} has the number {first!r}",
+            )
         step = sa.and_(seq == orphan, chunk < first + CHUNKS_PER_STEP)
         tx.execute_core(sa.delete(task_snapshot_chunks).where(step))
     return bool(rows)

@@ -74,6 +74,14 @@ _ESCAPED = re.compile(rb"\\([0-7]{3})")
 tab, a newline, a backslash or ``#``."""
 
 
+def is_empty(status: os.stat_result) -> bool:
+    """Return whether SQLite uses a file as an empty database.
+
+    SQLite takes a file of one byte for an empty file too (``unixFileSize`` in its source code).
+    """
+    return status.st_size <= 1
+
+
 def alias_reason(path: str) -> str | None:
     """Return the reason why a file can also have another path; ``None`` if no reason is known.
 
@@ -81,11 +89,13 @@ def alias_reason(path: str) -> str | None:
     that open one file by two paths use two logs, and overwrite each other's commits.
     """
     try:
-        links = os.stat(path).st_nlink  # noqa: PTH116 - as in inode_of
+        status = os.stat(path)  # noqa: PTH116 - as in inode_of
     except OSError:
         return None
-    if links > 1:
-        return f"{path} has {links} hard links"
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    if status.st_nlink > 1:
+        return f"{path} has {status.st_nlink} hard links"
     try:
         mounts = _MOUNTS.read_bytes().split(b"\n")[:-1]
     except OSError:  # the system is not Linux
@@ -121,7 +131,7 @@ def check_logs(path: Path, problem_of: Callable[[], str | None]) -> None:
     else:
         if not stat.S_ISREG(status.st_mode):
             return
-        state = problem_of() if status.st_size else "is empty"
+        state = "is empty" if is_empty(status) else problem_of()
     if state is None:
         return
     raise CorruptStoreError(
@@ -172,7 +182,7 @@ def lacks_pages(path: Path) -> bool:
     try:
         header = _read_header(path)
         if len(header) < _FILE_HEADER.size:
-            return False  # the number of pages is unknown
+            return True
         magic, page_size, change_counter, pages, valid_for = _FILE_HEADER.unpack(header)
         page_size = 65536 if page_size == 1 else page_size
         if magic != _FILE_MAGIC or change_counter != valid_for or not page_size:

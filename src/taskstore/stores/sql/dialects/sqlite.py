@@ -43,6 +43,7 @@ from taskstore.stores.sql.sqlite_guard import (
     ImmutableGuard,
     alias_reason,
     check_logs,
+    is_empty,
     lacks_pages,
 )
 from taskstore.stores.sql.sqlite_library import (
@@ -526,7 +527,7 @@ def create_privately(path: Path) -> str | None:
         if os.access(path, os.R_OK):
             hint = f"open the ledger read-only, or {hint}"
         raise StoreUnavailableError(f"{path} cannot be written: permission denied", hint=hint)
-    if not path.stat().st_size:
+    if is_empty(path.stat()):
         return (
             f"{path} existed and was empty, so it is used as a new ledger; if it contained "
             "tasks before, close the ledger and restore a backup"
@@ -677,7 +678,7 @@ def needs_immutable(module: Any, path: Path) -> bool:
         raise StoreUnavailableError(
             f"{path} cannot be read: permission denied", hint=permission_hint(path)
         )
-    if not status.st_size:
+    if is_empty(status):
         return True
     connection = None
     try:
