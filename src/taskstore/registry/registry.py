@@ -347,8 +347,9 @@ class TaskRegistry(RegistryBase, Verbs[TaskRecord, bool, str]):
         The follower applies a commit to memory as soon as the store reports the commit, and calls
         the hooks with ``local`` false.  The follower ends after a call of its ``stop()``, at the
         end of a ``with`` block over the follower, or when the registry is closed.  A second call of
-        ``follow`` returns the running follower.  Raises :class:`UnsupportedError` for a store
-        without a journal.
+        ``follow`` returns the running follower.  Until it ends, the follower keeps the registry
+        and the store open, even if the program drops both.  Raises :class:`UnsupportedError` for a
+        store without a journal.
         """
         return self._start_follower(Follower)
 
