@@ -167,7 +167,7 @@ with JSONStore(sys.argv[1], read_only=True) as store:
 
 @pytest.mark.skipif(
     not os.environ.get("CI") and (os.geteuid() != 0 or shutil.which("unshare") is None),
-    reason="root and the command unshare are required",
+    reason="no file system can be mounted here: root and unshare are required",
 )
 def test_a_segment_that_is_mounted_by_itself(ledger):
     copy = ledger.with_name("a container")
