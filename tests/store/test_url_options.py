@@ -66,6 +66,24 @@ REFUSED = [
             "charset=utf8mb4",
             "row_factory=x",
             "autocommit=true",
+            "hostaddr=bogus",
+            "hostaddr=127.0.0.1,127.0.0.1",
+            "scram_client_key=zzz",
+            "scram_server_key=zzz",
+            "sslnegotiation=direct",
+            "sslnegotiation=direct&sslmode=prefer",
+            "replication=database",
+            "replication=true",
+            "service=nonsense",
+            "min_protocol_version=nonsense",
+            "application_name=%00",
+            "application_name=a\0b",
+            "password=%00",
+            "dbname=a%00b",
+            "schema=%FF",
+            "schema=a%00",
+            "application_name=%C3",
+            "options=\ud800",
         )
     ),
     *(
@@ -92,6 +110,11 @@ REFUSED = [
             "compress=true",
             "prepare_threshold=0",
             "port=x",
+            "bind_address=bogus",
+            "program_name=%00",
+            "program_name=%FF",
+            "init_command=SELECT+'%00'",
+            "database=a%00",
         )
     ),
 ]
@@ -104,6 +127,64 @@ def test_an_option_that_is_refused_is_named(url, name):
     assert caught.value.field == "url"
     assert not caught.value.retryable
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["postgresql+psycopg", "mariadb+pymysql", "mysql+pymysql"])
+@pytest.mark.parametrize(
+    ("address", "part"),
+    [
+        ("ann:secret@127.0.0.1:99999/db", "port"),
+        ("ann:secret@127.0.0.1:0/db", "port"),
+        ("ann:secret@127.0.0.1:65536/db?connect_timeout=1", "port"),
+        ("ann:secret@127.0.0.1:1/d%00b", "database"),
+        ("ann:secret@127.0.0.1:1/d\0b", "database"),
+        ("ann:secret@127.0.0.1:1/\ud800", "database"),
+        ("ann:secret@127.0\0.0.1:1/db", "host"),
+        ("ann%00:secret@127.0.0.1:1/db", "user name"),
+        ("ann%FF:secret@127.0.0.1:1/db", "user name"),
+        ("ann:secret%00@127.0.0.1:1/db", "password"),
+        ("ann:secret%FF@127.0.0.1:1/db", "password"),
+        ("ann:secret%C3%28/?@127.0.0.1:1/db", "password"),
+    ],
+)
+def test_a_part_of_the_address_that_is_refused_is_named(scheme, address, part):
+    for read_only in (False, True):
+        with pytest.raises(ValidationError, match=part) as caught:
+            open_store(f"{scheme}://{address}", read_only=read_only)
+        assert caught.value.field == "url"
+        assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:99999", "127.0.0.1:0", "one:1&host=two:70000"])
+def test_the_port_of_a_host_option(host):
+    with pytest.raises(ValidationError, match="invalid option 'host'"):
+        open_store(f"postgresql+psycopg://ann@/db?host={host}")
+
+
+def test_no_secret_is_shown():
+    for option in ("sslpassword=hunter2&sslmode=maybe", "scram_client_key=hunter2"):
+        with pytest.raises(ValidationError) as caught:
+            open_store(f"{POSTGRESQL}?{option}")
+        assert "hunter2" not in str(caught.value)
+        assert caught.value.__cause__ is None
+        assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "gssencmode=require",
+        "sslmode=require",
+        "sslmode=require&sslnegotiation=direct",
+        "hostaddr=127.0.0.1",
+        "sslcert=/nowhere/cert.pem",
+        "passfile=/nowhere/pgpass",
+        "application_name=%C3%BC%EF%BF%BD%25FF",
+    ],
+)
+def test_an_option_of_a_server_that_does_not_answer(option):
+    with pytest.raises(StoreUnavailableError):
+        open_store(f"{POSTGRESQL}?{option}", reconnect_s=0)
 
 
 def test_a_misspelled_option_gets_a_suggestion():

@@ -21,6 +21,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import shlex
 import stat
 from collections.abc import Iterable
@@ -34,6 +35,11 @@ _BUFFER = 1 << 20
 _READ_WRITE = 0o6
 _NOT_PERMITTED = (errno.EPERM, errno.EINVAL, errno.ENOTSUP)
 """The errors of ``fchown`` if this process, or the file system, cannot set an owner or group."""
+
+_MOUNTS = Path("/proc/self/mountinfo")
+_ESCAPED = re.compile(rb"\\([0-7]{3})")
+"""Matches the octal code of an escaped character in a path of ``/proc/self/mountinfo``: a space, a
+tab, a newline, a backslash or ``#``."""
 
 
 class Disk:
@@ -226,6 +232,33 @@ def permission_hint(path: Path) -> str:
                 "group read and write the files of the ledger"
             )
     return hint
+
+
+def alias_reason(path: str) -> str | None:
+    """Return the reason why a file can also have another path; ``None`` if no reason is known.
+
+    A file has another path if it has several hard links, or if the file itself is a mount point.
+    """
+    try:
+        status = os.stat(path)  # noqa: PTH116 - faster than Path.stat
+    except OSError:
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    if status.st_nlink > 1:
+        return f"{path} has {status.st_nlink} hard links"
+    try:
+        mounts = _MOUNTS.read_bytes().split(b"\n")[:-1]
+    except OSError:  # the system is not Linux
+        return None
+    # The device of a mounted file is the device of its directory, so only the list of mounts
+    # shows the mount.
+    points = [_ESCAPED.sub(_unescaped, line.split(b" ")[4]) for line in mounts]
+    return f"{path} is mounted as a single file" if os.fsencode(path) in points else None
+
+
+def _unescaped(code: re.Match[bytes]) -> bytes:
+    return bytes([int(code[1], 8)])
 
 
 def _hand_over(disk: Disk, descriptor: int, path: Path, wanted: _Access) -> None:

@@ -16,7 +16,8 @@ from taskstore import TaskRegistry, compact
 from taskstore.aio import AsyncTaskRegistry
 from taskstore.cli.app import main
 from taskstore.errors import StoreUnavailableError, ValidationError
-from taskstore.stores.sql import SQLStore, sqlite_guard
+from taskstore.store import disk
+from taskstore.stores.sql import SQLStore
 from taskstore.stores.sql.dialects import sqlite
 
 
@@ -166,7 +167,7 @@ def test_a_directory_is_told_as_one(tmp_path):
 
 
 def test_a_system_without_a_list_of_mounts(ledger, tmp_path, monkeypatch):
-    monkeypatch.setattr(sqlite_guard, "_MOUNTS", tmp_path / "missing")
+    monkeypatch.setattr(disk, "_MOUNTS", tmp_path / "missing")
     with TaskRegistry.open(f"sqlite:///{ledger}") as registry:
         assert registry.store.report().notices == ()
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ from msgspec import field
 from taskstore.errors import CorruptStoreError, StoreUnavailableError
 from taskstore.model import codec
 from taskstore.model.journal import Snapshot
-from taskstore.store.disk import permission_hint
+from taskstore.store.disk import alias_reason, permission_hint
 from taskstore.stores.common.retry import Backoff
 from taskstore.stores.jsonfile.lines import LINE_PREFIX_BYTES, Identity, decode_header, is_intact
 
@@ -370,6 +371,45 @@ def parse_file_names(names: Iterable[str]) -> tuple[list[int], list[int]]:
         elif match := _SEGMENT.fullmatch(name):
             segments.append(int(match[1]))
     return sorted(snapshots), sorted(segments)
+
+
+def refuse_aliased_segment(segment: Path) -> None:
+    """Raise :class:`StoreUnavailableError` if the newest segment can also have another path.
+
+    The lock of the writers is on the directory.  Writers of two directories that contain the same
+    segment do not exclude each other, and write to the same offsets of the segment.  Other segments
+    and the snapshots do not change, so their links are harmless.
+    """
+    reason = alias_reason(str(segment))
+    if reason is not None:
+        error = StoreUnavailableError(
+            f"{reason}, so the ledger was not opened for writing: {_ALIAS_RISK}",
+            hint=_alias_hint(segment),
+        )
+        error.retryable = False  # without a repair, the next call fails too
+        raise error
+
+
+def alias_notice(segment: Path) -> str | None:
+    """Return a notice if the newest segment can also have another path, otherwise ``None``."""
+    reason = alias_reason(str(segment))
+    return None if reason is None else f"{reason}: {_ALIAS_RISK}; {_alias_hint(segment)}"
+
+
+_ALIAS_RISK = (
+    "the lock of the writers is on the directory, so a writer that opens the file in another "
+    "directory overwrites committed tasks"
+)
+
+
+def _alias_hint(segment: Path) -> str:
+    directory = segment.parent
+    where, file = shlex.quote(str(directory.parent)), shlex.quote(str(segment))
+    return (
+        "copy the directory without links (cp -a instead of cp -al) and use only the copy, or "
+        f"remove the other links: find {where} -xdev -samefile {file} shows the links below "
+        f"{directory.parent}; for a container, mount the directory {directory} instead of a file"
+    )
 
 
 def files_gone_error(directory: Path) -> StoreUnavailableError:

@@ -28,6 +28,7 @@ from taskstore.stores.jsonfile.layout import (
     LOCK_NAME,
     JournalOffset,
     Layout,
+    alias_notice,
     commit_id_before_floor,
     read_layout,
     retry_while_changing,
@@ -144,6 +145,12 @@ class Reader:
             self._cache_sparsely(location, reader.position)
         self._cache(reader.position)
         return reader.position
+
+    def alias_notice(self) -> str | None:
+        """Return a notice if the newest segment can also have another path, otherwise ``None``."""
+        with contextlib.suppress(OSError, TaskStoreError):
+            return self.with_layout(lambda layout: alias_notice(layout.segments[-1].path))
+        return None
 
     def torn_line_notice(self) -> str | None:
         """Return a notice about the bytes after the last commit; ``None`` if there are no such

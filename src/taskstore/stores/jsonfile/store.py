@@ -190,7 +190,7 @@ class JSONStore(LoadedRecordsStore):
 
     def report(self) -> StoreReport:
         notices: list[str | None] = [] if self._writer is None else [*self._writer.notices]
-        notices.append(self._reader.missing_history)
+        notices += (self._reader.missing_history, self._reader.alias_notice())
         written_at = 0 if self._writer is None else self._writer.end.at
         notices += clock_notices(max(written_at, self._loaded_at), self.clock)
         if self.read_only:

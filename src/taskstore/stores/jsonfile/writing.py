@@ -39,6 +39,7 @@ from taskstore.stores.jsonfile.layout import (
     files_gone_error,
     permissions_source,
     read_layout,
+    refuse_aliased_segment,
     retry_while_changing,
     segment_name,
     snapshot_name,
@@ -226,9 +227,14 @@ class Writer:
 
     def _read_or_create(self) -> Layout:
         """Read the directory, and return its layout.  If the directory contains no ledger, create a
-        ledger; otherwise remove leftover files."""
+        ledger; otherwise remove leftover files.
+
+        The first call refuses a ledger whose newest segment has another path.
+        """
         layout = read_layout(self.directory)
         if not layout.is_empty:
+            if not self.layout.segments:  # the store is being opened
+                refuse_aliased_segment(layout.segments[-1].path)
             _remove_leftovers(layout, self.disk)
             return layout
         if self.layout.segments:

@@ -1,9 +1,8 @@
-"""Detection of cut and replaced SQLite files, orphaned logs, files with several paths."""
+"""Detection of cut and replaced SQLite files, and of orphaned logs."""
 
 from __future__ import annotations
 
 import os
-import re
 import stat
 import struct
 import time
@@ -68,46 +67,12 @@ def _directory_state(directory: str) -> tuple[int, int] | None:
     return (status.st_mtime_ns, status.st_ino)
 
 
-_MOUNTS = Path("/proc/self/mountinfo")
-_ESCAPED = re.compile(rb"\\([0-7]{3})")
-"""Matches the octal code of an escaped character in a path of ``/proc/self/mountinfo``: a space, a
-tab, a newline, a backslash or ``#``."""
-
-
 def is_empty(status: os.stat_result) -> bool:
     """Return whether SQLite uses a file as an empty database.
 
     SQLite takes a file of one byte for an empty file too (``unixFileSize`` in its source code).
     """
     return status.st_size <= 1
-
-
-def alias_reason(path: str) -> str | None:
-    """Return the reason why a file can also have another path; ``None`` if no reason is known.
-
-    SQLite keeps the log of a file beside the path by which the file was opened.  Writers
-    that open one file by two paths use two logs, and overwrite each other's commits.
-    """
-    try:
-        status = os.stat(path)  # noqa: PTH116 - as in inode_of
-    except OSError:
-        return None
-    if not stat.S_ISREG(status.st_mode):
-        return None
-    if status.st_nlink > 1:
-        return f"{path} has {status.st_nlink} hard links"
-    try:
-        mounts = _MOUNTS.read_bytes().split(b"\n")[:-1]
-    except OSError:  # the system is not Linux
-        return None
-    # The device of a mounted file is the device of its directory, so only the list of mounts
-    # shows the mount.
-    points = [_ESCAPED.sub(_unescaped, line.split(b" ")[4]) for line in mounts]
-    return f"{path} is mounted as a single file" if os.fsencode(path) in points else None
-
-
-def _unescaped(code: re.Match[bytes]) -> bytes:
-    return bytes([int(code[1], 8)])
 
 
 def check_logs(path: Path, problem_of: Callable[[], str | None]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote
 
 import sqlalchemy as sa
 from sqlalchemy import ColumnElement
@@ -594,6 +594,7 @@ def parse(url: str) -> sa.URL:
             reason += "; write several hosts as '?host=one:5432&host=two:5432'"
         raise ValidationError("url", reason) from None
     _refuse_unescaped_at_sign("url", parsed)
+    _check_address(url, parsed)
     if dialect is None or driver != dialect.driver:
         servers = (item for item in Database.dialects.items() if item[1].extra)
         known = ", ".join(["sqlite:", *(f"{name}+{kind.driver}:" for name, kind in servers)])
@@ -604,6 +605,36 @@ def parse(url: str) -> sa.URL:
 def _refuse_unescaped_at_sign(name: str, url: sa.URL) -> None:
     if "@" in (url.host or ""):
         raise ValidationError(name, "has an '@' in its user name or password: write '%40' instead")
+
+
+def _check_address(url: str, parsed: sa.URL) -> None:
+    """Raise an error for a part of the address that SQLAlchemy or the driver would change."""
+    # With each '%' escaped, the parts keep their percent-encoding.
+    encoded = sa.make_url(url.replace("%", "%25"))
+    for part in ("username", "password", "host", "database"):
+        name = "user name" if part == "username" else part
+        text = str(getattr(parsed, part) or "")
+        try:
+            if part != "host":  # SQLAlchemy does not decode a host
+                unquote(str(getattr(encoded, part) or ""), errors="strict")
+            _check_text(text)
+        except UnicodeDecodeError:
+            raise ValidationError("url", f"has a {name} that is not UTF-8") from None
+        except ValueError as error:
+            raise ValidationError("url", f"has a {name} that {error}") from None
+    if parsed.port is not None:
+        try:
+            integer_option(*PORTS)(str(parsed.port))
+        except ValueError as error:
+            raise ValidationError("url", f"has an invalid port: {error}") from None
+
+
+def _check_text(text: str) -> None:
+    """Raise :class:`ValueError` with a reason if a driver would cut or cannot encode a text."""
+    if "\0" in text:
+        raise ValueError("must not contain NUL")
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise ValueError("must be UTF-8")
 
 
 # -- the options of URLs ------------------------------------------------------
@@ -624,6 +655,9 @@ _REFUSED_OPTION = re.compile(
 _MAX_NAME_BYTES = 63
 """The maximum length of a name in PostgreSQL, in bytes.  PostgreSQL truncates longer names."""
 
+PORTS = (1, 65535)
+"""The lowest and the highest number of a port."""
+
 _REPEATABLE = frozenset({"host", "port"})
 _BOOLEANS = {
     **dict.fromkeys(("true", "yes", "on", "1"), True),
@@ -640,7 +674,12 @@ def url_options(url: str, known: Mapping[str, URLOption]) -> dict[str, Any]:
     """
     match = _OPTIONS.match(url)
     options: dict[str, Any] = {}
-    for name, text in parse_qsl(match[1] if match else "", keep_blank_values=True):
+    pairs = parse_qsl(
+        match[1] if match else "",
+        keep_blank_values=True,
+        errors="surrogateescape",  # _check_text refuses bytes that are not UTF-8
+    )
+    for name, text in pairs:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             suggestion = f": did you mean {close[0]!r}?" if close else ""
@@ -650,6 +689,7 @@ def url_options(url: str, known: Mapping[str, URLOption]) -> dict[str, Any]:
         if not text:
             raise ValidationError("url", f"has no value for the option {name!r}")
         try:
+            _check_text(text)
             options[name] = known[name](text)
         except ValueError as error:
             raise ValidationError("url", f"has an invalid option {name!r}: {error}") from None

@@ -6,6 +6,7 @@ network packet.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from sqlalchemy.sql.expression import FromClause
 from taskstore.errors import StoreBusyError, StoreUnavailableError, ValidationError
 from taskstore.stores.sql.dialects.base import (
     LOCK_TIMEOUT_S,
+    PORTS,
     WRITE_LOCK_TIMEOUT_S,
     Database,
     Declarations,
@@ -152,17 +154,26 @@ def _path(text: str) -> str:
     return text
 
 
+def _ip_address(text: str) -> str:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        raise ValueError("must be an IP address of this machine") from None
+    return text
+
+
 _OPTIONS: dict[str, URLOption] = {
     "schema": _no_schema,
     "charset": _utf8mb4,
     "collation": _collation,
-    "port": integer_option(1, 65535),
+    "port": integer_option(*PORTS),
     "connect_timeout": integer_option(1, 31_536_000),
     "read_timeout": integer_option(1),
     "write_timeout": integer_option(1),
     "max_allowed_packet": integer_option(1),
     "client_flag": integer_option(0),
     "use_unicode": _true,
+    "bind_address": _ip_address,
     **dict.fromkeys(
         (
             "autocommit",
@@ -178,7 +189,6 @@ _OPTIONS: dict[str, URLOption] = {
     **dict.fromkeys(("read_default_file", "ssl_ca", "ssl_capath", "ssl_cert", "ssl_key"), _path),
     **dict.fromkeys(
         (
-            "bind_address",
             "database",
             "host",
             "init_command",

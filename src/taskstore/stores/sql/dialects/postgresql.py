@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import socket
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -14,6 +16,7 @@ from sqlalchemy.sql.expression import Executable
 from taskstore.errors import StoreUnavailableError, ValidationError
 from taskstore.stores.sql.dialects.base import (
     LOCK_TIMEOUT_S,
+    PORTS,
     WRITE_LOCK_TIMEOUT_S,
     Database,
     Declarations,
@@ -163,12 +166,38 @@ def _utf8(text: str) -> str:
 def _ports(text: str) -> str:
     """Check the ports of one or several hosts.  An empty port is the default port."""
     for port in filter(None, map(str.strip, text.split(","))):
-        integer_option(1, 65535)(port)
+        integer_option(*PORTS)(port)
     return text
 
 
+def _hosts(text: str) -> str:
+    """Check the ports in the names of one or several hosts.  SQLAlchemy ignores the port 0."""
+    for host in text.split(","):
+        name, colon, port = host.rpartition(":")
+        if colon and port.isdecimal() and (":" not in name or name.endswith("]")):
+            integer_option(*PORTS)(port)
+    return text
+
+
+def _host_addresses(text: str) -> str:
+    """Check the IP addresses of one or several hosts.  libpq looks up a host without an address."""
+    for address in filter(None, map(str.strip, text.split(","))):
+        try:
+            socket.getaddrinfo(address, None, flags=socket.AI_NUMERICHOST)  # as in libpq
+        except OSError:
+            raise ValueError("must be an IP address") from None
+    return text
+
+
+def _no_replication(_text: str) -> str:
+    raise ValueError("must not be used: a replication connection cannot read or write a ledger")
+
+
 _OPTIONS: dict[str, URLOption] = {
+    "host": _hosts,
     "port": _ports,
+    "hostaddr": _host_addresses,
+    "replication": _no_replication,
     "prepare_threshold": _prepare_threshold,
     "schema": schema_option,
     "client_encoding": _utf8,
@@ -294,8 +323,10 @@ class PostgreSQLDatabase(Database):
                 hide_parameters=True,
                 connect_args=arguments,
             )
+            driver_arguments = engine.dialect.create_connect_args(url)[1]
         except (sa.exc.ArgumentError, ValueError) as error:
             raise ValidationError("url", f"has an invalid option 'host': {error}") from None
+        _check_connection(url, driver_arguments)
         database = cls(
             engine,
             owned=True,
@@ -476,6 +507,69 @@ class PostgreSQLDatabase(Database):
             raise StoreUnavailableError(f"{self.location}: the connection is closed")
         if raw.info.transaction_status != 0:  # IDLE
             raw.execute("ROLLBACK")
+
+
+def _check_connection(url: sa.URL, arguments: Mapping[str, Any]) -> None:
+    """Raise :class:`~taskstore.ValidationError` for options of a URL that libpq refuses before it
+    contacts a server.  ``arguments`` are the arguments of the driver that the URL gives."""
+    hosts, addresses = (str(arguments.get(name, "")).split(",") for name in ("host", "hostaddr"))
+    if "host" in arguments and "hostaddr" in arguments and len(hosts) != len(addresses):
+        raise ValidationError(
+            "url",
+            f"has an invalid option 'hostaddr': it has {len(addresses)} addresses, but the URL "
+            f"has {len(hosts)} hosts",
+        )
+    given = {name: arguments[name] for name in url.query if name not in _UNREACHABLE}
+    accepted = _refusal({})
+    reason = _refusal(given)
+    if reason == accepted:
+        return
+    names = [
+        name
+        for name in given
+        if _refusal({other: given[other] for other in given if other != name}) == accepted
+    ] or [name for name in given if _refusal({name: given[name]}) != accepted]
+    for name, value in given.items():
+        if _SECRET.search(name):
+            reason = reason.replace(str(value), "***")
+    shown = " or ".join(map(repr, names or given))
+    raise ValidationError("url", f"has an invalid option {shown}: {reason}")
+
+
+_UNREACHABLE: dict[str, str] = {
+    "host": "127.0.0.1",
+    "hostaddr": "",
+    # libpq refuses this port after it has checked all options, and before it contacts the host.
+    "port": "0",
+    # Without a user name, libpq asks the system for the name; without a password, libpq reads the
+    # file of the user's passwords.
+    "user": "taskstore",
+    "password": "taskstore",
+    "dbname": "taskstore",
+}
+"""Parameters of a connection to no server."""
+
+_SECRET = re.compile("key|pass|secret")
+"""Matches the name of an option whose value can be a secret."""
+
+
+def _refusal(arguments: Mapping[str, Any]) -> str:
+    """Return libpq's reason to refuse a connection to no server that has these arguments.
+
+    If libpq accepts the arguments, the reason is always the same: the server.  The language of
+    libpq's messages is therefore not relevant.
+    """
+    from psycopg import Error, conninfo, pq
+
+    try:
+        text = conninfo.make_conninfo("", **arguments, **_UNREACHABLE)
+    except Error as error:
+        return " ".join(str(error).split())
+    connection = pq.PGconn.connect_start(text.encode())
+    try:
+        return " ".join(connection.get_error_message().split())
+    finally:
+        connection.finish()
 
 
 def _write_settings() -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from taskstore.errors import (
     StoreUnavailableError,
     ValidationError,
 )
-from taskstore.store.disk import SYSTEM, permission_hint
+from taskstore.store.disk import SYSTEM, alias_reason, permission_hint
 from taskstore.store.opening import redacted
 from taskstore.stores.common.integrity import MAX_PROBLEMS
 from taskstore.stores.common.locks import LockQueue, describe_owners, lock_owners
@@ -41,7 +41,6 @@ from taskstore.stores.sql.sqlite_guard import (
     WAS_CUT,
     FileGuard,
     ImmutableGuard,
-    alias_reason,
     check_logs,
     is_empty,
     lacks_pages,
