@@ -290,13 +290,13 @@ def test_an_interrupted_caller_does_not_wait_for_a_withdrawn_request():
             waited.append(timeout)
 
     waited, queue = [], CommitQueue()
-    request, _ = queue.put(lambda _: None, lambda: None)
+    request, _ = queue.put(None, lambda _: None, lambda: None)
     with pytest.raises(KeyboardInterrupt):
         wait(request, Interrupting())
     assert waited == []
     assert queue.take(0) == []
     assert not queue.busy
-    request, _ = queue.put(lambda _: None, lambda: None)
+    request, _ = queue.put(None, lambda _: None, lambda: None)
     assert queue.take(0) == [request]
     with pytest.raises(KeyboardInterrupt):
         wait(request, Interrupting())
