@@ -57,6 +57,13 @@ def test_due_by_all_history():
     assert CompactionPolicy().history_bytes == 1 << 30
 
 
+@pytest.mark.parametrize(("limit", "kept"), [(0, 0), (3, 3), (100, 75), (2**63, 3 * 2**61)])
+def test_a_compaction_due_by_size_makes_room_for_later_entries(limit, kept):
+    policy = CompactionPolicy(history_bytes=limit)
+    assert policy.kept_bytes == kept
+    assert policy.forced().kept_bytes == limit
+
+
 def test_due_by_force():
     assert CompactionPolicy(force=True).due(stats()) == "compaction was forced"
     assert CompactionPolicy().forced().due(stats()) == "compaction was forced"

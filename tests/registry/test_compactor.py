@@ -6,6 +6,7 @@ import asyncio
 import logging
 
 import pytest
+from msgspec.structs import replace
 
 from taskstore import CompactionPolicy, Compactor, ReadOnlyError
 from taskstore.aio import AsyncTaskRegistry
@@ -96,6 +97,38 @@ def test_it_compacts_when_history_is_too_large(open_ledger):
     head, floor = registry.store.head(), registry.store.floor()
     assert (head - floor + 1) * 20_000 <= 120_000
     assert registry.store.verify().problems == ()
+
+
+def test_a_full_history_does_not_start_a_compaction_at_every_commit(open_ledger):
+    registry, limit = open_ledger(), 20_000
+    store = registry.store
+    sizes = []
+    with Compactor(store, CompactionPolicy(history_bytes=limit)) as compactor:
+        registry.hooks.add(compactor)
+        task = registry.create(runtime="cli", task="\u65e5" * 100, status="running")
+        for n in range(100):
+            registry.record_progress(task.task_id, str(n))
+            assert compactor.wait(TIMEOUT_S)
+            report = store.compact(CompactionPolicy())
+            assert not report.compacted
+            sizes.append(report.stats.history_bytes)
+    assert compactor.failures == 0
+    # 100 entries have less than 100,000 bytes, and each run makes room for 5,000 bytes.
+    assert 2 <= compactor.runs <= 20
+    assert max(sizes) <= 1.1 * limit
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_only_a_forced_compaction_keeps_all_that_history_bytes_allows(open_ledger, force):
+    registry = open_ledger()
+    for n in range(10):
+        registry.create(runtime="cli", task=str(n) * 20_000)
+    policy = CompactionPolicy(history_bytes=85_000, force=force)
+    report = registry.store.compact(policy)
+    assert report.compacted
+    assert report.seq + 1 - report.floor == (4 if force else 3)
+    registry.create(runtime="cli", task="x")
+    assert registry.store.compact(replace(policy, force=False)).compacted is False
 
 
 def test_the_recipe_for_asyncio(ledger_url):

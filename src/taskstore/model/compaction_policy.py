@@ -22,6 +22,9 @@ from taskstore.model.validation import check_seconds
 _DAY_S = 24 * 60 * 60
 _COUNTS = ("min_entries", "max_bytes", "history_entries", "history_bytes", "keep_snapshots")
 """The fields of a :class:`CompactionPolicy` that are integers."""
+_FREED_PART = 4
+"""A compaction that is due because of ``history_bytes`` makes room for one part in this number.
+Without this room, each later commit would exceed the limit and start a compaction."""
 
 
 class SnapshotInfo(NamedTuple):
@@ -80,7 +83,11 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
     ``history_entries`` entries, whichever is more, but never more than ``history_bytes`` bytes of
     entries.  With the defaults, a follower can pause for a weekend and then continue.  The bytes
     of snapshots do not count toward ``history_bytes``: the size of a snapshot depends on the live
-    records, not on the history.
+    records, not on the history.  If the entries have more than ``history_bytes`` bytes, compaction
+    trims them to three quarters of ``history_bytes`` (with ``force``: only to ``history_bytes``).
+    Therefore compaction is not due because of ``history_bytes`` again before a quarter of
+    ``history_bytes`` is written.  Each compaction writes all records, so choose a
+    ``history_bytes`` that is not small compared with the size of the live records.
 
     If the time of an entry is more than an hour after ``now``, a clock was wrong.  Such an entry
     has no age: only ``history_entries`` and ``history_bytes`` limit how long it is retained.  If
@@ -170,6 +177,14 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
             if old < last and not self._has_no_age(at(old + 1), now):
                 return HistoryLimit(old, _window(self.history_s))
         return HistoryLimit(last, reason)
+
+    @property
+    def kept_bytes(self) -> int:
+        """The size in bytes to which a compaction trims the entries if they have more than
+        ``history_bytes`` bytes."""
+        if self.force:
+            return self.history_bytes
+        return self.history_bytes - self.history_bytes // _FREED_PART
 
     def history_bytes_limit(self, seq: int) -> HistoryLimit:
         """Return a :class:`HistoryLimit` at ``seq``, with ``history_bytes`` as its reason."""
@@ -267,7 +282,7 @@ def approximate_size(record: TaskRecord | None) -> int:
     texts = (record.task, record.error, record.progress_summary, record.terminal_summary)
     size = _ENTRY_BYTES + len(bytes(record.metadata_json))
     for text in texts:
-        size += len(text) if text else 0
+        size += len(text.encode(errors="replace")) if text else 0
     return size
 
 

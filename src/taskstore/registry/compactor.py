@@ -177,7 +177,9 @@ class Compactor:
         stats = report.stats
         if stats is not None and not report.compacted:
             return stats
-        size = 0 if stats is None else min(stats.history_bytes, self._policy.history_bytes)
+        size = 0 if stats is None else stats.history_bytes
+        if size > self._policy.history_bytes:
+            size = self._policy.kept_bytes
         return JournalStats(
             entries=0,
             records=report.records,

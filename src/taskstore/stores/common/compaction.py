@@ -180,7 +180,7 @@ def _limit_of(
         # Entries of one commit have the same time, but ``history_entries`` can divide a commit.
         limit = limit._replace(seq=_last_whole_commit(steps, seqs, limit.seq))
     if stats.history_bytes > policy.history_bytes:
-        first = steps.seq_within(policy.history_bytes, head)
+        first = steps.seq_within(policy.kept_bytes, head)
         if first > limit.seq:
             limit = policy.history_bytes_limit(_end_of_commit(steps, seqs, first))
     if limit.seq < floor and floor > 1:
