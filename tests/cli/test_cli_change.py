@@ -183,14 +183,19 @@ def test_a_report_says_that_an_earlier_compaction_trimmed(
     for keep in (["--keep-days", "14"], ["--keep-entries", "50"], []):
         out = invoke("compact", *keep).out
         assert out.startswith("nothing to do: ")
-        assert out.endswith(f"history reaches back to seq 85: {earlier}\n")
+        assert "history reaches back to seq 85, to changes after " in out
+        assert out.endswith(f": {earlier}\n")
     with TaskRegistry.open(url) as opened:
         opened.create(runtime="cli", task="x")
     report = invoke("compact", "--json").json
     assert (report["compacted"], report["floor_reason"]) == (True, earlier)
     report = invoke("compact", "--keep-days", "0", "--json").json
     assert (report["floor"], report["floor_reason"]) == (92, "no history is kept")
-    assert invoke("compact", "--keep-days", "0").out.endswith(f"seq 92: {earlier}\n")
+    report = invoke("compact", "--if-due", "--json").json
+    assert (report["compacted"], report["snapshots"], report["floor"]) == (False, [91], 92)
+    reach = f"seq 92, to changes after {render.iso_time(report['floor_at'])}: {earlier}\n"
+    for option in (["--if-due"], ["--keep-days", "0"]):
+        assert invoke("compact", *option).out.endswith(reach)
     erased = invoke("compact", "--erase-deleted", "--json").json
     assert erased["floor_reason"] == "deleted records were erased, with all history"
 

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from taskstore import CompactionPolicy, Compactor, ReadOnlyError
 from taskstore.aio import AsyncTaskRegistry
+from taskstore.testing.factories import EPOCH_MS, make_put
 from taskstore.testing.threads import TIMEOUT_S
 
 POLICY = CompactionPolicy(min_entries=10, ratio=0.5, history_entries=5, history_s=0)
@@ -129,6 +130,31 @@ def test_only_a_forced_compaction_keeps_all_that_history_bytes_allows(open_ledge
     assert report.seq + 1 - report.floor == (4 if force else 3)
     registry.create(runtime="cli", task="x")
     assert registry.store.compact(replace(policy, force=False)).compacted is False
+
+
+def test_the_report_of_nothing_done_says_how_far_history_reaches(open_ledger):
+    store = open_ledger(clock=lambda: EPOCH_MS).store
+    for policy in (CompactionPolicy(), POLICY.forced()):
+        report = store.compact(policy)
+        assert (report.compacted, report.floor, report.floor_at) == (False, 1, None)
+        assert report.floor_reason
+        assert ("not due" in report.reason) is not policy.force
+    for n in range(9):
+        store.apply([make_put(task=str(n))])
+    at = store.load_snapshot().at
+    done = store.compact(POLICY.forced())
+    assert (done.floor, done.snapshots) == (5, (4, 9))
+    none = replace(POLICY, history_entries=0)
+    for policy in (CompactionPolicy(), POLICY.forced(), none, none.forced(), none.forced()):
+        report = store.compact(policy)
+        if report.compacted:
+            done = report
+            assert (report.floor, report.snapshots) == (10, (9,))
+        assert report.snapshots == done.snapshots
+        assert report.floor == done.floor
+        assert report.floor_at <= at
+        assert report.floor_at == store.read_snapshot(report.floor - 1).at
+        assert report.floor_reason
 
 
 def test_the_recipe_for_asyncio(ledger_url):

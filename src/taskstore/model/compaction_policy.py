@@ -283,7 +283,7 @@ class CompactionReport(Struct, frozen=True, kw_only=True):
     is the number of live records.  ``floor`` is the first retained seq.  ``floor_at`` is the time
     of the commit at ``floor`` - 1 (Unix ms), the earliest time at which the records are still
     known.  ``floor_at`` is ``None`` if no entry was trimmed or the time was not read.
-    ``floor_reason`` says why no later entry was trimmed (empty if unknown).  ``trimmed`` is the
+    ``floor_reason`` says why history begins at ``floor`` (empty if unknown).  ``trimmed`` is the
     number of trimmed journal entries.  ``snapshots`` contains the seqs of the retained snapshots.
     ``duration_s`` is the duration of the compaction.  ``stats`` are the statistics from which the
     policy decided (``None`` if the store does not report them).

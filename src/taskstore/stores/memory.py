@@ -297,11 +297,14 @@ class _Compaction(CompactionSteps):
     def lock(self) -> AbstractContextManager[object]:
         return self._storage.lock
 
+    def snapshots(self) -> tuple[SnapshotInfo, ...]:
+        with self._storage.lock:
+            stored = self._storage.snapshots
+            return tuple(SnapshotInfo(seq, stored[seq].at) for seq in sorted(stored))
+
     def begin(self) -> CompactionPoint:
         storage = self._storage
-        seqs = sorted(storage.snapshots)
-        snapshots = tuple(SnapshotInfo(seq, storage.snapshots[seq].at) for seq in seqs)
-        return CompactionPoint(storage.head, storage.last_at, storage.floor, snapshots)
+        return CompactionPoint(storage.head, storage.last_at, storage.floor, self.snapshots())
 
     def commit_of(self, seq: int) -> EntryCommit:
         entry = self._storage.journal[seq - self._storage.floor]

@@ -158,6 +158,10 @@ class SQLCompactionSteps(CompactionSteps):
         with self._lease.hold(), _temporary_file(self._transactions.database) as self._buffer:
             yield
 
+    def snapshots(self) -> tuple[SnapshotInfo, ...]:
+        rows = self._transactions.read(read_snapshot_rows)
+        return tuple(SnapshotInfo(row.seq, row.at) for row in rows)
+
     def begin(self) -> CompactionPoint:
         self._delete_leftovers()
         return self._transactions.read(self._begin, in_transaction=True)

@@ -152,6 +152,7 @@ class CompactionContract(ContractBase):
             report = store.compact(FOLD)
             assert not report.compacted
             assert (report.seq, report.floor) == (model.head, 1)
+            assert report.snapshots == (model.head,)
             check_against_model(store, model)
 
     @pytest.mark.parametrize("policy", [FOLD, TRIM, ERASE], ids=["fold", "trim", "erase"])
@@ -450,6 +451,8 @@ class RetentionContract(ContractBase):
         for compacted in (True, False):
             report = ledger.store.compact(TRIM)
             assert (report.compacted, report.floor) == (compacted, model.head + 1)
+            assert report.floor_at == EPOCH_MS + 11 * DAY_MS
+            assert report.floor_reason
             model.trim(report.floor)
             check_against_model(ledger.reopened(), model)
 
