@@ -183,23 +183,52 @@ def test_a_report_says_that_an_earlier_compaction_trimmed(
     for keep in (["--keep-days", "14"], ["--keep-entries", "50"], []):
         out = invoke("compact", *keep).out
         assert out.startswith("nothing to do: ")
-        assert out.endswith(f"history reaches back to seq 85: {earlier}\n")
+        assert "history reaches back to seq 85, to changes after " in out
+        assert out.endswith(f": {earlier}\n")
     with TaskRegistry.open(url) as opened:
         opened.create(runtime="cli", task="x")
     report = invoke("compact", "--json").json
     assert (report["compacted"], report["floor_reason"]) == (True, earlier)
     report = invoke("compact", "--keep-days", "0", "--json").json
     assert (report["floor"], report["floor_reason"]) == (92, "no history is kept")
-    assert invoke("compact", "--keep-days", "0").out.endswith(f"seq 92: {earlier}\n")
+    report = invoke("compact", "--if-due", "--json").json
+    assert (report["compacted"], report["snapshots"], report["floor"]) == (False, [91], 92)
+    reach = f"seq 92, to changes after {render.iso_time(report['floor_at'])}: {earlier}\n"
+    for option in (["--if-due"], ["--keep-days", "0"]):
+        assert invoke("compact", *option).out.endswith(reach)
     erased = invoke("compact", "--erase-deleted", "--json").json
     assert erased["floor_reason"] == "deleted records were erased, with all history"
+
+
+def test_keep_days_keeps_the_newest_entries_after_a_clock_was_ahead(
+    invoke: Invoke, month: list[int], url: str
+) -> None:
+    ahead = system_clock() + 365 * 86_400_000
+    with TaskRegistry.open(url, clock=lambda: ahead) as opened:
+        opened.create(runtime="cli", task="x")
+    with TaskRegistry.open(url) as opened:
+        opened.create(runtime="cli", task="committed now")
+    # The last 14 days keep 42 entries of the month, and all later entries.
+    result = invoke("compact", "--keep-days", "14", "--json")
+    assert "compaction keeps them by number and size" in result.err
+    assert result.json["floor"] == 49
+    # No entry of the month is from the last half minute.
+    report = invoke("compact", "--keep-days", "0.0003", "--json").json
+    assert report["floor"] == 91
+    assert "have no age; the newest 10,000 of them are kept" in report["floor_reason"]
+    report = invoke("compact", "--keep-days", "14", "--keep-entries", "1", "--json").json
+    assert report["floor"] == 92
+    assert "have no age; the newest 1 of them are kept" in report["floor_reason"]
+    assert invoke("verify").status == 0
+    assert invoke("compact", "--keep-days", "0", "--json").json["floor"] == 93
 
 
 def test_compact_if_due_counts_bytes(invoke: Invoke, month: list[int]) -> None:
     assert invoke("compact", "--if-due", "--keep-days", "60", "--json").json["floor"] == 1
     report = invoke("compact", "--if-due", "--keep-bytes", "1MB", "--json").json
     assert report["compacted"]
-    assert 40 < report["floor"] <= 49
+    # Three quarters of 1 MB are kept; each entry has somewhat more than 20,000 bytes.
+    assert 53 < report["floor"] <= 60
     assert not invoke("compact", "--if-due", "--keep-bytes", "1MB", "--json").json["compacted"]
 
 

@@ -57,6 +57,13 @@ def test_due_by_all_history():
     assert CompactionPolicy().history_bytes == 1 << 30
 
 
+@pytest.mark.parametrize(("limit", "kept"), [(0, 0), (3, 3), (100, 75), (2**63, 3 * 2**61)])
+def test_a_compaction_due_by_size_makes_room_for_later_entries(limit, kept):
+    policy = CompactionPolicy(history_bytes=limit)
+    assert policy.kept_bytes == kept
+    assert policy.forced().kept_bytes == limit
+
+
 def test_due_by_force():
     assert CompactionPolicy(force=True).due(stats()) == "compaction was forced"
     assert CompactionPolicy().forced().due(stats()) == "compaction was forced"
@@ -64,7 +71,14 @@ def test_due_by_force():
     assert "erased" in CompactionPolicy(erase_deleted=True).due(stats(entries=0))
 
 
-COUNTS = ("min_entries", "max_bytes", "history_entries", "history_bytes", "keep_snapshots")
+COUNTS = (
+    "min_entries",
+    "max_bytes",
+    "history_entries",
+    "ageless_entries",
+    "history_bytes",
+    "keep_snapshots",
+)
 SECONDS = ("max_age_s", "history_s")
 
 
@@ -154,6 +168,40 @@ def test_snapshots_later_than_the_clock_have_no_age():
     assert policy.retained(mixed, head=200, floor=1, now=5)[1] == 1
     no_times = CompactionPolicy(history_entries=100, history_s=0, keep_snapshots=1)
     assert no_times.retained(near, head=200, floor=1, now=5)[1] == 101
+
+
+def test_entries_without_an_age_are_kept_by_their_own_number():
+    hour = HOUR_S * 1000
+    ages = {seq: 0 if seq <= 50 else 99 * hour for seq in range(1, 101)}
+    late = snapshots((40, 0), (50, 0), (80, 99 * hour), (100, 99 * hour))
+    for ageless, floor in ((0, 101), (20, 81), (50, 51), (70, 51)):
+        policy = CompactionPolicy(
+            history_entries=0, history_s=HOUR_S, ageless_entries=ageless, keep_snapshots=1
+        )
+        limit = policy.trimmable(head=100, floor=1, now=2 * hour, at=ages.__getitem__)
+        assert limit.seq + 1 == floor
+        assert f"later than the clock have no age; the newest {ageless} of" in limit.reason
+        assert policy.retained(late, head=100, floor=1, now=2 * hour)[1] == floor
+        # Without a window of time, times have no effect.
+        limit = replace(policy, history_s=0).trimmable(
+            head=100, floor=1, now=2 * hour, at=ages.__getitem__
+        )
+        assert limit == (100, "no history is kept")
+
+
+def test_snapshots_without_an_age_are_few():
+    hour = HOUR_S * 1000
+    policy = CompactionPolicy(
+        history_entries=0, history_s=HOUR_S, ageless_entries=100, keep_snapshots=1
+    )
+    late = snapshots(*((seq, 99 * hour) for seq in range(1, 101)))
+    assert policy.thinned(late, 0, now=5) == {25, 50, 75, 100}
+
+
+def test_the_reason_when_every_entry_is_older_than_the_window():
+    policy = CompactionPolicy(history_entries=0, history_s=14 * 24 * HOUR_S)
+    limit = policy.trimmable(head=9, floor=1, now=10**15, at=lambda seq: seq)
+    assert limit == (9, "the entries of the last 14 days are kept")
 
 
 def test_at_least_one_snapshot_is_retained():

@@ -14,6 +14,7 @@ from taskstore.model.ids import CLOCK_TOLERANCE_MS
 POLICIES = st.builds(
     CompactionPolicy,
     history_entries=st.sampled_from([0, 1, 4, 100, 10_000]),
+    ageless_entries=st.sampled_from([0, 0, 2, 7, 10_000]),
     history_s=st.sampled_from([0, 1, 60, 3600, 7 * 24 * 3600]),
     keep_snapshots=st.integers(0, 5),
     erase_deleted=st.sampled_from([False, False, False, True]),
@@ -116,7 +117,8 @@ def test_what_is_trimmable(policy, times, before):
         at = entries[seq]
         has_age = at <= NOW + CLOCK_TOLERANCE_MS
         young = policy.history_s > 0 and has_age and at > NOW - policy.history_s * 1000
-        return young or seq > head - policy.history_entries
+        ageless = policy.history_s > 0 and not has_age and seq > head - policy.ageless_entries
+        return young or ageless or seq > head - policy.history_entries
 
     assert not any(stays(each) for each in range(floor, seq + 1))
     assert seq == head or stays(seq + 1)

@@ -6,9 +6,11 @@ import asyncio
 import logging
 
 import pytest
+from msgspec.structs import replace
 
 from taskstore import CompactionPolicy, Compactor, ReadOnlyError
 from taskstore.aio import AsyncTaskRegistry
+from taskstore.testing.factories import EPOCH_MS, make_put
 from taskstore.testing.threads import TIMEOUT_S
 
 POLICY = CompactionPolicy(min_entries=10, ratio=0.5, history_entries=5, history_s=0)
@@ -96,6 +98,82 @@ def test_it_compacts_when_history_is_too_large(open_ledger):
     head, floor = registry.store.head(), registry.store.floor()
     assert (head - floor + 1) * 20_000 <= 120_000
     assert registry.store.verify().problems == ()
+
+
+def test_a_full_history_does_not_start_a_compaction_at_every_commit(open_ledger):
+    registry, limit = open_ledger(), 20_000
+    store = registry.store
+    sizes = []
+    with Compactor(store, CompactionPolicy(history_bytes=limit)) as compactor:
+        registry.hooks.add(compactor)
+        task = registry.create(runtime="cli", task="\u65e5" * 100, status="running")
+        for n in range(100):
+            registry.record_progress(task.task_id, str(n))
+            assert compactor.wait(TIMEOUT_S)
+            report = store.compact(CompactionPolicy())
+            assert not report.compacted
+            sizes.append(report.stats.history_bytes)
+    assert compactor.failures == 0
+    # 100 entries have less than 100,000 bytes, and each run makes room for 5,000 bytes.
+    assert 2 <= compactor.runs <= 20
+    assert max(sizes) <= 1.1 * limit
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_only_a_forced_compaction_keeps_all_that_history_bytes_allows(open_ledger, force):
+    registry = open_ledger()
+    for n in range(10):
+        registry.create(runtime="cli", task=str(n) * 20_000)
+    policy = CompactionPolicy(history_bytes=85_000, force=force)
+    report = registry.store.compact(policy)
+    assert report.compacted
+    assert report.seq + 1 - report.floor == (4 if force else 3)
+    registry.create(runtime="cli", task="x")
+    assert registry.store.compact(replace(policy, force=False)).compacted is False
+
+
+def test_the_report_of_nothing_done_says_how_far_history_reaches(open_ledger):
+    store = open_ledger(clock=lambda: EPOCH_MS).store
+    for policy in (CompactionPolicy(), POLICY.forced()):
+        report = store.compact(policy)
+        assert (report.compacted, report.floor, report.floor_at) == (False, 1, None)
+        assert report.floor_reason
+        assert ("not due" in report.reason) is not policy.force
+    for n in range(9):
+        store.apply([make_put(task=str(n))])
+    at = store.load_snapshot().at
+    done = store.compact(POLICY.forced())
+    assert (done.floor, done.snapshots) == (5, (4, 9))
+    none = replace(POLICY, history_entries=0)
+    for policy in (CompactionPolicy(), POLICY.forced(), none, none.forced(), none.forced()):
+        report = store.compact(policy)
+        if report.compacted:
+            done = report
+            assert (report.floor, report.snapshots) == (10, (9,))
+        assert report.snapshots == done.snapshots
+        assert report.floor == done.floor
+        assert report.floor_at <= at
+        assert report.floor_at == store.read_snapshot(report.floor - 1).at
+        assert report.floor_reason
+
+
+def test_it_compacts_when_the_new_entries_are_large(open_ledger):
+    registry = open_ledger()
+    store = registry.store
+    with Compactor(store, CompactionPolicy(max_bytes=50_000)) as compactor:
+        registry.hooks.add(compactor)
+        for n in range(11):
+            registry.create(runtime="cli", task=str(n % 10) * 20_000)
+            assert compactor.wait(TIMEOUT_S)
+            # Compaction is due at each third entry.
+            assert compactor.runs == (n + 1) // 3
+            stats = store.compact(CompactionPolicy()).stats
+            assert stats.bytes // 20_000 == (n + 1) % 3
+            assert stats.history_bytes // 20_000 == n + 1
+    assert compactor.failures == 0
+    assert "bytes since the last snapshot" in compactor.last_report.reason
+    assert store.compact(CompactionPolicy(max_bytes=50_000)).compacted is False
+    assert store.compact(CompactionPolicy(max_bytes=40_000)).compacted
 
 
 def test_the_recipe_for_asyncio(ledger_url):

@@ -134,8 +134,13 @@ def _policy_of(
     """Return the policy that the options of ``compact`` describe."""
     policy = CompactionPolicy()
     if keep_days is not None or keep_entries is not None:
-        days, entries = keep_days or 0, keep_entries or 0
-        policy = replace(policy, history_s=days * 86400, history_entries=entries)
+        # A wrong clock must not make ``--keep-days`` alone trim the entries of the last minutes.
+        policy = replace(
+            policy,
+            history_s=(keep_days or 0) * 86400,
+            history_entries=keep_entries or 0,
+            ageless_entries=policy.history_entries if keep_entries is None else 0,
+        )
     if keep_bytes is not None:
         policy = replace(policy, history_bytes=keep_bytes)
     return policy.forced() if forced else policy

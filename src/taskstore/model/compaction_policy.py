@@ -20,8 +20,18 @@ from taskstore.model.records import TaskRecord
 from taskstore.model.validation import check_seconds
 
 _DAY_S = 24 * 60 * 60
-_COUNTS = ("min_entries", "max_bytes", "history_entries", "history_bytes", "keep_snapshots")
+_COUNTS = (
+    "min_entries",
+    "max_bytes",
+    "history_entries",
+    "ageless_entries",
+    "history_bytes",
+    "keep_snapshots",
+)
 """The fields of a :class:`CompactionPolicy` that are integers."""
+_FREED_PART = 4
+"""A compaction that is due because of ``history_bytes`` makes room for one part in this number.
+Without this room, each later commit would exceed the limit and start a compaction."""
 
 
 class SnapshotInfo(NamedTuple):
@@ -42,7 +52,8 @@ class JournalStats(Struct, frozen=True, kw_only=True):
     """The journal statistics from which a policy decides whether compaction is due.
 
     ``entries`` is the number of journal entries after the newest snapshot.  ``bytes`` is the size
-    in bytes of the entries after the newest snapshot (0 if unknown).  ``oldest_at`` is the time of
+    in bytes of the entries after the newest snapshot (0 if unknown; a store can stop counting when
+    the size exceeds the policy's ``history_bytes``).  ``oldest_at`` is the time of
     the oldest entry after the newest snapshot (Unix ms).  ``records`` is the number of live
     records.  ``now`` is the current time (Unix ms).  ``newest_snapshot_seq`` is the seq of the
     newest snapshot (0 if there is no snapshot).  ``floor`` is the first retained seq.
@@ -69,7 +80,8 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
     - There are at least ``min_entries`` entries, and at least ``ratio`` entries per record of
       the ledger.  This condition keeps the amortized cost of snapshots per change constant.
     - The entries have at least ``max_bytes`` bytes in total.  The JSON store reads all
-      these entries when the store is opened.
+      these entries when the store is opened.  A store that does not know their size ignores this
+      condition.
     - The oldest entry is at least ``max_age_s`` seconds old.  Because of this condition, an
       idle ledger is compacted too and does not keep deleted text for ever.
     - All retained entries together have more than ``history_bytes`` bytes.
@@ -80,11 +92,18 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
     ``history_entries`` entries, whichever is more, but never more than ``history_bytes`` bytes of
     entries.  With the defaults, a follower can pause for a weekend and then continue.  The bytes
     of snapshots do not count toward ``history_bytes``: the size of a snapshot depends on the live
-    records, not on the history.
+    records, not on the history.  If the entries have more than ``history_bytes`` bytes, compaction
+    trims them to three quarters of ``history_bytes`` (with ``force``: only to ``history_bytes``).
+    Therefore compaction is not due because of ``history_bytes`` again before a quarter of
+    ``history_bytes`` is written.  Each compaction writes all records, so choose a
+    ``history_bytes`` that is not small compared with the size of the live records.
 
     If the time of an entry is more than an hour after ``now``, a clock was wrong.  Such an entry
-    has no age: only ``history_entries`` and ``history_bytes`` limit how long it is retained.  If
-    ``history_s`` is 0, the times of entries have no effect on what compaction retains.
+    has no age: only numbers of entries and ``history_bytes`` decide how long it is retained.  Of
+    the entries without an age, compaction retains those among the newest ``history_entries`` or
+    among the newest ``ageless_entries`` entries; ``ageless_entries`` retains no entry that has an
+    age.  If ``history_s`` is 0, the times of entries and ``ageless_entries`` have no effect on what
+    compaction retains.
 
     Compaction also retains the newest ``keep_snapshots`` snapshots, because the newest snapshot
     can be damaged.  With ``erase_deleted``, compaction is always due and retains only the new
@@ -100,6 +119,7 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
     max_age_s: float = 24 * 60 * 60
     history_s: float = 7 * 24 * 60 * 60
     history_entries: int = 10_000
+    ageless_entries: int = 0
     history_bytes: int = 1024 * 1024 * 1024
     keep_snapshots: int = 2
     force: bool = False
@@ -151,25 +171,40 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
     def trimmable(
         self, *, head: int, floor: int, now: int, at: Callable[[int], int]
     ) -> HistoryLimit:
-        """Return the last entry that ``history_s`` and ``history_entries`` allow a compaction to
-        trim.
+        """Return the last entry that ``history_s``, ``history_entries`` and ``ageless_entries``
+        allow a compaction to trim.
 
         ``at`` returns the time of the entry at a seq; times never decrease from entry to entry.
         The seq in the result is at least ``floor`` - 1 and at most ``head``.  While an entry
         within the window of ``history_s`` exists, no later entry can be trimmed.
         """
-        reason = "no history is kept"
-        if self.history_entries:
-            reason = f"the newest {self.history_entries:,} entries are kept"
         last = head - self.history_entries
         if last < floor:
-            return HistoryLimit(floor - 1, reason)
+            return HistoryLimit(floor - 1, self._reason())
         if self.history_s > 0:
             seqs = range(floor, last + 1)
             old = floor - 1 + bisect_right(seqs, now - self.history_s * 1000, key=at)
             if old < last and not self._has_no_age(at(old + 1), now):
                 return HistoryLimit(old, _window(self.history_s))
-        return HistoryLimit(last, reason)
+            if old < last:  # times never decrease: no later entry has an age
+                seq = min(last, max(old, head - self.ageless_entries))
+                newest = max(self.history_entries, self.ageless_entries)
+                return HistoryLimit(seq, _LATER_THAN_THE_CLOCK.format(newest))
+        return HistoryLimit(last, self._reason())
+
+    def _reason(self) -> str:
+        """Return the reason why the newest entries are not trimmed if all entries have an age."""
+        if self.history_entries:
+            return f"the newest {self.history_entries:,} entries are kept"
+        return _window(self.history_s) if self.history_s > 0 else "no history is kept"
+
+    @property
+    def kept_bytes(self) -> int:
+        """The size in bytes to which a compaction trims the entries if they have more than
+        ``history_bytes`` bytes."""
+        if self.force:
+            return self.history_bytes
+        return self.history_bytes - self.history_bytes // _FREED_PART
 
     def history_bytes_limit(self, seq: int) -> HistoryLimit:
         """Return a :class:`HistoryLimit` at ``seq``, with ``history_bytes`` as its reason."""
@@ -190,15 +225,19 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
             return frozenset({newest}), newest + 1
         oldest = floor - 1
         for snapshot in snapshots:
-            if snapshot.seq > head - self.history_entries or self._is_in_window(snapshot.at, now):
+            newer = head - snapshot.seq
+            if newer < self.history_entries or self._is_retained_by_time(snapshot.at, newer, now):
                 break
             oldest = max(oldest, snapshot.seq)
         return self.thinned(snapshots, oldest, now=now), oldest + 1
 
-    def _is_in_window(self, at: int, now: int) -> bool:
-        """Return whether ``history_s`` retains an entry with the time ``at``."""
-        if self.history_s <= 0 or self._has_no_age(at, now):
+    def _is_retained_by_time(self, at: int, newer: int, now: int) -> bool:
+        """Return whether ``history_s`` or ``ageless_entries`` retains an entry with the time ``at``
+        that ``newer`` entries follow."""
+        if self.history_s <= 0:
             return False
+        if self._has_no_age(at, now):
+            return newer < self.ageless_entries
         return at > now - self.history_s * 1000
 
     @staticmethod
@@ -216,18 +255,24 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
         # Some snapshots after the oldest snapshot are retained, so that the records at a seq can
         # be computed from few entries.  The distance between two of these snapshots is at least
         # a quarter of the history window, which limits their number.
+        # Snapshots without an age are only limited by the number of entries between them.
+        ageless_distance = max(self.history_entries, self.ageless_entries) / 4
         last = SnapshotInfo(oldest, 0)
         for snapshot in snapshots:
             if snapshot.seq == oldest:
                 retained.add(oldest)
                 last = snapshot
-            elif (
-                snapshot.seq > oldest
-                and snapshot.seq - last.seq >= self.history_entries / 4
-                and (snapshot.at - last.at >= window_ms / 4 or self._has_no_age(snapshot.at, now))
-            ):
-                retained.add(snapshot.seq)
-                last = snapshot
+            elif snapshot.seq > oldest:
+                if self._has_no_age(snapshot.at, now):
+                    far = snapshot.seq - last.seq >= ageless_distance
+                else:
+                    far = (
+                        snapshot.seq - last.seq >= self.history_entries / 4
+                        and snapshot.at - last.at >= window_ms / 4
+                    )
+                if far:
+                    retained.add(snapshot.seq)
+                    last = snapshot
         return frozenset(seq for seq in retained if seq >= oldest)
 
 
@@ -240,7 +285,7 @@ class CompactionReport(Struct, frozen=True, kw_only=True):
     is the number of live records.  ``floor`` is the first retained seq.  ``floor_at`` is the time
     of the commit at ``floor`` - 1 (Unix ms), the earliest time at which the records are still
     known.  ``floor_at`` is ``None`` if no entry was trimmed or the time was not read.
-    ``floor_reason`` says why no later entry was trimmed (empty if unknown).  ``trimmed`` is the
+    ``floor_reason`` says why history begins at ``floor`` (empty if unknown).  ``trimmed`` is the
     number of trimmed journal entries.  ``snapshots`` contains the seqs of the retained snapshots.
     ``duration_s`` is the duration of the compaction.  ``stats`` are the statistics from which the
     policy decided (``None`` if the store does not report them).
@@ -267,11 +312,13 @@ def approximate_size(record: TaskRecord | None) -> int:
     texts = (record.task, record.error, record.progress_summary, record.terminal_summary)
     size = _ENTRY_BYTES + len(bytes(record.metadata_json))
     for text in texts:
-        size += len(text) if text else 0
+        size += len(text.encode(errors="replace")) if text else 0
     return size
 
 
 _ENTRY_BYTES = 400
+
+_LATER_THAN_THE_CLOCK = "entries later than the clock have no age; the newest {:,} of them are kept"
 
 
 def _window(seconds: float) -> str:

@@ -110,6 +110,7 @@ class Compactor:
             entries=max(event.seq - known.newest_snapshot_seq, 0),
             records=max(known.records + self._created, 0),
             now=event.at,
+            bytes=known.bytes + self._bytes,
             oldest_at=known.oldest_at or self._oldest_at,
             newest_snapshot_seq=known.newest_snapshot_seq,
             history_bytes=known.history_bytes + self._bytes,
@@ -177,7 +178,9 @@ class Compactor:
         stats = report.stats
         if stats is not None and not report.compacted:
             return stats
-        size = 0 if stats is None else min(stats.history_bytes, self._policy.history_bytes)
+        size = 0 if stats is None else stats.history_bytes
+        if size > self._policy.history_bytes:
+            size = self._policy.kept_bytes
         return JournalStats(
             entries=0,
             records=report.records,

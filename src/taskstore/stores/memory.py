@@ -291,17 +291,21 @@ class _Compaction(CompactionSteps):
             entries=storage.head - newest,
             records=len(storage.current),
             oldest_at=since[0].at if since else None,
+            bytes=sum(approximate_size(entry.record) for entry in since),
             history_bytes=sum(approximate_size(entry.record) for entry in list(storage.journal)),
         )
 
     def lock(self) -> AbstractContextManager[object]:
         return self._storage.lock
 
+    def snapshots(self) -> tuple[SnapshotInfo, ...]:
+        with self._storage.lock:
+            stored = self._storage.snapshots
+            return tuple(SnapshotInfo(seq, stored[seq].at) for seq in sorted(stored))
+
     def begin(self) -> CompactionPoint:
         storage = self._storage
-        seqs = sorted(storage.snapshots)
-        snapshots = tuple(SnapshotInfo(seq, storage.snapshots[seq].at) for seq in seqs)
-        return CompactionPoint(storage.head, storage.last_at, storage.floor, snapshots)
+        return CompactionPoint(storage.head, storage.last_at, storage.floor, self.snapshots())
 
     def commit_of(self, seq: int) -> EntryCommit:
         entry = self._storage.journal[seq - self._storage.floor]

@@ -96,6 +96,8 @@ class Compactor:
                 seq=newest,
                 floor=before,
                 records=inputs.records,
+                snapshots=tuple(old.seq for old in inputs.snapshots),
+                floor_at=next((old.at for old in inputs.snapshots if old.seq == before - 1), None),
                 stats=stats,
             )
         seq, at, records, chunks = self._copy()

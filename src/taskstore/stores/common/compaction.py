@@ -78,6 +78,10 @@ class CompactionSteps(ABC):
         """
 
     @abstractmethod
+    def snapshots(self) -> tuple[SnapshotInfo, ...]:
+        """Return the published snapshots, in ascending order of seq; needs no lock."""
+
+    @abstractmethod
     def begin(self) -> CompactionPoint:
         """Return the compaction point; after the call, no journal entry up to this point
         changes."""
@@ -112,7 +116,7 @@ def compact(steps: CompactionSteps, policy: CompactionPolicy, clock: Clock) -> C
     stats = steps.stats(clock(), policy.history_bytes)
     reason = policy.due(stats)
     if reason is None and not (policy.force and stats.newest_snapshot_seq):
-        return _nothing_done(stats, "not due")
+        return _nothing_done(steps, stats, _NOTHING_NEW if policy.force else "not due")
     with steps.lock():
         if reason is None:
             # There is no entry after the newest snapshot, but there can be history to trim.
@@ -121,7 +125,7 @@ def compact(steps: CompactionSteps, policy: CompactionPolicy, clock: Clock) -> C
                 steps, policy, stats, stats.newest_snapshot_seq + stats.entries, stats.floor
             )
             if not stats.entries and limit.seq < stats.floor:
-                return _nothing_done(stats, _NOTHING_NEW, limit.reason)
+                return _nothing_done(steps, stats, _NOTHING_NEW, limit.reason)
             reason = "compaction was forced"
         point = steps.begin()
         limit = _limit_of(steps, policy, stats, point.seq, point.floor)
@@ -151,16 +155,23 @@ def compact(steps: CompactionSteps, policy: CompactionPolicy, clock: Clock) -> C
 
 
 _NOTHING_NEW = "there is no new entry, and no more history to trim"
+_NEVER_TRIMMED = "no entry has been trimmed"
+_TRIMMED_EARLIER = "an earlier compaction trimmed the older entries"
 
 
-def _nothing_done(stats: JournalStats, reason: str, floor_reason: str = "") -> CompactionReport:
+def _nothing_done(
+    steps: CompactionSteps, stats: JournalStats, reason: str, floor_reason: str = ""
+) -> CompactionReport:
+    snapshots = steps.snapshots()
     return CompactionReport(
         compacted=False,
         reason=reason,
         seq=stats.newest_snapshot_seq,
         floor=stats.floor,
         records=stats.records,
-        floor_reason=floor_reason,
+        snapshots=tuple(snapshot.seq for snapshot in snapshots),
+        floor_at=next((s.at for s in snapshots if s.seq == stats.floor - 1), None),
+        floor_reason=floor_reason or (_TRIMMED_EARLIER if stats.floor > 1 else _NEVER_TRIMMED),
         stats=stats,
     )
 
@@ -180,11 +191,11 @@ def _limit_of(
         # Entries of one commit have the same time, but ``history_entries`` can divide a commit.
         limit = limit._replace(seq=_last_whole_commit(steps, seqs, limit.seq))
     if stats.history_bytes > policy.history_bytes:
-        first = steps.seq_within(policy.history_bytes, head)
+        first = steps.seq_within(policy.kept_bytes, head)
         if first > limit.seq:
             limit = policy.history_bytes_limit(_end_of_commit(steps, seqs, first))
     if limit.seq < floor and floor > 1:
-        limit = limit._replace(reason="an earlier compaction trimmed the older entries")
+        limit = limit._replace(reason=_TRIMMED_EARLIER)
     return limit
 
 

@@ -46,6 +46,7 @@ from taskstore.stores.jsonfile.layout import (
     permissions_source,
     read_layout,
     read_snapshot_header,
+    retry_while_changing,
     segment_name,
 )
 from taskstore.stores.jsonfile.lines import Entry, decode_entry, encode_header
@@ -100,18 +101,24 @@ class Compaction(CompactionSteps):
         self._lock = self._writer.compact_lock()
         return self._lock.hold(COMPACT_LOCK_TIMEOUT_S, "another compactor")
 
+    def snapshots(self) -> tuple[SnapshotInfo, ...]:
+        directory = self._layout.directory
+
+        # The writer's layout can still contain snapshots that the previous compaction removed.
+        def attempt(_: int) -> tuple[SnapshotInfo, ...]:
+            return tuple(
+                SnapshotInfo(seq, read_snapshot_header(directory, seq).at)
+                for seq in read_layout(directory).snapshots
+            )
+
+        return retry_while_changing(directory, attempt)
+
     def begin(self) -> CompactionPoint:
         with self._writer.lock():
             layout = self._layout = self._writer.roll()
             self._lock.lock_next_segment(layout.segments[-1].path)
             seq, at = self._writer.end.seq, self._writer.end.at
-        directory = layout.directory
-        # The writer's layout can still contain snapshots that the previous compaction removed.
-        snapshots = tuple(
-            SnapshotInfo(seq, read_snapshot_header(directory, seq).at)
-            for seq in read_layout(directory).snapshots
-        )
-        return CompactionPoint(seq, at, layout.floor, snapshots)
+        return CompactionPoint(seq, at, layout.floor, self.snapshots())
 
     def commit_of(self, seq: int) -> EntryCommit:
         line = self._reader.with_layout(lambda layout: self._reader.commit_of(layout, seq))
