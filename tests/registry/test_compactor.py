@@ -157,25 +157,6 @@ def test_the_report_of_nothing_done_says_how_far_history_reaches(open_ledger):
         assert report.floor_reason
 
 
-def test_it_compacts_when_the_new_entries_are_large(open_ledger):
-    registry = open_ledger()
-    store = registry.store
-    with Compactor(store, CompactionPolicy(max_bytes=50_000)) as compactor:
-        registry.hooks.add(compactor)
-        for n in range(11):
-            registry.create(runtime="cli", task=str(n % 10) * 20_000)
-            assert compactor.wait(TIMEOUT_S)
-            # Compaction is due at each third entry.
-            assert compactor.runs == (n + 1) // 3
-            stats = store.compact(CompactionPolicy()).stats
-            assert stats.bytes // 20_000 == (n + 1) % 3
-            assert stats.history_bytes // 20_000 == n + 1
-    assert compactor.failures == 0
-    assert "bytes since the last snapshot" in compactor.last_report.reason
-    assert store.compact(CompactionPolicy(max_bytes=50_000)).compacted is False
-    assert store.compact(CompactionPolicy(max_bytes=40_000)).compacted
-
-
 def test_the_recipe_for_asyncio(ledger_url):
     async def main():
         async with AsyncTaskRegistry.open(ledger_url) as registry:

@@ -52,8 +52,7 @@ class JournalStats(Struct, frozen=True, kw_only=True):
     """The journal statistics from which a policy decides whether compaction is due.
 
     ``entries`` is the number of journal entries after the newest snapshot.  ``bytes`` is the size
-    in bytes of the entries after the newest snapshot (0 if unknown; a store can stop counting when
-    the size exceeds the policy's ``history_bytes``).  ``oldest_at`` is the time of
+    in bytes of the entries after the newest snapshot (0 if unknown).  ``oldest_at`` is the time of
     the oldest entry after the newest snapshot (Unix ms).  ``records`` is the number of live
     records.  ``now`` is the current time (Unix ms).  ``newest_snapshot_seq`` is the seq of the
     newest snapshot (0 if there is no snapshot).  ``floor`` is the first retained seq.
@@ -80,8 +79,7 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
     - There are at least ``min_entries`` entries, and at least ``ratio`` entries per record of
       the ledger.  This condition keeps the amortized cost of snapshots per change constant.
     - The entries have at least ``max_bytes`` bytes in total.  The JSON store reads all
-      these entries when the store is opened.  A store that does not know their size ignores this
-      condition.
+      these entries when the store is opened.
     - The oldest entry is at least ``max_age_s`` seconds old.  Because of this condition, an
       idle ledger is compacted too and does not keep deleted text for ever.
     - All retained entries together have more than ``history_bytes`` bytes.

@@ -291,7 +291,6 @@ class _Compaction(CompactionSteps):
             entries=storage.head - newest,
             records=len(storage.current),
             oldest_at=since[0].at if since else None,
-            bytes=sum(approximate_size(entry.record) for entry in since),
             history_bytes=sum(approximate_size(entry.record) for entry in list(storage.journal)),
         )
 

@@ -133,11 +133,9 @@ class SQLCompactionSteps(CompactionSteps):
 
     def stats(self, now: int, most_bytes: int) -> JournalStats:
         stats = self._transactions.read(partial(self._stats, now=now), in_transaction=True)
-        newest, floor = stats.newest_snapshot_seq, stats.floor
-        _, new = self._measure(most_bytes, max(newest + 1, floor), newest + stats.entries)
-        # If the new entries alone exceed the limit, the older entries need not be counted.
-        old = self._measure(most_bytes - new, floor, newest)[1] if new <= most_bytes else 0
-        return msgspec.structs.replace(stats, bytes=new, history_bytes=old + new)
+        head = stats.newest_snapshot_seq + stats.entries
+        _, size = self._measure(most_bytes, stats.floor, head)
+        return msgspec.structs.replace(stats, history_bytes=size)
 
     def _stats(self, session: DriverSession, now: int) -> JournalStats:
         head = read_head(session, self._sql)
