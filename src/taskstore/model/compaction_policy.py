@@ -78,8 +78,8 @@ class CompactionPolicy(Struct, frozen=True, kw_only=True):
 
     - There are at least ``min_entries`` entries, and at least ``ratio`` entries per record of
       the ledger.  This condition keeps the amortized cost of snapshots per change constant.
-    - The entries have at least ``max_bytes`` bytes in total.  The JSON store reads all
-      these entries when the store is opened.
+    - The entries have at least ``max_bytes`` bytes in total.  Only the JSON store counts these
+      bytes, because it reads all these entries when it is opened.
     - The oldest entry is at least ``max_age_s`` seconds old.  Because of this condition, an
       idle ledger is compacted too and does not keep deleted text for ever.
     - All retained entries together have more than ``history_bytes`` bytes.
