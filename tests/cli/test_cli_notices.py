@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -60,19 +59,6 @@ def test_a_clock_that_was_ahead_is_told(
     assert "taskstore: note: " in result.err
     assert "ahead of" in result.err or "later than" in result.err
     assert "note: " not in result.out
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_second_name_of_the_file_is_told(
-    invoke: Invoke, url: str, tmp_path: Path, command: str
-) -> None:
-    task_id = create_task(url)
-    os.link(tmp_path / "tasks.db", tmp_path / "second.db")
-    result = invoke("--url", f"{url}?links=allow", *words_of(command, task_id))
-    reader = invoke("list", "--url", f"{url}?links=allow")
-    notes = [line for line in reader.err.splitlines() if "note: " in line]
-    assert result.status == 0
-    assert [line for line in result.err.splitlines() if "note: " in line] == notes
 
 
 @pytest.mark.parametrize("words", [["cancel", "none"], ["notify", "none", "silent"], ["run"]])
