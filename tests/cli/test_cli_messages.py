@@ -21,6 +21,14 @@ from taskstore.cli.ledger import URL_VARIABLE
         (["changes", "--after", "soon"], "a seq such as 42, or the whole cursor"),
         (["changes", "--after", "99"], "seq 99 is beyond the head of the journal: the newest seq"),
         (["changes", "--after", "1:00ff"], "the cursor is not complete"),
+        (["changes", "--after", "1:"], "the whole cursor of a journal entry"),
+        (["changes", "--after", "0:"], "the whole cursor of a journal entry"),
+        (["db", "current", "--url", "postgres://h/d"], "did you mean 'postgresql+psycopg:'?"),
+        (["db", "check", "--url", "sqllite:///x.db"], "did you mean 'sqlite:'?"),
+        (["contract", "postgres://h/d"], "did you mean 'postgresql+psycopg:'?"),
+        (["contract", "mysql://h/d"], "did you mean 'mariadb+pymysql:'?"),
+        (["contract", "tasks.db"], "did you mean 'sqlite:///tasks.db'?"),
+        (["contract", "sqlite:///x.db?links=allow"], "remove the options: sqlite:///x.db"),
         (["list", "--url", "postgres://h/d"], "did you mean 'postgresql+psycopg:'?"),
         (["list", "--url", "postgresql+psycopg2://h/d"], "did you mean 'postgresql+psycopg:'?"),
         (["list", "--url", "mysql://h/d"], "did you mean 'mariadb+pymysql:'?"),
@@ -40,6 +48,36 @@ def test_the_message_says_what_is_wrong(
     assert result.status != 0
     assert message in result.err
     assert "Value error" not in result.err
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["sqlite:tasks.db", "sqlite://tasks.db", "sqlite://", "sqlite:///", "json:x", "json:///x?y=1"],
+)
+def test_contract_refuses_a_malformed_url_like_list(invoke: Invoke, text: str) -> None:
+    listed, tested = invoke("list", "--url", text), invoke("contract", text)
+    assert listed.status == tested.status == 2
+    assert tested.err == listed.err
+
+
+def test_an_expired_cursor_names_a_command(invoke: Invoke, url: str) -> None:
+    with TaskRegistry.open(url) as registry:
+        for n in range(3):
+            registry.create(runtime="cli", task="x", label=str(n))
+    retained = ["changes", "--json", "--limit=2", "--url", url]
+    command = f"taskstore changes --json --limit=2 --url {url}"
+    for after in ("99", "1:00ff"):
+        expired = invoke(*retained, "--after", after)
+        assert (expired.status, expired.out) == (1, "")
+        assert f"run: {command})" in expired.err
+        assert "snapshot" not in expired.err
+    assert len(invoke(*retained).lines) == 2
+    assert invoke("compact", "--erase-deleted").status == 0
+    trimmed = invoke("changes", "--after", "1")
+    assert trimmed.status == 1
+    assert trimmed.err.endswith(
+        "(to print all changes that the journal retains, run: taskstore changes)\n"
+    )
 
 
 @pytest.mark.parametrize("words", [["list"], ["cancel", "x"], ["db", "current"]])

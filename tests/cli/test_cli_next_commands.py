@@ -7,12 +7,13 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import sqlalchemy as sa
 from cli_process import CLI, Invoke
 
-from taskstore import SchemaMismatchError, TaskRegistry, open_store
+from taskstore import SchemaMismatchError, StoreUnavailableError, TaskRegistry, open_store
 from taskstore.cli import app
 from taskstore.store.opening import shell_command
 from taskstore.stores.sql import SQLStore
@@ -136,8 +137,76 @@ def test_an_error_that_names_two_urls_is_not_garbled(capsys: pytest.CaptureFixtu
     """The text between the port of one URL and the user of the next URL is no password."""
     url = "postgresql+psycopg://me@h:5432/d"
     app.print_error(f"{url} contains no ledger (run: taskstore db upgrade --url {url})")
-    app.print_error("at x://me:s3cr3t@h/d and json://me:s3c/r3t@h")
+    app.print_error(f"{url} contains no ledger (run: taskstore db upgrade --url {url})", url=url)
+    app.print_error("at x://me:s3c/r3t@h/d and x://me:s3c/r3t@i", url="x://me:s3c/r3t@h/d")
     assert capsys.readouterr().err.splitlines() == [
         f"taskstore: {url} contains no ledger (run: taskstore db upgrade --url {url})",
-        "taskstore: at x://me:***@h/d and json://me:***@h",
+        f"taskstore: {url} contains no ledger (run: taskstore db upgrade --url {url})",
+        "taskstore: at x://me:***@h/d and x://me:***@i",
     ]
+
+
+MAIL = "imap://inbox:42@mail.example/7?password=none"
+"""A run id and session key that looks like a URL with a password."""
+
+
+@pytest.mark.parametrize("command", ["show", "cancel", "notify", "delete"])
+@pytest.mark.parametrize("field", ["run_id", "requester_session_key"])
+def test_an_id_that_looks_like_a_url_is_not_masked(
+    invoke: Invoke, url: str, other: str, command: str, field: str
+) -> None:
+    with TaskRegistry.open(other) as registry:
+        for label in ("four", "five"):
+            registry.create(runtime="cli", task="x", label=label, owner_key=label, **{field: MAIL})
+    words = [command, MAIL, *(["silent"] if command == "notify" else [])]
+    text = invoke("--url", other, *words).err
+    assert "***" not in text
+    listed = in_a_shell(printed_command(text)).stdout
+    assert [line.split("\t")[7] for line in listed.splitlines()] == ["five", "four"]
+    assert f"no task {MAIL!r}" in invoke("show", "--url", url_without_task(url), MAIL).err
+
+
+def url_without_task(url: str) -> str:
+    TaskRegistry.open(url).close()
+    return url
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "postgresql+psycopg://me:s3cr3t@h:port/d",
+        "postgresql+psycopg://me:s3cr3t@127.0.0.1:1/d",
+        "postgresql+psycopg://me:s3cr3t@127.0.0.1:1/d?nonsense=1",
+        "postgresql+psycopg://me@127.0.0.1:1/d?password=s3cr3t",
+        "postgresql+psycopg://me:s3cr3t%40@127.0.0.1:1/d",
+        "mariadb+pymysql://me:s3cr3t@127.0.0.1:1/d",
+        "postgres://me:s3cr3t@h/d",
+        "sqlite://me:s3cr3t@h/d",
+        "json://me:s3cr3t@h/d",
+        "ab/c://me:s3cr3t@h/d",
+    ],
+)
+@pytest.mark.parametrize(
+    "words", [["list"], ["run", "--", "true"], ["db", "current"], ["compact"], ["contract"]]
+)
+def test_no_error_shows_the_password_of_the_ledger(
+    invoke: Invoke, words: list[str], text: str
+) -> None:
+    command = ["contract", text] if words == ["contract"] else ["--url", text, *words]
+    result = invoke(*command)
+    assert result.status != 0
+    assert "s3cr3t" not in result.err + result.out
+
+
+def test_an_unexpected_error_and_a_misplaced_url_show_no_password(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "postgresql+psycopg://me:s3 cr3t@h/d"
+
+    for failure in (RuntimeError, OSError, StoreUnavailableError):
+        error = failure(f"cannot open {secret} or {secret.replace('/d', '/e')}")
+        monkeypatch.setattr("taskstore.cli.ledger.open_store", Mock(side_effect=error))
+        text = invoke("list", "--url", secret).err
+        assert "cr3t" not in text
+        assert "me:***@h/e" in text
+    assert "s3cr3t" not in invoke("list", "postgresql+psycopg://me:s3cr3t@h/d").err

@@ -12,6 +12,7 @@ from taskstore.model.journal import (
     Commit,
     EntryKind,
     JournalEntry,
+    Position,
     Put,
     Quarantined,
     Remove,
@@ -270,3 +271,16 @@ def test_a_superseded_image_is_dropped_with_its_task_only():
     base = Snapshot(1, {"a": one}, 0, (old,))
     assert fold(base, [entry(2, next_of(one).record)]).quarantined == (old,)
     assert fold(base, [deletion(2, one)]).quarantined == ()
+
+
+def test_a_cursor_that_was_cut_at_its_colon_is_refused():
+    for cut in ("1:", "0:", ":", ":0f"):
+        with pytest.raises(ValidationError, match="the whole cursor"):
+            Position.of(cut)
+    assert Position.of("1:0f") == Position(1, "0f")
+
+
+def test_the_cursor_of_a_store_without_commit_ids_is_a_seq():
+    for position in (Position(7), Position(7, "0f")):
+        assert Position.of(str(position)) == position
+    assert str(Position(7)) == "7"

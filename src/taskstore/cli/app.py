@@ -27,7 +27,7 @@ from taskstore.errors import (
     UnsupportedError,
     ValidationError,
 )
-from taskstore.store.opening import redacted
+from taskstore.store.opening import redacted, without_password
 
 OK, FAILED, USAGE, ERROR = 0, 1, 2, 3
 """The exit statuses for success, for a failed check or request, for wrong usage and for a store
@@ -157,11 +157,11 @@ def _invoke(arguments: list[str]) -> int:
         raise
     except TaskStoreError as error:
         _name_default_ledger(ctx, error)
-        print_error(str(error))
+        print_error(str(error), url=_url_in_use(ctx))
         return exit_status_of(error)
     except OSError as error:
         where = "" if error.filename is None else f": {error.filename}"
-        print_error(f"{error.strerror or error}{where}")
+        print_error(f"{error.strerror or error}{where}", url=_url_in_use(ctx))
         return ERROR
     except Exception as error:
         # The class of usage errors depends on Typer's version, so the code checks for a method.
@@ -171,12 +171,13 @@ def _invoke(arguments: list[str]) -> int:
                 path = "taskstore" if context is None else context.command_path
                 # Some versions of Typer validate with pydantic, which adds these words.
                 reason = message.replace(": Value error, ", ": ").rstrip(".")
-                print_error(f"{reason} (see {path} --help)")
+                print_error(f"{_redact_words(reason)} (see {path} --help)")
             return USAGE
         if DEBUG_VARIABLE in os.environ:
             raise
         report = f"please report this error; {DEBUG_VARIABLE}=1 prints the traceback"
-        print_error(f"unexpected {type(error).__name__}: {error} ({report})")
+        text = _redact_words(f"unexpected {type(error).__name__}: {error}")
+        print_error(f"{text} ({report})", url=_url_in_use(ctx))
         return ERROR
     return status if isinstance(status, int) else OK
 
@@ -204,14 +205,31 @@ def exit_status_of(error: TaskStoreError) -> int:
     return ERROR
 
 
-def print_error(text: str) -> None:
-    """Print an error and its hint on standard error, in one line, without passwords.
+def print_error(text: str, *, url: str = "") -> None:
+    """Print an error and its hint on standard error, in one line, without the password of ``url``.
 
-    Each word is redacted by itself: a message can contain several URLs, and :func:`redacted`
-    treats all text from a colon to an ``@`` as a password.
+    All other text stays as it is: a run id or a session key can look like a URL with a password,
+    and a suggested command must name exactly this run or session.
     """
     with contextlib.suppress(OSError):
-        print_note(re.sub(r"\S+", lambda word: redacted(word[0]), text))
+        print_note(without_password(text, url))
+
+
+def _url_in_use(ctx: Any) -> str:
+    """Return the URL of the ledger that the command uses; an empty text if the command has not
+    determined a ledger."""
+    chosen = None if ctx is None else ledger_url(ctx)
+    return "" if chosen is None else chosen.url
+
+
+def _redact_words(text: str) -> str:
+    """Return a text without the passwords of all words that look like a URL.
+
+    The function serves messages that other libraries made, which can contain the URL of a ledger
+    that the user gave in the wrong place.  Each word is redacted by itself, because
+    :func:`redacted` treats all text from a colon to an ``@`` as a password.
+    """
+    return re.sub(r"\S+", lambda word: redacted(word[0]), text)
 
 
 def _prepare_streams() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -29,6 +29,16 @@ MAX_ATTEMPTS = 20
 """The maximum number of attempts of a change that conflicts with other writers."""
 
 
+@contextmanager
+def open_for_change(ctx: typer.Context, url: str | None) -> Iterator[TaskRegistryStore]:
+    """Yield the existing ledger, opened for changes; print the store's report after the command."""
+    with ledger.open_existing(url_of(ctx, url)) as store:
+        try:
+            yield store
+        finally:
+            render.print_report(store)
+
+
 def cancel(
     ctx: typer.Context,
     reference: TaskReference,
@@ -39,7 +49,7 @@ def cancel(
     url: Url = None,
 ) -> None:
     """Record a task as cancelled. This stops no process: the runner must check the record."""
-    with ledger.open_existing(url_of(ctx, url)) as store:
+    with open_for_change(ctx, url) as store:
         task_id = find_one(ctx, store, reference, status=ACTIVE_STATUSES).task_id
         record = change(store, task_id, lifecycle.cancel(reason))
     render.print_line(f"cancelled {render.escape_controls(record.task_id)}")
@@ -58,7 +68,7 @@ def notify(
     url: Url = None,
 ) -> None:
     """Set the events that the owner of a task is notified of."""
-    with ledger.open_existing(url_of(ctx, url)) as store:
+    with open_for_change(ctx, url) as store:
         record = change(
             store, find_one(ctx, store, reference).task_id, lifecycle.set_notify_policy(policy)
         )
@@ -74,7 +84,7 @@ def delete(
     url: Url = None,
 ) -> None:
     """Delete a task's record. The text stays in the journal until compaction trims the entries."""
-    with ledger.open_existing(url_of(ctx, url)) as store:
+    with open_for_change(ctx, url) as store:
         record = find_one(ctx, store, reference)
         if not yes:
             confirm(f"Delete {record.task_id} ({record.status}: {render.title_of(record)})?")

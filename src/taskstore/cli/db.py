@@ -13,8 +13,8 @@ import typer
 
 from taskstore.cli import render
 from taskstore.cli.ledger import AsJson, Url, UsageError, url_of, url_option
-from taskstore.errors import BackendNotFoundError, ValidationError
-from taskstore.store.opening import installed_backends, redacted, scheme_of
+from taskstore.errors import ValidationError
+from taskstore.store.opening import backends_of, redacted, scheme_of
 
 if TYPE_CHECKING:
     from taskstore.stores.sql.dialects import Database
@@ -119,11 +119,7 @@ def check(ctx: typer.Context, *, as_json: AsJson = False, url: Url = None) -> in
 def sql_url_of(ctx: typer.Context, url: str | None) -> str:
     """Return the ledger's URL; raise :class:`UsageError` if the ledger is not an SQL ledger."""
     where = url_of(ctx, url)
-    scheme = scheme_of(where)
-    declared = installed_backends()
-    if scheme not in declared:
-        raise BackendNotFoundError(scheme, declared)
-    if not declared[scheme][0].value.startswith(_SQL_ENTRY_PREFIX):
+    if not backends_of(scheme_of(where))[0].value.startswith(_SQL_ENTRY_PREFIX):
         raise UsageError(f"{redacted(where)} is not an SQL ledger, so it has no schema")
     return where
 

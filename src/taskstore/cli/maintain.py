@@ -261,6 +261,7 @@ OUTCOMES = ("passed", "failed", "skipped")
 
 
 def contract(
+    ctx: typer.Context,
     url: Annotated[
         str,
         typer.Argument(
@@ -277,7 +278,7 @@ def contract(
     for name in level or ():
         if name not in LEVELS:
             raise typer.BadParameter(f"{name!r} is not one of {', '.join(LEVELS)}")
-    clauses = _run_suite(url, level or [])
+    clauses = _run_suite(url_of(ctx, url), level or [])
     by_level = {name: [c for c in clauses if c["level"] == name] for name in LEVELS}
     verdicts = {name: _level_verdict(group) for name, group in by_level.items() if group}
     failed = [clause for clause in clauses if clause["outcome"] == "failed"]

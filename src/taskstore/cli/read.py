@@ -16,7 +16,7 @@ import typer
 
 from taskstore.cli import ledger, render
 from taskstore.cli.ledger import AsJson, TaskReference, Url, parse_time, url_of
-from taskstore.errors import TaskNotFound
+from taskstore.errors import CursorExpiredError, TaskNotFound
 from taskstore.model.journal import EntryKind, JournalEntry
 from taskstore.model.query import SESSION_KEY, Page, TaskQuery
 from taskstore.model.records import TaskRecord, TaskStatus
@@ -362,13 +362,28 @@ def changes(
     The command prints one tab-separated line per change: seq, time, kind, id, revision,
     status, message. --json prints one object per line.
     """
-    with open_for_reading(ctx, url) as store:
+    with open_for_reading(ctx, url) as store, _expired_cursors(ctx):
         for entry in islice(_entries(store, after, follow=follow), limit):
             members = _entry_members(entry)
             render.print_line(render.to_json(members) if as_json else _change_line(entry))
             if follow:
                 with render.output_errors():
                     sys.stdout.flush()
+
+
+@contextmanager
+def _expired_cursors(ctx: typer.Context) -> Iterator[None]:
+    """Replace the hint of a :class:`CursorExpiredError`, which is for programs, by a command."""
+    try:
+        yield
+    except CursorExpiredError as error:
+        options = {"--follow": "follow", "--json": "as_json"}
+        words = [option for option, name in options.items() if ctx.params[name]]
+        if ctx.params["limit"] is not None:
+            words.append(f"--limit={ctx.params['limit']}")
+        command = ledger.suggested_command(ctx, "changes", *words)
+        error.hint = f"to print all changes that the journal retains, run: {command}"
+        raise
 
 
 def _entries(

@@ -143,7 +143,13 @@ def _run(
         stack.enter_context(store)
         queue = stack.enter_context(forwarded_signals())
         record = new_command_record(command, **fields)
-        if not _create(store, record):
+        try:
+            created = _create(store, record)
+        finally:
+            # The operator sees the notices before any output of the command.  Some notices need
+            # the time of the last commit, which the store knows only after the creation.
+            render.print_report(store)
+        if not created:
             return 1
         if id_out is not None:
             with id_out:

@@ -125,7 +125,7 @@ class Position(Struct, frozen=True, gc=False):
     commit_id: str = ""
 
     def __str__(self) -> str:
-        return f"{self.seq}:{self.commit_id}"
+        return f"{self.seq}:{self.commit_id}" if self.commit_id else str(self.seq)
 
     @classmethod
     def of(cls, cursor: object) -> Self:
@@ -137,8 +137,10 @@ class Position(Struct, frozen=True, gc=False):
             return cursor
         if not isinstance(cursor, str):
             return cls(check_int("after", cursor))
-        seq, _, commit_id = check_text("after", cursor, KEY_BYTES).partition(":")
-        if not (seq.isascii() and seq.isdecimal()):
+        seq, colon, commit_id = check_text("after", cursor, KEY_BYTES).partition(":")
+        # A cursor that was cut at its colon has lost its commit id: it is no seq.
+        is_cut = bool(colon) and not commit_id
+        if is_cut or not (seq.isascii() and seq.isdecimal()):
             raise ValidationError(
                 "after",
                 "must be a seq such as 42, or the whole cursor of a journal entry such as "

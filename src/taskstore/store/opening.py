@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from taskstore.errors import BackendNotFoundError, TaskStoreError, ValidationError
 from taskstore.store.interface import TaskRegistryStore
@@ -53,6 +54,23 @@ _PASSWORD_OPTION = re.compile(r"([?&][^=&\s]*passw[^=&\s]*=)[^&\s]*", re.IGNOREC
 def redacted(url: str) -> str:
     """Return a URL with its password replaced by ``***``, for messages and logs."""
     return _PASSWORD_OPTION.sub(r"\1***", _PASSWORD.sub(r"\1:***@", url))
+
+
+def without_password(text: str, url: str) -> str:
+    """Return a text in which ``***`` replaces the password of ``url``.
+
+    The function replaces the password in these forms: the whole URL, ``:PASSWORD@`` (also
+    percent-decoded), and the URL options that contain a password.  All other text, such as a
+    task id that looks like a URL, does not change.
+    """
+    text = text.replace(url, redacted(url)) if url else text
+    for match in _PASSWORD.finditer(url):
+        password = match[0][len(match[1]) + 1 : -1]
+        for form in filter(None, (password, unquote(password))):
+            text = text.replace(f":{form}@", ":***@")
+    for match in _PASSWORD_OPTION.finditer(url):
+        text = text.replace(match[0][1:], f"{match[1][1:]}***")
+    return text
 
 
 def shell_command(*words: str, url: str = "") -> str:
@@ -134,6 +152,18 @@ def installed_backends() -> dict[str, list[EntryPoint]]:
     return backends
 
 
+def backends_of(scheme: str) -> list[EntryPoint]:
+    """Return the declared backends of a scheme, at least one.
+
+    Raises :class:`~taskstore.BackendNotFoundError` for a scheme without a backend; the hint of
+    the error names a similar scheme.
+    """
+    backends = installed_backends()
+    if scheme not in backends:
+        raise BackendNotFoundError(scheme, backends, hint=_similar_scheme(scheme, backends))
+    return backends[scheme]
+
+
 def open_store(
     url: str,
     *,
@@ -189,10 +219,7 @@ def check_options(durability: str, migrate: str) -> None:
 
 def _load_opener(scheme: str) -> Any:
     """Import and return the callable that opens URLs of a scheme."""
-    backends = installed_backends()
-    declared = backends.get(scheme)
-    if not declared:
-        raise BackendNotFoundError(scheme, backends, hint=_similar_scheme(scheme, backends))
+    declared = backends_of(scheme)
     if len(declared) > 1:
         packages = ", ".join(sorted(_package_of(entry) for entry in declared))
         raise TaskStoreError(
@@ -204,7 +231,7 @@ def _load_opener(scheme: str) -> Any:
     except ImportError as error:
         raise BackendNotFoundError(
             scheme,
-            [name for name in backends if name != scheme],
+            [name for name in installed_backends() if name != scheme],
             hint=f"the backend in {_package_of(declared[0])} cannot be imported: {error}",
         ) from error
 

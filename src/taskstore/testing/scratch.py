@@ -20,9 +20,14 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from taskstore.errors import BackendNotFoundError, StoreUnavailableError, UnsupportedError
+from taskstore.errors import (
+    StoreUnavailableError,
+    TaskStoreError,
+    UnsupportedError,
+    ValidationError,
+)
 from taskstore.store.interface import TaskRegistryStore
-from taskstore.store.opening import installed_backends, open_store, redacted, scheme_of
+from taskstore.store.opening import backends_of, open_store, redacted, scheme_of
 from taskstore.stores.memory import MemoryStorage, MemoryStore
 from taskstore.testing.types import OpenStore
 
@@ -38,22 +43,42 @@ def scratch(url: str) -> AbstractContextManager[OpenStore]:
 
     The call does not change the data at ``url``.
 
-    Raises :class:`~taskstore.BackendNotFoundError` for an unknown scheme and
+    Raises :class:`~taskstore.BackendNotFoundError` for an unknown scheme,
+    :class:`~taskstore.ValidationError` for a malformed URL, and
     :class:`~taskstore.UnsupportedError` for a backend that cannot create test ledgers.
     """
     scheme = scheme_of(url)
     for entry in entry_points(group=GROUP, name=scheme):
         ledger: AbstractContextManager[OpenStore] = entry.load()(url)
         return ledger
-    if scheme not in (installed := installed_backends()):
-        raise BackendNotFoundError(scheme, installed)
+    backends_of(scheme)  # an unknown scheme raises here
     path = url.partition(":")[2]
-    if path.startswith("///") and "?" not in path:
+    if path.startswith("///") and path != "///" and "?" not in path:
         return _in_temporary_directory(scheme, Path(path[3:]))
+    _check_form(url)
+    if path.startswith("///") and "?" in path:
+        raise UnsupportedError(
+            f"a test ledger of the scheme {scheme!r} takes no options in its URL",
+            hint=f"remove the options: {redacted(url).partition('?')[0]}",
+        )
     raise UnsupportedError(
         f"the backend of {redacted(url)} has no entry point that creates a test ledger",
         hint=f"declare an entry point in the group {GROUP!r}, or subclass StoreContract",
     )
+
+
+def _check_form(url: str) -> None:
+    """Raise :class:`~taskstore.ValidationError` if the backend refuses the form of a URL.
+
+    Only the backend knows the forms of its URLs, so the function opens the ledger read-only, which
+    changes nothing.  Any other error says nothing about the form.
+    """
+    try:
+        open_store(url, migrate="never", read_only=True).close()
+    except ValidationError:
+        raise
+    except TaskStoreError:
+        pass
 
 
 @contextmanager

@@ -350,11 +350,15 @@ class SQLiteDatabase(Database):
         )
         try:
             translator = Translator(str(path), module.Error, sqlite_error_kind)
+            if other_library:
+                raise _open_elsewhere(path)
             with translator, closing(connect()) as raw:
-                if other_library or not _lock_file(raw):
-                    raise _open_elsewhere(path)
-                needed = _check_space(raw, path)
-                _rebuild(raw, module, Path(f"{path}-vacuum"))
+                locked = _lock_file(raw)
+                if locked:
+                    needed = _check_space(raw, path)
+                    _rebuild(raw, module, Path(f"{path}-vacuum"))
+            if not locked:
+                raise _open_elsewhere(path)  # this connection is closed, so it owns no lock
         finally:
             sqlite_library.register_close(str(path), library)
         return VacuumReport(needed, before, path.stat().st_size)
