@@ -41,8 +41,7 @@ SESSION_KEY = "session_key"
 """The filter that matches a record's child session or requester session; not a record field."""
 
 _TEXT_FIELDS = frozenset({*REQUIRED_KEYS, *OPTIONAL_KEYS, *TEXT_LIMITS, SESSION_KEY})
-_TIMES = frozenset({"created_at", *OPTIONAL_TIMES})
-_INT_FIELDS = _TIMES | {"revision"}
+_INT_FIELDS = frozenset({"revision", "created_at", *OPTIONAL_TIMES})
 _ENUMS: dict[str, type[StrEnum]] = {**ENUM_FIELDS, "terminal_outcome": TerminalOutcome}
 _FILTERS = _TEXT_FIELDS | _INT_FIELDS | _ENUMS.keys()
 _MAX_TEXT_BYTES = max(TEXT_LIMITS.values())
@@ -65,10 +64,10 @@ class TaskQuery:
     ``filters`` maps record field names (except ``metadata`` and ``requester_origin``) to
     values.  The filter ``session_key`` matches the child session or the requester session.
     The value of a filter can be a collection of alternatives; the value ``None`` matches a
-    field that is not set.  A filter by a time matches exactly this time.  ``since`` is the
-    earliest ``created_at`` that matches.  Each time is in Unix milliseconds from 10**11 on, or
-    0.  ``limit`` is the maximum number of records (``None``: all records).  ``after`` is the
-    ``next_cursor`` of the previous page.
+    field that is not set.  A filter by a time matches exactly this time, and accepts every
+    time that a stored record can contain.  ``since`` is the earliest ``created_at`` that
+    matches (Unix milliseconds from 10**11 on, or 0).  ``limit`` is the maximum number of
+    records (``None``: all records).  ``after`` is the ``next_cursor`` of the previous page.
 
     Raises :class:`ValidationError` for an unknown field or a value that the field cannot have.
     """
@@ -83,7 +82,9 @@ class TaskQuery:
         after: str | None = None,
         **filters: Any,
     ) -> None:
-        self.since = None if since is None else _check_time("since", since)
+        # 0 is the same time in seconds and in milliseconds: the query matches all records.
+        is_zero = type(since) is int and since == 0
+        self.since = since if since is None or is_zero else check_time("since", since)
         self.limit = None if limit is None else check_int("limit", limit, 1)
         self.after = after
         self.cursor = None if after is None else decode_cursor(after)
@@ -305,17 +306,7 @@ def _check_value(field: str, value: Any) -> Any:
         return None if value is None else check_enum(field, value, _ENUMS[field])
     if field in _TEXT_FIELDS:
         return None if value is None else check_text(field, value, _MAX_TEXT_BYTES)
-    if value is None:
-        return None
-    return check_int(field, value) if field not in _TIMES else _check_time(field, value)
-
-
-def _check_time(field: str, value: Any) -> int:
-    """Return ``value`` if it is 0 or a time in Unix milliseconds that a caller can give.
-
-    0 is the same time in seconds and in milliseconds.
-    """
-    return 0 if type(value) is int and value == 0 else check_time(field, value)
+    return None if value is None else check_int(field, value)
 
 
 def _predicate(field: str, accepted: frozenset[Any]) -> Callable[[TaskRecord], bool]:

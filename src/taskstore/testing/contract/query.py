@@ -152,11 +152,8 @@ class QueryContract(ContractBase):
             values = [1, 2, 3]
         if field == "session_key":
             values = list(_TEXT_VALUES)
-        absent: Any = "no record has this"
-        if field == "revision":
-            absent = 77
-        elif field in ("created_at", *OPTIONAL_TIMES):
-            absent = EPOCH_MS + 77
+        number = field in ("revision", "created_at", *OPTIONAL_TIMES)
+        absent: Any = 77 if number else "no record has this"
         for store in ledger.before_and_after_reopen():
             check = QueryChecker(store)
             for value in values:
