@@ -157,6 +157,19 @@ def test_the_report_of_nothing_done_says_how_far_history_reaches(open_ledger):
         assert report.floor_reason
 
 
+@pytest.mark.parametrize("backend", ["json"], indirect=True)
+def test_it_compacts_when_the_new_entries_are_large(open_ledger):
+    registry = open_ledger()
+    with Compactor(registry.store, CompactionPolicy(max_bytes=50_000)) as compactor:
+        registry.hooks.add(compactor)
+        for n in range(11):
+            registry.create(runtime="cli", task=str(n % 10) * 20_000)
+            assert compactor.wait(TIMEOUT_S)
+            assert compactor.runs == (n + 1) // 3, "compaction is due at each third entry"
+    assert compactor.failures == 0
+    assert "bytes since the last snapshot" in compactor.last_report.reason
+
+
 def test_the_recipe_for_asyncio(ledger_url):
     async def main():
         async with AsyncTaskRegistry.open(ledger_url) as registry:

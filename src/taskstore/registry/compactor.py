@@ -110,6 +110,7 @@ class Compactor:
             entries=max(event.seq - known.newest_snapshot_seq, 0),
             records=max(known.records + self._created, 0),
             now=event.at,
+            bytes=known.bytes + self._bytes,
             oldest_at=known.oldest_at or self._oldest_at,
             newest_snapshot_seq=known.newest_snapshot_seq,
             history_bytes=known.history_bytes + self._bytes,
