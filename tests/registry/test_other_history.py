@@ -155,7 +155,7 @@ def test_a_batch_over_the_lost_history(live, open_ledger):
 
 def test_no_cursor_skips_an_entry(live, open_ledger):
     cursor, seq = live.last.cursor, live.last.seq
-    for after in (cursor, seq, f"{seq}:"):
+    for after in (cursor, seq):
         with pytest.raises(CursorExpiredError) as raised:
             live.changes(after=after)
         assert raised.value.replaced
