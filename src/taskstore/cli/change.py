@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -29,14 +29,11 @@ MAX_ATTEMPTS = 20
 """The maximum number of attempts of a change that conflicts with other writers."""
 
 
-@contextmanager
-def open_for_change(ctx: typer.Context, url: str | None) -> Iterator[TaskRegistryStore]:
-    """Yield the existing ledger, opened for changes; print the store's report after the command."""
-    with ledger.open_existing(url_of(ctx, url)) as store:
-        try:
-            yield store
-        finally:
-            render.print_report(store)
+def open_for_change(
+    ctx: typer.Context, url: str | None
+) -> AbstractContextManager[TaskRegistryStore]:
+    """Open the existing ledger for changes; its report is printed after the command."""
+    return ledger.reporting(ledger.open_existing(url_of(ctx, url)))
 
 
 def cancel(

@@ -13,6 +13,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Annotated, Any, NamedTuple
 
@@ -187,6 +188,16 @@ def parse_time(text: str) -> int:
         ) from None
     at = int(parsed.replace(tzinfo=parsed.tzinfo or UTC).timestamp() * 1000)
     return at if at >= MIN_UNIX_MS else 0
+
+
+@contextmanager
+def reporting(store: TaskRegistryStore) -> Iterator[TaskRegistryStore]:
+    """Yield an open store; then print its report, also after an error, and close it."""
+    with store:
+        try:
+            yield store
+        finally:
+            render.print_report(store)
 
 
 def open_reader(url: str) -> TaskRegistryStore:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from typing import Annotated, Any
 
@@ -29,14 +29,11 @@ FOLLOW_WAIT_S = 3600.0
 _UNLOGGED_FIELDS = ("task_id", "revision", "run_digest", "last_event_at")
 
 
-@contextmanager
-def open_for_reading(ctx: typer.Context, url: str | None) -> Iterator[TaskRegistryStore]:
-    """Yield the ledger, opened read-only; print the store's report after the command."""
-    with ledger.open_reader(url_of(ctx, url)) as store:
-        try:
-            yield store
-        finally:
-            render.print_report(store)
+def open_for_reading(
+    ctx: typer.Context, url: str | None
+) -> AbstractContextManager[TaskRegistryStore]:
+    """Open the ledger read-only; its report is printed after the command."""
+    return ledger.reporting(ledger.open_reader(url_of(ctx, url)))
 
 
 def list_tasks(
